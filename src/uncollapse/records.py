@@ -1,0 +1,313 @@
+"""What was observed: frozen dataclasses, their JSON, and the published JSON Schema.
+
+A record is complete in itself: it carries the versions, the model, the probe and the resolved options, so that a page
+can be drawn from it a year later on another machine. Pages and tables read records and nothing else.
+
+* Every measured value is a `Statistic` {mean, min, max, n}: first the mean over a sequence's rows, then over sequences,
+  of which there were `n`; `min` and `max` are the extreme sequences.
+* A value that was not measured is `null`, and `unavailable` in the same object gives the reason under the same key.
+* NaN and infinity never reach JSON: `Statistic.of` refuses them, and a numerics finding names where they came from.
+
+`to_json` / `from_json` convert, `json_schema` publishes. Pydantic reads the annotations for all three.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from pydantic import TypeAdapter, ValidationError
+
+from uncollapse.errors import InputError
+
+Phenomenon = Literal[
+    "rank-collapse-depth", "rank-collapse-width", "head-channel-non-identifiability", "entropy-collapse", "numerics"
+]
+Severity = Literal["info", "warning", "critical"]
+Stack = Literal["encoder", "decoder"]
+AttentionKind = Literal["self", "cross"]
+PHENOMENA: tuple[Phenomenon, ...] = get_args(Phenomenon)[:4]
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+DIAGNOSIS_SCHEMA = "uncollapse/diagnosis/1"
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One measured value over the probe's sequences. `mean`, `min`, `max` in the measure's unit; `n` sequences."""
+
+    mean: float
+    min: float
+    max: float
+    n: int
+
+    @staticmethod
+    def of(mean: float, low: float, high: float, n: int) -> Statistic | None:
+        """The statistic, or `None` where nothing finite was observed."""
+        if n == 0 or not all(map(math.isfinite, (mean, low, high))):
+            return None
+        return Statistic(mean, low, high, n)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Which model was measured. `width` is the token dimension d, `head_width` the value width d_k of a head."""
+
+    name: str
+    revision: str | None
+    architecture: str
+    blocks: int
+    heads: int
+    key_value_heads: int
+    width: int
+    head_width: int
+    norm_placement: str
+    parameters: int
+    dtype: str
+    attention_backend: str
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Which tokens it was measured on, and how. `tokens` counts real tokens; `options` are the resolved ones."""
+
+    sequences: int
+    tokens: int
+    max_tokens: int
+    source: str
+    seed: int
+    level: Literal["core", "full"] = "core"
+    device: str = "cpu"
+    command: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MassiveTokensLeftOut:
+    """The norm-sensitive measures of a site again, without each sequence's largest-norm tokens (`tokens_left_out` each).
+
+    Trained language models carry a few tokens of enormous norm, the first one above all; they alone decide the plain
+    figures. Both are reported, and a finding says which one it is about.
+    """
+
+    tokens_left_out: Statistic | None
+    effective_rank: Statistic | None
+    stable_rank: Statistic | None
+    participation_ratio: Statistic | None
+    consensus_distance: Statistic | None
+    token_similarity: Statistic | None
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """The token cloud at one site: `embedding` (what enters the first block) or the output of `block.<i>`.
+
+    `rank_gap` is sigma_r / sigma_{r+1} at the cut that decided `rank` (null where nothing lies below the cut).
+    """
+
+    site: str
+    block: int | None
+    stack: Stack | None
+    rank: Statistic | None
+    affine_rank: Statistic | None
+    attainable_rank: Statistic | None
+    attainable_affine_rank: Statistic | None
+    effective_rank: Statistic | None
+    stable_rank: Statistic | None
+    participation_ratio: Statistic | None
+    consensus_distance: Statistic | None
+    token_similarity: Statistic | None
+    rank_gap: Statistic | None = None
+    massive_tokens_left_out: MassiveTokensLeftOut | None = None
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AttentionRecord:
+    """One head of one attention call. Entropies in nats; logits after scaling, bias and mask, as the softmax saw them.
+
+    `value_contraction` is ||C A V||_F / ||C V||_F on the probe: how much of the values' spread survives the mixing, at most
+    `contraction` = ||C A||_2. `route` says where the figures came from: `fused` (queries and keys, never n x n),
+    `logits` (recomputed in row chunks from queries, keys and the layer's own bias) or `weights` (the model's softmax).
+    """
+
+    block: int
+    head: int
+    stack: Stack | None
+    kind: AttentionKind
+    entropy: Statistic | None
+    normalized_entropy: Statistic | None
+    entropy_floor: Statistic | None
+    max_logit: Statistic | None
+    value_contraction: Statistic | None = None
+    susceptibility: Statistic | None = None
+    contraction: Statistic | None = None
+    spectral_gap: Statistic | None = None
+    route: str = ""
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HeadsRecord:
+    """The output projection of one attention call: what it says of its heads. Figures from the weights, `energy_share` from
+    the probe. `ambiguous_degrees_of_freedom` = (H-1)d_k and `kernel_dimension` = D - rank W_O are per token.
+    `write_space_overlap[g][h]` is the mean squared cosine of the principal angles between the two heads' write spaces,
+    1 for identical ones.
+    """
+
+    block: int
+    stack: Stack | None
+    kind: AttentionKind
+    heads: int
+    head_width: int
+    width: int
+    ambiguous_degrees_of_freedom: int | None
+    kernel_dimension: int | None
+    gauge_dimension: int | None
+    output_projection_rank: int | None
+    condition_number: float | None
+    write_space_overlap: list[list[float]] | None
+    energy_share: list[Statistic | None] | None
+    verdict: str | None
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class NormRecord:
+    """One norm call inside a block: affine rank before and after, and the three brackets of the exact formula."""
+
+    block: int
+    norm: str
+    affine_rank_before: Statistic | None
+    affine_rank_after: Statistic | None
+    brackets: list[Statistic | None] | None
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UpdateRecord:
+    """What one sublayer adds to the stream: how much of it lies outside the span of the embeddings, beside its null."""
+
+    block: int
+    sublayer: Literal["attention", "mlp"]
+    stack: Stack | None
+    kind: AttentionKind | None
+    out_of_span_energy: Statistic | None
+    null_out_of_span_energy: Statistic | None
+    nonlinear_innovation: Statistic | None
+    hidden_effective_rank: Statistic | None
+    relative_norm: Statistic | None
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SymmetryRecord:
+    """One of the four symmetries acting on the model. Defects come from `uncollapse symmetries` only."""
+
+    phenomenon: Phenomenon
+    group: str
+    equivariance_defect: Statistic | None
+    order_parameter: list[Statistic | None]
+    collapsed_value: float
+    slope: Statistic | None
+    breakers: list[str]
+    stabilisers: list[str]
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One rule that fired. `value` is what was measured at the worst place, `threshold` what it was held against."""
+
+    code: str
+    phenomenon: Phenomenon
+    severity: Severity
+    block: int | None
+    head: int | None
+    value: float | None
+    threshold: float | None
+    message: str
+    remedy: str
+    reference: str
+    stack: Stack | None = None
+
+
+@dataclass(frozen=True)
+class DiagnosisRecord:
+    """The whole of one diagnosis."""
+
+    versions: dict[str, str]
+    model: ModelInfo
+    probe: Probe
+    trajectory: list[SiteRecord]
+    attention: list[AttentionRecord]
+    heads: list[HeadsRecord]
+    norms: list[NormRecord]
+    updates: list[UpdateRecord]
+    symmetries: list[SymmetryRecord]
+    findings: list[Finding]
+    schema: str = DIAGNOSIS_SCHEMA
+
+
+Record = TypeVar("Record")
+
+
+@functools.cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def to_json(record: object) -> str:
+    """The record as JSON, keys in the order of the dataclass, non-ASCII kept, ends with a newline."""
+    return json.dumps(_adapter(type(record)).dump_python(record, mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def from_json(text: str, kind: type[Record]) -> Record:
+    """The record that `text` holds. Raises `InputError` where the text is no such record."""
+    try:
+        record: Record = _adapter(kind).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the document"
+        raise InputError(
+            f"from_json: expected a {kind.__name__}, got a JSON text whose {where} does not fit ({first['msg'].lower()}). "
+            "It may have been written by another command or an older version. Write it again with --json."
+        ) from None
+    return record
+
+
+def json_schema(kind: type[Any]) -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of a record, as shipped in `uncollapse/schemas/`."""
+    schema = _adapter(kind).json_schema(mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `path` as UTF-8 so that a reader sees the old file or the whole new one, never a part.
+
+    Raises `InputError` where the place cannot be written; nothing is left behind then.
+    """
+    target = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise InputError(
+            f"write: expected a path that can be written, got {str(target)!r} ({error.strerror or error}). "
+            "The folder may be missing or read-only. Name another path."
+        ) from None
