@@ -1,0 +1,198 @@
+"""Stand at one operation inside a live model and act there: the mechanism under the proof, `without` and the capture.
+
+A `Point` names an operation without naming an architecture: the `ordinal`-th `operation` ("add", "softmax",
+"scaled_dot_product_attention", ...) in the `call`-th run of the module `owner`, counted in the module's *own* forward;
+what its children do does not count. A handler gets the torch function and its operands and returns the result.
+
+Each owner's `forward` is wrapped for the duration and put back (accelerate and others replace `forward` on the instance:
+that one is wrapped and restored). A module's own code sees the handlers, nothing else in the process does.
+Under `torch.compile` the wrapped forward runs eagerly; gradient checkpointing would run it twice and is refused by
+those who change values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from uncollapse.errors import UncollapseError
+from uncollapse.tracing import operation_name, tensors_in, writes_in_place
+
+Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """The `ordinal`-th `operation` in the `call`-th run of the module named `owner`; `call=None` is every run."""
+
+    owner: str
+    call: int | None
+    operation: str
+    ordinal: int
+
+    def __str__(self) -> str:
+        run = "" if not self.call else f", run {self.call}"
+        return f"{self.operation} #{self.ordinal} of {self.owner or 'the model itself'}{run}"
+
+
+class _Owner(TorchFunctionMode):
+    """The handlers of one module while its own forward runs."""
+
+    def __init__(self, handlers: Mapping[tuple[str, int], Handler], hits: set[tuple[str, int]]) -> None:
+        super().__init__()
+        self.handlers = handlers
+        self.operations = {operation for operation, _ in handlers}
+        self.hits = hits
+        self.depth = 0
+        self.counts: dict[str, int] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.depth:
+            return func(*args, **kwargs)
+        name = operation_name(func)
+        if name not in self.operations or not any(True for _ in tensors_in([args, kwargs])):
+            return func(*args, **kwargs)
+        ordinal = self.counts.get(name, 0)
+        self.counts[name] = ordinal + 1
+        handler = self.handlers.get((name, ordinal))
+        if handler is None:
+            return func(*args, **kwargs)
+        self.hits.add((name, ordinal))
+        return handler(func, args, kwargs)
+
+
+@contextlib.contextmanager
+def probing(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Run `model` as a probe: evaluation mode, no gradients, no compiled code, a fixed seed. All of it is put back.
+
+    A compiled model keeps its compiled code but does not run it here: hooks added after the first compiled call would
+    never fire.
+    """
+    training = [m for m in model.modules() if m.training]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        torch.manual_seed(seed)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+@contextlib.contextmanager
+def intercepted(
+    model: nn.Module, handlers: Mapping[Point, Handler], *, within: nn.Module | None = None, strict: bool = True
+) -> Iterator[None]:
+    """Within the block the handlers act in every forward pass of `model`, or of its module `within`, run by itself: calls
+    are counted from the start of that pass.
+
+    With `strict`, a run of an owner that misses one of its points raises `UncollapseError`: nothing is measured or
+    changed at a wrong place without a word.
+    """
+    by_owner: dict[str, dict[int | None, dict[tuple[str, int], Handler]]] = {}
+    for point, handler in handlers.items():
+        by_owner.setdefault(point.owner, {}).setdefault(point.call, {})[point.operation, point.ordinal] = handler
+    with contextlib.ExitStack() as stack:
+        runs: dict[str, int] = {}
+
+        def restart(*_: Any) -> None:
+            runs.clear()
+
+        stack.callback((within or model).register_forward_pre_hook(restart).remove)
+        for owner, by_call in by_owner.items():
+            stack.enter_context(_wrapped(model.get_submodule(owner), owner, by_call, runs, strict))
+        yield
+
+
+@contextlib.contextmanager
+def _wrapped(
+    module: nn.Module,
+    name: str,
+    by_call: Mapping[int | None, Mapping[tuple[str, int], Handler]],
+    runs: dict[str, int],
+    strict: bool,
+) -> Iterator[None]:
+    original = module.forward
+    own = "forward" in module.__dict__
+    active: list[_Owner] = []
+
+    def down(*_: Any) -> None:
+        if active:
+            active[-1].depth += 1
+
+    def up(*_: Any) -> None:
+        if active:
+            active[-1].depth -= 1
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        run = runs.get(name, 0)
+        runs[name] = run + 1
+        wanted = {**by_call.get(None, {}), **by_call.get(run, {})}
+        if not wanted:
+            return original(*args, **kwargs)
+        hits: set[tuple[str, int]] = set()
+        mode = _Owner(wanted, hits)
+        active.append(mode)
+        try:
+            with mode:
+                output = original(*args, **kwargs)
+        finally:
+            active.pop()
+        missed = set(wanted) - hits
+        if missed and strict:
+            operation, ordinal = sorted(missed)[0]
+            raise UncollapseError(
+                f"intercept: expected {Point(name, run, operation, ordinal)}, got a run without it. "
+                "The model took another path than when it was traced. Diagnose it on inputs of one kind."
+            )
+        return output
+
+    with contextlib.ExitStack() as stack:
+        for child in module.modules():
+            if child is not module:
+                stack.callback(child.register_forward_pre_hook(down).remove)
+                stack.callback(child.register_forward_hook(up, always_call=True).remove)
+        module.forward = forward
+        try:
+            yield
+        finally:
+            if own:
+                module.forward = original
+            else:
+                del module.forward
+
+
+def chosen_operand(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], keep: int) -> Tensor:
+    """What an addition returns when only operand `keep` (0 or 1) is left of it: in the sum's shape and dtype.
+
+    An in-place addition writes the kept operand into its first one, as the original would have written the sum.
+    """
+    first, second = addition_operands(args, kwargs)
+    kept = first if keep == 0 else second
+    if writes_in_place(function):
+        if keep == 1:
+            first.copy_(kept)
+        return first
+    shape = torch.broadcast_shapes(first.shape, second.shape)
+    return kept.to(torch.promote_types(first.dtype, second.dtype)).expand(shape)
+
+
+def addition_operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The two operands of an addition, however it was called."""
+    first = args[0] if args else kwargs["input"]
+    second = args[1] if len(args) > 1 else kwargs["other"]
+    return first, second

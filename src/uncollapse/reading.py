@@ -1,0 +1,573 @@
+"""Read an anatomy off a recorded graph: residual additions first, then parts, norms, projections and blocks.
+
+What each rule says is in `uncollapse.anatomy`; this module is the reading alone. Nothing here is believed until `proof`
+has checked it on the live model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse.anatomy import (
+    STREAM,
+    AdditionNode,
+    Anatomy,
+    AttentionCall,
+    Block,
+    Layout,
+    ModuleCall,
+    Norm,
+    NormRole,
+    Part,
+    Placement,
+    Residual,
+)
+from uncollapse.errors import UnsupportedModel
+from uncollapse.interception import Point
+from uncollapse.tracing import Call, Trace
+
+
+@dataclass
+class _Sum:
+    """A residual addition as found in the graph: the outermost node, its stream value, its internal additions, leaves."""
+
+    root: int
+    stream: int
+    nodes: list[int]
+    leaves: list[int]
+    stream_scales: tuple[float, ...] = ()
+
+
+def read(model: nn.Module, recorded: Trace, layout: Layout | None = None) -> Anatomy:
+    """The picture that the graph shows; not yet proved. Raises `UnsupportedModel` where no blocks can be made out."""
+    reader = _Reader(model, recorded)
+    return Anatomy(tuple(reader.blocks(layout)))
+
+
+class _Reader:
+    def __init__(self, model: nn.Module, recorded: Trace) -> None:
+        self.model = model
+        self.t = recorded
+        self.attention_of = self._attention_operations()
+        self.sums = self._sums()
+        self._norm_kinds: dict[str, Literal["layer", "rms"] | None] = {}
+
+    # Attention ----------------------------------------------------------------------------------------------------
+    def _attention_operations(self) -> dict[int, int]:
+        """Score node (fused call or softmax) → product node (fused call or weights × values)."""
+        found: dict[int, int] = {}
+        for node in self.t.nodes:
+            if node.operation == "scaled_dot_product_attention" and node.is_data:
+                found[node.index] = node.index
+            elif node.operation in {"softmax", "special_softmax"} and node.is_data:
+                product = self._weights_product(node.index)
+                if product is not None and self._from_data_product(node.index):
+                    found[node.index] = product
+        return found
+
+    def _weights_product(self, softmax: int) -> int | None:
+        """The data × data product that takes the softmax's output as an operand, through casts, cuts and dropout."""
+        frontier = [softmax]
+        for _ in range(12):
+            following: list[int] = []
+            for index in frontier:
+                for consumer in self.t.consumers[index]:
+                    if self.t.is_data_product(consumer):
+                        return consumer
+                    if self.t.passes_through(consumer) == index or self.t.nodes[consumer].operation in {
+                        "masked_fill",
+                        "where",
+                        "mul",
+                    }:
+                        following.append(consumer)
+            frontier = following
+        return None
+
+    def _from_data_product(self, softmax: int) -> bool:
+        frontier, seen = list(self.t.nodes[softmax].inputs), set()
+        while frontier:
+            index = frontier.pop()
+            if index in seen or not self.t.nodes[index].is_data:
+                continue
+            seen.add(index)
+            if self.t.is_data_product(index):
+                return True
+            if not self.t.is_matrix_product(index):
+                frontier.extend(self.t.nodes[index].inputs)
+        return False
+
+    # Residual additions -------------------------------------------------------------------------------------------
+    def _is_addition(self, index: int) -> bool:
+        node = self.t.nodes[index]
+        return node.operation == "add" and sum(self.t.nodes[i].is_data for i in node.inputs) >= 2
+
+    def _stream_value(self, operand: int, update: int) -> int | None:
+        """The first value behind `operand`, through additions, casts and scalings, that `update` is learned from."""
+        frontier = [operand]
+        while frontier:
+            index = frontier.pop(0)
+            if self.t.learned(update, index):
+                return index
+            if self._is_addition(index):
+                frontier.extend(i for i in self.t.nodes[index].inputs if self.t.nodes[i].is_data)
+            else:
+                passed = self.t.passes_through(index)
+                if passed is not None:
+                    frontier.append(passed)
+        return None
+
+    def _sums(self) -> list[_Sum]:
+        candidates: list[tuple[int, int, int, int]] = []  # node, stream value, stream operand, update operand
+        for node in self.t.nodes:
+            if not self._is_addition(node.index):
+                continue
+            first, second = node.inputs[0], node.inputs[1]
+            for stream, update in ((first, second), (second, first)):
+                value = self._stream_value(stream, update)
+                if value is not None:
+                    candidates.append((node.index, value, stream, update))
+                    break
+        roots: list[_Sum] = []
+        for index, value, _, _ in candidates:
+            internal, leaves, scales = self._tree(index, value)
+            roots.append(_Sum(index, value, internal, leaves, scales))
+        inner = {n for s in roots for n in s.nodes if n != s.root}
+        outer = [s for s in roots if s.root not in inner]
+        return [s for s in outer if not any(self._is_nested(s, other) for other in outer)]
+
+    def _is_nested(self, inside: _Sum, outside: _Sum) -> bool:
+        """Whether an addition happens within another one's update, such as a skip inside an MLP."""
+        if inside.root == outside.root:
+            return False
+        updates = [leaf for leaf in outside.leaves if leaf != outside.stream]
+        return (
+            any(self.t.depends(leaf, inside.root) or leaf == inside.root for leaf in updates)
+            and not (self.t.depends(outside.stream, inside.root) or outside.stream == inside.root)
+            and (self.t.depends(inside.root, outside.stream))
+        )
+
+    def _tree(self, root: int, stream: int) -> tuple[list[int], list[int], tuple[float, ...]]:
+        """The additions under `root` down to the stream value and the summands; innermost first, `root` last."""
+        internal: list[int] = []
+        leaves: list[int] = []
+        scales: list[float] = []
+
+        def descend(index: int, behind: list[float]) -> None:
+            if index == stream:
+                leaves.append(index)
+                scales.extend(behind)
+                return
+            if self._is_addition(index) and self.t.depends(index, stream):
+                for operand in self.t.nodes[index].inputs[:2]:
+                    descend(operand, behind)
+                internal.append(index)
+                return
+            passed = self.t.passes_through(index)
+            if passed is not None and (passed == stream or self._leads_to_addition(passed, stream)):
+                node = self.t.nodes[index]
+                descend(passed, behind + (list(node.scalars) if node.operation == "mul" else []))
+                return
+            leaves.append(index)
+
+        descend(root, [])
+        return internal, leaves, tuple(scales)
+
+    def _leads_to_addition(self, index: int, stream: int) -> bool:
+        while True:
+            if index == stream or (self._is_addition(index) and self.t.depends(index, stream)):
+                return True
+            passed = self.t.passes_through(index)
+            if passed is None:
+                return False
+            index = passed
+
+    # Parts --------------------------------------------------------------------------------------------------------
+    def _scores_inside(self, leaf: int, stream: int) -> list[int]:
+        return [
+            score
+            for score, product in self.attention_of.items()
+            if (self.t.depends(leaf, product) or leaf == product) and self.t.depends(product, stream)
+        ]
+
+    def _group(self, found: _Sum) -> tuple[list[Part], list[AdditionNode]]:
+        """The parts of a residual addition and its tree, nested additions within one part folded away."""
+        summands = [leaf for leaf in found.leaves if leaf != found.stream]
+        inside = {leaf: self._scores_inside(leaf, found.stream) for leaf in summands}
+        attending = [leaf for leaf in summands if inside[leaf]]
+        rest = [leaf for leaf in summands if not inside[leaf]]
+        parts: list[Part] = []
+        part_of: dict[int, int] = {found.stream: STREAM}
+        if attending:
+            scores = list(dict.fromkeys(s for leaf in attending for s in inside[leaf]))
+            calls = tuple(self._attention_call(s) for s in scores)
+            crossing = all(not self.t.depends(self._value_node(s), found.stream) for s in scores)
+            name = self.t.calls[self.t.nodes[scores[0]].call].name
+            parts.append(Part("cross" if crossing else "attention", calls, name))
+            part_of |= dict.fromkeys(attending, 0)
+        if rest:
+            parts.append(Part("mlp", (), self._mlp_module(rest[0], found)))
+            part_of |= dict.fromkeys(rest, len(parts) - 1)
+
+        def under(index: int) -> frozenset[int]:
+            if index in part_of:
+                return frozenset({part_of[index]})
+            if index in found.nodes:
+                return under(self.t.nodes[index].inputs[0]) | under(self.t.nodes[index].inputs[1])
+            passed = self.t.passes_through(index)
+            return under(passed) if passed is not None else frozenset()
+
+        tree: list[AdditionNode] = []
+        for index in found.nodes:
+            first, second = (under(i) for i in self.t.nodes[index].inputs[:2])
+            if len(first | second) > 1:  # an addition within one part belongs to that part
+                tree.append(AdditionNode(self._point(index), first, second))
+        return parts, tree
+
+    def _point(self, index: int) -> Point:
+        node = self.t.nodes[index]
+        call = self.t.calls[node.call]
+        return Point(call.name, call.ordinal, node.operation, node.ordinal)
+
+    def _mlp_module(self, leaf: int, found: _Sum) -> str:
+        """The outermost module that makes the update's last learned product and holds none of the residual additions."""
+        learned = [n.index for n in self.t.nodes if self.t.is_learned_product(n.index) and self._feeds(n.index, leaf)]
+        last = max((i for i in learned if self.t.depends(i, found.stream)), default=leaf)
+        name = ""
+        for index in self.t.call_path(self.t.nodes[last].call):
+            call = self.t.calls[index]
+            if call.first <= found.root < call.last or not call.name:
+                break
+            name = call.name
+        return name
+
+    def _feeds(self, index: int, leaf: int) -> bool:
+        return index == leaf or self.t.depends(leaf, index)
+
+    def _value_node(self, score: int) -> int:
+        product = self.attention_of[score]
+        node = self.t.nodes[product]
+        data = [i for i in node.inputs if self.t.nodes[i].is_data]
+        if product == score:
+            return node.inputs[2]
+        return next(i for i in data if not (self.t.depends(i, score) or i == score))
+
+    def _attention_call(self, score: int) -> AttentionCall:
+        product = self.attention_of[score]
+        node = self.t.nodes[product]
+        value = self._value_node(score)
+        weights_shape = self.t.nodes[score].shape if product != score else self.t.nodes[node.inputs[0]].shape
+        batch = next((n.shape[0] for n in self.t.nodes if n.operation == "batch" and n.shape), 1)
+        if len(weights_shape) >= 4:
+            heads = weights_shape[-3]
+        elif len(weights_shape) == 3:
+            heads = max(1, weights_shape[0] // batch)
+        else:
+            heads = 1
+        head_width = self.t.nodes[value].shape[-1]
+        return AttentionCall(
+            score=self._point(score),
+            product=self._point(product),
+            value_operand=node.inputs.index(value),
+            heads=heads,
+            key_value_heads=max(1, self._key_value_heads(value, heads)),
+            head_width=head_width,
+            projection=self._projection(product, heads * head_width),
+        )
+
+    def _key_value_heads(self, value: int, heads: int) -> int:
+        """Heads over the factor by which the values were repeated between their learned product and the attention."""
+        index: int | None = value
+        if self.t.nodes[value].operation != "batch" and len(self.t.nodes[value].shape) >= 4:
+            heads = min(heads, self.t.nodes[value].shape[-3])
+        while index is not None and not self.t.is_learned_product(index):
+            node = self.t.nodes[index]
+            data = [i for i in node.inputs if self.t.nodes[i].is_data]
+            if node.operation in {"expand", "repeat_interleave", "repeat"} and data:
+                before = self.t.nodes[data[0]].size
+                if before and node.size > before:
+                    return heads * before // node.size
+            index = data[0] if len(data) == 1 else None
+        return heads
+
+    def _projection(self, product: int, mixed: int) -> ModuleCall | None:
+        """The run of the module whose learned product is the first after the attention."""
+        frontier, seen = [product], set()
+        while frontier:
+            index = frontier.pop(0)
+            for consumer in self.t.consumers[index]:
+                if consumer in seen:
+                    continue
+                seen.add(consumer)
+                if self.t.is_learned_product(consumer):
+                    call = self.t.calls[self.t.nodes[consumer].call]
+                    inputs = [self.t.nodes[i].shape for i in call.inputs.values()]
+                    if call.name and any(shape and shape[-1] == mixed for shape in inputs):
+                        return ModuleCall(call.name, call.ordinal)
+                    return None
+                frontier.append(consumer)
+        return None
+
+    # Norms --------------------------------------------------------------------------------------------------------
+    def norm_kind(self, call: Call) -> Literal["layer", "rms"] | None:
+        """Whether the module behaves as a norm on the shape it met: told once a module, by what it does."""
+        if call.children or not call.inputs or None not in call.outputs:
+            return None
+        if call.name not in self._norm_kinds:
+            shape = self.t.nodes[next(iter(call.inputs.values()))].shape
+            self._norm_kinds[call.name] = behaves_as_norm(self.model.get_submodule(call.name), shape)
+        return self._norm_kinds[call.name]
+
+    def _norms(self, block: Call, sums: list[_Sum], parts_of: list[list[int]], stream_out: int) -> list[Norm]:
+        calls = [c for c in self.t.calls if block.first <= c.first and c.last <= block.last and c.index != block.index]
+        norms: list[Norm] = []
+        for call in calls:
+            kind = self.norm_kind(call)
+            if kind is None:
+                continue
+            source, result = next(iter(call.inputs.values())), call.outputs[None]
+            module = ModuleCall(call.name, call.ordinal)
+            role_part = self._norm_role(source, result, sums, parts_of, stream_out)
+            if role_part is not None:
+                norms.append(Norm(module, kind, *role_part))
+        return norms
+
+    def _norm_role(
+        self, source: int, result: int, sums: list[_Sum], parts_of: list[list[int]], stream_out: int
+    ) -> tuple[NormRole, int | None] | None:
+        streams = [s.stream for s in sums[1:]] + [stream_out]
+        for number, (found, following) in enumerate(zip(sums, streams, strict=True)):
+            if self.t.depends(result, found.root) and self._moved(following, result):
+                return "post", number
+        for found, numbers in zip(sums, parts_of, strict=True):
+            for leaf, part in zip([x for x in found.leaves if x != found.stream], numbers, strict=True):
+                on_path = self.t.depends(leaf, result) or leaf == result
+                if not on_path or not (self.t.depends(source, found.stream) or source == found.stream):
+                    continue
+                if not self.t.learned(leaf, result):
+                    return "after", part
+                if not self.t.learned(source, found.stream):
+                    return "before", part if len(set(numbers)) == 1 else None
+                return "inner", part
+        return None
+
+    def _moved(self, index: int, source: int) -> bool:
+        """Whether value `index` is value `source`, merely moved or cast."""
+        while index != source:
+            passed = self.t.passes_through(index)
+            if passed is None:
+                return False
+            index = passed
+        return True
+
+    # Blocks -------------------------------------------------------------------------------------------------------
+    def _block_calls(self, layout: Layout | None) -> list[Call]:
+        if layout is not None:
+            calls = [c for c in self.t.calls if c.name in set(layout.blocks)]
+            missing = [n for n in layout.blocks if n not in {c.name for c in calls}]
+            if missing:
+                raise UnsupportedModel(
+                    f"anatomy: expected the Layout's blocks among the modules that run, got no run of {missing[0]!r}. "
+                    "Look at model.named_modules() for the names."
+                )
+            return calls
+        holds = {c.index: [s for s in self.sums if c.first <= s.root < c.last] for c in self.t.calls}
+        attends = {
+            index: [s for s in held if any(p.kind == "attention" for p in self._group(s)[0])]
+            for index, held in holds.items()
+        }
+        chosen: list[int] = []
+        for found in self.sums:
+            if not any(p.kind == "attention" for p in self._group(found)[0]):
+                continue
+            path = self.t.call_path(self.t.nodes[found.root].call)
+            outermost = path[0]
+            for index in path:
+                if len(attends[index]) > 1:
+                    break
+                outermost = index
+            chosen.append(self._deepest(outermost, holds))
+        chosen = list(dict.fromkeys(chosen))
+        parents = {self.t.calls[i].parent for i in chosen}
+        for call in self.t.calls:  # blocks without attention between blocks with it: hybrids
+            covered = any(self._within(call.index, c) or self._within(c, call.index) for c in chosen)
+            if call.parent in parents and holds[call.index] and not covered:
+                chosen.append(call.index)
+        return [self.t.calls[i] for i in sorted(chosen, key=lambda i: self.t.calls[i].first) if i]
+
+    def _within(self, inner: int, outer: int) -> bool:
+        return outer in self.t.call_path(inner)
+
+    def _deepest(self, index: int, holds: Mapping[int, list[_Sum]]) -> int:
+        """The deepest call inside `index` that still holds all of its additions."""
+        while True:
+            inside = [c for c in self.t.calls[index].children if len(holds[c]) == len(holds[index])]
+            if not inside:
+                return index
+            index = inside[0]
+
+    def blocks(self, layout: Layout | None) -> list[Block]:
+        calls = self._block_calls(layout)
+        if not calls:
+            raise self._refusal("no module call that holds one self-attention and its residual addition")
+        names = [c.name for c in calls]
+        stacks: list[Literal["encoder", "decoder"] | None] = [None] * len(calls)
+        if layout is not None and layout.stacks:
+            by_name = dict(zip(layout.blocks, layout.stacks, strict=True))
+            stacks = [by_name[n] for n in names]
+        blocks = [self._block(c, s) for c, s in zip(calls, stacks, strict=True)]
+        if layout is None or not layout.stacks:
+            blocks = self._with_stacks(blocks, calls)
+        return blocks
+
+    def _with_stacks(self, blocks: list[Block], calls: list[Call]) -> list[Block]:
+        """Encoder and decoder, told by cross-attention: a parent whose blocks cross is a decoder, what it reads an encoder."""
+        crossing = {
+            c.parent for b, c in zip(blocks, calls, strict=True) if any(p.kind == "cross" for p in b.parts)
+        }
+        if not crossing:
+            return blocks
+        return [
+            replace(b, stack="decoder" if c.parent in crossing else "encoder")
+            for b, c in zip(blocks, calls, strict=True)
+        ]
+
+    def _block(self, call: Call, stack: Literal["encoder", "decoder"] | None) -> Block:
+        sums = [s for s in self.sums if call.first <= s.root < call.last]
+        if not sums:
+            raise self._refusal(f"no residual addition inside {call.name}")
+        if call.outputs == {}:
+            raise self._refusal(f"no tensor among the outputs of {call.name}")
+        parts: list[Part] = []
+        residuals: list[Residual] = []
+        parts_of: list[list[int]] = []
+        for found in sums:
+            own, tree = self._group(found)
+            offset = len(parts)
+            numbers = {STREAM: STREAM} | {i: i + offset for i in range(len(own))}
+            tree = [
+                AdditionNode(n.point, frozenset(numbers[i] for i in n.first), frozenset(numbers[i] for i in n.second))
+                for n in tree
+            ]
+            summands = [leaf for leaf in found.leaves if leaf != found.stream]
+            attending = bool(own) and own[0].kind in {"attention", "cross"}
+            parts_of.append(
+                [
+                    offset if not attending or self._scores_inside(leaf, found.stream) else offset + 1
+                    for leaf in summands
+                ]
+            )
+            residuals.append(Residual(tuple(tree), tuple(range(offset, offset + len(own))), found.stream_scales))
+            parts.extend(own)
+        stream_input = self._entry(call, sums[0])
+        stream_output = self._exit(call, sums[-1])
+        norms = self._norms(call, sums, parts_of, call.outputs[stream_output])
+        residuals = [
+            replace(r, norms_post=tuple(n.module for n in norms if n.role == "post" and n.place == i))
+            for i, r in enumerate(residuals)
+        ]
+        roles = {n.role for n in norms}
+        placement: Placement = (
+            "post"
+            if "post" in roles
+            else "sandwich"
+            if {"before", "after"} <= roles
+            else "pre"
+            if "before" in roles
+            else "output"
+            if "after" in roles
+            else "none"
+        )
+        return Block(
+            ModuleCall(call.name, call.ordinal),
+            stack,
+            placement,
+            tuple(parts),
+            tuple(residuals),
+            tuple(norms),
+            stream_input,
+            stream_output,
+        )
+
+    def _entry(self, call: Call, first: _Sum) -> int | str:
+        """Which argument of the block is the stream."""
+        for key, index in call.inputs.items():
+            if index == first.stream or self._moved(first.stream, index):
+                return key
+        raise self._refusal(
+            f"the residual stream of {call.name} is none of its arguments "
+            f"(it is the result of {self.t.nodes[first.stream].operation})"
+        )
+
+    def _exit(self, call: Call, last: _Sum) -> int | None:
+        for key, index in call.outputs.items():
+            if index == last.root or self.t.depends(index, last.root):
+                return key
+        raise self._refusal(f"the output of {call.name} does not depend on its last residual addition")
+
+    def _refusal(self, reason: str) -> UnsupportedModel:
+        owners = list(dict.fromkeys(self.t.calls[self.t.nodes[s.root].call].name for s in self.sums))
+        attention = list(
+            dict.fromkeys(self.t.calls[self.t.nodes[s].call].name or "the model itself" for s in self.attention_of)
+        )
+        found = (
+            f"{len(self.attention_of)} attention calls (in {', '.join(attention[:4]) or 'no module'}) and "
+            f"{len(self.sums)} residual additions (in {', '.join(owners[:4]) or 'no module'})"
+        )
+        candidates = _block_candidates(self.model)
+        layout = f"uc.Layout(blocks={candidates!r})"
+        return UnsupportedModel(
+            f"anatomy: expected a Transformer whose blocks can be told apart, got {type(self.model).__name__}: {reason}. "
+            f"Found {found}. Pass layout={layout}.",
+            found=found,
+            identity=reason,
+            layout=layout,
+        )
+
+
+def _block_candidates(model: nn.Module) -> tuple[str, ...]:
+    """The members of the longest list of like modules: what a user would call the blocks."""
+    best: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        kinds = {type(c) for c in children.values()}
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(kinds) == 1 and len(children) > len(best):
+            best = tuple(f"{name}.{child}" if name else child for child in children)
+    return best
+
+
+def behaves_as_norm(module: nn.Module, shape: tuple[int, ...]) -> Literal["layer", "rms"] | None:
+    """`layer` or `rms` if the module normalises its last axis, else `None`: f(16x) = f(256x), not constant, and for `layer`
+    f(x + c·1) = f(x). `shape` is an input shape the module met in the traced pass."""
+    if not shape or isinstance(module, (nn.Softmax, nn.Identity, nn.Dropout)):
+        return None
+    parameter = next(module.parameters(), None)
+    dtype = parameter.dtype if parameter is not None and parameter.dtype.is_floating_point else torch.float32
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    if device.type == "meta":
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn((2, *shape[1:]), generator=generator).to(device, dtype)
+    y = torch.randn((2, *shape[1:]), generator=generator).to(device, dtype)
+    tolerance = 64 * torch.finfo(dtype).eps
+    try:
+        with torch.no_grad():
+            plain, large, other, shifted = (module(v) for v in (16 * x, 256 * x, 16 * y, 16 * x + 16))
+    except Exception:  # noqa: BLE001 - whatever it is, a module that cannot run on its own shape is no norm
+        return None
+    if not all(isinstance(v, Tensor) and v.shape == x.shape for v in (plain, large, other, shifted)):
+        return None
+    scale = float(plain.abs().max()) or 1.0
+
+    def same(a: Tensor, b: Tensor) -> bool:
+        return bool(((a - b).abs().max() <= max(tolerance, 1e-3) * scale).item())
+
+    if not same(plain, large) or same(plain, other):
+        return None
+    if same(plain, plain.sign()):  # a sign-like activation saturates without normalising
+        return None
+    return "layer" if same(plain, shifted) else "rms"

@@ -1,0 +1,345 @@
+"""Record one forward pass as a dataflow graph: which operation made which value from which, and inside which module.
+
+A `TorchFunctionMode` sees every torch call the model's own code makes, whatever the model is called and however it is
+written; module hooks supply the call stack. Values are numbered in static single assignment form: an in-place
+operation makes a new value of every tensor on that storage, an operation that returns its own input makes none.
+
+When not to use this: on long inputs. Every tensor of the pass is kept alive so that identities stay unique; eight
+tokens tell as much about the wiring as eight thousand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+# An operation that multiplies matrices; with one operand made of parameters alone it is a learned linear map.
+_MATRIX_PRODUCTS = frozenset(
+    "linear matmul rmatmul bmm mm addmm baddbmm addbmm addmv mv einsum tensordot conv1d conv2d conv3d grouped_mm".split()
+)
+# An operation through which a value passes as it is: moved, cut, cast, or dropped out.
+_PASSES = frozenset(
+    "view reshape contiguous to type type_as float half bfloat16 double clone detach dropout dropout_ transpose permute "
+    "squeeze unsqueeze flatten unflatten expand expand_as swapaxes movedim cat getitem view_as reshape_as narrow "
+    "alias feature_dropout native_dropout nan_to_num t".split()
+)
+_SCALINGS = frozenset("mul rmul div truediv true_divide multiply neg".split())
+
+
+def operation_name(function: Callable[..., Any]) -> str:
+    """The name of a torch call without spelling variants: `torch.add`, `x + y`, `y.__radd__`, `x += y`, `x.add_` are `add`."""
+    name = getattr(function, "__name__", None) or str(function)
+    name = name.rsplit("::", 1)[-1]
+    if name.startswith("__") and name.endswith("__"):
+        name = name[2:-2]
+        if name in {"iadd", "radd"}:
+            return "add"
+        if name[0] in "ir" and name[1:] in {"mul", "truediv", "matmul", "sub"}:
+            return name[1:]
+        return name
+    return name.rstrip("_").lstrip("_") or name
+
+
+def writes_in_place(function: Callable[..., Any]) -> bool:
+    """Whether a torch call writes into its first operand (`add_`, `+=`, `x[i] = y`)."""
+    name = getattr(function, "__name__", "")
+    if name.startswith("__"):
+        return name in {"__setitem__"} or (name[2:3] == "i" and name[3:-2] in {"add", "mul", "sub", "truediv"})
+    return name.endswith("_") and not name.endswith("__")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One value. `operation` made it from `inputs` in the module call `call`; parameters, constants and the batch have
+    no inputs. `ordinal` counts the same operation within the module's own forward (its children's do not count)."""
+
+    index: int
+    operation: str
+    inputs: tuple[int, ...]
+    call: int
+    ordinal: int
+    shape: tuple[int, ...]
+    is_data: bool
+    is_parameter: bool
+    scalars: tuple[float, ...] = ()
+
+    @property
+    def size(self) -> int:
+        total = 1
+        for length in self.shape:
+            total *= length
+        return total
+
+
+@dataclass
+class Call:
+    """One run of one module: the `ordinal`-th of that module in the pass. Nodes `first` ≤ i < `last` ran inside."""
+
+    index: int
+    name: str
+    ordinal: int
+    parent: int
+    first: int
+    last: int = -1
+    inputs: dict[int | str, int] = field(default_factory=dict)
+    outputs: dict[int | None, int] = field(default_factory=dict)
+    children: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Trace:
+    """The graph of one pass. `ancestors[i]` and `learned_ancestors[i]` are bit sets over node numbers: everything value i
+    depends on, and what it depends on through at least one matrix product with a weight."""
+
+    nodes: list[Node]
+    calls: list[Call]
+    ancestors: list[int]
+    learned_ancestors: list[int]
+    consumers: list[list[int]]
+    output: Any
+
+    def is_matrix_product(self, index: int) -> bool:
+        return self.nodes[index].operation in _MATRIX_PRODUCTS
+
+    def is_learned_product(self, index: int) -> bool:
+        """A matrix product of data with a weight."""
+        node = self.nodes[index]
+        return (
+            node.operation in _MATRIX_PRODUCTS
+            and node.is_data
+            and sum(self.nodes[i].is_data for i in node.inputs) == 1
+            and any(self.nodes[i].is_parameter for i in node.inputs)
+        )
+
+    def is_data_product(self, index: int) -> bool:
+        """A matrix product of data with data."""
+        node = self.nodes[index]
+        return node.operation in _MATRIX_PRODUCTS and sum(self.nodes[i].is_data for i in node.inputs) >= 2
+
+    def passes_through(self, index: int) -> int | None:
+        """The value that node `index` merely moves, casts or scales, or `None` where it does more."""
+        node = self.nodes[index]
+        data = [i for i in node.inputs if self.nodes[i].is_data]
+        if len(data) != 1:
+            return None
+        if node.operation in _PASSES or node.operation in _SCALINGS or node.operation == "add":
+            return data[0]
+        return None
+
+    def depends(self, index: int, on: int) -> bool:
+        return bool(self.ancestors[index] >> on & 1)
+
+    def learned(self, index: int, on: int) -> bool:
+        """Whether value `index` depends on value `on` through a learned matrix product."""
+        return bool(self.learned_ancestors[index] >> on & 1)
+
+    def call_path(self, call: int) -> list[int]:
+        """The call and those around it, innermost first."""
+        path = []
+        while call >= 0:
+            path.append(call)
+            call = self.calls[call].parent
+        return path
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists, tuples, mappings and objects of the Hugging Face output kind."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, model: nn.Module, batch: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.nodes: list[Node] = []
+        self.ancestors: list[int] = []
+        self.learned_ancestors: list[int] = []
+        self.consumers: list[list[int]] = []
+        self.calls: list[Call] = [Call(0, "", 0, -1, 0)]
+        self.stack = [0]
+        self._value_of: dict[int, int] = {}
+        self._alive: list[Tensor] = []
+        self._on_storage: dict[int, list[int]] = {}
+        self._ordinals: dict[tuple[int, str], int] = {}
+        self._module_calls: dict[str, int] = {}
+        self._parameters = {id(p) for p in (*model.parameters(), *model.buffers())}
+        for tensor in batch:
+            self._new(tensor, "batch", (), is_data=True)
+
+    # Values -------------------------------------------------------------------------------------------------------
+    def _new(
+        self,
+        tensor: Tensor,
+        operation: str,
+        inputs: tuple[int, ...],
+        *,
+        is_data: bool = False,
+        is_parameter: bool = False,
+        ordinal: int = 0,
+        scalars: tuple[float, ...] = (),
+    ) -> int:
+        index = len(self.nodes)
+        node = Node(
+            index, operation, inputs, self.stack[-1], ordinal, tuple(tensor.shape), is_data, is_parameter, scalars
+        )
+        ancestors = learned = 0
+        for i in inputs:
+            ancestors |= self.ancestors[i] | 1 << i
+            learned |= self.learned_ancestors[i]
+            self.consumers[i].append(index)
+        if operation in _MATRIX_PRODUCTS:
+            data = [i for i in inputs if self.nodes[i].is_data]
+            if len(data) == 1 and any(self.nodes[i].is_parameter for i in inputs):
+                learned |= self.ancestors[data[0]] | 1 << data[0]
+        self.nodes.append(node)
+        self.ancestors.append(ancestors)
+        self.learned_ancestors.append(learned)
+        self.consumers.append([])
+        self._remember(tensor, index)
+        return index
+
+    def _remember(self, tensor: Tensor, index: int) -> None:
+        if id(tensor) not in self._value_of:
+            self._alive.append(tensor)
+            storage = _storage(tensor)
+            if storage:
+                self._on_storage.setdefault(storage, []).append(id(tensor))
+        self._value_of[id(tensor)] = index
+
+    def value(self, tensor: Tensor) -> int:
+        known = self._value_of.get(id(tensor))
+        if known is not None:
+            return known
+        parameter = id(tensor) in self._parameters or isinstance(tensor, nn.Parameter)
+        return self._new(tensor, "parameter" if parameter else "constant", (), is_parameter=parameter)
+
+    # Operations ---------------------------------------------------------------------------------------------------
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        name = operation_name(func)
+        in_place = writes_in_place(func) or kwargs.get("out") is not None
+        written = [kwargs["out"]] if kwargs.get("out") is not None else [args[0]] if in_place and args else []
+        results = list(tensors_in(output))
+        if not results and not in_place:
+            return output
+        operands = list(tensors_in([args, kwargs]))
+        inputs = tuple(self.value(t) for t in operands)
+        is_data = any(self.nodes[i].is_data for i in inputs)
+        is_parameter = not is_data and any(self.nodes[i].is_parameter for i in inputs)
+        scalars = tuple(float(a) for a in args if isinstance(a, (int, float)) and not isinstance(a, bool))
+        ordinal = self._next_ordinal(name)
+        for tensor in tensors_in(written):
+            index = self._new(
+                tensor, name, inputs, is_data=is_data, is_parameter=is_parameter, ordinal=ordinal, scalars=scalars
+            )
+            for other in self._on_storage.get(_storage(tensor), ()):
+                self._value_of[other] = index
+        if not in_place:
+            ids = {id(t) for t in operands}
+            for tensor in results:
+                if id(tensor) not in ids:
+                    self._new(
+                        tensor,
+                        name,
+                        inputs,
+                        is_data=is_data,
+                        is_parameter=is_parameter,
+                        ordinal=ordinal,
+                        scalars=scalars,
+                    )
+        return output
+
+    def _next_ordinal(self, name: str) -> int:
+        key = (self.stack[-1], name)
+        ordinal = self._ordinals.get(key, 0)
+        self._ordinals[key] = ordinal + 1
+        return ordinal
+
+    # Modules ------------------------------------------------------------------------------------------------------
+    def enter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ordinal = self._module_calls.get(name, 0)
+        self._module_calls[name] = ordinal + 1
+        call = Call(len(self.calls), name, ordinal, self.stack[-1], len(self.nodes))
+        for key, item in (*enumerate(args), *kwargs.items()):
+            if isinstance(item, Tensor):
+                call.inputs[key] = self.value(item)
+        call.first = len(self.nodes)
+        self.calls[self.stack[-1]].children.append(call.index)
+        self.calls.append(call)
+        self.stack.append(call.index)
+
+    def leave(self, output: Any) -> None:
+        call = self.calls[self.stack.pop()]
+        call.last = len(self.nodes)
+        items: Iterable[tuple[int | None, Any]]
+        if isinstance(output, Tensor):
+            items = [(None, output)]
+        elif isinstance(output, Mapping):
+            items = list(enumerate(output.values()))
+        elif isinstance(output, (list, tuple)):
+            items = list(enumerate(output))
+        else:
+            items = []
+        for key, item in items:
+            if isinstance(item, Tensor):
+                call.outputs[key] = self.value(item)
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage().data_ptr())
+    except (RuntimeError, NotImplementedError):  # a tensor subclass without storage of its own
+        return 0
+
+
+def forward_pass(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """`model(**batch)` without a key-value cache: a probe reads each sequence once."""
+    signature = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.values())
+    cached = getattr(getattr(model, "config", None), "use_cache", None) is not None
+    if "use_cache" not in batch and ("use_cache" in signature or (takes_any and cached)):
+        return model(**batch, use_cache=False)
+    return model(**batch)
+
+
+def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
+    """The dataflow graph of `model(**batch)`, run once without gradients. The model's output is in `Trace.output`.
+
+    Hooks are gone again afterwards, also after an exception. Errors of the model itself pass through.
+    """
+    recorder = _Recorder(model, tensors_in(batch))
+    with contextlib.ExitStack() as stack:
+        for name, module in model.named_modules():
+            if name == "":
+                continue
+
+            def enter(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                recorder.enter(name, args, kwargs)
+
+            def leave(_: nn.Module, _args: Any, output: Any) -> None:
+                recorder.leave(output)
+
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        with torch.no_grad(), recorder:
+            output = forward_pass(model, batch)
+    recorder.calls[0].last = len(recorder.nodes)
+    return Trace(
+        recorder.nodes, recorder.calls, recorder.ancestors, recorder.learned_ancestors, recorder.consumers, output
+    )
