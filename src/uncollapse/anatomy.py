@@ -62,7 +62,8 @@ class Norm:
 class AttentionCall:
     """One attention call. `score` is the fused call or the softmax; `product` the product of its weights with the values
     (the fused call itself, or the matrix product after the softmax), whose operand `value_operand` holds the values.
-    `projection` is the output projection's run and `heads`, `key_value_heads`, `head_width` the sizes on this model."""
+    `projection` is the output projection's run, `value_projection` the module that makes the values; `heads`,
+    `key_value_heads` and `head_width` are the sizes on this model."""
 
     score: Point
     product: Point
@@ -71,6 +72,7 @@ class AttentionCall:
     key_value_heads: int
     head_width: int
     projection: ModuleCall | None
+    value_projection: str | None = None
 
 
 @dataclass(frozen=True)

@@ -277,7 +277,15 @@ class _Reader:
             key_value_heads=max(1, self._key_value_heads(value, heads)),
             head_width=head_width,
             projection=self._projection(product, heads * head_width),
+            value_projection=self._value_projection(value),
         )
+
+    def _value_projection(self, value: int) -> str | None:
+        index: int | None = value
+        while index is not None and not self.t.is_learned_product(index):
+            data = [i for i in self.t.nodes[index].inputs if self.t.nodes[i].is_data]
+            index = data[0] if len(data) == 1 else None
+        return None if index is None else self.t.calls[self.t.nodes[index].call].name or None
 
     def _key_value_heads(self, value: int, heads: int) -> int:
         """Heads over the factor by which the values were repeated between their learned product and the attention."""
@@ -544,6 +552,8 @@ def behaves_as_norm(module: nn.Module, shape: tuple[int, ...]) -> Literal["layer
     """`layer` or `rms` if the module normalises its last axis, else `None`: f(16x) = f(256x), not constant, and for `layer`
     f(x + c·1) = f(x). `shape` is an input shape the module met in the traced pass."""
     if not shape or isinstance(module, (nn.Softmax, nn.Identity, nn.Dropout)):
+        return None
+    if any(p.ndim > 1 for p in module.parameters()):  # a norm's parameters are vectors; spares running every linear map
         return None
     parameter = next(module.parameters(), None)
     dtype = parameter.dtype if parameter is not None and parameter.dtype.is_floating_point else torch.float32

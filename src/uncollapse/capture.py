@@ -1,0 +1,449 @@
+"""One probe pass over a corpus, reduced to running statistics where the numbers appear.
+
+Token clouds are measured at the block boundaries and let go; attention is measured inside the model's own attention call:
+a fused call from its queries and keys, a softmax the model ran itself from its weights. Nothing of size tokens × tokens
+a head is kept, nor anything that grows with the corpus. The model runs the very operations it would have run, so its
+outputs are bit-identical; hooks and wrapped forwards are gone afterwards, also after an exception or Ctrl-C.
+
+When not to use this: to look at activations. Nothing is stored; a hook of your own does that better.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse import geometry, heads, mixing
+from uncollapse.accumulators import Running
+from uncollapse.anatomy import Anatomy, AttentionCall, Block, Part
+from uncollapse.errors import InputError
+from uncollapse.interception import Handler, Point, intercepted, probing
+from uncollapse.proof import block_output
+from uncollapse.sources import token_mask
+from uncollapse.tracing import forward_pass
+
+Progress = Callable[[str, int, int], None]
+Level = Literal["core", "full"]
+MAX_LOGIT_KEYS = 1024  # core looks at every logit up to this many keys; beyond, only level full does
+
+PLAIN_MEASURES = (
+    "rank affine_rank attainable_rank attainable_affine_rank effective_rank stable_rank participation_ratio "
+    "consensus_distance token_similarity rank_gap"
+).split()
+MASSIVE_MEASURES = (
+    "tokens_left_out effective_rank stable_rank participation_ratio consensus_distance token_similarity".split()
+)
+ATTENTION_MEASURES = (
+    "entropy normalized_entropy entropy_floor max_logit value_contraction susceptibility contraction spectral_gap".split()
+)
+
+
+@dataclass
+class SiteStatistics:
+    """Running statistics of the token cloud at one site. `not_finite` counts sequences with NaN or infinity in a real token."""
+
+    site: str
+    block: int | None
+    stack: Literal["encoder", "decoder"] | None
+    plain: Running = field(default_factory=lambda: Running.empty(len(PLAIN_MEASURES)))
+    massive: Running = field(default_factory=lambda: Running.empty(len(MASSIVE_MEASURES)))
+    not_finite: int = 0
+    width: int = 0
+
+
+@dataclass
+class AttentionStatistics:
+    """Running statistics of one attention call: `values` is [measure, head], `energy` [head] the share of the centred
+    output energy. `reasons` says of a measure why it is missing."""
+
+    block: int
+    kind: Literal["self", "cross"]
+    stack: Literal["encoder", "decoder"] | None
+    call: AttentionCall
+    values: Running
+    energy: Running
+    route: str = ""
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Observations:
+    """What one probe pass saw: a site for each stack's embedding and each block, an entry for each attention call."""
+
+    sites: list[SiteStatistics]
+    attention: list[AttentionStatistics]
+    sequences: int = 0
+    tokens: int = 0
+    max_tokens: int = 0
+
+
+def capture(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    anatomy: Anatomy,
+    *,
+    level: Level = "core",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Observations:
+    """Run `model` once over `batches` (each a dict of tensors, moved to the model's device) and observe.
+
+    Raises `InputError` where a padded batch meets a model whose token axis does not match the mask.
+    """
+    probe = _Probe(model, anatomy, level)
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    with probing(model, seed), probe.installed():
+        for number, batch in enumerate(batches):
+            if progress is not None:
+                progress("probe", number, len(batches))
+            on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            probe.begin(on_device)
+            forward_pass(model, on_device)
+        if progress is not None:
+            progress("probe", len(batches), len(batches))
+    return probe.observations
+
+
+class _Probe:
+    """The state of one pass: which batch is running, which call of a shared module, and the statistics so far."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, level: Level) -> None:
+        self.model, self.anatomy, self.level = model, anatomy, level
+        self.observations = Observations([], [])
+        self.batch_size = 0
+        self.masks: dict[str, Tensor | None] = {}
+        self.runs: dict[str, int] = {}
+
+    # Installation -------------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def installed(self) -> Any:
+        handlers: dict[Point, Handler] = {}
+        block_hooks: dict[str, dict[int, list[tuple[bool, SiteStatistics, Block]]]] = {}
+        projections: dict[str, dict[int, AttentionStatistics]] = {}
+        begun: set[str | None] = set()
+        for number, block in enumerate(self.anatomy.blocks):
+            by_call = block_hooks.setdefault(block.module.name, {}).setdefault(block.module.call, [])
+            if block.stack not in begun:
+                begun.add(block.stack)
+                site = "embedding" if block.stack != "decoder" else "decoder.embedding"
+                by_call.append((True, self._site(SiteStatistics(site, None, block.stack)), block))
+            by_call.append((False, self._site(SiteStatistics(f"block.{number}", number, block.stack)), block))
+            for part in block.parts:
+                if part.kind in {"attention", "cross"}:
+                    self._attend(number, block, part, handlers, projections)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.model.register_forward_pre_hook(self._restart).remove)
+            for name in {*block_hooks, *projections}:
+                module = self.model.get_submodule(name)
+                enter, leave = self._hooks(name, block_hooks.get(name, {}), projections.get(name, {}))
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(leave).remove)
+            stack.enter_context(intercepted(self.model, handlers))
+            yield
+
+    def _site(self, site: SiteStatistics) -> SiteStatistics:
+        self.observations.sites.append(site)
+        return site
+
+    def _restart(self, *_: Any) -> None:
+        self.runs.clear()
+
+    def _hooks(
+        self,
+        name: str,
+        sites: Mapping[int, list[tuple[bool, SiteStatistics, Block]]],
+        attentions: Mapping[int, AttentionStatistics],
+    ) -> tuple[Callable[..., None], Callable[..., None]]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            run = self.runs.get(name, 0)
+            self.runs[name] = run + 1
+            for at_entry, site, block in sites.get(run, ()):
+                if at_entry:
+                    key = block.stream_input
+                    self._measure_site(site, args[key] if isinstance(key, int) else kwargs[key])
+            if run in attentions:
+                self._measure_energy(attentions[run], module, next(iter((*args, *kwargs.values()))))
+
+        def leave(_: nn.Module, args: Any, output: Any) -> None:
+            run = self.runs[name] - 1
+            for at_entry, site, block in sites.get(run, ()):
+                if not at_entry:
+                    self._measure_site(site, block_output(output, block.stream_output))
+
+        return enter, leave
+
+    def _attend(
+        self,
+        number: int,
+        block: Block,
+        part: Part,
+        handlers: dict[Point, Handler],
+        projections: dict[str, dict[int, AttentionStatistics]],
+    ) -> None:
+        call = part.attention[0]
+        statistics = AttentionStatistics(
+            number,
+            "cross" if part.kind == "cross" else "self",
+            block.stack,
+            call,
+            Running.empty(len(ATTENTION_MEASURES), call.heads),
+            Running.empty(call.heads),
+        )
+        self.observations.attention.append(statistics)
+        if len(part.attention) > 1:
+            reason = f"{len(part.attention)} attention calls in one sublayer are not measured yet"
+            statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, reason) | {"energy_share": reason}
+            return
+        if call.score == call.product:
+            handlers[call.score] = functools.partial(self._fused_call, statistics)
+        else:
+            pending: list[tuple[Tensor, Tensor]] = []
+            handlers[call.score] = functools.partial(self._softmax_call, pending)
+            handlers[call.product] = functools.partial(self._product_call, statistics, pending)
+        if call.projection is not None:
+            projections.setdefault(call.projection.name, {})[call.projection.call] = statistics
+        else:
+            statistics.reasons["energy_share"] = "no output projection follows this attention"
+
+    # Batches ------------------------------------------------------------------------------------------------------
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        """Note the batch's size and masks before the model runs on it."""
+        self.batch_size = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
+        encoder = token_mask(batch)
+        decoder = token_mask(batch, "decoder_attention_mask") if "decoder_input_ids" in batch else encoder
+        self.masks = {"encoder": encoder, "decoder": decoder, "": encoder}
+        lengths = encoder.sum(-1) if encoder is not None else None
+        if lengths is None:
+            first = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim >= 2), None)
+            known = first is not None and first.ndim == 2 and not first.is_floating_point()
+            lengths = torch.full((self.batch_size,), first.shape[1] if known and first is not None else 0)
+        self.observations.sequences += self.batch_size
+        self.observations.tokens += int(lengths.sum())
+        self.observations.max_tokens = max(self.observations.max_tokens, int(lengths.max()))
+
+    def _mask(self, stack: str | None, tokens: int, what: str) -> Tensor | None:
+        """The token mask of a stack for a cloud of `tokens` rows; `None` when every row is real."""
+        mask = self.masks[stack or ""]
+        if mask is None or (mask.shape[-1] == tokens and bool(mask.all())):
+            return None
+        if mask.shape[-1] == tokens:
+            return mask
+        if bool(mask.all()):
+            return None
+        raise InputError(
+            f"capture: expected {mask.shape[-1]} tokens at {what}, as in the attention mask, got {tokens}. "
+            "This model changes the number of tokens, so padding cannot be told apart inside it. "
+            "Pass batches without padding (batch_size=1 for texts)."
+        )
+
+    # Sites --------------------------------------------------------------------------------------------------------
+    def _measure_site(self, site: SiteStatistics, stream: Tensor) -> None:
+        cloud = self._cloud(stream)
+        site.width = cloud.shape[-1]
+        mask = self._mask(site.stack, cloud.shape[1], site.site)
+        measured = geometry.cloud_measures(cloud, mask)
+        finite = cloud.isfinite().all(-1)
+        if mask is not None:
+            finite |= ~mask
+        site.not_finite += int((~finite.all(-1)).sum())
+        gap = measured.rank_gap.masked_fill(measured.rank_gap.isinf(), math.nan)
+        plain = [gap if name == "rank_gap" else getattr(measured, name) for name in PLAIN_MEASURES]
+        site.plain = site.plain.add(torch.stack([p.double() for p in plain], -1))
+        massive = [getattr(measured.without_massive, name).double() for name in MASSIVE_MEASURES]
+        site.massive = site.massive.add(torch.stack(massive, -1))
+
+    def _cloud(self, stream: Tensor) -> Tensor:
+        """The stream as [batch, token, width], whatever axes the model uses."""
+        width = stream.shape[-1]
+        if stream.ndim == 3 and stream.shape[0] != self.batch_size and stream.shape[1] == self.batch_size:
+            return stream.transpose(0, 1)  # token-first models
+        if stream.ndim == 3:
+            return stream
+        if stream.ndim > 3:  # a grid of patches
+            return stream.reshape(stream.shape[0], -1, width)
+        return stream.reshape(self.batch_size, -1, width)
+
+    # Attention ----------------------------------------------------------------------------------------------------
+    def _fused_call(
+        self,
+        statistics: AttentionStatistics,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        output = function(*args, **kwargs)
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        q, k, v = (_four_axes(given[n], self.batch_size) for n in names[:3])
+        allowed, bias = _mask_or_bias(given.get("attn_mask"))
+        rows = mixing.row_statistics(
+            q,
+            k,
+            allowed=allowed,
+            bias=bias,
+            query_mask=self._query_mask(statistics, q.shape[-2], q.shape[0]),
+            causal=bool(given.get("is_causal", False)),
+            scale=given.get("scale"),
+            max_logit=self.level == "full" or k.shape[-2] <= MAX_LOGIT_KEYS,
+            susceptibility=self.level == "full",
+        )
+        weights = None
+        if self.level == "full":
+            weights = mixing.attention_weights(
+                q, k, allowed=allowed, bias=bias, causal=bool(given.get("is_causal", False)), scale=given.get("scale")
+            )
+        self._measure_attention(statistics, rows, v, _four_axes(output, self.batch_size), weights)
+        return output
+
+    def _softmax_call(
+        self,
+        pending: list[tuple[Tensor, Tensor]],
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        output = function(*args, **kwargs)
+        pending[:] = [(output, args[0] if args else kwargs["input"])]
+        return output
+
+    def _product_call(
+        self,
+        statistics: AttentionStatistics,
+        pending: list[tuple[Tensor, Tensor]],
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        output = function(*args, **kwargs)
+        weights, logits = (_four_axes(t, self.batch_size) for t in pending.pop())
+        operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        value = _four_axes(operands[statistics.call.value_operand], self.batch_size)
+        keys = value.shape[-2]
+        if weights.ndim != 4 or keys > weights.shape[-1]:
+            reason = "the attention weights do not have the axes batch, head, query, key"
+            statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, reason)
+            return output
+        weights, logits = weights[..., :keys], logits[..., :keys]  # columns beyond the keys are attention sinks
+        query_mask = self._query_mask(statistics, weights.shape[-2], weights.shape[0])
+        rows = mixing.row_statistics_from_weights(
+            weights, logits, query_mask=query_mask, susceptibility=self.level == "full"
+        )
+        full = weights / weights.sum(-1, keepdim=True) if self.level == "full" else None
+        self._measure_attention(statistics, rows, value, _four_axes(output, self.batch_size), full)
+        return output
+
+    def _query_mask(self, statistics: AttentionStatistics, queries: int, sequences: int) -> Tensor | None:
+        mask = self._mask(statistics.stack, queries, f"the attention of block {statistics.block}")
+        return mask if mask is None or mask.shape[0] == sequences else None
+
+    def _key_mask(self, statistics: AttentionStatistics, keys: int, sequences: int) -> Tensor | None:
+        stack = "encoder" if statistics.kind == "cross" else statistics.stack
+        mask = self._mask(stack, keys, f"the keys of block {statistics.block}")
+        return mask if mask is None or mask.shape[0] == sequences else None
+
+    def _measure_attention(
+        self,
+        statistics: AttentionStatistics,
+        rows: mixing.RowStatistics,
+        value: Tensor,
+        mixed: Tensor,
+        weights: Tensor | None,
+    ) -> None:
+        statistics.route = rows.route
+        sequences, count = rows.entropy.shape[:2]
+        undefined = torch.full((sequences, count), math.nan, dtype=torch.float64)
+        columns = {name: undefined for name in ATTENTION_MEASURES}
+        for name in ("entropy", "normalized_entropy", "entropy_floor", "susceptibility"):
+            found = getattr(rows, name)
+            if found is not None:
+                columns[name] = found.double().nanmean(-1)
+        if rows.max_logit is not None:
+            columns["max_logit"] = rows.max_logit.double().nan_to_num(nan=-math.inf).amax(-1)
+        query_mask = self._query_mask(statistics, rows.entropy.shape[-1], sequences)
+        key_mask = self._key_mask(statistics, value.shape[-2], sequences)
+        if mixed.ndim == 4 and mixed.shape[:2] == (sequences, count) and value.shape[0] == sequences:
+            before, after = _spread(value, key_mask), _spread(mixed, query_mask)
+            columns["value_contraction"] = after / before.repeat_interleave(count // before.shape[1], 1)
+        else:
+            statistics.reasons["value_contraction"] = "the mixed values do not have the axes batch, head, token, width"
+        if weights is not None:
+            columns["contraction"], columns["spectral_gap"] = _spectra(weights, query_mask, key_mask)
+        statistics.values = statistics.values.add(
+            torch.stack([columns[n].to("cpu", torch.float64) for n in ATTENTION_MEASURES], 1)
+        )
+
+    def _measure_energy(self, statistics: AttentionStatistics, module: nn.Module, mixed: Tensor) -> None:
+        call = statistics.call
+        cloud = self._cloud(mixed)
+        if cloud.shape[-1] != call.heads * call.head_width:
+            statistics.reasons["energy_share"] = "the output projection's input is not the concatenated heads"
+            return
+        mask = self._mask(statistics.stack, cloud.shape[1], f"the output projection of block {statistics.block}")
+        energy = heads.contribution_energy(cloud, projection_matrix(module, cloud.shape[-1]), call.heads, mask)
+        statistics.energy = statistics.energy.add((energy / energy.sum(-1, keepdim=True)).double())
+
+
+def _four_axes(tensor: Tensor, batch: int) -> Tensor:
+    """[batch, head, token, ·] from that, from [batch·head, token, ·] or from [batch, token, ·] with one head."""
+    if tensor.ndim == 3 and tensor.shape[0] % batch == 0:
+        return tensor.reshape(batch, tensor.shape[0] // batch, *tensor.shape[1:])
+    return tensor
+
+
+def _mask_or_bias(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A fused call's mask as (allowed pairs, additive bias): an additive mask of zeros and forbidden pairs is no bias."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask, None
+    allowed = mask > torch.finfo(mask.dtype).min / 2
+    if bool(((mask == 0) | ~allowed).all()):
+        return allowed, None
+    return None, mask
+
+
+def _spread(x: Tensor, mask: Tensor | None) -> Tensor:
+    """||C X||_F over real tokens for x [batch, head, token, width], as [batch, head] in float64."""
+    x = x.float() if x.dtype != torch.float64 else x
+    if mask is None:
+        return (x - x.mean(-2, keepdim=True)).square().sum((-2, -1)).sqrt().double()
+    real = mask[:, None, :, None]
+    x = torch.where(real, x, 0.0)
+    mean = x.sum(-2, keepdim=True) / real.sum(-2, keepdim=True)
+    return torch.where(real, x - mean, 0.0).square().sum((-2, -1)).sqrt().double()
+
+
+def _spectra(weights: Tensor, query_mask: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Contraction and spectral gap [batch, head] of weights [batch, head, query, key], sequence by sequence."""
+    contraction, gap = [], []
+    for i in range(weights.shape[0]):
+        one = weights[i]
+        if query_mask is not None:
+            one = one[:, query_mask[i]]
+        if key_mask is not None:
+            one = one[:, :, key_mask[i]]
+        contraction.append(mixing.contraction(one))
+        gap.append(mixing.spectral_gap(one))
+    return torch.stack(contraction), torch.stack(gap)
+
+
+def projection_matrix(module: nn.Module, mixed: int) -> Tensor:
+    """W_O as [mixed, width], rows the concatenated heads: from the weight of a plain linear map, else by running the module
+    on the unit vectors (adapters, quantised layers: whatever it is, it is affine)."""
+    weight = getattr(module, "weight", None)
+    if type(module) is nn.Linear and isinstance(weight, Tensor):
+        return weight.detach().T
+    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
+        return weight.detach()
+    reference = next(module.parameters())
+    dtype = reference.dtype if reference.dtype.is_floating_point else torch.float32
+    with torch.no_grad():
+        unit = torch.eye(mixed, device=reference.device, dtype=dtype)
+        image = module(unit[None])[0] - module(torch.zeros_like(unit[:1])[None])[0]
+    assert isinstance(image, Tensor)
+    return image

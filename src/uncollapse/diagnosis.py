@@ -1,0 +1,350 @@
+"""`diagnose`: which collapse, where, what holds it up. The whole of the product's main job in one call.
+
+A model and some text (or ready batches of any modality) go in; the anatomy is proved, one probe pass observes, rules
+judge, and a `Diagnosis` comes out that can show itself, write itself, and be read again a year later.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse import findings, sources
+from uncollapse.anatomy import Anatomy, Layout
+from uncollapse.attribution import heads_records
+from uncollapse.capture import (
+    ATTENTION_MEASURES,
+    MASSIVE_MEASURES,
+    MAX_LOGIT_KEYS,
+    PLAIN_MEASURES,
+    AttentionStatistics,
+    Level,
+    Observations,
+    Progress,
+    SiteStatistics,
+    capture,
+)
+from uncollapse.errors import InputError
+from uncollapse.proof import proved_anatomy
+from uncollapse.records import (
+    AttentionRecord,
+    DiagnosisRecord,
+    Finding,
+    MassiveTokensLeftOut,
+    ModelInfo,
+    Probe,
+    SiteRecord,
+    Statistic,
+    to_json,
+    write_atomically,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DEFAULT_SEQUENCES = 64
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found. `record` is the whole of it, as data."""
+
+    record: DiagnosisRecord
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What fired, the most severe first."""
+        return self.record.findings
+
+    @property
+    def trajectory(self) -> list[SiteRecord]:
+        """The token cloud along depth: the embedding, then each block's output."""
+        return self.record.trajectory
+
+    def show(self, console: Console | None = None) -> None:
+        """Print the table and the findings; in a notebook the object shows its page by itself."""
+        from rich.console import Console
+
+        from uncollapse import report
+
+        report.terminal(self.record, console or Console())
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the page: one file, no network. Raises `InputError` where the path cannot be written."""
+        from uncollapse import report
+
+        write_atomically(path, report.page(self.record))
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The record as JSON; also written to `path` if given."""
+        text = to_json(self.record)
+        if path is not None:
+            write_atomically(path, text)
+        return text
+
+    def _repr_html_(self) -> str:
+        import html
+
+        from uncollapse import report
+
+        page = html.escape(report.page(self.record), quote=True)
+        return f'<iframe srcdoc="{page}" style="width:100%;height:800px;border:0" title="uncollapse diagnosis"></iframe>'
+
+
+def diagnose(
+    model: nn.Module | str | Path = "demo",
+    texts: Sequence[str] | None = None,
+    *,
+    tokenizer: Any = None,
+    batches: Iterable[Mapping[str, Tensor]] | None = None,
+    level: Level = "core",
+    layout: Layout | None = None,
+    sequences: int | None = None,
+    max_tokens: int = 128,
+    batch_size: int = 16,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    name: str | None = None,
+    command: str = "",
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """Diagnose a model on some text, or on batches of any modality.
+
+    model: a loaded `nn.Module`, a hub id, a local directory, or `"demo"` (the packaged MiniLM).
+    texts: one sequence each; without them (and without `batches`) English prose that Python brings along. `tokenizer` is
+    needed beside a loaded model. `batches`: dicts of tensors, passed to the model as they are.
+    level: `"core"`, or `"full"` for contraction, spectral gap, susceptibility and every logit of long sequences.
+    sequences: at most that many of the texts; all given ones, or 64 of the default prose, without it.
+    max_tokens: a sequence is cut there. seed: chooses the default prose. layout: see `uncollapse.Layout`.
+    device, dtype, device_map, trust_remote_code: for a model that is loaded here. name: what the record calls the model.
+    progress: called with (what, done, total).
+
+    The model is left as it was: its hooks, its mode, every bit of its output.
+    Raises `InputError` for input that cannot be used and `UnsupportedModel` where the anatomy cannot be proved.
+    """
+    if level not in ("core", "full"):
+        raise InputError(f"diagnose: expected level 'core' or 'full', got {level!r}. Pass one of the two.")
+    loaded = _loaded(model, tokenizer, name, device, dtype, device_map, trust_remote_code, progress)
+    if batches is not None:
+        if texts is not None:
+            raise InputError("diagnose: expected texts or batches, got both. They are two ways to say the same. Pass one.")
+        source, ready = "batches", sources.check_batches(batches, model=loaded.model)
+    else:
+        source, ready = _text_batches(loaded, texts, sequences, max_tokens, batch_size, seed)
+    if progress is not None:
+        progress("anatomy", 0, 1)
+    anatomy = proved_anatomy(loaded.model, ready[0], layout)
+    if progress is not None:
+        progress("anatomy", 1, 1)
+    observed = capture(loaded.model, ready, anatomy, level=level, seed=seed, progress=progress)
+    options = {
+        "level": level,
+        "sequences": sequences,
+        "max_tokens": max_tokens,
+        "batch_size": batch_size,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "device_map": device_map,
+        "layout": None if layout is None else list(layout.blocks),
+    }
+    return Diagnosis(_record(loaded, anatomy, observed, level, source, seed, command, options))
+
+
+def _loaded(
+    model: nn.Module | str | Path,
+    tokenizer: Any,
+    name: str | None,
+    device: str | None,
+    dtype: str | None,
+    device_map: str | None,
+    trust_remote_code: bool,
+    progress: Progress | None,
+) -> sources.LoadedModel:
+    if isinstance(model, nn.Module):
+        for option, value in {"device": device, "dtype": dtype, "device_map": device_map}.items():
+            if value is not None:
+                raise InputError(
+                    f"diagnose: expected no {option} beside a loaded model, got {value!r}. The model is already somewhere. "
+                    "Move it with model.to(...) first."
+                )
+        label = name or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+        return sources.LoadedModel(model, tokenizer, label, None, "directory")
+    if not isinstance(model, (str, Path)):
+        raise InputError(
+            f"diagnose: expected a model, a name or a path, got {type(model).__name__}. "
+            "A configuration or a pipeline is none. Pass the nn.Module itself."
+        )
+    if progress is not None:
+        progress("load", 0, 1)
+    loaded = sources.load_model(
+        str(model), device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+    )
+    if progress is not None:
+        progress("load", 1, 1)
+    if tokenizer is None and name is None:
+        return loaded
+    return sources.LoadedModel(
+        loaded.model, tokenizer or loaded.tokenizer, name or loaded.name, loaded.revision, loaded.source
+    )
+
+
+def _text_batches(
+    loaded: sources.LoadedModel,
+    texts: Sequence[str] | None,
+    sequences: int | None,
+    max_tokens: int,
+    batch_size: int,
+    seed: int,
+) -> tuple[str, list[dict[str, Tensor]]]:
+    if sequences is not None and sequences < 1:
+        raise InputError(f"diagnose: expected at least one sequence, got sequences={sequences}. Pass a positive number.")
+    source = "texts"
+    if texts is None:
+        source = "English prose from Python's own documentation (pydoc_data.topics)"
+        texts = sources.default_texts(sequences or DEFAULT_SEQUENCES, seed)
+    elif sequences is not None and not isinstance(texts, str):
+        texts = texts[:sequences]
+    problem = loaded.tokenizer_problem
+    return source, sources.tokenize(
+        texts, loaded.tokenizer, max_tokens=max_tokens, batch_size=batch_size, tokenizer_problem=problem
+    )
+
+
+# Records ------------------------------------------------------------------------------------------------------------
+
+
+def _record(
+    loaded: sources.LoadedModel,
+    anatomy: Anatomy,
+    observed: Observations,
+    level: Level,
+    source: str,
+    seed: int,
+    command: str,
+    options: dict[str, Any],
+) -> DiagnosisRecord:
+    trajectory = [_site_record(s) for s in observed.sites]
+    attention = [record for s in observed.attention for record in _attention_records(s, level, observed.max_tokens)]
+    head_records = heads_records(loaded.model, observed.attention)
+    return DiagnosisRecord(
+        versions=_versions(),
+        model=_model_info(loaded, anatomy, observed),
+        probe=Probe(
+            sequences=observed.sequences,
+            tokens=observed.tokens,
+            max_tokens=observed.max_tokens,
+            source=source,
+            seed=seed,
+            level=level,
+            device=str(next((p.device for p in loaded.model.parameters()), "cpu")),
+            command=command,
+            options=options,
+        ),
+        trajectory=trajectory,
+        attention=attention,
+        heads=head_records,
+        norms=[],
+        updates=[],
+        symmetries=[],
+        findings=findings.findings(trajectory, attention, head_records),
+    )
+
+
+def _site_record(site: SiteStatistics) -> SiteRecord:
+    plain = {name: Statistic.of(*site.plain.summary(i)) for i, name in enumerate(PLAIN_MEASURES)}
+    massive = {name: Statistic.of(*site.massive.summary(i)) for i, name in enumerate(MASSIVE_MEASURES)}
+    if site.not_finite and all(v is None for v in plain.values()):
+        missing = "NaN or infinity in every sequence"
+    else:
+        missing = "undefined on this text"
+    unavailable = {name: missing for name, value in plain.items() if value is None}
+    if "rank_gap" in unavailable and not site.not_finite:
+        unavailable["rank_gap"] = "no singular value lies below the cut"
+    return SiteRecord(
+        site=site.site,
+        block=site.block,
+        stack=site.stack,
+        massive_tokens_left_out=MassiveTokensLeftOut(**massive),
+        not_finite=site.not_finite,
+        unavailable=unavailable,
+        **plain,
+    )
+
+
+def _attention_records(statistics: AttentionStatistics, level: Level, max_tokens: int) -> list[AttentionRecord]:
+    records = []
+    for head in range(statistics.call.heads):
+        values = {
+            name: Statistic.of(*statistics.values.summary(i, head)) for i, name in enumerate(ATTENTION_MEASURES)
+        }
+        unavailable = {
+            name: statistics.reasons.get(name) or _missing(name, level, max_tokens)
+            for name, value in values.items()
+            if value is None
+        }
+        records.append(
+            AttentionRecord(
+                block=statistics.block,
+                head=head,
+                stack=statistics.stack,
+                kind=statistics.kind,
+                route=statistics.route,
+                unavailable=unavailable,
+                **values,
+            )
+        )
+    return records
+
+
+def _missing(measure: str, level: Level, max_tokens: int) -> str:
+    if level == "core" and measure in {"susceptibility", "contraction", "spectral_gap"}:
+        return "measured with --level full"
+    if level == "core" and measure == "max_logit" and max_tokens > MAX_LOGIT_KEYS:
+        return f"beyond {MAX_LOGIT_KEYS} keys measured with --level full"
+    return "not finite or undefined on this text"
+
+
+def _model_info(loaded: sources.LoadedModel, anatomy: Anatomy, observed: Observations) -> ModelInfo:
+    model = loaded.model
+    calls = [s.call for s in observed.attention]
+    common = Counter((c.heads, c.key_value_heads, c.head_width) for c in calls).most_common(1)
+    heads, key_value_heads, head_width = common[0][0] if common else (0, 0, 0)
+    parameters = {id(p): p.numel() for p in model.parameters()}
+    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+    backend = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return ModelInfo(
+        name=loaded.name,
+        revision=loaded.revision,
+        architecture=type(model).__name__,
+        blocks=len(anatomy.blocks),
+        heads=heads,
+        key_value_heads=key_value_heads,
+        width=observed.sites[0].width if observed.sites else 0,
+        head_width=head_width,
+        norm_placement=anatomy.norm_placement,
+        parameters=sum(parameters.values()),
+        dtype=str(dtype).removeprefix("torch."),
+        attention_backend=backend or "the model's own",
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("uncollapse", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # run from a source tree, or a model without transformers
+            found[package] = "not installed"
+    return found
