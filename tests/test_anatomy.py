@@ -66,6 +66,15 @@ def _hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
+@families
+def test_eager_attention_with_its_shared_mask_is_read_alike(family: str) -> None:
+    tiny = FAMILIES[family]
+    model = type(tiny.build())._from_config(tiny.build().config, attn_implementation="eager").eval()
+    anatomy = proved_anatomy(model, batch_for(tiny))
+    assert len(anatomy.blocks) == tiny.blocks
+    assert anatomy.norm_placement == tiny.placement
+
+
 def test_a_shared_block_counts_every_call() -> None:
     tiny = FAMILIES["albert"]
     anatomy = proved_anatomy(tiny.build().eval(), batch_for(tiny))
@@ -232,6 +241,26 @@ def test_a_model_without_attention_is_refused_with_what_was_found() -> None:
 
     with pytest.raises(uc.UnsupportedModel, match=r"0 attention calls.*0 residual additions"):
         proved_anatomy(Takes().eval(), {"x": torch.randn(2, 3, 4)})
+
+
+def test_a_picture_that_misses_a_block_is_refused() -> None:
+    class Hides(nn.Module):
+        """A block whose residual additions are no torch additions: invisible to tracing."""
+
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+            attention, _ = self.block.attn(self.block.ln_1(x))
+            x = torch.stack([x, attention]).sum(0)
+            return torch.stack([x, self.block.mlp(self.block.ln_2(x))]).sum(0)
+
+    tiny = FAMILIES["gpt2"]
+    model = tiny.build().eval()
+    model.h[1] = Hides(model.h[1])
+    with pytest.raises(uc.UnsupportedModel, match=r"attention in h\.1\.block\.attn belongs to no block"):
+        proved_anatomy(model, batch_for(tiny))
 
 
 def test_a_layout_names_the_blocks_and_is_checked() -> None:

@@ -20,6 +20,7 @@ _HOME = {
     "UncollapseError": "errors",
     "UnsupportedModel": "errors",
     "diagnose": "diagnosis",
+    "without": "interventions",
 }
 _MODULES = ("geometry", "heads", "mixing")
 
@@ -34,6 +35,7 @@ __all__ = [
     "geometry",
     "heads",
     "mixing",
+    "without",
 ]
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from uncollapse.anatomy import Layout
     from uncollapse.diagnosis import Diagnosis, diagnose
     from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
+    from uncollapse.interventions import without
 
 
 def __getattr__(name: str) -> Any:

@@ -27,11 +27,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from uncollapse.errors import UnsupportedModel
-from uncollapse.interception import Handler, Point, addition_operands, chosen_operand, writes_in_place
+from uncollapse.interception import Handler, Point, chosen_operand
 
 PartKind = Literal["attention", "cross", "mlp", "mixer"]
 NormRole = Literal["before", "after", "inner", "post"]
@@ -135,9 +134,11 @@ class Identity:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The proved picture of a model. `proof` lists every identity that was checked."""
+    """The proved picture of a model. `outer_norms` are the norm calls outside the blocks (of the embedding, the final one);
+    `proof` lists every identity that was checked."""
 
     blocks: tuple[Block, ...]
+    outer_norms: tuple[ModuleCall, ...] = ()
     proof: tuple[Identity, ...] = ()
 
     @property
@@ -177,28 +178,23 @@ class Layout:
             )
 
 
-def removal(block: Block, leaves: Collection[int]) -> dict[Point, Handler]:
-    """Handlers that leave out of the block's additions the given leaves: part numbers, and `STREAM` for the residual.
-
-    Where nothing of an addition is left its result is zero. Acts at the addition itself, so nothing is rounded twice.
-    """
+def removal(block: Block, parts: Collection[int], *, residual: bool = False) -> dict[Point, Handler]:
+    """Handlers that leave the given parts out of the block's additions, so that the stream passes there; with `residual`
+    also the stream, wherever a part is left to go on alone. Acts at the addition itself: nothing is rounded twice."""
     handlers: dict[Point, Handler] = {}
-    for residual in block.residuals:
-        for node in residual.additions:
-            first, second = node.first - set(leaves), node.second - set(leaves)
+    for addition in block.residuals:
+        gone = set(parts) & set(addition.parts)
+        if residual and len(gone) < len(addition.parts):
+            gone.add(STREAM)
+        for node in addition.additions:
+            first, second = node.first - gone, node.second - gone
             if not (first and second):
-                handlers[node.point] = _keeping(0 if first else 1 if second else None)
+                handlers[node.point] = _keeping(0 if first or not second else 1)
     return handlers
 
 
-def _keeping(operand: int | None) -> Handler:
+def _keeping(operand: int) -> Handler:
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if operand is not None:
-            return chosen_operand(function, args, kwargs, operand)
-        first, second = addition_operands(args, kwargs)
-        if writes_in_place(function):
-            return first.zero_()
-        shape = torch.broadcast_shapes(first.shape, second.shape)
-        return first.new_zeros(shape, dtype=torch.promote_types(first.dtype, second.dtype))
+        return chosen_operand(function, args, kwargs, operand)
 
     return handler

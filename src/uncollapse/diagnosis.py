@@ -23,7 +23,6 @@ from uncollapse.attribution import heads_records
 from uncollapse.capture import (
     ATTENTION_MEASURES,
     MASSIVE_MEASURES,
-    MAX_LOGIT_KEYS,
     PLAIN_MEASURES,
     AttentionStatistics,
     Level,
@@ -35,6 +34,7 @@ from uncollapse.capture import (
 from uncollapse.errors import InputError
 from uncollapse.proof import proved_anatomy
 from uncollapse.records import (
+    DIAGNOSIS_SCHEMA,
     AttentionRecord,
     DiagnosisRecord,
     Finding,
@@ -124,7 +124,7 @@ def diagnose(
     model: a loaded `nn.Module`, a hub id, a local directory, or `"demo"` (the packaged MiniLM).
     texts: one sequence each; without them (and without `batches`) English prose that Python brings along. `tokenizer` is
     needed beside a loaded model. `batches`: dicts of tensors, passed to the model as they are.
-    level: `"core"`, or `"full"` for contraction, spectral gap, susceptibility and every logit of long sequences.
+    level: `"core"`, or `"full"` for contraction, spectral gap and susceptibility as well.
     sequences: at most that many of the texts; all given ones, or 64 of the default prose, without it.
     max_tokens: a sequence is cut there. seed: chooses the default prose. layout: see `uncollapse.Layout`.
     device, dtype, device_map, trust_remote_code: for a model that is loaded here. name: what the record calls the model.
@@ -236,9 +236,10 @@ def _record(
     options: dict[str, Any],
 ) -> DiagnosisRecord:
     trajectory = [_site_record(s) for s in observed.sites]
-    attention = [record for s in observed.attention for record in _attention_records(s, level, observed.max_tokens)]
+    attention = [record for s in observed.attention for record in _attention_records(s, level)]
     head_records = heads_records(loaded.model, observed.attention)
     return DiagnosisRecord(
+        schema=DIAGNOSIS_SCHEMA,
         versions=_versions(),
         model=_model_info(loaded, anatomy, observed),
         probe=Probe(
@@ -283,14 +284,14 @@ def _site_record(site: SiteStatistics) -> SiteRecord:
     )
 
 
-def _attention_records(statistics: AttentionStatistics, level: Level, max_tokens: int) -> list[AttentionRecord]:
+def _attention_records(statistics: AttentionStatistics, level: Level) -> list[AttentionRecord]:
     records = []
     for head in range(statistics.call.heads):
         values = {
             name: Statistic.of(*statistics.values.summary(i, head)) for i, name in enumerate(ATTENTION_MEASURES)
         }
         unavailable = {
-            name: statistics.reasons.get(name) or _missing(name, level, max_tokens)
+            name: statistics.reasons.get(name) or _missing(name, level)
             for name, value in values.items()
             if value is None
         }
@@ -308,11 +309,9 @@ def _attention_records(statistics: AttentionStatistics, level: Level, max_tokens
     return records
 
 
-def _missing(measure: str, level: Level, max_tokens: int) -> str:
+def _missing(measure: str, level: Level) -> str:
     if level == "core" and measure in {"susceptibility", "contraction", "spectral_gap"}:
         return "measured with --level full"
-    if level == "core" and measure == "max_logit" and max_tokens > MAX_LOGIT_KEYS:
-        return f"beyond {MAX_LOGIT_KEYS} keys measured with --level full"
     return "not finite or undefined on this text"
 
 

@@ -37,9 +37,9 @@ RANK_WARNING = 0.5
 UNIFORM_WARNING = 0.99
 # ||C A V|| / ||C V|| of the *most* alive head of a block: 0.01 means that every token gets the same mixture.
 RANK_ONE_WARNING = 0.01
-# Normalised entropy below 0.05 with logits beyond 50: exp(-50) is what single precision cannot tell from zero. Heads that
-# rest on one token (attention sinks) reach as low an entropy, but with logits of ordinary size.
-FROZEN_ENTROPY, FROZEN_LOGIT = 0.05, 50.0
+# Normalised entropy below 0.05 with logits beyond 88: exp(-88) is zero in single precision, and so is its gradient. Heads that
+# look at one token (sinks, or at themselves) reach as low an entropy with ordinary logits: MiniLM has one, its logits 38.
+FROZEN_ENTROPY, FROZEN_LOGIT = 0.05, 88.0
 # Mean squared cosine between two write spaces: 0.99 leaves a tenth of a radian between the heads.
 IDENTICAL_OVERLAP = 0.99
 

@@ -46,13 +46,15 @@ class _Sum:
 def read(model: nn.Module, recorded: Trace, layout: Layout | None = None) -> Anatomy:
     """The picture that the graph shows; not yet proved. Raises `UnsupportedModel` where no blocks can be made out."""
     reader = _Reader(model, recorded)
-    return Anatomy(tuple(reader.blocks(layout)))
+    blocks = tuple(reader.blocks(layout))
+    return Anatomy(blocks, reader.outer_norms(blocks))
 
 
 class _Reader:
     def __init__(self, model: nn.Module, recorded: Trace) -> None:
         self.model = model
         self.t = recorded
+        self.parameters = sum(1 << n.index for n in recorded.nodes if n.operation == "parameter")
         self.attention_of = self._attention_operations()
         self.sums = self._sums()
         self._norm_kinds: dict[str, Literal["layer", "rms"] | None] = {}
@@ -106,12 +108,19 @@ class _Reader:
         node = self.t.nodes[index]
         return node.operation == "add" and sum(self.t.nodes[i].is_data for i in node.inputs) >= 2
 
-    def _stream_value(self, operand: int, update: int) -> int | None:
+    def _carries_tokens(self, index: int, size: int) -> bool:
+        """Whether a value can be the stream of a sum of this size. An attention mask is no stream: nothing learned is in it,
+        though in later blocks every score depends on it through learned products."""
+        node = self.t.nodes[index]
+        learned = bool(self.t.ancestors[index] & self.parameters) or node.operation == "batch"
+        return node.is_floating and node.size == size and learned
+
+    def _stream_value(self, operand: int, update: int, size: int) -> int | None:
         """The first value behind `operand`, through additions, casts and scalings, that `update` is learned from."""
         frontier = [operand]
         while frontier:
             index = frontier.pop(0)
-            if self.t.learned(update, index):
+            if self.t.learned(update, index) and self._carries_tokens(index, size):
                 return index
             if self._is_addition(index):
                 frontier.extend(i for i in self.t.nodes[index].inputs if self.t.nodes[i].is_data)
@@ -128,7 +137,7 @@ class _Reader:
                 continue
             first, second = node.inputs[0], node.inputs[1]
             for stream, update in ((first, second), (second, first)):
-                value = self._stream_value(stream, update)
+                value = self._stream_value(stream, update, node.size)
                 if value is not None:
                     candidates.append((node.index, value, stream, update))
                     break
@@ -330,6 +339,16 @@ class _Reader:
             self._norm_kinds[call.name] = behaves_as_norm(self.model.get_submodule(call.name), shape)
         return self._norm_kinds[call.name]
 
+    def outer_norms(self, blocks: tuple[Block, ...]) -> tuple[ModuleCall, ...]:
+        """The norm calls that happen in no block."""
+        inside = {(b.module.name, b.module.call) for b in blocks}
+        found = []
+        for call in self.t.calls:
+            around = {(self.t.calls[i].name, self.t.calls[i].ordinal) for i in self.t.call_path(call.index)}
+            if not around & inside and self.norm_kind(call) is not None:
+                found.append(ModuleCall(call.name, call.ordinal))
+        return tuple(found)
+
     def _norms(self, block: Call, sums: list[_Sum], parts_of: list[list[int]], stream_out: int) -> list[Norm]:
         calls = [c for c in self.t.calls if block.first <= c.first and c.last <= block.last and c.index != block.index]
         norms: list[Norm] = []
@@ -428,9 +447,21 @@ class _Reader:
             by_name = dict(zip(layout.blocks, layout.stacks, strict=True))
             stacks = [by_name[n] for n in names]
         blocks = [self._block(c, s) for c, s in zip(calls, stacks, strict=True)]
+        if layout is None:
+            self._require_every_attention(blocks)
         if layout is None or not layout.stacks:
             blocks = self._with_stacks(blocks, calls)
         return blocks
+
+    def _require_every_attention(self, blocks: list[Block]) -> None:
+        """Refuse a picture that leaves out attention of a kind it has elsewhere: a block was missed. Attention of another
+        class, such as a pooling head's, may stand outside the blocks."""
+        inside = {c.score for b in blocks for p in b.parts for c in p.attention}
+        classes = {type(self.model.get_submodule(point.owner)) for point in inside}
+        for score in self.attention_of:
+            point = self._point(score)
+            if point not in inside and type(self.model.get_submodule(point.owner)) in classes:
+                raise self._refusal(f"the attention in {point.owner or 'the model itself'} belongs to no block that was found")
 
     def _with_stacks(self, blocks: list[Block], calls: list[Call]) -> list[Block]:
         """Encoder and decoder, told by cross-attention: a parent whose blocks cross is a decoder, what it reads an encoder."""

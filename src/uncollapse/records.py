@@ -34,7 +34,7 @@ Stack = Literal["encoder", "decoder"]
 AttentionKind = Literal["self", "cross"]
 PHENOMENA: tuple[Phenomenon, ...] = get_args(Phenomenon)[:4]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
-DIAGNOSIS_SCHEMA = "uncollapse/diagnosis/1"
+DIAGNOSIS_SCHEMA: Literal["uncollapse/diagnosis/1"] = "uncollapse/diagnosis/1"
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ class AttentionRecord:
     """One head of one attention call. Entropies in nats; logits after scaling, bias and mask, as the softmax saw them.
 
     `value_contraction` is ||C A V||_F / ||C V||_F on the probe: how much of the values' spread survives the mixing, at most
-    `contraction` = ||C A||_2. `route` says where the figures came from: `fused` (queries and keys, never n x n),
-    `logits` (recomputed in row chunks from queries, keys and the layer's own bias) or `weights` (the model's softmax).
+    `contraction` = ||C A||_2. `route` says where the figures came from: `logits` (recomputed tile by tile from the queries
+    and keys of a fused call and its own mask or bias; never n x n) or `weights` (the softmax the model ran itself).
     """
 
     block: int
@@ -243,6 +243,7 @@ class Finding:
 class DiagnosisRecord:
     """The whole of one diagnosis."""
 
+    schema: Literal["uncollapse/diagnosis/1"]
     versions: dict[str, str]
     model: ModelInfo
     probe: Probe
@@ -253,7 +254,6 @@ class DiagnosisRecord:
     updates: list[UpdateRecord]
     symmetries: list[SymmetryRecord]
     findings: list[Finding]
-    schema: str = DIAGNOSIS_SCHEMA
 
 
 Record = TypeVar("Record")

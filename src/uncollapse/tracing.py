@@ -68,6 +68,7 @@ class Node:
     shape: tuple[int, ...]
     is_data: bool
     is_parameter: bool
+    is_floating: bool
     scalars: tuple[float, ...] = ()
 
     @property
@@ -193,7 +194,16 @@ class _Recorder(TorchFunctionMode):
     ) -> int:
         index = len(self.nodes)
         node = Node(
-            index, operation, inputs, self.stack[-1], ordinal, tuple(tensor.shape), is_data, is_parameter, scalars
+            index,
+            operation,
+            inputs,
+            self.stack[-1],
+            ordinal,
+            tuple(tensor.shape),
+            is_data,
+            is_parameter,
+            tensor.is_floating_point(),
+            scalars,
         )
         ancestors = learned = 0
         for i in inputs:

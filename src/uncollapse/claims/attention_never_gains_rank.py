@@ -1,0 +1,60 @@
+"""One head cannot raise the rank; two can."""
+
+from __future__ import annotations
+
+from uncollapse import exact
+from uncollapse.claims.draws import Draws, heads, shifted, softmax
+from uncollapse.claims.ledger import HERE, Claim, Counterexample, Finding, shown, tally
+
+X = ((1, 0), (0, 0))
+LOGIT_FORMS = (((0, 0), (0, 0)), ((1, 0), (0, 0)))  # times ln 2
+VALUES = (((1, 0), (0, 1)), ((0, 1), (1, 0)))
+
+
+def check(trials: int, seed: int, *, count: int = 1, sinks: bool = False) -> Finding:
+    """`count=2` asks the same of two heads, `sinks=True` drops A1 = 1."""
+    draws = Draws("attention-never-gains-rank", seed)
+    rank, affine, bias, several = [], [], [], []
+    for trial in range(trials):
+        n, d = draws.randint(2, 5), draws.randint(2, 5)
+        x = shifted(draws.of_rank(n, d, 1, 2), draws.matrix(1, d, 1)) if trial % 2 else draws.matrix(n, d, 1)
+        patterns = [draws.pattern(n, causal=trial % 3 == 0, sinks=sinks) for _ in range(3)]
+        weights = [draws.matrix(d, d) for _ in range(3)]
+        y = heads(x, patterns[:count], weights[:count])
+        rank.append(exact.rank(y) <= exact.rank(x))
+        affine.append(exact.affine_rank(y) <= exact.affine_rank(x))
+        biased = shifted(y, draws.matrix(1, d))
+        bias.append(exact.rank(biased) <= exact.rank(y) + 1 and exact.affine_rank(biased) == exact.affine_rank(y))
+        several.append(exact.rank(heads(x, patterns, weights)) <= 3 * exact.rank(x))
+    x = exact.rational(X)
+    patterns = [softmax(x * exact.rational(form) * x.transpose()) for form in LOGIT_FORMS]
+    y = heads(x, patterns, [exact.rational(value) for value in VALUES])
+    gained = exact.rank(x) == 1 and exact.rank(y) == 2
+    return [
+        tally(f"rank of the output <= rank of X, {count} head(s)", rank),
+        tally("affine rank of the output <= affine rank of X", affine),
+        tally("a value bias adds at most 1 to the rank and nothing to the affine rank", bias),
+        tally("three heads reach at most 3 rank X", several),
+        shown("two softmax heads gain rank", f"{exact.rank(x)} -> {exact.rank(y)}", gained),
+    ], Counterexample(
+        "attention without a residual never gains rank (two heads)",
+        {
+            "X": exact.text(x),
+            "A_1": exact.text(patterns[0]),
+            "A_2": exact.text(patterns[1]),
+            "W_1": exact.text(VALUES[0]),
+            "W_2": exact.text(VALUES[1]),
+            "Y": exact.text(y),
+        },
+        "A_1 and A_2 are true softmax patterns (logits 0, and ln 2 * x_1 x_1); their outputs point along different axes.",
+        "rank 2 needs two tokens and width two; X and the logits have one non-zero entry",
+    )
+
+
+CLAIM = Claim(
+    "attention-never-gains-rank",
+    "Without the residual, attention cannot gain rank or affine rank; H heads reach at most H times the rank.",
+    HERE,
+    check,
+    hypotheses=("one head", "every row of A sums to one (for the affine rank)"),
+)

@@ -1,0 +1,146 @@
+"""What a claim is, what checking it leaves behind, and the one rule that turns evidence into a verdict.
+
+A check never names its verdict. It returns evidence, each piece with a role and a three-valued outcome (`passed` is None
+where nothing could be decided), and `verdict` reads the outcome off:
+
+* a failed piece about the *statement* refutes it;
+* a piece about the statement, or about the *boundary* (the hypothesis is needed, the exception exists), that could not
+  be confirmed leaves it undecided;
+* otherwise the kind of the claim and whether it has hypotheses decide how it holds.
+
+Random exact draws do not prove a universal statement; docs/theory.md does. They would have caught a wrong proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from flint import ctx
+
+Verdict = Literal["holds", "holds generically", "holds under hypotheses", "refuted as stated", "measured", "undecided"]
+Kind = Literal["universal", "generic", "measured"]
+Role = Literal["statement", "boundary", "context"]
+LEDGER_SCHEMA = "uncollapse/ledger/1"
+_PRECISION = 320  # bits of the ball arithmetic: distances down to 1e-60 stay apart from zero
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One thing that was looked at. `passed`: it came out as `what` says; None where that could not be decided.
+
+    `exact` says that it was decided in rational or rigorous interval arithmetic, not in floating point.
+    """
+
+    what: str
+    observed: int | float | str
+    expected: int | float | str | None = None
+    passed: bool | None = None
+    role: Role = "statement"
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Counterexample:
+    """Matrices one can copy, rows of rationals such as "3/2", and what they show. `minimal` says in which sense."""
+
+    refutes: str
+    matrices: dict[str, list[list[str]]]
+    shows: str
+    minimal: str
+
+
+@dataclass(frozen=True)
+class ClaimResult:
+    """One claim of the ledger: one id, one statement, one verdict."""
+
+    id: str
+    statement: str
+    source: str
+    verdict: Verdict
+    hypotheses: list[str]
+    evidence: list[Evidence]
+    counterexample: Counterexample | None
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All that was checked, and with what."""
+
+    versions: dict[str, str]
+    trials: int
+    seed: int
+    claims: list[ClaimResult]
+    schema: str = LEDGER_SCHEMA
+
+
+Finding = tuple[list[Evidence], Counterexample | None]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement with its check. `check(trials, seed, **variant)` returns evidence and, if any, the counterexample.
+
+    Variants weaken a hypothesis or corrupt the statement; the tests use them to see every verdict change.
+    """
+
+    id: str
+    statement: str
+    source: str
+    check: Callable[..., Finding]
+    hypotheses: Sequence[str] = field(default=())
+    kind: Kind = "universal"
+
+    def run(self, trials: int, seed: int, **variant: Any) -> ClaimResult:
+        """Check it and read the verdict off the evidence."""
+        with ctx.workprec(_PRECISION):
+            evidence, counterexample = self.check(trials, seed, **variant)
+        decided = verdict(self.kind, evidence, bool(self.hypotheses))
+        return ClaimResult(
+            self.id, self.statement, self.source, decided, list(self.hypotheses), evidence, counterexample
+        )
+
+
+def verdict(kind: Kind, evidence: Sequence[Evidence], hypotheses: bool) -> Verdict:
+    """The verdict that the evidence supports; see the module's docstring for the rule."""
+    stated = [piece.passed for piece in evidence if piece.role == "statement"]
+    boundary = [piece.passed for piece in evidence if piece.role == "boundary"]
+    if False in stated:
+        return "refuted as stated"
+    if not stated or None in stated or not all(boundary):
+        return "undecided"
+    if kind == "measured":
+        return "measured"
+    if kind == "generic":
+        return "holds generically"
+    return "holds under hypotheses" if hypotheses else "holds"
+
+
+def tally(what: str, outcomes: Sequence[bool | None], *, role: Role = "statement", exact: bool = True) -> Evidence:
+    """Evidence from many cases: it passed if every case did, failed if one failed, and is open if one is or none was run."""
+    failed, undecided = outcomes.count(False), outcomes.count(None)
+    observed = f"{failed} exceptions in {len(outcomes)} cases" + (f", {undecided} undecided" if undecided else "")
+    passed = False if failed else (None if undecided or not outcomes else True)
+    return Evidence(what, observed, "0 exceptions", passed, role, exact)
+
+
+def found(what: str, outcomes: Sequence[bool | None], *, role: Role = "statement", exact: bool = True) -> Evidence:
+    """Evidence of existence: it passed if one case did, and failed if every one was decided against it."""
+    hits = outcomes.count(True)
+    passed = True if hits else (None if None in outcomes or not outcomes else False)
+    return Evidence(what, f"{hits} of {len(outcomes)} cases", "at least 1", passed, role, exact)
+
+
+def equal(what: str, observed: int | str, expected: int | str, *, role: Role = "statement") -> Evidence:
+    """Evidence from one exact figure and what it should be."""
+    return Evidence(what, observed, expected, observed == expected, role)
+
+
+def shown(what: str, observed: int | float | str, passed: bool | None, *, role: Role = "boundary") -> Evidence:
+    """Evidence from one example, most often at the boundary of the claim."""
+    return Evidence(what, observed, None, passed, role)
+
+
+PAPER = "G. Cirrincione, Rank, Head-Channel Non-Identifiability, and Symmetry Breaking, arXiv 2604.23681 (2026)"
+HERE = "derived and proved in docs/theory.md"

@@ -1,0 +1,96 @@
+"""What is true of that sentence: attention stays in the reachable space of its weights, a nonlinear MLP does not."""
+
+from __future__ import annotations
+
+from flint import fmpq_mat
+
+from uncollapse import exact
+from uncollapse.claims.draws import Draws, heads, relu
+from uncollapse.claims.ledger import HERE, Claim, Counterexample, Finding, found, shown, tally
+
+SMALLEST = ((1, -1),)
+
+
+def reachable(x: fmpq_mat, layers: list[list[fmpq_mat]]) -> fmpq_mat:
+    """Rows spanning sum over paths of row(X) W_path: every layer adds the images under each of its heads."""
+    space = x
+    for weights in layers:
+        space = exact.above(space, *(space * weight for weight in weights))
+    return space
+
+
+def check(trials: int, seed: int, *, activation: str = "relu", norms: bool = False) -> Finding:
+    """`activation="linear"` takes the nonlinearity away; `norms=True` lets a mean subtraction in."""
+    draws = Draws("mlp-leaves-the-reachable-space", seed)
+    proper, stays, linear_stays, leaves = [], [], [], []
+    for _ in range(trials):
+        # All weights preserve one k-dimensional row space U: block-triangular in the basis T.
+        d = draws.randint(3, 5)
+        k = draws.randint(1, d - 2)
+        n, basis = draws.randint(1, 4), draws.invertible(d)
+        inverse = basis.inv()
+
+        def preserving(d: int = d, k: int = k, basis: fmpq_mat = basis, inverse: fmpq_mat = inverse) -> fmpq_mat:
+            block = draws.matrix(d, d, 2).tolist()
+            rows = [[0 if i < k <= j else entry for j, entry in enumerate(row)] for i, row in enumerate(block)]
+            return inverse * exact.from_rows(rows, d) * basis
+
+        start = x = draws.matrix(n, k) * exact.part(basis, range(k), range(d))
+        layers = [[preserving() for _ in range(2)] for _ in range(2)]
+        space = reachable(start, layers)
+        proper.append(exact.rank(space) < d)
+        for weights in layers:
+            x = x + heads(x, [draws.pattern(n) for _ in weights], weights)
+            if norms:
+                x = x * exact.centring(d)
+        stays.append(exact.in_row_space(space, x))
+        first, second = preserving(), preserving()
+        both = exact.above(space, space * first, space * first * second)
+        hidden = x * first
+        linear_stays.append(norms or exact.in_row_space(both, hidden * second))
+        output = (relu(hidden) if activation == "relu" else hidden) * second
+        mixed = any(entry > 0 for row in hidden.tolist() for entry in row) and relu(hidden) != hidden
+        if mixed:
+            leaves.append(not exact.in_row_space(exact.above(both, x), output))
+    x = exact.rational(SMALLEST)
+    image, positive = relu(x), exact.ones(1, 2)
+    return [
+        tally("the reachable space of the drawn weights is not the whole width", proper),
+        tally("two attention layers with residuals stay in the reachable space, for the patterns drawn", stays),
+        tally("a linear MLP whose weights preserve the same space stays in it", linear_stays),
+        found(f"a token-wise {activation} MLP with such weights leaves it", leaves),
+        shown(
+            "tokens on which ReLU is the identity stay: x = (1, 1)",
+            "inside",
+            exact.in_row_space(positive, relu(positive)),
+        ),
+        shown(
+            "a mean subtraction leaves the span by itself: x = (0, 1)",
+            "outside",
+            not exact.in_row_space([[0, 1]], exact.rational([[0, 1]]) * exact.centring(2)),
+        ),
+        shown(
+            "all weights the identity: ReLU leaves the span of (1, -1)",
+            str(exact.text(image)[0]),
+            not exact.in_row_space(x, image),
+        ),
+    ], Counterexample(
+        "a token-wise map with identity weights stays in the span of the embeddings",
+        {"X": exact.text(x), "W_1 = W_2": exact.text(exact.identity(2)), "ReLU(X W_1) W_2": exact.text(image)},
+        "with W_h = c I no attention stack leaves span{(1, -1)}; the ReLU of that token is (1, 0).",
+        "one token of width two with entries of absolute value one",
+    )
+
+
+CLAIM = Claim(
+    "mlp-leaves-the-reachable-space",
+    "For all patterns at once, attention with residuals keeps every token in the sum over paths of row(X) W_path; a "
+    "token-wise nonlinear MLP whose weights preserve that space leaves it, a linear one does not.",
+    HERE,
+    check,
+    hypotheses=(
+        "no norms and no biases in the attention stack",
+        "the reachable space is not the whole width",
+        "some hidden unit of the MLP sees both signs",
+    ),
+)

@@ -1,0 +1,79 @@
+"""With a residual almost every choice of weights keeps the rank, whatever the patterns; without it a pattern can forbid it."""
+
+from __future__ import annotations
+
+from flint import fmpq_mat
+
+from uncollapse import exact
+from uncollapse.claims import balls
+from uncollapse.claims.draws import Draws, heads, softmax, uniform
+from uncollapse.claims.ledger import PAPER, Claim, Counterexample, Finding, found, shown, tally
+from uncollapse.normalization import rank_change
+
+EXCEPTION = (((1,),), ((1,),), ((-1,),))  # X, A, W: the head takes away what the residual carries
+SHAPES = ((2, 2), (3, 2), (2, 4), (3, 3), (4, 3), (4, 5))
+_SIZE = 1000  # weights from [-1000, 1000]: a minor that is not identically 0 vanishes with probability <= degree/2001
+
+
+def two_layers(draws: Draws, n: int, d: int) -> bool | None:
+    """Whether two softmax layers with residuals keep rank min(n, d), certified by a ball determinant."""
+    x = balls.balls(draws.of_rank(n, d, min(n, d), 2))
+    for _ in range(2):
+        forms = [balls.balls(draws.matrix(d, d, 2) / 8) for _ in range(2)]
+        weights = [balls.balls(draws.matrix(d, d, 2) / 2) for _ in range(2)]
+        x = balls.total(x, balls.attention(x, forms, weights))
+    size = min(n, d)
+    return balls.certainly_full_rank([row[:size] for row in x[:size]])
+
+
+def check(trials: int, seed: int, *, residual: bool = True, patterns: str = "all kinds") -> Finding:
+    """`residual=False` takes the residual away; `patterns="uniform"` fixes the patterns a collapse tends to."""
+    draws = Draws("residual-obstructs-collapse", seed)
+    witnesses, real, deep, post, bare = [], [], [], [], []
+
+    def witness(x: fmpq_mat, given: list[fmpq_mat], carried: bool) -> bool:
+        """One draw of full rank proves that almost every W has it; three are tried."""
+        for _ in range(3):
+            y = heads(x, given, [draws.matrix(x.ncols(), x.ncols(), _SIZE) for _ in given])
+            if exact.rank(x + y if carried else y) >= exact.rank(x):
+                return True
+        return False
+
+    for trial in range(trials):
+        n, d = SHAPES[trial % len(SHAPES)]
+        x = draws.of_rank(n, d, draws.randint(1, min(n, d)))
+        kinds = [uniform(n), exact.identity(n), draws.pattern(n, causal=True), draws.pattern(n)]
+        given = [uniform(n)] if patterns == "uniform" else draws.sample(kinds, draws.randint(1, 3))
+        witnesses.append(witness(x, given, residual))
+        logits = x * draws.matrix(d, d, 1) * x.transpose()
+        real.append(witness(x, [softmax(logits)], residual))
+        bare.append(witness(x, [softmax(logits), softmax(logits * 0)], False))
+        if trial % 20 == 0:
+            deep.append(two_layers(draws, n, d))
+            y = x + heads(x, given, [draws.matrix(d, d, _SIZE)] * len(given))
+            post.append(rank_change(y, eps=1).after.rank >= rank_change(x, eps=1).after.rank)
+    x, a, w = (exact.rational(part) for part in EXCEPTION)
+    vanished = exact.rank(x + a * x * w)
+    return [
+        tally("some W has rank(X + sum A_h X W_h) >= rank X, hence almost every W (fixed patterns)", witnesses),
+        tally("the same with the softmax patterns of X itself", real),
+        tally("two softmax layers with random W_QK and W keep full rank (certified determinant)", deep),
+        tally("post-norm: the stacked output keeps the rank that LN X has", post),
+        shown("an exceptional W exists: A = I, W = -I", f"rank {exact.rank(x)} -> {vanished}", vanished == 0),
+        found("context: true softmax attention without the residual keeps the exact rank too", bare, role="context"),
+    ], Counterexample(
+        "every W keeps the rank (it is almost every, not every)",
+        {"X": exact.text(x), "A": exact.text(a), "W": exact.text(w), "X + A X W": exact.text(x + a * x * w)},
+        "the one head cancels the residual.",
+        "one token of width one",
+    )
+
+
+CLAIM = Claim(
+    "residual-obstructs-collapse",
+    "Residual connections generically obstruct rank collapse: for any attention patterns, and for softmax attention, "
+    "almost every choice of weights keeps the rank of X.",
+    PAPER + ", abstract (measure-theoretic sense)",
+    check,
+    kind="generic",
+)

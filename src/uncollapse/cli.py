@@ -1,0 +1,314 @@
+"""The command line: parse, call, show, exit code. No decision about a model is taken here.
+
+Nothing heavy is imported before the arguments are known to be good, so `--help` answers at once.
+
+Exit codes: 0 done; 1 done, with a finding at or above `--fail-on`; 2 the input cannot be used (one line on stderr);
+130 interrupted. A traceback means a bug.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from uncollapse.errors import InputError, UncollapseError
+from uncollapse.records import SEVERITIES, Finding, Severity
+
+if TYPE_CHECKING:
+    from uncollapse.diagnosis import Diagnosis
+
+FOUND, REFUSED, INTERRUPTED = 1, 2, 130
+STDOUT = "-"
+
+MEASURE, TEXT, OUTPUT, MACHINE = "What to measure", "On what text", "Output", "Machine"
+
+Model = Annotated[
+    str, typer.Argument(help="A hub id, a folder that save_pretrained wrote, or `demo`: the packaged MiniLM, offline.")
+]
+Level = Annotated[
+    Literal["core", "full"],
+    typer.Option(
+        help="`full` adds contraction, spectral gap, susceptibility and nonlinear innovation, and takes longer.",
+        rich_help_panel=MEASURE,
+    ),
+]
+ContextLengths = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,N,…", help="Measure again at each of these sequence lengths, in tokens.", rich_help_panel=MEASURE
+    ),
+]
+FailOn = Annotated[
+    Severity | None,
+    typer.Option(help="Exit with 1 when a finding is at least this severe.", rich_help_panel=MEASURE),
+]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE",
+        help="A UTF-8 file, blank lines between sequences; repeat it for more files. Left out: built-in English prose.",
+        rich_help_panel=TEXT,
+    ),
+]
+SequenceLimit = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Use at most this many sequences. Left out: all of your text, or 64 of the built-in prose.",
+        rich_help_panel=TEXT,
+    ),
+]
+MaxTokens = Annotated[int, typer.Option(min=2, help="Cut each sequence at this many tokens.", rich_help_panel=TEXT)]
+Seed = Annotated[int, typer.Option(min=0, help="Chooses the paragraphs of the built-in prose.", rich_help_panel=TEXT)]
+Json = Annotated[
+    str | None,
+    typer.Option(
+        "--json",
+        metavar="FILE|-",
+        help="Write the record as JSON; `-` puts it on stdout and everything else on stderr.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Html = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Write a page that needs no network to be read.", rich_help_panel=OUTPUT),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print no table and no progress, only errors.", rich_help_panel=OUTPUT)
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Where to run: cpu, cuda, cuda:1. Left out: cuda where there is one.", rich_help_panel=MACHINE),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="auto (the checkpoint's own), float32, bfloat16, float16 or float64. Left out: auto.",
+        rich_help_panel=MACHINE,
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="Spread a model larger than one device over all of them: auto. Needs uncollapse[large].",
+        rich_help_panel=MACHINE,
+    ),
+]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Sequences that go through the model together.", rich_help_panel=MACHINE)
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the Python code that lies beside the model. Only if you trust its author.",
+        rich_help_panel=MACHINE,
+    ),
+]
+
+app = typer.Typer(
+    name="uncollapse",
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a bug shows Python's own traceback: no boxes, no values of local variables
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script. Always ends in SystemExit."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    app(args=given, prog_name="uncollapse", obj=shlex.join(["uncollapse", *given]))
+
+
+@app.callback(invoke_without_command=True, epilog="Start here: `uncollapse diagnose` looks at a small packaged model.")
+def uncollapse(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Diagnose, explain and undo representational collapse in Transformers."""
+    if version:
+        from uncollapse import __version__
+
+        typer.echo(f"uncollapse {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(
+    epilog="""
+**Examples**
+
+The packaged model, offline, with a page to read:
+
+    uncollapse diagnose --html report.html
+
+Your own checkpoint on your own text:
+
+    uncollapse diagnose ./checkpoint --text corpus.txt --max-tokens 256
+
+A check in a training script: exit code 1 when something critical was found:
+
+    uncollapse diagnose ./checkpoint --quiet --fail-on critical
+
+Only JSON on stdout, for another program:
+
+    uncollapse diagnose org/model --json - | jq .findings
+
+**Exit codes**: 0 done; 1 done, and a finding at or above --fail-on; 2 the input cannot be used; 130 interrupted.
+"""
+)
+def diagnose(
+    context: typer.Context,
+    model: Model = "demo",
+    level: Level = "core",
+    context_lengths: ContextLengths = None,
+    fail_on: FailOn = None,
+    text: Text = None,
+    sequences: SequenceLimit = None,
+    max_tokens: MaxTokens = 128,
+    seed: Seed = 0,
+    json: Json = None,
+    html: Html = None,
+    quiet: Quiet = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    batch_size: BatchSize = 16,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Measure where and how a model's token representations collapse, and say what was found."""
+    with refusals_in_one_line():
+        lengths = token_lengths(context_lengths)
+        require_writable(json=json, html=html)
+        with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
+            # stdout is kept for the result: whatever a library or a model's own code prints meanwhile goes to stderr.
+            from uncollapse.diagnosis import diagnose as diagnosis
+            from uncollapse.sources import read_texts
+
+            result = diagnosis(
+                model,
+                read_texts(text) if text else None,
+                level=level,
+                sequences=sequences,
+                max_tokens=max_tokens,
+                batch_size=batch_size,
+                seed=seed,
+                context_lengths=lengths,
+                device=device,
+                dtype=dtype,
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+                command=context.obj or "",
+                progress=progress,
+            )
+        deliver(result, json=json, html=html, quiet=quiet)
+        if reaches(result.findings, fail_on):
+            raise typer.Exit(FOUND)
+
+
+@contextlib.contextmanager
+def refusals_in_one_line() -> Iterator[None]:
+    """What the user can mend ends in one line and exit code 2; anything else is a bug and keeps its traceback."""
+    try:
+        yield
+    except UncollapseError as error:
+        typer.echo(f"uncollapse: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(REFUSED) from None
+    except KeyboardInterrupt:
+        typer.echo("uncollapse: interrupted", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def token_lengths(text: str | None) -> tuple[int, ...] | None:
+    """`64,128` as (64, 128)."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) >= 2 for part in parts):
+        raise InputError(
+            f"--context-lengths: expected numbers of tokens, each 2 or more, separated by commas, got {text!r}. "
+            "Units and ranges are not understood. Write for example 64,128,256."
+        )
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def require_writable(*, json: str | None, html: str | None) -> None:
+    """Refuse an output that cannot be written before the model is loaded, by trying what the writer will do."""
+    targets = {"--json": None if json == STDOUT else json, "--html": html}
+    for option, name in targets.items():
+        if name is None:
+            continue
+        target = Path(name)
+        try:
+            if name == STDOUT or target.is_dir():
+                raise OSError("that is no file")
+            if target.exists() and not target.is_file():
+                raise OSError("that is a device or a pipe, and would be replaced by a file")
+            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}."):
+                pass
+        except OSError as error:
+            raise InputError(
+                f"{option}: expected a file that can be written, got {name!r} ({error.strerror or error}). "
+                "The folder may be missing or read-only. Name another file."
+            ) from None
+    if json and html and Path(json).resolve() == Path(html).resolve():
+        raise InputError(
+            f"--json, --html: expected two files, got {json!r} for both. One would overwrite the other. Name another."
+        )
+
+
+@contextlib.contextmanager
+def progress_on_stderr(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A function (what, done, total) that draws bars on a terminal, or None where nobody is watching one."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bars:
+        start = bars.add_task("starting", total=None)  # importing torch and transformers alone takes seconds
+        tasks: dict[str, TaskID] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            bars.update(start, visible=False)
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+def deliver(result: Diagnosis, *, json: str | None, html: str | None, quiet: bool) -> None:
+    """Write the page and the record, and show the table on whichever stream is free of JSON."""
+    from rich.console import Console
+
+    if html is not None:
+        result.to_html(html)
+    if json is not None and json != STDOUT:
+        result.to_json(json)
+    if not quiet:
+        result.show(Console(stderr=json == STDOUT))
+        for name in (html, json):
+            if name is not None and name != STDOUT:
+                typer.echo(f"wrote {name}", err=True)
+    if json == STDOUT:
+        # As bytes, because JSON is UTF-8 whatever encoding the terminal or pipe was set to.
+        typer.echo(result.to_json().encode(), nl=False)
+
+
+def reaches(findings: Sequence[Finding], fail_on: Severity | None) -> bool:
+    """Whether a finding is at least as severe as `--fail-on`. Severities stand in rising order."""
+    if fail_on is None:
+        return False
+    return any(SEVERITIES.index(finding.severity) >= SEVERITIES.index(fail_on) for finding in findings)

@@ -1,0 +1,185 @@
+"""Take a component away from a live model, and put it back bit for bit.
+
+    with uc.without(model, "residual", "mlp", blocks=[3, 4]):
+        ...
+
+What is left of a block, at the additions themselves (nothing is subtracted, so nothing is rounded twice):
+
+* a removed sublayer (`"mlp"`, `"attention"`) is skipped with its own norm and residual: the stream passes;
+* a removed `"residual"` lets the sublayer's output alone go on, where the sublayer is still there;
+* a removed `"norm"` is the identity: the norms on the way into, out of and behind a sublayer. Query-key norms inside the
+  attention bound its logits and stay. The embedding's and the final norm stay too, unless `blocks="all+outer"`.
+
+Contexts nest: what is missing is the union. On leaving, also by an exception, the model's outputs are what they were, bit
+for bit. Under gradient checkpointing a removed part would give silently wrong gradients, so it is refused.
+
+When not to use this: to claim what a model *trained without* the part would do. This one was trained with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from uncollapse.anatomy import Anatomy, Block, removal
+from uncollapse.errors import InputError, UnsupportedModel
+from uncollapse.interception import Handler, Point, intercepted
+from uncollapse.proof import known_anatomy, proved_anatomy
+from uncollapse.tracing import tensors_in
+
+Component = Literal["mlp", "attention", "residual", "norm"]
+COMPONENTS: tuple[Component, ...] = ("mlp", "attention", "residual", "norm")
+_PARTS = {"mlp": {"mlp", "mixer"}, "attention": {"attention", "cross"}}
+
+
+@dataclass(frozen=True)
+class _Removal:
+    """One `without` in force: components, block numbers, and whether the outer norms go too."""
+
+    components: frozenset[str]
+    blocks: frozenset[int]
+    outer: bool
+
+
+_active: weakref.WeakKeyDictionary[nn.Module, list[_Removal]] = weakref.WeakKeyDictionary()
+_installed: weakref.WeakKeyDictionary[nn.Module, contextlib.ExitStack] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def without(
+    model: nn.Module,
+    *components: str,
+    blocks: Collection[int] | Literal["all", "all+outer"] | None = None,
+    batch: Mapping[str, Any] | None = None,
+) -> Iterator[nn.Module]:
+    """Within the block, `model` runs without the named components in the given blocks (all of them by default).
+
+    components: `"mlp"`, `"attention"`, `"residual"`, `"norm"`. blocks: block numbers from 0, `"all"`, or `"all+outer"`
+    to take the norms outside the blocks as well. batch: a batch to prove the anatomy on, for a model that was not
+    diagnosed before and has no dummy inputs of its own.
+
+    Raises `InputError` for an unknown component or block, `UnsupportedModel` where the anatomy cannot be proved or
+    gradient checkpointing is on.
+    """
+    _refuse_unknown(components)
+    _refuse_checkpointing(model)
+    anatomy = anatomy_for(model, batch)
+    wanted = _Removal(frozenset(components), _block_numbers(blocks, anatomy), blocks == "all+outer")
+    stack = _active.setdefault(model, [])
+    stack.append(wanted)
+    try:
+        _install(model, anatomy, stack)
+        yield model
+    finally:
+        stack.pop()
+        _install(model, anatomy, stack)
+
+
+def anatomy_for(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Anatomy:
+    """The proved anatomy: the remembered one, else proved on `batch`, else on the model's own dummy inputs."""
+    known = known_anatomy(model)
+    if known is not None:
+        return known
+    if batch is None:
+        batch = getattr(model, "dummy_inputs", None)
+    if batch is None:
+        raise InputError(
+            f"without: expected a model whose anatomy is known, got a {type(model).__name__} that was never diagnosed and "
+            "brings no dummy inputs. Pass batch={...}, a small input of the model."
+        )
+    return proved_anatomy(model, batch)
+
+
+def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> None:
+    """Take down what is in force and put up the union of `removals`."""
+    previous = _installed.pop(model, None)
+    if previous is not None:
+        previous.close()
+    if not removals:
+        return
+    stack = contextlib.ExitStack()
+    handlers: dict[Point, Handler] = {}
+    norms: dict[str, set[int]] = {}
+    for number, block in enumerate(anatomy.blocks):
+        gone = {c for r in removals if number in r.blocks for c in r.components}
+        parts = _parts(block, gone)
+        handlers |= removal(block, parts, residual="residual" in gone)
+        for norm in block.norms:
+            skipped = norm.role == "post" and parts >= set(block.residuals[norm.place or 0].parts)
+            if skipped or ("norm" in gone and norm.role != "inner"):
+                norms.setdefault(norm.module.name, set()).add(norm.module.call)
+    if any(r.outer and "norm" in r.components for r in removals):
+        for outer in anatomy.outer_norms:
+            norms.setdefault(outer.name, set()).add(outer.call)
+    for name, calls in norms.items():
+        stack.enter_context(_identity(model, name, calls))
+    stack.enter_context(intercepted(model, handlers))
+    _installed[model] = stack
+
+
+def _parts(block: Block, gone: Collection[str]) -> set[int]:
+    return {i for i, p in enumerate(block.parts) for name, kinds in _PARTS.items() if name in gone and p.kind in kinds}
+
+
+@contextlib.contextmanager
+def _identity(model: nn.Module, name: str, calls: set[int]) -> Iterator[None]:
+    """Let the given runs of a norm return their input, in the dtype the norm would have returned."""
+    runs = 0
+
+    def restart(*_: Any) -> None:
+        nonlocal runs
+        runs = 0
+
+    def passing(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        nonlocal runs
+        runs += 1
+        if runs - 1 not in calls:
+            return None
+        (given, *_rest) = tensors_in([args, kwargs])
+        return given.to(output.dtype) if isinstance(output, Tensor) else None
+
+    hooks = [
+        model.register_forward_pre_hook(restart),
+        model.get_submodule(name).register_forward_hook(passing, with_kwargs=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _refuse_unknown(components: tuple[str, ...]) -> None:
+    if not components:
+        raise InputError(f"without: expected one or more of {', '.join(COMPONENTS)}, got none. Name what to take away.")
+    for component in components:
+        if component not in COMPONENTS:
+            raise InputError(
+                f"without: expected components among {', '.join(COMPONENTS)}, got {component!r}. Check the spelling."
+            )
+
+
+def _refuse_checkpointing(model: nn.Module) -> None:
+    if any(getattr(m, "gradient_checkpointing", False) and m.training for m in model.modules()):
+        raise UnsupportedModel(
+            f"without: expected a model without gradient checkpointing, got {type(model).__name__} with it switched on. "
+            "The blocks would be run again outside this context and give wrong gradients. "
+            "Call model.gradient_checkpointing_disable() first."
+        )
+
+
+def _block_numbers(blocks: Collection[int] | str | None, anatomy: Anatomy) -> frozenset[int]:
+    count = len(anatomy.blocks)
+    if blocks is None or (isinstance(blocks, str) and blocks in {"all", "all+outer"}):
+        return frozenset(range(count))
+    if isinstance(blocks, str) or not all(isinstance(b, int) and 0 <= b < count for b in blocks):
+        raise InputError(
+            f"without: expected block numbers from 0 to {count - 1}, got {blocks!r}. "
+            "Blocks are counted from 0, encoder first. Pass for example blocks=range(2, 4)."
+        )
+    return frozenset(blocks)

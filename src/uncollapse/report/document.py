@@ -1,0 +1,193 @@
+"""The page: one self-contained HTML file, drawn from a diagnosis record.
+
+Everything it needs is in it: style, script, the Vega bundle and the data. Its content security policy allows exactly
+those, by hash, and no request at all. Whatever came from outside (a model's name, a path, a message) passes Jinja's
+escaping; data for the script travel as JSON in which no `<` occurs.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import altair
+import jinja2
+import vl_convert
+from markupsafe import Markup
+
+from uncollapse.errors import InputError
+from uncollapse.records import DIAGNOSIS_SCHEMA, DiagnosisRecord, Finding
+from uncollapse.report import cells, charts, curves, figures, tables, wording
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One part of a panel: its heading (empty where a model has only one stack), its charts and its tables."""
+
+    heading: str
+    charts: list[figures.Chart]
+    tables: list[cells.Table]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A key figure at the top of the page."""
+
+    label: str
+    value: str
+    detail: str
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("uncollapse.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["data"] = _data
+    environment.globals["wording"] = wording
+    return environment
+
+
+@functools.cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, of the version whose specifications Altair writes."""
+    version = ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version)
+
+
+@functools.cache
+def _source(name: str) -> str:
+    loader = _environment().loader
+    assert loader is not None
+    return loader.get_source(_environment(), name)[0]
+
+
+def _data(value: object) -> Markup:
+    """JSON that can stand inside a script element: without `<` it can neither close it nor open a comment."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def diagnosis_page(record: DiagnosisRecord) -> str:
+    """The page of one diagnosis.
+
+    Raises `InputError` where `record` is not a diagnosis of the schema this version draws.
+    """
+    if not isinstance(record, DiagnosisRecord) or record.schema != DIAGNOSIS_SCHEMA:
+        came = getattr(record, "schema", type(record).__name__)
+        raise InputError(
+            f"page: expected a diagnosis record of the schema {DIAGNOSIS_SCHEMA}, got {came}. "
+            "It may come from another command or version. Diagnose again, or read the file with from_json."
+        )
+    style, script = _source("page.css"), _source("page.js")
+    policy = (
+        f"default-src 'none'; script-src {_hash(_bundle())} {_hash(script)}; style-src {_hash(style)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            record=record,
+            policy=policy,
+            style=Markup(style),
+            script=Markup(script),
+            bundle=Markup(_bundle()),
+            tiles=_tiles(record),
+            findings=[(finding, _target(finding, record)) for finding in wording.worst_first(record.findings)],
+            depth=_depth(record),
+            attention=_attention(record),
+            heads=_heads(record),
+            chosen=charts.chosen_block_data(record.heads),
+            mean_length=tables.mean_length(record),
+            norms=Panel("", [], [tables.norms_table(record, "norms-table")]),
+            updates=_updates(record),
+            symmetries=Panel("", [], [tables.symmetries_table(record, "symmetries-table")]),
+        )
+    )
+
+
+def _target(finding: Finding, record: DiagnosisRecord) -> str:
+    """The key of the row that a finding is about: a head, a block's heads or a site; empty where there is none."""
+    heads = [cells.head_key(each) for each in record.attention if cells.names_head(finding, each)]
+    blocks = [cells.block_key(each) for each in record.heads if cells.names_heads(finding, each)]
+    sites = [cells.site_key(each) for each in record.trajectory if cells.names_site(finding, each)]
+    return next(iter(heads + blocks + sites), "")
+
+
+def _tiles(record: DiagnosisRecord) -> list[Tile]:
+    counts = wording.counts_in_words(record.findings)
+    tiles = [Tile("findings", str(len(record.findings)), counts or "no rule fired")]
+    low = wording.extreme(record.trajectory, "consensus_distance")
+    if low:
+        tiles.append(Tile("lowest consensus distance", wording.number(low.value), wording.site_name(low.record)))
+    share = wording.lowest_rank_share(record.trajectory)
+    if share:
+        where = "at every site" if share[0] == 1.0 else wording.site_name(share[1])
+        tiles.append(Tile("lowest share of attainable rank", wording.percent(share[0]), where))
+    sharp = wording.extreme(record.attention, "normalized_entropy")
+    if sharp:
+        tiles.append(Tile("lowest normalized entropy", wording.number(sharp.value), wording.head_place(sharp.record)))
+    return tiles
+
+
+def _depth(record: DiagnosisRecord) -> list[Panel]:
+    panels = []
+    for (stack, _), sites in wording.groups(record.trajectory).items():
+        key = cells.slug("depth", stack)
+        left_out = tables.massive_table(sites, f"{key}-left-out")
+        panels.append(
+            Panel(
+                wording.group_name(stack, None, several_kinds=False),
+                curves.trajectory_charts(sites, record.findings, key, stack or ""),
+                [
+                    tables.trajectory_table(sites, record.findings, f"{key}-table"),
+                    *([left_out] if left_out else []),
+                ],
+            )
+        )
+    return panels
+
+
+def _attention(record: DiagnosisRecord) -> list[Panel]:
+    kinds = {attention.kind for attention in record.attention}
+    panels = []
+    for (stack, kind), heads in wording.groups(record.attention).items():
+        name = wording.group_name(stack, kind, several_kinds=len(kinds) > 1)
+        key = cells.slug("attention", stack, kind)
+        chart = charts.entropy_map(heads, record.findings, key, name.lower())
+        table = tables.attention_table(heads, record.findings, f"{key}-table")
+        panels.append(Panel(name, [chart] if chart else [], [table]))
+    return panels
+
+
+def _heads(record: DiagnosisRecord) -> Panel:
+    drawn = [charts.overlap_matrix(record.heads), charts.energy_bars(record.heads)]
+    shares = tables.shares_table(record.heads, "shares-table")
+    shown = [tables.heads_table(record, "heads-table"), *([shares] if shares else [])]
+    return Panel("", [chart for chart in drawn if chart], shown)
+
+
+def _updates(record: DiagnosisRecord) -> list[Panel]:
+    found: dict[str | None, list[Any]] = {}
+    for update in record.updates:
+        found.setdefault(update.stack, []).append(update)
+    panels = []
+    for stack, updates in found.items():
+        key = cells.slug("updates", stack)
+        chart = curves.updates_chart(updates, key, stack or "")
+        name = wording.group_name(stack, None, several_kinds=False)
+        panels.append(Panel(name, [chart] if chart else [], [tables.updates_table(updates, f"{key}-table")]))
+    return panels

@@ -1,0 +1,320 @@
+"""How a record is put into words and digits: shared by the page and the terminal, so that both say the same.
+
+Only facts of the record are repeated: where a figure is lowest, how it moves along depth. Whether that is bad is a
+finding's business, and no threshold is invented here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from uncollapse.records import (
+    SEVERITIES,
+    AttentionRecord,
+    DiagnosisRecord,
+    Finding,
+    HeadsRecord,
+    ModelInfo,
+    SiteRecord,
+    Statistic,
+)
+
+ABSENT = "–"
+PHENOMENON_NAMES = {
+    "rank-collapse-depth": "rank collapse in depth",
+    "rank-collapse-width": "rank collapse in width",
+    "head-channel-non-identifiability": "head-channel non-identifiability",
+    "entropy-collapse": "entropy collapse",
+    "numerics": "numerics",
+}
+
+
+TOKEN_CLOUD = ("rank-collapse-depth", "numerics")  # phenomena whose findings name a site of the trajectory
+
+
+def number(value: float | int | None, digits: int = 3) -> str:
+    """`value` with `digits` significant digits; whole numbers in full, very small and very large ones as 1.6e-5.
+
+    >>> number(0.97421), number(63.0), number(1.62e-5), number(70299), number(0.99999), number(None)
+    ('0.974', '63', '1.62e-5', '70,299', '1.00', '–')
+    """
+    if value is None:
+        return ABSENT
+    if value == round(value) and abs(value) < 1e9:
+        return f"{round(value):,}"
+    if abs(value) < 1e-3 or abs(value) >= 1e6:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
+    text = f"{value:#.{digits}g}"
+    return f"{value:,.0f}" if "e" in text or text.endswith(".") else text
+
+
+def mean(statistic: Statistic | None, digits: int = 3) -> str:
+    """The mean of a statistic in digits."""
+    return number(None if statistic is None else statistic.mean, digits)
+
+
+def spread(statistic: Statistic | None) -> str:
+    """The lowest and the highest sequence, where they differ from the mean in print; otherwise nothing.
+
+    >>> spread(Statistic(0.9, 0.81, 0.97, 4)), spread(Statistic(64.0, 64.0, 64.0, 4))
+    ('0.810 … 0.970', '')
+    """
+    if statistic is None or number(statistic.min) == number(statistic.max):
+        return ""
+    return f"{number(statistic.min)} … {number(statistic.max)}"
+
+
+def count(amount: int, noun: str) -> str:
+    """`amount` of `noun`, in the singular where there is one.
+
+    >>> count(1, "finding"), count(0, "finding"), count(3, "finding")
+    ('1 finding', '0 findings', '3 findings')
+    """
+    return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"
+
+
+def place(*, block: int | None, head: int | None = None, stack: str | None = None, kind: str | None = None) -> str:
+    """Where something was measured.
+
+    >>> place(block=3, head=7), place(block=3, stack="decoder", kind="cross"), place(block=None)
+    ('block 3, head 7', 'decoder block 3 (cross)', 'the whole model')
+    """
+    words = "the whole model" if block is None else f"block {block}"
+    words = f"{stack} {words}" if stack and block is not None else words
+    words += f", head {head}" if head is not None else ""
+    return f"{words} (cross)" if kind == "cross" else words
+
+
+def site_name(site: SiteRecord, *, with_stack: bool = True) -> str:
+    """The site in words.
+
+    >>> site = SiteRecord("block.4", 4, "encoder", *9 * [None])
+    >>> site_name(site), site_name(site, with_stack=False)
+    ('encoder block 4', 'block 4')
+    """
+    stack = site.stack if with_stack else None
+    if site.block is not None:
+        return place(block=site.block, stack=stack)
+    return f"{stack} embedding" if stack else "embedding"
+
+
+def finding_place(finding: Finding) -> str:
+    """Where the rule fired worst."""
+    if finding.block is None and finding.phenomenon in TOKEN_CLOUD:
+        return f"{finding.stack} embedding" if finding.stack else "embedding"
+    return place(block=finding.block, head=finding.head, stack=finding.stack)
+
+
+def worst_first(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings, critical ones first; the rules' own order is kept within a severity."""
+    return sorted(findings, key=lambda finding: -SEVERITIES.index(finding.severity))
+
+
+def counts_in_words(findings: Sequence[Finding]) -> str:
+    """How many findings of which severity; empty where there is none."""
+    parts = severity_counts(findings)
+    return ", ".join(f"{n} {'warnings' if (s, n > 1) == ('warning', True) else s}" for s, n in parts)
+
+
+def severity_counts(findings: Sequence[Finding]) -> list[tuple[str, int]]:
+    """How many findings there are of each severity that occurs, the worst first."""
+    counts = [(severity, sum(f.severity == severity for f in findings)) for severity in reversed(SEVERITIES)]
+    return [(severity, amount) for severity, amount in counts if amount]
+
+
+def headline(findings: Sequence[Finding]) -> str:
+    """The verdict in one line.
+
+    >>> headline([])
+    'No warning: no rule fired on this model and text.'
+    """
+    counts = dict(severity_counts(findings))
+    if not counts:
+        return "No warning: no rule fired on this model and text."
+    if set(counts) == {"info"}:
+        return f"No warning: {count(counts['info'], 'finding')} for information."
+    nouns = {"critical": "critical finding", "warning": "warning", "info": "finding"}
+    parts = [count(amount, nouns[severity]) for severity, amount in counts.items()]
+    return ", ".join(parts) + (" for information." if "info" in counts else ".")
+
+
+def groups(records: Iterable[Any]) -> dict[tuple[str | None, str | None], list[Any]]:
+    """The records of each stack and attention kind, in the order in which they appear."""
+    found: dict[tuple[str | None, str | None], list[Any]] = {}
+    for record in records:
+        found.setdefault((record.stack, getattr(record, "kind", None)), []).append(record)
+    return found
+
+
+def group_name(stack: str | None, kind: str | None, *, several_kinds: bool) -> str:
+    """The heading of one stack and kind; empty where the model has only one.
+
+    >>> group_name("decoder", "cross", several_kinds=True), group_name(None, "self", several_kinds=False)
+    ('Decoder, cross-attention', '')
+    """
+    parts = [stack] if stack else []
+    parts += [f"{kind}-attention"] if kind and several_kinds else []
+    return ", ".join(parts).capitalize()
+
+
+@dataclass(frozen=True)
+class Extreme:
+    """The extreme value of one measure, and the record where it was seen."""
+
+    value: float
+    record: Any
+
+
+def extreme(records: Iterable[Any], measure: str, part: str = "mean", *, highest: bool = False) -> Extreme | None:
+    """The lowest (or highest) `part` of `measure` over the records that have it; the first one of equals."""
+    seen = [Extreme(getattr(s, part), r) for r in records if (s := getattr(r, measure)) is not None]
+    if not seen:
+        return None
+    return (max if highest else min)(seen, key=lambda e: e.value)
+
+
+def rank_share(site: SiteRecord, rank: str = "affine_rank") -> float | None:
+    """`rank` over what was attainable, from the means over sequences; `None` where nothing is attainable."""
+    reached, attainable = getattr(site, rank), getattr(site, f"attainable_{rank}")
+    return None if reached is None or attainable is None or not attainable.mean else reached.mean / attainable.mean
+
+
+def lowest_rank_share(sites: Iterable[SiteRecord]) -> tuple[float, SiteRecord] | None:
+    """The smallest share of the attainable affine rank along the trajectory, and where."""
+    shares = [(share, site) for site in sites if (share := rank_share(site)) is not None]
+    return min(shares, key=lambda pair: pair[0]) if shares else None
+
+
+def model_sentence(model: ModelInfo) -> str:
+    """What was measured."""
+    grouped = (
+        f" sharing {count(model.key_value_heads, 'key/value head')}" if model.key_value_heads != model.heads else ""
+    )
+    return (
+        f"{model.architecture}: {count(model.blocks, 'block')} of {count(model.heads, 'head')}{grouped}, "
+        f"width {model.width:,}, head width {model.head_width:,}, {model.norm_placement} norm, "
+        f"{count(model.parameters, 'parameter')}, {model.dtype}, {model.attention_backend} attention."
+    )
+
+
+def probe_sentence(record: DiagnosisRecord) -> str:
+    """On what it was measured."""
+    probe = record.probe
+    each = f" ({number(probe.tokens / probe.sequences)} a sequence)" if probe.sequences > 1 else ""
+    return (
+        f"Measured on {count(probe.sequences, 'sequence')}, {count(probe.tokens, 'token')}{each}, "
+        f"from {probe.source}, level {probe.level}."
+    )
+
+
+def depth_sentences(record: DiagnosisRecord) -> list[str]:
+    """How the token cloud moves along each stack."""
+    sentences = []
+    for (stack, _), sites in groups(record.trajectory).items():
+        where = f"In the {stack}, the" if stack else "The"
+        first, last = extreme(sites[:1], "consensus_distance"), extreme(sites[-1:], "consensus_distance")
+        lowest = extreme(sites, "consensus_distance", "min")
+        if first and last and lowest:
+            sentences.append(
+                f"{where} consensus distance goes from {number(first.value)} at {_named(first.record)} to "
+                f"{number(last.value)} at {_named(last.record)}; the lowest sequence has {number(lowest.value)}, "
+                f"at {_named(lowest.record)}."
+            )
+        share = lowest_rank_share(sites)
+        if share and share[0] == 1.0:
+            sentences.append(f"{where} affine rank is the attainable one at every site.")
+        elif share:
+            sentences.append(
+                f"{where} affine rank falls to {percent(share[0])} of the attainable at {_named(share[1])}."
+            )
+    return sentences
+
+
+def _named(site: SiteRecord) -> str:
+    name = site_name(site, with_stack=False)
+    return f"the {name}" if site.block is None else name
+
+
+def attention_sentences(record: DiagnosisRecord) -> list[str]:
+    """The sharpest and the most uniform head."""
+    lowest = extreme(record.attention, "normalized_entropy")
+    highest = extreme(record.attention, "normalized_entropy", highest=True)
+    if lowest is None or highest is None:
+        return []
+    return [
+        f"Normalized entropy runs from {number(lowest.value)} at {head_place(lowest.record)} "
+        f"to {number(highest.value)} at {head_place(highest.record)}."
+    ]
+
+
+def head_place(attention: AttentionRecord) -> str:
+    """The place of one head."""
+    return place(block=attention.block, head=attention.head, stack=attention.stack, kind=attention.kind)
+
+
+def verdicts(heads: Sequence[HeadsRecord]) -> dict[str, list[HeadsRecord]]:
+    """The blocks behind each head verdict, in the order in which the verdicts appear."""
+    found: dict[str, list[HeadsRecord]] = {}
+    for record in heads:
+        if record.verdict is not None:
+            found.setdefault(record.verdict, []).append(record)
+    return found
+
+
+def verdict_sentences(record: DiagnosisRecord) -> list[str]:
+    """Which head verdict holds where."""
+    return [
+        f"Head verdict “{verdict}”: {blocks_in_words(blocks)}." for verdict, blocks in verdicts(record.heads).items()
+    ]
+
+
+def blocks_in_words(heads: Sequence[HeadsRecord]) -> str:
+    """The blocks of some head records, runs drawn together.
+
+    >>> one = lambda block: HeadsRecord(block, None, "self", 1, 1, 1, *7 * [None], None)
+    >>> blocks_in_words([one(b) for b in (0, 1, 2, 5)]), blocks_in_words([one(4)])
+    ('blocks 0–2, 5', 'block 4')
+    """
+    parts = []
+    for (stack, kind), records in groups(heads).items():
+        numbers = sorted(record.block for record in records)
+        runs: list[list[int]] = []
+        for block in numbers:
+            if runs and block == runs[-1][-1] + 1:
+                runs[-1].append(block)
+            else:
+                runs.append([block])
+        listed = ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+        words = f"{stack} " if stack else ""
+        words += f"{'block' if len(numbers) == 1 else 'blocks'} {listed}"
+        parts.append(f"{words} (cross)" if kind == "cross" else words)
+    return "; ".join(parts)
+
+
+def percent(share: float) -> str:
+    """A share in percent; 100 % only where nothing is missing.
+
+    >>> percent(1.0), percent(0.9996), percent(0.25)
+    ('100 %', '99.9 %', '25 %')
+    """
+    if share < 1.0 and round(share * 1000) >= 1000:
+        return "99.9 %"
+    return f"{100 * share:.1f} %".replace(".0 %", " %")
+
+
+def summary(record: DiagnosisRecord) -> list[str]:
+    """The diagnosis in plain sentences, every one a fact of the record."""
+    return [*depth_sentences(record), *attention_sentences(record), *verdict_sentences(record)]
+
+
+def option(value: object) -> str:
+    """The value of a resolved option: text as it is, everything else as JSON.
+
+    >>> option("mps"), option([64, 128]), option(None)
+    ('mps', '[64, 128]', 'null')
+    """
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,24 @@
+"""A model and text, turned into batches of token sequences.
+
+`load_model` opens the packaged demo model, a saved folder or a hub id; `read_texts` and `default_texts` give sequences
+of text; `tokenize` makes padded batches of them, and `check_batches` looks over batches that somebody else made. What
+cannot be used is refused here with one line, before anything slow has run. Import from here, not from the files below.
+"""
+
+from uncollapse.sources.batches import check_batches, position_limit, sequence_count, token_count, token_mask, tokenize
+from uncollapse.sources.loading import DTYPES, LoadedModel, load_model
+from uncollapse.sources.texts import default_texts, read_texts
+
+__all__ = [
+    "DTYPES",
+    "LoadedModel",
+    "check_batches",
+    "default_texts",
+    "load_model",
+    "position_limit",
+    "read_texts",
+    "sequence_count",
+    "token_count",
+    "token_mask",
+    "tokenize",
+]

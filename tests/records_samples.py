@@ -1,0 +1,440 @@
+"""Records as a diagnosis would write them, made up but of realistic shape: for tests of what is drawn from records.
+
+`encoder` is a small bidirectional model in good health but for one sharp head, `translation` an encoder–decoder with
+cross-attention and absent values, `collapsed` one that falls to the rounding floor, `single_block` the smallest and
+`large` the largest thing a page has to bear. `quiet` has no finding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from uncollapse.records import (
+    AttentionRecord,
+    DiagnosisRecord,
+    Finding,
+    HeadsRecord,
+    MassiveTokensLeftOut,
+    ModelInfo,
+    NormRecord,
+    Probe,
+    SiteRecord,
+    Statistic,
+    SymmetryRecord,
+    UpdateRecord,
+)
+
+NOT_AT_CORE = "measured at --level full only"
+
+
+def statistic(mean: float, part: float = 0.0, n: int = 64, top: float = float("inf")) -> Statistic:
+    """A statistic whose sequences reach `part` of the mean below and above it, at most up to `top`."""
+    mean = float(mean)
+    if part == 0.0:
+        return Statistic(mean, mean, mean, n)
+    return Statistic(mean, mean * (1 - part), min(mean * (1 + part), top), n)
+
+
+def site(
+    name: str,
+    consensus: float,
+    *,
+    share: float = 1.0,
+    n: int = 43,
+    width: int = 384,
+    effective: float = 0.62,
+    stack: str | None = None,
+    massive: float | None = None,
+) -> SiteRecord:
+    """A site whose affine rank is `share` of the attainable; `massive` is its consensus without the largest tokens."""
+    ceiling = min(n, width)
+    similarity = 1 - consensus**2 * n / (n - 1)
+    left_out = None
+    if massive is not None:
+        left_out = MassiveTokensLeftOut(
+            statistic(1.0),
+            statistic(effective * ceiling * 1.1, 0.3),
+            statistic(4.2, 0.3),
+            statistic(9.0, 0.3),
+            statistic(massive, 0.1, top=1.0),
+            statistic(1 - massive**2, 0.1, top=1.0),
+        )
+    return SiteRecord(
+        site=name,
+        block=int(name.removeprefix("block.")) if name.startswith("block.") else None,
+        stack=stack,  # type: ignore[arg-type]
+        rank=statistic(max(1.0, share * ceiling), 0.5, top=width),
+        affine_rank=statistic(share * (ceiling - 1), 0.5, top=width),
+        attainable_rank=statistic(ceiling, 0.5, top=width),
+        attainable_affine_rank=statistic(ceiling - 1, 0.5, top=width),
+        effective_rank=statistic(max(1.0, effective * share * ceiling), 0.4),
+        stable_rank=statistic(max(1.0, 0.1 * share * ceiling), 0.2),
+        participation_ratio=statistic(max(1.0, 0.2 * share * ceiling), 0.2),
+        consensus_distance=statistic(consensus, 0.12, top=1.0),
+        token_similarity=statistic(similarity, 0.1, top=1.0),
+        rank_gap=None if share < 0.5 else statistic(3.1e4, 0.8),
+        massive_tokens_left_out=left_out,
+        unavailable={"rank_gap": "no singular value lies below the cut"} if share < 0.5 else {},
+    )
+
+
+def attention(
+    block: int,
+    heads: int,
+    rng: np.random.Generator,
+    *,
+    stack: str | None = None,
+    kind: str = "self",
+    full: bool = False,
+) -> list[AttentionRecord]:
+    """One block's heads, sharper and more diverse with depth, as in trained models."""
+    records = []
+    for head in range(heads):
+        share = float(np.clip(rng.beta(6, 2.2) - 0.01 * block * rng.random(), 0.02, 0.995))
+        records.append(
+            AttentionRecord(
+                block=block,
+                head=head,
+                stack=stack,  # type: ignore[arg-type]
+                kind=kind,  # type: ignore[arg-type]
+                entropy=statistic(share * 3.76, 0.15),
+                normalized_entropy=statistic(share, 0.1, top=1.0),
+                entropy_floor=statistic(share * 0.8, 0.3),
+                max_logit=statistic(2 + 9 * (1 - share), 0.2),
+                value_contraction=statistic(0.3 + 0.6 * (1 - share), 0.1),
+                susceptibility=statistic(0.9 * (1 - share), 0.2) if full else None,
+                contraction=statistic(0.5 + 0.7 * (1 - share), 0.1) if full else None,
+                spectral_gap=statistic(0.2 + 0.6 * share, 0.1) if full else None,
+                route="fused",
+                unavailable={}
+                if full
+                else dict.fromkeys(("susceptibility", "contraction", "spectral_gap"), NOT_AT_CORE),
+            )
+        )
+    return records
+
+
+def heads_record(
+    block: int,
+    heads: int,
+    head_width: int,
+    width: int,
+    rng: np.random.Generator,
+    *,
+    stack: str | None = None,
+    kind: str = "self",
+    verdict: str = "separable given W_O",
+) -> HeadsRecord:
+    """The output projection of one block, with a symmetric overlap matrix of unit diagonal."""
+    overlap = np.clip(head_width / width + 0.05 * rng.standard_normal((heads, heads)), 0.01, 1)
+    overlap = (overlap + overlap.T) / 2
+    np.fill_diagonal(overlap, 1.0)
+    energy = rng.dirichlet(np.full(heads, 4.0))
+    return HeadsRecord(
+        block=block,
+        stack=stack,  # type: ignore[arg-type]
+        kind=kind,  # type: ignore[arg-type]
+        heads=heads,
+        head_width=head_width,
+        width=width,
+        ambiguous_degrees_of_freedom=(heads - 1) * head_width,
+        kernel_dimension=max(0, heads * head_width - width),
+        gauge_dimension=heads * head_width**2,
+        output_projection_rank=min(heads * head_width, width),
+        condition_number=float(12 + 40 * rng.random()),
+        write_space_overlap=overlap.tolist(),
+        energy_share=[statistic(float(share), 0.25, top=1.0) for share in energy],
+        verdict=verdict,
+    )
+
+
+SHARP_HEAD = Finding(
+    code="sharp-head",
+    phenomenon="entropy-collapse",
+    severity="warning",
+    block=4,
+    head=7,
+    value=0.031,
+    threshold=0.05,
+    message="This head puts nearly all its weight on one key, whatever the text.",
+    remedy="Watch the largest logit of this head; normalise queries and keys or lower the learning rate.",
+    reference="Zhai et al. 2023, arXiv 2303.06296",
+)
+FALLING = Finding(
+    code="consensus-falls",
+    phenomenon="rank-collapse-depth",
+    severity="critical",
+    block=3,
+    head=None,
+    value=2.9e-3,
+    threshold=1e-2,
+    message="The tokens come together: the consensus distance falls, and ever faster.",
+    remedy="Check that the residual connection is whole; without one every bidirectional model measured collapses.",
+    reference="Dong et al. 2021, arXiv 2103.03404",
+)
+AMBIGUOUS = Finding(
+    code="heads-ambiguous",
+    phenomenon="head-channel-non-identifiability",
+    severity="info",
+    block=None,
+    head=None,
+    value=352,
+    threshold=None,
+    message="352 degrees of freedom a token are ambiguous to whoever sees only the sum of the heads.",
+    remedy="Attribute to a head only with the output projection known; see the head panel for where that suffices.",
+    reference="Cirrincione 2026, arXiv 2604.23681",
+)
+
+
+def model_info(name: str = "all-MiniLM-L6-v2", **changes: object) -> ModelInfo:
+    """A small encoder."""
+    info = ModelInfo(
+        name=name,
+        revision=None,
+        architecture="BertModel",
+        blocks=6,
+        heads=12,
+        key_value_heads=12,
+        width=384,
+        head_width=32,
+        norm_placement="post",
+        parameters=22_713_216,
+        dtype="float32",
+        attention_backend="sdpa",
+    )
+    return replace(info, **changes)  # type: ignore[arg-type]
+
+
+def encoder(name: str = "all-MiniLM-L6-v2") -> DiagnosisRecord:
+    """Six blocks of twelve heads, a sharp head, a massive first token."""
+    rng = np.random.default_rng(0)
+    consensus = [0.971, 0.923, 0.918, 0.912, 0.893, 0.884, 0.879]
+    massive = [0.971, 0.951, 0.948, 0.944, 0.931, 0.925, 0.922]
+    trajectory = [
+        site("embedding" if i == 0 else f"block.{i - 1}", c, massive=m)
+        for i, (c, m) in enumerate(zip(consensus, massive, strict=True))
+    ]
+    heads = [record for block in range(6) for record in attention(block, 12, rng)]
+    heads = [
+        replace(record, normalized_entropy=statistic(0.031, 0.4), entropy=statistic(0.117, 0.4))
+        if (record.block, record.head) == (4, 7)
+        else record
+        for record in heads
+    ]
+    verdicts = ["separable given W_O"] * 5 + ["ill-conditioned"]
+    return DiagnosisRecord(
+        schema="uncollapse/diagnosis/1",
+        versions={"uncollapse": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.2"},
+        model=model_info(name),
+        probe=Probe(
+            sequences=64,
+            tokens=2752,
+            max_tokens=128,
+            source="packaged text",
+            seed=0,
+            device="cpu",
+            command="uncollapse diagnose demo --html report.html",
+            options={"batch_size": 8, "text": ["packaged text"], "fail_on": None},
+        ),
+        trajectory=trajectory,
+        attention=heads,
+        heads=[heads_record(block, 12, 32, 384, rng, verdict=verdicts[block]) for block in range(6)],
+        norms=[],
+        updates=[],
+        symmetries=[],
+        findings=[AMBIGUOUS, SHARP_HEAD],
+    )
+
+
+def quiet() -> DiagnosisRecord:
+    """The encoder with nothing to complain about."""
+    return replace(encoder(), findings=[])
+
+
+def collapsed() -> DiagnosisRecord:
+    """The encoder without its residual connections: consensus at the rounding floor, exactly zero in the end."""
+    consensus = [0.97, 0.68, 0.23, 1.6e-2, 2.9e-3, 5.5e-6, 0.0]
+    share = [1.0, 1.0, 1.0, 1.0, 0.9, 0.4, 0.0]
+    trajectory = [
+        site("embedding" if i == 0 else f"block.{i - 1}", c, share=s)
+        for i, (c, s) in enumerate(zip(consensus, share, strict=True))
+    ]
+    return replace(encoder(), trajectory=trajectory, findings=[AMBIGUOUS, FALLING, SHARP_HEAD])
+
+
+def translation() -> DiagnosisRecord:
+    """Encoder and decoder, cross-attention, the panels that `full` adds, and values that could not be measured."""
+    rng = np.random.default_rng(1)
+    trajectory = [
+        site(name, 0.95 * floor ** (i / 4), stack=stack, width=512, n=60, share=1 - 0.04 * i)
+        for stack, floor, names in (
+            ("encoder", 0.7, ["embedding", *(f"block.{b}" for b in range(4))]),
+            ("decoder", 0.35, ["decoder.embedding", *(f"block.{b}" for b in range(4, 8))]),
+        )
+        for i, name in enumerate(names)
+    ]
+    trajectory[7] = replace(trajectory[7], effective_rank=None, unavailable={"effective_rank": "one sequence held NaN"})
+    calls = [
+        *(("encoder", "self", block) for block in range(4)),
+        *(("decoder", kind, block) for block in range(4, 8) for kind in ("self", "cross")),
+    ]
+    heads = [r for stack, kind, b in calls for r in attention(b, 8, rng, stack=stack, kind=kind, full=True)]
+    one_key = "one allowed key in every row"
+    heads = [
+        replace(
+            record,
+            normalized_entropy=None,
+            entropy=None,
+            unavailable={"normalized_entropy": one_key, "entropy": one_key},
+        )
+        if (record.kind, record.block, record.head) == ("cross", 6, 5)
+        else record
+        for record in heads
+    ]
+    projections = [heads_record(b, 8, 64, 512, rng, stack=stack, kind=kind) for stack, kind, b in calls]
+    projections[5] = replace(
+        projections[5],
+        write_space_overlap=None,
+        condition_number=None,
+        energy_share=None,
+        unavailable=dict.fromkeys(
+            ("write_space_overlap", "condition_number", "energy_share"), "the projection is quantised"
+        ),
+    )
+    norms = [
+        NormRecord(
+            block=block,
+            norm=norm,
+            affine_rank_before=statistic(59 - block, 0.1),
+            affine_rank_after=statistic(59 - block, 0.1),
+            brackets=[statistic(0), statistic(0), statistic(0)],
+        )
+        for block in range(4)
+        for norm in ("layer.0.layer_norm", "layer.1.layer_norm")
+    ]
+    norms[3] = replace(
+        norms[3], affine_rank_after=statistic(57, 0.1), brackets=[statistic(0), statistic(0), statistic(1)]
+    )
+    updates = [
+        UpdateRecord(
+            block=block,
+            sublayer=sublayer,  # type: ignore[arg-type]
+            stack=stack,  # type: ignore[arg-type]
+            kind=kind,  # type: ignore[arg-type]
+            out_of_span_energy=statistic(float(0.4 + 0.4 * rng.random()), 0.1),
+            null_out_of_span_energy=statistic(float(0.3 + 0.1 * rng.random()), 0.1),
+            nonlinear_innovation=statistic(float(0.2 * rng.random())) if sublayer == "mlp" else None,
+            hidden_effective_rank=statistic(240.0, 0.1) if sublayer == "mlp" else None,
+            relative_norm=statistic(float(0.2 + 0.3 * rng.random()), 0.1),
+            unavailable={}
+            if sublayer == "mlp"
+            else {"nonlinear_innovation": "defined for the MLP", "hidden_effective_rank": "no hidden layer"},
+        )
+        for stack, blocks in (("encoder", range(4)), ("decoder", range(4, 8)))
+        for block in blocks
+        for sublayer, kind in (("attention", "self"), ("attention", "cross"), ("mlp", None))
+        if not (stack == "encoder" and kind == "cross")
+    ]
+    symmetries = [
+        SymmetryRecord(
+            phenomenon="rank-collapse-depth",
+            group="S_n",
+            equivariance_defect=None,
+            order_parameter=[s.consensus_distance for s in trajectory[:5]],
+            collapsed_value=0.0,
+            slope=None,
+            breakers=["positions", "causal mask"],
+            stabilisers=["residual", "MLP"],
+            unavailable={"equivariance_defect": "measured by `uncollapse symmetries`", "slope": "one context length"},
+        )
+    ]
+    return replace(
+        encoder(),
+        model=model_info(
+            "opus-mt-de-en",
+            architecture="MarianMTModel",
+            blocks=8,
+            heads=8,
+            key_value_heads=8,
+            width=512,
+            head_width=64,
+            norm_placement="post",
+            parameters=74_410_496,
+        ),
+        trajectory=trajectory,
+        attention=heads,
+        heads=projections,
+        norms=norms,
+        updates=updates,
+        symmetries=symmetries,
+        findings=[
+            replace(FALLING, block=7, stack="decoder", severity="warning"),
+            replace(SHARP_HEAD, block=5, head=3, stack="decoder"),
+        ],
+    )
+
+
+def alone(part: Any) -> Any:
+    """The same record measured on one sequence: every statistic its own lowest and highest."""
+    if isinstance(part, Statistic):
+        return Statistic(part.mean, part.mean, part.mean, 1)
+    if isinstance(part, list):
+        return [alone(each) for each in part]
+    if is_dataclass(part) and not isinstance(part, type):
+        return replace(part, **{each.name: alone(getattr(part, each.name)) for each in fields(part)})
+    return part
+
+
+def single_block() -> DiagnosisRecord:
+    """One block of one head, one sequence."""
+    rng = np.random.default_rng(2)
+    record = encoder("one-block")
+    record = replace(
+        record,
+        model=model_info("one-block", blocks=1, heads=1, key_value_heads=1, head_width=384, parameters=1_200_000),
+        probe=replace(record.probe, sequences=1, tokens=43),
+        trajectory=[site("embedding", 0.97), site("block.0", 0.9)],
+        attention=attention(0, 1, rng),
+        heads=[heads_record(0, 1, 384, 384, rng)],
+        findings=[],
+    )
+    return alone(record)  # type: ignore[no-any-return]
+
+
+def large() -> DiagnosisRecord:
+    """80 blocks of 64 heads with 8 key/value heads, causal."""
+    rng = np.random.default_rng(3)
+    sharp = [replace(SHARP_HEAD, block=b, head=h) for b, h in ((12, 40), (13, 3), (71, 63), (0, 0))]
+    consensus = 0.95 * np.exp(-np.linspace(0, 1.6, 81)) + 0.02 * rng.random(81)
+    return replace(
+        encoder("a-model-of-70-billion-parameters"),
+        model=model_info(
+            "a-model-of-70-billion-parameters",
+            architecture="LlamaForCausalLM",
+            blocks=80,
+            heads=64,
+            key_value_heads=8,
+            width=8192,
+            head_width=128,
+            norm_placement="pre",
+            parameters=70_553_706_496,
+            dtype="bfloat16",
+        ),
+        trajectory=[
+            site(
+                "embedding" if i == 0 else f"block.{i - 1}",
+                float(c),
+                n=1024,
+                width=8192,
+                effective=0.5 - 0.004 * i,
+                massive=float(min(1.0, 1.4 * c)),
+            )
+            for i, c in enumerate(consensus)
+        ],
+        attention=[record for block in range(80) for record in attention(block, 64, rng)],
+        heads=[heads_record(block, 64, 128, 8192, rng) for block in range(80)],
+        findings=[AMBIGUOUS, *sharp],
+    )

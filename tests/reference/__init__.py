@@ -1,0 +1,1 @@
+"""Slow and obvious: what the measures are compared with."""
