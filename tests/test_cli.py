@@ -109,7 +109,6 @@ def test_everything_left_out_has_its_default(diagnose: Diagnose, run: Run) -> No
                 "max_tokens": 128,
                 "batch_size": 16,
                 "seed": 0,
-                "context_lengths": None,
                 "device": None,
                 "dtype": None,
                 "device_map": None,
@@ -126,7 +125,7 @@ def test_every_option_arrives(diagnose: Diagnose, run: Run, tmp_path: Path) -> N
     (tmp_path / "c.txt").write_text("three")
     texts = ["--text", str(tmp_path / "a b.txt"), "--text", str(tmp_path / "c.txt")]
     given = """
-        --level full --sequences 8 --max-tokens 32 --batch-size 4 --seed 7 --context-lengths 128,64
+        --level full --sequences 8 --max-tokens 32 --batch-size 4 --seed 7
         --device cpu --dtype float64 --device-map auto --trust-remote-code
     """
     assert run("diagnose", "org/model", *texts, *given.split())[0] == 0
@@ -139,19 +138,12 @@ def test_every_option_arrives(diagnose: Diagnose, run: Run, tmp_path: Path) -> N
         "max_tokens": 32,
         "batch_size": 4,
         "seed": 7,
-        "context_lengths": (64, 128),
         "device": "cpu",
         "dtype": "float64",
         "device_map": "auto",
         "trust_remote_code": True,
         "progress": None,
     }
-
-
-@pytest.mark.parametrize("lengths", ["", "64,", "x", "1", "64;128", "-64", "64.5", "٦٤", "64,,128"])
-def test_context_lengths_that_are_none(diagnose: Diagnose, run: Run, lengths: str) -> None:
-    refused(run("diagnose", f"--context-lengths={lengths}"), "--context-lengths", repr(lengths), "64,128,256")
-    assert not diagnose.calls
 
 
 @pytest.mark.parametrize(
@@ -419,7 +411,7 @@ def test_help_teaches(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (code, err) == (0, "")
     for panel in ("What to measure", "On what text", "Output", "Machine", "Examples", "Exit codes"):
         assert panel in out
-    options = "level context-lengths fail-on text sequences max-tokens seed json html quiet device dtype device-map"
+    options = "level fail-on text sequences max-tokens seed json html quiet device dtype device-map"
     for option in [*options.split(), "batch-size", "trust-remote-code"]:
         assert f"--{option} " in out
     assert "uncollapse diagnose --html report.html" in out

@@ -314,6 +314,21 @@ def test_absent_values_are_a_dash_with_the_reason_in_tooltip_and_footnote(pages:
     assert "susceptibility" in shown.titles["attention-encoder-self-table"]
 
 
+def test_each_reason_has_its_own_footnote() -> None:
+    record = samples.encoder()
+    first, second, *rest = record.attention
+    gone = {"entropy": None, "unavailable": {**first.unavailable, "entropy": "a sink"}}
+    also = {"max_logit": None, "unavailable": {**second.unavailable, "max_logit": "too long"}}
+    changed = [replace(first, **gone), replace(second, **also), *rest]  # type: ignore[arg-type]
+    read = Page(page(replace(record, attention=changed)))
+    assert (read.cells["head-self-0-0", "entropy"]["sup"], read.cells["head-self-0-1", "largest logit"]["sup"]) == (
+        "1",
+        "2",
+    )
+    assert "1 entropy: a sink" in read.words
+    assert "2 largest logit: too long" in read.words
+
+
 def test_the_summary_says_where_the_extremes_are(pages: dict[str, Page]) -> None:
     words = " ".join(pages["encoder"].words.split())
     assert "1 warning, 1 finding for information." in words

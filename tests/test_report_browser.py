@@ -334,6 +334,12 @@ def test_a_finding_leads_into_the_folded_table(browser: Browser, folder: Path) -
     assert 0 < browser.value(f"{row}.getBoundingClientRect().top") < 900
 
 
+def test_a_browser_that_does_not_unfold_by_itself_is_helped(browser: Browser, folder: Path) -> None:
+    browser.open(folder / "encoder.html")
+    browser.value("history.replaceState(null, '', '#head-self-4-7'), dispatchEvent(new Event('hashchange'))")
+    assert browser.value("document.getElementById('head-self-4-7').closest('details').open") is True
+
+
 def test_without_javascript_the_tables_remain(browser: Browser, folder: Path) -> None:
     browser("Emulation.setScriptExecutionDisabled", value=True)
     try:

@@ -173,6 +173,19 @@ def test_device_map_is_left_to_accelerate(saved: Path, monkeypatch: pytest.Monke
     one_line(error)
 
 
+def test_model_is_moved_to_the_device_asked_for(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moves = []
+    move = transformers.BertModel.to
+
+    def recorded(self: Any, *arguments: Any, **options: Any) -> Any:
+        moves.append(arguments)
+        return move(self, *arguments, **options)
+
+    monkeypatch.setattr(transformers.BertModel, "to", recorded)
+    load_model(str(saved), device="cpu")
+    assert moves == [(torch.device("cpu"),)]
+
+
 @pytest.mark.parametrize("device", ["zorg", "meta", "cuda:99", "cpu:x"])
 def test_device_that_is_not_there(saved: Path, device: str) -> None:
     with pytest.raises(InputError, match=f"got '{device}'") as error:
@@ -397,27 +410,32 @@ def test_tokenizer_that_fails_is_none_with_the_reason(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("bars", [True, False])
 def test_loading_is_silent_and_leaves_the_settings_alone(
-    checkpoint: Path, capfd: pytest.CaptureFixture[str], bars: bool
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, bars: bool
 ) -> None:
     from huggingface_hub.utils import are_progress_bars_disabled
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    transformers.BertForMaskedLM(BERT).save_pretrained(tmp_path)  # its head is left over, which transformers reports
     before = logging.get_verbosity(), hub_logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_info()
     hub_logging.set_verbosity_info()
     (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+    logger = logging.get_logger("transformers")
+    logger.addHandler(caplog.handler)
     capfd.readouterr()
     try:
-        load_model(str(checkpoint), device="cpu")
-        (checkpoint / "config.json").write_text("{}")
+        load_model(str(tmp_path), device="cpu")
+        (tmp_path / "config.json").write_text("{}")
         with pytest.raises(InputError):
-            load_model(str(checkpoint), device="cpu")
+            load_model(str(tmp_path), device="cpu")
         assert capfd.readouterr() == ("", "")
+        assert not caplog.records
         assert (logging.get_verbosity(), hub_logging.get_verbosity()) == (logging.INFO, logging.INFO)
         assert logging.is_progress_bar_enabled() is bars
         assert are_progress_bars_disabled() is not bars
     finally:
+        logger.removeHandler(caplog.handler)
         logging.set_verbosity(before[0])
         hub_logging.set_verbosity(before[1])
         (logging.enable_progress_bar if before[2] else logging.disable_progress_bar)()

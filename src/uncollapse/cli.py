@@ -39,12 +39,6 @@ Level = Annotated[
         rich_help_panel=MEASURE,
     ),
 ]
-ContextLengths = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N,N,…", help="Measure again at each of these sequence lengths, in tokens.", rich_help_panel=MEASURE
-    ),
-]
 FailOn = Annotated[
     Severity | None,
     typer.Option(help="Exit with 1 when a finding is at least this severe.", rich_help_panel=MEASURE),
@@ -170,7 +164,6 @@ def diagnose(
     context: typer.Context,
     model: Model = "demo",
     level: Level = "core",
-    context_lengths: ContextLengths = None,
     fail_on: FailOn = None,
     text: Text = None,
     sequences: SequenceLimit = None,
@@ -187,7 +180,6 @@ def diagnose(
 ) -> None:
     """Measure where and how a model's token representations collapse, and say what was found."""
     with refusals_in_one_line():
-        lengths = token_lengths(context_lengths)
         require_writable(json=json, html=html)
         with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
             # stdout is kept for the result: whatever a library or a model's own code prints meanwhile goes to stderr.
@@ -202,7 +194,6 @@ def diagnose(
                 max_tokens=max_tokens,
                 batch_size=batch_size,
                 seed=seed,
-                context_lengths=lengths,
                 device=device,
                 dtype=dtype,
                 device_map=device_map,
@@ -226,19 +217,6 @@ def refusals_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("uncollapse: interrupted", err=True)
         raise typer.Exit(INTERRUPTED) from None
-
-
-def token_lengths(text: str | None) -> tuple[int, ...] | None:
-    """`64,128` as (64, 128)."""
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) >= 2 for part in parts):
-        raise InputError(
-            f"--context-lengths: expected numbers of tokens, each 2 or more, separated by commas, got {text!r}. "
-            "Units and ranges are not understood. Write for example 64,128,256."
-        )
-    return tuple(sorted({int(part) for part in parts}))
 
 
 def require_writable(*, json: str | None, html: str | None) -> None:

@@ -6,6 +6,7 @@ judge, and a `Diagnosis` comes out that can show itself, write itself, and be re
 
 from __future__ import annotations
 
+import inspect
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -217,9 +218,21 @@ def _text_batches(
     elif sequences is not None and not isinstance(texts, str):
         texts = texts[:sequences]
     problem = loaded.tokenizer_problem
-    return source, sources.tokenize(
+    batches = sources.tokenize(
         texts, loaded.tokenizer, max_tokens=max_tokens, batch_size=batch_size, tokenizer_problem=problem
     )
+    return source, sources.check_batches(_with_true_positions(loaded.model, batches), model=loaded.model)
+
+
+def _with_true_positions(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Batches padded on the left with the positions said explicitly, where the model takes them: many models count
+    positions from the first column, and would shift every shorter sequence."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return batches
+    return [
+        b if bool(b["attention_mask"][:, 0].all()) else b | {"position_ids": (b["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+        for b in batches
+    ]
 
 
 # Records ------------------------------------------------------------------------------------------------------------

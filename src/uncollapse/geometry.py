@@ -711,17 +711,21 @@ _Groups = list[tuple[slice, int, bool]]
 
 
 def _groups(x: Tensor, tokens: Tensor) -> _Groups:
-    """Sequences to decompose in one call. LAPACK takes one matrix after another anyway, so on the CPU a group holds one
-    length and no padding, the cost being cubic in the length; an accelerator is better off with a few larger groups."""
+    """Sequences to decompose in one call: neighbours that agree on ceil(n / step)."""
     if x.shape[-2] > x.shape[-1]:
         return [(slice(None), x.shape[-1], False)]
-    step = 1 if x.device.type == "cpu" else 32
-    groups, start = [], 0
+    step, groups, start = _length_step(x.device), [], 0
     for _, members in itertools.groupby(tokens.tolist(), key=lambda n: -(-n // step)):
         lengths = list(members)
         groups.append((slice(start, start + len(lengths)), max(lengths), min(lengths) < max(lengths)))
         start += len(lengths)
     return groups
+
+
+def _length_step(device: torch.device) -> int:
+    # LAPACK takes one matrix after another anyway, so on the CPU a group holds one length and no padding: the cost is
+    # cubic in the length. An accelerator is better off with a few larger groups.
+    return 1 if device.type == "cpu" else 32
 
 
 def _measured(
@@ -797,10 +801,9 @@ def _resolved(
     noise = (max(x.shape[-2:]) * _EPS_64 * largest).unsqueeze(-1)
     unsure = (squares < 1e-12 * largest.unsqueeze(-1)) | ((squares - tolerance.unsqueeze(-1).square()).abs() < noise)
     values = squares.sqrt()
-    places = _places(values, attainable)
-    rows = (unsure & places).any(-1).nonzero().squeeze(-1)
+    rows = (unsure & _places(values, attainable)).any(-1).nonzero().squeeze(-1)
     if len(rows):
-        values[rows] = torch.linalg.svdvals(_float64(x[rows], real[rows])).where(places[rows], 0)
+        values[rows] = torch.linalg.svdvals(_float64(x[rows], real[rows]))
     return values
 
 
@@ -815,7 +818,7 @@ def _affine_ranks(x: Tensor, real: Tensor, ranks: Tensor, largest: Tensor, toler
         centred = _centred(x[rows], real[rows])
         least = tolerance[rows].square() + x.shape[-2] * _EPS_64 * largest[rows]
         shift = least[:, None, None] * torch.eye(width, dtype=least.dtype, device=least.device)
-        full = (torch.linalg.cholesky_ex(centred.mT @ centred - shift).info == 0) & (tokens[rows] > width)
+        full = torch.linalg.cholesky_ex(centred.mT @ centred - shift).info == 0
         affine[rows[full]] = width
         rows = rows[~full]
     if len(rows):
@@ -866,9 +869,9 @@ def _norm_sensitive_again(x: Tensor, real: Tensor) -> dict[str, Tensor]:
 
 
 def _massive(norms: Tensor, real: Tensor, count: int | None) -> Tensor:
-    """Which tokens are massive: by the rule, or the `count` of largest norm."""
+    """Which tokens are massive: by the rule, or the `count` of largest norm. Padded rows have norm 0 and come last."""
     if count is not None:
-        position = norms.where(real, -1).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        position = norms.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         return real & (position < count)
     middle = (real.sum(-1, keepdim=True) - 1).clamp(min=0) // 2
     median = norms.where(real, math.inf).sort(-1).values.gather(-1, middle)

@@ -29,6 +29,7 @@ from uncollapse.errors import InputError
 
 TILE_BYTES = 2 << 20  # measured: 1 to 4 MiB are equal, from 8 MiB on the tile leaves the cache and costs double
 DEVICE_TILE_BYTES = 64 << 20  # accelerators want few large launches
+CAUSAL_ROWS = 128  # rows of a causal tile: its keys end with its last row, so that half of all pairs are never computed
 FORBIDDEN = -1e37  # the logit of a forbidden pair. Finite, since 0 * FORBIDDEN is 0 where 0 * -inf would be NaN
 
 
@@ -73,9 +74,9 @@ def entropy(
     Zhai et al., Stabilizing Transformer Training by Preventing Attention Entropy Collapse, arXiv 2303.06296, section 3.
     Raises `InputError` for weights that are no floating-point matrix or a mask that does not fit.
     """
-    A, rows, _ = _real_part("entropy", weights, mask, _accumulation(weights.dtype))
-    A = A / A.sum(-1, keepdim=True)
-    return (0 - torch.xlogy(A, A).sum(-1)).clamp(min=0).masked_fill(~rows, math.nan)
+    A, _, _ = _real_part("entropy", weights, mask, _accumulation(weights.dtype))
+    A = A / A.sum(-1, keepdim=True)  # padded rows are 0: NaN from here on
+    return (0 - torch.xlogy(A, A).sum(-1)).clamp(min=0)
 
 
 def normalized_entropy(
@@ -149,7 +150,7 @@ def susceptibility(
     unit of ln t; symbols of `fused_entropy`.
 
     0 and above. 0 exactly where the row is uniform on the keys it looks at, which is so at both ends: uniform attention
-    and complete entropy collapse. Large between them: the row is on its way. Invariant under a common shift of the keys.
+    and complete entropy collapse. Large between them: the row is on its way. Invariant under a shift of all keys.
 
     It says nothing of direction: a row of susceptibility 0 may be healthy or dead, its entropy tells.
 
@@ -328,8 +329,9 @@ def row_statistics(
     The logits are s_ij = scale <q_i, k_j>, then `softcap` tanh(s / softcap), then + `bias`; forbidden where `allowed`,
     `key_mask` or `causal` forbid and where the bias is at most half the lowest number of its dtype (how models write
     minus infinity). Of the allowed logits: entropy, susceptibility (see the functions of these names), maximum, and as
-    `entropy_floor` the best of three lower bounds, all with T allowed keys: that of `entropy_floor` for the row's
-    logit norm; ln sum_j exp s_ij - max_j s_ij; ln T - (max_j s_ij - mean_j s_ij).
+    `entropy_floor` the better of two lower bounds: that of the function `entropy_floor` for the row's logit norm, and
+    ln sum_j exp s_ij - max_j s_ij.
+    `max_logit=False` and `floor=False` leave those out; the maximum costs nothing.
     `sink`, one logit a head, joins the softmax's denominator: entropy and susceptibility are those of the weights over
     real keys scaled to sum to one, and `sink_mass` is the share that the sink took.
 
@@ -343,8 +345,8 @@ def row_statistics(
     >>> rows.entropy, rows.max_logit, rows.sink_mass  # denominators: 1 + 3 without the sink, 1 + 1 + 3 with it
     (tensor([[[0.5623]]]), tensor([[[1.0986]]]), tensor([[[0.2000]]]))
 
-    Floors: Zhai et al. 2023, arXiv 2303.06296, theorem 3.1; the others follow from sum_j a_ij s_ij <= max_j s_ij and
-    ln sum_j exp s_ij >= ln T + mean_j s_ij. Raises `InputError` where the tensors do not fit together.
+    Floors: Zhai et al. 2023, arXiv 2303.06296, theorem 3.1; the other follows from sum_j a_ij s_ij <= max_j s_ij.
+    Raises `InputError` where the tensors do not fit together.
     """
     scores = _scores("row_statistics", q, k, allowed, bias, key_mask, query_mask, causal, scale, softcap)
     if sink is not None and sink.shape != q.shape[1:2]:
@@ -514,11 +516,15 @@ def _scores(
     Q = q.detach().to(dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)
     Q = Q.view(*sizes[:4], -1)
     K = k.detach().to(dtype).contiguous()
+    pairs = _pairs(name, sizes, allowed, key_mask, query_mask, causal)
+    if key_mask is not None:
+        K = torch.where(key_mask[:, None, :, None], K, 0)  # whatever padding holds: NaN + FORBIDDEN would stay NaN
     B = None if bias is None else _pairwise(name, "bias", bias.detach(), sizes)
 
     def fill(tile: _Tile, S: Tensor) -> Tensor | None:
         rows = Q[tile[:4]].flatten(0, 1).flatten(1, 2)
         keys = K[tile[0], tile[1], tile[4]].flatten(0, 1)
+        # with `out`, autocast leaves the product in the dtype at hand
         torch.bmm(rows, keys.mT, out=S.view(rows.shape[0], rows.shape[1], keys.shape[1]))
         if softcap is not None:
             S.div_(softcap).tanh_().mul_(softcap)
@@ -529,7 +535,7 @@ def _scores(
         S.add_(torch.where(possible, part, 0).to(dtype))
         return possible
 
-    return _Scores(sizes, dtype, q.device, fill, *_pairs(name, sizes, allowed, key_mask, query_mask, causal))
+    return _Scores(sizes, dtype, q.device, fill, *pairs)
 
 
 def _self_scores(name: str, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> _Scores:
@@ -545,8 +551,8 @@ def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, Tensor | No
     are allowed, as 0 and 1, broadcastable (`None`: all). The two tensors are overwritten by the next tile."""
     batch, groups, repeats, queries, keys = scores.sizes
     budget = (TILE_BYTES if scores.device.type == "cpu" else DEVICE_TILE_BYTES) // scores.dtype.itemsize
-    head = repeats * queries * keys
-    row_step = queries if head <= budget else max(1, budget // (repeats * keys))
+    row_step = min(queries, CAUSAL_ROWS if scores.causal else queries, max(1, budget // (repeats * keys)))
+    head = repeats * row_step * keys
     group_step = min(groups, max(1, budget // head))
     batch_step = min(batch, max(1, budget // (head * groups)))
     # one buffer for all tiles: memory that is fresh for each would cost more than the arithmetic
@@ -566,17 +572,15 @@ def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, Tensor | No
         )
         shape = [part.stop - part.start for part in tile]
         S, scratch = memory[:, : math.prod(shape)].view(2, *shape)
-        # gradients are not wanted, and autocast would multiply in half precision
-        with torch.no_grad(), torch.autocast(scores.device.type, enabled=False):
-            allowed = scores.fill(tile, S)
-            if scores.allowed is not None:
-                allowed = _and(allowed, _cut(scores.allowed, tile))
-            if scores.causal:
-                row, key = (torch.arange(tile[n].start, tile[n].stop, device=scores.device) for n in (3, 4))
-                allowed = _and(allowed, key <= row[:, None])
-            keep = None if allowed is None else allowed.to(scores.dtype)
-            if keep is not None:
-                S.add_((1 - keep) * FORBIDDEN)
+        allowed = scores.fill(tile, S)
+        if scores.allowed is not None:
+            allowed = _and(allowed, _cut(scores.allowed, tile))
+        if scores.causal:
+            row, key = (torch.arange(tile[n].start, tile[n].stop, device=scores.device) for n in (3, 4))
+            allowed = _and(allowed, key <= row[:, None])
+        keep = None if allowed is None else allowed.to(scores.dtype)
+        if keep is not None:
+            S.add_((1 - keep) * FORBIDDEN)
         yield tile, S, scratch, keep
 
 
@@ -602,10 +606,8 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
         if floor:
             if keep is not None:
                 S.mul_(keep)
-            offset = S.sum(-1) / T  # mean of the logits less their maximum
-            square_norm = torch.mul(S, S, out=P).sum(-1) - T * offset.square()
-            bounds = torch.maximum(-peak.log(), T.to(S.dtype).log() + offset)
-            found["floor"][rows] = torch.maximum(bounds, _floor_from_norm(square_norm, T))
+            square_norm = torch.mul(S, S, out=P).sum(-1) - S.sum(-1).square() / T
+            found["floor"][rows] = torch.maximum(-peak.log(), _floor_from_norm(square_norm, T))
     dead = allowed_keys == 0
     if scores.query_mask is not None:
         dead |= ~scores.query_mask[:, None, None]

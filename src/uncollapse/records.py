@@ -294,8 +294,10 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
 
     Raises `InputError` where the place cannot be written; nothing is left behind then.
     """
-    target = Path(path)
+    target = Path(path).resolve()
     try:
+        if target.exists() and not target.is_file():
+            raise OSError("that is no file")
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         temporary = Path(name)
         try:

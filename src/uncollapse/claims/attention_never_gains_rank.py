@@ -46,7 +46,7 @@ def check(trials: int, seed: int, *, count: int = 1, sinks: bool = False) -> Fin
             "W_2": exact.text(VALUES[1]),
             "Y": exact.text(y),
         },
-        "A_1 and A_2 are true softmax patterns (logits 0, and ln 2 * x_1 x_1); their outputs point along different axes.",
+        "A_1 and A_2 are softmax patterns (logits 0, and ln 2 on the pair of first tokens); A_1 X and A_2 X differ.",
         "rank 2 needs two tokens and width two; X and the logits have one non-zero entry",
     )
 

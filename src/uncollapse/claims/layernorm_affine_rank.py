@@ -53,7 +53,7 @@ def _regimes(draws: Draws, rounds: int) -> list[Evidence]:
 
 
 def check(trials: int, seed: int, *, regime: str = "any") -> Finding:
-    """`regime="saturated"` keeps only clouds with rank X = n and 1_d outside the row space, where the sentence is true."""
+    """`regime="saturated"` keeps clouds with rank X = n and 1_d outside the row space: there the sentence is true."""
     draws = Draws("layernorm-affine-rank", seed)
     outcomes: list[bool | None] = []
     for _ in range(trials):

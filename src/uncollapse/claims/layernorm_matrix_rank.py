@@ -40,8 +40,8 @@ def check(trials: int, seed: int, *, where: str = "anywhere") -> Finding:
         "layer normalisation without bias preserves the matrix rank",
         {"X": exact.text(x), "LN X (eps = 0)": exact.text([[-1, 1], [1, -1]])},
         "row X contains (1, 1), which the mean subtraction maps to 0: rank 2 -> 1.",
-        "fewest entries, then smallest sum of entries, among non-negative integer matrices whose rank changes at eps = 0 "
-        "and eps = 1 alike",
+        "fewest entries, then smallest sum of entries, among non-negative integer matrices whose rank changes at "
+        "eps = 0 and eps = 1 alike",
     )
 
 

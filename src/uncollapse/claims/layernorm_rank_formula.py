@@ -67,8 +67,8 @@ def check(
 
 CLAIM = Claim(
     "layernorm-rank-formula",
-    "affrank(LN X) - affrank(X) = [1_n in col X] - [s in col X P G] - dim(row X meet ker G P), for every gamma, beta and "
-    "eps for which the layer is defined; s holds the tokens' standard deviations.",
+    "affrank(LN X) - affrank(X) = [1_n in col X] - [s in col X P G] - dim(row X meet ker G P), for every gamma, beta "
+    "and eps for which the layer is defined; s holds the tokens' standard deviations.",
     HERE,
     check,
 )

@@ -1,7 +1,7 @@
 """What a claim is, what checking it leaves behind, and the one rule that turns evidence into a verdict.
 
-A check never names its verdict. It returns evidence, each piece with a role and a three-valued outcome (`passed` is None
-where nothing could be decided), and `verdict` reads the outcome off:
+A check never names its verdict. It returns evidence, each piece with a role and a three-valued outcome (`passed` is
+None where nothing could be decided), and `verdict` reads the outcome off:
 
 * a failed piece about the *statement* refutes it;
 * a piece about the statement, or about the *boundary* (the hypothesis is needed, the exception exists), that could not
@@ -23,7 +23,7 @@ Verdict = Literal["holds", "holds generically", "holds under hypotheses", "refut
 Kind = Literal["universal", "generic", "measured"]
 Role = Literal["statement", "boundary", "context"]
 LEDGER_SCHEMA = "uncollapse/ledger/1"
-_PRECISION = 320  # bits of the ball arithmetic: distances down to 1e-60 stay apart from zero
+_PRECISION = 640  # bits of the ball arithmetic; fifty softmax layers use up about half of them
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def verdict(kind: Kind, evidence: Sequence[Evidence], hypotheses: bool) -> Verdi
 
 
 def tally(what: str, outcomes: Sequence[bool | None], *, role: Role = "statement", exact: bool = True) -> Evidence:
-    """Evidence from many cases: it passed if every case did, failed if one failed, and is open if one is or none was run."""
+    """Evidence from many cases: failed if one failed, else open if one is open or none was run, else passed."""
     failed, undecided = outcomes.count(False), outcomes.count(None)
     observed = f"{failed} exceptions in {len(outcomes)} cases" + (f", {undecided} undecided" if undecided else "")
     passed = False if failed else (None if undecided or not outcomes else True)
@@ -135,6 +135,12 @@ def found(what: str, outcomes: Sequence[bool | None], *, role: Role = "statement
 def equal(what: str, observed: int | str, expected: int | str, *, role: Role = "statement") -> Evidence:
     """Evidence from one exact figure and what it should be."""
     return Evidence(what, observed, expected, observed == expected, role)
+
+
+def bracketed(what: str, lower: int, upper: int, claimed: int, *, role: Role = "statement") -> Evidence:
+    """Evidence on a dimension that is known to lie between two exact integers."""
+    passed = False if not lower <= claimed <= upper else (True if lower == upper else None)
+    return Evidence(what, f"{lower}" if lower == upper else f"between {lower} and {upper}", claimed, passed, role)
 
 
 def shown(what: str, observed: int | float | str, passed: bool | None, *, role: Role = "boundary") -> Evidence:

@@ -12,7 +12,7 @@ from uncollapse.claims.ledger import PAPER, Claim, Finding, tally
 def check(trials: int, seed: int, *, reads: str = "sum") -> Finding:
     """`reads="heads"` lets the MLP see the head outputs before the projection."""
     draws = Draws("mlp-cannot-unmix", seed)
-    same_sum, same_output, differ = [], [], []
+    same_sum, same_output = [], []
     for _ in range(trials):
         n, d, h, k = draws.randint(1, 3), draws.randint(2, 3), draws.randint(2, 3), draws.randint(1, 2)
         width = h * k
@@ -36,13 +36,11 @@ def check(trials: int, seed: int, *, reads: str = "sum") -> Finding:
             weights = exact.part(first, range(read.ncols()), range(5))
             return o * projection + relu(shifted(read * weights, bias)) * second
 
-        differ.append(other != outputs)
         same_sum.append(outputs * projection == other * projection)
         same_output.append(downstream(outputs) == downstream(other))
     return [
         tally("two different sets of head outputs have the same sum Y", same_sum),
         tally(f"a ReLU MLP after them (reading the {reads}) gives the same result on both", same_output),
-        tally("the two sets do differ", differ),
     ], None
 
 

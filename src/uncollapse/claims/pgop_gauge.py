@@ -1,0 +1,92 @@
+"""Which mixings of the heads survive position gates that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flint import fmpq_mat
+
+from uncollapse import exact
+from uncollapse.claims.draws import Draws
+from uncollapse.claims.jacobian import matrices, unseen
+from uncollapse.claims.ledger import HERE, Claim, Counterexample, Finding, equal, tally
+
+
+def surviving(gates: fmpq_mat, head_width: int, projection: fmpq_mat) -> int:
+    """Dimension of the tangent of {(M, W') : M D_i W' = D_i W_O at every position}, at M = 1, W' = W_O.
+
+    D_i repeats g_h(i) over the channels of head h. The tangent equations m D_i W_O + D_i w = 0 are linear in (m, w).
+    """
+    size, width = projection.nrows(), projection.ncols()
+    spread = [exact.diagonal([g for g in row for _ in range(head_width)]) for row in gates.tolist()]
+
+    def equations(values: list[Any]) -> list[Any]:
+        m, w = matrices(values, (size, size), (size, width))
+        return [entry for d in spread for entry in (m * d * projection + d * w).entries()]
+
+    return unseen(equations, [0] * (size * size + size * width))
+
+
+def class_sizes(gates: fmpq_mat) -> list[int]:
+    """How many heads share each gate profile, up to a factor."""
+    columns = gates.transpose().tolist()
+    classes: list[list[Any]] = []
+    for column in columns:
+        for members in classes:
+            if exact.rank([members[0], column]) == 1:
+                members.append(column)
+                break
+        else:
+            classes.append([column])
+    return [len(members) for members in classes]
+
+
+def check(
+    trials: int,
+    seed: int,
+    *,
+    formula: Callable[[list[int], int], int] = lambda sizes, k: sum((m * k) ** 2 for m in sizes),
+    full_rank: bool = True,
+) -> Finding:
+    """`formula` takes class sizes and d_k; `full_rank=False` draws a projection that has lost a rank."""
+    draws = Draws("pgop-gauge", seed)
+    dimensions, extremes = [], []
+    for _ in range(max(1, trials // 5)):
+        h, k, n = draws.randint(2, 3), draws.randint(1, 2), draws.randint(1, 3)
+        size = h * k
+        profiles = [[draws.randint(1, 4) for _ in range(n)] for _ in range(2)]
+        chosen = [[entry * draws.randint(1, 3) for entry in draws.choice(profiles)] for _ in range(h)]
+        gates = exact.rational(chosen).transpose()
+        gates = exact.from_rows([[row[j] for j in range(h)] for row in gates.tolist()], h)
+        projection = draws.of_rank(size, size + draws.randint(0, 1), size - int(not full_rank))
+        dimensions.append(surviving(gates, k, projection) == formula(class_sizes(gates), k))
+        distinct = exact.rational([[1] * h, range(1, h + 1)])
+        extremes.append(
+            surviving(exact.ones(2, h), k, projection) == size * size
+            and surviving(distinct, k, projection) == h * k * k
+        )
+    thin = exact.rational([[1], [0]])  # D = 2, d = 1
+    loose = surviving(exact.rational([[1, 1], [1, 2]]), 1, thin)
+    return [
+        tally("the mixings that survive have dimension sum over profile classes of (m_c d_k)^2", dimensions),
+        tally("no gates leave D^2, distinct profiles leave H d_k^2", extremes if full_rank else [True]),
+        equal(
+            "with D = 2 > d = 1 (rank W_O < D) more survives: dimension (the formula says 2)", loose, 3, role="boundary"
+        ),
+    ], Counterexample(
+        "the formula holds for every output projection",
+        {"gates (position x head)": [["1", "1"], ["1", "2"]], "W_O": exact.text(thin)},
+        "W_O has no full row rank, and mixings that differ by its left kernel cannot be told apart.",
+        "two heads of width one; width one of the output is the only one below D",
+    )
+
+
+CLAIM = Claim(
+    "pgop-gauge",
+    "With known gates g > 0 a mixing M of the heads survives if and only if it commutes with every diag(g(i)/g(j)): "
+    "dimension sum over classes of proportional profiles of (m_c d_k)^2, from D^2 without gates to H d_k^2.",
+    HERE,
+    check,
+    hypotheses=("W_O has full row rank D", "gates are positive and known"),
+)
