@@ -12,6 +12,7 @@ the peak resident size of a process of its own for each variant, in ratio to the
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import resource
 import statistics
@@ -57,10 +58,10 @@ def speed(sequences: int, max_tokens: int, rounds: int) -> dict[str, Any]:
     ratios: dict[str, list[float]] = {"core": [], "full": []}
     forwards = []
     for _ in range(rounds):
-        for level in ("core", "full"):
-            forward = seconds(lambda: plain(model, batches))
-            forwards.append(forward)
-            ratios[level].append(seconds(lambda: capture(model, batches, anatomy, level=level)) / forward)  # type: ignore[arg-type]
+        for level, measured in ratios.items():
+            forwards.append(seconds(lambda: plain(model, batches)))
+            observing = seconds(functools.partial(capture, model, batches, anatomy, level=level))
+            measured.append(observing / forwards[-1])
     return {
         "forward_seconds": round(statistics.median(forwards), 3),
         "core_ratio": round(statistics.median(ratios["core"]), 3),

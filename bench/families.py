@@ -62,7 +62,9 @@ _HEADS = re.compile(
     r"^(num_attention_heads|num_heads|n_heads?|attention_heads|encoder_attention_heads|decoder_attention_heads|"
     r".*_num_attention_heads|.*_attention_heads|.*_num_heads|num_(encoder|decoder)_attention_heads|resampler_n?_?heads)$"
 )
-_KEY_VALUE_HEADS = re.compile(r"^(.*num_key_value_heads|num_kv_heads|kv_n_heads|num_key_value_attention_heads|num_query_groups)$")
+_KEY_VALUE_HEADS = re.compile(
+    r"^(.*num_key_value_heads|num_kv_heads|kv_n_heads|num_key_value_attention_heads|num_query_groups)$"
+)
 _HEAD_WIDTHS = re.compile(r"^(head_dim|.*_head_dim|d_kv|d_head|attention_head_size|kv_channels|dim_head)$")
 _SMALL = {
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
@@ -97,8 +99,12 @@ def _shrunk(config: dict[str, Any], ids: dict[int, int]) -> dict[str, Any]:
         old = small[name]
         if old <= 1:
             continue
-        lists = [n for n, v in small.items() if isinstance(v, (list, tuple)) and len(v) == old and not n.startswith("id2")]
-        keep = _representatives([small[n] for n in lists if all(isinstance(x, (str, int, bool)) for x in small[n])], old)
+        lists = [
+            n for n, v in small.items() if isinstance(v, (list, tuple)) and len(v) == old and not n.startswith("id2")
+        ]
+        keep = _representatives(
+            [small[n] for n in lists if all(isinstance(x, (str, int, bool)) for x in small[n])], old
+        )
         small[name] = len(keep)
         for listed in lists:
             small[listed] = [small[listed][i] for i in keep]
@@ -190,8 +196,12 @@ def reduced(config: dict[str, Any]) -> dict[str, Any]:
         old = small[name]
         if old <= 1:
             continue
-        lists = [n for n, v in small.items() if isinstance(v, (list, tuple)) and len(v) == old and not n.startswith("id2")]
-        keep = _representatives([small[n] for n in lists if all(isinstance(x, (str, int, bool)) for x in small[n])], old)
+        lists = [
+            n for n, v in small.items() if isinstance(v, (list, tuple)) and len(v) == old and not n.startswith("id2")
+        ]
+        keep = _representatives(
+            [small[n] for n in lists if all(isinstance(x, (str, int, bool)) for x in small[n])], old
+        )
         small[name] = len(keep)
         for listed in lists:
             small[listed] = [small[listed][i] for i in keep]
@@ -305,7 +315,9 @@ def inputs(model: Any) -> Any:
     main = getattr(model, "main_input_name", "input_ids")
     vision = getattr(config, "vision_config", None) or config
     size = _find(vision, ("image_size", "img_size"), 32)
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[:2] if isinstance(size, (list, tuple)) else (32, 32)
+    height, width = (
+        (size, size) if isinstance(size, int) else tuple(size)[:2] if isinstance(size, (list, tuple)) else (32, 32)
+    )
     channels = _find(vision, ("num_channels", "in_channels", "in_chans"), 3)
     channels = channels if isinstance(channels, int) else 3
     frames = _find(vision, ("num_frames", "frames_per_clip"), 8)
@@ -339,7 +351,14 @@ def inputs(model: Any) -> Any:
     audio = [n for n in ("input_features", "input_values", "audio_values", "input_audio") if n in names]
     for name in audio:
         shapes = {
-            "input_features": [(2, mel, 2 * source), (2, 48, mel), (2, mel, 48), (2, 64, mel), (2, 160, mel), (2, mel, 3000)],
+            "input_features": [
+                (2, mel, 2 * source),
+                (2, 48, mel),
+                (2, mel, 48),
+                (2, 64, mel),
+                (2, 160, mel),
+                (2, mel, 3000),
+            ],
             "input_values": [(2, 400), (2, 1, 1600), (2, 1600), (2, 64, mel), (2, 16000), (2, mel, 64)],
         }.get(name, [(2, 400), (2, 1, 1600)])
         for shape in shapes:
@@ -403,7 +422,12 @@ def swept(kind: str) -> dict[str, Any]:
     try:
         anatomy = proved_anatomy(model, batch)
     except UnsupportedModel as error:
-        return row | {"proved": False, "reason": error.identity or _line(error), "message": str(error), "found": error.found}
+        return row | {
+            "proved": False,
+            "reason": error.identity or _line(error),
+            "message": str(error),
+            "found": error.found,
+        }
     except Exception as error:
         import traceback
 
@@ -612,7 +636,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="TYPE", help="sweep these types in this process, and say everything")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TYPE", help="sweep these types in this process, and say everything"
+    )
     parser.add_argument("--out", type=Path, help="where to write the table (Markdown)")
     parser.add_argument("--json", type=Path, help="where to write the raw rows")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

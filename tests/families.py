@@ -106,7 +106,9 @@ FAMILIES: dict[str, Family] = {
         "pre",
     ),
     # Decoders ---------------------------------------------------------------------------------------------------------
-    "gpt2": Family(_auto(hf.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, **_SPECIAL)), "pre", causal=True),
+    "gpt2": Family(
+        _auto(hf.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, **_SPECIAL)), "pre", causal=True
+    ),
     "gpt_neox": Family(_auto(hf.GPTNeoXConfig(**_TEXT)), "pre, parallel", causal=True),
     "gptj": Family(
         _auto(hf.GPTJConfig(n_embd=32, n_layer=3, n_head=4, n_positions=64, rotary_dim=4, **_SPECIAL)),
@@ -130,7 +132,9 @@ FAMILIES: dict[str, Family] = {
         causal=True,
     ),
     "qwen2": Family(_auto(hf.Qwen2Config(**_GROUPED)), "pre", key_value_heads=2, causal=True),
-    "qwen3": Family(_auto(hf.Qwen3Config(**_GROUPED, head_dim=16)), "pre", key_value_heads=2, head_width=16, causal=True),
+    "qwen3": Family(
+        _auto(hf.Qwen3Config(**_GROUPED, head_dim=16)), "pre", key_value_heads=2, head_width=16, causal=True
+    ),
     "gemma2": Family(
         _auto(hf.Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0)),
         "sandwich",
@@ -144,7 +148,9 @@ FAMILIES: dict[str, Family] = {
         _auto(hf.CohereConfig(**_GROUPED, use_qk_norm=True)), "pre, parallel", key_value_heads=2, causal=True
     ),
     "granite": Family(
-        _auto(hf.GraniteConfig(**_GROUPED, residual_multiplier=0.5, attention_multiplier=0.25, embedding_multiplier=3.0)),
+        _auto(
+            hf.GraniteConfig(**_GROUPED, residual_multiplier=0.5, attention_multiplier=0.25, embedding_multiplier=3.0)
+        ),
         "pre",
         key_value_heads=2,
         causal=True,
@@ -173,11 +179,7 @@ FAMILIES: dict[str, Family] = {
         causal=True,
     ),
     "gpt_oss": Family(
-        _auto(
-            hf.GptOssConfig(
-                **_GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4
-            )
-        ),
+        _auto(hf.GptOssConfig(**_GROUPED, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4)),
         "pre",
         key_value_heads=2,
         causal=True,
@@ -231,30 +233,30 @@ FAMILIES: dict[str, Family] = {
         _auto(hf.Dinov2Config(**{**_SMALL, **_IMAGE, "mlp_ratio": 2})), "pre", vision=True, inputs="image"
     ),
     "clip_vision": Family(_auto(hf.CLIPVisionConfig(**_CLIP, **_IMAGE)), "pre", vision=True, inputs="image"),
-    "clip_text": Family(
-        _auto(hf.CLIPTextConfig(**_CLIP, **_SPECIAL, max_position_embeddings=64)), "pre", causal=True
-    ),
+    "clip_text": Family(_auto(hf.CLIPTextConfig(**_CLIP, **_SPECIAL, max_position_embeddings=64)), "pre", causal=True),
     # Sound ------------------------------------------------------------------------------------------------------------
     "whisper_encoder": Family(
         _drawn(
-            lambda: hf.WhisperModel(
-                hf.WhisperConfig(
-                    **_SPECIAL,
-                    d_model=32,
-                    encoder_layers=3,
-                    decoder_layers=1,
-                    encoder_attention_heads=4,
-                    decoder_attention_heads=4,
-                    encoder_ffn_dim=64,
-                    decoder_ffn_dim=64,
-                    num_mel_bins=8,
-                    max_source_positions=12,
-                    max_target_positions=16,
-                    decoder_start_token_id=1,
-                    suppress_tokens=None,
-                    begin_suppress_tokens=None,
-                )
-            ).encoder
+            lambda: (
+                hf.WhisperModel(
+                    hf.WhisperConfig(
+                        **_SPECIAL,
+                        d_model=32,
+                        encoder_layers=3,
+                        decoder_layers=1,
+                        encoder_attention_heads=4,
+                        decoder_attention_heads=4,
+                        encoder_ffn_dim=64,
+                        decoder_ffn_dim=64,
+                        num_mel_bins=8,
+                        max_source_positions=12,
+                        max_target_positions=16,
+                        decoder_start_token_id=1,
+                        suppress_tokens=None,
+                        begin_suppress_tokens=None,
+                    )
+                ).encoder
+            )
         ),
         "pre",
         inputs="spectrogram",

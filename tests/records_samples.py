@@ -126,7 +126,7 @@ def heads_record(
     *,
     stack: str | None = None,
     kind: str = "self",
-    verdict: str = "separable given W_O",
+    verdict: str = "attributable",
 ) -> HeadsRecord:
     """The output projection of one block, with a symmetric overlap matrix of unit diagonal."""
     overlap = np.clip(head_width / width + 0.05 * rng.standard_normal((heads, heads)), 0.01, 1)
@@ -224,7 +224,7 @@ def encoder(name: str = "all-MiniLM-L6-v2") -> DiagnosisRecord:
         else record
         for record in heads
     ]
-    verdicts = ["separable given W_O"] * 5 + ["ill-conditioned"]
+    verdicts = ["attributable"] * 5 + ["attributable with care (noise gain 35)"]
     return DiagnosisRecord(
         schema="uncollapse/diagnosis/1",
         versions={"uncollapse": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.2"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -116,7 +115,9 @@ def test_the_softmax_route_and_the_fused_route_agree(family: str) -> None:
     fused, own = observe(model, [batch], level="full"), observe(eager(tiny, model), [batch], level="full")
     assert {a.route for a in own.attention} == {"weights"}
     for measure in ATTENTION_MEASURES:
-        assert attention_table(fused, measure) == pytest.approx(attention_table(own, measure), rel=1e-4, abs=1e-5), measure
+        assert attention_table(fused, measure) == pytest.approx(attention_table(own, measure), rel=1e-4, abs=1e-5), (
+            measure
+        )
     for a, b in zip(fused.attention, own.attention, strict=True):
         assert [a.energy.summary(h)[0] for h in range(tiny.heads)] == pytest.approx(
             [b.energy.summary(h)[0] for h in range(tiny.heads)], rel=1e-4
@@ -187,7 +188,10 @@ def test_single_head_figures_are_those_of_the_definition() -> None:
     with torch.no_grad():
         weights = eager(tiny, model)(**batch, output_attentions=True).attentions
     contraction = np.array(
-        [[np.mean([np.linalg.norm(w - w.mean(0), 2) for w in layer[:, h].double().numpy()]) for h in range(4)] for layer in weights]
+        [
+            [np.mean([np.linalg.norm(w - w.mean(0), 2) for w in layer[:, h].double().numpy()]) for h in range(4)]
+            for layer in weights
+        ]
     )
     assert attention_table(observed, "contraction") == pytest.approx(contraction, rel=1e-5)
     gaps = []
@@ -218,9 +222,9 @@ def test_energy_shares_are_those_of_each_heads_own_contribution() -> None:
 
 
 @pytest.fixture
-def interrupted() -> Iterator[tuple[nn.Module, list[dict[str, Tensor]]]]:
+def interrupted() -> tuple[nn.Module, list[dict[str, Tensor]]]:
     model = FAMILIES["llama"].build().eval()
-    yield model, [text_batch(seed=s) for s in range(3)]
+    return model, [text_batch(seed=s) for s in range(3)]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

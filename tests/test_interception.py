@@ -124,11 +124,16 @@ def test_probing_restores_mode_gradients_and_random_state() -> None:
     model.train()
     model[1].eval()
     state = torch.get_rng_state()
-    with pytest.raises(ValueError, match="stop"), probing(model, seed=3):
-        assert not model.training
-        assert not torch.is_grad_enabled()
-        torch.rand(3)
-        raise ValueError("stop")
+
+    def run_and_fail() -> None:
+        with probing(model, seed=3):
+            assert not model.training
+            assert not torch.is_grad_enabled()
+            torch.rand(3)
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        run_and_fail()
     assert (model.training, model[0].training, model[1].training) == (True, True, False)
     assert torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), state)

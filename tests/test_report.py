@@ -340,7 +340,7 @@ def test_the_summary_says_where_the_extremes_are(pages: dict[str, Page]) -> None
     highest = max(samples.encoder().attention, key=lambda a: a.normalized_entropy.mean if a.normalized_entropy else 0)
     assert f"runs from 0.0310 at block 4, head 7 to {highest.normalized_entropy.mean:.3f} at " in words  # type: ignore[union-attr]
     assert f"at block {highest.block}, head {highest.head}." in words
-    assert "“separable given W_O”: blocks 0–4." in words
+    assert "“attributable”: blocks 0–4." in words
     fallen = " ".join(pages["collapsed"].words.split())
     assert "1 critical finding, 1 warning, 1 finding for information." in fallen
     assert "The affine rank falls to 0 % of the attainable at block 5." in fallen
@@ -356,6 +356,32 @@ def test_findings_come_worst_first_and_lead_to_their_row(pages: dict[str, Page])
     assert "#head-self-4-7" in links
     marked = {a["id"]: a["class"] for a in shown.attributes("tr") if "class" in a}
     assert marked == {"site-3": "critical", "head-self-4-7": "warning"}
+
+
+def test_many_findings_of_one_rule_share_a_card_and_a_remedy() -> None:
+    many = [replace(samples.SHARP_HEAD, head=head, message=f"Message {head}.", value=head / 100) for head in range(6)]
+    record = replace(samples.encoder(), findings=[samples.AMBIGUOUS, *many])
+    read = Page(page(record))
+    assert [a["class"] for a in read.attributes("article")] == ["finding warning", "finding info"]
+    words = " ".join(read.words.split())
+    assert "6 places" in words
+    for head in range(6):
+        assert f"block 4, head {head}: Message {head}. measured {wording.number(head / 100, 4)}" in words
+        assert f"#head-self-4-{head}" in [a["href"] for a in read.attributes("a")]
+    assert words.count(samples.SHARP_HEAD.remedy) == 1
+    assert words.count("held against 0.05") == 1
+    text = " ".join(shown(record, 100).split())
+    assert text.count(samples.SHARP_HEAD.remedy) == 1
+    assert "Message 2. The same at 3 more: block 4, head 3; block 4, head 4; block 4, head 5. Remedy:" in text
+
+
+def test_verdicts_that_differ_in_a_figure_are_summed_up_by_their_words() -> None:
+    record = samples.encoder()
+    heads = [replace(h, verdict=f"attributable with care (noise gain {h.block})") for h in record.heads]
+    read = Page(page(replace(record, heads=heads)))
+    assert "Head verdict “attributable with care”: blocks 0–5." in read.words
+    assert read.cells["block-self-3", "verdict"]["text"] == "attributable with care (noise gain 3)"
+    assert rows(shown(replace(record, heads=heads), 120))["3"].rstrip().endswith("attributable with care")
 
 
 def test_a_finding_without_a_block_is_about_the_embedding_or_the_whole_model() -> None:
@@ -644,12 +670,14 @@ def test_the_terminal_names_the_worst_beside_every_mean() -> None:
                 lowest = head
         assert f"{lowest.normalized_entropy.mean:#.3g} h{lowest.head}" in line  # type: ignore[union-attr]
         assert f" {total / len(heads):#.3g} " in line
-        for value in (site.consensus_distance.mean, site.consensus_distance.min, site.token_similarity.max):  # type: ignore[union-attr]
+        for value in (site.consensus_distance.mean, site.consensus_distance.min):  # type: ignore[union-attr]
             assert f" {value:#.3g} " in line
+        for value in (site.token_similarity.mean, site.token_similarity.max):  # type: ignore[union-attr]
+            assert f" {value:.3f} " in line
         assert " 43/43 " in line
         assert " 42/42 " in line
     assert table["4"].startswith("4 ! ")
-    assert table["5"].rstrip().endswith("ill-conditioned")
+    assert table["5"].rstrip().endswith("attributable with care")
 
 
 def test_cross_attention_is_named_in_the_terminal() -> None:
@@ -664,7 +692,7 @@ def test_what_does_not_fit_is_named_and_the_verdicts_are_said_below() -> None:
     narrow, wide = shown(record_of("translation"), 80), shown(record_of("translation"), 120)
     assert "Left out, the terminal being 80 columns wide: similarity." in narrow
     assert "Left out" not in wide
-    assert "Head verdict “separable given W_O”: encoder blocks 0–3; decoder blocks 4–7;" in narrow
+    assert "Head verdict “attributable”: encoder blocks 0–3; decoder blocks 4–7;" in narrow
     assert "Head verdict" not in wide
     assert "head verdict" in wide
 

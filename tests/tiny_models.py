@@ -43,7 +43,11 @@ FAMILIES: dict[str, Tiny] = {
     "bert": Tiny(_auto(hf.BertConfig(**_TEXT)), "post"),
     "albert": Tiny(_auto(hf.AlbertConfig(**_TEXT, embedding_size=16)), "post"),
     "gpt2": Tiny(
-        _auto(hf.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2)),
+        _auto(
+            hf.GPT2Config(
+                n_embd=32, n_layer=3, n_head=4, n_positions=64, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2
+            )
+        ),
         "pre",
     ),
     "llama": Tiny(_auto(hf.LlamaConfig(**_SHORT, num_key_value_heads=2)), "pre", key_value_heads=2),
@@ -58,7 +62,9 @@ FAMILIES: dict[str, Tiny] = {
     "t5_encoder": Tiny(
         lambda: (
             torch.manual_seed(0),
-            hf.T5EncoderModel(hf.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, vocab_size=VOCABULARY)),
+            hf.T5EncoderModel(
+                hf.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, vocab_size=VOCABULARY)
+            ),
         )[1],
         "pre",
     ),

@@ -25,8 +25,16 @@ def heads_records(model: nn.Module, attention: Sequence[AttentionStatistics]) ->
         call = statistics.call
         unavailable: dict[str, str] = {}
         figures: dict[str, Any] = dict.fromkeys(
-            "width ambiguous_degrees_of_freedom kernel_dimension gauge_dimension output_projection_rank condition_number "
-            "write_space_overlap verdict".split()
+            [
+                "width",
+                "ambiguous_degrees_of_freedom",
+                "kernel_dimension",
+                "gauge_dimension",
+                "output_projection_rank",
+                "condition_number",
+                "write_space_overlap",
+                "verdict",
+            ]
         )
         figures["width"] = 0
         figures["ambiguous_degrees_of_freedom"] = heads.ambiguous_degrees_of_freedom(call.heads, call.head_width)

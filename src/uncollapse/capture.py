@@ -32,16 +32,36 @@ from uncollapse.tracing import forward_pass
 Progress = Callable[[str, int, int], None]
 Level = Literal["core", "full"]
 
-PLAIN_MEASURES = (
-    "rank affine_rank attainable_rank attainable_affine_rank effective_rank stable_rank participation_ratio "
-    "consensus_distance token_similarity rank_gap"
-).split()
-MASSIVE_MEASURES = (
-    "tokens_left_out effective_rank stable_rank participation_ratio consensus_distance token_similarity".split()
-)
-ATTENTION_MEASURES = (
-    "entropy normalized_entropy entropy_floor max_logit value_contraction susceptibility contraction spectral_gap".split()
-)
+PLAIN_MEASURES = [
+    "rank",
+    "affine_rank",
+    "attainable_rank",
+    "attainable_affine_rank",
+    "effective_rank",
+    "stable_rank",
+    "participation_ratio",
+    "consensus_distance",
+    "token_similarity",
+    "rank_gap",
+]
+MASSIVE_MEASURES = [
+    "tokens_left_out",
+    "effective_rank",
+    "stable_rank",
+    "participation_ratio",
+    "consensus_distance",
+    "token_similarity",
+]
+ATTENTION_MEASURES = [
+    "entropy",
+    "normalized_entropy",
+    "entropy_floor",
+    "max_logit",
+    "value_contraction",
+    "susceptibility",
+    "contraction",
+    "spectral_gap",
+]
 
 
 @dataclass
@@ -355,7 +375,7 @@ class _Probe:
         statistics.route = rows.route
         sequences, count = rows.entropy.shape[:2]
         undefined = torch.full((sequences, count), math.nan, dtype=torch.float64)
-        columns = {name: undefined for name in ATTENTION_MEASURES}
+        columns = dict.fromkeys(ATTENTION_MEASURES, undefined)
         for name in ("entropy", "normalized_entropy", "entropy_floor", "susceptibility"):
             found = getattr(rows, name)
             if found is not None:

@@ -97,7 +97,9 @@ class Diagnosis:
         from uncollapse import report
 
         page = html.escape(report.page(self.record), quote=True)
-        return f'<iframe srcdoc="{page}" style="width:100%;height:800px;border:0" title="uncollapse diagnosis"></iframe>'
+        return (
+            f'<iframe srcdoc="{page}" style="width:100%;height:800px;border:0" title="uncollapse diagnosis"></iframe>'
+        )
 
 
 def diagnose(
@@ -139,7 +141,9 @@ def diagnose(
     loaded = _loaded(model, tokenizer, name, device, dtype, device_map, trust_remote_code, progress)
     if batches is not None:
         if texts is not None:
-            raise InputError("diagnose: expected texts or batches, got both. They are two ways to say the same. Pass one.")
+            raise InputError(
+                "diagnose: expected texts or batches, got both. They are two ways to say the same. Pass one."
+            )
         source, ready = "batches", sources.check_batches(batches, model=loaded.model)
     else:
         source, ready = _text_batches(loaded, texts, sequences, max_tokens, batch_size, seed)
@@ -210,7 +214,9 @@ def _text_batches(
     seed: int,
 ) -> tuple[str, list[dict[str, Tensor]]]:
     if sequences is not None and sequences < 1:
-        raise InputError(f"diagnose: expected at least one sequence, got sequences={sequences}. Pass a positive number.")
+        raise InputError(
+            f"diagnose: expected at least one sequence, got sequences={sequences}. Pass a positive number."
+        )
     source = "texts"
     if texts is None:
         source = "English prose from Python's own documentation (pydoc_data.topics)"
@@ -230,7 +236,9 @@ def _with_true_positions(model: nn.Module, batches: list[dict[str, Tensor]]) -> 
     if "position_ids" not in inspect.signature(model.forward).parameters:
         return batches
     return [
-        b if bool(b["attention_mask"][:, 0].all()) else b | {"position_ids": (b["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+        b
+        if bool(b["attention_mask"][:, 0].all())
+        else b | {"position_ids": (b["attention_mask"].cumsum(1) - 1).clamp(min=0)}
         for b in batches
     ]
 
@@ -300,9 +308,7 @@ def _site_record(site: SiteStatistics) -> SiteRecord:
 def _attention_records(statistics: AttentionStatistics, level: Level) -> list[AttentionRecord]:
     records = []
     for head in range(statistics.call.heads):
-        values = {
-            name: Statistic.of(*statistics.values.summary(i, head)) for i, name in enumerate(ATTENTION_MEASURES)
-        }
+        values = {name: Statistic.of(*statistics.values.summary(i, head)) for i, name in enumerate(ATTENTION_MEASURES)}
         unavailable = {
             name: statistics.reasons.get(name) or _missing(name, level)
             for name, value in values.items()

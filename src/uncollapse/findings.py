@@ -58,7 +58,9 @@ class Observed:
     heads: Sequence[HeadsRecord]
 
 
-def findings(trajectory: Sequence[SiteRecord], attention: Sequence[AttentionRecord], heads: Sequence[HeadsRecord]) -> list[Finding]:
+def findings(
+    trajectory: Sequence[SiteRecord], attention: Sequence[AttentionRecord], heads: Sequence[HeadsRecord]
+) -> list[Finding]:
     """Every rule that fires, the most severe first, then along depth."""
     observed = Observed(trajectory, attention, heads)
     fired = [finding for rule in RULES for finding in rule(observed)]
@@ -87,8 +89,9 @@ def _calls(attention: Iterable[AttentionRecord]) -> Iterator[list[AttentionRecor
 def _without_massive(site: SiteRecord, measure: str) -> Statistic | None:
     """A norm-sensitive measure without the massive tokens, which otherwise decide it alone."""
     left_out = site.massive_tokens_left_out
-    found = getattr(left_out, measure) if left_out is not None else None
-    return found if found is not None else getattr(site, measure)
+    found: Statistic | None = getattr(left_out, measure) if left_out is not None else None
+    plain: Statistic | None = getattr(site, measure)
+    return plain if found is None else found
 
 
 def not_finite(observed: Observed) -> Iterator[Finding]:
@@ -277,9 +280,7 @@ def identical_heads(observed: Observed) -> Iterator[Finding]:
         if record.write_space_overlap is None or 2 * record.head_width > record.width:
             continue  # two write spaces that wide must meet
         pairs = [
-            (record.write_space_overlap[g][h], g, h)
-            for g in range(record.heads)
-            for h in range(g + 1, record.heads)
+            (record.write_space_overlap[g][h], g, h) for g in range(record.heads) for h in range(g + 1, record.heads)
         ]
         value, first, second = max(pairs, default=(0.0, 0, 0))
         if value > IDENTICAL_OVERLAP:

@@ -324,4 +324,6 @@ def _require_matrix(function: str, matrix: Tensor) -> None:
 def _require_positive(function: str, **sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
-            raise InputError(f"{function}: expected {name} of 1 or more, got {size}. Count from the model's configuration.")
+            raise InputError(
+                f"{function}: expected {name} of 1 or more, got {size}. Count from the model's configuration."
+            )

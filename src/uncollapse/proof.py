@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy import STREAM, Anatomy, Block, Identity, Layout, Part, removal
-from uncollapse.errors import UncollapseError, UnsupportedModel
+from uncollapse.errors import UnsupportedModel
 from uncollapse.interception import Handler, Point, addition_operands, intercepted, probing
 from uncollapse.reading import read
 from uncollapse.tracing import forward_pass, tensors_in, trace
@@ -96,7 +96,9 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
         before = _output(model, batch)
         torch.manual_seed(0)
         recorded = trace(model, batch)
-        proof = [Identity("tracing changes no bit of the output", "model", _deviation(before, _tensors(recorded.output)))]
+        proof = [
+            Identity("tracing changes no bit of the output", "model", _deviation(before, _tensors(recorded.output)))
+        ]
         anatomy = read(model, recorded, layout)
         runs = _observe(model, batch, anatomy)
         proved: list[Block] = []
@@ -134,7 +136,9 @@ def _difference(expected: Tensor, got: Tensor) -> float:
     if expected.numel() != got.numel():
         return float("inf")
     got = got.reshape(expected.shape)
-    if torch.equal(expected.isnan(), got.isnan()) and torch.equal(expected.nan_to_num(), got.to(expected.dtype).nan_to_num()):
+    if torch.equal(expected.isnan(), got.isnan()) and torch.equal(
+        expected.nan_to_num(), got.to(expected.dtype).nan_to_num()
+    ):
         return 0.0
     return float((expected.double() - got.double()).nan_to_num(nan=float("inf")).abs().max())
 
@@ -208,7 +212,9 @@ class _BlockProof:
         self.identities: list[Identity] = []
         assert run.output is not None
         stream = run.args[block.stream_input] if isinstance(block.stream_input, int) else run.kwargs[block.stream_input]
-        self._check("run alone, the block gives the output it gave in the model", _difference(run.output, self._replay(())))
+        self._check(
+            "run alone, the block gives the output it gave in the model", _difference(run.output, self._replay(()))
+        )
         self._adds_up(stream, run.output)
         everything = tuple(range(len(block.parts)))
         self._check("with every part removed, the block is the identity", self._identity_gap(stream, everything))
@@ -216,7 +222,9 @@ class _BlockProof:
         for number, part in enumerate(block.parts):
             changed = _difference(run.output, self._replay((number,)))
             silent = self._update_is_zero(number) or not bool(run.output.isfinite().all())
-            self._check(f"removing the {part.kind} ({part.module}) changes the output", 0.0 if changed or silent else 1.0)
+            self._check(
+                f"removing the {part.kind} ({part.module}) changes the output", 0.0 if changed or silent else 1.0
+            )
             if part.kind == "mlp" and self._reaches_others(number, stream):
                 parts[number] = Part("mixer", (), part.module)
         self.block = replace(block, parts=tuple(parts))

@@ -461,13 +461,13 @@ class _Reader:
         for score in self.attention_of:
             point = self._point(score)
             if point not in inside and type(self.model.get_submodule(point.owner)) in classes:
-                raise self._refusal(f"the attention in {point.owner or 'the model itself'} belongs to no block that was found")
+                raise self._refusal(
+                    f"the attention in {point.owner or 'the model itself'} belongs to no block that was found"
+                )
 
     def _with_stacks(self, blocks: list[Block], calls: list[Call]) -> list[Block]:
         """Encoder and decoder, told by cross-attention: a parent whose blocks cross is a decoder, what it reads an encoder."""
-        crossing = {
-            c.parent for b, c in zip(blocks, calls, strict=True) if any(p.kind == "cross" for p in b.parts)
-        }
+        crossing = {c.parent for b, c in zip(blocks, calls, strict=True) if any(p.kind == "cross" for p in b.parts)}
         if not crossing:
             return blocks
         return [
@@ -598,7 +598,7 @@ def behaves_as_norm(module: nn.Module, shape: tuple[int, ...]) -> Literal["layer
     try:
         with torch.no_grad():
             plain, large, other, shifted = (module(v) for v in (16 * x, 256 * x, 16 * y, 16 * x + 16))
-    except Exception:  # noqa: BLE001 - whatever it is, a module that cannot run on its own shape is no norm
+    except Exception:
         return None
     if not all(isinstance(v, Tensor) and v.shape == x.shape for v in (plain, large, other, shifted)):
         return None

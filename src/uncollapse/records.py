@@ -13,7 +13,6 @@ can be drawn from it a year later on another machine. Pages and tables read reco
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
@@ -259,20 +258,20 @@ class DiagnosisRecord:
 Record = TypeVar("Record")
 
 
-@functools.cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
 def to_json(record: object) -> str:
     """The record as JSON, keys in the order of the dataclass, non-ASCII kept, ends with a newline."""
-    return json.dumps(_adapter(type(record)).dump_python(record, mode="json"), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return (
+        json.dumps(
+            TypeAdapter(type(record)).dump_python(record, mode="json"), indent=1, ensure_ascii=False, allow_nan=False
+        )
+        + "\n"
+    )
 
 
 def from_json(text: str, kind: type[Record]) -> Record:
     """The record that `text` holds. Raises `InputError` where the text is no such record."""
     try:
-        record: Record = _adapter(kind).validate_json(text)
+        record: Record = TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the document"
@@ -285,7 +284,7 @@ def from_json(text: str, kind: type[Record]) -> Record:
 
 def json_schema(kind: type[Any]) -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a record, as shipped in `uncollapse/schemas/`."""
-    schema = _adapter(kind).json_schema(mode="serialization")
+    schema = TypeAdapter(kind).json_schema(mode="serialization")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

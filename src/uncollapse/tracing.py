@@ -22,15 +22,65 @@ from torch.overrides import TorchFunctionMode
 
 # An operation that multiplies matrices; with one operand made of parameters alone it is a learned linear map.
 _MATRIX_PRODUCTS = frozenset(
-    "linear matmul rmatmul bmm mm addmm baddbmm addbmm addmv mv einsum tensordot conv1d conv2d conv3d grouped_mm".split()
+    [
+        "linear",
+        "matmul",
+        "rmatmul",
+        "bmm",
+        "mm",
+        "addmm",
+        "baddbmm",
+        "addbmm",
+        "addmv",
+        "mv",
+        "einsum",
+        "tensordot",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "grouped_mm",
+    ]
 )
 # An operation through which a value passes as it is: moved, cut, cast, or dropped out.
 _PASSES = frozenset(
-    "view reshape contiguous to type type_as float half bfloat16 double clone detach dropout dropout_ transpose permute "
-    "squeeze unsqueeze flatten unflatten expand expand_as swapaxes movedim cat getitem view_as reshape_as narrow "
-    "alias feature_dropout native_dropout nan_to_num t".split()
+    [
+        "view",
+        "reshape",
+        "contiguous",
+        "to",
+        "type",
+        "type_as",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "clone",
+        "detach",
+        "dropout",
+        "dropout_",
+        "transpose",
+        "permute",
+        "squeeze",
+        "unsqueeze",
+        "flatten",
+        "unflatten",
+        "expand",
+        "expand_as",
+        "swapaxes",
+        "movedim",
+        "cat",
+        "getitem",
+        "view_as",
+        "reshape_as",
+        "narrow",
+        "alias",
+        "feature_dropout",
+        "native_dropout",
+        "nan_to_num",
+        "t",
+    ]
 )
-_SCALINGS = frozenset("mul rmul div truediv true_divide multiply neg".split())
+_SCALINGS = frozenset(["mul", "rmul", "div", "truediv", "true_divide", "multiply", "neg"])
 
 
 def operation_name(function: Callable[..., Any]) -> str:
@@ -286,9 +336,8 @@ class _Recorder(TorchFunctionMode):
         ordinal = self._module_calls.get(name, 0)
         self._module_calls[name] = ordinal + 1
         call = Call(len(self.calls), name, ordinal, self.stack[-1], len(self.nodes))
-        for key, item in (*enumerate(args), *kwargs.items()):
-            if isinstance(item, Tensor):
-                call.inputs[key] = self.value(item)
+        call.inputs |= {i: self.value(item) for i, item in enumerate(args) if isinstance(item, Tensor)}
+        call.inputs |= {name: self.value(item) for name, item in kwargs.items() if isinstance(item, Tensor)}
         call.first = len(self.nodes)
         self.calls[self.stack[-1]].children.append(call.index)
         self.calls.append(call)

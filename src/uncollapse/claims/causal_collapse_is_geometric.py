@@ -24,8 +24,8 @@ def last_ratio(x: fmpq_mat, form: fmpq_mat, *, causal: bool) -> Any:
         cloud = balls.attention(cloud, forms, one, causal=causal)
         after = balls.squared_diameter(cloud)
         if not after > arb(2) ** -160:  # well above what the balls' radii grow to
-            ratio = after / before if ratio is None else ratio
-            break
+            last = after / before  # a wide ball, but where the distance fell at once its upper end is small
+            return last if ratio is None or last < ratio else ratio
         ratio, before = after / before, after
     return ratio
 

@@ -69,7 +69,7 @@ CLAIM = Claim(
     "entropy-floor",
     "A softmax row over T keys whose centred logits have 2-norm s has entropy at least ln(1 + (T-1)b) + "
     "s sqrt(T(T-1)) b/(1 + (T-1)b), b = exp(-s sqrt(T/(T-1))), and the bound is attained.",
-    "S. Zhai et al., Stabilizing Transformer Training by Preventing Attention Entropy Collapse, arXiv 2303.06296 (2023), "
+    "S. Zhai et al., Stabilizing Transformer Training by Preventing Attention Entropy Collapse, arXiv 2303.06296; "
     "proved in docs/theory.md for a given row",
     check,
 )

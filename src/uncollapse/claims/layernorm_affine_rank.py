@@ -41,11 +41,11 @@ def _regimes(draws: Draws, rounds: int) -> list[Evidence]:
         if exact.affine_rank(x) == n:
             over.append(rank_change(x, eps=1).affine_rank <= -1)
         r = draws.randint(1, 2)
-        x = shifted(draws.of_rank(n, d, min(r, n - 1), 40), draws.matrix(1, d, 40))
+        x = shifted(draws.of_rank(n, d, min(r, n - 1), 10**4), draws.matrix(1, d, 10**4))
         flat = exact.affine_rank(x)
         if flat == min(r, n - 1) and exact.rank(x) == flat + 1:
             off.append(rank_change(x, eps=1).after.affine_rank == min(flat + 1, n - 1, d - 1))
-        x = draws.of_rank(5, d, 2, 40)
+        x = draws.of_rank(5, d, 2, 10**4)
         if exact.affine_rank(x) == 2:
             through.append(rank_change(x, eps=1).after.affine_rank == 2)
         consensus.append(rank_change(exact.ones(n) * draws.matrix(1, d), eps=1).after.affine_rank == 0)

@@ -106,7 +106,7 @@ def diagnosis_page(record: DiagnosisRecord) -> str:
             script=Markup(script),
             bundle=Markup(_bundle()),
             tiles=_tiles(record),
-            findings=[(finding, _target(finding, record)) for finding in wording.worst_first(record.findings)],
+            findings=[[(each, _target(each, record)) for each in group] for group in wording.alike(record.findings)],
             depth=_depth(record),
             attention=_attention(record),
             heads=_heads(record),

@@ -22,6 +22,7 @@ SIGNS = {"critical": "!!", "warning": "!", "info": "i"}
 STYLES = {"critical": "bold red", "warning": "bold yellow", "info": "blue"}
 STACKS = {"encoder": "enc ", "decoder": "dec "}
 LONGEST_VERDICT = 28
+SPELLED_OUT = 3  # findings of one rule printed in full; of the others the places
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,16 @@ def print_diagnosis(record: DiagnosisRecord, console: Console) -> None:
     console.print()
     findings = wording.worst_first(record.findings)
     say(wording.headline(findings), "bold")
-    for finding in findings:
-        head = text(f"{SIGNS[finding.severity]:<3}{finding.severity}", STYLES[finding.severity])
-        head.append_text(text(f"  {finding.code} ({wording.finding_place(finding)})", "bold"))
-        console.print(head, highlight=False)
-        say(finding.message, indent=3)
-        if finding.remedy:
-            say(f"Remedy: {finding.remedy}", indent=3)
+    for group in wording.alike(findings):
+        for finding in group[:SPELLED_OUT]:
+            head = text(f"{SIGNS[finding.severity]:<3}{finding.severity}", STYLES[finding.severity])
+            head.append_text(text(f"  {finding.code} ({wording.finding_place(finding)})", "bold"))
+            console.print(head, highlight=False)
+            say(finding.message, indent=3)
+        if rest := group[SPELLED_OUT:]:
+            say(f"The same at {len(rest)} more: {'; '.join(map(wording.finding_place, rest))}.", indent=3)
+        if group[0].remedy:
+            say(f"Remedy: {group[0].remedy}", indent=3)
     console.print()
     say(closing(record))
 
@@ -88,8 +92,8 @@ def _columns(record: DiagnosisRecord) -> list[Column]:
         Column("eff.\nrank", lambda site: wording.mean(site.effective_rank), spare=1),
         Column("consen-\nsus", lambda site: wording.mean(site.consensus_distance)),
         Column("worst\nseq.", lambda site: _part(site.consensus_distance, "min")),
-        Column("simi-\nlarity", lambda site: wording.mean(site.token_similarity), spare=2),
-        Column("worst\nseq.", lambda site: _part(site.token_similarity, "max"), spare=2),
+        Column("simi-\nlarity", lambda site: _cosine(site.token_similarity, "mean"), spare=2),
+        Column("worst\nseq.", lambda site: _cosine(site.token_similarity, "max"), spare=2),
         Column("mean\nentropy", lambda site: _mean_entropy(record, site)),
         Column("lowest\nhead", lambda site: _lowest_head(record, site)),
         Column("head verdict", lambda site: _verdict(record, site), spare=3, left=True),
@@ -152,6 +156,11 @@ def _of(reached: Statistic | None, attainable: Statistic | None) -> str:
 
 def _part(statistic: Statistic | None, part: str) -> str:
     return wording.number(None if statistic is None else getattr(statistic, part))
+
+
+def _cosine(statistic: Statistic | None, part: str) -> str:
+    """Three decimals: a cosine of 1e-5 is as good as zero."""
+    return wording.ABSENT if statistic is None else f"{getattr(statistic, part):.3f}"
 
 
 def _heads_of(record: DiagnosisRecord, site: SiteRecord) -> list[tuple[float, str]]:

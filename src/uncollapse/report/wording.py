@@ -114,6 +114,14 @@ def worst_first(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: -SEVERITIES.index(finding.severity))
 
 
+def alike(findings: Iterable[Finding]) -> list[list[Finding]]:
+    """The findings, worst first, those of one rule with one remedy together."""
+    found: dict[tuple[str, ...], list[Finding]] = {}
+    for finding in worst_first(findings):
+        found.setdefault((finding.severity, finding.code, finding.remedy, finding.reference), []).append(finding)
+    return list(found.values())
+
+
 def counts_in_words(findings: Sequence[Finding]) -> str:
     """How many findings of which severity; empty where there is none."""
     parts = severity_counts(findings)
@@ -256,12 +264,21 @@ def head_place(attention: AttentionRecord) -> str:
     return place(block=attention.block, head=attention.head, stack=attention.stack, kind=attention.kind)
 
 
+def verdict_in_short(verdict: str) -> str:
+    """A verdict without the figure it gives in parentheses, which differs from block to block.
+
+    >>> verdict_in_short("attributable with care (noise gain 935)")
+    'attributable with care'
+    """
+    return verdict.split(" (")[0]
+
+
 def verdicts(heads: Sequence[HeadsRecord]) -> dict[str, list[HeadsRecord]]:
     """The blocks behind each head verdict, in the order in which the verdicts appear."""
     found: dict[str, list[HeadsRecord]] = {}
     for record in heads:
         if record.verdict is not None:
-            found.setdefault(record.verdict, []).append(record)
+            found.setdefault(verdict_in_short(record.verdict), []).append(record)
     return found
 
 
