@@ -108,7 +108,7 @@ def attention(
                 susceptibility=statistic(0.9 * (1 - share), 0.2) if full else None,
                 contraction=statistic(0.5 + 0.7 * (1 - share), 0.1) if full else None,
                 spectral_gap=statistic(0.2 + 0.6 * share, 0.1) if full else None,
-                route="fused",
+                route="logits",
                 unavailable={}
                 if full
                 else dict.fromkeys(("susceptibility", "contraction", "spectral_gap"), NOT_AT_CORE),

@@ -249,7 +249,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_memory_does_not_grow_with_the_square_of_the_tokens():
     tokens = 1536
-    q, k = torch.randn(2, 1, 1, tokens, 2)
+    q, k = queries_and_keys(1, 4, 2, tokens, tokens, 2, torch.float32)
     mask = torch.ones(1, tokens, dtype=torch.bool)
     mask[:, -5:] = False
     with LargestTensor() as control:

@@ -331,3 +331,21 @@ def test_eps_above_zero_admits_constant_tokens():
     assert rank_change([[1, 1], [2, 2]], eps=Fraction(1, 4)).after == (0, 0)
     assert rank_change(torch.tensor([[1.0, 1.0], [2.0, 2.0]]), eps=0.25).after == (0, 0)
     assert math.isclose(float(exact.number(0.25)), 0.25)
+
+
+def test_a_bias_against_irrational_deviations():
+    x = [[1, 1, -1, -1], [1, -1, 0, 0]]  # deviations 1 and sqrt(1/2), the output is x / s
+    for beta, after in (([-1, -1, 1, 1], (1, 1)), ([0, -2, 1, 1], (2, 1)), ([-2, -2, 2, 2], (2, 1))):
+        # beta = -x_1 cancels the first token; beta = x_2 - x_1 does in the rational part alone.
+        assert rank_change(x, beta=beta).after == after
+        assert rank_change(torch.tensor(x, dtype=torch.float64), beta=beta).after == after
+
+
+@pytest.mark.parametrize("mean", [1e6, 1e9])
+def test_the_rounding_of_a_large_mean_is_no_direction(mean):
+    generator = torch.Generator().manual_seed(0)
+    flat = torch.randn(5, 300, generator=generator, dtype=torch.float64)
+    flat = flat - flat.mean(1, keepdim=True)
+    x = torch.randn(300, 5, generator=generator, dtype=torch.float64) @ flat
+    change = rank_change(x + mean * torch.rand(300, 1, generator=generator, dtype=torch.float64))
+    assert (change.before, change.after, change.brackets) == ((6, 6), (5, 5), (0, 0, 1))

@@ -27,7 +27,6 @@ from uncollapse.errors import InputError
 from uncollapse.interception import Handler, Point, intercepted, probing
 from uncollapse.proof import block_output
 from uncollapse.sources import token_mask
-from uncollapse.tracing import forward_pass
 
 Progress = Callable[[str, int, int], None]
 Level = Literal["core", "full"]
@@ -124,7 +123,7 @@ def capture(
                 progress("probe", number, len(batches))
             on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             probe.begin(on_device)
-            forward_pass(model, on_device)
+            model(**on_device)
         if progress is not None:
             progress("probe", len(batches), len(batches))
     return probe.observations

@@ -1,11 +1,17 @@
-"""What an output projection leaves of its heads: which observer can tell them apart, and by how much.
+"""What an output projection says of its heads: which of them can be told apart in the sum, and how well.
 
-`Y_i = sum_h O_{h,i} W_h + b` sums the heads of each token; `W_O` stacks the row blocks W_h (head width × width), D = H·d_k
-rows in all. Every figure here is the same for all models that compute the same function: replacing V_h by V_h M_h and W_h by
-M_h⁻¹ W_h moves none of them. Slicing the projection's *output* by head is after the mixing and means nothing.
+A multi-head layer adds its heads' contributions: Y = sum_h O_h W_h, with head outputs O_h (n x d_k) and row blocks W_h
+(d_k x d) of the output projection W_O (D x d, D = H d_k). Whoever sees Y alone, as every later layer does, cannot always
+say which head wrote what. Here is how much is undetermined (`ambiguous_degrees_of_freedom`, `kernel_dimension`,
+`contribution_ambiguity`, `factorization_ambiguity`), which changes of the weights nobody can see (`gauge_dimension`,
+`query_key_gauge_dimension`), and how well posed the rest is (`write_space_overlap`, `conditioning`).
 
-`output_projection` is always W_O as [mixed, width], rows the concatenated heads: the transpose of an `nn.Linear` weight, the
-weight itself of a `Conv1D`. Spectra are computed in float64.
+W_O comes as `[mixed, width]`, the concatenated heads along its rows: the transpose of an `nn.Linear`'s weight. All
+figures of single heads are the same for every model that computes the same function: they depend on the write spaces
+row(W_h) and on the contributions O_h W_h, which the change of basis W_h -> M^-1 W_h, O_h -> O_h M leaves alone. The
+norm of O_h, of W_h or the condition number of W_O are not, so they are not here.
+
+When not to use it: where the output of the projection is cut into heads. That is after the mixing, and means nothing.
 """
 
 from __future__ import annotations
@@ -18,186 +24,228 @@ from torch import Tensor
 
 from uncollapse.errors import InputError
 
-# Reading a head back amplifies noise by the conditioning of the write spaces. Up to 10, one digit of a measurement is lost:
-# less than the difference between two probes of a few dozen sequences.
-MODEST_NOISE_GAIN = 10.0
+# bfloat16 rounds by 2^-8 = 0.4 %. Ten times that is 4 %: a head's share is still right to a few per cent.
+CARE_GAIN = 10.0
 
 
 def ambiguous_degrees_of_freedom(heads: int, head_width: int, tokens: int = 1) -> int:
-    """How many numbers a layer's heads can change without an observer noticing who sees only the sum of the head outputs.
+    """How many numbers stay free when only the sum of the heads in one shared channel space is seen. A count.
 
-    n (H − 1) d_k: the kernel of (O_1 … O_H) ↦ Σ_h O_h, with n `tokens`, H `heads` and d_k `head_width`.
+    n (H-1) d_k, the dimension of the kernel of (O_1, ..., O_H) -> sum_h O_h for n `tokens`.
 
-    0 for a single head. It is a count of dimensions, the same for every weight: no property of a trained model, and nothing
-    that training repairs. The observer is one who reads all heads in one shared channel space; one who knows W_O sees more
-    (`kernel_dimension`).
+    0 for one head. Depends on sizes only, not on weights.
 
-    >>> ambiguous_degrees_of_freedom(heads=12, head_width=64, tokens=128)
-    90112
+    It is the count of an observer who does not know W_O. Who does, asks `kernel_dimension`, mostly 0.
 
-    Cirrincione, Rank, Head-Channel Non-Identifiability, and Symmetry Breaking, arXiv 2604.23681, abstract.
-    Raises `InputError` for sizes below one.
+    >>> ambiguous_degrees_of_freedom(heads=12, head_width=64)
+    704
+
+    Cirrincione, Rank, Head-Channel Non-Identifiability, and Symmetry Breaking, arXiv 2604.23681.
     """
-    _require_positive("ambiguous_degrees_of_freedom", heads=heads, head_width=head_width, tokens=tokens)
     return tokens * (heads - 1) * head_width
 
 
 def kernel_dimension(output_projection: Float[Tensor, "mixed width"], tokens: int = 1) -> int:
-    """How many numbers of the head outputs the projection forgets: what one who sees Y and knows W_O still cannot know.
+    """How many numbers of the head outputs do not reach the layer's output, for who knows W_O. A count.
 
-    n (D − rank W_O), the kernel of O ↦ O W_O. The rank counts singular values above
-    ε‖W‖_F(1/√D + 1/√d) + max(D, d) ε₆₄ σ_max, ε of the dtype the weights are stored in: what rounding alone can produce.
+    n (D - rank W_O): the dimension of the kernel of O -> O W_O. Rank counts singular values above
+    eps ||W_O||_F (1/sqrt D + 1/sqrt d) + max(D, d) eps_64 sigma_1, eps that of the weights' dtype: below it a singular
+    value may be the rounding of the weights.
 
-    0 for an invertible W_O; at least n (D − d) where the heads together are wider than the model (some Qwen3 and Gemma
-    sizes). Gauge-invariant. It says nothing of directions that are nearly forgotten: see `conditioning`.
+    0 (head outputs follow from Y; any W_O of full row rank) to n D. At least n (D - d), so positive wherever the heads
+    are wider together than the stream. Invariant under the value-output gauge.
 
-    >>> kernel_dimension(torch.eye(4)[:, :3], tokens=10)
-    10
+    A kernel of 0 may still be useless in practice: see `conditioning`.
 
-    Elementary. Raises `InputError` for a matrix that is none or is not finite.
+    >>> kernel_dimension(torch.ones(4, 2))  # rank 1
+    3
+
+    Linear algebra; the question is that of arXiv 2604.23681. Raises `InputError` for anything but a finite matrix.
     """
-    _require_matrix("kernel_dimension", output_projection)
-    _require_positive("kernel_dimension", tokens=tokens)
-    return tokens * (output_projection.shape[0] - _rank(output_projection))
+    W = _matrix("kernel_dimension", output_projection)
+    return tokens * (W.shape[0] - _rank(W, output_projection.dtype))
 
 
 def contribution_ambiguity(output_projection: Float[Tensor, "mixed width"], heads: int, tokens: int = 1) -> int:
-    """How many numbers of the heads' contributions O_h W_h remain unknown to one who sees their sum Y and knows W_O.
+    """How many numbers of the contributions O_h W_h stay free when their sum is seen, for who knows W_O. A count.
 
-    n (Σ_h rank W_h − rank W_O): contributions live in the write spaces row(W_h), and only where these are independent does
-    their sum determine them.
+    n (sum_h rank W_h - rank W_O), ranks as in `kernel_dimension`.
 
-    0 when the write spaces are independent. Less than `kernel_dimension` where single heads lose dimensions of their own.
+    0 exactly where the write spaces are linearly independent: every contribution then follows from Y, even if a head's
+    own output does not (its W_h may have a kernel). At most n (D - rank W_O). Invariant under the value-output gauge.
 
-    >>> contribution_ambiguity(torch.eye(2).repeat(2, 1), heads=2)  # two heads that write into the same plane
-    2
+    It counts directions, not how hard they are to tell apart: see `conditioning`.
 
-    Elementary. Raises `InputError` for a matrix that `heads` does not divide.
+    >>> contribution_ambiguity(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), heads=2)  # the second head writes nothing
+    0
+
+    Linear algebra. Raises `InputError` as `kernel_dimension` does, and where the rows are no multiple of `heads`.
     """
     blocks = _blocks("contribution_ambiguity", output_projection, heads)
-    _require_positive("contribution_ambiguity", tokens=tokens)
-    return tokens * (sum(_rank(block) for block in blocks) - _rank(output_projection))
+    dtype = output_projection.dtype
+    return tokens * (sum(_rank(block, dtype) for block in blocks) - _rank(blocks.flatten(0, 1), dtype))
 
 
-def factorization_ambiguity(mixed: int, width: int, tokens: int) -> int:
-    """How many numbers of the pair (O, W_O) remain unknown to one who sees only the product Y = O W_O.
+def factorization_ambiguity(tokens: int, mixed: int, width: int) -> int:
+    """How many numbers stay free for who sees Y alone and knows neither the head outputs nor W_O. A count.
 
-    nD + Dd − r (n + d − r), r = min(n, D, d): the dimension of {(O, W_O): O W_O = Y} at a generic Y, with D `mixed`,
-    d `width`, n `tokens`.
+    n D + D d - r (n + d - r), r = min(n, D, d): the dimension of {(O, W_O) : O W_O = Y} at a generic such Y.
 
-    D² when n and d are at least D (any invertible matrix may sit between); never 0 for D ≥ 1.
+    At least r^2, the changes of basis between O and W_O; never 0. Depends on sizes only.
 
-    >>> factorization_ambiguity(mixed=2, width=3, tokens=5)
+    One sequence's count: an observer of many sequences with one W_O knows more; take all their tokens as n.
+
+    >>> factorization_ambiguity(tokens=3, mixed=2, width=2)  # 3x2 times 2x2: GL(2)
     4
 
-    Elementary (the fibre of the matrix product). Raises `InputError` for sizes below one.
+    Dimension of the matrices of rank r: r (n + d - r), for instance Harris, Algebraic Geometry, proposition 12.2.
     """
-    _require_positive("factorization_ambiguity", mixed=mixed, width=width, tokens=tokens)
-    r = min(tokens, mixed, width)
-    return tokens * mixed + mixed * width - r * (tokens + width - r)
+    rank = min(tokens, mixed, width)
+    return tokens * mixed + mixed * width - rank * (tokens + width - rank)
 
 
 def gauge_dimension(groups: int, head_width: int, *, value_bias: bool = False, output_bias: bool = False) -> int:
-    """How many directions the value and output weights can move in without changing the function they compute.
+    """In how many directions value and output weights can move together without any change of the function. A count.
 
-    G d_k² for G key/value `groups` (V_g → V_g M_g, W_h → M_g⁻¹ W_h), and G d_k more when values and output both have a
-    bias (b_V → b_V + δ, b_O → b_O − Σ_h δ_{g(h)} W_h, because attention rows sum to one).
+    G d_k^2 for G key-value groups: W_V,g -> W_V,g M_g, W_h -> M_g^-1 W_h for all heads h of group g. With both biases
+    G d_k more: b_V,g -> b_V,g + delta_g, b_O -> b_O - sum_h delta_g(h) W_h, since the weights of a row sum to one.
 
-    Head figures that move under this gauge are figures of the parametrisation, not of the model.
+    Holds for generic weights with G d_k <= d. A value bias without an output bias to take it up has no freedom. On top
+    come finitely many permutations of heads within groups and of groups.
 
-    >>> gauge_dimension(groups=2, head_width=3), gauge_dimension(groups=2, head_width=3, value_bias=True, output_bias=True)
-    (18, 24)
+    Attention sinks let the value bias be seen: leave `value_bias` off there.
 
-    Elementary; holds for value and output weights of full rank. Raises `InputError` for sizes below one.
+    >>> gauge_dimension(groups=2, head_width=64, value_bias=True, output_bias=True)
+    8320
+
+    Derived here, checked by the rank of the Jacobian of attention layers; the question is that of arXiv 2604.23681.
     """
-    _require_positive("gauge_dimension", groups=groups, head_width=head_width)
     return groups * head_width**2 + (groups * head_width if value_bias and output_bias else 0)
 
 
+def query_key_gauge_dimension(
+    heads: int, groups: int, head_width: int, *, bias: bool = False, rotary_width: int = 0, norm: bool = False
+) -> int:
+    """In how many directions query and key weights can move together without any change of the logits' softmax. A count.
+
+    With r = `rotary_width` of the d_k channels rotated by position (0: none; d_k: all) and G key groups:
+    G (r + (d_k - r)^2), pairs of channels of one frequency scaling and turning together, the others freely; with `bias`
+    G (d_k - r) more, since what a key bias adds to the logits of unrotated channels is the same for all keys.
+    With `norm`, an RMS norm of queries and keys with one gain each for all heads: H + G + r/2 + (d_k - r), the scales of
+    each head's weights, and what passes between the two gains; a bias changes nothing then.
+
+    Holds for generic weights and gains with d_k <= d, distinct frequencies, and a norm whose epsilon is negligible. At
+    initialisation all gains are 1, and rotations common to a group's queries and keys add to the count.
+
+    >>> query_key_gauge_dimension(12, 12, 64, bias=True), query_key_gauge_dimension(16, 8, 128, rotary_width=128)
+    (49920, 1024)
+    >>> query_key_gauge_dimension(16, 8, 128, rotary_width=128, norm=True)
+    88
+
+    Derived here, checked by the rank of the Jacobian of the logits.
+    """
+    free = head_width - rotary_width
+    if norm:
+        return heads + groups + rotary_width // 2 + free
+    return groups * (rotary_width + free**2) + (groups * free if bias else 0)
+
+
 def write_space_overlap(output_projection: Float[Tensor, "mixed width"], heads: int) -> Float[Tensor, "head head"]:
-    """How far two heads write into the same directions: what one of them wrote can have come from the other.
+    """How much of what one head writes lies where another head writes: a share between 0 and 1 for every pair.
 
-    ‖Q_g Q_hᵀ‖_F² / min(rank W_g, rank W_h), Q_h an orthonormal basis of row(W_h): the mean squared cosine of the principal
-    angles between the two write spaces.
+    ||B_h B_g^T||_F^2 / min(r_h, r_g), B_h an orthonormal basis of row(W_h), r_h its rank: the mean squared cosine of
+    the principal angles between the two write spaces. Tolerance as in `kernel_dimension`, block by block.
 
-    0: orthogonal write spaces. 1: one contains the other; 1 on the diagonal. Two random d_k-dimensional spaces in d dimensions
-    overlap by d_k/d. Gauge-invariant. A head that writes nothing has NaN in its row and column.
+    0 (orthogonal) to 1 (one contains the other; the diagonal). Spaces of dimension r in random position in R^d have
+    about r/d. Invariant under the value-output gauge, scale of a head, and rotation of the stream. NaN for a head that
+    writes nothing.
 
-    >>> write_space_overlap(torch.tensor([[1.0, 0, 0], [1.0, 1.0, 0]]), heads=2)
+    An overlap of 0 for all pairs is sufficient for attribution, not necessary; small overlaps of many heads may still
+    be dependent together: see `conditioning`.
+
+    >>> write_space_overlap(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), heads=2)  # 45 degrees
     tensor([[1.0000, 0.5000],
             [0.5000, 1.0000]], dtype=torch.float64)
 
-    Björck and Golub, Numerical Methods for Computing Angles Between Linear Subspaces, 1973.
-    Raises `InputError` for a matrix that `heads` does not divide.
+    Principal angles: Bjorck and Golub, Numerical methods for computing angles between linear subspaces, 1973.
+    Raises `InputError` as `contribution_ambiguity` does.
     """
-    bases = [_basis(block) for block in _blocks("write_space_overlap", output_projection, heads)]
-    overlap = torch.full((heads, heads), math.nan, dtype=torch.float64)
-    for g, first in enumerate(bases):
-        for h, second in enumerate(bases[: g + 1]):
-            smaller = min(first.shape[0], second.shape[0])
-            if smaller:
-                overlap[g, h] = overlap[h, g] = float((first @ second.mT).square().sum()) / smaller
-    return overlap
+    bases, ranks = _write_bases("write_space_overlap", output_projection, heads)
+    flat = bases.flatten(0, 1)
+    cosines = (flat @ flat.T).square().view(heads, bases.shape[1], heads, bases.shape[1]).sum((1, 3))
+    return cosines / torch.minimum(ranks[:, None], ranks)
 
 
 def principal_angles(
-    first: Float[Tensor, "head_width width"], second: Float[Tensor, "head_width_ width"]
-) -> Float[Tensor, "angle"]:
-    """The angles between two heads' write spaces, in radians, ascending: 0 is a shared direction.
+    output_projection: Float[Tensor, "mixed width"], heads: int
+) -> Float[Tensor, "head head head_width"]:
+    """The angles between every two write spaces, smallest first, in radians.
 
-    arccos of the singular values of Q_1 Q_2ᵀ, Q an orthonormal basis of each block's row space; as many as the smaller rank.
+    The cosines of theta_1 <= theta_2 <= ... are the singular values of B_h B_g^T, the sines those of B_h - B_h B_g^T B_g,
+    with B_h as in `write_space_overlap`; theta = atan2 of the two, exact for small and for right angles.
 
-    0 to π/2. Gauge-invariant. Angles below about 1e-8 are rounding.
+    0 (a common direction) to pi/2 (orthogonal), as many as the smaller space has dimensions, then NaN. Invariances as
+    in `write_space_overlap`.
 
-    >>> principal_angles(torch.tensor([[1.0, 0, 0]]), torch.tensor([[1.0, 1.0, 0]]))
-    tensor([0.7854], dtype=torch.float64)
+    >>> principal_angles(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), heads=2)[0, 1] * 180 / math.pi
+    tensor([45.0000], dtype=torch.float64)
 
-    Björck and Golub 1973. Raises `InputError` for anything but two matrices of one width.
+    Bjorck and Golub 1973. Raises `InputError` as `contribution_ambiguity` does.
     """
-    _require_matrix("principal_angles", first)
-    _require_matrix("principal_angles", second)
-    if first.shape[1] != second.shape[1]:
-        raise InputError(
-            f"principal_angles: expected two blocks [head_width, width] of one width, got {tuple(first.shape)} and "
-            f"{tuple(second.shape)}. They belong to different projections. Take both from one output projection."
-        )
-    return torch.linalg.svdvals(_basis(first) @ _basis(second).mT).clamp(max=1).arccos()
+    bases, ranks = _write_bases("principal_angles", output_projection, heads)
+    spaces = [basis[: int(rank)] for basis, rank in zip(bases, ranks, strict=True)]
+    angles = bases.new_full((heads, heads, output_projection.shape[0] // heads), math.nan)
+    for h in range(heads):
+        for g in range(h, heads):
+            small, large = sorted((spaces[h], spaces[g]), key=len)
+            inside = small @ large.T
+            cosines = torch.linalg.svdvals(inside)
+            sines = torch.linalg.svdvals(small - inside @ large).flip(0)
+            angles[h, g, : len(small)] = angles[g, h, : len(small)] = torch.atan2(sines, cosines)
+    return angles
 
 
 def conditioning(output_projection: Float[Tensor, "mixed width"], heads: int) -> float:
-    """How much noise is amplified when the sum of the heads is read back into single contributions.
+    """By how much noise in the layer's output is amplified, at worst, when it is attributed to heads. A factor.
 
-    σ_max/σ_min of the stacked orthonormal bases of row(W_1) … row(W_H). (The condition number of W_O itself is no property
-    of the model: a gauge change took it from 150 to 70,299 where this figure stayed.)
+    sigma_max / sigma_min of the stacked orthonormal bases [B_1; ...; B_H] of the write spaces row(W_h).
 
-    1: mutually orthogonal write spaces, contributions are plain projections. Infinite when the write spaces are linearly
-    dependent, so also whenever Σ rank W_h exceeds the width.
+    1 (mutually orthogonal write spaces) to infinity: the bases are linearly dependent, up to
+    eps sqrt(R) (1/sqrt R + 1/sqrt d) + max(R, d) eps_64 sigma_max with R rows in the stack and eps of the weights' dtype,
+    and a change in one head can be made good by others. Always so when R > d. Invariant under the value-output gauge,
+    scale of a head, and rotation of the stream; the condition number of W_O itself is not.
 
-    >>> conditioning(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), heads=2)  # two lines at 45 degrees
-    2.41421...
+    A worst case over directions: most noise is amplified less. Infinite for a projection of zeros.
 
-    THEORY of this project, section 6. Raises `InputError` for a matrix that `heads` does not divide.
+    >>> conditioning(torch.tensor([[2.0, 0.0], [0.0, 5.0]]), heads=2)
+    1.0
+
+    Singular values as noise gains: any text on least squares, for instance Golub and Van Loan, Matrix Computations.
+    Raises `InputError` as `contribution_ambiguity` does.
     """
-    stacked = torch.cat([_basis(block) for block in _blocks("conditioning", output_projection, heads)])
-    if stacked.shape[0] == 0 or stacked.shape[0] > stacked.shape[1]:
+    bases, ranks = _write_bases("conditioning", output_projection, heads)
+    stack = torch.cat([basis[: int(rank)] for basis, rank in zip(bases, ranks, strict=True)])
+    if not 0 < stack.shape[0] <= stack.shape[1]:
         return math.inf
-    sigma = torch.linalg.svdvals(stacked)
-    # A basis taken from weights stored with rounding ε is itself known to about ε only.
-    smallest = torch.finfo(output_projection.dtype).eps if output_projection.dtype != torch.float64 else 1e-14
-    return float(sigma[0] / sigma[-1]) if float(sigma[-1]) > smallest else math.inf
+    sigma = torch.linalg.svdvals(stack)
+    dependent = sigma[-1] <= _tolerance(stack, sigma[0], output_projection.dtype)
+    return math.inf if dependent else float(sigma[0] / sigma[-1])
 
 
-def write_grams(output_projection: Float[Tensor, "mixed width"], heads: int) -> Float[Tensor, "head width width"]:
-    """W_h W_hᵀ of every head, [head, head_width, head_width]: all that `contribution_energy` needs of the weights.
+def write_grams(
+    output_projection: Float[Tensor, "mixed width"], heads: int
+) -> Float[Tensor, "head head_width head_width"]:
+    """W_h W_h^T for every head, in float64: what `contribution_energy` needs of the weights, to be computed once.
 
-    >>> write_grams(torch.eye(4), heads=2).shape
-    torch.Size([2, 2, 2])
+    Positive semi-definite; not gauge invariant by itself, only together with the head outputs.
 
-    Raises `InputError` for a matrix that `heads` does not divide.
+    >>> write_grams(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), heads=2).flatten()
+    tensor([25.,  1.], dtype=torch.float64)
+
+    Raises `InputError` as `contribution_ambiguity` does.
     """
-    blocks = _blocks("write_grams", output_projection, heads)
-    dtype = torch.promote_types(output_projection.dtype, torch.float32)
-    return torch.stack([block.to(dtype) @ block.to(dtype).mT for block in blocks])
+    blocks = _blocks("write_grams", output_projection, heads, finite=False)
+    return blocks @ blocks.mT
 
 
 def contribution_energy(
@@ -206,124 +254,181 @@ def contribution_energy(
     heads: int,
     mask: Bool[Tensor, "*batch token"] | None = None,
     *,
-    grams: Float[Tensor, "head width width"] | None = None,
+    grams: Float[Tensor, "head head_width head_width"] | None = None,
 ) -> Float[Tensor, "*batch head"]:
-    """How much each head moves the tokens apart: the energy of its centred contribution to the residual stream.
+    """How much every head moves the tokens apart from their mean: the energy of its centred contribution.
 
-    ‖C O_h W_h‖_F² = tr((C O_h)ᵀ(C O_h) · W_h W_hᵀ), C the centring over real tokens. Never forms O_h W_h: n D d_k operations
-    instead of the n D d of the projection. `grams` are the `write_grams`, if they are at hand.
+    ||C O_h W_h||_F^2 = <(C O_h)^T (C O_h), W_h W_h^T>, C = I - 1 1^T/n over the real tokens; O_h W_h is never formed.
+    `head_outputs` is the input of the output projection, `grams` what `write_grams` gives.
 
-    0 for a head that tells every token the same, then upwards. Invariant under the gauge and under a value bias. The energies
-    do not sum to ‖C Y‖²: the cross terms between heads are the point.
+    0 (the head writes the same for all tokens, or nothing) and above, in squared units of the stream. Invariant under
+    the value-output gauge and under a value bias.
 
-    >>> contribution_energy(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), torch.eye(2), heads=2)
+    Energies do not sum to that of the layer: heads may cancel each other, and the cross terms are the point.
+
+    >>> outputs = torch.tensor([[1.0, 5.0], [3.0, 5.0]])  # the second head does not vary
+    >>> contribution_energy(outputs, torch.eye(2), heads=2)
     tensor([2., 0.])
 
-    THEORY of this project, section 6. Raises `InputError` where the axes do not fit.
+    Derived here. Raises `InputError` where the tensors do not fit together.
     """
-    mixed = output_projection.shape[0]
-    if head_outputs.ndim < 2 or head_outputs.shape[-1] != mixed:
+    if grams is None:
+        grams = write_grams(output_projection, heads)
+    if head_outputs.ndim < 2 or head_outputs.shape[-1] != grams.shape[0] * grams.shape[1] or grams.shape[0] != heads:
         raise InputError(
-            f"contribution_energy: expected head outputs [*batch, token, mixed] with mixed = {mixed}, got "
-            f"{tuple(head_outputs.shape)}. They may be split by head already. Flatten the last two axes."
+            f"contribution_energy: expected head_outputs[..., token, mixed] with mixed = {output_projection.shape[0]} = "
+            f"heads x head_width, heads = {heads}, got {_shape(head_outputs)} and grams {_shape(grams)}. "
+            "These may be the outputs of the projection, or grams of another one. "
+            "Pass the projection's input and write_grams(output_projection, heads)."
         )
-    if mask is not None and mask.shape != head_outputs.shape[:-1]:
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != head_outputs.shape[:-1]):
         raise InputError(
-            f"contribution_energy: expected a mask {tuple(head_outputs.shape[:-1])}, got {tuple(mask.shape)}. "
-            "It marks real tokens. Pass the attention mask as bool."
+            f"contribution_energy: expected boolean mask[..., token] = {list(head_outputs.shape[:-1])}, got "
+            f"{_shape(mask)}. It may be an integer attention mask. Pass mask.bool(), True for real tokens."
         )
-    grams = write_grams(output_projection, heads) if grams is None else grams
-    dtype = torch.promote_types(head_outputs.dtype, torch.float32)
-    O = head_outputs.to(dtype)
+    O = head_outputs.detach().to(torch.promote_types(head_outputs.dtype, torch.float32))
+    # centred before the Gram: the common part of the tokens would drown the rest
     if mask is None:
         O = O - O.mean(-2, keepdim=True)
     else:
-        real = mask[..., None]
-        O = torch.where(real, O, 0)
-        O = torch.where(real, O - O.sum(-2, keepdim=True) / real.sum(-2, keepdim=True), 0)
-    O = O.unflatten(-1, (heads, mixed // heads)).transpose(-2, -3)  # [*batch, head, token, head_width]
-    return ((O.mT @ O) * grams.to(dtype)).sum((-2, -1))
+        O = torch.where(mask[..., None], O, 0)
+        O = torch.where(mask[..., None], O - O.sum(-2, keepdim=True) / mask.sum(-1)[..., None, None], 0)
+    O = O.unflatten(-1, (heads, -1)).transpose(-2, -3)
+    with torch.autocast(O.device.type, enabled=False):
+        energy = (O.mT @ O * grams.to(O)).sum((-1, -2))
+    return energy.clamp(min=0)
 
 
-def gate_rank(gates: Float[Tensor, "position head"], tolerance: float | None = None) -> tuple[int, float]:
-    """How many heads the gates can tell apart when contents recur, and how well: (rank G, σ_max/σ_min over the heads).
+def energy_share(
+    head_outputs: Float[Tensor, "*batch token mixed"],
+    output_projection: Float[Tensor, "mixed width"],
+    heads: int,
+    mask: Bool[Tensor, "*batch token"] | None = None,
+    *,
+    grams: Float[Tensor, "head head_width head_width"] | None = None,
+) -> Float[Tensor, "*batch head"]:
+    """Which part of the heads' summed energies is a head's: shares that sum to one.
 
-    Singular values of G (m positions × H heads) above `tolerance`, by default ε max(m, H) σ_max with ε of G's dtype.
+    e_h / sum_g e_g with e_h of `contribution_energy`.
 
-    1 for constant or proportional gates (heads stay mixed) to min(m, H). The condition is infinite below full column rank.
+    0 to 1; 1/H for equal heads, 1 where one head does everything. Invariances as there. NaN where no head moves anything.
 
-    >>> gate_rank(torch.tensor([[1.0, 1.0], [1.0, 2.0]]))[0], gate_rank(torch.ones(3, 2))
-    (2, (1, inf))
+    A share of the sum of energies, not of the energy of the sum.
 
-    THEORY of this project, section 7. Raises `InputError` for anything but a finite matrix.
+    >>> energy_share(torch.tensor([[0.0, 0.0], [1.0, 3.0]]), torch.eye(2), heads=2)
+    tensor([0.1000, 0.9000])
+
+    Derived here. Raises `InputError` as `contribution_energy` does.
     """
-    _require_matrix("gate_rank", gates)
-    sigma = torch.linalg.svdvals(gates.detach().double())
-    limit = torch.finfo(gates.dtype).eps * max(gates.shape) * float(sigma[0]) if tolerance is None else tolerance
-    found = int((sigma > limit).sum())
-    return found, float(sigma[0] / sigma[-1]) if found == gates.shape[1] else math.inf
+    energy = contribution_energy(head_outputs, output_projection, heads, mask, grams=grams)
+    return energy / energy.sum(-1, keepdim=True)
 
 
-def attribution_verdict(kernel: int, noise_gain: float) -> str:
-    """In words, whether a result may be attributed to a head: from `kernel_dimension` and `conditioning`.
+def gate_rank(gates: Float[Tensor, "position head"], tol: float | None = None) -> int:
+    """How many of the heads become separable by gates that differ from position to position. A count.
 
-    `attributable`: the contributions can be read back, with noise amplified at most tenfold; `attributable with care (noise
-    gain …)`: they can, with more; `not attributable (kernel …)`: part of the head outputs is gone, or (kernel 0) the write
-    spaces are dependent.
+    rank G, the gate values of m positions and H heads; singular values above `tol`, by default as in `kernel_dimension`.
+    Where the same contents recur at the m positions, heads are recovered up to H - rank G dimensions.
 
-    >>> attribution_verdict(0, 3.0), attribution_verdict(0, 120.0), attribution_verdict(64, float("inf"))
-    ('attributable', 'attributable with care (noise gain 120)', 'not attributable (kernel 64)')
+    0 (all gates closed) or 1 (gates without effect: all rows proportional) to min(m, H). Invariant under the order of
+    positions and heads.
+
+    Rank says possible, not practicable: see `gate_conditioning`.
+
+    >>> gate_rank(torch.tensor([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]]))
+    2
+
+    Recovery from recurring contents: derived here, for the gates of arXiv 2604.23681. Raises `InputError` for anything
+    but a finite matrix.
     """
-    if kernel > 0 or not math.isfinite(noise_gain):
-        return f"not attributable (kernel {kernel})"
-    if noise_gain <= MODEST_NOISE_GAIN:
-        return "attributable"
-    return f"attributable with care (noise gain {noise_gain:.3g})"
+    G = _matrix("gate_rank", gates)
+    sigma = torch.linalg.svdvals(G)
+    return int((sigma > (_tolerance(G, sigma[0], gates.dtype) if tol is None else tol)).sum())
 
 
-# Pieces -------------------------------------------------------------------------------------------------------------
+def gate_conditioning(gates: Float[Tensor, "position head"], tol: float | None = None) -> float:
+    """By how much noise is amplified, at worst, when heads are recovered from their position gates. A factor.
+
+    sigma_1 / sigma_H of the gate values G (m x H); infinite where `gate_rank` with the same `tol` is below H.
+
+    1 (orthogonal gate profiles of equal norm) to infinity (some mixture of heads cannot be told apart). Invariant under
+    a common scale, and under the order of positions and heads.
+
+    >>> gate_conditioning(torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+    2.0
+
+    As for `gate_rank`. Raises `InputError` as that does.
+    """
+    if gate_rank(gates, tol) < gates.shape[1]:
+        return math.inf
+    sigma = torch.linalg.svdvals(_matrix("gate_conditioning", gates))
+    return float(sigma[0] / sigma[-1])
 
 
-def _rank(matrix: Tensor) -> int:
-    """Numerical rank, against what storing the matrix in its dtype can have added."""
-    rows, columns = matrix.shape
-    sigma = torch.linalg.svdvals(matrix.detach().double())
-    return int((sigma > _tolerance(matrix, sigma, rows, columns)).sum())
+def attribution_verdict(kernel_dimension: int, conditioning: float) -> str:
+    """May the layer's output be attributed to its heads? In words, from `kernel_dimension` and `conditioning`.
+
+    Not where head outputs are undetermined, with care where noise is amplified more than `CARE_GAIN` times, else yes.
+
+    A statement about who sees the layer's output. Who records the heads before the projection knows their contributions
+    in any case, and asks only what the rest of the model can make of them.
+
+    >>> attribution_verdict(0, 3.0), attribution_verdict(0, 352.0), attribution_verdict(1024, math.inf)
+    ('attributable', 'attributable with care (noise gain 352)', 'not attributable (kernel 1024)')
+    """
+    if kernel_dimension > 0:
+        return f"not attributable (kernel {kernel_dimension})"
+    if not math.isfinite(conditioning):
+        return "not attributable (write spaces dependent to within rounding)"
+    if conditioning > CARE_GAIN:
+        return f"attributable with care (noise gain {conditioning:.3g})"
+    return "attributable"
 
 
-def _tolerance(matrix: Tensor, sigma: Tensor, rows: int, columns: int) -> float:
-    stored = torch.finfo(matrix.dtype).eps * float(sigma.norm()) * (rows**-0.5 + columns**-0.5)
-    return stored + max(rows, columns) * torch.finfo(torch.float64).eps * float(sigma[0])
+def _write_bases(name: str, W: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows [head, direction, width] spanning row(W_h), zero beyond the rank, and the ranks, as float64."""
+    blocks = _blocks(name, W, heads)
+    _, sigma, rows = torch.linalg.svd(blocks, full_matrices=False)
+    kept = torch.stack([s > _tolerance(b, s[0], W.dtype) for b, s in zip(blocks, sigma, strict=True)])
+    return rows * kept[..., None], kept.sum(-1).double()
 
 
-def _basis(block: Tensor) -> Tensor:
-    """An orthonormal basis of the row space, [rank, width], float64."""
-    _, sigma, rows = torch.linalg.svd(block.detach().double(), full_matrices=False)
-    return rows[sigma > _tolerance(block, sigma, *block.shape)]
+def _rank(W: Tensor, dtype: torch.dtype) -> int:
+    sigma = torch.linalg.svdvals(W)
+    return int((sigma > _tolerance(W, sigma[0], dtype)).sum())
 
 
-def _blocks(function: str, output_projection: Tensor, heads: int) -> tuple[Tensor, ...]:
-    _require_matrix(function, output_projection)
-    if heads < 1 or output_projection.shape[0] % heads:
+def _tolerance(W: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """What rounding to `dtype` and a decomposition in float64 may leave in the place of a singular value that is 0."""
+    rows, columns = W.shape
+    stored: Tensor = torch.finfo(dtype).eps * torch.linalg.matrix_norm(W) * (rows**-0.5 + columns**-0.5)
+    return stored + max(rows, columns) * torch.finfo(torch.float64).eps * largest
+
+
+def _matrix(name: str, W: Tensor, finite: bool = True) -> Tensor:
+    if W.ndim != 2 or not W.is_floating_point() or not W.numel():
         raise InputError(
-            f"{function}: expected an output projection [mixed, width] whose rows {heads} heads share equally, got "
-            f"{tuple(output_projection.shape)}. It may be transposed: nn.Linear stores [width, mixed]. Pass weight.T."
+            f"{name}: expected a floating-point matrix [row, column], got {_shape(W)}. "
+            "Quantised weights have no such matrix. Pass the dense weight, [mixed, width] for an output projection."
         )
-    return output_projection.chunk(heads)
-
-
-def _require_matrix(function: str, matrix: Tensor) -> None:
-    if matrix.ndim != 2 or 0 in matrix.shape or not matrix.is_floating_point() or not bool(matrix.isfinite().all()):
-        what = f"{str(matrix.dtype).removeprefix('torch.')}{list(matrix.shape)}"
+    if finite and not bool(W.isfinite().all()):
         raise InputError(
-            f"{function}: expected a finite floating-point matrix, got {what}. "
-            "Weights may hold NaN, or be quantised. Pass the dequantised 2-D weight."
+            f"{name}: expected finite numbers in {_shape(W)}, got NaN or infinity. "
+            "Training may have diverged. Pass the weights of an earlier checkpoint."
         )
+    return W.detach().double()
 
 
-def _require_positive(function: str, **sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise InputError(
-                f"{function}: expected {name} of 1 or more, got {size}. Count from the model's configuration."
-            )
+def _blocks(name: str, W: Tensor, heads: int, finite: bool = True) -> Tensor:
+    """The row blocks [head, head_width, width] in float64."""
+    matrix = _matrix(name, W, finite)
+    if heads < 1 or matrix.shape[0] % heads:
+        raise InputError(
+            f"{name}: expected output_projection[mixed, width] with mixed a multiple of heads = {heads}, got "
+            f"{_shape(W)}. nn.Linear stores the transpose, [width, mixed]. Pass linear.weight.T."
+        )
+    return matrix.view(heads, -1, matrix.shape[1])
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

@@ -72,12 +72,15 @@ class _Owner(TorchFunctionMode):
 
 @contextlib.contextmanager
 def probing(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Run `model` as a probe: evaluation mode, no gradients, no compiled code, a fixed seed. All of it is put back.
+    """Run `model` as a probe: evaluation mode, no gradients, no key-value cache, no compiled code, a fixed seed. All of it is
+    put back.
 
     A compiled model keeps its compiled code but does not run it here: hooks added after the first compiled call would
     never fire.
     """
     training = [m for m in model.modules() if m.training]
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
@@ -86,11 +89,15 @@ def probing(model: nn.Module, seed: int = 0) -> Iterator[None]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in training:
             module.training = False
+        for config in caching:  # a block run twice on its own arguments would find its own keys in the cache
+            config.use_cache = False
         try:
             yield
         finally:
             for module in training:
                 module.training = True
+            for config in caching:
+                config.use_cache = True
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from uncollapse.anatomy import STREAM, Anatomy, Block, Identity, Layout, Part, r
 from uncollapse.errors import UnsupportedModel
 from uncollapse.interception import Handler, Point, addition_operands, intercepted, probing
 from uncollapse.reading import read
-from uncollapse.tracing import forward_pass, tensors_in, trace
+from uncollapse.tracing import tensors_in, trace
 
 EXAMPLE_TOKENS = 8
 _proved: weakref.WeakKeyDictionary[nn.Module, tuple[object, Layout | None, Anatomy]] = weakref.WeakKeyDictionary()
@@ -118,7 +118,7 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
 
 def _output(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
     torch.manual_seed(0)
-    return _tensors(forward_pass(model, batch))
+    return _tensors(model(**batch))
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -11,7 +11,6 @@ tokens tell as much about the wiring as eight thousand.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -367,16 +366,6 @@ def _storage(tensor: Tensor) -> int:
         return 0
 
 
-def forward_pass(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    """`model(**batch)` without a key-value cache: a probe reads each sequence once."""
-    signature = inspect.signature(model.forward).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.values())
-    cached = getattr(getattr(model, "config", None), "use_cache", None) is not None
-    if "use_cache" not in batch and ("use_cache" in signature or (takes_any and cached)):
-        return model(**batch, use_cache=False)
-    return model(**batch)
-
-
 def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
     """The dataflow graph of `model(**batch)`, run once without gradients. The model's output is in `Trace.output`.
 
@@ -397,7 +386,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
         with torch.no_grad(), recorder:
-            output = forward_pass(model, batch)
+            output = model(**batch)
     recorder.calls[0].last = len(recorder.nodes)
     return Trace(
         recorder.nodes, recorder.calls, recorder.ancestors, recorder.learned_ancestors, recorder.consumers, output

@@ -44,7 +44,7 @@ def check(
     draws = Draws("head-observers", seed)
     outputs, contributions, factors, square = [], [], [], []
     for _ in range(max(1, trials // 5)):
-        n, h, k, d = draws.randint(1, 3), draws.randint(1, 3), draws.randint(1, 2), draws.randint(1, 4)
+        n, h, k, d = draws.randint(1, 4), draws.randint(1, 3), draws.randint(1, 2), draws.randint(1, 5)
         wide = h * k
         rank = draws.randint(0, min(wide, d))
         projection = draws.of_rank(wide, d, rank) if rank else exact.zeros(wide, d)
