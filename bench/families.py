@@ -276,14 +276,14 @@ def runnable(model: Any) -> dict[str, Any]:
     """The first batch, of those that the signature suggests, on which the model runs."""
     import torch
 
-    from uncollapse.tracing import forward_pass
+
 
     failures: list[str] = []
     for batch in inputs(model):
         try:
             torch.manual_seed(0)
             with torch.no_grad():
-                forward_pass(model, batch)
+                model(**batch)
             return batch
         except Exception as error:  # the next guess
             failures.append(f"{'+'.join(batch)}: {_line(error)}")
@@ -458,14 +458,14 @@ def _captured(model: Any, batch: dict[str, Any], anatomy: Any) -> dict[str, Any]
     import torch
 
     from uncollapse.interception import probing
-    from uncollapse.tracing import forward_pass, tensors_in
+    from uncollapse.tracing import tensors_in
 
     try:
         from uncollapse.capture import capture
     except ImportError as error:
         return {"capture": None, "capture_reason": _line(error)}
     with probing(model):
-        plain = [t.clone() for t in tensors_in(forward_pass(model, batch))]
+        plain = [t.clone() for t in tensors_in(model(**batch))]
     seen: list[Any] = []
     hook = model.register_forward_hook(lambda _m, _a, output: seen.extend(t.clone() for t in tensors_in(output)))
     try:
