@@ -276,8 +276,6 @@ def runnable(model: Any) -> dict[str, Any]:
     """The first batch, of those that the signature suggests, on which the model runs."""
     import torch
 
-
-
     failures: list[str] = []
     for batch in inputs(model):
         try:

@@ -140,7 +140,7 @@ def test_the_counts_of_the_theory():
 
 
 def test_overlap_and_angles_of_spaces_with_known_angles():
-    angles = torch.tensor([1e-9, 0.3, math.pi / 2], dtype=torch.float64)
+    angles = torch.tensor([1e-9, 0.3, math.pi / 2 - 1e-9], dtype=torch.float64)
     first = torch.eye(3, 8, dtype=torch.float64)
     second = torch.zeros(3, 8, dtype=torch.float64)
     for i, angle in enumerate(angles):
@@ -150,6 +150,7 @@ def test_overlap_and_angles_of_spaces_with_known_angles():
     W = torch.cat([5 * first, mix @ second]) @ turn
     found = heads.principal_angles(W, 2)
     np.testing.assert_allclose(found[0, 1].numpy(), angles.numpy(), rtol=1e-6)  # the small one too, relatively
+    assert math.pi / 2 - float(found[0, 1, 2]) == pytest.approx(1e-9, rel=1e-5)
     assert torch.equal(found[0, 1], found[1, 0])
     close(found[0, 0], np.zeros(3), 1e-14)
     share = float(angles.cos().square().mean())
@@ -199,12 +200,14 @@ def test_conditioning_at_its_extremes():
 def test_what_rounding_hides_is_not_counted_as_rank(dtype):
     W = projection(24, 64)
     W[6:12] = W[0:6]
-    W[12:18] = W[0:3].repeat(2, 1) + W[18:21].repeat(2, 1)
+    W[12:15] = W[0:3] + W[18:21]
+    W[15:18] = 0.3 * W[12:15]
     W = (W / 3).to(dtype)  # rank 6 + 6, noisy where sums were rounded
     assert heads.kernel_dimension(W) == 24 - 12
     assert heads.contribution_ambiguity(W, 4) == 6 + 6 + 3 + 6 - 12
     assert heads.conditioning(W, 4) == math.inf
     assert heads.write_space_overlap(W, 4)[0, 1] == pytest.approx(1)
+    assert heads.principal_angles(W, 4)[2].isfinite().sum(-1).tolist() == [3, 3, 3, 3]
 
 
 @settings(max_examples=30, deadline=None)
@@ -265,8 +268,8 @@ def test_energies_are_those_of_the_contributions_written_out(dtype, side):
             assert shares[b, c].isnan().all()
     if side == "none":
         close(heads.contribution_energy(O, W, HEADS), found.numpy(), tolerance)
-        grams = heads.write_grams(W, HEADS)
-        close(heads.contribution_energy(O, W, HEADS, grams=grams), found.numpy(), tolerance)
+        grams = 4 * heads.write_grams(W, HEADS)  # what is passed is used
+        close(heads.contribution_energy(O, W, HEADS, grams=grams), 4 * found.numpy(), tolerance)
 
 
 def test_energies_do_not_see_a_value_bias_nor_round_under_autocast():
@@ -277,6 +280,14 @@ def test_energies_do_not_see_a_value_bias_nor_round_under_autocast():
         found = heads.contribution_energy(O.requires_grad_(), W.requires_grad_(), HEADS)
     close(found, expected.numpy(), 0)
     assert not found.requires_grad
+
+
+def test_energies_are_never_negative():
+    W = torch.randn(2, 1) * torch.randn(1, 5)  # one head that writes along a line
+    along = torch.tensor([[float(W[1, 0]), -float(W[0, 0])]])  # channels whose contributions cancel
+    energy = heads.contribution_energy(torch.randn(200, 7, 1) * along, W, 1)
+    assert (energy >= 0).all()
+    assert (energy < 1e-4).all()  # rounding of terms around 50
 
 
 def test_diverged_weights_give_nan_energies():

@@ -262,6 +262,10 @@ def test_memory_does_not_grow_with_the_square_of_the_tokens():
             mixing.susceptibility(q, k, mask=mask, causal=causal)
             mixing.entropy_floor(q, k, mask=mask, causal=causal)
     assert watch.elements < tokens**2 / 2
+    many = torch.randn(16384, 1, 16, 2)  # nor with the pairs of many short sequences
+    with LargestTensor() as watch:
+        mixing.row_statistics(many, many)
+    assert watch.elements < 16384 * 16**2 / 2
 
 
 def test_padding_may_hold_anything():

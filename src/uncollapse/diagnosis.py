@@ -33,7 +33,8 @@ from uncollapse.capture import (
     capture,
 )
 from uncollapse.errors import InputError
-from uncollapse.proof import proved_anatomy
+from uncollapse.interception import probing
+from uncollapse.proof import example, proved_anatomy
 from uncollapse.records import (
     DIAGNOSIS_SCHEMA,
     AttentionRecord,
@@ -47,6 +48,7 @@ from uncollapse.records import (
     to_json,
     write_atomically,
 )
+from uncollapse.tracing import tensors_in
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -227,20 +229,28 @@ def _text_batches(
     batches = sources.tokenize(
         texts, loaded.tokenizer, max_tokens=max_tokens, batch_size=batch_size, tokenizer_problem=problem
     )
-    return source, sources.check_batches(_with_true_positions(loaded.model, batches), model=loaded.model)
+    return source, sources.check_batches(with_true_positions(loaded.model, batches), model=loaded.model)
 
 
-def _with_true_positions(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Batches padded on the left with the positions said explicitly, where the model takes them: many models count
-    positions from the first column, and would shift every shorter sequence."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+def with_true_positions(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Batches padded on the left, with `position_ids` said explicitly where the model takes them and counts them from 0.
+
+    Many models count positions from the first column and would shift every shorter sequence. Some (RoBERTa) count from
+    the padding by themselves, with an offset of their own; they are told by a try and left alone.
+    """
+    shifted = [b for b in batches if not bool(b["attention_mask"][:, 0].all())]
+    if not shifted or "position_ids" not in inspect.signature(model.forward).parameters:
         return batches
-    return [
-        b
-        if bool(b["attention_mask"][:, 0].all())
-        else b | {"position_ids": (b["attention_mask"].cumsum(1) - 1).clamp(min=0)}
-        for b in batches
-    ]
+    batch = example(shifted[0])
+    positions = torch.arange(batch["input_ids"].shape[1])[None]
+    with probing(model):
+        device = next(model.parameters()).device
+        batch = {k: v.to(device) for k, v in batch.items()}
+        own = next(tensors_in(model(**batch)))
+        told = next(tensors_in(model(**batch, position_ids=positions.to(device))))
+    if not torch.equal(own, told):
+        return batches
+    return [b | {"position_ids": (b["attention_mask"].cumsum(1) - 1).clamp(min=0)} for b in batches]
 
 
 # Records ------------------------------------------------------------------------------------------------------------

@@ -116,9 +116,10 @@ def rank_tolerance(
     tol = eps(precision) ||X||_F (1/sqrt n + 1/sqrt d) + max(n, d) eps(float64) sigma_1(X). The first term bounds the
     largest singular value of the noise that storing X in `precision` leaves, the second what the decomposition adds.
 
-    0 for the zero cloud, else between eps and 3 eps of sigma_1. Invariant under permutation, rotation; scales with X.
+    0 for the zero cloud; the first term is at most 2 eps sigma_1. Invariant under permutation, rotation; scales with X.
 
-    Misleads after long computations: it covers storage, not forward error gathered over blocks. Read `rank_gap` too.
+    Misleads after long computations: it covers storage, with hardly a margin at an exact consensus, and no forward error
+    gathered over blocks. Read `rank_gap` too.
 
     >>> round(rank_tolerance(torch.eye(4), precision=torch.bfloat16).item(), 9)  # 2^-7 * 2 * (1/2 + 1/2)
     0.015625
@@ -241,7 +242,7 @@ def consensus_distance(
     0: all tokens equal (consensus); 1: no common part. Invariant under permutation, rotation, scale; not under
     translation. NaN for a zero cloud, and for one token, which is neither apart from others nor with them.
 
-    Misleads on a large common mean, which the next norm layer removes (LN of 1000 + noise: 9e-4 before, .94 after), and
+    Misleads on a large common mean, which the next norm layer removes (LN of 1000 + noise: 1e-3 before, .99 after), and
     where one token is massive (.995 whatever the others do).
 
     >>> round(consensus_distance(torch.tensor([[2.0, 1.0], [2.0, -1.0]])).item() ** 2, 9)  # 2 / 10
