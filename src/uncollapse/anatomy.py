@@ -61,8 +61,9 @@ class Norm:
 class AttentionCall:
     """One attention call. `score` is the fused call or the softmax; `product` the product of its weights with the values
     (the fused call itself, or the matrix product after the softmax), whose operand `value_operand` holds the values.
-    `projection` is the output projection's run, `value_projection` the module that makes the values; `heads`,
-    `key_value_heads` and `head_width` are the sizes on this model."""
+    `projection` is the output projection: a module's run, or the point of a product written in the attention's own code.
+    `value_bias` and `output_bias` say whether values and output are made with a bias; `heads`, `key_value_heads` and
+    `head_width` are the sizes on this model."""
 
     score: Point
     product: Point
@@ -70,8 +71,9 @@ class AttentionCall:
     heads: int
     key_value_heads: int
     head_width: int
-    projection: ModuleCall | None
-    value_projection: str | None = None
+    projection: ModuleCall | Point | None
+    value_bias: bool = False
+    output_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class Residual:
 @dataclass(frozen=True)
 class Block:
     """One block call. The stream enters as argument `stream_input` (position or keyword) and leaves as output
-    `stream_output` (`None`: the output itself is the tensor)."""
+    `stream_output` (`None`: the output itself is the tensor). `token_axis` is 1, 0 in models that put tokens first, and
+    `None` where sequences are laid end to end."""
 
     module: ModuleCall
     stack: Literal["encoder", "decoder"] | None
@@ -117,6 +120,7 @@ class Block:
     norms: tuple[Norm, ...]
     stream_input: int | str
     stream_output: int | None
+    token_axis: int | None = 1
 
     @property
     def is_parallel(self) -> bool:

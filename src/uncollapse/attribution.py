@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from uncollapse import heads
 from uncollapse.capture import AttentionStatistics, projection_matrix
+from uncollapse.interception import Point
 from uncollapse.records import HeadsRecord, Statistic
 
 
@@ -38,13 +39,14 @@ def heads_records(model: nn.Module, attention: Sequence[AttentionStatistics]) ->
         )
         figures["width"] = 0
         figures["ambiguous_degrees_of_freedom"] = heads.ambiguous_degrees_of_freedom(call.heads, call.head_width)
-        if call.projection is None:
+        if call.projection is None or (isinstance(call.projection, Point) and statistics.matrix is None):
             reason = "no output projection follows this attention"
             unavailable |= {k: reason for k, v in figures.items() if v is None}
         else:
-            if call.projection.name not in known:
-                known[call.projection.name] = _weight_figures(model, statistics)
-            figures |= known[call.projection.name]
+            place = call.projection.owner if isinstance(call.projection, Point) else call.projection.name
+            if place not in known:
+                known[place] = _weight_figures(model, statistics)
+            figures |= known[place]
             if figures["condition_number"] is None:
                 unavailable["condition_number"] = "the heads' write spaces are linearly dependent: infinite"
         shares = None
@@ -69,10 +71,13 @@ def heads_records(model: nn.Module, attention: Sequence[AttentionStatistics]) ->
 
 def _weight_figures(model: nn.Module, statistics: AttentionStatistics) -> dict[str, Any]:
     call = statistics.call
-    assert call.projection is not None
-    module = model.get_submodule(call.projection.name)
     mixed = call.heads * call.head_width
-    matrix = projection_matrix(module, mixed)
+    if isinstance(call.projection, Point):
+        assert statistics.matrix is not None  # the probe pass met the product and kept its weight
+        matrix = statistics.matrix
+    else:
+        assert call.projection is not None
+        matrix = projection_matrix(model.get_submodule(call.projection.name), mixed)
     kernel = int(heads.kernel_dimension(matrix))
     conditioning = float(heads.conditioning(matrix, call.heads))
     overlap = heads.write_space_overlap(matrix, call.heads)
@@ -83,8 +88,8 @@ def _weight_figures(model: nn.Module, statistics: AttentionStatistics) -> dict[s
             heads.gauge_dimension(
                 call.key_value_heads,
                 call.head_width,
-                value_bias=_has_bias(model, call.value_projection),
-                output_bias=getattr(module, "bias", None) is not None,
+                value_bias=call.value_bias,
+                output_bias=call.output_bias,
             )
         ),
         "output_projection_rank": mixed - kernel,
@@ -97,7 +102,3 @@ def _weight_figures(model: nn.Module, statistics: AttentionStatistics) -> dict[s
 def _as_lists(matrix: Tensor) -> list[list[float]]:
     """Plain numbers; a head that writes nothing overlaps with nothing."""
     return [[float(v) for v in row] for row in matrix.nan_to_num(nan=0.0)]
-
-
-def _has_bias(model: nn.Module, name: str | None) -> bool:
-    return name is not None and getattr(model.get_submodule(name), "bias", None) is not None

@@ -27,6 +27,7 @@ from uncollapse.errors import InputError
 from uncollapse.interception import Handler, Point, intercepted, probing
 from uncollapse.proof import block_output
 from uncollapse.sources import token_mask
+from uncollapse.tracing import operation_name
 
 Progress = Callable[[str, int, int], None]
 Level = Literal["core", "full"]
@@ -79,7 +80,7 @@ class SiteStatistics:
 @dataclass
 class AttentionStatistics:
     """Running statistics of one attention call: `values` is [measure, head], `energy` [head] the share of the centred
-    output energy. `reasons` says of a measure why it is missing."""
+    output energy. `reasons` says of a measure why it is missing; `matrix` is W_O where it is no module's."""
 
     block: int
     kind: Literal["self", "cross"]
@@ -89,6 +90,7 @@ class AttentionStatistics:
     energy: Running
     route: str = ""
     reasons: dict[str, str] = field(default_factory=dict)
+    matrix: Tensor | None = None
 
 
 @dataclass
@@ -138,6 +140,8 @@ class _Probe:
         self.batch_size = 0
         self.masks: dict[str, Tensor | None] = {}
         self.runs: dict[str, int] = {}
+        self.heads_output: Tensor | None = None  # of the attention call whose output projection is still to come
+        self.matrices: dict[str, Tensor] = {}
 
     # Installation -------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -185,17 +189,23 @@ class _Probe:
             for at_entry, site, block in sites.get(run, ()):
                 if at_entry:
                     key = block.stream_input
-                    self._measure_site(site, args[key] if isinstance(key, int) else kwargs[key])
+                    self._measure_site(site, args[key] if isinstance(key, int) else kwargs[key], block.token_axis)
             if run in attentions:
-                self._measure_energy(attentions[run], module, next(iter((*args, *kwargs.values()))))
+                given = next(iter((*args, *kwargs.values())))
+                self._measure_energy(attentions[run], self._matrix(name, module, given.shape[-1]), given)
 
         def leave(_: nn.Module, args: Any, output: Any) -> None:
             run = self.runs[name] - 1
             for at_entry, site, block in sites.get(run, ()):
                 if not at_entry:
-                    self._measure_site(site, block_output(output, block.stream_output))
+                    self._measure_site(site, block_output(output, block.stream_output), block.token_axis)
 
         return enter, leave
+
+    def _matrix(self, name: str, module: nn.Module, mixed: int) -> Tensor:
+        if name not in self.matrices:
+            self.matrices[name] = projection_matrix(module, mixed)
+        return self.matrices[name]
 
     def _attend(
         self,
@@ -225,7 +235,9 @@ class _Probe:
             pending: list[tuple[Tensor, Tensor]] = []
             handlers[call.score] = functools.partial(self._softmax_call, pending)
             handlers[call.product] = functools.partial(self._product_call, statistics, pending)
-        if call.projection is not None:
+        if isinstance(call.projection, Point):
+            handlers[call.projection] = functools.partial(self._projection_call, statistics)
+        elif call.projection is not None:
             projections.setdefault(call.projection.name, {})[call.projection.call] = statistics
         else:
             statistics.reasons["energy_share"] = "no output projection follows this attention"
@@ -262,8 +274,8 @@ class _Probe:
         )
 
     # Sites --------------------------------------------------------------------------------------------------------
-    def _measure_site(self, site: SiteStatistics, stream: Tensor) -> None:
-        cloud = self._cloud(stream)
+    def _measure_site(self, site: SiteStatistics, stream: Tensor, token_axis: int | None) -> None:
+        cloud = self._cloud(stream, token_axis)
         site.width = cloud.shape[-1]
         mask = self._mask(site.stack, cloud.shape[1], site.site)
         measured = geometry.cloud_measures(cloud, mask)
@@ -277,16 +289,13 @@ class _Probe:
         massive = [getattr(measured.without_massive, name).double() for name in MASSIVE_MEASURES]
         site.massive = site.massive.add(torch.stack(massive, -1))
 
-    def _cloud(self, stream: Tensor) -> Tensor:
+    def _cloud(self, stream: Tensor, token_axis: int | None) -> Tensor:
         """The stream as [batch, token, width], whatever axes the model uses."""
-        width = stream.shape[-1]
-        if stream.ndim == 3 and stream.shape[0] != self.batch_size and stream.shape[1] == self.batch_size:
-            return stream.transpose(0, 1)  # token-first models
-        if stream.ndim == 3:
-            return stream
-        if stream.ndim > 3:  # a grid of patches
-            return stream.reshape(stream.shape[0], -1, width)
-        return stream.reshape(self.batch_size, -1, width)
+        if token_axis is None:
+            return stream.reshape(self.batch_size, -1, stream.shape[-1])
+        if token_axis == 0:
+            return stream.transpose(0, 1)
+        return stream.flatten(1, -2)  # a grid of patches, or tokens already
 
     # Attention ----------------------------------------------------------------------------------------------------
     def _fused_call(
@@ -388,21 +397,63 @@ class _Probe:
             columns["value_contraction"] = after / before.repeat_interleave(count // before.shape[1], 1)
         else:
             statistics.reasons["value_contraction"] = "the mixed values do not have the axes batch, head, token, width"
+        self.heads_output = mixed if mixed.ndim == 4 else None
         if weights is not None:
             columns["contraction"], columns["spectral_gap"] = _spectra(weights, query_mask, key_mask)
         statistics.values = statistics.values.add(
             torch.stack([columns[n].to("cpu", torch.float64) for n in ATTENTION_MEASURES], 1)
         )
 
-    def _measure_energy(self, statistics: AttentionStatistics, module: nn.Module, mixed: Tensor) -> None:
+    def _projection_call(
+        self,
+        statistics: AttentionStatistics,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """An output projection written in the attention's own code: its weight is an operand."""
+        output = function(*args, **kwargs)
+        operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        mixed = statistics.call.heads * statistics.call.head_width
+        if operation_name(function) == "linear" and operands[1].shape[-1] == mixed:
+            statistics.matrix = operands[1].detach().T
+            self._measure_energy(statistics, statistics.matrix, operands[0])
+        else:
+            statistics.reasons["energy_share"] = "the output projection is no linear map of the concatenated heads"
+        return output
+
+    def _measure_energy(self, statistics: AttentionStatistics, matrix: Tensor, mixed: Tensor) -> None:
+        """The energy of each head's centred contribution. `mixed` is what the projection reads."""
         call = statistics.call
-        cloud = self._cloud(mixed)
-        if cloud.shape[-1] != call.heads * call.head_width:
+        heads_output, self.heads_output = self.heads_output, None
+        if mixed.shape[-1] != call.heads * call.head_width:
             statistics.reasons["energy_share"] = "the output projection's input is not the concatenated heads"
             return
+        cloud = self._projected_cloud(mixed, heads_output)
+        if cloud is None:
+            statistics.reasons["energy_share"] = "the tokens of the output projection's input cannot be told apart"
+            return
         mask = self._mask(statistics.stack, cloud.shape[1], f"the output projection of block {statistics.block}")
-        energy = heads.contribution_energy(cloud, projection_matrix(module, cloud.shape[-1]), call.heads, mask)
+        if mask is not None and mask.shape[0] != cloud.shape[0]:
+            mask = None
+        energy = heads.contribution_energy(cloud, matrix, call.heads, mask)
         statistics.energy = statistics.energy.add((energy / energy.sum(-1, keepdim=True)).double())
+
+    def _projected_cloud(self, mixed: Tensor, heads_output: Tensor | None) -> Tensor | None:
+        """The projection's input as [sequence, token, mixed]. Batch-first as it stands; otherwise the order of its rows is
+        taken from the attention's own output, which must be found in it."""
+        if mixed.ndim == 3 and mixed.shape[0] == self.batch_size != mixed.shape[1]:
+            return mixed
+        if heads_output is not None:
+            known = heads_output.transpose(1, 2).flatten(2)  # [sequence, token, mixed]
+            if mixed.numel() == known.numel():
+                sequences, tokens = known.shape[:2]
+                if torch.equal(mixed.reshape(known.shape), known):
+                    return mixed.reshape(known.shape)
+                first = mixed.reshape(tokens, sequences, -1).transpose(0, 1)
+                if torch.equal(first, known):
+                    return first
+        return mixed if mixed.ndim == 3 and mixed.shape[0] == self.batch_size else None
 
 
 def _four_axes(tensor: Tensor, batch: int) -> Tensor:

@@ -278,6 +278,8 @@ class _Reader:
         else:
             heads = 1
         head_width = self.t.nodes[value].shape[-1]
+        projection = self._projection(product)
+        learned_value = self._learned_behind(value)
         return AttentionCall(
             score=self._point(score),
             product=self._point(product),
@@ -285,16 +287,22 @@ class _Reader:
             heads=heads,
             key_value_heads=max(1, self._key_value_heads(value, heads)),
             head_width=head_width,
-            projection=self._projection(product, heads * head_width),
-            value_projection=self._value_projection(value),
+            projection=None if projection is None else self._projection_place(projection, score, heads * head_width),
+            value_bias=learned_value is not None and self._has_bias(learned_value),
+            output_bias=projection is not None and self._has_bias(projection),
         )
 
-    def _value_projection(self, value: int) -> str | None:
+    def _has_bias(self, learned: int) -> bool:
+        """Whether a learned product takes a second parameter beside its weight."""
+        return sum(self.t.nodes[i].is_parameter for i in self.t.nodes[learned].inputs) > 1
+
+    def _learned_behind(self, value: int) -> int | None:
+        """The learned product that a value comes from, through operations with one operand of data each."""
         index: int | None = value
         while index is not None and not self.t.is_learned_product(index):
             data = [i for i in self.t.nodes[index].inputs if self.t.nodes[i].is_data]
             index = data[0] if len(data) == 1 else None
-        return None if index is None else self.t.calls[self.t.nodes[index].call].name or None
+        return index
 
     def _key_value_heads(self, value: int, heads: int) -> int:
         """Heads over the factor by which the values were repeated between their learned product and the attention."""
@@ -311,8 +319,8 @@ class _Reader:
             index = data[0] if len(data) == 1 else None
         return heads
 
-    def _projection(self, product: int, mixed: int) -> ModuleCall | None:
-        """The run of the module whose learned product is the first after the attention."""
+    def _projection(self, product: int) -> int | None:
+        """The first learned product downstream of the attention."""
         frontier, seen = [product], set()
         while frontier:
             index = frontier.pop(0)
@@ -321,12 +329,19 @@ class _Reader:
                     continue
                 seen.add(consumer)
                 if self.t.is_learned_product(consumer):
-                    call = self.t.calls[self.t.nodes[consumer].call]
-                    inputs = [self.t.nodes[i].shape for i in call.inputs.values()]
-                    if call.name and any(shape and shape[-1] == mixed for shape in inputs):
-                        return ModuleCall(call.name, call.ordinal)
-                    return None
+                    return consumer
                 frontier.append(consumer)
+        return None
+
+    def _projection_place(self, projection: int, score: int, mixed: int) -> ModuleCall | Point | None:
+        """The run of the module that is the output projection, or the point of a product in the attention's own code."""
+        call = self.t.calls[self.t.nodes[projection].call]
+        if call.first <= score < call.last:
+            data = [i for i in self.t.nodes[projection].inputs if self.t.nodes[i].is_data]
+            return self._point(projection) if self.t.nodes[data[0]].shape[-1] == mixed else None
+        inputs = [self.t.nodes[i].shape for i in call.inputs.values()]
+        if call.name and any(shape and shape[-1] == mixed for shape in inputs):
+            return ModuleCall(call.name, call.ordinal)
         return None
 
     # Norms --------------------------------------------------------------------------------------------------------
@@ -530,6 +545,7 @@ class _Reader:
             tuple(norms),
             stream_input,
             stream_output,
+            _token_axis(self.t.nodes[call.outputs[stream_output]].shape),
         )
 
     def _entry(self, call: Call, first: _Sum) -> int | str:
@@ -566,6 +582,13 @@ class _Reader:
             identity=reason,
             layout=layout,
         )
+
+
+def _token_axis(shape: tuple[int, ...]) -> int | None:
+    """Where the tokens of the one traced sequence are: axis 1, axis 0 in token-first models, None laid end to end."""
+    if len(shape) == 2:
+        return None
+    return 0 if len(shape) == 3 and shape[1] == 1 and shape[0] > 1 else 1
 
 
 def _block_candidates(model: nn.Module) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ tokens tell as much about the wiring as eight thousand.
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,6 +81,25 @@ _PASSES = frozenset(
     ]
 )
 _SCALINGS = frozenset(["mul", "rmul", "div", "truediv", "true_divide", "multiply", "neg"])
+
+
+def _reopened(function: types.FunctionType) -> Callable[..., Any]:
+    """A copy of a composite torch function that does not hand itself to function modes, so that they see what is inside."""
+    names = {**function.__globals__, "has_torch_function": lambda *_: False}
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+# nn.MultiheadAttention calls one function that holds projections, attention and output projection together.
+_COMPOSITES: dict[Any, Callable[..., Any]] = {
+    torch.nn.functional.multi_head_attention_forward: _reopened(torch.nn.functional.multi_head_attention_forward)  # type: ignore[arg-type]
+}
+
+
+def opened(function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The same function with its inner calls visible to a function mode that is entered around it, if it is a composite."""
+    return _COMPOSITES.get(function)
 
 
 def operation_name(function: Callable[..., Any]) -> str:
@@ -287,9 +307,13 @@ class _Recorder(TorchFunctionMode):
 
     # Operations ---------------------------------------------------------------------------------------------------
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        inner = opened(func)
+        if inner is not None:
+            with self:
+                return inner(*args, **kwargs)
         output = func(*args, **kwargs)
         name = operation_name(func)
         in_place = writes_in_place(func) or kwargs.get("out") is not None

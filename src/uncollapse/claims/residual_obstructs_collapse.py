@@ -17,14 +17,20 @@ _SIZE = 10**6  # a minor that is not identically 0 vanishes with probability <= 
 
 def two_layers(draws: Draws, n: int, d: int) -> bool | None:
     """Whether two softmax layers with residuals keep rank min(n, d) for one of three draws, by a ball determinant."""
-    start, size = balls.balls(draws.of_rank(n, d, min(n, d), 2)), min(n, d)
+    size = min(n, d)
+    x = draws.of_rank(n, d, size, 2)
+    while (
+        exact.rank(exact.part(x, range(size), range(size))) < size
+    ):  # the minor that is followed must not be 0 at W = 0
+        x = draws.of_rank(n, d, size, 2)
+    start = balls.balls(x)
     for _ in range(3):
-        x = start
+        y = start
         for _ in range(2):
             forms = [balls.balls(draws.matrix(d, d, _SIZE) / (4 * _SIZE)) for _ in range(2)]
             weights = [balls.balls(draws.matrix(d, d, _SIZE) / _SIZE) for _ in range(2)]
-            x = balls.total(x, balls.attention(x, forms, weights))
-        if balls.certainly_full_rank([row[:size] for row in x[:size]]):
+            y = balls.total(y, balls.attention(y, forms, weights))
+        if balls.certainly_full_rank([row[:size] for row in y[:size]]):
             return True
     return None
 
