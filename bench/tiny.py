@@ -26,17 +26,35 @@ _ROPE_OF_4 = {"rope_parameters.mrope_section": [1, 1, 0]}
 _IN_TEXT_8 = {"text_config.rope_parameters.mrope_section": [2, 1, 1]}
 _IN_TEXT_4 = {"text_config.rope_parameters.mrope_section": [1, 1, 0]}
 _HYBRID = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+_SAM = {
+    "prompt_encoder_config.image_size": 32,
+    "prompt_encoder_config.image_embedding_size": 4,
+    "vision_config.output_channels": 32,
+}
 HINTS: dict[str, Config] = {
+    "align": {"projection_dim": 640},
     "audio-spectrogram-transformer": {"max_length": 48, "frequency_stride": 8, "time_stride": 8},
-    "bamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "attention"] * 2, "attn_layer_indices": [1, 3]},
+    "autoformer": {"label_length": 2},
+    "bamba": {"num_hidden_layers": 4, "layer_types": None, "layers_block_type": None, "attn_layer_indices": [1, 3]},
     "blt": {"num_hidden_layers": 2},
     "bridgetower": {"hidden_size": 128, "text_config.hidden_size": 128, "vision_config.hidden_size": 128},
+    "bros": {"dim_bbox_projection": 8},
     "chameleon": {"vocabulary_map": {"<image>": 5}},
-    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse"], "text_config.num_hidden_layers": 2},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "diffusion_gemma": {
+        "text_config.num_experts": 4,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 16,
+    },
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
-    "emu3": {"vocabulary_map": {"<|extra_200|>": 5, "<image>": 6}},
+    "dots3_note": {"text_config.swa_head_dim": 16},
+    "dots3_note_text": {"swa_head_dim": 16},
+    "emu3": {"vocabulary_map": {"<|extra_200|>": 5, "<image>": 6}, "vq_config.base_channels": 32},
+    "esm": {"vocab_size": 33},
     "fun_asr_nano": {"adaptor_config.intermediate_size": 8},
+    "fun_asr_nano_encoder": {"num_stacked_frames": 1},
     "glm46v": _IN_TEXT_8,
     "glm4v": _IN_TEXT_8,
     "glm4v_moe": _IN_TEXT_4,
@@ -52,11 +70,15 @@ HINTS: dict[str, Config] = {
     "granite_speech5_ctc": {"encoder_config.context_size": 8, "encoder_config.max_pos_emb": 16},
     "granite_speech5_encoder": {"context_size": 8, "max_pos_emb": 16},
     "granitemoehybrid": {"num_hidden_layers": 4, "layer_types": ["mamba", "attention"] * 2},
+    "hunyuan_vl": _IN_TEXT_8 | _ROPE_OF_8,
+    "hunyuan_vl_text": _ROPE_OF_8,
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "layers_block_type": None},
     "kosmos-2": {"latent_query_num": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "mistral4": {"head_dim": 16},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    "neomme": {"rope_parameters.full_attention.partial_rotary_factor": 0.5},
     "nemotron": {"num_key_value_heads": 2},
     "olmo_hybrid": {"num_hidden_layers": 4, "layer_types": _HYBRID},
     "paddleocr_vl": _IN_TEXT_8,
@@ -65,10 +87,14 @@ HINTS: dict[str, Config] = {
     "qwen2_vl": _IN_TEXT_8,
     "qwen2_vl_text": _ROPE_OF_8,
     "recurrent_gemma": {"num_hidden_layers": 4, "block_types": ["recurrent", "attention"], "layer_types": None},
-    "sam": {"prompt_encoder_config.image_size": 32, "prompt_encoder_config.image_embedding_size": 4},
-    "sam_hq": {"prompt_encoder_config.image_size": 32, "prompt_encoder_config.image_embedding_size": 4},
+    "sam": _SAM,
+    "sam_hq": _SAM | {"mask_decoder_config.vit_dim": 32},
+    "seggpt": {"image_size": [64, 32]},
+    "siglip2": {"text_config.projection_size": 32},
+    "step3p7": {"text_config.sliding_window": 4},
+    "tvp": {"max_img_size": 32, "num_frames": 2, "visual_prompt_size": 4},
     "xmod": {"default_language": "en_XX"},
-    "zamba2": {"attention_head_dim": 16, "mamba_headdim": 8, "n_mamba_heads": 8},
+    "zamba2": {"attention_head_dim": 16, "attention_hidden_size": 64, "mamba_headdim": 8, "n_mamba_heads": 8},
 }
 
 # Names that mean a size -------------------------------------------------------------------------------------------------
@@ -100,12 +126,18 @@ _HEAD_WIDTHS = re.compile(r"^((.*_)?head_dim|d_kv|d_head|attention_head_size|kv_
 _BACKBONE = {"out_features", "out_indices", "stage_names", "_out_features", "_out_indices"}
 _AT_MOST = {
     **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4),
-    **dict.fromkeys(["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"], 2),
+    **dict.fromkeys(
+        ["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts"], 2
+    ),
     **dict.fromkeys(["n_group", "topk_group", "num_expert_group"], 1),
     **dict.fromkeys(["first_k_dense_replace", "num_dense_layers", "max_window_layers", "zero_expert_num"], 1),
-    **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "o_lora_rank", "qk_head_dim", "index_head_dim", "entity_emb_size"], 16),
+    **dict.fromkeys(
+        ["q_lora_rank", "kv_lora_rank", "o_lora_rank", "qk_head_dim", "index_head_dim", "entity_emb_size"], 16
+    ),
     **dict.fromkeys(["qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rope_dim", "query_pre_attn_scalar"], 8),
-    **dict.fromkeys(["index_n_heads", "index_topk", "sliding_window", "sliding_window_size", "attention_chunk_size"], 4),
+    **dict.fromkeys(
+        ["index_n_heads", "index_topk", "sliding_window", "sliding_window_size", "attention_chunk_size"], 4
+    ),
     **dict.fromkeys(["local_attention", "attention_window_size", "rotary_dim", "num_query_tokens", "num_landmarks"], 4),
     **dict.fromkeys(["max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_target_positions"], 64),
     **dict.fromkeys(["max_2d_position_embeddings", "entity_vocab_size", "num_hash_buckets", "mamba_d_ssm"], 64),
@@ -118,6 +150,8 @@ _AT_MOST = {
     **dict.fromkeys(["linear_num_key_heads", "num_conv_pos_embedding_groups"], 2),
     **dict.fromkeys(["num_mel_bins", "encoder_hash_byte_group_vocab"], 16),
     "conv_depthwise_kernel_size": 7,
+    "num_filters": 8,
+    "upsample_groups": 32,
     "max_source_positions": 24,
     "vocab_size_per_layer_input": VOCABULARY,
 }
@@ -361,10 +395,12 @@ def _candidates(model: Any, names: set[str], required: set[str]) -> Iterator[dic
     main = getattr(model, "main_input_name", "input_ids")
     text: dict[str, Any] = {"input_ids": draws.tokens(2, 8)}
     masked = {**text, "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    if "qformer_input_ids" in names:
+        masked["qformer_input_ids"] = draws.tokens(2, 8)
     decoder = {"decoder_input_ids": draws.tokens(2, 6)} if "decoder_input_ids" in names else {}
     images = list(_images(model.config, names, draws))
     yield from _odd_ones(model.config, names, draws, masked)
-    if "input_ids" in names and main in {"input_ids", "pixel_values", "inputs_embeds"}:
+    if "input_ids" in names and main in {"input_ids", "pixel_values", "pixel_values_videos", "inputs_embeds"}:
         if decoder:
             yield {**masked, **decoder}
         if main == "input_ids":
@@ -384,14 +420,16 @@ def _candidates(model: Any, names: set[str], required: set[str]) -> Iterator[dic
 def _images(config: Any, names: set[str], draws: _Draws) -> Iterator[dict[str, Any]]:
     vision = getattr(config, "vision_config", None) or config
     size = _find(vision, "image_size img_size", 32)
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[:2] if isinstance(size, (list, tuple)) else (32, 32)
+    height, width = (
+        (size, size) if isinstance(size, int) else tuple(size)[:2] if isinstance(size, (list, tuple)) else (32, 32)
+    )
     channels = _find(vision, "num_channels in_channels in_chans", 3)
     channels = channels if isinstance(channels, int) else 3
     frames = _find(vision, "num_frames frames_per_clip", 8)
     patch = _find(vision, "patch_size", 8)
     patch = patch if isinstance(patch, int) else 8
     flat = channels * patch * patch
-    deep = flat * _find(vision, "temporal_patch_size", 1)
+    deep = flat * _find(vision, "temporal_patch_size patch_temporal", 1)
     grid = next((n for n in ("grid_thw", "image_grid_thw", "grid_hws") if n in names), None)
     pixels = next((n for n in ("pixel_values", "hidden_states") if n in names), None)
     if grid and pixels:
@@ -400,7 +438,10 @@ def _images(config: Any, names: set[str], draws: _Draws) -> Iterator[dict[str, A
             yield {pixels: draws.normal(*shape), grid: torch.tensor([[1, 4, 4]]), **extra}
         yield {pixels: draws.normal(16, deep), grid: torch.tensor([[4, 4]])}
     if "spatial_shapes" in names:
-        mask = {"pixel_attention_mask": torch.ones(2, 16, dtype=torch.long), "spatial_shapes": torch.tensor([[4, 4]] * 2)}
+        mask = {
+            "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[4, 4]] * 2),
+        }
         yield {"pixel_values": draws.normal(2, 16, flat), **mask}
     if "pixel_position_ids" in names:
         places = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(4), indexing="xy"), -1).reshape(1, 16, 2)
@@ -410,6 +451,7 @@ def _images(config: Any, names: set[str], draws: _Draws) -> Iterator[dict[str, A
     if "pixel_values" in names:
         yield {"pixel_values": draws.normal(2, channels, height, width)}
         yield {"pixel_values": draws.normal(1, frames, channels, height, width)}
+        yield {"pixel_values": draws.normal(1, 2, channels, height, width)}
         yield {"pixel_values": draws.normal(2, 1, channels, height, width)}
         yield {"pixel_values": draws.normal(1, channels, frames, height, width)}
         yield from ({"pixel_values": draws.normal(1, 3, side, side)} for side in (64, 224))
@@ -418,12 +460,21 @@ def _images(config: Any, names: set[str], draws: _Draws) -> Iterator[dict[str, A
 
 
 def _sounds(config: Any, names: set[str], draws: _Draws) -> Iterator[dict[str, Any]]:
-    mel = _find(config, "feature_projection_input_dim num_mel_bins feature_size input_feat_per_channel input_feat_size", 16)
+    mel = _find(
+        config, "feature_projection_input_dim num_mel_bins feature_size input_feat_per_channel input_feat_size", 16
+    )
     source = _find(config, "max_source_positions", 24)
     length = _find(config, "max_length", 48)
     shapes = {
-        "input_features": [(2, mel, 2 * source), (2, 48, mel), (2, 64, mel), (2, mel, 64), (2, mel, 3000)],
-        "input_values": [(2, 400), (2, 1, 1600), (2, length, mel), (2, 1600), (2, 64, mel), (2, 16000)],
+        "input_features": [
+            (2, mel, 2 * source),
+            (2, 48, mel),
+            (2, 64, mel),
+            (2, mel, 64),
+            (2, 64, 128),
+            (2, mel, 3000),
+        ],
+        "input_values": [(2, 400), (2, 1, 1600), (2, length, mel), (2, 1600), (2, 64, mel), (2, 16000), (2, 1, 16000)],
     }
     for name in ("input_features", "input_values", "audio_values", "input_audio"):
         for shape in shapes.get(name, [(2, 1, 1600), (2, 400)]) if name in names else []:
@@ -454,7 +505,17 @@ def _odd_ones(config: Any, names: set[str], draws: _Draws, masked: dict[str, Any
             "attention_mask": torch.ones(1, 4, dtype=torch.long),
         }
     if "query_embeds" in names:
-        yield {"query_embeds": draws.normal(2, 4, 32)}
+        seen = draws.normal(2, 4, _find(config, "encoder_hidden_size", 32))
+        yield {"query_embeds": draws.normal(2, 4, 32), "encoder_hidden_states": seen}
+    if "decoder_input_values" in names:
+        yield {"input_values": draws.normal(2, 8, 32), "decoder_input_values": draws.normal(2, 6, 32)}
+    if "audio_mel" in names:
+        yield {"audio_mel": draws.normal(1, 48, 128), "audio_mel_mask": torch.zeros(1, 48, dtype=torch.bool)}
+    if "task_inputs" in names:
+        yield {"pixel_values": draws.normal(1, 3, 32, 32), "task_inputs": draws.tokens(1, 77)}
+    if "prompt_masks" in names:
+        yield {n: draws.normal(1, 3, 64, 32) for n in ("pixel_values", "prompt_pixel_values", "prompt_masks")}
+        yield {n: draws.normal(1, 3, 32, 32) for n in ("pixel_values", "prompt_pixel_values", "prompt_masks")}
     if "inputs" in names:
         yield {"inputs": draws.normal(2, 8, _find(config, "d_model", 32))}
     if "image_embeds_position_mask" in names:

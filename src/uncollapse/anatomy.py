@@ -78,11 +78,19 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class Part:
-    """One sublayer: what it is, its attention calls (none for an MLP) and the module that runs it, for messages."""
+    """One sublayer: what it is, its attention calls (none for an MLP) and the module that runs it, for messages.
+
+    For an MLP, `reads` is the run of the module that makes its first learned product and `writes` that of its last: the input
+    of `reads` is what the MLP sees, the input of `writes` its hidden layer. `None` where no module of their own makes them.
+    `is_causal` says of attention whether a token can only reach later ones; the proof finds out.
+    """
 
     kind: PartKind
     attention: tuple[AttentionCall, ...]
     module: str
+    reads: ModuleCall | None = None
+    writes: ModuleCall | None = None
+    is_causal: bool = False
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,9 @@ class _BlockProof:
                 f"removing the {part.kind} ({part.module}) changes the output", 0.0 if changed or silent else 1.0
             )
             if part.kind == "mlp" and self._reaches_others(number, stream):
-                parts[number] = Part("mixer", (), part.module)
+                parts[number] = replace(part, kind="mixer")
+            if part.attention:
+                parts[number] = replace(part, is_causal=not self._reaches_others(number, stream, token=-1))
         self.block = replace(block, parts=tuple(parts))
 
     def _check(self, statement: str, deviation: float) -> None:
@@ -292,14 +294,14 @@ class _BlockProof:
             output = block_output(self.module(*args, **kwargs), self.block.stream_output)
         return output.detach().clone()
 
-    def _reaches_others(self, part: int, stream: Tensor) -> bool:
-        """Whether, with only this part left, a changed token changes another token's output."""
+    def _reaches_others(self, part: int, stream: Tensor, token: int | None = None) -> bool:
+        """Whether, with only this part left, a changed token (the middle one, or `token`) changes another one's output."""
         others = tuple(i for i in range(len(self.block.parts)) if i != part)
         plain = self._replay(others)
         if plain.shape != stream.shape or stream.ndim < 2:
             return False
         rows = stream.reshape(-1, stream.shape[-1]).clone()
-        token = rows.shape[0] // 2
+        token = rows.shape[0] // 2 if token is None else token
         rows[token] = rows[token].flip(0) + 1
         poked = self._replay(others, rows.reshape(stream.shape))
         # Experts run on groups of tokens, and the size of a group decides how its sums are rounded: that is no mixing.

@@ -219,7 +219,7 @@ class _Reader:
             parts.append(Part("cross" if crossing else "attention", calls, name))
             part_of |= dict.fromkeys(attending, 0)
         if rest:
-            parts.append(Part("mlp", (), self._mlp_module(rest[0], found)))
+            parts.append(self._mlp(rest[0], found))
             part_of |= dict.fromkeys(rest, len(parts) - 1)
 
         def under(index: int) -> frozenset[int]:
@@ -242,17 +242,28 @@ class _Reader:
         call = self.t.calls[node.call]
         return Point(call.name, call.ordinal, node.operation, node.ordinal)
 
-    def _mlp_module(self, leaf: int, found: _Sum) -> str:
-        """The outermost module that makes the update's last learned product and holds none of the residual additions."""
+    def _mlp(self, leaf: int, found: _Sum) -> Part:
+        """The part whose summand is `leaf`: named after the outermost module that makes its last learned product and holds
+        none of the residual additions."""
         learned = [n.index for n in self.t.nodes if self.t.is_learned_product(n.index) and self._feeds(n.index, leaf)]
-        last = max((i for i in learned if self.t.depends(i, found.stream)), default=leaf)
+        inside = [i for i in learned if self.t.depends(i, found.stream)]
+        if not inside:
+            return Part("mlp", (), self.t.calls[self.t.nodes[leaf].call].name)
         name = ""
-        for index in self.t.call_path(self.t.nodes[last].call):
+        for index in self.t.call_path(self.t.nodes[inside[-1]].call):
             call = self.t.calls[index]
             if call.first <= found.root < call.last or not call.name:
                 break
             name = call.name
-        return name
+        reads, writes = self._leaf_call(inside[0]), self._leaf_call(inside[-1])
+        if reads == writes:  # experts behind a router, in one fused product: no hidden layer to be met
+            reads = writes = None
+        return Part("mlp", (), name, reads=reads, writes=writes)
+
+    def _leaf_call(self, learned: int) -> ModuleCall | None:
+        """The run of the module made for a learned product: one without children of its own."""
+        call = self.t.calls[self.t.nodes[learned].call]
+        return ModuleCall(call.name, call.ordinal) if call.name and not call.children else None
 
     def _feeds(self, index: int, leaf: int) -> bool:
         return index == leaf or self.t.depends(leaf, index)
