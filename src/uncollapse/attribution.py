@@ -47,7 +47,9 @@ def heads_records(model: nn.Module, attention: Sequence[AttentionStatistics]) ->
             if place not in known:
                 known[place] = _weight_figures(model, statistics)
             figures |= known[place]
-            if figures["condition_number"] is None:
+            if figures["kernel_dimension"] is None:
+                unavailable |= {k: "NaN or infinity in the output projection" for k, v in figures.items() if v is None}
+            elif figures["condition_number"] is None:
                 unavailable["condition_number"] = "the heads' write spaces are linearly dependent: infinite"
         shares = None
         if "energy_share" in statistics.reasons or not statistics.energy.count.any():
@@ -78,6 +80,8 @@ def _weight_figures(model: nn.Module, statistics: AttentionStatistics) -> dict[s
     else:
         assert call.projection is not None
         matrix = projection_matrix(model.get_submodule(call.projection.name), mixed)
+    if not bool(matrix.isfinite().all()):
+        return {"width": matrix.shape[1]}
     kernel = int(heads.kernel_dimension(matrix))
     conditioning = float(heads.conditioning(matrix, call.heads))
     overlap = heads.write_space_overlap(matrix, call.heads)

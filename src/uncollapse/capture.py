@@ -322,7 +322,9 @@ class _Probe:
         )
         weights = None
         if self.level == "full":
-            weights = _attention_weights(q, k, allowed, bias, bool(given.get("is_causal", False)), given.get("scale"))
+            weights = mixing.attention_weights(
+                q, k, allowed=allowed, bias=bias, causal=bool(given.get("is_causal", False)), scale=given.get("scale")
+            )
         self._measure_attention(statistics, rows, v, _four_axes(output, self.batch_size), weights)
         return output
 
@@ -471,23 +473,6 @@ def _mask_or_bias(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     if bool(((mask == 0) | ~allowed).all()):
         return allowed, None
     return None, mask
-
-
-def _attention_weights(
-    q: Tensor, k: Tensor, allowed: Tensor | None, bias: Tensor | None, causal: bool, scale: float | None
-) -> Tensor:
-    """softmax(scale q kᵀ + bias) over the allowed pairs in single precision at least: for level full, which needs spectra."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    logits = q.to(dtype) @ k.to(dtype).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if bias is not None:
-        logits = logits + bias
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, -torch.inf)
-    if causal:
-        forbidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
-        logits = logits.masked_fill(forbidden, -torch.inf)
-    return logits.softmax(-1).nan_to_num(nan=0.0)
 
 
 def _spread(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,8 +8,8 @@ Queries and keys are those the softmax saw: after rotary embedding and QK-norm, 
 model adds something to its logits, hand it to `row_statistics`; the entropy of a softmax the model never ran is no
 measurement. Where it cannot be had, use the weights. Entropies are in nats.
 
-The logits exist one tile at a time, small enough to stay in the processor's cache (`TILE_BYTES`). On CPUs that beat the
-fused attention kernel at every size tried (16 to 8,192 keys), because entropy, extremes and variance come from one
+The logits exist one tile at a time, small enough to stay in the processor's cache (`TILE_BYTES`). On CPUs that was no slower
+than the fused attention kernel at the sizes tried (16 to 512 keys), because entropy, extremes and variance come from one
 product of queries and keys where the fused kernel needs two; on other devices the tiles are larger.
 """
 
