@@ -17,7 +17,7 @@ import torch
 from uncollapse.interception import probing
 
 VOCABULARY = 128
-PARAMETERS = 60_000_000  # a larger model is not built: its config was not understood
+PARAMETERS = 90_000_000  # a larger model is not built: its config was not understood
 Config = dict[str, Any]
 
 # What no rule on names can guess: attributes set after shrinking (dots reach nested configs), a line a type.
@@ -90,6 +90,7 @@ HINTS: dict[str, Config] = {
     "sam": _SAM,
     "sam_hq": _SAM | {"mask_decoder_config.vit_dim": 32},
     "seggpt": {"image_size": [64, 32]},
+    "siglip": {"text_config.projection_size": 32},
     "siglip2": {"text_config.projection_size": 32},
     "step3p7": {"text_config.sliding_window": 4},
     "tvp": {"max_img_size": 32, "num_frames": 2, "visual_prompt_size": 4},
@@ -331,7 +332,7 @@ def _draw(model: Any) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.is_floating_point() and parameter.numel() <= 20_000_000:
+            if parameter.is_floating_point() and 0 < parameter.numel() <= 20_000_000:
                 noise = torch.randn(parameter.shape, generator=generator)
                 if parameter.ndim >= 2:
                     parameter.copy_(noise * min(0.2, 1.2 * parameter[0].numel() ** -0.5))

@@ -14,23 +14,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Ablation": "ablation",
     "Diagnosis": "diagnosis",
     "InputError": "errors",
     "Layout": "anatomy",
     "UncollapseError": "errors",
     "UnsupportedModel": "errors",
+    "ablate": "ablation",
     "diagnose": "diagnosis",
     "without": "interventions",
 }
 _MODULES = ("geometry", "heads", "mixing")
 
 __all__ = [
+    "Ablation",
     "Diagnosis",
     "InputError",
     "Layout",
     "UncollapseError",
     "UnsupportedModel",
     "__version__",
+    "ablate",
     "diagnose",
     "geometry",
     "heads",
@@ -40,6 +44,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from uncollapse import geometry, heads, mixing
+    from uncollapse.ablation import Ablation, ablate
     from uncollapse.anatomy import Layout
     from uncollapse.diagnosis import Diagnosis, diagnose
     from uncollapse.errors import InputError, UncollapseError, UnsupportedModel

@@ -112,8 +112,10 @@ def capture(
     level: Level = "core",
     seed: int = 0,
     progress: Progress | None = None,
+    on_output: Callable[[Mapping[str, Any], Any], None] | None = None,
 ) -> Observations:
-    """Run `model` once over `batches` (each a dict of tensors, moved to the model's device) and observe.
+    """Run `model` once over `batches` (each a dict of tensors, moved to the model's device) and observe. `on_output` is given
+    each batch and the model's output on it.
 
     Raises `InputError` where a padded batch meets a model whose token axis does not match the mask.
     """
@@ -125,7 +127,9 @@ def capture(
                 progress("probe", number, len(batches))
             on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             probe.begin(on_device)
-            model(**on_device)
+            output = model(**on_device)
+            if on_output is not None:
+                on_output(on_device, output)
         if progress is not None:
             progress("probe", len(batches), len(batches))
     return probe.observations

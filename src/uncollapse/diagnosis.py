@@ -138,9 +138,67 @@ def diagnose(
     The model is left as it was: its hooks, its mode, every bit of its output.
     Raises `InputError` for input that cannot be used and `UnsupportedModel` where the anatomy cannot be proved.
     """
+    prepared = prepare(
+        model,
+        texts,
+        tokenizer=tokenizer,
+        batches=batches,
+        level=level,
+        layout=layout,
+        sequences=sequences,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+        name=name,
+        progress=progress,
+    )
+    observed = capture(
+        prepared.loaded.model, prepared.batches, prepared.anatomy, level=level, seed=seed, progress=progress
+    )
+    return Diagnosis(_record(prepared, observed, command))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a probe pass needs: the model, its proved anatomy, the batches, and the options as they were resolved."""
+
+    loaded: sources.LoadedModel
+    anatomy: Anatomy
+    batches: list[dict[str, Tensor]]
+    source: str
+    level: Level
+    seed: int
+    options: dict[str, Any]
+
+
+def prepare(
+    model: nn.Module | str | Path,
+    texts: Sequence[str] | None,
+    *,
+    tokenizer: Any = None,
+    batches: Iterable[Mapping[str, Tensor]] | None = None,
+    level: Level = "core",
+    layout: Layout | None = None,
+    sequences: int | None = None,
+    max_tokens: int = 128,
+    batch_size: int = 16,
+    seed: int = 0,
+    device: str | None = None,
+    dtype: str | None = None,
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+    name: str | None = None,
+    progress: Progress | None = None,
+    head: bool = False,
+) -> Prepared:
+    """Load, tokenise and prove, with the arguments of `diagnose`; `head` keeps a language-model head."""
     if level not in ("core", "full"):
         raise InputError(f"diagnose: expected level 'core' or 'full', got {level!r}. Pass one of the two.")
-    loaded = _loaded(model, tokenizer, name, device, dtype, device_map, trust_remote_code, progress)
+    loaded = _loaded(model, tokenizer, name, device, dtype, device_map, trust_remote_code, progress, head)
     if batches is not None:
         if texts is not None:
             raise InputError(
@@ -154,7 +212,6 @@ def diagnose(
     anatomy = proved_anatomy(loaded.model, ready[0], layout)
     if progress is not None:
         progress("anatomy", 1, 1)
-    observed = capture(loaded.model, ready, anatomy, level=level, seed=seed, progress=progress)
     options = {
         "level": level,
         "sequences": sequences,
@@ -166,7 +223,7 @@ def diagnose(
         "device_map": device_map,
         "layout": None if layout is None else list(layout.blocks),
     }
-    return Diagnosis(_record(loaded, anatomy, observed, level, source, seed, command, options))
+    return Prepared(loaded, anatomy, ready, source, level, seed, options)
 
 
 def _loaded(
@@ -178,6 +235,7 @@ def _loaded(
     device_map: str | None,
     trust_remote_code: bool,
     progress: Progress | None,
+    head: bool,
 ) -> sources.LoadedModel:
     if isinstance(model, nn.Module):
         for option, value in {"device": device, "dtype": dtype, "device_map": device_map}.items():
@@ -196,7 +254,7 @@ def _loaded(
     if progress is not None:
         progress("load", 0, 1)
     loaded = sources.load_model(
-        str(model), device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        str(model), device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, head=head
     )
     if progress is not None:
         progress("load", 1, 1)
@@ -256,34 +314,15 @@ def with_true_positions(model: nn.Module, batches: list[dict[str, Tensor]]) -> l
 # Records ------------------------------------------------------------------------------------------------------------
 
 
-def _record(
-    loaded: sources.LoadedModel,
-    anatomy: Anatomy,
-    observed: Observations,
-    level: Level,
-    source: str,
-    seed: int,
-    command: str,
-    options: dict[str, Any],
-) -> DiagnosisRecord:
-    trajectory = [_site_record(s) for s in observed.sites]
-    attention = [record for s in observed.attention for record in _attention_records(s, level)]
-    head_records = heads_records(loaded.model, observed.attention)
+def _record(prepared: Prepared, observed: Observations, command: str) -> DiagnosisRecord:
+    trajectory = site_records(observed)
+    attention = [record for s in observed.attention for record in _attention_records(s, prepared.level)]
+    head_records = heads_records(prepared.loaded.model, observed.attention)
     return DiagnosisRecord(
         schema=DIAGNOSIS_SCHEMA,
-        versions=_versions(),
-        model=_model_info(loaded, anatomy, observed),
-        probe=Probe(
-            sequences=observed.sequences,
-            tokens=observed.tokens,
-            max_tokens=observed.max_tokens,
-            source=source,
-            seed=seed,
-            level=level,
-            device=str(next((p.device for p in loaded.model.parameters()), "cpu")),
-            command=command,
-            options=options,
-        ),
+        versions=versions(),
+        model=model_info(prepared, observed),
+        probe=probe(prepared, observed, command),
         trajectory=trajectory,
         attention=attention,
         heads=head_records,
@@ -292,6 +331,26 @@ def _record(
         symmetries=[],
         findings=findings.findings(trajectory, attention, head_records),
     )
+
+
+def probe(prepared: Prepared, observed: Observations, command: str) -> Probe:
+    """What the record says of the text and the options."""
+    return Probe(
+        sequences=observed.sequences,
+        tokens=observed.tokens,
+        max_tokens=observed.max_tokens,
+        source=prepared.source,
+        seed=prepared.seed,
+        level=prepared.level,
+        device=str(next((p.device for p in prepared.loaded.model.parameters()), "cpu")),
+        command=command,
+        options=prepared.options,
+    )
+
+
+def site_records(observed: Observations) -> list[SiteRecord]:
+    """The trajectory, from the embedding on."""
+    return [_site_record(s) for s in observed.sites]
 
 
 def _site_record(site: SiteStatistics) -> SiteRecord:
@@ -344,7 +403,9 @@ def _missing(measure: str, level: Level) -> str:
     return "not finite or undefined on this text"
 
 
-def _model_info(loaded: sources.LoadedModel, anatomy: Anatomy, observed: Observations) -> ModelInfo:
+def model_info(prepared: Prepared, observed: Observations) -> ModelInfo:
+    """What the record says of the model."""
+    loaded, anatomy = prepared.loaded, prepared.anatomy
     model = loaded.model
     calls = [s.call for s in observed.attention]
     common = Counter((c.heads, c.key_value_heads, c.head_width) for c in calls).most_common(1)
@@ -368,7 +429,8 @@ def _model_info(loaded: sources.LoadedModel, anatomy: Anatomy, observed: Observa
     )
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of everything a figure depends on."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("uncollapse", "transformers"):
         try:

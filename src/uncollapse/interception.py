@@ -107,6 +107,42 @@ def probing(model: nn.Module, seed: int = 0) -> Iterator[None]:
                 config.use_cache = True
 
 
+class _Float64Kept(TorchFunctionMode):
+    """Requests for single precision are requests for double."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        given = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*(torch.float64 if a is torch.float32 else a for a in args), **given)
+
+
+@contextlib.contextmanager
+def float64_kept(model: nn.Module) -> Iterator[None]:
+    """Keep a float64 model in float64: many models cast to single precision inside their norms, rotary embeddings and
+    softmax, which puts the floor of every figure at 1e-7. A model in another number format is left as it is."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if dtypes != {torch.float64}:
+        yield
+        return
+    original, own = model.forward, "forward" in model.__dict__
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _Float64Kept():
+            return original(*args, **kwargs)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own:
+            model.forward = original
+        else:
+            del model.forward
+
+
 @contextlib.contextmanager
 def intercepted(
     model: nn.Module, handlers: Mapping[Point, Handler], *, within: nn.Module | None = None, strict: bool = True

@@ -66,10 +66,10 @@ def without(
     Raises `InputError` for an unknown component or block, `UnsupportedModel` where the anatomy cannot be proved or
     gradient checkpointing is on.
     """
-    _refuse_unknown(components)
+    require_components(components)
     _refuse_checkpointing(model)
     anatomy = anatomy_for(model, batch)
-    wanted = _Removal(frozenset(components), _block_numbers(blocks, anatomy), blocks == "all+outer")
+    wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
     stack = _active.setdefault(model, [])
     stack.append(wanted)
     try:
@@ -154,7 +154,8 @@ def _identity(model: nn.Module, name: str, calls: set[int]) -> Iterator[None]:
             hook.remove()
 
 
-def _refuse_unknown(components: tuple[str, ...]) -> None:
+def require_components(components: tuple[str, ...]) -> None:
+    """Raise `InputError` unless each is a component that can be taken away."""
     if not components:
         raise InputError(f"without: expected one or more of {', '.join(COMPONENTS)}, got none. Name what to take away.")
     for component in components:
@@ -173,7 +174,8 @@ def _refuse_checkpointing(model: nn.Module) -> None:
         )
 
 
-def _block_numbers(blocks: Collection[int] | str | None, anatomy: Anatomy) -> frozenset[int]:
+def require_blocks(blocks: Collection[int] | str | None, anatomy: Anatomy) -> frozenset[int]:
+    """The block numbers that `blocks` means. Raises `InputError` for a block that does not exist."""
     count = len(anatomy.blocks)
     if blocks is None or (isinstance(blocks, str) and blocks in {"all", "all+outer"}):
         return frozenset(range(count))

@@ -8,7 +8,9 @@ Checked on a few real tokens, block by block; a deviation of 0 means bit for bit
 4. removing any single part changes the block's output (unless its update is exactly zero, or NaN hides the change);
 5. with everything but one part removed, a changed token reaches no other token beyond rounding (else that part is a
    `mixer`), unless the part is attention;
-6. after all this the model's output is what it was, bit for bit.
+6. with an attention removed, what it mixes reaches nothing: it works through its own addition alone. The values that it
+   mixes are made from this stream; those of a cross-attention are not;
+7. after all this the model's output is what it was, bit for bit.
 
 Any failure raises `UnsupportedModel` with the module, the identity, and by how much it failed.
 """
@@ -24,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy import STREAM, Anatomy, Block, Identity, Layout, Part, removal
+from uncollapse.anatomy import STREAM, Anatomy, Block, Identity, Layout, removal
 from uncollapse.errors import UnsupportedModel
 from uncollapse.interception import Handler, Point, addition_operands, intercepted, probing
 from uncollapse.reading import read
@@ -185,6 +187,17 @@ def _recording(runs: dict[tuple[str, int], _Run], block: Block, point: Point) ->
     return handler
 
 
+def _blanking(values: list[Tensor], number: int, value_operand: int) -> Handler:
+    """Keep the values an attention mixes, and let zeros come out of it."""
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        values[number] = operands[value_operand].detach().clone()
+        return torch.zeros_like(function(*args, **kwargs))
+
+    return handler
+
+
 def block_output(output: Any, key: int | None) -> Tensor:
     """The stream in a block's output: the output itself, or its `key`-th member."""
     found = output if key is None else list(output.values())[key] if isinstance(output, Mapping) else output[key]
@@ -220,15 +233,16 @@ class _BlockProof:
         self._check("with every part removed, the block is the identity", self._identity_gap(stream, everything))
         parts = list(block.parts)
         for number, part in enumerate(block.parts):
-            changed = _difference(run.output, self._replay((number,)))
+            without = self._replay((number,))
+            changed = _difference(run.output, without)
             silent = self._update_is_zero(number) or not bool(run.output.isfinite().all())
             self._check(
                 f"removing the {part.kind} ({part.module}) changes the output", 0.0 if changed or silent else 1.0
             )
-            if part.kind == "mlp" and self._reaches_others(number, stream):
-                parts[number] = replace(part, kind="mixer")
-            if part.attention:
-                parts[number] = replace(part, is_causal=not self._reaches_others(number, stream, token=-1))
+            if part.kind in {"attention", "cross"}:
+                self._attends(number, part, stream, without, silent)
+            elif part.kind == "mlp" and self._reaches_others(number, stream):
+                parts[number] = Part("mixer", (), part.module)
         self.block = replace(block, parts=tuple(parts))
 
     def _check(self, statement: str, deviation: float) -> None:
@@ -274,21 +288,43 @@ class _BlockProof:
                         return not bool(operand.any())
         return False
 
-    def _replay(self, parts: tuple[int, ...], stream: Tensor | None = None) -> Tensor:
-        """The block's output on its own arguments with some parts removed, optionally with another stream."""
+    def _attends(self, number: int, part: Part, stream: Tensor, without: Tensor, silent: bool) -> None:
+        """The attention calls belong to this part, and mix what its kind says."""
+        self._check(
+            f"the {part.kind} ({part.module}) holds an attention call", float(not part.attention and not silent)
+        )
+        values, other = ([torch.empty(0)] * len(part.attention) for _ in range(2))
+        blanked = {c.product: _blanking(values, i, c.value_operand) for i, c in enumerate(part.attention)}
+        gap = _difference(without, self._replay((number,), handlers=blanked))
+        self._check(f"with the {part.kind} ({part.module}) removed, what it mixes reaches nothing", gap)
+        seen = {c.product: _blanking(other, i, c.value_operand) for i, c in enumerate(part.attention)}
+        self._replay((number,), stream.flip(-1) + 1, seen)
+        for before, after in zip(values, other, strict=True):
+            if part.kind == "cross":
+                statement, gap = "is not mixed from this stream", _difference(before, after)
+            else:  # values that are alike for every token say nothing: a value map of zeros makes such
+                alike = silent or torch.equal(before, before[..., :1, :].expand_as(before))
+                statement, gap = "is mixed from this stream", float(not alike and torch.equal(before, after))
+            self._check(f"what the {part.kind} ({part.module}) mixes {statement}", gap)
+
+    def _replay(
+        self, parts: tuple[int, ...], stream: Tensor | None = None, handlers: Mapping[Point, Handler] | None = None
+    ) -> Tensor:
+        """The block's output on its own arguments with some parts removed, optionally with another stream or further
+        handlers."""
         args, kwargs = list(_cloned(self.run.args)), _cloned(self.run.kwargs)
         if stream is not None:
             if isinstance(self.block.stream_input, int):
                 args[self.block.stream_input] = stream.clone()
             else:
                 kwargs[self.block.stream_input] = stream.clone()
-        handlers = removal(self.block, parts)
+        acting = {**removal(self.block, parts), **(handlers or {})}
+        known = [node.point for residual in self.block.residuals for node in residual.additions]
+        known += [call.product for part in self.block.parts for call in part.attention]
         base: dict[str, int] = {}
-        for residual in self.block.residuals:
-            for node in residual.additions:
-                owner = node.point.owner
-                base[owner] = min(base.get(owner, node.point.call or 0), node.point.call or 0)
-        alone = {replace(p, call=(p.call or 0) - base[p.owner]): h for p, h in handlers.items()}
+        for point in known:
+            base[point.owner] = min(base.get(point.owner, point.call or 0), point.call or 0)
+        alone = {replace(p, call=(p.call or 0) - base[p.owner]): h for p, h in acting.items()}
         torch.manual_seed(0)
         with intercepted(self.model, alone, within=self.module):
             output = block_output(self.module(*args, **kwargs), self.block.stream_output)

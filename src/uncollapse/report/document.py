@@ -1,27 +1,17 @@
-"""The page: one self-contained HTML file, drawn from a diagnosis record.
-
-Everything it needs is in it: style, script, the Vega bundle and the data. Its content security policy allows exactly
-those, by hash, and no request at all. Whatever came from outside (a model's name, a path, a message) passes Jinja's
-escaping; data for the script travel as JSON in which no `<` occurs.
-"""
+"""The page of a diagnosis: one self-contained HTML file, drawn from its record, with the Vega bundle and the data in it."""
 
 from __future__ import annotations
 
-import base64
 import functools
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
 import altair
-import jinja2
 import vl_convert
-from markupsafe import Markup
 
 from uncollapse.errors import InputError
 from uncollapse.records import DIAGNOSIS_SCHEMA, DiagnosisRecord, Finding
-from uncollapse.report import cells, charts, curves, figures, tables, wording
+from uncollapse.report import cells, charts, curves, figures, sheet, tables, wording
 
 
 @dataclass(frozen=True)
@@ -43,41 +33,10 @@ class Tile:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("uncollapse.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["data"] = _data
-    environment.globals["wording"] = wording
-    return environment
-
-
-@functools.cache
 def _bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, of the version whose specifications Altair writes."""
     version = ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version)
-
-
-@functools.cache
-def _source(name: str) -> str:
-    loader = _environment().loader
-    assert loader is not None
-    return loader.get_source(_environment(), name)[0]
-
-
-def _data(value: object) -> Markup:
-    """JSON that can stand inside a script element: without `<` it can neither close it nor open a comment."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return Markup(text.replace("<", "\\u003c"))
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def diagnosis_page(record: DiagnosisRecord) -> str:
@@ -91,31 +50,22 @@ def diagnosis_page(record: DiagnosisRecord) -> str:
             f"page: expected a diagnosis record of the schema {DIAGNOSIS_SCHEMA}, got {came}. "
             "It may come from another command or version. Diagnose again, or read the file with from_json."
         )
-    style, script = _source("page.css"), _source("page.js")
-    policy = (
-        f"default-src 'none'; script-src {_hash(_bundle())} {_hash(script)}; style-src {_hash(style)}; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    return (
-        _environment()
-        .get_template("page.html.j2")
-        .render(
-            record=record,
-            policy=policy,
-            style=Markup(style),
-            script=Markup(script),
-            bundle=Markup(_bundle()),
-            tiles=_tiles(record),
-            findings=[[(each, _target(each, record)) for each in group] for group in wording.alike(record.findings)],
-            depth=_depth(record),
-            attention=_attention(record),
-            heads=_heads(record),
-            chosen=charts.chosen_block_data(record.heads),
-            mean_length=tables.mean_length(record),
-            norms=Panel("", [], [tables.norms_table(record, "norms-table")]),
-            updates=_updates(record),
-            symmetries=Panel("", [], [tables.symmetries_table(record, "symmetries-table")]),
-        )
+    return sheet.render(
+        "page.html.j2",
+        styles=["page.css"],
+        scripts=[_bundle(), sheet.source("page.js")],
+        title=record.model.name,
+        record=record,
+        tiles=_tiles(record),
+        findings=[[(each, _target(each, record)) for each in group] for group in wording.alike(record.findings)],
+        depth=_depth(record),
+        attention=_attention(record),
+        heads=_heads(record),
+        chosen=charts.chosen_block_data(record.heads),
+        mean_length=tables.mean_length(record),
+        norms=Panel("", [], [tables.norms_table(record, "norms-table")]),
+        updates=_updates(record),
+        symmetries=Panel("", [], [tables.symmetries_table(record, "symmetries-table")]),
     )
 
 

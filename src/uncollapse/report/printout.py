@@ -1,11 +1,11 @@
 """The diagnosis in a terminal: one row a block, a line a finding, and where to look next.
 
-A mean never stands alone: beside it is the worst sequence, or the sharpest head by its number. Names and messages come
-from outside and are printed as plain text: no markup, no control characters, nothing the terminal cannot encode.
+A mean never stands alone: beside it is the worst sequence, or the sharpest head by its number.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from uncollapse.records import DiagnosisRecord, SiteRecord, Statistic
-from uncollapse.report import cells, wording
+from uncollapse.report import cells, plain, wording
 
 SIGNS = {"critical": "!!", "warning": "!", "info": "i"}
 STYLES = {"critical": "bold red", "warning": "bold yellow", "info": "blue"}
@@ -38,15 +38,8 @@ class Column:
 def print_diagnosis(record: DiagnosisRecord, console: Console) -> None:
     """Print the table, the findings and the closing line to `console`."""
 
-    def text(words: str, style: str = "") -> Text:
-        printable = "".join(letter if letter.isprintable() else " " for letter in words)
-        return Text(printable.encode(console.encoding, "replace").decode(console.encoding), style)
-
-    def say(words: str, style: str = "", indent: int = 0) -> None:
-        for line in text(words, style).wrap(console, console.width - indent):
-            line.rstrip()
-            console.print(Text(" " * indent).append_text(line), highlight=False)
-
+    text = functools.partial(plain.plain, console)
+    say = functools.partial(plain.say, console)
     say(record.model.name, "bold")
     say(wording.model_sentence(record.model))
     say(wording.probe_sentence(record))

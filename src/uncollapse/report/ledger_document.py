@@ -1,0 +1,25 @@
+"""The page of a ledger: every claim with its hypotheses, evidence and counterexample, in one self-contained HTML file."""
+
+from __future__ import annotations
+
+from uncollapse.claims import LEDGER_SCHEMA, Ledger
+from uncollapse.errors import InputError
+from uncollapse.report import ledger_wording, sheet
+
+
+def ledger_page(record: Ledger) -> str:
+    """The page of one ledger. Raises `InputError` where it is not of the schema this version draws."""
+    if not isinstance(record, Ledger) or record.schema != LEDGER_SCHEMA:
+        raise InputError(
+            f"page: expected a ledger of the schema {LEDGER_SCHEMA}, got {record.schema} in a {type(record).__name__}. "
+            "It may come from another version. Verify again, or read the file with from_json(text, Ledger)."
+        )
+    return sheet.render(
+        "ledger.html.j2",
+        styles=["page.css", "ledger.css"],
+        scripts=[sheet.source("ledger.js")],
+        title=record.claims[0].id if len(record.claims) == 1 else "Claims ledger",
+        record=record,
+        say=ledger_wording,
+        groups=ledger_wording.by_verdict(record.claims),
+    )

@@ -1,0 +1,21 @@
+"""Lines for a terminal. What came from outside is printed as plain text: no markup, no control characters, nothing that the
+terminal cannot encode.
+"""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.text import Text
+
+
+def plain(console: Console, words: str, style: str = "") -> Text:
+    """`words` as this console can show them."""
+    printable = "".join(letter if letter.isprintable() else " " for letter in words)
+    return Text(printable.encode(console.encoding, "replace").decode(console.encoding), style)
+
+
+def say(console: Console, words: str, style: str = "", indent: int = 0) -> None:
+    """Print a paragraph, wrapped at the console's width."""
+    for line in plain(console, words, style).wrap(console, console.width - indent):
+        line.rstrip()
+        console.print(Text(" " * indent).append_text(line), highlight=False)
