@@ -22,6 +22,7 @@ _HOME = {
     "UnsupportedModel": "errors",
     "ablate": "ablation",
     "diagnose": "diagnosis",
+    "verify": "claims",
     "without": "interventions",
 }
 _MODULES = ("geometry", "heads", "mixing")
@@ -39,6 +40,7 @@ __all__ = [
     "geometry",
     "heads",
     "mixing",
+    "verify",
     "without",
 ]
 
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from uncollapse import geometry, heads, mixing
     from uncollapse.ablation import Ablation, ablate
     from uncollapse.anatomy import Layout
+    from uncollapse.claims import verify
     from uncollapse.diagnosis import Diagnosis, diagnose
     from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
     from uncollapse.interventions import without

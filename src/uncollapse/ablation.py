@@ -39,6 +39,7 @@ from uncollapse.records import (
     SiteRecord,
     Statistic,
     VerdictRecord,
+    followed,
     to_json,
     write_atomically,
 )
@@ -341,14 +342,7 @@ def _epsilon(model: nn.Module) -> float:
 
 def consensus(trajectory: Sequence[SiteRecord]) -> list[float]:
     """The consensus distance along the stack that is followed (the last one), massive tokens left out where there are any."""
-    followed = [s for s in trajectory if s.stack == trajectory[-1].stack]
-    values = []
-    for site in followed:
-        left_out = site.massive_tokens_left_out
-        found = left_out.consensus_distance if left_out is not None else None
-        found = found or site.consensus_distance
-        values.append(math.nan if found is None else found.mean)
-    return values
+    return [math.nan if s.consensus is None else s.consensus.mean for s in followed(trajectory)]
 
 
 def depth_rate(trajectory: Sequence[SiteRecord], epsilon: float) -> RateRecord | None:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse import heads
-from uncollapse.capture import AttentionStatistics, projection_matrix
-from uncollapse.interception import Point
+from uncollapse.capture import AttentionStatistics
+from uncollapse.interception import Point, full_precision
 from uncollapse.records import HeadsRecord, Statistic
 
 
@@ -39,13 +39,16 @@ def heads_records(model: nn.Module, attention: Sequence[AttentionStatistics]) ->
         )
         figures["width"] = 0
         figures["ambiguous_degrees_of_freedom"] = heads.ambiguous_degrees_of_freedom(call.heads, call.head_width)
-        if call.projection is None or (isinstance(call.projection, Point) and statistics.matrix is None):
+        if call.projection is None or statistics.matrix is None:
             reason = "no output projection follows this attention"
+            if call.projection is not None:
+                reason = statistics.reasons.get("matrix", "the output projection did not run")
             unavailable |= {k: reason for k, v in figures.items() if v is None}
         else:
             place = call.projection.owner if isinstance(call.projection, Point) else call.projection.name
             if place not in known:
-                known[place] = _weight_figures(model, statistics)
+                with full_precision(statistics.matrix):
+                    known[place] = _weight_figures(statistics, statistics.matrix)
             figures |= known[place]
             if figures["kernel_dimension"] is None:
                 unavailable |= {k: "NaN or infinity in the output projection" for k, v in figures.items() if v is None}
@@ -71,15 +74,8 @@ def heads_records(model: nn.Module, attention: Sequence[AttentionStatistics]) ->
     return records
 
 
-def _weight_figures(model: nn.Module, statistics: AttentionStatistics) -> dict[str, Any]:
+def _weight_figures(statistics: AttentionStatistics, matrix: Tensor) -> dict[str, Any]:
     call = statistics.call
-    mixed = call.heads * call.head_width
-    if isinstance(call.projection, Point):
-        assert statistics.matrix is not None  # the probe pass met the product and kept its weight
-        matrix = statistics.matrix
-    else:
-        assert call.projection is not None
-        matrix = projection_matrix(model.get_submodule(call.projection.name), mixed)
     if not bool(matrix.isfinite().all()):
         return {"width": matrix.shape[1]}
     kernel = int(heads.kernel_dimension(matrix))
@@ -96,7 +92,7 @@ def _weight_figures(model: nn.Module, statistics: AttentionStatistics) -> dict[s
                 output_bias=call.output_bias,
             )
         ),
-        "output_projection_rank": mixed - kernel,
+        "output_projection_rank": matrix.shape[0] - kernel,
         "condition_number": conditioning if torch.isfinite(torch.tensor(conditioning)) else None,
         "write_space_overlap": _as_lists(overlap),
         "verdict": heads.attribution_verdict(kernel, conditioning),

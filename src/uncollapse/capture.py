@@ -5,6 +5,10 @@ a fused call from its queries and keys, a softmax the model ran itself from its 
 a head is kept, nor anything that grows with the corpus. The model runs the very operations it would have run, so its
 outputs are bit-identical; hooks and wrapped forwards are gone afterwards, also after an exception or Ctrl-C.
 
+Only the passes that the probe itself starts are observed. If another thread runs the model meanwhile, or another model that
+shares its modules does, their outputs are right and enter no figure; but they see the model in evaluation mode and without
+its key-value cache, as the probe does. Do not train in one thread while probing in another.
+
 When not to use this: to look at activations. Nothing is stored; a hook of your own does that better.
 """
 
@@ -13,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,14 +28,15 @@ from torch import Tensor, nn
 from uncollapse import geometry, heads, mixing
 from uncollapse.accumulators import Running
 from uncollapse.anatomy import Anatomy, AttentionCall, Block, Part
-from uncollapse.errors import InputError
-from uncollapse.interception import Handler, Point, intercepted, probing
+from uncollapse.errors import InputError, UncollapseError
+from uncollapse.interception import Handler, Point, full_precision, intercepted, probing
 from uncollapse.proof import block_output
 from uncollapse.sources import token_mask
 from uncollapse.tracing import operation_name
 
 Progress = Callable[[str, int, int], None]
 Level = Literal["core", "full"]
+Observer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]  # function, operands, result
 
 PLAIN_MEASURES = [
     "rank",
@@ -52,6 +58,7 @@ MASSIVE_MEASURES = [
     "consensus_distance",
     "token_similarity",
 ]
+SCALE = 256.0
 ATTENTION_MEASURES = [
     "entropy",
     "normalized_entropy",
@@ -80,7 +87,8 @@ class SiteStatistics:
 @dataclass
 class AttentionStatistics:
     """Running statistics of one attention call: `values` is [measure, head], `energy` [head] the share of the centred
-    output energy. `reasons` says of a measure why it is missing; `matrix` is W_O where it is no module's."""
+    output energy. `reasons` says of a measure why it is missing. `matrix` is W_O as [mixed, width], met in the pass: effective, with
+    adapters in it and quantised weights expanded; `reasons["matrix"]` says why it is missing."""
 
     block: int
     kind: Literal["self", "cross"]
@@ -146,11 +154,12 @@ class _Probe:
         self.runs: dict[str, int] = {}
         self.heads_output: Tensor | None = None  # of the attention call whose output projection is still to come
         self.matrices: dict[str, Tensor] = {}
+        self.thread: int | None = None  # the thread of the probe's own pass, while one runs
 
     # Installation -------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def installed(self) -> Any:
-        handlers: dict[Point, Handler] = {}
+        observers: dict[Point, Observer] = {}
         block_hooks: dict[str, dict[int, list[tuple[bool, SiteStatistics, Block]]]] = {}
         projections: dict[str, dict[int, AttentionStatistics]] = {}
         begun: set[str | None] = set()
@@ -163,23 +172,38 @@ class _Probe:
             by_call.append((False, self._site(SiteStatistics(f"block.{number}", number, block.stack)), block))
             for part in block.parts:
                 if part.kind in {"attention", "cross"}:
-                    self._attend(number, block, part, handlers, projections)
+                    self._attend(number, block, part, observers, projections)
         with contextlib.ExitStack() as stack:
-            stack.callback(self.model.register_forward_pre_hook(self._restart).remove)
+            stack.callback(self.model.register_forward_hook(self._end, always_call=True).remove)
             for name in {*block_hooks, *projections}:
                 module = self.model.get_submodule(name)
                 enter, leave = self._hooks(name, block_hooks.get(name, {}), projections.get(name, {}))
                 stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(leave).remove)
-            stack.enter_context(intercepted(self.model, handlers))
+            stack.enter_context(intercepted(self.model, {p: self._observing(o) for p, o in observers.items()}))
             yield
 
     def _site(self, site: SiteStatistics) -> SiteStatistics:
         self.observations.sites.append(site)
         return site
 
-    def _restart(self, *_: Any) -> None:
-        self.runs.clear()
+    def _end(self, *_: Any) -> None:
+        if self._is_own():
+            self.thread = None
+
+    def _is_own(self) -> bool:
+        """Whether a hook was reached by the probe's own pass: not by another thread, nor by a model that shares a module."""
+        return self.thread == threading.get_ident()
+
+    def _observing(self, observe: Observer) -> Handler:
+        def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            output = function(*args, **kwargs)
+            if self._is_own():
+                with full_precision(output):
+                    observe(function, args, kwargs, output)
+            return output
+
+        return handler
 
     def _hooks(
         self,
@@ -188,35 +212,50 @@ class _Probe:
         attentions: Mapping[int, AttentionStatistics],
     ) -> tuple[Callable[..., None], Callable[..., None]]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self._is_own():
+                return
             run = self.runs.get(name, 0)
             self.runs[name] = run + 1
             for at_entry, site, block in sites.get(run, ()):
                 if at_entry:
                     key = block.stream_input
-                    self._measure_site(site, args[key] if isinstance(key, int) else kwargs[key], block.token_axis)
+                    given = args[key] if isinstance(key, int) else kwargs[key]
+                    with full_precision(given):
+                        self._measure_site(site, given, block.token_axis)
             if run in attentions:
-                given = next(iter((*args, *kwargs.values())))
-                self._measure_energy(attentions[run], self._matrix(name, module, given.shape[-1]), given)
+                given = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+                with full_precision(given):
+                    self._project(attentions[run], name, module, given)
 
         def leave(_: nn.Module, args: Any, output: Any) -> None:
+            if not self._is_own():
+                return
             run = self.runs[name] - 1
             for at_entry, site, block in sites.get(run, ()):
                 if not at_entry:
-                    self._measure_site(site, block_output(output, block.stream_output), block.token_axis)
+                    stream = block_output(output, block.stream_output)
+                    with full_precision(stream):
+                        self._measure_site(site, stream, block.token_axis)
 
         return enter, leave
 
-    def _matrix(self, name: str, module: nn.Module, mixed: int) -> Tensor:
+    def _project(self, statistics: AttentionStatistics, name: str, module: nn.Module, given: Tensor) -> None:
+        """Meet the output projection: its matrix, once a module, and the energy of what it reads."""
         if name not in self.matrices:
-            self.matrices[name] = projection_matrix(module, mixed)
-        return self.matrices[name]
+            try:
+                self.matrices[name] = projection_matrix(module, given)
+            except UncollapseError as error:
+                statistics.reasons |= {"matrix": str(error), "energy_share": str(error)}
+                return
+        statistics.matrix = self.matrices[name]
+        self._measure_energy(statistics, statistics.matrix, given)
 
     def _attend(
         self,
         number: int,
         block: Block,
         part: Part,
-        handlers: dict[Point, Handler],
+        observers: dict[Point, Observer],
         projections: dict[str, dict[int, AttentionStatistics]],
     ) -> None:
         call = part.attention[0]
@@ -234,13 +273,13 @@ class _Probe:
             statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, reason) | {"energy_share": reason}
             return
         if call.score == call.product:
-            handlers[call.score] = functools.partial(self._fused_call, statistics)
+            observers[call.score] = functools.partial(self._fused_call, statistics)
         else:
             pending: list[tuple[Tensor, Tensor]] = []
-            handlers[call.score] = functools.partial(self._softmax_call, pending)
-            handlers[call.product] = functools.partial(self._product_call, statistics, pending)
+            observers[call.score] = functools.partial(self._softmax_call, pending)
+            observers[call.product] = functools.partial(self._product_call, statistics, pending)
         if isinstance(call.projection, Point):
-            handlers[call.projection] = functools.partial(self._projection_call, statistics)
+            observers[call.projection] = functools.partial(self._projection_call, statistics)
         elif call.projection is not None:
             projections.setdefault(call.projection.name, {})[call.projection.call] = statistics
         else:
@@ -249,6 +288,8 @@ class _Probe:
     # Batches ------------------------------------------------------------------------------------------------------
     def begin(self, batch: Mapping[str, Any]) -> None:
         """Note the batch's size and masks before the model runs on it."""
+        self.runs.clear()
+        self.thread = threading.get_ident()
         self.batch_size = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
         encoder = token_mask(batch)
         decoder = token_mask(batch, "decoder_attention_mask") if "decoder_input_ids" in batch else encoder
@@ -308,8 +349,8 @@ class _Probe:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Any:
-        output = function(*args, **kwargs)
+        output: Any,
+    ) -> None:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         q, k, v = (_four_axes(given[n], self.batch_size) for n in names[:3])
@@ -330,7 +371,6 @@ class _Probe:
                 q, k, allowed=allowed, bias=bias, causal=bool(given.get("is_causal", False)), scale=given.get("scale")
             )
         self._measure_attention(statistics, rows, v, _four_axes(output, self.batch_size), weights)
-        return output
 
     def _softmax_call(
         self,
@@ -338,10 +378,9 @@ class _Probe:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Any:
-        output = function(*args, **kwargs)
+        output: Any,
+    ) -> None:
         pending[:] = [(output, args[0] if args else kwargs["input"])]
-        return output
 
     def _product_call(
         self,
@@ -350,8 +389,8 @@ class _Probe:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Any:
-        output = function(*args, **kwargs)
+        output: Any,
+    ) -> None:
         weights, logits = (_four_axes(t, self.batch_size) for t in pending.pop())
         operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         value = _four_axes(operands[statistics.call.value_operand], self.batch_size)
@@ -359,7 +398,7 @@ class _Probe:
         if weights.ndim != 4 or keys > weights.shape[-1]:
             reason = "the attention weights do not have the axes batch, head, query, key"
             statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, reason)
-            return output
+            return
         weights, logits = weights[..., :keys], logits[..., :keys]  # columns beyond the keys are attention sinks
         query_mask = self._query_mask(statistics, weights.shape[-2], weights.shape[0])
         rows = mixing.row_statistics_from_weights(
@@ -367,7 +406,6 @@ class _Probe:
         )
         full = weights / weights.sum(-1, keepdim=True) if self.level == "full" else None
         self._measure_attention(statistics, rows, value, _four_axes(output, self.batch_size), full)
-        return output
 
     def _query_mask(self, statistics: AttentionStatistics, queries: int, sequences: int) -> Tensor | None:
         mask = self._mask(statistics.stack, queries, f"the attention of block {statistics.block}")
@@ -416,9 +454,9 @@ class _Probe:
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> Any:
+        output: Any,
+    ) -> None:
         """An output projection written in the attention's own code: its weight is an operand."""
-        output = function(*args, **kwargs)
         operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         mixed = statistics.call.heads * statistics.call.head_width
         if operation_name(function) == "linear" and operands[1].shape[-1] == mixed:
@@ -426,7 +464,6 @@ class _Probe:
             self._measure_energy(statistics, statistics.matrix, operands[0])
         else:
             statistics.reasons["energy_share"] = "the output projection is no linear map of the concatenated heads"
-        return output
 
     def _measure_energy(self, statistics: AttentionStatistics, matrix: Tensor, mixed: Tensor) -> None:
         """The energy of each head's centred contribution. `mixed` is what the projection reads."""
@@ -504,18 +541,34 @@ def _spectra(weights: Tensor, query_mask: Tensor | None, key_mask: Tensor | None
     return torch.stack(contraction), torch.stack(gap)
 
 
-def projection_matrix(module: nn.Module, mixed: int) -> Tensor:
-    """W_O as [mixed, width], rows the concatenated heads: from the weight of a plain linear map, else by running the module
-    on the unit vectors (adapters, quantised layers: whatever it is, it is affine)."""
+def projection_matrix(module: nn.Module, given: Tensor) -> Tensor:
+    """W_O as [mixed, width], rows the concatenated heads: the weight of a plain linear map, else what the module makes of the
+    unit vectors (adapters, quantised and offloaded weights: whatever it is, it should be affine). `given` is what it reads.
+
+    Raises `UncollapseError` where the module is not affine or cannot be run by itself.
+    """
     weight = getattr(module, "weight", None)
-    if type(module) is nn.Linear and isinstance(weight, Tensor):
-        return weight.detach().T
-    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
-        return weight.detach()
-    reference = next(module.parameters())
-    dtype = reference.dtype if reference.dtype.is_floating_point else torch.float32
-    with torch.no_grad():
-        unit = torch.eye(mixed, device=reference.device, dtype=dtype)
-        image = module(unit[None])[0] - module(torch.zeros_like(unit[:1])[None])[0]
-    assert isinstance(image, Tensor)
-    return image
+    plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta"
+    if plain and "forward" not in vars(module):  # accelerate and others put another forward on the instance
+        if type(module) is nn.Linear:
+            return weight.detach().T
+        if type(module).__name__ == "Conv1D":
+            return weight.detach()
+    mixed = given.shape[-1]
+    unit = torch.eye(mixed, device=given.device, dtype=given.dtype)
+    generator = torch.Generator().manual_seed(0)
+    check = torch.randn(1, mixed, generator=generator).to(given)
+    # Large unit vectors, a power of two: f(s e) - f(0) then loses no digits of the weights to the bias.
+    rows = torch.cat([SCALE * unit, torch.zeros_like(check), check])
+    try:
+        with torch.no_grad():  # `forward`: no hook on this module, ours nor the user's, should meet the unit vectors
+            image = module.forward(rows.reshape(*(1,) * (given.ndim - 2), *rows.shape)).reshape(len(rows), -1)
+    except Exception as error:
+        raise UncollapseError("the output projection cannot be run by itself") from error
+    zero = image[mixed]
+    matrix, got = (image[:mixed] - zero) / SCALE, image[mixed + 1] - zero
+    expected = check[0].to(matrix.dtype) @ matrix
+    # Activations may be quantised (below 1 %); a nonlinearity is off by the size of the output itself.
+    if not bool((got - expected).abs().max() <= 0.1 * expected.abs().max()):
+        raise UncollapseError("the output projection is no affine map")
+    return matrix

@@ -13,15 +13,19 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from uncollapse.errors import InputError, UncollapseError
-from uncollapse.records import SEVERITIES, Finding, Severity
+from uncollapse.records import SEVERITIES, Finding, Severity, to_json, write_atomically
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from uncollapse.claims import Ledger
     from uncollapse.diagnosis import Diagnosis
 
 FOUND, REFUSED, INTERRUPTED = 1, 2, 130
@@ -206,6 +210,78 @@ def diagnose(
             raise typer.Exit(FOUND)
 
 
+Claims = Annotated[
+    list[str] | None, typer.Argument(metavar="CLAIM", help="Ids of claims, listed below. Left out: all of them.")
+]
+Trials = Annotated[
+    int, typer.Option(min=1, help="Scales how many random cases each check draws.", rich_help_panel=MEASURE)
+]
+Draws = Annotated[
+    int, typer.Option("--seed", min=0, help="Fixes the random cases, bit for bit.", rich_help_panel=MEASURE)
+]
+
+
+# The ids stand here as text, so that the help need not import what checks them; a test holds them against the ledger.
+@app.command(
+    epilog="""
+**Examples**
+
+The whole ledger, in seconds, with a page to read and matrices to copy:
+
+    uncollapse verify --html ledger.html
+
+One claim, with more random cases than by default:
+
+    uncollapse verify layernorm-affine-rank --trials 2000
+
+Which claims are refuted, for another program:
+
+    uncollapse verify --json - | jq -r '.claims[] | select(.verdict == "refuted as stated") | .id'
+
+**Collapse in depth**: attention-only-collapse, causal-collapse-is-geometric, attention-never-gains-rank,
+consensus-is-invariant, residual-obstructs-collapse, residual-needs-no-mlp
+
+**Norms**: layernorm-affine-rank, layernorm-rank-formula, layernorm-matrix-rank, rmsnorm-rank
+
+**What an MLP adds**: mlp-leaves-the-span, mlp-leaves-the-reachable-space, attention-is-affine-given-patterns,
+ffn-width-four
+
+**Heads and gates**: head-channel-ambiguity, head-observers, mlp-cannot-unmix, pgop-overhead, pgop-gauge, pgop-recovery
+
+**Width and entropy**: width-collapse, entropy-floor, scaling-fixed-points
+
+**Symmetries**: token-permutation, head-permutation, value-output-gauge, query-key-gauge
+
+**Verdicts**: holds; holds generically; holds under hypotheses; refuted as stated; measured; undecided. They are results,
+not failures.
+
+**Exit codes**: 0 done; 2 the input cannot be used; 130 interrupted.
+"""
+)
+def verify(
+    claims: Claims = None,
+    trials: Trials = 200,
+    seed: Draws = 0,
+    json: Json = None,
+    html: Html = None,
+    quiet: Quiet = False,
+) -> None:
+    """Check claims about Transformers, exactly where that is possible, and print a verdict with its evidence."""
+    with refusals_in_one_line():
+        require_writable(json=json, html=html)
+        with progress_on_stderr(quiet) as progress:
+            from uncollapse.claims import verify as ledger_of
+
+            ledger = ledger_of(
+                list(dict.fromkeys(claims)) if claims else None,
+                trials=trials,
+                seed=seed,
+                # One bar for all the claims, not one for each.
+                progress=progress and (lambda _, done, total: progress("claims", done, total)),
+            )
+        deliver(Recorded(ledger), json=json, html=html, quiet=quiet)
+
+
 @contextlib.contextmanager
 def refusals_in_one_line() -> Iterator[None]:
     """What the user can mend ends in one line and exit code 2; anything else is a bug and keeps its traceback."""
@@ -267,7 +343,30 @@ def progress_on_stderr(quiet: bool) -> Iterator[Callable[[str, int, int], None] 
         yield report
 
 
-def deliver(result: Diagnosis, *, json: str | None, html: str | None, quiet: bool) -> None:
+@dataclass(frozen=True)
+class Recorded:
+    """A record that cannot show or write itself, with what `deliver` asks of a result."""
+
+    record: Ledger
+
+    def show(self, console: Console) -> None:
+        from uncollapse import report
+
+        report.terminal(self.record, console)
+
+    def to_html(self, path: str) -> None:
+        from uncollapse import report
+
+        write_atomically(path, report.page(self.record))
+
+    def to_json(self, path: str | None = None) -> str:
+        text = to_json(self.record)
+        if path is not None:
+            write_atomically(path, text)
+        return text
+
+
+def deliver(result: Diagnosis | Recorded, *, json: str | None, html: str | None, quiet: bool) -> None:
     """Write the page and the record, and show the table on whichever stream is free of JSON."""
     from rich.console import Console
 

@@ -5,7 +5,8 @@ A `Point` names an operation without naming an architecture: the `ordinal`-th `o
 what its children do does not count. A handler gets the torch function and its operands and returns the result.
 
 Each owner's `forward` is wrapped for the duration and put back (accelerate and others replace `forward` on the instance:
-that one is wrapped and restored). A module's own code sees the handlers, nothing else in the process does.
+that one is wrapped and restored). A module's own code sees the handlers, nothing else in the process does. Handlers act in
+whatever thread runs the model; each thread counts the runs of its own passes.
 Under `torch.compile` the wrapped forward runs eagerly; gradient checkpointing would run it twice and is refused by
 those who change values.
 """
@@ -13,7 +14,8 @@ those who change values.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +109,11 @@ def probing(model: nn.Module, seed: int = 0) -> Iterator[None]:
                 config.use_cache = True
 
 
+def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Within the block a measurement of `tensor` is computed as it is written, also when the model runs under autocast."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 class _Float64Kept(TorchFunctionMode):
     """Requests for single precision are requests for double."""
 
@@ -143,12 +150,51 @@ def float64_kept(model: nn.Module) -> Iterator[None]:
             del model.forward
 
 
+class Runs(threading.local):
+    """How often each module has run in the pass that the present thread is in."""
+
+    def __init__(self) -> None:
+        self.depth = 0  # calls of surrounding modules that this thread is in
+        self.counts: dict[str, int] = {}
+        self.modes: dict[str, list[_Owner]] = {}
+
+    def begin(self, name: str) -> int:
+        """Count a run of the module with this name; its number in the pass, from 0."""
+        run = self.counts.get(name, 0)
+        self.counts[name] = run + 1
+        return run
+
+
+@contextlib.contextmanager
+def counted(model: nn.Module, owners: Iterable[str], within: nn.Module | None = None) -> Iterator[Runs]:
+    """Count runs of the `owners` from the start of each pass. A pass is a call of `model`, of `within`, or of any module
+    around an owner that is called from outside all of these: `generate` runs an encoder by itself, `get_text_features` a
+    tower."""
+    runs = Runs()
+    around = {name[:end] for name in owners for end in [*(i for i, c in enumerate(name) if c == "."), len(name)]}
+    modules = {id(m): m for m in (model, within or model, *(model.get_submodule(name) for name in sorted(around)))}
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        if runs.depth == 0 or module is model:  # Ctrl-C skips the hooks on the way out: the model itself starts afresh
+            runs.depth = 0
+            runs.counts.clear()
+        runs.depth += 1
+
+    def leave(*_: Any) -> None:
+        runs.depth -= 1
+
+    with contextlib.ExitStack() as stack:
+        for module in modules.values():
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield runs
+
+
 @contextlib.contextmanager
 def intercepted(
     model: nn.Module, handlers: Mapping[Point, Handler], *, within: nn.Module | None = None, strict: bool = True
 ) -> Iterator[None]:
-    """Within the block the handlers act in every forward pass of `model`, or of its module `within`, run by itself: calls
-    are counted from the start of that pass.
+    """Within the block the handlers act in every pass of `model`, or of its module `within`, run by itself; see `counted`.
 
     With `strict`, a run of an owner that misses one of its points raises `UncollapseError`: nothing is measured or
     changed at a wrong place without a word.
@@ -157,12 +203,7 @@ def intercepted(
     for point, handler in handlers.items():
         by_owner.setdefault(point.owner, {}).setdefault(point.call, {})[point.operation, point.ordinal] = handler
     with contextlib.ExitStack() as stack:
-        runs: dict[str, int] = {}
-
-        def restart(*_: Any) -> None:
-            runs.clear()
-
-        stack.callback((within or model).register_forward_pre_hook(restart).remove)
+        runs = stack.enter_context(counted(model, by_owner, within))
         for owner, by_call in by_owner.items():
             stack.enter_context(_wrapped(model.get_submodule(owner), owner, by_call, runs, strict))
         yield
@@ -173,35 +214,34 @@ def _wrapped(
     module: nn.Module,
     name: str,
     by_call: Mapping[int | None, Mapping[tuple[str, int], Handler]],
-    runs: dict[str, int],
+    runs: Runs,
     strict: bool,
 ) -> Iterator[None]:
     original = module.forward
     own = "forward" in module.__dict__
-    active: list[_Owner] = []
 
     def down(*_: Any) -> None:
-        if active:
-            active[-1].depth += 1
+        for mode in runs.modes.get(name, [])[-1:]:
+            mode.depth += 1
 
     def up(*_: Any) -> None:
-        if active:
-            active[-1].depth -= 1
+        for mode in runs.modes.get(name, [])[-1:]:
+            mode.depth -= 1
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        run = runs.get(name, 0)
-        runs[name] = run + 1
+        run = runs.begin(name)
         wanted = {**by_call.get(None, {}), **by_call.get(run, {})}
         if not wanted:
             return original(*args, **kwargs)
         hits: set[tuple[str, int]] = set()
         mode = _Owner(wanted, hits)
-        active.append(mode)
+        modes = runs.modes.setdefault(name, [])
+        modes.append(mode)
         try:
             with mode:
                 output = original(*args, **kwargs)
         finally:
-            active.pop()
+            modes.pop()
         missed = set(wanted) - hits
         if missed and strict:
             operation, ordinal = sorted(missed)[0]

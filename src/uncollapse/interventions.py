@@ -170,7 +170,7 @@ def _refuse_checkpointing(model: nn.Module) -> None:
         raise UnsupportedModel(
             f"without: expected a model without gradient checkpointing, got {type(model).__name__} with it switched on. "
             "The blocks would be run again outside this context and give wrong gradients. "
-            "Call model.gradient_checkpointing_disable() first."
+            "Switch it off, or put the model into evaluation mode, first."
         )
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy import STREAM, Anatomy, Block, Identity, Layout, removal
+from uncollapse.anatomy import STREAM, Anatomy, Block, Identity, Layout, Part, removal
 from uncollapse.errors import UnsupportedModel
 from uncollapse.interception import Handler, Point, addition_operands, intercepted, probing
 from uncollapse.reading import read
@@ -242,7 +242,9 @@ class _BlockProof:
             if part.kind in {"attention", "cross"}:
                 self._attends(number, part, stream, without, silent)
             elif part.kind == "mlp" and self._reaches_others(number, stream):
-                parts[number] = Part("mixer", (), part.module)
+                parts[number] = replace(part, kind="mixer")
+            if part.attention:
+                parts[number] = replace(part, is_causal=not self._reaches_others(number, stream, token=-1))
         self.block = replace(block, parts=tuple(parts))
 
     def _check(self, statement: str, deviation: float) -> None:

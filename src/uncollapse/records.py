@@ -17,6 +17,7 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -127,6 +128,17 @@ class SiteRecord:
     massive_tokens_left_out: MassiveTokensLeftOut | None = None
     not_finite: int = 0
     unavailable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def consensus(self) -> Statistic | None:
+        """The consensus distance that collapses are judged by: without the largest-norm tokens where those were left out."""
+        left_out = self.massive_tokens_left_out
+        return (left_out.consensus_distance if left_out is not None else None) or self.consensus_distance
+
+
+def followed(trajectory: Sequence[SiteRecord]) -> list[SiteRecord]:
+    """The sites of the stack along which a collapse is followed: the last one, which is the decoder where there are two."""
+    return [site for site in trajectory if site.stack == trajectory[-1].stack]
 
 
 @dataclass(frozen=True)

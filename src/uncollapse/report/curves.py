@@ -28,7 +28,8 @@ class Line:
     banded: bool = True
 
 
-def _depth_axis(names: Sequence[str], title: str) -> alt.X:
+def depth_axis(names: Sequence[str], title: str = "block") -> alt.X:
+    """The sites along depth, few enough of them named for a phone."""
     inputs = 1 if names[0] == "in" else 0
     marked = [0] * inputs + [tick + inputs for tick in ticks(len(names) - inputs, most=9)]
     return alt.X(
@@ -51,7 +52,7 @@ def _along_depth(
     title: str = "block",
 ) -> dict[str, Any]:
     """Lines along depth with their range over sequences, over an area of what is attainable."""
-    x = _depth_axis(names, title)
+    x = depth_axis(names, title)
     long = [
         {"depth": depth, "line": line.key.label, "y": drawn(s.mean), "low": drawn(s.min), "high": drawn(s.max)}
         if s
@@ -77,7 +78,7 @@ def _along_depth(
     if spreads:
         band = alt.Chart(rows([row for row in long if row["line"] in banded]))
         layers.append(
-            band.mark_area(opacity=0.13).encode(x=x, y=alt.Y("low:Q", **_shared(y)), y2="high:Q", color=color)
+            band.mark_area(opacity=0.13).encode(x=x, y=alt.Y("low:Q", **shared(y)), y2="high:Q", color=color)
         )
     layers.append(base.mark_line(strokeWidth=2, strokeJoin="round").encode(y=y, strokeDash=dash))
     if len(names) <= POINTED_SITES:
@@ -88,24 +89,24 @@ def _along_depth(
         layers.append(
             alt.Chart(rows(rings)).mark_point(size=150, filled=False, color=RED, strokeWidth=2).encode(x=x, y=y)
         )
-    layers += _hover_columns(keys, x)
+    layers += hover_columns(keys, x)
     return specification(alt.layer(*layers).properties(width="container", height=height, autosize=FIT))
 
 
-def _hover_columns(keys: Sequence[str], x: alt.X) -> list[alt.Chart]:
+def hover_columns(keys: Sequence[str], x: alt.X) -> list[alt.Chart]:
     """One invisible column a site: wherever the pointer is, the nearest site's row is shown, and a rule marks it."""
     columns = [{"depth": i, "from": i - 0.5, "to": i + 0.5, "row": key} for i, key in enumerate(keys)]
     hover = alt.selection_point(name="hover", fields=["depth"], on="pointerover", clear="pointerout", empty=False)
     base = alt.Chart(rows(columns))
     rule = base.mark_rule(color=GREY).encode(x=x, opacity=alt.condition(hover, alt.value(0.9), alt.value(0)))
-    column = base.mark_rect(opacity=0, clip=True).encode(x=alt.X("from:Q", **_shared(x)), x2="to:Q", tooltip="row:N")
+    column = base.mark_rect(opacity=0, clip=True).encode(x=alt.X("from:Q", **shared(x)), x2="to:Q", tooltip="row:N")
     return [rule, column.add_params(hover)]
 
 
-def _shared(channel: alt.X | alt.Y) -> dict[str, Any]:
+def shared(channel: alt.X | alt.Y) -> dict[str, Any]:
     """The scale and axis of a channel, for another field that must share them."""
-    shared: Any = channel.to_dict()
-    return {key: shared[key] for key in ("scale", "axis") if key in shared}
+    given: Any = channel.to_dict()
+    return {key: given[key] for key in ("scale", "axis") if key in given}
 
 
 def trajectory_charts(sites: Sequence[SiteRecord], findings: Sequence[Finding], key: str, where: str) -> list[Chart]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
 import altair
 import vl_convert
 
 from uncollapse.errors import InputError
-from uncollapse.records import DIAGNOSIS_SCHEMA, DiagnosisRecord, Finding
+from uncollapse.records import DIAGNOSIS_SCHEMA, DiagnosisRecord, Finding, UpdateRecord
 from uncollapse.report import cells, charts, curves, figures, sheet, tables, wording
 
 
@@ -33,7 +32,7 @@ class Tile:
 
 
 @functools.cache
-def _bundle() -> str:
+def bundle() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script, of the version whose specifications Altair writes."""
     version = ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])
     return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version)
@@ -53,7 +52,7 @@ def diagnosis_page(record: DiagnosisRecord) -> str:
     return sheet.render(
         "page.html.j2",
         styles=["page.css"],
-        scripts=[_bundle(), sheet.source("page.js")],
+        scripts=[bundle(), sheet.source("page.js")],
         title=record.model.name,
         record=record,
         tiles=_tiles(record),
@@ -63,8 +62,8 @@ def diagnosis_page(record: DiagnosisRecord) -> str:
         heads=_heads(record),
         chosen=charts.chosen_block_data(record.heads),
         mean_length=tables.mean_length(record),
-        norms=Panel("", [], [tables.norms_table(record, "norms-table")]),
-        updates=_updates(record),
+        norms=Panel("", [], [tables.norms_table(record.norms, "norms-table")]),
+        updates=update_panels(record.updates),
         symmetries=Panel("", [], [tables.symmetries_table(record, "symmetries-table")]),
     )
 
@@ -130,9 +129,10 @@ def _heads(record: DiagnosisRecord) -> Panel:
     return Panel("", [chart for chart in drawn if chart], shown)
 
 
-def _updates(record: DiagnosisRecord) -> list[Panel]:
-    found: dict[str | None, list[Any]] = {}
-    for update in record.updates:
+def update_panels(records: Sequence[UpdateRecord]) -> list[Panel]:
+    """What the sublayers add, one panel a stack."""
+    found: dict[str | None, list[UpdateRecord]] = {}
+    for update in records:
         found.setdefault(update.stack, []).append(update)
     panels = []
     for stack, updates in found.items():

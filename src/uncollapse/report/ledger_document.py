@@ -10,9 +10,10 @@ from uncollapse.report import ledger_wording, sheet
 def ledger_page(record: Ledger) -> str:
     """The page of one ledger. Raises `InputError` where it is not of the schema this version draws."""
     if not isinstance(record, Ledger) or record.schema != LEDGER_SCHEMA:
+        came = getattr(record, "schema", type(record).__name__)
         raise InputError(
-            f"page: expected a ledger of the schema {LEDGER_SCHEMA}, got {record.schema} in a {type(record).__name__}. "
-            "It may come from another version. Verify again, or read the file with from_json(text, Ledger)."
+            f"page: expected a diagnosis record, or a ledger of the schema {LEDGER_SCHEMA}, got {came}. "
+            "It may come from another command or version. Write the record again, or read the file with from_json."
         )
     return sheet.render(
         "ledger.html.j2",

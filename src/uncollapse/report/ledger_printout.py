@@ -29,11 +29,11 @@ def print_ledger(record: Ledger, console: Console) -> None:
         console.print()
         _print_claim(claim, console)
     console.print()
-    say(ledger_wording.headline(record.claims), "bold")
     if len(record.claims) > 1:
+        say(ledger_wording.headline(record.claims), "bold")
         for verdict, claims in ledger_wording.by_verdict(record.claims).items():
             say(f"{verdict}: {', '.join(claim.id for claim in claims)}.", STYLES[verdict], INDENT)
-    console.print()
+        console.print()
     say(ledger_wording.HOW_TO_READ)
     say("Look next: `--html ledger.html` has all the evidence, and the matrices to copy.")
 

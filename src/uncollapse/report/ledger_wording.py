@@ -63,16 +63,16 @@ def outcome(piece: Evidence) -> str:
 
 
 def evidence_line(claim: ClaimResult) -> str:
-    """The piece that decided the verdict, and how all pieces came out, in one sentence."""
+    """The piece that decided the verdict, then how all of them came out."""
     if not claim.evidence:
         return "none was gathered."
     piece = _decisive(claim)
-    line = f"{value(piece.observed)}{_against(piece)}: {piece.what}"
+    line = f"{piece.what}: {value(piece.observed)}{_against(piece)}"
     outcomes = [outcome(each) for each in claim.evidence]
     counts = [f"{outcomes.count(name)} {name}" for name in ("passed", "failed", "open") if name in outcomes]
     floating = sum(not each.exact for each in claim.evidence)
     how = "all exact" if not floating else f"{floating} in floating point"
-    return f"{line} ({wording.count(len(outcomes), 'check')}: {', '.join(counts)}; {how})."
+    return f"{line}. {wording.count(len(outcomes), 'check')}: {', '.join(counts)}; {how}."
 
 
 def _against(piece: Evidence) -> str:

@@ -42,7 +42,7 @@ def print_diagnosis(record: DiagnosisRecord, console: Console) -> None:
     say = functools.partial(plain.say, console)
     say(record.model.name, "bold")
     say(wording.model_sentence(record.model))
-    say(wording.probe_sentence(record))
+    say(wording.probe_sentence(record.probe))
     columns = _columns(record)
     left_out: list[str] = []
     table = _table(record, columns, text)

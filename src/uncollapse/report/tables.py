@@ -248,10 +248,10 @@ def block_name(heads: HeadsRecord) -> str:
     return wording.place(block=heads.block, stack=heads.stack, kind=heads.kind).removeprefix("block ")
 
 
-def norms_table(record: DiagnosisRecord, key: str) -> Table:
+def norms_table(norms: Sequence[NormRecord], key: str) -> Table:
     """One row a norm call: what it does to the affine rank, and the three brackets of the exact formula."""
 
-    order = {id(norm): index for index, norm in enumerate(record.norms)}
+    order = {id(norm): index for index, norm in enumerate(norms)}
 
     def bracket(index: int) -> Callable[[NormRecord], Statistic | None]:
         return lambda norm: None if norm.brackets is None else norm.brackets[index]
@@ -277,7 +277,7 @@ def norms_table(record: DiagnosisRecord, key: str) -> Table:
             Measure("brackets", Column("lost", "scales ∈ image"), bracket(1)),
             Measure("brackets", Column("lost", "row X ∩ kernel"), bracket(2)),
         ],
-        record.norms,
+        norms,
         lambda norm: slug("norm", order[id(norm)]),
     )
 

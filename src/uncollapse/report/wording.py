@@ -18,6 +18,7 @@ from uncollapse.records import (
     Finding,
     HeadsRecord,
     ModelInfo,
+    Probe,
     SiteRecord,
     Statistic,
 )
@@ -209,9 +210,8 @@ def model_sentence(model: ModelInfo) -> str:
     )
 
 
-def probe_sentence(record: DiagnosisRecord) -> str:
+def probe_sentence(probe: Probe) -> str:
     """On what it was measured."""
-    probe = record.probe
     each = f" ({number(probe.tokens / probe.sequences)} a sequence)" if probe.sequences > 1 else ""
     return (
         f"Measured on {count(probe.sequences, 'sequence')}, {count(probe.tokens, 'token')}{each}, "

@@ -83,7 +83,7 @@
       for (const head of table.tHead.rows[0].cells) head.dataset.title = head.firstChild.textContent;
       sortable(table);
     }
-    const blocks = JSON.parse(byId("chosen-blocks").textContent);
+    const blocks = byId("chosen-blocks") ? JSON.parse(byId("chosen-blocks").textContent) : [];
     const choice = byId("block-choice");
     const switched = [];
     for (const source of document.querySelectorAll("script[data-chart]")) {
