@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from uncollapse import heads
 from uncollapse.capture import AttentionStatistics
@@ -18,7 +18,7 @@ from uncollapse.interception import Point, full_precision
 from uncollapse.records import HeadsRecord, Statistic
 
 
-def heads_records(model: nn.Module, attention: Sequence[AttentionStatistics]) -> list[HeadsRecord]:
+def heads_records(attention: Sequence[AttentionStatistics]) -> list[HeadsRecord]:
     """One record for each attention call. A projection that several blocks share is decomposed once."""
     known: dict[str, dict[str, Any]] = {}
     records = []

@@ -268,6 +268,12 @@ class _Probe:
             Running.empty(call.heads),
         )
         self.observations.attention.append(statistics)
+        if isinstance(call.projection, Point):
+            observers[call.projection] = functools.partial(self._projection_call, statistics)
+        elif call.projection is not None:
+            projections.setdefault(call.projection.name, {})[call.projection.call] = statistics
+        else:
+            statistics.reasons["energy_share"] = "no output projection follows this attention"
         if len(part.attention) > 1:
             reason = f"{len(part.attention)} attention calls in one sublayer are not measured yet"
             statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, reason) | {"energy_share": reason}
@@ -278,12 +284,6 @@ class _Probe:
             pending: list[tuple[Tensor, Tensor]] = []
             observers[call.score] = functools.partial(self._softmax_call, pending)
             observers[call.product] = functools.partial(self._product_call, statistics, pending)
-        if isinstance(call.projection, Point):
-            observers[call.projection] = functools.partial(self._projection_call, statistics)
-        elif call.projection is not None:
-            projections.setdefault(call.projection.name, {})[call.projection.call] = statistics
-        else:
-            statistics.reasons["energy_share"] = "no output projection follows this attention"
 
     # Batches ------------------------------------------------------------------------------------------------------
     def begin(self, batch: Mapping[str, Any]) -> None:
@@ -463,12 +463,15 @@ class _Probe:
             statistics.matrix = operands[1].detach().T
             self._measure_energy(statistics, statistics.matrix, operands[0])
         else:
-            statistics.reasons["energy_share"] = "the output projection is no linear map of the concatenated heads"
+            reason = "the output projection is no linear map of the concatenated heads"
+            statistics.reasons |= {"matrix": reason, "energy_share": reason}
 
     def _measure_energy(self, statistics: AttentionStatistics, matrix: Tensor, mixed: Tensor) -> None:
         """The energy of each head's centred contribution. `mixed` is what the projection reads."""
         call = statistics.call
         heads_output, self.heads_output = self.heads_output, None
+        if "energy_share" in statistics.reasons:
+            return
         if mixed.shape[-1] != call.heads * call.head_width:
             statistics.reasons["energy_share"] = "the output projection's input is not the concatenated heads"
             return
@@ -559,16 +562,16 @@ def projection_matrix(module: nn.Module, given: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     check = torch.randn(1, mixed, generator=generator).to(given)
     # Large unit vectors, a power of two: f(s e) - f(0) then loses no digits of the weights to the bias.
-    rows = torch.cat([SCALE * unit, torch.zeros_like(check), check])
+    rows = SCALE * torch.cat([unit, torch.zeros_like(check), check])
     try:
         with torch.no_grad():  # `forward`: no hook on this module, ours nor the user's, should meet the unit vectors
             image = module.forward(rows.reshape(*(1,) * (given.ndim - 2), *rows.shape)).reshape(len(rows), -1)
     except Exception as error:
         raise UncollapseError("the output projection cannot be run by itself") from error
     zero = image[mixed]
-    matrix, got = (image[:mixed] - zero) / SCALE, image[mixed + 1] - zero
+    matrix, got = (image[:mixed] - zero) / SCALE, (image[mixed + 1] - zero) / SCALE
     expected = check[0].to(matrix.dtype) @ matrix
     # Activations may be quantised (below 1 %); a nonlinearity is off by the size of the output itself.
-    if not bool((got - expected).abs().max() <= 0.1 * expected.abs().max()):
+    if bool(image.isfinite().all()) and not bool((got - expected).abs().max() <= 0.1 * expected.abs().max()):
         raise UncollapseError("the output projection is no affine map")
     return matrix

@@ -317,7 +317,7 @@ def with_true_positions(model: nn.Module, batches: list[dict[str, Tensor]]) -> l
 def _record(prepared: Prepared, observed: Observations, command: str) -> DiagnosisRecord:
     trajectory = site_records(observed)
     attention = [record for s in observed.attention for record in _attention_records(s, prepared.level)]
-    head_records = heads_records(prepared.loaded.model, observed.attention)
+    head_records = heads_records(observed.attention)
     return DiagnosisRecord(
         schema=DIAGNOSIS_SCHEMA,
         versions=versions(),

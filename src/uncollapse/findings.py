@@ -242,6 +242,7 @@ def _width_finding(code: str, record: AttentionRecord, value: float, threshold: 
         "query-key gain or remove the rank-one part of the attention.",
         reference=_NAIT_SAADA,
         stack=record.stack,
+        kind=record.kind,
     )
 
 
@@ -272,6 +273,7 @@ def frozen(observed: Observed) -> Iterator[Finding]:
             "soft-capping bound the logits.",
             reference=_ZHAI,
             stack=worst.stack,
+            kind=worst.kind,
         )
 
 
@@ -297,6 +299,7 @@ def identical_heads(observed: Observed) -> Iterator[Finding]:
                 remedy="Attribute to the pair, not to either head; position-gated output projections separate them in training.",
                 reference=_CIRRINCIONE,
                 stack=record.stack,
+                kind=record.kind,
             )
 
 
@@ -321,6 +324,7 @@ def projection_kernel(observed: Observed) -> Iterator[Finding]:
                 remedy="Head outputs cannot be recovered here; attribute to the sublayer. Look for duplicated or dead heads.",
                 reference=_CIRRINCIONE,
                 stack=record.stack,
+                kind=record.kind,
             )
 
 

@@ -236,7 +236,8 @@ class SymmetryRecord:
 
 @dataclass(frozen=True)
 class Finding:
-    """One rule that fired. `value` is what was measured at the worst place, `threshold` what it was held against."""
+    """One rule that fired. `value` is what was measured at the worst place, `threshold` what it was held against; `kind` says
+    which attention of a decoder block a finding about heads means."""
 
     code: str
     phenomenon: Phenomenon
@@ -249,6 +250,7 @@ class Finding:
     remedy: str
     reference: str
     stack: Stack | None = None
+    kind: AttentionKind | None = None
 
 
 @dataclass(frozen=True)

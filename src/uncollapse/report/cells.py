@@ -164,18 +164,19 @@ def severity_of(findings: Sequence[Finding], names: Callable[[Finding], bool]) -
 
 
 def names_head(finding: Finding, record: AttentionRecord) -> bool:
-    """Whether the finding is about this head's attention. A finding does not say whether it means self or cross."""
+    """Whether the finding is about this head's attention."""
     return (
         finding.phenomenon in ("entropy-collapse", "rank-collapse-width")
         and finding.head is not None
         and (finding.block, finding.head, finding.stack) == (record.block, record.head, record.stack)
+        and finding.kind in (None, record.kind)
     )
 
 
 def names_heads(finding: Finding, record: HeadsRecord) -> bool:
     """Whether the finding is about this block's output projection."""
     return finding.phenomenon == "head-channel-non-identifiability" and (
-        (finding.block, finding.stack) == (record.block, record.stack)
+        (finding.block, finding.stack) == (record.block, record.stack) and finding.kind in (None, record.kind)
     )
 
 

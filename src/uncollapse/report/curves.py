@@ -77,9 +77,7 @@ def _along_depth(
     spreads = [row for row in long if row["line"] in banded and row["low"] != row["high"]]
     if spreads:
         band = alt.Chart(rows([row for row in long if row["line"] in banded]))
-        layers.append(
-            band.mark_area(opacity=0.13).encode(x=x, y=alt.Y("low:Q", **shared(y)), y2="high:Q", color=color)
-        )
+        layers.append(band.mark_area(opacity=0.13).encode(x=x, y=alt.Y("low:Q", **shared(y)), y2="high:Q", color=color))
     layers.append(base.mark_line(strokeWidth=2, strokeJoin="round").encode(y=y, strokeDash=dash))
     if len(names) <= POINTED_SITES:
         layers.append(base.mark_circle(size=24, opacity=1).encode(y=y))
