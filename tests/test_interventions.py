@@ -39,6 +39,7 @@ REFERENCES: dict[str, tuple[Any, Callable[[nn.Module, Tensor, Collection[str]], 
 }
 COMBINATIONS = [c for n in range(4) for c in itertools.combinations(("norm", "residual", "mlp"), n)]
 COMBINATIONS += [("attention",), ("attention", "norm"), ("attention", "mlp")]
+ONE_RESIDUAL = [("attention-residual",), ("mlp-residual",), ("attention-residual", "mlp"), ("mlp-residual", "norm")]
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
@@ -72,8 +73,17 @@ def consensus(x: Tensor) -> Tensor:
     return (x - x.mean(1, keepdim=True)).norm(dim=(1, 2)) / x.norm(dim=(1, 2))
 
 
-@pytest.mark.parametrize("without", COMBINATIONS, ids="-".join)
-@pytest.mark.parametrize("layout", REFERENCES)
+@pytest.mark.parametrize(
+    ("layout", "without"),
+    [
+        *itertools.product(REFERENCES, COMBINATIONS),
+        *itertools.product([layout for layout in REFERENCES if layout != "parallel"], ONE_RESIDUAL),
+        ("parallel", ("attention-residual", "mlp")),
+        ("parallel", ("attention", "mlp-residual", "norm")),
+        ("parallel", ("attention-residual", "mlp-residual")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "nothing",
+)
 def test_it_is_the_architecture_with_the_component_left_out(layout: str, without: tuple[str, ...]) -> None:
     config, reference = REFERENCES[layout]
     model = random_double(config)
@@ -219,6 +229,23 @@ def test_what_does_not_exist_is_refused_in_words(components: tuple[str, ...], bl
     model = FAMILIES["bert"].build()
     with pytest.raises(uc.InputError, match=message), uc.without(model, *components, blocks=blocks):
         pass
+
+
+@pytest.mark.parametrize("component", ["attention-residual", "mlp-residual"])
+def test_a_residual_that_parallel_sublayers_share_cannot_go_for_one_of_them(component: str) -> None:
+    model = FAMILIES["gpt_neox"].build()
+    batch = inputs_for(FAMILIES["gpt_neox"])
+    proved_anatomy(model, batch)
+    with torch.no_grad():
+        before = model(**batch)[0]
+        with pytest.raises(uc.InputError, match="share the residual"), uc.without(model, component):
+            pass
+        assert torch.equal(model(**batch)[0], before)
+        with uc.without(model, "norm"):
+            without_norm = model(**batch)[0]
+            with pytest.raises(uc.InputError, match="share the residual"), uc.without(model, component):
+                pass
+            assert torch.equal(model(**batch)[0], without_norm)
 
 
 def test_gradient_checkpointing_is_refused() -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from fractions import Fraction
 from html.parser import HTMLParser
 from importlib import resources
-from typing import Any
+from typing import Any, get_args
 
 import jsonschema
 import pytest
@@ -23,7 +23,7 @@ from uncollapse import exact
 from uncollapse.claims import ClaimResult, Counterexample, Evidence, Ledger, Verdict, verify
 from uncollapse.errors import InputError
 from uncollapse.records import from_json, json_schema, to_json
-from uncollapse.report import ledger_wording, page, terminal
+from uncollapse.report import ledger_printout, ledger_wording, page, terminal
 
 VOID = {"meta"}
 
@@ -306,6 +306,10 @@ def test_the_examples_in_the_docstrings_hold() -> None:
     found = doctest.testmod(ledger_wording)
     assert found.attempted >= 3
     assert not found.failed
+
+
+def test_every_verdict_has_a_meaning_and_a_colour() -> None:
+    assert set(ledger_wording.MEANINGS) == set(get_args(Verdict)) == set(ledger_printout.STYLES)
 
 
 # The terminal

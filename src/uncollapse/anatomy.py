@@ -62,6 +62,7 @@ class AttentionCall:
     """One attention call. `score` is the fused call or the softmax; `product` the product of its weights with the values
     (the fused call itself, or the matrix product after the softmax), whose operand `value_operand` holds the values.
     `projection` is the output projection: a module's run, or the point of a product written in the attention's own code.
+    `masking` are the operations between the products of queries and keys and the softmax that may forbid a pair.
     `value_bias` and `output_bias` say whether values and output are made with a bias; `heads`, `key_value_heads` and
     `head_width` are the sizes on this model."""
 
@@ -72,6 +73,7 @@ class AttentionCall:
     key_value_heads: int
     head_width: int
     projection: ModuleCall | Point | None
+    masking: tuple[Point, ...] = ()
     value_bias: bool = False
     output_bias: bool = False
 
@@ -190,13 +192,14 @@ class Layout:
             )
 
 
-def removal(block: Block, parts: Collection[int], *, residual: bool = False) -> dict[Point, Handler]:
-    """Handlers that leave the given parts out of the block's additions, so that the stream passes there; with `residual`
-    also the stream, wherever a part is left to go on alone. Acts at the addition itself: nothing is rounded twice."""
+def removal(block: Block, parts: Collection[int], *, residual: Collection[int] = ()) -> dict[Point, Handler]:
+    """Handlers that leave the given parts out of the block's additions, so that the stream passes there; also the stream,
+    wherever all parts that are left are among `residual`. Acts at the addition itself: nothing is rounded twice."""
     handlers: dict[Point, Handler] = {}
     for addition in block.residuals:
         gone = set(parts) & set(addition.parts)
-        if residual and len(gone) < len(addition.parts):
+        left = set(addition.parts) - gone
+        if left and left <= set(residual):
             gone.add(STREAM)
         for node in addition.additions:
             first, second = node.first - gone, node.second - gone

@@ -32,6 +32,7 @@ from uncollapse.errors import InputError, UncollapseError
 from uncollapse.interception import Handler, Point, full_precision, intercepted, probing
 from uncollapse.proof import block_output
 from uncollapse.sources import token_mask
+from uncollapse.sublayers import NormStatistics, Sublayers, UpdateStatistics
 from uncollapse.tracing import operation_name
 
 Progress = Callable[[str, int, int], None]
@@ -87,8 +88,8 @@ class SiteStatistics:
 @dataclass
 class AttentionStatistics:
     """Running statistics of one attention call: `values` is [measure, head], `energy` [head] the share of the centred
-    output energy. `reasons` says of a measure why it is missing. `matrix` is W_O as [mixed, width], met in the pass: effective, with
-    adapters in it and quantised weights expanded; `reasons["matrix"]` says why it is missing."""
+    output energy. `reasons` says of a measure why it is missing. `matrix` is W_O as [mixed, width], as met in the pass: effective,
+    with adapters in it and quantised weights expanded; `reasons["matrix"]` says why it is missing."""
 
     block: int
     kind: Literal["self", "cross"]
@@ -103,10 +104,13 @@ class AttentionStatistics:
 
 @dataclass
 class Observations:
-    """What one probe pass saw: a site for each stack's embedding and each block, an entry for each attention call."""
+    """What one probe pass saw: a site for each stack's embedding and each block, an entry for each attention call; at level
+    `full` also one for each update and for each norm call inside a block."""
 
     sites: list[SiteStatistics]
     attention: list[AttentionStatistics]
+    updates: list[UpdateStatistics] = field(default_factory=list)
+    norms: list[NormStatistics] = field(default_factory=list)
     sequences: int = 0
     tokens: int = 0
     max_tokens: int = 0
@@ -155,6 +159,10 @@ class _Probe:
         self.heads_output: Tensor | None = None  # of the attention call whose output projection is still to come
         self.matrices: dict[str, Tensor] = {}
         self.thread: int | None = None  # the thread of the probe's own pass, while one runs
+        self.sublayers: Sublayers | None = None
+        if level == "full":
+            self.sublayers = Sublayers(model, anatomy, self._cloud, self._mask, self._is_own)
+            self.observations.updates, self.observations.norms = self.sublayers.updates, self.sublayers.norms
 
     # Installation -------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -173,14 +181,20 @@ class _Probe:
             for part in block.parts:
                 if part.kind in {"attention", "cross"}:
                     self._attend(number, block, part, observers, projections)
+        handlers = {p: self._observing(o) for p, o in observers.items()}
+        if self.sublayers is not None:
+            handlers |= self.sublayers.handlers
         with contextlib.ExitStack() as stack:
             stack.callback(self.model.register_forward_hook(self._end, always_call=True).remove)
+            # Before the hooks: what they compute must not count as operations of the module that calls theirs.
+            stack.enter_context(intercepted(self.model, handlers))
+            if self.sublayers is not None:
+                stack.enter_context(self.sublayers.installed())
             for name in {*block_hooks, *projections}:
                 module = self.model.get_submodule(name)
                 enter, leave = self._hooks(name, block_hooks.get(name, {}), projections.get(name, {}))
                 stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(leave).remove)
-            stack.enter_context(intercepted(self.model, {p: self._observing(o) for p, o in observers.items()}))
             yield
 
     def _site(self, site: SiteStatistics) -> SiteStatistics:
@@ -299,6 +313,8 @@ class _Probe:
             first = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim >= 2), None)
             known = first is not None and first.ndim == 2 and not first.is_floating_point()
             lengths = torch.full((self.batch_size,), first.shape[1] if known and first is not None else 0)
+        if self.sublayers is not None:
+            self.sublayers.begin(self.batch_size)
         self.observations.sequences += self.batch_size
         self.observations.tokens += int(lengths.sum())
         self.observations.max_tokens = max(self.observations.max_tokens, int(lengths.max()))
@@ -551,8 +567,8 @@ def projection_matrix(module: nn.Module, given: Tensor) -> Tensor:
     Raises `UncollapseError` where the module is not affine or cannot be run by itself.
     """
     weight = getattr(module, "weight", None)
-    plain = isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta"
-    if plain and "forward" not in vars(module):  # accelerate and others put another forward on the instance
+    own_forward = "forward" in vars(module)  # put on the instance by accelerate and others
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta" and not own_forward:
         if type(module) is nn.Linear:
             return weight.detach().T
         if type(module).__name__ == "Conv1D":

@@ -48,6 +48,7 @@ from uncollapse.records import (
     to_json,
     write_atomically,
 )
+from uncollapse.sublayers import norm_records, update_records
 from uncollapse.tracing import tensors_in
 
 if TYPE_CHECKING:
@@ -326,8 +327,8 @@ def _record(prepared: Prepared, observed: Observations, command: str) -> Diagnos
         trajectory=trajectory,
         attention=attention,
         heads=head_records,
-        norms=[],
-        updates=[],
+        norms=norm_records(observed.norms),
+        updates=update_records(observed.updates),
         symmetries=[],
         findings=findings.findings(trajectory, attention, head_records),
     )

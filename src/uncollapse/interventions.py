@@ -6,9 +6,13 @@
 What is left of a block, at the additions themselves (nothing is subtracted, so nothing is rounded twice):
 
 * a removed sublayer (`"mlp"`, `"attention"`) is skipped with its own norm and residual: the stream passes;
-* a removed `"residual"` lets the sublayer's output alone go on, where the sublayer is still there;
+* a removed `"residual"` lets the sublayer's output alone go on, where the sublayer is still there; `"attention-residual"` and
+  `"mlp-residual"` do so around that sublayer only (the former is the skip that Dong et al. 2021 take away);
 * a removed `"norm"` is the identity: the norms on the way into, out of and behind a sublayer. Query-key norms inside the
-  attention bound its logits and stay. The embedding's and the final norm stay too, unless `blocks="all+outer"`.
+  attention bound its logits and stay. The embedding's and the final norm stay too, unless `blocks="all+outer"`;
+* without the `"mask"` every real token may attend to every real token (padding stays hidden);
+* without `"positions"` every token stands at position 0, in all blocks. Where a model knows positions in another way as well, it
+  is refused (`token_order`).
 
 Contexts nest: what is missing is the union. On leaving, also by an exception, the model's outputs are what they were, bit
 for bit. Under gradient checkpointing a removed part would give silently wrong gradients, so it is refused.
@@ -22,19 +26,22 @@ import contextlib
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from uncollapse.anatomy import Anatomy, Block, removal
 from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.interception import Handler, Point, intercepted
-from uncollapse.proof import known_anatomy, proved_anatomy
+from uncollapse.proof import known_anatomy, known_example, proved_anatomy
+from uncollapse.token_order import mask_removed, positions_removed, require_order_blind
 from uncollapse.tracing import tensors_in
 
-Component = Literal["mlp", "attention", "residual", "norm"]
-COMPONENTS: tuple[Component, ...] = ("mlp", "attention", "residual", "norm")
+Component = Literal["mlp", "attention", "residual", "attention-residual", "mlp-residual", "norm", "positions", "mask"]
+COMPONENTS: tuple[Component, ...] = get_args(Component)
 _PARTS = {"mlp": {"mlp", "mixer"}, "attention": {"attention", "cross"}}
+_RESIDUALS = {f"{name}-residual": kinds for name, kinds in _PARTS.items()}
+_RESIDUALS["residual"] = {kind for kinds in _PARTS.values() for kind in kinds}
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ def without(
 ) -> Iterator[nn.Module]:
     """Within the block, `model` runs without the named components in the given blocks (all of them by default).
 
-    components: `"mlp"`, `"attention"`, `"residual"`, `"norm"`. blocks: block numbers from 0, `"all"`, or `"all+outer"`
+    components: `"mlp"`, `"attention"`, `"residual"`, `"norm"`, `"positions"`, `"mask"`. blocks: block numbers from 0, `"all"`, or `"all+outer"`
     to take the norms outside the blocks as well. batch: a batch to prove the anatomy on, for a model that was not
     diagnosed before and has no dummy inputs of its own.
 
@@ -69,6 +76,8 @@ def without(
     require_components(components)
     _refuse_checkpointing(model)
     anatomy = anatomy_for(model, batch)
+    if "positions" in components:
+        require_order_blind(model, anatomy, known_example(model) or {})
     wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
     stack = _active.setdefault(model, [])
     stack.append(wanted)
@@ -107,8 +116,9 @@ def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> No
     norms: dict[str, set[int]] = {}
     for number, block in enumerate(anatomy.blocks):
         gone = {c for r in removals if number in r.blocks for c in r.components}
-        parts = _parts(block, gone)
-        handlers |= removal(block, parts, residual="residual" in gone)
+        parts, alone = _parts(block, gone, _PARTS), _parts(block, gone, _RESIDUALS)
+        _refuse_shared(block, parts, alone)
+        handlers |= removal(block, parts, residual=alone)
         for norm in block.norms:
             skipped = norm.role == "post" and parts >= set(block.residuals[norm.place or 0].parts)
             if skipped or ("norm" in gone and norm.role != "inner"):
@@ -118,12 +128,30 @@ def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> No
             norms.setdefault(outer.name, set()).add(outer.call)
     for name, calls in norms.items():
         stack.enter_context(_identity(model, name, calls))
+    unmasked = frozenset(b for r in removals if "mask" in r.components for b in r.blocks)
+    if unmasked:
+        stack.enter_context(mask_removed(model, anatomy, unmasked))
+    if any("positions" in r.components for r in removals):
+        stack.enter_context(positions_removed(model))
     stack.enter_context(intercepted(model, handlers))
     _installed[model] = stack
 
 
-def _parts(block: Block, gone: Collection[str]) -> set[int]:
-    return {i for i, p in enumerate(block.parts) for name, kinds in _PARTS.items() if name in gone and p.kind in kinds}
+def _parts(block: Block, gone: Collection[str], meant: Mapping[str, Collection[str]]) -> set[int]:
+    """The numbers of the parts that the components `gone` are about; `meant` gives the kinds for each component."""
+    return {i for i, p in enumerate(block.parts) for name, kinds in meant.items() if name in gone and p.kind in kinds}
+
+
+def _refuse_shared(block: Block, parts: Collection[int], alone: Collection[int]) -> None:
+    """Refuse to take the stream from some of the parts that one addition joins to it, and to leave it to the others."""
+    for addition in block.residuals:
+        left = set(addition.parts) - set(parts)
+        if left & set(alone) and not left <= set(alone):
+            kinds = " and ".join(block.parts[i].kind for i in sorted(left))
+            raise InputError(
+                f"without: expected a residual for each sublayer alone, got {block.module.name} with one addition for its {kinds}. "
+                "They run in parallel and share the residual. Take away 'residual', or one of them and the other's residual."
+            )
 
 
 @contextlib.contextmanager

@@ -33,7 +33,9 @@ from uncollapse.reading import read
 from uncollapse.tracing import tensors_in, trace
 
 EXAMPLE_TOKENS = 8
-_proved: weakref.WeakKeyDictionary[nn.Module, tuple[object, Layout | None, Anatomy]] = weakref.WeakKeyDictionary()
+_proved: weakref.WeakKeyDictionary[nn.Module, tuple[object, Layout | None, Anatomy, dict[str, Any]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def proved_anatomy(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None) -> Anatomy:
@@ -42,8 +44,9 @@ def proved_anatomy(model: nn.Module, batch: Mapping[str, Any], layout: Layout | 
     known = _proved.get(model)
     if known is not None and known[0] == _fingerprint(model) and layout in (None, known[1]):
         return known[2]
-    anatomy = prove(model, example(batch), layout)
-    _proved[model] = (_fingerprint(model), layout, anatomy)
+    small = example(batch)
+    anatomy = prove(model, small, layout)
+    _proved[model] = (_fingerprint(model), layout, anatomy, small)
     return anatomy
 
 
@@ -51,6 +54,12 @@ def known_anatomy(model: nn.Module) -> Anatomy | None:
     """The anatomy that was proved for this model object before, if its modules are still the same."""
     known = _proved.get(model)
     return known[2] if known is not None and known[0] == _fingerprint(model) else None
+
+
+def known_example(model: nn.Module) -> dict[str, Any] | None:
+    """The few tokens on which this model object's anatomy was proved."""
+    known = _proved.get(model)
+    return known[3] if known is not None else None
 
 
 def _fingerprint(model: nn.Module) -> object:

@@ -299,9 +299,23 @@ class _Reader:
             key_value_heads=max(1, self._key_value_heads(value, heads)),
             head_width=head_width,
             projection=None if projection is None else self._projection_place(projection, score, heads * head_width),
+            masking=self._masking(score),
             value_bias=learned_value is not None and self._has_bias(learned_value),
             output_bias=projection is not None and self._has_bias(projection),
         )
+
+    def _masking(self, score: int) -> tuple[Point, ...]:
+        """The additions and replacements between the product of queries with keys and a softmax of the model's own."""
+        found, frontier, seen = [], list(self.t.nodes[score].inputs), set()
+        while frontier:
+            index = frontier.pop()
+            if index in seen or not self.t.nodes[index].is_data or self.t.is_matrix_product(index):
+                continue
+            seen.add(index)
+            if self.t.nodes[index].operation in {"add", "masked_fill", "where"} and self._from_data_product(index):
+                found.append(self._point(index))
+            frontier.extend(self.t.nodes[index].inputs)
+        return () if self.t.nodes[score].operation == "scaled_dot_product_attention" else tuple(found)
 
     def _has_bias(self, learned: int) -> bool:
         """Whether a learned product takes a second parameter beside its weight."""

@@ -1,7 +1,8 @@
 """Four architectures written out from their papers, in float64, with components left out where they would stand.
 
 Nothing of the model but its weights (and its table of rotary frequencies) is used. Each function returns the stream after
-every block. `without` holds "norm", "residual", "mlp", "attention": a removed sublayer is skipped with its own norm and residual;
+every block. `without` holds "norm", "residual", "attention-residual", "mlp-residual", "mlp", "attention": a removed sublayer is
+skipped with its own norm and residual;
 a removed residual lets the sublayer's output alone go on; a removed norm is the identity, inside the blocks only.
 """
 
@@ -14,6 +15,11 @@ import torch
 from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
+
+
+def _alone(without: Collection[str], which: str) -> bool:
+    """Whether the sublayer's output goes on without the stream."""
+    return "residual" in without or f"{which}-residual" in without
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:
@@ -70,8 +76,8 @@ def bert(model: nn.Module, ids: Tensor, without: Collection[str]) -> list[Tensor
     for i in range(config.num_hidden_layers):
         p = f"encoder.layer.{i}"
 
-        def joined(x: Tensor, update: Tensor, norm: str) -> Tensor:
-            y = update if "residual" in without else x + update
+        def joined(x: Tensor, update: Tensor, norm: str, which: str) -> Tensor:
+            y = update if _alone(without, which) else x + update
             return y if "norm" in without else _layer_norm(y, w, norm, eps)
 
         if "attention" not in without:
@@ -80,10 +86,12 @@ def bert(model: nn.Module, ids: Tensor, without: Collection[str]) -> list[Tensor
                 for n in ("query", "key", "value")
             )
             mixed = _attend(q, k, v, q.shape[-1] ** -0.5, causal=False)
-            x = joined(x, _linear(mixed, w, f"{p}.attention.output.dense"), f"{p}.attention.output.LayerNorm")
+            x = joined(
+                x, _linear(mixed, w, f"{p}.attention.output.dense"), f"{p}.attention.output.LayerNorm", "attention"
+            )
         if "mlp" not in without:
             hidden = _gelu(_linear(x, w, f"{p}.intermediate.dense"))
-            x = joined(x, _linear(hidden, w, f"{p}.output.dense"), f"{p}.output.LayerNorm")
+            x = joined(x, _linear(hidden, w, f"{p}.output.dense"), f"{p}.output.LayerNorm", "mlp")
         clouds.append(x)
     return clouds
 
@@ -107,10 +115,10 @@ def gpt2(model: nn.Module, ids: Tensor, without: Collection[str]) -> list[Tensor
         if "attention" not in without:
             q, k, v = (_heads(t, config.n_head) for t in conv(normed(x, f"{p}.ln_1"), f"{p}.attn.c_attn").chunk(3, -1))
             update = conv(_attend(q, k, v, q.shape[-1] ** -0.5, causal=True), f"{p}.attn.c_proj")
-            x = update if "residual" in without else x + update
+            x = update if _alone(without, "attention") else x + update
         if "mlp" not in without:
             update = conv(_gelu_tanh(conv(normed(x, f"{p}.ln_2"), f"{p}.mlp.c_fc")), f"{p}.mlp.c_proj")
-            x = update if "residual" in without else x + update
+            x = update if _alone(without, "mlp") else x + update
         clouds.append(x)
     return clouds
 
@@ -139,7 +147,8 @@ def gpt_neox(model: nn.Module, ids: Tensor, without: Collection[str]) -> list[Te
             hidden = _gelu(_linear(normed(x, f"{p}.post_attention_layernorm"), w, f"{p}.mlp.dense_h_to_4h"))
             updates.append(_linear(hidden, w, f"{p}.mlp.dense_4h_to_h"))
         if updates:
-            x = sum(updates[1:], updates[0]) if "residual" in without else x + sum(updates[1:], updates[0])
+            alone = all(_alone(without, which) for which in ("attention", "mlp") if which not in without)
+            x = sum(updates[1:], updates[0]) if alone else x + sum(updates[1:], updates[0])
         clouds.append(x)
     return clouds
 
@@ -162,7 +171,7 @@ def gemma2(model: nn.Module, ids: Tensor, without: Collection[str]) -> list[Tens
 
         def around(x: Tensor, before: str, after: str, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
             update = normed(sublayer(normed(x, before)), after)
-            return update if "residual" in without else x + update
+            return update if _alone(without, sublayer.__name__) else x + update
 
         def attention(x: Tensor, p: str = p) -> Tensor:
             q = _heads(_linear(x, w, f"{p}.self_attn.q_proj"), config.num_attention_heads)

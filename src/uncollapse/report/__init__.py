@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from uncollapse.records import DiagnosisRecord
+from uncollapse.records import AblationRecord, DiagnosisRecord
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from uncollapse.claims import Ledger
 
 
-def page(record: DiagnosisRecord | Ledger) -> str:
+def page(record: DiagnosisRecord | AblationRecord | Ledger) -> str:
     """The record as one HTML file: it opens from disk, fetches nothing, and is readable without JavaScript.
 
     Raises `InputError` where it is no record of a schema that this version draws.
@@ -29,17 +29,27 @@ def page(record: DiagnosisRecord | Ledger) -> str:
         from uncollapse.report.document import diagnosis_page
 
         return diagnosis_page(record)
+    if isinstance(record, AblationRecord):
+        from uncollapse.report.ablation_document import ablation_page
+
+        return ablation_page(record)
     from uncollapse.report.ledger_document import ledger_page
 
     return ledger_page(record)
 
 
-def terminal(record: DiagnosisRecord | Ledger, console: Console) -> None:
-    """Print a diagnosis (one row a block, then its findings) or a ledger (a paragraph a claim, then the verdicts)."""
+def terminal(record: DiagnosisRecord | AblationRecord | Ledger, console: Console) -> None:
+    """Print a diagnosis (one row a block, then its findings), an ablation (one row a run, then the predictions) or a ledger
+    (a paragraph a claim, then the verdicts).
+    """
     if isinstance(record, DiagnosisRecord):
         from uncollapse.report.printout import print_diagnosis
 
         print_diagnosis(record, console)
+    elif isinstance(record, AblationRecord):
+        from uncollapse.report.ablation_printout import print_ablation
+
+        print_ablation(record, console)
     else:
         from uncollapse.report.ledger_printout import print_ledger
 

@@ -18,8 +18,8 @@ SIGNS = {"agrees": "✓", "disagrees": "✗", "open": "?"}
 CAVEAT = "Removed from a trained model, which is not the same as trained without."
 DIFFERENT_ANSWERS = "The two measures answer differently: tokens can keep every dimension and still come together."
 CAUSAL = (
-    "This model is causal, and is judged by what causal masks do: the first token sees only itself and stays, the others "
-    "come towards it geometrically, by half a block at best, where a full mask brings all together doubly exponentially."
+    "This model is causal and is judged by what causal masks do: the first token sees only itself and stays, the others come "
+    "towards it geometrically, in the limit by a factor ½ a block; a full mask brings all together doubly exponentially."
 )
 
 
@@ -62,13 +62,18 @@ def key_to_marks(among: Sequence[str]) -> str:
     return "·".join(NAMES[component] for component in among)
 
 
-def taken(run: AblationRun, conjunction: str = "and") -> str:
+def taken(run: AblationRun) -> str:
     """The components that were taken away.
 
     >>> taken(AblationRun(["norm", "residual", "mlp"], [], None, None, None, []))
     'norm, residual and MLP'
     """
-    return listed([NAMES.get(component, component) for component in run.without], conjunction) or "nothing"
+    return listed(names(run)) or "nothing"
+
+
+def names(run: AblationRun) -> list[str]:
+    """The components that were taken away, one by one."""
+    return [NAMES.get(component, component) for component in run.without]
 
 
 def listed(words: Sequence[str], conjunction: str = "and") -> str:
