@@ -66,9 +66,9 @@ def without(
 ) -> Iterator[nn.Module]:
     """Within the block, `model` runs without the named components in the given blocks (all of them by default).
 
-    components: `"mlp"`, `"attention"`, `"residual"`, `"norm"`, `"positions"`, `"mask"`. blocks: block numbers from 0, `"all"`, or `"all+outer"`
-    to take the norms outside the blocks as well. batch: a batch to prove the anatomy on, for a model that was not
-    diagnosed before and has no dummy inputs of its own.
+    components: see the module, or `COMPONENTS`. blocks: block numbers from 0, `"all"`, or `"all+outer"` to take the norms
+    outside the blocks as well. batch: a batch to prove the anatomy on, for a model that was not diagnosed before and has no
+    dummy inputs of its own.
 
     Raises `InputError` for an unknown component or block, `UnsupportedModel` where the anatomy cannot be proved or
     gradient checkpointing is on.

@@ -82,7 +82,7 @@ def _unmasked_step(padding: list[Tensor | None]) -> Handler:
             result = args[0] if _forbids(args[2] if len(args) > 2 else kwargs["value"]) else function(*args, **kwargs)
         else:
             kept = [t for t in tensors[1:] if t.ndim >= 3]
-            replaces = len(kept) == 1 and _forbids([a for a in args[1:] if a is not kept[0]][0])
+            replaces = len(kept) == 1 and _forbids(next(a for a in args[1:] if a is not kept[0]))
             result = kept[0] if replaces else function(*args, **kwargs)
         real = padding[0]
         if real is None or not isinstance(result, Tensor):
