@@ -9,6 +9,7 @@ Exit codes: 0 done; 1 done, with a finding at or above `--fail-on`; 2 the input 
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from uncollapse.records import SEVERITIES, Finding, Severity, to_json, write_ato
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from uncollapse.ablation import Ablation
     from uncollapse.claims import Ledger
     from uncollapse.diagnosis import Diagnosis
 
@@ -210,6 +212,122 @@ def diagnose(
             raise typer.Exit(FOUND)
 
 
+Without = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PART,PART…",
+        help="Parts to take away together: norm, residual, mlp, attention. Repeat it for more runs. "
+        "Left out: mlp; residual; residual,mlp.",
+        rich_help_panel=MEASURE,
+    ),
+]
+Grid = Annotated[
+    bool,
+    typer.Option("--grid", help="All eight combinations of norm, residual and MLP.", rich_help_panel=MEASURE),
+]
+Blocks = Annotated[
+    str | None,
+    typer.Option(
+        metavar="3-6|3,5|all+outer",
+        help="Take away in these blocks only, counted from 0. `all+outer`: in all, and the norms outside them too.",
+        rich_help_panel=MEASURE,
+    ),
+]
+
+
+@app.command(
+    epilog="""
+**Examples**
+
+What holds the tokens of the packaged model apart, down to 1e-15, with a page to read:
+
+    uncollapse ablate demo --grid --dtype float64 --html grid.html
+
+Only two runs beside the whole model, on your own checkpoint and text:
+
+    uncollapse ablate ./checkpoint --without mlp --without residual,mlp --text corpus.txt
+
+Only in the blocks 3 to 6:
+
+    uncollapse ablate org/model --without residual --blocks 3-6
+
+The verdicts alone, for another program:
+
+    uncollapse ablate --grid --json - | jq '.verdicts[] | {prediction, measure, agrees}'
+
+A part is removed from a trained model, which is not the same as a model trained without it.
+
+**Exit codes**: 0 done; 2 the input cannot be used; 130 interrupted.
+"""
+)
+def ablate(
+    context: typer.Context,
+    model: Model = "demo",
+    without: Without = None,
+    grid: Grid = False,
+    blocks: Blocks = None,
+    text: Text = None,
+    sequences: SequenceLimit = None,
+    max_tokens: MaxTokens = 128,
+    seed: Seed = 0,
+    json: Json = None,
+    html: Html = None,
+    quiet: Quiet = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    batch_size: BatchSize = 16,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Run a model without some of its parts, and say which of them keeps its tokens apart."""
+    with refusals_in_one_line():
+        require_writable(json=json, html=html)
+        wanted = block_numbers(blocks)
+        with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
+            from uncollapse.ablation import ablate as ablation
+            from uncollapse.sources import read_texts
+
+            result = ablation(
+                model,
+                read_texts(text) if text else None,
+                without=[tuple(part.strip() for part in each.split(",")) for each in without] if without else None,
+                grid=grid,
+                blocks=wanted,
+                sequences=sequences,
+                max_tokens=max_tokens,
+                batch_size=batch_size,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+                command=context.obj or "",
+                progress=progress,
+            )
+        deliver(result, json=json, html=html, quiet=quiet)
+
+
+def block_numbers(text: str | None) -> list[int] | Literal["all", "all+outer"] | None:
+    """What `--blocks` means: numbers and ranges, both ends included. Whether the model has them is not known here.
+
+    >>> block_numbers("3-6"), block_numbers("5, 3"), block_numbers("all+outer")
+    ([3, 4, 5, 6], [3, 5], 'all+outer')
+    """
+    if text is None or text == "all" or text == "all+outer":
+        return text
+    numbers: set[int] = set()
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
+        chosen = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
+        if not chosen:
+            raise InputError(
+                f"--blocks: expected block numbers such as 3-6 or 3,5, or all+outer, got {text!r}. "
+                "Blocks are counted from 0, a range rises. Pass for example --blocks 3-6."
+            )
+        numbers.update(chosen)
+    return sorted(numbers)
+
+
 Claims = Annotated[
     list[str] | None, typer.Argument(metavar="CLAIM", help="Ids of claims, listed below. Left out: all of them.")
 ]
@@ -366,7 +484,7 @@ class Recorded:
         return text
 
 
-def deliver(result: Diagnosis | Recorded, *, json: str | None, html: str | None, quiet: bool) -> None:
+def deliver(result: Diagnosis | Ablation | Recorded, *, json: str | None, html: str | None, quiet: bool) -> None:
     """Write the page and the record, and show the table on whichever stream is free of JSON."""
     from rich.console import Console
 

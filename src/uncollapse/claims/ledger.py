@@ -22,7 +22,7 @@ from flint import ctx
 Verdict = Literal["holds", "holds generically", "holds under hypotheses", "refuted as stated", "measured", "undecided"]
 Kind = Literal["universal", "generic", "measured"]
 Role = Literal["statement", "boundary", "context"]
-LEDGER_SCHEMA = "uncollapse/ledger/1"
+LEDGER_SCHEMA: Literal["uncollapse/ledger/1"] = "uncollapse/ledger/1"
 _PRECISION = 640  # bits of the ball arithmetic; fifty softmax layers use up about half of them
 
 
@@ -72,7 +72,7 @@ class Ledger:
     trials: int
     seed: int
     claims: list[ClaimResult]
-    schema: str = LEDGER_SCHEMA
+    schema: Literal["uncollapse/ledger/1"] = LEDGER_SCHEMA
 
 
 Finding = tuple[list[Evidence], Counterexample | None]

@@ -65,7 +65,7 @@ def consensus_chart(record: AblationRecord, key: str) -> Chart | None:
         layers.append(base.mark_circle(size=26, opacity=1))
     if met:
         falls = alt.Chart(rows(_falls(points))).encode(x=x, y=y, color=color, detail="line:N")
-        layers.append(falls.mark_line(strokeWidth=1, strokeDash=[1, 4]))
+        layers.append(falls.mark_line(strokeWidth=1.5, strokeDash=[2, 4]))
         hollow = alt.Chart(rows([point for point in points if point["rounding"]])).encode(x=x, y=y)
         layers.append(hollow.mark_point(filled=False, size=34, color=GREY, strokeWidth=1.2, opacity=1))
     layers += hover_columns([tables.depth_key(site) for site in sites], x)

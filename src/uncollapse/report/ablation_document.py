@@ -47,7 +47,7 @@ def ablation_page(record: AblationRecord) -> str:
 def _target(verdict: VerdictRecord, record: AblationRecord) -> str:
     """The key of the row of the run and site that a verdict is about; empty where it names no block."""
     for number, run in enumerate(record.runs):
-        if set(run.without) == set(verdict.without):
+        if set(run.without) == set(verdict.without) and verdict.block is not None:
             sites = [site for site in followed(run.trajectory) if site.block == verdict.block]
             return tables.run_site_key(number, sites[0]) if sites else ""
     return ""

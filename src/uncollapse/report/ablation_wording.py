@@ -206,21 +206,19 @@ def headline(record: AblationRecord) -> str:
 
 
 def summary(record: AblationRecord) -> list[str]:
-    """The runs in plain sentences, every one a fact of the record."""
+    """Each run in a line: where the consensus distance goes, how, and the lowest share of the attainable affine rank."""
     among = components(record)
     sentences = []
     for run in record.runs:
         low, share = lowest(run), lowest_share(run)
         if low is None:
             continue
-        words = f"{mark(run, among)} {name(run)}: consensus distance {wording.number(start(run), 2)} → "
         met = floor_position(run)
-        if met is None:
-            words += f"{wording.number(low[0], 2)} at {place(low[1])}, {rate(run)}"
-        else:
-            words += f"the {floor_words(run)}, {rate(run)}"
+        end = f"the {floor_words(run)}" if met is not None else f"{wording.number(low[0], 2)} at {place(low[1])}"
+        fall = rate(run) if collapses(run) else "no collapse" if run.rate is not None else "not followed"
+        words = f"{mark(run, among)} {name(run)}: {wording.number(start(run), 2)} → {end}, {fall}"
         if share is not None:
-            words += f"; lowest affine rank {wording.percent(share[0])} of the attainable"
+            words += f"; affine rank {wording.percent(share[0])}"
         sentences.append(f"{words}.")
     return sentences
 
