@@ -45,6 +45,8 @@ bench: $(INSTALLED) ## speed and memory, as ratios taken in one run
 schema: $(INSTALLED) ## write the published JSON Schemas anew from the record dataclasses
 	@$(BIN)/python -c 'import json; from uncollapse.records import *; print(json.dumps(json_schema(DiagnosisRecord), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/diagnosis-1.json
+	@$(BIN)/python -c 'import json; from uncollapse.records import *; print(json.dumps(json_schema(AblationRecord), indent=1, ensure_ascii=False))' \
+		> src/uncollapse/schemas/ablation-1.json
 	@$(BIN)/python -c 'import json; from uncollapse.claims import Ledger; from uncollapse.records import *; print(json.dumps(json_schema(Ledger), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/ledger-1.json
 

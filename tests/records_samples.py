@@ -2,7 +2,8 @@
 
 `encoder` is a small bidirectional model in good health but for one sharp head, `translation` an encoder–decoder with
 cross-attention and absent values, `collapsed` one that falls to the rounding floor, `single_block` the smallest and
-`large` the largest thing a page has to bear. `quiet` has no finding.
+`large` the largest thing a page has to bear. `quiet` has no finding. `ablation` is the grid of eight runs on the encoder,
+`causal_ablation` a language model whose loss is known, with a run that could not be followed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from uncollapse.records import (
+    AblationRecord,
+    AblationRun,
     AttentionRecord,
     DiagnosisRecord,
     Finding,
@@ -21,10 +24,12 @@ from uncollapse.records import (
     ModelInfo,
     NormRecord,
     Probe,
+    RateRecord,
     SiteRecord,
     Statistic,
     SymmetryRecord,
     UpdateRecord,
+    VerdictRecord,
 )
 
 NOT_AT_CORE = "measured at --level full only"
@@ -437,4 +442,144 @@ def large() -> DiagnosisRecord:
         attention=[record for block in range(80) for record in attention(block, 64, rng)],
         heads=[heads_record(block, 64, 128, 8192, rng) for block in range(80)],
         findings=[AMBIGUOUS, *sharp],
+    )
+
+
+FLOOR = 3.552713678800501e-15
+NO_COLLAPSE = RateRecord("none", 0.95, 0.8, 0.5, 1.1, FLOOR, None)
+
+
+def run(
+    without: list[str],
+    consensus: list[float],
+    share: list[float],
+    rate: RateRecord | None,
+    *,
+    shift: float | None = None,
+    loss: float | None = None,
+    massive: bool = False,
+    first: int = 0,
+) -> AblationRun:
+    """One run; with `massive`, the distances are those without the largest tokens, and the plain ones are a tenth of them."""
+    trajectory = [
+        site(
+            "embedding" if i == 0 else f"block.{first + i - 1}",
+            c * (0.1 if massive else 1.0),
+            share=s,
+            massive=c if massive else None,
+        )
+        for i, (c, s) in enumerate(zip(consensus, share, strict=True))
+    ]
+    unavailable = {"loss": "no language-model head behind a causal mask"} if loss is None else {}
+    unavailable |= {"output_shift": "this is the whole model"} if shift is None else {}
+    unavailable |= {"rate": "the consensus distance is not finite"} if rate is None else {}
+    return AblationRun(
+        without=without,
+        trajectory=trajectory,
+        rate=rate,
+        loss=None if loss is None else statistic(loss, 0.1),
+        output_shift=None if shift is None else statistic(shift, 0.1),
+        attention_contraction=[statistic(0.9 - 0.1 * i, 0.1, top=1.0) for i in range(len(consensus) - 1)],
+        unavailable=unavailable,
+    )
+
+
+def verdict(prediction: str, without: list[str], agrees: bool | None, **changes: object) -> VerdictRecord:
+    """A verdict in rank, unless told otherwise."""
+    record = VerdictRecord(
+        prediction=prediction,
+        source="Dong, Cordonnier, Loukas 2021, arXiv 2103.03404",
+        without=without,
+        measure="affine_rank",
+        predicted="dimensions are lost",
+        observed="100% of the share is left",
+        agrees=agrees,
+        rate=None,
+        block=None,
+    )
+    return replace(record, **changes)  # type: ignore[arg-type]
+
+
+def ablation() -> AblationRecord:
+    """The eight runs of the grid on a small encoder in float64: whatever lacks the residual falls to the rounding floor."""
+    full, fallen = [1.0] * 7, [1.0, 1.0, 1.0, 1.0, 0.9, 0.1, 0.0]
+    level = [0.96, 0.92, 0.91, 0.89, 0.87, 0.86, 0.85]
+    doubly = RateRecord("doubly exponential", 0.0076, 2.74, 2.68, 2.8, FLOOR, 5)
+    base = encoder()
+    return AblationRecord(
+        schema="uncollapse/ablation/1",
+        versions=base.versions,
+        model=model_info(dtype="float64"),
+        probe=replace(base.probe, command="uncollapse ablate demo --grid", options={"grid": True, "blocks": [0, 1]}),
+        blocks=list(range(6)),
+        is_causal=False,
+        runs=[
+            run([], level, full, NO_COLLAPSE, massive=True),
+            run(["norm"], [0.96, 0.9, 0.56, 0.32, 0.76, 0.49, 0.38], full, NO_COLLAPSE, shift=0.978),
+            run(["residual"], [0.96, 0.75, 0.32, 0.043, 1.4e-4, 2.4e-11, 1e-15], fallen, doubly, shift=1.0),
+            run(["mlp"], [0.96, 0.88, 0.85, 0.78, 0.75, 0.78, 0.7], full, NO_COLLAPSE, shift=0.89),
+            run(
+                ["norm", "residual"],
+                [0.96, 0.76, 0.13, 0.012, 1.3e-4, 3.1e-9, 8.1e-16],
+                fallen,
+                replace(doubly, slope=2.09, slope_low=1.75, slope_high=2.43),
+                shift=1.02,
+            ),
+            run(["norm", "mlp"], [0.96, 0.94, 0.89, 0.79, 0.64, 0.55, 0.5], full, NO_COLLAPSE, shift=0.87),
+            run(
+                ["residual", "mlp"],
+                [0.96, 0.75, 0.091, 0.0042, 1.2e-6, 6e-16, 3.4e-16],
+                fallen,
+                replace(doubly, slope=2.31, slope_low=1.33, slope_high=3.28, floor_block=4),
+                shift=1.0,
+            ),
+            run(  # a value above the floor behind one at the floor is rounding all the same
+                ["norm", "residual", "mlp"],
+                [0.96, 2e-6, 0.0, 4.9e-16, 5e-14, 2.3e-16, 2.5e-16],
+                fallen,
+                RateRecord("doubly exponential", 2.1e-6, None, None, None, FLOOR, 1),
+                shift=1.03,
+            ),
+        ],
+        verdicts=[
+            verdict("The MLP prevents the collapse", ["mlp"], False),
+            verdict(
+                "The MLP prevents the collapse",
+                ["mlp"],
+                True,
+                measure="consensus_distance",
+                predicted="falls",
+                observed="consensus distance 0.96 → 0.7",
+                block=5,
+            ),
+            verdict("Without residual connections the tokens collapse", ["residual"], True, block=5),
+            verdict("Layer normalisation is rank-neutral", ["norm"], None, source="Cirrincione 2026, arXiv 2604.23681"),
+        ],
+        norms=[],
+        updates=[],
+    )
+
+
+def causal_ablation() -> AblationRecord:
+    """Three runs in float32 on a causal model, in two of its blocks: a geometric fall, and one that could not be followed."""
+    share = [1.0, 1.0, 1.0, 0.8, 0.6]
+    geometric = RateRecord("geometric", 0.55, 1.02, 0.97, 1.07, 1.9073486328125e-06, None)
+    lost = run(["norm", "attention"], [0.9, 0.8, 0.7, 0.6, 0.5], share, None, shift=0.3, loss=9.1)
+    gone = replace(lost.trajectory[-1], consensus_distance=None, unavailable={"consensus_distance": "NaN or infinity"})
+    whole = replace(NO_COLLAPSE, floor=geometric.floor)
+    base = translation()
+    return replace(
+        ablation(),
+        model=model_info("small-gpt", blocks=4, architecture="GPT2LMHeadModel", norm_placement="pre"),
+        blocks=[0, 1, 3],
+        is_causal=True,
+        probe=replace(base.probe, command=""),
+        runs=[
+            run([], [0.9, 0.9, 0.9, 0.9, 0.9], [1.0] * 5, whole, loss=3.2),
+            run(["residual"], [0.9, 0.5, 0.27, 0.15, 0.08], share, geometric, shift=0.7, loss=7.5),
+            replace(lost, trajectory=[*lost.trajectory[:-1], gone], attention_contraction=[]),
+        ],
+        verdicts=[verdict("Without residual connections the tokens collapse", ["residual"], True)],
+        norms=base.norms,
+        updates=base.updates,
     )

@@ -11,7 +11,7 @@ import uncollapse as uc
 
 
 def refusal(model: nn.Module, batch: dict[str, Tensor]) -> uc.UnsupportedModel:
-    """The error, after checking what every one of them must have."""
+    """The error, after checking what each must have."""
     with torch.no_grad():
         before = model(**batch)
     with pytest.raises(uc.UnsupportedModel) as caught:
@@ -32,24 +32,22 @@ def refusal(model: nn.Module, batch: dict[str, Tensor]) -> uc.UnsupportedModel:
     return error
 
 
-class Fused(torch.autograd.Function):
-    """A custom kernel that adds: torch functions cannot see inside."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor, update: Tensor) -> Tensor:
-        return x + update
+@torch.library.custom_op("uncollapse_tests::fused_add", mutates_args=())
+def fused_add(x: Tensor, update: Tensor) -> Tensor:
+    """A kernel of one's own that adds: nobody sees inside."""
+    return x + update
 
 
 class FusedBlock(OwnBlock):
     def forward(self, x: Tensor) -> Tensor:
-        x = Fused.apply(x, self.attention(self.first(x)))
-        return Fused.apply(x, self.mlp(self.second(x)))
+        x = fused_add(x, self.attention(self.first(x)))
+        return fused_add(x, self.mlp(self.second(x)))
 
 
 class HalfFusedBlock(OwnBlock):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.first(x))
-        return Fused.apply(x, self.mlp(self.second(x)))
+        return fused_add(x, self.mlp(self.second(x)))
 
 
 def own_gpt(block: type[OwnBlock]) -> OwnGPT:

@@ -216,8 +216,8 @@ Without = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PART,PART…",
-        help="Parts to take away together: norm, residual, mlp, attention. Repeat it for more runs. "
-        "Left out: mlp; residual; residual,mlp.",
+        help="Parts to take away together: norm, residual, mlp, attention, attention-residual, mlp-residual, mask, positions. "
+        "Repeat it for more runs. Left out: mlp; residual; residual,mlp.",
         rich_help_panel=MEASURE,
     ),
 ]
@@ -313,8 +313,10 @@ def block_numbers(text: str | None) -> list[int] | Literal["all", "all+outer"] |
     >>> block_numbers("3-6"), block_numbers("5, 3"), block_numbers("all+outer")
     ([3, 4, 5, 6], [3, 5], 'all+outer')
     """
-    if text is None or text == "all" or text == "all+outer":
-        return text
+    if text is None:
+        return None
+    if text == "all" or text == "all+outer":
+        return "all+outer" if text == "all+outer" else "all"
     numbers: set[int] = set()
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)

@@ -203,6 +203,8 @@ def intercepted(
     for point, handler in handlers.items():
         by_owner.setdefault(point.owner, {}).setdefault(point.call, {})[point.operation, point.ordinal] = handler
     with contextlib.ExitStack() as stack:
+        # A compiled model would not notice what is put up here, or compile it: both were seen to go wrong.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         runs = stack.enter_context(counted(model, by_owner, within))
         for owner, by_call in by_owner.items():
             stack.enter_context(_wrapped(model.get_submodule(owner), owner, by_call, runs, strict))

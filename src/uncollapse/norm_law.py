@@ -42,13 +42,15 @@ class NormLaw:
         return centred * scale, origin * scale.abs()
 
     def holds(self, x: Tensor, y: Tensor, precision: torch.dtype) -> bool:
-        """Whether the layer made tokens `y` [token, width] of `x`, up to a few roundings. All finite."""
+        """Whether the layer made tokens `y` [token, width] of `x`, up to a few roundings. All finite. Roundings of single
+        precision at least: many layers compute in that, whatever they are given."""
         if x.shape != y.shape:
             return False
         normed, origin = self.normed(x)
         beta = self.beta.to(x.device)
         error = (y.double() - normed - beta).square().sum().sqrt()
-        return bool(error <= 16 * torch.finfo(precision).eps * (origin + beta.abs()).square().sum().sqrt())
+        rounding = max(torch.finfo(precision).eps, torch.finfo(torch.float32).eps)
+        return bool(error <= 16 * rounding * (origin + beta.abs()).square().sum().sqrt())
 
     def brackets(self, x: Tensor, before: normalization.Ranks, precision: torch.dtype) -> tuple[int, int, int] | None:
         """The three brackets of `normalization.rank_change` for the tokens `x` [token, width] of known ranks.
@@ -60,9 +62,8 @@ class NormLaw:
         normed, origin = self.normed(x)
         eps = torch.finfo(precision).eps
         size = origin.square().sum().sqrt()
-        cut = (
-            eps * (tokens**-0.5 + width**-0.5) + 4 * (tokens + width) * _EPS_64
-        ) * size  # above that of `rank_change`
+        # Above the cut of `rank_change`, whose doubts about rounding it shares.
+        cut = (eps * (tokens**-0.5 + width**-0.5) + 4 * (tokens + width) * _EPS_64) * size
         least = torch.maximum((2 * cut).square(), 64 * max(tokens, width) * _EPS_64 * normed.square().sum())
         kernel = self._kernel().to(x.device)
         most = width - len(kernel)
@@ -109,29 +110,30 @@ def norm_law(
     >>> law.eps, bool((law.gamma - 1).abs().max() < 1e-5), bool(law.beta.abs().max() < 1e-6)
     (0.001, True, True)
     """
-    width, rows = shape[-1], 8
+    width, rows, size = shape[-1], 8, 64.0
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(rows, width, generator=generator, dtype=torch.float64)
     if kind == "layer":
         tokens = tokens - tokens.mean(-1, keepdim=True)
     tokens = (tokens / tokens.square().mean(-1, keepdim=True).sqrt()).to(dtype)
 
-    def parts(size: float) -> tuple[Tensor, Tensor]:
-        x = (size * tokens).reshape(rows, *(1 for _ in shape[1:-1]), width).to(device)
+    def parts(t: float) -> tuple[Tensor, Tensor]:
+        x = (t * tokens).reshape(rows, *(1 for _ in shape[1:-1]), width).to(device)
         plus, minus = (module.forward(v).detach().cpu().double().reshape(rows, width) for v in (x, -x))
         return (plus - minus) / 2, (plus + minus) / 2
 
     try:
-        odd, even = parts(64.0)
+        odd, even = parts(size)
         z = tokens.double()
         z = z - z.mean(-1, keepdim=True) if kind == "layer" else z
         z = z / z.square().mean(-1, keepdim=True).sqrt()
         gamma, beta = (odd * z).sum(0) / z.square().sum(0), even.mean(0)
-        eps = _eps(lambda size: float((parts(size)[0] * odd).sum() / odd.square().sum()))
+        eps = _eps(lambda t: float((parts(t)[0] * odd).sum() / odd.square().sum()))
     except (RuntimeError, ValueError, TypeError):
         return None
     own = (v for v in vars(module).values() if isinstance(v, float) and abs(v - eps) <= 0.05 * eps)
-    law = NormLaw(kind, gamma, beta, next(own, eps))
+    eps = next(own, eps)
+    law = NormLaw(kind, gamma * (1 + eps / size**2) ** 0.5, beta, eps)
     return law if all(bool(t.isfinite().all()) for t in (gamma, beta)) and bool(gamma.any()) else None
 
 
@@ -139,8 +141,8 @@ def _eps(shrinkage: Callable[[float], float]) -> float:
     """eps from how much tokens of deviation t are shrunk: r = t / sqrt(t^2 + eps), read off where r is near one half."""
     best, found = 0.45, 0.0
     for power in range(2, 24, 2):
-        size = 2.0**-power
-        r = shrinkage(size)
-        if abs(r - 0.5) < best and r > 0:
-            best, found = abs(r - 0.5), size**2 * (r**-2 - 1)
+        t = 2.0**-power
+        r = shrinkage(t)
+        if abs(r - 0.5) < best:
+            best, found = abs(r - 0.5), t**2 * (r**-2 - 1)
     return found

@@ -18,6 +18,7 @@ Any failure raises `UnsupportedModel` with the module, the identity, and by how 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -44,10 +45,21 @@ def proved_anatomy(model: nn.Module, batch: Mapping[str, Any], layout: Layout | 
     known = _proved.get(model)
     if known is not None and known[0] == _fingerprint(model) and layout in (None, known[1]):
         return known[2]
-    small = example(batch)
+    small = _piece(model, batch)
     anatomy = prove(model, small, layout)
     _proved[model] = (_fingerprint(model), layout, anatomy, small)
     return anatomy
+
+
+def _piece(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The example, or the whole batch for a model that does not run on it: patches laid end to end, fixed lengths."""
+    piece = example(batch)
+    try:
+        with probing(model):
+            model(**piece)
+    except Exception:  # whatever it is, the piece does not fit; the batch is the user's own
+        return dict(batch)
+    return piece
 
 
 def known_anatomy(model: nn.Module) -> Anatomy | None:
@@ -146,7 +158,10 @@ def _deviation(expected: list[Tensor], got: list[Tensor]) -> float:
 def _difference(expected: Tensor, got: Tensor) -> float:
     if expected.numel() != got.numel():
         return float("inf")
-    got = got.reshape(expected.shape)
+    if got.shape != expected.shape:  # the same values with their axes in another order are the same stream
+        orders = [o for o in itertools.permutations(range(got.ndim)) if got.permute(o).shape == expected.shape]
+        equal = [o for o in orders if torch.equal(got.permute(o), expected)]
+        got = got.permute(equal[0]) if equal else got.reshape(expected.shape)
     if torch.equal(expected.isnan(), got.isnan()) and torch.equal(
         expected.nan_to_num(), got.to(expected.dtype).nan_to_num()
     ):
@@ -359,7 +374,7 @@ class _BlockProof:
 
 
 def _failure(model: nn.Module, anatomy: Anatomy, identity: Identity) -> UnsupportedModel:
-    layout = f"uc.Layout(blocks={tuple(b.module.name for b in anatomy.blocks)!r})"
+    layout = f"uc.Layout(blocks={tuple(dict.fromkeys(b.module.name for b in anatomy.blocks))!r})"
     return UnsupportedModel(
         f"anatomy: expected an identity of {type(model).__name__} to hold, got a deviation of {identity.deviation:.3g} at "
         f"{identity.where}: {identity.statement}. The block does more than was found. Pass layout={layout}, corrected.",

@@ -56,6 +56,7 @@ class _Reader:
         self.t = recorded
         self.parameters = sum(1 << n.index for n in recorded.nodes if n.operation == "parameter")
         self.attention_of = self._attention_operations()
+        self.logits = self._logits()
         self.sums = self._sums()
         self._norm_kinds: dict[str, Literal["layer", "rms"] | None] = {}
 
@@ -103,6 +104,25 @@ class _Reader:
                 frontier.extend(self.t.nodes[index].inputs)
         return False
 
+    def _logits(self) -> set[int]:
+        """The values between a product of queries and keys and its softmax: a bias added there is no residual."""
+        found: set[int] = set()
+        for score, product in self.attention_of.items():
+            if product == score:
+                continue
+            frontier, seen, products = list(self.t.nodes[score].inputs), set(), []
+            while frontier:
+                index = frontier.pop()
+                if index in seen or not self.t.nodes[index].is_data:
+                    continue
+                seen.add(index)
+                if self.t.is_data_product(index):
+                    products.append(index)
+                elif not self.t.is_matrix_product(index):
+                    frontier.extend(self.t.nodes[index].inputs)
+            found |= {i for i in seen if any(self.t.depends(i, p) for p in products)}
+        return found
+
     # Residual additions -------------------------------------------------------------------------------------------
     def _is_addition(self, index: int) -> bool:
         node = self.t.nodes[index]
@@ -133,7 +153,7 @@ class _Reader:
     def _sums(self) -> list[_Sum]:
         candidates: list[tuple[int, int, int, int]] = []  # node, stream value, stream operand, update operand
         for node in self.t.nodes:
-            if not self._is_addition(node.index):
+            if not self._is_addition(node.index) or node.index in self.logits:
                 continue
             first, second = node.inputs[0], node.inputs[1]
             for stream, update in ((first, second), (second, first)):
@@ -145,9 +165,20 @@ class _Reader:
         for index, value, _, _ in candidates:
             internal, leaves, scales = self._tree(index, value)
             roots.append(_Sum(index, value, internal, leaves, scales))
+        roots = [s for s in roots if s.leaves.count(s.stream) == 1]  # twice: a skip around whole blocks
         inner = {n for s in roots for n in s.nodes if n != s.root}
         outer = [s for s in roots if s.root not in inner]
-        return [s for s in outer if not any(self._is_nested(s, other) for other in outer)]
+        scores = {s.root: self._scores_of(s) for s in outer}
+        # A skip around additions that attend themselves spans whole blocks: it belongs to none of them.
+        outer = [s for s in outer if not any(scores[s.root] & scores[o.root] and self._is_nested(o, s) for o in outer)]
+        kept: list[_Sum] = []
+        for found in reversed(outer):  # what is nested in a nested addition's update is not thereby nested
+            if not any(self._is_nested(found, other) for other in kept):
+                kept.append(found)
+        return kept[::-1]
+
+    def _scores_of(self, found: _Sum) -> set[int]:
+        return {s for leaf in found.leaves if leaf != found.stream for s in self._scores_inside(leaf, found.stream)}
 
     def _is_nested(self, inside: _Sum, outside: _Sum) -> bool:
         """Whether an addition happens within another one's update, such as a skip inside an MLP."""
@@ -408,7 +439,7 @@ class _Reader:
     ) -> tuple[NormRole, int | None] | None:
         streams = [s.stream for s in sums[1:]] + [stream_out]
         for number, (found, following) in enumerate(zip(sums, streams, strict=True)):
-            if self.t.depends(result, found.root) and self._moved(following, result):
+            if self.t.depends(result, found.root) and self._normed(following, result):
                 return "post", number
         for found, numbers in zip(sums, parts_of, strict=True):
             for leaf, part in zip([x for x in found.leaves if x != found.stream], numbers, strict=True):
@@ -421,6 +452,18 @@ class _Reader:
                     return "before", part if len(set(numbers)) == 1 else None
                 return "inner", part
         return None
+
+    def _normed(self, index: int, source: int) -> bool:
+        """Whether value `index` is value `source`, moved, cast, or through further norms."""
+        while index != source:
+            norm = next(
+                (c for c in self.t.calls if c.outputs.get(None) == index and self.norm_kind(c) is not None), None
+            )
+            passed = self.t.passes_through(index) if norm is None else next(iter(norm.inputs.values()))
+            if passed is None:
+                return False
+            index = passed
+        return True
 
     def _moved(self, index: int, source: int) -> bool:
         """Whether value `index` is value `source`, merely moved or cast."""
@@ -453,26 +496,59 @@ class _Reader:
                 continue
             path = self.t.call_path(self.t.nodes[found.root].call)
             outermost = path[0]
+            members: list[int] = []
             for index in path:
                 if len(attends[index]) > 1:
                     break
                 outermost = index
-            chosen.append(self._deepest(outermost, holds))
+                if self._is_member(index, holds):
+                    members.append(index)
+            scores = [
+                s for leaf in found.leaves if leaf != found.stream for s in self._scores_inside(leaf, found.stream)
+            ]
+            chosen.append(self._deepest(members[-1] if members else outermost, holds, scores))
         chosen = list(dict.fromkeys(chosen))
-        parents = {self.t.calls[i].parent for i in chosen}
+        chosen = [c for c in chosen if not any(c != other and self._within(other, c) for other in chosen)]
+        lists = {self.t.calls[i].name.rpartition(".")[0] for i in chosen if self._is_listed(self.t.calls[i].name)}
         for call in self.t.calls:  # blocks without attention between blocks with it: hybrids
             covered = any(self._within(call.index, c) or self._within(c, call.index) for c in chosen)
-            if call.parent in parents and holds[call.index] and not covered:
+            if call.name and call.name.rpartition(".")[0] in lists and holds[call.index] and not covered:
                 chosen.append(call.index)
         return [self.t.calls[i] for i in sorted(chosen, key=lambda i: self.t.calls[i].first) if i]
 
     def _within(self, inner: int, outer: int) -> bool:
         return outer in self.t.call_path(inner)
 
-    def _deepest(self, index: int, holds: Mapping[int, list[_Sum]]) -> int:
-        """The deepest call inside `index` that still holds all of its additions."""
+    def _is_member(self, index: int, holds: Mapping[int, list[_Sum]]) -> bool:
+        """Whether the call runs one of a list of like modules, another of which holds additions too."""
+        call = self.t.calls[index]
+        around, _, _ = call.name.rpartition(".")
+        if not call.name or not isinstance(
+            self.model.get_submodule(around), (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+        ):
+            return False
+        kind = type(self.model.get_submodule(call.name))
+        return any(
+            c.name != call.name
+            and c.name.rpartition(".")[0] == around
+            and holds[c.index]
+            and type(self.model.get_submodule(c.name)) is kind
+            for c in self.t.calls
+        )
+
+    def _deepest(self, index: int, holds: Mapping[int, list[_Sum]], scores: list[int]) -> int:
+        """The deepest call inside `index` that still holds all of its additions and the attention."""
         while True:
-            inside = [c for c in self.t.calls[index].children if len(holds[c]) == len(holds[index])]
+            inside = [
+                c
+                for c in self.t.calls[index].children
+                if len(holds[c]) == len(holds[index])
+                and all(
+                    self.t.calls[c].first <= s < self.t.calls[c].last
+                    for s in scores
+                    if self.t.calls[index].first <= s < self.t.calls[index].last
+                )
+            ]
             if not inside:
                 return index
             index = inside[0]
@@ -494,16 +570,26 @@ class _Reader:
         return blocks
 
     def _require_every_attention(self, blocks: list[Block]) -> None:
-        """Refuse a picture that leaves out attention of a kind it has elsewhere: a block was missed. Attention of another
-        class, such as a pooling head's, may stand outside the blocks."""
+        """Refuse a picture that leaves out a block: attention inside a module of a class that is a block elsewhere, or, of a
+        kind that blocks have, inside a member of a list. A pooling head's may stand outside the blocks."""
         inside = {c.score for b in blocks for p in b.parts for c in p.attention}
-        classes = {type(self.model.get_submodule(point.owner)) for point in inside}
+        kinds = {type(self.model.get_submodule(point.owner)) for point in inside}
+        classes = {type(self.model.get_submodule(b.module.name)) for b in blocks}
         for score in self.attention_of:
             point = self._point(score)
-            if point not in inside and type(self.model.get_submodule(point.owner)) in classes:
+            if point in inside:
+                continue
+            names = [self.t.calls[i].name for i in self.t.call_path(self.t.nodes[score].call) if self.t.calls[i].name]
+            of_a_kind = type(self.model.get_submodule(point.owner)) in kinds and any(map(self._is_listed, names))
+            if of_a_kind or any(type(self.model.get_submodule(n)) in classes for n in names):
                 raise self._refusal(
                     f"the attention in {point.owner or 'the model itself'} belongs to no block that was found"
                 )
+
+    def _is_listed(self, name: str) -> bool:
+        """Whether the module stands in a list with others."""
+        around = self.model.get_submodule(name.rpartition(".")[0])
+        return isinstance(around, (nn.ModuleList, nn.Sequential)) and len(around) > 1
 
     def _with_stacks(self, blocks: list[Block], calls: list[Call]) -> list[Block]:
         """Encoder and decoder, told by cross-attention: a parent whose blocks cross is a decoder, what it reads an encoder."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,10 @@ _PASSES = frozenset(
     ]
 )
 _SCALINGS = frozenset(["mul", "rmul", "div", "truediv", "true_divide", "multiply", "neg"])
+# An operation whose further tensor operands only lend their shape or type.
+_TEMPLATES = frozenset(["expand_as", "view_as", "reshape_as", "type_as"])
+# A learned map, written as input and weight.
+_LEARNED_MAPS = frozenset(["linear", "conv1d", "conv2d", "conv3d"])
 
 
 def _reopened(function: types.FunctionType) -> Callable[..., Any]:
@@ -321,7 +325,7 @@ class _Recorder(TorchFunctionMode):
         results = list(tensors_in(output))
         if not results and not in_place:
             return output
-        operands = list(tensors_in([args, kwargs]))
+        operands = list(tensors_in([args, kwargs]))[: 1 if name in _TEMPLATES else None]
         inputs = tuple(self.value(t) for t in operands)
         is_data = any(self.nodes[i].is_data for i in inputs)
         is_parameter = not is_data and any(self.nodes[i].is_parameter for i in inputs)
@@ -412,6 +416,37 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
         with torch.no_grad(), recorder:
             output = model(**batch)
     recorder.calls[0].last = len(recorder.nodes)
-    return Trace(
-        recorder.nodes, recorder.calls, recorder.ancestors, recorder.learned_ancestors, recorder.consumers, output
-    )
+    nodes, learned = _with_own_tokens(recorder.nodes, recorder.ancestors)
+    return Trace(nodes, recorder.calls, recorder.ancestors, learned, recorder.consumers, output)
+
+
+def _with_own_tokens(nodes: list[Node], ancestors: list[int]) -> tuple[list[Node], list[int]]:
+    """Count tokens that do not come from the batch as data too: learned queries, start tokens that a model makes itself.
+
+    They are told by what becomes of them: the input of a learned map, never its weight.
+    """
+    own: set[int] = set()
+    seen: set[int] = set()
+    frontier = [n.inputs[0] for n in nodes if n.operation in _LEARNED_MAPS and nodes[n.inputs[1]].is_parameter]
+    while frontier:
+        node = nodes[frontier.pop()]
+        if node.index in seen or node.is_data or len(node.shape) < 2 or not node.is_floating:
+            continue
+        seen.add(node.index)
+        if node.operation in {"embedding", "parameter"}:
+            own.add(node.index)
+        else:
+            frontier.extend(node.inputs[:1] if node.operation in _MATRIX_PRODUCTS else node.inputs)
+    found: list[Node] = []
+    learned: list[int] = []
+    for node in nodes:
+        is_data = node.is_data or node.index in own or any(found[i].is_data for i in node.inputs)
+        found.append(replace(node, is_data=is_data, is_parameter=node.is_parameter and not is_data))
+        through = 0
+        for i in node.inputs:
+            through |= learned[i]
+        data = [i for i in node.inputs if found[i].is_data]
+        if node.operation in _MATRIX_PRODUCTS and len(data) == 1 and any(found[i].is_parameter for i in node.inputs):
+            through |= ancestors[data[0]] | 1 << data[0]
+        learned.append(through)
+    return found, learned

@@ -12,11 +12,23 @@ from dataclasses import dataclass
 from uncollapse.records import AblationRecord, AblationRun, SiteRecord, VerdictRecord, followed
 from uncollapse.report import wording
 
-NAMES = {"norm": "norm", "residual": "residual", "mlp": "MLP", "attention": "attention"}
+NAMES = {
+    "norm": "norm",
+    "residual": "residual",
+    "mlp": "MLP",
+    "attention": "attention",
+    "attention-residual": "attention residual",
+    "mlp-residual": "MLP residual",
+    "positions": "positions",
+    "mask": "mask",
+}
+ALWAYS_MARKED = ("norm", "residual", "mlp")
 MEASURES = {"affine_rank": "exact rank", "consensus_distance": "consensus distance"}
 SIGNS = {"agrees": "✓", "disagrees": "✗", "open": "?"}
 CAVEAT = "Removed from a trained model, which is not the same as trained without."
-DIFFERENT_ANSWERS = "The two measures answer differently: tokens can keep every dimension and still come together."
+DIFFERENT_ANSWERS = (
+    "The two measures answer differently: how many dimensions the tokens span is not how far apart they are."
+)
 CAUSAL = (
     "This model is causal and is judged by what causal masks do: the first token sees only itself and stays, the others come "
     "towards it geometrically, in the limit by a factor ½ a block; a full mask brings all together doubly exponentially."
@@ -39,9 +51,9 @@ class Question:
 
 
 def components(record: AblationRecord) -> list[str]:
-    """What the marks speak about, in their order; attention only where a run goes without it."""
-    named = {component for run in record.runs for component in run.without}
-    return [component for component in NAMES if component != "attention" or "attention" in named]
+    """What the marks speak about, in their order; beside norm, residual and MLP only what a run goes without."""
+    named = [component for run in record.runs for component in run.without]
+    return list(dict.fromkeys([*ALWAYS_MARKED, *(each for each in NAMES if each in named), *named]))
 
 
 def mark(run: AblationRun, among: Sequence[str]) -> str:
@@ -59,7 +71,7 @@ def key_to_marks(among: Sequence[str]) -> str:
     >>> key_to_marks(["norm", "residual", "mlp"])
     'norm·residual·MLP'
     """
-    return "·".join(NAMES[component] for component in among)
+    return "·".join(NAMES.get(component, component) for component in among)
 
 
 def taken(run: AblationRun) -> str:
@@ -149,7 +161,7 @@ def rate_figure(run: AblationRun) -> str:
     if rate.kind == "geometric":
         return f"×{wording.number(rate.factor, 2)} a block"
     if rate.slope is None:
-        return "too few blocks for a slope"
+        return "too few for a slope"
     return f"slope {wording.number(rate.slope, 2)}{interval(run)}"
 
 
@@ -198,10 +210,10 @@ def headline(record: AblationRecord) -> str:
     parts = []
     if fall:
         kinds = listed(list(dict.fromkeys(run.rate.kind for run in fall if run.rate)), "or")
-        parts.append(f"Without {listed([taken(run) for run in fall], 'or')}{only} the tokens collapse ({kinds})")
+        parts.append(f"Taking away {listed([taken(run) for run in fall], 'or')}{only} makes the tokens collapse ({kinds})")
     if stay:
-        words = f"ithout {listed([taken(run) for run in stay], 'or')}{only} they do not"
-        parts.append(f"w{words}" if fall else f"W{words} collapse".replace("they", "the tokens"))
+        words = f"aking away {listed([taken(run) for run in stay], 'or')}{only} does not"
+        parts.append(f"t{words}" if fall else f"T{words} make the tokens collapse")
     return f"{before}{'; '.join(parts)}."
 
 
