@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all check bench browser schema constraints clean help
+.PHONY: demo test test-all check bench results browser schema constraints clean help
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,6 +41,10 @@ browser: # Debian's chromium, where it is missing and may be installed
 
 bench: $(INSTALLED) ## speed and memory, as ratios taken in one run
 	$(BIN)/python -m bench.diagnose
+	$(BIN)/python -m bench.ablate
+
+results: $(INSTALLED) ## docs/results.md anew: real models without norms, residuals, MLPs (a quarter of an hour)
+	$(BIN)/python -m bench.results
 
 schema: $(INSTALLED) ## write the published JSON Schemas anew from the record dataclasses
 	@$(BIN)/python -c 'import json; from uncollapse.records import *; print(json.dumps(json_schema(DiagnosisRecord), indent=1, ensure_ascii=False))' \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,19 @@ def _log(title: str, low: float = DRAWN_FLOOR) -> alt.Y:
 
 def grid(curves: dict[str, Sequence[float | None]], floor: float, path: Path) -> None:
     """The eight runs in four panels. `curves` by mark (norm·residual·MLP), from the embedding on; the floor in grey."""
-    panels = {"1·1": "whole, or without the MLP", "0·1": "without norms", "1·0": "without residuals", "0·0": "without both"}
+    panels = {
+        "1·1": "whole, or without the MLP",
+        "0·1": "without norms",
+        "1·0": "without residuals",
+        "0·0": "without both",
+    }
     rows = [
-        {"panel": panels[mark[:3]], "mlp": "MLP kept" if mark[-1] == "1" else "MLP removed", "depth": i, "y": max(v, DRAWN_FLOOR)}
+        {
+            "panel": panels[mark[:3]],
+            "mlp": "MLP kept" if mark[-1] == "1" else "MLP removed",
+            "depth": i,
+            "y": max(v, DRAWN_FLOOR),
+        }
         for mark, values in curves.items()
         for i, v in enumerate(values)
         if v is not None
@@ -49,8 +60,8 @@ def dong(found: dict[str, dict[str, Any]], path: Path) -> None:
     rows = [
         {"panel": name, "variant": variant, "depth": i + 1, "y": max(value, 1e-8)}
         for name, model in found.items()
-        for variant, values in model["ratios"].items()
-        for i, value in enumerate(values)
+        for variant, seeds in model["ratios"].items()
+        for i, value in enumerate(sum(values) / len(values) for values in zip(*seeds, strict=True))
     ]
     variants = ["attention only", "with MLP", "with skip", "whole"]
     color = alt.Color("variant:N", title=None, scale=alt.Scale(domain=variants, range=[RED, ORANGE, TEAL, BLUE]))
@@ -71,13 +82,11 @@ def trained(curves: Sequence[tuple[str, str, Sequence[float]]], path: Path) -> N
     color = alt.Color("name:N", title=None, scale=alt.Scale(domain=names, range=[BLUE, ORANGE, RED, TEAL]))
     x = alt.X("depth:Q", title="block (0: embedding)", axis=alt.Axis(tickMinStep=1))
     chart = alt.Chart(alt.Data(values=rows)).mark_line(point=alt.OverlayMarkDef(size=22))
-    low = 10.0 ** min(-2, round(min(min(v) for *_, v in curves) and _decade(min(min(v) for *_, v in curves))))
+    lowest = min(max(value, DRAWN_FLOOR) for *_, values in curves for value in values)
+    low = 10.0 ** min(-2, math.floor(math.log10(lowest)))
     chart = chart.encode(x=x, y=_log("consensus distance", low), color=color, detail="seed:N")
     chart = chart.properties(width=300, height=210)
-    _saved(chart.facet(facet=alt.Facet("panel:N", title=None, sort=["trained without", "removed from the trained whole"])), path)
-
-
-def _decade(value: float) -> int:
-    import math
-
-    return math.floor(math.log10(max(value, DRAWN_FLOOR)))
+    _saved(
+        chart.facet(facet=alt.Facet("panel:N", title=None, sort=["trained without", "removed from the trained whole"])),
+        path,
+    )

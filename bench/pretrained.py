@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -165,11 +166,11 @@ def _molecules() -> list[dict[str, Tensor]]:
     return equal_lengths(sources.tokenize(sources.read_texts([MOLECULES]), tokenizer, max_tokens=128))
 
 
-def _at_initialisation(kind: str) -> nn.Module:
+def _at_initialisation(kind: str, seed: int) -> nn.Module:
     """The base size of each family as it starts its training. ALBERT and XLNet get BERT's vocabulary, which lends its text."""
     import transformers
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     base = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
     xlnet = {"d_model": 768, "n_layer": 12, "n_head": 12, "d_inner": 3072}
     configuration = {
@@ -181,31 +182,43 @@ def _at_initialisation(kind: str) -> nn.Module:
     return model
 
 
-DONG: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], list[dict[str, Tensor]]]]] = {
-    "MiniLM, trained": ("BERT, trained", lambda: sources.load_model("demo").model, lambda: _passages(32)),
-    "RXNMapper's ALBERT, trained": (
-        "ALBERT, trained",
-        lambda: sources.load_model(str(weights.rxnmapper())).model,
-        _molecules,
+@dataclass(frozen=True)
+class Compared:
+    """A model beside one that was published: how to make it from a seed, from which seeds, and the text."""
+
+    counterpart: str
+    model: Callable[[int], nn.Module]
+    text: Callable[[], list[dict[str, Tensor]]]
+    seeds: tuple[int, ...] = (0,)
+
+
+DONG = {
+    "MiniLM, trained": Compared("BERT, trained", lambda _: sources.load_model("demo").model, lambda: _passages(32)),
+    "RXNMapper's ALBERT, trained": Compared(
+        "ALBERT, trained", lambda _: sources.load_model(str(weights.rxnmapper())).model, _molecules
     ),
-    "BERT-base, initialisation": ("BERT, initialisation", lambda: _at_initialisation("bert"), lambda: _passages(8)),
-    "ALBERT-base, initialisation": (
-        "ALBERT, initialisation",
-        lambda: _at_initialisation("albert"),
-        lambda: _passages(8),
-    ),
-    "XLNet-base, initialisation": ("XLNet, initialisation", lambda: _at_initialisation("xlnet"), lambda: _passages(8)),
+    **{
+        f"{name}-base, initialisation": Compared(
+            f"{name}, initialisation",
+            functools.partial(_at_initialisation, name.lower()),
+            lambda: _passages(4),
+            (0, 1, 2),
+        )
+        for name in ("BERT", "ALBERT", "XLNet")
+    },
 }
 
 
 def dong() -> dict[str, Any]:
-    """The ratio after each block of each model, without what each variant is without."""
+    """The ratio after each block of each model, without what each variant is without: one list a seed."""
     found: dict[str, Any] = {}
-    for name, (counterpart, model, batches) in DONG.items():
-        opened, text = model(), batches()
-        found[name] = {
-            "counterpart": counterpart,
-            "sequences": sum(len(b["input_ids"]) for b in text),
-            "ratios": {variant: ratios(opened, text, removed) for variant, removed in VARIANTS.items()},
-        }
+    for name, compared in DONG.items():
+        text = compared.text()
+        by_variant: dict[str, list[list[float]]] = {variant: [] for variant in VARIANTS}
+        for seed in compared.seeds:
+            model = compared.model(seed)
+            for variant, removed in VARIANTS.items():
+                by_variant[variant].append(ratios(model, text, removed))
+        sequences = sum(len(b["input_ids"]) for b in text)
+        found[name] = {"counterpart": compared.counterpart, "sequences": sequences, "ratios": by_variant}
     return found

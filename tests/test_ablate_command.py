@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import sys
 import types
@@ -134,6 +135,12 @@ def test_blocks_are_numbers_ranges_or_a_word(text: str | None, blocks: Any) -> N
     assert cli.block_numbers(text) == blocks
 
 
+def test_the_example_of_the_docstring() -> None:
+    done = doctest.testmod(cli)
+    assert done.attempted > 0
+    assert done.failed == 0
+
+
 @pytest.mark.parametrize("text", ["", "6-3", "1,,2", "a", "-1", "1-2-3", "all-outer", "1;2", "99999", "1.5", "³"])
 def test_what_is_no_block_is_refused_before_the_work(calls: list[Any], run: Run, text: str) -> None:
     refused(run("--blocks", text), "--blocks: expected block numbers such as 3-6", repr(text))
@@ -174,7 +181,8 @@ def test_help_teaches(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "220")
     code, out, err = run("--help")
     assert (code, err) == (0, "")
-    for option in "without grid blocks text sequences max-tokens seed json html quiet device dtype batch-size".split():
+    options = "without grid blocks text sequences max-tokens seed json html quiet device dtype batch-size"
+    for option in options.split():
         assert f"--{option} " in out
     assert "uncollapse ablate demo --grid --dtype float64 --html grid.html" in out
     assert "not the same as a model trained without it" in out
@@ -183,8 +191,8 @@ def test_help_teaches(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_real_run_leaves_a_page_and_a_record(run: Run, tmp_path: Path) -> None:
-    given = "demo --without residual --blocks 2-5 --sequences 2 --max-tokens 24 --device cpu --dtype float64".split()
-    code, out, err = run(*given, "--json", tmp_path / "r.json", "--html", tmp_path / "r.html")
+    given = "demo --without residual --blocks 2-5 --sequences 2 --max-tokens 24 --device cpu --dtype float64"
+    code, out, err = run(*given.split(), "--json", tmp_path / "r.json", "--html", tmp_path / "r.html")
     assert (code, err) == (0, f"wrote {tmp_path}/r.html\nwrote {tmp_path}/r.json\n")
     text = (tmp_path / "r.json").read_text("utf-8")
     jsonschema.validate(json.loads(text), json.loads(SCHEMA.read_text()))

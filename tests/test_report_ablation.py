@@ -179,7 +179,7 @@ def test_even_fifteen_runs_differ() -> None:
 def test_small_multiples_show_the_share_of_the_attainable(pages: dict[str, Page]) -> None:
     shown = pages["ablation"]
     for number, run in enumerate(record_of("ablation").runs):
-        rows = [r for r in shown.rows_of(f"share-{number}", "depth", "y")]
+        rows = shown.rows_of(f"share-{number}", "depth", "y")
         wanted = [s.affine_rank.mean / s.attainable_affine_rank.mean for s in run.trajectory]  # type: ignore[union-attr]
         assert [r["y"] for r in rows] == pytest.approx(wanted)
     assert [a["aria-label"] for a in shown.attributes("div") if a.get("id") == "share-2"] == [

@@ -60,12 +60,12 @@ def test_points_at_the_floor_are_hollow_and_grey_in_the_band_that_names_it(brows
     assert {fill.split()[0] for fill in hollow} <= {"transparent", "none"}
     level = marks(browser, "p.getAttribute('stroke') !== '#8a949e'")
     assert len(level) == 8 * 7 - 9
-    assert browser.value("document.querySelector('#consensus .mark-text text').textContent") == (
+    assert browser.value("document.querySelector('#consensus .mark-text.role-mark text').textContent") == (
         "rounding floor 3.6e-15: no level below"
     )
     inside = browser.value(
         "(() => { const c = document.getElementById('consensus').getBoundingClientRect();"
-        "const t = document.querySelector('#consensus .mark-text').getBoundingClientRect();"
+        "const t = document.querySelector('#consensus .mark-text.role-mark').getBoundingClientRect();"
         "return t.left >= c.left && t.right <= c.right && t.bottom <= c.bottom; })()"
     )
     assert inside is True
@@ -85,7 +85,7 @@ def test_it_fits_a_phone_and_follows_light_and_dark(browser: Browser, folder: Pa
         ground = browser.value("getComputedStyle(document.body).backgroundColor")
         assert ground == ("rgb(17, 21, 24)" if dark else "rgb(247, 246, 243)")
     browser.open(folder / "ablation.html", width=width, dark=dark)
-    ink = browser.value("getComputedStyle(document.querySelector('#consensus .mark-text text')).fill")
+    ink = browser.value("getComputedStyle(document.querySelector('#consensus .mark-text.role-mark text')).fill")
     assert ink == ("rgb(158, 171, 181)" if dark else "rgb(86, 97, 107)")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +17,7 @@ from tiny_models import VOCABULARY
 from torch import Tensor, nn
 
 import uncollapse as uc
-from uncollapse import affine_fit, exact, geometry, norm_law, normalization, sources, sublayers
+from uncollapse import affine_fit, exact, geometry, norm_law, normalization, report, sources, sublayers
 from uncollapse.affine_fit import AffineFit
 from uncollapse.capture import Observations, capture
 from uncollapse.proof import proved_anatomy
@@ -361,6 +362,13 @@ def test_minilm_at_full_says_something_of_every_update(minilm: uc.Diagnosis) -> 
         if update.sublayer == "mlp" and "wants 770" in update.unavailable.get("nonlinear_innovation", ""):
             missing = {"nonlinear_innovation"}  # 16 sequences may be too few tokens for a width of 384
         assert set(update.unavailable) == missing
+
+
+def test_the_page_of_one_stack_has_no_name_twice(minilm: uc.Diagnosis) -> None:
+    """A chart that bears its section's name would be drawn over the section's heading and table."""
+    names = re.findall(r'\sid="([^"]+)"', report.page(minilm.record))
+    assert "updates" in names
+    assert len(names) == len(set(names))
 
 
 # Laws of the layers ---------------------------------------------------------------------------------------------------

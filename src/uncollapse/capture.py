@@ -33,7 +33,7 @@ from uncollapse.interception import Handler, Point, full_precision, intercepted,
 from uncollapse.proof import block_output
 from uncollapse.sources import token_mask
 from uncollapse.sublayers import NormStatistics, Sublayers, UpdateStatistics
-from uncollapse.tracing import operation_name
+from uncollapse.tracing import operation_name, tensors_in
 
 Progress = Callable[[str, int, int], None]
 Level = Literal["core", "full"]
@@ -408,7 +408,7 @@ class _Probe:
         output: Any,
     ) -> None:
         weights, logits = (_four_axes(t, self.batch_size) for t in pending.pop())
-        operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        operands = list(tensors_in([args, kwargs]))
         value = _four_axes(operands[statistics.call.value_operand], self.batch_size)
         keys = value.shape[-2]
         if weights.ndim != 4 or keys > weights.shape[-1]:

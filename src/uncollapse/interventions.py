@@ -23,6 +23,7 @@ When not to use this: to claim what a model *trained without* the part would do.
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -157,16 +158,15 @@ def _refuse_shared(block: Block, parts: Collection[int], alone: Collection[int])
 @contextlib.contextmanager
 def _identity(model: nn.Module, name: str, calls: set[int]) -> Iterator[None]:
     """Let the given runs of a norm return their input, in the dtype the norm would have returned."""
-    runs = 0
+    counter = threading.local()  # several threads may run the model at once
 
     def restart(*_: Any) -> None:
-        nonlocal runs
-        runs = 0
+        counter.runs = 0
 
     def passing(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        nonlocal runs
-        runs += 1
-        if runs - 1 not in calls:
+        run = getattr(counter, "runs", 0)
+        counter.runs = run + 1
+        if run not in calls:
             return None
         (given, *_rest) = tensors_in([args, kwargs])
         return given.to(output.dtype) if isinstance(output, Tensor) else None

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy import STREAM, Anatomy, Block, Identity, Layout, Part, removal
-from uncollapse.errors import UnsupportedModel
+from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.interception import Handler, Point, addition_operands, intercepted, probing
 from uncollapse.reading import read
 from uncollapse.tracing import tensors_in, trace
@@ -116,7 +116,13 @@ class _Run:
 def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None) -> Anatomy:
     """Read and prove the anatomy on `batch`, which should be small. Nothing is remembered."""
     with probing(model):
-        before = _output(model, batch)
+        try:
+            before = _output(model, batch)
+        except Exception as error:
+            raise InputError(
+                f"anatomy: expected a batch that {type(model).__name__} runs on, got {type(error).__name__}: {error}. "
+                f"It was given {', '.join(batch)}. Try model(**batch) first."
+            ) from error
         torch.manual_seed(0)
         recorded = trace(model, batch)
         proof = [
@@ -126,7 +132,12 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
         runs = _observe(model, batch, anatomy)
         proved: list[Block] = []
         for block, run in zip(anatomy.blocks, runs, strict=True):
-            prover = _BlockProof(model, block, run)
+            try:
+                prover = _BlockProof(model, block, run)
+            except UncollapseError:
+                raise
+            except Exception as error:  # the model's own code, run in a way it may not expect
+                raise _failure(model, anatomy, _not_alone(block, error)) from error
             proved.append(prover.block)
             proof += prover.identities
         proof.append(
@@ -215,8 +226,7 @@ def _blanking(values: list[Tensor], number: int, value_operand: int) -> Handler:
     """Keep the values an attention mixes, and let zeros come out of it."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        values[number] = operands[value_operand].detach().clone()
+        values[number] = list(tensors_in([args, kwargs]))[value_operand].detach().clone()
         return torch.zeros_like(function(*args, **kwargs))
 
     return handler
@@ -323,6 +333,10 @@ class _BlockProof:
         blanked = {c.product: _blanking(values, i, c.value_operand) for i, c in enumerate(part.attention)}
         gap = _difference(without, self._replay((number,), handlers=blanked))
         self._check(f"with the {part.kind} ({part.module}) removed, what it mixes reaches nothing", gap)
+        inside = all(v.numel() for v in values)
+        self._check(f"the attention of {part.module} happens inside this block", float(not inside))
+        if not inside:
+            return
         seen = {c.product: _blanking(other, i, c.value_operand) for i, c in enumerate(part.attention)}
         self._replay((number,), stream.flip(-1) + 1, seen)
         for before, after in zip(values, other, strict=True):
@@ -371,6 +385,14 @@ class _BlockProof:
         same = ((poked - plain).abs() <= rounding).reshape(rows.shape).all(-1)
         same[token] = True
         return not bool(same.all())
+
+
+def _not_alone(block: Block, error: Exception) -> Identity:
+    return Identity(
+        f"the block runs by itself on the arguments it had in the model ({type(error).__name__}: {error})",
+        block.module.name,
+        float("inf"),
+    )
 
 
 def _failure(model: nn.Module, anatomy: Anatomy, identity: Identity) -> UnsupportedModel:

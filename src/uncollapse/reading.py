@@ -321,7 +321,7 @@ class _Reader:
             heads = 1
         head_width = self.t.nodes[value].shape[-1]
         projection = self._projection(product)
-        learned_value = self._learned_behind(value)
+        place = None if projection is None else self._projection_place(projection, score, heads * head_width)
         return AttentionCall(
             score=self._point(score),
             product=self._point(product),
@@ -329,10 +329,10 @@ class _Reader:
             heads=heads,
             key_value_heads=max(1, self._key_value_heads(value, heads)),
             head_width=head_width,
-            projection=None if projection is None else self._projection_place(projection, score, heads * head_width),
+            projection=place,
             masking=self._masking(score),
-            value_bias=learned_value is not None and self._has_bias(learned_value),
-            output_bias=projection is not None and self._has_bias(projection),
+            value_bias=any(map(self._has_bias, self._learned_behind(value))),
+            output_bias=projection is not None and any(map(self._has_bias, self._products_of(place, projection))),
         )
 
     def _masking(self, score: int) -> tuple[Point, ...]:
@@ -352,13 +352,26 @@ class _Reader:
         """Whether a learned product takes a second parameter beside its weight."""
         return sum(self.t.nodes[i].is_parameter for i in self.t.nodes[learned].inputs) > 1
 
-    def _learned_behind(self, value: int) -> int | None:
-        """The learned product that a value comes from, through operations with one operand of data each."""
-        index: int | None = value
-        while index is not None and not self.t.is_learned_product(index):
-            data = [i for i in self.t.nodes[index].inputs if self.t.nodes[i].is_data]
-            index = data[0] if len(data) == 1 else None
-        return index
+    def _products_of(self, place: ModuleCall | Point | None, projection: int) -> list[int]:
+        """The learned products of an output projection: of an adapter's too, where one is wrapped around it."""
+        if not isinstance(place, ModuleCall):
+            return [projection]
+        call = next(c for c in self.t.calls if (c.name, c.ordinal) == (place.name, place.call))
+        return [i for i in range(call.first, call.last) if self.t.is_learned_product(i)]
+
+    def _learned_behind(self, value: int) -> list[int]:
+        """The learned products that a value comes from, an adapter's beside the layer's own."""
+        found, frontier, seen = [], [value], set()
+        while frontier:
+            index = frontier.pop()
+            if index in seen or not self.t.nodes[index].is_data:
+                continue
+            seen.add(index)
+            if self.t.is_learned_product(index):
+                found.append(index)
+            else:
+                frontier.extend(self.t.nodes[index].inputs)
+        return found
 
     def _key_value_heads(self, value: int, heads: int) -> int:
         """Heads over the factor by which the values were repeated between their learned product and the attention."""
@@ -392,13 +405,26 @@ class _Reader:
     def _projection_place(self, projection: int, score: int, mixed: int) -> ModuleCall | Point | None:
         """The run of the module that is the output projection, or the point of a product in the attention's own code."""
         call = self.t.calls[self.t.nodes[projection].call]
+        data = [i for i in self.t.nodes[projection].inputs if self.t.nodes[i].is_data]
+        while self._wraps(call.parent, data[0], score):  # an adapter around the layer is part of the projection
+            call = self.t.calls[call.parent]
         if call.first <= score < call.last:
-            data = [i for i in self.t.nodes[projection].inputs if self.t.nodes[i].is_data]
             return self._point(projection) if self.t.nodes[data[0]].shape[-1] == mixed else None
         inputs = [self.t.nodes[i].shape for i in call.inputs.values()]
         if call.name and any(shape and shape[-1] == mixed for shape in inputs):
             return ModuleCall(call.name, call.ordinal)
         return None
+
+    def _wraps(self, index: int, given: int, score: int) -> bool:
+        """Whether a call takes just the value `given` and does to it nothing but learned maps: no attention, no residual
+        addition, no norm."""
+        call = self.t.calls[index]
+        if index <= 0 or list(call.inputs.values()) != [given] or call.first <= score < call.last:
+            return False
+        if any(call.first <= s.root < call.last for s in self.sums):
+            return False
+        inside = [c for c in self.t.calls if index in self.t.call_path(c.index)]
+        return all(self.norm_kind(c) is None for c in inside)
 
     # Norms --------------------------------------------------------------------------------------------------------
     def norm_kind(self, call: Call) -> Literal["layer", "rms"] | None:
@@ -723,8 +749,8 @@ def behaves_as_norm(module: nn.Module, shape: tuple[int, ...]) -> Literal["layer
     parameter = next(module.parameters(), None)
     dtype = parameter.dtype if parameter is not None and parameter.dtype.is_floating_point else torch.float32
     device = parameter.device if parameter is not None else torch.device("cpu")
-    if device.type == "meta":
-        return None
+    if device.type == "meta":  # offloaded: the weights come when the module is called
+        device = torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((2, *shape[1:]), generator=generator).to(device, dtype)
     y = torch.randn((2, *shape[1:]), generator=generator).to(device, dtype)

@@ -210,7 +210,9 @@ def headline(record: AblationRecord) -> str:
     parts = []
     if fall:
         kinds = listed(list(dict.fromkeys(run.rate.kind for run in fall if run.rate)), "or")
-        parts.append(f"Taking away {listed([taken(run) for run in fall], 'or')}{only} makes the tokens collapse ({kinds})")
+        parts.append(
+            f"Taking away {listed([taken(run) for run in fall], 'or')}{only} makes the tokens collapse ({kinds})"
+        )
     if stay:
         words = f"aking away {listed([taken(run) for run in stay], 'or')}{only} does not"
         parts.append(f"t{words}" if fall else f"T{words} make the tokens collapse")

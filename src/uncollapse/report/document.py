@@ -137,7 +137,7 @@ def update_panels(records: Sequence[UpdateRecord]) -> list[Panel]:
         found.setdefault(update.stack, []).append(update)
     panels = []
     for stack, updates in found.items():
-        key = cells.slug("updates", stack)
+        key = cells.slug("updates", stack or "all")  # "updates" is the section
         chart = curves.updates_chart(updates, key, stack or "")
         name = wording.group_name(stack, None, several_kinds=False)
         panels.append(Panel(name, [chart] if chart else [], [tables.updates_table(updates, f"{key}-table")]))
