@@ -46,6 +46,9 @@ bench: $(INSTALLED) ## speed and memory, as ratios taken in one run
 results: $(INSTALLED) ## docs/results.md anew: real models without norms, residuals, MLPs (a quarter of an hour)
 	$(BIN)/python -m bench.results
 
+families: $(INSTALLED) ## try every model type of transformers; writes docs/families.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.families --out docs/families.md
+
 schema: $(INSTALLED) ## write the published JSON Schemas anew from the record dataclasses
 	@$(BIN)/python -c 'import json; from uncollapse.records import *; print(json.dumps(json_schema(DiagnosisRecord), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/diagnosis-1.json

@@ -574,9 +574,11 @@ def projection_matrix(module: nn.Module, given: Tensor) -> Tensor:
         if type(module).__name__ == "Conv1D":
             return weight.detach()
     mixed = given.shape[-1]
-    unit = torch.eye(mixed, device=given.device, dtype=given.dtype)
+    kept = [t.dtype for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    dtype = given.dtype if given.dtype in kept or not kept else kept[0]  # under autocast the input is not in the weights'
+    unit = torch.eye(mixed, device=given.device, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
-    check = torch.randn(1, mixed, generator=generator).to(given)
+    check = torch.randn(1, mixed, generator=generator).to(unit)
     # Large unit vectors, a power of two: f(s e) - f(0) then loses no digits of the weights to the bias.
     rows = torch.cat([SCALE * unit, torch.zeros_like(check), check])
     try:
