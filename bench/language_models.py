@@ -144,6 +144,12 @@ def judged(model: LanguageModel, held_out: Tensor, removed: Sequence[str] = (), 
     }
 
 
+def without_context(training: Tensor, held_out: Tensor) -> float:
+    """The loss of knowing only how frequent each byte is: what a model scores that sees no context."""
+    counts = torch.bincount(training, minlength=BYTES).double() + 1
+    return float(-(counts / counts.sum()).log()[held_out].mean())
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half of its 95 % interval over the seeds."""
     return statistics.mean(values), STUDENT * statistics.stdev(values) / len(values) ** 0.5
@@ -166,7 +172,7 @@ def section() -> dict[str, Any]:
                         {**common, "trained_without": (), "removed": removed, **judged(model, held_out, removed)}
                         for removed in WITHOUT[1:]
                     ]
-    return {"models": found}
+    return {"models": found, "without_context": without_context(training, held_out)}
 
 
 if __name__ == "__main__":

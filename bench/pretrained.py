@@ -93,6 +93,20 @@ def noted(key: str) -> dict[str, Any] | None:
     return found
 
 
+def each_alone(key: str) -> list[dict[str, float]] | None:
+    """RXNMapper's ALBERT without norms, residuals and MLPs, one sequence at a time: a mean can hide that most are at the floor."""
+    if key != "albert":
+        return None
+    loaded = sources.load_model(str(weights.rxnmapper()), dtype="float64")
+    found = []
+    for text in sources.read_texts([MOLECULES]):
+        runs = uc.ablate(loaded.model, [text], tokenizer=loaded.tokenizer, without=[("norm", "residual", "mlp")]).runs
+        last = runs[-1].trajectory[-1]
+        assert last.consensus_distance is not None and last.affine_rank is not None
+        found.append({"consensus": last.consensus_distance.mean, "affine_rank": last.affine_rank.mean})
+    return found
+
+
 # Dong et al.'s four variants -------------------------------------------------------------------------------------------
 
 VARIANTS: dict[str, tuple[str, ...]] = {

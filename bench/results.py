@@ -27,10 +27,15 @@ SAVED = CACHE / "results"
 DOCUMENT = ROOT / "docs" / "results.md"
 IMAGES = ROOT / "docs" / "images"
 NORM_RESIDUAL_MLP = ("norm", "residual", "mlp")
+NAMES = {"norm": "norms", "residual": "residuals", "mlp": "MLPs"}
 
 
 def _subject(key: str) -> Callable[[], dict[str, Any]]:
-    return lambda: {"grid": pretrained.grid(key), "noted": pretrained.noted(key)}
+    return lambda: {
+        "grid": pretrained.grid(key),
+        "noted": pretrained.noted(key),
+        "each_alone": pretrained.each_alone(key),
+    }
 
 
 SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -225,12 +230,12 @@ def trained_table(models: Sequence[dict[str, Any]]) -> str:
     main = [m for m in models if (m["depth"], m["width"]) == (language_models.DEPTH, language_models.WIDTH)]
     rows = []
     for component in language_models.WITHOUT:
-        for key, label in (("trained_without", "trained without"), ("removed", "removed from the trained whole")):
+        for key, label in (("trained_without", "trained without {}"), ("removed", "{} removed from the trained whole")):
             if not component and key == "removed":
                 continue
             other = "removed" if key == "trained_without" else "trained_without"
             chosen = [m for m in main if tuple(m[key]) == component and not m[other]]
-            rows.append(_row(f"{label} {' and '.join(component)}" if component else "**whole**", chosen))
+            rows.append(_row(label.format(NAMES[component[0]]) if component else "**whole**", chosen))
     return table(
         ["", "parameters", "held-out loss (nats a byte)", "consensus distance by block", "lowest rank share"], rows
     )
@@ -317,8 +322,8 @@ def _trained_curves(models: Sequence[dict[str, Any]]) -> list[tuple[str, str, Se
     for m in models:
         if (m["depth"], m["width"]) != (language_models.DEPTH, language_models.WIDTH):
             continue
-        component = " and ".join([*m["trained_without"], *m["removed"]])
-        name = f"no {component}" if component else "whole"
+        component = next(iter([*m["trained_without"], *m["removed"]]), None)
+        name = f"no {NAMES[component]}" if component else "whole"
         panels = ("trained without", "removed from the trained whole")
         for panel in panels if not component else panels[:1] if m["trained_without"] else panels[1:]:
             curves.append((panel, name, m["consensus"]))

@@ -146,6 +146,26 @@ def test_a_language_model_reports_its_loss() -> None:
     assert found.runs[1].loss is not None
 
 
+def test_a_decoders_blocks_keep_their_numbers() -> None:
+    family = FAMILIES["bart"]
+    found = uc.ablate(family.build().double(), batches=[inputs_for(family)], without=[("residual",)])
+    assert {v.block for v in found.verdicts if v.measure == "consensus_distance"} <= {
+        2,
+        3,
+    }  # blocks 0 and 1 are the encoder's
+
+
+def test_tokens_that_are_all_zero_are_at_the_floor() -> None:
+    family = FAMILIES["gpt2"]
+    model = family.build()
+    with torch.no_grad():
+        model.h[1].mlp.c_proj.weight.zero_()
+        model.h[1].mlp.c_proj.bias.zero_()
+    found = uc.ablate(model, batches=[inputs_for(family)], without=[("residual",)], blocks=[1])
+    assert found.runs[1].rate is not None
+    assert found.runs[1].rate.floor_block == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

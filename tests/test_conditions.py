@@ -526,6 +526,16 @@ def test_a_removal_acts_each_time_a_part_of_the_model_is_run_by_itself() -> None
     assert same(outputs(model.encoder, text), intact)
 
 
+def test_a_removed_norm_is_gone_each_time_a_part_of_the_model_is_run_by_itself() -> None:
+    model, batch = built("bert")
+    uc.diagnose(model, batches=[batch])
+    stream = {"hidden_states": model.embeddings(batch["input_ids"]).detach()}
+    with uc.without(model, "norm"):
+        first = outputs(model.encoder, stream)
+        assert same(outputs(model.encoder, stream), first)
+    assert not same(outputs(model.encoder, stream), first)
+
+
 @compilations
 def test_a_removal_acts_on_a_compiled_model_that_ran_before(compiled: Callable[[nn.Module], nn.Module]) -> None:
     plain, batch = built("gpt2")

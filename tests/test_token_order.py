@@ -94,7 +94,9 @@ def test_uniform_attention_without_a_mask_is_uniform_over_all_tokens() -> None:
     proved_anatomy(model, batch)
     with uc.without(model, "mask"):
         found = uc.diagnose(model, batches=[batch])
-    for head in found.record.attention:  # the figures are those of the softmax that ran, not of the one that was asked for
+    for (
+        head
+    ) in found.record.attention:  # the figures are those of the softmax that ran, not of the one that was asked for
         assert head.entropy is not None
         assert head.entropy.mean == pytest.approx(math.log(9), abs=1e-5)
     assert {f.code for f in found.findings} >= {"WIDTH-UNIFORM", "WIDTH-RANK-ONE"}

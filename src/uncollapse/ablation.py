@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,6 +59,8 @@ DOUBLY_EXPONENTIAL = (
 FLOOR = (
     16  # rounding floor of a consensus distance, in units of the number format's epsilon: measured 2 to 5 in float64
 )
+
+_RATES = {"geometrically": "geometric", "doubly exponentially": "doubly exponential"}
 
 _DONG = "Dong, Cordonnier, Loukas 2021, arXiv 2103.03404"
 _CIRRINCIONE = "Cirrincione 2026, arXiv 2604.23681"
@@ -186,7 +188,11 @@ def ablate(
     if progress is not None:
         progress("runs", len(combinations), len(combinations))
     assert first is not None
-    options = {"without": [list(c) for c in combinations[1:]], "grid": grid, "blocks": sorted(affected)}
+    options = {
+        "without": [list(c) for c in combinations[1:]],
+        "grid": grid,
+        "blocks": blocks if isinstance(blocks, str) else sorted(affected),
+    }
     described = probe(prepared, first, command)
     described.options.update(options)
     return Ablation(
@@ -341,18 +347,32 @@ def _epsilon(model: nn.Module) -> float:
 
 
 def consensus(trajectory: Sequence[SiteRecord]) -> list[float]:
-    """The consensus distance along the stack that is followed (the last one), massive tokens left out where there are any."""
-    return [math.nan if s.consensus is None else s.consensus.mean for s in followed(trajectory)]
+    """The consensus distance along the stack that is followed (the last one), massive tokens left out where there are any.
+
+    Tokens that are all exactly zero have none (0/0); they are at consensus, so 0. NaN where the tokens are not finite.
+    """
+    values = []
+    for site in followed(trajectory):
+        zero = site.consensus is None and site.rank is not None and site.rank.max == 0
+        values.append(site.consensus.mean if site.consensus is not None else 0.0 if zero else math.nan)
+    return values
 
 
 def depth_rate(trajectory: Sequence[SiteRecord], epsilon: float) -> RateRecord | None:
     """How the consensus distance falls with depth, from the values above the rounding floor; `None` where it is not finite."""
     values = consensus(trajectory)
-    return rate(values, epsilon) if all(map(math.isfinite, values)) else None
+    if not all(map(math.isfinite, values)):
+        return None
+    found = rate(values, epsilon)
+    if found.floor_block is None:
+        return found
+    # `rate` counts along the values; records count block calls, the encoder's first.
+    return replace(found, floor_block=followed(trajectory)[found.floor_block + 1].block)
 
 
 def rate(values: Sequence[float], epsilon: float) -> RateRecord:
-    """How a sequence of consensus distances, the embedding's first, falls. `epsilon`: of the model's number format."""
+    """How a sequence of consensus distances, the embedding's first, falls; `floor_block` counts from the value after it.
+    `epsilon`: of the model's number format."""
     floor = FLOOR * epsilon
     floor_block = next((i - 1 for i, v in enumerate(values) if v <= floor and i), None)
     above = values if floor_block is None else values[: floor_block + 1]
@@ -435,6 +455,7 @@ def _held(
     ]
     if run.rate is not None:
         gone = run.rate.kind != "none"
+        as_predicted = gone == collapses and (not how or run.rate.kind == _RATES[how])
         values = consensus(run.trajectory)
         lowest = min(range(len(values)), key=values.__getitem__)
         observed = f"consensus distance {values[0]:.2g} → {values[lowest]:.2g}: {_in_words(run.rate)}"
@@ -446,9 +467,9 @@ def _held(
                 "consensus_distance",
                 f"falls {how}".strip() if collapses else "stays",
                 observed,
-                gone == collapses,
+                as_predicted,
                 run.rate.kind,
-                run.rate.floor_block if run.rate.floor_block is not None else lowest - 1 if lowest else None,
+                run.rate.floor_block if run.rate.floor_block is not None else followed(run.trajectory)[lowest].block,
             )
         )
     return records
@@ -498,7 +519,7 @@ def _norm_neutrality(run: AblationRun, whole: AblationRun) -> VerdictRecord:
         run.without,
         "affine_rank",
         "the affine rank is the same without the norms",
-        f"it differs by at most {gap:.3g}",
+        f"it differs by at most {gap:.3g}" if gap else "it is the same at every block",
         gap == 0,
         None,
         block,

@@ -575,7 +575,9 @@ def projection_matrix(module: nn.Module, given: Tensor) -> Tensor:
             return weight.detach()
     mixed = given.shape[-1]
     kept = [t.dtype for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-    dtype = given.dtype if given.dtype in kept or not kept else kept[0]  # under autocast the input is not in the weights'
+    dtype = (
+        given.dtype if given.dtype in kept or not kept else kept[0]
+    )  # under autocast the input is not in the weights'
     unit = torch.eye(mixed, device=given.device, dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     check = torch.randn(1, mixed, generator=generator).to(unit)
