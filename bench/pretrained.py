@@ -102,7 +102,8 @@ def each_alone(key: str) -> list[dict[str, float]] | None:
     for text in sources.read_texts([MOLECULES]):
         runs = uc.ablate(loaded.model, [text], tokenizer=loaded.tokenizer, without=[("norm", "residual", "mlp")]).runs
         last = runs[-1].trajectory[-1]
-        assert last.consensus_distance is not None and last.affine_rank is not None
+        assert last.consensus_distance is not None
+        assert last.affine_rank is not None
         found.append({"consensus": last.consensus_distance.mean, "affine_rank": last.affine_rank.mean})
     return found
 

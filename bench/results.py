@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -309,12 +310,40 @@ def document() -> None:
         trained_table=trained_table,
         shapes_table=shapes_table,
         language=language_models,
-        run=lambda key, *without: next(r for r in found[key]["grid"]["runs"] if set(r["without"]) == set(without)),
+        run=lambda key, *without: _run(found, key, without),
+        floor_block=lambda key, *without: _run(found, key, without)["rate"]["floor_block"] + 1,
+        lowest_value=lambda key, *without: min(v for v in consensus(_run(found, key, without)) if v is not None),
+        **_prose(found),
         consensus=consensus,
         number=number,
     )
     DOCUMENT.write_text(text, encoding="utf-8")
     print(f"wrote {DOCUMENT.relative_to(ROOT)}", flush=True)
+
+
+def _run(found: dict[str, Any], key: str, without: Sequence[str]) -> dict[str, Any]:
+    """The run of a subject's grid without exactly these components."""
+    run: dict[str, Any] = next(r for r in found[key]["grid"]["runs"] if set(r["without"]) == set(without))
+    return run
+
+
+def _prose(found: dict[str, Any]) -> dict[str, Any]:
+    """What the prose says beside the tables."""
+    first = next(found[key]["grid"] for key in pretrained.SUBJECTS if key in found)
+    alone = found["albert"]["each_alone"] if "albert" in found else []
+    alive = [sequence for sequence in alone if sequence["consensus"] > FLOAT64_FLOOR]
+    ranks = sorted({round(sequence["affine_rank"]) for sequence in alive})
+    models = found["trained"]["models"] if "trained" in found else []
+    losses = [m["loss"] for m in models if list(m["trained_without"]) == ["residual"]]
+    return {
+        "versions": ", ".join(f"{name} {version}" for name, version in first["versions"].items()),
+        "alone": alone,
+        "at_floor": len(alone) - len(alive),
+        "alive_ranks": " to ".join(str(rank) for rank in (ranks[0], ranks[-1])) if ranks else "none",
+        "no_residual_loss": sum(losses) / len(losses) if losses else math.nan,
+        "noted_about": published.NOTED_ABOUT,
+        "differs": published.DIFFERS,
+    }
 
 
 def _trained_curves(models: Sequence[dict[str, Any]]) -> list[tuple[str, str, Sequence[float]]]:

@@ -443,6 +443,36 @@ def test_brackets_equal_the_exact_ones_on_rational_tokens(kind: Any) -> None:
     assert len(seen) > 3
 
 
+def test_more_tokens_than_features_whose_scales_lie_in_the_image() -> None:
+    """Right triangles: every token's size is a multiple of its third entry, so RMS normalisation makes that one constant."""
+    x = [[3, 4, 5], [5, 12, 13], [8, 15, 17], [7, 24, 25], [20, 21, 29]]
+    law = norm_law.NormLaw("rms", torch.ones(3).double(), torch.zeros(3).double(), 0.0)
+    expected = normalization.rank_change(exact.rational(x), kind="rms")
+    assert expected.brackets == (0, 1, 0)
+    assert law.brackets(torch.tensor(x).double(), expected.before, torch.float64) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_rounding_to_half_precision_is_no_rank(kind: Any) -> None:
+    law = norm_law.NormLaw(kind, torch.ones(24).double(), torch.zeros(24).double(), 1e-5)
+    for rank in (1, 2, 5):
+        x = (torch.randn(12, rank) @ torch.randn(rank, 24) + torch.randn(24)).bfloat16()
+        expected = normalization.rank_change(x, eps=1e-5, kind=kind)
+        assert expected.brackets == (0, 1, 0)  # a flat off the origin gains one
+        assert law.brackets(x, expected.before, torch.bfloat16) == (0, 1, 0) or rank > 1
+        assert law.brackets(x, expected.before, torch.bfloat16) == expected.brackets
+
+
+def test_tokens_too_large_to_see_the_others_leave_nothing_to_compare() -> None:
+    x = torch.randn(6, 24)
+    x[0] *= 1e5
+    ranks = normalization.Ranks(int(geometry.rank(x.bfloat16())), int(geometry.affine_rank(x.bfloat16())))
+    assert ranks == (1, 1)
+    law = norm_law.NormLaw("rms", torch.ones(24).double(), torch.zeros(24).double(), 1e-5)
+    assert law.brackets(x.bfloat16(), ranks, torch.bfloat16) is None
+    assert law.brackets(x.double(), normalization.Ranks(6, 5), torch.float64) == (1, 1, 0)
+
+
 # Models of one's own --------------------------------------------------------------------------------------------------
 
 
@@ -477,6 +507,13 @@ class OwnBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, sequences: int) -> Tensor:
+        if self.options["parallel"]:  # no norm: the MLP reads the very tensor that is written into
+            mixed, added = self.attention(x, sequences), self.mlps[0](x)
+            if not self.options["in_place"]:
+                return x + mixed + added
+            x += mixed
+            x += added
+            return x
         x = x + self.attention(self.norms[0](x), sequences)
         normed = self.norms[1](x)
         if self.options["in_place"]:
@@ -492,8 +529,8 @@ class Own(nn.Module):
     def __init__(self, width: int = 16, **chosen: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
-        options = {"layout": "batch", "norm": nn.LayerNorm, "activation": nn.ReLU, "mlps": 1, "in_place": False}
-        self.options = options | chosen
+        usual = {"layout": "batch", "norm": nn.LayerNorm, "activation": nn.ReLU, "mlps": 1}
+        self.options = usual | {"in_place": False, "parallel": False} | chosen
         self.embedding = nn.Embedding(VOCABULARY, width)
         self.blocks = nn.ModuleList(OwnBlock(width, self.options) for _ in range(2))
         self.eval()
@@ -563,8 +600,9 @@ def test_the_way_the_stream_lies_changes_nothing(layout: str) -> None:
                 assert (one.mean, one.n) == pytest.approx((two.mean, two.n), rel=1e-5)
 
 
-def test_additions_in_place_are_met_before_they_overwrite_and_are_left_as_they_are() -> None:
-    plain, written = Own(), Own(in_place=True)
+@pytest.mark.parametrize("parallel", [False, True])
+def test_additions_in_place_are_met_before_they_overwrite_and_are_left_as_they_are(parallel: bool) -> None:
+    plain, written = Own(parallel=parallel), Own(parallel=parallel, in_place=True)
     with torch.no_grad():
         before = written(**ids()[0])
     seen: list[Tensor] = []
@@ -688,7 +726,7 @@ def test_the_streamed_fit_is_the_pooled_one_where_the_split_is_the_same(case: st
         x[:, 5] = x[:, 0] - 2 * x[:, 1]
     y = torch.tanh(x @ torch.randn(6, 4, dtype=torch.float64)) + 3
     if case == "far from the origin":
-        x, y = x + 1e4, y - 1e5
+        x, y = x + 1e6, y - 1e7
     held_out = torch.randperm(240, generator=torch.Generator().manual_seed(0))[:60]  # as geometry draws with seed 0
     scores = torch.zeros(240, dtype=torch.bool)
     scores[held_out] = True

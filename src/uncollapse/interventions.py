@@ -23,7 +23,6 @@ When not to use this: to claim what a model *trained without* the part would do.
 from __future__ import annotations
 
 import contextlib
-import threading
 import weakref
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy import Anatomy, Block, removal
 from uncollapse.errors import InputError, UnsupportedModel
-from uncollapse.interception import Handler, Point, intercepted
+from uncollapse.interception import Handler, Point, counted, intercepted
 from uncollapse.proof import known_anatomy, known_example, proved_anatomy
 from uncollapse.token_order import mask_removed, positions_removed, require_order_blind
 from uncollapse.tracing import tensors_in
@@ -158,27 +157,18 @@ def _refuse_shared(block: Block, parts: Collection[int], alone: Collection[int])
 @contextlib.contextmanager
 def _identity(model: nn.Module, name: str, calls: set[int]) -> Iterator[None]:
     """Let the given runs of a norm return their input, in the dtype the norm would have returned."""
-    counter = threading.local()  # several threads may run the model at once
+    with counted(model, [name]) as runs:
 
-    def restart(*_: Any) -> None:
-        counter.runs = 0
+        def passing(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if runs.begin(name) not in calls:
+                return None
+            (given, *_rest) = tensors_in([args, kwargs])
+            return given.to(output.dtype) if isinstance(output, Tensor) else None
 
-    def passing(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        run = getattr(counter, "runs", 0)
-        counter.runs = run + 1
-        if run not in calls:
-            return None
-        (given, *_rest) = tensors_in([args, kwargs])
-        return given.to(output.dtype) if isinstance(output, Tensor) else None
-
-    hooks = [
-        model.register_forward_pre_hook(restart),
-        model.get_submodule(name).register_forward_hook(passing, with_kwargs=True),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
+        hook = model.get_submodule(name).register_forward_hook(passing, with_kwargs=True)
+        try:
+            yield
+        finally:
             hook.remove()
 
 

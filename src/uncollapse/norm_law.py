@@ -56,7 +56,8 @@ class NormLaw:
         """The three brackets of `normalization.rank_change` for the tokens `x` [token, width] of known ranks.
 
         A norm's image mostly has every rank it can have, which one Cholesky factorisation certifies with room to spare;
-        the singular values decide the rest. None where a token is constant and the layer divides by 0.
+        the singular values decide the rest. None where the ranks before and after cannot be compared: where tokens so large
+        that the others are below the tolerance hide directions that the norm shows, or where it divides by 0.
         """
         tokens, width = x.shape
         normed, origin = self.normed(x)
@@ -74,13 +75,16 @@ class NormLaw:
             filling = normed.square().sum() * kernel.mT @ kernel  # lifts what no norm can fill
             full = all(_exceeds(each.mT @ each + filling, least) for each in (normed, centred))
             image = normalization.Ranks(most, most)
-        if full and before.rank >= image.rank:
-            return before.rank - before.affine_rank, image.rank - image.affine_rank, before.rank - image.rank
-        try:
-            change = normalization.rank_change(x, gamma=self.gamma, eps=self.eps, kind=self.kind, precision=precision)
-        except InputError:
-            return None
-        return change.brackets
+        if full:
+            found = before.rank - before.affine_rank, image.rank - image.affine_rank, before.rank - image.rank
+        else:
+            try:
+                found = normalization.rank_change(
+                    x, gamma=self.gamma, eps=self.eps, kind=self.kind, precision=precision
+                ).brackets
+            except InputError:
+                return None
+        return found if min(found) >= 0 and max(found[:2]) <= 1 else None
 
     def _kernel(self) -> Tensor:
         """An orthonormal basis, in rows, of the features' directions that no output (without beta) has a part in."""

@@ -6,7 +6,7 @@ has checked it on the live model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -506,9 +506,13 @@ class _Reader:
             calls = [c for c in self.t.calls if c.name in set(layout.blocks)]
             missing = [n for n in layout.blocks if n not in {c.name for c in calls}]
             if missing:
+                start = self._layout()
                 raise UnsupportedModel(
-                    f"anatomy: expected the Layout's blocks among the modules that run, got no run of {missing[0]!r}. "
-                    "Look at model.named_modules() for the names."
+                    f"anatomy: expected the Layout's blocks among the modules that run, got no run of {missing[0]!r} in "
+                    f"{type(self.model).__name__}. Look at model.named_modules() for the names, or start from {start}.",
+                    found=self._found(),
+                    identity=f"the Layout's block {missing[0]!r} runs",
+                    layout=start,
                 )
             return calls
         holds = {c.index: [s for s in self.sums if c.first <= s.root < c.last] for c in self.t.calls}
@@ -701,17 +705,22 @@ class _Reader:
                 return key
         raise self._refusal(f"the output of {call.name} does not depend on its last residual addition")
 
+    def _found(self) -> str:
+        def places(indices: Iterable[int]) -> str:
+            owners = (self.t.calls[self.t.nodes[i].call].name or "the model itself" for i in indices)
+            return ", ".join(list(dict.fromkeys(owners))[:4]) or "no module"
+
+        return (
+            f"{len(self.attention_of)} attention calls (in {places(self.attention_of)}) and "
+            f"{len(self.sums)} residual additions (in {places(s.root for s in self.sums)})"
+        )
+
+    def _layout(self) -> str:
+        owners = [self.t.calls[self.t.nodes[i].call].name for i in self.attention_of]
+        return f"uc.Layout(blocks={_block_candidates(self.model, owners)!r})"
+
     def _refusal(self, reason: str) -> UnsupportedModel:
-        owners = list(dict.fromkeys(self.t.calls[self.t.nodes[s.root].call].name for s in self.sums))
-        attention = list(
-            dict.fromkeys(self.t.calls[self.t.nodes[s].call].name or "the model itself" for s in self.attention_of)
-        )
-        found = (
-            f"{len(self.attention_of)} attention calls (in {', '.join(attention[:4]) or 'no module'}) and "
-            f"{len(self.sums)} residual additions (in {', '.join(owners[:4]) or 'no module'})"
-        )
-        candidates = _block_candidates(self.model)
-        layout = f"uc.Layout(blocks={candidates!r})"
+        found, layout = self._found(), self._layout()
         return UnsupportedModel(
             f"anatomy: expected a Transformer whose blocks can be told apart, got {type(self.model).__name__}: {reason}. "
             f"Found {found}. Pass layout={layout}.",
@@ -728,15 +737,16 @@ def _token_axis(shape: tuple[int, ...]) -> int | None:
     return 0 if len(shape) == 3 and shape[1] == 1 and shape[0] > 1 else 1
 
 
-def _block_candidates(model: nn.Module) -> tuple[str, ...]:
-    """The members of the longest list of like modules: what a user would call the blocks."""
-    best: tuple[str, ...] = ()
+def _block_candidates(model: nn.Module, attention: Iterable[str]) -> tuple[str, ...]:
+    """The members of the longest list of like modules, preferably one that holds attention: what a user would call blocks."""
+    best: tuple[bool, int, tuple[str, ...]] = (False, 0, ())
     for name, module in model.named_modules():
-        children = dict(module.named_children())
-        kinds = {type(c) for c in children.values()}
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(kinds) == 1 and len(children) > len(best):
-            best = tuple(f"{name}.{child}" if name else child for child in children)
-    return best
+        children = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(c) for c in module.children()}) == 1:
+            attends = any(f"{owner}.".startswith(f"{child}.") for owner in attention for child in children)
+            if (attends, len(children)) > best[:2]:
+                best = (attends, len(children), tuple(children))
+    return best[2]
 
 
 def behaves_as_norm(module: nn.Module, shape: tuple[int, ...]) -> Literal["layer", "rms"] | None:

@@ -337,7 +337,7 @@ class Sublayers:
             return {}
         x, basis, known = cloud.double(), span.basis.to(cloud.x.device), span.known.to(cloud.x.device)
         energy = geometry.out_of_span_energy(x, basis=basis)
-        found = {names[0]: energy.where(known & cloud.finite, math.nan)}
+        found = {names[0]: energy.where(known, math.nan)}
         others = min(NULL_SEQUENCES, len(x) - 1)
         if others < 1:
             statistics.reasons[names[1]] = "each batch holds one sequence, and the null is made of others"
@@ -409,6 +409,8 @@ class Sublayers:
                 found = law.brackets(before.x[i][sound[i]], known, precision)
                 if found is not None:
                     brackets[i] = torch.tensor(found, dtype=torch.float64)
+                else:
+                    statistics.reasons["brackets"] = "a few tokens so much larger than the others hide their rank"
         ranks = torch.stack([measured.affine_rank.cpu(), ranks_after.cpu()], -1)
         statistics.values = statistics.values.add(torch.cat([ranks, brackets], -1))
 
@@ -454,7 +456,7 @@ def norm_records(found: list[NormStatistics]) -> list[NormRecord]:
 
 def _norm_record(statistics: NormStatistics) -> NormRecord:
     before, after, *three = (Statistic.of(*statistics.values.summary(i)) for i in range(len(NORM_MEASURES)))
-    brackets = None if "brackets" in statistics.reasons or any(b is None for b in three) else three
+    brackets = None if any(b is None for b in three) else three
     values: dict[str, Any] = {"affine_rank_before": before, "affine_rank_after": after, "brackets": brackets}
     return NormRecord(
         block=statistics.block,

@@ -11,6 +11,7 @@ tokens tell as much about the wiring as eight thousand.
 from __future__ import annotations
 
 import contextlib
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -400,16 +401,19 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
     Hooks are gone again afterwards, also after an exception. Errors of the model itself pass through.
     """
     recorder = _Recorder(model, tensors_in(batch))
+    thread = threading.get_ident()  # hooks fire for every thread that runs the model; only this one is recorded
     with contextlib.ExitStack() as stack:
         for name, module in model.named_modules():
             if name == "":
                 continue
 
             def enter(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                recorder.enter(name, args, kwargs)
+                if threading.get_ident() == thread:
+                    recorder.enter(name, args, kwargs)
 
             def leave(_: nn.Module, _args: Any, output: Any) -> None:
-                recorder.leave(output)
+                if threading.get_ident() == thread:
+                    recorder.leave(output)
 
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(leave, always_call=True).remove)
