@@ -215,7 +215,7 @@ def _three(values: Sequence[float]) -> str:
 
 def _plus_minus(values: Sequence[float]) -> str:
     mean, half = language_models.interval(values)
-    return f"{mean:.2f} ± {half:.2f}"
+    return f"{mean:.2f} ± " + (f"{half:.2f}" if half >= 0.005 else "<0.01")
 
 
 def _spread(values: Sequence[float], below: float = 0.0) -> str:

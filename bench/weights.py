@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,20 @@ def package(requirement: str) -> Path:
     return folder
 
 
+def _quiet_transformers() -> Any:
+    """transformers without bars, and without the list of heads that are left out on purpose."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
 def rxnmapper() -> Path:
     """RXNMapper's ALBERT as a folder of safetensors: 12 blocks that share one layer, trained on chemical reactions."""
     place = WEIGHTS / "rxnmapper"
     if not (place / "model.safetensors").is_file():
-        import transformers
-
+        transformers = _quiet_transformers()
         (found,) = package(RXNMAPPER).glob("**/albert_heads_8_uspto_all_1310k")
         # The checkpoint is a pickle; weights_only reads tensors and nothing else.
         model = transformers.AlbertModel.from_pretrained(found, use_safetensors=False, weights_only=True)
@@ -67,8 +74,8 @@ def smollm2() -> Path:
     if not (place / "model.safetensors").is_file():
         sys.path.append(str(package(GGUF)))
         import torch
-        import transformers
 
+        transformers = _quiet_transformers()
         (file,) = package(SMOLLM2).glob("**/*.gguf")
         given = {"gguf_file": file.name}
         quantised = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **given, dtype=torch.float32)
@@ -82,6 +89,4 @@ def smollm2() -> Path:
 
 
 if __name__ == "__main__":
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        print(rxnmapper(), smollm2(), sep="\n")
+    print(rxnmapper(), smollm2(), sep="\n")

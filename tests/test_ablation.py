@@ -149,10 +149,8 @@ def test_a_language_model_reports_its_loss() -> None:
 def test_a_decoders_blocks_keep_their_numbers() -> None:
     family = FAMILIES["bart"]
     found = uc.ablate(family.build().double(), batches=[inputs_for(family)], without=[("residual",)])
-    assert {v.block for v in found.verdicts if v.measure == "consensus_distance"} <= {
-        2,
-        3,
-    }  # blocks 0 and 1 are the encoder's
+    decoder = range(family.blocks - family.decoder_blocks, family.blocks)
+    assert {v.block for v in found.verdicts if v.measure == "consensus_distance"} <= set(decoder)
 
 
 def test_tokens_that_are_all_zero_are_at_the_floor() -> None:
