@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all check bench results browser schema constraints clean help
+.PHONY: demo test test-all test-oldest check bench results browser schema constraints clean help
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,12 @@ test: $(INSTALLED) ## the fast tests
 
 test-all: $(INSTALLED) browser ## every test, the slow and the browser ones too
 	$(BIN)/python -m pytest -n 2 -m ''
+
+test-oldest: ## the families on the oldest transformers that pyproject.toml admits, in an environment of its own
+	@$(PYTHON) -m venv .venv-oldest && .venv-oldest/bin/pip install --quiet --upgrade 'pip>=25.1'
+	@.venv-oldest/bin/pip install --quiet "torch==2.13.0"
+	@.venv-oldest/bin/pip install --quiet "transformers==5.0.0" --group dev -e .
+	.venv-oldest/bin/python -m pytest -n 2 tests/test_families.py -W ignore::DeprecationWarning
 
 check: $(INSTALLED) browser ## lint, types, layers, and the page in a real browser
 	$(BIN)/ruff check .
