@@ -136,7 +136,8 @@ FAMILIES: dict[str, Family] = {
         _auto(hf.Qwen3Config(**_GROUPED, head_dim=16)), "pre", key_value_heads=2, head_width=16, causal=True
     ),
     "gemma2": Family(
-        _auto(hf.Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0)),
+        # eager: transformers 5.0 ran this family by default without the soft cap that its eager attention has
+        _auto(hf.Gemma2Config(**_GEMMA, attn_logit_softcapping=2.0, attn_implementation="eager")),
         "sandwich",
         key_value_heads=2,
         head_width=16,
