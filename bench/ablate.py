@@ -3,8 +3,9 @@
     make bench                     the packaged MiniLM, 64 real texts of up to 128 tokens
     python -m bench.ablate --help  other sizes
 
-Both sides are the public calls, on the same loaded model whose anatomy is known, and take turns: each grid is held against the mean
-of the diagnoses before and after it, and the median of these ratios is reported. Memory is the peak resident size of a process of its own for each, in ratio to the diagnosis.
+Both sides are the public calls, on the same loaded model whose anatomy is known, and take turns: each grid is held against
+the mean of the diagnoses before and after it, and the median of these ratios is reported. Memory is the peak resident size
+of a process of its own for each, in ratio to the diagnosis.
 Bounds: 8.5 in time, 1.3 in memory.
 """
 

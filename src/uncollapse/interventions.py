@@ -89,6 +89,11 @@ def without(
         _install(model, anatomy, stack)
 
 
+def is_ablated(model: nn.Module) -> bool:
+    """Whether the model is inside a `without` right now."""
+    return bool(_active.get(model))
+
+
 def anatomy_for(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Anatomy:
     """The proved anatomy: the remembered one, else proved on `batch`, else on the model's own dummy inputs."""
     known = known_anatomy(model)

@@ -126,7 +126,7 @@ class Sublayers:
         self._runs: dict[str, int] = {}
         self._batch = _Batch()
         self._before, self._size = 0, 0  # sequences in the batches before this one, and in it
-        removed = bool(interventions._active.get(model))  # a removed addition would shift the count of the others
+        removed = interventions.is_ablated(model)  # a removed addition would shift the count of the others
         begun: set[Stack] = set()
         for number, block in enumerate(anatomy.blocks):
             if block.stack not in begun and not removed:
