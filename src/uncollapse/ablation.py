@@ -291,6 +291,7 @@ class _Outputs:
     def __init__(self, is_causal: bool, whole: list[Tensor] | None) -> None:
         self.is_causal, self.whole = is_causal, whole
         self.vectors: list[Tensor] = []
+        self.has_logits = self.has_vectors = False
         self.loss, self.shift = Running.empty(), Running.empty()
 
     def add(self, batch: Mapping[str, Any], output: Any) -> None:
@@ -298,10 +299,12 @@ class _Outputs:
         mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
         logits = getattr(output, "logits", None)
         if self.is_causal and logits is not None and logits.ndim == 3 and "input_ids" in batch:
+            self.has_logits = True
             self.loss = self.loss.add(_next_token_loss(logits, batch["input_ids"], mask))
         vectors = next((t for t in tensors_in(output) if t.is_floating_point() and t.ndim >= 2), None)
         if vectors is None:
             return
+        self.has_vectors = True
         pooled = _pooled(vectors, mask)
         if self.whole is None:
             self.vectors.append(pooled)
@@ -519,7 +522,8 @@ def _norm_neutrality(run: AblationRun, whole: AblationRun) -> VerdictRecord:
         run.without,
         "affine_rank",
         "the affine rank is the same without the norms",
-        f"it differs by at most {gap:.3g}" if gap else "it is the same at every block",
+        (f"it differs by at most {gap:.3g}" if gap else "it is the same at every block")
+        + (" that stays finite" if len(gaps) < len(whole.trajectory) else ""),
         gap == 0,
         None,
         block,
