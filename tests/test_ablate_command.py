@@ -75,6 +75,7 @@ DEFAULTS: dict[str, Any] = {
     "without": None,
     "grid": False,
     "blocks": None,
+    "level": "core",
     "sequences": None,
     "max_tokens": 128,
     "batch_size": 16,
@@ -96,7 +97,7 @@ def test_everything_left_out_has_its_default(calls: list[Any], run: Run) -> None
 def test_every_option_arrives(calls: list[Any], run: Run, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     given = """
-        --without mlp --without residual,mlp --blocks 3-5,1 --sequences 8 --max-tokens 32 --batch-size 4 --seed 7
+        --without mlp --without residual,mlp --blocks 3-5,1 --level full --sequences 8 --max-tokens 32 --batch-size 4 --seed 7
         --device cpu --dtype float64 --device-map auto --trust-remote-code
     """
     assert run("org/model", "--text", tmp_path / "a.txt", *given.split())[0] == 0
@@ -107,6 +108,7 @@ def test_every_option_arrives(calls: list[Any], run: Run, tmp_path: Path) -> Non
         "without": [("mlp",), ("residual", "mlp")],
         "grid": False,
         "blocks": [1, 3, 4, 5],
+        "level": "full",
         "sequences": 8,
         "max_tokens": 32,
         "batch_size": 4,

@@ -146,6 +146,16 @@ def test_a_language_model_reports_its_loss() -> None:
     assert found.runs[1].loss is not None
 
 
+def test_level_full_says_what_the_whole_models_sublayers_and_norms_do() -> None:
+    family = FAMILIES["bert"]
+    model, batch = family.build(), inputs_for(family)
+    found = uc.ablate(model, batches=[batch], without=[("mlp",)], level="full").record
+    alone = uc.diagnose(model, batches=[batch], level="full").record
+    assert len(found.norms) == 2 * family.blocks
+    assert (found.norms, found.updates) == (alone.norms, alone.updates)
+    assert uc.ablate(model, batches=[batch], without=[("mlp",)]).record.norms == []
+
+
 def test_a_decoders_blocks_keep_their_numbers() -> None:
     family = FAMILIES["bart"]
     found = uc.ablate(family.build().double(), batches=[inputs_for(family)], without=[("residual",)])

@@ -14,6 +14,7 @@ from families import FAMILIES, Family, inputs_for
 from observing import attention_table, eager, entropies, observe, padded, site_table
 from torch import Tensor, nn
 
+import uncollapse as uc
 from uncollapse.capture import ATTENTION_MEASURES, PLAIN_MEASURES, capture
 from uncollapse.proof import proved_anatomy
 from uncollapse.tracing import tensors_in
@@ -154,3 +155,18 @@ def test_the_order_and_the_grouping_of_sequences_change_nothing(family: Family) 
         a, b = attention_table(apart, measure), attention_table(together, measure)
         assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
     assert (apart.sequences, apart.tokens) == (together.sequences, together.tokens)
+
+
+@padded_families
+def test_a_batch_with_padding_loses_and_keeps_what_a_batch_without_it_does(family: Family) -> None:
+    """Eager attention adds a mask to its scores only when there is something to hide, in ALBERT beside the residual addition."""
+    model = eager(family.build())
+    batch = inputs_for(family)
+    wide = padded(model, batch, "right")
+    observe(model, [batch])  # proved without padding
+    for components in (("mlp",), ("residual",), ("attention",)):
+        with uc.without(model, *components):
+            plain, with_pads = observe(model, [batch]), observe(model, [wide])
+        distance = PLAIN_MEASURES.index("consensus_distance")  # ranks of what collapsed are decided by the last bit
+        got, expected = site_table(with_pads)[:, distance], site_table(plain)[:, distance]
+        assert got == pytest.approx(expected, rel=2e-3, abs=1e-4), components

@@ -57,7 +57,7 @@ def by_hand(x: float, negated: int | None) -> float:
 @pytest.mark.parametrize("run", [0, 1, None])
 def test_a_handler_acts_at_its_own_operation_and_run_only(ordinal: int, run: int | None) -> None:
     model = Model()
-    with intercepted(model, {Point("parent", run, "add", ordinal): negate}):
+    with intercepted(model, {Point("parent", run, "add of 1 axes", ordinal): negate}):
         for _ in range(2):  # every pass counts from the start
             got = model(torch.tensor([3.0]))
             first = by_hand(3.0, ordinal if run in (0, None) else None)
@@ -66,7 +66,7 @@ def test_a_handler_acts_at_its_own_operation_and_run_only(ordinal: int, run: int
 
 def test_owners_inside_owners_keep_their_own_count() -> None:
     model = Model()
-    points = {Point("parent", 0, "add", 0): negate, Point("parent.child", 0, "add", 1): negate}
+    points = {Point("parent", 0, "add of 1 axes", 0): negate, Point("parent.child", 0, "add of 1 axes", 1): negate}
     with intercepted(model, points):
         got = model(torch.tensor([3.0]))
     first = -((-(3.0 + 1)) + 100 + 1000) + 3.0 + 3.0
@@ -84,7 +84,7 @@ def test_everything_is_put_back_after_an_exception_and_an_own_forward_is_kept() 
     def fail(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), intercepted(model, {Point("parent", 0, "add", 0): fail}):
+    with pytest.raises(KeyboardInterrupt), intercepted(model, {Point("parent", 0, "add of 1 axes", 0): fail}):
         model(torch.ones(1))
     assert model.parent.forward is replaced
     assert not model.parent.child._forward_hooks
@@ -92,7 +92,7 @@ def test_everything_is_put_back_after_an_exception_and_an_own_forward_is_kept() 
     assert not model._forward_pre_hooks
     assert model(torch.ones(1)).item() == 11
     del model.parent.forward
-    with intercepted(model, {Point("parent", 0, "add", 0): negate}):
+    with intercepted(model, {Point("parent", 0, "add of 1 axes", 0): negate}):
         pass
     assert "forward" not in vars(model.parent)
 
@@ -100,8 +100,8 @@ def test_everything_is_put_back_after_an_exception_and_an_own_forward_is_kept() 
 def test_a_missed_operation_is_an_error_not_a_silence() -> None:
     model = Model()
     with (
-        pytest.raises(UncollapseError, match=r"expected add #7 of parent"),
-        intercepted(model, {Point("parent", 0, "add", 7): negate}),
+        pytest.raises(UncollapseError, match=r"expected add of 1 axes #7 of parent"),
+        intercepted(model, {Point("parent", 0, "add of 1 axes", 7): negate}),
     ):
         model(torch.ones(1))
 

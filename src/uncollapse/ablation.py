@@ -43,6 +43,7 @@ from uncollapse.records import (
     to_json,
     write_atomically,
 )
+from uncollapse.sublayers import norm_records, update_records
 from uncollapse.tracing import tensors_in
 
 if TYPE_CHECKING:
@@ -150,7 +151,8 @@ def ablate(
 
     without: combinations, such as `[("mlp",), ("residual",), ("residual", "mlp")]` (the default). grid: all eight of norm ×
     residual × MLP instead. blocks: take them away in these blocks only. The other arguments are those of `diagnose`; with
-    `dtype="float64"` a collapse is followed down to 1e-15 instead of 2e-6.
+    `dtype="float64"` a collapse is followed down to 1e-15 instead of 2e-6. level `"full"` also says of the whole model what
+    each sublayer adds and each norm does (`updates`, `norms`).
 
     Raises `InputError` for an unknown component or block, `UnsupportedModel` where the additions cannot be found and proved.
     """
@@ -205,8 +207,8 @@ def ablate(
             is_causal=is_causal,
             runs=runs,
             verdicts=verdicts(runs, is_causal=is_causal),
-            norms=[],
-            updates=[],
+            norms=norm_records(first.norms),
+            updates=update_records(first.updates),
         )
     )
 
@@ -257,7 +259,12 @@ def _run(
             stack.enter_context(taken_away(model, *combination, blocks=blocks))
         stack.enter_context(float64_kept(model))
         observed = capture(
-            model, prepared.batches, prepared.anatomy, level="core", seed=prepared.seed, on_output=outputs.add
+            model,
+            prepared.batches,
+            prepared.anatomy,
+            level="core" if combination else prepared.level,
+            seed=prepared.seed,
+            on_output=outputs.add,
         )
     if not combination:
         whole.extend(outputs.vectors)

@@ -263,6 +263,7 @@ A part is removed from a trained model, which is not the same as a model trained
 def ablate(
     context: typer.Context,
     model: Model = "demo",
+    level: Level = "core",
     without: Without = None,
     grid: Grid = False,
     blocks: Blocks = None,
@@ -293,6 +294,7 @@ def ablate(
                 without=[tuple(part.strip() for part in each.split(",")) for each in without] if without else None,
                 grid=grid,
                 blocks=wanted,
+                level=level,
                 sequences=sequences,
                 max_tokens=max_tokens,
                 batch_size=batch_size,

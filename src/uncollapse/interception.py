@@ -1,6 +1,6 @@
 """Stand at one operation inside a live model and act there: the mechanism under the proof, `without` and the capture.
 
-A `Point` names an operation without naming an architecture: the `ordinal`-th `operation` ("add", "softmax",
+A `Point` names an operation without naming an architecture: the `ordinal`-th `operation` ("add of 3 axes", "softmax",
 "scaled_dot_product_attention", ...) in the `call`-th run of the module `owner`, counted in the module's *own* forward;
 what its children do does not count. A handler gets the torch function and its operands and returns the result.
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from uncollapse.errors import UncollapseError
-from uncollapse.tracing import opened, operation_name, tensors_in, writes_in_place
+from uncollapse.tracing import counted_name, opened, operation_name, tensors_in, writes_in_place
 
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -64,8 +64,9 @@ class _Owner(TorchFunctionMode):
         if inner is not None:
             with self:
                 return inner(*args, **kwargs)
-        name = operation_name(func)
-        if name not in self.operations or not any(True for _ in tensors_in([args, kwargs])):
+        operands = list(tensors_in([args, kwargs]))
+        name = counted_name(operation_name(func), operands)
+        if name not in self.operations or not operands:
             return func(*args, **kwargs)
         ordinal = self.counts.get(name, 0)
         self.counts[name] = ordinal + 1

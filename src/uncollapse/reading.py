@@ -271,7 +271,7 @@ class _Reader:
     def _point(self, index: int) -> Point:
         node = self.t.nodes[index]
         call = self.t.calls[node.call]
-        return Point(call.name, call.ordinal, node.operation, node.ordinal)
+        return Point(call.name, call.ordinal, node.counted, node.ordinal)
 
     def _mlp(self, leaf: int, found: _Sum) -> Part:
         """The part whose summand is `leaf`: named after the outermost module that makes its last learned product and holds

@@ -121,6 +121,12 @@ def operation_name(function: Callable[..., Any]) -> str:
     return name.rstrip("_").lstrip("_") or name
 
 
+def counted_name(name: str, operands: Iterable[Tensor]) -> str:
+    """The name under which an operation is counted within a module's forward. Additions are counted apart by their number of
+    axes: whether a mask is added to the scores depends on the batch, and must not shift the count of the residual ones."""
+    return f"add of {max((t.ndim for t in operands), default=0)} axes" if name == "add" else name
+
+
 def writes_in_place(function: Callable[..., Any]) -> bool:
     """Whether a torch call writes into its first operand (`add_`, `+=`, `x[i] = y`)."""
     name = getattr(function, "__name__", "")
@@ -132,7 +138,8 @@ def writes_in_place(function: Callable[..., Any]) -> bool:
 @dataclass(frozen=True)
 class Node:
     """One value. `operation` made it from `inputs` in the module call `call`; parameters, constants and the batch have
-    no inputs. `ordinal` counts the same operation within the module's own forward (its children's do not count)."""
+    no inputs. `ordinal` counts what is `counted` as the same operation within the module's own forward (its children's do
+    not count)."""
 
     index: int
     operation: str
@@ -143,6 +150,7 @@ class Node:
     is_data: bool
     is_parameter: bool
     is_floating: bool
+    counted: str
     scalars: tuple[float, ...] = ()
 
     @property
@@ -264,6 +272,7 @@ class _Recorder(TorchFunctionMode):
         is_data: bool = False,
         is_parameter: bool = False,
         ordinal: int = 0,
+        counted: str = "",
         scalars: tuple[float, ...] = (),
     ) -> int:
         index = len(self.nodes)
@@ -277,6 +286,7 @@ class _Recorder(TorchFunctionMode):
             is_data,
             is_parameter,
             tensor.is_floating_point(),
+            counted or operation,
             scalars,
         )
         ancestors = learned = 0
@@ -331,10 +341,18 @@ class _Recorder(TorchFunctionMode):
         is_data = any(self.nodes[i].is_data for i in inputs)
         is_parameter = not is_data and any(self.nodes[i].is_parameter for i in inputs)
         scalars = tuple(float(a) for a in args if isinstance(a, (int, float)) and not isinstance(a, bool))
-        ordinal = self._next_ordinal(name)
+        counted = counted_name(name, operands)
+        ordinal = self._next_ordinal(counted)
         for tensor in tensors_in(written):
             index = self._new(
-                tensor, name, inputs, is_data=is_data, is_parameter=is_parameter, ordinal=ordinal, scalars=scalars
+                tensor,
+                name,
+                inputs,
+                is_data=is_data,
+                is_parameter=is_parameter,
+                ordinal=ordinal,
+                counted=counted,
+                scalars=scalars,
             )
             for other in self._on_storage.get(_storage(tensor), ()):
                 self._value_of[other] = index
@@ -349,6 +367,7 @@ class _Recorder(TorchFunctionMode):
                         is_data=is_data,
                         is_parameter=is_parameter,
                         ordinal=ordinal,
+                        counted=counted,
                         scalars=scalars,
                     )
         return output
