@@ -314,7 +314,10 @@ def built(kind: str) -> tuple[Any, dict[str, Any], str]:
 
 
 def one_line(error: BaseException, length: int = 200) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:length]
+    said = re.sub(
+        r"/\S*/site-packages/", "", " ".join(str(error).split())
+    )  # a path of the machine that ran it says nothing
+    return f"{type(error).__name__}: {said}"[:length]
 
 
 def _put(config: Config, path: str, value: Any) -> None:
