@@ -18,7 +18,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from uncollapse.errors import InputError
 from uncollapse.interception import float64_kept
 from uncollapse.interventions import require_blocks, require_components
 from uncollapse.interventions import without as taken_away
+from uncollapse.recorded import Recorded
 from uncollapse.records import (
     ABLATION_SCHEMA,
     AblationRecord,
@@ -40,14 +41,9 @@ from uncollapse.records import (
     Statistic,
     VerdictRecord,
     followed,
-    to_json,
-    write_atomically,
 )
 from uncollapse.sublayers import norm_records, update_records
 from uncollapse.tracing import tensors_in
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 GRID = ("norm", "residual", "mlp")
 LOST = 0.1  # a run collapses in distance when less than a tenth of the embedding's consensus distance is left
@@ -87,10 +83,8 @@ _STUDENT = (
 
 
 @dataclass(frozen=True)
-class Ablation:
+class Ablation(Recorded[AblationRecord]):
     """What `ablate` found. `record` is the whole of it, as data."""
-
-    record: AblationRecord
 
     @property
     def runs(self) -> list[AblationRun]:
@@ -101,27 +95,6 @@ class Ablation:
     def verdicts(self) -> list[VerdictRecord]:
         """Each prediction against what was observed."""
         return self.record.verdicts
-
-    def show(self, console: Console | None = None) -> None:
-        """Print the depth curves and the verdicts."""
-        from rich.console import Console
-
-        from uncollapse import report
-
-        report.terminal(self.record, console or Console())
-
-    def to_html(self, path: str | Path) -> None:
-        """Write the page: one file, no network. Raises `InputError` where the path cannot be written."""
-        from uncollapse import report
-
-        write_atomically(path, report.page(self.record))
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The record as JSON; also written to `path` if given."""
-        text = to_json(self.record)
-        if path is not None:
-            write_atomically(path, text)
-        return text
 
 
 def ablate(

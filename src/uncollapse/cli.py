@@ -14,21 +14,16 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from uncollapse.errors import InputError, UncollapseError
-from uncollapse.records import SEVERITIES, Finding, Severity, to_json, write_atomically
+from uncollapse.records import SEVERITIES, Finding, Severity
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from uncollapse.ablation import Ablation
-    from uncollapse.claims import Ledger
-    from uncollapse.diagnosis import Diagnosis
+    pass
 
 FOUND, REFUSED, INTERRUPTED = 1, 2, 130
 STDOUT = "-"
@@ -401,6 +396,8 @@ def verify(
                 # One bar for all the claims, not one for each.
                 progress=progress and (lambda _, done, total: progress("claims", done, total)),
             )
+        from uncollapse.recorded import Recorded
+
         deliver(Recorded(ledger), json=json, html=html, quiet=quiet)
 
 
@@ -465,30 +462,7 @@ def progress_on_stderr(quiet: bool) -> Iterator[Callable[[str, int, int], None] 
         yield report
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """A record that cannot show or write itself, with what `deliver` asks of a result."""
-
-    record: Ledger
-
-    def show(self, console: Console) -> None:
-        from uncollapse import report
-
-        report.terminal(self.record, console)
-
-    def to_html(self, path: str) -> None:
-        from uncollapse import report
-
-        write_atomically(path, report.page(self.record))
-
-    def to_json(self, path: str | None = None) -> str:
-        text = to_json(self.record)
-        if path is not None:
-            write_atomically(path, text)
-        return text
-
-
-def deliver(result: Diagnosis | Ablation | Recorded, *, json: str | None, html: str | None, quiet: bool) -> None:
+def deliver(result: Recorded[Any], *, json: str | None, html: str | None, quiet: bool) -> None:
     """Write the page and the record, and show the table on whichever stream is free of JSON."""
     from rich.console import Console
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from uncollapse.capture import (
 from uncollapse.errors import InputError
 from uncollapse.interception import probing
 from uncollapse.proof import example, proved_anatomy
+from uncollapse.recorded import Recorded
 from uncollapse.records import (
     DIAGNOSIS_SCHEMA,
     AttentionRecord,
@@ -45,23 +46,16 @@ from uncollapse.records import (
     Probe,
     SiteRecord,
     Statistic,
-    to_json,
-    write_atomically,
 )
 from uncollapse.sublayers import norm_records, update_records
 from uncollapse.tracing import tensors_in
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 DEFAULT_SEQUENCES = 64
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Recorded[DiagnosisRecord]):
     """What `diagnose` found. `record` is the whole of it, as data."""
-
-    record: DiagnosisRecord
 
     @property
     def findings(self) -> list[Finding]:
@@ -72,37 +66,6 @@ class Diagnosis:
     def trajectory(self) -> list[SiteRecord]:
         """The token cloud along depth: the embedding, then each block's output."""
         return self.record.trajectory
-
-    def show(self, console: Console | None = None) -> None:
-        """Print the table and the findings; in a notebook the object shows its page by itself."""
-        from rich.console import Console
-
-        from uncollapse import report
-
-        report.terminal(self.record, console or Console())
-
-    def to_html(self, path: str | Path) -> None:
-        """Write the page: one file, no network. Raises `InputError` where the path cannot be written."""
-        from uncollapse import report
-
-        write_atomically(path, report.page(self.record))
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """The record as JSON; also written to `path` if given."""
-        text = to_json(self.record)
-        if path is not None:
-            write_atomically(path, text)
-        return text
-
-    def _repr_html_(self) -> str:
-        import html
-
-        from uncollapse import report
-
-        page = html.escape(report.page(self.record), quote=True)
-        return (
-            f'<iframe srcdoc="{page}" style="width:100%;height:800px;border:0" title="uncollapse diagnosis"></iframe>'
-        )
 
 
 def diagnose(

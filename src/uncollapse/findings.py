@@ -27,7 +27,7 @@ from uncollapse.records import (
     Statistic,
 )
 
-# Consensus distance: real models on real text stay above 0.3 at every block; a tenth of the norm left is a tenth.
+# Consensus distance, massive tokens left out: the lowest of any block was .48 in SmolLM2 and .85 in MiniLM on real text.
 CONSENSUS_WARNING, CONSENSUS_CRITICAL = 0.1, 0.01
 # Mean cosine of distinct tokens, massive tokens left out: 0.98 is within 12 degrees of a single ray.
 DIRECTION_WARNING = 0.98

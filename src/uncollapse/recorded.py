@@ -1,0 +1,48 @@
+"""What a record can do: show itself in a terminal or a notebook, and write itself as a page or as JSON.
+
+`Diagnosis`, `Ablation` and the claims ledger's result are this, each with short names for what its record holds.
+"""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from uncollapse import report
+from uncollapse.claims import Ledger
+from uncollapse.records import AblationRecord, DiagnosisRecord, to_json, write_atomically
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+AnyRecord = TypeVar("AnyRecord", DiagnosisRecord, AblationRecord, Ledger)
+
+
+@dataclass(frozen=True)
+class Recorded(Generic[AnyRecord]):
+    """A result. `record` is the whole of it, as data."""
+
+    record: AnyRecord
+
+    def show(self, console: Console | None = None) -> None:
+        """Print it; in a notebook the object shows its page by itself."""
+        from rich.console import Console
+
+        report.terminal(self.record, console or Console())
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the page: one file, no network. Raises `InputError` where the path cannot be written."""
+        write_atomically(path, report.page(self.record))
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The record as JSON; also written to `path` if given."""
+        text = to_json(self.record)
+        if path is not None:
+            write_atomically(path, text)
+        return text
+
+    def _repr_html_(self) -> str:
+        page = html.escape(report.page(self.record), quote=True)
+        return f'<iframe srcdoc="{page}" style="width:100%;height:800px;border:0" title="uncollapse report"></iframe>'
