@@ -23,7 +23,7 @@ from uncollapse.errors import InputError, UncollapseError
 from uncollapse.records import SEVERITIES, Finding, Severity
 
 if TYPE_CHECKING:
-    pass
+    from uncollapse.recorded import Recorded
 
 FOUND, REFUSED, INTERRUPTED = 1, 2, 130
 STDOUT = "-"

@@ -319,7 +319,7 @@ def row_statistics(
     causal: bool = False,
     scale: float | None = None,
     softcap: float | None = None,
-    sink: Float[Tensor, "head"] | None = None,
+    sink: Float[Tensor, "head"] | None = None,  # noqa: F821 - the name of an axis
     max_logit: bool = True,
     floor: bool = True,
     susceptibility: bool = False,

@@ -42,11 +42,16 @@ def class_sizes(gates: fmpq_mat) -> list[int]:
     return [len(members) for members in classes]
 
 
+def _sum_of_squares(sizes: list[int], head_width: int) -> int:
+    """The claimed dimension: sum over classes of proportional gate profiles of (members × head width)²."""
+    return sum((members * head_width) ** 2 for members in sizes)
+
+
 def check(
     trials: int,
     seed: int,
     *,
-    formula: Callable[[list[int], int], int] = lambda sizes, k: sum((m * k) ** 2 for m in sizes),
+    formula: Callable[[list[int], int], int] = _sum_of_squares,
     full_rank: bool = True,
 ) -> Finding:
     """`formula` takes class sizes and d_k; `full_rank=False` silences the last head."""
