@@ -176,10 +176,10 @@ def sweep(kinds: list[str]) -> list[dict[str, Any]]:
 
     def start() -> None:
         worker = _Worker()
-        selector.register(worker.process.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
+        selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
 
     def replace(worker: _Worker, reason: str) -> None:
-        selector.unregister(worker.process.stdout)  # type: ignore[arg-type]
+        selector.unregister(worker.process.stdout)
         worker.end()
         if worker.kind:
             rows.append({"type": worker.kind, "built": False, "crash": True, "reason": reason})
@@ -191,7 +191,7 @@ def sweep(kinds: list[str]) -> list[dict[str, Any]]:
     while selector.get_map():
         for key, _ in selector.select(timeout=1):
             worker: _Worker = key.data
-            line = worker.process.stdout.readline()  # type: ignore[union-attr]
+            line = worker.process.stdout.readline()
             if not line:
                 replace(worker, "the process died (out of memory, or a crash in native code)")
                 continue
@@ -202,7 +202,7 @@ def sweep(kinds: list[str]) -> list[dict[str, Any]]:
                 worker.give(waiting.pop())
             else:
                 worker.kind = ""
-                selector.unregister(worker.process.stdout)  # type: ignore[arg-type]
+                selector.unregister(worker.process.stdout)
                 worker.end()
         for key in list(selector.get_map().values()):
             worker = key.data
