@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest check bench results browser schema constraints clean help
+.PHONY: demo test test-all test-oldest check bench results validity results-gates browser schema constraints clean help
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,9 +48,16 @@ browser: # Debian's chromium, where it is missing and may be installed
 bench: $(INSTALLED) ## speed and memory, as ratios taken in one run
 	$(BIN)/python -m bench.diagnose
 	$(BIN)/python -m bench.ablate
+	$(BIN)/python -m bench.gates
 
 results: $(INSTALLED) ## docs/results.md anew: real models without norms, residuals, MLPs (a quarter of an hour)
 	$(BIN)/python -m bench.results
+
+results-gates: $(INSTALLED) ## the section of docs/results.md on position gates anew (five to ten minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.position_gates
+
+validity: $(INSTALLED) ## docs/validity.md anew: known damage planted into healthy models, and scored (minutes; trains small models once)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.validity
 
 families: $(INSTALLED) ## try every model type of transformers; writes docs/families.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.families --out docs/families.md
@@ -60,6 +67,10 @@ schema: $(INSTALLED) ## write the published JSON Schemas anew from the record da
 		> src/uncollapse/schemas/diagnosis-1.json
 	@$(BIN)/python -c 'import json; from uncollapse.records import *; print(json.dumps(json_schema(AblationRecord), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/ablation-1.json
+	@$(BIN)/python -c 'import json; from uncollapse.records import *; print(json.dumps(json_schema(IdentifiabilityRecord), indent=1, ensure_ascii=False))' \
+		> src/uncollapse/schemas/heads-1.json
+	@$(BIN)/python -c 'import json; from uncollapse.records import *; print(json.dumps(json_schema(SymmetriesRecord), indent=1, ensure_ascii=False))' \
+		> src/uncollapse/schemas/symmetries-1.json
 	@$(BIN)/python -c 'import json; from uncollapse.claims import Ledger; from uncollapse.records import *; print(json.dumps(json_schema(Ledger), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/ledger-1.json
 

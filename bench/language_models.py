@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -101,19 +101,38 @@ def trained(
     """One model, trained with the same recipe whatever it is without."""
     torch.manual_seed(seed)
     model = LanguageModel(depth, width, without)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.1)
+    fit(model, training, seed, steps)
+    return model.eval()
+
+
+def fit(
+    model: nn.Module,
+    training: Tensor,
+    seed: int,
+    steps: int = STEPS,
+    watch: Callable[[int, float], None] | None = None,
+    *,
+    batch: int = BATCH,
+    context: int = CONTEXT,
+    rate: float = RATE,
+) -> None:
+    """The recipe of every training here; the seed decides on the windows. `watch` is told the steps done and the last loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     draws = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        starts = torch.randint(len(training) - CONTEXT - 1, (BATCH, 1), generator=draws)
-        window = training[starts + torch.arange(CONTEXT + 1)]
-        loss = loss_of(model(window[:, :-1]).logits, window[:, 1:])
+    device = next(model.parameters()).device
+    for step in range(steps):
+        starts = torch.randint(len(training) - context - 1, (batch, 1), generator=draws)
+        window = training[starts + torch.arange(context + 1)].to(device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            loss = loss_of(model(window[:, :-1]).logits, window[:, 1:])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    return model.eval()
+        if watch is not None:
+            watch(step + 1, float(loss.detach()))
 
 
 def loss_of(logits: Tensor, targets: Tensor) -> Tensor:

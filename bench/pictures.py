@@ -13,7 +13,7 @@ BLUE, ORANGE, GREY, RED, TEAL = "#2f6db3", "#d9822b", "#8a94a3", "#c2453d", "#2a
 DRAWN_FLOOR = 1e-17  # a logarithmic axis has no zero
 
 
-def _saved(chart: Any, path: Path) -> None:
+def saved(chart: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {"labelFontSize": 11, "titleFontSize": 12, "titleFontWeight": "normal"}
     chart = chart.configure(background="white", font="Helvetica, Arial, sans-serif")
@@ -52,7 +52,7 @@ def grid(curves: dict[str, Sequence[float | None]], floor: float, path: Path) ->
     y = _log("consensus distance")
     line = base.mark_line(point=alt.OverlayMarkDef(size=22)).encode(x=x, y=y, color=color)
     layers = alt.layer(below.encode(y="floor:Q", y2="bottom:Q"), line).properties(width=185, height=190)
-    _saved(layers.facet(facet=alt.Facet("panel:N", title=None, sort=list(panels.values())), columns=4), path)
+    saved(layers.facet(facet=alt.Facet("panel:N", title=None, sort=list(panels.values())), columns=4), path)
 
 
 def dong(found: dict[str, dict[str, Any]], path: Path) -> None:
@@ -68,7 +68,7 @@ def dong(found: dict[str, dict[str, Any]], path: Path) -> None:
     x = alt.X("depth:Q", title="block", axis=alt.Axis(tickMinStep=1))
     chart = alt.Chart(alt.Data(values=rows)).mark_line(point=alt.OverlayMarkDef(size=18))
     chart = chart.encode(x=x, y=_log("‖res X‖ / ‖X‖", 1e-8), color=color).properties(width=200, height=170)
-    _saved(chart.facet(facet=alt.Facet("panel:N", title=None, sort=list(found)), columns=3), path)
+    saved(chart.facet(facet=alt.Facet("panel:N", title=None, sort=list(found)), columns=3), path)
 
 
 def trained(curves: Sequence[tuple[str, str, Sequence[float]]], path: Path) -> None:
@@ -86,7 +86,7 @@ def trained(curves: Sequence[tuple[str, str, Sequence[float]]], path: Path) -> N
     low = 10.0 ** min(-2, math.floor(math.log10(lowest)))
     chart = chart.encode(x=x, y=_log("consensus distance", low), color=color, detail="seed:N")
     chart = chart.properties(width=300, height=210)
-    _saved(
+    saved(
         chart.facet(facet=alt.Facet("panel:N", title=None, sort=["trained without", "removed from the trained whole"])),
         path,
     )

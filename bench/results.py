@@ -1,4 +1,4 @@
-"""docs/results.md, with its tables and pictures: what real models are without norms, residuals and MLPs.
+"""docs/results.md, with its tables and pictures: what real models are without norms, residuals and MLPs, and with position gates.
 
     make results                                 everything, about a quarter of an hour on two cores
     python -m bench.results --only smollm2       one section anew; the document is rebuilt from the saved numbers
@@ -21,6 +21,8 @@ from typing import Any
 import jinja2
 
 from bench import language_models, pictures, pretrained, published
+from bench.position_gates import document as gates_document
+from bench.position_gates import experiments as gates
 from bench.weights import CACHE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +45,7 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     **{key: _subject(key) for key in pretrained.SUBJECTS},
     "dong": pretrained.dong,
     "trained": language_models.section,
+    "gates": gates.section,
 }
 
 
@@ -307,6 +310,7 @@ def document() -> None:
         beside_noted=beside_noted,
         verdicts=verdicts,
         dong_table=dong_table,
+        position_gates=gates_document.text(found["gates"], IMAGES).strip() if "gates" in found else "",
         trained_table=trained_table,
         shapes_table=shapes_table,
         language=language_models,

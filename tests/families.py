@@ -7,6 +7,7 @@ no attention uniform: a part that is taken away must show.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -54,7 +55,7 @@ def _drawn(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 
 def _auto(config: Any) -> Callable[[], nn.Module]:
-    return _drawn(lambda: hf.AutoModel.from_config(config))
+    return _drawn(lambda: hf.AutoModel.from_config(copy.deepcopy(config)))
 
 
 _SMALL: dict[str, Any] = {

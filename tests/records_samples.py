@@ -3,7 +3,9 @@
 `encoder` is a small bidirectional model in good health but for one sharp head, `translation` an encoder–decoder with
 cross-attention and absent values, `collapsed` one that falls to the rounding floor, `single_block` the smallest and
 `large` the largest thing a page has to bear. `quiet` has no finding. `ablation` is the grid of eight runs on the encoder,
-`causal_ablation` a language model whose loss is known, with a run that could not be followed.
+`causal_ablation` a language model whose loss is known, with a run that could not be followed. `symmetries` is what the four
+groups did to the encoder, `two_stacks` to the encoder–decoder, `deep` to a model of 40 blocks with the context lengths tried,
+`lengths` a diagnosis that tried them too.
 """
 
 from __future__ import annotations
@@ -27,9 +29,12 @@ from uncollapse.records import (
     RateRecord,
     SiteRecord,
     Statistic,
+    SymmetriesRecord,
     SymmetryRecord,
+    SymmetryTest,
     UpdateRecord,
     VerdictRecord,
+    WidthScaling,
 )
 
 NOT_AT_CORE = "measured at --level full only"
@@ -82,7 +87,12 @@ def site(
         token_similarity=statistic(similarity, 0.1, top=1.0),
         rank_gap=None if share < 0.5 else statistic(3.1e4, 0.8),
         massive_tokens_left_out=left_out,
-        unavailable={"rank_gap": "no singular value lies below the cut"} if share < 0.5 else {},
+        consensus_after_norm=statistic(consensus, 0.1, top=1.0),
+        stream_carried=statistic(0.9, 0.05) if name.startswith("block.") else None,
+        distinct_tokens=None if name.startswith("block.") else statistic(0.7 * n, 0.1),
+        unavailable=({"rank_gap": "no singular value lies below the cut"} if share < 0.5 else {})
+        | ({"distinct_tokens": "counted at the embedding"} if name.startswith("block.") else {})
+        | ({} if name.startswith("block.") else {"stream_carried": "no block comes before"}),
     )
 
 
@@ -109,6 +119,8 @@ def attention(
                 normalized_entropy=statistic(share, 0.1, top=1.0),
                 entropy_floor=statistic(share * 0.8, 0.3),
                 max_logit=statistic(2 + 9 * (1 - share), 0.2),
+                rest_entropy=statistic(0.3 + 0.6 * share, 0.1, top=1.0),
+                key_share=statistic(share**2, 0.1, top=1.0),
                 value_contraction=statistic(0.3 + 0.6 * (1 - share), 0.1),
                 susceptibility=statistic(0.9 * (1 - share), 0.2) if full else None,
                 contraction=statistic(0.5 + 0.7 * (1 - share), 0.1) if full else None,
@@ -270,6 +282,83 @@ def collapsed() -> DiagnosisRecord:
     return replace(encoder(), trajectory=trajectory, findings=[AMBIGUOUS, FALLING, SHARP_HEAD])
 
 
+SURVIVING = "S_n: every permutation of the tokens"
+NOT_ACTED = "measured by `uncollapse symmetries`"
+
+
+def symmetry_records(
+    sites: list[str],
+    consensus: list[Statistic | None],
+    calls: list[str],
+    rng: np.random.Generator,
+) -> list[SymmetryRecord]:
+    """The four records of a diagnosis: the order parameters along depth, and no group has acted."""
+
+    def over_heads(low: float, high: float) -> list[Statistic | None]:
+        means = low + (high - low) * rng.random(len(calls))
+        return [Statistic(float(m), float(0.3 * m), float(min(1.0, 1.3 * m)), 12) for m in means]
+
+    rows: list[tuple[str, str, str, list[str], list[Statistic | None], list[str], list[str]]] = [
+        (
+            "rank-collapse-depth",
+            "S_n: permutations of the tokens",
+            "consensus distance",
+            sites,
+            consensus,
+            ["positions"],
+            ["12 residual additions", "6 MLPs"],
+        ),
+        (
+            "rank-collapse-width",
+            "S_n: permutations of the keys alone",
+            "1 - normalised entropy",
+            calls,
+            over_heads(0.15, 0.4),
+            ["query and key weights", "positions"],
+            [],
+        ),
+        (
+            "head-channel-non-identifiability",
+            "S_H and GL(d_k): permutations of the heads, a change of basis in each",
+            "1 - overlap of write spaces",
+            calls,
+            over_heads(0.85, 0.95),
+            [],
+            [],
+        ),
+        (
+            "entropy-collapse",
+            "R and R+: shifts and scalings of the logits",
+            "normalised entropy",
+            calls,
+            over_heads(0.6, 0.85),
+            [],
+            [],
+        ),
+    ]
+    return [
+        SymmetryRecord(
+            phenomenon=phenomenon,  # type: ignore[arg-type]
+            group=group,
+            equivariance_defect=None,
+            measure=measure,
+            places=places,
+            order_parameter=values,
+            collapsed_value=0.0,
+            slope=None,
+            breakers=breakers,
+            stabilisers=stabilisers,
+            unavailable={
+                "equivariance_defect": NOT_ACTED,
+                "slope": "measured with --context-lengths"
+                if phenomenon == "rank-collapse-width"
+                else "only collapse in width is a limit in the context length",
+            },
+        )
+        for phenomenon, group, measure, places, values, breakers, stabilisers in rows
+    ]
+
+
 def translation() -> DiagnosisRecord:
     """Encoder and decoder, cross-attention, the panels that `full` adds, and values that could not be measured."""
     rng = np.random.default_rng(1)
@@ -343,19 +432,6 @@ def translation() -> DiagnosisRecord:
         for sublayer, kind in (("attention", "self"), ("attention", "cross"), ("mlp", None))
         if not (stack == "encoder" and kind == "cross")
     ]
-    symmetries = [
-        SymmetryRecord(
-            phenomenon="rank-collapse-depth",
-            group="S_n",
-            equivariance_defect=None,
-            order_parameter=[s.consensus_distance for s in trajectory[:5]],
-            collapsed_value=0.0,
-            slope=None,
-            breakers=["positions", "causal mask"],
-            stabilisers=["residual", "MLP"],
-            unavailable={"equivariance_defect": "measured by `uncollapse symmetries`", "slope": "one context length"},
-        )
-    ]
     return replace(
         encoder(),
         model=model_info(
@@ -374,7 +450,12 @@ def translation() -> DiagnosisRecord:
         heads=projections,
         norms=norms,
         updates=updates,
-        symmetries=symmetries,
+        symmetries=symmetry_records(
+            [s.site for s in trajectory],
+            [s.consensus_distance for s in trajectory],
+            [f"block.{b}" + (".cross" if kind == "cross" else "") for _, kind, b in calls],
+            rng,
+        ),
         findings=[
             replace(FALLING, block=7, stack="decoder", severity="warning"),
             replace(SHARP_HEAD, block=5, head=3, stack="decoder"),
@@ -583,3 +664,194 @@ def causal_ablation() -> AblationRecord:
         norms=base.norms,
         updates=base.updates,
     )
+
+
+def acted(
+    phenomenon: str,
+    action: str,
+    defect: float | None,
+    *,
+    holds: bool | None,
+    surviving: str = SURVIVING,
+    dimension: int | None = None,
+    without: tuple[str, ...] = (),
+    is_symmetry: bool = True,
+    reason: str = "",
+) -> SymmetryTest:
+    """A test on 16 sequences, beside rounding of 4.1e-7."""
+    return SymmetryTest(
+        phenomenon=phenomenon,  # type: ignore[arg-type]
+        action=action,
+        is_symmetry=is_symmetry,
+        surviving=surviving,
+        dimension=dimension,
+        without=list(without),
+        defect=None if defect is None else statistic(defect, 0.2, 16),
+        rounding=None if defect is None else statistic(4.1e-7, 0.1, 16),
+        holds=holds,
+        unavailable={"defect": reason} if reason else {},
+    )
+
+
+def symmetries() -> SymmetriesRecord:
+    """The encoder in float32: positions alone break the order of tokens, one gauge could not be applied."""
+    base = encoder()
+    rng = np.random.default_rng(4)
+    calls = [f"block.{b}" for b in range(6)]
+    four = symmetry_records([s.site for s in base.trajectory], [s.consensus for s in base.trajectory], calls, rng)
+    defects = [0.312, 0.874, 3.9e-7, None]
+    four = [
+        replace(
+            each,
+            equivariance_defect=None if defect is None else statistic(defect, 0.1, 16),
+            unavailable={**each.unavailable, "equivariance_defect": "scaling the logits is no symmetry"},
+        )
+        for each, defect in zip(four, defects, strict=True)
+    ]
+    heads, entropy = "head-channel-non-identifiability", "entropy-collapse"
+    return SymmetriesRecord(
+        schema="uncollapse/symmetries/1",
+        versions=base.versions,
+        model=base.model,
+        probe=replace(
+            base.probe, sequences=16, tokens=688, command="uncollapse symmetries demo --html symmetries.html"
+        ),
+        symmetries=four,
+        tests=[
+            acted("rank-collapse-depth", "token permutation", 0.312, holds=False),
+            acted("rank-collapse-depth", "token permutation", 4.3e-7, holds=True, without=("positions",)),
+            acted("rank-collapse-depth", "token permutation", 0.298, holds=False, without=("mlp",)),
+            acted(
+                "rank-collapse-width",
+                "key permutation",
+                0.874,
+                holds=None,
+                is_symmetry=False,
+                surviving="nothing: only in the limit of long contexts",
+            ),
+            acted(heads, "head permutation", 0.0, holds=True, surviving="S_12 in every block"),
+            acted(
+                heads,
+                "value-output gauge",
+                6.2e-7,
+                holds=True,
+                surviving="GL(32) and shifts in each of 12 heads",
+                dimension=12_672,
+            ),
+            acted(
+                heads,
+                "query-key gauge",
+                None,
+                holds=None,
+                surviving="not known here",
+                dimension=None,
+                reason="the queries and keys come out of one quantised weight",
+            ),
+            acted(entropy, "logit shift", 2.9e-7, holds=True, surviving="R for each row", dimension=43),
+            acted(entropy, "logit scaling", 0.127, holds=None, is_symmetry=False, surviving="nothing", dimension=0),
+        ],
+        findings=[
+            replace(SHARP_HEAD, code="ENTROPY-FROZEN"),
+            replace(AMBIGUOUS, code="HEADS-KERNEL", block=2),
+        ],
+    )
+
+
+def scaling(
+    block: int, slope: float | None, regime: str, *, stack: str | None = None, kind: str = "self"
+) -> WidthScaling:
+    """sigma_2 at 32, 64, 128 and 256 tokens, on a power law but for a little wobble."""
+    lengths = [32, 64, 128, 256]
+    values = [0.6 * (n / 32) ** (slope or 0.0) * (1 + 0.03 * (-1) ** i) for i, n in enumerate(lengths)]
+    return WidthScaling(
+        block=block,
+        stack=stack,  # type: ignore[arg-type]
+        kind=kind,  # type: ignore[arg-type]
+        context_lengths=lengths,
+        second_singular_value=[None if slope is None else Statistic(v, 0.5 * v, 1.4 * v, 12) for v in values],
+        slope=slope,
+        slope_low=None if slope is None else slope - 0.09,
+        slope_high=None if slope is None else slope + 0.09,
+        regime=regime,
+    )
+
+
+INDEPENDENT = "falls like independent logits: attention tends to one mixture for all tokens as the context grows"
+SLOWER = "falls slower than independent logits"
+NO_TREND = "no trend: the patterns keep a second direction at every length"
+
+
+def with_scaling(four: list[SymmetryRecord], fitted: list[WidthScaling]) -> list[SymmetryRecord]:
+    """The four records with context lengths tried."""
+    slopes = [each.slope for each in fitted if each.slope is not None]
+    slope = Statistic(sum(slopes) / len(slopes), min(slopes), max(slopes), len(slopes))
+    return [
+        replace(each, scaling=fitted, slope=slope, unavailable={"equivariance_defect": NOT_ACTED})
+        if each.phenomenon == "rank-collapse-width"
+        else each
+        for each in four
+    ]
+
+
+def deep() -> SymmetriesRecord:
+    """40 blocks, causal, with context lengths tried; critically low in depth."""
+    rng = np.random.default_rng(5)
+    consensus = 0.95 * np.exp(-np.linspace(0, 5, 41)) + 0.003 * rng.random(41)
+    fitted = [
+        scaling(b, float(s), SLOWER if s < -0.25 else NO_TREND)
+        for b, s in enumerate(-0.25 - 0.2 * rng.standard_normal(40))
+    ]
+    fitted[7] = scaling(7, None, "no slope: the second singular value could not be measured at two lengths")
+    fitted[9] = replace(fitted[9], slope_low=None, slope_high=None)
+    four = symmetry_records(
+        ["embedding", *(f"block.{b}" for b in range(40))],
+        [statistic(float(c), 0.2, top=1.0) for c in consensus],
+        [f"block.{b}" for b in range(40)],
+        rng,
+    )
+    four[0] = replace(four[0], breakers=["positions", "causal mask"], stabilisers=["80 residual additions", "40 MLPs"])
+    return replace(
+        symmetries(),
+        model=model_info("forty-blocks", blocks=40, norm_placement="pre", architecture="LlamaForCausalLM"),
+        symmetries=with_scaling(four, fitted),
+        findings=[
+            replace(FALLING, code="DEPTH-CONSENSUS", block=37),
+            *(replace(SHARP_HEAD, code="ENTROPY-FROZEN", block=b, head=b % 12) for b in (3, 12, 38)),
+        ],
+    )
+
+
+def two_stacks() -> SymmetriesRecord:
+    """The encoder–decoder: cross-attention, a place without a value, an order parameter that was not measured at all."""
+    base = translation()
+    four = list(base.symmetries)
+    four[1] = replace(four[1], order_parameter=[None, *four[1].order_parameter[1:]])
+    nothing: list[Statistic | None] = [None] * len(four[2].places)
+    four[2] = replace(
+        four[2],
+        order_parameter=nothing,
+        unavailable={**four[2].unavailable, "order_parameter": "the projection is quantised"},
+    )
+    fitted = [
+        scaling(0, -0.52, INDEPENDENT, stack="encoder"),
+        scaling(4, -0.1, NO_TREND, stack="decoder"),
+        scaling(4, -0.31, SLOWER, stack="decoder", kind="cross"),
+    ]
+    return replace(
+        symmetries(),
+        model=base.model,
+        symmetries=with_scaling(four, fitted),
+        tests=[],
+        findings=[replace(FALLING, block=7, stack="decoder", severity="warning")],
+    )
+
+
+def lengths() -> DiagnosisRecord:
+    """The encoder with the four symmetries, context lengths tried, and findings about two of them."""
+    base = encoder()
+    rng = np.random.default_rng(6)
+    four = symmetry_records(
+        [s.site for s in base.trajectory], [s.consensus for s in base.trajectory], [f"block.{b}" for b in range(6)], rng
+    )
+    fitted = [scaling(b, -0.05 - 0.1 * b, INDEPENDENT if b > 3 else SLOWER if b > 1 else NO_TREND) for b in range(6)]
+    return replace(base, symmetries=with_scaling(four, fitted), findings=[AMBIGUOUS, FALLING, SHARP_HEAD])

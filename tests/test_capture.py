@@ -16,7 +16,7 @@ from tiny_models import FAMILIES, text_batch
 from torch import Tensor, nn
 
 import uncollapse as uc
-from uncollapse.capture import PLAIN_MEASURES, Observations, capture
+from uncollapse.capture import PLAIN_MEASURES, STREAM_MEASURES, Observations, capture
 from uncollapse.proof import proved_anatomy
 
 
@@ -128,3 +128,89 @@ def test_not_finite_sequences_are_counted_and_the_rest_is_measured() -> None:
     observed = observe(model, [batch])
     assert [s.not_finite for s in observed.sites] == [1] * 4
     assert all(s.plain.summary(PLAIN_MEASURES.index("rank"))[3] == 2 for s in observed.sites)
+
+
+# What the stream looks like behind a norm, and what a block hands on -----------------------------------------------------
+
+
+def stream_table(observed: Observations) -> np.ndarray:
+    return np.array([[s.stream.summary(i)[0] for i in range(len(STREAM_MEASURES))] for s in observed.sites])
+
+
+class InPlace(nn.Module):
+    """A block that adds its update to the stream it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.projection = nn.LayerNorm(32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.norm(x).unflatten(-1, (4, 8)).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+        x += self.projection(mixed)
+        return x
+
+
+class InPlaceModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, 32)
+        self.blocks = nn.ModuleList(InPlace() for _ in range(2))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "in place"])
+def test_the_stream_is_compared_across_each_block_as_the_next_norm_reads_it(name: str) -> None:
+    model = (InPlaceModel() if name == "in place" else FAMILIES[name].build()).eval()
+    batch = text_batch(2)
+    if name == "in place":
+        del batch["attention_mask"]
+    with torch.no_grad():
+        for i, parameter in enumerate(p for n, p in model.named_parameters() if "orm" in n and p.ndim == 1):
+            parameter.mul_(
+                1 + i % 5
+            )  # gains of different size: what a norm hands on has another norm than what it read
+    blocks = [model.get_submodule(b.module.name) for b in proved_anatomy(model, batch).blocks]
+    clouds: list[tuple[np.ndarray, np.ndarray]] = []
+    entered: list[Tensor] = []
+    hooks = [b.register_forward_pre_hook(lambda _m, args: entered.append(args[0].clone())) for b in blocks]
+    hooks += [
+        b.register_forward_hook(
+            lambda _m, _i, out: clouds.append(
+                (entered.pop().double().numpy(), (out if isinstance(out, Tensor) else out[0]).double().numpy())
+            )
+        )
+        for b in blocks
+    ]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    table = stream_table(observe(model, [batch]))
+    for row, (before, after) in zip(table[1:], clouds, strict=True):
+        apart, carried = [], []
+        for x, y in zip(before, after, strict=True):
+            unit = y - (0 if name == "llama" else y.mean(-1, keepdims=True))  # an RMS norm takes no mean away
+            unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+            apart.append(np.linalg.norm(unit - unit.mean(0)) / math.sqrt(len(unit)))
+            size = np.linalg.norm(x, axis=-1) * np.linalg.norm(y if name == "bert" else x, axis=-1)
+            carried.append(np.median((x * y).sum(-1) / size))
+        assert row[0] == pytest.approx(np.mean(apart), rel=1e-5)
+        assert row[1] == pytest.approx(np.mean(carried), rel=1e-4)
+    assert math.isnan(table[0, 1])
+
+
+def test_different_tokens_are_counted_without_padding() -> None:
+    batch = text_batch(2, 7)
+    batch["input_ids"] = torch.tensor([[5, 5, 6, 5, 9, 9, 0], [7, 7, 7, 7, 7, 7, 7]])
+    batch["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]])
+    table = stream_table(observe(FAMILIES["bert"].build().eval(), [batch]))
+    assert table[0, 2] == (3 + 1) / 2
+    assert np.isnan(table[1:, 2]).all()
+    pixels = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    assert np.isnan(stream_table(observe(FAMILIES["vit"].build().eval(), [pixels]))[:, 2]).all()

@@ -105,6 +105,7 @@ def test_everything_left_out_has_its_default(diagnose: Diagnose, run: Run) -> No
             ("demo", None),
             {
                 "level": "core",
+                "context_lengths": None,
                 "sequences": None,
                 "max_tokens": 128,
                 "batch_size": 16,
@@ -125,7 +126,7 @@ def test_every_option_arrives(diagnose: Diagnose, run: Run, tmp_path: Path) -> N
     (tmp_path / "c.txt").write_text("three")
     texts = ["--text", str(tmp_path / "a b.txt"), "--text", str(tmp_path / "c.txt")]
     given = """
-        --level full --sequences 8 --max-tokens 32 --batch-size 4 --seed 7
+        --level full --sequences 8 --max-tokens 32 --batch-size 4 --seed 7 --context-lengths 64,16
         --device cpu --dtype float64 --device-map auto --trust-remote-code
     """
     assert run("diagnose", "org/model", *texts, *given.split())[0] == 0
@@ -134,6 +135,7 @@ def test_every_option_arrives(diagnose: Diagnose, run: Run, tmp_path: Path) -> N
     assert options.pop("command").startswith(f"uncollapse diagnose org/model --text '{tmp_path}/a b.txt' --text ")
     assert options == {
         "level": "full",
+        "context_lengths": [64, 16],
         "sequences": 8,
         "max_tokens": 32,
         "batch_size": 4,
@@ -164,6 +166,14 @@ def test_usage_errors_end_with_2(diagnose: Diagnose, run: Run, arguments: list[s
     assert (code, out) == (2, "")
     assert "Traceback" not in err
     assert "--help" in err or "-h" in err
+    assert not diagnose.calls
+
+
+@pytest.mark.parametrize("lengths", ["64;128", "64,", "-8,16", "many"])
+def test_context_lengths_that_are_no_numbers_end_with_2_in_one_line(diagnose: Diagnose, run: Run, lengths: str) -> None:
+    code, out, err = run("diagnose", f"--context-lengths={lengths}")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "--context-lengths: expected numbers of tokens" in err
     assert not diagnose.calls
 
 

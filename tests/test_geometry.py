@@ -735,3 +735,68 @@ def test_the_examples_in_the_docstrings() -> None:
     outcome = doctest.testmod(geometry, extraglobs={"torch": torch})
     assert outcome.attempted > 15
     assert outcome.failed == 0
+
+
+# What a reader behind a norm sees, and what a block hands on -------------------------------------------------------------
+
+
+def directions(x: np.ndarray, centred: bool) -> np.ndarray:
+    rows = [row - row.mean() if centred else row for row in x.astype(np.float64)]
+    return np.array([row / math.sqrt(float(row @ row)) for row in rows])
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_consensus_after_norm_is_the_consensus_of_the_directions(centred: bool, dtype: torch.dtype) -> None:
+    x = (torch.randn(3, 9, 16, generator=torch.Generator().manual_seed(1)) + 2).to(dtype)
+    mask = torch.arange(9) < torch.tensor([[9], [5], [2]])
+    found = geometry.consensus_after_norm(x.masked_fill(~mask[..., None], math.nan), mask, centred=centred)
+    for i, n in enumerate((9, 5, 2)):
+        unit = directions(x[i, :n].double().numpy(), centred)
+        cosines = unit @ unit.T
+        assert found[i].item() == pytest.approx(math.sqrt(1 - cosines.mean()), abs=1e-12)
+
+
+def test_consensus_after_norm_sees_neither_sizes_nor_a_common_level() -> None:
+    x = torch.randn(12, 32, dtype=torch.float64)
+    plain = geometry.consensus_after_norm(x)
+    sizes = 10 ** torch.linspace(-3, 3, 12, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(geometry.consensus_after_norm(x * sizes + 1000), plain, rtol=1e-6, atol=0)
+    assert geometry.consensus_after_norm(x + 1000, centred=False) < 0.01
+    assert geometry.consensus_distance(x + 1000) < 0.01
+
+
+def test_consensus_after_norm_is_that_of_torchs_own_norm() -> None:
+    x = torch.randn(7, 64, dtype=torch.float64) + torch.randn(64)
+    normed = torch.nn.functional.layer_norm(x, (64,), eps=0)
+    torch.testing.assert_close(geometry.consensus_after_norm(x), geometry.consensus_distance(normed))
+
+
+def test_consensus_after_norm_says_nan_where_nothing_can_be_said() -> None:
+    assert geometry.consensus_after_norm(torch.randn(1, 4)).isnan()
+    assert geometry.consensus_after_norm(torch.zeros(3, 4)).isnan()
+    x = torch.randn(2, 3, 4)
+    x[0, 1, 2] = math.inf
+    assert geometry.consensus_after_norm(x).isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("is_normalized", [True, False])
+def test_stream_carried_is_the_median_share_of_the_tokens(is_normalized: bool) -> None:
+    x, y = torch.randn(2, 9, 6, dtype=torch.float64), torch.randn(2, 9, 6, dtype=torch.float64)
+    mask = torch.arange(9) < torch.tensor([[9], [5]])
+    found = geometry.stream_carried(x, y.masked_fill(~mask[..., None], math.nan), mask, is_normalized=is_normalized)
+    for i, n in enumerate((9, 5)):
+        shares = []
+        for a, b in zip(x[i, :n].numpy(), y[i, :n].numpy(), strict=True):
+            size = math.sqrt(float(a @ a) * float(b @ b)) if is_normalized else float(a @ a)
+            shares.append(float(a @ b) / size)
+        assert found[i].item() == pytest.approx(float(np.median(shares)))  # odd numbers of tokens
+
+
+def test_stream_carried_is_the_factor_of_the_residual_whatever_one_massive_token_does() -> None:
+    x = torch.randn(1, 31, 512, dtype=torch.float64)
+    y = 0.3 * x + torch.randn(1, 31, 512, dtype=torch.float64)
+    y[:, 4] += 1e4
+    assert geometry.stream_carried(x, y).item() == pytest.approx(0.3, abs=0.03)
+    x[0, 0, 0] = math.nan
+    assert geometry.stream_carried(x, y).isnan()

@@ -226,6 +226,8 @@ def test_figures_do_not_depend_on_the_models_own_gauge(seed, head_count, head_wi
     close(heads.principal_angles(moved, head_count), heads.principal_angles(W, head_count).numpy(), 1e-6)
     conditioning = heads.conditioning(W, head_count)
     assert heads.conditioning(moved, head_count) == pytest.approx(conditioning, rel=1e-4) or conditioning > 1e8
+    gains = heads.head_noise_gain(W, head_count)
+    assert conditioning > 1e8 or torch.allclose(heads.head_noise_gain(moved, head_count), gains, rtol=1e-4)
     close(
         heads.contribution_energy(outputs, moved, head_count),
         heads.contribution_energy(O, W, head_count).numpy(),
@@ -239,6 +241,57 @@ def test_figures_do_not_depend_on_the_models_own_gauge(seed, head_count, head_wi
         heads.write_space_overlap(W, head_count)[order][:, order].numpy(),
         1e-9,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_smallest_angle_is_the_first_of_all(dtype):
+    for mixed, width in ((12, 16), (12, 6), (12, 40)):
+        W = projection(mixed, width).to(dtype)
+        W[3:6] = W[0:3] + 1e-5 * W[3:6]
+        W[9:12] = 0
+        found = heads.smallest_principal_angle(W, 4)
+        close(found, heads.principal_angles(W, 4)[..., 0].numpy(), 1e-14)
+        assert found[3].isnan().all()
+        assert found[0, 1] < 1e-4
+
+
+def test_a_small_angle_keeps_its_digits():
+    W = torch.tensor([[1.0, 0.0], [math.cos(1e-9), math.sin(1e-9)]], dtype=torch.float64)
+    assert heads.smallest_principal_angle(W, 2)[0, 1] == pytest.approx(1e-9, rel=1e-6)
+
+
+def test_a_heads_noise_gain_is_the_norm_of_the_map_that_reads_it_off():
+    W = projection(12, 16)
+    W[3:6] = W[0:3] + 0.05 * W[3:6]
+    blocks = W.view(4, 3, 16).numpy()
+    bases = [np.linalg.qr(block.T)[0].T for block in blocks]
+    reading = np.linalg.pinv(np.vstack(bases))  # from the output to the coordinates of all heads
+    expected = [np.linalg.norm(reading[:, 3 * h : 3 * h + 3], 2) for h in range(4)]
+    close(heads.head_noise_gain(W, 4), expected, 1e-9)
+    assert expected[1] > 4 * expected[3]
+    assert max(expected) <= heads.conditioning(W, 4)
+    # it really is what noise along the worst direction becomes
+    worst = np.linalg.svd(reading[:, 3:6])[0][:, 0]
+    assert np.linalg.norm(worst @ reading[:, 3:6]) == pytest.approx(expected[1])
+
+
+@pytest.mark.parametrize("angle", [1e-3, 0.5, math.pi / 2])
+def test_noise_gain_of_two_lines_and_a_bystander(angle):
+    W = torch.tensor([[3.0, 0.0, 0.0], [math.cos(angle), math.sin(angle), 0.0], [0.0, 0.0, 0.2]], dtype=torch.float64)
+    close(heads.head_noise_gain(W, 3), [1 / math.sin(angle), 1 / math.sin(angle), 1], 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_heads_that_cannot_be_told_apart_leave_the_others_their_gain(dtype):
+    W = projection(16, 64)
+    W[4:8] = projection(4, 4) @ W[0:4]
+    found = heads.head_noise_gain((W / 3).to(dtype), 4)
+    assert found[:2].tolist() == [math.inf, math.inf]
+    close(found[2:], heads.head_noise_gain(W[4:], 3)[1:].numpy(), 0.05)
+    assert heads.head_noise_gain(projection(20, 16).to(dtype), 4).tolist() == [math.inf] * 4  # wider than the stream
+    W[8:12] = 0
+    assert heads.head_noise_gain(W.to(dtype), 4)[2] == 0
+    assert heads.head_noise_gain(torch.zeros(4, 4, dtype=dtype), 2).tolist() == [0, 0]
 
 
 # Energies -------------------------------------------------------------------------------------------------------------

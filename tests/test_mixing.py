@@ -1,6 +1,7 @@
 """Attention measures against row-by-row references, closed forms and the laws they must obey."""
 
 import doctest
+import itertools
 import math
 
 import numpy as np
@@ -529,3 +530,81 @@ def test_contraction_and_dobrushin_bound_what_they_promise(seed, tokens, size):
 def test_unusable_input_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call(*queries_and_keys())
+
+
+# What findings read: the row without its strongest key, and the share of the keys ------------------------------------------
+
+
+def rest_and_share(logits: np.ndarray) -> tuple[float, float]:
+    """One row's figures from its allowed logits, in the order of the definitions."""
+
+    def entropy(values: np.ndarray) -> float:
+        weights = np.exp(values - values.max())
+        weights /= weights.sum()
+        return -float(sum(a * math.log(a) for a in weights if a > 0))
+
+    T = len(logits)
+    if T < mixing.FEW_KEYS:
+        return math.nan, math.nan
+    rest = entropy(np.delete(logits, logits.argmax())) / math.log(T - 1)
+    share = (math.exp(entropy(logits)) - 1) / (T - 1)
+    return rest if T >= mixing.FEW_RIVALS else math.nan, share
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 8.0, 25.0])
+@pytest.mark.parametrize("route", ["logits", "weights"])
+def test_rest_entropy_and_key_share_are_those_of_numpy(scale: float, route: str) -> None:
+    generator = torch.Generator().manual_seed(int(scale * 10))
+    q, k = (torch.randn(2, 3, 40, 16, generator=generator) for _ in range(2))
+    q = q * scale
+    logits = q.double() @ k.double().mT / 4
+    if route == "logits":
+        rows = mixing.row_statistics(q, k, causal=True)
+    else:
+        masked = logits.float().masked_fill(torch.ones(40, 40).triu(1).bool(), torch.finfo(torch.float32).min)
+        rows = mixing.row_statistics_from_weights(masked.softmax(-1), masked)
+    for index in itertools.product(range(2), range(3), range(40)):
+        rest, share = rest_and_share(logits[index][: index[2] + 1].numpy())
+        # From weights the smallest are lost where single precision ends; the logits keep more digits.
+        assert rows.rest_entropy[index].item() == pytest.approx(rest, abs=2e-4, nan_ok=True)
+        assert rows.key_share[index].item() == pytest.approx(share, abs=2e-5, nan_ok=True)
+
+
+def test_a_sink_takes_the_entropy_and_leaves_the_rest() -> None:
+    """Any strength that single precision can still look behind."""
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 30, 8)
+    plain = mixing.row_statistics(q, k[..., 1:, :])
+    for strength in (0.0, 20.0, 60.0):
+        bias = torch.zeros(1, 1, 1, 30)
+        bias[..., 0] = 30 + strength
+        rows = mixing.row_statistics(q, k, bias=bias)
+        assert rows.entropy.item() < 1e-6
+        expected = plain.entropy.item() / math.log(29)
+        assert rows.rest_entropy.item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_nothing_left_beside_the_strongest_is_a_rest_of_zero_and_nan_stays_nan() -> None:
+    q, k = torch.ones(1, 1, 1, 1), torch.linspace(0, 3000, 20).view(1, 1, 20, 1)
+    assert mixing.row_statistics(q, k, scale=1.0).rest_entropy.item() == 0
+    k[..., 3, 0] = math.nan
+    assert mixing.row_statistics(q, k, scale=1.0).rest_entropy.isnan().all()
+
+
+@pytest.mark.parametrize("n", [8, 64, 512])
+def test_the_share_of_keys_that_random_logits_use_does_not_depend_on_their_number(n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    weights = (torch.randn(1, 1, 20_000 // n, n, generator=generator) * 0.4).softmax(-1)
+    share = mixing.row_statistics_from_weights(weights).key_share.mean().item()
+    assert share == pytest.approx(1 - 0.16 / 2, abs=0.008)
+
+
+def test_padded_keys_change_neither_the_rest_nor_the_share() -> None:
+    generator = torch.Generator().manual_seed(3)
+    q, k = (3 * torch.randn(2, 2, 24, 8, generator=generator) for _ in range(2))
+    wide_q, wide_k = (torch.cat([t, 50 * torch.ones(2, 2, 5, 8)], 2) for t in (q, k))
+    real = (torch.arange(29) < 24).expand(2, 29)
+    plain = mixing.row_statistics(q, k)
+    padded = mixing.row_statistics(wide_q, wide_k, key_mask=real, query_mask=real)
+    for name in ("rest_entropy", "key_share"):
+        torch.testing.assert_close(getattr(padded, name)[..., :24], getattr(plain, name))
+        assert getattr(padded, name)[..., 24:].isnan().all()

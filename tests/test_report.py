@@ -153,6 +153,8 @@ SITE_TITLES = {
     "consensus_distance": "consensus distance",
     "token_similarity": "token similarity",
     "rank_gap": "gap at the cut",
+    "consensus_after_norm": "consensus distance behind a norm",
+    "stream_carried": "stream carried on",
 }
 LEFT_OUT_TITLES = {
     "tokens_left_out": "tokens left out",
@@ -167,6 +169,8 @@ HEAD_TITLES = {
     "entropy": "entropy",
     "entropy_floor": "entropy floor",
     "max_logit": "largest logit",
+    "rest_entropy": "entropy without the strongest key",
+    "key_share": "share of keys used",
     "value_contraction": "value contraction",
     "susceptibility": "susceptibility",
     "contraction": "contraction",
@@ -263,10 +267,13 @@ def test_norms_updates_and_symmetries_show_their_figures(pages: dict[str, Page])
         assert update.null_out_of_span_energy is not None
         holds(shown[row, "out-of-span energy"], update.out_of_span_energy)
         holds(shown[row, "its null"], update.null_out_of_span_energy)
-    symmetry = shown["symmetry-rank-collapse-depth", "order parameter"]
-    values = [s.mean for s in record.symmetries[0].order_parameter if s is not None]
-    assert printed(symmetry["text"]) == pytest.approx(min(values), rel=5e-3)
-    assert symmetry["small"] == f"{values[0]:.3f} → {values[-1]:.3f}"
+    assert len(record.symmetries) == 4
+    for symmetry in record.symmetries:
+        for position, value in enumerate(symmetry.order_parameter):
+            row = f"order-{symmetry.phenomenon}-{position}"
+            assert value is not None
+            holds(shown[row, "order parameter"], value)
+            assert printed(shown[row, "distance"]["text"]) == pytest.approx(value.mean, rel=5.1e-3)
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -543,7 +550,9 @@ def test_hostile_text_stays_text_everywhere() -> None:
         attention=[replace(a, route=evil) for a in record.attention],
         heads=[replace(h, verdict=evil) for h in record.heads],
         norms=[replace(n, norm=evil) for n in record.norms],
-        symmetries=[replace(s, group=evil, breakers=[evil]) for s in record.symmetries],
+        symmetries=[
+            replace(s, group=evil, measure=evil, breakers=[evil], stabilisers=[evil]) for s in record.symmetries
+        ],
         findings=[replace(f, code=evil, message=evil, remedy=evil, reference=evil) for f in record.findings],
     )
     shown = Page(page(record))

@@ -109,3 +109,19 @@ def test_positions_that_cannot_be_taken_away_are_refused(name: str) -> None:
     proved_anatomy(model, inputs_for(family))
     with pytest.raises(uc.UnsupportedModel, match="Take away another component"), uc.without(model, "positions"):
         pass
+
+
+@pytest.mark.parametrize("name", [n for n in TOLD if n not in {"bert", "albert", "roberta", "modernbert"}])
+def test_without_positions_a_token_still_hears_the_first_also_when_no_mask_is_given(name: str) -> None:
+    """Positions that start again look like sequences packed into one row, which a model without a mask keeps apart."""
+    family = FAMILIES[name]
+    model = family.build()
+    ids = inputs_for(family)["input_ids"]
+    proved_anatomy(model, {"input_ids": ids})
+    other = ids.clone()
+    other[:, 0] = (ids[:, 0] + 1) % 32
+    with uc.without(model, "positions"):
+        plain, changed = states(model, {"input_ids": ids}), states(model, {"input_ids": other})
+        told = states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert not torch.equal(plain[:, 2], changed[:, 2])
+    assert torch.allclose(plain, told, atol=1e-6)

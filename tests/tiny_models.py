@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,7 @@ class Tiny:
 def _auto(config: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         torch.manual_seed(0)
-        return hf.AutoModel.from_config(config)
+        return hf.AutoModel.from_config(copy.deepcopy(config))  # a model changes the settings it is given
 
     return build
 

@@ -16,12 +16,21 @@ __version__ = "0.1.0"
 _HOME = {
     "Ablation": "ablation",
     "Diagnosis": "diagnosis",
+    "HeadContributions": "contributions",
+    "Identifiability": "identifiability",
     "InputError": "errors",
     "Layout": "anatomy",
+    "PositionGatedProjection": "gating",
+    "Symmetries": "equivariance",
     "UncollapseError": "errors",
     "UnsupportedModel": "errors",
     "ablate": "ablation",
     "diagnose": "diagnosis",
+    "head_contributions": "contributions",
+    "identify": "identifiability",
+    "install_gates": "gate_installation",
+    "remove_gates": "gate_installation",
+    "symmetries": "equivariance",
     "verify": "claims",
     "without": "interventions",
 }
@@ -30,16 +39,25 @@ _MODULES = ("geometry", "heads", "mixing")
 __all__ = [
     "Ablation",
     "Diagnosis",
+    "HeadContributions",
+    "Identifiability",
     "InputError",
     "Layout",
+    "PositionGatedProjection",
+    "Symmetries",
     "UncollapseError",
     "UnsupportedModel",
     "__version__",
     "ablate",
     "diagnose",
     "geometry",
+    "head_contributions",
     "heads",
+    "identify",
+    "install_gates",
     "mixing",
+    "remove_gates",
+    "symmetries",
     "verify",
     "without",
 ]
@@ -49,8 +67,13 @@ if TYPE_CHECKING:
     from uncollapse.ablation import Ablation, ablate
     from uncollapse.anatomy import Layout
     from uncollapse.claims import verify
+    from uncollapse.contributions import HeadContributions, head_contributions
     from uncollapse.diagnosis import Diagnosis, diagnose
+    from uncollapse.equivariance import Symmetries, symmetries
     from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
+    from uncollapse.gate_installation import install_gates, remove_gates
+    from uncollapse.gating import PositionGatedProjection
+    from uncollapse.identifiability import Identifiability, identify
     from uncollapse.interventions import without
 
 

@@ -31,6 +31,7 @@ from uncollapse.errors import InputError
 from uncollapse.interception import float64_kept
 from uncollapse.interventions import require_blocks, require_components
 from uncollapse.interventions import without as taken_away
+from uncollapse.line_fit import line_fit
 from uncollapse.recorded import Recorded
 from uncollapse.records import (
     ABLATION_SCHEMA,
@@ -61,25 +62,6 @@ _RATES = {"geometrically": "geometric", "doubly exponentially": "doubly exponent
 
 _DONG = "Dong, Cordonnier, Loukas 2021, arXiv 2103.03404"
 _CIRRINCIONE = "Cirrincione 2026, arXiv 2604.23681"
-# Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom.
-_STUDENT = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-)
 
 
 @dataclass(frozen=True)
@@ -362,7 +344,8 @@ def rate(values: Sequence[float], epsilon: float) -> RateRecord:
     logs = [math.log(v) for v in above if v > 0]
     steps = len(logs) - 1
     factor = math.exp((logs[-1] - logs[0]) / steps) if steps else None
-    slope, low, high = _slope(logs[:-1], logs[1:])
+    fit = line_fit(logs[:-1], logs[1:])
+    slope, low, high = fit.slope, fit.low, fit.high
     kind: Literal["none", "geometric", "doubly exponential"] = "none"
     if floor_block is not None or min(values) < LOST * values[0]:
         kind = "doubly exponential" if _accelerates(logs, slope) else "geometric"
@@ -372,24 +355,6 @@ def rate(values: Sequence[float], epsilon: float) -> RateRecord:
 def _accelerates(logs: Sequence[float], slope: float | None) -> bool:
     """Whether ln r falls by more at each block: by the slope where there are points enough, else because the floor was met."""
     return slope > DOUBLY_EXPONENTIAL if slope is not None else len(logs) < 3
-
-
-def _slope(x: Sequence[float], y: Sequence[float]) -> tuple[float | None, float | None, float | None]:
-    """Least-squares slope of y on x and its 95 % interval; the interval needs three points, the slope two different x."""
-    n = len(x)
-    if n < 2:
-        return None, None, None
-    mean_x, mean_y = sum(x) / n, sum(y) / n
-    spread = sum((a - mean_x) ** 2 for a in x)
-    if spread == 0:
-        return None, None, None
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
-    if n < 3:
-        return slope, None, None
-    residual = sum((b - mean_y - slope * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True))
-    quantile = _STUDENT[min(n - 2, len(_STUDENT)) - 1]
-    half = quantile * math.sqrt(residual / (n - 2) / spread)
-    return slope, slope - half, slope + half
 
 
 # Verdicts -------------------------------------------------------------------------------------------------------------

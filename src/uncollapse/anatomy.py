@@ -64,7 +64,12 @@ class AttentionCall:
     `projection` is the output projection: a module's run, or the point of a product written in the attention's own code.
     `masking` are the operations between the products of queries and keys and the softmax that may forbid a pair.
     `value_bias` and `output_bias` say whether values and output are made with a bias; `heads`, `key_value_heads` and
-    `head_width` are the sizes on this model."""
+    `head_width` are the sizes on this model.
+
+    `queries`, `keys` and `values` are the learned products nearest behind the operands of the attention: a module's run, or
+    the point of a product in the attention's own code; None where several are met, or none. They may be one and the same.
+    `similarity` is the product of queries with keys (the fused call itself; None where several are summed before the
+    softmax), with the numbers of its two operands."""
 
     score: Point
     product: Point
@@ -76,6 +81,12 @@ class AttentionCall:
     masking: tuple[Point, ...] = ()
     value_bias: bool = False
     output_bias: bool = False
+    queries: ModuleCall | Point | None = None
+    keys: ModuleCall | Point | None = None
+    values: ModuleCall | Point | None = None
+    similarity: Point | None = None
+    query_operand: int = 0
+    key_operand: int = 1
 
 
 @dataclass(frozen=True)

@@ -59,16 +59,20 @@ MASSIVE_MEASURES = [
     "consensus_distance",
     "token_similarity",
 ]
+STREAM_MEASURES = ["consensus_after_norm", "stream_carried", "distinct_tokens"]
 SCALE = 256.0
 ATTENTION_MEASURES = [
     "entropy",
     "normalized_entropy",
     "entropy_floor",
     "max_logit",
+    "rest_entropy",
+    "key_share",
     "value_contraction",
     "susceptibility",
     "contraction",
     "spectral_gap",
+    "second_singular_value",
 ]
 
 
@@ -81,6 +85,7 @@ class SiteStatistics:
     stack: Literal["encoder", "decoder"] | None
     plain: Running = field(default_factory=lambda: Running.empty(len(PLAIN_MEASURES)))
     massive: Running = field(default_factory=lambda: Running.empty(len(MASSIVE_MEASURES)))
+    stream: Running = field(default_factory=lambda: Running.empty(len(STREAM_MEASURES)))
     not_finite: int = 0
     width: int = 0
 
@@ -89,7 +94,8 @@ class SiteStatistics:
 class AttentionStatistics:
     """Running statistics of one attention call: `values` is [measure, head], `energy` [head] the share of the centred
     output energy. `reasons` says of a measure why it is missing. `matrix` is W_O as [mixed, width], as met in the pass: effective,
-    with adapters in it and quantised weights expanded; `reasons["matrix"]` says why it is missing."""
+    with adapters in it and quantised weights expanded; `reasons["matrix"]` says why it is missing. `tokens` are the real ones
+    that the projection reads; `sinks` says that the softmax also ran over columns that belong to no key."""
 
     block: int
     kind: Literal["self", "cross"]
@@ -100,6 +106,8 @@ class AttentionStatistics:
     route: str = ""
     reasons: dict[str, str] = field(default_factory=dict)
     matrix: Tensor | None = None
+    tokens: Running = field(default_factory=Running.empty)
+    sinks: bool = False
 
 
 @dataclass
@@ -125,13 +133,14 @@ def capture(
     seed: int = 0,
     progress: Progress | None = None,
     on_output: Callable[[Mapping[str, Any], Any], None] | None = None,
+    spectra: bool | None = None,
 ) -> Observations:
     """Run `model` once over `batches` (each a dict of tensors, moved to the model's device) and observe. `on_output` is given
-    each batch and the model's output on it.
+    each batch and the model's output on it. `spectra`: whether to decompose the attention matrices, by default at level `full`.
 
     Raises `InputError` where a padded batch meets a model whose token axis does not match the mask.
     """
-    probe = _Probe(model, anatomy, level)
+    probe = _Probe(model, anatomy, level, level == "full" if spectra is None else spectra)
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     with probing(model, seed), probe.installed():
         for number, batch in enumerate(batches):
@@ -150,14 +159,18 @@ def capture(
 class _Probe:
     """The state of one pass: which batch is running, which call of a shared module, and the statistics so far."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, level: Level) -> None:
-        self.model, self.anatomy, self.level = model, anatomy, level
+    def __init__(self, model: nn.Module, anatomy: Anatomy, level: Level, spectra: bool) -> None:
+        self.model, self.anatomy, self.level, self.spectra = model, anatomy, level, spectra
         self.observations = Observations([], [])
         self.batch_size = 0
         self.masks: dict[str, Tensor | None] = {}
         self.runs: dict[str, int] = {}
         self.heads_output: Tensor | None = None  # of the attention call whose output projection is still to come
         self.matrices: dict[str, Tensor] = {}
+        self.distinct: dict[str, Tensor | None] = {}  # by stack: different token ids of each sequence
+        self.entered: dict[str, Tensor] = {}  # by site: the cloud that entered the block that is running
+        # What reads the stream takes each token's mean away, if it is a layer norm.
+        self.is_centred = any(norm.kind == "layer" for block in anatomy.blocks for norm in block.norms)
         self.thread: int | None = None  # the thread of the probe's own pass, while one runs
         self.sublayers: Sublayers | None = None
         if level == "full":
@@ -231,11 +244,14 @@ class _Probe:
             run = self.runs.get(name, 0)
             self.runs[name] = run + 1
             for at_entry, site, block in sites.get(run, ()):
+                key = block.stream_input
+                given = args[key] if isinstance(key, int) else kwargs[key]
                 if at_entry:
-                    key = block.stream_input
-                    given = args[key] if isinstance(key, int) else kwargs[key]
                     with full_precision(given):
-                        self._measure_site(site, given, block.token_axis)
+                        self._measure_site(site, given, block)
+                else:
+                    # A copy: a block may add to its stream in place.
+                    self.entered[site.site] = self._cloud(given, block.token_axis).clone()
             if run in attentions:
                 given = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
                 with full_precision(given):
@@ -249,7 +265,7 @@ class _Probe:
                 if not at_entry:
                     stream = block_output(output, block.stream_output)
                     with full_precision(stream):
-                        self._measure_site(site, stream, block.token_axis)
+                        self._measure_site(site, stream, block)
 
         return enter, leave
 
@@ -303,11 +319,16 @@ class _Probe:
     def begin(self, batch: Mapping[str, Any]) -> None:
         """Note the batch's size and masks before the model runs on it."""
         self.runs.clear()
+        self.entered.clear()
         self.thread = threading.get_ident()
         self.batch_size = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
         encoder = token_mask(batch)
         decoder = token_mask(batch, "decoder_attention_mask") if "decoder_input_ids" in batch else encoder
         self.masks = {"encoder": encoder, "decoder": decoder, "": encoder}
+        own = _distinct_tokens(batch, "input_ids", encoder)
+        self.distinct = {"encoder": own, "decoder": own, "": own}
+        if "decoder_input_ids" in batch:
+            self.distinct["decoder"] = _distinct_tokens(batch, "decoder_input_ids", decoder)
         lengths = encoder.sum(-1) if encoder is not None else None
         if lengths is None:
             first = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim >= 2), None)
@@ -335,8 +356,8 @@ class _Probe:
         )
 
     # Sites --------------------------------------------------------------------------------------------------------
-    def _measure_site(self, site: SiteStatistics, stream: Tensor, token_axis: int | None) -> None:
-        cloud = self._cloud(stream, token_axis)
+    def _measure_site(self, site: SiteStatistics, stream: Tensor, block: Block) -> None:
+        cloud = self._cloud(stream, block.token_axis)
         site.width = cloud.shape[-1]
         mask = self._mask(site.stack, cloud.shape[1], site.site)
         measured = geometry.cloud_measures(cloud, mask)
@@ -349,6 +370,14 @@ class _Probe:
         site.plain = site.plain.add(torch.stack([p.double() for p in plain], -1))
         massive = [getattr(measured.without_massive, name).double() for name in MASSIVE_MEASURES]
         site.massive = site.massive.add(torch.stack(massive, -1))
+        apart = geometry.consensus_after_norm(cloud, mask, centred=self.is_centred)
+        before, carried = self.entered.pop(site.site, None), torch.full_like(apart, math.nan)
+        if before is not None and before.shape == cloud.shape:
+            carried = geometry.stream_carried(before, cloud, mask, is_normalized=block.placement == "post")
+        distinct = self.distinct[site.stack or ""] if site.block is None else None
+        if distinct is None or len(distinct) != len(apart):
+            distinct = torch.full_like(apart, math.nan)
+        site.stream = site.stream.add(torch.stack([apart, carried, distinct.to(apart)], -1))
 
     def _cloud(self, stream: Tensor, token_axis: int | None) -> Tensor:
         """The stream as [batch, token, width], whatever axes the model uses."""
@@ -382,7 +411,7 @@ class _Probe:
             susceptibility=self.level == "full",
         )
         weights = None
-        if self.level == "full":
+        if self.spectra:
             weights = mixing.attention_weights(
                 q, k, allowed=allowed, bias=bias, causal=bool(given.get("is_causal", False)), scale=given.get("scale")
             )
@@ -415,12 +444,13 @@ class _Probe:
             reason = "the attention weights do not have the axes batch, head, query, key"
             statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, reason)
             return
+        statistics.sinks |= keys < weights.shape[-1]
         weights, logits = weights[..., :keys], logits[..., :keys]  # columns beyond the keys are attention sinks
         query_mask = self._query_mask(statistics, weights.shape[-2], weights.shape[0])
         rows = mixing.row_statistics_from_weights(
             weights, logits, query_mask=query_mask, susceptibility=self.level == "full"
         )
-        full = weights / weights.sum(-1, keepdim=True) if self.level == "full" else None
+        full = weights / weights.sum(-1, keepdim=True) if self.spectra else None
         self._measure_attention(statistics, rows, value, _four_axes(output, self.batch_size), full)
 
     def _query_mask(self, statistics: AttentionStatistics, queries: int, sequences: int) -> Tensor | None:
@@ -444,7 +474,7 @@ class _Probe:
         sequences, count = rows.entropy.shape[:2]
         undefined = torch.full((sequences, count), math.nan, dtype=torch.float64)
         columns = dict.fromkeys(ATTENTION_MEASURES, undefined)
-        for name in ("entropy", "normalized_entropy", "entropy_floor", "susceptibility"):
+        for name in ("entropy", "normalized_entropy", "entropy_floor", "rest_entropy", "key_share", "susceptibility"):
             found = getattr(rows, name)
             if found is not None:
                 columns[name] = found.double().nanmean(-1)
@@ -459,7 +489,8 @@ class _Probe:
             statistics.reasons["value_contraction"] = "the mixed values do not have the axes batch, head, token, width"
         self.heads_output = mixed if mixed.ndim == 4 else None
         if weights is not None:
-            columns["contraction"], columns["spectral_gap"] = _spectra(weights, query_mask, key_mask)
+            for name, found in _spectra(weights, query_mask, key_mask).items():
+                columns[name] = found
         statistics.values = statistics.values.add(
             torch.stack([columns[n].to("cpu", torch.float64) for n in ATTENTION_MEASURES], 1)
         )
@@ -491,31 +522,56 @@ class _Probe:
         if mixed.shape[-1] != call.heads * call.head_width:
             statistics.reasons["energy_share"] = "the output projection's input is not the concatenated heads"
             return
-        cloud = self._projected_cloud(mixed, heads_output)
+        cloud = projected_cloud(mixed, heads_output, self.batch_size)
+        is_first = not statistics.tokens.count
+        if is_first and heads_output is not None and not _holds(mixed, heads_output):
+            statistics.reasons["gauge_dimension"] = "something acts between the attention and its output projection"
         if cloud is None:
             statistics.reasons["energy_share"] = "the tokens of the output projection's input cannot be told apart"
             return
         mask = self._mask(statistics.stack, cloud.shape[1], f"the output projection of block {statistics.block}")
         if mask is not None and mask.shape[0] != cloud.shape[0]:
             mask = None
+        lengths = torch.full(cloud.shape[:1], cloud.shape[1]) if mask is None else mask.sum(-1)
+        statistics.tokens = statistics.tokens.add(lengths)
         energy = heads.contribution_energy(cloud, matrix, call.heads, mask)
         statistics.energy = statistics.energy.add((energy / energy.sum(-1, keepdim=True)).double())
 
-    def _projected_cloud(self, mixed: Tensor, heads_output: Tensor | None) -> Tensor | None:
-        """The projection's input as [sequence, token, mixed]. Batch-first as it stands; otherwise the order of its rows is
-        taken from the attention's own output, which must be found in it."""
-        if mixed.ndim == 3 and mixed.shape[0] == self.batch_size != mixed.shape[1]:
-            return mixed
-        if heads_output is not None:
-            known = heads_output.transpose(1, 2).flatten(2)  # [sequence, token, mixed]
-            if mixed.numel() == known.numel():
-                sequences, tokens = known.shape[:2]
-                if torch.equal(mixed.reshape(known.shape), known):
-                    return mixed.reshape(known.shape)
-                first = mixed.reshape(tokens, sequences, -1).transpose(0, 1)
-                if torch.equal(first, known):
-                    return first
-        return mixed if mixed.ndim == 3 and mixed.shape[0] == self.batch_size else None
+
+def projected_cloud(mixed: Tensor, heads_output: Tensor | None, batch_size: int) -> Tensor | None:
+    """What the output projection reads as [sequence, token, mixed]. Batch-first as it stands; otherwise the order of its rows
+    is taken from the attention's own output [sequence, head, token, head width], which must be found in it."""
+    if mixed.ndim == 3 and mixed.shape[0] == batch_size != mixed.shape[1]:
+        return mixed
+    if heads_output is not None:
+        known = heads_output.transpose(1, 2).flatten(2)  # [sequence, token, mixed]
+        if mixed.numel() == known.numel():
+            sequences, tokens = known.shape[:2]
+            if torch.equal(mixed.reshape(known.shape), known):
+                return mixed.reshape(known.shape)
+            first = mixed.reshape(tokens, sequences, -1).transpose(0, 1)
+            if torch.equal(first, known):
+                return first
+    return mixed if mixed.ndim == 3 and mixed.shape[0] == batch_size else None
+
+
+def _holds(mixed: Tensor, heads_output: Tensor) -> bool:
+    """Whether what the projection reads is the attention's own output, whatever the order of its axes. NaN says nothing."""
+    if mixed.numel() != heads_output.numel():
+        return False
+    found = (heads_output.permute(order) for order in ((0, 2, 1, 3), (2, 0, 1, 3), (0, 1, 2, 3)))
+    equal = any(torch.equal(mixed.flatten(), each.flatten().to(mixed.dtype)) for each in found)
+    return equal or not bool(mixed.isfinite().all())
+
+
+def _distinct_tokens(batch: Mapping[str, Any], name: str, mask: Tensor | None) -> Tensor | None:
+    """How many different ids each sequence has, padding left out; None where the model is given none (images, sound)."""
+    named = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point()}
+    ids = named.get(name, next((v for k, v in named.items() if "mask" not in k and v.dtype != torch.bool), None))
+    if ids is None:
+        return None
+    real = mask if mask is not None and mask.shape == ids.shape else torch.ones_like(ids, dtype=torch.bool)
+    return torch.tensor([len(row[kept].unique()) for row, kept in zip(ids, real, strict=True)])
 
 
 def _four_axes(tensor: Tensor, batch: int) -> Tensor:
@@ -546,33 +602,41 @@ def _spread(x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(real, x - mean, 0.0).square().sum((-2, -1)).sqrt().double()
 
 
-def _spectra(weights: Tensor, query_mask: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Contraction and spectral gap [batch, head] of weights [batch, head, query, key], sequence by sequence."""
-    contraction, gap = [], []
+def _spectra(weights: Tensor, query_mask: Tensor | None, key_mask: Tensor | None) -> dict[str, Tensor]:
+    """Contraction and leading singular values [batch, head] of weights [batch, head, query, key], sequence by sequence."""
+    found: dict[str, list[Tensor]] = {"contraction": [], "spectral_gap": [], "second_singular_value": []}
     for i in range(weights.shape[0]):
         one = weights[i]
         if query_mask is not None:
             one = one[:, query_mask[i]]
         if key_mask is not None:
             one = one[:, :, key_mask[i]]
-        contraction.append(mixing.contraction(one))
-        gap.append(mixing.spectral_gap(one))
-    return torch.stack(contraction), torch.stack(gap)
+        first, second = mixing.leading_singular_values(one).unbind(-1)
+        found["contraction"].append(mixing.contraction(one))
+        found["spectral_gap"].append(1 - second / first)
+        found["second_singular_value"].append(second)
+    return {name: torch.stack(values) for name, values in found.items()}
 
 
 def projection_matrix(module: nn.Module, given: Tensor) -> Tensor:
-    """W_O as [mixed, width], rows the concatenated heads: the weight of a plain linear map, else what the module makes of the
-    unit vectors (adapters, quantised and offloaded weights: whatever it is, it should be affine). `given` is what it reads.
+    """W_O of `projection_map`, which raises what it does."""
+    return projection_map(module, given)[0]
+
+
+def projection_map(module: nn.Module, given: Tensor) -> tuple[Tensor, Tensor]:
+    """W_O as [mixed, width], rows the concatenated heads, and the bias [width], zeros where there is none: of a plain linear
+    map its parameters, else what the module makes of the unit vectors (adapters, quantised and offloaded weights: whatever it
+    is, it should be affine). `given` is what it reads.
 
     Raises `UncollapseError` where the module is not affine or cannot be run by itself.
     """
     weight = getattr(module, "weight", None)
     own_forward = "forward" in vars(module)  # put on the instance by accelerate and others
-    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.device.type != "meta" and not own_forward:
-        if type(module) is nn.Linear:
-            return weight.detach().T
-        if type(module).__name__ == "Conv1D":
-            return weight.detach()
+    plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+    if plain and isinstance(weight, Tensor) and weight.is_floating_point() and not (own_forward or weight.is_meta):
+        matrix = weight.detach().T if type(module) is nn.Linear else weight.detach()
+        bias = getattr(module, "bias", None)
+        return matrix, matrix.new_zeros(matrix.shape[1]) if bias is None else bias.detach()
     mixed = given.shape[-1]
     kept = [t.dtype for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
     dtype = (
@@ -595,4 +659,4 @@ def projection_matrix(module: nn.Module, given: Tensor) -> Tensor:
     allowed = 0.1 * expected.abs().max() + 4 * torch.finfo(image.dtype).eps * zero.abs().max()
     if bool(image.isfinite().all()) and not bool((got - expected).abs().max() <= allowed):
         raise UncollapseError("the output projection is no affine map")
-    return matrix
+    return matrix, zero

@@ -108,6 +108,15 @@ TrustRemoteCode = Annotated[
     ),
 ]
 
+ContextLengths = Annotated[
+    str | None,
+    typer.Option(
+        metavar="64,128,…",
+        help="Also fit how the attention matrices' second singular value falls with the context length, at these lengths.",
+        rich_help_panel=MEASURE,
+    ),
+]
+
 app = typer.Typer(
     name="uncollapse",
     rich_markup_mode="markdown",
@@ -154,6 +163,10 @@ A check in a training script: exit code 1 when something critical was found:
 
     uncollapse diagnose ./checkpoint --quiet --fail-on critical
 
+Does attention lose its second direction as the context grows?
+
+    uncollapse diagnose --context-lengths 32,64,128,256 --html report.html
+
 Only JSON on stdout, for another program:
 
     uncollapse diagnose org/model --json - | jq .findings
@@ -165,6 +178,7 @@ def diagnose(
     context: typer.Context,
     model: Model = "demo",
     level: Level = "core",
+    context_lengths: ContextLengths = None,
     fail_on: FailOn = None,
     text: Text = None,
     sequences: SequenceLimit = None,
@@ -182,6 +196,7 @@ def diagnose(
     """Measure where and how a model's token representations collapse, and say what was found."""
     with refusals_in_one_line():
         require_writable(json=json, html=html)
+        lengths = token_counts(context_lengths)
         with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
             # stdout is kept for the result: whatever a library or a model's own code prints meanwhile goes to stderr.
             from uncollapse.diagnosis import diagnose as diagnosis
@@ -191,6 +206,7 @@ def diagnose(
                 model,
                 read_texts(text) if text else None,
                 level=level,
+                context_lengths=lengths,
                 sequences=sequences,
                 max_tokens=max_tokens,
                 batch_size=batch_size,
@@ -205,6 +221,23 @@ def diagnose(
         deliver(result, json=json, html=html, quiet=quiet)
         if reaches(result.findings, fail_on):
             raise typer.Exit(FOUND)
+
+
+def token_counts(text: str | None) -> list[int] | None:
+    """What `--context-lengths` means. Whether the model and the text have room for them is not known here.
+
+    >>> token_counts("64, 128")
+    [64, 128]
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"\d{1,7}", part) for part in parts):
+        raise InputError(
+            f"--context-lengths: expected numbers of tokens such as 64,128,256, got {text!r}. "
+            "They are separated by commas. Pass two or more."
+        )
+    return [int(part) for part in parts]
 
 
 Without = Annotated[
@@ -290,6 +323,143 @@ def ablate(
                 grid=grid,
                 blocks=wanted,
                 level=level,
+                sequences=sequences,
+                max_tokens=max_tokens,
+                batch_size=batch_size,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+                command=context.obj or "",
+                progress=progress,
+            )
+        deliver(result, json=json, html=html, quiet=quiet)
+
+
+@app.command(
+    epilog="""
+**Examples**
+
+May a result be attributed to a head of the packaged model? With a page that has every head:
+
+    uncollapse heads demo --html heads.html
+
+Your own checkpoint; the text only decides how much each head writes:
+
+    uncollapse heads ./checkpoint --text corpus.txt
+
+A check in a script: exit code 1 when heads have become copies of each other:
+
+    uncollapse heads ./checkpoint --quiet --fail-on warning
+
+Block by block, for another program:
+
+    uncollapse heads --json - | jq -r '.heads[] | [.block, .verdict] | @tsv'
+
+**Verdicts**: attributable; attributable with care (noise gain); not attributable (kernel). They are about who sees a layer's
+output. What each head wrote can always be recorded: `uncollapse.head_contributions` in Python.
+
+**Exit codes**: 0 done; 1 done, and a finding at or above --fail-on; 2 the input cannot be used; 130 interrupted.
+"""
+)
+def heads(
+    context: typer.Context,
+    model: Model = "demo",
+    fail_on: FailOn = None,
+    text: Text = None,
+    sequences: SequenceLimit = None,
+    max_tokens: MaxTokens = 128,
+    seed: Seed = 0,
+    json: Json = None,
+    html: Html = None,
+    quiet: Quiet = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    batch_size: BatchSize = 16,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Say block by block whether a result can be attributed to a head, and to whom what stays ambiguous."""
+    with refusals_in_one_line():
+        require_writable(json=json, html=html)
+        with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
+            from uncollapse.identifiability import identify
+            from uncollapse.sources import read_texts
+
+            result = identify(
+                model,
+                read_texts(text) if text else None,
+                sequences=sequences,
+                max_tokens=max_tokens,
+                batch_size=batch_size,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+                command=context.obj or "",
+                progress=progress,
+            )
+        deliver(result, json=json, html=html, quiet=quiet)
+        if reaches(result.findings, fail_on):
+            raise typer.Exit(FOUND)
+
+
+@app.command(
+    epilog="""
+**Examples**
+
+Which symmetry is exact on the packaged model, which is broken, and by what, with a page to read:
+
+    uncollapse symmetries --html symmetries.html
+
+Your own checkpoint, with the width of its attention at growing context lengths:
+
+    uncollapse symmetries ./checkpoint --text corpus.txt --context-lengths 64,128,256
+
+In double precision, where an exact symmetry holds to 1e-14:
+
+    uncollapse symmetries --dtype float64
+
+The gauges alone, for another program:
+
+    uncollapse symmetries --json - | jq '.tests[] | {action, without, holds, dimension}'
+
+The groups act on a few sequences; weights that a gauge transforms are put back bit for bit.
+
+**Exit codes**: 0 done; 2 the input cannot be used; 130 interrupted.
+"""
+)
+def symmetries(
+    context: typer.Context,
+    model: Model = "demo",
+    context_lengths: ContextLengths = None,
+    text: Text = None,
+    sequences: SequenceLimit = None,
+    max_tokens: MaxTokens = 128,
+    seed: Seed = 0,
+    json: Json = None,
+    html: Html = None,
+    quiet: Quiet = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    batch_size: BatchSize = 16,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Let four groups act on a model: which symmetries hold, what breaks them, and how far it is from each collapse."""
+    with refusals_in_one_line():
+        require_writable(json=json, html=html)
+        lengths = token_counts(context_lengths)
+        with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
+            from uncollapse.equivariance import symmetries as acting
+            from uncollapse.sources import read_texts
+
+            result = acting(
+                model,
+                read_texts(text) if text else None,
+                context_lengths=lengths,
                 sequences=sequences,
                 max_tokens=max_tokens,
                 batch_size=batch_size,

@@ -25,6 +25,7 @@ from uncollapse.capture import (
     ATTENTION_MEASURES,
     MASSIVE_MEASURES,
     PLAIN_MEASURES,
+    STREAM_MEASURES,
     AttentionStatistics,
     Level,
     Observations,
@@ -32,8 +33,10 @@ from uncollapse.capture import (
     SiteStatistics,
     capture,
 )
+from uncollapse.context_lengths import require_context_lengths, width_scaling
 from uncollapse.errors import InputError
 from uncollapse.interception import probing
+from uncollapse.phenomena import Components, symmetry_records
 from uncollapse.proof import example, proved_anatomy
 from uncollapse.recorded import Recorded
 from uncollapse.records import (
@@ -75,6 +78,7 @@ def diagnose(
     tokenizer: Any = None,
     batches: Iterable[Mapping[str, Tensor]] | None = None,
     level: Level = "core",
+    context_lengths: Sequence[int] | None = None,
     layout: Layout | None = None,
     sequences: int | None = None,
     max_tokens: int = 128,
@@ -94,6 +98,7 @@ def diagnose(
     texts: one sequence each; without them (and without `batches`) English prose that Python brings along. `tokenizer` is
     needed beside a loaded model. `batches`: dicts of tensors, passed to the model as they are.
     level: `"core"`, or `"full"` for contraction, spectral gap and susceptibility as well.
+    context_lengths: lengths in tokens at which to fit how the second singular value of each attention falls (`symmetries`).
     sequences: at most that many of the texts; all given ones, or 64 of the default prose, without it.
     max_tokens: a sequence is cut there. seed: chooses the default prose. layout: see `uncollapse.Layout`.
     device, dtype, device_map, trust_remote_code: for a model that is loaded here. name: what the record calls the model.
@@ -102,6 +107,7 @@ def diagnose(
     The model is left as it was: its hooks, its mode, every bit of its output.
     Raises `InputError` for input that cannot be used and `UnsupportedModel` where the anatomy cannot be proved.
     """
+    lengths = None if context_lengths is None else require_context_lengths(context_lengths)
     prepared = prepare(
         model,
         texts,
@@ -120,10 +126,7 @@ def diagnose(
         name=name,
         progress=progress,
     )
-    observed = capture(
-        prepared.loaded.model, prepared.batches, prepared.anatomy, level=level, seed=seed, progress=progress
-    )
-    return Diagnosis(_record(prepared, observed, command))
+    return Diagnosis(observe(prepared, context_lengths=lengths, command=command, progress=progress))
 
 
 @dataclass(frozen=True)
@@ -278,21 +281,37 @@ def with_true_positions(model: nn.Module, batches: list[dict[str, Tensor]]) -> l
 # Records ------------------------------------------------------------------------------------------------------------
 
 
-def _record(prepared: Prepared, observed: Observations, command: str) -> DiagnosisRecord:
+def observe(
+    prepared: Prepared,
+    *,
+    context_lengths: Sequence[int] | None = None,
+    command: str = "",
+    progress: Progress | None = None,
+) -> DiagnosisRecord:
+    """One probe pass, and a pass for each context length, put into one record and judged."""
+    model, anatomy = prepared.loaded.model, prepared.anatomy
+    observed = capture(model, prepared.batches, anatomy, level=prepared.level, seed=prepared.seed, progress=progress)
+    scaling = []
+    if context_lengths is not None:
+        scaling = width_scaling(
+            model, anatomy, prepared.batches, context_lengths, seed=prepared.seed, progress=progress
+        )
     trajectory = site_records(observed)
-    attention = [record for s in observed.attention for record in _attention_records(s, prepared.level)]
+    attention = [record for s in observed.attention for record in attention_records(s, prepared.level)]
     head_records = heads_records(observed.attention)
+    described = probe(prepared, observed, command)
+    described.options["context_lengths"] = None if context_lengths is None else list(context_lengths)
     return DiagnosisRecord(
         schema=DIAGNOSIS_SCHEMA,
         versions=versions(),
         model=model_info(prepared, observed),
-        probe=probe(prepared, observed, command),
+        probe=described,
         trajectory=trajectory,
         attention=attention,
         heads=head_records,
         norms=norm_records(observed.norms),
         updates=update_records(observed.updates),
-        symmetries=[],
+        symmetries=symmetry_records(trajectory, attention, head_records, Components.of(model, anatomy), scaling),
         findings=findings.findings(trajectory, attention, head_records),
     )
 
@@ -324,7 +343,14 @@ def _site_record(site: SiteStatistics) -> SiteRecord:
         missing = "NaN or infinity in every sequence"
     else:
         missing = "undefined on this text"
-    unavailable = {name: missing for name, value in plain.items() if value is None}
+    stream = {name: Statistic.of(*site.stream.summary(i)) for i, name in enumerate(STREAM_MEASURES)}
+    unavailable = {name: missing for name, value in (plain | stream).items() if value is None}
+    if site.block is None:
+        unavailable["stream_carried"] = "no block comes before"
+        if "distinct_tokens" in unavailable:
+            unavailable["distinct_tokens"] = "the model is given no token ids"
+    else:
+        unavailable["distinct_tokens"] = "counted at the embedding"
     if "rank_gap" in unavailable and not site.not_finite:
         unavailable["rank_gap"] = "no singular value lies below the cut"
     return SiteRecord(
@@ -335,10 +361,12 @@ def _site_record(site: SiteStatistics) -> SiteRecord:
         not_finite=site.not_finite,
         unavailable=unavailable,
         **plain,
+        **stream,
     )
 
 
-def _attention_records(statistics: AttentionStatistics, level: Level) -> list[AttentionRecord]:
+def attention_records(statistics: AttentionStatistics, level: Level) -> list[AttentionRecord]:
+    """One attention call, head by head."""
     records = []
     for head in range(statistics.call.heads):
         values = {name: Statistic.of(*statistics.values.summary(i, head)) for i, name in enumerate(ATTENTION_MEASURES)}
@@ -362,7 +390,7 @@ def _attention_records(statistics: AttentionStatistics, level: Level) -> list[At
 
 
 def _missing(measure: str, level: Level) -> str:
-    if level == "core" and measure in {"susceptibility", "contraction", "spectral_gap"}:
+    if level == "core" and measure in {"susceptibility", "contraction", "spectral_gap", "second_singular_value"}:
         return "measured with --level full"
     return "not finite or undefined on this text"
 

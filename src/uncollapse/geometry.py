@@ -258,6 +258,79 @@ def consensus_distance(
     return distance.where(cloud.tokens > 1, math.nan)
 
 
+def consensus_after_norm(
+    x: Float[Tensor, "*batch token width"],
+    mask: Bool[Tensor, "*batch token"] | None = None,
+    *,
+    centred: bool = True,
+) -> Float[Tensor, "*batch"]:
+    """How far the tokens are from being all equal to whoever reads them through a norm: a share of the cloud's norm.
+
+    `consensus_distance` of the rows x_i / ||x_i||, each first freed of its mean over the features with `centred`, as a layer
+    norm does and an RMS norm does not. Gain, shift and epsilon of the norm are left out.
+
+    0: the next sublayer cannot tell the tokens apart; 1: no common part. Invariant under permutation, rotation (without
+    `centred`), a positive scale *per token*, and with `centred` under adding a constant to all features: neither a massive
+    token nor a large common level moves it. 1 - c^2 is the mean cosine of all pairs. NaN with fewer than two tokens that have
+    a direction; tokens that have none are left out.
+
+    Misleads in a model without norms, where sizes count, and where the norm's gain silences the common part.
+
+    >>> x = torch.tensor([[1000.0, 1002.0], [1003.0, 1001.0], [-2e6, 2e6]])  # a common level, and a massive token
+    >>> round(consensus_after_norm(x).item() ** 2, 6)  # directions +, -, +: mean square 1, mean 1/3
+    0.888889
+
+    Source: Y. Dong et al., arXiv 2103.03404, section 2, of what a norm makes of the stream; this project.
+
+    Raises `InputError` for another shape or dtype.
+    """
+    cloud = _cloud("consensus_after_norm", x, mask)
+    x, real = cloud.x, cloud.real
+    if centred:
+        x = x - x.mean(-1, keepdim=True)
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    real = real & (norms[..., 0] > 0)
+    unit = torch.where(real.unsqueeze(-1), x * _reciprocal(norms), 0)
+    count = real.sum(-1)
+    mean = unit.sum(-2, keepdim=True) / count[..., None, None].clamp(min=1)
+    apart = torch.where(real, (unit - mean).square().sum(-1), 0).sum(-1) / count.clamp(min=1)
+    return (apart.sqrt() + 0 * norms.sum((-2, -1))).where(count > 1, math.nan)  # NaN where a real token is not finite
+
+
+def stream_carried(
+    before: Float[Tensor, "*batch token width"],
+    after: Float[Tensor, "*batch token width"],
+    mask: Bool[Tensor, "*batch token"] | None = None,
+    *,
+    is_normalized: bool = False,
+) -> Float[Tensor, "*batch"]:
+    """How much of each token's stream a block hands on, the rest being what it adds: a factor.
+
+    The median over tokens of <x_i, y_i> / <x_i, x_i>, x before the block and y after it; with `is_normalized`, for a stream that
+    passes a norm on its way (post-norm), of the cosine instead, since the norm sets the size of y.
+
+    1 where a residual passes the stream and the update is unrelated to it; 0 where nothing passes. Invariant under
+    rotation and a common scale. A median, so that no massive token decides it.
+
+    Misleads where an update is aligned with its own stream (it may erase the stream, or write it again), as in the first block of
+    many models, and says nothing of distances: read `consensus_after_norm` for those.
+
+    >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    >>> stream_carried(x, 0.5 * x + torch.tensor([[0.0, 3.0], [3.0, 0.0]])).item()
+    0.5
+
+    Source: this project.
+
+    Raises `InputError` for another shape or dtype.
+    """
+    cloud = _cloud("stream_carried", before, mask)
+    x, y, real = cloud.x, _cloud("stream_carried", after, mask).x, cloud.real
+    product, size = (x * y).sum(-1), x.square().sum(-1)
+    share = product / ((size * y.square().sum(-1)).sqrt() if is_normalized else size)
+    middle: Tensor = share.where(real, math.nan).nanmedian(-1).values
+    return middle + 0 * product.sum(-1)  # NaN where a real token is not finite
+
+
 def token_similarity(
     x: Float[Tensor, "*batch token width"], mask: Bool[Tensor, "*batch token"] | None = None
 ) -> Float[Tensor, "*batch"]:

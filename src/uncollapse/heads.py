@@ -4,7 +4,7 @@ A multi-head layer adds its heads' contributions: Y = sum_h O_h W_h, with head o
 (d_k x d) of the output projection W_O (D x d, D = H d_k). Whoever sees Y alone, as every later layer does, cannot always
 say which head wrote what. Here is how much is undetermined (`ambiguous_degrees_of_freedom`, `kernel_dimension`,
 `contribution_ambiguity`, `factorization_ambiguity`), which changes of the weights nobody can see (`gauge_dimension`,
-`query_key_gauge_dimension`), and how well posed the rest is (`write_space_overlap`, `conditioning`).
+`query_key_gauge_dimension`), and how well posed the rest is (`write_space_overlap`, `conditioning`, `head_noise_gain`).
 
 W_O comes as `[mixed, width]`, the concatenated heads along its rows: the transpose of an `nn.Linear`'s weight. All
 figures of single heads are the same for every model that computes the same function: they depend on the write spaces
@@ -205,6 +205,35 @@ def principal_angles(
     return angles
 
 
+def smallest_principal_angle(output_projection: Float[Tensor, "mixed width"], heads: int) -> Float[Tensor, "head head"]:
+    """The smallest angle between every two write spaces, in radians: do two heads have a direction in common?
+
+    theta_1 of `principal_angles`, without the others: u the direction of row(W_h) nearest to row(W_g), theta_1 = atan2 of
+    its parts outside and inside row(W_g), exact for small angles.
+
+    0 (a common direction; the diagonal; any two spaces of together more than d dimensions) to pi/2 (orthogonal). NaN for a
+    head that writes nothing. Invariances as in `write_space_overlap`.
+
+    One common direction out of many may not matter: see `write_space_overlap` for the mean, `head_noise_gain` for all heads.
+
+    >>> smallest_principal_angle(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), heads=2) * 180 / math.pi
+    tensor([[ 0.0000, 45.0000],
+            [45.0000,  0.0000]], dtype=torch.float64)
+
+    Bjorck and Golub 1973. Raises `InputError` as `contribution_ambiguity` does.
+    """
+    bases, ranks = _write_bases("smallest_principal_angle", output_projection, heads)
+    angles = bases.new_zeros(heads, heads)
+    for h in range(heads - 1):
+        others = bases[h + 1 :]
+        nearest = torch.linalg.svd(bases[h] @ others.mT).U[..., :1].mT @ bases[h]  # [head, 1, width]
+        inside = nearest @ others.mT @ others
+        sines, cosines = ((x.norm(dim=(-2, -1))) for x in (nearest - inside, inside))
+        angles[h, h + 1 :] = angles[h + 1 :, h] = torch.atan2(sines, cosines)
+    silent = ranks == 0
+    return angles.masked_fill(silent[:, None] | silent, math.nan)
+
+
 def conditioning(output_projection: Float[Tensor, "mixed width"], heads: int) -> float:
     """By how much noise in the layer's output is amplified, at worst, when it is attributed to heads. A factor.
 
@@ -230,6 +259,43 @@ def conditioning(output_projection: Float[Tensor, "mixed width"], heads: int) ->
     sigma = torch.linalg.svdvals(stack)
     dependent = sigma[-1] <= _tolerance(stack, sigma[0], output_projection.dtype)
     return math.inf if dependent else float(sigma[0] / sigma[-1])
+
+
+def head_noise_gain(output_projection: Float[Tensor, "mixed width"], heads: int) -> Float[Tensor, " head"]:
+    """By how much noise in the layer's output is amplified, at worst, when one head's contribution is read off it. A factor
+    a head.
+
+    1 / sin theta_h, theta_h the smallest angle between row(W_h) and the sum of all other heads' write spaces: the norm of
+    the projection onto row(W_h) along that sum. From the singular values of the stack in `conditioning`, cut as there; a
+    head is undetermined where more than the square root of the tolerance of a dependent direction is its own.
+
+    1 (at right angles to all others) to infinity (a part of its contribution can be made good by others), never above
+    `conditioning`; 0 for a head that writes nothing. Unlike `conditioning` it tells the heads apart: two copies are
+    infinite, the others may be near 1. Invariances as there.
+
+    A worst case over directions: most noise is amplified less.
+
+    >>> head_noise_gain(torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]), heads=3)  # two at 45 degrees
+    tensor([1.4142, 1.4142, 1.0000], dtype=torch.float64)
+
+    Ipsen and Meyer, The angle between complementary subspaces, 1995.
+    Raises `InputError` as `contribution_ambiguity` does.
+    """
+    bases, ranks = _write_bases("head_noise_gain", output_projection, heads)
+    sizes = [int(rank) for rank in ranks]
+    stack = torch.cat([basis[:size] for basis, size in zip(bases, sizes, strict=True)])
+    gains = bases.new_zeros(heads)
+    if not len(stack):
+        return gains
+    left, sigma, _ = torch.linalg.svd(stack, full_matrices=False)
+    tolerance = _tolerance(stack, sigma[0], output_projection.dtype)
+    kept = left[:, sigma > tolerance]
+    scaled = kept / sigma[: kept.shape[1]]
+    for h, (size, directions, amplified) in enumerate(zip(sizes, kept.split(sizes), scaled.split(sizes), strict=True)):
+        if size:
+            cut = size - float(directions.square().sum()) if kept.shape[1] < len(stack) else 0.0  # lies in what was cut
+            gains[h] = math.inf if cut > tolerance else torch.linalg.matrix_norm(amplified, 2)
+    return gains
 
 
 def write_grams(

@@ -30,6 +30,8 @@ from uncollapse.errors import InputError
 TILE_BYTES = 2 << 20  # measured: 1 to 4 MiB are equal, from 8 MiB on the tile leaves the cache and costs double
 DEVICE_TILE_BYTES = 64 << 20  # accelerators want few large launches
 CAUSAL_ROWS = 128  # rows of a causal tile: its keys end with its last row, so that half of all pairs are never computed
+FEW_KEYS = 4  # rows over fewer keys have no key share: two keys leave little to be uniform about
+FEW_RIVALS = 16  # rows over fewer keys have no rest entropy: with few others, one of them wins by chance
 FORBIDDEN = -1e37  # the logit of a forbidden pair. Finite, since 0 * FORBIDDEN is 0 where 0 * -inf would be NaN
 
 
@@ -41,6 +43,16 @@ class RowStatistics:
     softmax saw it (scaled, capped, with its bias); `susceptibility` the variance of the logits under the row's own
     weights; `sink_mass` what a sink took from the row. `None`: not asked for, or not to be had from what was given.
     `route` is `logits` (recomputed from queries and keys) or `weights` (the model's own softmax).
+
+    `rest_entropy` is the normalised entropy of what is left of the row when its strongest key is taken out: of
+    a_ij / (1 - a_i*) over the other T_i - 1 keys, divided by ln(T_i - 1). 0 to 1. A head that looks at one key for a reason (the
+    first token, itself) keeps an ordinary distribution over the others, however little weight they have; where the logits as a
+    whole are too large, there is a winner among the others too, and it falls to 0. It is 0 as well where the others have no
+    weight at all in the precision at hand (all of them 88 and more below the strongest, in float32).
+    `key_share` is (exp(H_i) - 1) / (T_i - 1), the share of the other keys that a row uses beside one: 1 for uniform, 0 for a
+    single key. For random logits of small variance v it is 1 - v/2 whatever T_i is, where the normalised entropy depends on it.
+    They are NaN in rows of fewer than `FEW_RIVALS` and `FEW_KEYS` keys: whether the few others of a short row are spread or
+    not is chance (SmolLM2 goes down to 0.03 over 5 keys, to 0.06 over 8, and to 0.16 over 64).
     """
 
     entropy: Float[Tensor, "batch head query"]
@@ -50,6 +62,8 @@ class RowStatistics:
     max_logit: Float[Tensor, "batch head query"] | None
     susceptibility: Float[Tensor, "batch head query"] | None
     sink_mass: Float[Tensor, "batch head query"] | None
+    rest_entropy: Float[Tensor, "batch head query"]
+    key_share: Float[Tensor, "batch head query"]
     route: Literal["logits", "weights"]
 
 
@@ -276,12 +290,34 @@ def spectral_gap(
     Attention Layers, arXiv 2410.07799. Float64; NaN for fewer than two real queries or keys, and for A = 0.
     Raises `InputError` as `entropy` does.
     """
+    first, second = leading_singular_values(weights, mask).unbind(-1)
+    return 1 - second / first
+
+
+def leading_singular_values(
+    weights: Float[Tensor, "*batch query key"], mask: Bool[Tensor, "*batch_ token"] | None = None
+) -> Float[Tensor, "*batch 2"]:
+    """The gains of the two directions that the mixture passes best: where the second vanishes, one direction is all that is left.
+
+    sigma_1 >= sigma_2 of A over the real queries and keys.
+
+    sigma_1 is at least 1 for row-stochastic A (it maps 1 to 1) and at most sqrt(n). sigma_2: 0 for equal rows (rank collapse in
+    width), 1 for a permutation. Invariant under permutations of queries and of keys.
+
+    How sigma_2 falls with n is the question, not its value at one n: about n^(-1/2) for independent logits, level for trained
+    patterns, rising for a uniform causal one.
+
+    >>> leading_singular_values(torch.tensor([[0.9, 0.1], [0.1, 0.9]]))
+    tensor([1.0000, 0.8000], dtype=torch.float64)
+
+    As for `spectral_gap`. Float64; NaN for fewer than two real queries or keys. Raises `InputError` as `entropy` does.
+    """
     A, rows, keys = _real_part("spectral_gap", weights, mask, torch.float64)
     if min(A.shape[-2:]) < 2:
-        return A.new_full(A.shape[:-2], math.nan)
-    sigma = _singular_values(A)
+        return A.new_full((*A.shape[:-2], 2), math.nan)
+    sigma = _singular_values(A)[..., :2]
     too_few = (rows.sum(-1) < 2) | (keys.sum(-1) < 2)
-    return (1 - sigma[..., 1] / sigma[..., 0]).masked_fill(too_few, math.nan)
+    return sigma.masked_fill(too_few[..., None], math.nan)
 
 
 def dobrushin(
@@ -364,6 +400,8 @@ def row_statistics(
         max_logit=rows.maximum if max_logit else None,
         susceptibility=rows.variance if susceptibility else None,
         sink_mass=None if sink is None else torch.sigmoid(sink.detach().to(log_sum)[:, None] - log_sum),
+        rest_entropy=_rest(rows),
+        key_share=_key_share(rows),
         route="logits",
     )
 
@@ -431,6 +469,8 @@ def row_statistics_from_weights(
         max_logit=None if given is None else given.maximum,
         susceptibility=rows.variance if susceptibility else None,
         sink_mass=None,
+        rest_entropy=_rest(rows),
+        key_share=_key_share(rows),
         route="weights",
     )
 
@@ -489,9 +529,11 @@ class _Scores:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What the pass leaves, [batch, head, query] each: `peak` is the row's largest weight."""
+    """What the pass leaves, [batch, head, query] each: `peak` is the row's largest weight, `rest` the entropy in nats of what
+    is left without it."""
 
     entropy: Tensor
+    rest: Tensor
     maximum: Tensor
     peak: Tensor
     floor: Tensor
@@ -587,20 +629,24 @@ def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, Tensor | No
 def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
     found = {
         name: torch.zeros(scores.sizes[:4], dtype=scores.dtype, device=scores.device)
-        for name in ("entropy", "maximum", "peak", "floor", "variance")
+        for name in ("entropy", "rest", "maximum", "peak", "floor", "variance")
     }
     allowed_keys = torch.zeros(scores.sizes[:4], dtype=torch.int64, device=scores.device)
     for tile, S, P, keep in _tiles(scores):
         rows = tile[:4]
         T = torch.tensor(S.shape[-1], device=S.device) if keep is None else keep.sum(-1).long()
-        maximum = S.amax(-1)
-        S.sub_(maximum[..., None])
+        maximum, strongest = S.max(-1, keepdim=True)
+        S.sub_(maximum)
         torch.softmax(S, -1, out=P)  # not torch.exp: it is ten times slower where a result underflows
-        peak = P.amax(-1)
-        mean = P.mul_(S).sum(-1)
+        peak = P.gather(-1, strongest)[..., 0]
+        # Summed without the strongest: 1 - peak has no digits left where a head looks at one key.
+        others = P.scatter_(-1, strongest, 0).sum(-1)
+        mean = P.mul_(S).sum(-1)  # the strongest adds nothing here: its S is 0
         allowed_keys[rows] = T
-        found["maximum"][rows], found["peak"][rows] = maximum, peak
+        found["maximum"][rows], found["peak"][rows] = maximum[..., 0], peak
         found["entropy"][rows] = (0 - peak.log() - mean).clamp_(min=0)
+        rest = (others / peak).log() - mean / others
+        found["rest"][rows] = torch.where(others == 0, 0, rest).clamp_(min=0)
         if susceptibility:
             found["variance"][rows] = (P.mul_(S).sum(-1) - mean.square()).clamp_(min=0)
         if floor:
@@ -621,6 +667,16 @@ def _floor_from_norm(square_norm: Tensor, T: Tensor) -> Tensor:
     gap = (square_norm.clamp(min=0) * T / (T - 1).clamp(min=1)).sqrt()
     odds = (T - 1).clamp(min=0) * torch.exp(-gap)
     return torch.log1p(odds) + gap * odds / (1 + odds)
+
+
+def _rest(rows: _Rows) -> Tensor:
+    T = rows.allowed_keys
+    return (rows.rest / (T - 1).clamp(min=2).to(rows.rest.dtype).log()).where(T >= FEW_RIVALS, math.nan)
+
+
+def _key_share(rows: _Rows) -> Tensor:
+    T = rows.allowed_keys
+    return ((rows.entropy.exp() - 1) / (T - 1).clamp(min=1)).where(T >= FEW_KEYS, math.nan)
 
 
 def _normalized(H: Tensor, T: Tensor) -> Tensor:

@@ -322,6 +322,8 @@ class _Reader:
         head_width = self.t.nodes[value].shape[-1]
         projection = self._projection(product)
         place = None if projection is None else self._projection_place(projection, score, heads * head_width)
+        similarity, query, key = self._similarity(score)
+        compared = () if similarity is None else self.t.nodes[similarity].inputs
         return AttentionCall(
             score=self._point(score),
             product=self._point(product),
@@ -333,7 +335,44 @@ class _Reader:
             masking=self._masking(score),
             value_bias=any(map(self._has_bias, self._learned_behind(value))),
             output_bias=projection is not None and any(map(self._has_bias, self._products_of(place, projection))),
+            queries=self._learned_place(query, score),
+            keys=self._learned_place(key, score),
+            values=self._learned_place(value, score),
+            similarity=None if similarity is None else self._point(similarity),
+            query_operand=compared.index(query) if query in compared else 0,
+            key_operand=compared.index(key) if key in compared else 1,
         )
+
+    def _similarity(self, score: int) -> tuple[int | None, int | None, int | None]:
+        """The product of queries with keys and its two operands; nothing where several products are summed before the softmax."""
+        if self.attention_of[score] == score:
+            return score, self.t.nodes[score].inputs[0], self.t.nodes[score].inputs[1]
+        found, frontier, seen = [], list(self.t.nodes[score].inputs), set()
+        while frontier:
+            index = frontier.pop()
+            if index in seen or not self.t.nodes[index].is_data:
+                continue
+            seen.add(index)
+            if self.t.is_data_product(index):
+                found.append(index)
+            elif not self.t.is_matrix_product(index):
+                frontier.extend(self.t.nodes[index].inputs)
+        if len(found) != 1:
+            return None, None, None
+        data = [i for i in self.t.nodes[found[0]].inputs if self.t.nodes[i].is_data]
+        return found[0], data[-2], data[-1]  # `baddbmm` takes what it adds first
+
+    def _learned_place(self, operand: int | None, score: int) -> ModuleCall | Point | None:
+        """Where the one learned product behind an operand of the attention is made: the run of a module that returns just
+        that, or a point. None where several make the operand, or none."""
+        learned = [] if operand is None else self._learned_behind(operand)
+        if len(learned) != 1:
+            return None
+        call = self.t.calls[self.t.nodes[learned[0]].call]
+        result = call.outputs.get(None)
+        if call.name and not call.first <= score < call.last and result is not None and self._moved(result, learned[0]):
+            return ModuleCall(call.name, call.ordinal)
+        return self._point(learned[0])
 
     def _masking(self, score: int) -> tuple[Point, ...]:
         """The additions and replacements between the product of queries with keys and a softmax of the model's own."""

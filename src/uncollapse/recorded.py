@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from uncollapse import report
 from uncollapse.claims import Ledger
-from uncollapse.records import AblationRecord, DiagnosisRecord, to_json, write_atomically
+from uncollapse.records import (
+    AblationRecord,
+    DiagnosisRecord,
+    IdentifiabilityRecord,
+    SymmetriesRecord,
+    to_json,
+    write_atomically,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-AnyRecord = TypeVar("AnyRecord", DiagnosisRecord, AblationRecord, Ledger)
+AnyRecord = TypeVar("AnyRecord", DiagnosisRecord, AblationRecord, IdentifiabilityRecord, SymmetriesRecord, Ledger)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ AttentionKind = Literal["self", "cross"]
 PHENOMENA: tuple[Phenomenon, ...] = get_args(Phenomenon)[:4]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 ABLATION_SCHEMA: Literal["uncollapse/ablation/1"] = "uncollapse/ablation/1"
+HEADS_SCHEMA: Literal["uncollapse/heads/1"] = "uncollapse/heads/1"
+SYMMETRIES_SCHEMA: Literal["uncollapse/symmetries/1"] = "uncollapse/symmetries/1"
 DIAGNOSIS_SCHEMA: Literal["uncollapse/diagnosis/1"] = "uncollapse/diagnosis/1"
 
 
@@ -109,6 +111,9 @@ class SiteRecord:
     """The token cloud at one site: `embedding` (what enters the first block) or the output of `block.<i>`.
 
     `rank_gap` is sigma_r / sigma_{r+1} at the cut that decided `rank` (null where nothing lies below the cut);
+    `consensus_after_norm` is the consensus distance as a reader behind a norm sees it, token by token of unit length;
+    `stream_carried` the factor by which the block passes each token's stream on (null at an embedding);
+    `distinct_tokens` the different token ids of a sequence (at embeddings, where the model is given ids);
     `not_finite` counts the sequences with NaN or infinity in a real token.
     """
 
@@ -126,6 +131,9 @@ class SiteRecord:
     token_similarity: Statistic | None
     rank_gap: Statistic | None = None
     massive_tokens_left_out: MassiveTokensLeftOut | None = None
+    consensus_after_norm: Statistic | None = None
+    stream_carried: Statistic | None = None
+    distinct_tokens: Statistic | None = None
     not_finite: int = 0
     unavailable: dict[str, str] = field(default_factory=dict)
 
@@ -145,9 +153,11 @@ def followed(trajectory: Sequence[SiteRecord]) -> list[SiteRecord]:
 class AttentionRecord:
     """One head of one attention call. Entropies in nats; logits after scaling, bias and mask, as the softmax saw them.
 
-    `value_contraction` is ||C A V||_F / ||C V||_F on the probe: how much of the values' spread survives the mixing, at most
-    `contraction` = ||C A||_2. `route` says where the figures came from: `logits` (recomputed tile by tile from the queries
-    and keys of a fused call and its own mask or bias; never n x n) or `weights` (the softmax the model ran itself).
+    `rest_entropy` is the normalised entropy of a row without its strongest key, `key_share` = (exp(entropy) - 1)/(T - 1) the
+    share of the other T - 1 allowed keys that a row uses beside one. `value_contraction` is ||C A V||_F / ||C V||_F on the
+    probe: how much of the values' spread survives the mixing, at most `contraction` = ||C A||_2. `route` says where the figures
+    came from: `logits` (recomputed tile by tile from the queries and keys of a fused call and its own mask or bias; never
+    n x n) or `weights` (the softmax the model ran itself).
     """
 
     block: int
@@ -158,20 +168,31 @@ class AttentionRecord:
     normalized_entropy: Statistic | None
     entropy_floor: Statistic | None
     max_logit: Statistic | None
+    rest_entropy: Statistic | None = None
+    key_share: Statistic | None = None
     value_contraction: Statistic | None = None
     susceptibility: Statistic | None = None
     contraction: Statistic | None = None
     spectral_gap: Statistic | None = None
+    second_singular_value: Statistic | None = None
     route: str = ""
     unavailable: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class HeadsRecord:
-    """The output projection of one attention call: what it says of its heads. Figures from the weights, `energy_share` from
-    the probe. `ambiguous_degrees_of_freedom` = (H-1)d_k and `kernel_dimension` = D - rank W_O are per token.
+    """The output projection of one attention call: what it says of its heads. Figures from the weights; `energy_share` and
+    `tokens`, the mean number n of real tokens a sequence, from the probe.
+
+    What stays ambiguous, per token: `ambiguous_degrees_of_freedom` = (H-1)d_k for who sees the heads' sum in one channel space,
+    `kernel_dimension` = D - rank W_O of the head outputs and `contribution_ambiguity` = sum of rank W_h - rank W_O of the
+    contributions O_h W_h for who knows W_O and sees Y. In all: `factorization_ambiguity` for who sees Y of n tokens alone;
+    `gauge_dimension` for who knows the function alone.
+
     `write_space_overlap[g][h]` is the mean squared cosine of the principal angles between the two heads' write spaces,
-    1 for identical ones.
+    1 for identical ones; `smallest_principal_angle[g][h]` the smallest of these angles in radians, null beside a head that writes
+    nothing. `condition_number` is the noise gain of all heads together; `head_noise_gain[h]` that of one head, null where its
+    contribution is not determined; `head_verdict[h]` says so in words.
     """
 
     block: int
@@ -188,6 +209,12 @@ class HeadsRecord:
     write_space_overlap: list[list[float]] | None
     energy_share: list[Statistic | None] | None
     verdict: str | None
+    tokens: int | None = None
+    contribution_ambiguity: int | None = None
+    factorization_ambiguity: int | None = None
+    smallest_principal_angle: list[list[float | None]] | None = None
+    head_noise_gain: list[float | None] | None = None
+    head_verdict: list[str] | None = None
     unavailable: dict[str, str] = field(default_factory=dict)
 
 
@@ -220,17 +247,69 @@ class UpdateRecord:
 
 
 @dataclass(frozen=True)
+class WidthScaling:
+    """How the second singular value of one attention's patterns moves with the context length n: sigma_2 ~ n^slope.
+
+    `second_singular_value` has for each of `context_lengths` the mean over heads and the extreme heads (`n` heads), each head's
+    own value being its mean over the windows of that length. The least-squares slope of ln sigma_2 on ln n has its 95 % interval
+    beside it (null below three lengths). `regime` says in words which law that is.
+    """
+
+    block: int
+    stack: Stack | None
+    kind: AttentionKind
+    context_lengths: list[int]
+    second_singular_value: list[Statistic | None]
+    slope: float | None
+    slope_low: float | None
+    slope_high: float | None
+    regime: str
+
+
+@dataclass(frozen=True)
 class SymmetryRecord:
-    """One of the four symmetries acting on the model. Defects come from `uncollapse symmetries` only."""
+    """One of the four symmetries: where this model stands, and what holds it there.
+
+    `order_parameter` is the distance from the collapsed set along depth, named by `measure`, one value for each of `places`; a
+    collapse is arrival at `collapsed_value`. `equivariance_defect` comes from `uncollapse symmetries` only: how far the model as
+    it is departs from the symmetry, relative to its output. `slope` (width only) is the mean over attention calls of
+    the slopes in `scaling`, measured with context lengths. `breakers` and `stabilisers` are those this model has.
+    """
 
     phenomenon: Phenomenon
     group: str
     equivariance_defect: Statistic | None
+    measure: str
+    places: list[str]
     order_parameter: list[Statistic | None]
     collapsed_value: float
     slope: Statistic | None
     breakers: list[str]
     stabilisers: list[str]
+    scaling: list[WidthScaling] = field(default_factory=list)
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SymmetryTest:
+    """One group acting on the live model, perhaps without some of its components.
+
+    `defect` is ||f(g x) - g f(x)|| / ||f(x)|| of the model's output over real tokens, `rounding` the same ratio when every
+    block's output is moved by one unit of rounding: what no symmetry can be tested below. `holds` says that the defect is
+    at that level, whatever was expected; `is_symmetry` is what theory says of this action on any model without the components
+    named in `without`. `surviving` is the subgroup that this architecture leaves, `dimension` the number of its continuous
+    directions on one attention call (0 for a finite group, null where that is not the same on all, or not known).
+    """
+
+    phenomenon: Phenomenon
+    action: str
+    is_symmetry: bool
+    surviving: str
+    dimension: int | None
+    without: list[str]
+    defect: Statistic | None
+    rounding: Statistic | None
+    holds: bool | None
     unavailable: dict[str, str] = field(default_factory=dict)
 
 
@@ -335,6 +414,31 @@ class AblationRecord:
     verdicts: list[VerdictRecord]
     norms: list[NormRecord]
     updates: list[UpdateRecord]
+
+
+@dataclass(frozen=True)
+class IdentifiabilityRecord:
+    """Whether results can be attributed to the heads of one model: one record an attention call, and the rules that fired."""
+
+    schema: Literal["uncollapse/heads/1"]
+    versions: dict[str, str]
+    model: ModelInfo
+    probe: Probe
+    heads: list[HeadsRecord]
+    findings: list[Finding]
+
+
+@dataclass(frozen=True)
+class SymmetriesRecord:
+    """The four symmetries of the forward pass on one model: the groups acting on it, and where it stands."""
+
+    schema: Literal["uncollapse/symmetries/1"]
+    versions: dict[str, str]
+    model: ModelInfo
+    probe: Probe
+    symmetries: list[SymmetryRecord]
+    tests: list[SymmetryTest]
+    findings: list[Finding]
 
 
 Record = TypeVar("Record")

@@ -75,7 +75,9 @@ def _unmasked_step(padding: list[Tensor | None]) -> Handler:
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = operation_name(function)
         tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        if name == "add":
+        if name == "add" and len(tensors) == 1:  # a number forbids nothing
+            result = function(*args, **kwargs)
+        elif name == "add":
             first, second = tensors
             result = _allowing(first) + _allowing(second)
         elif name == "masked_fill":
@@ -107,7 +109,8 @@ def _allowing(operand: Tensor) -> Tensor:
 @contextlib.contextmanager
 def positions_removed(model: nn.Module) -> Iterator[None]:
     """Within the context every token stands at position 0."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    parameters = inspect.signature(model.forward).parameters
+    if "position_ids" not in parameters:
         raise UnsupportedModel(
             f"without: expected a model that takes position_ids, got {type(model).__name__}. Its positions cannot be told "
             "from outside. Take away another component."
@@ -117,9 +120,12 @@ def positions_removed(model: nn.Module) -> Iterator[None]:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         shaped = tokens if tokens is not None else kwargs["inputs_embeds"][..., 0]
         zeros = torch.zeros(shaped.shape[:2], dtype=torch.long, device=shaped.device)
+        if "attention_mask" in parameters and len(args) < 2 and kwargs.get("attention_mask") is None:
+            # Without a mask, positions that start again are taken for sequences packed into one row, and kept apart.
+            kwargs = {**kwargs, "attention_mask": torch.ones_like(zeros)}
         return args, {**kwargs, "position_ids": zeros}
 
-    hook = model.register_forward_pre_hook(at_zero, with_kwargs=True)
+    hook = model.register_forward_pre_hook(at_zero, with_kwargs=True, prepend=True)  # position gates listen, too
     try:
         yield
     finally:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from uncollapse.records import AblationRecord, DiagnosisRecord
+from uncollapse.records import AblationRecord, DiagnosisRecord, IdentifiabilityRecord, SymmetriesRecord
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from uncollapse.claims import Ledger
 
 
-def page(record: DiagnosisRecord | AblationRecord | Ledger) -> str:
+def page(record: DiagnosisRecord | AblationRecord | IdentifiabilityRecord | SymmetriesRecord | Ledger) -> str:
     """The record as one HTML file: it opens from disk, fetches nothing, and is readable without JavaScript.
 
     Raises `InputError` where it is no record of a schema that this version draws.
@@ -33,13 +33,24 @@ def page(record: DiagnosisRecord | AblationRecord | Ledger) -> str:
         from uncollapse.report.ablation_document import ablation_page
 
         return ablation_page(record)
+    if isinstance(record, IdentifiabilityRecord):
+        from uncollapse.report.heads_document import heads_page
+
+        return heads_page(record)
+    if isinstance(record, SymmetriesRecord):
+        from uncollapse.report.symmetries_document import symmetries_page
+
+        return symmetries_page(record)
     from uncollapse.report.ledger_document import ledger_page
 
     return ledger_page(record)
 
 
-def terminal(record: DiagnosisRecord | AblationRecord | Ledger, console: Console) -> None:
-    """Print a diagnosis (one row a block, then its findings), an ablation (one row a run, then the predictions) or a ledger
+def terminal(
+    record: DiagnosisRecord | AblationRecord | IdentifiabilityRecord | SymmetriesRecord | Ledger, console: Console
+) -> None:
+    """Print a diagnosis (one row a block, then its findings), an ablation (one row a run, then the predictions), the heads'
+    identifiability (the answer, then one row a block), symmetries (a paragraph a phenomenon, then one row a test) or a ledger
     (a paragraph a claim, then the verdicts).
     """
     if isinstance(record, DiagnosisRecord):
@@ -50,6 +61,14 @@ def terminal(record: DiagnosisRecord | AblationRecord | Ledger, console: Console
         from uncollapse.report.ablation_printout import print_ablation
 
         print_ablation(record, console)
+    elif isinstance(record, IdentifiabilityRecord):
+        from uncollapse.report.heads_printout import print_heads
+
+        print_heads(record, console)
+    elif isinstance(record, SymmetriesRecord):
+        from uncollapse.report.symmetries_printout import print_symmetries
+
+        print_symmetries(record, console)
     else:
         from uncollapse.report.ledger_printout import print_ledger
 

@@ -28,6 +28,16 @@ class Line:
     banded: bool = True
 
 
+@dataclass(frozen=True)
+class Level:
+    """A value that lines are held against, drawn across the chart: `words` stand on it or, where it is high, beneath it."""
+
+    value: float
+    words: str
+    color: str
+    beneath: bool = False
+
+
 def depth_axis(names: Sequence[str], title: str = "block") -> alt.X:
     """The sites along depth, few enough of them named for a phone."""
     inputs = 1 if names[0] == "in" else 0
@@ -39,7 +49,7 @@ def depth_axis(names: Sequence[str], title: str = "block") -> alt.X:
     )
 
 
-def _along_depth(
+def along_depth(
     names: Sequence[str],
     keys: Sequence[str],
     lines: Sequence[Line],
@@ -48,10 +58,11 @@ def _along_depth(
     drawn: Callable[[float], float] = float,
     area: Sequence[Statistic | None] = (),
     ringed: Sequence[int] = (),
+    levels: Sequence[Level] = (),
     height: int = 230,
     title: str = "block",
 ) -> dict[str, Any]:
-    """Lines along depth with their range over sequences, over an area of what is attainable."""
+    """Lines along depth with their range over sequences, over an area of what is attainable and across given levels."""
     x = depth_axis(names, title)
     long = [
         {"depth": depth, "line": line.key.label, "y": drawn(s.mean), "low": drawn(s.min), "high": drawn(s.max)}
@@ -72,6 +83,8 @@ def _along_depth(
         ceiling = alt.Chart(rows([{"depth": i, "y": s.mean if s else None} for i, s in enumerate(area)]))
         layers.append(ceiling.mark_area(color=GREY, opacity=0.16).encode(x=x, y=y))
         layers.append(ceiling.mark_line(color=GREY, strokeWidth=1).encode(x=x, y=y))
+    for level in levels:
+        layers += _level(level, x, y)
     base = alt.Chart(rows(long)).encode(x=x, color=color)
     banded = [line.key.label for line in lines if line.banded]
     spreads = [row for row in long if row["line"] in banded and row["low"] != row["high"]]
@@ -89,6 +102,18 @@ def _along_depth(
         )
     layers += hover_columns(keys, x)
     return specification(alt.layer(*layers).properties(width="container", height=height, autosize=FIT))
+
+
+def _level(level: Level, x: alt.X, y: alt.Y) -> list[alt.Chart]:
+    """The words stand at the left: what falls towards a level along depth meets it at the right."""
+    base = alt.Chart(rows([{"depth": 0, "y": level.value, "words": level.words}]))
+    rule = base.mark_rule(color=level.color, strokeWidth=1.5, strokeDash=[5, 3]).encode(y=y)
+    if not level.words:
+        return [rule]
+    text = base.mark_text(
+        align="left", baseline="top" if level.beneath else "bottom", dy=4 if level.beneath else -4, fontSize=11
+    )
+    return [rule, text.encode(x=alt.X("depth:Q", **shared(x)), y=y, text="words:N")]
 
 
 def hover_columns(keys: Sequence[str], x: alt.X) -> list[alt.Chart]:
@@ -125,7 +150,7 @@ def trajectory_charts(sites: Sequence[SiteRecord], findings: Sequence[Finding], 
     attainable = [s.attainable_rank for s in sites]
     if ranks:
         shown = any(attainable)
-        spec = _along_depth(
+        spec = along_depth(
             names,
             keys,
             ranks,
@@ -169,7 +194,7 @@ def _pair_chart(
     if not _measured(lines):
         return None
     ringed = named if measure == "consensus_distance" else ()
-    spec = _along_depth(names, keys, lines, y, drawn=drawn, ringed=ringed)
+    spec = along_depth(names, keys, lines, y, drawn=drawn, ringed=ringed)
     legend = [line.key for line in lines] if differ else []
     if any(s and wording.spread(s) for s in everything):
         legend.append(Key("lowest to highest sequence", BLUE, "band"))
@@ -234,6 +259,6 @@ def updates_chart(updates: Sequence[UpdateRecord], key: str, where: str) -> Char
         return None
     keys = [" ".join(cells.update_key(u) for u in updates if u.block == block) for block in blocks]
     y = alt.Y("y:Q", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(title=None, tickCount=5))
-    spec = _along_depth([str(block) for block in blocks], keys, lines, y, height=200)
+    spec = along_depth([str(block) for block in blocks], keys, lines, y, height=200)
     label = f"Share of every update that lies outside the span of the embeddings{f', {where}' if where else ''}."
     return Chart(key, "Out-of-span energy", label, spec, [line.key for line in lines])

@@ -11,7 +11,18 @@ import vl_convert
 
 from uncollapse.errors import InputError
 from uncollapse.records import DIAGNOSIS_SCHEMA, DiagnosisRecord, Finding, UpdateRecord
-from uncollapse.report import cells, charts, curves, figures, sheet, tables, wording
+from uncollapse.report import (
+    cells,
+    charts,
+    curves,
+    figures,
+    sheet,
+    symmetries_tables,
+    symmetries_wording,
+    tables,
+    wording,
+)
+from uncollapse.report.symmetries_rows import symmetry_rows, width
 
 
 @dataclass(frozen=True)
@@ -50,9 +61,10 @@ def diagnosis_page(record: DiagnosisRecord) -> str:
             f"page: expected a diagnosis record of the schema {DIAGNOSIS_SCHEMA}, got {came}. "
             "It may come from another command or version. Diagnose again, or read the file with from_json."
         )
+    symmetries, scaling = symmetry_rows(record.symmetries, record.findings), width(record.symmetries)
     return sheet.render(
         "page.html.j2",
-        styles=["page.css"],
+        styles=["page.css", "symmetries.css"],
         scripts=[bundle(), sheet.source("page.js")],
         title=record.model.name,
         record=record,
@@ -65,7 +77,11 @@ def diagnosis_page(record: DiagnosisRecord) -> str:
         mean_length=tables.mean_length(record),
         norms=Panel("", [], [tables.norms_table(record.norms, "norms-table")]),
         updates=update_panels(record.updates),
-        symmetries=Panel("", [], [tables.symmetries_table(record, "symmetries-table")]),
+        symmetries=symmetries,
+        order=symmetries_tables.order_table(record.symmetries, "order-table"),
+        width=scaling,
+        drawn=Panel("", [row.chart for row in symmetries if row.chart] + (scaling.charts if scaling else []), []),
+        symmetry_words=symmetries_wording,
     )
 
 

@@ -6,7 +6,7 @@ A mean never stands alone: beside it is the worst sequence, or the sharpest head
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -15,7 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from uncollapse.records import DiagnosisRecord, SiteRecord, Statistic
+from uncollapse.records import DiagnosisRecord, Finding, SiteRecord, Statistic
 from uncollapse.report import cells, plain, wording
 
 SIGNS = {"critical": "!!", "warning": "!", "info": "i"}
@@ -60,7 +60,16 @@ def print_diagnosis(record: DiagnosisRecord, console: Console) -> None:
         for sentence in wording.verdict_sentences(record):
             say(sentence)
     console.print()
-    findings = wording.worst_first(record.findings)
+    print_findings(record.findings, console)
+    console.print()
+    say(closing(record))
+
+
+def print_findings(found: Sequence[Finding], console: Console) -> None:
+    """Print the verdict in one line, then each rule that fired: where, what to do, and which symmetry it is about."""
+    text = functools.partial(plain.plain, console)
+    say = functools.partial(plain.say, console)
+    findings = wording.worst_first(found)
     say(wording.headline(findings), "bold")
     for group in wording.alike(findings):
         for finding in group[:SPELLED_OUT]:
@@ -72,8 +81,10 @@ def print_diagnosis(record: DiagnosisRecord, console: Console) -> None:
             say(f"The same at {len(rest)} more: {'; '.join(map(wording.finding_place, rest))}.", indent=3)
         if group[0].remedy:
             say(f"Remedy: {group[0].remedy}", indent=3)
-    console.print()
-    say(closing(record))
+        phenomenon = group[0].phenomenon
+        if phenomenon in wording.SYMMETRY_NAMES:
+            symmetry = wording.SYMMETRY_NAMES[phenomenon]
+            say(f"Symmetry: {symmetry} ({wording.PHENOMENON_NAMES[phenomenon]}).", "dim", 3)
 
 
 def _columns(record: DiagnosisRecord) -> list[Column]:

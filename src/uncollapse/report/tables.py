@@ -13,7 +13,6 @@ from uncollapse.records import (
     NormRecord,
     SiteRecord,
     Statistic,
-    SymmetryRecord,
     UpdateRecord,
 )
 from uncollapse.report import wording
@@ -47,6 +46,8 @@ TRAJECTORY = [
     field("consensus_distance", "consensus distance"),
     field("token_similarity", "token similarity"),
     field("rank_gap", "gap at the cut", "σᵣ/σᵣ₊₁"),
+    field("consensus_after_norm", "consensus distance behind a norm"),
+    field("stream_carried", "stream carried on"),
 ]
 NOT_FINITE = field("not_finite", "sequences with NaN or infinity")
 LEFT_OUT_MEASURES = [
@@ -62,10 +63,13 @@ ATTENTION = [
     field("entropy", "entropy", "nats"),
     field("entropy_floor", "entropy floor", "nats"),
     field("max_logit", "largest logit"),
+    field("rest_entropy", "entropy without the strongest key"),
+    field("key_share", "share of keys used"),
     field("value_contraction", "value contraction", "‖CAV‖/‖CV‖"),
     field("susceptibility", "susceptibility", "Var s"),
     field("contraction", "contraction", "‖CA‖₂"),
     field("spectral_gap", "spectral gap", "1 − σ₂/σ₁"),
+    field("second_singular_value", "second singular value", "σ₂"),
 ]
 UPDATES = [
     field("out_of_span_energy", "out-of-span energy"),
@@ -299,40 +303,4 @@ def updates_table(updates: Sequence[UpdateRecord], key: str) -> Table:
         UPDATES,
         updates,
         update_key,
-    )
-
-
-def symmetries_table(record: DiagnosisRecord, key: str) -> Table:
-    """One row a symmetry."""
-
-    def ends(symmetry: SymmetryRecord) -> Cell | None:
-        seen = [s for s in symmetry.order_parameter if s is not None]
-        if not seen:
-            return None
-        nearest = min(seen, key=lambda s: abs(s.mean - symmetry.collapsed_value))
-        ends = f"{wording.mean(seen[0])} → {wording.mean(seen[-1])}" if len(seen) > 1 else ""
-        return Cell(wording.mean(nearest), ends, abs(nearest.mean - symmetry.collapsed_value))
-
-    def listed(name: str) -> Callable[[SymmetryRecord], str]:
-        return lambda symmetry: ", ".join(getattr(symmetry, name)) or "none"
-
-    return table(
-        key,
-        "The four symmetries",
-        [
-            (
-                Column("phenomenon", numeric=False),
-                lambda symmetry: Cell(wording.PHENOMENON_NAMES[symmetry.phenomenon], symmetry.group),
-            )
-        ],
-        [
-            Measure("order_parameter", Column("order parameter", "nearest to collapse"), ends),
-            field("collapsed_value", "value at collapse"),
-            field("equivariance_defect", "equivariance defect"),
-            field("slope", "slope in width"),
-            Measure("breakers", Column("breakers", numeric=False), listed("breakers")),
-            Measure("stabilisers", Column("stabilisers", numeric=False), listed("stabilisers")),
-        ],
-        record.symmetries,
-        lambda symmetry: slug("symmetry", symmetry.phenomenon),
     )

@@ -31,6 +31,12 @@ PHENOMENON_NAMES = {
     "entropy-collapse": "entropy collapse",
     "numerics": "numerics",
 }
+SYMMETRY_NAMES = {
+    "rank-collapse-depth": "reordering the tokens",
+    "rank-collapse-width": "reordering the keys alone",
+    "head-channel-non-identifiability": "exchanging heads and mixing inside them",
+    "entropy-collapse": "shifting and scaling the logits",
+}
 
 
 TOKEN_CLOUD = ("rank-collapse-depth", "numerics")  # phenomena whose findings name a site of the trajectory
