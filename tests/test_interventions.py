@@ -263,3 +263,14 @@ def test_gradients_flow_through_what_is_left() -> None:
         model(**batch)[0].square().sum().backward()
     assert model.h[0].attn.c_proj.weight.grad is not None
     assert model.h[0].mlp.c_fc.weight.grad is None or not model.h[0].mlp.c_fc.weight.grad.any()
+
+
+def test_positions_can_be_taken_away_from_a_model_kept_in_double() -> None:
+    """What keeps the precision must not hide that the model takes position_ids."""
+    model = FAMILIES["bert"].build().double().eval()
+    ids = torch.arange(1, 9)[None]
+    proved_anatomy(model, {"input_ids": ids})
+    with torch.no_grad(), float64_kept(model), uc.without(model, "positions"):
+        output = model(input_ids=ids).last_hidden_state
+        moved = model(input_ids=ids.flip(1)).last_hidden_state
+    assert (moved.flip(1) - output).abs().max() < 1e-12

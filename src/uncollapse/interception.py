@@ -14,6 +14,7 @@ those who change values.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -137,6 +138,7 @@ def float64_kept(model: nn.Module) -> Iterator[None]:
         return
     original, own = model.forward, "forward" in model.__dict__
 
+    @functools.wraps(original)  # others read the signature: does it take position_ids?
     def forward(*args: Any, **kwargs: Any) -> Any:
         with _Float64Kept():
             return original(*args, **kwargs)
@@ -231,6 +233,7 @@ def _wrapped(
         for mode in runs.modes.get(name, [])[-1:]:
             mode.depth -= 1
 
+    @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         run = runs.begin(name)
         wanted = {**by_call.get(None, {}), **by_call.get(run, {})}
