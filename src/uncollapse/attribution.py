@@ -90,19 +90,20 @@ def _weight_figures(matrix: Tensor, count: int) -> dict[str, Any]:
     """What W_O [mixed, width] alone says of its `count` heads."""
     if not bool(matrix.isfinite().all()):
         return {"width": matrix.shape[1]}
-    kernel = heads.kernel_dimension(matrix)
-    conditioning = heads.conditioning(matrix, count)
-    gains = [float(gain) for gain in heads.head_noise_gain(matrix, count)]
-    overlap = heads.write_space_overlap(matrix, count).nan_to_num(nan=0.0)  # a silent head overlaps with nothing
+    spaces = heads.WriteSpaces(matrix, count)
+    kernel = matrix.shape[0] - spaces.rank
+    conditioning = heads.conditioning(spaces, count)
+    gains = [float(gain) for gain in heads.head_noise_gain(spaces, count)]
+    overlap = heads.write_space_overlap(spaces, count).nan_to_num(nan=0.0)  # a silent head overlaps with nothing
     return {
         "width": matrix.shape[1],
         "kernel_dimension": kernel,
         "output_projection_rank": matrix.shape[0] - kernel,
-        "contribution_ambiguity": heads.contribution_ambiguity(matrix, count),
+        "contribution_ambiguity": heads.contribution_ambiguity(spaces, count),
         "condition_number": _finite(conditioning),
         "write_space_overlap": overlap.tolist(),
         "smallest_principal_angle": [
-            [_finite(angle) for angle in row] for row in heads.smallest_principal_angle(matrix, count).tolist()
+            [_finite(angle) for angle in row] for row in heads.smallest_principal_angle(spaces, count).tolist()
         ],
         "head_noise_gain": [_finite(gain) for gain in gains],
         "head_verdict": [heads.attribution_verdict(0, gain) for gain in gains],

@@ -16,6 +16,7 @@ When not to use it: where the output of the projection is cut into heads. That i
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -66,7 +67,60 @@ def kernel_dimension(output_projection: Float[Tensor, "mixed width"], tokens: in
     return tokens * (W.shape[0] - _rank(W, output_projection.dtype))
 
 
-def contribution_ambiguity(output_projection: Float[Tensor, "mixed width"], heads: int, tokens: int = 1) -> int:
+class WriteSpaces:
+    """An output projection decomposed once, for who wants several of the figures below: each takes it in place of the matrix.
+
+    `bases` are orthonormal rows [head, direction, width] spanning row(W_h), zero beyond the rank, `ranks` [head] their
+    numbers, `rank` that of W_O, `stack` the singular vectors and values (U, sigma) of all bases on top of each other. All in
+    float64, ranks as in `kernel_dimension`.
+
+    >>> spaces = WriteSpaces(torch.eye(4), heads=2)
+    >>> conditioning(spaces, heads=2), contribution_ambiguity(spaces, heads=2)
+    (1.0, 0)
+
+    Raises `InputError` as `contribution_ambiguity` does.
+    """
+
+    def __init__(
+        self, output_projection: Float[Tensor, "mixed width"], heads: int, *, name: str = "WriteSpaces"
+    ) -> None:
+        self.blocks = _blocks(name, output_projection, heads)
+        self.dtype, self.heads = output_projection.dtype, heads
+        _, sigma, rows = torch.linalg.svd(self.blocks, full_matrices=False)
+        kept = torch.stack([s > _tolerance(b, s[0], self.dtype) for b, s in zip(self.blocks, sigma, strict=True)])
+        self.bases, self.ranks = rows * kept[..., None], kept.sum(-1)
+
+    @functools.cached_property
+    def rank(self) -> int:
+        """The rank of W_O."""
+        return _rank(self.blocks.flatten(0, 1), self.dtype)
+
+    @functools.cached_property
+    def stack(self) -> tuple[Tensor, Tensor]:
+        """U and sigma of the stacked bases, without their zero rows."""
+        left, sigma, _ = torch.linalg.svd(self.stacked, full_matrices=False)
+        return left, sigma
+
+    @property
+    def stacked(self) -> Tensor:
+        """The bases on top of each other [direction, width]."""
+        return torch.cat([basis[: int(rank)] for basis, rank in zip(self.bases, self.ranks, strict=True)])
+
+
+def _decomposed(name: str, output_projection: Tensor | WriteSpaces, heads: int) -> WriteSpaces:
+    if not isinstance(output_projection, WriteSpaces):
+        return WriteSpaces(output_projection, heads, name=name)
+    if output_projection.heads != heads:
+        raise InputError(
+            f"{name}: expected spaces of {heads} heads, got {output_projection.heads}. They belong to another layer. "
+            "Decompose its own output projection."
+        )
+    return output_projection
+
+
+def contribution_ambiguity(
+    output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int, tokens: int = 1
+) -> int:
     """How many numbers of the contributions O_h W_h stay free when their sum is seen, for who knows W_O. A count.
 
     n (sum_h rank W_h - rank W_O), ranks as in `kernel_dimension`.
@@ -81,9 +135,8 @@ def contribution_ambiguity(output_projection: Float[Tensor, "mixed width"], head
 
     Linear algebra. Raises `InputError` as `kernel_dimension` does, and where the rows are no multiple of `heads`.
     """
-    blocks = _blocks("contribution_ambiguity", output_projection, heads)
-    dtype = output_projection.dtype
-    return tokens * (sum(_rank(block, dtype) for block in blocks) - _rank(blocks.flatten(0, 1), dtype))
+    spaces = _decomposed("contribution_ambiguity", output_projection, heads)
+    return tokens * (int(spaces.ranks.sum()) - spaces.rank)
 
 
 def factorization_ambiguity(tokens: int, mixed: int, width: int) -> int:
@@ -150,7 +203,9 @@ def query_key_gauge_dimension(
     return groups * (rotary_width + free**2) + (groups * free if bias else 0)
 
 
-def write_space_overlap(output_projection: Float[Tensor, "mixed width"], heads: int) -> Float[Tensor, "head head"]:
+def write_space_overlap(
+    output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int
+) -> Float[Tensor, "head head"]:
     """How much of what one head writes lies where another head writes: a share between 0 and 1 for every pair.
 
     ||B_h B_g^T||_F^2 / min(r_h, r_g), B_h an orthonormal basis of row(W_h), r_h its rank: the mean squared cosine of
@@ -170,14 +225,15 @@ def write_space_overlap(output_projection: Float[Tensor, "mixed width"], heads: 
     Principal angles: Bjorck and Golub, Numerical methods for computing angles between linear subspaces, 1973.
     Raises `InputError` as `contribution_ambiguity` does.
     """
-    bases, ranks = _write_bases("write_space_overlap", output_projection, heads)
+    spaces = _decomposed("write_space_overlap", output_projection, heads)
+    bases, ranks = spaces.bases, spaces.ranks
     flat = bases.flatten(0, 1)
     cosines = (flat @ flat.T).square().view(heads, bases.shape[1], heads, bases.shape[1]).sum((1, 3))
     return cosines / torch.minimum(ranks[:, None], ranks)
 
 
 def principal_angles(
-    output_projection: Float[Tensor, "mixed width"], heads: int
+    output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int
 ) -> Float[Tensor, "head head head_width"]:
     """The angles between every two write spaces, smallest first, in radians.
 
@@ -192,12 +248,13 @@ def principal_angles(
 
     Bjorck and Golub 1973. Raises `InputError` as `contribution_ambiguity` does.
     """
-    bases, ranks = _write_bases("principal_angles", output_projection, heads)
-    spaces = [basis[: int(rank)] for basis, rank in zip(bases, ranks, strict=True)]
-    angles = bases.new_full((heads, heads, output_projection.shape[0] // heads), math.nan)
+    spaces = _decomposed("principal_angles", output_projection, heads)
+    bases, ranks = spaces.bases, spaces.ranks
+    own = [basis[: int(rank)] for basis, rank in zip(bases, ranks, strict=True)]
+    angles = bases.new_full((heads, heads, spaces.blocks.shape[1]), math.nan)
     for h in range(heads):
         for g in range(h, heads):
-            small, large = sorted((spaces[h], spaces[g]), key=len)
+            small, large = sorted((own[h], own[g]), key=len)
             inside = small @ large.T
             cosines = torch.linalg.svdvals(inside)
             sines = torch.linalg.svdvals(small - inside @ large).flip(0)
@@ -205,7 +262,9 @@ def principal_angles(
     return angles
 
 
-def smallest_principal_angle(output_projection: Float[Tensor, "mixed width"], heads: int) -> Float[Tensor, "head head"]:
+def smallest_principal_angle(
+    output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int
+) -> Float[Tensor, "head head"]:
     """The smallest angle between every two write spaces, in radians: do two heads have a direction in common?
 
     theta_1 of `principal_angles`, without the others: u the direction of row(W_h) nearest to row(W_g), theta_1 = atan2 of
@@ -222,7 +281,8 @@ def smallest_principal_angle(output_projection: Float[Tensor, "mixed width"], he
 
     Bjorck and Golub 1973. Raises `InputError` as `contribution_ambiguity` does.
     """
-    bases, ranks = _write_bases("smallest_principal_angle", output_projection, heads)
+    spaces = _decomposed("smallest_principal_angle", output_projection, heads)
+    bases, ranks = spaces.bases, spaces.ranks
     angles = bases.new_zeros(heads, heads)
     for h in range(heads - 1):
         others = bases[h + 1 :]
@@ -234,7 +294,7 @@ def smallest_principal_angle(output_projection: Float[Tensor, "mixed width"], he
     return angles.masked_fill(silent[:, None] | silent, math.nan)
 
 
-def conditioning(output_projection: Float[Tensor, "mixed width"], heads: int) -> float:
+def conditioning(output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int) -> float:
     """By how much noise in the layer's output is amplified, at worst, when it is attributed to heads. A factor.
 
     sigma_max / sigma_min of the stacked orthonormal bases [B_1; ...; B_H] of the write spaces row(W_h).
@@ -252,16 +312,18 @@ def conditioning(output_projection: Float[Tensor, "mixed width"], heads: int) ->
     Singular values as noise gains: any text on least squares, for instance Golub and Van Loan, Matrix Computations.
     Raises `InputError` as `contribution_ambiguity` does.
     """
-    bases, ranks = _write_bases("conditioning", output_projection, heads)
-    stack = torch.cat([basis[: int(rank)] for basis, rank in zip(bases, ranks, strict=True)])
+    spaces = _decomposed("conditioning", output_projection, heads)
+    stack = spaces.stacked
     if not 0 < stack.shape[0] <= stack.shape[1]:
         return math.inf
-    sigma = torch.linalg.svdvals(stack)
-    dependent = sigma[-1] <= _tolerance(stack, sigma[0], output_projection.dtype)
+    _, sigma = spaces.stack
+    dependent = sigma[-1] <= _tolerance(stack, sigma[0], spaces.dtype)
     return math.inf if dependent else float(sigma[0] / sigma[-1])
 
 
-def head_noise_gain(output_projection: Float[Tensor, "mixed width"], heads: int) -> Float[Tensor, " head"]:
+def head_noise_gain(
+    output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int
+) -> Float[Tensor, " head"]:
     """By how much noise in the layer's output is amplified, at worst, when one head's contribution is read off it. A factor
     a head.
 
@@ -281,14 +343,14 @@ def head_noise_gain(output_projection: Float[Tensor, "mixed width"], heads: int)
     Ipsen and Meyer, The angle between complementary subspaces, 1995.
     Raises `InputError` as `contribution_ambiguity` does.
     """
-    bases, ranks = _write_bases("head_noise_gain", output_projection, heads)
-    sizes = [int(rank) for rank in ranks]
-    stack = torch.cat([basis[:size] for basis, size in zip(bases, sizes, strict=True)])
-    gains = bases.new_zeros(heads)
+    spaces = _decomposed("head_noise_gain", output_projection, heads)
+    sizes = [int(rank) for rank in spaces.ranks]
+    stack = spaces.stacked
+    gains = stack.new_zeros(heads)
     if not len(stack):
         return gains
-    left, sigma, _ = torch.linalg.svd(stack, full_matrices=False)
-    tolerance = _tolerance(stack, sigma[0], output_projection.dtype)
+    left, sigma = spaces.stack
+    tolerance = _tolerance(stack, sigma[0], spaces.dtype)
     kept = left[:, sigma > tolerance]
     scaled = kept / sigma[: kept.shape[1]]
     for h, (size, directions, amplified) in enumerate(zip(sizes, kept.split(sizes), scaled.split(sizes), strict=True)):
@@ -449,14 +511,6 @@ def attribution_verdict(kernel_dimension: int, conditioning: float) -> str:
     if conditioning > CARE_GAIN:
         return f"attributable with care (noise gain {conditioning:.3g})"
     return "attributable"
-
-
-def _write_bases(name: str, W: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Orthonormal rows [head, direction, width] spanning row(W_h), zero beyond the rank, and the ranks, as float64."""
-    blocks = _blocks(name, W, heads)
-    _, sigma, rows = torch.linalg.svd(blocks, full_matrices=False)
-    kept = torch.stack([s > _tolerance(b, s[0], W.dtype) for b, s in zip(blocks, sigma, strict=True)])
-    return rows * kept[..., None], kept.sum(-1).double()
 
 
 def _rank(W: Tensor, dtype: torch.dtype) -> int:
