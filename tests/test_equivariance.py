@@ -234,3 +234,13 @@ def test_a_component_breaks_what_is_broken_with_all_others_away() -> None:
     assert breakers([_test([], 1.0), _test(["a"], 1.0), _test(["b"], 1.0), replace(free, holds=False)]) is None
     assert breakers([_test([], 1.0), _test(["a"], 1.0), free]) is None
     assert breakers([_test([], 1.0)]) is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rounding_in_half_precision_hides_no_break(dtype: str) -> None:
+    """A level of rounding is 0.02 in bfloat16: what counts as rounding must stay far below a break of 1."""
+    record = uc.symmetries("demo", sequences=4, max_tokens=32, dtype=dtype).record
+    assert record.symmetries[0].breakers == ["positions"]
+    assert the(record, "token permutation", "mask").holds is False
+    assert the(record, "logit scaling").holds is False
+    assert all(the(record, action).holds for action in EXACT)

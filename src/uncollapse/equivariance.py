@@ -1,15 +1,15 @@
-"""`symmetries`: the four groups act on a live model. Which symmetry is exact, which is broken, and what breaks it?
+"""`symmetries`: the groups act on a live model. Which symmetry is exact, which is broken, and what breaks it?
 
 For a group element g and the model f, from its input to the stream behind its last block, the equivariance defect is
 ||f(g x) - g f(x)|| / ||f(x)||, in Frobenius norm over the real tokens of a sequence. Two reference points make it readable: the
 *rounding level*, the same ratio when every block's output is moved by one unit of rounding, and the same defect with a
 component taken away. A component breaks a symmetry if with everything else away the defect is still there.
 
-What stays away from the defect: gauges are applied to the weights and taken back bit for bit; nothing is trained, nothing is
-approximated. The elements are random, well conditioned and seeded; an exact symmetry holds for all of them, so one that
-fails settles it.
+Gauges are applied to the weights and taken back bit for bit; nothing is trained or approximated. The elements are random, well
+conditioned and seeded; an exact symmetry holds for all of them, so one that fails settles it.
 
-When not to use it: to judge a model's health. A broken symmetry is often the point of an architecture (`findings` judges).
+When not to use it: in half precision for small breaks, which rounding hides; or to judge a model's health. A broken symmetry
+is often the point of an architecture (`findings` judges).
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ from uncollapse.symmetry import (
 )
 
 SEQUENCES, TOKENS = 4, 32  # what the groups act on: a defect is there in every sequence, or not at all
-# In rounding levels. An exact symmetry reorders sums and rounds weights anew: on the packaged models its defect was at most
-# 2 levels, that of a broken one 1,000 and more.
-EXACT = 50.0
+# In rounding levels. An exact symmetry reorders sums and rounds weights anew: on MiniLM (four number formats) and SmolLM2 its
+# defect was at most 2 levels. In bfloat16, where a level is 0.02, a break below 0.1 cannot be told from rounding.
+EXACT = 5.0
 # Logits times this are all equal to within any number format: attention without its query and key weights.
 FLAT = 1e-30
 QUERY_KEY = "query and key weights"
@@ -164,7 +164,7 @@ def completed(
     unavailable = {k: v for k, v in record.unavailable.items() if k != "equivariance_defect"}
     found = breakers(mine)
     kept = record.breakers if found is None else [*found, *(b for b in record.breakers if b == "position gates")]
-    if is_broken_otherwise(mine):
+    if record.phenomenon == "rank-collapse-depth" and is_broken_otherwise(mine):
         kept = [*kept, "order told in another way"]
     shift = next((t for t in mine if t.action == "logit shift"), None)
     if shift is not None and shift.holds is False:
@@ -217,7 +217,7 @@ class _Acting:
         found += [self._gauge(group, action) for group, action in _GAUGES]
         found += [self._logit_shift(), self._query_key_scaling(), self._logit_scaling()]
         if self.progress is not None:
-            self.progress("symmetries", 1, 1)
+            self.progress("symmetries", _TESTS, _TESTS)
         return found
 
     def stabilisers(self) -> dict[Phenomenon, list[str]]:
@@ -405,9 +405,9 @@ class _Acting:
         carried: bool = False,
     ) -> SymmetryTest:
         """One group acting without the components `away`; positions that are `carried` along by the tokens stay."""
-        if self.progress is not None:
+        if self.progress is not None and not carried:  # a second try at the same test
             self.progress("symmetries", self.done, _TESTS)
-        self.done += 1
+            self.done += 1
         test = SymmetryTest(
             phenomenon=phenomenon,
             action=action,
@@ -545,10 +545,14 @@ def _pieces(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The first tokens of the longest sequences, without padding: one batch where they can be cut to one length."""
     singles = [one for batch in batches for one in _sequences(batch)]
     singles = sorted(singles, key=_tokens, reverse=True)[:SEQUENCES]
-    cut = [example(one, min(TOKENS, *map(_tokens, singles), TOKENS)) for one in singles]
+    cut = [example(one, min([TOKENS, *map(_tokens, singles)])) for one in singles]
     try:
-        names = [{k for k, v in one.items() if isinstance(v, Tensor) and v.ndim} for one in cut]
-        return [{k: torch.cat([one[k] for one in cut]) if k in names[0] else v for k, v in cut[0].items()}]
+        return [
+            {
+                k: torch.cat([one[k] for one in cut]) if isinstance(v, Tensor) and v.ndim else v
+                for k, v in cut[0].items()
+            }
+        ]
     except (RuntimeError, KeyError):  # their shapes differ, or their inputs: one by one
         return cut
 

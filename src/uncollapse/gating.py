@@ -106,6 +106,7 @@ class PositionGatedProjection(nn.Module):
         self._shared = (shared,)  # in a tuple: no part of this module, so not in the state dict a second time
         self.installed: Installed | None = None
         self.train(projection.training)
+        # torch does not type these three calls of its own.
         self.register_state_dict_post_hook(_with_plain_names)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_inner_names)  # type: ignore[no-untyped-call]
 
