@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,14 +12,6 @@ from uncollapse.report import page
 
 pytestmark = pytest.mark.browser
 SAMPLES = ("ablation", "causal_ablation")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    executable = shutil.which("chromium")
-    assert executable is not None, "these tests look at the page in Debian's chromium: apt-get install chromium"
-    with Browser(executable) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -157,14 +156,6 @@ class Browser:
         self.value("0")
         sent = [event for event in self.events if event["method"] == "Network.requestWillBeSent"]
         return [event["params"]["request"]["url"] for event in sent]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    executable = shutil.which("chromium")
-    assert executable is not None, "these tests look at the page in Debian's chromium: apt-get install chromium"
-    with Browser(executable) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import heads_samples
@@ -14,14 +12,6 @@ from uncollapse.report import page
 
 pytestmark = pytest.mark.browser
 SAMPLES = ("mixed", "forced", "crossed", "single", "deep")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    executable = shutil.which("chromium")
-    assert executable is not None, "these tests look at the page in Debian's chromium: apt-get install chromium"
-    with Browser(executable) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

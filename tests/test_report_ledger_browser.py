@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_report_browser import Browser, browser  # noqa: F401 - the fixture is used by its name
+from test_report_browser import Browser
 
 from uncollapse.claims import verify
 from uncollapse.report import page
@@ -22,7 +22,7 @@ def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [420, 1280])
-def test_it_fits_a_phone_and_follows_light_and_dark(browser: Browser, ledger: Path, width: int, dark: bool) -> None:  # noqa: F811
+def test_it_fits_a_phone_and_follows_light_and_dark(browser: Browser, ledger: Path, width: int, dark: bool) -> None:
     browser.open(ledger, width=width, dark=dark)
     assert browser.value("document.documentElement.scrollWidth") == width
     outside = "[...document.querySelectorAll('.claim > *')].filter(e => e.getBoundingClientRect().right > innerWidth)"
@@ -33,7 +33,7 @@ def test_it_fits_a_phone_and_follows_light_and_dark(browser: Browser, ledger: Pa
     assert browser.requests() == [ledger.as_uri()]
 
 
-def test_every_badge_can_be_read_on_its_ground(browser: Browser, ledger: Path) -> None:  # noqa: F811
+def test_every_badge_can_be_read_on_its_ground(browser: Browser, ledger: Path) -> None:
     """WCAG AA: a contrast of 4.5, in both schemes."""
     contrast = """(() => {
       const light = (c) => {
@@ -52,7 +52,7 @@ def test_every_badge_can_be_read_on_its_ground(browser: Browser, ledger: Path) -
         assert min(seen) > 4.5
 
 
-def test_a_button_copies_the_matrix(browser: Browser, ledger: Path) -> None:  # noqa: F811
+def test_a_button_copies_the_matrix(browser: Browser, ledger: Path) -> None:
     browser.open(ledger)
     button = "document.querySelector('#claim-layernorm-affine-rank button.copy')"
     assert browser.value(f"{button}.hidden") is False
@@ -68,7 +68,7 @@ def test_a_button_copies_the_matrix(browser: Browser, ledger: Path) -> None:  # 
     assert browser.value("navigator.clipboard.readText()") == "[[0, 1], [1, 2]]"
 
 
-def test_where_copying_is_forbidden_the_matrix_is_selected(browser: Browser, ledger: Path) -> None:  # noqa: F811
+def test_where_copying_is_forbidden_the_matrix_is_selected(browser: Browser, ledger: Path) -> None:
     browser.open(ledger)
     button = "document.querySelector('#claim-layernorm-affine-rank button.copy')"
     browser.value("navigator.clipboard.writeText = () => Promise.reject(new Error('no'))")
@@ -77,7 +77,7 @@ def test_where_copying_is_forbidden_the_matrix_is_selected(browser: Browser, led
     assert browser.value("getSelection().toString()").split() == ["0", "1", "1", "2"]
 
 
-def test_a_link_of_the_contents_leads_to_its_claim(browser: Browser, ledger: Path) -> None:  # noqa: F811
+def test_a_link_of_the_contents_leads_to_its_claim(browser: Browser, ledger: Path) -> None:
     browser.open(ledger)
     browser.value("document.querySelector('.contents a[href=\"#claim-entropy-floor\"]').click()")
     top = browser.value(
@@ -88,7 +88,7 @@ def test_a_link_of_the_contents_leads_to_its_claim(browser: Browser, ledger: Pat
     assert bar <= top < 120
 
 
-def test_without_javascript_the_matrices_can_still_be_selected(browser: Browser, ledger: Path) -> None:  # noqa: F811
+def test_without_javascript_the_matrices_can_still_be_selected(browser: Browser, ledger: Path) -> None:
     browser("Emulation.setScriptExecutionDisabled", value=True)
     try:
         browser.events.clear()
