@@ -704,7 +704,10 @@ ERRORS = {
     "two spans": (lambda: geometry.out_of_span_energy(CLOUD, CLOUD, basis=CLOUD), r"got both"),
     "other width": (lambda: geometry.out_of_span_energy(CLOUD, CLOUD[..., :5]), r"\(2, 3, 5\) against \(2, 3, 8\)"),
     "other batch": (lambda: geometry.out_of_span_energy(CLOUD, torch.randn(4, 3, 8)), r"\(4, 3, 8\) against"),
-    "broken span": (lambda: geometry.out_of_span_energy(CLOUD, CLOUD / 0), r"^row_space: .*batch index \(0,\)"),
+    "broken span": (
+        lambda: geometry.out_of_span_energy(CLOUD, CLOUD / 0),
+        r"^out_of_span_energy: .*batch index \(0,\)",
+    ),
     "no moment": (lambda: geometry.null_out_of_span_energy(CLOUD, CLOUD), r"updates\.mT @ updates"),
 }
 

@@ -26,10 +26,11 @@ from uncollapse.errors import InputError
 _PRIME = (1 << 61) - 1
 
 
-def rational(matrix: Any) -> fmpq_mat:
+def rational(matrix: Any, *, name: str = "exact.rational") -> fmpq_mat:
     """The same matrix over the rationals, entry by entry equal. Floats are taken at their exact binary value.
 
-    `matrix` is a flint matrix, rows of int, Fraction, fmpq or float, or a `token width` tensor of any real dtype.
+    `matrix` is a flint matrix, rows of int, Fraction, fmpq or float, or a `token width` tensor of any real dtype. `name` is
+    the function that refuses.
 
     >>> from fractions import Fraction
     >>> rational([[0.5, 1], [Fraction(1, 3), 2]])
@@ -45,7 +46,7 @@ def rational(matrix: Any) -> fmpq_mat:
     if isinstance(matrix, Tensor):
         if matrix.ndim != 2 or matrix.is_complex():
             raise InputError(
-                f"exact.rational: expected a real tensor with axes (token, width), got shape {tuple(matrix.shape)} of "
+                f"{name}: expected a real tensor with axes (token, width), got shape {tuple(matrix.shape)} of "
                 f"{matrix.dtype}. There may be a batch axis too many. Take one matrix, or call exact.rank on the batch."
             )
         width = matrix.shape[1]
@@ -55,14 +56,14 @@ def rational(matrix: Any) -> fmpq_mat:
         width = len(rows[0]) if rows else 0
         if any(len(row) != width for row in rows):
             raise InputError(
-                f"exact.rational: expected rows of one length, got lengths {sorted({len(row) for row in rows})}. "
+                f"{name}: expected rows of one length, got lengths {sorted({len(row) for row in rows})}. "
                 "A row may have lost an entry. Give every token the same width."
             )
-    return fmpq_mat(len(rows), width, [number(entry) for row in rows for entry in row])
+    return fmpq_mat(len(rows), width, [number(entry, name=name) for row in rows for entry in row])
 
 
-def number(value: Any) -> fmpq:
-    """One exact rational: an int, Fraction, fmpq, or a float at its binary value.
+def number(value: Any, *, name: str = "exact.number") -> fmpq:
+    """One exact rational: an int, Fraction, fmpq, or a float at its binary value. `name` is the function that refuses.
 
     >>> number(0.1)
     3602879701896397/36028797018963968
@@ -73,7 +74,7 @@ def number(value: Any) -> fmpq:
         top, bottom = value.as_integer_ratio()
     except (AttributeError, OverflowError, ValueError, TypeError):
         raise InputError(
-            f"exact.number: expected a finite rational number, got {value!r}. A NaN or an infinity may have come "
+            f"{name}: expected a finite rational number, got {value!r}. A NaN or an infinity may have come "
             "out of an overflow. Remove it, or compute in a wider dtype."
         ) from None
     return fmpq(int(top), int(bottom))
@@ -101,7 +102,7 @@ def rank(matrix: Any, mask: Tensor | None = None) -> int | Tensor:
     A tensor may have leading batch axes (then the answer is an integer tensor with those axes) and a boolean `mask`
     with axes (batch, token), True for real tokens. Raises `InputError` for anything not finite or not a matrix.
     """
-    return _each(matrix, mask, _rank)
+    return _each("exact.rank", matrix, mask, _rank)
 
 
 @overload
@@ -121,24 +122,24 @@ def affine_rank(matrix: Any, mask: Tensor | None = None) -> int | Tensor:
 
     Takes what `rank` takes and raises what it raises.
     """
-    return _each(matrix, mask, _affine_rank)
+    return _each("exact.affine_rank", matrix, mask, _affine_rank)
 
 
-def _each(matrix: Any, mask: Tensor | None, measure: Any) -> int | Tensor:
+def _each(name: str, matrix: Any, mask: Tensor | None, measure: Any) -> int | Tensor:
     if mask is None and not (isinstance(matrix, Tensor) and matrix.ndim > 2):
-        answer: int = measure(rational(matrix))
+        answer: int = measure(rational(matrix, name=name))
         return answer
     if not isinstance(matrix, Tensor) or matrix.ndim < 2 or (mask is not None and mask.shape != matrix.shape[:-1]):
         shapes = [tuple(getattr(given, "shape", ())) for given in (matrix, mask)]
         raise InputError(
-            f"exact.rank: expected a tensor with axes (batch, token, width) and a mask with axes (batch, token), got "
+            f"{name}: expected a tensor with axes (batch, token, width) and a mask with axes (batch, token), got "
             f"shapes {shapes[0]} and {shapes[1]}. The mask may belong to another batch. "
             "Pass one boolean for each token."
         )
     batch, (tokens, width) = matrix.shape[:-2], matrix.shape[-2:]
     clouds = matrix.reshape(-1, tokens, width)
     keep = torch.ones(clouds.shape[:2], dtype=torch.bool) if mask is None else mask.reshape(-1, tokens).bool().cpu()
-    counts = [measure(rational(cloud.cpu()[kept])) for cloud, kept in zip(clouds, keep, strict=True)]
+    counts = [measure(rational(cloud.cpu()[kept], name=name)) for cloud, kept in zip(clouds, keep, strict=True)]
     return int(counts[0]) if not batch else torch.tensor(counts, dtype=torch.int64).reshape(batch)
 
 
@@ -216,7 +217,7 @@ def null_dimension(matrix: Any) -> int:
     >>> null_dimension([[1, 1, 0]])
     2
     """
-    exact = rational(matrix)
+    exact = rational(matrix, name="exact.null_dimension")
     return int(exact.ncols()) - _rank(exact)
 
 
@@ -226,7 +227,7 @@ def null_space(matrix: Any) -> fmpq_mat:
     >>> null_space([[1, 1, 0]]).ncols()
     2
     """
-    exact = rational(matrix)
+    exact = rational(matrix, name="exact.null_space")
     reduced, count = exact.rref()
     rows, width = reduced.tolist()[:count], exact.ncols()
     pivots = [next(j for j, entry in enumerate(row) if entry != 0) for row in rows]
@@ -246,13 +247,14 @@ def in_column_space(matrix: Any, vectors: Any) -> bool:
     >>> in_column_space([[1, 0], [0, 1], [0, 0]], [[2], [3], [0]])
     True
     """
-    space, candidate = rational(matrix), rational(vectors)
+    space, candidate = (rational(given, name="exact.in_column_space") for given in (matrix, vectors))
     return _rank(beside(space, candidate)) == _rank(space)
 
 
 def in_row_space(matrix: Any, vectors: Any) -> bool:
     """Whether every row of `vectors` is a combination of the rows of `matrix`."""
-    return in_column_space(rational(matrix).transpose(), rational(vectors).transpose())
+    space, candidate = (rational(given, name="exact.in_row_space") for given in (matrix, vectors))
+    return in_column_space(space.transpose(), candidate.transpose())
 
 
 def square_root(value: Any) -> fmpq | None:
@@ -261,7 +263,7 @@ def square_root(value: Any) -> fmpq | None:
     >>> square_root(fmpq(9, 4)), square_root(2)
     (3/2, None)
     """
-    exact = number(value)
+    exact = number(value, name="exact.square_root")
     if exact < 0:
         return None
     top, bottom = math.isqrt(int(exact.p)), math.isqrt(int(exact.q))
@@ -279,7 +281,7 @@ def square_classes(squares: Sequence[Any]) -> list[tuple[fmpq, list[fmpq]]]:
     >>> square_classes([4, 2, 9, 8])
     [(1, [2, 0, 3, 0]), (2, [0, 1, 0, 2])]
     """
-    values = [number(value) for value in squares]
+    values = [number(value, name="exact.square_classes") for value in squares]
     classes: list[tuple[fmpq, list[fmpq]]] = []
     for index, value in enumerate(values):
         for m, part_ in classes:
@@ -308,7 +310,7 @@ def root_scaled(matrix: fmpq_mat, squares: Sequence[Any]) -> tuple[fmpq_mat, int
     """
     generators: list[fmpq] = []
     forms: list[tuple[fmpq, int]] = []  # each root as a rational times the product of the generators in a bit set
-    for value in map(number, squares):
+    for value in (number(square, name="exact.root_scaled") for square in squares):
         for subset in range(1 << len(generators)):
             product = math.prod((g for k, g in enumerate(generators) if subset >> k & 1), start=fmpq(1))
             root = square_root(value / product)
@@ -338,4 +340,4 @@ def text(matrix: Any) -> list[list[str]]:
     >>> text([[0.5, 2]])
     [['1/2', '2']]
     """
-    return [[str(entry) for entry in row] for row in rational(matrix).tolist()]
+    return [[str(entry) for entry in row] for row in rational(matrix, name="exact.text").tolist()]

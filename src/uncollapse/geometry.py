@@ -384,11 +384,7 @@ def row_space(
 
     Raises `InputError` for another shape or dtype, and where a real token is NaN or infinite.
     """
-    cloud = _cloud("row_space", x, mask, precision)
-    _refuse_nan("row_space", cloud.x)
-    _, values, directions = torch.linalg.svd(cloud.x, full_matrices=False)
-    above = values > _tolerance(values, cloud.tokens, x.shape[-1], cloud.eps).unsqueeze(-1)
-    return torch.where(above.unsqueeze(-1), directions, 0)
+    return _row_space("row_space", x, mask, precision)
 
 
 def out_of_span_energy(
@@ -682,7 +678,16 @@ def _basis(
             f"{tuple(given.shape)} against {tuple(update.shape)}. They may come from different sites or batches. "
             "Pass those of the same sequences."
         )
-    return row_space(given, mask, precision=precision) if basis is None else basis
+    return _row_space(function, given, mask, precision) if basis is None else basis
+
+
+def _row_space(function: str, x: Tensor, mask: Tensor | None, precision: torch.dtype | None) -> Tensor:
+    """`row_space`, refusing under the name of the function that was called."""
+    cloud = _cloud(function, x, mask, precision)
+    _refuse_nan(function, cloud.x)
+    _, values, directions = torch.linalg.svd(cloud.x, full_matrices=False)
+    above = values > _tolerance(values, cloud.tokens, x.shape[-1], cloud.eps).unsqueeze(-1)
+    return torch.where(above.unsqueeze(-1), directions, 0)
 
 
 def _spans_all(basis: Tensor) -> Tensor:

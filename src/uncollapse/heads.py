@@ -372,8 +372,7 @@ def write_grams(
 
     Raises `InputError` as `contribution_ambiguity` does.
     """
-    blocks = _blocks("write_grams", output_projection, heads, finite=False)
-    return blocks @ blocks.mT
+    return _grams("write_grams", output_projection, heads)
 
 
 def contribution_energy(
@@ -400,31 +399,7 @@ def contribution_energy(
 
     Derived here. Raises `InputError` where the tensors do not fit together.
     """
-    if grams is None:
-        grams = write_grams(output_projection, heads)
-    if head_outputs.ndim < 2 or head_outputs.shape[-1] != grams.shape[0] * grams.shape[1] or grams.shape[0] != heads:
-        raise InputError(
-            f"contribution_energy: expected head_outputs[..., token, mixed] with mixed = {output_projection.shape[0]} = "
-            f"heads x head_width, heads = {heads}, got {_shape(head_outputs)} and grams {_shape(grams)}. "
-            "These may be the outputs of the projection, or grams of another one. "
-            "Pass the projection's input and write_grams(output_projection, heads)."
-        )
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != head_outputs.shape[:-1]):
-        raise InputError(
-            f"contribution_energy: expected boolean mask[..., token] = {list(head_outputs.shape[:-1])}, got "
-            f"{_shape(mask)}. It may be an integer attention mask. Pass mask.bool(), True for real tokens."
-        )
-    O = head_outputs.detach().to(torch.promote_types(head_outputs.dtype, torch.float32))
-    # centred before the Gram: the common part of the tokens would drown the rest
-    if mask is None:
-        O = O - O.mean(-2, keepdim=True)
-    else:
-        O = torch.where(mask[..., None], O, 0)
-        O = torch.where(mask[..., None], O - O.sum(-2, keepdim=True) / mask.sum(-1)[..., None, None], 0)
-    O = O.unflatten(-1, (heads, -1)).transpose(-2, -3)
-    with torch.autocast(O.device.type, enabled=False):
-        energy = (O.mT @ O * grams.to(O)).sum((-1, -2))
-    return energy.clamp(min=0)
+    return _energy("contribution_energy", head_outputs, output_projection, heads, mask, grams)
 
 
 def energy_share(
@@ -448,7 +423,7 @@ def energy_share(
 
     Derived here. Raises `InputError` as `contribution_energy` does.
     """
-    energy = contribution_energy(head_outputs, output_projection, heads, mask, grams=grams)
+    energy = _energy("energy_share", head_outputs, output_projection, heads, mask, grams)
     return energy / energy.sum(-1, keepdim=True)
 
 
@@ -469,9 +444,7 @@ def gate_rank(gates: Float[Tensor, "position head"], tol: float | None = None) -
     Recovery from recurring contents: derived here, for the gates of arXiv 2604.23681. Raises `InputError` for anything
     but a finite matrix.
     """
-    G = _matrix("gate_rank", gates)
-    sigma = torch.linalg.svdvals(G)
-    return int((sigma > (_tolerance(G, sigma[0], gates.dtype) if tol is None else tol)).sum())
+    return _gate_spectrum("gate_rank", gates, tol)[1]
 
 
 def gate_conditioning(gates: Float[Tensor, "position head"], tol: float | None = None) -> float:
@@ -487,10 +460,8 @@ def gate_conditioning(gates: Float[Tensor, "position head"], tol: float | None =
 
     As for `gate_rank`. Raises `InputError` as that does.
     """
-    if gate_rank(gates, tol) < gates.shape[1]:
-        return math.inf
-    sigma = torch.linalg.svdvals(_matrix("gate_conditioning", gates))
-    return float(sigma[0] / sigma[-1])
+    sigma, rank = _gate_spectrum("gate_conditioning", gates, tol)
+    return math.inf if rank < gates.shape[1] else float(sigma[0] / sigma[-1])
 
 
 def attribution_verdict(kernel_dimension: int, conditioning: float) -> str:
@@ -511,6 +482,54 @@ def attribution_verdict(kernel_dimension: int, conditioning: float) -> str:
     if conditioning > CARE_GAIN:
         return f"attributable with care (noise gain {conditioning:.3g})"
     return "attributable"
+
+
+def _grams(name: str, output_projection: Tensor, heads: int) -> Tensor:
+    blocks = _blocks(name, output_projection, heads, finite=False)
+    return blocks @ blocks.mT
+
+
+def _energy(
+    name: str,
+    head_outputs: Tensor,
+    output_projection: Tensor,
+    heads: int,
+    mask: Tensor | None,
+    grams: Tensor | None,
+) -> Tensor:
+    """`contribution_energy`, refusing under the name of the function that was called."""
+    if grams is None:
+        grams = _grams(name, output_projection, heads)
+    if head_outputs.ndim < 2 or head_outputs.shape[-1] != grams.shape[0] * grams.shape[1] or grams.shape[0] != heads:
+        raise InputError(
+            f"{name}: expected head_outputs[..., token, mixed] with mixed = {output_projection.shape[0]} = "
+            f"heads x head_width, heads = {heads}, got {_shape(head_outputs)} and grams {_shape(grams)}. "
+            "These may be the outputs of the projection, or grams of another one. "
+            "Pass the projection's input and write_grams(output_projection, heads)."
+        )
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != head_outputs.shape[:-1]):
+        raise InputError(
+            f"{name}: expected boolean mask[..., token] = {list(head_outputs.shape[:-1])}, got "
+            f"{_shape(mask)}. It may be an integer attention mask. Pass mask.bool(), True for real tokens."
+        )
+    O = head_outputs.detach().to(torch.promote_types(head_outputs.dtype, torch.float32))
+    # centred before the Gram: the common part of the tokens would drown the rest
+    if mask is None:
+        O = O - O.mean(-2, keepdim=True)
+    else:
+        O = torch.where(mask[..., None], O, 0)
+        O = torch.where(mask[..., None], O - O.sum(-2, keepdim=True) / mask.sum(-1)[..., None, None], 0)
+    O = O.unflatten(-1, (heads, -1)).transpose(-2, -3)
+    with torch.autocast(O.device.type, enabled=False):
+        energy = (O.mT @ O * grams.to(O)).sum((-1, -2))
+    return energy.clamp(min=0)
+
+
+def _gate_spectrum(name: str, gates: Tensor, tol: float | None) -> tuple[Tensor, int]:
+    """The singular values of the gates, and how many stand above the tolerance."""
+    G = _matrix(name, gates)
+    sigma = torch.linalg.svdvals(G)
+    return sigma, int((sigma > (_tolerance(G, sigma[0], gates.dtype) if tol is None else tol)).sum())
 
 
 def _rank(W: Tensor, dtype: torch.dtype) -> int:

@@ -290,7 +290,7 @@ def spectral_gap(
     Attention Layers, arXiv 2410.07799. Float64; NaN for fewer than two real queries or keys, and for A = 0.
     Raises `InputError` as `entropy` does.
     """
-    first, second = leading_singular_values(weights, mask).unbind(-1)
+    first, second = _leading("spectral_gap", weights, mask).unbind(-1)
     return 1 - second / first
 
 
@@ -312,12 +312,7 @@ def leading_singular_values(
 
     As for `spectral_gap`. Float64; NaN for fewer than two real queries or keys. Raises `InputError` as `entropy` does.
     """
-    A, rows, keys = _real_part("spectral_gap", weights, mask, torch.float64)
-    if min(A.shape[-2:]) < 2:
-        return A.new_full((*A.shape[:-2], 2), math.nan)
-    sigma = _singular_values(A)[..., :2]
-    too_few = (rows.sum(-1) < 2) | (keys.sum(-1) < 2)
-    return sigma.masked_fill(too_few[..., None], math.nan)
+    return _leading("leading_singular_values", weights, mask)
 
 
 def dobrushin(
@@ -797,6 +792,16 @@ def _real_part(name: str, weights: Tensor, mask: Tensor | None, dtype: torch.dty
     rows, keys = _real_queries_and_keys(name, weights, mask)
     A = weights.to(dtype)
     return A if mask is None else torch.where(rows[..., None] & keys[..., None, :], A, 0), rows, keys
+
+
+def _leading(name: str, weights: Tensor, mask: Tensor | None) -> Tensor:
+    """`leading_singular_values`, refusing under the name of the function that was called."""
+    A, rows, keys = _real_part(name, weights, mask, torch.float64)
+    if min(A.shape[-2:]) < 2:
+        return A.new_full((*A.shape[:-2], 2), math.nan)
+    sigma = _singular_values(A)[..., :2]
+    too_few = (rows.sum(-1) < 2) | (keys.sum(-1) < 2)
+    return sigma.masked_fill(too_few[..., None], math.nan)
 
 
 def _singular_values(A: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def rank_change(
             f'rank_change: expected kind "layer" or "rms", got {kind!r}. Other norms have other formulas. '
             "Name one of the two."
         )
-    if exact.number(eps) < 0:
+    if exact.number(eps, name="rank_change") < 0:
         raise InputError(
             f"rank_change: expected eps >= 0, got {eps}. It is added to a variance. Pass the layer's own eps."
         )
@@ -99,7 +99,7 @@ def rank_change(
                 "rank_change: expected mask and precision with a tensor only, got them with an exact matrix. Exact "
                 "matrices hold real tokens alone. Leave the others out of the rows."
             )
-        return _exact_change(exact.rational(x), gamma, beta, exact.number(eps), kind)
+        return _exact_change(exact.rational(x, name="rank_change"), gamma, beta, exact.number(eps), kind)
     if x.ndim < 2 or not x.is_floating_point() or (mask is not None and mask.shape != x.shape[:-1]):
         raise InputError(
             f"rank_change: expected floats with axes (batch, token, width) and a mask with axes (batch, token), got "
@@ -157,8 +157,9 @@ def deviation_squares(x: fmpq_mat, eps: Any = 0, kind: Kind = "layer") -> list[f
     >>> deviation_squares(exact.rational([[0, 2], [3, 4]]), kind="layer")
     [1, 1/4]
     """
+    addend = exact.number(eps, name="deviation_squares")
     rows = (x * exact.centring(x.ncols()) if kind == "layer" else x).tolist()
-    return [sum((entry * entry for entry in row), fmpq(0)) / x.ncols() + exact.number(eps) for row in rows]
+    return [sum((entry * entry for entry in row), fmpq(0)) / x.ncols() + addend for row in rows]
 
 
 def _exact_change(x: fmpq_mat, gamma: Any, beta: Any, eps: fmpq, kind: Kind) -> RankChange:
@@ -207,7 +208,9 @@ def _combination(matrix: fmpq_mat, row: list[fmpq]) -> list[fmpq]:
 def _exact_features(name: str, values: Any, width: int) -> list[fmpq] | None:
     if values is None:
         return None
-    numbers = [exact.number(value) for value in (values.tolist() if isinstance(values, Tensor) else values)]
+    numbers = [
+        exact.number(value, name="rank_change") for value in (values.tolist() if isinstance(values, Tensor) else values)
+    ]
     if len(numbers) != width:
         raise _unfit_features(name, width, (len(numbers),))
     return numbers
