@@ -11,6 +11,7 @@ import torch
 import torch.multiprocessing
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from uncollapse.accumulators import Running
 
@@ -48,3 +49,35 @@ def test_two_processes_agree_on_the_statistics_of_both(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}.pt").tolist() == pytest.approx([20 / 6, 0.0, 10.0, 6])
+
+
+@pytest.mark.parametrize(
+    ("backends", "expected"),
+    [("cuda:nccl", "cuda:1"), ("cpu:gloo,cuda:gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu"), ("cpu:mpi", "cpu")],
+)
+def test_processes_exchange_tensors_where_their_backend_takes_them(
+    backends: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group, placed = object(), []
+
+    def all_reduce(tensor: torch.Tensor, _: object, given: object) -> None:
+        assert given is group
+        placed.append(str(tensor.device))
+
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda given: backends if given is group else "")
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with FakeTensorMode():  # tensors that know a device without having one
+        reduced = Running.empty(3).reduced(group)
+    assert placed == [expected] * 4
+    parts = (reduced.total, reduced.low, reduced.high, reduced.count)
+    assert [part.device.type for part in parts] == ["cpu"] * 4
+    assert [part.dtype for part in parts] == [torch.float64] * 3 + [torch.int64]
+
+
+def test_what_is_reduced_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda _: "cpu:gloo")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, *_: tensor.mul_(2))
+    own = Running.empty(1).add(torch.tensor([[3.0]]))
+    assert own.reduced().summary(0) == (3.0, 6.0, 6.0, 2)
+    assert own.summary(0) == (3.0, 3.0, 3.0, 1)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from families import FAMILIES, inputs_for
 from test_own_models import OwnGPT, tokens
+from test_sources import WORDS, word_tokenizer
 from torch import Tensor, nn
 
 import uncollapse as uc
@@ -237,6 +238,18 @@ def test_offloaded_weights_are_met_when_they_are_there(
     assert any(p.device.type == "meta" for p in model.parameters())
     with uc.without(model, "norm"):  # the norms are known although their weights are away
         assert not same(outputs(model, batch), outputs(built(name)[0], batch))
+
+
+@pytest.mark.parametrize("placed", [on_the_cpu, on_disk, on_both])
+def test_offloaded_weights_and_text_that_is_padded_on_the_left(
+    placed: Callable[[nn.Module, Path], nn.Module], tmp_path: Path
+) -> None:
+    texts = [" ".join(WORDS[:length]) for length in (4, 7, 6)]
+    tokenizer = word_tokenizer(padding_side="left", pad_token="<pad>")
+    plain = uc.diagnose(built("gpt2")[0], texts, tokenizer=tokenizer)
+    found = uc.diagnose(placed(built("gpt2")[0], tmp_path), texts, tokenizer=tokenizer)
+    agree(found, plain, 1e-5)
+    assert found.record.probe.device == plain.record.probe.device == "cpu"
 
 
 # Adapters and quantised weights ----------------------------------------------------------------------------------------

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from uncollapse.errors import UncollapseError
-from uncollapse.interception import Point, addition_operands, chosen_operand, intercepted, probing
+from uncollapse.interception import Point, addition_operands, chosen_operand, device_of, intercepted, probing
 
 
 class Child(nn.Module):
@@ -137,3 +138,20 @@ def test_probing_restores_mode_gradients_and_random_state() -> None:
     assert (model.training, model[0].training, model[1].training) == (True, True, False)
     assert torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# Where a model is --------------------------------------------------------------------------------------------------------
+
+
+def placed(*places: str) -> nn.Module:
+    return nn.ParameterList(torch.empty(2, device=place) for place in places)
+
+
+def test_a_model_is_where_its_first_tensor_that_is_somewhere_is() -> None:
+    with FakeTensorMode():  # tensors that know a device without having one
+        assert device_of(placed("meta", "cuda:1", "cpu")) == torch.device("cuda:1")
+        assert device_of(placed("cpu", "cuda:1")) == torch.device("cpu")
+        away = placed("meta", "meta")
+        away.register_buffer("frequencies", torch.empty(2, device="cuda:0"))  # accelerate leaves buffers on the device
+        assert device_of(away) == torch.device("cuda:0")
+    assert device_of(placed("meta")) == device_of(nn.Identity()) == torch.device("cpu")

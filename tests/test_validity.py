@@ -4,12 +4,15 @@ cases goes through to a document."""
 from __future__ import annotations
 
 import re
+import shutil
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
-from bench.validity import cases, document, planting, scoring
+from bench.validity import cases, document, planting, saved, scoring
 from bench.validity.models import SUBJECTS, Subject
 from tiny_models import FAMILIES, text_batch
 from torch import Tensor, nn
@@ -236,6 +239,50 @@ def test_a_few_cases_go_through_to_the_document(monkeypatch: pytest.MonkeyPatch)
     (text,) = written
     assert "## A head on the first token" in text
     assert "nan" not in text
+
+
+# What is saved, and for how long it is good ------------------------------------------------------------------------------
+
+ROOT = Path(saved.__file__).parents[2]
+
+
+def test_a_changed_byte_of_any_module_that_measures_makes_saved_cases_worthless(tmp_path: Path) -> None:
+    for folder in ("src/uncollapse", "bench"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    before = saved.fingerprint(tmp_path)
+    unfelt = set()
+    for file in [*(tmp_path / "src").rglob("*.py"), *(tmp_path / "bench" / "validity").rglob("*.py")]:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + b" ")
+        if saved.fingerprint(tmp_path) == before:
+            unfelt.add(file.relative_to(tmp_path).as_posix())
+        file.write_bytes(content)
+    judging = {"src/uncollapse/" + name for name in ("__main__.py", "cli.py", "findings.py")}
+    judging |= {"bench/validity/" + name for name in ("__main__.py", "document.py", "scoring.py")}
+    assert {name for name in unfelt if not name.startswith("src/uncollapse/report/")} == judging
+    (tmp_path / "src" / "uncollapse" / "a_new_module.py").touch()
+    assert saved.fingerprint(tmp_path) != before
+
+
+def test_whatever_runs_while_cases_are_measured_is_in_the_fingerprint() -> None:
+    model, batches, _ = built("gpt2")
+    ran = set()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call":
+            ran.add(frame.f_code.co_filename)
+
+    subject = Subject("a small gpt2", lambda: (model, batches))
+    sys.setprofile(note)
+    try:
+        cases.measured(subject, "gpt2", "", 0.1)
+    finally:
+        sys.setprofile(None)
+    places = (Path(uc.__file__).parent, ROOT / "bench")
+    own = {Path(name) for name in ran if any(Path(name).is_relative_to(place) for place in places)}
+    assert ROOT / "bench/validity/planting.py" in own
+    assert own - set(saved.deciding()) == set()
+    assert all((ROOT / name).exists() for name in (*saved.JUDGING, *saved.SUBJECT_SOURCES))
 
 
 def test_the_document_has_the_thresholds_that_are_in_force() -> None:

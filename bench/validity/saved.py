@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import time
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -14,15 +15,37 @@ from bench.validity.cases import Measured, measured
 from bench.validity.models import CACHE, SUBJECTS
 
 ROOT = Path(__file__).resolve().parents[2]
-# What decides the records: what is planted, and what is measured of it.
-PLANTED = ("models", "planting", "cases")
-MEASURES = ("geometry", "mixing", "heads", "capture")
+CODE = ("src/uncollapse", "bench/validity")
+# What the subjects are made of beside that: the training text, the published weights, the molecules.
+SUBJECT_SOURCES = ("bench/language_models.py", "bench/pretrained.py", "bench/weights.py", "bench/molecules.txt")
+# Rules, pages and commands work on what was saved. A change of them costs no run.
+JUDGING = (
+    "src/uncollapse/__main__.py",
+    "src/uncollapse/cli.py",
+    "src/uncollapse/findings.py",
+    "src/uncollapse/report",
+    "bench/validity/__main__.py",
+    "bench/validity/document.py",
+    "bench/validity/scoring.py",
+)
+LIBRARIES = ("torch", "transformers")
 
 
-def fingerprint() -> str:
-    """Of the code whose change makes saved records worthless."""
-    files = [Path(__file__).parent / f"{n}.py" for n in PLANTED] + [ROOT / f"src/uncollapse/{n}.py" for n in MEASURES]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16]
+def deciding(root: Path = ROOT) -> list[Path]:
+    """The files under `root` that can change a saved case: all code but what is known to judge only, so that a new module
+    counts from its first day."""
+    judging = [root / name for name in JUDGING]
+    code = [file for folder in CODE for file in (root / folder).rglob("*.py")]
+    measuring = [file for file in code if not any(file.is_relative_to(place) for place in judging)]
+    return sorted(measuring + [root / name for name in SUBJECT_SOURCES])
+
+
+def fingerprint(root: Path = ROOT) -> str:
+    """Of the code and the libraries whose change makes saved records worthless."""
+    found = hashlib.sha256(" ".join(metadata.version(name) for name in LIBRARIES).encode())
+    for file in deciding(root):
+        found.update(f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def place(name: str) -> Path:

@@ -49,16 +49,26 @@ class Running:
         )
 
     def reduced(self, group: torch.distributed.ProcessGroup | None = None) -> Running:
-        """Merged over the processes of a `torch.distributed` group; every process gets the same."""
-        total, low, high, count = (t.clone() for t in (self.total, self.low, self.high, self.count))
+        """Merged over the processes of a `torch.distributed` group; every process gets the same, on the CPU."""
+        device = _reducing_device(group)
+        total, low, high, count = (t.to(device, copy=True) for t in (self.total, self.low, self.high, self.count))
         torch.distributed.all_reduce(total, torch.distributed.ReduceOp.SUM, group)
         torch.distributed.all_reduce(count, torch.distributed.ReduceOp.SUM, group)
         torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN, group)
         torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX, group)
-        return Running(total, low, high, count)
+        return Running(total.cpu(), low.cpu(), high.cpu(), count.cpu())
 
     def summary(self, *index: int) -> tuple[float, float, float, int]:
         """(mean, min, max, n) of one element; mean is NaN where nothing was observed."""
         n = int(self.count[index])
         mean = float(self.total[index]) / n if n else float("nan")
         return mean, float(self.low[index]), float(self.high[index]), n
+
+
+def _reducing_device(group: torch.distributed.ProcessGroup | None) -> torch.device:
+    """Where the group's backend takes tensors: the CPU if it can (gloo), else the current device of its kind (NCCL: CUDA)."""
+    backends = torch.distributed.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
+    kinds = [backend.split(":")[0] for backend in backends.split(",")]
+    if "cpu" in kinds:
+        return torch.device("cpu")
+    return torch.device(kinds[0], torch.get_device_module(kinds[0]).current_device())

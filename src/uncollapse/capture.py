@@ -29,7 +29,7 @@ from uncollapse import geometry, heads, mixing
 from uncollapse.accumulators import Running
 from uncollapse.anatomy import Anatomy, AttentionCall, Block, Part
 from uncollapse.errors import InputError, UncollapseError
-from uncollapse.interception import Handler, Point, full_precision, intercepted, probing
+from uncollapse.interception import Handler, Point, device_of, full_precision, intercepted, probing
 from uncollapse.proof import block_output
 from uncollapse.sources import token_mask
 from uncollapse.sublayers import NormStatistics, Sublayers, UpdateStatistics
@@ -141,7 +141,7 @@ def capture(
     Raises `InputError` where a padded batch meets a model whose token axis does not match the mask.
     """
     probe = _Probe(model, anatomy, level, level == "full" if spectra is None else spectra)
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    device = device_of(model)
     with probing(model, seed), probe.installed():
         for number, batch in enumerate(batches):
             if progress is not None:

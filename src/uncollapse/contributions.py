@@ -24,6 +24,7 @@ from uncollapse.interception import (
     Point,
     addition_operands,
     counted,
+    device_of,
     full_precision,
     intercepted,
     probing,
@@ -86,7 +87,7 @@ def head_contributions(
     (given,) = check_batches([batch], model=model)
     anatomy = proved_anatomy(model, given, layout)
     readings = _readings(model, anatomy, blocks)
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    device = device_of(model)
     given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
     with probing(model), _installed(model, readings):
         model(**given)

@@ -35,7 +35,7 @@ from uncollapse.capture import (
 )
 from uncollapse.context_lengths import require_context_lengths, width_scaling
 from uncollapse.errors import InputError
-from uncollapse.interception import probing
+from uncollapse.interception import device_of, probing
 from uncollapse.phenomena import Components, symmetry_records
 from uncollapse.proof import example, proved_anatomy
 from uncollapse.recorded import Recorded
@@ -269,7 +269,7 @@ def with_true_positions(model: nn.Module, batches: list[dict[str, Tensor]]) -> l
     batch = example(shifted[0])
     positions = torch.arange(batch["input_ids"].shape[1])[None]
     with probing(model):
-        device = next(model.parameters()).device
+        device = device_of(model)
         batch = {k: v.to(device) for k, v in batch.items()}
         own = next(tensors_in(model(**batch)))
         told = next(tensors_in(model(**batch, position_ids=positions.to(device))))
@@ -325,7 +325,7 @@ def probe(prepared: Prepared, observed: Observations, command: str) -> Probe:
         source=prepared.source,
         seed=prepared.seed,
         level=prepared.level,
-        device=str(next((p.device for p in prepared.loaded.model.parameters()), "cpu")),
+        device=str(device_of(prepared.loaded.model)),
         command=command,
         options=prepared.options,
     )

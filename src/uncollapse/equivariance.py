@@ -30,7 +30,7 @@ from uncollapse.channels import Channels, channels_of
 from uncollapse.context_lengths import require_context_lengths
 from uncollapse.diagnosis import Prepared, observe, prepare
 from uncollapse.errors import InputError, UncollapseError
-from uncollapse.interception import float64_kept, probing
+from uncollapse.interception import device_of, float64_kept, probing
 from uncollapse.interventions import without as taken_away
 from uncollapse.proof import block_output, example
 from uncollapse.recorded import Recorded
@@ -203,7 +203,7 @@ class _Acting:
         self.progress = progress
         self.generator = torch.Generator().manual_seed(prepared.seed)
         self.seed = prepared.seed
-        device = next((p.device for p in self.model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+        device = device_of(self.model)
         self.pieces = [
             {k: v.to(device) if isinstance(v, Tensor) else v for k, v in piece.items()}
             for piece in _pieces(prepared.batches)

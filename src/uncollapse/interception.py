@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -76,6 +77,18 @@ class _Owner(TorchFunctionMode):
             return func(*args, **kwargs)
         self.hits.add((name, ordinal))
         return handler(func, args, kwargs)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where to put the inputs of `model`: the device of its first parameter or buffer that is not on `meta`, else the CPU.
+
+    Offloaded parameters stand on `meta` between passes, where nothing can be computed; accelerate moves a batch from the CPU to
+    wherever the model runs.
+    """
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if not tensor.is_meta:
+            return tensor.device
+    return torch.device("cpu")
 
 
 @contextlib.contextmanager

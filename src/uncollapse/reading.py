@@ -28,7 +28,7 @@ from uncollapse.anatomy import (
     Residual,
 )
 from uncollapse.errors import UnsupportedModel
-from uncollapse.interception import Point
+from uncollapse.interception import Point, device_of
 from uncollapse.tracing import Call, Trace
 
 
@@ -797,9 +797,7 @@ def behaves_as_norm(module: nn.Module, shape: tuple[int, ...]) -> Literal["layer
         return None
     parameter = next(module.parameters(), None)
     dtype = parameter.dtype if parameter is not None and parameter.dtype.is_floating_point else torch.float32
-    device = parameter.device if parameter is not None else torch.device("cpu")
-    if device.type == "meta":  # offloaded: the weights come when the module is called
-        device = torch.device("cpu")
+    device = device_of(module)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn((2, *shape[1:]), generator=generator).to(device, dtype)
     y = torch.randn((2, *shape[1:]), generator=generator).to(device, dtype)
