@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 import uncollapse as uc
 from uncollapse import sources
+from uncollapse.diagnosis import DEFAULTS, ProbeOptions
 from uncollapse.records import DiagnosisRecord, Finding, from_json, json_schema, to_json
 
 SCHEMA = Path(uc.__file__).parent / "schemas" / "diagnosis-1.json"
@@ -240,6 +244,90 @@ def test_progress_is_reported_to_the_end(minilm: sources.LoadedModel) -> None:
 def test_bad_arguments_are_refused_in_words(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(uc.InputError, match=message):
         uc.diagnose(FAMILIES["bert"].build(), **arguments)
+
+
+FUNCTIONS: list[Callable[..., Any]] = [uc.diagnose, uc.ablate, uc.identify, uc.symmetries]
+on_each = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+
+
+@on_each
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"texts": ["one two"], "batches": [text_batch()]}, "expected texts or batches, got both"),
+        ({"batches": [text_batch()], "device_map": "auto"}, "expected no device_map beside a loaded model"),
+        ({"sequences": 0}, "expected at least one sequence"),
+        ({"model": {}}, "expected a model, a name or a path, got dict"),
+    ],
+)
+def test_refusals_name_the_function_that_was_called(
+    function: Callable[..., Any], arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(uc.InputError, match=f"^{function.__name__}: {message}"):
+        function(**{"model": FAMILIES["bert"].build(), **arguments})
+
+
+@pytest.mark.parametrize("function", [uc.diagnose, uc.ablate])
+def test_an_unknown_level_is_refused_by_the_function_that_was_called(function: Callable[..., Any]) -> None:
+    with pytest.raises(uc.InputError, match=f"^{function.__name__}: expected level 'core' or 'full', got 'deep'"):
+        function(FAMILIES["bert"].build(), level="deep")
+
+
+@on_each
+def test_an_unknown_option_is_refused_with_the_nearest(function: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=f"^{function.__name__}: .*got 'max_token'. The nearest is 'max_tokens'"):
+        function("no-such-model", max_token=64)
+    with pytest.raises(TypeError, match=rf"got 'zzz'. None of its options .*help\(uncollapse\.{function.__name__}\)"):
+        function("no-such-model", zzz=64)
+
+
+def test_the_nearest_option_may_be_one_of_the_functions_own() -> None:
+    with pytest.raises(
+        TypeError, match=r"^ablate: expected an option that it has, got 'witout'\. The nearest is 'without'"
+    ):
+        uc.ablate("no-such-model", witout=[("mlp",)])  # type: ignore[call-arg]
+    with pytest.raises(
+        TypeError, match=r"^identify: expected an option that it has, got 'level'\. None of its options"
+    ):
+        uc.identify("no-such-model", level="full")  # type: ignore[call-arg]
+
+
+@on_each
+def test_help_names_every_option_and_its_default(function: Callable[..., Any]) -> None:
+    words = re.findall(r"\w+(?:=\w+)?", function.__doc__ or "")
+    for option, default in DEFAULTS.items():
+        assert (f"{option}={default}" if default is not None and default != "" else option) in words
+    own = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    assert all(name in words for name in own)
+
+
+def test_every_option_has_a_default_and_a_meaning() -> None:
+    assert list(DEFAULTS) == list(ProbeOptions.__annotations__)
+    described = [
+        name for line in re.findall(r"^ *([\w, ]+):", ProbeOptions.__doc__ or "", re.M) for name in line.split(", ")
+    ]
+    assert sorted(described) == sorted(DEFAULTS)
+
+
+@on_each
+def test_the_record_has_the_options_as_they_were_resolved(function: Callable[..., Any]) -> None:
+    found = function(FAMILIES["bert"].build(), batches=[text_batch()], seed=3)
+    defaults = {
+        "sequences": None,
+        "max_tokens": 128,
+        "batch_size": 16,
+        "device": None,
+        "dtype": None,
+        "device_map": None,
+    }
+    options = found.record.probe.options
+    assert {key: options[key] for key in [*defaults, "seed", "level", "layout"]} == {
+        **defaults,
+        "seed": 3,
+        "level": "core",
+        "layout": None,
+    }
+    assert not set(options) & {"tokenizer", "batches", "name", "command", "progress", "trust_remote_code"}
 
 
 def test_what_is_no_model_is_refused() -> None:

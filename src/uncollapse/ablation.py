@@ -15,18 +15,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from uncollapse.accumulators import Running
-from uncollapse.anatomy import Layout
-from uncollapse.capture import ATTENTION_MEASURES, Level, Observations, Progress, capture
-from uncollapse.diagnosis import Prepared, model_info, prepare, probe, site_records, versions
+from uncollapse.capture import ATTENTION_MEASURES, Level, Observations, capture
+from uncollapse.diagnosis import Prepared, ProbeOptions, model_info, prepare, probe_record, site_records, versions
 from uncollapse.errors import InputError
 from uncollapse.interception import float64_kept
 from uncollapse.interventions import require_blocks, require_components
@@ -83,54 +82,31 @@ def ablate(
     model: nn.Module | str | Path = "demo",
     texts: Sequence[str] | None = None,
     *,
-    tokenizer: Any = None,
-    batches: Iterable[Mapping[str, Tensor]] | None = None,
     without: Sequence[Sequence[str]] | None = None,
     grid: bool = False,
     blocks: Collection[int] | Literal["all", "all+outer"] | None = None,
     level: Level = "core",
-    layout: Layout | None = None,
-    sequences: int | None = None,
-    max_tokens: int = 128,
-    batch_size: int = 16,
-    seed: int = 0,
-    device: str | None = None,
-    dtype: str | None = None,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
-    name: str | None = None,
-    command: str = "",
-    progress: Progress | None = None,
+    **probe: Unpack[ProbeOptions],
 ) -> Ablation:
     """Run a model without some of its components, each combination of `without` once, and compare.
 
+    model: a loaded `nn.Module`, a hub id, a local directory, or `"demo"`. texts: one sequence each (default: English prose).
     without: combinations, such as `[("mlp",), ("residual",), ("residual", "mlp")]` (the default). grid: all eight of norm ×
-    residual × MLP instead. blocks: take them away in these blocks only. The other arguments are those of `diagnose`; with
-    `dtype="float64"` a collapse is followed down to 1e-15 instead of 2e-6. level `"full"` also says of the whole model what
-    each sublayer adds and each norm does (`updates`, `norms`).
+    residual × MLP instead. blocks: take them away in these blocks only. level: `"full"` also says of the whole model what each
+    sublayer adds and each norm does (`updates`, `norms`). With `dtype="float64"` a collapse is followed down to 1e-15 instead
+    of 2e-6.
 
-    Raises `InputError` for an unknown component or block, `UnsupportedModel` where the additions cannot be found and proved.
+    Options shared with `diagnose`, each described in `help(uncollapse.diagnosis.ProbeOptions)`:
+    text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
+    model: layout, name, device, dtype, device_map, trust_remote_code=False;
+    run: command, progress.
+
+    Raises `InputError` for an unknown component or block, `TypeError` for an unknown option, and `UnsupportedModel` where the
+    additions cannot be found and proved.
     """
     combinations = _combinations(without, grid)
-    prepared = prepare(
-        model,
-        texts,
-        tokenizer=tokenizer,
-        batches=batches,
-        level=level,
-        layout=layout,
-        sequences=sequences,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-        name=name,
-        progress=progress,
-        head=True,
-    )
+    prepared = prepare(ablate, model, texts, probe, level=level, head=True)
+    progress = prepared.progress
     affected = require_blocks(blocks, prepared.anatomy)
     is_causal = _is_causal(prepared)
     whole: list[Tensor] = []
@@ -150,7 +126,7 @@ def ablate(
         "grid": grid,
         "blocks": blocks if isinstance(blocks, str) else sorted(affected),
     }
-    described = probe(prepared, first, command)
+    described = probe_record(prepared, first)
     described.options.update(options)
     return Ablation(
         AblationRecord(

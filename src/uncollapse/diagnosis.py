@@ -6,14 +6,15 @@ judge, and a `Diagnosis` comes out that can show itself, write itself, and be re
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import platform
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -75,63 +76,90 @@ def diagnose(
     model: nn.Module | str | Path = "demo",
     texts: Sequence[str] | None = None,
     *,
-    tokenizer: Any = None,
-    batches: Iterable[Mapping[str, Tensor]] | None = None,
     level: Level = "core",
     context_lengths: Sequence[int] | None = None,
-    layout: Layout | None = None,
-    sequences: int | None = None,
-    max_tokens: int = 128,
-    batch_size: int = 16,
-    seed: int = 0,
-    device: str | None = None,
-    dtype: str | None = None,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
-    name: str | None = None,
-    command: str = "",
-    progress: Progress | None = None,
+    **probe: Unpack[ProbeOptions],
 ) -> Diagnosis:
     """Diagnose a model on some text, or on batches of any modality.
 
     model: a loaded `nn.Module`, a hub id, a local directory, or `"demo"` (the packaged MiniLM).
-    texts: one sequence each; without them (and without `batches`) English prose that Python brings along. `tokenizer` is
-    needed beside a loaded model. `batches`: dicts of tensors, passed to the model as they are.
+    texts: one sequence each. Without them (and without `batches`) English prose that Python brings along.
     level: `"core"`, or `"full"` for contraction, spectral gap and susceptibility as well.
     context_lengths: lengths in tokens at which to fit how the second singular value of each attention falls (`symmetries`).
-    sequences: at most that many of the texts; all given ones, or 64 of the default prose, without it.
-    max_tokens: a sequence is cut there. seed: chooses the default prose. layout: see `uncollapse.Layout`.
-    device, dtype, device_map, trust_remote_code: for a model that is loaded here. name: what the record calls the model.
-    progress: called with (what, done, total).
+
+    Options that `ablate`, `identify` and `symmetries` take too, each described in `help(uncollapse.diagnosis.ProbeOptions)`:
+    text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
+    model: layout, name, device, dtype, device_map, trust_remote_code=False;
+    run: command, progress.
 
     The model is left as it was: its hooks, its mode, every bit of its output.
-    Raises `InputError` for input that cannot be used and `UnsupportedModel` where the anatomy cannot be proved.
+    Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the
+    anatomy cannot be proved.
     """
     lengths = None if context_lengths is None else require_context_lengths(context_lengths)
-    prepared = prepare(
-        model,
-        texts,
-        tokenizer=tokenizer,
-        batches=batches,
-        level=level,
-        layout=layout,
-        sequences=sequences,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-        name=name,
-        progress=progress,
-    )
-    return Diagnosis(observe(prepared, context_lengths=lengths, command=command, progress=progress))
+    prepared = prepare(diagnose, model, texts, probe, level=level)
+    return Diagnosis(observe(prepared, context_lengths=lengths))
+
+
+class ProbeOptions(TypedDict, total=False):
+    """The options of a probe pass, shared by `diagnose`, `ablate`, `identify` and `symmetries`.
+
+    tokenizer: needed for texts beside a loaded model; a model that is loaded here brings its own (default `None`).
+    batches: dicts of tensors instead of texts, passed to the model as they are (default `None`).
+    sequences: use at most that many of the texts (default `None`: all given ones, or 64 of the built-in prose).
+    max_tokens: cut each sequence at that many tokens (default 128).
+    batch_size: that many sequences go through the model together (default 16).
+    seed: chooses the built-in prose, and whatever else is drawn at random (default 0).
+    layout: where the blocks are, if the model's graph does not show them; see `uncollapse.Layout` (default `None`).
+    name: what the record calls the model (default `None`: its own name).
+    device, dtype, device_map: where a model that is loaded here runs, in which number format, and over which devices it is
+    spread (default `None`: CUDA where there is one, the checkpoint's own format, one device).
+    trust_remote_code: run the Python code that lies beside a model that is loaded here (default `False`).
+    command: the command line, for the record (default `""`).
+    progress: called with (what, done, total) as the work goes on (default `None`).
+    """
+
+    tokenizer: Any
+    batches: Iterable[Mapping[str, Tensor]] | None
+    sequences: int | None
+    max_tokens: int
+    batch_size: int
+    seed: int
+    layout: Layout | None
+    name: str | None
+    device: str | None
+    dtype: str | None
+    device_map: str | None
+    trust_remote_code: bool
+    command: str
+    progress: Progress | None
+
+
+DEFAULTS: Final[ProbeOptions] = {
+    "tokenizer": None,
+    "batches": None,
+    "sequences": None,
+    "max_tokens": 128,
+    "batch_size": 16,
+    "seed": 0,
+    "layout": None,
+    "name": None,
+    "device": None,
+    "dtype": None,
+    "device_map": None,
+    "trust_remote_code": False,
+    "command": "",
+    "progress": None,
+}
+RECORDED_OPTIONS = ("sequences", "max_tokens", "batch_size", "seed", "device", "dtype", "device_map")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything a probe pass needs: the model, its proved anatomy, the batches, and the options as they were resolved."""
+    """Everything a probe pass needs: the model, its proved anatomy, the batches, and the options as they were resolved.
+
+    `options` are what the record says of them; `command` goes into the record, `progress` is told how the work goes on.
+    """
 
     loaded: sources.LoadedModel
     anatomy: Anatomy
@@ -140,40 +168,40 @@ class Prepared:
     level: Level
     seed: int
     options: dict[str, Any]
+    command: str
+    progress: Progress | None
 
 
 def prepare(
+    function: Callable[..., object],
     model: nn.Module | str | Path,
     texts: Sequence[str] | None,
+    probe: ProbeOptions,
     *,
-    tokenizer: Any = None,
-    batches: Iterable[Mapping[str, Tensor]] | None = None,
     level: Level = "core",
-    layout: Layout | None = None,
-    sequences: int | None = None,
-    max_tokens: int = 128,
-    batch_size: int = 16,
-    seed: int = 0,
-    device: str | None = None,
-    dtype: str | None = None,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
-    name: str | None = None,
-    progress: Progress | None = None,
     head: bool = False,
 ) -> Prepared:
-    """Load, tokenise and prove, with the arguments of `diagnose`; `head` keeps a language-model head."""
+    """Load, tokenise and prove, for the public `function` that was called with the options `probe`.
+
+    level: what the pass measures. head: keep a language-model head. Refusals bear the name of `function`. Raises `TypeError`
+    for an option that it does not have, `InputError` for input that cannot be used, and `UnsupportedModel` where the anatomy
+    cannot be proved.
+    """
+    caller = function.__name__
+    _require_known(function, probe)
+    chosen: ProbeOptions = {**DEFAULTS, **probe}
     if level not in ("core", "full"):
-        raise InputError(f"diagnose: expected level 'core' or 'full', got {level!r}. Pass one of the two.")
-    loaded = _loaded(model, tokenizer, name, device, dtype, device_map, trust_remote_code, progress, head)
-    if batches is not None:
+        raise InputError(f"{caller}: expected level 'core' or 'full', got {level!r}. Pass one of the two.")
+    progress, layout = chosen["progress"], chosen["layout"]
+    loaded = _loaded(caller, model, chosen, head)
+    if chosen["batches"] is not None:
         if texts is not None:
             raise InputError(
-                "diagnose: expected texts or batches, got both. They are two ways to say the same. Pass one."
+                f"{caller}: expected texts or batches, got both. They are two ways to say the same. Pass one."
             )
-        source, ready = "batches", sources.check_batches(batches, model=loaded.model)
+        source, ready = "batches", sources.check_batches(chosen["batches"], model=loaded.model)
     else:
-        source, ready = _text_batches(loaded, texts, sequences, max_tokens, batch_size, seed)
+        source, ready = _text_batches(caller, loaded, texts, chosen)
     if progress is not None:
         progress("anatomy", 0, 1)
     anatomy = proved_anatomy(loaded.model, ready[0], layout)
@@ -181,47 +209,52 @@ def prepare(
         progress("anatomy", 1, 1)
     options = {
         "level": level,
-        "sequences": sequences,
-        "max_tokens": max_tokens,
-        "batch_size": batch_size,
-        "seed": seed,
-        "device": device,
-        "dtype": dtype,
-        "device_map": device_map,
+        **{key: value for key, value in chosen.items() if key in RECORDED_OPTIONS},
         "layout": None if layout is None else list(layout.blocks),
     }
-    return Prepared(loaded, anatomy, ready, source, level, seed, options)
+    return Prepared(loaded, anatomy, ready, source, level, chosen["seed"], options, chosen["command"], progress)
 
 
-def _loaded(
-    model: nn.Module | str | Path,
-    tokenizer: Any,
-    name: str | None,
-    device: str | None,
-    dtype: str | None,
-    device_map: str | None,
-    trust_remote_code: bool,
-    progress: Progress | None,
-    head: bool,
-) -> sources.LoadedModel:
+def _require_known(function: Callable[..., object], probe: ProbeOptions) -> None:
+    """Refuse an option that neither `function` nor a probe pass has, as Python refuses an unknown keyword."""
+    for given in probe:
+        if given not in DEFAULTS:
+            own = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+            close = difflib.get_close_matches(given, [*own, *DEFAULTS], 1)
+            hint = f"The nearest is {close[0]!r}" if close else "None of its options is spelt like that"
+            raise TypeError(
+                f"{function.__name__}: expected an option that it has, got {given!r}. {hint}. "
+                f"See help(uncollapse.{function.__name__}) for all of them."
+            )
+
+
+def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, head: bool) -> sources.LoadedModel:
+    """The model with its tokenizer and its name: as it is where it was given loaded, else loaded here."""
+    tokenizer, name, progress = chosen["tokenizer"], chosen["name"], chosen["progress"]
+    device, dtype, device_map = chosen["device"], chosen["dtype"], chosen["device_map"]
     if isinstance(model, nn.Module):
         for option, value in {"device": device, "dtype": dtype, "device_map": device_map}.items():
             if value is not None:
                 raise InputError(
-                    f"diagnose: expected no {option} beside a loaded model, got {value!r}. The model is already somewhere. "
+                    f"{caller}: expected no {option} beside a loaded model, got {value!r}. The model is already somewhere. "
                     "Move it with model.to(...) first."
                 )
         label = name or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
         return sources.LoadedModel(model, tokenizer, label, None, "directory")
     if not isinstance(model, (str, Path)):
         raise InputError(
-            f"diagnose: expected a model, a name or a path, got {type(model).__name__}. "
+            f"{caller}: expected a model, a name or a path, got {type(model).__name__}. "
             "A configuration or a pipeline is none. Pass the nn.Module itself."
         )
     if progress is not None:
         progress("load", 0, 1)
     loaded = sources.load_model(
-        str(model), device=device, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code, head=head
+        str(model),
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=chosen["trust_remote_code"],
+        head=head,
     )
     if progress is not None:
         progress("load", 1, 1)
@@ -233,26 +266,26 @@ def _loaded(
 
 
 def _text_batches(
-    loaded: sources.LoadedModel,
-    texts: Sequence[str] | None,
-    sequences: int | None,
-    max_tokens: int,
-    batch_size: int,
-    seed: int,
+    caller: str, loaded: sources.LoadedModel, texts: Sequence[str] | None, chosen: ProbeOptions
 ) -> tuple[str, list[dict[str, Tensor]]]:
+    """Where the texts come from, and the batches that the model is given of them."""
+    sequences = chosen["sequences"]
     if sequences is not None and sequences < 1:
         raise InputError(
-            f"diagnose: expected at least one sequence, got sequences={sequences}. Pass a positive number."
+            f"{caller}: expected at least one sequence, got sequences={sequences}. Pass a positive number."
         )
     source = "texts"
     if texts is None:
         source = "English prose from Python's own documentation (pydoc_data.topics)"
-        texts = sources.default_texts(sequences or DEFAULT_SEQUENCES, seed)
+        texts = sources.default_texts(sequences or DEFAULT_SEQUENCES, chosen["seed"])
     elif sequences is not None and not isinstance(texts, str):
         texts = texts[:sequences]
-    problem = loaded.tokenizer_problem
     batches = sources.tokenize(
-        texts, loaded.tokenizer, max_tokens=max_tokens, batch_size=batch_size, tokenizer_problem=problem
+        texts,
+        loaded.tokenizer,
+        max_tokens=chosen["max_tokens"],
+        batch_size=chosen["batch_size"],
+        tokenizer_problem=loaded.tokenizer_problem,
     )
     return source, sources.check_batches(with_true_positions(loaded.model, batches), model=loaded.model)
 
@@ -281,15 +314,9 @@ def with_true_positions(model: nn.Module, batches: list[dict[str, Tensor]]) -> l
 # Records ------------------------------------------------------------------------------------------------------------
 
 
-def observe(
-    prepared: Prepared,
-    *,
-    context_lengths: Sequence[int] | None = None,
-    command: str = "",
-    progress: Progress | None = None,
-) -> DiagnosisRecord:
+def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None) -> DiagnosisRecord:
     """One probe pass, and a pass for each context length, put into one record and judged."""
-    model, anatomy = prepared.loaded.model, prepared.anatomy
+    model, anatomy, progress = prepared.loaded.model, prepared.anatomy, prepared.progress
     observed = capture(model, prepared.batches, anatomy, level=prepared.level, seed=prepared.seed, progress=progress)
     scaling = []
     if context_lengths is not None:
@@ -299,7 +326,7 @@ def observe(
     trajectory = site_records(observed)
     attention = [record for s in observed.attention for record in attention_records(s, prepared.level)]
     head_records = heads_records(observed.attention)
-    described = probe(prepared, observed, command)
+    described = probe_record(prepared, observed)
     described.options["context_lengths"] = None if context_lengths is None else list(context_lengths)
     return DiagnosisRecord(
         schema=DIAGNOSIS_SCHEMA,
@@ -316,7 +343,7 @@ def observe(
     )
 
 
-def probe(prepared: Prepared, observed: Observations, command: str) -> Probe:
+def probe_record(prepared: Prepared, observed: Observations) -> Probe:
     """What the record says of the text and the options."""
     return Probe(
         sequences=observed.sequences,
@@ -326,7 +353,7 @@ def probe(prepared: Prepared, observed: Observations, command: str) -> Probe:
         seed=prepared.seed,
         level=prepared.level,
         device=str(device_of(prepared.loaded.model)),
-        command=command,
+        command=prepared.command,
         options=prepared.options,
     )
 

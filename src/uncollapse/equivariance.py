@@ -15,20 +15,19 @@ is often the point of an architecture (`findings` judges).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from uncollapse.anatomy import Block, Layout
-from uncollapse.capture import Progress
+from uncollapse.anatomy import Block
 from uncollapse.channels import Channels, channels_of
 from uncollapse.context_lengths import require_context_lengths
-from uncollapse.diagnosis import Prepared, observe, prepare
+from uncollapse.diagnosis import Prepared, ProbeOptions, observe, prepare
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.interception import device_of, float64_kept, probing
 from uncollapse.interventions import without as taken_away
@@ -90,51 +89,30 @@ def symmetries(
     model: nn.Module | str | Path = "demo",
     texts: Sequence[str] | None = None,
     *,
-    tokenizer: Any = None,
-    batches: Iterable[Mapping[str, Tensor]] | None = None,
     context_lengths: Sequence[int] | None = None,
-    layout: Layout | None = None,
-    sequences: int | None = None,
-    max_tokens: int = 128,
-    batch_size: int = 16,
-    seed: int = 0,
-    device: str | None = None,
-    dtype: str | None = None,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
-    name: str | None = None,
-    command: str = "",
-    progress: Progress | None = None,
+    **probe: Unpack[ProbeOptions],
 ) -> Symmetries:
     """Let the groups of the four phenomena act on a model, and say where it stands and what holds it there.
 
-    The arguments are those of `diagnose`. The groups act on the first tokens of a few sequences; the order parameters along
-    depth come from all of the text. Weights that a gauge transforms are put back bit for bit, also after an exception.
+    model: a loaded `nn.Module`, a hub id, a local directory, or `"demo"`. texts: one sequence each (default: English prose).
+    context_lengths: lengths in tokens at which to fit how the second singular value of each attention falls.
 
-    Raises `InputError` for input that cannot be used and `UnsupportedModel` where the anatomy cannot be proved. What cannot
-    be tested on this model is in the record with its reason.
+    The groups act on the first tokens of a few sequences; the order parameters along depth come from all of the text. Weights
+    that a gauge transforms are put back bit for bit, also after an exception.
+
+    Options shared with `diagnose`, each described in `help(uncollapse.diagnosis.ProbeOptions)`:
+    text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
+    model: layout, name, device, dtype, device_map, trust_remote_code=False;
+    run: command, progress.
+
+    Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the
+    anatomy cannot be proved. What cannot be tested on this model is in the record with its reason.
     """
     lengths = None if context_lengths is None else require_context_lengths(context_lengths)
-    prepared = prepare(
-        model,
-        texts,
-        tokenizer=tokenizer,
-        batches=batches,
-        layout=layout,
-        sequences=sequences,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-        name=name,
-        progress=progress,
-    )
+    prepared = prepare(symmetries, model, texts, probe)
     with float64_kept(prepared.loaded.model):
-        diagnosis = observe(prepared, context_lengths=lengths, command=command, progress=progress)
-        acted = _Acting(prepared, progress)
+        diagnosis = observe(prepared, context_lengths=lengths)
+        acted = _Acting(prepared)
         tests, stabilisers = acted.tests(), acted.stabilisers()
     return Symmetries(
         SymmetriesRecord(
@@ -198,9 +176,9 @@ def at_rounding(test: SymmetryTest) -> bool:
 class _Acting:
     """The groups acting on one model and a few short sequences of its probe."""
 
-    def __init__(self, prepared: Prepared, progress: Progress | None) -> None:
+    def __init__(self, prepared: Prepared) -> None:
         self.model, self.anatomy = prepared.loaded.model, prepared.anatomy
-        self.progress = progress
+        self.progress = prepared.progress
         self.generator = torch.Generator().manual_seed(prepared.seed)
         self.seed = prepared.seed
         device = device_of(self.model)

@@ -9,16 +9,14 @@ told apart may carry the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
-from torch import Tensor, nn
+from torch import nn
 
-from uncollapse.anatomy import Layout
-from uncollapse.capture import Progress
-from uncollapse.diagnosis import observe, prepare
+from uncollapse.diagnosis import ProbeOptions, observe, prepare
 from uncollapse.interception import float64_kept
 from uncollapse.recorded import Recorded
 from uncollapse.records import HEADS_SCHEMA, Finding, HeadsRecord, IdentifiabilityRecord
@@ -44,48 +42,26 @@ class Identifiability(Recorded[IdentifiabilityRecord]):
 def identify(
     model: nn.Module | str | Path = "demo",
     texts: Sequence[str] | None = None,
-    *,
-    tokenizer: Any = None,
-    batches: Iterable[Mapping[str, Tensor]] | None = None,
-    layout: Layout | None = None,
-    sequences: int | None = None,
-    max_tokens: int = 128,
-    batch_size: int = 16,
-    seed: int = 0,
-    device: str | None = None,
-    dtype: str | None = None,
-    device_map: str | None = None,
-    trust_remote_code: bool = False,
-    name: str | None = None,
-    command: str = "",
-    progress: Progress | None = None,
+    **probe: Unpack[ProbeOptions],
 ) -> Identifiability:
     """What each observer of a block's output can know of its heads, and a verdict a block and a head.
 
-    The arguments are those of `diagnose`. The text decides `energy_share` and the number of tokens n alone; everything else
-    comes from the output projections. For the vectors that the heads write see `uncollapse.head_contributions`.
+    model: a loaded `nn.Module`, a hub id, a local directory, or `"demo"`. texts: one sequence each (default: English prose).
 
-    Raises `InputError` for input that cannot be used and `UnsupportedModel` where the anatomy cannot be proved.
+    The text decides `energy_share` and the number of tokens n alone; everything else comes from the output projections. For
+    the vectors that the heads write see `uncollapse.head_contributions`.
+
+    Options shared with `diagnose`, each described in `help(uncollapse.diagnosis.ProbeOptions)`:
+    text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
+    model: layout, name, device, dtype, device_map, trust_remote_code=False;
+    run: command, progress.
+
+    Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the
+    anatomy cannot be proved.
     """
-    prepared = prepare(
-        model,
-        texts,
-        tokenizer=tokenizer,
-        batches=batches,
-        layout=layout,
-        sequences=sequences,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,
-        name=name,
-        progress=progress,
-    )
+    prepared = prepare(identify, model, texts, probe)
     with float64_kept(prepared.loaded.model):
-        diagnosed = observe(prepared, command=command, progress=progress)
+        diagnosed = observe(prepared)
     return Identifiability(
         IdentifiabilityRecord(
             schema=HEADS_SCHEMA,
