@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import transformers
+import typer
 from rich.console import Console
 
 from uncollapse import __version__
-from uncollapse.cli import main
+from uncollapse.cli import app, main
+from uncollapse.diagnosis import DEFAULTS
 from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.sources import load_model, tokenize
 
@@ -409,6 +411,38 @@ def test_pickled_and_truncated_weights(diagnose: Diagnose, run: Run, saved: Path
 
 
 # Help, version, speed
+
+
+def options_of(command: str) -> dict[str, Any]:
+    """The parameters of a command by name, in the order of its help."""
+    group = typer.main.get_command(app)
+    return {p.name: p for p in group.commands[command].params}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("command", ["diagnose", "ablate", "heads", "symmetries"])
+def test_the_shared_options_are_the_same_everywhere_with_the_defaults_of_python(command: str) -> None:
+    names = [
+        "text",
+        "sequences",
+        "max_tokens",
+        "seed",
+        "json",
+        "html",
+        "quiet",
+        "device",
+        "dtype",
+        "device_map",
+        "batch_size",
+        "trust_remote_code",
+    ]
+    here, there = options_of(command), options_of("diagnose")
+    assert next(iter(here)) == "model"
+    assert list(here)[-len(names) :] == names
+    for name in ("model", *names):
+        assert here[name].opts == there[name].opts
+        assert here[name].help == there[name].help
+        assert here[name].default == DEFAULTS.get(name, there[name].default)
+    assert ("fail_on" in here) == (command in {"diagnose", "heads"})
 
 
 def test_version(run: Run) -> None:

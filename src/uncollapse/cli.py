@@ -6,16 +6,16 @@ Exit codes: 0 done; 1 done, with a finding at or above `--fail-on`; 2 the input 
 130 interrupted. A traceback means a bug.
 """
 
-from __future__ import annotations
-
+# Annotations are evaluated here, unlike elsewhere: typer reads options from them. Those for the type checker alone are strings.
 import contextlib
+import inspect
 import re
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 import typer
 
@@ -23,6 +23,11 @@ from uncollapse.errors import InputError, UncollapseError
 from uncollapse.records import SEVERITIES, Finding, Severity
 
 if TYPE_CHECKING:
+    from uncollapse.ablation import Ablation
+    from uncollapse.capture import Progress
+    from uncollapse.diagnosis import Diagnosis, ProbeOptions
+    from uncollapse.equivariance import Symmetries
+    from uncollapse.identifiability import Identifiability
     from uncollapse.recorded import Recorded
 
 FOUND, REFUSED, INTERRUPTED = 1, 2, 130
@@ -147,7 +152,93 @@ def uncollapse(
         typer.echo(context.get_help())
 
 
-@app.command(
+def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a command of a function `name(model, text, *, its own options, **probe)` that returns what was found.
+
+    The command has the function's name and docstring, its own options first, and then the shared ones: text, output, machine.
+    `judges`: what was found has `findings`, and `--fail-on` can turn them into an exit code.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(
+            context: typer.Context,
+            model: Model = "demo",
+            fail_on: FailOn = None,
+            text: Text = None,
+            sequences: SequenceLimit = None,
+            max_tokens: MaxTokens = 128,
+            seed: Seed = 0,
+            json: Json = None,
+            html: Html = None,
+            quiet: Quiet = False,
+            device: Device = None,
+            dtype: Dtype = None,
+            device_map: DeviceMap = None,
+            batch_size: BatchSize = 16,
+            trust_remote_code: TrustRemoteCode = False,
+            **own: Any,
+        ) -> None:
+            def found(progress: "Progress | None") -> Any:
+                return function(
+                    model,
+                    text,
+                    **own,
+                    sequences=sequences,
+                    max_tokens=max_tokens,
+                    batch_size=batch_size,
+                    seed=seed,
+                    device=device,
+                    dtype=dtype,
+                    device_map=device_map,
+                    trust_remote_code=trust_remote_code,
+                    command=context.obj or "",
+                    progress=progress,
+                )
+
+            carry_out(found, json=json, html=html, quiet=quiet, fail_on=fail_on)
+
+        first, *rest = (p for p in inspect.signature(run).parameters.values() if p.kind is not p.VAR_KEYWORD)
+        own_options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        if not judges:
+            rest = [p for p in rest if p.name != "fail_on"]
+        as_keywords = [p.replace(kind=p.KEYWORD_ONLY) for p in (first, rest[0], *own_options, *rest[1:])]
+        # typer reads both, and neither may name what is imported for the type checker alone: it would be evaluated.
+        run.__signature__ = inspect.Signature(as_keywords)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in as_keywords}
+        app.command(function.__name__, help=function.__doc__, epilog=epilog)(run)
+        return function
+
+    return register
+
+
+def carry_out(
+    found: "Callable[[Progress | None], Any]",
+    *,
+    json: str | None,
+    html: str | None,
+    quiet: bool,
+    fail_on: Severity | None = None,
+) -> None:
+    """The body of every command: outputs checked first, the work with bars, its result delivered, then the exit code."""
+    with refusals_in_one_line():
+        require_writable(json=json, html=html)
+        with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
+            # stdout is kept for the result: whatever a library or a model's own code prints meanwhile goes to stderr.
+            result = found(progress)
+        deliver(result, json=json, html=html, quiet=quiet)
+        if fail_on is not None and reaches(result.findings, fail_on):
+            raise typer.Exit(FOUND)
+
+
+def texts_in(files: list[Path] | None) -> list[str] | None:
+    """The texts of `--text`, and None, the built-in prose, where it was left out."""
+    from uncollapse.sources import read_texts
+
+    return read_texts(files) if files else None
+
+
+@on_a_model(
+    judges=True,
     epilog="""
 **Examples**
 
@@ -172,55 +263,21 @@ Only JSON on stdout, for another program:
     uncollapse diagnose org/model --json - | jq .findings
 
 **Exit codes**: 0 done; 1 done, and a finding at or above --fail-on; 2 the input cannot be used; 130 interrupted.
-"""
+""",
 )
 def diagnose(
-    context: typer.Context,
-    model: Model = "demo",
+    model: str,
+    text: Text,
+    *,
     level: Level = "core",
     context_lengths: ContextLengths = None,
-    fail_on: FailOn = None,
-    text: Text = None,
-    sequences: SequenceLimit = None,
-    max_tokens: MaxTokens = 128,
-    seed: Seed = 0,
-    json: Json = None,
-    html: Html = None,
-    quiet: Quiet = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    batch_size: BatchSize = 16,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
+    **probe: "Unpack[ProbeOptions]",
+) -> "Diagnosis":
     """Measure where and how a model's token representations collapse, and say what was found."""
-    with refusals_in_one_line():
-        require_writable(json=json, html=html)
-        lengths = token_counts(context_lengths)
-        with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
-            # stdout is kept for the result: whatever a library or a model's own code prints meanwhile goes to stderr.
-            from uncollapse.diagnosis import diagnose as diagnosis
-            from uncollapse.sources import read_texts
+    lengths = token_counts(context_lengths)
+    from uncollapse.diagnosis import diagnose as diagnosis
 
-            result = diagnosis(
-                model,
-                read_texts(text) if text else None,
-                level=level,
-                context_lengths=lengths,
-                sequences=sequences,
-                max_tokens=max_tokens,
-                batch_size=batch_size,
-                seed=seed,
-                device=device,
-                dtype=dtype,
-                device_map=device_map,
-                trust_remote_code=trust_remote_code,
-                command=context.obj or "",
-                progress=progress,
-            )
-        deliver(result, json=json, html=html, quiet=quiet)
-        if reaches(result.findings, fail_on):
-            raise typer.Exit(FOUND)
+    return diagnosis(model, texts_in(text), level=level, context_lengths=lengths, **probe)
 
 
 def token_counts(text: str | None) -> list[int] | None:
@@ -263,7 +320,7 @@ Blocks = Annotated[
 ]
 
 
-@app.command(
+@on_a_model(
     epilog="""
 **Examples**
 
@@ -286,58 +343,28 @@ The verdicts alone, for another program:
 A part is removed from a trained model, which is not the same as a model trained without it.
 
 **Exit codes**: 0 done; 2 the input cannot be used; 130 interrupted.
-"""
+""",
 )
 def ablate(
-    context: typer.Context,
-    model: Model = "demo",
+    model: str,
+    text: Text,
+    *,
     level: Level = "core",
     without: Without = None,
     grid: Grid = False,
     blocks: Blocks = None,
-    text: Text = None,
-    sequences: SequenceLimit = None,
-    max_tokens: MaxTokens = 128,
-    seed: Seed = 0,
-    json: Json = None,
-    html: Html = None,
-    quiet: Quiet = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    batch_size: BatchSize = 16,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
+    **probe: "Unpack[ProbeOptions]",
+) -> "Ablation":
     """Run a model without some of its parts, and say which of them keeps its tokens apart."""
-    with refusals_in_one_line():
-        require_writable(json=json, html=html)
-        wanted = block_numbers(blocks)
-        with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
-            from uncollapse.ablation import ablate as ablation
-            from uncollapse.sources import read_texts
+    wanted = block_numbers(blocks)
+    combinations = [tuple(part.strip() for part in each.split(",")) for each in without] if without else None
+    from uncollapse.ablation import ablate as ablation
 
-            result = ablation(
-                model,
-                read_texts(text) if text else None,
-                without=[tuple(part.strip() for part in each.split(",")) for each in without] if without else None,
-                grid=grid,
-                blocks=wanted,
-                level=level,
-                sequences=sequences,
-                max_tokens=max_tokens,
-                batch_size=batch_size,
-                seed=seed,
-                device=device,
-                dtype=dtype,
-                device_map=device_map,
-                trust_remote_code=trust_remote_code,
-                command=context.obj or "",
-                progress=progress,
-            )
-        deliver(result, json=json, html=html, quiet=quiet)
+    return ablation(model, texts_in(text), without=combinations, grid=grid, blocks=wanted, level=level, **probe)
 
 
-@app.command(
+@on_a_model(
+    judges=True,
     epilog="""
 **Examples**
 
@@ -361,52 +388,16 @@ Block by block, for another program:
 output. What each head wrote can always be recorded: `uncollapse.head_contributions` in Python.
 
 **Exit codes**: 0 done; 1 done, and a finding at or above --fail-on; 2 the input cannot be used; 130 interrupted.
-"""
+""",
 )
-def heads(
-    context: typer.Context,
-    model: Model = "demo",
-    fail_on: FailOn = None,
-    text: Text = None,
-    sequences: SequenceLimit = None,
-    max_tokens: MaxTokens = 128,
-    seed: Seed = 0,
-    json: Json = None,
-    html: Html = None,
-    quiet: Quiet = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    batch_size: BatchSize = 16,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
+def heads(model: str, text: Text, **probe: "Unpack[ProbeOptions]") -> "Identifiability":
     """Say block by block whether a result can be attributed to a head, and to whom what stays ambiguous."""
-    with refusals_in_one_line():
-        require_writable(json=json, html=html)
-        with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
-            from uncollapse.identifiability import identify
-            from uncollapse.sources import read_texts
+    from uncollapse.identifiability import identify
 
-            result = identify(
-                model,
-                read_texts(text) if text else None,
-                sequences=sequences,
-                max_tokens=max_tokens,
-                batch_size=batch_size,
-                seed=seed,
-                device=device,
-                dtype=dtype,
-                device_map=device_map,
-                trust_remote_code=trust_remote_code,
-                command=context.obj or "",
-                progress=progress,
-            )
-        deliver(result, json=json, html=html, quiet=quiet)
-        if reaches(result.findings, fail_on):
-            raise typer.Exit(FOUND)
+    return identify(model, texts_in(text), **probe)
 
 
-@app.command(
+@on_a_model(
     epilog="""
 **Examples**
 
@@ -429,49 +420,20 @@ The gauges alone, for another program:
 The groups act on a few sequences; weights that a gauge transforms are put back bit for bit.
 
 **Exit codes**: 0 done; 2 the input cannot be used; 130 interrupted.
-"""
+""",
 )
 def symmetries(
-    context: typer.Context,
-    model: Model = "demo",
+    model: str,
+    text: Text,
+    *,
     context_lengths: ContextLengths = None,
-    text: Text = None,
-    sequences: SequenceLimit = None,
-    max_tokens: MaxTokens = 128,
-    seed: Seed = 0,
-    json: Json = None,
-    html: Html = None,
-    quiet: Quiet = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
-    batch_size: BatchSize = 16,
-    trust_remote_code: TrustRemoteCode = False,
-) -> None:
+    **probe: "Unpack[ProbeOptions]",
+) -> "Symmetries":
     """Let four groups act on a model: which symmetries hold, what breaks them, and how far it is from each collapse."""
-    with refusals_in_one_line():
-        require_writable(json=json, html=html)
-        lengths = token_counts(context_lengths)
-        with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
-            from uncollapse.equivariance import symmetries as acting
-            from uncollapse.sources import read_texts
+    lengths = token_counts(context_lengths)
+    from uncollapse.equivariance import symmetries as acting
 
-            result = acting(
-                model,
-                read_texts(text) if text else None,
-                context_lengths=lengths,
-                sequences=sequences,
-                max_tokens=max_tokens,
-                batch_size=batch_size,
-                seed=seed,
-                device=device,
-                dtype=dtype,
-                device_map=device_map,
-                trust_remote_code=trust_remote_code,
-                command=context.obj or "",
-                progress=progress,
-            )
-        deliver(result, json=json, html=html, quiet=quiet)
+    return acting(model, texts_in(text), context_lengths=lengths, **probe)
 
 
 def block_numbers(text: str | None) -> list[int] | Literal["all", "all+outer"] | None:
@@ -554,21 +516,21 @@ def verify(
     quiet: Quiet = False,
 ) -> None:
     """Check claims about Transformers, exactly where that is possible, and print a verdict with its evidence."""
-    with refusals_in_one_line():
-        require_writable(json=json, html=html)
-        with progress_on_stderr(quiet) as progress:
-            from uncollapse.claims import verify as ledger_of
 
-            ledger = ledger_of(
-                list(dict.fromkeys(claims)) if claims else None,
-                trials=trials,
-                seed=seed,
-                # One bar for all the claims, not one for each.
-                progress=progress and (lambda _, done, total: progress("claims", done, total)),
-            )
+    def found(progress: "Progress | None") -> "Recorded[Any]":
+        from uncollapse.claims import verify as ledger_of
         from uncollapse.recorded import Recorded
 
-        deliver(Recorded(ledger), json=json, html=html, quiet=quiet)
+        ledger = ledger_of(
+            list(dict.fromkeys(claims)) if claims else None,
+            trials=trials,
+            seed=seed,
+            # One bar for all the claims, not one for each.
+            progress=progress and (lambda _, done, total: progress("claims", done, total)),
+        )
+        return Recorded(ledger)
+
+    carry_out(found, json=json, html=html, quiet=quiet)
 
 
 @contextlib.contextmanager
@@ -632,7 +594,7 @@ def progress_on_stderr(quiet: bool) -> Iterator[Callable[[str, int, int], None] 
         yield report
 
 
-def deliver(result: Recorded[Any], *, json: str | None, html: str | None, quiet: bool) -> None:
+def deliver(result: "Recorded[Any]", *, json: str | None, html: str | None, quiet: bool) -> None:
     """Write the page and the record, and show the table on whichever stream is free of JSON."""
     from rich.console import Console
 
@@ -650,8 +612,6 @@ def deliver(result: Recorded[Any], *, json: str | None, html: str | None, quiet:
         typer.echo(result.to_json().encode(), nl=False)
 
 
-def reaches(findings: Sequence[Finding], fail_on: Severity | None) -> bool:
+def reaches(findings: Sequence[Finding], fail_on: Severity) -> bool:
     """Whether a finding is at least as severe as `--fail-on`. Severities stand in rising order."""
-    if fail_on is None:
-        return False
     return any(SEVERITIES.index(finding.severity) >= SEVERITIES.index(fail_on) for finding in findings)
