@@ -25,13 +25,13 @@ NAMES: dict[Phenomenon, str] = {
     "entropy-collapse": "entropy",
 }
 MEASURED = {
-    "DEPTH-CONSENSUS": "consensus distance behind a norm, over the embedding's",
-    "DEPTH-RANK": "share of the attainable affine rank, over the embedding's",
+    "DEPTH-CONSENSUS": "consensus distance after a norm, relative to the embedding's",
+    "DEPTH-RANK": "share of the attainable affine rank, relative to the embedding's",
     "WIDTH-UNIFORM": "share of the keys left unused by the least uniform head",
-    "WIDTH-RANK-ONE": "‖CAV‖/‖CV‖ of the most alive head, over min(1, n/16)",
-    "ENTROPY-FROZEN": "normalised entropy without each row's strongest key, most frozen head",
-    "HEADS-IDENTICAL": "mean squared sine between two write spaces, over that of random ones",
-    "HEADS-KERNEL": "dimensions forgotten beyond what the shape forces, in heads",
+    "WIDTH-RANK-ONE": "‖CAV‖/‖CV‖ of the head that keeps most, relative to min(1, n/16)",
+    "ENTROPY-FROZEN": "normalised entropy without each row's strongest key, in the most frozen head",
+    "HEADS-IDENTICAL": "mean squared sine between two write spaces, relative to random ones",
+    "HEADS-KERNEL": "dimensions lost beyond what the shape forces, in units of a head",
 }
 LOGITS_UP = [plant for plant in ORDER if plant.startswith("logits scaled up")]
 # Order parameters taken as they stand, without a resolution.
@@ -196,7 +196,7 @@ def half(scores: Scores) -> str:
         orders = dict.fromkeys(order for plant, order in ORDER.items() if _planted(scores, plant) == p)
         named = ", ".join(orders)
         rows.append([NAMES[p], named, "other models", *_row(scoring.at_half(scores, p, scores.on_other_models))])
-        rows.append(["", "", "all that did not derive", *_row(scoring.at_half(scores, p, scores.scored))])
+        rows.append(["", "", "all not used to derive", *_row(scoring.at_half(scores, p, scores.scored))])
         rows.append(["", "", "all", *_row(scoring.at_half(scores, p, lambda _: True))])
     header = ["collapse", "order parameter", "scored on", "cases", "never moved by half", "area under the ROC"]
     return table([*header, "alarm", "place right"], rows)
@@ -206,7 +206,7 @@ def places_right(scores: Scores) -> str:
     """Over all four collapses, on cases that did not derive."""
     found = [at for p in PHENOMENA if (at := scoring.at_half(scores, p, scores.scored)).locatable]
     right, places = sum(round(f.located * f.locatable) for f in found), sum(f.locatable for f in found)
-    return f"{right} of {places}, {right / places:.1%}"
+    return f"{right} of {places} cases ({right / places:.1%})"
 
 
 def _planted(scores: Scores, plant: str) -> str | None:
@@ -223,7 +223,7 @@ def plain(scores: Scores) -> str:
         name = next(iter(orders.values()))
         spread = f"{figure(min(healthy))} to {figure(max(healthy))}"
         rows.append([NAMES[phenomenon], name, spread, *_row(found)])
-    header = ["collapse", "order parameter", "at the healthy places", "cases", "never moved by half"]
+    header = ["collapse", "order parameter", "in healthy places", "cases", "never moved by half"]
     return table([*header, "area under the ROC", "alarm", "place right"], rows)
 
 
@@ -288,10 +288,13 @@ def missed(scores: Scores) -> list[str]:
         top = runs[index].top(case.phenomenon)
         if not scoring.is_located(case, top):
             place = f"block {case.block}" + (f", head {case.head}" if case.head else "")
-            said = (
-                "nothing" if top is None else f"block {top.finding.block}, head {top.finding.head} ({top.finding.code})"
+            said = "nowhere"
+            if top is not None:
+                head = "" if top.finding.head is None else f", head {top.finding.head}"
+                said = f"at block {top.finding.block}{head} ({top.finding.code})"
+            found.append(
+                f"{case.subject}, {case.plant} {case.severities[index]:g} at {place}: the worst reading is {said}"
             )
-            found.append(f"{case.subject}, {case.plant} {case.severities[index]:g} at {place}: read furthest at {said}")
     return found
 
 
@@ -375,7 +378,7 @@ def nearest_pair(scores: Scores) -> str:
             overlaps = record.write_space_overlap or []
             found += [(o, name, record.block) for g, row in enumerate(overlaps) for h, o in enumerate(row) if h > g]
     overlap, name, block = max(found)
-    return f"{overlap:.2f} of theirs: {name}, block {block}"
+    return f"{overlap:.2f} of their write spaces (in {name}, block {block})"
 
 
 def stuck(measured: Mapping[str, Measured]) -> list[str]:

@@ -179,7 +179,7 @@ SUBJECTS: dict[str, Subject] = {
         ),
     ),
     "llama": Subject(
-        "small Llama: RMS pre-norm, causal, rotary, two heads a key-value head",
+        "small Llama: RMS pre-norm, causal, rotary, two heads per key-value head",
         _trained("llama", _configured("Llama", **DECODER, num_key_value_heads=2), is_causal=True),
     ),
     "minilm": Subject(
@@ -210,7 +210,7 @@ SUBJECTS: dict[str, Subject] = {
         _trained("qwen3", _configured("Qwen3", **DECODER, num_key_value_heads=2, head_dim=16), is_causal=True),
     ),
     "smollm2": Subject(
-        "SmolLM2-135M-Instruct: 30 blocks, RMS pre-norm, causal, rotary, three heads a key-value head, English",
+        "SmolLM2-135M-Instruct: 30 blocks, RMS pre-norm, causal, rotary, three heads per key-value head, English",
         _real(lambda: str(weights.smollm2()), 2, lambda: None),
         is_real=True,
     ),
