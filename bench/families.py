@@ -3,8 +3,8 @@
     make families                                  the whole sweep, about ten minutes on two cores
     python -m bench.families --only bert llama     a few types, with the whole message of a refusal
 
-A type is built tiny from its config and fed with what its forward asks for (`bench.tiny`), traced, and proved. What cannot
-be built or fed says so in the table: that is no verdict on the anatomy.
+A type is built tiny from its config and fed with what its forward asks for (`bench.tiny`), traced, and proved. A type that
+cannot be built or fed is marked so in the table: that says nothing about its anatomy.
 """
 
 from __future__ import annotations
@@ -236,7 +236,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Which model types are read and proved",
         "",
-        f"Written by `make families` with transformers {transformers.__version__} and torch {torch.__version__}; not by hand.",
+        f"This page is written by `make families`, with transformers {transformers.__version__} and torch {torch.__version__}.",
+        "",
+        "Every model type of transformers is built small from its config and given the inputs that its forward asks for. Then",
+        "its parts are read and proved, and a capture is run. *Attention calls* are the calls that belong to a proved block, of",
+        "all calls in one forward pass. *Placement* says where the norms stand. *Bit-identical* means that the output under",
+        "capture is the output without it, in every bit. A type that could not be built or run here is not a refusal: nothing is",
+        "known about it. A dash means that the model makes no attention calls.",
         "",
         "| " + " | ".join(counts) + " |",
         "|" + "---|" * len(counts),

@@ -51,7 +51,7 @@ SUBJECTS = {
     ),
     "albert": Subject(
         "RXNMapper's ALBERT (trained on chemical reactions, one shared layer run 12 times)",
-        "24 molecules and reactions as SMILES (`bench/molecules.txt`), as it was trained on.",
+        "24 molecules and reactions as SMILES (`bench/molecules.txt`), the kind of text it was trained on.",
         "uncollapse ablate .cache/weights/rxnmapper --grid --dtype float64 --text bench/molecules.txt",
         lambda: {
             "model": weights.rxnmapper(),

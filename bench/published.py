@@ -26,11 +26,11 @@ NOTED: dict[str, dict[str, list[float | None]]] = {
 
 NOTED_ABOUT = {"minilm": "one text of 100 tokens", "bert-base": "other text, another draw", "albert": "60 tokens"}
 DIFFERS = {
-    "minilm": "The text explains the difference: on passages of 100 tokens, like theirs, most of it is gone. What is left comes "
-    "from the mean: where distances fall doubly exponentially, the few slowest sequences are the mean.",
-    "bert-base": "Weights are another random draw and the text is another; the course is the same.",
-    "albert": "Same weights, other molecules and other lengths (the noted run had 60 tokens to a sequence, these are shorter); "
-    "rates and the order of the runs agree.",
+    "minilm": "The text explains most of the difference: on passages of 100 tokens, like theirs, most of it is gone. The rest "
+    "comes from the mean: where distances fall doubly exponentially, the few slowest sequences dominate it.",
+    "bert-base": "The weights are another random draw and the text is different. The curves have the same shape.",
+    "albert": "The weights are the same. The molecules and their lengths differ: the noted run had 60 tokens per sequence, these "
+    "are shorter. The rates and the order of the runs agree.",
 }
 
 # Dong, Cordonnier, Loukas 2021, arXiv 2103.03404: the ratio after the last block, attention only / with MLP / with skip / whole;

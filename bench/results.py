@@ -127,7 +127,7 @@ def rate(run: dict[str, Any]) -> tuple[str, str]:
         return f"overflows in block {block}", "–"
     words = found["kind"] if found["kind"] != "none" else "no collapse"
     if found["kind"] == "geometric":
-        words += f", × {found['factor']:.2f} a block"
+        words += f", × {found['factor']:.2f} per block"
     if found["slope"] is None:
         return words, "–"
     interval = f" [{found['slope_low']:.1f}, {found['slope_high']:.1f}]" if found["slope_low"] is not None else ""
@@ -241,7 +241,7 @@ def trained_table(models: Sequence[dict[str, Any]]) -> str:
             chosen = [m for m in main if tuple(m[key]) == component and not m[other]]
             rows.append(_row(label.format(NAMES[component[0]]) if component else "**whole**", chosen))
     return table(
-        ["", "parameters", "held-out loss (nats a byte)", "consensus distance by block", "lowest rank share"], rows
+        ["", "parameters", "held-out loss (nats per byte)", "consensus distance by block", "lowest rank share"], rows
     )
 
 
@@ -265,7 +265,7 @@ def shapes_table(models: Sequence[dict[str, Any]]) -> str:
         [
             "blocks × width",
             "parameters",
-            "held-out loss (nats a byte)",
+            "held-out loss (nats per byte)",
             "lowest consensus distance",
             "lowest rank share",
         ],

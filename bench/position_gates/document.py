@@ -260,7 +260,7 @@ class Numbers:
             losses = [run["curve"][-1]["held_out"] for run in chosen]
             said = plus_minus(losses) if len(losses) > 1 else short(losses[0])
             rows.append([arm, f"{chosen[0]['parameters']:,}", chosen[0]["where"], str(len(chosen)), said])
-        return table(["", "parameters", "where", "seeds", "held-out loss (nats a byte)"], rows)
+        return table(["", "parameters", "where", "seeds", "held-out loss (nats per byte)"], rows)
 
 
 def _geometric(values: Sequence[float]) -> float:
