@@ -3,8 +3,8 @@
     make families                                  the whole sweep, about ten minutes on two cores
     python -m bench.families --only bert llama     a few types, with the whole message of a refusal
 
-A type is built tiny from its config and fed with what its forward asks for (`bench.tiny`), traced, and proved. A type that
-cannot be built or fed is marked so in the table: that says nothing about its anatomy.
+A type is built tiny from its config and fed with what its forward asks for (`bench.tiny`), traced, and proved. What cannot
+be built or fed says so in the table: that is no verdict on the anatomy.
 """
 
 from __future__ import annotations

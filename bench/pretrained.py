@@ -51,8 +51,8 @@ SUBJECTS = {
     ),
     "albert": Subject(
         "RXNMapper's ALBERT (trained on chemical reactions, one shared layer run 12 times)",
-        "24 molecules and reactions as SMILES (`bench/molecules.txt`), the kind of text it was trained on.",
-        "uncollapse ablate .cache/weights/rxnmapper --grid --dtype float64 --text bench/molecules.txt",
+        "24 molecules and reactions as SMILES (`studies/molecules.txt`), the kind of text it was trained on.",
+        "uncollapse ablate .cache/weights/rxnmapper --grid --dtype float64 --text studies/molecules.txt",
         lambda: {
             "model": weights.rxnmapper(),
             "texts": sources.read_texts([MOLECULES]),
