@@ -63,15 +63,15 @@ families: $(INSTALLED) ## try every model type of transformers; writes docs/fami
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.families --out docs/families.md
 
 schema: $(INSTALLED) ## write the published JSON Schemas anew from the record dataclasses
-	@$(BIN)/python -c 'import json; from uncollapse.records import *; print(json.dumps(json_schema(DiagnosisRecord), indent=1, ensure_ascii=False))' \
+	@$(BIN)/python -c 'import json; from uncollapse.records.diagnosis import DiagnosisRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(DiagnosisRecord), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/diagnosis-1.json
-	@$(BIN)/python -c 'import json; from uncollapse.records import *; print(json.dumps(json_schema(AblationRecord), indent=1, ensure_ascii=False))' \
+	@$(BIN)/python -c 'import json; from uncollapse.records.ablation import AblationRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(AblationRecord), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/ablation-1.json
-	@$(BIN)/python -c 'import json; from uncollapse.records import *; print(json.dumps(json_schema(IdentifiabilityRecord), indent=1, ensure_ascii=False))' \
+	@$(BIN)/python -c 'import json; from uncollapse.records.heads import IdentifiabilityRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(IdentifiabilityRecord), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/heads-1.json
-	@$(BIN)/python -c 'import json; from uncollapse.records import *; print(json.dumps(json_schema(SymmetriesRecord), indent=1, ensure_ascii=False))' \
+	@$(BIN)/python -c 'import json; from uncollapse.records.symmetries import SymmetriesRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(SymmetriesRecord), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/symmetries-1.json
-	@$(BIN)/python -c 'import json; from uncollapse.claims import Ledger; from uncollapse.records import *; print(json.dumps(json_schema(Ledger), indent=1, ensure_ascii=False))' \
+	@$(BIN)/python -c 'import json; from uncollapse.records.ledger import Ledger; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(Ledger), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/ledger-1.json
 
 constraints: $(INSTALLED) ## write constraints.txt anew from what is installed

@@ -15,7 +15,9 @@ import records_samples as samples
 import torch
 from reference import identifiability as reference
 
-from uncollapse.records import Finding, HeadsRecord, IdentifiabilityRecord, Statistic
+from uncollapse.records.common import Finding, Statistic
+from uncollapse.records.diagnosis import HeadsRecord
+from uncollapse.records.heads import IdentifiabilityRecord
 
 COPIES = Finding(
     code="HEADS-IDENTICAL",

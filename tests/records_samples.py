@@ -15,27 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from uncollapse.records import (
-    AblationRecord,
-    AblationRun,
+from uncollapse.records.ablation import AblationRecord, AblationRun, RateRecord, VerdictRecord
+from uncollapse.records.common import Finding, ModelInfo, Probe, Statistic
+from uncollapse.records.diagnosis import (
     AttentionRecord,
     DiagnosisRecord,
-    Finding,
     HeadsRecord,
     MassiveTokensLeftOut,
-    ModelInfo,
     NormRecord,
-    Probe,
-    RateRecord,
     SiteRecord,
-    Statistic,
-    SymmetriesRecord,
-    SymmetryRecord,
-    SymmetryTest,
     UpdateRecord,
-    VerdictRecord,
-    WidthScaling,
 )
+from uncollapse.records.symmetries import SymmetriesRecord, SymmetryRecord, SymmetryTest, WidthScaling
 
 NOT_AT_CORE = "measured at --level full only"
 

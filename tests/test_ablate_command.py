@@ -20,7 +20,8 @@ from tiny_models import FAMILIES, text_batch
 import uncollapse as uc
 from uncollapse import cli
 from uncollapse.interventions import Component
-from uncollapse.records import AblationRecord, from_json, json_schema
+from uncollapse.records.ablation import AblationRecord
+from uncollapse.records.encoding import from_json, json_schema
 
 SCHEMA = Path(uc.__file__).parent / "schemas" / "ablation-1.json"
 Run = Callable[..., tuple[int, str, str]]

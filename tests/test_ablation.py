@@ -13,7 +13,8 @@ from tiny_models import text_batch
 
 import uncollapse as uc
 from uncollapse.ablation import rate, verdicts
-from uncollapse.records import AblationRecord, AblationRun, RateRecord, from_json
+from uncollapse.records.ablation import AblationRecord, AblationRun, RateRecord
+from uncollapse.records.encoding import from_json
 
 EPSILON = torch.finfo(torch.float64).eps
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import uncollapse as uc
 from uncollapse.gating import PositionGatedProjection
-from uncollapse.records import HeadsRecord
+from uncollapse.records.diagnosis import HeadsRecord
 
 COUNTS = ("width", "output_projection_rank", "kernel_dimension", "contribution_ambiguity")
 

@@ -16,7 +16,7 @@ import uncollapse as uc
 from uncollapse.context_lengths import WINDOWS, regime, require_context_lengths, width_scaling
 from uncollapse.line_fit import LineFit
 from uncollapse.proof import proved_anatomy
-from uncollapse.records import WidthScaling
+from uncollapse.records.symmetries import WidthScaling
 
 LENGTHS = [8, 12, 20]
 

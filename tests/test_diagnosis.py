@@ -22,7 +22,9 @@ from torch import Tensor, nn
 import uncollapse as uc
 from uncollapse import sources
 from uncollapse.diagnosis import DEFAULTS, ProbeOptions
-from uncollapse.records import DiagnosisRecord, Finding, from_json, json_schema, to_json
+from uncollapse.records.common import Finding
+from uncollapse.records.diagnosis import DiagnosisRecord
+from uncollapse.records.encoding import from_json, json_schema, to_json
 
 SCHEMA = Path(uc.__file__).parent / "schemas" / "diagnosis-1.json"
 

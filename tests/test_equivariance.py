@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import uncollapse as uc
 from uncollapse.equivariance import QUERY_KEY, breakers
-from uncollapse.records import PHENOMENA, Statistic, SymmetriesRecord, SymmetryTest
+from uncollapse.records.common import PHENOMENA, Statistic
+from uncollapse.records.symmetries import SymmetriesRecord, SymmetryTest
 
 
 def batches(sequences: int = 3, tokens: int = 10) -> list[dict[str, Tensor]]:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from uncollapse import findings as rules
-from uncollapse.records import AttentionRecord, Finding, HeadsRecord, SiteRecord, Statistic
+from uncollapse.records.common import Finding, Statistic
+from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
 
 TOKENS = 40
 

@@ -17,7 +17,9 @@ from test_cli import refused
 
 import uncollapse as uc
 from uncollapse import cli
-from uncollapse.records import Finding, IdentifiabilityRecord, from_json
+from uncollapse.records.common import Finding
+from uncollapse.records.encoding import from_json
+from uncollapse.records.heads import IdentifiabilityRecord
 
 SCHEMA = Path(uc.__file__).parent / "schemas" / "heads-1.json"
 Run = Callable[..., tuple[int, str, str]]

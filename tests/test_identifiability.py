@@ -15,7 +15,9 @@ from tiny_models import FAMILIES as SMALL
 from tiny_models import text_batch
 
 import uncollapse as uc
-from uncollapse.records import HEADS_SCHEMA, DiagnosisRecord, IdentifiabilityRecord, from_json, json_schema
+from uncollapse.records.diagnosis import DiagnosisRecord
+from uncollapse.records.encoding import from_json, json_schema
+from uncollapse.records.heads import HEADS_SCHEMA, IdentifiabilityRecord
 
 SCHEMA = Path(uc.__file__).parent / "schemas" / "heads-1.json"
 

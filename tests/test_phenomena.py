@@ -10,7 +10,9 @@ from torch import nn
 import uncollapse as uc
 from uncollapse.phenomena import Components, symmetry_records
 from uncollapse.proof import proved_anatomy
-from uncollapse.records import PHENOMENA, DiagnosisRecord, SymmetryRecord
+from uncollapse.records.common import PHENOMENA
+from uncollapse.records.diagnosis import DiagnosisRecord
+from uncollapse.records.symmetries import SymmetryRecord
 
 NONE = Components(residuals=0, mlps=0, is_causal=False, takes_positions=False, bounds_logits=False, is_gated=False)
 

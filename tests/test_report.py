@@ -23,8 +23,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from uncollapse.errors import InputError
-from uncollapse.records import DiagnosisRecord, Statistic, from_json, to_json
-from uncollapse.report import cells, page, terminal, wording
+from uncollapse.records.common import Statistic
+from uncollapse.records.diagnosis import DiagnosisRecord
+from uncollapse.records.encoding import from_json, to_json
+from uncollapse.report import draw, show, wording
+from uncollapse.report.page import cells
 
 RECORDS = ("encoder", "quiet", "collapsed", "translation", "single_block")
 VOID = {"meta", "path", "rect", "circle", "link", "br", "hr", "img", "input"}
@@ -118,7 +121,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def pages() -> dict[str, Page]:
-    return {name: Page(page(getattr(samples, name)())) for name in RECORDS}
+    return {name: Page(draw(getattr(samples, name)())) for name in RECORDS}
 
 
 def record_of(name: str) -> DiagnosisRecord:
@@ -289,7 +292,7 @@ def test_only_panels_with_something_to_show_are_there(pages: dict[str, Page], na
 
 def test_a_record_with_nothing_but_a_model_still_makes_a_page() -> None:
     bare = replace(samples.quiet(), trajectory=[], attention=[], heads=[], findings=[])
-    shown = Page(page(bare))
+    shown = Page(draw(bare))
     assert [attributes["id"] for attributes in shown.attributes("section")] == ["findings", "depth", "method"]
     assert shown.charts() == []
 
@@ -300,7 +303,7 @@ def test_a_trajectory_of_nothing_but_absent_values_says_why() -> None:
         replace(site, **nothing, massive_tokens_left_out=None, not_finite=64, unavailable=dict.fromkeys(nothing, "NaN"))  # type: ignore[arg-type]
         for site in samples.encoder().trajectory
     ]
-    shown = Page(page(replace(samples.encoder(), trajectory=sites)))
+    shown = Page(draw(replace(samples.encoder(), trajectory=sites)))
     assert not [key for key in shown.charts() if key.startswith("depth")]
     assert "Not measured, rank, attainable rank, affine rank" in shown.words
     assert shown.cells["site-3", "sequences with NaN or infinity"]["text"] == "64"
@@ -327,7 +330,7 @@ def test_each_reason_has_its_own_footnote() -> None:
     gone = {"entropy": None, "unavailable": {**first.unavailable, "entropy": "a sink"}}
     also = {"max_logit": None, "unavailable": {**second.unavailable, "max_logit": "too long"}}
     changed = [replace(first, **gone), replace(second, **also), *rest]  # type: ignore[arg-type]
-    read = Page(page(replace(record, attention=changed)))
+    read = Page(draw(replace(record, attention=changed)))
     assert (read.cells["head-self-0-0", "entropy"]["sup"], read.cells["head-self-0-1", "largest logit"]["sup"]) == (
         "1",
         "2",
@@ -368,7 +371,7 @@ def test_findings_come_worst_first_and_lead_to_their_row(pages: dict[str, Page])
 def test_many_findings_of_one_rule_share_a_card_and_a_remedy() -> None:
     many = [replace(samples.SHARP_HEAD, head=head, message=f"Message {head}.", value=head / 100) for head in range(6)]
     record = replace(samples.encoder(), findings=[samples.AMBIGUOUS, *many])
-    read = Page(page(record))
+    read = Page(draw(record))
     assert [a["class"] for a in read.attributes("article")] == ["finding warning", "finding info"]
     words = " ".join(read.words.split())
     assert "6 places" in words
@@ -385,7 +388,7 @@ def test_many_findings_of_one_rule_share_a_card_and_a_remedy() -> None:
 def test_verdicts_that_differ_in_a_figure_are_summed_up_by_their_words() -> None:
     record = samples.encoder()
     heads = [replace(h, verdict=f"attributable with care (noise gain {h.block})") for h in record.heads]
-    read = Page(page(replace(record, heads=heads)))
+    read = Page(draw(replace(record, heads=heads)))
     assert "Head verdict “attributable with care”: blocks 0–5." in read.words
     assert read.cells["block-self-3", "verdict"]["text"] == "attributable with care (noise gain 3)"
     assert rows(shown(replace(record, heads=heads), 120))["3"].rstrip().endswith("attributable with care")
@@ -393,7 +396,7 @@ def test_verdicts_that_differ_in_a_figure_are_summed_up_by_their_words() -> None
 
 def test_a_finding_without_a_block_is_about_the_embedding_or_the_whole_model() -> None:
     lost = replace(samples.FALLING, block=None)
-    shown = Page(page(replace(samples.encoder(), findings=[lost, samples.AMBIGUOUS])))
+    shown = Page(draw(replace(samples.encoder(), findings=[lost, samples.AMBIGUOUS])))
     assert "#site-in" in [a["href"] for a in shown.attributes("a")]
     assert "the whole model" in shown.words
 
@@ -407,7 +410,7 @@ def test_the_map_marks_the_heads_that_findings_name_and_no_other(pages: dict[str
     assert len(cells_drawn) == len(record.attention) + 1  # every head once, and the marked one again
     assert [c["row"] for c in cells_drawn].count("head-self-4-7") == 2
     overlap = replace(samples.SHARP_HEAD, phenomenon="head-channel-non-identifiability", block=1, head=2)
-    other = Page(page(replace(record, findings=[overlap])))
+    other = Page(draw(replace(record, findings=[overlap])))
     assert len(other.rows_of("attention-self", "value", "row")) == len(record.attention)
     assert "block-self-1" in {a["id"] for a in other.attributes("tr") if "class" in a}
 
@@ -450,7 +453,7 @@ def test_massive_tokens_get_a_dashed_line_where_they_change_the_figure(pages: di
         )
         for site in record.trajectory
     ]
-    same = Page(page(replace(record, trajectory=alike)))
+    same = Page(draw(replace(record, trajectory=alike)))
     assert {r["line"] for r in same.rows_of("depth-consensus-distance", "line")} == {"consensus distance"}
 
 
@@ -555,8 +558,8 @@ def test_hostile_text_stays_text_everywhere() -> None:
         ],
         findings=[replace(f, code=evil, message=evil, remedy=evil, reference=evil) for f in record.findings],
     )
-    shown = Page(page(record))
-    plain = Page(page(samples.translation()))
+    shown = Page(draw(record))
+    plain = Page(draw(samples.translation()))
     assert [tag for tag, _ in shown.elements].count("script") == [tag for tag, _ in plain.elements].count("script")
     assert "alert(1)" not in "".join(text for _, text in shown.scripts).replace("\\u003c", "<").replace(evil, "")
     assert not shown.attributes("img")
@@ -573,13 +576,13 @@ def test_a_small_page_is_small(pages: dict[str, Page]) -> None:
 
 def test_a_page_is_the_same_each_time_and_from_json(pages: dict[str, Page]) -> None:
     record = record_of("translation")
-    assert page(record) == pages["translation"].text
-    assert page(from_json(to_json(record), DiagnosisRecord)) == pages["translation"].text
+    assert draw(record) == pages["translation"].text
+    assert draw(from_json(to_json(record), DiagnosisRecord)) == pages["translation"].text
 
 
 def test_a_theme_of_the_session_does_not_leak_into_the_page(pages: dict[str, Page]) -> None:
     with altair.theme.enable("dark"):
-        same = page(record_of("encoder")) == pages["encoder"].text
+        same = draw(record_of("encoder")) == pages["encoder"].text
     assert same
 
 
@@ -592,12 +595,10 @@ def test_method_names_versions_command_options_and_seed(pages: dict[str, Page]) 
 
 
 def test_another_record_is_refused_with_what_to_do() -> None:
-    with pytest.raises(
-        InputError, match=r"^page: expected a diagnosis record .* got uncollapse/diagnosis/9\. .*from_json"
-    ):
-        page(replace(samples.encoder(), schema="uncollapse/diagnosis/9"))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^draw: expected a record .* got uncollapse/diagnosis/9\. .*from_json"):
+        draw(replace(samples.encoder(), schema="uncollapse/diagnosis/9"))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"got dict\."):
-        page({})  # type: ignore[arg-type]
+        draw({})  # type: ignore[arg-type]
 
 
 def test_light_and_dark_have_enough_contrast(pages: dict[str, Page]) -> None:
@@ -623,7 +624,7 @@ def test_light_and_dark_have_enough_contrast(pages: dict[str, Page]) -> None:
 
 
 def colours_of_marks() -> list[str]:
-    from uncollapse.report import figures
+    from uncollapse.report.page import figures
 
     return [figures.BLUE, figures.TEAL, figures.ORANGE, figures.PURPLE, figures.RED]
 
@@ -642,7 +643,7 @@ def test_importing_the_package_draws_nothing_in() -> None:
 
 def shown(record: DiagnosisRecord, width: int = 80, **options: Any) -> str:
     stream = io.StringIO()
-    terminal(record, Console(file=stream, width=width, **options))
+    show(record, Console(file=stream, width=width, **options))
     return stream.getvalue()
 
 
@@ -748,7 +749,7 @@ def test_names_are_printed_as_they_are_without_markup_or_control_characters() ->
 
 def test_a_terminal_that_knows_only_ascii_gets_ascii() -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    terminal(samples.translation(), Console(file=stream, width=100))
+    show(samples.translation(), Console(file=stream, width=100))
     stream.seek(0)
     assert "dec 6" in stream.read()
 

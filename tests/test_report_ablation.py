@@ -16,8 +16,11 @@ from rich.console import Console
 from test_report import SITE_TITLES, Page, holds, printed
 
 from uncollapse.errors import InputError
-from uncollapse.records import AblationRecord, AblationRun, from_json, to_json
-from uncollapse.report import ablation_printout, ablation_wording, page, terminal
+from uncollapse.records.ablation import AblationRecord, AblationRun
+from uncollapse.records.encoding import from_json, to_json
+from uncollapse.report import draw, show
+from uncollapse.report.ablation import lines as ablation_lines
+from uncollapse.report.ablation import wording
 
 RECORDS = ("ablation", "causal_ablation")
 MARKS = ["1·1·1", "0·1·1", "1·0·1", "1·1·0", "0·0·1", "0·1·0", "1·0·0", "0·0·0"]
@@ -31,7 +34,7 @@ def record_of(name: str) -> AblationRecord:
 
 @pytest.fixture(scope="module")
 def pages() -> dict[str, Page]:
-    return {name: Page(page(record_of(name))) for name in RECORDS}
+    return {name: Page(draw(record_of(name))) for name in RECORDS}
 
 
 def judged(run: AblationRun) -> list[float | None]:
@@ -145,8 +148,8 @@ def test_the_floor_is_judged_by_the_values_and_not_by_what_the_block_is_called()
         run = replace(
             fallen, trajectory=[*encoder, *decoder], rate=replace(fallen.rate, floor_block=number), without=[]
         )
-        assert ablation_wording.floor_words(run) == "rounding floor from block 11 on"
-        assert [ablation_wording.at_floor(run, i) for i in range(7)] == [False] * 6 + [True]
+        assert wording.floor_words(run) == "rounding floor from block 11 on"
+        assert [wording.at_floor(run, i) for i in range(7)] == [False] * 6 + [True]
 
 
 def test_lines_differ_by_more_than_colour(pages: dict[str, Page]) -> None:
@@ -166,7 +169,7 @@ def test_even_fifteen_runs_differ() -> None:
     parts = ["norm", "residual", "mlp", "attention"]
     run = samples.ablation().runs[0]
     chosen = [[p for i, p in enumerate(parts) if number >> i & 1] for number in range(16)]
-    spec = Page(page(replace(samples.ablation(), runs=[replace(run, without=each) for each in chosen], verdicts=[])))
+    spec = Page(draw(replace(samples.ablation(), runs=[replace(run, without=each) for each in chosen], verdicts=[])))
     line = next(layer for layer in spec.spec("consensus")["layer"] if "strokeDash" in layer["encoding"])
     looks = zip(
         line["encoding"]["color"]["scale"]["range"],
@@ -266,7 +269,7 @@ def test_predictions_are_answered_in_words_and_lead_to_their_row(pages: dict[str
 
 def test_signs_and_not_only_colours_say_agree_and_disagree(pages: dict[str, Page]) -> None:
     style = pages["ablation"].style
-    for answer, sign in ablation_wording.SIGNS.items():
+    for answer, sign in wording.SIGNS.items():
         assert f'.answer.{answer}::before {{ content: "{sign}"; }}' in style
 
 
@@ -293,7 +296,7 @@ def test_headlines() -> None:
     both = record.runs[6]
 
     def said(*runs: AblationRun) -> str:
-        return ablation_wording.headline(replace(record, runs=list(runs)))
+        return wording.headline(replace(record, runs=list(runs)))
 
     assert said(whole, both) == "Taking away residual and MLP makes the tokens collapse (doubly exponential)."
     assert said(whole, norm, mlp) == "Taking away norm or MLP alone does not make the tokens collapse."
@@ -338,7 +341,7 @@ def test_hostile_text_stays_text_everywhere() -> None:
         runs=[*runs, replace(runs[1], without=[evil])],
         verdicts=[replace(v, prediction=evil, source=evil, predicted=evil, observed=evil) for v in record.verdicts],
     )
-    shown, plain = Page(page(record)), Page(page(replace(record, runs=[*runs, runs[1]])))
+    shown, plain = Page(draw(record)), Page(draw(replace(record, runs=[*runs, runs[1]])))
     assert [tag for tag, _ in shown.elements].count("script") == [tag for tag, _ in plain.elements].count("script")
     assert not shown.attributes("img")
     for attributes, text in shown.scripts:
@@ -348,22 +351,20 @@ def test_hostile_text_stays_text_everywhere() -> None:
 
 def test_a_page_is_the_same_from_json(pages: dict[str, Page]) -> None:
     for name in RECORDS:
-        assert page(from_json(to_json(record_of(name)), AblationRecord)) == pages[name].text
+        assert draw(from_json(to_json(record_of(name)), AblationRecord)) == pages[name].text
 
 
 def test_drawing_leaves_the_record_as_it_was() -> None:
     record = samples.ablation()
     before = to_json(record)
-    page(record)
-    terminal(record, Console(file=io.StringIO()))
+    draw(record)
+    show(record, Console(file=io.StringIO()))
     assert to_json(record) == before
 
 
 def test_another_schema_is_refused_with_what_to_do() -> None:
-    with pytest.raises(
-        InputError, match=r"^page: expected an ablation record .* got uncollapse/ablation/9\. .*from_json"
-    ):
-        page(replace(samples.ablation(), schema="uncollapse/ablation/9"))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^draw: expected a record .* got uncollapse/ablation/9\. .*from_json"):
+        draw(replace(samples.ablation(), schema="uncollapse/ablation/9"))  # type: ignore[arg-type]
 
 
 # The terminal ---------------------------------------------------------------------------------------------------------
@@ -371,7 +372,7 @@ def test_another_schema_is_refused_with_what_to_do() -> None:
 
 def shown(record: AblationRecord, width: int = 80, encoding: str = "utf-8") -> str:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    terminal(record, Console(file=stream, width=width))
+    show(record, Console(file=stream, width=width))
     stream.seek(0)
     return stream.read()
 
@@ -463,7 +464,7 @@ def test_names_are_printed_without_markup_or_control_characters() -> None:
     assert "\x1b" not in text
 
 
-@pytest.mark.parametrize("module", [ablation_wording, ablation_printout])
+@pytest.mark.parametrize("module", [wording, ablation_lines])
 def test_the_examples_of_the_docstrings(module: Any) -> None:
     done = doctest.testmod(module)
     assert done.attempted > 0

@@ -8,7 +8,7 @@ import pytest
 import records_samples
 from test_report_browser import Browser, hover
 
-from uncollapse.report import page
+from uncollapse.report import draw
 
 pytestmark = pytest.mark.browser
 SAMPLES = ("ablation", "causal_ablation")
@@ -18,7 +18,7 @@ SAMPLES = ("ablation", "causal_ablation")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("pages")
     for name in SAMPLES:
-        (place / f"{name}.html").write_text(page(getattr(records_samples, name)()), encoding="utf-8")
+        (place / f"{name}.html").write_text(draw(getattr(records_samples, name)()), encoding="utf-8")
     return place
 
 

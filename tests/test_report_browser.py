@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import records_samples
 
-from uncollapse.report import page
+from uncollapse.report import draw
 
 pytestmark = pytest.mark.browser
 DEADLINE = 60.0
@@ -163,8 +163,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every sample's page, written to disk as a user would have it."""
     place = tmp_path_factory.mktemp("pages")
     for name in SAMPLES:
-        (place / f"{name}.html").write_text(page(getattr(records_samples, name)()), encoding="utf-8")
-    (place / "hostile.html").write_text(page(records_samples.encoder("<script>alert(1)</script>")), encoding="utf-8")
+        (place / f"{name}.html").write_text(draw(getattr(records_samples, name)()), encoding="utf-8")
+    (place / "hostile.html").write_text(draw(records_samples.encoder("<script>alert(1)</script>")), encoding="utf-8")
     return place
 
 

@@ -15,8 +15,11 @@ from rich.console import Console
 from test_report import Page, holds, printed
 
 from uncollapse.errors import InputError
-from uncollapse.records import HeadsRecord, IdentifiabilityRecord, from_json, to_json
-from uncollapse.report import heads_tables, heads_wording, page, terminal
+from uncollapse.records.diagnosis import HeadsRecord
+from uncollapse.records.encoding import from_json, to_json
+from uncollapse.records.heads import IdentifiabilityRecord
+from uncollapse.report import draw, show
+from uncollapse.report.heads import tables, wording
 
 RECORDS = ("mixed", "healthy", "forced", "single", "crossed", "deep")
 
@@ -28,7 +31,7 @@ def records() -> dict[str, IdentifiabilityRecord]:
 
 @pytest.fixture(scope="module")
 def pages(records: dict[str, IdentifiabilityRecord]) -> dict[str, Page]:
-    return {name: Page(page(record)) for name, record in records.items()}
+    return {name: Page(draw(record)) for name, record in records.items()}
 
 
 def short(verdict: str) -> str:
@@ -53,7 +56,7 @@ HEADLINES = {
 
 @pytest.mark.parametrize("name", [n for n in RECORDS if n != "deep"])
 def test_the_answer_comes_first(records: dict[str, IdentifiabilityRecord], pages: dict[str, Page], name: str) -> None:
-    assert heads_wording.headline(records[name]) == HEADLINES[name]
+    assert wording.headline(records[name]) == HEADLINES[name]
     words = pages[name].words
     assert words.index(HEADLINES[name]) < words.index("What to do.") < words.index("Who sees what, and what stays")
 
@@ -61,13 +64,13 @@ def test_the_answer_comes_first(records: dict[str, IdentifiabilityRecord], pages
 def test_with_care_everywhere_is_a_yes_with_a_reserve(records: dict[str, IdentifiabilityRecord]) -> None:
     record = records["deep"]
     careful = replace(record, heads=[h for h in record.heads if h.condition_number and h.condition_number > 10])
-    assert heads_wording.headline(careful).startswith("Yes, with care: in every block heads can be told apart")
+    assert wording.headline(careful).startswith("Yes, with care: in every block heads can be told apart")
     nothing = replace(record, heads=[replace(record.heads[0], verdict=None)])
-    assert heads_wording.headline(nothing) == "Unknown: no output projection could be read."
+    assert wording.headline(nothing) == "Unknown: no output projection could be read."
 
 
 def test_each_verdict_has_its_blocks_its_reason_and_what_to_do(records: dict[str, IdentifiabilityRecord]) -> None:
-    yes, care, no = heads_wording.answers(records["mixed"])
+    yes, care, no = wording.answers(records["mixed"])
     assert [(a.verdict, a.where, a.sign) for a in (yes, care, no)] == [
         ("attributable", "block 0", "✓"),
         ("attributable with care", "block 1", "!"),
@@ -78,7 +81,7 @@ def test_each_verdict_has_its_blocks_its_reason_and_what_to_do(records: dict[str
     assert care.why == f"Noise gain {gain:#.3g}."
     assert no.why == "The output projection forgets 4 of the dimensions that its heads write a token."
     assert len({a.remedy for a in (yes, care, no)}) == 3
-    (only,) = heads_wording.answers(records["healthy"])
+    (only,) = wording.answers(records["healthy"])
     gains = [h.condition_number for h in records["healthy"].heads if h.condition_number is not None]
     assert only.why == f"Noise gain {min(gains):#.3g} to {max(gains):#.3g}."
 
@@ -89,7 +92,7 @@ def test_dependence_without_a_kernel_is_said_as_such(records: dict[str, Identifi
         kernel_dimension=0,
         verdict="not attributable (write spaces dependent to within rounding)",
     )
-    (no,) = heads_wording.answers(replace(records["mixed"], heads=[dependent]))
+    (no,) = wording.answers(replace(records["mixed"], heads=[dependent]))
     assert no.why == "What some heads write can be made good by others, to within rounding."
 
 
@@ -98,7 +101,7 @@ def test_single_heads_are_counted_where_they_differ(records: dict[str, Identifia
     verdicts = [short(v) for h in record.heads for v in h.head_verdict or []]
     yes, care, no = (verdicts.count(v) for v in ("attributable", "attributable with care", "not attributable"))
     assert (yes + care + no, no) == (24, 2)
-    first, some, scale = heads_wording.heads_sentences(record)
+    first, some, scale = wording.heads_sentences(record)
     assert first == (
         f"Of 24 heads taken singly: {yes} attributable, {care} attributable with care, {no} not attributable."
     )
@@ -107,11 +110,11 @@ def test_single_heads_are_counted_where_they_differ(records: dict[str, Identifia
     assert gain is not None
     assert f"become {gain * 2**-24:.1e}".replace("e-0", "e-") in scale
     assert scale.endswith("(block 1).")
-    assert heads_wording.heads_sentences(records["healthy"]) == []
+    assert wording.heads_sentences(records["healthy"]) == []
 
 
 def test_what_the_shape_forces_is_said(records: dict[str, IdentifiabilityRecord]) -> None:
-    (sentence,) = heads_wording.heads_sentences(records["forced"])
+    (sentence,) = wording.heads_sentences(records["forced"])
     assert sentence == (
         "In blocks 0–3 the heads together are wider (64) than the stream (32): the architecture forces a kernel, "
         "whatever the weights."
@@ -123,8 +126,8 @@ def test_rounding_of_a_half_precision_model_is_put_in_percent(records: dict[str,
     half = replace(record, model=replace(record.model, dtype="bfloat16"))
     gain = record.heads[1].condition_number
     assert gain is not None
-    assert f"become {100 * gain / 256:.1f} % of it" in heads_wording.rounding_sentence(half)
-    assert heads_wording.rounding_sentence(replace(record, model=replace(record.model, dtype="int8"))) == ""
+    assert f"become {100 * gain / 256:.1f} % of it" in wording.rounding_sentence(half)
+    assert wording.rounding_sentence(replace(record, model=replace(record.model, dtype="int8"))) == ""
 
 
 def test_what_was_not_read_says_why(pages: dict[str, Page]) -> None:
@@ -137,7 +140,7 @@ def test_what_was_not_read_says_why(pages: dict[str, Page]) -> None:
 
 
 def test_the_observers_have_this_models_figures(records: dict[str, IdentifiabilityRecord]) -> None:
-    here = [each.here for each in heads_wording.observers(records["forced"])]
+    here = [each.here for each in wording.observers(records["forced"])]
     one = records["forced"].heads[0]
     assert (one.ambiguous_degrees_of_freedom, one.kernel_dimension, one.contribution_ambiguity) == (48, 32, 32)
     assert here == [
@@ -147,21 +150,21 @@ def test_the_observers_have_this_models_figures(records: dict[str, Identifiabili
         f"{one.factorization_ambiguity:,} in all",
         f"{one.gauge_dimension:,} in all",
     ]
-    assert heads_wording.observers(records["forced"])[3].formula.endswith("n = 57")
+    assert wording.observers(records["forced"])[3].formula.endswith("n = 57")
 
 
 def test_figures_that_differ_name_their_blocks(records: dict[str, IdentifiabilityRecord]) -> None:
-    kernels = heads_wording.observers(records["mixed"])[1].here
+    kernels = wording.observers(records["mixed"])[1].here
     assert kernels == "0 in blocks 0–1; 4 in block 2 (a token)"
-    unknown = heads_wording.observers(records["crossed"])[1].here
+    unknown = wording.observers(records["crossed"])[1].here
     assert unknown == (
         "0 in encoder blocks 0–1; decoder blocks 2–3; decoder block 3 (cross); "
         "not known in decoder block 2 (cross) (a token)"
     )
     many = replace(records["deep"], heads=[replace(h, kernel_dimension=h.block) for h in records["deep"].heads])
-    assert heads_wording.observers(many)[1].here == "0 to 29 a token"
+    assert wording.observers(many)[1].here == "0 to 29 a token"
     gone = [replace(h, gauge_dimension=None) for h in records["deep"].heads]
-    assert heads_wording.observers(replace(records["deep"], heads=gone))[4].here == "not known here"
+    assert wording.observers(replace(records["deep"], heads=gone))[4].here == "not known here"
 
 
 def test_the_five_observers_stand_in_the_page(
@@ -169,7 +172,7 @@ def test_the_five_observers_stand_in_the_page(
 ) -> None:
     for name in RECORDS:
         words = " ".join(pages[name].words.split())
-        for each in heads_wording.observers(records[name]):
+        for each in wording.observers(records[name]):
             assert f"Who {each.who} cannot know: {each.open} {each.here} {each.formula}" in words
 
 
@@ -308,31 +311,31 @@ def test_hostile_text_stays_text_everywhere(records: dict[str, IdentifiabilityRe
         versions={evil: evil},
         findings=[replace(samples.COPIES, code=evil, message=evil, remedy=evil, reference=evil)],
     )
-    shown, plain = Page(page(record)), Page(page(records["crossed"]))
+    shown, plain = Page(draw(record)), Page(draw(records["crossed"]))
     assert [tag for tag, _ in shown.elements].count("script") == [tag for tag, _ in plain.elements].count("script")
     assert not shown.attributes("img")
     assert all("<" not in t for a, t in shown.scripts if a.get("type") == "application/json")
-    terminal(record, Console(file=io.StringIO()))
+    show(record, Console(file=io.StringIO()))
 
 
 def test_a_page_is_the_same_from_json(records: dict[str, IdentifiabilityRecord], pages: dict[str, Page]) -> None:
     for name in ("mixed", "crossed", "single"):
-        assert page(from_json(to_json(records[name]), IdentifiabilityRecord)) == pages[name].text
+        assert draw(from_json(to_json(records[name]), IdentifiabilityRecord)) == pages[name].text
 
 
 def test_another_schema_is_refused_with_what_to_do(records: dict[str, IdentifiabilityRecord]) -> None:
-    with pytest.raises(InputError, match=r"^page: expected a record of the schema uncollapse/heads/1, got .*from_json"):
-        page(replace(records["mixed"], schema="uncollapse/heads/9"))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"^draw: expected a record of the schema uncollapse/heads/1, got .*from_json"):
+        draw(replace(records["mixed"], schema="uncollapse/heads/9"))  # type: ignore[arg-type]
 
 
 def test_an_old_record_without_the_new_keys_still_makes_a_page(records: dict[str, IdentifiabilityRecord]) -> None:
     new = "tokens contribution_ambiguity factorization_ambiguity smallest_principal_angle head_noise_gain head_verdict"
     heads = [replace(h, **dict.fromkeys(new.split())) for h in records["mixed"].heads]
     old = replace(records["mixed"], heads=heads)
-    shown = Page(page(old))
+    shown = Page(draw(old))
     assert "Yes in block 0, with care in block 1, not in block 2." in shown.words
     assert ("one-self-0-0", "noise gain") not in shown.cells
-    terminal(old, Console(file=io.StringIO()))
+    show(old, Console(file=io.StringIO()))
 
 
 # The terminal -----------------------------------------------------------------------------------------------------------
@@ -340,7 +343,7 @@ def test_an_old_record_without_the_new_keys_still_makes_a_page(records: dict[str
 
 def shown(record: IdentifiabilityRecord, width: int = 80, encoding: str = "utf-8") -> str:
     buffer = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    terminal(record, Console(file=buffer, width=width, color_system=None))
+    show(record, Console(file=buffer, width=width, color_system=None))
     buffer.seek(0)
     return buffer.read()
 
@@ -401,6 +404,6 @@ def test_names_are_printed_without_markup_or_control_characters(records: dict[st
     assert shown(record).splitlines()[0] == "[red]a [31mb[/red]"
 
 
-@pytest.mark.parametrize("module", [heads_wording, heads_tables])
+@pytest.mark.parametrize("module", [wording, tables])
 def test_the_examples_of_the_docstrings(module: object) -> None:
     assert doctest.testmod(module).failed == 0  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import heads_samples
 import pytest
 from test_report_browser import Browser, hover
 
-from uncollapse.report import page
+from uncollapse.report import draw
 
 pytestmark = pytest.mark.browser
 SAMPLES = ("mixed", "forced", "crossed", "single", "deep")
@@ -18,7 +18,7 @@ SAMPLES = ("mixed", "forced", "crossed", "single", "deep")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("pages")
     for name in SAMPLES:
-        (place / f"{name}.html").write_text(page(getattr(heads_samples, name)()), encoding="utf-8")
+        (place / f"{name}.html").write_text(draw(getattr(heads_samples, name)()), encoding="utf-8")
     return place
 
 

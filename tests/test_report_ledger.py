@@ -20,10 +20,12 @@ import pytest
 from rich.console import Console
 
 from uncollapse import exact
-from uncollapse.claims import ClaimResult, Counterexample, Evidence, Ledger, Verdict, verify
+from uncollapse.claims import verify
 from uncollapse.errors import InputError
-from uncollapse.records import from_json, json_schema, to_json
-from uncollapse.report import ledger_printout, ledger_wording, page, terminal
+from uncollapse.records.encoding import from_json, json_schema, to_json
+from uncollapse.records.ledger import ClaimResult, Counterexample, Evidence, Ledger, Verdict
+from uncollapse.report import draw, show
+from uncollapse.report.ledger import lines, wording
 
 VOID = {"meta"}
 
@@ -110,12 +112,12 @@ def ledger() -> Ledger:
 
 @pytest.fixture(scope="module")
 def read(ledger: Ledger) -> Read:
-    return Read(page(ledger))
+    return Read(draw(ledger))
 
 
 def printed(ledger: Ledger, width: int = 100, **options: Any) -> str:
     stream = io.StringIO()
-    terminal(ledger, Console(file=stream, width=width, **options))
+    show(ledger, Console(file=stream, width=width, **options))
     return stream.getvalue()
 
 
@@ -179,8 +181,8 @@ def test_counterexamples_are_matrices_that_one_can_copy(ledger: Ledger, read: Re
 
 
 def test_a_third_is_copied_as_a_third() -> None:
-    assert ledger_wording.python([["1/3", "-7/2", "-4"]]) == "[[Fraction(1, 3), Fraction(-7, 2), -4]]"
-    assert ledger_wording.python([["__import__('os')"]]) == """[["__import__('os')"]]"""  # no rational: only a string
+    assert wording.python([["1/3", "-7/2", "-4"]]) == "[[Fraction(1, 3), Fraction(-7, 2), -4]]"
+    assert wording.python([["__import__('os')"]]) == """[["__import__('os')"]]"""  # no rational: only a string
 
 
 def test_the_contents_list_the_claims_of_each_verdict(ledger: Ledger, read: Read) -> None:
@@ -220,10 +222,10 @@ def test_the_policy_allows_the_pages_own_parts_and_nothing_else(read: Read) -> N
 
 
 def test_the_page_is_small_and_needs_no_drawing_library(ledger: Ledger) -> None:
-    assert len(page(ledger)) < 300_000
+    assert len(draw(ledger)) < 300_000
     code = (
-        "import sys\nfrom uncollapse.report import page\nfrom uncollapse.claims import verify\n"
-        "page(verify(['pgop-overhead'], trials=1))\n"
+        "import sys\nfrom uncollapse.report import draw\nfrom uncollapse.claims import verify\n"
+        "draw(verify(['pgop-overhead'], trials=1))\n"
         "sys.exit(', '.join({'altair', 'vl_convert', 'transformers'} & set(sys.modules)) or 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -240,7 +242,7 @@ def test_what_came_from_outside_stays_text() -> None:
         evidence=[Evidence(HOSTILE, HOSTILE, HOSTILE, True)],
         counterexample=Counterexample(HOSTILE, {HOSTILE: [[HOSTILE]]}, HOSTILE, HOSTILE),
     )
-    read = Read(page(hostile))
+    read = Read(draw(hostile))
     assert len(read.scripts) == 1
     assert "alert" not in read.scripts[0]
     shown, copied = read.matrices["an-id"][HOSTILE]
@@ -252,19 +254,19 @@ def test_what_came_from_outside_stays_text() -> None:
 
 
 def test_a_page_is_drawn_from_a_file_a_year_later(ledger: Ledger) -> None:
-    assert page(from_json(to_json(ledger), Ledger)) == page(ledger)
+    assert draw(from_json(to_json(ledger), Ledger)) == draw(ledger)
 
 
 def test_another_schema_is_refused_with_what_to_do() -> None:
     with pytest.raises(
-        InputError, match=r"ledger of the schema uncollapse/ledger/1, got uncollapse/ledger/2\. .*from_json"
+        InputError, match=r"record of the schema uncollapse/ledger/1, got uncollapse/ledger/2\. .*from_json"
     ):
-        page(replace(made(), schema="uncollapse/ledger/2"))
+        draw(replace(made(), schema="uncollapse/ledger/2"))
 
 
 def test_a_ledger_of_nothing_still_makes_a_page_and_lines() -> None:
     empty = Ledger({}, 1, 0, [])
-    assert "No claim was checked." in Read(page(empty)).words[""]
+    assert "No claim was checked." in Read(draw(empty)).words[""]
     assert "Claims ledger" in printed(empty)
 
 
@@ -299,17 +301,17 @@ def test_a_ledger_of_nothing_still_makes_a_page_and_lines() -> None:
     ],
 )
 def test_the_line_of_evidence_is_about_what_decided(verdict: Verdict, evidence: list[Evidence], line: str) -> None:
-    assert ledger_wording.evidence_line(made(verdict=verdict, evidence=evidence).claims[0]) == line
+    assert wording.evidence_line(made(verdict=verdict, evidence=evidence).claims[0]) == line
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
-    found = doctest.testmod(ledger_wording)
+    found = doctest.testmod(wording)
     assert found.attempted >= 3
     assert not found.failed
 
 
 def test_every_verdict_has_a_meaning_and_a_colour() -> None:
-    assert set(ledger_wording.MEANINGS) == set(get_args(Verdict)) == set(ledger_printout.STYLES)
+    assert set(wording.MEANINGS) == set(get_args(Verdict)) == set(lines.STYLES)
 
 
 # The terminal
@@ -326,7 +328,7 @@ def test_a_person_can_read_it_at_any_width(ledger: Ledger, width: int) -> None:
         assert flat(claim.statement) in words
         assert flat(claim.source) in words
         assert all(flat(hypothesis) in words for hypothesis in claim.hypotheses)
-        assert f"Evidence: {flat(ledger_wording.evidence_line(claim))}" in words
+        assert f"Evidence: {flat(wording.evidence_line(claim))}" in words
         if claim.counterexample is not None:
             assert flat(claim.counterexample.shows) in words
             for name, rows in claim.counterexample.matrices.items():
@@ -337,7 +339,7 @@ def test_a_person_can_read_it_at_any_width(ledger: Ledger, width: int) -> None:
 
 def test_a_terminal_of_few_letters_and_no_colour_is_served(ledger: Ledger) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    terminal(ledger, Console(file=stream, width=80))
+    show(ledger, Console(file=stream, width=80))
     stream.flush()
     assert b"layernorm-affine-rank" in stream.buffer.getvalue()  # type: ignore[attr-defined]
 

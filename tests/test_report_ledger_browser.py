@@ -8,7 +8,7 @@ import pytest
 from test_report_browser import Browser
 
 from uncollapse.claims import verify
-from uncollapse.report import page
+from uncollapse.report import draw
 
 pytestmark = pytest.mark.browser
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.browser
 @pytest.fixture(scope="module")
 def ledger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("pages") / "ledger.html"
-    path.write_text(page(verify(trials=5)), encoding="utf-8")
+    path.write_text(draw(verify(trials=5)), encoding="utf-8")
     return path
 
 

@@ -21,17 +21,12 @@ from rich.console import Console
 from test_report import Page, holds, printed
 
 from uncollapse.errors import InputError
-from uncollapse.records import (
-    DiagnosisRecord,
-    Statistic,
-    SymmetriesRecord,
-    SymmetryRecord,
-    SymmetryTest,
-    from_json,
-    json_schema,
-    to_json,
-)
-from uncollapse.report import page, symmetries_wording, terminal
+from uncollapse.records.common import Statistic
+from uncollapse.records.diagnosis import DiagnosisRecord
+from uncollapse.records.encoding import from_json, json_schema, to_json
+from uncollapse.records.symmetries import SymmetriesRecord, SymmetryRecord, SymmetryTest
+from uncollapse.report import draw, show
+from uncollapse.report.symmetries import wording
 
 RECORDS = ("symmetries", "deep", "two_stacks")
 ALL = (*RECORDS, "lengths", "translation")
@@ -55,7 +50,7 @@ def record_of(name: str) -> Any:
 
 @pytest.fixture(scope="module")
 def pages() -> dict[str, Page]:
-    return {name: Page(page(record_of(name))) for name in ALL}
+    return {name: Page(draw(record_of(name))) for name in ALL}
 
 
 def plain(markup: str) -> str:
@@ -146,7 +141,7 @@ def test_nearness_is_measured_from_the_collapsed_value_and_not_from_zero() -> No
         order_parameter=values,
         collapsed_value=1.0,
     )
-    shown = Page(page(record))
+    shown = Page(draw(record))
     words = row_words(shown, "head-channel-non-identifiability")
     assert "collapse is at 1. Nearest to it: 0.900 at block 1, and its nearest pair of heads 0.910." in words
     assert printed(shown.cells["order-head-channel-non-identifiability-1", "distance"]["text"]) == pytest.approx(0.1)
@@ -221,7 +216,7 @@ def test_an_order_parameter_that_was_not_measured_says_why(pages: dict[str, Page
 def test_places_of_an_unknown_form_or_named_twice_are_drawn_all_the_same() -> None:
     values = [Statistic(v, v, v, 1) for v in (0.9, 0.5, 0.4, 0.3)]
     places = ["a'\"b</script>", "block.1", "block.1", "elsewhere"]
-    shown = Page(page(changed(record_of("symmetries"), 0, places=places, order_parameter=values)))
+    shown = Page(draw(changed(record_of("symmetries"), 0, places=places, order_parameter=values)))
     drawn = [r["y"] for r in shown.rows_of("curve-rank-collapse-depth", "line", "y")]
     assert drawn == [0.9, 0.5, 0.4, 0.3]
     assert "script" not in json.dumps(shown.spec("curve-rank-collapse-depth"))
@@ -250,7 +245,7 @@ def test_each_finding_leads_to_its_symmetry_and_back(pages: dict[str, Page], nam
 
 def test_what_is_no_number_has_no_symmetry_to_lead_to() -> None:
     lost = replace(samples.FALLING, phenomenon="numerics", code="NUMERICS-NOT-FINITE")
-    shown = Page(page(replace(record_of("symmetries"), findings=[lost])))
+    shown = Page(draw(replace(record_of("symmetries"), findings=[lost])))
     card = shown.text.split('id="finding-0"')[1].split("</article>")[0]
     assert "symmetry" not in card
     assert "finding-0" not in "".join(row_markup(shown, phenomenon) for phenomenon in NAMES)
@@ -263,7 +258,7 @@ def test_a_finding_on_the_page_leads_to_the_place_of_its_order_parameter(pages: 
     assert "#order-rank-collapse-depth-38" in links  # block 37 stands behind the embedding and 37 others
     assert "#order-entropy-collapse-12" in links
     cross = replace(samples.SHARP_HEAD, block=6, stack="decoder", kind="cross")
-    shown = Page(page(replace(record_of("two_stacks"), findings=[cross])))
+    shown = Page(draw(replace(record_of("two_stacks"), findings=[cross])))
     position = record_of("two_stacks").symmetries[3].places.index("block.6.cross")
     assert f"#order-entropy-collapse-{position}" in [a["href"] for a in shown.attributes("a")]
 
@@ -312,7 +307,7 @@ def test_outcomes_follow_what_was_decided_where_the_model_ran() -> None:
     four = record_of("symmetries").symmetries  # whose breakers in depth are positions
 
     def outcome(*others: SymmetryTest, **changes: Any) -> str:
-        return symmetries_wording.outcomes([replace(base, **changes), *others], four)[0]
+        return wording.outcomes([replace(base, **changes), *others], four)[0]
 
     assert outcome(holds=True) == "exact"
     assert outcome(holds=False) == "broken"
@@ -334,7 +329,7 @@ def test_outcomes_follow_what_was_decided_where_the_model_ran() -> None:
     assert outcome(free, **partly) == "open"
     assert outcome(free, without=["mask"], **partly) == "exact"
     without_rounding = replace(base, rounding=None, unavailable={"rounding": "no block could be moved"})
-    shown = Page(page(replace(record_of("symmetries"), tests=[without_rounding])))
+    shown = Page(draw(replace(record_of("symmetries"), tests=[without_rounding])))
     assert "beside rounding that was not measured" in words_of_test(shown, 0)
     assert "Not measured, rounding: no block could be moved" in shown.words
 
@@ -346,7 +341,7 @@ def test_the_row_says_without_what_a_broken_symmetry_is_exact(pages: dict[str, P
 
     def said(*tests: tuple[list[str], bool]) -> list[str]:
         made = [(replace(base, without=without), "exact" if holds else "broken") for without, holds in tests]
-        return [words for _, words, _ in symmetries_wording.in_one_line(made)]
+        return [words for _, words, _ in wording.in_one_line(made)]
 
     assert said(([], False), (["positions", "mask"], True), (["mask"], False), (["positions"], False)) == [
         "token permutation: broken, exact without positions and mask"
@@ -430,7 +425,7 @@ def test_the_line_in_a_small_chart_is_the_least_squares_one_beside_that_of_indep
         context_lengths=lengths,
         second_singular_value=[Statistic(v, 0.0, v, 12) for v in values],
     )
-    shown = Page(page(changed(record_of("symmetries"), 1, scaling=[fitted], slope=Statistic(slope, slope, slope, 1))))
+    shown = Page(draw(changed(record_of("symmetries"), 1, scaling=[fitted], slope=Statistic(slope, slope, slope, 1))))
     key = "scaling-self-0-chart"
     independent, line = [layer["data"]["name"] for layer in shown.spec(key)["layer"] if layer["mark"]["type"] == "line"]
     ends = shown.spec(key)["datasets"][line]
@@ -500,9 +495,9 @@ def test_the_page_is_as_sound_as_the_others(pages: dict[str, Page], name: str) -
 
 def test_outcomes_differ_by_sign_and_not_only_by_colour(pages: dict[str, Page]) -> None:
     style = pages["symmetries"].style
-    assert set(symmetries_wording.SIGNS) == set(symmetries_wording.OUTCOMES)
-    assert len(set(symmetries_wording.SIGNS.values())) == len(symmetries_wording.OUTCOMES)
-    for outcome, sign in symmetries_wording.SIGNS.items():
+    assert set(wording.SIGNS) == set(wording.OUTCOMES)
+    assert len(set(wording.SIGNS.values())) == len(wording.OUTCOMES)
+    for outcome, sign in wording.SIGNS.items():
         assert f'.outcome.{outcome}::before, .tested .{outcome}::before {{ content: "{sign}"; }}' in style
 
 
@@ -534,7 +529,7 @@ def test_hostile_text_stays_text_everywhere() -> None:
         ],
         findings=[replace(f, code=evil, message=evil, remedy=evil, reference=evil) for f in record.findings],
     )
-    shown = Page(page(record))
+    shown = Page(draw(record))
     own = [a for a, _ in shown.scripts]
     assert len([a for a in own if "type" not in a]) == 2
     assert len(own) == 2 + len(shown.charts())
@@ -549,22 +544,20 @@ def test_a_page_is_the_same_from_json_and_drawing_changes_nothing(pages: dict[st
     for name in RECORDS:
         record = record_of(name)
         before = to_json(record)
-        assert page(from_json(before, SymmetriesRecord)) == pages[name].text
-        terminal(record, Console(file=io.StringIO()))
+        assert draw(from_json(before, SymmetriesRecord)) == pages[name].text
+        show(record, Console(file=io.StringIO()))
         assert to_json(record) == before
-    assert page(from_json(to_json(record_of("lengths")), DiagnosisRecord)) == pages["lengths"].text
+    assert draw(from_json(to_json(record_of("lengths")), DiagnosisRecord)) == pages["lengths"].text
 
 
 def test_another_schema_is_refused_with_what_to_do() -> None:
-    with pytest.raises(
-        InputError, match=r"^page: expected a symmetries record .* got uncollapse/symmetries/9\. .*from_json"
-    ):
-        page(replace(record_of("symmetries"), schema="uncollapse/symmetries/9"))
+    with pytest.raises(InputError, match=r"^draw: expected a record .* got uncollapse/symmetries/9\. .*from_json"):
+        draw(replace(record_of("symmetries"), schema="uncollapse/symmetries/9"))
 
 
 def test_a_record_with_nothing_but_a_model_still_makes_a_page() -> None:
     bare = replace(record_of("symmetries"), symmetries=[], tests=[], findings=[])
-    shown = Page(page(bare))
+    shown = Page(draw(bare))
     assert shown.charts() == []
     assert "No warning: no rule fired on this model and text." in shown.words
     assert "No warning" in printout(bare)
@@ -586,7 +579,7 @@ def test_the_shipped_schema_is_the_records_own_and_real_records_fit() -> None:
 
 def printout(record: SymmetriesRecord | DiagnosisRecord, width: int = 80, encoding: str = "utf-8") -> str:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    terminal(record, Console(file=stream, width=width))
+    show(record, Console(file=stream, width=width))
     stream.seek(0)
     return stream.read()
 
@@ -670,6 +663,6 @@ def test_names_are_printed_without_markup_or_control_characters() -> None:
 
 
 def test_the_examples_of_the_docstrings() -> None:
-    done = doctest.testmod(symmetries_wording)
+    done = doctest.testmod(wording)
     assert done.attempted > 5
     assert done.failed == 0

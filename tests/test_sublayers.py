@@ -21,7 +21,8 @@ from uncollapse import affine_fit, exact, geometry, norm_law, normalization, rep
 from uncollapse.affine_fit import AffineFit
 from uncollapse.capture import Observations, capture
 from uncollapse.proof import proved_anatomy
-from uncollapse.records import NormRecord, Statistic, UpdateRecord
+from uncollapse.records.common import Statistic
+from uncollapse.records.diagnosis import NormRecord, UpdateRecord
 from uncollapse.sublayers import norm_records, update_records
 
 LENGTHS = [9, 7, 9, 5, 8, 9, 6, 9]
@@ -366,7 +367,7 @@ def test_minilm_at_full_says_something_of_every_update(minilm: uc.Diagnosis) -> 
 
 def test_the_page_of_one_stack_has_no_name_twice(minilm: uc.Diagnosis) -> None:
     """A chart that bears its section's name would be drawn over the section's heading and table."""
-    names = re.findall(r'\sid="([^"]+)"', report.page(minilm.record))
+    names = re.findall(r'\sid="([^"]+)"', report.draw(minilm.record))
     assert "updates" in names
     assert len(names) == len(set(names))
 

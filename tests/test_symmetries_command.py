@@ -15,7 +15,8 @@ from test_cli import refused
 
 import uncollapse as uc
 from uncollapse import cli
-from uncollapse.records import SymmetriesRecord, from_json
+from uncollapse.records.encoding import from_json
+from uncollapse.records.symmetries import SymmetriesRecord
 
 SCHEMA = Path(uc.__file__).parent / "schemas" / "symmetries-1.json"
 

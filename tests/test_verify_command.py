@@ -16,9 +16,10 @@ import pytest
 
 import uncollapse
 from uncollapse import claims, report
-from uncollapse.claims import CLAIMS, Ledger
+from uncollapse.claims import CLAIMS
 from uncollapse.cli import main
-from uncollapse.records import from_json
+from uncollapse.records.encoding import from_json
+from uncollapse.records.ledger import Ledger
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -93,7 +94,7 @@ def test_files_are_written_and_quiet_prints_nothing(run: Run, tmp_path: Path) ->
     assert err == f"wrote {tmp_path}/l.html\nwrote {tmp_path}/l.json\n"
     ledger = claims.verify(["pgop-overhead"], trials=2)
     assert from_json((tmp_path / "l.json").read_text("utf-8"), Ledger) == ledger
-    assert (tmp_path / "l.html").read_text("utf-8") == report.page(ledger)
+    assert (tmp_path / "l.html").read_text("utf-8") == report.draw(ledger)
     (tmp_path / "l.json").unlink()
     assert run("pgop-overhead", "--trials", "2", "--quiet", *targets) == (0, "", "")
     assert sorted(os.listdir(tmp_path)) == ["l.html", "l.json"]

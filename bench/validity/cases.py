@@ -24,7 +24,7 @@ from uncollapse.attribution import heads_records
 from uncollapse.capture import capture
 from uncollapse.diagnosis import attention_records, site_records
 from uncollapse.proof import proved_anatomy
-from uncollapse.records import AttentionRecord, HeadsRecord, SiteRecord
+from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
 
 RESIDUAL = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 LOGITS_UP = (1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)

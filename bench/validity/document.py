@@ -15,7 +15,7 @@ from bench.validity.models import SUBJECTS
 from bench.validity.planting import UNDERFLOW
 from bench.validity.scoring import GROWS, ORDER, THRESHOLDS, AtHalf, Judged, Scores
 from uncollapse import findings
-from uncollapse.records import PHENOMENA, Phenomenon
+from uncollapse.records.common import PHENOMENA, Phenomenon
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "validity.md"
 NAMES: dict[Phenomenon, str] = {

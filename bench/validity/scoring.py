@@ -16,7 +16,7 @@ from bench.validity.cases import Case, Measured, Run
 from bench.validity.models import SUBJECTS
 from uncollapse import findings
 from uncollapse.findings import Reading
-from uncollapse.records import PHENOMENA, Phenomenon
+from uncollapse.records.common import PHENOMENA, Phenomenon
 
 # The order parameter by which each plant is graded.
 ORDER = {

@@ -32,16 +32,9 @@ from uncollapse.interventions import require_blocks, require_components
 from uncollapse.interventions import without as taken_away
 from uncollapse.line_fit import line_fit
 from uncollapse.recorded import Recorded
-from uncollapse.records import (
-    ABLATION_SCHEMA,
-    AblationRecord,
-    AblationRun,
-    RateRecord,
-    SiteRecord,
-    Statistic,
-    VerdictRecord,
-    followed,
-)
+from uncollapse.records.ablation import ABLATION_SCHEMA, AblationRecord, AblationRun, RateRecord, VerdictRecord
+from uncollapse.records.common import Statistic
+from uncollapse.records.diagnosis import SiteRecord, followed
 from uncollapse.sublayers import norm_records, update_records
 from uncollapse.tracing import tensors_in
 

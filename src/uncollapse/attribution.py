@@ -17,7 +17,8 @@ from torch import Tensor
 from uncollapse import heads
 from uncollapse.capture import AttentionStatistics
 from uncollapse.interception import Point, full_precision
-from uncollapse.records import HeadsRecord, Statistic
+from uncollapse.records.common import Statistic
+from uncollapse.records.diagnosis import HeadsRecord
 
 FROM_WEIGHTS = (
     "kernel_dimension",

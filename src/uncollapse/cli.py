@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 import typer
 
 from uncollapse.errors import InputError, UncollapseError
-from uncollapse.records import SEVERITIES, Finding, Severity
+from uncollapse.records.common import SEVERITIES, Finding, Severity
 
 if TYPE_CHECKING:
     from uncollapse.ablation import Ablation

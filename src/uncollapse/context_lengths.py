@@ -21,7 +21,8 @@ from uncollapse.anatomy import Anatomy
 from uncollapse.capture import ATTENTION_MEASURES, AttentionStatistics, Progress, capture
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.line_fit import LineFit, line_fit
-from uncollapse.records import Statistic, WidthScaling
+from uncollapse.records.common import Statistic
+from uncollapse.records.symmetries import WidthScaling
 
 WINDOWS = 4  # of each length; all heads of a call are averaged as well
 SHORTEST = 8  # below, a second singular value is mostly the first tokens' business

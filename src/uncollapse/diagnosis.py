@@ -40,16 +40,13 @@ from uncollapse.interception import device_of, probing
 from uncollapse.phenomena import Components, symmetry_records
 from uncollapse.proof import example, proved_anatomy
 from uncollapse.recorded import Recorded
-from uncollapse.records import (
+from uncollapse.records.common import Finding, ModelInfo, Probe, Statistic
+from uncollapse.records.diagnosis import (
     DIAGNOSIS_SCHEMA,
     AttentionRecord,
     DiagnosisRecord,
-    Finding,
     MassiveTokensLeftOut,
-    ModelInfo,
-    Probe,
     SiteRecord,
-    Statistic,
 )
 from uncollapse.sublayers import norm_records, update_records
 from uncollapse.tracing import tensors_in

@@ -33,15 +33,8 @@ from uncollapse.interception import device_of, float64_kept, probing
 from uncollapse.interventions import without as taken_away
 from uncollapse.proof import block_output, example
 from uncollapse.recorded import Recorded
-from uncollapse.records import (
-    SYMMETRIES_SCHEMA,
-    Finding,
-    Phenomenon,
-    Statistic,
-    SymmetriesRecord,
-    SymmetryRecord,
-    SymmetryTest,
-)
+from uncollapse.records.common import Finding, Phenomenon, Statistic
+from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord, SymmetryRecord, SymmetryTest
 from uncollapse.symmetry import (
     HeadPermutation,
     KeyPermutation,

@@ -21,15 +21,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from uncollapse.records import (
-    SEVERITIES,
-    AttentionRecord,
-    Finding,
-    HeadsRecord,
-    Severity,
-    SiteRecord,
-    Stack,
-)
+from uncollapse.records.common import SEVERITIES, Finding, Severity, Stack
+from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
 
 # All of these are distances from collapse: half of what the nearest healthy run of the deriving half keeps. Those runs, and how
 # near the other models come, are in docs/validity.md.

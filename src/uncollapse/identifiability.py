@@ -19,7 +19,9 @@ from torch import nn
 from uncollapse.diagnosis import ProbeOptions, observe, prepare
 from uncollapse.interception import float64_kept
 from uncollapse.recorded import Recorded
-from uncollapse.records import HEADS_SCHEMA, Finding, HeadsRecord, IdentifiabilityRecord
+from uncollapse.records.common import Finding
+from uncollapse.records.diagnosis import HeadsRecord
+from uncollapse.records.heads import HEADS_SCHEMA, IdentifiabilityRecord
 
 ABOUT_HEADS = ("head-channel-non-identifiability", "numerics")
 

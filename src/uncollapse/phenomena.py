@@ -17,15 +17,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from uncollapse.anatomy import Anatomy
-from uncollapse.records import (
-    AttentionRecord,
-    HeadsRecord,
-    Phenomenon,
-    SiteRecord,
-    Statistic,
-    SymmetryRecord,
-    WidthScaling,
-)
+from uncollapse.records.common import Phenomenon, Statistic
+from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
+from uncollapse.records.symmetries import SymmetryRecord, WidthScaling
 
 GROUPS: dict[Phenomenon, str] = {
     "rank-collapse-depth": "S_n: permutations of the tokens",

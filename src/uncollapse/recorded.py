@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from uncollapse import report
-from uncollapse.claims import Ledger
-from uncollapse.records import (
-    AblationRecord,
-    DiagnosisRecord,
-    IdentifiabilityRecord,
-    SymmetriesRecord,
-    to_json,
-    write_atomically,
-)
+from uncollapse.records.ablation import AblationRecord
+from uncollapse.records.diagnosis import DiagnosisRecord
+from uncollapse.records.encoding import to_json, write_atomically
+from uncollapse.records.heads import IdentifiabilityRecord
+from uncollapse.records.ledger import Ledger
+from uncollapse.records.symmetries import SymmetriesRecord
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,11 +34,11 @@ class Recorded(Generic[AnyRecord]):
         """Print it; in a notebook the object shows its page by itself."""
         from rich.console import Console
 
-        report.terminal(self.record, console or Console())
+        report.show(self.record, console or Console())
 
     def to_html(self, path: str | Path) -> None:
         """Write the page: one file, no network. Raises `InputError` where the path cannot be written."""
-        write_atomically(path, report.page(self.record))
+        write_atomically(path, report.draw(self.record))
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The record as JSON; also written to `path` if given."""
@@ -51,5 +48,5 @@ class Recorded(Generic[AnyRecord]):
         return text
 
     def _repr_html_(self) -> str:
-        page = html.escape(report.page(self.record), quote=True)
+        page = html.escape(report.draw(self.record), quote=True)
         return f'<iframe srcdoc="{page}" style="width:100%;height:800px;border:0" title="uncollapse report"></iframe>'

@@ -30,7 +30,8 @@ from uncollapse.errors import InputError
 from uncollapse.interception import Handler, Point, addition_operands, full_precision
 from uncollapse.norm_law import NormLaw, norm_law
 from uncollapse.normalization import Ranks
-from uncollapse.records import NormRecord, Statistic, UpdateRecord
+from uncollapse.records.common import Statistic
+from uncollapse.records.diagnosis import NormRecord, UpdateRecord
 from uncollapse.tracing import tensors_in
 
 Stack = Literal["encoder", "decoder"] | None

@@ -10,7 +10,8 @@ from flint import fmpq_mat
 
 from uncollapse import exact
 from uncollapse.claims.draws import Draws, softmax
-from uncollapse.claims.ledger import HERE, Claim, Counterexample, Finding, found, shown, tally
+from uncollapse.claims.ledger import HERE, Claim, Finding, found, shown, tally
+from uncollapse.records.ledger import Counterexample
 
 SHAPES = ((2, 1), (2, 2), (3, 3), (4, 2), (4, 1))
 

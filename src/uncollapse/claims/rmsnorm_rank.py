@@ -10,8 +10,9 @@ from flint import fmpq, fmpq_mat
 from uncollapse import exact
 from uncollapse.claims.draws import Draws
 from uncollapse.claims.layernorm_rank_formula import clouds
-from uncollapse.claims.ledger import HERE, Claim, Counterexample, Finding, shown, tally
+from uncollapse.claims.ledger import HERE, Claim, Finding, shown, tally
 from uncollapse.normalization import deviation_squares, rank_change
+from uncollapse.records.ledger import Counterexample
 
 ZERO_IN_GAMMA = (((1, 0), (0, 1)), (1, 0))
 
