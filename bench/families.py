@@ -36,11 +36,11 @@ def swept(kind: str) -> dict[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     from bench.tiny import built, one_line
+    from uncollapse.anatomy.probing import probing
+    from uncollapse.anatomy.proof import proved_anatomy
+    from uncollapse.anatomy.reading import _Reader
+    from uncollapse.anatomy.tracing import trace
     from uncollapse.errors import UnsupportedModel
-    from uncollapse.interception import probing
-    from uncollapse.proof import proved_anatomy
-    from uncollapse.reading import _Reader
-    from uncollapse.tracing import trace
 
     name = MODEL_MAPPING_NAMES[kind]
     row: dict[str, Any] = {"type": kind, "class": name if isinstance(name, str) else name[0], "built": False}
@@ -95,9 +95,9 @@ def swept(kind: str) -> dict[str, Any]:
 def _captured(model: Any, batch: dict[str, Any], anatomy: Any) -> dict[str, Any]:
     """Whether the output under capture is the output without, bit for bit."""
     from bench.tiny import one_line
+    from uncollapse.anatomy.probing import probing
+    from uncollapse.anatomy.tracing import tensors_in
     from uncollapse.capture import capture
-    from uncollapse.interception import probing
-    from uncollapse.tracing import tensors_in
 
     with probing(model):
         plain = [t.clone() for t in tensors_in(model(**batch))]

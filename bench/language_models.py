@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers.modeling_outputs import CausalLMOutput
 
 import uncollapse as uc
-from uncollapse import geometry
+from uncollapse.measures import geometry
 
 BYTES = 256
 CONTEXT = 64

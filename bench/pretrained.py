@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import uncollapse as uc
 from bench import weights
 from uncollapse import sources
-from uncollapse.interception import float64_kept, probing
-from uncollapse.proof import block_output, proved_anatomy
+from uncollapse.anatomy.probing import float64_kept, probing
+from uncollapse.anatomy.proof import block_output, proved_anatomy
 
 MOLECULES = Path(__file__).with_name("molecules.txt")
 

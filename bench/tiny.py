@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from uncollapse.interception import probing
+from uncollapse.anatomy.probing import probing
 
 VOCABULARY = 128
 PARAMETERS = 90_000_000  # a larger model is not built: its config was not understood

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.capture import ATTENTION_MEASURES, PLAIN_MEASURES, Observations, capture
 from uncollapse.diagnosis import with_true_positions
-from uncollapse.proof import proved_anatomy
 
 
 def observe(model: nn.Module, batches: list[dict[str, Tensor]], **options: Any) -> Observations:

@@ -19,7 +19,7 @@ from tiny_models import FAMILIES, text_batch
 
 import uncollapse as uc
 from uncollapse import cli
-from uncollapse.interventions import Component
+from uncollapse.interventions.without import Component
 from uncollapse.records.ablation import AblationRecord
 from uncollapse.records.encoding import from_json, json_schema
 

@@ -17,7 +17,7 @@ from tiny_models import text_batch
 from torch import Tensor, nn
 
 import uncollapse as uc
-from uncollapse.gating import PositionGatedProjection
+from uncollapse.gates.projection import PositionGatedProjection
 from uncollapse.records.diagnosis import HeadsRecord
 
 COUNTS = ("width", "output_projection_rank", "kernel_dimension", "contribution_ambiguity")

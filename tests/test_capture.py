@@ -16,8 +16,8 @@ from tiny_models import FAMILIES, text_batch
 from torch import Tensor, nn
 
 import uncollapse as uc
+from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.capture import PLAIN_MEASURES, STREAM_MEASURES, Observations, capture
-from uncollapse.proof import proved_anatomy
 
 
 def test_single_head_figures_are_those_of_the_definition() -> None:

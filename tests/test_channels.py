@@ -14,12 +14,13 @@ from families import FAMILIES, inputs_for
 from torch import Tensor, nn
 
 from uncollapse import channels as channels_module
-from uncollapse.anatomy import ModuleCall
+from uncollapse.anatomy.interception import intercepted
+from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.vocabulary import ModuleCall
 from uncollapse.channels import Channels, Rows, channels_of
-from uncollapse.interception import intercepted, probing
-from uncollapse.proof import proved_anatomy
 from uncollapse.symmetry import QueryKeyGauge, ValueOutputGauge, head_weights
-from uncollapse.tracing import tensors_in
 
 families = pytest.mark.parametrize("family", FAMILIES)
 ROLES = ("queries", "keys", "values")

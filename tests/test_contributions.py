@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import uncollapse as uc
 from uncollapse import contributions
+from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.contributions import HeadContributions, head_contributions
-from uncollapse.gating import PositionGatedProjection
-from uncollapse.tracing import tensors_in
+from uncollapse.gates.projection import PositionGatedProjection
 
 # Where each family keeps its output projections, from its source code; a decoder's self-attention before its cross-attention.
 PROJECTIONS = {

@@ -9,8 +9,8 @@ from flint import fmpq, fmpq_mat, fmpz_mat
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uncollapse import exact
 from uncollapse.errors import InputError
+from uncollapse.measures import exact
 
 
 def rank_by_elimination(rows):

@@ -15,9 +15,9 @@ from observing import attention_table, eager, entropies, observe, padded, site_t
 from torch import Tensor, nn
 
 import uncollapse as uc
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.capture import ATTENTION_MEASURES, PLAIN_MEASURES, capture
-from uncollapse.proof import proved_anatomy
-from uncollapse.tracing import tensors_in
 
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 WITH_MASKS = {name: f for name, f in FAMILIES.items() if f.inputs.startswith("text")}  # T5 and BART in both stacks

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import uncollapse as uc
-from uncollapse import heads
-from uncollapse.gate_installation import install_gates, remove_gates
-from uncollapse.gating import PositionGatedProjection, gate_report
-from uncollapse.proof import known_anatomy, known_example
-from uncollapse.tracing import tensors_in
+from uncollapse.anatomy.proof import known_anatomy, known_example
+from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.gates.broken import gate_report
+from uncollapse.gates.installation import install_gates, remove_gates
+from uncollapse.gates.projection import PositionGatedProjection
+from uncollapse.measures import heads
 
 SPECIAL: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SMALL: dict[str, Any] = {

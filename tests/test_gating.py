@@ -18,9 +18,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import uncollapse as uc
-from uncollapse import gating, position_features
-from uncollapse.gating import PositionGatedProjection, gate_report, gauge_of_gates
-from uncollapse.position_features import sinusoids
+from uncollapse.gates import position_features
+from uncollapse.gates import projection as projection_module
+from uncollapse.gates.broken import gate_report
+from uncollapse.gates.position_features import sinusoids
+from uncollapse.gates.projection import PositionGatedProjection
+from uncollapse.measures.heads import gauge_of_gates
 
 HEADS, HEAD_WIDTH, WIDTH, TOKENS = 3, 4, 10, 6
 MIXED = HEADS * HEAD_WIDTH
@@ -68,7 +71,7 @@ def feature_row(position: int, gated: PositionGatedProjection) -> np.ndarray:
 
 
 def test_the_examples_run() -> None:
-    assert doctest.testmod(gating, extraglobs={"torch": torch}).failed == 0
+    assert doctest.testmod(projection_module, extraglobs={"torch": torch}).failed == 0
     assert doctest.testmod(position_features, extraglobs={"torch": torch}).failed == 0
 
 
@@ -180,14 +183,14 @@ def test_gradients_at_the_start_differ_by_head() -> None:
 def test_first_and_second_derivatives_are_those_of_the_formula(shape: tuple[int, ...]) -> None:
     x = drawn(TOKENS if shape[1] == 1 else 2, 2 if shape[1] == 1 else TOKENS, MIXED).requires_grad_()
     z = drawn(*shape, seed=2).requires_grad_()
-    assert torch.autograd.gradcheck(gating._Gated.apply, (x, z))
-    assert torch.autograd.gradgradcheck(gating._Gated.apply, (x, z))
+    assert torch.autograd.gradcheck(projection_module._Gated.apply, (x, z))
+    assert torch.autograd.gradgradcheck(projection_module._Gated.apply, (x, z))
 
 
 def test_a_closed_gate_gives_finite_gradients() -> None:
     z = torch.full((1, TOKENS, HEADS), -2000.0, dtype=torch.float64, requires_grad=True)
     x = drawn(2, TOKENS, MIXED).requires_grad_()
-    y = gating._Gated.apply(x, z)
+    y = projection_module._Gated.apply(x, z)
     y.sum().backward()
     assert not y.any()
     assert not x.grad.any()

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from reference import geometry as reference
 from torch import Tensor
 
-from uncollapse import geometry
 from uncollapse.errors import InputError
-from uncollapse.geometry import CloudMeasures, WithoutMassiveTokens, cloud_measures
+from uncollapse.measures import geometry
+from uncollapse.measures.geometry import CloudMeasures, WithoutMassiveTokens, cloud_measures
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 RANKS = ["rank", "affine_rank", "attainable_rank", "attainable_affine_rank"]

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import heads as reference
 
-from uncollapse import heads
 from uncollapse.errors import InputError
+from uncollapse.measures import heads
 
 HEADS, HEAD_WIDTH, WIDTH = 4, 3, 16
 MIXED = HEADS * HEAD_WIDTH

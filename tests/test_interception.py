@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from uncollapse.anatomy.interception import Point, addition_operands, chosen_operand, device_of, intercepted
+from uncollapse.anatomy.probing import probing
 from uncollapse.errors import UncollapseError
-from uncollapse.interception import Point, addition_operands, chosen_operand, device_of, intercepted, probing
 
 
 class Child(nn.Module):

@@ -15,9 +15,9 @@ from tiny_models import text_batch
 from torch import Tensor, nn
 
 import uncollapse as uc
-from uncollapse.interception import float64_kept
-from uncollapse.proof import proved_anatomy
-from uncollapse.tracing import tensors_in
+from uncollapse.anatomy.probing import float64_kept
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.anatomy.tracing import tensors_in
 
 TEXT: dict[str, Any] = {
     "hidden_size": 32,

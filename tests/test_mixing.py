@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from reference import mixing as reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from uncollapse import mixing
 from uncollapse.errors import InputError
+from uncollapse.measures import mixing
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 TOLERANCE = {torch.float64: 1e-12}  # everything else accumulates in float32

@@ -15,9 +15,9 @@ from families import FAMILIES, Family, inputs_for
 from torch import Tensor
 
 import uncollapse as uc
-from uncollapse import proof
-from uncollapse.anatomy import Anatomy, Block, Part, Residual
-from uncollapse.proof import example, prove
+from uncollapse.anatomy import proof
+from uncollapse.anatomy.proof import example, prove
+from uncollapse.anatomy.vocabulary import Anatomy, Block, Part, Residual
 
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 Spoil = Callable[[Block], Block]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from flint import nmod_mat
 
-from uncollapse import exact
 from uncollapse.errors import InputError
-from uncollapse.normalization import rank_change
+from uncollapse.measures import exact
+from uncollapse.measures.normalization import rank_change
 
 REGIMES = [
     "generic",  # n < d, n = d and n > d, as the shape falls

@@ -12,8 +12,8 @@ from observing import attention_table, entropies, observe
 from torch import Tensor, nn
 
 import uncollapse as uc
+from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.capture import capture
-from uncollapse.proof import proved_anatomy
 
 
 class OwnAttention(nn.Module):

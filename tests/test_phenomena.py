@@ -8,8 +8,8 @@ from tests.tiny_models import FAMILIES
 from torch import nn
 
 import uncollapse as uc
+from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.phenomena import Components, symmetry_records
-from uncollapse.proof import proved_anatomy
 from uncollapse.records.common import PHENOMENA
 from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.records.symmetries import SymmetryRecord

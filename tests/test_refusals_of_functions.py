@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from uncollapse import exact, geometry, heads, mixing, normalization
 from uncollapse.errors import InputError
+from uncollapse.measures import exact, geometry, heads, mixing, normalization
 
 WORDS = torch.ones(2, 3, dtype=torch.int64)  # token ids where numbers were expected
 CLOUD, PADDED = torch.randn(2, 3, 8), torch.ones(2, 3)  # a cloud, and a mask that is no boolean one

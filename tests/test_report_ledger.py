@@ -19,9 +19,9 @@ import jsonschema
 import pytest
 from rich.console import Console
 
-from uncollapse import exact
 from uncollapse.claims import verify
 from uncollapse.errors import InputError
+from uncollapse.measures import exact
 from uncollapse.records.encoding import from_json, json_schema, to_json
 from uncollapse.records.ledger import ClaimResult, Counterexample, Evidence, Ledger, Verdict
 from uncollapse.report import draw, show

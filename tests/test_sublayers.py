@@ -17,10 +17,11 @@ from tiny_models import VOCABULARY
 from torch import Tensor, nn
 
 import uncollapse as uc
-from uncollapse import affine_fit, exact, geometry, norm_law, normalization, report, sources, sublayers
-from uncollapse.affine_fit import AffineFit
+from uncollapse import norm_law, report, sources, sublayers
+from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.capture import Observations, capture
-from uncollapse.proof import proved_anatomy
+from uncollapse.measures import affine_fit, exact, geometry, normalization
+from uncollapse.measures.affine_fit import AffineFit
 from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import NormRecord, UpdateRecord
 from uncollapse.sublayers import norm_records, update_records

@@ -18,10 +18,12 @@ from reference.heads import nullity
 from torch import Tensor, nn
 
 import uncollapse as uc
-from uncollapse.anatomy import Anatomy, AttentionCall
+from uncollapse.anatomy.interception import Point
+from uncollapse.anatomy.probing import float64_kept, probing
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall
 from uncollapse.channels import Channels, channels_of
-from uncollapse.interception import Point, float64_kept, probing
-from uncollapse.proof import proved_anatomy
 from uncollapse.symmetry import (
     HeadPermutation,
     HeadWeights,
@@ -36,7 +38,6 @@ from uncollapse.symmetry import (
     head_weights,
     transformed,
 )
-from uncollapse.tracing import tensors_in
 
 GROUPS = {"heads": HeadPermutation, "value-output": ValueOutputGauge, "query-key": QueryKeyGauge}
 EXACT, BROKEN = 1e-9, 1e-4

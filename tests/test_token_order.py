@@ -11,7 +11,7 @@ from observing import eager
 from torch import Tensor, nn
 
 import uncollapse as uc
-from uncollapse.proof import proved_anatomy
+from uncollapse.anatomy.proof import proved_anatomy
 
 TOLD = [
     "bert",

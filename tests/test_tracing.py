@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from uncollapse.tracing import operation_name, trace, writes_in_place
+from uncollapse.anatomy.tracing import operation_name, trace, writes_in_place
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,11 @@ from tiny_models import FAMILIES, text_batch
 from torch import Tensor, nn
 
 import uncollapse as uc
-from uncollapse import findings, heads
+from uncollapse import findings
+from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.capture import capture
 from uncollapse.diagnosis import attention_records, site_records
-from uncollapse.proof import proved_anatomy
+from uncollapse.measures import heads
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "validity.md"
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import uncollapse as uc
 from bench.language_models import BATCH, CONTEXT, HEADS, LanguageModel, corpus, fit, loss_of
-from uncollapse.gating import gate_report
+from uncollapse.gates.broken import gate_report
 
 DEPTH, WIDTH = 2, 96
 STEPS, EVERY = 400, 50

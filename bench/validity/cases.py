@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from bench.validity import planting
 from bench.validity.models import Batches, Subject
-from uncollapse import heads
-from uncollapse.anatomy import Anatomy
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.attribution import heads_records
 from uncollapse.capture import capture
 from uncollapse.diagnosis import attention_records, site_records
-from uncollapse.proof import proved_anatomy
+from uncollapse.measures import heads
 from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
 
 RESIDUAL = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)

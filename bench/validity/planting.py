@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy import STREAM, Anatomy, AttentionCall, ModuleCall
-from uncollapse.interception import Handler, Point, addition_operands, intercepted
+from uncollapse.anatomy.interception import Handler, Point, addition_operands, intercepted
+from uncollapse.anatomy.vocabulary import STREAM, Anatomy, AttentionCall, ModuleCall
 
 UNDERFLOW = (
     88.0  # exp(-88) is where single precision, and bfloat16 with it, ends: a weight below it and its gradient are 0

@@ -19,22 +19,25 @@ _HOME = {
     "HeadContributions": "contributions",
     "Identifiability": "identifiability",
     "InputError": "errors",
-    "Layout": "anatomy",
-    "PositionGatedProjection": "gating",
+    "Layout": "anatomy.vocabulary",
+    "PositionGatedProjection": "gates.projection",
     "Symmetries": "equivariance",
     "UncollapseError": "errors",
     "UnsupportedModel": "errors",
     "ablate": "ablation",
+    "channels_of": "channels",
     "diagnose": "diagnosis",
+    "gate_report": "gates.broken",
     "head_contributions": "contributions",
     "identify": "identifiability",
-    "install_gates": "gate_installation",
-    "remove_gates": "gate_installation",
+    "install_gates": "gates.installation",
+    "rank_change": "measures.normalization",
+    "remove_gates": "gates.installation",
     "symmetries": "equivariance",
     "verify": "claims",
-    "without": "interventions",
+    "without": "interventions.without",
 }
-_MODULES = ("geometry", "heads", "mixing")
+_MODULES = ("exact", "geometry", "heads", "mixing")  # of `measures`
 
 __all__ = [
     "Ablation",
@@ -49,13 +52,17 @@ __all__ = [
     "UnsupportedModel",
     "__version__",
     "ablate",
+    "channels_of",
     "diagnose",
+    "exact",
+    "gate_report",
     "geometry",
     "head_contributions",
     "heads",
     "identify",
     "install_gates",
     "mixing",
+    "rank_change",
     "remove_gates",
     "symmetries",
     "verify",
@@ -63,25 +70,28 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from uncollapse import geometry, heads, mixing
     from uncollapse.ablation import Ablation, ablate
-    from uncollapse.anatomy import Layout
+    from uncollapse.anatomy.vocabulary import Layout
+    from uncollapse.channels import channels_of
     from uncollapse.claims import verify
     from uncollapse.contributions import HeadContributions, head_contributions
     from uncollapse.diagnosis import Diagnosis, diagnose
     from uncollapse.equivariance import Symmetries, symmetries
     from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
-    from uncollapse.gate_installation import install_gates, remove_gates
-    from uncollapse.gating import PositionGatedProjection
+    from uncollapse.gates.broken import gate_report
+    from uncollapse.gates.installation import install_gates, remove_gates
+    from uncollapse.gates.projection import PositionGatedProjection
     from uncollapse.identifiability import Identifiability, identify
-    from uncollapse.interventions import without
+    from uncollapse.interventions.without import without
+    from uncollapse.measures import exact, geometry, heads, mixing
+    from uncollapse.measures.normalization import rank_change
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(importlib.import_module(f"uncollapse.{_HOME[name]}"), name)
     elif name in _MODULES:
-        value = importlib.import_module(f"uncollapse.{name}")
+        value = importlib.import_module(f"uncollapse.measures.{name}")
     else:
         raise AttributeError(f"module 'uncollapse' has no attribute {name!r}")
     globals()[name] = value

@@ -23,20 +23,20 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
-from uncollapse.accumulators import Running
+from uncollapse.anatomy.probing import float64_kept
+from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.capture import ATTENTION_MEASURES, Level, Observations, capture
 from uncollapse.diagnosis import Prepared, ProbeOptions, model_info, prepare, probe_record, site_records, versions
 from uncollapse.errors import InputError
-from uncollapse.interception import float64_kept
-from uncollapse.interventions import require_blocks, require_components
-from uncollapse.interventions import without as taken_away
-from uncollapse.line_fit import line_fit
+from uncollapse.interventions.without import require_blocks, require_components
+from uncollapse.interventions.without import without as taken_away
+from uncollapse.measures.line_fit import line_fit
+from uncollapse.measures.running import Running
 from uncollapse.recorded import Recorded
 from uncollapse.records.ablation import ABLATION_SCHEMA, AblationRecord, AblationRun, RateRecord, VerdictRecord
 from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import SiteRecord, followed
 from uncollapse.sublayers import norm_records, update_records
-from uncollapse.tracing import tensors_in
 
 GRID = ("norm", "residual", "mlp")
 LOST = 0.1  # a run collapses in distance when less than a tenth of the embedding's consensus distance is left

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from uncollapse import heads
+from uncollapse.anatomy.interception import Point
+from uncollapse.anatomy.probing import full_precision
 from uncollapse.capture import AttentionStatistics
-from uncollapse.interception import Point, full_precision
+from uncollapse.measures import heads
 from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import HeadsRecord
 

@@ -25,15 +25,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from uncollapse import geometry, heads, mixing
-from uncollapse.accumulators import Running
-from uncollapse.anatomy import Anatomy, AttentionCall, Block, Part
+from uncollapse.anatomy.interception import Handler, Point, device_of, intercepted
+from uncollapse.anatomy.probing import full_precision, probing
+from uncollapse.anatomy.proof import block_output
+from uncollapse.anatomy.tracing import operation_name, tensors_in
+from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Part
 from uncollapse.errors import InputError, UncollapseError
-from uncollapse.interception import Handler, Point, device_of, full_precision, intercepted, probing
-from uncollapse.proof import block_output
+from uncollapse.measures import geometry, heads, mixing
+from uncollapse.measures.running import Running
 from uncollapse.sources import token_mask
 from uncollapse.sublayers import NormStatistics, Sublayers, UpdateStatistics
-from uncollapse.tracing import operation_name, tensors_in
 
 Progress = Callable[[str, int, int], None]
 Level = Literal["core", "full"]

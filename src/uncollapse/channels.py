@@ -30,10 +30,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy import Anatomy, AttentionCall, ModuleCall
-from uncollapse.interception import Handler, Point, counted, intercepted, probing
-from uncollapse.proof import example, known_example
-from uncollapse.tracing import operation_name, tensors_in
+from uncollapse.anatomy.interception import Handler, Point, counted, intercepted
+from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.proof import example, known_example
+from uncollapse.anatomy.tracing import operation_name, tensors_in
+from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, ModuleCall
 
 Place = ModuleCall | Point
 Role = Literal["queries", "keys", "values"]

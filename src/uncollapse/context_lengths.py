@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uncollapse.anatomy import Anatomy
+from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.capture import ATTENTION_MEASURES, AttentionStatistics, Progress, capture
 from uncollapse.errors import InputError, UncollapseError
-from uncollapse.line_fit import LineFit, line_fit
+from uncollapse.measures.line_fit import LineFit, line_fit
 from uncollapse.records.common import Statistic
 from uncollapse.records.symmetries import WidthScaling
 

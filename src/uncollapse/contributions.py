@@ -16,22 +16,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from uncollapse.anatomy import Anatomy, AttentionCall, Block, Layout, ModuleCall
+from uncollapse.anatomy.interception import Handler, Point, addition_operands, counted, device_of, intercepted
+from uncollapse.anatomy.probing import full_precision, probing
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.anatomy.tracing import operation_name, tensors_in
+from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Layout, ModuleCall
 from uncollapse.capture import projected_cloud, projection_map
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
-from uncollapse.interception import (
-    Handler,
-    Point,
-    addition_operands,
-    counted,
-    device_of,
-    full_precision,
-    intercepted,
-    probing,
-)
-from uncollapse.proof import proved_anatomy
 from uncollapse.sources import check_batches, token_mask
-from uncollapse.tracing import operation_name, tensors_in
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse import findings, sources
-from uncollapse.anatomy import Anatomy, Layout
+from uncollapse.anatomy.interception import device_of
+from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.proof import example, proved_anatomy
+from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.vocabulary import Anatomy, Layout
 from uncollapse.attribution import heads_records
 from uncollapse.capture import (
     ATTENTION_MEASURES,
@@ -36,9 +40,7 @@ from uncollapse.capture import (
 )
 from uncollapse.context_lengths import require_context_lengths, width_scaling
 from uncollapse.errors import InputError
-from uncollapse.interception import device_of, probing
 from uncollapse.phenomena import Components, symmetry_records
-from uncollapse.proof import example, proved_anatomy
 from uncollapse.recorded import Recorded
 from uncollapse.records.common import Finding, ModelInfo, Probe, Statistic
 from uncollapse.records.diagnosis import (
@@ -49,7 +51,6 @@ from uncollapse.records.diagnosis import (
     SiteRecord,
 )
 from uncollapse.sublayers import norm_records, update_records
-from uncollapse.tracing import tensors_in
 
 DEFAULT_SEQUENCES = 64
 

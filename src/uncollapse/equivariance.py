@@ -24,14 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from uncollapse.anatomy import Block
+from uncollapse.anatomy.interception import device_of
+from uncollapse.anatomy.probing import float64_kept, probing
+from uncollapse.anatomy.proof import block_output, example
+from uncollapse.anatomy.vocabulary import Block
 from uncollapse.channels import Channels, channels_of
 from uncollapse.context_lengths import require_context_lengths
 from uncollapse.diagnosis import Prepared, ProbeOptions, observe, prepare
 from uncollapse.errors import InputError, UncollapseError
-from uncollapse.interception import device_of, float64_kept, probing
-from uncollapse.interventions import without as taken_away
-from uncollapse.proof import block_output, example
+from uncollapse.interventions.without import without as taken_away
 from uncollapse.recorded import Recorded
 from uncollapse.records.common import Finding, Phenomenon, Statistic
 from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord, SymmetryRecord, SymmetryTest

@@ -16,8 +16,8 @@ from typing import Unpack
 
 from torch import nn
 
+from uncollapse.anatomy.probing import float64_kept
 from uncollapse.diagnosis import ProbeOptions, observe, prepare
-from uncollapse.interception import float64_kept
 from uncollapse.recorded import Recorded
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import HeadsRecord

@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from uncollapse import normalization
 from uncollapse.errors import InputError
+from uncollapse.measures import normalization
 
 _EPS_64 = torch.finfo(torch.float64).eps
 

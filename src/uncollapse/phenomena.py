@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from uncollapse.anatomy import Anatomy
+from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.records.common import Phenomenon, Statistic
 from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
 from uncollapse.records.symmetries import SymmetryRecord, WidthScaling

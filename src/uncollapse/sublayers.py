@@ -22,17 +22,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from uncollapse import geometry, interventions
-from uncollapse.accumulators import Running
-from uncollapse.affine_fit import HELD_OUT_EVERY, AffineFit
-from uncollapse.anatomy import STREAM, Anatomy, Block, ModuleCall, Norm, Part, Residual
+from uncollapse.anatomy.interception import Handler, Point, addition_operands
+from uncollapse.anatomy.probing import full_precision
+from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Block, ModuleCall, Norm, Part, Residual
 from uncollapse.errors import InputError
-from uncollapse.interception import Handler, Point, addition_operands, full_precision
+from uncollapse.interventions import without
+from uncollapse.measures import geometry
+from uncollapse.measures.affine_fit import HELD_OUT_EVERY, AffineFit
+from uncollapse.measures.normalization import Ranks
+from uncollapse.measures.running import Running
 from uncollapse.norm_law import NormLaw, norm_law
-from uncollapse.normalization import Ranks
 from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import NormRecord, UpdateRecord
-from uncollapse.tracing import tensors_in
 
 Stack = Literal["encoder", "decoder"] | None
 CloudOf = Callable[[Tensor, int | None], Tensor]
@@ -127,7 +129,7 @@ class Sublayers:
         self._runs: dict[str, int] = {}
         self._batch = _Batch()
         self._before, self._size = 0, 0  # sequences in the batches before this one, and in it
-        removed = interventions.is_ablated(model)  # a removed addition would shift the count of the others
+        removed = without.is_ablated(model)  # a removed addition would shift the count of the others
         begun: set[Stack] = set()
         for number, block in enumerate(anatomy.blocks):
             if block.stack not in begun and not removed:

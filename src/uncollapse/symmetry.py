@@ -32,12 +32,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from uncollapse import heads
-from uncollapse.anatomy import Anatomy, AttentionCall
+from uncollapse.anatomy.interception import Handler, Point, intercepted
+from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall
 from uncollapse.channels import Channels, Rows
 from uncollapse.errors import InputError
-from uncollapse.interception import Handler, Point, intercepted
-from uncollapse.tracing import tensors_in
+from uncollapse.measures import heads
 
 LARGEST_SCALE = 1.7  # of a random element, and 1/1.7 the smallest: condition at most 2.9
 _PLACES = {"position_ids", "decoder_position_ids", "cache_position", "attention_mask", "decoder_attention_mask"}

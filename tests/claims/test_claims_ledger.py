@@ -11,7 +11,6 @@ import pytest
 import torch
 from flint import arb, ctx, fmpq
 
-from uncollapse import exact
 from uncollapse.claims import CLAIMS, verify
 from uncollapse.claims import balls as ball_arithmetic
 from uncollapse.claims.draws import Draws
@@ -20,6 +19,7 @@ from uncollapse.claims.intervals import Interval, interval
 from uncollapse.claims.jacobian import between, generic, jacobian
 from uncollapse.claims.ledger import bracketed, found, tally, verdict
 from uncollapse.errors import InputError
+from uncollapse.measures import exact
 from uncollapse.records.ledger import LEDGER_SCHEMA, Evidence
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from flint import arb, fmpq, fmpq_mat, fmpq_poly
 
-from uncollapse import exact
 from uncollapse.claims import balls
 from uncollapse.claims.draws import Draws, uniform
 from uncollapse.claims.ledger import HERE, Claim, Finding, equal, shown, tally
+from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample
 
 LAYERS = 50

@@ -7,10 +7,10 @@ from typing import Any
 
 from flint import fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws
 from uncollapse.claims.jacobian import matrices, unseen
 from uncollapse.claims.ledger import PAPER, Claim, Finding, equal, tally
+from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from flint import fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws, shifted
 from uncollapse.claims.jacobian import between, flat, generic, matrices, unseen
 from uncollapse.claims.ledger import HERE, Claim, Finding, bracketed, shown, tally
+from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample, Evidence
 
 # heads H, key/value groups G, head width d_k, width d, with biases b_V and b_O

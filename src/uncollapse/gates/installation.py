@@ -4,7 +4,7 @@
     ...train...
     uc.remove_gates(model)            # the very modules that were there
 
-What the gates are: `gating`. Where a token's position comes from: `token_positions`. A cross-attention is gated by the
+What the gates are: `projection`. Where a token's position comes from: `token_positions`. A cross-attention is gated by the
 position of the token that receives, the decoder's. The gates take part in training, `generate`, autocast, `copy.deepcopy` and
 `state_dict`; under `torch.compile` each of them breaks the compiled graph and runs eagerly.
 
@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy import Anatomy, Block, Layout, ModuleCall
+from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
+from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.vocabulary import Anatomy, Block, Layout, ModuleCall
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
-from uncollapse.gating import Features, Installed, PositionGatedProjection, dense_projection
-from uncollapse.interception import probing
-from uncollapse.proof import known_anatomy, known_example, proved_anatomy
-from uncollapse.token_positions import TokenPositions
-from uncollapse.tracing import tensors_in
+from uncollapse.gates.projection import Features, Installed, PositionGatedProjection, dense_projection
+from uncollapse.gates.token_positions import TokenPositions
 
 
 @dataclass

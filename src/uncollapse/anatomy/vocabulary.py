@@ -29,8 +29,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from uncollapse.anatomy.interception import Handler, Point, chosen_operand
 from uncollapse.errors import UnsupportedModel
-from uncollapse.interception import Handler, Point, chosen_operand
 
 PartKind = Literal["attention", "cross", "mlp", "mixer"]
 NormRole = Literal["before", "after", "inner", "post"]

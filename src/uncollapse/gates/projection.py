@@ -24,17 +24,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import embedding, linear, normalize
+from torch.nn.functional import embedding, linear
 
-from uncollapse import heads as head_measures
-from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
-from uncollapse.interception import full_precision
-from uncollapse.position_features import Positions
+from uncollapse.anatomy.probing import full_precision
+from uncollapse.errors import InputError, UnsupportedModel
+from uncollapse.gates.position_features import Positions
 
 if TYPE_CHECKING:
-    from uncollapse.token_positions import (
-        TokenPositions,  # it keeps itself out of compiled code, and that loads the compiler
-    )
+    from uncollapse.gates.token_positions import TokenPositions
 
 LARGEST_OVERHEAD = 0.016  # of the projection's parameters where nobody asks for a width: the paper's "below 1.6 %"
 Features = Literal["sinusoidal", "learned"]
@@ -258,110 +255,6 @@ class Installed:
         return self.positions.now(
             self.stack, x.shape[1 - axis], x.shape[axis], x.device, training or torch.is_grad_enabled()
         )
-
-
-@dataclass(frozen=True)
-class BlockGates:
-    """What the gates of one attention have broken. `rank` and `condition` are those of G [position, head]; of the
-    `plain_dimension` D² directions of mixing that a projection without gates hides, `surviving_dimension` are left: exactly
-    where W_O has `full_row_rank`, else at least (`None`: W_O is no dense matrix). `smallest` and `largest` are gates. `block`
-    counts calls from 0; `None` in a model whose own code holds the gates."""
-
-    block: int | None
-    kind: str | None
-    module: str
-    heads: int
-    head_width: int
-    rank: int
-    condition: float
-    surviving_dimension: int
-    plain_dimension: int
-    full_row_rank: bool | None
-    smallest: float
-    largest: float
-
-
-def gate_report(model: nn.Module, positions: int | Int[Tensor, " position"] = 512) -> tuple[BlockGates, ...]:
-    """What the gates of a live model have broken so far: one entry an attention, in the order of the blocks.
-
-    positions: how many, counted from 0, or which. Rank and condition are those of the gates at these positions: no more heads than
-    positions can be told apart, and gates learned on short texts say nothing of later positions.
-
-    Raises `InputError` for a model without gates.
-    """
-    found = {n: m for n, m in model.named_modules() if isinstance(m, PositionGatedProjection)}
-    if not found:
-        raise InputError(
-            f"gate_report: expected a model with position gates, got {type(model).__name__} without. They may have been removed. "
-            "Call install_gates(model) first."
-        )
-    entries = []
-    for name, module in found.items():
-        rows = module.max_positions
-        at = torch.arange(positions) if isinstance(positions, int) else positions
-        at = at if rows is None else at[at < rows]
-        with torch.no_grad():
-            gates = module.gates(at)
-        places = module.installed.places if module.installed else ((None, None),)
-        entries += [_block_gates(block, kind, name, module, gates) for block, kind in places]
-    return tuple(sorted(entries, key=lambda entry: (entry.block is not None, entry.block or 0)))
-
-
-def _block_gates(
-    block: int | None, kind: str | None, name: str, module: PositionGatedProjection, gates: Tensor
-) -> BlockGates:
-    try:
-        matrix = dense_projection(module.projection)
-        full = head_measures.kernel_dimension(matrix) == 0
-    except UncollapseError:
-        full = None
-    return BlockGates(
-        block=block,
-        kind=kind,
-        module=name,
-        heads=module.heads,
-        head_width=module.head_width,
-        rank=head_measures.gate_rank(gates),
-        condition=head_measures.gate_conditioning(gates),
-        surviving_dimension=gauge_of_gates(gates, module.head_width),
-        plain_dimension=(module.heads * module.head_width) ** 2,
-        full_row_rank=full,
-        smallest=float(gates.min()),
-        largest=float(gates.max()),
-    )
-
-
-def gauge_of_gates(gates: Float[Tensor, "position head"], head_width: int, tol: float | None = None) -> int:
-    """In how many directions heads can still be mixed unseen, given their gates at some positions. A count.
-
-    sum_c (m_c d_k)^2 over classes of m_c heads with proportional gate profiles: a mixing M survives where it commutes with
-    every diag(g(i)/g(j)), so its blocks M_hk are free for heads of one class and zero for others. Two profiles
-    are proportional where their directions differ by at most `tol`, by default 16 eps of the gates' dtype; classes are chains
-    of such pairs.
-
-    H d_k^2 (all profiles distinct: mixing within heads always survives) to (H d_k)^2 (gates constant in position, or one
-    position). Invariant under a positive factor of a head or of a position, and under the order of either.
-
-    The count holds for known positive gates and an output projection of full row rank; otherwise more may survive. It counts
-    directions, not how hard they are to tell apart: see `heads.gate_conditioning`.
-
-    >>> gauge_of_gates(torch.tensor([[1.0, 1.0, 2.0], [1.0, 2.0, 2.0]]), head_width=4)  # the first and third are alike
-    80
-
-    Derived here, for the gates of arXiv 2604.23681. Raises `InputError` for anything but a finite matrix of positive gates.
-    """
-    if gates.ndim != 2 or not gates.numel() or not bool((gates.isfinite() & (gates > 0)).all()):
-        raise InputError(
-            f"gauge_of_gates: expected positive gates[position, head], got {list(gates.shape)}, some of them not positive or not "
-            "finite. A closed head mixes with nothing. Leave it out, or pass the gates of fewer positions."
-        )
-    tol = 16 * torch.finfo(gates.dtype).eps if tol is None else tol
-    profiles = normalize(gates.detach().double(), dim=0)
-    alike = torch.cdist(profiles.T, profiles.T, compute_mode="donot_use_mm_for_euclid_dist") <= tol
-    reached = alike.double()
-    for _ in range(max(1, math.ceil(math.log2(gates.shape[1])))):  # chains of pairs, doubled in length each time
-        reached = ((reached @ reached) > 0).double()
-    return int(reached.sum()) * head_width**2
 
 
 def dense_projection(projection: nn.Module) -> Tensor:

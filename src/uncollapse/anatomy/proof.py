@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy import STREAM, Anatomy, Block, Identity, Layout, Part, removal
+from uncollapse.anatomy.interception import Handler, Point, addition_operands, intercepted
+from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.reading import read
+from uncollapse.anatomy.tracing import tensors_in, trace
+from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Block, Identity, Layout, Part, removal
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
-from uncollapse.interception import Handler, Point, addition_operands, intercepted, probing
-from uncollapse.reading import read
-from uncollapse.tracing import tensors_in, trace
 
 EXAMPLE_TOKENS = 8
 _proved: weakref.WeakKeyDictionary[nn.Module, tuple[object, Layout | None, Anatomy, dict[str, Any]]] = (

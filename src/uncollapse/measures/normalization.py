@@ -20,8 +20,8 @@ from flint import fmpq, fmpq_mat
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from uncollapse import exact
 from uncollapse.errors import InputError
+from uncollapse.measures import exact
 
 Kind = Literal["layer", "rms"]
 _EPS_64 = torch.finfo(torch.float64).eps

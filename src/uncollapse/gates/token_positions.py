@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.errors import UnsupportedModel
-from uncollapse.position_features import Positions
+from uncollapse.gates.position_features import Positions
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Read an anatomy off a recorded graph: residual additions first, then parts, norms, projections and blocks.
 
-What each rule says is in `uncollapse.anatomy`; this module is the reading alone. Nothing here is believed until `proof`
+What each rule says is in `uncollapse.anatomy.vocabulary`; this module is the reading alone. Nothing here is believed until `proof`
 has checked it on the live model.
 """
 
@@ -13,7 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy import (
+from uncollapse.anatomy.interception import Point, device_of
+from uncollapse.anatomy.tracing import Call, Trace
+from uncollapse.anatomy.vocabulary import (
     STREAM,
     AdditionNode,
     Anatomy,
@@ -28,8 +30,6 @@ from uncollapse.anatomy import (
     Residual,
 )
 from uncollapse.errors import UnsupportedModel
-from uncollapse.interception import Point, device_of
-from uncollapse.tracing import Call, Trace
 
 
 @dataclass

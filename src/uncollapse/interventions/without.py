@@ -30,12 +30,12 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from uncollapse.anatomy import Anatomy, Block, removal
+from uncollapse.anatomy.interception import Handler, Point, counted, intercepted
+from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
+from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.vocabulary import Anatomy, Block, removal
 from uncollapse.errors import InputError, UnsupportedModel
-from uncollapse.interception import Handler, Point, counted, intercepted
-from uncollapse.proof import known_anatomy, known_example, proved_anatomy
-from uncollapse.token_order import mask_removed, positions_removed, require_order_blind
-from uncollapse.tracing import tensors_in
+from uncollapse.interventions.token_order import mask_removed, positions_removed, require_order_blind
 
 Component = Literal["mlp", "attention", "residual", "attention-residual", "mlp-residual", "norm", "positions", "mask"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)

@@ -22,6 +22,7 @@ import math
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from uncollapse.errors import InputError
 
@@ -571,3 +572,36 @@ def _blocks(name: str, W: Tensor, heads: int, finite: bool = True) -> Tensor:
 
 def _shape(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def gauge_of_gates(gates: Float[Tensor, "position head"], head_width: int, tol: float | None = None) -> int:
+    """In how many directions heads can still be mixed unseen, given their gates at some positions. A count.
+
+    sum_c (m_c d_k)^2 over classes of m_c heads with proportional gate profiles: a mixing M survives where it commutes with
+    every diag(g(i)/g(j)), so its blocks M_hk are free for heads of one class and zero for others. Two profiles
+    are proportional where their directions differ by at most `tol`, by default 16 eps of the gates' dtype; classes are chains
+    of such pairs.
+
+    H d_k^2 (all profiles distinct: mixing within heads always survives) to (H d_k)^2 (gates constant in position, or one
+    position). Invariant under a positive factor of a head or of a position, and under the order of either.
+
+    The count holds for known positive gates and an output projection of full row rank; otherwise more may survive. It counts
+    directions, not how hard they are to tell apart: see `gate_conditioning`.
+
+    >>> gauge_of_gates(torch.tensor([[1.0, 1.0, 2.0], [1.0, 2.0, 2.0]]), head_width=4)  # the first and third are alike
+    80
+
+    Derived here, for the gates of arXiv 2604.23681. Raises `InputError` for anything but a finite matrix of positive gates.
+    """
+    if gates.ndim != 2 or not gates.numel() or not bool((gates.isfinite() & (gates > 0)).all()):
+        raise InputError(
+            f"gauge_of_gates: expected positive gates[position, head], got {list(gates.shape)}, some of them not positive or not "
+            "finite. A closed head mixes with nothing. Leave it out, or pass the gates of fewer positions."
+        )
+    tol = 16 * torch.finfo(gates.dtype).eps if tol is None else tol
+    profiles = normalize(gates.detach().double(), dim=0)
+    alike = torch.cdist(profiles.T, profiles.T, compute_mode="donot_use_mm_for_euclid_dist") <= tol
+    reached = alike.double()
+    for _ in range(max(1, math.ceil(math.log2(gates.shape[1])))):  # chains of pairs, doubled in length each time
+        reached = ((reached @ reached) > 0).double()
+    return int(reached.sum()) * head_width**2

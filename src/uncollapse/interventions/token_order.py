@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy import Anatomy
+from uncollapse.anatomy.interception import Handler, Point, intercepted
+from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.tracing import operation_name, tensors_in
+from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.errors import UnsupportedModel
-from uncollapse.interception import Handler, Point, intercepted, probing
-from uncollapse.tracing import operation_name, tensors_in
 
 
 @contextlib.contextmanager
