@@ -26,7 +26,7 @@ import torch
 from uncollapse import sources
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.capture import capture
+from uncollapse.probe.passes import capture
 
 
 def prepared(sequences: int, max_tokens: int) -> tuple[Any, list[dict[str, torch.Tensor]]]:

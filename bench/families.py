@@ -97,7 +97,7 @@ def _captured(model: Any, batch: dict[str, Any], anatomy: Any) -> dict[str, Any]
     from bench.tiny import one_line
     from uncollapse.anatomy.probing import probing
     from uncollapse.anatomy.tracing import tensors_in
-    from uncollapse.capture import capture
+    from uncollapse.probe.passes import capture
 
     with probing(model):
         plain = [t.clone() for t in tensors_in(model(**batch))]

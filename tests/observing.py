@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.capture import ATTENTION_MEASURES, PLAIN_MEASURES, Observations, capture
 from uncollapse.diagnosis import with_true_positions
+from uncollapse.probe.attention import ATTENTION_MEASURES
+from uncollapse.probe.passes import Observations, capture
+from uncollapse.probe.sites import PLAIN_MEASURES
 
 
 def observe(model: nn.Module, batches: list[dict[str, Tensor]], **options: Any) -> Observations:

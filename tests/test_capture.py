@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import uncollapse as uc
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.capture import PLAIN_MEASURES, STREAM_MEASURES, Observations, capture
+from uncollapse.probe.passes import Observations, capture
+from uncollapse.probe.sites import PLAIN_MEASURES, STREAM_MEASURES
 
 
 def test_single_head_figures_are_those_of_the_definition() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import uncollapse as uc
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.tracing import tensors_in
-from uncollapse.capture import capture
+from uncollapse.probe.passes import capture
 
 names = pytest.mark.parametrize("name", ["bert", "gpt2", "gpt_neox", "llama", "t5"])
 FIGURES = ("entropy", "max_logit", "value_contraction")

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 import uncollapse as uc
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.context_lengths import WINDOWS, regime, require_context_lengths, width_scaling
 from uncollapse.measures.line_fit import LineFit
+from uncollapse.probe.context_lengths import WINDOWS, regime, require_context_lengths, width_scaling
 from uncollapse.records.symmetries import WidthScaling
 
 LENGTHS = [8, 12, 20]

@@ -13,10 +13,10 @@ from reference import identifiability as reference
 from torch import Tensor, nn
 
 import uncollapse as uc
-from uncollapse import contributions
 from uncollapse.anatomy.tracing import tensors_in
-from uncollapse.contributions import HeadContributions, head_contributions
 from uncollapse.gates.projection import PositionGatedProjection
+from uncollapse.probe import contributions
+from uncollapse.probe.contributions import HeadContributions, head_contributions
 
 # Where each family keeps its output projections, from its source code; a decoder's self-attention before its cross-attention.
 PROJECTIONS = {

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 import uncollapse as uc
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.tracing import tensors_in
-from uncollapse.capture import ATTENTION_MEASURES, PLAIN_MEASURES, capture
+from uncollapse.probe.attention import ATTENTION_MEASURES
+from uncollapse.probe.passes import capture
+from uncollapse.probe.sites import PLAIN_MEASURES
 
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 WITH_MASKS = {name: f for name, f in FAMILIES.items() if f.inputs.startswith("text")}  # T5 and BART in both stacks

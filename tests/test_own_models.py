@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import uncollapse as uc
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.capture import capture
+from uncollapse.probe.passes import capture
 
 
 class OwnAttention(nn.Module):

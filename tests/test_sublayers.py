@@ -17,14 +17,15 @@ from tiny_models import VOCABULARY
 from torch import Tensor, nn
 
 import uncollapse as uc
-from uncollapse import norm_law, report, sources, sublayers
+from uncollapse import report, sources
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.capture import Observations, capture
 from uncollapse.measures import affine_fit, exact, geometry, normalization
 from uncollapse.measures.affine_fit import AffineFit
+from uncollapse.probe import norm_law, sublayers
+from uncollapse.probe.passes import Observations, capture
+from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import NormRecord, UpdateRecord
-from uncollapse.sublayers import norm_records, update_records
 
 LENGTHS = [9, 7, 9, 5, 8, 9, 6, 9]
 

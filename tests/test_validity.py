@@ -20,9 +20,9 @@ from torch import Tensor, nn
 import uncollapse as uc
 from uncollapse import findings
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.capture import capture
 from uncollapse.diagnosis import attention_records, site_records
 from uncollapse.measures import heads
+from uncollapse.probe.passes import capture
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "validity.md"
 

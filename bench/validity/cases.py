@@ -21,9 +21,9 @@ from bench.validity.models import Batches, Subject
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.attribution import heads_records
-from uncollapse.capture import capture
 from uncollapse.diagnosis import attention_records, site_records
 from uncollapse.measures import heads
+from uncollapse.probe.passes import capture
 from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
 
 RESIDUAL = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)

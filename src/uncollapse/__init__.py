@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Ablation": "ablation",
     "Diagnosis": "diagnosis",
-    "HeadContributions": "contributions",
+    "HeadContributions": "probe.contributions",
     "Identifiability": "identifiability",
     "InputError": "errors",
     "Layout": "anatomy.vocabulary",
@@ -28,7 +28,7 @@ _HOME = {
     "channels_of": "channels",
     "diagnose": "diagnosis",
     "gate_report": "gates.broken",
-    "head_contributions": "contributions",
+    "head_contributions": "probe.contributions",
     "identify": "identifiability",
     "install_gates": "gates.installation",
     "rank_change": "measures.normalization",
@@ -74,7 +74,6 @@ if TYPE_CHECKING:
     from uncollapse.anatomy.vocabulary import Layout
     from uncollapse.channels import channels_of
     from uncollapse.claims import verify
-    from uncollapse.contributions import HeadContributions, head_contributions
     from uncollapse.diagnosis import Diagnosis, diagnose
     from uncollapse.equivariance import Symmetries, symmetries
     from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
@@ -85,6 +84,7 @@ if TYPE_CHECKING:
     from uncollapse.interventions.without import without
     from uncollapse.measures import exact, geometry, heads, mixing
     from uncollapse.measures.normalization import rank_change
+    from uncollapse.probe.contributions import HeadContributions, head_contributions
 
 
 def __getattr__(name: str) -> Any:

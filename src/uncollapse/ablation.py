@@ -25,18 +25,19 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.probing import float64_kept
 from uncollapse.anatomy.tracing import tensors_in
-from uncollapse.capture import ATTENTION_MEASURES, Level, Observations, capture
 from uncollapse.diagnosis import Prepared, ProbeOptions, model_info, prepare, probe_record, site_records, versions
 from uncollapse.errors import InputError
 from uncollapse.interventions.without import require_blocks, require_components
 from uncollapse.interventions.without import without as taken_away
 from uncollapse.measures.line_fit import line_fit
 from uncollapse.measures.running import Running
+from uncollapse.probe.attention import ATTENTION_MEASURES
+from uncollapse.probe.passes import Level, Observations, capture
+from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.recorded import Recorded
 from uncollapse.records.ablation import ABLATION_SCHEMA, AblationRecord, AblationRun, RateRecord, VerdictRecord
 from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import SiteRecord, followed
-from uncollapse.sublayers import norm_records, update_records
 
 GRID = ("norm", "residual", "mlp")
 LOST = 0.1  # a run collapses in distance when less than a tenth of the embedding's consensus distance is left

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from uncollapse.anatomy.interception import Point
 from uncollapse.anatomy.probing import full_precision
-from uncollapse.capture import AttentionStatistics
 from uncollapse.measures import heads
+from uncollapse.probe.attention import AttentionStatistics
 from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import HeadsRecord
 

@@ -24,10 +24,10 @@ from uncollapse.records.common import SEVERITIES, Finding, Severity
 
 if TYPE_CHECKING:
     from uncollapse.ablation import Ablation
-    from uncollapse.capture import Progress
     from uncollapse.diagnosis import Diagnosis, ProbeOptions
     from uncollapse.equivariance import Symmetries
     from uncollapse.identifiability import Identifiability
+    from uncollapse.probe.passes import Progress
     from uncollapse.recorded import Recorded
 
 FOUND, REFUSED, INTERRUPTED = 1, 2, 130

@@ -26,21 +26,13 @@ from uncollapse.anatomy.proof import example, proved_anatomy
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Layout
 from uncollapse.attribution import heads_records
-from uncollapse.capture import (
-    ATTENTION_MEASURES,
-    MASSIVE_MEASURES,
-    PLAIN_MEASURES,
-    STREAM_MEASURES,
-    AttentionStatistics,
-    Level,
-    Observations,
-    Progress,
-    SiteStatistics,
-    capture,
-)
-from uncollapse.context_lengths import require_context_lengths, width_scaling
 from uncollapse.errors import InputError
 from uncollapse.phenomena import Components, symmetry_records
+from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
+from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
+from uncollapse.probe.passes import Level, Observations, Progress, capture
+from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, STREAM_MEASURES, SiteStatistics
+from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.recorded import Recorded
 from uncollapse.records.common import Finding, ModelInfo, Probe, Statistic
 from uncollapse.records.diagnosis import (
@@ -50,7 +42,6 @@ from uncollapse.records.diagnosis import (
     MassiveTokensLeftOut,
     SiteRecord,
 )
-from uncollapse.sublayers import norm_records, update_records
 
 DEFAULT_SEQUENCES = 64
 

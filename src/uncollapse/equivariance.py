@@ -29,10 +29,10 @@ from uncollapse.anatomy.probing import float64_kept, probing
 from uncollapse.anatomy.proof import block_output, example
 from uncollapse.anatomy.vocabulary import Block
 from uncollapse.channels import Channels, channels_of
-from uncollapse.context_lengths import require_context_lengths
 from uncollapse.diagnosis import Prepared, ProbeOptions, observe, prepare
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.interventions.without import without as taken_away
+from uncollapse.probe.context_lengths import require_context_lengths
 from uncollapse.recorded import Recorded
 from uncollapse.records.common import Finding, Phenomenon, Statistic
 from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord, SymmetryRecord, SymmetryTest

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from uncollapse.anatomy.vocabulary import Anatomy
-from uncollapse.capture import ATTENTION_MEASURES, AttentionStatistics, Progress, capture
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.measures.line_fit import LineFit, line_fit
+from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
+from uncollapse.probe.passes import Progress, capture
 from uncollapse.records.common import Statistic
 from uncollapse.records.symmetries import WidthScaling
 

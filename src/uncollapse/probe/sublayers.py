@@ -32,7 +32,7 @@ from uncollapse.measures import geometry
 from uncollapse.measures.affine_fit import HELD_OUT_EVERY, AffineFit
 from uncollapse.measures.normalization import Ranks
 from uncollapse.measures.running import Running
-from uncollapse.norm_law import NormLaw, norm_law
+from uncollapse.probe.norm_law import NormLaw, norm_law
 from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import NormRecord, UpdateRecord
 

@@ -21,8 +21,8 @@ from uncollapse.anatomy.probing import full_precision, probing
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.tracing import operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Layout, ModuleCall
-from uncollapse.capture import projected_cloud, projection_map
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
+from uncollapse.probe.projections import projected_cloud, projection_map
 from uncollapse.sources import check_batches, token_mask
 
 

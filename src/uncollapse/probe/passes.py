@@ -29,86 +29,26 @@ from uncollapse.anatomy.interception import Handler, Point, device_of, intercept
 from uncollapse.anatomy.probing import full_precision, probing
 from uncollapse.anatomy.proof import block_output
 from uncollapse.anatomy.tracing import operation_name, tensors_in
-from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Part
+from uncollapse.anatomy.vocabulary import Anatomy, Block, Part
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.measures import geometry, heads, mixing
 from uncollapse.measures.running import Running
+from uncollapse.probe.attention import (
+    ATTENTION_MEASURES,
+    AttentionStatistics,
+    four_axes,
+    mask_or_bias,
+    pattern_spectra,
+    spread,
+)
+from uncollapse.probe.projections import holds, projected_cloud, projection_matrix
+from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, SiteStatistics, distinct_tokens
+from uncollapse.probe.sublayers import NormStatistics, Sublayers, UpdateStatistics
 from uncollapse.sources import token_mask
-from uncollapse.sublayers import NormStatistics, Sublayers, UpdateStatistics
 
 Progress = Callable[[str, int, int], None]
 Level = Literal["core", "full"]
 Observer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]  # function, operands, result
-
-PLAIN_MEASURES = [
-    "rank",
-    "affine_rank",
-    "attainable_rank",
-    "attainable_affine_rank",
-    "effective_rank",
-    "stable_rank",
-    "participation_ratio",
-    "consensus_distance",
-    "token_similarity",
-    "rank_gap",
-]
-MASSIVE_MEASURES = [
-    "tokens_left_out",
-    "effective_rank",
-    "stable_rank",
-    "participation_ratio",
-    "consensus_distance",
-    "token_similarity",
-]
-STREAM_MEASURES = ["consensus_after_norm", "stream_carried", "distinct_tokens"]
-SCALE = 256.0
-ATTENTION_MEASURES = [
-    "entropy",
-    "normalized_entropy",
-    "entropy_floor",
-    "max_logit",
-    "rest_entropy",
-    "key_share",
-    "value_contraction",
-    "susceptibility",
-    "contraction",
-    "spectral_gap",
-    "second_singular_value",
-]
-
-
-@dataclass
-class SiteStatistics:
-    """Running statistics of the token cloud at one site. `not_finite` counts sequences with NaN or infinity in a real token."""
-
-    site: str
-    block: int | None
-    stack: Literal["encoder", "decoder"] | None
-    plain: Running = field(default_factory=lambda: Running.empty(len(PLAIN_MEASURES)))
-    massive: Running = field(default_factory=lambda: Running.empty(len(MASSIVE_MEASURES)))
-    stream: Running = field(default_factory=lambda: Running.empty(len(STREAM_MEASURES)))
-    not_finite: int = 0
-    width: int = 0
-
-
-@dataclass
-class AttentionStatistics:
-    """Running statistics of one attention call: `values` is [measure, head], `energy` [head] the share of the centred
-    output energy. `reasons` says of a measure why it is missing. `matrix` is W_O as [mixed, width], as met in the pass: effective,
-    with adapters in it and quantised weights expanded; `reasons["matrix"]` says why it is missing. `tokens` are the real ones
-    that the projection reads; `sinks` says that the softmax also ran over columns that belong to no key."""
-
-    block: int
-    kind: Literal["self", "cross"]
-    stack: Literal["encoder", "decoder"] | None
-    call: AttentionCall
-    values: Running
-    energy: Running
-    route: str = ""
-    reasons: dict[str, str] = field(default_factory=dict)
-    matrix: Tensor | None = None
-    tokens: Running = field(default_factory=Running.empty)
-    sinks: bool = False
 
 
 @dataclass
@@ -326,10 +266,10 @@ class _Probe:
         encoder = token_mask(batch)
         decoder = token_mask(batch, "decoder_attention_mask") if "decoder_input_ids" in batch else encoder
         self.masks = {"encoder": encoder, "decoder": decoder, "": encoder}
-        own = _distinct_tokens(batch, "input_ids", encoder)
+        own = distinct_tokens(batch, "input_ids", encoder)
         self.distinct = {"encoder": own, "decoder": own, "": own}
         if "decoder_input_ids" in batch:
-            self.distinct["decoder"] = _distinct_tokens(batch, "decoder_input_ids", decoder)
+            self.distinct["decoder"] = distinct_tokens(batch, "decoder_input_ids", decoder)
         lengths = encoder.sum(-1) if encoder is not None else None
         if lengths is None:
             first = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim >= 2), None)
@@ -399,8 +339,8 @@ class _Probe:
     ) -> None:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        q, k, v = (_four_axes(given[n], self.batch_size) for n in names[:3])
-        allowed, bias = _mask_or_bias(given.get("attn_mask"))
+        q, k, v = (four_axes(given[n], self.batch_size) for n in names[:3])
+        allowed, bias = mask_or_bias(given.get("attn_mask"))
         rows = mixing.row_statistics(
             q,
             k,
@@ -416,7 +356,7 @@ class _Probe:
             weights = mixing.attention_weights(
                 q, k, allowed=allowed, bias=bias, causal=bool(given.get("is_causal", False)), scale=given.get("scale")
             )
-        self._measure_attention(statistics, rows, v, _four_axes(output, self.batch_size), weights)
+        self._measure_attention(statistics, rows, v, four_axes(output, self.batch_size), weights)
 
     def _softmax_call(
         self,
@@ -437,9 +377,9 @@ class _Probe:
         kwargs: dict[str, Any],
         output: Any,
     ) -> None:
-        weights, logits = (_four_axes(t, self.batch_size) for t in pending.pop())
+        weights, logits = (four_axes(t, self.batch_size) for t in pending.pop())
         operands = list(tensors_in([args, kwargs]))
-        value = _four_axes(operands[statistics.call.value_operand], self.batch_size)
+        value = four_axes(operands[statistics.call.value_operand], self.batch_size)
         keys = value.shape[-2]
         if weights.ndim != 4 or keys > weights.shape[-1]:
             reason = "the attention weights do not have the axes batch, head, query, key"
@@ -452,7 +392,7 @@ class _Probe:
             weights, logits, query_mask=query_mask, susceptibility=self.level == "full"
         )
         full = weights / weights.sum(-1, keepdim=True) if self.spectra else None
-        self._measure_attention(statistics, rows, value, _four_axes(output, self.batch_size), full)
+        self._measure_attention(statistics, rows, value, four_axes(output, self.batch_size), full)
 
     def _query_mask(self, statistics: AttentionStatistics, queries: int, sequences: int) -> Tensor | None:
         mask = self._mask(statistics.stack, queries, f"the attention of block {statistics.block}")
@@ -484,13 +424,13 @@ class _Probe:
         query_mask = self._query_mask(statistics, rows.entropy.shape[-1], sequences)
         key_mask = self._key_mask(statistics, value.shape[-2], sequences)
         if mixed.ndim == 4 and mixed.shape[:2] == (sequences, count) and value.shape[0] == sequences:
-            before, after = _spread(value, key_mask), _spread(mixed, query_mask)
+            before, after = spread(value, key_mask), spread(mixed, query_mask)
             columns["value_contraction"] = after / before.repeat_interleave(count // before.shape[1], 1)
         else:
             statistics.reasons["value_contraction"] = "the mixed values do not have the axes batch, head, token, width"
         self.heads_output = mixed if mixed.ndim == 4 else None
         if weights is not None:
-            for name, found in _spectra(weights, query_mask, key_mask).items():
+            for name, found in pattern_spectra(weights, query_mask, key_mask).items():
                 columns[name] = found
         statistics.values = statistics.values.add(
             torch.stack([columns[n].to("cpu", torch.float64) for n in ATTENTION_MEASURES], 1)
@@ -525,7 +465,7 @@ class _Probe:
             return
         cloud = projected_cloud(mixed, heads_output, self.batch_size)
         is_first = not statistics.tokens.count
-        if is_first and heads_output is not None and not _holds(mixed, heads_output):
+        if is_first and heads_output is not None and not holds(mixed, heads_output):
             statistics.reasons["gauge_dimension"] = "something acts between the attention and its output projection"
         if cloud is None:
             statistics.reasons["energy_share"] = "the tokens of the output projection's input cannot be told apart"
@@ -537,127 +477,3 @@ class _Probe:
         statistics.tokens = statistics.tokens.add(lengths)
         energy = heads.contribution_energy(cloud, matrix, call.heads, mask)
         statistics.energy = statistics.energy.add((energy / energy.sum(-1, keepdim=True)).double())
-
-
-def projected_cloud(mixed: Tensor, heads_output: Tensor | None, batch_size: int) -> Tensor | None:
-    """What the output projection reads as [sequence, token, mixed]. Batch-first as it stands; otherwise the order of its rows
-    is taken from the attention's own output [sequence, head, token, head width], which must be found in it."""
-    if mixed.ndim == 3 and mixed.shape[0] == batch_size != mixed.shape[1]:
-        return mixed
-    if heads_output is not None:
-        known = heads_output.transpose(1, 2).flatten(2)  # [sequence, token, mixed]
-        if mixed.numel() == known.numel():
-            sequences, tokens = known.shape[:2]
-            if torch.equal(mixed.reshape(known.shape), known):
-                return mixed.reshape(known.shape)
-            first = mixed.reshape(tokens, sequences, -1).transpose(0, 1)
-            if torch.equal(first, known):
-                return first
-    return mixed if mixed.ndim == 3 and mixed.shape[0] == batch_size else None
-
-
-def _holds(mixed: Tensor, heads_output: Tensor) -> bool:
-    """Whether what the projection reads is the attention's own output, whatever the order of its axes. NaN says nothing."""
-    if mixed.numel() != heads_output.numel():
-        return False
-    found = (heads_output.permute(order) for order in ((0, 2, 1, 3), (2, 0, 1, 3), (0, 1, 2, 3)))
-    equal = any(torch.equal(mixed.flatten(), each.flatten().to(mixed.dtype)) for each in found)
-    return equal or not bool(mixed.isfinite().all())
-
-
-def _distinct_tokens(batch: Mapping[str, Any], name: str, mask: Tensor | None) -> Tensor | None:
-    """How many different ids each sequence has, padding left out; None where the model is given none (images, sound)."""
-    named = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point()}
-    ids = named.get(name, next((v for k, v in named.items() if "mask" not in k and v.dtype != torch.bool), None))
-    if ids is None:
-        return None
-    real = mask if mask is not None and mask.shape == ids.shape else torch.ones_like(ids, dtype=torch.bool)
-    return torch.tensor([len(row[kept].unique()) for row, kept in zip(ids, real, strict=True)])
-
-
-def _four_axes(tensor: Tensor, batch: int) -> Tensor:
-    """[batch, head, token, ·] from that, from [batch·head, token, ·] or from [batch, token, ·] with one head."""
-    if tensor.ndim == 3 and tensor.shape[0] % batch == 0:
-        return tensor.reshape(batch, tensor.shape[0] // batch, *tensor.shape[1:])
-    return tensor
-
-
-def _mask_or_bias(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A fused call's mask as (allowed pairs, additive bias): an additive mask of zeros and forbidden pairs is no bias."""
-    if mask is None or mask.dtype == torch.bool:
-        return mask, None
-    allowed = mask > torch.finfo(mask.dtype).min / 2
-    if bool(((mask == 0) | ~allowed).all()):
-        return allowed, None
-    return None, mask
-
-
-def _spread(x: Tensor, mask: Tensor | None) -> Tensor:
-    """||C X||_F over real tokens for x [batch, head, token, width], as [batch, head] in float64."""
-    x = x.float() if x.dtype != torch.float64 else x
-    if mask is None:
-        return (x - x.mean(-2, keepdim=True)).square().sum((-2, -1)).sqrt().double()
-    real = mask[:, None, :, None]
-    x = torch.where(real, x, 0.0)
-    mean = x.sum(-2, keepdim=True) / real.sum(-2, keepdim=True)
-    return torch.where(real, x - mean, 0.0).square().sum((-2, -1)).sqrt().double()
-
-
-def _spectra(weights: Tensor, query_mask: Tensor | None, key_mask: Tensor | None) -> dict[str, Tensor]:
-    """Contraction and leading singular values [batch, head] of weights [batch, head, query, key], sequence by sequence."""
-    found: dict[str, list[Tensor]] = {"contraction": [], "spectral_gap": [], "second_singular_value": []}
-    for i in range(weights.shape[0]):
-        one = weights[i]
-        if query_mask is not None:
-            one = one[:, query_mask[i]]
-        if key_mask is not None:
-            one = one[:, :, key_mask[i]]
-        first, second = mixing.leading_singular_values(one).unbind(-1)
-        found["contraction"].append(mixing.contraction(one))
-        found["spectral_gap"].append(1 - second / first)
-        found["second_singular_value"].append(second)
-    return {name: torch.stack(values) for name, values in found.items()}
-
-
-def projection_matrix(module: nn.Module, given: Tensor) -> Tensor:
-    """W_O of `projection_map`, which raises what it does."""
-    return projection_map(module, given)[0]
-
-
-def projection_map(module: nn.Module, given: Tensor) -> tuple[Tensor, Tensor]:
-    """W_O as [mixed, width], rows the concatenated heads, and the bias [width], zeros where there is none: of a plain linear
-    map its parameters, else what the module makes of the unit vectors (adapters, quantised and offloaded weights: whatever it
-    is, it should be affine). `given` is what it reads.
-
-    Raises `UncollapseError` where the module is not affine or cannot be run by itself.
-    """
-    weight = getattr(module, "weight", None)
-    own_forward = "forward" in vars(module)  # put on the instance by accelerate and others
-    plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-    if plain and isinstance(weight, Tensor) and weight.is_floating_point() and not (own_forward or weight.is_meta):
-        matrix = weight.detach().T if type(module) is nn.Linear else weight.detach()
-        bias = getattr(module, "bias", None)
-        return matrix, matrix.new_zeros(matrix.shape[1]) if bias is None else bias.detach()
-    mixed = given.shape[-1]
-    kept = [t.dtype for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-    dtype = (
-        given.dtype if given.dtype in kept or not kept else kept[0]
-    )  # under autocast the input is not in the weights'
-    unit = torch.eye(mixed, device=given.device, dtype=dtype)
-    generator = torch.Generator().manual_seed(0)
-    check = torch.randn(1, mixed, generator=generator).to(unit)
-    # Large unit vectors, a power of two: f(s e) - f(0) then loses no digits of the weights to the bias.
-    rows = torch.cat([SCALE * unit, torch.zeros_like(check), check])
-    try:
-        with torch.no_grad():  # `forward`: no hook on this module, ours nor the user's, should meet the unit vectors
-            image = module.forward(rows.reshape(*(1,) * (given.ndim - 2), *rows.shape)).reshape(len(rows), -1)
-    except Exception as error:
-        raise UncollapseError("the output projection cannot be run by itself") from error
-    zero = image[mixed]
-    matrix, got = (image[:mixed] - zero) / SCALE, image[mixed + 1] - zero
-    expected = check[0].to(matrix.dtype) @ matrix
-    # Activations may be quantised (below 1 %), and beside a large bias half precision rounds; a nonlinearity is off by more.
-    allowed = 0.1 * expected.abs().max() + 4 * torch.finfo(image.dtype).eps * zero.abs().max()
-    if bool(image.isfinite().all()) and not bool((got - expected).abs().max() <= allowed):
-        raise UncollapseError("the output projection is no affine map")
-    return matrix, zero
