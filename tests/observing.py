@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from uncollapse.analyses.preparation import with_true_positions
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.diagnosis import with_true_positions
 from uncollapse.probe.attention import ATTENTION_MEASURES
 from uncollapse.probe.passes import Observations, capture
 from uncollapse.probe.sites import PLAIN_MEASURES

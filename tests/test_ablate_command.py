@@ -59,16 +59,16 @@ class Ablated:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The calls of a stand-in for `uncollapse.ablation.ablate`."""
+    """The calls of a stand-in for `uncollapse.analyses.ablation.ablate`."""
     made: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def ablate(*arguments: Any, **options: Any) -> Ablated:
         made.append((arguments, options))
         return Ablated()
 
-    module = types.ModuleType("uncollapse.ablation")
+    module = types.ModuleType("uncollapse.analyses.ablation")
     module.ablate = ablate  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "uncollapse.ablation", module)
+    monkeypatch.setitem(sys.modules, "uncollapse.analyses.ablation", module)
     return made
 
 

@@ -12,7 +12,8 @@ from families import FAMILIES, inputs_for
 from tiny_models import text_batch
 
 import uncollapse as uc
-from uncollapse.ablation import rate, verdicts
+from uncollapse.judgement.predictions import verdicts
+from uncollapse.judgement.rates import rate
 from uncollapse.records.ablation import AblationRecord, AblationRun, RateRecord
 from uncollapse.records.encoding import from_json
 

@@ -13,14 +13,15 @@ from accelerate import cpu_offload
 from families import FAMILIES, inputs_for
 from torch import Tensor, nn
 
-from uncollapse import channels as channels_module
 from uncollapse.anatomy.interception import intercepted
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import ModuleCall
-from uncollapse.channels import Channels, Rows, channels_of
-from uncollapse.symmetry import QueryKeyGauge, ValueOutputGauge, head_weights
+from uncollapse.symmetry import channels as channels_module
+from uncollapse.symmetry.acting import head_weights
+from uncollapse.symmetry.channels import Channels, Rows, channels_of
+from uncollapse.symmetry.weight_groups import QueryKeyGauge, ValueOutputGauge
 
 families = pytest.mark.parametrize("family", FAMILIES)
 ROLES = ("queries", "keys", "values")

@@ -19,8 +19,8 @@ import typer
 from rich.console import Console
 
 from uncollapse import __version__
+from uncollapse.analyses.preparation import DEFAULTS
 from uncollapse.cli import app, main
-from uncollapse.diagnosis import DEFAULTS
 from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.sources import load_model, tokenize
 
@@ -50,7 +50,7 @@ class Diagnosed:
 
 
 class Diagnose:
-    """Stands in for `uncollapse.diagnosis.diagnose`: remembers its calls, and does what it is told."""
+    """Stands in for `uncollapse.analyses.diagnosis.diagnose`: remembers its calls, and does what it is told."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -63,9 +63,9 @@ class Diagnose:
 
 @pytest.fixture
 def diagnose(monkeypatch: pytest.MonkeyPatch) -> Diagnose:
-    module, stand_in = types.ModuleType("uncollapse.diagnosis"), Diagnose()
+    module, stand_in = types.ModuleType("uncollapse.analyses.diagnosis"), Diagnose()
     module.diagnose = stand_in  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "uncollapse.diagnosis", module)
+    monkeypatch.setitem(sys.modules, "uncollapse.analyses.diagnosis", module)
     return stand_in
 
 
@@ -482,7 +482,7 @@ def diagnose(model, texts, *, progress=None, **options):
         findings=[], show=lambda console: console.print("the table"), to_json=lambda path=None: RECORD + "\\n"
     )
 RECORD = RECORD_HERE
-sys.modules["uncollapse.diagnosis"] = types.SimpleNamespace(diagnose=diagnose)
+sys.modules["uncollapse.analyses.diagnosis"] = types.SimpleNamespace(diagnose=diagnose)
 main()
 """.replace("RECORD_HERE", ascii(json.dumps(RECORD, ensure_ascii=False)))
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import uncollapse as uc
 from uncollapse import sources
-from uncollapse.diagnosis import DEFAULTS, ProbeOptions
+from uncollapse.analyses.preparation import DEFAULTS, ProbeOptions
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.records.encoding import from_json, json_schema, to_json

@@ -15,7 +15,7 @@ from tiny_models import FAMILIES
 from torch import Tensor, nn
 
 import uncollapse as uc
-from uncollapse.equivariance import QUERY_KEY, breakers
+from uncollapse.analyses.symmetries import QUERY_KEY, breakers
 from uncollapse.records.common import PHENOMENA, Statistic
 from uncollapse.records.symmetries import SymmetriesRecord, SymmetryTest
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from uncollapse import findings as rules
+from uncollapse.judgement import findings as rules
 from uncollapse.records.common import Finding, Statistic
 from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
 

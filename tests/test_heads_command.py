@@ -59,16 +59,16 @@ class Identified:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The calls of a stand-in for `uncollapse.identifiability.identify`."""
+    """The calls of a stand-in for `uncollapse.analyses.heads.identify`."""
     made: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def identify(*arguments: Any, **options: Any) -> Identified:
         made.append((arguments, options))
         return Identified()
 
-    module = types.ModuleType("uncollapse.identifiability")
+    module = types.ModuleType("uncollapse.analyses.heads")
     module.identify = identify  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "uncollapse.identifiability", module)
+    monkeypatch.setitem(sys.modules, "uncollapse.analyses.heads", module)
     return made
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import uncollapse as uc
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.phenomena import Components, symmetry_records
+from uncollapse.judgement.order_parameters import Components, symmetry_records
 from uncollapse.records.common import PHENOMENA
 from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.records.symmetries import SymmetryRecord

@@ -32,16 +32,16 @@ def run(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The calls of a stand-in for `uncollapse.equivariance.symmetries`."""
+    """The calls of a stand-in for `uncollapse.analyses.symmetries.symmetries`."""
     made: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def symmetries(*arguments: Any, **options: Any) -> Ablated:
         made.append((arguments, options))
         return Ablated()
 
-    module = types.ModuleType("uncollapse.equivariance")
+    module = types.ModuleType("uncollapse.analyses.symmetries")
     module.symmetries = symmetries  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "uncollapse.equivariance", module)
+    monkeypatch.setitem(sys.modules, "uncollapse.analyses.symmetries", module)
     return made
 
 

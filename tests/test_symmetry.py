@@ -23,21 +23,10 @@ from uncollapse.anatomy.probing import float64_kept, probing
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall
-from uncollapse.channels import Channels, channels_of
-from uncollapse.symmetry import (
-    HeadPermutation,
-    HeadWeights,
-    KeyPermutation,
-    LogitScaling,
-    LogitShift,
-    QueryKeyGauge,
-    TokenPermutation,
-    ValueOutputGauge,
-    acting,
-    drawn,
-    head_weights,
-    transformed,
-)
+from uncollapse.symmetry.acting import acting, drawn, head_weights, transformed
+from uncollapse.symmetry.channels import Channels, channels_of
+from uncollapse.symmetry.pass_groups import KeyPermutation, LogitScaling, LogitShift, TokenPermutation
+from uncollapse.symmetry.weight_groups import HeadPermutation, HeadWeights, QueryKeyGauge, ValueOutputGauge
 
 GROUPS = {"heads": HeadPermutation, "value-output": ValueOutputGauge, "query-key": QueryKeyGauge}
 EXACT, BROKEN = 1e-9, 1e-4

@@ -18,9 +18,9 @@ from tiny_models import FAMILIES, text_batch
 from torch import Tensor, nn
 
 import uncollapse as uc
-from uncollapse import findings
+from uncollapse.analyses.recording import attention_records, site_records
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.diagnosis import attention_records, site_records
+from uncollapse.judgement import findings
 from uncollapse.measures import heads
 from uncollapse.probe.passes import capture
 
@@ -258,7 +258,7 @@ def test_a_changed_byte_of_any_module_that_measures_makes_saved_cases_worthless(
         if saved.fingerprint(tmp_path) == before:
             unfelt.add(file.relative_to(tmp_path).as_posix())
         file.write_bytes(content)
-    judging = {"src/uncollapse/" + name for name in ("__main__.py", "cli.py", "findings.py")}
+    judging = {"src/uncollapse/" + name for name in ("__main__.py", "cli.py", "judgement/findings.py")}
     judging |= {"bench/validity/" + name for name in ("__main__.py", "document.py", "scoring.py")}
     assert {name for name in unfelt if not name.startswith("src/uncollapse/report/")} == judging
     (tmp_path / "src" / "uncollapse" / "a_new_module.py").touch()

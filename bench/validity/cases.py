@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from bench.validity import planting
 from bench.validity.models import Batches, Subject
+from uncollapse.analyses.recording import attention_records, site_records
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.vocabulary import Anatomy
-from uncollapse.attribution import heads_records
-from uncollapse.diagnosis import attention_records, site_records
+from uncollapse.judgement.attribution import heads_records
 from uncollapse.measures import heads
 from uncollapse.probe.passes import capture
 from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord

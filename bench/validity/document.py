@@ -14,7 +14,7 @@ from bench.validity.cases import Case, Measured
 from bench.validity.models import SUBJECTS
 from bench.validity.planting import UNDERFLOW
 from bench.validity.scoring import GROWS, ORDER, THRESHOLDS, AtHalf, Judged, Scores
-from uncollapse import findings
+from uncollapse.judgement import findings
 from uncollapse.records.common import PHENOMENA, Phenomenon
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "validity.md"

@@ -22,7 +22,7 @@ SUBJECT_SOURCES = ("bench/language_models.py", "bench/pretrained.py", "bench/wei
 JUDGING = (
     "src/uncollapse/__main__.py",
     "src/uncollapse/cli.py",
-    "src/uncollapse/findings.py",
+    "src/uncollapse/judgement/findings.py",
     "src/uncollapse/report",
     "bench/validity/__main__.py",
     "bench/validity/document.py",

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from bench.validity.cases import Case, Measured, Run
 from bench.validity.models import SUBJECTS
-from uncollapse import findings
-from uncollapse.findings import Reading
+from uncollapse.judgement import findings
+from uncollapse.judgement.findings import Reading
 from uncollapse.records.common import PHENOMENA, Phenomenon
 
 # The order parameter by which each plant is graded.

@@ -14,26 +14,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Ablation": "ablation",
-    "Diagnosis": "diagnosis",
+    "Ablation": "analyses.ablation",
+    "Diagnosis": "analyses.diagnosis",
     "HeadContributions": "probe.contributions",
-    "Identifiability": "identifiability",
+    "Identifiability": "analyses.heads",
     "InputError": "errors",
     "Layout": "anatomy.vocabulary",
     "PositionGatedProjection": "gates.projection",
-    "Symmetries": "equivariance",
+    "Symmetries": "analyses.symmetries",
     "UncollapseError": "errors",
     "UnsupportedModel": "errors",
-    "ablate": "ablation",
-    "channels_of": "channels",
-    "diagnose": "diagnosis",
+    "ablate": "analyses.ablation",
+    "channels_of": "symmetry.channels",
+    "diagnose": "analyses.diagnosis",
     "gate_report": "gates.broken",
     "head_contributions": "probe.contributions",
-    "identify": "identifiability",
+    "identify": "analyses.heads",
     "install_gates": "gates.installation",
     "rank_change": "measures.normalization",
     "remove_gates": "gates.installation",
-    "symmetries": "equivariance",
+    "symmetries": "analyses.symmetries",
     "verify": "claims",
     "without": "interventions.without",
 }
@@ -70,21 +70,21 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from uncollapse.ablation import Ablation, ablate
+    from uncollapse.analyses.ablation import Ablation, ablate
+    from uncollapse.analyses.diagnosis import Diagnosis, diagnose
+    from uncollapse.analyses.heads import Identifiability, identify
+    from uncollapse.analyses.symmetries import Symmetries, symmetries
     from uncollapse.anatomy.vocabulary import Layout
-    from uncollapse.channels import channels_of
     from uncollapse.claims import verify
-    from uncollapse.diagnosis import Diagnosis, diagnose
-    from uncollapse.equivariance import Symmetries, symmetries
     from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
     from uncollapse.gates.broken import gate_report
     from uncollapse.gates.installation import install_gates, remove_gates
     from uncollapse.gates.projection import PositionGatedProjection
-    from uncollapse.identifiability import Identifiability, identify
     from uncollapse.interventions.without import without
     from uncollapse.measures import exact, geometry, heads, mixing
     from uncollapse.measures.normalization import rank_change
     from uncollapse.probe.contributions import HeadContributions, head_contributions
+    from uncollapse.symmetry.channels import channels_of
 
 
 def __getattr__(name: str) -> Any:

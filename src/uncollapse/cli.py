@@ -23,12 +23,13 @@ from uncollapse.errors import InputError, UncollapseError
 from uncollapse.records.common import SEVERITIES, Finding, Severity
 
 if TYPE_CHECKING:
-    from uncollapse.ablation import Ablation
-    from uncollapse.diagnosis import Diagnosis, ProbeOptions
-    from uncollapse.equivariance import Symmetries
-    from uncollapse.identifiability import Identifiability
+    from uncollapse.analyses.ablation import Ablation
+    from uncollapse.analyses.diagnosis import Diagnosis
+    from uncollapse.analyses.heads import Identifiability
+    from uncollapse.analyses.preparation import ProbeOptions
+    from uncollapse.analyses.result import Recorded
+    from uncollapse.analyses.symmetries import Symmetries
     from uncollapse.probe.passes import Progress
-    from uncollapse.recorded import Recorded
 
 FOUND, REFUSED, INTERRUPTED = 1, 2, 130
 STDOUT = "-"
@@ -275,7 +276,7 @@ def diagnose(
 ) -> "Diagnosis":
     """Measure where and how a model's token representations collapse, and say what was found."""
     lengths = token_counts(context_lengths)
-    from uncollapse.diagnosis import diagnose as diagnosis
+    from uncollapse.analyses.diagnosis import diagnose as diagnosis
 
     return diagnosis(model, texts_in(text), level=level, context_lengths=lengths, **probe)
 
@@ -358,7 +359,7 @@ def ablate(
     """Run a model without some of its parts, and say which of them keeps its tokens apart."""
     wanted = block_numbers(blocks)
     combinations = [tuple(part.strip() for part in each.split(",")) for each in without] if without else None
-    from uncollapse.ablation import ablate as ablation
+    from uncollapse.analyses.ablation import ablate as ablation
 
     return ablation(model, texts_in(text), without=combinations, grid=grid, blocks=wanted, level=level, **probe)
 
@@ -392,7 +393,7 @@ output. What each head wrote can always be recorded: `uncollapse.head_contributi
 )
 def heads(model: str, text: Text, **probe: "Unpack[ProbeOptions]") -> "Identifiability":
     """Say block by block whether a result can be attributed to a head, and to whom what stays ambiguous."""
-    from uncollapse.identifiability import identify
+    from uncollapse.analyses.heads import identify
 
     return identify(model, texts_in(text), **probe)
 
@@ -431,7 +432,7 @@ def symmetries(
 ) -> "Symmetries":
     """Let four groups act on a model: which symmetries hold, what breaks them, and how far it is from each collapse."""
     lengths = token_counts(context_lengths)
-    from uncollapse.equivariance import symmetries as acting
+    from uncollapse.analyses.symmetries import symmetries as acting
 
     return acting(model, texts_in(text), context_lengths=lengths, **probe)
 
@@ -518,8 +519,8 @@ def verify(
     """Check claims about Transformers, exactly where that is possible, and print a verdict with its evidence."""
 
     def found(progress: "Progress | None") -> "Recorded[Any]":
+        from uncollapse.analyses.result import Recorded
         from uncollapse.claims import verify as ledger_of
-        from uncollapse.recorded import Recorded
 
         ledger = ledger_of(
             list(dict.fromkeys(claims)) if claims else None,

@@ -16,9 +16,10 @@ from typing import Unpack
 
 from torch import nn
 
+from uncollapse.analyses.diagnosis import observe
+from uncollapse.analyses.preparation import ProbeOptions, prepare
+from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.probing import float64_kept
-from uncollapse.diagnosis import ProbeOptions, observe, prepare
-from uncollapse.recorded import Recorded
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import HeadsRecord
 from uncollapse.records.heads import HEADS_SCHEMA, IdentifiabilityRecord
@@ -53,7 +54,7 @@ def identify(
     The text decides `energy_share` and the number of tokens n alone; everything else comes from the output projections. For
     the vectors that the heads write see `uncollapse.head_contributions`.
 
-    Options shared with `diagnose`, each described in `help(uncollapse.diagnosis.ProbeOptions)`:
+    Options shared with `diagnose`, each described in `help(uncollapse.analyses.preparation.ProbeOptions)`:
     text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
     model: layout, name, device, dtype, device_map, trust_remote_code=False;
     run: command, progress.

@@ -24,31 +24,22 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from uncollapse.analyses.diagnosis import observe
+from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
+from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.interception import device_of
 from uncollapse.anatomy.probing import float64_kept, probing
 from uncollapse.anatomy.proof import block_output, example
 from uncollapse.anatomy.vocabulary import Block
-from uncollapse.channels import Channels, channels_of
-from uncollapse.diagnosis import Prepared, ProbeOptions, observe, prepare
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.interventions.without import without as taken_away
 from uncollapse.probe.context_lengths import require_context_lengths
-from uncollapse.recorded import Recorded
 from uncollapse.records.common import Finding, Phenomenon, Statistic
 from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord, SymmetryRecord, SymmetryTest
-from uncollapse.symmetry import (
-    HeadPermutation,
-    KeyPermutation,
-    LogitScaling,
-    LogitShift,
-    QueryKeyGauge,
-    TokenPermutation,
-    ValueOutputGauge,
-    WeightElement,
-    acting,
-    drawn,
-    transformed,
-)
+from uncollapse.symmetry.acting import acting, drawn, transformed
+from uncollapse.symmetry.channels import Channels, channels_of
+from uncollapse.symmetry.pass_groups import KeyPermutation, LogitScaling, LogitShift, TokenPermutation
+from uncollapse.symmetry.weight_groups import HeadPermutation, QueryKeyGauge, ValueOutputGauge, WeightElement
 
 SEQUENCES, TOKENS = 4, 32  # what the groups act on: a defect is there in every sequence, or not at all
 # In rounding levels. An exact symmetry reorders sums and rounds weights anew: on MiniLM (four number formats) and SmolLM2 its
@@ -94,7 +85,7 @@ def symmetries(
     The groups act on the first tokens of a few sequences; the order parameters along depth come from all of the text. Weights
     that a gauge transforms are put back bit for bit, also after an exception.
 
-    Options shared with `diagnose`, each described in `help(uncollapse.diagnosis.ProbeOptions)`:
+    Options shared with `diagnose`, each described in `help(uncollapse.analyses.preparation.ProbeOptions)`:
     text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
     model: layout, name, device, dtype, device_map, trust_remote_code=False;
     run: command, progress.

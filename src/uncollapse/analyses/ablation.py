@@ -14,47 +14,32 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
+from uncollapse.analyses.recording import model_info, probe_record, site_records, versions
+from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.probing import float64_kept
 from uncollapse.anatomy.tracing import tensors_in
-from uncollapse.diagnosis import Prepared, ProbeOptions, model_info, prepare, probe_record, site_records, versions
 from uncollapse.errors import InputError
 from uncollapse.interventions.without import require_blocks, require_components
 from uncollapse.interventions.without import without as taken_away
-from uncollapse.measures.line_fit import line_fit
+from uncollapse.judgement.predictions import verdicts
+from uncollapse.judgement.rates import depth_rate
 from uncollapse.measures.running import Running
 from uncollapse.probe.attention import ATTENTION_MEASURES
 from uncollapse.probe.passes import Level, Observations, capture
 from uncollapse.probe.sublayers import norm_records, update_records
-from uncollapse.recorded import Recorded
-from uncollapse.records.ablation import ABLATION_SCHEMA, AblationRecord, AblationRun, RateRecord, VerdictRecord
+from uncollapse.records.ablation import ABLATION_SCHEMA, AblationRecord, AblationRun, VerdictRecord
 from uncollapse.records.common import Statistic
-from uncollapse.records.diagnosis import SiteRecord, followed
 
 GRID = ("norm", "residual", "mlp")
-LOST = 0.1  # a run collapses in distance when less than a tenth of the embedding's consensus distance is left
-RANK_LOST = (
-    0.5  # and in rank when less than half of the dimensions that the embedding spans, relative to the attainable
-)
-DOUBLY_EXPONENTIAL = (
-    1.5  # slope of ln r_{l+1} against ln r_l halfway (geometrically) between 1 and the cubic law's 3, rounded
-)
-FLOOR = (
-    16  # rounding floor of a consensus distance, in units of the number format's epsilon: measured 2 to 5 in float64
-)
-
-_RATES = {"geometrically": "geometric", "doubly exponentially": "doubly exponential"}
-
-_DONG = "Dong, Cordonnier, Loukas 2021, arXiv 2103.03404"
-_CIRRINCIONE = "Cirrincione 2026, arXiv 2604.23681"
 
 
 @dataclass(frozen=True)
@@ -90,7 +75,7 @@ def ablate(
     sublayer adds and each norm does (`updates`, `norms`). With `dtype="float64"` a collapse is followed down to 1e-15 instead
     of 2e-6.
 
-    Options shared with `diagnose`, each described in `help(uncollapse.diagnosis.ProbeOptions)`:
+    Options shared with `diagnose`, each described in `help(uncollapse.analyses.preparation.ProbeOptions)`:
     text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
     model: layout, name, device, dtype, device_map, trust_remote_code=False;
     run: command, progress.
@@ -281,165 +266,4 @@ def _epsilon(model: nn.Module) -> float:
 # Rates ----------------------------------------------------------------------------------------------------------------
 
 
-def consensus(trajectory: Sequence[SiteRecord]) -> list[float]:
-    """The consensus distance along the stack that is followed (the last one), massive tokens left out where there are any.
-
-    Tokens that are all exactly zero have none (0/0); they are at consensus, so 0. NaN where the tokens are not finite.
-    """
-    values = []
-    for site in followed(trajectory):
-        zero = site.consensus is None and site.rank is not None and site.rank.max == 0
-        values.append(site.consensus.mean if site.consensus is not None else 0.0 if zero else math.nan)
-    return values
-
-
-def depth_rate(trajectory: Sequence[SiteRecord], epsilon: float) -> RateRecord | None:
-    """How the consensus distance falls with depth, from the values above the rounding floor; `None` where it is not finite."""
-    values = consensus(trajectory)
-    if not all(map(math.isfinite, values)):
-        return None
-    found = rate(values, epsilon)
-    if found.floor_block is None:
-        return found
-    # `rate` counts along the values; records count block calls, the encoder's first.
-    return replace(found, floor_block=followed(trajectory)[found.floor_block + 1].block)
-
-
-def rate(values: Sequence[float], epsilon: float) -> RateRecord:
-    """How a sequence of consensus distances, the embedding's first, falls; `floor_block` counts from the value after it.
-    `epsilon`: of the model's number format."""
-    floor = FLOOR * epsilon
-    floor_block = next((i - 1 for i, v in enumerate(values) if v <= floor and i), None)
-    above = values if floor_block is None else values[: floor_block + 1]
-    logs = [math.log(v) for v in above if v > 0]
-    steps = len(logs) - 1
-    factor = math.exp((logs[-1] - logs[0]) / steps) if steps else None
-    fit = line_fit(logs[:-1], logs[1:])
-    slope, low, high = fit.slope, fit.low, fit.high
-    kind: Literal["none", "geometric", "doubly exponential"] = "none"
-    if floor_block is not None or min(values) < LOST * values[0]:
-        kind = "doubly exponential" if _accelerates(logs, slope) else "geometric"
-    return RateRecord(kind, factor, slope, low, high, floor, floor_block)
-
-
-def _accelerates(logs: Sequence[float], slope: float | None) -> bool:
-    """Whether ln r falls by more at each block: by the slope where there are points enough, else because the floor was met."""
-    return slope > DOUBLY_EXPONENTIAL if slope is not None else len(logs) < 3
-
-
 # Verdicts -------------------------------------------------------------------------------------------------------------
-
-
-def verdicts(runs: Sequence[AblationRun], *, is_causal: bool) -> list[VerdictRecord]:
-    """Each prediction that these runs can speak to, held against them in rank and in distance."""
-    by_combination = {frozenset(r.without): r for r in runs}
-    whole = by_combination[frozenset()]
-    found: list[VerdictRecord] = []
-    without_mlp = by_combination.get(frozenset({"mlp"}))
-    if without_mlp is not None:
-        found += _held("The MLP prevents the collapse", _DONG, without_mlp, whole, collapses=True)
-        found += _held(
-            "Residual connections prevent it without the MLP", _CIRRINCIONE, without_mlp, whole, collapses=False
-        )
-    without_residual = by_combination.get(frozenset({"residual"}))
-    if without_residual is not None:
-        how = "geometrically" if is_causal else "doubly exponentially"
-        prediction = "Without residual connections the tokens collapse, MLP and norms or not"
-        found += _held(prediction, _CIRRINCIONE, without_residual, whole, collapses=True, how=how)
-    without_norm = by_combination.get(frozenset({"norm"}))
-    if without_norm is not None:
-        found.append(_norm_neutrality(without_norm, whole))
-    return found
-
-
-def _held(
-    prediction: str, source: str, run: AblationRun, whole: AblationRun, *, collapses: bool, how: str = ""
-) -> list[VerdictRecord]:
-    """One prediction in both measures. A collapse in distance is predicted with its rate where theory gives one."""
-    share, block = _rank_share(run, whole)
-    lost = share < RANK_LOST
-    records = [
-        VerdictRecord(
-            prediction,
-            source,
-            run.without,
-            "affine_rank",
-            "dimensions are lost" if collapses else "no dimensions are lost",
-            f"{share:.0%} of the embedding's share of the attainable affine rank is left at its lowest",
-            lost == collapses,
-            None,
-            block,
-        )
-    ]
-    if run.rate is not None:
-        gone = run.rate.kind != "none"
-        as_predicted = gone == collapses and (not how or run.rate.kind == _RATES[how])
-        values = consensus(run.trajectory)
-        lowest = min(range(len(values)), key=values.__getitem__)
-        observed = f"consensus distance {values[0]:.2g} → {values[lowest]:.2g}: {_in_words(run.rate)}"
-        records.append(
-            VerdictRecord(
-                prediction,
-                source,
-                run.without,
-                "consensus_distance",
-                f"falls {how}".strip() if collapses else "stays",
-                observed,
-                as_predicted,
-                run.rate.kind,
-                run.rate.floor_block if run.rate.floor_block is not None else followed(run.trajectory)[lowest].block,
-            )
-        )
-    return records
-
-
-def _rank_share(run: AblationRun, whole: AblationRun) -> tuple[float, int | None]:
-    """The lowest share of the attainable affine rank along depth, relative to that of the embedding, and its block."""
-    shares = [
-        (s.affine_rank.mean / s.attainable_affine_rank.mean, s.block)
-        for s in run.trajectory
-        if s.affine_rank is not None and s.attainable_affine_rank is not None and s.attainable_affine_rank.mean
-    ]
-    start = next(
-        s.affine_rank.mean / s.attainable_affine_rank.mean
-        for s in whole.trajectory
-        if s.affine_rank is not None and s.attainable_affine_rank is not None
-    )
-    lowest, block = min(shares, key=lambda pair: pair[0])
-    return lowest / start if start else 0.0, block
-
-
-def _in_words(found: RateRecord) -> str:
-    if found.kind == "none":
-        return "it does not collapse"
-    figure = (
-        f", ln r multiplied by {found.slope:.2g} a block"
-        if found.kind == "doubly exponential" and found.slope is not None
-        else f", times {found.factor:.2g} a block"
-        if found.factor is not None
-        else ""
-    )
-    reached = f", at the rounding floor from block {found.floor_block} on" if found.floor_block is not None else ""
-    return f"{found.kind}{figure}{reached}"
-
-
-def _norm_neutrality(run: AblationRun, whole: AblationRun) -> VerdictRecord:
-    """Norms are rank-neutral: is the affine rank along depth the same without them?"""
-    gaps = [
-        (abs(a.affine_rank.mean - b.affine_rank.mean), a.block)
-        for a, b in zip(run.trajectory, whole.trajectory, strict=True)
-        if a.affine_rank is not None and b.affine_rank is not None
-    ]
-    gap, block = max(gaps, key=lambda pair: pair[0])
-    return VerdictRecord(
-        "Layer normalisation is rank-neutral",
-        _CIRRINCIONE,
-        run.without,
-        "affine_rank",
-        "the affine rank is the same without the norms",
-        (f"it differs by at most {gap:.3g}" if gap else "it is the same at every block")
-        + (" that stays finite" if len(gaps) < len(whole.trajectory) else ""),
-        gap == 0,
-        None,
-        block,
-    )

@@ -1,93 +1,27 @@
-"""`diagnose`: which collapse, where, what holds it up. The whole of the product's main job in one call.
-
-A model and some text (or ready batches of any modality) go in; the anatomy is proved, one probe pass observes, rules
-judge, and a `Diagnosis` comes out that can show itself, write itself, and be read again a year later.
-"""
+"""A model and its text, made ready: loaded, proved, and cut into batches."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-import platform
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Final, TypedDict, Unpack
+from typing import Any, Final, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from uncollapse import findings, sources
+from uncollapse import sources
 from uncollapse.anatomy.interception import device_of
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import example, proved_anatomy
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Layout
-from uncollapse.attribution import heads_records
 from uncollapse.errors import InputError
-from uncollapse.phenomena import Components, symmetry_records
-from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
-from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
-from uncollapse.probe.passes import Level, Observations, Progress, capture
-from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, STREAM_MEASURES, SiteStatistics
-from uncollapse.probe.sublayers import norm_records, update_records
-from uncollapse.recorded import Recorded
-from uncollapse.records.common import Finding, ModelInfo, Probe, Statistic
-from uncollapse.records.diagnosis import (
-    DIAGNOSIS_SCHEMA,
-    AttentionRecord,
-    DiagnosisRecord,
-    MassiveTokensLeftOut,
-    SiteRecord,
-)
+from uncollapse.probe.passes import Level, Progress
 
 DEFAULT_SEQUENCES = 64
-
-
-@dataclass(frozen=True)
-class Diagnosis(Recorded[DiagnosisRecord]):
-    """What `diagnose` found. `record` is the whole of it, as data."""
-
-    @property
-    def findings(self) -> list[Finding]:
-        """What fired, the most severe first."""
-        return self.record.findings
-
-    @property
-    def trajectory(self) -> list[SiteRecord]:
-        """The token cloud along depth: the embedding, then each block's output."""
-        return self.record.trajectory
-
-
-def diagnose(
-    model: nn.Module | str | Path = "demo",
-    texts: Sequence[str] | None = None,
-    *,
-    level: Level = "core",
-    context_lengths: Sequence[int] | None = None,
-    **probe: Unpack[ProbeOptions],
-) -> Diagnosis:
-    """Diagnose a model on some text, or on batches of any modality.
-
-    model: a loaded `nn.Module`, a hub id, a local directory, or `"demo"` (the packaged MiniLM).
-    texts: one sequence each. Without them (and without `batches`) English prose that Python brings along.
-    level: `"core"`, or `"full"` for contraction, spectral gap and susceptibility as well.
-    context_lengths: lengths in tokens at which to fit how the second singular value of each attention falls (`symmetries`).
-
-    Options that `ablate`, `identify` and `symmetries` take too, each described in `help(uncollapse.diagnosis.ProbeOptions)`:
-    text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
-    model: layout, name, device, dtype, device_map, trust_remote_code=False;
-    run: command, progress.
-
-    The model is left as it was: its hooks, its mode, every bit of its output.
-    Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the
-    anatomy cannot be proved.
-    """
-    lengths = None if context_lengths is None else require_context_lengths(context_lengths)
-    prepared = prepare(diagnose, model, texts, probe, level=level)
-    return Diagnosis(observe(prepared, context_lengths=lengths))
 
 
 class ProbeOptions(TypedDict, total=False):
@@ -298,151 +232,3 @@ def with_true_positions(model: nn.Module, batches: list[dict[str, Tensor]]) -> l
     if not torch.equal(own, told):
         return batches
     return [b | {"position_ids": (b["attention_mask"].cumsum(1) - 1).clamp(min=0)} for b in batches]
-
-
-# Records ------------------------------------------------------------------------------------------------------------
-
-
-def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None) -> DiagnosisRecord:
-    """One probe pass, and a pass for each context length, put into one record and judged."""
-    model, anatomy, progress = prepared.loaded.model, prepared.anatomy, prepared.progress
-    observed = capture(model, prepared.batches, anatomy, level=prepared.level, seed=prepared.seed, progress=progress)
-    scaling = []
-    if context_lengths is not None:
-        scaling = width_scaling(
-            model, anatomy, prepared.batches, context_lengths, seed=prepared.seed, progress=progress
-        )
-    trajectory = site_records(observed)
-    attention = [record for s in observed.attention for record in attention_records(s, prepared.level)]
-    head_records = heads_records(observed.attention)
-    described = probe_record(prepared, observed)
-    described.options["context_lengths"] = None if context_lengths is None else list(context_lengths)
-    return DiagnosisRecord(
-        schema=DIAGNOSIS_SCHEMA,
-        versions=versions(),
-        model=model_info(prepared, observed),
-        probe=described,
-        trajectory=trajectory,
-        attention=attention,
-        heads=head_records,
-        norms=norm_records(observed.norms),
-        updates=update_records(observed.updates),
-        symmetries=symmetry_records(trajectory, attention, head_records, Components.of(model, anatomy), scaling),
-        findings=findings.findings(trajectory, attention, head_records),
-    )
-
-
-def probe_record(prepared: Prepared, observed: Observations) -> Probe:
-    """What the record says of the text and the options."""
-    return Probe(
-        sequences=observed.sequences,
-        tokens=observed.tokens,
-        max_tokens=observed.max_tokens,
-        source=prepared.source,
-        seed=prepared.seed,
-        level=prepared.level,
-        device=str(device_of(prepared.loaded.model)),
-        command=prepared.command,
-        options=prepared.options,
-    )
-
-
-def site_records(observed: Observations) -> list[SiteRecord]:
-    """The trajectory, from the embedding on."""
-    return [_site_record(s) for s in observed.sites]
-
-
-def _site_record(site: SiteStatistics) -> SiteRecord:
-    plain = {name: Statistic.of(*site.plain.summary(i)) for i, name in enumerate(PLAIN_MEASURES)}
-    massive = {name: Statistic.of(*site.massive.summary(i)) for i, name in enumerate(MASSIVE_MEASURES)}
-    if site.not_finite and all(v is None for v in plain.values()):
-        missing = "NaN or infinity in every sequence"
-    else:
-        missing = "undefined on this text"
-    stream = {name: Statistic.of(*site.stream.summary(i)) for i, name in enumerate(STREAM_MEASURES)}
-    unavailable = {name: missing for name, value in (plain | stream).items() if value is None}
-    if site.block is None:
-        unavailable["stream_carried"] = "no block comes before"
-        if "distinct_tokens" in unavailable:
-            unavailable["distinct_tokens"] = "the model is given no token ids"
-    else:
-        unavailable["distinct_tokens"] = "counted at the embedding"
-    if "rank_gap" in unavailable and not site.not_finite:
-        unavailable["rank_gap"] = "no singular value lies below the cut"
-    return SiteRecord(
-        site=site.site,
-        block=site.block,
-        stack=site.stack,
-        massive_tokens_left_out=MassiveTokensLeftOut(**massive),
-        not_finite=site.not_finite,
-        unavailable=unavailable,
-        **plain,
-        **stream,
-    )
-
-
-def attention_records(statistics: AttentionStatistics, level: Level) -> list[AttentionRecord]:
-    """One attention call, head by head."""
-    records = []
-    for head in range(statistics.call.heads):
-        values = {name: Statistic.of(*statistics.values.summary(i, head)) for i, name in enumerate(ATTENTION_MEASURES)}
-        unavailable = {
-            name: statistics.reasons.get(name) or _missing(name, level)
-            for name, value in values.items()
-            if value is None
-        }
-        records.append(
-            AttentionRecord(
-                block=statistics.block,
-                head=head,
-                stack=statistics.stack,
-                kind=statistics.kind,
-                route=statistics.route,
-                unavailable=unavailable,
-                **values,
-            )
-        )
-    return records
-
-
-def _missing(measure: str, level: Level) -> str:
-    if level == "core" and measure in {"susceptibility", "contraction", "spectral_gap", "second_singular_value"}:
-        return "measured with --level full"
-    return "not finite or undefined on this text"
-
-
-def model_info(prepared: Prepared, observed: Observations) -> ModelInfo:
-    """What the record says of the model."""
-    loaded, anatomy = prepared.loaded, prepared.anatomy
-    model = loaded.model
-    calls = [s.call for s in observed.attention]
-    common = Counter((c.heads, c.key_value_heads, c.head_width) for c in calls).most_common(1)
-    heads, key_value_heads, head_width = common[0][0] if common else (0, 0, 0)
-    parameters = {id(p): p.numel() for p in model.parameters()}
-    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
-    backend = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return ModelInfo(
-        name=loaded.name,
-        revision=loaded.revision,
-        architecture=type(model).__name__,
-        blocks=len(anatomy.blocks),
-        heads=heads,
-        key_value_heads=key_value_heads,
-        width=observed.sites[0].width if observed.sites else 0,
-        head_width=head_width,
-        norm_placement=anatomy.norm_placement,
-        parameters=sum(parameters.values()),
-        dtype=str(dtype).removeprefix("torch."),
-        attention_backend=backend or "the model's own",
-    )
-
-
-def versions() -> dict[str, str]:
-    """Of everything a figure depends on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("uncollapse", "transformers"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # run from a source tree, or a model without transformers
-            found[package] = "not installed"
-    return found

@@ -35,16 +35,25 @@ from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import example, known_example
 from uncollapse.anatomy.tracing import operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, ModuleCall
+from uncollapse.symmetry.parameters import Parameters, is_part_of, output_axis
+from uncollapse.symmetry.patterns import (
+    CODES,
+    LOUD,
+    PATTERNS,
+    by_pattern,
+    cut,
+    repeated,
+    sign_codes,
+    stacked,
+    unchanged,
+)
 
 Place = ModuleCall | Point
 Role = Literal["queries", "keys", "values"]
 ROLES: tuple[Role, ...] = ("queries", "keys", "values")
 _NORMS: dict[str, Literal["head", "layer"]] = {"head": "head", "layer": "layer"}
 
-PATTERNS = 29  # patterns a pass, one a sequence: a number that no other axis is likely to have
-CODES = 128  # signs in the code of a feature: of 2^26 wrong ones, the nearest agrees with a code to .55
 AGREEMENT = 0.8  # a copy agrees to 1, behind a layer norm over d_k channels to sqrt(1 - 1/d_k)
-LOUD = 16.0
 _MATRIX_OPERANDS = {"matmul", "bmm", "baddbmm", "mm"}  # their second matrix comes transposed: keys as [channel, token]
 
 
@@ -150,16 +159,6 @@ class _Site:
         self.reasons.setdefault(role, reason)
 
 
-@dataclass(frozen=True)
-class _Parameters:
-    """A learned product's parameters by their qualified names. Feature `j` of its output is number `offset + j` along `out`."""
-
-    weight: str
-    bias: str | None
-    out: int
-    offset: int = 0
-
-
 class _UnreadableError(Exception):
     """The patterns cannot be laid out one a sequence."""
 
@@ -181,7 +180,7 @@ class _Probe:
         self.operands: dict[Point, tuple[str, list[Tensor]]] = {}
         self.columns: dict[int, int] = {}  # of each site's softmax
         self.whole = dict(batch)
-        self.batch, self.patterns = _repeated(batch, PATTERNS), PATTERNS
+        self.batch, self.patterns = repeated(batch, PATTERNS), PATTERNS
         try:
             self._survey()
         except Exception:  # whatever it is, sequences cannot be repeated: the batch as it is, one pattern a pass
@@ -273,7 +272,7 @@ class _Probe:
         handlers = dict(handlers)
         for place in self.sources:
             if isinstance(place, Point):
-                handlers[place] = self._joined(self._replacing(place, at_source), handlers.get(place) or _plain)
+                handlers[place] = self._joined(self._replacing(place, at_source), handlers.get(place) or unchanged)
             else:
                 modules.setdefault(place.name, set()).add(place.call)
         projections = {s.call.projection.name for s in self.sites if isinstance(s.call.projection, ModuleCall)}
@@ -318,7 +317,7 @@ class _Probe:
         total = max(t.shape[0] for t in tables.values())
         found: dict[tuple[int, str], list[Tensor]] = {}
         for start in range(0, total, self.patterns):
-            piece = {p: _cut(t, start, self.patterns) for p, t in tables.items()}
+            piece = {p: cut(t, start, self.patterns) for p, t in tables.items()}
             for key, value in self._respond(piece).items():
                 found.setdefault(key, []).append(value)
         return {key: torch.cat(values)[:total] for key, values in found.items()}
@@ -415,7 +414,7 @@ class _Probe:
         """Remember an operand, a few tokens of it, as [pattern, head, token, channel]; as [pattern, input] for a projection."""
         kept: Tensor | None
         if role == "projection":
-            kept = _by_pattern(given, self.patterns)
+            kept = by_pattern(given, self.patterns)
         else:
             four = _four_axes(given, self.size)
             if four.ndim != 4 or (self.patterns > 1 and four.shape[0] != self.size):
@@ -430,10 +429,10 @@ class _Probe:
         codes: dict[int, Tensor] = {}
         tables: dict[Place, Tensor] = {}
         for place in self.sources:
-            tables[place] = _stacked(_codes(self.widths[place], codes))
+            tables[place] = stacked(sign_codes(self.widths[place], codes))
         for site in self.sites:
             # In another order: values that reach the projection past the attention must not look like its result.
-            tables[site.call.product] = _stacked(_codes(site.call.heads * site.call.head_width, codes).flip(0))
+            tables[site.call.product] = stacked(sign_codes(site.call.heads * site.call.head_width, codes).flip(0))
         answers = self.respond(tables)
         for number, site in enumerate(self.sites):
             for role in ROLES:
@@ -649,7 +648,7 @@ class _Probe:
             rows[role] = Rows(module, weight, bias, axis, tuple(tuple(r) for r in feature.tolist()))
         return rows
 
-    def _parameters(self, place: Place) -> _Parameters | str:
+    def _parameters(self, place: Place) -> Parameters | str:
         """The parameters of a learned product, or why they cannot be changed."""
         if isinstance(place, ModuleCall):
             return self._parameters_of_module(place.name)
@@ -658,7 +657,7 @@ class _Probe:
         found: dict[int, list[tuple[str, int, int]]] = {1: [], 2: []}
         for operand in operands:
             for name, parameter in named.items():
-                if operand.ndim in found and _is_part_of(operand, parameter):
+                if operand.ndim in found and is_part_of(operand, parameter):
                     out = 0 if operation == "linear" else operand.ndim - 1
                     strides = parameter.stride()
                     axis = strides.index(operand.stride(0 if operand.ndim == 1 else out))
@@ -669,9 +668,9 @@ class _Probe:
         (weight, axis, offset) = found[2][0]
         if found[1] and found[1][0][2] != offset:
             return f"weight and bias of {place} are cut differently from their parameters"
-        return _Parameters(weight, found[1][0][0] if found[1] else None, axis, offset)
+        return Parameters(weight, found[1][0][0] if found[1] else None, axis, offset)
 
-    def _parameters_of_module(self, name: str) -> _Parameters | str:
+    def _parameters_of_module(self, name: str) -> Parameters | str:
         module = self.model.get_submodule(name)
         own = dict(module.named_parameters(recurse=False))
         matrices = [n for n, p in own.items() if p.ndim == 2]
@@ -683,10 +682,10 @@ class _Probe:
             return f"the weights of {name} are not loaded; they are offloaded"
         if not weight.is_floating_point() or torch.finfo(weight.dtype).bits < 16:
             return f"the weights of {name} are quantised ({str(weight.dtype).removeprefix('torch.')})"
-        out = _output_axis(module, weight.detach(), None if bias is None else bias.detach())
+        out = output_axis(module, weight.detach(), None if bias is None else bias.detach())
         if out is None:
             return f"{name} does more than its weight and bias say"
-        return _Parameters(f"{name}.{matrices[0]}", f"{name}.{vectors[0]}" if vectors else None, out)
+        return Parameters(f"{name}.{matrices[0]}", f"{name}.{vectors[0]}" if vectors else None, out)
 
     def _refuse_shared(self, rows: Sequence[dict[str, Rows]]) -> None:
         """Refuse weights that a change for one attention call would change for somebody else."""
@@ -730,60 +729,11 @@ def _name(place: Place) -> str:
     return place.name if isinstance(place, ModuleCall) else str(place)
 
 
-def _plain(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return function(*args, **kwargs)
-
-
-def _repeated(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
-    """The first sequence of a batch, `times` over."""
-    size = next((t.shape[0] for t in batch.values() if isinstance(t, Tensor) and t.ndim), 1)
-    return {
-        name: value[:1].repeat(times, *(1,) * (value.ndim - 1))
-        if isinstance(value, Tensor) and value.ndim and value.shape[0] == size
-        else value
-        for name, value in batch.items()
-    }
-
-
-def _codes(features: int, known: dict[int, Tensor]) -> Tensor:
-    """Random signs [pattern, feature], the same for every product with so many features."""
-    if features not in known:
-        generator = torch.Generator().manual_seed(features)
-        known[features] = torch.randint(2, (CODES, features), generator=generator).double() * 2 - 1
-    return known[features]
-
-
-def _stacked(codes: Tensor) -> Tensor:
-    """The codes, then silence, then the first code aloud."""
-    return torch.cat([codes, torch.zeros_like(codes[:1]), LOUD * codes[:1]])
-
-
-def _cut(table: Tensor, start: int, length: int) -> Tensor:
-    """`length` patterns of a table from `start`, its last one again and again after its end."""
-    return table[torch.arange(start, start + length).clamp(max=len(table) - 1)]
-
-
 def _four_axes(tensor: Tensor, batch: int) -> Tensor:
     """[batch, head, token, channel] from that, from [batch*head, token, channel] or from [batch, token, channel]."""
     if tensor.ndim == 3 and tensor.shape[0] % batch == 0:
         return tensor.reshape(batch, tensor.shape[0] // batch, *tensor.shape[1:])
     return tensor
-
-
-def _by_pattern(given: Tensor, patterns: int) -> Tensor | None:
-    """One token's features [pattern, feature] of a tensor in which all tokens are alike, whatever axes it has."""
-    if patterns == 1:
-        return given.reshape(-1, given.shape[-1])[:1]
-    axes = [i for i, length in enumerate(given.shape[:-1]) if length == patterns]
-    if len(axes) == 1:
-        return given.movedim(axes[0], 0).reshape(patterns, -1, given.shape[-1])[:, 0]
-    rows = given.reshape(-1, given.shape[-1])
-    if len(rows) % patterns:
-        return None
-    for laid in (rows.view(patterns, -1, rows.shape[-1]), rows.view(-1, patterns, rows.shape[-1]).transpose(0, 1)):
-        if torch.equal(laid, laid[:, :1].expand_as(laid)):
-            return laid[:, 0]
-    return None
 
 
 def _agreement(answer: Tensor, code: Tensor) -> Tensor:
@@ -829,30 +779,3 @@ def _alike(scores: Tensor, eps: float) -> bool:
     forbidden = scores <= torch.finfo(torch.float16).min / 2
     kept = scores.masked_fill(forbidden, 0)
     return bool(((kept - kept[:, :1]).abs() <= 8 * eps * kept.abs().max().clamp_min(1)).all())
-
-
-def _is_part_of(operand: Tensor, parameter: Tensor) -> bool:
-    """Whether a tensor is a parameter, a cut of it, or its transpose."""
-    if parameter.device.type == "meta" or operand.dtype != parameter.dtype:
-        return False
-    same = operand.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
-    inside = operand.ndim == parameter.ndim and set(operand.stride()) == set(parameter.stride())
-    return same and inside and operand.numel() <= parameter.numel()
-
-
-def _output_axis(module: nn.Module, weight: Tensor, bias: Tensor | None) -> int | None:
-    """Along which axis of its weight a linear map keeps its outputs, told by what it does; None if it does something else."""
-    generator = torch.Generator().manual_seed(0)
-    for axis in (0, 1):
-        given = torch.randn(1, 3, weight.shape[1 - axis], generator=generator).to(weight)
-        if bias is not None and len(bias) != weight.shape[axis]:
-            continue
-        expected = given.double() @ weight.double().movedim(axis, 1) + (0 if bias is None else bias.double())
-        try:
-            got = module.forward(given)  # `forward`: no hook on this module should meet these numbers
-        except Exception:  # the other shape
-            continue
-        eps = torch.finfo(weight.dtype).eps * weight.shape[1 - axis] ** 0.5
-        if got.shape == expected.shape and bool((got - expected).abs().max() <= 16 * eps * expected.abs().max()):
-            return axis
-    return None
