@@ -18,7 +18,8 @@ from test_cli import refused
 from tiny_models import FAMILIES, text_batch
 
 import uncollapse as uc
-from uncollapse import cli
+from uncollapse.cli import commands, options
+from uncollapse.cli.options import block_numbers
 from uncollapse.interventions.without import Component
 from uncollapse.records.ablation import AblationRecord
 from uncollapse.records.encoding import from_json, json_schema
@@ -34,7 +35,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
     def command(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main(["ablate", *map(str, arguments)])
+            commands.main(["ablate", *map(str, arguments)])
         code = ended.value.code
         assert isinstance(code, int)
         return code, *capfd.readouterr()
@@ -135,11 +136,11 @@ def test_every_option_arrives(calls: list[Any], run: Run, tmp_path: Path) -> Non
     ],
 )
 def test_blocks_are_numbers_ranges_or_a_word(text: str | None, blocks: Any) -> None:
-    assert cli.block_numbers(text) == blocks
+    assert block_numbers(text) == blocks
 
 
 def test_the_example_of_the_docstring() -> None:
-    done = doctest.testmod(cli)
+    done = doctest.testmod(options)
     assert done.attempted > 0
     assert done.failed == 0
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from uncollapse import __version__
 from uncollapse.analyses.preparation import DEFAULTS
-from uncollapse.cli import app, main
+from uncollapse.cli.commands import app, main
 from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.sources import load_model, tokenize
 
@@ -470,7 +470,7 @@ def test_bare_command_shows_its_help(run: Run) -> None:
 
 STAND_IN = """
 import json, sys, types
-from uncollapse.cli import main
+from uncollapse.cli.commands import main
 def diagnose(model, texts, *, progress=None, **options):
     if model == "bug":
         1 / 0
@@ -526,7 +526,7 @@ def test_bars_are_drawn_on_a_terminal_unless_quiet(quiet: bool, bars: bool) -> N
 @pytest.mark.parametrize("arguments", [["--help"], ["diagnose", "--help"], ["--version"]])
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     program = (
-        "import sys\nfrom uncollapse.cli import main\n"
+        "import sys\nfrom uncollapse.cli.commands import main\n"
         f"try: main({arguments!r})\nexcept SystemExit as ended: assert ended.code == 0\n"
         "heavy = {'torch', 'transformers', 'numpy', 'altair', 'jinja2'} & set(sys.modules)\n"
         "sys.exit(', '.join(sorted(heavy)) or 0)"

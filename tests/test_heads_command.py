@@ -16,7 +16,7 @@ from rich.console import Console
 from test_cli import refused
 
 import uncollapse as uc
-from uncollapse import cli
+from uncollapse.cli import commands
 from uncollapse.records.common import Finding
 from uncollapse.records.encoding import from_json
 from uncollapse.records.heads import IdentifiabilityRecord
@@ -32,7 +32,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
     def command(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main(["heads", *map(str, arguments)])
+            commands.main(["heads", *map(str, arguments)])
         code = ended.value.code
         assert isinstance(code, int)
         return code, *capfd.readouterr()

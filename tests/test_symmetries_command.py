@@ -14,7 +14,7 @@ from test_ablate_command import Ablated
 from test_cli import refused
 
 import uncollapse as uc
-from uncollapse import cli
+from uncollapse.cli import commands
 from uncollapse.records.encoding import from_json
 from uncollapse.records.symmetries import SymmetriesRecord
 
@@ -25,7 +25,7 @@ def run(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str
     """The command in this process: (exit code, stdout, stderr)."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
-        cli.main(["symmetries", *map(str, arguments)])
+        commands.main(["symmetries", *map(str, arguments)])
     assert isinstance(ended.value.code, int)
     return ended.value.code, *capfd.readouterr()
 

@@ -17,7 +17,7 @@ import pytest
 import uncollapse
 from uncollapse import claims, report
 from uncollapse.claims import CLAIMS
-from uncollapse.cli import main
+from uncollapse.cli.commands import main
 from uncollapse.records.encoding import from_json
 from uncollapse.records.ledger import Ledger
 
@@ -147,7 +147,7 @@ def test_help_teaches_and_names_every_claim_once(run: Run, monkeypatch: pytest.M
 
 def test_help_loads_nothing_heavy() -> None:
     program = (
-        "import sys\nfrom uncollapse.cli import main\n"
+        "import sys\nfrom uncollapse.cli.commands import main\n"
         "try: main(['verify', '--help'])\nexcept SystemExit as ended: assert ended.code == 0\n"
         "sys.exit(', '.join(sorted({'torch', 'flint', 'numpy', 'jinja2', 'uncollapse.claims'} & set(sys.modules))) or 0)"
     )

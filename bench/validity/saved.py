@@ -21,7 +21,7 @@ SUBJECT_SOURCES = ("bench/language_models.py", "bench/pretrained.py", "bench/wei
 # Rules, pages and commands work on what was saved. A change of them costs no run.
 JUDGING = (
     "src/uncollapse/__main__.py",
-    "src/uncollapse/cli.py",
+    "src/uncollapse/cli",
     "src/uncollapse/judgement/findings.py",
     "src/uncollapse/report",
     "bench/validity/__main__.py",

@@ -9,18 +9,42 @@ Exit codes: 0 done; 1 done, with a finding at or above `--fail-on`; 2 the input 
 # Annotations are evaluated here, unlike elsewhere: typer reads options from them. Those for the type checker alone are strings.
 import contextlib
 import inspect
-import re
 import shlex
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 import typer
 
-from uncollapse.errors import InputError, UncollapseError
-from uncollapse.records.common import SEVERITIES, Finding, Severity
+from uncollapse.cli.options import (
+    BatchSize,
+    Blocks,
+    Claims,
+    ContextLengths,
+    Device,
+    DeviceMap,
+    Draws,
+    Dtype,
+    FailOn,
+    Grid,
+    Html,
+    Json,
+    Level,
+    MaxTokens,
+    Model,
+    Quiet,
+    Seed,
+    SequenceLimit,
+    Text,
+    Trials,
+    TrustRemoteCode,
+    Without,
+    block_numbers,
+    token_counts,
+)
+from uncollapse.cli.output import FOUND, deliver, progress_on_stderr, reaches, refusals_in_one_line, require_writable
+from uncollapse.records.common import Severity
 
 if TYPE_CHECKING:
     from uncollapse.analyses.ablation import Ablation
@@ -31,97 +55,6 @@ if TYPE_CHECKING:
     from uncollapse.analyses.symmetries import Symmetries
     from uncollapse.probe.passes import Progress
 
-FOUND, REFUSED, INTERRUPTED = 1, 2, 130
-STDOUT = "-"
-
-MEASURE, TEXT, OUTPUT, MACHINE = "What to measure", "On what text", "Output", "Machine"
-
-Model = Annotated[
-    str, typer.Argument(help="A hub id, a folder that save_pretrained wrote, or `demo`: the packaged MiniLM, offline.")
-]
-Level = Annotated[
-    Literal["core", "full"],
-    typer.Option(
-        help="`full` adds contraction, spectral gap, susceptibility and nonlinear innovation, and takes longer.",
-        rich_help_panel=MEASURE,
-    ),
-]
-FailOn = Annotated[
-    Severity | None,
-    typer.Option(help="Exit with 1 when a finding is at least this severe.", rich_help_panel=MEASURE),
-]
-Text = Annotated[
-    list[Path] | None,
-    typer.Option(
-        metavar="FILE",
-        help="A UTF-8 file, blank lines between sequences; repeat it for more files. Left out: built-in English prose.",
-        rich_help_panel=TEXT,
-    ),
-]
-SequenceLimit = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Use at most this many sequences. Left out: all of your text, or 64 of the built-in prose.",
-        rich_help_panel=TEXT,
-    ),
-]
-MaxTokens = Annotated[int, typer.Option(min=2, help="Cut each sequence at this many tokens.", rich_help_panel=TEXT)]
-Seed = Annotated[int, typer.Option(min=0, help="Chooses the paragraphs of the built-in prose.", rich_help_panel=TEXT)]
-Json = Annotated[
-    str | None,
-    typer.Option(
-        "--json",
-        metavar="FILE|-",
-        help="Write the record as JSON; `-` puts it on stdout and everything else on stderr.",
-        rich_help_panel=OUTPUT,
-    ),
-]
-Html = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Write a page that needs no network to be read.", rich_help_panel=OUTPUT),
-]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print no table and no progress, only errors.", rich_help_panel=OUTPUT)
-]
-Device = Annotated[
-    str | None,
-    typer.Option(help="Where to run: cpu, cuda, cuda:1. Left out: cuda where there is one.", rich_help_panel=MACHINE),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="auto (the checkpoint's own), float32, bfloat16, float16 or float64. Left out: auto.",
-        rich_help_panel=MACHINE,
-    ),
-]
-DeviceMap = Annotated[
-    str | None,
-    typer.Option(
-        help="Spread a model larger than one device over all of them: auto. Needs uncollapse[large].",
-        rich_help_panel=MACHINE,
-    ),
-]
-BatchSize = Annotated[
-    int, typer.Option(min=1, help="Sequences that go through the model together.", rich_help_panel=MACHINE)
-]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run the Python code that lies beside the model. Only if you trust its author.",
-        rich_help_panel=MACHINE,
-    ),
-]
-
-ContextLengths = Annotated[
-    str | None,
-    typer.Option(
-        metavar="64,128,…",
-        help="Also fit how the attention matrices' second singular value falls with the context length, at these lengths.",
-        rich_help_panel=MEASURE,
-    ),
-]
 
 app = typer.Typer(
     name="uncollapse",
@@ -281,46 +214,6 @@ def diagnose(
     return diagnosis(model, texts_in(text), level=level, context_lengths=lengths, **probe)
 
 
-def token_counts(text: str | None) -> list[int] | None:
-    """What `--context-lengths` means. Whether the model and the text have room for them is not known here.
-
-    >>> token_counts("64, 128")
-    [64, 128]
-    """
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"\d{1,7}", part) for part in parts):
-        raise InputError(
-            f"--context-lengths: expected numbers of tokens such as 64,128,256, got {text!r}. "
-            "They are separated by commas. Pass two or more."
-        )
-    return [int(part) for part in parts]
-
-
-Without = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="PART,PART…",
-        help="Parts to take away together: norm, residual, mlp, attention, attention-residual, mlp-residual, mask, positions. "
-        "Repeat it for more runs. Left out: mlp; residual; residual,mlp.",
-        rich_help_panel=MEASURE,
-    ),
-]
-Grid = Annotated[
-    bool,
-    typer.Option("--grid", help="All eight combinations of norm, residual and MLP.", rich_help_panel=MEASURE),
-]
-Blocks = Annotated[
-    str | None,
-    typer.Option(
-        metavar="3-6|3,5|all+outer",
-        help="Take away in these blocks only, counted from 0. `all+outer`: in all, and the norms outside them too.",
-        rich_help_panel=MEASURE,
-    ),
-]
-
-
 @on_a_model(
     epilog="""
 **Examples**
@@ -437,40 +330,6 @@ def symmetries(
     return acting(model, texts_in(text), context_lengths=lengths, **probe)
 
 
-def block_numbers(text: str | None) -> list[int] | Literal["all", "all+outer"] | None:
-    """What `--blocks` means: numbers and ranges, both ends included. Whether the model has them is not known here.
-
-    >>> block_numbers("3-6"), block_numbers("5, 3"), block_numbers("all+outer")
-    ([3, 4, 5, 6], [3, 5], 'all+outer')
-    """
-    if text is None:
-        return None
-    if text == "all" or text == "all+outer":
-        return "all+outer" if text == "all+outer" else "all"
-    numbers: set[int] = set()
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
-        chosen = range(int(found[1]), int(found[2] or found[1]) + 1) if found else range(0)
-        if not chosen:
-            raise InputError(
-                f"--blocks: expected block numbers such as 3-6 or 3,5, or all+outer, got {text!r}. "
-                "Blocks are counted from 0, a range rises. Pass for example --blocks 3-6."
-            )
-        numbers.update(chosen)
-    return sorted(numbers)
-
-
-Claims = Annotated[
-    list[str] | None, typer.Argument(metavar="CLAIM", help="Ids of claims, listed below. Left out: all of them.")
-]
-Trials = Annotated[
-    int, typer.Option(min=1, help="Scales how many random cases each check draws.", rich_help_panel=MEASURE)
-]
-Draws = Annotated[
-    int, typer.Option("--seed", min=0, help="Fixes the random cases, bit for bit.", rich_help_panel=MEASURE)
-]
-
-
 # The ids stand here as text, so that the help need not import what checks them; a test holds them against the ledger.
 @app.command(
     epilog="""
@@ -532,87 +391,3 @@ def verify(
         return Recorded(ledger)
 
     carry_out(found, json=json, html=html, quiet=quiet)
-
-
-@contextlib.contextmanager
-def refusals_in_one_line() -> Iterator[None]:
-    """What the user can mend ends in one line and exit code 2; anything else is a bug and keeps its traceback."""
-    try:
-        yield
-    except UncollapseError as error:
-        typer.echo(f"uncollapse: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(REFUSED) from None
-    except KeyboardInterrupt:
-        typer.echo("uncollapse: interrupted", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-
-
-def require_writable(*, json: str | None, html: str | None) -> None:
-    """Refuse an output that cannot be written before the model is loaded, by trying what the writer will do."""
-    targets = {"--json": None if json == STDOUT else json, "--html": html}
-    for option, name in targets.items():
-        if name is None:
-            continue
-        target = Path(name)
-        try:
-            if name == STDOUT or target.is_dir():
-                raise OSError("that is no file")
-            if target.exists() and not target.is_file():
-                raise OSError("that is a device or a pipe, and would be replaced by a file")
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}."):
-                pass
-        except OSError as error:
-            raise InputError(
-                f"{option}: expected a file that can be written, got {name!r} ({error.strerror or error}). "
-                "The folder may be missing or read-only. Name another file."
-            ) from None
-    if json and html and Path(json).resolve() == Path(html).resolve():
-        raise InputError(
-            f"--json, --html: expected two files, got {json!r} for both. One would overwrite the other. Name another."
-        )
-
-
-@contextlib.contextmanager
-def progress_on_stderr(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A function (what, done, total) that draws bars on a terminal, or None where nobody is watching one."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bars:
-        start = bars.add_task("starting", total=None)  # importing torch and transformers alone takes seconds
-        tasks: dict[str, TaskID] = {}
-
-        def report(what: str, done: int, total: int) -> None:
-            bars.update(start, visible=False)
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
-
-        yield report
-
-
-def deliver(result: "Recorded[Any]", *, json: str | None, html: str | None, quiet: bool) -> None:
-    """Write the page and the record, and show the table on whichever stream is free of JSON."""
-    from rich.console import Console
-
-    if html is not None:
-        result.to_html(html)
-    if json is not None and json != STDOUT:
-        result.to_json(json)
-    if not quiet:
-        result.show(Console(stderr=json == STDOUT))
-        for name in (html, json):
-            if name is not None and name != STDOUT:
-                typer.echo(f"wrote {name}", err=True)
-    if json == STDOUT:
-        # As bytes, because JSON is UTF-8 whatever encoding the terminal or pipe was set to.
-        typer.echo(result.to_json().encode(), nl=False)
-
-
-def reaches(findings: Sequence[Finding], fail_on: Severity) -> bool:
-    """Whether a finding is at least as severe as `--fail-on`. Severities stand in rising order."""
-    return any(SEVERITIES.index(finding.severity) >= SEVERITIES.index(fail_on) for finding in findings)
