@@ -10,9 +10,9 @@ heads that write into the same space (`HEADS-IDENTICAL`) or a projection that fo
 attention frozen by logits that are too large as a whole (`ENTROPY-FROZEN`); and NaN or infinity (`NUMERICS-NOT-FINITE`).
 
 Each threshold is half of the least distance found in a healthy model, over one half of the models and confounders of
-`bench/validity`; the other half scores it (docs/validity.md). A rule thus fires where even the healthy place that stood nearest to
-the collapse would have gone half of its way. What a distance owes to the number of tokens, the width, the mask or the
-precision is taken out in the measure or in the rule, and the reason stands there.
+`studies/validity`; the other half scores it (docs/validity.md). A rule thus fires where even the healthy place that stood
+nearest to the collapse would have gone half of its way. What a distance owes to the number of tokens, the width, the mask or
+the precision is taken out in the measure or in the rule, and the reason stands there.
 """
 
 from __future__ import annotations
