@@ -20,21 +20,36 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.carrying import Observer, Way
 from uncollapse.anatomy.interception import Handler, Point, addition_operands, intercepted
+from uncollapse.anatomy.mixing_proof import Poked, located, placed
+from uncollapse.anatomy.operands import Mixed, UnreadableError, product_operands, replaced
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.reading import read
-from uncollapse.anatomy.tracing import tensors_in, trace
-from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Block, Identity, Layout, Part, removal
+from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in, trace
+from uncollapse.anatomy.vocabulary import (
+    STREAM,
+    Anatomy,
+    AttentionCall,
+    Block,
+    Identity,
+    Layout,
+    MaskingStep,
+    Part,
+    removal,
+)
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 
 EXAMPLE_TOKENS = 8
+# Not a seed that models are made with: noise that equals an embedding, drawn from the same seed, leaves its direction as it is.
+POKE_SEED = 2_604_236_810
 _proved: weakref.WeakKeyDictionary[nn.Module, tuple[object, Layout | None, Anatomy, dict[str, Any]]] = (
     weakref.WeakKeyDictionary()
 )
@@ -54,7 +69,7 @@ def proved_anatomy(model: nn.Module, batch: Mapping[str, Any], layout: Layout | 
 
 def _piece(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """The example, or the whole batch for a model that does not run on it: patches laid end to end, fixed lengths."""
-    piece = example(batch)
+    piece = example_batch(batch)
     try:
         with probing(model):
             model(**piece)
@@ -101,6 +116,42 @@ def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS) -> dict[str,
             if int(columns.max()) < value.shape[1]:
                 one = one[:, columns]
         cut[name] = one.clone()
+    return cut
+
+
+def example_batch(batch: Mapping[str, Any], sequences: int = 3, tokens: int = 7) -> dict[str, Any]:
+    """Some sequences of a batch (made of its own where it has fewer), cut to as many real tokens each."""
+    size = next((t.shape[0] for t in batch.values() if isinstance(t, Tensor) and t.ndim), 1)
+    rows = torch.arange(sequences) % size
+    columns: dict[str, Tensor] = {}
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = batch.get(name)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            if name == "attention_mask":
+                rows = mask.sum(-1).argsort(descending=True, stable=True)[rows].cpu()
+            kept = mask[rows.to(mask.device)].bool()
+            length = min(tokens, int(kept.sum(-1).min()))
+            columns[name.removesuffix("attention_mask")] = torch.stack([r.nonzero().flatten()[:length] for r in kept])
+    cut: dict[str, Any] = {}
+    for name, value in batch.items():
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != size:
+            cut[name] = value
+            continue
+        some = value[rows.to(value.device)]
+        stack = "decoder_" if name.startswith("decoder_") else ""
+        if value.ndim == 2 and not value.is_floating_point():
+            chosen = columns.get(stack)
+            if chosen is not None and int(chosen.max()) < value.shape[1]:
+                some = some.gather(1, chosen.to(value.device))
+            elif chosen is None:
+                some = some[:, :tokens]
+            for i in range(size, sequences):  # a sequence that is there twice would not move alone
+                some[i] = some[i].roll(i)
+        elif value.is_floating_point():
+            some = some.clone()
+            for i in range(size, sequences):
+                some[i] = some[i].flip(0)
+        cut[name] = some.clone()
     return cut
 
 
@@ -227,10 +278,79 @@ def _blanking(values: list[Tensor], number: int, value_operand: int) -> Handler:
     """Keep the values an attention mixes, and let zeros come out of it."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        values[number] = list(tensors_in([args, kwargs]))[value_operand].detach().clone()
+        values[number] = operands_of(operation_name(function), args, kwargs)[value_operand].detach().clone()
         return torch.zeros_like(function(*args, **kwargs))
 
     return handler
+
+
+def _observing(observe: Observer) -> Handler:
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = function(*args, **kwargs)
+        observe(function, args, kwargs, output)
+        return output
+
+    return handler
+
+
+def _noting_product(found: list[Mixed | str], number: int, call: AttentionCall) -> Handler:
+    """Keep the operands and the result of a product that mixes values, or why they cannot be read."""
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = function(*args, **kwargs)
+        try:
+            seen = product_operands(function, args, kwargs, output, call.weight_operand or 0)
+            found[number] = Mixed(None, seen.values.detach().clone(), seen.mixed.detach().clone())
+        except UnreadableError as error:
+            found[number] = str(error)
+        return output
+
+    return handler
+
+
+def _token(stream: Tensor, axis: int, sequence: int) -> Tensor:
+    """The first token of one sequence of a stream [sequence, token, …, width] or [token, sequence, width]."""
+    one = stream.select(axis, sequence)
+    while one.ndim > 1:
+        one = one[0]
+    return one
+
+
+def _shaken(value: Any, spared: Tensor) -> Any:
+    """Every floating-point tensor in nested arguments with noise on it, but the stream."""
+    if isinstance(value, Tensor):
+        if value is spared or not value.is_floating_point():
+            return value
+        generator = torch.Generator().manual_seed(POKE_SEED + 1)
+        return value + torch.randn(value.shape, generator=generator).to(value)
+    if type(value) in (list, tuple):
+        return type(value)(_shaken(v, spared) for v in value)
+    if type(value) is dict:
+        return {k: _shaken(v, spared) for k, v in value.items()}
+    return value
+
+
+@contextlib.contextmanager
+def without_zeros(module: nn.Module) -> Iterator[None]:
+    """Within the context, noisy copies stand in for the parameters that are zero throughout: what starts at zero tells nothing
+    of what will depend on it after the first step of training."""
+    generator = torch.Generator().manual_seed(POKE_SEED + 2)
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    copies: dict[int, nn.Parameter] = {}
+    try:
+        for owner in module.modules():
+            for name, parameter in owner._parameters.items():
+                if parameter is None or not parameter.is_floating_point() or parameter.is_meta or bool(parameter.any()):
+                    continue
+                if id(parameter) not in copies:
+                    noise = torch.randn(parameter.shape, generator=generator) * 0.1
+                    copies[id(parameter)] = nn.Parameter(noise.to(parameter), requires_grad=False)
+                replaced.append((owner, name, parameter))
+                owner._parameters[name] = copies[id(parameter)]
+        yield
+    finally:
+        for owner, name, parameter in replaced:
+            owner._parameters[name] = parameter
 
 
 def block_output(output: Any, key: int | None) -> Tensor:
@@ -276,10 +396,11 @@ class _BlockProof:
             )
             if part.kind in {"attention", "cross"}:
                 self._attends(number, part, stream, without, silent)
+                part = parts[number] = replace(part, attention=self._mixes(number, part, stream))
             elif part.kind == "mlp" and self._reaches_others(number, stream):
                 parts[number] = replace(part, kind="mixer")
             if part.attention:
-                parts[number] = replace(part, is_causal=not self._reaches_others(number, stream, token=-1))
+                parts[number] = replace(parts[number], is_causal=not self._reaches_others(number, stream, token=-1))
         self.block = replace(block, parts=tuple(parts))
 
     def _check(self, statement: str, deviation: float) -> None:
@@ -348,8 +469,96 @@ class _BlockProof:
                 statement, gap = "is mixed from this stream", float(not alike and torch.equal(before, after))
             self._check(f"what the {part.kind} ({part.module}) mixes {statement}", gap)
 
+    def _mixes(self, number: int, part: Part, stream: Tensor) -> tuple[AttentionCall, ...]:
+        """What the axes of this part's products hold, found by poking each sequence, one token, and the memory of a
+        cross-attention. With the other parts removed, a token reaches the product by itself alone."""
+        others = tuple(i for i in range(len(self.block.parts)) if i != number)
+        axis = None if self.block.token_axis is None else 1 - self.block.token_axis
+        if stream.ndim < 3 or axis is None or axis > 1:
+            reason = "its sequences are laid end to end"
+            return tuple(replace(call, unreadable=reason) for call in part.attention)
+        generator = torch.Generator().manual_seed(POKE_SEED)
+        noise = torch.randn(stream.shape, generator=generator).to(stream) * (stream.double().std().to(stream) + 1)
+        sequences, tokens = stream.shape[axis], stream.numel() // stream.shape[axis] // stream.shape[-1]
+
+        def observed(stream: Tensor, memory: bool = False) -> list[Mixed | str]:
+            found: list[Mixed | str] = ["it did not run"] * len(part.attention)
+            handlers = {c.product: _noting_product(found, i, c) for i, c in enumerate(part.attention)}
+            self._replay(others, stream, handlers, poke_memory=memory)
+            return found
+
+        with without_zeros(self.module):
+            plain = observed(stream)
+            poked = []
+            for s in range(sequences):
+                changed = stream.clone()
+                changed.select(axis, s).add_(noise.select(axis, s))
+                poked.append(observed(changed))
+            one = stream.clone()
+            _token(one, axis, 0).add_(_token(noise, axis, 0))
+            token = observed(one)
+            memory = observed(stream, memory=True) if part.kind == "cross" else None
+        found = []
+        for i, call in enumerate(part.attention):
+            met = [plain[i], token[i], *([memory[i]] if memory is not None else []), *(p[i] for p in poked)]
+            views = [view for view in met if not isinstance(view, str)]
+            if len(views) < len(met):
+                found.append(replace(call, unreadable=next(view for view in met if isinstance(view, str))))
+                continue
+            first = 2 if memory is None else 3
+            pokes = Poked(views[0], views[first:], views[1], None if memory is None else views[2])
+            try:
+                known = located(call, pokes, tokens, alone=len(part.attention) == 1)
+                found.append(replace(known, masking=self._masking_axes(known, others, sequences)))
+            except UnreadableError as error:
+                found.append(replace(call, unreadable=str(error)))
+        return tuple(found)
+
+    def _masking_axes(self, call: AttentionCall, others: tuple[int, ...], sequences: int) -> tuple[MaskingStep, ...]:
+        """The masking steps with what the axes of their results hold, told by where their entries arrive among the weights."""
+        steps = []
+        for step in call.masking:
+            arrived, shape = self._arriving(call, step, others)
+            if arrived is not None:
+                step = replace(step, axes=placed(arrived, shape, call, sequences))
+            steps.append(step)
+        return tuple(steps)
+
+    def _arriving(
+        self, call: AttentionCall, step: MaskingStep, others: tuple[int, ...]
+    ) -> tuple[Tensor | None, tuple[int, ...]]:
+        """Which entry of a masking step's result every weight was, [*lead, query, key], and the shape of that result."""
+        way, shapes, arrived = Way(call, step), list[tuple[int, ...]](), list[Tensor]()
+        handlers = {point: _observing(observe) for point, observe in way.observers().items()}
+
+        within = handlers[step.point]
+
+        def noting_shape(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            output = within(function, args, kwargs)
+            shapes.append(tuple((output if isinstance(output, Tensor) else args[0]).shape))
+            return output
+
+        def at_product(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            output = function(*args, **kwargs)
+            operand = operands_of(operation_name(function), args, kwargs)[call.weight_operand or 0]
+            _, numbers = way.end(operand)
+            if numbers is not None:
+                swapped = replaced([args, kwargs], operand, numbers.expand(operand.shape))
+                seen = product_operands(function, swapped[0], swapped[1], output, call.weight_operand or 0)
+                if seen.weights is not None:
+                    arrived.append(seen.weights)
+            return output
+
+        self._replay(others, None, {**handlers, step.point: noting_shape, call.product: at_product})
+        return (arrived[0], shapes[0]) if arrived else (None, ())
+
     def _replay(
-        self, parts: tuple[int, ...], stream: Tensor | None = None, handlers: Mapping[Point, Handler] | None = None
+        self,
+        parts: tuple[int, ...],
+        stream: Tensor | None = None,
+        handlers: Mapping[Point, Handler] | None = None,
+        *,
+        poke_memory: bool = False,
     ) -> Tensor:
         """The block's output on its own arguments with some parts removed, optionally with another stream or further
         handlers."""
@@ -359,6 +568,13 @@ class _BlockProof:
                 args[self.block.stream_input] = stream.clone()
             else:
                 kwargs[self.block.stream_input] = stream.clone()
+        if poke_memory:
+            given = (
+                args[self.block.stream_input]
+                if isinstance(self.block.stream_input, int)
+                else kwargs[self.block.stream_input]
+            )
+            args, kwargs = _shaken(args, given), _shaken(kwargs, given)
         acting = {**removal(self.block, parts), **(handlers or {})}
         known = [node.point for residual in self.block.residuals for node in residual.additions]
         known += [call.product for part in self.block.parts for call in part.attention]

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.attention_graph import MixingProduct, mixing_products
 from uncollapse.anatomy.interception import Point, device_of
 from uncollapse.anatomy.tracing import Call, Trace
 from uncollapse.anatomy.vocabulary import (
@@ -22,6 +23,7 @@ from uncollapse.anatomy.vocabulary import (
     AttentionCall,
     Block,
     Layout,
+    MaskingStep,
     ModuleCall,
     Norm,
     NormRole,
@@ -55,73 +57,10 @@ class _Reader:
         self.model = model
         self.t = recorded
         self.parameters = sum(1 << n.index for n in recorded.nodes if n.operation == "parameter")
-        self.attention_of = self._attention_operations()
-        self.logits = self._logits()
+        self.attentions = mixing_products(recorded)
+        self.logits = {i for m in self.attentions.values() for i in m.between}  # a bias added there is no residual
         self.sums = self._sums()
         self._norm_kinds: dict[str, Literal["layer", "rms"] | None] = {}
-
-    # Attention ----------------------------------------------------------------------------------------------------
-    def _attention_operations(self) -> dict[int, int]:
-        """Score node (fused call or softmax) → product node (fused call or weights × values)."""
-        found: dict[int, int] = {}
-        for node in self.t.nodes:
-            if node.operation == "scaled_dot_product_attention" and node.is_data:
-                found[node.index] = node.index
-            elif node.operation in {"softmax", "special_softmax"} and node.is_data:
-                product = self._weights_product(node.index)
-                if product is not None and self._from_data_product(node.index):
-                    found[node.index] = product
-        return found
-
-    def _weights_product(self, softmax: int) -> int | None:
-        """The data × data product that takes the softmax's output as an operand, through casts, cuts and dropout."""
-        frontier = [softmax]
-        for _ in range(12):
-            following: list[int] = []
-            for index in frontier:
-                for consumer in self.t.consumers[index]:
-                    if self.t.is_data_product(consumer):
-                        return consumer
-                    if self.t.passes_through(consumer) == index or self.t.nodes[consumer].operation in {
-                        "masked_fill",
-                        "where",
-                        "mul",
-                    }:
-                        following.append(consumer)
-            frontier = following
-        return None
-
-    def _from_data_product(self, softmax: int) -> bool:
-        frontier, seen = list(self.t.nodes[softmax].inputs), set()
-        while frontier:
-            index = frontier.pop()
-            if index in seen or not self.t.nodes[index].is_data:
-                continue
-            seen.add(index)
-            if self.t.is_data_product(index):
-                return True
-            if not self.t.is_matrix_product(index):
-                frontier.extend(self.t.nodes[index].inputs)
-        return False
-
-    def _logits(self) -> set[int]:
-        """The values between a product of queries and keys and its softmax: a bias added there is no residual."""
-        found: set[int] = set()
-        for score, product in self.attention_of.items():
-            if product == score:
-                continue
-            frontier, seen, products = list(self.t.nodes[score].inputs), set(), []
-            while frontier:
-                index = frontier.pop()
-                if index in seen or not self.t.nodes[index].is_data:
-                    continue
-                seen.add(index)
-                if self.t.is_data_product(index):
-                    products.append(index)
-                elif not self.t.is_matrix_product(index):
-                    frontier.extend(self.t.nodes[index].inputs)
-            found |= {i for i in seen if any(self.t.depends(i, p) for p in products)}
-        return found
 
     # Residual additions -------------------------------------------------------------------------------------------
     def _is_addition(self, index: int) -> bool:
@@ -178,7 +117,7 @@ class _Reader:
         return kept[::-1]
 
     def _scores_of(self, found: _Sum) -> set[int]:
-        return {s for leaf in found.leaves if leaf != found.stream for s in self._scores_inside(leaf, found.stream)}
+        return {s for leaf in found.leaves if leaf != found.stream for s in self._attending(leaf, found.stream)}
 
     def _is_nested(self, inside: _Sum, outside: _Sum) -> bool:
         """Whether an addition happens within another one's update, such as a skip inside an MLP."""
@@ -227,17 +166,18 @@ class _Reader:
             index = passed
 
     # Parts --------------------------------------------------------------------------------------------------------
-    def _scores_inside(self, leaf: int, stream: int) -> list[int]:
+    def _attending(self, leaf: int, stream: int) -> list[int]:
+        """The attention products between a stream and a summand of its update."""
         return [
-            score
-            for score, product in self.attention_of.items()
+            product
+            for product in self.attentions
             if (self.t.depends(leaf, product) or leaf == product) and self.t.depends(product, stream)
         ]
 
     def _group(self, found: _Sum) -> tuple[list[Part], list[AdditionNode]]:
         """The parts of a residual addition and its tree, nested additions within one part folded away."""
         summands = [leaf for leaf in found.leaves if leaf != found.stream]
-        inside = {leaf: self._scores_inside(leaf, found.stream) for leaf in summands}
+        inside = {leaf: self._attending(leaf, found.stream) for leaf in summands}
         attending = [leaf for leaf in summands if inside[leaf]]
         rest = [leaf for leaf in summands if not inside[leaf]]
         parts: list[Part] = []
@@ -299,19 +239,13 @@ class _Reader:
     def _feeds(self, index: int, leaf: int) -> bool:
         return index == leaf or self.t.depends(leaf, index)
 
-    def _value_node(self, score: int) -> int:
-        product = self.attention_of[score]
-        node = self.t.nodes[product]
-        data = [i for i in node.inputs if self.t.nodes[i].is_data]
-        if product == score:
-            return node.inputs[2]
-        return next(i for i in data if not (self.t.depends(i, score) or i == score))
+    def _value_node(self, product: int) -> int:
+        return self.attentions[product].values
 
-    def _attention_call(self, score: int) -> AttentionCall:
-        product = self.attention_of[score]
-        node = self.t.nodes[product]
-        value = self._value_node(score)
-        weights_shape = self.t.nodes[score].shape if product != score else self.t.nodes[node.inputs[0]].shape
+    def _attention_call(self, product: int) -> AttentionCall:
+        found = self.attentions[product]
+        node, value = self.t.nodes[product], found.values
+        weights_shape = self.t.nodes[node.inputs[0] if found.weights is None else found.weights].shape
         batch = next((n.shape[0] for n in self.t.nodes if n.operation == "batch" and n.shape), 1)
         if len(weights_shape) >= 4:
             heads = weights_shape[-3]
@@ -321,48 +255,61 @@ class _Reader:
             heads = 1
         head_width = self.t.nodes[value].shape[-1]
         projection = self._projection(product)
-        place = None if projection is None else self._projection_place(projection, score, heads * head_width)
-        similarity, query, key = self._similarity(score)
+        place = None if projection is None else self._projection_place(projection, product, heads * head_width)
+        similarity, query, key = self._similarity(found)
         compared = () if similarity is None else self.t.nodes[similarity].inputs
         return AttentionCall(
-            score=self._point(score),
+            score=None if found.score is None else self._point(found.score),
             product=self._point(product),
+            weight_operand=None if found.weights is None else node.inputs.index(found.weights),
             value_operand=node.inputs.index(value),
             heads=heads,
             key_value_heads=max(1, self._key_value_heads(value, heads)),
             head_width=head_width,
             projection=place,
-            masking=self._masking(score),
+            logits=None if found.is_fused else self._logits_operand(found),
+            way=self._way(found),
+            masking=tuple(
+                MaskingStep(self._point(index), operand, found.score is not None and index > found.score)
+                for index, operand in found.masking
+            ),
             value_bias=any(map(self._has_bias, self._learned_behind(value))),
             output_bias=projection is not None and any(map(self._has_bias, self._products_of(place, projection))),
-            queries=self._learned_place(query, score),
-            keys=self._learned_place(key, score),
-            values=self._learned_place(value, score),
+            queries=self._learned_place(query, product),
+            keys=self._learned_place(key, product),
+            values=self._learned_place(value, product),
             similarity=None if similarity is None else self._point(similarity),
             query_operand=compared.index(query) if query in compared else 0,
             key_operand=compared.index(key) if key in compared else 1,
         )
 
-    def _similarity(self, score: int) -> tuple[int | None, int | None, int | None]:
+    def _similarity(self, found: MixingProduct) -> tuple[int | None, int | None, int | None]:
         """The product of queries with keys and its two operands; nothing where several products are summed before the softmax."""
-        if self.attention_of[score] == score:
-            return score, self.t.nodes[score].inputs[0], self.t.nodes[score].inputs[1]
-        found, frontier, seen = [], list(self.t.nodes[score].inputs), set()
-        while frontier:
-            index = frontier.pop()
-            if index in seen or not self.t.nodes[index].is_data:
-                continue
-            seen.add(index)
-            if self.t.is_data_product(index):
-                found.append(index)
-            elif not self.t.is_matrix_product(index):
-                frontier.extend(self.t.nodes[index].inputs)
-        if len(found) != 1:
+        if found.is_fused:
+            query, key = self.t.nodes[found.product].inputs[:2]
+            return found.product, query, key
+        if len(found.similarity) != 1:
             return None, None, None
-        data = [i for i in self.t.nodes[found[0]].inputs if self.t.nodes[i].is_data]
-        return found[0], data[-2], data[-1]  # `baddbmm` takes what it adds first
+        (product,) = found.similarity
+        data = [i for i in self.t.nodes[product].inputs if self.t.nodes[i].is_data]
+        return product, data[-2], data[-1]  # `baddbmm` takes what it adds first
 
-    def _learned_place(self, operand: int | None, score: int) -> ModuleCall | Point | None:
+    def _logits_operand(self, found: MixingProduct) -> tuple[Point, int] | None:
+        """Where the logits are met: the first operation after them on the way to the weights, and the number of its operand."""
+        if found.score is None or found.logits is None:
+            return None
+        met = next(i for i in found.between if found.logits in self.t.nodes[i].inputs and i <= found.score)
+        return self._point(met), self.t.nodes[met].inputs.index(found.logits)
+
+    def _way(self, found: MixingProduct) -> tuple[Point, ...]:
+        """The operations from the first mask, or from the logits, to the weights."""
+        starts = [index for index, _ in found.masking]
+        if found.score is not None and not found.is_fused:
+            starts.append(next(i for i in found.between if found.logits in self.t.nodes[i].inputs))
+        steps = sorted({*(index for index, _ in found.masking), *found.between})
+        return tuple(self._point(i) for i in steps if starts and i >= min(starts))
+
+    def _learned_place(self, operand: int | None, product: int) -> ModuleCall | Point | None:
         """Where the one learned product behind an operand of the attention is made: the run of a module that returns just
         that, or a point. None where several make the operand, or none."""
         learned = [] if operand is None else self._learned_behind(operand)
@@ -370,22 +317,14 @@ class _Reader:
             return None
         call = self.t.calls[self.t.nodes[learned[0]].call]
         result = call.outputs.get(None)
-        if call.name and not call.first <= score < call.last and result is not None and self._moved(result, learned[0]):
+        if (
+            call.name
+            and not call.first <= product < call.last
+            and result is not None
+            and self._moved(result, learned[0])
+        ):
             return ModuleCall(call.name, call.ordinal)
         return self._point(learned[0])
-
-    def _masking(self, score: int) -> tuple[Point, ...]:
-        """The additions and replacements between the product of queries with keys and a softmax of the model's own."""
-        found, frontier, seen = [], list(self.t.nodes[score].inputs), set()
-        while frontier:
-            index = frontier.pop()
-            if index in seen or not self.t.nodes[index].is_data or self.t.is_matrix_product(index):
-                continue
-            seen.add(index)
-            if self.t.nodes[index].operation in {"add", "masked_fill", "where"} and self._from_data_product(index):
-                found.append(self._point(index))
-            frontier.extend(self.t.nodes[index].inputs)
-        return () if self.t.nodes[score].operation == "scaled_dot_product_attention" else tuple(found)
 
     def _has_bias(self, learned: int) -> bool:
         """Whether a learned product takes a second parameter beside its weight."""
@@ -441,24 +380,24 @@ class _Reader:
                 frontier.append(consumer)
         return None
 
-    def _projection_place(self, projection: int, score: int, mixed: int) -> ModuleCall | Point | None:
+    def _projection_place(self, projection: int, product: int, mixed: int) -> ModuleCall | Point | None:
         """The run of the module that is the output projection, or the point of a product in the attention's own code."""
         call = self.t.calls[self.t.nodes[projection].call]
         data = [i for i in self.t.nodes[projection].inputs if self.t.nodes[i].is_data]
-        while self._wraps(call.parent, data[0], score):  # an adapter around the layer is part of the projection
+        while self._wraps(call.parent, data[0], product):  # an adapter around the layer is part of the projection
             call = self.t.calls[call.parent]
-        if call.first <= score < call.last:
+        if call.first <= product < call.last:
             return self._point(projection) if self.t.nodes[data[0]].shape[-1] == mixed else None
         inputs = [self.t.nodes[i].shape for i in call.inputs.values()]
         if call.name and any(shape and shape[-1] == mixed for shape in inputs):
             return ModuleCall(call.name, call.ordinal)
         return None
 
-    def _wraps(self, index: int, given: int, score: int) -> bool:
+    def _wraps(self, index: int, given: int, product: int) -> bool:
         """Whether a call takes just the value `given` and does to it nothing but learned maps: no attention, no residual
         addition, no norm."""
         call = self.t.calls[index]
-        if index <= 0 or list(call.inputs.values()) != [given] or call.first <= score < call.last:
+        if index <= 0 or list(call.inputs.values()) != [given] or call.first <= product < call.last:
             return False
         if any(call.first <= s.root < call.last for s in self.sums):
             return False
@@ -572,9 +511,7 @@ class _Reader:
                 outermost = index
                 if self._is_member(index, holds):
                     members.append(index)
-            scores = [
-                s for leaf in found.leaves if leaf != found.stream for s in self._scores_inside(leaf, found.stream)
-            ]
+            scores = [s for leaf in found.leaves if leaf != found.stream for s in self._attending(leaf, found.stream)]
             chosen.append(self._deepest(members[-1] if members else outermost, holds, scores))
         chosen = list(dict.fromkeys(chosen))
         chosen = [c for c in chosen if not any(c != other and self._within(other, c) for other in chosen)]
@@ -641,14 +578,14 @@ class _Reader:
     def _require_every_attention(self, blocks: list[Block]) -> None:
         """Refuse a picture that leaves out a block: attention inside a module of a class that is a block elsewhere, or, of a
         kind that blocks have, inside a member of a list. A pooling head's may stand outside the blocks."""
-        inside = {c.score for b in blocks for p in b.parts for c in p.attention}
+        inside = {c.product for b in blocks for p in b.parts for c in p.attention}
         kinds = {type(self.model.get_submodule(point.owner)) for point in inside}
         classes = {type(self.model.get_submodule(b.module.name)) for b in blocks}
-        for score in self.attention_of:
-            point = self._point(score)
+        for product in self.attentions:
+            point = self._point(product)
             if point in inside:
                 continue
-            names = [self.t.calls[i].name for i in self.t.call_path(self.t.nodes[score].call) if self.t.calls[i].name]
+            names = [self.t.calls[i].name for i in self.t.call_path(self.t.nodes[product].call) if self.t.calls[i].name]
             of_a_kind = type(self.model.get_submodule(point.owner)) in kinds and any(map(self._is_listed, names))
             if of_a_kind or any(type(self.model.get_submodule(n)) in classes for n in names):
                 raise self._refusal(
@@ -690,10 +627,7 @@ class _Reader:
             summands = [leaf for leaf in found.leaves if leaf != found.stream]
             attending = bool(own) and own[0].kind in {"attention", "cross"}
             parts_of.append(
-                [
-                    offset if not attending or self._scores_inside(leaf, found.stream) else offset + 1
-                    for leaf in summands
-                ]
+                [offset if not attending or self._attending(leaf, found.stream) else offset + 1 for leaf in summands]
             )
             residuals.append(Residual(tuple(tree), tuple(range(offset, offset + len(own))), found.stream_scales))
             parts.extend(own)
@@ -750,12 +684,12 @@ class _Reader:
             return ", ".join(list(dict.fromkeys(owners))[:4]) or "no module"
 
         return (
-            f"{len(self.attention_of)} attention calls (in {places(self.attention_of)}) and "
+            f"{len(self.attentions)} attention calls (in {places(self.attentions)}) and "
             f"{len(self.sums)} residual additions (in {places(s.root for s in self.sums)})"
         )
 
     def _layout(self) -> str:
-        owners = [self.t.calls[self.t.nodes[i].call].name for i in self.attention_of]
+        owners = [self.t.calls[self.t.nodes[i].call].name for i in self.attentions]
         return f"uc.Layout(blocks={_block_candidates(self.model, owners)!r})"
 
     def _refusal(self, reason: str) -> UnsupportedModel:

@@ -223,6 +223,10 @@ class Trace:
         """Whether value `index` depends on value `on` through a learned matrix product."""
         return bool(self.learned_ancestors[index] >> on & 1)
 
+    def is_learned_from(self, index: int) -> bool:
+        """Whether value `index` comes from data through a learned matrix product."""
+        return self.learned_ancestors[index] != 0
+
     def call_path(self, call: int) -> list[int]:
         """The call and those around it, innermost first."""
         path = []
@@ -242,6 +246,16 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors_in(item)
+
+
+def operands_of(operation: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors that an operation is given, in the order in which a `Node` lists them: as they were passed; of fused attention
+    by name, since its masks and values are often passed as keywords."""
+    if operation == "scaled_dot_product_attention":
+        names = ("query", "key", "value", "attn_mask")
+        named = {**dict(zip(names, args, strict=False)), **kwargs}
+        return [named[n] for n in names if isinstance(named.get(n), Tensor)]
+    return list(tensors_in([args, dict(kwargs)]))
 
 
 class _Recorder(TorchFunctionMode):
@@ -336,7 +350,7 @@ class _Recorder(TorchFunctionMode):
         results = list(tensors_in(output))
         if not results and not in_place:
             return output
-        operands = list(tensors_in([args, kwargs]))[: 1 if name in _TEMPLATES else None]
+        operands = operands_of(name, args, kwargs)[: 1 if name in _TEMPLATES else None]
         inputs = tuple(self.value(t) for t in operands)
         is_data = any(self.nodes[i].is_data for i in inputs)
         is_parameter = not is_data and any(self.nodes[i].is_parameter for i in inputs)

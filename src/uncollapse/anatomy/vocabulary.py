@@ -30,6 +30,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from uncollapse.anatomy.interception import Handler, Point, chosen_operand
+from uncollapse.anatomy.operands import Lead
 from uncollapse.errors import UnsupportedModel
 
 PartKind = Literal["attention", "cross", "mlp", "mixer"]
@@ -58,27 +59,50 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class MaskingStep:
+    """An operation on the way from the logits to the weights that may forbid a pair, and the number of the operand that would.
+    What it forbids is read off that operand in each pass: 0 and one negative number where it is added, booleans where it chooses,
+    0 and 1 where it multiplies. Whether it forbids anything is no matter of the model but of the batch. `axes` says of each axis
+    of its result what it holds: `sequence`, `key`, `query`, `head`, both in one, or None."""
+
+    point: Point
+    operand: int
+    after_softmax: bool = False
+    axes: tuple[str | None, ...] = ()
+
+
+@dataclass(frozen=True)
 class AttentionCall:
-    """One attention call. `score` is the fused call or the softmax; `product` the product of its weights with the values
-    (the fused call itself, or the matrix product after the softmax), whose operand `value_operand` holds the values.
+    """One attention call. `product` is the product that mixes the values (the fused call itself, or a matrix product), whose
+    operand `value_operand` holds the values and `weight_operand` the weights (None for a fused call, which never makes them).
+    `score` is the softmax, the exponential of one that is written out, or the fused call; None where the weights are made in
+    another way. `logits` is the operation that takes the logits, with the number of that operand. `way` are the operations from
+    the first mask or the logits to the weights, in order; `masking` those that may forbid a pair.
+
     `projection` is the output projection: a module's run, or the point of a product written in the attention's own code.
-    `masking` are the operations between the products of queries and keys and the softmax that may forbid a pair.
     `value_bias` and `output_bias` say whether values and output are made with a bias; `heads`, `key_value_heads` and
     `head_width` are the sizes on this model.
 
     `queries`, `keys` and `values` are the learned products nearest behind the operands of the attention: a module's run, or
     the point of a product in the attention's own code; None where several are met, or none. They may be one and the same.
     `similarity` is the product of queries with keys (the fused call itself; None where several are summed before the
-    softmax), with the numbers of its two operands."""
+    softmax), with the numbers of its two operands.
 
-    score: Point
+    The proof adds what the leading axes of the product hold (`lead`, in order), how many of the keys stand `before` those that
+    are tokens and belong to none (a sink's column), whether there are as many keys as the stream has tokens (`keys_of_tokens`),
+    and, where the call is no mixture of tokens that can be measured, why (`unreadable`)."""
+
+    score: Point | None
     product: Point
     value_operand: int
     heads: int
     key_value_heads: int
     head_width: int
     projection: ModuleCall | Point | None
-    masking: tuple[Point, ...] = ()
+    weight_operand: int | None = None
+    logits: tuple[Point, int] | None = None
+    way: tuple[Point, ...] = ()
+    masking: tuple[MaskingStep, ...] = ()
     value_bias: bool = False
     output_bias: bool = False
     queries: ModuleCall | Point | None = None
@@ -87,6 +111,21 @@ class AttentionCall:
     similarity: Point | None = None
     query_operand: int = 0
     key_operand: int = 1
+    lead: tuple[Lead, ...] = ()
+    before: int = 0
+    after: int = 0
+    keys_of_tokens: bool = False
+    unreadable: str | None = None
+
+    @property
+    def is_fused(self) -> bool:
+        return self.score == self.product
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the product's own axes are sequence, head, query, key, in this order, with a softmax over the last."""
+        roles = [axis.role for axis in self.lead]
+        return roles == ["sequence", "head"] and self.score is not None and self.unreadable is None
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, intercepted
+from uncollapse.anatomy.operands import forbidden_by_addition, fused_arguments, spread_out, step_without
 from uncollapse.anatomy.probing import probing
-from uncollapse.anatomy.tracing import operation_name, tensors_in
-from uncollapse.anatomy.vocabulary import Anatomy
+from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in
+from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, MaskingStep
 from uncollapse.errors import UnsupportedModel
 
 
@@ -35,15 +36,15 @@ def mask_removed(model: nn.Module, anatomy: Anatomy, blocks: frozenset[int]) -> 
     def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
         hides = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
-        padding[0] = mask.bool()[:, None, None, :] if hides and isinstance(mask, Tensor) else None
+        padding[0] = mask.bool() if hides and isinstance(mask, Tensor) else None
 
     handlers: dict[Point, Handler] = {}
     for number, block in enumerate(anatomy.blocks):
         for call in (c for p in block.parts if p.kind == "attention" for c in p.attention if number in blocks):
-            if call.score == call.product:
-                handlers[call.score] = _unmasked_fused(padding)
-            for point in call.masking:
-                handlers[point] = _unmasked_step(padding)
+            if call.is_fused:
+                handlers[call.product] = _unmasked_fused(call, padding)
+            for step in call.masking:
+                handlers[step.point] = _unmasked_step(step, padding)
     hook = model.register_forward_pre_hook(remember, with_kwargs=True)
     try:
         with intercepted(model, handlers):
@@ -52,59 +53,40 @@ def mask_removed(model: nn.Module, anatomy: Anatomy, blocks: frozenset[int]) -> 
         hook.remove()
 
 
-def _unmasked_fused(padding: list[Tensor | None]) -> Handler:
+def _unmasked_fused(call: AttentionCall, padding: list[Tensor | None]) -> Handler:
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        mask = given.get("attn_mask")
-        if mask is not None and mask.dtype != torch.bool:
-            forbidden = mask <= torch.finfo(mask.dtype).min / 2
-            if bool((mask.masked_fill(forbidden, 0) != 0).any()):
-                raise UnsupportedModel(
-                    "without: expected a mask that only forbids, got one that also adds a bias to the logits. The bias of a "
-                    "forbidden pair is not known. Load the model with attn_implementation='eager'."
-                )
-        given |= {"is_causal": False, "attn_mask": padding[0]}
+        given = fused_arguments(args, kwargs)
+        query, mask, real = given["query"], given.get("attn_mask"), padding[0]
+        if mask is not None and mask.dtype != torch.bool and forbidden_by_addition(mask)[1]:
+            raise UnsupportedModel(
+                "without: expected a mask that only forbids, got one that also adds a bias to the logits. The bias of a "
+                "forbidden pair is not known. Load the model with attn_implementation='eager'."
+            )
+        shown = None
+        if real is not None:
+            axes = [_AXIS[axis.role] for axis in call.lead]
+            shape = (*query.shape[:-2], 1, given["key"].shape[-2])
+            shown = spread_out(real, [*axes, None, "key"], shape)
+        given |= {"is_causal": False, "attn_mask": shown}
         return function(given.pop("query"), given.pop("key"), given.pop("value"), **given)
 
     return handler
 
 
-def _unmasked_step(padding: list[Tensor | None]) -> Handler:
-    """An addition or replacement before a softmax that no longer forbids anything but padded keys."""
+_AXIS = {"head": None, "window": None, "sequence": "sequence"} | {s: s for s in ("sequence-major", "sequence-minor")}
+
+
+def _unmasked_step(step: MaskingStep, padding: list[Tensor | None]) -> Handler:
+    """An operation between logits and weights that no longer forbids anything but padded keys."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = operation_name(function)
-        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-        if name == "add" and len(tensors) == 1:  # a number forbids nothing
-            result = function(*args, **kwargs)
-        elif name == "add":
-            first, second = tensors
-            result = _allowing(first) + _allowing(second)
-        elif name == "masked_fill":
-            result = args[0] if _forbids(args[2] if len(args) > 2 else kwargs["value"]) else function(*args, **kwargs)
-        else:
-            kept = [t for t in tensors[1:] if t.ndim >= 3]
-            replaces = len(kept) == 1 and _forbids(next(a for a in args[1:] if a is not kept[0]))
-            result = kept[0] if replaces else function(*args, **kwargs)
-        real = padding[0]
-        if real is None or not isinstance(result, Tensor):
-            return result
-        keys = real.shape[-1]
-        real = real if result.ndim == 4 else real[:, 0].repeat_interleave(result.shape[0] // real.shape[0], 0)
-        return result.masked_fill(~real[..., :keys], torch.finfo(result.dtype).min)
+        real, hidden = padding[0], None
+        if real is not None:
+            given = operands_of(operation_name(function), args, kwargs)
+            hidden = spread_out(~real, step.axes, torch.broadcast_shapes(*(t.shape for t in given)))
+        return step_without(function, args, kwargs, step.operand, step.after_softmax, hidden)
 
     return handler
-
-
-def _forbids(value: Any) -> bool:
-    return bool(torch.as_tensor(value).double().min() <= torch.finfo(torch.float16).min / 2)
-
-
-def _allowing(operand: Tensor) -> Tensor:
-    if not operand.is_floating_point():
-        return operand
-    return operand.masked_fill(operand <= torch.finfo(operand.dtype).min / 2, 0)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,7 +33,8 @@ class AttentionStatistics:
     """Running statistics of one attention call: `values` is [measure, head], `energy` [head] the share of the centred
     output energy. `reasons` says of a measure why it is missing. `matrix` is W_O as [mixed, width], as met in the pass: effective,
     with adapters in it and quantised weights expanded; `reasons["matrix"]` says why it is missing. `tokens` are the real ones
-    that the projection reads; `sinks` says that the softmax also ran over columns that belong to no key."""
+    that the projection reads; `sinks` says that the softmax also ran over columns that belong to no key. `deviation` and `row_sums`
+    are what the pass bore out, see `AttentionRows`."""
 
     block: int
     kind: Literal["self", "cross"]
@@ -45,23 +47,8 @@ class AttentionStatistics:
     matrix: Tensor | None = None
     tokens: Running = field(default_factory=Running.empty)
     sinks: bool = False
-
-
-def four_axes(tensor: Tensor, batch: int) -> Tensor:
-    """[batch, head, token, ·] from that, from [batch·head, token, ·] or from [batch, token, ·] with one head."""
-    if tensor.ndim == 3 and tensor.shape[0] % batch == 0:
-        return tensor.reshape(batch, tensor.shape[0] // batch, *tensor.shape[1:])
-    return tensor
-
-
-def mask_or_bias(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """A fused call's mask as (allowed pairs, additive bias): an additive mask of zeros and forbidden pairs is no bias."""
-    if mask is None or mask.dtype == torch.bool:
-        return mask, None
-    allowed = mask > torch.finfo(mask.dtype).min / 2
-    if bool(((mask == 0) | ~allowed).all()):
-        return allowed, None
-    return None, mask
+    deviation: float = 0.0
+    row_sums: tuple[float, float] = (math.inf, -math.inf)
 
 
 def spread(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -28,19 +28,18 @@ from torch import Tensor, nn
 from uncollapse.anatomy.interception import Handler, Point, device_of, intercepted
 from uncollapse.anatomy.probing import full_precision, probing
 from uncollapse.anatomy.proof import block_output
-from uncollapse.anatomy.tracing import operation_name, tensors_in
+from uncollapse.anatomy.tracing import operation_name
 from uncollapse.anatomy.vocabulary import Anatomy, Block, Part
 from uncollapse.errors import InputError, UncollapseError
-from uncollapse.measures import geometry, heads, mixing
+from uncollapse.measures import geometry, heads
 from uncollapse.measures.running import Running
 from uncollapse.probe.attention import (
     ATTENTION_MEASURES,
     AttentionStatistics,
-    four_axes,
-    mask_or_bias,
     pattern_spectra,
     spread,
 )
+from uncollapse.probe.attention_calls import AttentionRows, CallObserver
 from uncollapse.probe.projections import holds, projected_cloud, projection_matrix
 from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, SiteStatistics, distinct_tokens
 from uncollapse.probe.sublayers import NormStatistics, Sublayers, UpdateStatistics
@@ -106,6 +105,7 @@ class _Probe:
         self.batch_size = 0
         self.masks: dict[str, Tensor | None] = {}
         self.runs: dict[str, int] = {}
+        self.stream_tokens: dict[int, int] = {}  # by block: of the stream that entered it
         self.heads_output: Tensor | None = None  # of the attention call whose output projection is still to come
         self.matrices: dict[str, Tensor] = {}
         self.distinct: dict[str, Tensor | None] = {}  # by stack: different token ids of each sequence
@@ -187,6 +187,8 @@ class _Probe:
             for at_entry, site, block in sites.get(run, ()):
                 key = block.stream_input
                 given = args[key] if isinstance(key, int) else kwargs[key]
+                if site.block is not None:
+                    self.stream_tokens[site.block] = self._cloud(given, block.token_axis).shape[1]
                 if at_entry:
                     with full_precision(given):
                         self._measure_site(site, given, block)
@@ -229,7 +231,12 @@ class _Probe:
         observers: dict[Point, Observer],
         projections: dict[str, dict[int, AttentionStatistics]],
     ) -> None:
-        call = part.attention[0]
+        first = part.attention[0]
+        call = replace(
+            first,
+            heads=sum(c.heads for c in part.attention),
+            key_value_heads=sum(c.key_value_heads for c in part.attention),
+        )
         statistics = AttentionStatistics(
             number,
             "cross" if part.kind == "cross" else "self",
@@ -237,6 +244,7 @@ class _Probe:
             call,
             Running.empty(len(ATTENTION_MEASURES), call.heads),
             Running.empty(call.heads),
+            sinks=any(c.before or c.after for c in part.attention),
         )
         self.observations.attention.append(statistics)
         if isinstance(call.projection, Point):
@@ -245,16 +253,35 @@ class _Probe:
             projections.setdefault(call.projection.name, {})[call.projection.call] = statistics
         else:
             statistics.reasons["energy_share"] = "no output projection follows this attention"
-        if len(part.attention) > 1:
-            reason = f"{len(part.attention)} attention calls in one sublayer are not measured yet"
-            statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, reason) | {"energy_share": reason}
+        problem = next((c.unreadable for c in part.attention if c.unreadable is not None), None)
+        if problem is not None:
+            statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, problem)
             return
-        if call.score == call.product:
-            observers[call.score] = functools.partial(self._fused_call, statistics)
-        else:
-            pending: list[tuple[Tensor, Tensor]] = []
-            observers[call.score] = functools.partial(self._softmax_call, pending)
-            observers[call.product] = functools.partial(self._product_call, statistics, pending)
+        met: dict[int, AttentionRows] = {}
+
+        def deliver(index: int, found: AttentionRows) -> None:
+            met[index] = found
+            if len(met) == len(part.attention):
+                self._measure_attention(statistics, [met[i] for i in range(len(met))])
+                met.clear()
+
+        def refuse(reason: str) -> None:
+            self.heads_output = None
+            met.clear()
+            statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, reason)
+
+        for index, each in enumerate(part.attention):
+            observer = CallObserver(
+                each,
+                sequences=lambda: self.batch_size,
+                tokens=lambda: self.stream_tokens.get(number),
+                query_mask=functools.partial(self._query_mask, statistics),
+                susceptibility=self.level == "full",
+                spectra=self.spectra,
+                deliver=functools.partial(deliver, index),
+                refuse=refuse,
+            )
+            observers |= observer.observers()
 
     # Batches ------------------------------------------------------------------------------------------------------
     def begin(self, batch: Mapping[str, Any]) -> None:
@@ -329,71 +356,6 @@ class _Probe:
         return stream.flatten(1, -2)  # a grid of patches, or tokens already
 
     # Attention ----------------------------------------------------------------------------------------------------
-    def _fused_call(
-        self,
-        statistics: AttentionStatistics,
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-    ) -> None:
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        q, k, v = (four_axes(given[n], self.batch_size) for n in names[:3])
-        allowed, bias = mask_or_bias(given.get("attn_mask"))
-        rows = mixing.row_statistics(
-            q,
-            k,
-            allowed=allowed,
-            bias=bias,
-            query_mask=self._query_mask(statistics, q.shape[-2], q.shape[0]),
-            causal=bool(given.get("is_causal", False)),
-            scale=given.get("scale"),
-            susceptibility=self.level == "full",
-        )
-        weights = None
-        if self.spectra:
-            weights = mixing.attention_weights(
-                q, k, allowed=allowed, bias=bias, causal=bool(given.get("is_causal", False)), scale=given.get("scale")
-            )
-        self._measure_attention(statistics, rows, v, four_axes(output, self.batch_size), weights)
-
-    def _softmax_call(
-        self,
-        pending: list[tuple[Tensor, Tensor]],
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-    ) -> None:
-        pending[:] = [(output, args[0] if args else kwargs["input"])]
-
-    def _product_call(
-        self,
-        statistics: AttentionStatistics,
-        pending: list[tuple[Tensor, Tensor]],
-        function: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Any,
-    ) -> None:
-        weights, logits = (four_axes(t, self.batch_size) for t in pending.pop())
-        operands = list(tensors_in([args, kwargs]))
-        value = four_axes(operands[statistics.call.value_operand], self.batch_size)
-        keys = value.shape[-2]
-        if weights.ndim != 4 or keys > weights.shape[-1]:
-            reason = "the attention weights do not have the axes batch, head, query, key"
-            statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, reason)
-            return
-        statistics.sinks |= keys < weights.shape[-1]
-        weights, logits = weights[..., :keys], logits[..., :keys]  # columns beyond the keys are attention sinks
-        query_mask = self._query_mask(statistics, weights.shape[-2], weights.shape[0])
-        rows = mixing.row_statistics_from_weights(
-            weights, logits, query_mask=query_mask, susceptibility=self.level == "full"
-        )
-        full = weights / weights.sum(-1, keepdim=True) if self.spectra else None
-        self._measure_attention(statistics, rows, value, four_axes(output, self.batch_size), full)
-
     def _query_mask(self, statistics: AttentionStatistics, queries: int, sequences: int) -> Tensor | None:
         mask = self._mask(statistics.stack, queries, f"the attention of block {statistics.block}")
         return mask if mask is None or mask.shape[0] == sequences else None
@@ -403,37 +365,48 @@ class _Probe:
         mask = self._mask(stack, keys, f"the keys of block {statistics.block}")
         return mask if mask is None or mask.shape[0] == sequences else None
 
-    def _measure_attention(
-        self,
-        statistics: AttentionStatistics,
-        rows: mixing.RowStatistics,
-        value: Tensor,
-        mixed: Tensor,
-        weights: Tensor | None,
-    ) -> None:
-        statistics.route = rows.route
-        sequences, count = rows.entropy.shape[:2]
-        undefined = torch.full((sequences, count), math.nan, dtype=torch.float64)
-        columns = dict.fromkeys(ATTENTION_MEASURES, undefined)
-        for name in ("entropy", "normalized_entropy", "entropy_floor", "rest_entropy", "key_share", "susceptibility"):
-            found = getattr(rows, name)
-            if found is not None:
-                columns[name] = found.double().nanmean(-1)
-        if rows.max_logit is not None:
-            columns["max_logit"] = rows.max_logit.double().nan_to_num(nan=-math.inf).amax(-1)
-        query_mask = self._query_mask(statistics, rows.entropy.shape[-1], sequences)
-        key_mask = self._key_mask(statistics, value.shape[-2], sequences)
-        if mixed.ndim == 4 and mixed.shape[:2] == (sequences, count) and value.shape[0] == sequences:
-            before, after = spread(value, key_mask), spread(mixed, query_mask)
-            columns["value_contraction"] = after / before.repeat_interleave(count // before.shape[1], 1)
-        else:
-            statistics.reasons["value_contraction"] = "the mixed values do not have the axes batch, head, token, width"
-        self.heads_output = mixed if mixed.ndim == 4 else None
-        if weights is not None:
-            for name, found in pattern_spectra(weights, query_mask, key_mask).items():
-                columns[name] = found
+    def _measure_attention(self, statistics: AttentionStatistics, found: Sequence[AttentionRows]) -> None:
+        """Add one pass through a sublayer's attention calls, their heads one after the other."""
+        statistics.route = found[0].rows.route
+        columns: dict[str, list[Tensor]] = {name: [] for name in ATTENTION_MEASURES}
+        for each in found:
+            rows = each.rows
+            sequences, count = rows.entropy.shape[:2]
+            undefined = torch.full((sequences, count), math.nan, dtype=torch.float64)
+            own = dict.fromkeys(ATTENTION_MEASURES, undefined)
+            for name in (
+                "entropy",
+                "normalized_entropy",
+                "entropy_floor",
+                "rest_entropy",
+                "key_share",
+                "susceptibility",
+            ):
+                figure = getattr(rows, name)
+                if figure is not None:
+                    own[name] = figure.double().nanmean(-1)
+            if rows.max_logit is not None:
+                own["max_logit"] = rows.max_logit.double().nan_to_num(nan=-math.inf).amax(-1)
+            query_mask = self._query_mask(statistics, rows.entropy.shape[-1], sequences)
+            if each.values is not None and each.mixed is not None:
+                key_mask = self._key_mask(statistics, each.values.shape[-2], sequences)
+                before, after = spread(each.values, key_mask), spread(each.mixed, query_mask)
+                own["value_contraction"] = after / before.repeat_interleave(count // before.shape[1], 1)
+                if each.weights is not None:
+                    own |= pattern_spectra(each.weights, query_mask, key_mask)
+            statistics.reasons |= each.reasons
+            statistics.deviation = max(statistics.deviation, each.deviation)
+            statistics.row_sums = (
+                min(statistics.row_sums[0], each.row_sums[0]),
+                max(statistics.row_sums[1], each.row_sums[1]),
+            )
+            for name in ATTENTION_MEASURES:
+                columns[name].append(own[name].to("cpu", torch.float64))
+        mixed = [each.mixed for each in found if each.mixed is not None]
+        same = len(mixed) == len(found) and len({m.shape[2:] for m in mixed}) == 1
+        self.heads_output = torch.cat(mixed, 1) if same else None
         statistics.values = statistics.values.add(
-            torch.stack([columns[n].to("cpu", torch.float64) for n in ATTENTION_MEASURES], 1)
+            torch.stack([torch.cat(columns[n], 1) for n in ATTENTION_MEASURES], 1)
         )
 
     def _projection_call(

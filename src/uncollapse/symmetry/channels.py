@@ -159,6 +159,17 @@ class _Site:
         self.reasons.setdefault(role, reason)
 
 
+def _unlike_the_usual(call: AttentionCall) -> str:
+    """Why the channels of a call cannot be told by patterns; empty where the axes are sequence, head, token, channel."""
+    if call.unreadable is not None:
+        return call.unreadable
+    if call.lead and [axis.role for axis in call.lead] not in (["sequence", "head"], ["sequence-major"], ["sequence"]):
+        return "its heads and sequences are laid out in an order that no group acts on yet"
+    if call.score is None:
+        return "its weights are not the softmax of one set of logits"
+    return ""
+
+
 class _UnreadableError(Exception):
     """The patterns cannot be laid out one a sequence."""
 
@@ -174,6 +185,10 @@ class _Probe:
             for part in block.parts
             for call in part.attention
         ]
+        for site in self.sites:
+            problem = _unlike_the_usual(site.call)
+            for role in (*ROLES, "projection", "logits", "heads") if problem else ():
+                site.refuse(role, problem)
         self.sources = list(dict.fromkeys(p for s in self.sites for r in ROLES if (p := s.source(r)) is not None))
         self.widths: dict[Place, int] = {}
         self.runs: dict[str, int] = {}
@@ -186,7 +201,8 @@ class _Probe:
         except Exception:  # whatever it is, sequences cannot be repeated: the batch as it is, one pattern a pass
             self.batch, self.patterns = self.whole, 1
             for site in self.sites:
-                site.reasons.clear()
+                if not _unlike_the_usual(site.call):
+                    site.reasons.clear()
             self._survey()
 
     # Passes -------------------------------------------------------------------------------------------------------
@@ -204,7 +220,8 @@ class _Probe:
 
         handlers: dict[Point, Handler] = {p: self._noting(p) for p in self._points()}
         for site in self.sites:
-            handlers[site.call.score] = self._joined(handlers.get(site.call.score), self._scores(site))
+            if site.call.score is not None:
+                handlers[site.call.score] = self._joined(handlers.get(site.call.score), self._scores(site))
             handlers[site.call.product] = self._joined(handlers.get(site.call.product), self._values(site))
         with self._standing(seen, handlers):
             self.model(**self.batch)
@@ -240,7 +257,7 @@ class _Probe:
 
         def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             tensors = list(tensors_in([args, kwargs]))
-            if site.call.score != site.call.product:
+            if not site.call.is_fused:
                 self.columns[id(site)] = tensors[0].shape[-1]
             elif len(tensors) > 3 and tensors[3].ndim == 4 and tensors[3].shape[1] > 1:
                 mask = tensors[3]
@@ -340,7 +357,7 @@ class _Probe:
             call = site.call
             if call.similarity is not None:
                 handlers[call.similarity] = self._comparing(number, found)
-            if call.score != call.product:
+            if call.score is not None and not call.is_fused:
                 handlers[call.score] = self._softmax(number, found)
             handlers[call.product] = self._joined(
                 handlers.get(call.product), self._mixing(number, found, tables.get(call.product))
@@ -374,7 +391,7 @@ class _Probe:
         def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             operands = list(tensors_in([args, kwargs]))
             self._keep(found, number, "queries", operands[call.query_operand])
-            if call.score == call.product and len(operands) > 3 and operands[3].is_floating_point():
+            if call.is_fused and len(operands) > 3 and operands[3].is_floating_point():
                 self._keep(found, number, "scores", operands[3])  # what is added to the logits
             keys = operands[call.key_operand]
             self._keep(found, number, "keys", keys.mT if operation_name(function) in _MATRIX_OPERANDS else keys)

@@ -246,8 +246,10 @@ def _at_logits(
 ) -> dict[Point, Handler]:
     """Handlers that change the logits of one attention call: the arguments of a fused call, or the operand of the softmax
     as far as it belongs to keys."""
-    if call.score == call.product:
-        return {call.score: _at_fused(fused)}
+    if call.is_fused:
+        return {call.product: _at_fused(fused)}
+    if call.score is None:
+        return {}
     keys: list[int] = []
 
     def counting(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

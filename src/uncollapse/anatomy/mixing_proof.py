@@ -1,0 +1,204 @@
+"""What the axes of an attention's product hold, found by poking: which slices are whose sequence, what is a head, what a key.
+
+A sequence of the stream is changed: the slices of the product's result that move are its slices. One token is changed: the rows
+of the values that move are its keys. Sizes decide nothing, so that a batch as large as the number of heads, or a sequence as long
+as a head is wide, cannot be mistaken for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from uncollapse.anatomy.operands import Lead, Mixed, UnreadableError, arranged
+from uncollapse.anatomy.vocabulary import AttentionCall
+
+
+@dataclass(frozen=True)
+class Poked:
+    """One product as it ran on the example, with each sequence of the stream changed in turn, with the first token of the first
+    sequence changed, and (cross-attention) with everything but the stream changed."""
+
+    plain: Mixed
+    sequences: Sequence[Mixed]
+    token: Mixed
+    memory: Mixed | None
+
+
+def located(call: AttentionCall, poked: Poked, tokens: int, *, alone: bool) -> AttentionCall:
+    """`call` with what its axes hold. `tokens`: of one sequence of the stream. `alone`: the sublayer's only product.
+
+    Raises `UnreadableError` with the reason where pokes do not single out sequences, heads and keys.
+    """
+    mixed, values = poked.plain.mixed, poked.plain.values
+    count = len(poked.sequences)
+    moved = torch.stack([_moved(mixed, p.mixed).any(-1) for p in poked.sequences])  # [sequence, *lead]
+    lead = _sequences(moved, count)
+    is_cross = poked.memory is not None
+    token = _inner(_moved(mixed, poked.token.mixed) if is_cross else _moved(values, poked.token.values), lead, count)
+    lead = _heads_and_windows(token.any(-1), lead)
+    rows = token.reshape(-1, token.shape[-1]).any(0)  # of one sequence: the keys (cross: queries) that one token moves
+    whole = poked.memory if is_cross else poked.sequences[0]
+    assert whole is not None
+    keys = _inner(_moved(values, whole.values), lead, count)
+    keys = keys.reshape(-1, keys.shape[-1]).any(0)
+    if not bool(keys.any()):
+        raise UnreadableError("nothing that it mixes depends on the tokens")
+    before, after = int(keys.int().argmax()), int(keys.flip(0).int().argmax())
+    of_tokens = len(keys) - before - after
+    if int(keys.sum()) != of_tokens:
+        raise UnreadableError("keys that are no tokens stand between those that are")
+    if bool(rows.all() if is_cross else rows[keys].all()) and len(rows) > 1 and tokens > 1:
+        raise UnreadableError("it mixes features, not tokens: one token moves every row of what it mixes")
+    heads = math.prod(_sizes(mixed, lead, count, "head"))
+    windows = math.prod(_sizes(mixed, lead, count, "window"))
+    if not is_cross and not alone and mixed.shape[-2] * windows < tokens:
+        raise UnreadableError("several attention calls in one sublayer share out the queries among them")
+    return replace(
+        call,
+        lead=lead,
+        heads=heads,
+        key_value_heads=_distinct(arranged(values, _of(values, lead, mixed), count)),
+        head_width=values.shape[-1],
+        before=before,
+        after=after,
+        keys_of_tokens=not is_cross and of_tokens * windows == tokens,
+    )
+
+
+def _of(tensor: Tensor, lead: tuple[Lead, ...], mixed: Tensor) -> tuple[Lead, ...]:
+    """The leading axes of an operand that has as many as the result."""
+    if tensor.ndim != mixed.ndim:
+        raise UnreadableError(f"its values have {tensor.ndim} axes, its result {mixed.ndim}")
+    return lead
+
+
+def _moved(before: Tensor, after: Tensor) -> Tensor:
+    """Which rows [*lead, row] differ beyond rounding."""
+    if before.shape != after.shape:
+        raise UnreadableError("its sizes depend on what the tokens are")
+    rounding = 64 * torch.finfo(before.dtype).eps * before.abs().nan_to_num(0, 0, 0).max()
+    return ((after - before).abs() > rounding).any(-1)
+
+
+def _sequences(moved: Tensor, count: int) -> tuple[Lead, ...]:
+    """Which leading axis holds the sequences, from the slices [sequence, *lead] that move with each."""
+    axes = moved.ndim - 1
+    if count == 1:
+        return (Lead("head"),) * axes
+    owners = moved.sum(0)
+    if bool((owners > 1).any()):
+        raise UnreadableError("it mixes several sequences of the batch")
+    if bool((owners == 0).any()):
+        raise UnreadableError("some of it does not depend on the tokens")
+    owner = moved.int().argmax(0)
+    if len(owner.unique()) < count:
+        raise UnreadableError("each sequence is mixed by a call of its own")
+    found: list[Lead] = []
+    for axis in range(axes):
+        along = owner.movedim(axis, 0).flatten(1) if axes > 1 else owner[:, None]
+        index = torch.arange(len(along))
+        if not bool((along == along[:, :1]).all()):
+            found.append(Lead("head"))
+        elif torch.equal(along[:, 0], index) and len(index) == count:
+            found.append(Lead("sequence"))
+        elif len(index) % count == 0 and torch.equal(along[:, 0], index // (len(index) // count)):
+            found.append(Lead("sequence-major"))
+        elif torch.equal(along[:, 0], index % count):
+            found.append(Lead("sequence-minor"))
+        else:
+            raise UnreadableError("its sequences lie in an order that was not understood")
+    if sum(axis.role != "head" for axis in found) != 1:
+        raise UnreadableError("its sequences lie along several axes")
+    return tuple(found)
+
+
+def _inner(moved: Tensor, lead: tuple[Lead, ...], count: int) -> Tensor:
+    """What moved [*lead, row] in the first sequence, as [*inner, row]: one axis for each that is not the sequence."""
+    parts, shape = moved, list[int]()
+    position = None
+    for size, axis in zip(moved.shape[:-1], lead, strict=True):
+        if axis.role == "sequence":
+            position = len(shape)
+            shape.append(size)
+        elif axis.role == "sequence-major":
+            position = len(shape)
+            shape += [count, size // count]
+        elif axis.role == "sequence-minor":
+            position = len(shape) + 1
+            shape += [size // count, count]
+        else:
+            shape.append(size)
+    parts = parts.reshape(*shape, moved.shape[-1])
+    return parts if position is None else parts.select(position, 0)
+
+
+def _heads_and_windows(token: Tensor, lead: tuple[Lead, ...]) -> tuple[Lead, ...]:
+    """Heads are slices that all see a token; of windows one does. `token` [*inner]: what one token moved."""
+    kinds: list[Literal["head", "window"]] = []
+    for axis in range(token.ndim):
+        seen = token.movedim(axis, 0).flatten(1).any(-1) if token.ndim > 1 else token
+        if bool(seen.all()):
+            kinds.append("head")
+        elif int(seen.sum()) == 1:
+            kinds.append("window")
+        else:
+            raise UnreadableError("a token is seen by some slices and not by others")
+    found, remaining = list[Lead](), iter(kinds)
+    for each in lead:
+        if each.role == "sequence":
+            found.append(each)
+        elif each.role == "head":
+            found.append(Lead(next(remaining)))
+        else:
+            found.append(Lead(each.role, next(remaining)))
+    return tuple(found)
+
+
+def _sizes(mixed: Tensor, lead: Sequence[Lead], count: int, kind: str) -> list[int]:
+    sizes = []
+    for size, axis in zip(mixed.shape[:-2], lead, strict=True):
+        if axis.role == kind:
+            sizes.append(size)
+        elif axis.role.startswith("sequence-") and axis.inner == kind:
+            sizes.append(size // count)
+    return sizes
+
+
+def _distinct(values: Tensor) -> int:
+    """How many different value matrices the heads of the first sequence have. values [sequence, head, window, key, width]"""
+    heads = values[0]
+    kept: list[Tensor] = []
+    for head in heads:
+        if not any(torch.equal(head, other) for other in kept):
+            kept.append(head)
+    return len(kept)
+
+
+def placed(numbers: Tensor, shape: Sequence[int], call: AttentionCall, count: int) -> tuple[str | None, ...]:
+    """What each axis of a masking step's result holds. `numbers` [*lead, query, key]: which entry of that result, counted through
+    its `shape`, has become this weight."""
+    found = arranged(numbers, call.lead, count).round().long()
+    sequence, head, window, query, key = torch.meshgrid(*(torch.arange(n) for n in found.shape), indexing="ij")
+    roles: list[str | None] = []
+    remaining = found
+    for axis in range(len(shape)):
+        stride = math.prod(shape[axis + 1 :])
+        index, remaining = remaining // stride, remaining % stride
+        candidates = {
+            "sequence": sequence,
+            "key": key - call.before,
+            "query": query,
+            "head": head,
+            "sequence-major": sequence * found.shape[1] + head,
+            "sequence-minor": head * count + sequence,
+        }
+        tokens = slice(call.before, found.shape[-1] - call.after)
+        fitting = [role for role, at in candidates.items() if torch.equal(index[..., tokens], at[..., tokens])]
+        roles.append(fitting[0] if shape[axis] > 1 and fitting and not bool(window.any()) else None)
+    return tuple(roles)

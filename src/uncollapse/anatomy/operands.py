@@ -1,0 +1,388 @@
+"""The operands of a product that mixes values, in one order of axes, however the call was written.
+
+An attention ends in a product of weights A and values V. It may be a matmul in either order, a bmm with heads folded before or
+behind the sequences, an einsum with any letters, or a fused call. The call itself says which axis is contracted (the keys)
+and which axis of A survives (the queries). Everything else is a leading axis, and which of those hold sequences, heads or
+windows is not decided here: that is found by poking (`proof`) and written down as `Lead`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from uncollapse.anatomy.tracing import operands_of, operation_name
+from uncollapse.errors import UncollapseError
+
+FUSED = "scaled_dot_product_attention"
+_FUSED_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_PLAIN_PRODUCTS = {"matmul", "bmm", "mm", "rmatmul"}
+_ADDING_PRODUCTS = {"baddbmm", "addmm"}
+_ADDITIONS = {"add", "sub"} | _ADDING_PRODUCTS  # the first operand of an adding product may be a mask on its logits
+LEAST_SHARE = 1e-30  # a weight below this share of its row's largest is the weight of a forbidden pair
+
+LeadRole = Literal["sequence", "head", "window", "sequence-major", "sequence-minor"]
+
+
+class UnreadableError(UncollapseError):
+    """A product whose operands cannot be laid out as weights and values; the message is the reason, in words."""
+
+
+@dataclass(frozen=True)
+class Lead:
+    """One leading axis of a product of weights and values.
+
+    `sequence`: one index a sequence. `head`, `window`: the sequence is elsewhere. `sequence-major`: index = sequence · m +
+    inner; `sequence-minor`: index = inner · sequences + sequence; `inner` says what the inner index counts.
+    """
+
+    role: LeadRole
+    inner: Literal["head", "window"] = "head"
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """One product as it ran. weights [*lead, query, key] (None for a fused call, which never makes them), values
+    [*lead, key, width], mixed [*lead, query, width]: views where that is possible."""
+
+    weights: Tensor | None
+    values: Tensor
+    mixed: Tensor
+
+
+def replaced(value: Any, one: Tensor, other: Tensor) -> Any:
+    """Nested arguments with one tensor in place of another."""
+    if isinstance(value, Tensor):
+        return other if value is one else value
+    if type(value) in (list, tuple):
+        return type(value)(replaced(v, one, other) for v in value)
+    if type(value) is dict:
+        return {k: replaced(v, one, other) for k, v in value.items()}
+    return value
+
+
+def fused_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `scaled_dot_product_attention` by name, however they were passed."""
+    return {**dict(zip(_FUSED_NAMES, args, strict=False)), **kwargs}
+
+
+def product_operands(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, weight_operand: int
+) -> Mixed:
+    """Weights, values and result of one product. `weight_operand` is the number of the weights among the call's tensors.
+
+    Raises `UnreadableError` for a call that is no plain product of the two.
+    """
+    name = operation_name(function)
+    tensors = operands_of(name, args, kwargs)
+    if name == FUSED:
+        given = fused_arguments(args, kwargs)
+        return Mixed(None, given["value"], output)
+    if name == "einsum":
+        equation = args[0] if isinstance(args[0], str) else None
+        return _einsum_operands(equation, tensors, output, weight_operand)
+    if name in _ADDING_PRODUCTS:
+        beta = kwargs.get("beta", 1)
+        if beta != 0 and bool(tensors[0].any()):
+            raise UnreadableError("the product that mixes the values also adds something to them")
+        pair, weight_operand = tensors[1:3], weight_operand - 1
+        scale = kwargs.get("alpha", 1)
+        if scale != 1:
+            pair[weight_operand] = pair[weight_operand] * scale
+    elif name in _PLAIN_PRODUCTS:
+        pair = tensors[:2]
+        if name == "rmatmul":
+            pair, weight_operand = pair[::-1], 1 - weight_operand
+    else:
+        raise UnreadableError(f"the values are mixed by {name}, which is no matrix product")
+    if min(t.ndim for t in pair) < 2:
+        raise UnreadableError("the values are mixed by a product with a vector")
+    weights, values = pair[weight_operand], pair[1 - weight_operand]
+    if weight_operand == 1:  # V' A': the transposed product
+        weights, values, output = weights.mT, values.mT, output.mT
+    return _aligned(weights, values, output)
+
+
+def _aligned(weights: Tensor, values: Tensor, mixed: Tensor) -> Mixed:
+    lead = torch.broadcast_shapes(weights.shape[:-2], values.shape[:-2])
+    return Mixed(
+        weights.expand(*lead, *weights.shape[-2:]),
+        values.expand(*lead, *values.shape[-2:]),
+        mixed.expand(*lead, *mixed.shape[-2:]),
+    )
+
+
+def _einsum_operands(equation: str | None, tensors: list[Tensor], output: Tensor, weight_operand: int) -> Mixed:
+    if equation is None or len(tensors) != 2:
+        raise UnreadableError("the values are mixed by an einsum of more than two operands, or one written with lists")
+    equation = equation.replace(" ", "")
+    left, arrow, result = equation.partition("->")
+    terms = left.split(",")
+    if "." in equation:  # "..." stands for axes that both operands and the result share: name them
+        spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
+        hidden = max(t.ndim - len(term.replace("...", "")) for t, term in zip(tensors, terms, strict=True))
+
+        def spelled(term: str, axes: int) -> str:
+            own = axes - len(term.replace("...", ""))
+            return term.replace("...", "".join(spare[hidden - own : hidden]))
+
+        terms = [spelled(term, t.ndim) for term, t in zip(terms, tensors, strict=True)]
+        result = spelled(result, output.ndim)
+    if not arrow:
+        letters = "".join(terms)
+        result = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    of_weights, of_values = terms[weight_operand], terms[1 - weight_operand]
+    weights, values = tensors[weight_operand], tensors[1 - weight_operand]
+    if any(len(set(term)) != len(term) for term in (of_weights, of_values)):
+        raise UnreadableError("the values are mixed by an einsum that takes a diagonal")
+    keys = [c for c in of_weights if c in of_values and c not in result]
+    both = [c for c in result if c in of_weights and c in of_values]
+    only_weights = [c for c in result if c in of_weights and c not in of_values]
+    only_values = [c for c in result if c in of_values and c not in of_weights]
+    lost = [c for c in of_weights + of_values if c not in result and c not in keys]
+    if len(keys) != 1 or lost or not only_weights or not only_values:
+        raise UnreadableError(
+            f"the values are mixed by the einsum {equation!r}, which is no product of weights and values"
+        )
+    query = only_weights[-1]
+    if len(only_weights) > 1:  # values shared by all heads: of the axes of the weights alone, one is the queries
+        size = dict(zip(of_weights, weights.shape, strict=True))
+        square = [c for c in only_weights if size[c] == size[keys[0]]]
+        if len(square) != 1:
+            raise UnreadableError(f"in the einsum {equation!r} several axes may be the queries")
+        query = square[0]
+    heads = [c for c in only_weights if c != query]
+    lead = both + heads
+    A = _ordered(weights, of_weights, [*lead, query, keys[0]], dict(zip(of_weights, weights.shape, strict=True)))
+    sizes = dict(zip(of_weights, weights.shape, strict=True)) | dict(zip(of_values, values.shape, strict=True))
+    V = _ordered(values, of_values, [*lead, keys[0], *only_values], sizes)
+    M = _ordered(output, result, [*lead, query, *only_values], sizes)
+    count = len(only_values)
+    return Mixed(A, V.flatten(-count) if count > 1 else V, M.flatten(-count) if count > 1 else M)
+
+
+def _ordered(tensor: Tensor, letters: str, wanted: Sequence[str], sizes: Mapping[str, int]) -> Tensor:
+    """`tensor` with its axes in the wanted order; an axis that it lacks is expanded to its size."""
+    present = [c for c in wanted if c in letters]
+    moved = tensor.permute([letters.index(c) for c in present])
+    for position, letter in enumerate(wanted):
+        if letter not in letters:
+            moved = moved.unsqueeze(position)
+    return moved.expand([sizes[c] if c not in letters else -1 for c in wanted])
+
+
+def arranged(tensor: Tensor, lead: Sequence[Lead], sequences: int) -> Tensor:
+    """[*lead, ·, ·] as [sequence, head, window, ·, ·]. `sequences` is their number in this batch.
+
+    Raises `UnreadableError` where the sizes do not allow it.
+    """
+    axes = tensor.ndim - 2
+    if axes != len(lead):
+        raise UnreadableError(f"{axes} leading axes where {len(lead)} were found on the example")
+    where: dict[str, list[int]] = {"sequence": [], "head": [], "window": []}
+    shape: list[int] = []
+    for size, axis in zip(tensor.shape[:-2], lead, strict=True):
+        if axis.role in {"head", "window"}:
+            where[axis.role].append(len(shape))
+            shape.append(size)
+        elif axis.role == "sequence":
+            if size not in {1, sequences}:
+                raise UnreadableError(f"{size} slices for {sequences} sequences")
+            where["sequence"].append(len(shape))
+            shape.append(size)
+        else:
+            if size % sequences:
+                raise UnreadableError(f"{size} slices for {sequences} sequences")
+            is_major = axis.role == "sequence-major"
+            where["sequence"].append(len(shape) + (not is_major))
+            where[axis.inner].append(len(shape) + is_major)
+            shape += [sequences, size // sequences] if is_major else [size // sequences, sequences]
+    if not where["sequence"] and sequences > 1:
+        raise UnreadableError(f"no axis for {sequences} sequences")
+    axes_of = [where[kind] for kind in ("sequence", "head", "window")]
+    order = [axis for axes_ in axes_of for axis in axes_]
+    split = tensor.reshape(*shape, *tensor.shape[-2:]).permute(*order, len(shape), len(shape) + 1)
+    counts = [math.prod(shape[axis] for axis in axes_) for axes_ in axes_of]
+    return split.reshape(*counts, *tensor.shape[-2:])
+
+
+# Pairs that may not look at each other ------------------------------------------------------------------------------
+
+
+def forbidden_by_addition(operand: Tensor) -> tuple[Tensor | None, bool]:
+    """Which pairs an operand that is added to the logits forbids, and whether it also shifts logits of allowed pairs.
+
+    It forbids where it takes one negative number and is 0 elsewhere, whatever that number is (sums of such masks hold a few
+    multiples of it, or minus infinity). An operand of many values is a bias; of that only what leaves a pair below
+    `LEAST_SHARE` of the row in every head is forbidden.
+    """
+    if operand.numel() <= 1 or not operand.is_floating_point():
+        return None, bool(operand.numel() and (operand != 0).any())
+    marked = operand != 0
+    if not bool(marked.any()):
+        return None, False
+    values = operand[marked]
+    if bool((values > 0).any()) or bool(values.isnan().any()):
+        return _far_below(operand), True
+    nearest = float(values.max())
+    if bool((values == nearest).all()):
+        return marked, False
+    multiples = (values / nearest).round()
+    with_infinity = values.isinf() | (values == torch.finfo(operand.dtype).min)
+    if bool((((values == multiples * nearest) & (multiples <= 4)) | with_infinity).all()):
+        return marked, False
+    return _far_below(operand), True
+
+
+def _far_below(operand: Tensor) -> Tensor | None:
+    """Pairs that a bias of many values puts out of reach: 69 nats below the row's best, in every head."""
+    if operand.ndim < 2 or operand.shape[-1] < 2:
+        return None
+    best = operand.amax(-1, keepdim=True)
+    below = (operand - best.nan_to_num(neginf=0.0)) <= math.log(LEAST_SHARE)
+    if operand.ndim >= 3:
+        below = below.all(-3, keepdim=True)
+    return below if bool(below.any()) else None
+
+
+def forbidden_by_step(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    operand: int,
+    result: Tensor,
+    after_softmax: bool,
+) -> Tensor | None:
+    """The pairs, broadcastable to `result`, that an operation between logits and weights forbids by its operand number `operand`:
+    an addition of 0 and one negative number, a replacement by a negative logit or by no weight, a product with 0 and 1. None
+    where it forbids none."""
+    name = operation_name(function)
+    mask = operands_of(name, tuple(args), kwargs)[operand]
+    found: Tensor | None = None
+    if name in _ADDITIONS and not after_softmax:
+        found, _ = forbidden_by_addition(-mask if name == "sub" else mask)
+    elif name == "mul":
+        if after_softmax and mask.numel() > 1 and bool(((mask == 0) | (mask == 1)).all()):
+            found = mask == 0
+    elif name in {"masked_fill", "setitem"} and mask.dtype == torch.bool:
+        if _forbids(args[2] if len(args) > 2 else kwargs.get("value"), after_softmax):
+            found = mask
+    elif name == "where" and mask.dtype == torch.bool and operand == 0:
+        first, second = _alternatives(args, kwargs)
+        if isinstance(first, Tensor) and first.shape == result.shape and _forbids(second, after_softmax):
+            found = ~mask
+        elif isinstance(second, Tensor) and second.shape == result.shape and _forbids(first, after_softmax):
+            found = mask
+    if found is None or found.ndim > result.ndim or not bool(found.any()):
+        return None
+    fits = all(a in {1, b} for a, b in zip(found.shape[::-1], result.shape[::-1], strict=False))
+    return found if fits else None
+
+
+def step_without(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    operand: int,
+    after_softmax: bool,
+    hidden: Tensor | None,
+) -> Any:
+    """The result of the same operation when it forbids nothing but the `hidden` pairs (None: nothing at all)."""
+    name = operation_name(function)
+    given = dict(kwargs)
+    mask = operands_of(name, args, given)[operand]
+    if name in _ADDITIONS:
+        forbidden, _ = forbidden_by_addition(-mask if name == "sub" else mask)
+        if forbidden is None:
+            return function(*args, **given)
+        open_mask = mask.masked_fill(forbidden, 0)
+        if hidden is not None:
+            least = torch.finfo(mask.dtype).min
+            open_mask = torch.where(hidden, -least if name == "sub" else least, open_mask)
+        return function(
+            *(open_mask if a is mask else a for a in args),
+            **{k: open_mask if v is mask else v for k, v in given.items()},
+        )
+    if name == "mul":
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            return function(*args, **given)
+        kept = torch.ones_like(mask)
+        if hidden is not None and after_softmax:
+            kept = torch.where(hidden, torch.zeros((), dtype=kept.dtype), kept)
+        return function(
+            *(kept if a is mask else a for a in args), **{k: kept if v is mask else v for k, v in given.items()}
+        )
+    nothing = torch.zeros(1, dtype=torch.bool, device=mask.device) if hidden is None else hidden
+    if name == "masked_fill":
+        if not _forbids(args[2] if len(args) > 2 else given.get("value"), after_softmax):
+            return function(*args, **given)
+        return function(args[0], nothing, args[2] if len(args) > 2 else given["value"])
+    if name == "setitem":
+        if not _forbids(args[2], after_softmax) or mask.dtype != torch.bool:
+            return function(*args, **given)
+        args[0].masked_fill_(nothing, args[2])
+        return None
+    if name == "where":
+        first, second = _alternatives(args, given)
+        keeps_first = _forbids(second, after_softmax)
+        if not keeps_first and not _forbids(first, after_softmax):
+            return function(*args, **given)
+        return torch.where(~nothing if keeps_first else nothing, first, second)
+    return function(*args, **given)
+
+
+def _with(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], one: Tensor, other: Tensor
+) -> Any:
+    args, kwargs = replaced(args, one, other), replaced(dict(kwargs), one, other)
+    return function(*args, **kwargs)
+
+
+def _alternatives(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What a `where` chooses from. Of `x.where(condition, other)` the first is x itself."""
+    if len(args) and isinstance(args[0], Tensor) and args[0].dtype != torch.bool:
+        return args[0], args[2] if len(args) > 2 else kwargs.get("other")
+    first = args[1] if len(args) > 1 else kwargs.get("input", kwargs.get("self"))
+    return first, args[2] if len(args) > 2 else kwargs.get("other")
+
+
+def _forbids(value: Any, after_softmax: bool) -> bool:
+    """Whether a pair that is given this value is meant to be left out: a negative logit, or no weight."""
+    if value is None:
+        return False
+    tensor = torch.as_tensor(value)
+    if tensor.numel() != 1:
+        return False
+    number = float(tensor)
+    return number == 0 if after_softmax else number < 0
+
+
+def spread_out(mask: Tensor, axes: Sequence[str | None], shape: Sequence[int]) -> Tensor:
+    """mask [sequence, key] laid out over a tensor whose axes are known: broadcastable to `shape`. `axes` says of each axis what it
+    holds (None: something else, or nothing).
+
+    Raises `UnreadableError` where sequences or keys have no axis of their own.
+    """
+    sequences = mask.shape[0]
+    key = [i for i, role in enumerate(axes) if role == "key"]
+    held = [i for i, role in enumerate(axes) if role is not None and role.startswith("sequence")]
+    if len(key) != 1 or (len(held) != 1 and sequences > 1) or shape[key[0]] != mask.shape[1]:
+        raise UnreadableError("where padded keys stand among the masked pairs was not found")
+    if not held:
+        laid = mask[0]
+        return laid.reshape([mask.shape[1] if i == key[0] else 1 for i in range(len(shape))])
+    size, role = shape[held[0]], axes[held[0]]
+    if role == "sequence-major":
+        mask = mask.repeat_interleave(size // sequences, 0)
+    elif role == "sequence-minor":
+        mask = mask.repeat(size // sequences, 1)
+    if mask.shape[0] != size:
+        raise UnreadableError("where padded keys stand among the masked pairs was not found")
+    if held[0] > key[0]:
+        mask = mask.T
+    return mask.reshape([size if i == held[0] else shape[key[0]] if i == key[0] else 1 for i in range(len(shape))])

@@ -1,0 +1,371 @@
+"""Measure the attention of one sublayer inside the model's own pass, row by row, from what really mixes the values.
+
+A fused call is measured from its queries and keys; a product from its own weights. What forbids a pair and what the logits were is
+carried along the operations that lead to the weights, so that it arrives in the weights' own order of axes. Before any figure is
+taken the pass must bear the reading out, on the user's own batch: the weights times the values are the result (on a few rows of
+every head), rows sum to one or the logits explain why they do not, and what a mask forbids has no weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uncollapse.anatomy.carrying import Observer, Way
+from uncollapse.anatomy.interception import Point
+from uncollapse.anatomy.operands import (
+    LEAST_SHARE,
+    Mixed,
+    UnreadableError,
+    arranged,
+    forbidden_by_addition,
+    fused_arguments,
+    product_operands,
+    replaced,
+)
+from uncollapse.anatomy.tracing import operands_of, operation_name
+from uncollapse.anatomy.vocabulary import AttentionCall
+from uncollapse.measures import mixing
+
+CHECKED_ROWS = 3  # query rows of every head on which weights times values are computed again
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """One attention call in one pass. rows: of [sequence, head, query]. values [sequence, head, key, width] and mixed
+    [sequence, head, query, width] over the keys that are tokens, None where attention stays within windows. `weights` only
+    where spectra are wanted. `deviation`: how far weights times values are from the result, over the result's size.
+    `row_sums`: the smallest and the largest sum of a row's weights over the keys that are tokens."""
+
+    rows: mixing.RowStatistics
+    values: Tensor | None
+    mixed: Tensor | None
+    weights: Tensor | None
+    deviation: float
+    row_sums: tuple[float, float]
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+class CallObserver:
+    """Stands at one attention call and hands what it measured to `deliver`, in each pass; `refuse` is told why where the pass
+    does not bear out what was found on the example."""
+
+    def __init__(
+        self,
+        call: AttentionCall,
+        *,
+        sequences: Callable[[], int],
+        tokens: Callable[[], int | None],
+        query_mask: Callable[[int, int], Tensor | None],
+        susceptibility: bool,
+        spectra: bool,
+        deliver: Callable[[AttentionRows], None],
+        refuse: Callable[[str], None],
+    ) -> None:
+        self.call = call
+        self.sequences, self.tokens, self.query_mask = sequences, tokens, query_mask
+        self.susceptibility, self.spectra = susceptibility, spectra
+        self.deliver, self.refuse = deliver, refuse
+        self.way = Way(call)
+
+    def observers(self) -> dict[Point, Observer]:
+        return {**self.way.observers(), self.call.product: self._at_product}
+
+    def _at_product(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        try:
+            if self.call.is_fused:
+                found = self._fused(fused_arguments(args, kwargs), output)
+            else:
+                assert self.call.weight_operand is not None
+                operand = operands_of(operation_name(function), args, kwargs)[self.call.weight_operand]
+                forbidden, logits = self.way.end(operand)
+
+                def like_weights(known: Tensor) -> Tensor:
+                    """In the canonical order of the weights' axes: the call's own, with this in the weights' place."""
+                    swapped = replaced([args, kwargs], operand, known.expand(operand.shape))
+                    seen = product_operands(function, swapped[0], swapped[1], output, self.call.weight_operand or 0)
+                    assert seen.weights is not None
+                    return seen.weights
+
+                mixed = product_operands(function, args, kwargs, output, self.call.weight_operand)
+                found = self._weights(
+                    mixed,
+                    None if forbidden is None else like_weights(forbidden),
+                    None if logits is None else like_weights(logits),
+                )
+        except UnreadableError as error:
+            self.refuse(str(error))
+            return
+        self.deliver(found)
+
+    # Shapes ---------------------------------------------------------------------------------------------------------
+    def _keys(self, count: int) -> slice:
+        """The keys that are tokens, of all keys of the call."""
+        tokens = self.tokens()
+        if self.call.keys_of_tokens and tokens is not None and (self.call.before or self.call.after):
+            return slice(self.call.before, self.call.before + tokens)
+        return slice(self.call.before, count - self.call.after)
+
+    def _laid(self, tensor: Tensor) -> Tensor:
+        return arranged(tensor, self.call.lead, self.sequences())
+
+    @staticmethod
+    def _rows_of(tensor: Tensor) -> Tensor:
+        """[sequence, head, window, query, ·] as [sequence, head, row, ·]."""
+        return tensor.flatten(2, 3)
+
+    # Calls ----------------------------------------------------------------------------------------------------------
+    def _weights(self, mixed: Mixed, forbidden: Tensor | None, logits: Tensor | None) -> AttentionRows:
+        assert mixed.weights is not None
+        deviation = _deviation(mixed.weights, mixed.values, mixed.mixed)
+        if not deviation <= _tolerance(mixed.mixed.dtype):
+            raise UnreadableError(
+                f"its weights times its values are not its result (off by {deviation:.2g} of its size)"
+            )
+        keys = self._keys(mixed.weights.shape[-1])
+        A = self._rows_of(self._laid(mixed.weights))[..., keys]
+        values, result = self._laid(mixed.values)[..., keys, :], self._laid(mixed.mixed)
+        barred = None if forbidden is None else self._rows_of(self._laid(forbidden))[..., keys]
+        L = None if logits is None else self._rows_of(self._laid(logits))[..., keys]
+        queries = None if result.shape[2] > 1 else self.query_mask(A.shape[-2], A.shape[0])
+        reasons: dict[str, str] = {}
+        if barred is not None and not _is_weightless(A, barred):
+            barred = None  # it lowers these pairs, and forbids none
+        if L is not None and not _explains(A, L, barred):
+            L = None
+        if L is None:
+            reasons = dict.fromkeys(
+                ["max_logit", "entropy_floor"], "its weights are not the softmax of one set of logits"
+            )
+        real = torch.ones(A.shape[:-1], dtype=torch.bool, device=A.device)
+        if queries is not None:
+            real &= queries[:, None, :]
+        if barred is not None:
+            real &= ~barred.all(-1)
+        sums = A.double().sum(-1)[real] if bool(real.any()) else A.new_ones(1, dtype=torch.float64)
+        finite = sums[sums.isfinite()]
+        low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (math.nan, math.nan)
+        lowest = float(A.nan_to_num(0.0).min()) if A.numel() else 0.0
+        if lowest < 0:
+            raise UnreadableError(
+                f"its weights are no distribution over the keys: some are negative (down to {lowest:.2g})"
+            )
+        slack = 64 * torch.finfo(A.dtype).eps * max(1.0, math.sqrt(A.shape[-1])) if A.dtype.itemsize > 2 else 0.05
+        if L is None and finite.numel() and not (abs(low - 1) <= slack and abs(high - 1) <= slack):
+            raise UnreadableError(f"its weights are no distribution over the keys: rows sum to {low:.3g} … {high:.3g}")
+        rows = mixing.row_statistics_from_weights(
+            A, L, allowed=None if barred is None else ~barred, query_mask=queries, susceptibility=self.susceptibility
+        )
+        full = A / A.sum(-1, keepdim=True) if self.spectra and result.shape[2] == 1 else None
+        return self._found(rows, values, result, full, deviation, (low, high), reasons)
+
+    def _fused(self, given: Mapping[str, Any], output: Tensor) -> AttentionRows:
+        query, key, value = given["query"], given["key"], given["value"]
+        deviation, is_mask = _fused_deviation(given, output)
+        if not deviation <= _tolerance(output.dtype):
+            raise UnreadableError(
+                f"its weights times its values are not its result (off by {deviation:.2g} of its size)"
+            )
+        keys = self._keys(key.shape[-2])
+        q, k, v = (self._laid(t) for t in (query, key, value))
+        if v.shape[2] != q.shape[2] or k.shape[2] != q.shape[2]:
+            raise UnreadableError("its keys are not laid out as its queries are")
+        result = self._laid(output)
+        allowed, bias = self._mask_of(given, query, key, is_mask)
+        if allowed is not None:
+            allowed = allowed[..., keys]
+        bias = None if bias is None else bias[..., keys]
+        causal = bool(given.get("is_causal", False))
+        windows = q.shape[2]
+        queries, count = q.shape[3], k[..., keys, :].shape[3]
+        if causal and (queries != count or windows > 1):
+            own = torch.ones(queries, key.shape[-2], dtype=torch.bool, device=q.device).tril()[:, keys]
+            own = own.expand(1, 1, windows, queries, count)
+            allowed, causal = own if allowed is None else allowed & own, False
+        query_mask = None if windows > 1 else self.query_mask(queries, q.shape[0])
+        parts = []
+        for w in range(windows):
+            parts.append(
+                mixing.row_statistics(
+                    q[:, :, w],
+                    k[:, :, w][..., keys, :],
+                    allowed=None if allowed is None else allowed[:, :, min(w, allowed.shape[2] - 1)],
+                    bias=None if bias is None else bias[:, :, min(w, bias.shape[2] - 1)],
+                    query_mask=query_mask,
+                    causal=causal,
+                    scale=given.get("scale"),
+                    susceptibility=self.susceptibility,
+                )
+            )
+        rows = parts[0] if windows == 1 else _joined(parts)
+        weights = None
+        if self.spectra and windows == 1:
+            weights = mixing.attention_weights(
+                q[:, :, 0],
+                k[:, :, 0][..., keys, :],
+                allowed=None if allowed is None else allowed[:, :, 0],
+                bias=None if bias is None else bias[:, :, 0],
+                causal=causal,
+                scale=given.get("scale"),
+            )
+        return self._found(rows, v[..., keys, :], result, weights, deviation, (1.0, 1.0), {})
+
+    def _mask_of(
+        self, given: Mapping[str, Any], query: Tensor, key: Tensor, is_mask: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """A fused call's mask as (allowed pairs, bias), each [#sequence, #head, #window, query, key]."""
+        mask = given.get("attn_mask")
+        if mask is None:
+            return None, None
+        pairs = (query.shape[-2], key.shape[-2])
+        allowed: Tensor | None = None
+        bias: Tensor | None = None
+        if mask.dtype == torch.bool:
+            allowed = mask
+        else:
+            forbidden, shifts = forbidden_by_addition(mask)
+            allowed = None if forbidden is None or not is_mask else ~forbidden
+            bias = mask if shifts or not is_mask else None
+
+        def laid(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            if tensor.ndim < 2 or tensor.ndim > query.ndim:
+                raise UnreadableError(f"its mask has {tensor.ndim} axes")
+            tensor = tensor.expand(*tensor.shape[:-2], *pairs)
+            if tensor.numel() == pairs[0] * pairs[1]:
+                return tensor.reshape(1, 1, 1, *pairs)
+            if self.call.is_plain and query.ndim == 4:
+                return tensor.reshape(*(1,) * (4 - tensor.ndim), *tensor.shape)[:, :, None]
+            return self._laid(tensor.expand(*query.shape[:-2], *pairs))
+
+        return laid(allowed), laid(bias)
+
+    def _found(
+        self,
+        rows: mixing.RowStatistics,
+        values: Tensor,
+        result: Tensor,
+        weights: Tensor | None,
+        deviation: float,
+        sums: tuple[float, float],
+        reasons: dict[str, str],
+    ) -> AttentionRows:
+        whole = result.shape[2] == 1
+        if not whole:
+            reasons = reasons | dict.fromkeys(
+                ["value_contraction", "contraction", "spectral_gap", "second_singular_value"],
+                "its attention stays within windows of the sequence",
+            )
+        return AttentionRows(
+            rows,
+            values[:, :, 0] if whole else None,
+            result[:, :, 0] if whole else None,
+            weights,
+            deviation,
+            sums,
+            reasons,
+        )
+
+
+def _joined(parts: Sequence[mixing.RowStatistics]) -> mixing.RowStatistics:
+    """The rows of several windows, one after the other."""
+
+    def joined(name: str) -> Any:
+        found = [getattr(part, name) for part in parts]
+        return None if any(f is None for f in found) else torch.cat(found, -1)
+
+    names = [n for n in mixing.RowStatistics.__dataclass_fields__ if n != "route"]
+    return mixing.RowStatistics(**{n: joined(n) for n in names}, route=parts[0].route)
+
+
+# What the pass must bear out ------------------------------------------------------------------------------------------
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 0.05)
+
+
+def _some_rows(queries: int) -> list[int]:
+    return sorted({0, queries // 2, queries - 1})[:CHECKED_ROWS]
+
+
+def _deviation(weights: Tensor, values: Tensor, mixed: Tensor) -> float:
+    """How far weights times values are from the result on a few rows of every slice, over the result's size."""
+    rows = _some_rows(mixed.shape[-2])
+    dtype = torch.promote_types(mixed.dtype, torch.float32)
+    again = weights[..., rows, :].to(dtype) @ values.to(dtype)
+    return _relative(again, mixed[..., rows, :].to(dtype))
+
+
+def _relative(again: Tensor, result: Tensor) -> float:
+    seen = again.isfinite() & result.isfinite()
+    if not bool(seen.any()):
+        return 0.0
+    size = result[seen].abs().max()
+    gap = (again - result)[seen].abs().max()
+    return float(gap / size) if float(size) else float(gap)
+
+
+def _fused_deviation(given: Mapping[str, Any], output: Tensor) -> tuple[float, bool]:
+    """The same for a fused call, its weights made anew on these rows; and whether an additive mask of it leaves no weight."""
+    query, key, value = given["query"], given["key"], given["value"]
+    rows = _some_rows(query.shape[-2])
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    repeats = query.shape[-3] // key.shape[-3] if query.ndim > 2 and key.ndim == query.ndim else 1
+    k, v = key.to(dtype), value.to(dtype)
+    if repeats > 1:
+        k, v = k.repeat_interleave(repeats, -3), v.repeat_interleave(repeats, -3)
+    scale = given.get("scale")
+    S = query[..., rows, :].to(dtype) @ k.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    mask, is_mask = given.get("attn_mask"), True
+    if given.get("is_causal", False):
+        index = torch.arange(key.shape[-2], device=query.device)
+        S = S.masked_fill(index > torch.tensor(rows, device=query.device)[:, None], -math.inf)
+    forbidden: Tensor | None = None
+    if mask is not None:
+        full = mask.expand(*mask.shape[:-2], query.shape[-2], key.shape[-2])
+        if mask.dtype == torch.bool:
+            S = S.masked_fill(~full[..., rows, :], -math.inf)
+        else:
+            S = S + full[..., rows, :].to(dtype)
+            forbidden, _ = forbidden_by_addition(mask)
+    weights = torch.softmax(S, -1)
+    if forbidden is not None:
+        barred = forbidden.expand(*forbidden.shape[:-2], query.shape[-2], key.shape[-2])[..., rows, :].expand(S.shape)
+        is_mask = _is_weightless(weights, barred)
+    return _relative(weights @ v, output[..., rows, :].to(dtype)), is_mask
+
+
+def _is_weightless(weights: Tensor, forbidden: Tensor) -> bool:
+    """Whether the forbidden pairs have no weight to speak of, in rows that are allowed any key."""
+    barred = forbidden.expand(weights.shape)
+    peak = weights.masked_fill(barred, 0).amax(-1)
+    leak = weights.masked_fill(~barred, 0).nan_to_num(0).amax(-1)
+    rows = ~barred.all(-1)
+    return not bool((leak[rows].double() > LEAST_SHARE * peak[rows].double()).any())
+
+
+def _explains(weights: Tensor, logits: Tensor, forbidden: Tensor | None) -> bool:
+    """Whether exp(logits) is proportional to the weights in each row, on a few rows of every head."""
+    rows = _some_rows(weights.shape[-2])
+    A, L = weights[..., rows, :], logits[..., rows, :]
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    coarse = max(torch.finfo(A.dtype).eps, torch.finfo(L.dtype).eps)
+    A, L = A.to(dtype), L.to(dtype)
+    seen = (1e-6 * A.amax(-1, keepdim=True) < A) & L.isfinite() & (A > 0)
+    if forbidden is not None:
+        seen &= ~forbidden.expand(weights.shape)[..., rows, :]
+    gap = A.clamp(min=1e-300 if dtype == torch.float64 else 1e-37).log() - L
+    high = gap.masked_fill(~seen, -math.inf).amax(-1)
+    low = gap.masked_fill(~seen, math.inf).amin(-1)
+    size = L.abs().masked_fill(~seen, 0).amax(-1)
+    spread = (high - low).masked_fill(~seen.any(-1), 0)
+    return bool((spread <= 1e-4 + 16 * coarse * (1 + size)).all())
