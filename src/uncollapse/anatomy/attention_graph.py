@@ -136,10 +136,10 @@ def _score(t: Trace, between: Iterable[int]) -> int | None:
 
 
 def _logits(t: Trace, score: int, similarity: Iterable[int]) -> int:
-    """The operand of the softmax; of an exponential what stood there before the row's maximum was subtracted."""
+    """The operand of the softmax or the exponential; what stood there before the row's maximum was subtracted, if it was."""
     given = next(i for i in t.nodes[score].inputs if any(t.depends(i, p) or i == p for p in similarity))
     node = t.nodes[given]
-    if t.nodes[score].operation in _EXPONENTIALS and node.operation == "sub" and len(node.inputs) == 2:
+    if node.operation == "sub" and len(node.inputs) == 2:
         first, second = node.inputs
         if t.depends(second, first) and t.nodes[second].size < t.nodes[first].size:
             return first

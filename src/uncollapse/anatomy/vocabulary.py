@@ -101,7 +101,7 @@ class AttentionCall:
     projection: ModuleCall | Point | None
     weight_operand: int | None = None
     logits: tuple[Point, int] | None = None
-    way: tuple[Point, ...] = ()
+    way: tuple[Point, ...] = field(default=(), compare=False)  # a cast more in half precision is the same call
     masking: tuple[MaskingStep, ...] = ()
     value_bias: bool = False
     output_bias: bool = False

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from uncollapse.anatomy.interception import Handler, Point, device_of, intercepted
 from uncollapse.anatomy.probing import full_precision, probing
 from uncollapse.anatomy.proof import block_output
-from uncollapse.anatomy.tracing import operation_name
+from uncollapse.anatomy.tracing import operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Block, Part
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.measures import geometry, heads
@@ -167,7 +167,8 @@ class _Probe:
         def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             output = function(*args, **kwargs)
             if self._is_own():
-                with full_precision(output):
+                seen = next(tensors_in([output, args, kwargs]))
+                with full_precision(seen):
                     observe(function, args, kwargs, output)
             return output
 
