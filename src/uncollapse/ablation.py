@@ -27,7 +27,7 @@ from uncollapse.accumulators import Running
 from uncollapse.anatomy import Layout
 from uncollapse.capture import ATTENTION_MEASURES, Level, Observations, Progress, capture
 from uncollapse.diagnosis import Prepared, model_info, prepare, probe, site_records, versions
-from uncollapse.errors import InputError
+from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.interception import float64_kept
 from uncollapse.interventions import require_blocks, require_components
 from uncollapse.interventions import without as taken_away
@@ -109,7 +109,9 @@ def ablate(
     `dtype="float64"` a collapse is followed down to 1e-15 instead of 2e-6. level `"full"` also says of the whole model what
     each sublayer adds and each norm does (`updates`, `norms`).
 
-    Raises `InputError` for an unknown component or block, `UnsupportedModel` where the additions cannot be found and proved.
+    Raises `InputError` for an unknown component or block, `UnsupportedModel` where the additions cannot be found and proved, or
+    where a combination named in `without` takes nothing away. Of the default and the grid such combinations are left out
+    (`record.left_out`).
     """
     combinations = _combinations(without, grid)
     prepared = prepare(
@@ -136,10 +138,17 @@ def ablate(
     whole: list[Tensor] = []
     runs: list[AblationRun] = []
     first: Observations | None = None
+    left_out: dict[str, str] = {}
     for number, combination in enumerate(combinations):
         if progress is not None:
             progress("runs", number, len(combinations))
-        observed, run = _run(prepared, combination, blocks, is_causal, whole)
+        try:
+            observed, run = _run(prepared, combination, blocks, is_causal, whole)
+        except UnsupportedModel as error:
+            if without is not None or not combination:
+                raise
+            left_out[", ".join(combination)] = str(error)  # a run that nobody named: the others still say something
+            continue
         first = first or observed
         runs.append(run)
     if progress is not None:
@@ -164,6 +173,7 @@ def ablate(
             verdicts=verdicts(runs, is_causal=is_causal),
             norms=norm_records(first.norms),
             updates=update_records(first.updates),
+            left_out=left_out,
         )
     )
 

@@ -49,13 +49,19 @@ class ModuleCall:
 @dataclass(frozen=True)
 class NormPiece:
     """A norm that is no module's run: `reads` is the operation that first takes its input, as tensor number `operand` of its
-    arguments, and `gives` the operation whose result is the norm's. `obstacle` says why it can be measured but not taken out;
-    empty where it can."""
+    arguments, and `gives` the operation whose result is the norm's, the one numbered `member` where it returns several.
+    `obstacle` says why it can be measured but not taken out; empty where it can."""
 
     reads: Point
     operand: int
     gives: Point
+    member: int | None = None
     obstacle: str = ""
+
+    def result(self, output: Any) -> Tensor:
+        """The norm's result in what its last operation returned."""
+        found: Tensor = output if self.member is None else output[self.member]
+        return found
 
     def __str__(self) -> str:
         return f"{self.gives.operation.partition(' ')[0]} #{self.gives.ordinal} in {self.gives.owner or 'the model itself'}"

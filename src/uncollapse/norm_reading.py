@@ -54,23 +54,22 @@ def pieces_between(trace: Trace, source: int, targets: Iterable[int]) -> list[Pi
     return sorted(pieces, key=lambda p: p.target)
 
 
-def next_products(trace: Trace, source: int, feeding: Iterable[int]) -> list[int]:
-    """The matrix products that value `source` reaches without passing another one and that reach one of `feeding`; one for
-    each operand."""
+def next_products(trace: Trace, source: int, feeding: Iterable[int]) -> dict[int, int]:
+    """The values made of value `source` without a matrix product that enter one which reaches one of `feeding`; with it."""
     wanted = list(feeding)
     found: dict[int, int] = {}
     frontier, seen = [source], {source}
     while frontier:
         index = frontier.pop()
         for consumer in trace.consumers[index]:
-            if consumer in seen or not any(consumer == w or trace.depends(w, consumer) for w in wanted):
+            if not any(consumer == w or trace.depends(w, consumer) for w in wanted):
                 continue
             if trace.is_matrix_product(consumer) or _is_attention(trace, consumer):
                 found.setdefault(index, consumer)
-            else:
+            elif consumer not in seen:
                 seen.add(consumer)
                 frontier.append(consumer)
-    return sorted(found.values())
+    return {i: found[i] for i in sorted(found) if i != source}
 
 
 def _is_attention(trace: Trace, index: int) -> bool:
@@ -78,14 +77,14 @@ def _is_attention(trace: Trace, index: int) -> bool:
 
 
 def cuts(trace: Trace, source: int, target: int) -> list[int]:
-    """The values from `source` to `target` that everything on the way passes, in order; `target` only if it is no product."""
+    """The values from `source` to `target` that everything on the way passes, in order, both included; nothing where every way
+    leads through a matrix product."""
     region, order = {source}, [source]
-    bound = _is_attention(trace, target) or trace.is_matrix_product(target)
     for index in range(source + 1, target + 1):
         node = trace.nodes[index]
         if not any(i in region for i in node.inputs) or not (index == target or trace.depends(target, index)):
             continue
-        if index != target and (trace.is_matrix_product(index) or _is_attention(trace, index)):
+        if trace.is_matrix_product(index) or _is_attention(trace, index):
             continue
         region.add(index)
         order.append(index)
@@ -107,7 +106,7 @@ def cuts(trace: Trace, source: int, target: int) -> list[int]:
         open_ways += crossed[number]
         if open_ways == 0:
             found.append(index)
-    return found[:-1] if bound and found and found[-1] == target else found
+    return found
 
 
 def _along(trace: Trace, chain: list[int]) -> list[tuple[int, int, Kind, list[int]]]:
@@ -124,6 +123,8 @@ def _along(trace: Trace, chain: list[int]) -> list[tuple[int, int, Kind, list[in
             continue
         bare, kind = met
         at = chain.index(bare)
+        # What mixes or moves before the norm is none of it: it begins as late as it is still of the same kind.
+        start = next((k for k in range(at - 1, start, -1) if kind_between(trace, chain[k], bare) == kind), start)
         tail, end = _tail(trace, chain[at:]), at
         if tail:
             end = chain.index(tail[-1])

@@ -329,6 +329,8 @@ class _BlockProof:
             try:
                 stream = self._module(norm)(stream) if piece is None else replayed(self.recorded, *piece, stream)
             except NotReplayable:
+                if isinstance(norm, NormPiece):
+                    raise
                 stream = self._module(norm)(stream)
         return stream
 

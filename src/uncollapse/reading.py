@@ -525,11 +525,13 @@ class _Reader:
         for number, start in enumerate(exits):
             if start is None:
                 continue
-            targets = next_products(self.t, start, self.t.results)
             targets = [
-                i
-                for i in targets
-                if not any(c.first <= i < c.last and e in cuts(self.t, start, i) for c, e in zip(calls, entries, strict=True))
+                operand
+                for operand, product in next_products(self.t, start, self.t.results).items()
+                if not any(
+                    c.first <= product < c.last and e in cuts(self.t, start, operand)
+                    for c, e in zip(calls, entries, strict=True)
+                )
             ]
             following = entries[number + 1] if number + 1 < len(entries) else None
             ends = [*self.t.results, *([following] if following is not None else [])]
@@ -574,6 +576,11 @@ class _Reader:
                 continue
             found[piece.target] = Norm(module, piece.kind, role, place, written)
             covered.append(piece)
+            if role == "post":  # the proof repeats it on the sum, and compares with the stream behind it
+                root, following = sums[place or 0].root, [*(s.stream for s in sums[1:]), stream_out][place or 0]
+                start = root if self._only_moved(piece.source, root) else piece.source
+                end = following if self._only_moved(following, piece.target) else piece.target
+                self.t.pieces[found[piece.target].where] = start, end
         for call in self._outermost_norms():
             if not (block.first <= call.first and call.last <= block.last) or call.index == block.index:
                 continue
@@ -628,23 +635,20 @@ class _Reader:
             given, result = next(iter(call.inputs.values())), call.outputs[None]
             if self._like(given, piece.source) and self._like(result, piece.target):
                 run = ModuleCall(call.name, call.ordinal)
-                self.t.pieces[run] = given, result
+                self.t.pieces.setdefault(run, (given, result))
                 return run, None
         call = self.t.calls[self.t.nodes[piece.target].call]
         path = between(self.t, piece.source, piece.target)
         first = next(i for i in path if piece.source in self.t.nodes[i].inputs)
-        operation = self.t.tape.operations.get(piece.target)
-        obstacle = (
-            "its result is one of several that an operation returns"
-            if operation is not None and operation.result
-            else "its result is written into a tensor it was given"
-            if operation is not None and operation.kwargs.get("out") is not None
-            else ""
-        )
+        operation = self.t.tape.operations[piece.target]
         written = NormPiece(
-            self._point(first), self.t.nodes[first].inputs.index(piece.source), self._point(piece.target), obstacle
+            self._point(first),
+            self.t.nodes[first].inputs.index(piece.source),
+            self._point(piece.target),
+            operation.member,
+            "" if operation.is_exchangeable else "its last operation returns an object of a kind of its own",
         )
-        self.t.pieces[written] = piece.source, piece.target
+        self.t.pieces.setdefault(written, (piece.source, piece.target))
         return ModuleCall(call.name, call.ordinal), written
 
     def _like(self, a: int, b: int) -> bool:

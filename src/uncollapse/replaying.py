@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uncollapse.errors import UncollapseError
+from uncollapse.errors import UnsupportedModel
 from uncollapse.tracing import Operation, Reference, Trace, tensors_in
 
 _CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double}
 
 
-class NotReplayable(UncollapseError):
+class NotReplayable(UnsupportedModel):
     """The piece cannot be run again; the message says why."""
 
 

@@ -187,7 +187,8 @@ class Reference:
 @dataclass(frozen=True)
 class Operation:
     """How one value was made: `function` of `args` and `kwargs`, which hold `Reference`s for tensors; `result` counts the tensors
-    of its output. `autocast` is the number format it ran under, None without."""
+    of its output, `member` the members of a tuple it returned (None: a tensor). `is_exchangeable` says whether another tensor
+    can be put in its place there. `autocast` is the number format it ran under, None without."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -195,6 +196,8 @@ class Operation:
     result: int
     writes: bool
     autocast: torch.dtype | None
+    member: int | None = None
+    is_exchangeable: bool = True
 
 
 @dataclass
@@ -425,7 +428,13 @@ class _Recorder(TorchFunctionMode):
                         counted=counted,
                         scalars=scalars,
                     )
-                    self.tape.operations[index] = Operation(func, *referred, number, False, autocast)
+                    member = None
+                    if isinstance(output, (tuple, list)):
+                        member = next((i for i, item in enumerate(output) if item is tensor), None)
+                    exchangeable = isinstance(output, Tensor) or (type(output) is tuple and member is not None)
+                    self.tape.operations[index] = Operation(
+                        func, *referred, number, False, autocast, member, exchangeable
+                    )
         return output
 
     def _next_ordinal(self, name: str) -> int:
