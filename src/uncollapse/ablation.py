@@ -29,7 +29,7 @@ from uncollapse.capture import ATTENTION_MEASURES, Level, Observations, Progress
 from uncollapse.diagnosis import Prepared, model_info, prepare, probe, site_records, versions
 from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.interception import float64_kept
-from uncollapse.interventions import require_blocks, require_components
+from uncollapse.interventions import require_blocks, require_components, require_effect
 from uncollapse.interventions import without as taken_away
 from uncollapse.line_fit import line_fit
 from uncollapse.recorded import Recorded
@@ -143,6 +143,8 @@ def ablate(
         if progress is not None:
             progress("runs", number, len(combinations))
         try:
+            if combination:
+                require_effect(prepared.loaded.model, combination, blocks)
             observed, run = _run(prepared, combination, blocks, is_causal, whole)
         except UnsupportedModel as error:
             if without is not None or not combination:

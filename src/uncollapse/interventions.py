@@ -112,8 +112,20 @@ def anatomy_for(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Ana
     return proved_anatomy(model, batch)
 
 
-def _require_effect(model: nn.Module, anatomy: Anatomy, wanted: _Removal, active: list[_Removal]) -> None:
-    """Raise `UnsupportedModel` where a component is not there to be taken away, or where taking it away changes nothing."""
+def require_effect(
+    model: nn.Module, components: Collection[str], blocks: Collection[int] | Literal["all", "all+outer"] | None
+) -> None:
+    """Raise `UnsupportedModel` where one of the components is not there to be taken away, or taking it away leaves the model's
+    output the same in every bit. Runs the model a few times on the example that its anatomy was proved on."""
+    anatomy = anatomy_for(model)
+    wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
+    _require_effect(model, anatomy, wanted, _active.get(model, []), thorough=True)
+
+
+def _require_effect(
+    model: nn.Module, anatomy: Anatomy, wanted: _Removal, active: list[_Removal], *, thorough: bool = False
+) -> None:
+    """Raise where a component is not there, or where taking it away changes nothing: the mask and positions, `thorough` all."""
     blocks = [anatomy.blocks[number] for number in sorted(wanted.blocks)]
     for component in sorted(wanted.components):
         if component in {"positions", "mask"} or _holds(component, blocks, anatomy, wanted.outer):
@@ -126,12 +138,14 @@ def _require_effect(model: nn.Module, anatomy: Anatomy, wanted: _Removal, active
             + ("Norms stand outside: pass blocks='all+outer'." if outside else "Take away another component."),
             found=anatomy.describe(),
         )
+    # A removal acts at places that were proved, and says so where it misses one. What a mask and positions do is known on a run only.
+    seen = wanted.components if thorough else wanted.components & {"mask", "positions"}
     example = known_example(model)
-    if example is None:
+    if not seen or example is None:
         return
     try:
         with probing(model):
-            for component in sorted(wanted.components):
+            for component in sorted(seen):
                 alone = replace(wanted, components=frozenset({component}))
                 if not _changes(model, anatomy, alone, example):
                     with _zeros_perturbed(model):
@@ -156,10 +170,14 @@ def _holds(component: str, blocks: Collection[Block], anatomy: Anatomy, outer: b
 
 
 def _changes(model: nn.Module, anatomy: Anatomy, removal: _Removal, example: Mapping[str, Any]) -> bool:
-    """Whether a removal changes a bit of the model's output on the example; also where NaN would hide it."""
+    """Whether a removal changes a bit of the model's output on the example. It counts as one where NaN would hide it, and where
+    the component goes only together with others."""
     found = []
     for removals in ([], [removal]):
-        _install(model, anatomy, removals)
+        try:
+            _install(model, anatomy, removals)
+        except InputError:
+            return True
         torch.manual_seed(0)
         found.append([t.detach().clone() for t in tensors_in(model(**example)) if t.is_floating_point()])
     plain, changed = found
@@ -176,7 +194,12 @@ def _zeros_perturbed(model: nn.Module) -> Iterator[None]:
     try:
         for module in model.modules():
             for name, parameter in module._parameters.items():
-                if parameter is not None and parameter.is_floating_point() and not parameter.is_meta and not parameter.any():
+                if (
+                    parameter is not None
+                    and parameter.is_floating_point()
+                    and not parameter.is_meta
+                    and not parameter.any()
+                ):
                     noise = torch.randn(parameter.shape, generator=generator).to(parameter) / 8
                     kept.append((module, name, parameter))
                     module._parameters[name] = nn.Parameter(noise, requires_grad=False)

@@ -11,6 +11,7 @@ When not to use this: between values that a matrix product separates.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -19,13 +20,27 @@ import torch
 from torch import Tensor
 
 from uncollapse.replaying import NotReplayable, rehearsed
-from uncollapse.tracing import PASSES, Trace
+from uncollapse.tracing import PASSES, Reference, Trace
 
 Kind = Literal["layer", "rms"]
 
 # An operation with one operand of the path that moves, scales or shifts it: no norm begins or ends with it.
-_STEPS = frozenset(["mul", "rmul", "div", "truediv", "true_divide", "multiply", "neg", "add", "sub", "subtract", "addcmul"])
-_MOVES = PASSES | {"roll", "pad", "gather", "index_select", "unbind", "chunk", "split", "repeat", "stack", "flip", "unfold"}
+_STEPS = frozenset(
+    ["mul", "rmul", "div", "truediv", "true_divide", "multiply", "neg", "add", "sub", "subtract", "addcmul"]
+)
+_MOVES = PASSES | {
+    "roll",
+    "pad",
+    "gather",
+    "index_select",
+    "unbind",
+    "chunk",
+    "split",
+    "repeat",
+    "stack",
+    "flip",
+    "unfold",
+}
 _MOST_CUTS = 24  # so many values in a row are asked; a norm is a handful of operations
 _SAME = 1e-3  # relative: eps beside inputs of deviation 16
 
@@ -139,7 +154,14 @@ def _is_step(trace: Trace, before: int, index: int) -> bool:
     operands = [i for i in node.inputs if i == before or trace.depends(i, before)]
     if operands != [before]:
         return False
-    divides = node.operation in {"div", "truediv", "true_divide"} and node.inputs[0] != before
+    made = trace.tape.operations.get(index)
+    divides = node.operation in {"div", "truediv", "true_divide"} and not (
+        made is not None
+        and made.args
+        and isinstance(made.args[0], Reference)
+        and made.args[0].node == before
+        and getattr(made.function, "__name__", "") != "__rtruediv__"
+    )
     return (node.operation in _STEPS and not divides) or node.operation in _MOVES
 
 
@@ -148,7 +170,9 @@ def _first_norm(trace: Trace, source: int, later: list[int], *, moved: bool = Fa
     candidates = [
         i
         for i in later
-        if trace.nodes[i].shape == shape and trace.nodes[i].is_floating and (moved or trace.nodes[i].operation not in _MOVES)
+        if trace.nodes[i].shape == shape
+        and trace.nodes[i].is_floating
+        and (moved or trace.nodes[i].operation not in _MOVES)
     ]
     if not candidates or not shape or not trace.nodes[source].is_floating:
         return None
@@ -213,7 +237,7 @@ def _tail(trace: Trace, chain: list[int]) -> list[int]:
     """Of the values behind a bare norm, `chain[0]`, those whose scales and shifts still belong to it."""
     bare = chain[0]
     found: list[int] = []
-    for before, index in zip(chain, chain[1:], strict=False):
+    for before, index in itertools.pairwise(chain):
         node = trace.nodes[index]
         if not _is_step(trace, before, index) or node.shape != trace.nodes[bare].shape:
             break

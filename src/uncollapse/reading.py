@@ -510,7 +510,9 @@ class _Reader:
             covering = [s for s in spans if piece.bare in s]
             if not covering:
                 found[piece.target] = self._norm_where(piece)[1] or self._norm_where(piece)[0]
-            elif piece.target not in covering[0] and piece.target not in found:  # a module, and a condition's scale behind it
+            elif (
+                piece.target not in covering[0] and piece.target not in found
+            ):  # a module, and a condition's scale behind it
                 inner = next(i for i in found if i in covering[0])
                 del found[inner]
                 found[piece.target] = self._norm_where(piece)[1] or self._norm_where(piece)[0]
@@ -535,7 +537,9 @@ class _Reader:
             ]
             following = entries[number + 1] if number + 1 < len(entries) else None
             ends = [*self.t.results, *([following] if following is not None else [])]
-            targets += [i for i in ends if i != start and self.t.depends(i, start) and not self._product_between(start, i)]
+            targets += [
+                i for i in ends if i != start and self.t.depends(i, start) and not self._product_between(start, i)
+            ]
             pieces += pieces_between(self.t, start, targets)
         for entry in dict.fromkeys(e for e in entries if e is not None):
             if any(x is not None and self.t.depends(entry, x) for x in exits):
@@ -615,7 +619,9 @@ class _Reader:
                     onward = next_products(self.t, source, own)
                     for piece in pieces_between(self.t, source, onward):
                         yield piece, "inner", part
-                    for piece in pieces_between(self.t, source, [x for x in last if not self._product_between(source, x)]):
+                    for piece in pieces_between(
+                        self.t, source, [x for x in last if not self._product_between(source, x)]
+                    ):
                         yield piece, "after", part
 
     def _products_feeding(self, leaves: list[int]) -> list[int]:
@@ -630,7 +636,11 @@ class _Reader:
     def _norm_where(self, piece: Piece) -> tuple[ModuleCall, NormPiece | None]:
         """The run of the module that is just this norm, or the run whose code holds it with the place in that code."""
         for call in reversed(self.t.calls):
-            if not call.inputs or None not in call.outputs or not call.first <= piece.bare < max(call.last, call.first + 1):
+            if (
+                not call.inputs
+                or None not in call.outputs
+                or not call.first <= piece.bare < max(call.last, call.first + 1)
+            ):
                 continue
             given, result = next(iter(call.inputs.values())), call.outputs[None]
             if self._like(given, piece.source) and self._like(result, piece.target):

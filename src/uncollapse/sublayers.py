@@ -432,7 +432,9 @@ class Sublayers:
         brackets = torch.full((self._size, 3), math.nan, dtype=torch.float64)
         where = norm.where if norm.piece is not None else norm.module.name
         if where not in self._laws:
-            self._laws[where] = run and norm_law(run, norm.kind, given.shape, given.dtype, given.device)
+            self._laws[where] = (
+                None if run is None else norm_law(run, norm.kind, given.shape, given.dtype, given.device)
+            )
         law = self._laws[where]
         sound = before.real & (before.finite & after.finite).unsqueeze(-1)
         if run is None:
@@ -470,7 +472,10 @@ def _rerun(
             return type(item)(exchanged(i) for i in item)
         return item
 
-    result: Tensor = function(*map(exchanged, args), **{k: exchanged(v) for k, v in kwargs.items()})
+    exchanged_args = [
+        exchanged(a) for a in args
+    ]  # before the keywords: tensors are counted in the order they are written
+    result: Tensor = function(*exchanged_args, **{k: exchanged(v) for k, v in kwargs.items()})
     return result
 
 

@@ -514,9 +514,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
     recorder.calls[0].last = len(recorder.nodes)
     results = tuple(dict.fromkeys(recorder.value(t) for t in tensors_in(output)))
     nodes, learned = _with_own_tokens(recorder.nodes, recorder.ancestors)
-    return Trace(
-        nodes, recorder.calls, recorder.ancestors, learned, recorder.consumers, output, recorder.tape, results
-    )
+    return Trace(nodes, recorder.calls, recorder.ancestors, learned, recorder.consumers, output, recorder.tape, results)
 
 
 def _with_own_tokens(nodes: list[Node], ancestors: list[int]) -> tuple[list[Node], list[int]]:
