@@ -253,7 +253,7 @@ def test_a_mask_that_masks_nothing_cannot_be_taken_away() -> None:
     model = OwnForward(bidirectional, _rms, _parts).eval()
     proved_anatomy(model, {"input_ids": ids()})
     before = model(ids())
-    with pytest.raises(uc.UnsupportedModel, match="'mask'.*same in every bit"), uc.without(model, "mask"):
+    with pytest.raises(uc.UnsupportedModel, match=r"'mask'.*same in every bit"), uc.without(model, "mask"):
         pass
     assert torch.equal(model(ids()), before)
 

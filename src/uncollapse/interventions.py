@@ -138,7 +138,7 @@ def _require_effect(
             + ("Norms stand outside: pass blocks='all+outer'." if outside else "Take away another component."),
             found=anatomy.describe(),
         )
-    # A removal acts at places that were proved, and says so where it misses one. What a mask and positions do is known on a run only.
+    # A removal acts at proved places and says so where it misses one. What mask and positions do shows on a run only.
     seen = wanted.components if thorough else wanted.components & {"mask", "positions"}
     example = known_example(model)
     if not seen or example is None:
