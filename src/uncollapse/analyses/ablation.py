@@ -27,8 +27,8 @@ from uncollapse.analyses.recording import model_info, probe_record, site_records
 from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.probing import float64_kept
 from uncollapse.anatomy.tracing import tensors_in
-from uncollapse.errors import InputError
-from uncollapse.interventions.without import require_blocks, require_components
+from uncollapse.errors import InputError, UnsupportedModel
+from uncollapse.interventions.without import require_blocks, require_components, require_effect
 from uncollapse.interventions.without import without as taken_away
 from uncollapse.judgement.predictions import verdicts
 from uncollapse.judgement.rates import depth_rate
@@ -91,10 +91,19 @@ def ablate(
     whole: list[Tensor] = []
     runs: list[AblationRun] = []
     first: Observations | None = None
+    left_out: dict[str, str] = {}
     for number, combination in enumerate(combinations):
         if progress is not None:
             progress("runs", number, len(combinations))
-        observed, run = _run(prepared, combination, blocks, is_causal, whole)
+        try:
+            if combination:
+                require_effect(prepared.loaded.model, combination, blocks)
+            observed, run = _run(prepared, combination, blocks, is_causal, whole)
+        except UnsupportedModel as error:
+            if without is not None or not combination:
+                raise
+            left_out[", ".join(combination)] = str(error)  # a run that nobody named: the others still say something
+            continue
         first = first or observed
         runs.append(run)
     if progress is not None:
@@ -119,6 +128,7 @@ def ablate(
             verdicts=verdicts(runs, is_causal=is_causal),
             norms=norm_records(first.norms),
             updates=update_records(first.updates),
+            left_out=left_out,
         )
     )
 

@@ -33,7 +33,8 @@ from uncollapse.anatomy.mixing_proof import Poked, located, placed
 from uncollapse.anatomy.operands import Mixed, UnreadableError, product_operands, replaced
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.reading import read
-from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in, trace
+from uncollapse.anatomy.replaying import NotReplayable, replayed
+from uncollapse.anatomy.tracing import Trace, operands_of, operation_name, tensors_in, trace
 from uncollapse.anatomy.vocabulary import (
     STREAM,
     Anatomy,
@@ -42,6 +43,8 @@ from uncollapse.anatomy.vocabulary import (
     Identity,
     Layout,
     MaskingStep,
+    ModuleCall,
+    NormPiece,
     Part,
     removal,
 )
@@ -185,13 +188,14 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
         proved: list[Block] = []
         for block, run in zip(anatomy.blocks, runs, strict=True):
             try:
-                prover = _BlockProof(model, block, run)
+                prover = _BlockProof(model, block, run, recorded)
             except UncollapseError:
                 raise
             except Exception as error:  # the model's own code, run in a way it may not expect
                 raise _failure(model, anatomy, _not_alone(block, error)) from error
             proved.append(prover.block)
             proof += prover.identities
+        recorded.tape.clear()  # it holds every tensor of the pass
         proof.append(
             Identity("the output afterwards is the output before", "model", _deviation(before, _output(model, batch)))
         )
@@ -373,8 +377,8 @@ def _cloned(value: Any) -> Any:
 class _BlockProof:
     """The identities of one block, checked on its own arguments."""
 
-    def __init__(self, model: nn.Module, block: Block, run: _Run) -> None:
-        self.model, self.block, self.run = model, block, run
+    def __init__(self, model: nn.Module, block: Block, run: _Run, recorded: Trace) -> None:
+        self.model, self.block, self.run, self.recorded = model, block, run, recorded
         self.module = model.get_submodule(block.module.name)
         self.where = block.module.name + (f"[{block.module.call}]" if block.module.call else "")
         self.identities: list[Identity] = []
@@ -432,10 +436,20 @@ class _BlockProof:
             stream = stream * scale
         return stream
 
-    def _normed(self, stream: Tensor, norms: tuple[Any, ...]) -> Tensor:
+    def _normed(self, stream: Tensor, norms: tuple[ModuleCall | NormPiece, ...]) -> Tensor:
+        """The stream through post-norms: each repeated as it ran in the traced pass, with whatever else it was given."""
         for norm in norms:
-            stream = self.model.get_submodule(norm.name)(stream)
+            piece = self.recorded.pieces.get(norm)
+            try:
+                stream = self._module(norm)(stream) if piece is None else replayed(self.recorded, *piece, stream)
+            except NotReplayable:
+                if isinstance(norm, NormPiece):
+                    raise
+                stream = self._module(norm)(stream)
         return stream
+
+    def _module(self, norm: ModuleCall | NormPiece) -> nn.Module:
+        return self.model.get_submodule(norm.name if isinstance(norm, ModuleCall) else norm.gives.owner)
 
     def _update_is_zero(self, part: int) -> bool:
         for residual in self.block.residuals:

@@ -43,7 +43,7 @@ _MATRIX_PRODUCTS = frozenset(
     ]
 )
 # An operation through which a value passes as it is: moved, cut, cast, or dropped out.
-_PASSES = frozenset(
+PASSES = frozenset(
     [
         "view",
         "reshape",
@@ -176,10 +176,48 @@ class Call:
     children: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A tensor among an operation's recorded arguments: value `node`, or (not `is_whole`) another view of its memory."""
+
+    node: int
+    is_whole: bool
+
+
+@dataclass(frozen=True)
+class Operation:
+    """How one value was made: `function` of `args` and `kwargs`, which hold `Reference`s for tensors; `result` counts the tensors
+    of its output, `member` the members of a tuple it returned (None: a tensor). `is_exchangeable` says whether another tensor
+    can be put in its place there. `autocast` is the number format it ran under, None without."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: int
+    writes: bool
+    autocast: torch.dtype | None
+    member: int | None = None
+    is_exchangeable: bool = True
+
+
+@dataclass
+class Tape:
+    """What is needed to run pieces of a pass again: the operations by node, and each node's tensor with its version.
+    `clear` it when the reading is over: it keeps every tensor of the pass alive."""
+
+    operations: dict[int, Operation] = field(default_factory=dict)
+    tensors: dict[int, tuple[Tensor, int | None]] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        self.operations.clear()
+        self.tensors.clear()
+
+
 @dataclass
 class Trace:
     """The graph of one pass. `ancestors[i]` and `learned_ancestors[i]` are bit sets over node numbers: everything value i
-    depends on, and what it depends on through at least one matrix product with a weight."""
+    depends on, and what it depends on through at least one matrix product with a weight. `results` are the values that the
+    model returned. `pieces` names pieces of the graph, source and target, that the reading found and the proof runs again."""
 
     nodes: list[Node]
     calls: list[Call]
@@ -187,6 +225,9 @@ class Trace:
     learned_ancestors: list[int]
     consumers: list[list[int]]
     output: Any
+    tape: Tape = field(default_factory=Tape)
+    results: tuple[int, ...] = ()
+    pieces: dict[Any, tuple[int, int]] = field(default_factory=dict)
 
     def is_matrix_product(self, index: int) -> bool:
         return self.nodes[index].operation in _MATRIX_PRODUCTS
@@ -212,7 +253,7 @@ class Trace:
         data = [i for i in node.inputs if self.nodes[i].is_data]
         if len(data) != 1:
             return None
-        if node.operation in _PASSES or node.operation in _SCALINGS or node.operation == "add":
+        if node.operation in PASSES or node.operation in _SCALINGS or node.operation == "add":
             return data[0]
         return None
 
@@ -272,6 +313,7 @@ class _Recorder(TorchFunctionMode):
         self._on_storage: dict[int, list[int]] = {}
         self._ordinals: dict[tuple[int, str], int] = {}
         self._module_calls: dict[str, int] = {}
+        self.tape = Tape()
         self._parameters = {id(p) for p in (*model.parameters(), *model.buffers())}
         for tensor in batch:
             self._new(tensor, "batch", (), is_data=True)
@@ -317,6 +359,7 @@ class _Recorder(TorchFunctionMode):
         self.learned_ancestors.append(learned)
         self.consumers.append([])
         self._remember(tensor, index)
+        self.tape.tensors[index] = (tensor, _version(tensor))
         return index
 
     def _remember(self, tensor: Tensor, index: int) -> None:
@@ -333,6 +376,17 @@ class _Recorder(TorchFunctionMode):
             return known
         parameter = id(tensor) in self._parameters or isinstance(tensor, nn.Parameter)
         return self._new(tensor, "parameter" if parameter else "constant", (), is_parameter=parameter)
+
+    def _referred(self, value: Any) -> Any:
+        """The arguments of an operation with references in the place of tensors."""
+        if isinstance(value, Tensor):
+            node = self._value_of.get(id(value))
+            return value if node is None else Reference(node, self.tape.tensors[node][0] is value)
+        if type(value) in (list, tuple):
+            return type(value)(self._referred(v) for v in value)
+        if type(value) is dict:
+            return {k: self._referred(v) for k, v in value.items()}
+        return value
 
     # Operations ---------------------------------------------------------------------------------------------------
     def __torch_function__(
@@ -357,6 +411,9 @@ class _Recorder(TorchFunctionMode):
         scalars = tuple(float(a) for a in args if isinstance(a, (int, float)) and not isinstance(a, bool))
         counted = counted_name(name, operands)
         ordinal = self._next_ordinal(counted)
+        referred = self._referred(args), self._referred(kwargs)
+        device = operands[0].device.type if operands else "cpu"
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         for tensor in tensors_in(written):
             index = self._new(
                 tensor,
@@ -370,11 +427,12 @@ class _Recorder(TorchFunctionMode):
             )
             for other in self._on_storage.get(_storage(tensor), ()):
                 self._value_of[other] = index
+            self.tape.operations[index] = Operation(func, *referred, 0, True, autocast)
         if not in_place:
             ids = {id(t) for t in operands}
-            for tensor in results:
+            for number, tensor in enumerate(results):
                 if id(tensor) not in ids:
-                    self._new(
+                    index = self._new(
                         tensor,
                         name,
                         inputs,
@@ -383,6 +441,13 @@ class _Recorder(TorchFunctionMode):
                         ordinal=ordinal,
                         counted=counted,
                         scalars=scalars,
+                    )
+                    member = None
+                    if isinstance(output, (tuple, list)):
+                        member = next((i for i, item in enumerate(output) if item is tensor), None)
+                    exchangeable = isinstance(output, Tensor) or (type(output) is tuple and member is not None)
+                    self.tape.operations[index] = Operation(
+                        func, *referred, number, False, autocast, member, exchangeable
                     )
         return output
 
@@ -428,6 +493,14 @@ def _storage(tensor: Tensor) -> int:
         return 0
 
 
+def _version(tensor: Tensor) -> int | None:
+    """How often the tensor's memory was written to; None where torch does not count."""
+    try:
+        return int(tensor._version)
+    except RuntimeError:  # an inference tensor
+        return None
+
+
 def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
     """The dataflow graph of `model(**batch)`, run once without gradients. The model's output is in `Trace.output`.
 
@@ -453,8 +526,9 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
         with torch.no_grad(), recorder:
             output = model(**batch)
     recorder.calls[0].last = len(recorder.nodes)
+    results = tuple(dict.fromkeys(recorder.value(t) for t in tensors_in(output)))
     nodes, learned = _with_own_tokens(recorder.nodes, recorder.ancestors)
-    return Trace(nodes, recorder.calls, recorder.ancestors, learned, recorder.consumers, output)
+    return Trace(nodes, recorder.calls, recorder.ancestors, learned, recorder.consumers, output, recorder.tape, results)
 
 
 def _with_own_tokens(nodes: list[Node], ancestors: list[int]) -> tuple[list[Node], list[int]]:

@@ -13,8 +13,8 @@ How the graph is read
   product → softmax → product, is `attention`; `cross` when its values do not come from this stream; else `mlp`, or
   `mixer` when the proof sees it move information between tokens.
 * The *output projection* is the first learned product after the attention.
-* *Norms* are told by behaviour: a leaf module with f(16x) = f(256x) that is not constant; `layer` if it also ignores a
-  shift along the features, else `rms`. Names lie.
+* *Norms* are told by behaviour, whether modules, functions or written out: a piece of the graph with f(16x) = f(256x) that
+  is not constant; `layer` if it also ignores a shift along the features, else `rms` (`norm_reading`). Names lie.
 * A *block* is the deepest module call that holds one self-attention addition and the additions that belong to it.
 
 When not to use it: a model that adds several streams, or that has no module for a block, is refused (`UnsupportedModel`);
@@ -48,14 +48,45 @@ class ModuleCall:
 
 
 @dataclass(frozen=True)
+class NormPiece:
+    """A norm that is no module's run: `reads` is the operation that first takes its input, as tensor number `operand` of its
+    arguments, and `gives` the operation whose result is the norm's, the one numbered `member` where it returns several.
+    `obstacle` says why it can be measured but not taken out; empty where it can."""
+
+    reads: Point
+    operand: int
+    gives: Point
+    member: int | None = None
+    obstacle: str = ""
+
+    def result(self, output: Any) -> Tensor:
+        """The norm's result in what its last operation returned."""
+        found: Tensor = output if self.member is None else output[self.member]
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.gives.operation.partition(' ')[0]} #{self.gives.ordinal} in {self.gives.owner or 'the model itself'}"
+
+
+@dataclass(frozen=True)
 class Norm:
-    """One norm call and its place: `before` a part, `after` it, `inner` (query-key norms), or `post` on the stream. `place`
-    is the part's number (None: shared by parallel parts), for `post` the number of the residual addition it follows."""
+    """One norm and its place: `before` a part, `after` it, `inner` (query-key norms), or `post` on the stream. `place` is the
+    part's number (None: shared by parallel parts), for `post` the number of the residual addition it follows. `module` is the
+    run that is the norm; where `piece` is given, the run whose own code holds it."""
 
     module: ModuleCall
     kind: Literal["layer", "rms"]
     role: NormRole
     place: int | None
+    piece: NormPiece | None = None
+
+    @property
+    def where(self) -> ModuleCall | NormPiece:
+        """What the norm is: a module's run, or a piece of code."""
+        return self.piece or self.module
+
+    def __str__(self) -> str:
+        return str(self.piece) if self.piece is not None else self.module.name
 
 
 @dataclass(frozen=True)
@@ -163,7 +194,7 @@ class Residual:
     additions: tuple[AdditionNode, ...]
     parts: tuple[int, ...]
     stream_scales: tuple[float, ...] = ()
-    norms_post: tuple[ModuleCall, ...] = ()
+    norms_post: tuple[ModuleCall | NormPiece, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -202,7 +233,7 @@ class Anatomy:
     `proof` lists every identity that was checked."""
 
     blocks: tuple[Block, ...]
-    outer_norms: tuple[ModuleCall, ...] = ()
+    outer_norms: tuple[ModuleCall | NormPiece, ...] = ()
     proof: tuple[Identity, ...] = ()
 
     @property

@@ -24,16 +24,18 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, counted, intercepted
+from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
-from uncollapse.anatomy.tracing import tensors_in
-from uncollapse.anatomy.vocabulary import Anatomy, Block, removal
+from uncollapse.anatomy.tracing import tensors_in, writes_in_place
+from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall, NormPiece, removal
 from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.interventions.token_order import mask_removed, positions_removed, require_order_blind
 
@@ -70,8 +72,9 @@ def without(
     outside the blocks as well. batch: a batch to prove the anatomy on, for a model that was not diagnosed before and has no
     dummy inputs of its own.
 
-    Raises `InputError` for an unknown component or block, `UnsupportedModel` where the anatomy cannot be proved or
-    gradient checkpointing is on.
+    Raises `InputError` for an unknown component or block, `UnsupportedModel` where the anatomy cannot be proved, where
+    there is nothing of the kind to take away or the output would be the same in every bit, or where gradient checkpointing is
+    on.
     """
     require_components(components)
     _refuse_checkpointing(model)
@@ -80,6 +83,7 @@ def without(
         require_order_blind(model, anatomy, known_example(model) or {})
     wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
     stack = _active.setdefault(model, [])
+    _require_effect(model, anatomy, wanted, stack)
     stack.append(wanted)
     try:
         _install(model, anatomy, stack)
@@ -109,6 +113,103 @@ def anatomy_for(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Ana
     return proved_anatomy(model, batch)
 
 
+def require_effect(
+    model: nn.Module, components: Collection[str], blocks: Collection[int] | Literal["all", "all+outer"] | None
+) -> None:
+    """Raise `UnsupportedModel` where one of the components is not there to be taken away, or taking it away leaves the model's
+    output the same in every bit. Runs the model a few times on the example that its anatomy was proved on."""
+    anatomy = anatomy_for(model)
+    wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
+    _require_effect(model, anatomy, wanted, _active.get(model, []), thorough=True)
+
+
+def _require_effect(
+    model: nn.Module, anatomy: Anatomy, wanted: _Removal, active: list[_Removal], *, thorough: bool = False
+) -> None:
+    """Raise where a component is not there, or where taking it away changes nothing: the mask and positions, `thorough` all."""
+    blocks = [anatomy.blocks[number] for number in sorted(wanted.blocks)]
+    for component in sorted(wanted.components):
+        if component in {"positions", "mask"} or _holds(component, blocks, anatomy, wanted.outer):
+            continue
+        where = f"its {len(blocks)} blocks" if len(blocks) == len(anatomy.blocks) else f"blocks {sorted(wanted.blocks)}"
+        outside = component == "norm" and anatomy.outer_norms
+        raise UnsupportedModel(
+            f"without: expected a model with a component {component!r} to take away, got {type(model).__name__}: nothing of the "
+            f"kind was found in {where}. "
+            + ("Norms stand outside: pass blocks='all+outer'." if outside else "Take away another component."),
+            found=anatomy.describe(),
+        )
+    # A removal acts at proved places and says so where it misses one. What mask and positions do shows on a run only.
+    seen = wanted.components if thorough else wanted.components & {"mask", "positions"}
+    example = known_example(model)
+    if not seen or example is None:
+        return
+    try:
+        with probing(model):
+            for component in sorted(seen):
+                alone = replace(wanted, components=frozenset({component}))
+                if not _changes(model, anatomy, alone, example):
+                    with _zeros_perturbed(model):
+                        changed = _changes(model, anatomy, alone, example)
+                    if not changed:
+                        raise UnsupportedModel(
+                            f"without: expected the output of {type(model).__name__} to depend on its {component!r}, got the same "
+                            "in every bit without it. On the example it was proved on, nothing is taken away. "
+                            "Take away another component."
+                        )
+    finally:
+        _install(model, anatomy, active)
+
+
+def _holds(component: str, blocks: Collection[Block], anatomy: Anatomy, outer: bool) -> bool:
+    """Whether the blocks hold something of the kind."""
+    if component == "norm":
+        inside = any(norm.role != "inner" for block in blocks for norm in block.norms)
+        return inside or (outer and bool(anatomy.outer_norms))
+    kinds = _PARTS.get(component) or _RESIDUALS[component]
+    return any(part.kind in kinds for block in blocks for part in block.parts)
+
+
+def _changes(model: nn.Module, anatomy: Anatomy, removal: _Removal, example: Mapping[str, Any]) -> bool:
+    """Whether a removal changes a bit of the model's output on the example. It counts as one where NaN would hide it, and where
+    the component goes only together with others."""
+    found = []
+    for removals in ([], [removal]):
+        try:
+            _install(model, anatomy, removals)
+        except InputError:
+            return True
+        torch.manual_seed(0)
+        found.append([t.detach().clone() for t in tensors_in(model(**example)) if t.is_floating_point()])
+    plain, changed = found
+    return len(plain) != len(changed) or not all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(plain, changed, strict=True)
+    )
+
+
+@contextlib.contextmanager
+def _zeros_perturbed(model: nn.Module) -> Iterator[None]:
+    """Within the block, random copies stand in for parameters that are entirely zero: training will move those."""
+    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if (
+                    parameter is not None
+                    and parameter.is_floating_point()
+                    and not parameter.is_meta
+                    and not parameter.any()
+                ):
+                    noise = torch.randn(parameter.shape, generator=generator).to(parameter) / 8
+                    kept.append((module, name, parameter))
+                    module._parameters[name] = nn.Parameter(noise, requires_grad=False)
+        yield
+    finally:
+        for module, name, parameter in kept:
+            module._parameters[name] = parameter
+
+
 def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> None:
     """Take down what is in force and put up the union of `removals`."""
     previous = _installed.pop(model, None)
@@ -118,7 +219,7 @@ def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> No
         return
     stack = contextlib.ExitStack()
     handlers: dict[Point, Handler] = {}
-    norms: dict[str, set[int]] = {}
+    norms: set[ModuleCall | NormPiece] = set()
     for number, block in enumerate(anatomy.blocks):
         gone = {c for r in removals if number in r.blocks for c in r.components}
         parts, alone = _parts(block, gone, _PARTS), _parts(block, gone, _RESIDUALS)
@@ -127,11 +228,16 @@ def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> No
         for norm in block.norms:
             skipped = norm.role == "post" and parts >= set(block.residuals[norm.place or 0].parts)
             if skipped or ("norm" in gone and norm.role != "inner"):
-                norms.setdefault(norm.module.name, set()).add(norm.module.call)
+                norms.add(norm.where)
     if any(r.outer and "norm" in r.components for r in removals):
-        for outer in anatomy.outer_norms:
-            norms.setdefault(outer.name, set()).add(outer.call)
-    for name, calls in norms.items():
+        norms |= set(anatomy.outer_norms)
+    runs: dict[str, set[int]] = {}
+    for where in norms:
+        if isinstance(where, NormPiece):
+            handlers |= _identity_of_piece(where)
+        else:
+            runs.setdefault(where.name, set()).add(where.call)
+    for name, calls in runs.items():
         stack.enter_context(_identity(model, name, calls))
     unmasked = frozenset(b for r in removals if "mask" in r.components for b in r.blocks)
     if unmasked:
@@ -175,6 +281,35 @@ def _identity(model: nn.Module, name: str, calls: set[int]) -> Iterator[None]:
             yield
         finally:
             hook.remove()
+
+
+def _identity_of_piece(piece: NormPiece) -> dict[Point, Handler]:
+    """Handlers that let a norm which is no module return its input, in the dtype it would have returned."""
+    if piece.obstacle:
+        raise UnsupportedModel(
+            f"without: expected a norm that can be taken out, got {piece}: {piece.obstacle}. "
+            "It is measured where it stands. Take away another component, or leave its block out with blocks=[...]."
+        )
+    given: list[Tensor] = []
+
+    def keep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given[:] = [list(tensors_in([args, kwargs]))[piece.operand].clone()]  # the norm may overwrite it
+
+    def reading(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        keep(args, kwargs)
+        return function(*args, **kwargs)
+
+    def giving(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if piece.reads == piece.gives:
+            keep(args, kwargs)
+        output = function(*args, **kwargs)
+        if writes_in_place(function):
+            args[0].copy_(given.pop())
+            return output
+        passed = given.pop().to(piece.result(output).dtype)
+        return passed if piece.member is None else (*output[: piece.member], passed, *output[piece.member + 1 :])
+
+    return {piece.reads: reading, piece.gives: giving}
 
 
 def require_components(components: tuple[str, ...]) -> None:

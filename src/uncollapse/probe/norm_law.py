@@ -101,9 +101,14 @@ def _exceeds(gram: Tensor, least: Tensor) -> bool:
 
 
 def norm_law(
-    module: nn.Module, kind: Literal["layer", "rms"], shape: torch.Size, dtype: torch.dtype, device: torch.device
+    norm: nn.Module | Callable[[Tensor], Tensor],
+    kind: Literal["layer", "rms"],
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> NormLaw | None:
-    """gamma, beta and eps of a norm layer that takes tensors of `shape`, by running it: no names, no conventions about them.
+    """gamma, beta and eps of a norm (a module or a function) that takes tensors of `shape`, by running it: no names, no
+    conventions about them.
 
     With f(x) = gamma z(x) + beta and z odd, beta is the even part of f and gamma the odd one over z. Tokens of deviation t
     come out smaller by t / sqrt(t^2 + eps), which gives eps; where a number that the module holds agrees, it is that one.
@@ -114,6 +119,7 @@ def norm_law(
     >>> law.eps, bool((law.gamma - 1).abs().max() < 1e-5), bool(law.beta.abs().max() < 1e-6)
     (0.001, True, True)
     """
+    run = norm.forward if isinstance(norm, nn.Module) else norm
     width, rows, size = shape[-1], 8, 64.0
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(rows, width, generator=generator, dtype=torch.float64)
@@ -123,7 +129,7 @@ def norm_law(
 
     def parts(t: float) -> tuple[Tensor, Tensor]:
         x = (t * tokens).reshape(rows, *(1 for _ in shape[1:-1]), width).to(device)
-        plus, minus = (module.forward(v).detach().cpu().double().reshape(rows, width) for v in (x, -x))
+        plus, minus = (run(v).detach().cpu().double().reshape(rows, width) for v in (x, -x))
         return (plus - minus) / 2, (plus + minus) / 2
 
     try:
@@ -135,8 +141,8 @@ def norm_law(
         eps = _eps(lambda t: float((parts(t)[0] * odd).sum() / odd.square().sum()))
     except (RuntimeError, ValueError, TypeError):
         return None
-    own = (v for v in vars(module).values() if isinstance(v, float) and abs(v - eps) <= 0.05 * eps)
-    eps = next(own, eps)
+    held = vars(norm).values() if isinstance(norm, nn.Module) else ()
+    eps = next((v for v in held if isinstance(v, float) and abs(v - eps) <= 0.05 * eps), eps)
     law = NormLaw(kind, gamma * (1 + eps / size**2) ** 0.5, beta, eps)
     return law if all(bool(t.isfinite().all()) for t in (gamma, beta)) and bool(gamma.any()) else None
 

@@ -111,7 +111,8 @@ class _Probe:
         self.distinct: dict[str, Tensor | None] = {}  # by stack: different token ids of each sequence
         self.entered: dict[str, Tensor] = {}  # by site: the cloud that entered the block that is running
         # What reads the stream takes each token's mean away, if it is a layer norm.
-        self.is_centred = any(norm.kind == "layer" for block in anatomy.blocks for norm in block.norms)
+        readers = [n for b in anatomy.blocks for n in b.norms if n.role in {"before", "post"}]
+        self.is_centred = any(norm.kind == "layer" for norm in readers)
         self.thread: int | None = None  # the thread of the probe's own pass, while one runs
         self.sublayers: Sublayers | None = None
         if level == "full":

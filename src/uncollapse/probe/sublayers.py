@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from uncollapse.anatomy.interception import Handler, Point, addition_operands
 from uncollapse.anatomy.probing import full_precision
 from uncollapse.anatomy.tracing import tensors_in
-from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Block, ModuleCall, Norm, Part, Residual
+from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Block, ModuleCall, Norm, NormPiece, Part, Residual
 from uncollapse.errors import InputError
 from uncollapse.interventions import without
 from uncollapse.measures import geometry
@@ -125,7 +126,7 @@ class Sublayers:
         self.handlers: dict[Point, Handler] = {}
         self._entering: dict[str, dict[int, list[Callable[..., None]]]] = {}
         self._leaving: dict[str, dict[int, list[Callable[..., None]]]] = {}
-        self._laws: dict[str, NormLaw | None] = {}
+        self._laws: dict[str | ModuleCall | NormPiece, NormLaw | None] = {}
         self._runs: dict[str, int] = {}
         self._batch = _Batch()
         self._before, self._size = 0, 0  # sequences in the batches before this one, and in it
@@ -186,13 +187,41 @@ class Sublayers:
                 )
 
     def _watch_norm(self, number: int, block: Block, norm: Norm, removed: bool) -> None:
-        statistics = NormStatistics(number, norm.module.name)
+        statistics = NormStatistics(number, str(norm))
         self.norms.append(statistics)
         if removed:
             statistics.reasons = dict.fromkeys(["affine_rank_before", "affine_rank_after", "brackets"], _REMOVED)
             return
         action = functools.partial(self._measure_norm, statistics, block, norm)
-        self._leaving.setdefault(norm.module.name, {}).setdefault(norm.module.call, []).append(action)
+        if norm.piece is not None:
+            self.handlers |= self._at_piece(norm.piece, action)
+        else:
+            self._leaving.setdefault(norm.module.name, {}).setdefault(norm.module.call, []).append(action)
+
+    def _at_piece(self, piece: NormPiece, action: Callable[..., None]) -> dict[Point, Handler]:
+        """Handlers that meet the input and the output of a norm that is no module."""
+        given: list[Tensor] = []
+
+        def keep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self.is_own():
+                given[:] = [list(tensors_in([args, kwargs]))[piece.operand].clone()]  # the norm may overwrite it
+
+        def reading(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            keep(args, kwargs)
+            return function(*args, **kwargs)
+
+        def giving(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            alone = piece.reads == piece.gives and piece.member is None
+            if piece.reads == piece.gives:
+                keep(args, kwargs)
+            output = function(*args, **kwargs)
+            if given and self.is_own():
+                run = functools.partial(_rerun, function, args, kwargs, piece.operand) if alone else None
+                with full_precision(given[0]):
+                    action(run, given.pop(), piece.result(output))
+            return output
+
+        return {piece.reads: reading, piece.gives: giving}
 
     # The pass -----------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -386,9 +415,16 @@ class Sublayers:
 
     # Norms --------------------------------------------------------------------------------------------------------
     def _measure_norm(
-        self, statistics: NormStatistics, block: Block, norm: Norm, module: nn.Module, given: Tensor, output: Tensor
+        self,
+        statistics: NormStatistics,
+        block: Block,
+        norm: Norm,
+        run: nn.Module | Callable[[Tensor], Tensor] | None,
+        given: Tensor,
+        output: Tensor,
     ) -> None:
-        what = f"the norm {norm.module.name}"
+        """`run` is what can be run on other tokens: a module, one operation, or nothing where the norm is written out."""
+        what = f"the norm {norm}"
         before, after = self._tokens(block, given, what), self._tokens(block, output, what)
         if before is None or after is None:
             statistics.reasons = dict.fromkeys(["affine_rank_before", "affine_rank_after", "brackets"], _NO_TOKENS)
@@ -397,12 +433,20 @@ class Sublayers:
         measured = geometry.cloud_measures(before.x, before.real, precision=precision)
         ranks_after = geometry.cloud_measures(after.x, after.real, precision=precision).affine_rank
         brackets = torch.full((self._size, 3), math.nan, dtype=torch.float64)
-        name = norm.module.name
-        if name not in self._laws:
-            self._laws[name] = norm_law(module, norm.kind, given.shape, given.dtype, given.device)
-        law = self._laws[name]
+        where = norm.where if norm.piece is not None else norm.module.name
+        if where not in self._laws:
+            self._laws[where] = (
+                None if run is None else norm_law(run, norm.kind, given.shape, given.dtype, given.device)
+            )
+        law = self._laws[where]
         sound = before.real & (before.finite & after.finite).unsqueeze(-1)
-        if law is None or not law.holds(before.x[sound], after.x[sound], precision):
+        if run is None:
+            statistics.reasons["brackets"] = (
+                "it is written out over several operations, so it is not known what it does to other tokens"
+            )
+        elif law is None:
+            statistics.reasons["brackets"] = "it cannot be run on other tokens by itself, or takes more than the stream"
+        elif not law.holds(before.x[sound], after.x[sound], precision):
             statistics.reasons["brackets"] = (
                 "its output is not gamma (x - mean) / deviation + beta, with or without the mean"
             )
@@ -416,6 +460,26 @@ class Sublayers:
                     statistics.reasons["brackets"] = "a few tokens so much larger than the others hide their rank"
         ranks = torch.stack([measured.affine_rank.cpu(), ranks_after.cpu()], -1)
         statistics.values = statistics.values.add(torch.cat([ranks, brackets], -1))
+
+
+def _rerun(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], operand: int, value: Tensor
+) -> Tensor:
+    """One operation again, with another tensor in the place of its tensor number `operand`."""
+    met = itertools.count()
+
+    def exchanged(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return value if next(met) == operand else item
+        if type(item) in (list, tuple):
+            return type(item)(exchanged(i) for i in item)
+        return item
+
+    exchanged_args = [
+        exchanged(a) for a in args
+    ]  # before the keywords: tensors are counted in the order they are written
+    result: Tensor = function(*exchanged_args, **{k: exchanged(v) for k, v in kwargs.items()})
+    return result
 
 
 def _size(cloud: _Cloud) -> Tensor:

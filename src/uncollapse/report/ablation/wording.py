@@ -221,7 +221,14 @@ def summary(record: AblationRecord) -> list[str]:
 
 
 def scope(record: AblationRecord) -> str:
-    """In which blocks the components were taken away."""
+    """In which blocks the components were taken away, and which combinations could not be."""
+    words = _blocks(record)
+    for combination, reason in record.left_out.items():
+        words += f" Not run: without {combination} ({reason.rstrip('.')})."
+    return words
+
+
+def _blocks(record: AblationRecord) -> str:
     if len(record.blocks) == record.model.blocks:
         return "Taken away in every block."
     runs: list[list[int]] = []

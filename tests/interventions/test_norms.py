@@ -1,0 +1,368 @@
+"""Norms by what they do: module or not, found in every place, measured, and taken out exactly."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name everybody writes
+
+import uncollapse as uc
+from tests.helpers.norm_models import WRITTEN, Attention, Conditioned, D, Mlp, OwnForward, Stack, ids
+from uncollapse.anatomy.norm_reading import kind_of, pieces_between
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.anatomy.replaying import NotReplayable, replayed
+from uncollapse.anatomy.tracing import trace
+from uncollapse.anatomy.vocabulary import Anatomy
+from uncollapse.interventions import COMPONENTS
+from uncollapse.probe.sublayers import norm_records
+
+PLACEMENTS = {"pre": 2, "post": 2, "sandwich": 4, "output": 2, "parallel": 1}  # and the norms of a block
+
+
+def checked(model: Any, batch: dict[str, Tensor], blocks: Any = "all+outer") -> Anatomy:
+    """The model without its norms is, in every bit, its own forward without them; and afterwards what it was."""
+    model.eval()
+    with torch.no_grad():
+        plain = model(**batch)
+        anatomy = proved_anatomy(model, batch)
+        with uc.without(model, "norm", blocks=blocks):
+            got = model(**batch)
+        assert torch.equal(model(**batch), plain)
+        model.off = True
+        assert torch.equal(got, model(**batch))
+        model.off = False
+    return anatomy
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_a_norm_that_is_no_module_is_found_and_taken_out(placement: str, written: str) -> None:
+    torch.manual_seed(0)
+    kind, norm = WRITTEN[written]
+    anatomy = checked(Stack(placement, norm, outer=True), {"input_ids": ids()})
+    assert anatomy.norm_placement == ("pre, parallel" if placement == "parallel" else placement)
+    for block in anatomy.blocks:
+        assert [n.kind for n in block.norms] == [kind] * PLACEMENTS[placement]
+    assert len(anatomy.outer_norms) == 2
+
+
+def test_norms_applied_twice_are_two_norms() -> None:
+    torch.manual_seed(0)
+    anatomy = checked(
+        Stack("pre", lambda x, p: F.rms_norm(F.layer_norm(x, (D,), p.scale, p.shift), (D,), p.scale)),
+        {"input_ids": ids()},
+    )
+    assert [n.kind for n in anatomy.blocks[0].norms] == ["layer", "rms"] * 2
+
+
+@pytest.mark.parametrize("style", ["module", "outside", "zero start", "film", "rms"])
+def test_a_condition_s_scale_and_shift_belong_to_its_norm(style: str) -> None:
+    torch.manual_seed(0)
+    anatomy = checked(Conditioned(style), {"input_ids": ids(), "label": torch.tensor([1, 2, 3])})
+    assert [(n.role, n.place) for n in anatomy.blocks[0].norms] == [("before", 0), ("before", 1)]
+    assert [n.module.name for n in anatomy.blocks[0].norms] == (
+        ["blocks.0.first", "blocks.0.second"] if style == "module" else ["blocks.0"] * 2
+    )
+
+
+def _parts() -> dict[str, nn.Module]:
+    return {"attention": Attention(), "mlp": Mlp()}
+
+
+def _rms(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (D,))
+
+
+def _normed_stream(block: Any, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    x = norm(x + block.gain * (norm(block.attention(x)) - x))
+    return norm(x + block.gain * (norm(block.mlp(x)) - x))
+
+
+def _positions_behind(block: Any, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    x = x + block.attention(norm(x) + block.table[: x.shape[1]])
+    return x + block.mlp(norm(x))
+
+
+def _rolled(block: Any, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    x = x + block.attention(norm(x).roll(-2, 1)).roll(2, 1)
+    return x + block.mlp(norm(x))
+
+
+def _squashed(block: Any, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    x = x + block.attention(norm(x))
+    return x + block.mlp(0.7 * torch.tanh(norm(0.5 * x)))
+
+
+def _averaged_before(block: Any, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    x = x + block.attention(norm(x))
+    return x + block.mlp(norm(torch.stack([x, x.roll(1, 1)]).mean(0)))
+
+
+def _normed_weights(block: Any, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    x = x + block.attention(norm(x))
+    return x + F.gelu(F.linear(norm(x), F.normalize(block.weight, dim=-1))) @ F.normalize(block.weight, dim=0)
+
+
+def _branched(block: Any, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    x = x + block.attention(norm(x))
+    normed = norm(x)
+    return x + block.mlp(normed * block.gain + normed.roll(1, 1) * (1 - block.gain))
+
+
+@pytest.mark.parametrize(
+    ("forward", "roles"),
+    [
+        (_normed_stream, ["after", "post"] * 2),
+        (_positions_behind, ["before"] * 2),
+        (_rolled, ["before"] * 2),
+        (_squashed, ["before"] * 2),
+        (_averaged_before, ["before"] * 2),
+        (_normed_weights, ["before"] * 2),
+        (_branched, ["before"] * 2),
+    ],
+)
+def test_what_stands_around_a_norm_is_none_of_it(forward: Any, roles: list[str]) -> None:
+    torch.manual_seed(0)
+    anatomy = checked(OwnForward(forward, _rms, _parts), {"input_ids": ids()})
+    assert [n.role for n in anatomy.blocks[0].norms] == roles
+
+
+def test_query_key_norms_that_are_functions_are_inner_and_stay() -> None:
+    torch.manual_seed(0)
+    model = Stack("pre", WRITTEN["rms_norm"][1], inner=lambda q: 4 * F.normalize(q, dim=-1))
+    anatomy = checked(model, {"input_ids": ids()})
+    assert [n.role for n in anatomy.blocks[0].norms] == ["before", "inner", "inner", "before"]
+
+
+def test_norms_of_the_models_own_loop_are_outer_norms() -> None:
+    torch.manual_seed(0)
+    model = Stack("none", WRITTEN["rms_norm"][1], between=True)
+    model.blocks = nn.ModuleList(
+        OwnForward(lambda b, x, _: x + b.mlp(x + b.attention(x)), _rms, _parts).blocks[0] for _ in range(2)
+    )
+    for block in model.blocks:
+        block.forward = _plain(block)  # type: ignore[method-assign]
+    batch = {"input_ids": ids()}
+    anatomy = checked(model, batch)
+    assert [str(n) for n in anatomy.outer_norms] == [
+        "rms_norm #0 in the model itself",
+        "rms_norm #1 in the model itself",
+    ]
+    with pytest.raises(uc.UnsupportedModel, match=r"nothing of the kind.*all\+outer"), uc.without(model, "norm"):
+        pass
+
+
+def _plain(block: Any) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        x = x + block.attention(x)
+        return x + block.mlp(x)
+
+    return forward
+
+
+def test_a_gain_of_zero_is_taken_for_what_training_will_make_of_it() -> None:
+    torch.manual_seed(0)
+    model = Stack("pre", WRITTEN["layer by hand"][1])
+    with torch.no_grad():
+        for gains in model.gains:
+            gains.scale.zero_()
+            gains.shift.zero_()
+    anatomy = checked(model, {"input_ids": ids()})
+    assert [n.kind for n in anatomy.blocks[0].norms] == ["layer"] * 2
+
+
+def test_a_norm_that_changes_is_read_anew() -> None:
+    torch.manual_seed(0)
+    model: Any = Stack("pre", lambda x, p: p.module(x))
+    model.eval()
+    batch = {"input_ids": ids()}
+    assert {n.kind for b in proved_anatomy(model, batch).blocks for n in b.norms} == {"layer"}
+    for gains in model.gains:
+        gains.module = nn.RMSNorm(D)
+    assert {n.kind for b in proved_anatomy(model, batch).blocks for n in b.norms} == {"rms"}
+
+
+# Measured ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", ["pre", "post", "sandwich"])
+def test_a_functional_norm_is_measured_as_its_module_would_be(placement: str) -> None:
+    torch.manual_seed(0)
+    functional = Stack(placement, lambda x, p: F.layer_norm(x, (D,), p.module.weight, p.module.bias)).eval()
+    torch.manual_seed(0)
+    modular = Stack(placement, lambda x, p: p.module(x)).eval()
+    batches = [{"input_ids": ids()}]
+    found, expected = (uc.diagnose(m, batches=batches, level="full").record.norms for m in (functional, modular))
+    assert len(found) == len(expected) == 2 * PLACEMENTS[placement]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.brackets is not None
+        assert (ours.affine_rank_before, ours.affine_rank_after, ours.brackets) == (
+            theirs.affine_rank_before,
+            theirs.affine_rank_after,
+            theirs.brackets,
+        )
+
+
+def test_a_norm_written_out_has_its_ranks_and_says_why_it_has_no_brackets() -> None:
+    torch.manual_seed(0)
+    record = uc.diagnose(
+        Stack("pre", WRITTEN["layer by hand, in place"][1]).eval(), batches=[{"input_ids": ids()}], level="full"
+    ).record
+    for norm in record.norms:
+        assert norm.affine_rank_before is not None
+        assert norm.affine_rank_after is not None
+        assert norm.affine_rank_after.max <= norm.affine_rank_before.max + 1
+        assert norm.brackets is None
+        assert "written out" in norm.unavailable["brackets"]
+    assert norm_records([]) == []
+
+
+# Nothing in silence -----------------------------------------------------------------------------------------------------
+
+
+def attention_only(block: Any, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    return x + block.attention(x)
+
+
+@pytest.mark.parametrize("component", ["mlp", "mlp-residual", "norm"])
+def test_what_is_not_there_cannot_be_taken_away(component: str) -> None:
+    torch.manual_seed(0)
+    model = OwnForward(attention_only, _rms, lambda: {"attention": Attention()}).eval()
+    batch = {"input_ids": ids()}
+    proved_anatomy(model, batch)
+    with pytest.raises(uc.UnsupportedModel, match=f"'{component}'.*nothing of the kind"), uc.without(model, component):
+        pass
+    with pytest.raises(uc.UnsupportedModel, match="nothing of the kind"):
+        uc.ablate(model, batches=[batch], without=[(component,)])
+
+
+def bidirectional(block: Any, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in block.attention.qkv(x).chunk(3, -1))
+    x = x + block.attention.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    return x + block.mlp(x)
+
+
+def test_a_mask_that_masks_nothing_cannot_be_taken_away() -> None:
+    torch.manual_seed(0)
+    model = OwnForward(bidirectional, _rms, _parts).eval()
+    proved_anatomy(model, {"input_ids": ids()})
+    before = model(ids())
+    with pytest.raises(uc.UnsupportedModel, match=r"'mask'.*same in every bit"), uc.without(model, "mask"):
+        pass
+    assert torch.equal(model(ids()), before)
+
+
+def test_parts_that_start_at_zero_are_there() -> None:
+    """A fresh model's updates are zero: taking them away changes nothing today, and is no reason to refuse."""
+    torch.manual_seed(0)
+    model = Stack("pre", WRITTEN["rms_norm"][1]).eval()
+    batch = {"input_ids": ids()}
+    with torch.no_grad():
+        for block in model.blocks:
+            for layer in (block.attention.out, block.mlp.down):
+                layer.weight.zero_()
+                layer.bias.zero_()
+        before = model(**batch)
+        proved_anatomy(model, batch)
+        weights = {n: id(p) for n, p in model.named_parameters()}
+        for component in ("norm", "mlp", "attention"):
+            with uc.without(model, component):
+                assert torch.equal(model(**batch), before)
+        assert weights == {n: id(p) for n, p in model.named_parameters()}
+
+
+def test_the_grid_leaves_out_what_cannot_be_taken_away_and_says_so() -> None:
+    torch.manual_seed(0)
+    model = OwnForward(bidirectional, _rms, _parts).eval()
+    found = uc.ablate(model, batches=[{"input_ids": ids()}], grid=True).record
+    assert [r.without for r in found.runs] == [[], ["residual"], ["mlp"], ["residual", "mlp"]]
+    assert set(found.left_out) == {"norm", "norm, residual", "norm, mlp", "norm, residual, mlp"}
+    assert all("nothing of the kind" in reason for reason in found.left_out.values())
+    assert not any("norm" in v.without for v in found.verdicts)
+    from uncollapse.report import ablation_wording
+
+    assert "Not run: without norm (" in ablation_wording.scope(found)
+    assert set(COMPONENTS) >= {"norm", "mlp"}
+
+
+# The tape ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_tape_is_gone_after_the_proof_and_keeps_no_model_alive() -> None:
+    model: Any = Stack("post", WRITTEN["layer by hand"][1]).eval()
+    proved_anatomy(model, {"input_ids": ids()})
+    alive = weakref.ref(model.gains[0].scale)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+class Written(nn.Module):
+    def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.own = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(x)
+
+
+def test_a_replay_is_the_pass_with_the_source_replaced() -> None:
+    x, other = torch.randn(2, 5), torch.randn(2, 5)
+
+    def forward(x: Tensor) -> Tensor:
+        y = x * 2
+        y += 1
+        first, second = y.chunk(2, 0)
+        return torch.cat([second, first]).square()
+
+    recorded = trace(Written(forward), {"x": x})
+    assert torch.equal(replayed(recorded, 0, recorded.results[0], other), forward(other))
+
+
+def test_a_view_of_what_was_written_is_refused() -> None:
+    def forward(x: Tensor) -> Tensor:
+        y = x * 2
+        y[:1].add_(1)
+        return y.square()
+
+    recorded = trace(Written(forward), {"x": torch.randn(2, 5)})
+    with pytest.raises(NotReplayable, match="in place"):
+        replayed(recorded, 0, recorded.results[0], torch.randn(2, 5))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x * 3 + 1,
+        lambda x: x.softmax(-1),
+        torch.sigmoid,
+        torch.sign,
+        lambda x: torch.tanh(x) * 2 + 1,
+        lambda x: F.gelu(F.layer_norm(x, (6,))).abs(),
+        lambda x: x / x.sum(-1, keepdim=True),
+        lambda x: torch.zeros_like(x) + x * 0,
+        lambda x: 1 / x,
+    ],
+)
+def test_what_is_no_norm_is_not_taken_for_one(function: Callable[[Tensor], Tensor]) -> None:
+    recorded = trace(Written(function), {"x": torch.randn(2, 5, 6)})
+    pieces = pieces_between(recorded, 0, [recorded.results[0]])
+    assert [p.bare for p in pieces] == [n.index for n in recorded.nodes if n.operation == "layer_norm"]
+
+
+def test_oddness_tells_a_norm_from_a_softmax() -> None:
+    x, y = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
+
+    def seen(f: Callable[[Tensor], Tensor]) -> str | None:
+        return kind_of(f(16 * x), f(-16 * x), f(16 * y), f(-16 * y), f(16 * x + 16))
+
+    assert seen(lambda v: F.layer_norm(v, (6,))) == "layer"
+    assert seen(lambda v: F.rms_norm(v, (6,))) == "rms"
+    assert seen(lambda v: v.softmax(-1)) is None
+    assert seen(torch.sign) is None
