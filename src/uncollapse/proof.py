@@ -18,22 +18,26 @@ Any failure raises `UnsupportedModel` with the module, the identity, and by how 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy import STREAM, Anatomy, Block, Identity, Layout, Part, removal
+from uncollapse.anatomy import STREAM, Anatomy, Block, Identity, Layout, Part, StreamAxes, removal
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
+from uncollapse.influence import EVERY, reaches, stream_axes, without_zeros
 from uncollapse.interception import Handler, Point, addition_operands, intercepted, probing
 from uncollapse.reading import read
+from uncollapse.stacks import find_stacks
 from uncollapse.tracing import tensors_in, trace
 
 EXAMPLE_TOKENS = 8
+SEQUENCES, TOKENS, DECODER_TOKENS = 3, 7, 5  # of the proof: pairwise different, so that no axis passes for another
 _proved: weakref.WeakKeyDictionary[nn.Module, tuple[object, Layout | None, Anatomy, dict[str, Any]]] = (
     weakref.WeakKeyDictionary()
 )
@@ -44,22 +48,53 @@ def proved_anatomy(model: nn.Module, batch: Mapping[str, Any], layout: Layout | 
     as long as its modules stay the same. Raises `UnsupportedModel` where the model cannot be read or the proof fails."""
     known = _proved.get(model)
     if known is not None and known[0] == _fingerprint(model) and layout in (None, known[1]):
-        return known[2]
-    small = _piece(model, batch)
-    anatomy = prove(model, small, layout)
-    _proved[model] = (_fingerprint(model), layout, anatomy, small)
+        if _given(known[3]) == _given(batch):
+            return known[2]
+        anatomy = _with_stacks_of(model, known[2], batch)  # other tensors are given: other masks may govern
+        _proved[model] = (*known[:2], anatomy, _one_sequence(model, batch))
+        return anatomy
+    anatomy = prove(model, _piece(model, batch), layout)
+    _proved[model] = (_fingerprint(model), layout, anatomy, _one_sequence(model, batch))
     return anatomy
 
 
+def _given(batch: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(name for name, value in batch.items() if isinstance(value, Tensor))
+
+
 def _piece(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The example, or the whole batch for a model that does not run on it: patches laid end to end, fixed lengths."""
+    """The first of several pieces that the model runs on: `example_batch`, one cut along its first axis alone, the whole batch
+    (patches laid end to end, fixed lengths)."""
+    for piece in (example_batch(batch), _first_sequences(batch)):
+        if _runs_on(model, piece):
+            return piece
+    return dict(batch)
+
+
+def _one_sequence(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     piece = example(batch)
+    return piece if _runs_on(model, piece) else dict(batch)
+
+
+def _runs_on(model: nn.Module, piece: Mapping[str, Any]) -> bool:
     try:
         with probing(model):
             model(**piece)
     except Exception:  # whatever it is, the piece does not fit; the batch is the user's own
-        return dict(batch)
-    return piece
+        return False
+    return True
+
+
+def _with_stacks_of(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> Anatomy:
+    """The proved anatomy with the masks and ids that govern its stacks in another kind of batch."""
+    piece = _piece(model, batch)
+    with probing(model):
+        try:
+            return replace(anatomy, stacks=find_stacks(model, piece, anatomy, blocks_alone))
+        except UncollapseError:
+            raise
+        except Exception as error:
+            raise _not_run(model, batch, error) from error
 
 
 def known_anatomy(model: nn.Module) -> Anatomy | None:
@@ -69,7 +104,7 @@ def known_anatomy(model: nn.Module) -> Anatomy | None:
 
 
 def known_example(model: nn.Module) -> dict[str, Any] | None:
-    """The few tokens on which this model object's anatomy was proved."""
+    """A sequence of few tokens out of the batch on which this model object's anatomy was proved."""
     known = _proved.get(model)
     return known[3] if known is not None else None
 
@@ -103,6 +138,81 @@ def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS) -> dict[str,
     return cut
 
 
+def example_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Up to 3 sequences of a batch with 7 tokens each, so that no two axes have one length and none passes for another.
+
+    What is made of token numbers is cut to real tokens; a single sequence is repeated with its tokens in another order. Other
+    tensors are cut along the axes that have the lengths of the token numbers. The decoder's are cut to 5 tokens.
+    """
+    numbers = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point()}
+    if not numbers:
+        return _first_sequences(batch)
+    shape = tuple(next(iter(numbers.values())).shape)
+    tokens = TOKENS if shape[1] > SEQUENCES else shape[1]
+    cut = {shape[1]: min(shape[1], tokens)}
+    rows = [int(row) for row in _real(numbers, "", shape).sum(-1).argsort(descending=True, stable=True)]
+    wanted = min(shape[0], SEQUENCES if shape[1] > SEQUENCES else TOKENS)
+    if wanted == tokens and wanted > 2:
+        wanted -= 1
+    found: dict[str, Any] = {}
+    for name, value in batch.items():
+        if not isinstance(value, Tensor) or not value.ndim:
+            found[name] = value
+            continue
+        is_decoder = name.startswith("decoder_") or (name == "labels" and "decoder_input_ids" in batch)
+        stack = "decoder_" if is_decoder else ""
+        piece = value
+        if value.ndim >= 2 and value.shape[0] == shape[0] and (name in numbers or value.shape[1] == shape[1]):
+            length = min(value.shape[1], DECODER_TOKENS if is_decoder else tokens)
+            real = _real(numbers, stack, tuple(value.shape[:2]))
+            taken, used = [], rows[:wanted]
+            for row in used:
+                columns = real[row].nonzero().flatten()[:length].to(value.device)
+                if len(columns) < length:  # too few real tokens: those of the fullest row
+                    columns = real[used[0]].nonzero().flatten()[:length].to(value.device)
+                    row = used[0]
+                if len(columns) < length:
+                    columns = torch.arange(length, device=value.device)
+                taken.append(value[row, columns])
+            if len(taken) == 1:
+                taken.append(taken[0].roll(1, 0))
+            piece = torch.stack(taken)
+        else:
+            if value.shape[0] == shape[0]:
+                piece = value[torch.tensor(rows[:wanted], device=value.device)]
+                piece = torch.cat([piece, piece]) if wanted == 1 else piece
+            elif value.shape[0] in cut:
+                piece = piece[: cut[value.shape[0]]]
+            if value.ndim == 2 and value.shape == shape[::-1]:
+                piece = piece[:, : max(wanted, 2)]
+        if value.ndim > 2 and value.shape[0] == shape[0]:
+            for axis in range(2, value.ndim):
+                if value.shape[axis] == shape[1] and value.shape[1] in {1, shape[1]}:  # over pairs of tokens
+                    piece = piece.narrow(axis, 0, tokens)
+        found[name] = piece.clone()
+    return found
+
+
+def _real(numbers: Mapping[str, Tensor], stack: str, shape: tuple[int, ...]) -> Tensor:
+    """Which tokens of tensors of this shape are real, as far as the batch's masks of this stack say so."""
+    mask = numbers.get(f"{stack}attention_mask")
+    if mask is not None and tuple(mask.shape) == shape:
+        return mask.bool().cpu()
+    return torch.ones(shape, dtype=torch.bool)
+
+
+def _first_sequences(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The first 3 sequences of a batch: what has the length of the first tensor is cut along its first axis."""
+    size = next((t.shape[0] for t in batch.values() if isinstance(t, Tensor) and t.ndim), 1)
+
+    def first(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != size:
+            return value
+        return torch.cat([value, value]) if size == 1 else value[:SEQUENCES].clone()
+
+    return {name: first(value) for name, value in batch.items()}
+
+
 @dataclass
 class _Run:
     """What one block call saw: its arguments, its output, and the operands and results at its additions."""
@@ -112,6 +222,12 @@ class _Run:
     output: Tensor | None = None
     sums: dict[Point, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
+    def stream(self, block: Block) -> Tensor:
+        """The stream that entered."""
+        found = self.args[block.stream_input] if isinstance(block.stream_input, int) else self.kwargs[block.stream_input]
+        assert isinstance(found, Tensor)
+        return found
+
 
 def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None) -> Anatomy:
     """Read and prove the anatomy on `batch`, which should be small. Nothing is remembered."""
@@ -119,10 +235,7 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
         try:
             before = _output(model, batch)
         except Exception as error:
-            raise InputError(
-                f"anatomy: expected a batch that {type(model).__name__} runs on, got {type(error).__name__}: {error}. "
-                f"It was given {', '.join(batch)}. Try model(**batch) first."
-            ) from error
+            raise _not_run(model, batch, error) from error
         torch.manual_seed(0)
         recorded = trace(model, batch)
         proof = [
@@ -131,23 +244,57 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
         anatomy = read(model, recorded, layout)
         runs = _observe(model, batch, anatomy)
         proved: list[Block] = []
-        for block, run in zip(anatomy.blocks, runs, strict=True):
+        known: dict[tuple[int, tuple[int, ...]], StreamAxes] = {}  # by stack and shape of its stream
+        for number, (block, run) in enumerate(zip(anatomy.blocks, runs, strict=True)):
             try:
                 prover = _BlockProof(model, block, run)
+                prover.check(known, anatomy.stack_of(number))
             except UncollapseError:
                 raise
             except Exception as error:  # the model's own code, run in a way it may not expect
                 raise _failure(model, anatomy, _not_alone(block, error)) from error
             proved.append(prover.block)
             proof += prover.identities
+        proved = _shared_axes(proved, runs, anatomy)
+        stacks = find_stacks(model, batch, replace(anatomy, blocks=tuple(proved)), blocks_alone)
         proof.append(
             Identity("the output afterwards is the output before", "model", _deviation(before, _output(model, batch)))
         )
-    anatomy = replace(anatomy, blocks=tuple(proved), proof=tuple(proof))
+    anatomy = replace(anatomy, blocks=tuple(proved), proof=tuple(proof), stacks=stacks)
     for identity in proof:
         if not identity.deviation <= 0.0:
             raise _failure(model, anatomy, identity)
     return anatomy
+
+
+def _shared_axes(blocks: list[Block], runs: list[_Run], anatomy: Anatomy) -> list[Block]:
+    """Give blocks whose own axes could not be told those of another block of their stack with a stream of the same shape."""
+    shapes = [tuple(run.stream(block).shape) for block, run in zip(blocks, runs, strict=True)]
+    found = list(blocks)
+    for number, block in enumerate(blocks):
+        stack = anatomy.stacks[anatomy.stack_of(number)]
+        axes = next((blocks[i].axes for i in stack.blocks if blocks[i].axes and shapes[i] == shapes[number]), None)
+        if block.axes is None and axes is not None:
+            found[number] = replace(block, axes=axes, axes_reason="")
+    return found
+
+
+def blocks_alone(
+    model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, numbers: Collection[int]
+) -> dict[int, BlockAlone]:
+    """The blocks with the given numbers as they run by themselves on the arguments they have in one pass over `batch`. Within
+    `probing` only."""
+    wanted = sorted(set(numbers))
+    chosen = replace(anatomy, blocks=tuple(anatomy.blocks[i] for i in wanted))
+    runs = _observe(model, batch, chosen)
+    return {i: BlockAlone(model, anatomy.blocks[i], run) for i, run in zip(wanted, runs, strict=True)}
+
+
+def _not_run(model: nn.Module, batch: Mapping[str, Any], error: Exception) -> InputError:
+    return InputError(
+        f"anatomy: expected a batch that {type(model).__name__} runs on, got {type(error).__name__}: {error}. "
+        f"It was given {', '.join(batch)}. Try model(**batch) first."
+    )
 
 
 def _output(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
@@ -222,6 +369,16 @@ def _recording(runs: dict[tuple[str, int], _Run], block: Block, point: Point) ->
     return handler
 
 
+def _adding(added: list[Tensor], operand: int, otherwise: Handler | None) -> Handler:
+    """Take note of an operand of an addition, and do what is to be done there."""
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        added.append(addition_operands(args, kwargs)[operand].clone())
+        return function(*args, **kwargs) if otherwise is None else otherwise(function, args, kwargs)
+
+    return handler
+
+
 def _blanking(values: list[Tensor], number: int, value_operand: int) -> Handler:
     """Keep the values an attention mixes, and let zeros come out of it."""
 
@@ -249,16 +406,74 @@ def _cloned(value: Any) -> Any:
     return value
 
 
-class _BlockProof:
-    """The identities of one block, checked on its own arguments."""
+class BlockAlone:
+    """One block, run by itself on the arguments it had in a pass of the model."""
 
     def __init__(self, model: nn.Module, block: Block, run: _Run) -> None:
         self.model, self.block, self.run = model, block, run
         self.module = model.get_submodule(block.module.name)
+        self.stream = run.stream(block)
+
+    def update(self, part: int, stream: Tensor) -> Tensor:
+        """What a part adds to the stream, given another stream, with the other parts removed."""
+        others = tuple(i for i in range(len(self.block.parts)) if i != part)
+        removing = removal(self.block, others)
+        added: list[Tensor] = []
+        handlers: dict[Point, Handler] = {}
+        for node in (node for residual in self.block.residuals for node in residual.additions):
+            for operand, leaves in enumerate((node.first, node.second)):
+                if leaves == {part}:
+                    handlers[node.point] = _adding(added, operand, removing.get(node.point))
+        output = self._replay(others, stream, handlers)
+        if not added or any(t.shape != added[0].shape for t in added):
+            return output
+        return added[0] if len(added) == 1 else torch.stack(added).sum(0)
+
+    @property
+    def mixing(self) -> int | None:
+        """The part by which tokens are told apart: the self-attention, else a mixer, else the only part."""
+        kinds = [part.kind for part in self.block.parts]
+        for kind in ("attention", "mixer"):
+            if kind in kinds:
+                return kinds.index(kind)
+        return 0 if len(kinds) == 1 else None
+
+    def _replay(
+        self, parts: tuple[int, ...], stream: Tensor | None = None, handlers: Mapping[Point, Handler] | None = None
+    ) -> Tensor:
+        """The block's output on its own arguments with some parts removed, optionally with another stream or further
+        handlers."""
+        args, kwargs = list(_cloned(self.run.args)), _cloned(self.run.kwargs)
+        if stream is not None:
+            if isinstance(self.block.stream_input, int):
+                args[self.block.stream_input] = stream.clone()
+            else:
+                kwargs[self.block.stream_input] = stream.clone()
+        acting = {**removal(self.block, parts), **(handlers or {})}
+        known = [node.point for residual in self.block.residuals for node in residual.additions]
+        known += [call.product for part in self.block.parts for call in part.attention]
+        base: dict[str, int] = {}
+        for point in known:
+            base[point.owner] = min(base.get(point.owner, point.call or 0), point.call or 0)
+        alone = {replace(p, call=(p.call or 0) - base[p.owner]): h for p, h in acting.items()}
+        torch.manual_seed(0)
+        with intercepted(self.model, alone, within=self.module):
+            output = block_output(self.module(*args, **kwargs), self.block.stream_output)
+        return output if torch.is_grad_enabled() else output.detach().clone()
+
+
+class _BlockProof(BlockAlone):
+    """The identities of one block, checked on its own arguments."""
+
+    def __init__(self, model: nn.Module, block: Block, run: _Run) -> None:
+        super().__init__(model, block, run)
         self.where = block.module.name + (f"[{block.module.call}]" if block.module.call else "")
         self.identities: list[Identity] = []
+
+    def check(self, known: dict[tuple[int, tuple[int, ...]], StreamAxes], stack: int) -> None:
+        """Check every identity. `known` are the axes of streams met so far, by `stack` and shape."""
+        block, run, stream = self.block, self.run, self.stream
         assert run.output is not None
-        stream = run.args[block.stream_input] if isinstance(block.stream_input, int) else run.kwargs[block.stream_input]
         self._check(
             "run alone, the block gives the output it gave in the model", _difference(run.output, self._replay(()))
         )
@@ -275,11 +490,18 @@ class _BlockProof:
             )
             if part.kind in {"attention", "cross"}:
                 self._attends(number, part, stream, without, silent)
-            elif part.kind == "mlp" and self._reaches_others(number, stream):
-                parts[number] = replace(part, kind="mixer")
-            if part.attention:
-                parts[number] = replace(part, is_causal=not self._reaches_others(number, stream, token=-1))
-        self.block = replace(block, parts=tuple(parts))
+        key = (stack, tuple(stream.shape))
+        with without_zeros(self.module):
+            axes, reason = (known[key], "") if key in known else self._axes(stream)
+            for number, part in enumerate(block.parts) if axes is not None else ():
+                if part.kind == "mlp" and self._reaches_others(number, stream, axes):
+                    parts[number] = replace(part, kind="mixer")
+                elif part.attention:
+                    is_causal = not self._reaches_others(number, stream, axes, last=True)
+                    parts[number] = replace(part, is_causal=is_causal)
+        if axes is not None:
+            known[key] = axes
+        self.block = replace(block, parts=tuple(parts), axes=axes, axes_reason=reason)
 
     def _check(self, statement: str, deviation: float) -> None:
         self.identities.append(Identity(statement, self.where, deviation))
@@ -347,44 +569,25 @@ class _BlockProof:
                 statement, gap = "is mixed from this stream", float(not alike and torch.equal(before, after))
             self._check(f"what the {part.kind} ({part.module}) mixes {statement}", gap)
 
-    def _replay(
-        self, parts: tuple[int, ...], stream: Tensor | None = None, handlers: Mapping[Point, Handler] | None = None
-    ) -> Tensor:
-        """The block's output on its own arguments with some parts removed, optionally with another stream or further
-        handlers."""
-        args, kwargs = list(_cloned(self.run.args)), _cloned(self.run.kwargs)
-        if stream is not None:
-            if isinstance(self.block.stream_input, int):
-                args[self.block.stream_input] = stream.clone()
-            else:
-                kwargs[self.block.stream_input] = stream.clone()
-        acting = {**removal(self.block, parts), **(handlers or {})}
-        known = [node.point for residual in self.block.residuals for node in residual.additions]
-        known += [call.product for part in self.block.parts for call in part.attention]
-        base: dict[str, int] = {}
-        for point in known:
-            base[point.owner] = min(base.get(point.owner, point.call or 0), point.call or 0)
-        alone = {replace(p, call=(p.call or 0) - base[p.owner]): h for p, h in acting.items()}
-        torch.manual_seed(0)
-        with intercepted(self.model, alone, within=self.module):
-            output = block_output(self.module(*args, **kwargs), self.block.stream_output)
-        return output.detach().clone()
+    def _axes(self, stream: Tensor) -> tuple[StreamAxes | None, str]:
+        part = self.mixing
+        if part is None or stream.ndim < 2:
+            return None, f"{self.where} has no attention by which its tokens could be told"
+        if not bool(self.update(part, stream).isfinite().all()):
+            with without_zeros(self.module, without_nan=True):
+                return stream_axes(functools.partial(self.update, part), stream, self.where)
+        return stream_axes(functools.partial(self.update, part), stream, self.where)
 
-    def _reaches_others(self, part: int, stream: Tensor, token: int | None = None) -> bool:
-        """Whether, with only this part left, a changed token (the middle one, or `token`) changes another one's output."""
-        others = tuple(i for i in range(len(self.block.parts)) if i != part)
-        plain = self._replay(others)
-        if plain.shape != stream.shape or stream.ndim < 2:
-            return False
-        rows = stream.reshape(-1, stream.shape[-1]).clone()
-        token = rows.shape[0] // 2 if token is None else token
-        rows[token] = rows[token].flip(0) + 1
-        poked = self._replay(others, rows.reshape(stream.shape))
-        # Experts run on groups of tokens, and the size of a group decides how its sums are rounded: that is no mixing.
-        rounding = 256 * torch.finfo(plain.dtype).eps * float(plain.abs().max())
-        same = ((poked - plain).abs() <= rounding).reshape(rows.shape).all(-1)
-        same[token] = True
-        return not bool(same.all())
+    def _reaches_others(self, part: int, stream: Tensor, axes: StreamAxes, last: bool = False) -> bool:
+        """Whether, with only this part left, changed tokens (one in three, or the last) change what it adds to others."""
+        update = functools.partial(self.update, part)
+        plain = update(stream)
+        for axis in axes.token:
+            size = stream.shape[axis]
+            places = torch.tensor([size - 1]) if last else torch.arange(0, size, EVERY)
+            if size > 1 and reaches(update, stream, axis, places, plain):
+                return True
+        return False
 
 
 def _not_alone(block: Block, error: Exception) -> Identity:
