@@ -165,15 +165,13 @@ def example_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
         if value.ndim >= 2 and value.shape[0] == shape[0] and (name in numbers or value.shape[1] == shape[1]):
             length = min(value.shape[1], DECODER_TOKENS if is_decoder else tokens)
             real = _real(numbers, stack, tuple(value.shape[:2]))
-            taken, used = [], rows[:wanted]
-            for row in used:
-                columns = real[row].nonzero().flatten()[:length].to(value.device)
-                if len(columns) < length:  # too few real tokens: those of the fullest row
-                    columns = real[used[0]].nonzero().flatten()[:length].to(value.device)
-                    row = used[0]
-                if len(columns) < length:
-                    columns = torch.arange(length, device=value.device)
-                taken.append(value[row, columns])
+            taken = []
+            for row in rows[:wanted]:
+                columns = real[row].nonzero().flatten()
+                if not len(columns):
+                    columns = torch.arange(length)
+                columns = columns.repeat(-(-length // len(columns)))[:length]  # too few real tokens are gone through again
+                taken.append(value[row, columns.to(value.device)])
             if len(taken) == 1:
                 taken.append(taken[0].roll(1, 0))
             piece = torch.stack(taken)

@@ -67,11 +67,11 @@ def find_stacks(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, bl
                 mask = None if block is None else _governs(model, batch, anatomy, blocks_alone, plain[block], name, block)
                 if mask is not None:
                     found[number] = replace(found[number], masks=(*found[number].masks, mask))
-        for name in sorted(numbers, key=lambda n: -len(batch[n].unique())):
-            if not any(stack.ids is None for stack in found):
-                break
-            for number, is_transposed in _embedded(model, batch, anatomy, blocks_alone, plain, name):
-                if found[number].ids is None:
+        embedded: set[int] = set()  # stacks whose tokens are known to come from somewhere
+        for name in sorted(numbers, key=functools.partial(_least_like_ids, batch)):
+            for number, is_transposed in _embedded(model, batch, anatomy, blocks_alone, plain, name, embedded):
+                embedded.add(number)
+                if not batch[name].is_floating_point():
                     found[number] = replace(found[number], ids=name, ids_transposed=is_transposed)
         for number, stack in enumerate(found):
             axes = anatomy.blocks[stack.blocks[0]].axes
@@ -99,10 +99,18 @@ def _may_govern(value: Tensor) -> bool:
 
 
 def _may_be_ids(value: Tensor) -> bool:
-    """Whether a tensor can hold token numbers: whole numbers along two axes, not the same in every sequence."""
-    if value.ndim != 2 or value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+    """Whether a stack's embedding can be made of a tensor: whole numbers along two axes, or vectors along a third."""
+    if value.is_complex() or value.dtype == torch.bool or not value.numel():
         return False
-    return not _may_govern(value) and not (len(value) > 1 and bool((value == value[0]).all()))
+    return value.ndim == 3 if value.is_floating_point() else value.ndim == 2 and not _may_govern(value)
+
+
+def _least_like_ids(batch: Mapping[str, Any], name: str) -> tuple[bool, bool, int]:
+    """Vectors first: where they are given the numbers beside them are positions and the like. Then many different numbers,
+    and what is the same in every sequence last."""
+    value = batch[name]
+    is_vector = value.is_floating_point()
+    return not is_vector, bool((value == value[0]).all()), 0 if is_vector else -len(value.unique())
 
 
 def _sizes(alone: Alone, axes: StreamAxes) -> tuple[int, int]:
@@ -232,16 +240,20 @@ def _embedded(
     blocks_alone: Blocks,
     plain: Mapping[int, Alone],
     name: str,
+    known: Collection[int],
 ) -> Iterable[tuple[int, bool]]:
-    """The stacks whose entering stream is made of these token numbers, and whether their axes are token, sequence."""
+    """The stacks, beside those known, whose entering stream is made of this tensor, and whether its axes are token, sequence."""
     value = batch[name]
     place = (0, min(1, value.shape[1] - 1))
-    others = value[value != value[place]]
-    if not len(others):
-        return
     changed = value.clone()
-    changed[place] = others[0]
-    entries = {i: stack.blocks[0] for i, stack in enumerate(anatomy.stacks)}
+    if value.is_floating_point():
+        changed[place] = changed[place].flip(-1) + 1
+    else:
+        others = value[value != value[place]]
+        changed[place] = others[0] if len(others) else value[place] + (1 if int(value[place]) == 0 else -1)
+    entries = {i: stack.blocks[0] for i, stack in enumerate(anatomy.stacks) if i not in known}
+    if not entries:
+        return
     try:
         after = blocks_alone(model, {**batch, name: changed}, anatomy, list(entries.values()))
     except Exception:  # the model's own code, on numbers it may not take
@@ -253,7 +265,7 @@ def _embedded(
         before, now = (axes.cloud(alone.stream) for alone in (plain[block], after[block]))
         rows = (before != now).any(-1)
         for is_transposed in (False, True):
-            shape = tuple(value.shape[::-1] if is_transposed else value.shape)
+            shape = tuple(value.shape[1::-1] if is_transposed else value.shape[:2])
             at = place[::-1] if is_transposed else place
             if shape == tuple(before.shape[:2]) and bool(rows[at]) and int(rows.sum()) == 1:
                 yield stack, is_transposed
@@ -297,17 +309,20 @@ def paddings(
     with without_zeros(model):
         alone = blocks_alone(model, batch, anatomy, list(asked.values()))
         for number, block in asked.items():
-            found[number] = _told_by_influence(alone[block], anatomy.stacks[number], found[number])
+            found[number] = _told_by_influence(alone[block], anatomy.stacks[number], found[number], batch)
     return found
 
 
-def _told_by_influence(alone: Alone, stack: Stack, known: Padding) -> Padding:
+def _told_by_influence(alone: Alone, stack: Stack, known: Padding, batch: Mapping[str, Any]) -> Padding:
     axes, part = alone.block.axes, alone.mixing
     assert axes is not None and part is not None
     if stack.segments_block is None:
         heard = _heard_tokens(alone)
         if heard is None:
             return Padding(reason="padding in another unit than tokens, and a block that cannot be differentiated to find it")
+        if alone.block.parts[part].is_causal:  # nothing hears the last token: it is real unless padding must have ended there
+            hiding = torch.stack([_hiding_rows(m, batch) for m in stack.masks if hides(m, batch)]).any(0).to(heard.device)
+            heard[:, -1] = heard[:, -2] & ~(hiding & heard[:, :-1].all(-1))
         return Padding(heard if known.mask is None else heard & known.mask.to(heard.device))
     parts = segments(functools.partial(alone.update, part), alone.stream, axes.token[0])
     if parts is None:
@@ -326,6 +341,11 @@ def given_mask(stack: Stack, batch: Mapping[str, Any]) -> Tensor | None:
             one = one.T if mask.is_transposed else one
             real = one if real is None or real.shape != one.shape else real & one.to(real.device)
     return None if real is None or bool(real.all()) else real
+
+
+def _hiding_rows(mask: TokenMask, batch: Mapping[str, Any]) -> Tensor:
+    """Which sequences this mask hides something of."""
+    return (batch[mask.tensor].bool() != mask.real).flatten(1).any(-1)
 
 
 def hides(mask: TokenMask, batch: Mapping[str, Any]) -> bool:
