@@ -15,7 +15,6 @@ from observing import attention_table, eager, observe, site_table
 from tiny_models import FAMILIES, text_batch
 from torch import Tensor, nn
 
-import uncollapse as uc
 from uncollapse.capture import PLAIN_MEASURES, STREAM_MEASURES, Observations, capture
 from uncollapse.proof import proved_anatomy
 

@@ -193,9 +193,8 @@ def _combinations(without: Sequence[Sequence[str]] | None, grid: bool) -> list[t
 
 def _is_causal(prepared: Prepared) -> bool:
     """Whether tokens can only be reached by earlier ones, in the stack that is followed (the decoder's, where there is one)."""
-    stacks = {b.stack for b in prepared.anatomy.blocks}
-    followed = "decoder" if "decoder" in stacks else None
-    parts = [p for b in prepared.anatomy.blocks if b.stack == followed for p in b.parts if p.kind == "attention"]
+    blocks = [prepared.anatomy.blocks[number] for number in prepared.anatomy.stacks[-1].blocks]
+    parts = [p for b in blocks for p in b.parts if p.kind == "attention"]
     return bool(parts) and all(p.is_causal for p in parts)
 
 

@@ -149,7 +149,7 @@ def capture(
         for number, batch in enumerate(batches):
             if progress is not None:
                 progress("probe", number, len(batches))
-            on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            on_device = {k: v.to(device).contiguous() if isinstance(v, Tensor) else v for k, v in batch.items()}
             probe.begin(on_device)
             output = model(**on_device)
             probe.count()
@@ -169,7 +169,9 @@ class _Probe:
         self.batch_size = 0  # sequences in the stream of the block that is running
         self.paddings: list[Padding] = []  # by stack
         self.shapes: dict[int, tuple[int, int]] = {}  # by stack: sequences and tokens of its clouds in this batch
-        self.entered_shapes: dict[int, tuple[int, int]] = {}  # by block: sequences and tokens of the stream that entered it
+        self.entered_shapes: dict[
+            int, tuple[int, int]
+        ] = {}  # by block: sequences and tokens of the stream that entered it
         self.real: dict[int, int] = {}  # by stack: real tokens in this batch
         self.runs: dict[str, int] = {}
         self.heads_output: Tensor | None = None  # of the attention call whose output projection is still to come
@@ -429,7 +431,9 @@ class _Probe:
             return None
         if x.ndim == axes.ndim:
             cloud = self._cloud(x, block, stack)
-            shape = shape or (None if cloud is None else (cloud.shape[0], cloud.shape[1]))  # the stream itself, on entry
+            shape = shape or (
+                None if cloud is None else (cloud.shape[0], cloud.shape[1])
+            )  # the stream itself, on entry
         elif x.ndim == 2 and shape is not None and axes.sequence == 0 and len(x) == math.prod(shape):
             cloud = x.reshape(*shape, -1)  # rows of all sequences, one after another
         else:
@@ -508,7 +512,9 @@ class _Probe:
         self._measure_attention(statistics, rows, value, _four_axes(output, self.batch_size), full)
 
     def _query_mask(self, statistics: AttentionStatistics, queries: int, sequences: int) -> Tensor | None:
-        mask = self._mask(self.anatomy.stack_of(statistics.block), queries, f"the attention of block {statistics.block}")
+        mask = self._mask(
+            self.anatomy.stack_of(statistics.block), queries, f"the attention of block {statistics.block}"
+        )
         return mask if mask is None or mask.shape[0] == sequences else None
 
     def _key_mask(self, statistics: AttentionStatistics, keys: int, sequences: int) -> Tensor | None:

@@ -7,6 +7,7 @@ judge, and a `Diagnosis` comes out that can show itself, write itself, and be re
 from __future__ import annotations
 
 import inspect
+import itertools
 import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,7 +74,7 @@ class Diagnosis(Recorded[DiagnosisRecord]):
 
 def diagnose(
     model: nn.Module | str | Path = "demo",
-    texts: Sequence[str] | None = None,
+    texts: Iterable[str] | None = None,
     *,
     tokenizer: Any = None,
     batches: Iterable[Mapping[str, Tensor]] | None = None,
@@ -144,7 +145,7 @@ class Prepared:
 
 def prepare(
     model: nn.Module | str | Path,
-    texts: Sequence[str] | None,
+    texts: Iterable[str] | None,
     *,
     tokenizer: Any = None,
     batches: Iterable[Mapping[str, Tensor]] | None = None,
@@ -234,7 +235,7 @@ def _loaded(
 
 def _text_batches(
     loaded: sources.LoadedModel,
-    texts: Sequence[str] | None,
+    texts: Iterable[str] | None,
     sequences: int | None,
     max_tokens: int,
     batch_size: int,
@@ -248,8 +249,8 @@ def _text_batches(
     if texts is None:
         source = "English prose from Python's own documentation (pydoc_data.topics)"
         texts = sources.default_texts(sequences or DEFAULT_SEQUENCES, seed)
-    elif sequences is not None and not isinstance(texts, str):
-        texts = texts[:sequences]
+    elif not isinstance(texts, str) and isinstance(texts, Iterable):
+        texts = list(itertools.islice(texts, sequences))
     problem = loaded.tokenizer_problem
     batches = sources.tokenize(
         texts, loaded.tokenizer, max_tokens=max_tokens, batch_size=batch_size, tokenizer_problem=problem

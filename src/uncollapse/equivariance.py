@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from uncollapse.anatomy import Block, Layout
+from uncollapse.anatomy import Block, Layout, StreamAxes
 from uncollapse.capture import Progress
 from uncollapse.channels import Channels, channels_of
 from uncollapse.context_lengths import require_context_lengths
@@ -274,7 +274,7 @@ class _Acting:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 key = block.stream_input
                 stream = args[key] if isinstance(key, int) else kwargs[key]
-                if stream.ndim != 3 or block.token_axis != 1:
+                if block.axes != StreamAxes(0, (1,), 2):
                     raise InputError(
                         f"symmetries: expected a stream with the axes sequence, token and width, got {tuple(stream.shape)}. "
                         "The tokens of this model lie otherwise and are not permuted."
@@ -464,9 +464,7 @@ class _Acting:
         finally:
             hook.remove()
         stream = seen[0].detach().double()
-        if block.token_axis is None:
-            return stream.reshape(1, -1, stream.shape[-1])
-        return stream.transpose(0, 1) if block.token_axis == 0 else stream.flatten(1, -2)
+        return stream if block.axes is None else block.axes.cloud(stream)
 
 
 def _first_run_only(module: nn.Module, hook: Callable[..., Any]) -> Any:

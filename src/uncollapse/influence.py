@@ -234,7 +234,10 @@ def stream_axes(update: Update, stream: Tensor, where: str) -> tuple[StreamAxes 
     rest = [axis for axis in range(first.ndim) if axis != width and axis not in tokens]
     apart = [axis for axis in rest if first.shape[axis] > 1] or rest[:1]
     if len(apart) > 1:
-        return None, f"the attention reaches along none of the axes {apart} of {where}, and one of them only can be the sequences"
+        return (
+            None,
+            f"the attention reaches along none of the axes {apart} of {where}, and one of them only can be the sequences",
+        )
     if not tokens:
         if len(rest) < 2:
             return None, f"the attention of {where} reaches along no axis of the stream"

@@ -170,7 +170,9 @@ def example_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
                 columns = real[row].nonzero().flatten()
                 if not len(columns):
                     columns = torch.arange(length)
-                columns = columns.repeat(-(-length // len(columns)))[:length]  # too few real tokens are gone through again
+                columns = columns.repeat(-(-length // len(columns)))[
+                    :length
+                ]  # too few real tokens are gone through again
                 taken.append(value[row, columns.to(value.device)])
             if len(taken) == 1:
                 taken.append(taken[0].roll(1, 0))
@@ -222,7 +224,9 @@ class _Run:
 
     def stream(self, block: Block) -> Tensor:
         """The stream that entered."""
-        found = self.args[block.stream_input] if isinstance(block.stream_input, int) else self.kwargs[block.stream_input]
+        found = (
+            self.args[block.stream_input] if isinstance(block.stream_input, int) else self.kwargs[block.stream_input]
+        )
         assert isinstance(found, Tensor)
         return found
 
@@ -491,14 +495,9 @@ class _BlockProof(BlockAlone):
         key = (stack, tuple(stream.shape))
         with without_zeros(self.module):
             axes, reason = (known[key], "") if key in known else self._axes(stream)
-            for number, part in enumerate(block.parts) if axes is not None else ():
-                if part.kind == "mlp" and self._reaches_others(number, stream, axes):
-                    parts[number] = replace(part, kind="mixer")
-                elif part.attention:
-                    is_causal = not self._reaches_others(number, stream, axes, last=True)
-                    parts[number] = replace(part, is_causal=is_causal)
-        if axes is not None:
-            known[key] = axes
+            if axes is not None:
+                known[key] = axes
+                parts = [self._moves(number, part, stream, axes) for number, part in enumerate(parts)]
         self.block = replace(block, parts=tuple(parts), axes=axes, axes_reason=reason)
 
     def _check(self, statement: str, deviation: float) -> None:
@@ -575,6 +574,14 @@ class _BlockProof(BlockAlone):
             with without_zeros(self.module, without_nan=True):
                 return stream_axes(functools.partial(self.update, part), stream, self.where)
         return stream_axes(functools.partial(self.update, part), stream, self.where)
+
+    def _moves(self, number: int, part: Part, stream: Tensor, axes: StreamAxes) -> Part:
+        """The part, with what was seen of how it moves information between tokens."""
+        if part.attention:
+            return replace(part, is_causal=not self._reaches_others(number, stream, axes, last=True))
+        if part.kind == "mlp" and self._reaches_others(number, stream, axes):
+            return replace(part, kind="mixer")
+        return part
 
     def _reaches_others(self, part: int, stream: Tensor, axes: StreamAxes, last: bool = False) -> bool:
         """Whether, with only this part left, changed tokens (one in three, or the last) change what it adds to others."""

@@ -52,7 +52,9 @@ class Padding:
 # At the proof -------------------------------------------------------------------------------------------------------
 
 
-def find_stacks(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, blocks_alone: Blocks) -> tuple[Stack, ...]:
+def find_stacks(
+    model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, blocks_alone: Blocks
+) -> tuple[Stack, ...]:
     """The stacks of the anatomy with what governs them in batches such as this small one. Within `probing` only."""
     firsts = {i: _first_attending(anatomy, stack) for i, stack in enumerate(anatomy.stacks)}
     wanted = {block for block in firsts.values() if block is not None}
@@ -64,7 +66,9 @@ def find_stacks(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, bl
         plain = blocks_alone(model, batch, anatomy, wanted | entries) if candidates or numbers else {}
         for name in candidates:
             for number, block in firsts.items():
-                mask = None if block is None else _governs(model, batch, anatomy, blocks_alone, plain[block], name, block)
+                mask = (
+                    None if block is None else _governs(model, batch, anatomy, blocks_alone, plain[block], name, block)
+                )
                 if mask is not None:
                     found[number] = replace(found[number], masks=(*found[number].masks, mask))
         embedded: set[int] = set()  # stacks whose tokens are known to come from somewhere
@@ -76,9 +80,7 @@ def find_stacks(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, bl
         for number, stack in enumerate(found):
             axes = anatomy.blocks[stack.blocks[0]].axes
             if axes is not None and axes.sequence is None:
-                found[number] = replace(
-                    stack, segments_block=_widest(model, batch, anatomy, blocks_alone, stack)
-                )
+                found[number] = replace(stack, segments_block=_widest(model, batch, anatomy, blocks_alone, stack))
     return tuple(found)
 
 
@@ -199,7 +201,13 @@ def _changed_at(
 
 
 def _instead(
-    model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, blocks_alone: Blocks, name: str, value: Tensor, block: int
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    anatomy: Anatomy,
+    blocks_alone: Blocks,
+    name: str,
+    value: Tensor,
+    block: int,
 ) -> Alone | None:
     """The block on the batch with another value of one tensor; None where the model does not run on that."""
     try:
@@ -211,7 +219,8 @@ def _instead(
 def _heard(alone: Alone, axes: StreamAxes, token: int) -> bool:
     """Whether this token of the first sequence reaches any other one."""
     part = alone.mixing
-    assert part is not None and axes.sequence is not None
+    assert part is not None
+    assert axes.sequence is not None
     update = functools.partial(alone.update, part)
     other = alone.stream
     number = token
@@ -290,9 +299,7 @@ def _widest(
 # On every batch -----------------------------------------------------------------------------------------------------
 
 
-def paddings(
-    model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, blocks_alone: Blocks
-) -> list[Padding]:
+def paddings(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, blocks_alone: Blocks) -> list[Padding]:
     """The tokens of each stack in this batch. Within `probing` only; the model is run once more where tokens can only be told
     by what they reach."""
     found = [Padding(given_mask(stack, batch)) for stack in anatomy.stacks]
@@ -315,13 +322,20 @@ def paddings(
 
 def _told_by_influence(alone: Alone, stack: Stack, known: Padding, batch: Mapping[str, Any]) -> Padding:
     axes, part = alone.block.axes, alone.mixing
-    assert axes is not None and part is not None
+    assert axes is not None
+    assert part is not None
     if stack.segments_block is None:
         heard = _heard_tokens(alone)
         if heard is None:
-            return Padding(reason="padding in another unit than tokens, and a block that cannot be differentiated to find it")
-        if alone.block.parts[part].is_causal:  # nothing hears the last token: it is real unless padding must have ended there
-            hiding = torch.stack([_hiding_rows(m, batch) for m in stack.masks if hides(m, batch)]).any(0).to(heard.device)
+            return Padding(
+                reason="padding in another unit than tokens, and a block that cannot be differentiated to find it"
+            )
+        if alone.block.parts[
+            part
+        ].is_causal:  # nothing hears the last token: it is real unless padding must have ended there
+            hiding = (
+                torch.stack([_hiding_rows(m, batch) for m in stack.masks if hides(m, batch)]).any(0).to(heard.device)
+            )
             heard[:, -1] = heard[:, -2] & ~(hiding & heard[:, :-1].all(-1))
         return Padding(heard if known.mask is None else heard & known.mask.to(heard.device))
     parts = segments(functools.partial(alone.update, part), alone.stream, axes.token[0])

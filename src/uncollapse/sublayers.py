@@ -110,9 +110,7 @@ class Sublayers:
     hooks; `begin` comes before each batch. `tokens_of` is the probe's way to tell tokens, `is_own` whether a hook was reached by
     the probe's own pass."""
 
-    def __init__(
-        self, model: nn.Module, anatomy: Anatomy, tokens_of: TokensOf, is_own: Callable[[], bool]
-    ) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy, tokens_of: TokensOf, is_own: Callable[[], bool]) -> None:
         self.model, self.is_own = model, is_own
         self._tokens_of = tokens_of
         self._stack_of = {n: i for i, stack in enumerate(anatomy.stacks) for n in stack.blocks}
