@@ -288,7 +288,7 @@ def blocks_alone(
     `probing` only."""
     wanted = sorted(set(numbers))
     chosen = replace(anatomy, blocks=tuple(anatomy.blocks[i] for i in wanted))
-    runs = _observe(model, batch, chosen)
+    runs = _observe(model, batch, chosen, to_the_end=False)
     return {i: BlockAlone(model, anatomy.blocks[i], run) for i, run in zip(wanted, runs, strict=True)}
 
 
@@ -329,7 +329,11 @@ def _difference(expected: Tensor, got: Tensor) -> float:
     return float((expected.double() - got.double()).nan_to_num(nan=float("inf")).abs().max())
 
 
-def _observe(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy) -> list[_Run]:
+class _AllSeen(Exception):
+    """Ends a pass behind the last block that was asked for."""
+
+
+def _observe(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, *, to_the_end: bool = True) -> list[_Run]:
     """One pass that records each block call's arguments, output and additions; everything is cloned where it is met."""
     runs: dict[tuple[str, int], _Run] = {}
     handlers: dict[Point, Handler] = {}
@@ -340,6 +344,7 @@ def _observe(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy) -> li
             for node in residual.additions:
                 handlers[node.point] = _recording(runs, block, node.point)
     counts = dict.fromkeys(by_module, 0)
+    wanted = {(b.module.name, b.module.call) for b in anatomy.blocks}
     with contextlib.ExitStack() as stack:
         for name, blocks in by_module.items():
             module = model.get_submodule(name)
@@ -353,11 +358,14 @@ def _observe(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy) -> li
                 if call in outputs:
                     runs[name, call].output = block_output(output, outputs[call]).detach().clone()
                 counts[name] = call + 1
+                if not to_the_end and wanted <= {key for key, run in runs.items() if run.output is not None}:
+                    raise _AllSeen
 
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
         stack.enter_context(intercepted(model, handlers))
-        _output(model, batch)
+        with contextlib.suppress(_AllSeen):
+            _output(model, batch)
     return [runs[b.module.name, b.module.call] for b in anatomy.blocks]
 
 

@@ -146,6 +146,8 @@ def _governs(
             if before != after:
                 real = bool(value[place]) if before else not bool(value[place])
                 return TokenMask(name, real, "token", is_transposed)
+            if before:
+                return None
     return _governs_otherwise(model, batch, anatomy, blocks_alone, plain, name, block)
 
 
