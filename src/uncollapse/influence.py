@@ -68,7 +68,7 @@ def _says_nothing(parameter: Tensor, without_nan: bool) -> bool:
     try:
         if without_nan and not bool(parameter.isfinite().all()):
             return True
-        first = float(parameter.flatten()[0])  # not zero in most: nothing more is read of them
+        first = float(parameter.detach().flatten()[0])  # not zero in most: nothing more is read of them
         return first == 0 and not bool(parameter.any())
     except (RuntimeError, NotImplementedError, TypeError):  # a quantised weight of a class of its own
         return False
