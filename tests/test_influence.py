@@ -193,10 +193,12 @@ def test_zero_parameters_are_replaced_by_copies_and_come_back() -> None:
     layer = nn.Linear(4, 4)
     nn.init.zeros_(layer.weight)
     weight, bias = layer.weight, layer.bias
-    with pytest.raises(KeyError), without_zeros(layer):
+    with without_zeros(layer):
         assert layer.weight is not weight
         assert bool(layer.weight.any())
         assert layer.bias is bias
+    assert layer.weight is weight
+    with pytest.raises(KeyError), without_zeros(layer):
         raise KeyError
     assert layer.weight is weight
     assert not bool(weight.any())

@@ -52,7 +52,8 @@ def without_zeros(module: nn.Module, *, without_nan: bool = False) -> Iterator[N
                     continue
                 if id(parameter) not in copies:
                     noise = torch.randn(parameter.shape, generator=generator)
-                    noise = noise / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.5 + 0.1 * noise
+                    # Biases are among them: a large one would hide in half precision what moves beside it.
+                    noise = noise / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.02 + 0.004 * noise
                     copies[id(parameter)] = nn.Parameter(noise.to(parameter), requires_grad=False)
                 owner._parameters[name] = copies[id(parameter)]
                 replaced.append((owner, name, parameter))
@@ -91,22 +92,17 @@ def poked(stream: Tensor, axis: int, places: Tensor) -> Tensor:
     return torch.where(mask, noise.to(stream.dtype), stream)
 
 
-def tolerance(dtype: torch.dtype) -> float:
-    """What counts as rounding beside the largest value of a place: experts run on groups of tokens, and the size of a group
-    decides how its sums are rounded."""
-    eps = torch.finfo(dtype).eps
-    return 2 * eps if eps > 1e-4 else 256 * eps
-
-
 def moved(plain: Tensor, other: Tensor, axis: int) -> Tensor:
-    """Which places along an axis differ beyond rounding, as [places]."""
-    axis = axis % plain.ndim
-    across = tuple(i for i in range(plain.ndim) if i != axis)
-    change = (other.double() - plain.double()).abs().nan_to_num(nan=0.0, posinf=torch.inf)
-    size = plain.double().abs().nan_to_num(nan=0.0)
-    if across:
-        change, size = change.amax(across), size.amax(across)
-    return change > tolerance(plain.dtype) * size
+    """Which places along an axis differ beyond rounding, as [places]: by more than two units in the last place of what was
+    there, and by more than a trace of the largest difference. Experts run on groups of tokens, and the size of a group decides
+    how its sums are rounded: that is no influence."""
+    eps = torch.finfo(plain.dtype).eps
+    change = (other.double() - plain.double()).abs()
+    change = change.where(change.isfinite(), 0.0)
+    trace = (2 if eps > 1e-4 else 256) * eps * change.max()
+    different = (change > trace) & ~(change <= 2 * eps * plain.double().abs())
+    across = tuple(i for i in range(plain.ndim) if i != axis % plain.ndim)
+    return different.any(across) if across else different
 
 
 def reaches(update: Update, stream: Tensor, axis: int, places: Tensor, plain: Tensor | None = None) -> bool:

@@ -329,7 +329,7 @@ def _difference(expected: Tensor, got: Tensor) -> float:
     return float((expected.double() - got.double()).nan_to_num(nan=float("inf")).abs().max())
 
 
-class _AllSeen(Exception):
+class _AllSeenError(Exception):
     """Ends a pass behind the last block that was asked for."""
 
 
@@ -359,12 +359,12 @@ def _observe(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, *, to
                     runs[name, call].output = block_output(output, outputs[call]).detach().clone()
                 counts[name] = call + 1
                 if not to_the_end and wanted <= {key for key, run in runs.items() if run.output is not None}:
-                    raise _AllSeen
+                    raise _AllSeenError
 
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
         stack.enter_context(intercepted(model, handlers))
-        with contextlib.suppress(_AllSeen):
+        with contextlib.suppress(_AllSeenError):
             _output(model, batch)
     return [runs[b.module.name, b.module.call] for b in anatomy.blocks]
 
