@@ -309,7 +309,7 @@ def test_a_block_that_is_not_there_is_refused(blocks: Any) -> None:
 def test_a_batch_that_is_none_is_refused_at_once() -> None:
     model = FAMILIES["bert"].build()
     with pytest.raises(uc.InputError, match="a dict from the model's argument names"):
-        head_contributions(model, torch.ones(2, 3))  # type: ignore[arg-type]
+        head_contributions(model, "words")  # type: ignore[arg-type]
 
 
 class Squared(nn.Linear):

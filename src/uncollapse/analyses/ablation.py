@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -59,7 +59,7 @@ class Ablation(Recorded[AblationRecord]):
 
 def ablate(
     model: nn.Module | str | Path = "demo",
-    texts: Sequence[str] | None = None,
+    texts: Iterable[str] | None = None,
     *,
     without: Sequence[Sequence[str]] | None = None,
     grid: bool = False,
@@ -158,9 +158,8 @@ def _combinations(without: Sequence[Sequence[str]] | None, grid: bool) -> list[t
 
 def _is_causal(prepared: Prepared) -> bool:
     """Whether tokens can only be reached by earlier ones, in the stack that is followed (the decoder's, where there is one)."""
-    stacks = {b.stack for b in prepared.anatomy.blocks}
-    followed = "decoder" if "decoder" in stacks else None
-    parts = [p for b in prepared.anatomy.blocks if b.stack == followed for p in b.parts if p.kind == "attention"]
+    blocks = [prepared.anatomy.blocks[number] for number in prepared.anatomy.stacks[-1].blocks]
+    parts = [p for b in blocks for p in b.parts if p.kind == "attention"]
     return bool(parts) and all(p.is_causal for p in parts)
 
 

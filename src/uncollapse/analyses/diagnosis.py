@@ -6,7 +6,7 @@ judge, and a `Diagnosis` comes out that can show itself, write itself, and be re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
@@ -43,7 +43,7 @@ class Diagnosis(Recorded[DiagnosisRecord]):
 
 def diagnose(
     model: nn.Module | str | Path = "demo",
-    texts: Sequence[str] | None = None,
+    texts: Iterable[str] | None = None,
     *,
     level: Level = "core",
     context_lengths: Sequence[int] | None = None,

@@ -9,7 +9,7 @@ told apart may carry the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
@@ -44,7 +44,7 @@ class Identifiability(Recorded[IdentifiabilityRecord]):
 
 def identify(
     model: nn.Module | str | Path = "demo",
-    texts: Sequence[str] | None = None,
+    texts: Iterable[str] | None = None,
     **probe: Unpack[ProbeOptions],
 ) -> Identifiability:
     """What each observer of a block's output can know of its heads, and a verdict a block and a head.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypedDict
@@ -98,7 +99,7 @@ class Prepared:
 def prepare(
     function: Callable[..., object],
     model: nn.Module | str | Path,
-    texts: Sequence[str] | None,
+    texts: Iterable[str] | None,
     probe: ProbeOptions,
     *,
     level: Level = "core",
@@ -189,7 +190,7 @@ def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, he
 
 
 def _text_batches(
-    caller: str, loaded: sources.LoadedModel, texts: Sequence[str] | None, chosen: ProbeOptions
+    caller: str, loaded: sources.LoadedModel, texts: Iterable[str] | None, chosen: ProbeOptions
 ) -> tuple[str, list[dict[str, Tensor]]]:
     """Where the texts come from, and the batches that the model is given of them."""
     sequences = chosen["sequences"]
@@ -201,8 +202,8 @@ def _text_batches(
     if texts is None:
         source = "English prose from Python's own documentation (pydoc_data.topics)"
         texts = sources.default_texts(sequences or DEFAULT_SEQUENCES, chosen["seed"])
-    elif sequences is not None and not isinstance(texts, str):
-        texts = texts[:sequences]
+    elif not isinstance(texts, str) and isinstance(texts, Iterable):
+        texts = list(itertools.islice(texts, sequences))
     batches = sources.tokenize(
         texts,
         loaded.tokenizer,

@@ -43,7 +43,7 @@ def _site_record(site: SiteStatistics) -> SiteRecord:
     if site.not_finite and all(v is None for v in plain.values()):
         missing = "NaN or infinity in every sequence"
     else:
-        missing = "undefined on this text"
+        missing = site.reason or "undefined on this text"
     stream = {name: Statistic.of(*site.stream.summary(i)) for i, name in enumerate(STREAM_MEASURES)}
     unavailable = {name: missing for name, value in (plain | stream).items() if value is None}
     if site.block is None:

@@ -15,7 +15,7 @@ is often the point of an architecture (`findings` judges).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -30,7 +30,7 @@ from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.interception import device_of
 from uncollapse.anatomy.probing import float64_kept, probing
 from uncollapse.anatomy.proof import block_output, example
-from uncollapse.anatomy.vocabulary import Block
+from uncollapse.anatomy.vocabulary import Block, StreamAxes
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.interventions.without import without as taken_away
 from uncollapse.probe.context_lengths import require_context_lengths
@@ -72,7 +72,7 @@ class Symmetries(Recorded[SymmetriesRecord]):
 
 def symmetries(
     model: nn.Module | str | Path = "demo",
-    texts: Sequence[str] | None = None,
+    texts: Iterable[str] | None = None,
     *,
     context_lengths: Sequence[int] | None = None,
     **probe: Unpack[ProbeOptions],
@@ -237,7 +237,7 @@ class _Acting:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 key = block.stream_input
                 stream = args[key] if isinstance(key, int) else kwargs[key]
-                if stream.ndim != 3 or block.token_axis != 1:
+                if block.axes != StreamAxes(0, (1,), 2):
                     raise InputError(
                         f"symmetries: expected a stream with the axes sequence, token and width, got {tuple(stream.shape)}. "
                         "The tokens of this model lie otherwise and are not permuted."
@@ -427,9 +427,7 @@ class _Acting:
         finally:
             hook.remove()
         stream = seen[0].detach().double()
-        if block.token_axis is None:
-            return stream.reshape(1, -1, stream.shape[-1])
-        return stream.transpose(0, 1) if block.token_axis == 0 else stream.flatten(1, -2)
+        return stream if block.axes is None else block.axes.cloud(stream)
 
 
 def _first_run_only(module: nn.Module, hook: Callable[..., Any]) -> Any:

@@ -18,9 +18,10 @@ Any failure raises `UnsupportedModel` with the module, the identity, and by how 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,12 +29,14 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.carrying import Observer, Way
+from uncollapse.anatomy.influence import EVERY, reaches, stream_axes, without_zeros
 from uncollapse.anatomy.interception import Handler, Point, addition_operands, intercepted
 from uncollapse.anatomy.mixing_proof import Poked, located, placed
 from uncollapse.anatomy.operands import Mixed, UnreadableError, product_operands, replaced
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.reading import read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
+from uncollapse.anatomy.stacks import find_stacks
 from uncollapse.anatomy.tracing import Trace, operands_of, operation_name, tensors_in, trace
 from uncollapse.anatomy.vocabulary import (
     STREAM,
@@ -46,6 +49,7 @@ from uncollapse.anatomy.vocabulary import (
     ModuleCall,
     NormPiece,
     Part,
+    StreamAxes,
     removal,
 )
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
@@ -53,6 +57,7 @@ from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 EXAMPLE_TOKENS = 8
 # Not a seed that models are made with: noise that equals an embedding, drawn from the same seed, leaves its direction as it is.
 POKE_SEED = 2_604_236_810
+SEQUENCES, TOKENS, DECODER_TOKENS = 3, 7, 5  # of the proof: pairwise different, so that no axis passes for another
 _proved: weakref.WeakKeyDictionary[nn.Module, tuple[object, Layout | None, Anatomy, dict[str, Any]]] = (
     weakref.WeakKeyDictionary()
 )
@@ -63,22 +68,53 @@ def proved_anatomy(model: nn.Module, batch: Mapping[str, Any], layout: Layout | 
     as long as its modules stay the same. Raises `UnsupportedModel` where the model cannot be read or the proof fails."""
     known = _proved.get(model)
     if known is not None and known[0] == _fingerprint(model) and layout in (None, known[1]):
-        return known[2]
-    small = _piece(model, batch)
-    anatomy = prove(model, small, layout)
-    _proved[model] = (_fingerprint(model), layout, anatomy, small)
+        if _given(known[3]) == _given(batch):
+            return known[2]
+        anatomy = _with_stacks_of(model, known[2], batch)  # other tensors are given: other masks may govern
+        _proved[model] = (*known[:2], anatomy, _one_sequence(model, batch))
+        return anatomy
+    anatomy = prove(model, _piece(model, batch), layout)
+    _proved[model] = (_fingerprint(model), layout, anatomy, _one_sequence(model, batch))
     return anatomy
 
 
+def _given(batch: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(name for name, value in batch.items() if isinstance(value, Tensor))
+
+
 def _piece(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The example, or the whole batch for a model that does not run on it: patches laid end to end, fixed lengths."""
-    piece = example_batch(batch)
+    """The first of several pieces that the model runs on: `example_batch`, one cut along its first axis alone, the whole batch
+    (patches laid end to end, fixed lengths)."""
+    for piece in (example_batch(batch), _first_sequences(batch)):
+        if _runs_on(model, piece):
+            return piece
+    return dict(batch)
+
+
+def _one_sequence(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    piece = example(batch)
+    return piece if _runs_on(model, piece) else dict(batch)
+
+
+def _runs_on(model: nn.Module, piece: Mapping[str, Any]) -> bool:
     try:
         with probing(model):
             model(**piece)
     except Exception:  # whatever it is, the piece does not fit; the batch is the user's own
-        return dict(batch)
-    return piece
+        return False
+    return True
+
+
+def _with_stacks_of(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> Anatomy:
+    """The proved anatomy with the masks and ids that govern its stacks in another kind of batch."""
+    piece = _piece(model, batch)
+    with probing(model):
+        try:
+            return replace(anatomy, stacks=find_stacks(model, piece, anatomy, blocks_alone))
+        except UncollapseError:
+            raise
+        except Exception as error:
+            raise _not_run(model, batch, error) from error
 
 
 def known_anatomy(model: nn.Module) -> Anatomy | None:
@@ -88,7 +124,7 @@ def known_anatomy(model: nn.Module) -> Anatomy | None:
 
 
 def known_example(model: nn.Module) -> dict[str, Any] | None:
-    """The few tokens on which this model object's anatomy was proved."""
+    """A sequence of few tokens out of the batch on which this model object's anatomy was proved."""
     known = _proved.get(model)
     return known[3] if known is not None else None
 
@@ -122,40 +158,79 @@ def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS) -> dict[str,
     return cut
 
 
-def example_batch(batch: Mapping[str, Any], sequences: int = 3, tokens: int = 7) -> dict[str, Any]:
-    """Some sequences of a batch (made of its own where it has fewer), cut to as many real tokens each."""
-    size = next((t.shape[0] for t in batch.values() if isinstance(t, Tensor) and t.ndim), 1)
-    rows = torch.arange(sequences) % size
-    columns: dict[str, Tensor] = {}
-    for name in ("attention_mask", "decoder_attention_mask"):
-        mask = batch.get(name)
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            if name == "attention_mask":
-                rows = mask.sum(-1).argsort(descending=True, stable=True)[rows].cpu()
-            kept = mask[rows.to(mask.device)].bool()
-            length = min(tokens, int(kept.sum(-1).min()))
-            columns[name.removesuffix("attention_mask")] = torch.stack([r.nonzero().flatten()[:length] for r in kept])
-    cut: dict[str, Any] = {}
+def example_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Up to 3 sequences of a batch with 7 tokens each, so that no two axes have one length and none passes for another.
+
+    What is made of token numbers is cut to real tokens; a single sequence is repeated with its tokens in another order. Other
+    tensors are cut along the axes that have the lengths of the token numbers. The decoder's are cut to 5 tokens.
+    """
+    numbers = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point()}
+    if not numbers:
+        return _first_sequences(batch)
+    shape = tuple(next(iter(numbers.values())).shape)
+    tokens = TOKENS if shape[1] > SEQUENCES else shape[1]
+    cut = {shape[1]: min(shape[1], tokens)}
+    rows = [int(row) for row in _real(numbers, "", shape).sum(-1).argsort(descending=True, stable=True)]
+    wanted = min(shape[0], SEQUENCES if shape[1] > SEQUENCES else TOKENS)
+    if wanted == tokens and wanted > 2:
+        wanted -= 1
+    found: dict[str, Any] = {}
     for name, value in batch.items():
-        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != size:
-            cut[name] = value
+        if not isinstance(value, Tensor) or not value.ndim:
+            found[name] = value
             continue
-        some = value[rows.to(value.device)]
-        stack = "decoder_" if name.startswith("decoder_") else ""
-        if value.ndim == 2 and not value.is_floating_point():
-            chosen = columns.get(stack)
-            if chosen is not None and int(chosen.max()) < value.shape[1]:
-                some = some.gather(1, chosen.to(value.device))
-            elif chosen is None:
-                some = some[:, :tokens]
-            for i in range(size, sequences):  # a sequence that is there twice would not move alone
-                some[i] = some[i].roll(i)
-        elif value.is_floating_point():
-            some = some.clone()
-            for i in range(size, sequences):
-                some[i] = some[i].flip(0)
-        cut[name] = some.clone()
-    return cut
+        is_decoder = name.startswith("decoder_") or (name == "labels" and "decoder_input_ids" in batch)
+        stack = "decoder_" if is_decoder else ""
+        piece = value
+        if value.ndim >= 2 and value.shape[0] == shape[0] and (name in numbers or value.shape[1] == shape[1]):
+            length = min(value.shape[1], DECODER_TOKENS if is_decoder else tokens)
+            real = _real(numbers, stack, tuple(value.shape[:2]))
+            taken = []
+            for row in rows[:wanted]:
+                columns = real[row].nonzero().flatten()
+                if not len(columns):
+                    columns = torch.arange(length)
+                columns = columns.repeat(-(-length // len(columns)))[
+                    :length
+                ]  # too few real tokens are gone through again
+                taken.append(value[row, columns.to(value.device)])
+            if len(taken) == 1:
+                taken.append(taken[0].roll(1, 0))
+            piece = torch.stack(taken)
+        else:
+            if value.shape[0] == shape[0]:
+                piece = value[torch.tensor(rows[:wanted], device=value.device)]
+                piece = torch.cat([piece, piece]) if wanted == 1 else piece
+            elif value.shape[0] in cut:
+                piece = piece[: cut[value.shape[0]]]
+            if value.ndim == 2 and value.shape == shape[::-1]:
+                piece = piece[:, : max(wanted, 2)]
+        if value.ndim > 2 and value.shape[0] == shape[0]:
+            for axis in range(2, value.ndim):
+                if value.shape[axis] == shape[1] and value.shape[1] in {1, shape[1]}:  # over pairs of tokens
+                    piece = piece.narrow(axis, 0, tokens)
+        found[name] = piece.clone()
+    return found
+
+
+def _real(numbers: Mapping[str, Tensor], stack: str, shape: tuple[int, ...]) -> Tensor:
+    """Which tokens of tensors of this shape are real, as far as the batch's masks of this stack say so."""
+    mask = numbers.get(f"{stack}attention_mask")
+    if mask is not None and tuple(mask.shape) == shape:
+        return mask.bool().cpu()
+    return torch.ones(shape, dtype=torch.bool)
+
+
+def _first_sequences(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The first 3 sequences of a batch: what has the length of the first tensor is cut along its first axis."""
+    size = next((t.shape[0] for t in batch.values() if isinstance(t, Tensor) and t.ndim), 1)
+
+    def first(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != size:
+            return value
+        return torch.cat([value, value]) if size == 1 else value[:SEQUENCES].clone()
+
+    return {name: first(value) for name, value in batch.items()}
 
 
 @dataclass
@@ -167,6 +242,14 @@ class _Run:
     output: Tensor | None = None
     sums: dict[Point, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
+    def stream(self, block: Block) -> Tensor:
+        """The stream that entered."""
+        found = (
+            self.args[block.stream_input] if isinstance(block.stream_input, int) else self.kwargs[block.stream_input]
+        )
+        assert isinstance(found, Tensor)
+        return found
+
 
 def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None) -> Anatomy:
     """Read and prove the anatomy on `batch`, which should be small. Nothing is remembered."""
@@ -174,10 +257,7 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
         try:
             before = _output(model, batch)
         except Exception as error:
-            raise InputError(
-                f"anatomy: expected a batch that {type(model).__name__} runs on, got {type(error).__name__}: {error}. "
-                f"It was given {', '.join(batch)}. Try model(**batch) first."
-            ) from error
+            raise _not_run(model, batch, error) from error
         torch.manual_seed(0)
         recorded = trace(model, batch)
         proof = [
@@ -186,9 +266,11 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
         anatomy = read(model, recorded, layout)
         runs = _observe(model, batch, anatomy)
         proved: list[Block] = []
-        for block, run in zip(anatomy.blocks, runs, strict=True):
+        known: dict[tuple[int, tuple[int, ...]], StreamAxes] = {}  # by stack and shape of its stream
+        for number, (block, run) in enumerate(zip(anatomy.blocks, runs, strict=True)):
             try:
                 prover = _BlockProof(model, block, run, recorded)
+                prover.check(known, anatomy.stack_of(number))
             except UncollapseError:
                 raise
             except Exception as error:  # the model's own code, run in a way it may not expect
@@ -196,14 +278,46 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
             proved.append(prover.block)
             proof += prover.identities
         recorded.tape.clear()  # it holds every tensor of the pass
+        proved = _shared_axes(proved, runs, anatomy)
+        stacks = find_stacks(model, batch, replace(anatomy, blocks=tuple(proved)), blocks_alone)
         proof.append(
             Identity("the output afterwards is the output before", "model", _deviation(before, _output(model, batch)))
         )
-    anatomy = replace(anatomy, blocks=tuple(proved), proof=tuple(proof))
+    anatomy = replace(anatomy, blocks=tuple(proved), proof=tuple(proof), stacks=stacks)
     for identity in proof:
         if not identity.deviation <= 0.0:
             raise _failure(model, anatomy, identity)
     return anatomy
+
+
+def _shared_axes(blocks: list[Block], runs: list[_Run], anatomy: Anatomy) -> list[Block]:
+    """Give blocks whose own axes could not be told those of another block of their stack with a stream of the same shape."""
+    shapes = [tuple(run.stream(block).shape) for block, run in zip(blocks, runs, strict=True)]
+    found = list(blocks)
+    for number, block in enumerate(blocks):
+        stack = anatomy.stacks[anatomy.stack_of(number)]
+        axes = next((blocks[i].axes for i in stack.blocks if blocks[i].axes and shapes[i] == shapes[number]), None)
+        if block.axes is None and axes is not None:
+            found[number] = replace(block, axes=axes, axes_reason="")
+    return found
+
+
+def blocks_alone(
+    model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, numbers: Collection[int]
+) -> dict[int, BlockAlone]:
+    """The blocks with the given numbers as they run by themselves on the arguments they have in one pass over `batch`. Within
+    `probing` only."""
+    wanted = sorted(set(numbers))
+    chosen = replace(anatomy, blocks=tuple(anatomy.blocks[i] for i in wanted))
+    runs = _observe(model, batch, chosen, to_the_end=False)
+    return {i: BlockAlone(model, anatomy.blocks[i], run) for i, run in zip(wanted, runs, strict=True)}
+
+
+def _not_run(model: nn.Module, batch: Mapping[str, Any], error: Exception) -> InputError:
+    return InputError(
+        f"anatomy: expected a batch that {type(model).__name__} runs on, got {type(error).__name__}: {error}. "
+        f"It was given {', '.join(batch)}. Try model(**batch) first."
+    )
 
 
 def _output(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
@@ -236,7 +350,11 @@ def _difference(expected: Tensor, got: Tensor) -> float:
     return float((expected.double() - got.double()).nan_to_num(nan=float("inf")).abs().max())
 
 
-def _observe(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy) -> list[_Run]:
+class _AllSeenError(Exception):
+    """Ends a pass behind the last block that was asked for."""
+
+
+def _observe(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, *, to_the_end: bool = True) -> list[_Run]:
     """One pass that records each block call's arguments, output and additions; everything is cloned where it is met."""
     runs: dict[tuple[str, int], _Run] = {}
     handlers: dict[Point, Handler] = {}
@@ -247,6 +365,7 @@ def _observe(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy) -> li
             for node in residual.additions:
                 handlers[node.point] = _recording(runs, block, node.point)
     counts = dict.fromkeys(by_module, 0)
+    wanted = {(b.module.name, b.module.call) for b in anatomy.blocks}
     with contextlib.ExitStack() as stack:
         for name, blocks in by_module.items():
             module = model.get_submodule(name)
@@ -260,11 +379,14 @@ def _observe(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy) -> li
                 if call in outputs:
                     runs[name, call].output = block_output(output, outputs[call]).detach().clone()
                 counts[name] = call + 1
+                if not to_the_end and wanted <= {key for key, run in runs.items() if run.output is not None}:
+                    raise _AllSeenError
 
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
         stack.enter_context(intercepted(model, handlers))
-        _output(model, batch)
+        with contextlib.suppress(_AllSeenError):
+            _output(model, batch)
     return [runs[b.module.name, b.module.call] for b in anatomy.blocks]
 
 
@@ -274,6 +396,16 @@ def _recording(runs: dict[tuple[str, int], _Run], block: Block, point: Point) ->
         result = function(*args, **kwargs)
         runs[block.module.name, block.module.call].sums[point] = (first, second, result.detach().clone())
         return result
+
+    return handler
+
+
+def _adding(added: list[Tensor], operand: int, otherwise: Handler | None) -> Handler:
+    """Take note of an operand of an addition, and do what is to be done there."""
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        added.append(addition_operands(args, kwargs)[operand].clone())
+        return function(*args, **kwargs) if otherwise is None else otherwise(function, args, kwargs)
 
     return handler
 
@@ -312,14 +444,6 @@ def _noting_product(found: list[Mixed | str], number: int, call: AttentionCall) 
     return handler
 
 
-def _token(stream: Tensor, axis: int, sequence: int) -> Tensor:
-    """The first token of one sequence of a stream [sequence, token, …, width] or [token, sequence, width]."""
-    one = stream.select(axis, sequence)
-    while one.ndim > 1:
-        one = one[0]
-    return one
-
-
 def _shaken(value: Any, spared: Tensor) -> Any:
     """Every floating-point tensor in nested arguments with noise on it, but the stream."""
     if isinstance(value, Tensor):
@@ -332,29 +456,6 @@ def _shaken(value: Any, spared: Tensor) -> Any:
     if type(value) is dict:
         return {k: _shaken(v, spared) for k, v in value.items()}
     return value
-
-
-@contextlib.contextmanager
-def without_zeros(module: nn.Module) -> Iterator[None]:
-    """Within the context, noisy copies stand in for the parameters that are zero throughout: what starts at zero tells nothing
-    of what will depend on it after the first step of training."""
-    generator = torch.Generator().manual_seed(POKE_SEED + 2)
-    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-    copies: dict[int, nn.Parameter] = {}
-    try:
-        for owner in module.modules():
-            for name, parameter in owner._parameters.items():
-                if parameter is None or not parameter.is_floating_point() or parameter.is_meta or bool(parameter.any()):
-                    continue
-                if id(parameter) not in copies:
-                    noise = torch.randn(parameter.shape, generator=generator) * 0.1
-                    copies[id(parameter)] = nn.Parameter(noise.to(parameter), requires_grad=False)
-                replaced.append((owner, name, parameter))
-                owner._parameters[name] = copies[id(parameter)]
-        yield
-    finally:
-        for owner, name, parameter in replaced:
-            owner._parameters[name] = parameter
 
 
 def block_output(output: Any, key: int | None) -> Tensor:
@@ -374,16 +475,84 @@ def _cloned(value: Any) -> Any:
     return value
 
 
-class _BlockProof:
+class BlockAlone:
+    """One block, run by itself on the arguments it had in a pass of the model."""
+
+    def __init__(self, model: nn.Module, block: Block, run: _Run) -> None:
+        self.model, self.block, self.run = model, block, run
+        self.module = model.get_submodule(block.module.name)
+        self.stream = run.stream(block)
+
+    def update(self, part: int, stream: Tensor) -> Tensor:
+        """What a part adds to the stream, given another stream, with the other parts removed."""
+        others = tuple(i for i in range(len(self.block.parts)) if i != part)
+        removing = removal(self.block, others)
+        added: list[Tensor] = []
+        handlers: dict[Point, Handler] = {}
+        for node in (node for residual in self.block.residuals for node in residual.additions):
+            for operand, leaves in enumerate((node.first, node.second)):
+                if leaves == {part}:
+                    handlers[node.point] = _adding(added, operand, removing.get(node.point))
+        output = self._replay(others, stream, handlers)
+        if not added or any(t.shape != added[0].shape for t in added):
+            return output
+        return added[0] if len(added) == 1 else torch.stack(added).sum(0)
+
+    @property
+    def mixing(self) -> int | None:
+        """The part by which tokens are told apart: the self-attention, else a mixer, else the only part."""
+        kinds = [part.kind for part in self.block.parts]
+        for kind in ("attention", "mixer"):
+            if kind in kinds:
+                return kinds.index(kind)
+        return 0 if len(kinds) == 1 else None
+
+    def _replay(
+        self,
+        parts: tuple[int, ...],
+        stream: Tensor | None = None,
+        handlers: Mapping[Point, Handler] | None = None,
+        *,
+        poke_memory: bool = False,
+    ) -> Tensor:
+        """The block's output on its own arguments with some parts removed, optionally with another stream or further
+        handlers."""
+        args, kwargs = list(_cloned(self.run.args)), _cloned(self.run.kwargs)
+        if stream is not None:
+            if isinstance(self.block.stream_input, int):
+                args[self.block.stream_input] = stream.clone()
+            else:
+                kwargs[self.block.stream_input] = stream.clone()
+        if poke_memory:
+            key = self.block.stream_input
+            given = args[key] if isinstance(key, int) else kwargs[key]
+            args, kwargs = _shaken(args, given), _shaken(kwargs, given)
+        acting = {**removal(self.block, parts), **(handlers or {})}
+        known = [node.point for residual in self.block.residuals for node in residual.additions]
+        known += [call.product for part in self.block.parts for call in part.attention]
+        base: dict[str, int] = {}
+        for point in known:
+            base[point.owner] = min(base.get(point.owner, point.call or 0), point.call or 0)
+        alone = {replace(p, call=(p.call or 0) - base[p.owner]): h for p, h in acting.items()}
+        torch.manual_seed(0)
+        with intercepted(self.model, alone, within=self.module):
+            output = block_output(self.module(*args, **kwargs), self.block.stream_output)
+        return output if torch.is_grad_enabled() else output.detach().clone()
+
+
+class _BlockProof(BlockAlone):
     """The identities of one block, checked on its own arguments."""
 
     def __init__(self, model: nn.Module, block: Block, run: _Run, recorded: Trace) -> None:
-        self.model, self.block, self.run, self.recorded = model, block, run, recorded
-        self.module = model.get_submodule(block.module.name)
+        super().__init__(model, block, run)
+        self.recorded = recorded
         self.where = block.module.name + (f"[{block.module.call}]" if block.module.call else "")
         self.identities: list[Identity] = []
+
+    def check(self, known: dict[tuple[int, tuple[int, ...]], StreamAxes], stack: int) -> None:
+        """Check every identity. `known` are the axes of streams met so far, by `stack` and shape."""
+        block, run, stream = self.block, self.run, self.stream
         assert run.output is not None
-        stream = run.args[block.stream_input] if isinstance(block.stream_input, int) else run.kwargs[block.stream_input]
         self._check(
             "run alone, the block gives the output it gave in the model", _difference(run.output, self._replay(()))
         )
@@ -400,12 +569,16 @@ class _BlockProof:
             )
             if part.kind in {"attention", "cross"}:
                 self._attends(number, part, stream, without, silent)
-                part = parts[number] = replace(part, attention=self._mixes(number, part, stream))
-            elif part.kind == "mlp" and self._reaches_others(number, stream):
-                parts[number] = replace(part, kind="mixer")
-            if part.attention:
-                parts[number] = replace(parts[number], is_causal=not self._reaches_others(number, stream, token=-1))
-        self.block = replace(block, parts=tuple(parts))
+        key = (stack, tuple(stream.shape))
+        with without_zeros(self.module):
+            axes, reason = (known[key], "") if key in known else self._axes(stream)
+            if axes is not None:
+                known[key] = axes
+                parts = [self._moves(number, part, stream, axes) for number, part in enumerate(parts)]
+            for number, part in enumerate(parts):
+                if part.attention:
+                    parts[number] = replace(part, attention=self._mixes(number, part, stream, axes, reason))
+        self.block = replace(block, parts=tuple(parts), axes=axes, axes_reason=reason)
 
     def _check(self, statement: str, deviation: float) -> None:
         self.identities.append(Identity(statement, self.where, deviation))
@@ -483,17 +656,18 @@ class _BlockProof:
                 statement, gap = "is mixed from this stream", float(not alike and torch.equal(before, after))
             self._check(f"what the {part.kind} ({part.module}) mixes {statement}", gap)
 
-    def _mixes(self, number: int, part: Part, stream: Tensor) -> tuple[AttentionCall, ...]:
+    def _mixes(
+        self, number: int, part: Part, stream: Tensor, axes: StreamAxes | None, reason: str
+    ) -> tuple[AttentionCall, ...]:
         """What the axes of this part's products hold, found by poking each sequence, one token, and the memory of a
         cross-attention. With the other parts removed, a token reaches the product by itself alone."""
-        others = tuple(i for i in range(len(self.block.parts)) if i != number)
-        axis = None if self.block.token_axis is None else 1 - self.block.token_axis
-        if stream.ndim < 3 or axis is None or axis > 1:
-            reason = "its sequences are laid end to end"
+        if axes is None or axes.sequence is None:
+            reason = reason or "its sequences are laid end to end"
             return tuple(replace(call, unreadable=reason) for call in part.attention)
+        others = tuple(i for i in range(len(self.block.parts)) if i != number)
         generator = torch.Generator().manual_seed(POKE_SEED)
         noise = torch.randn(stream.shape, generator=generator).to(stream) * (stream.double().std().to(stream) + 1)
-        sequences, tokens = stream.shape[axis], stream.numel() // stream.shape[axis] // stream.shape[-1]
+        sequences, tokens = axes.cloud(stream).shape[:2]
 
         def observed(stream: Tensor, memory: bool = False) -> list[Mixed | str]:
             found: list[Mixed | str] = ["it did not run"] * len(part.attention)
@@ -501,17 +675,19 @@ class _BlockProof:
             self._replay(others, stream, handlers, poke_memory=memory)
             return found
 
-        with without_zeros(self.module):
-            plain = observed(stream)
-            poked = []
-            for s in range(sequences):
-                changed = stream.clone()
-                changed.select(axis, s).add_(noise.select(axis, s))
-                poked.append(observed(changed))
-            one = stream.clone()
-            _token(one, axis, 0).add_(_token(noise, axis, 0))
-            token = observed(one)
-            memory = observed(stream, memory=True) if part.kind == "cross" else None
+        plain = observed(stream)
+        poked = []
+        for sequence in range(sequences):
+            changed = stream.clone()
+            changed.select(axes.sequence, sequence).add_(noise.select(axes.sequence, sequence))
+            poked.append(observed(changed))
+        one = stream.clone()
+        first_token = tuple(
+            0 if axis == axes.sequence or axis in axes.token else slice(None) for axis in range(stream.ndim)
+        )
+        one[first_token] += noise[first_token]
+        token = observed(one)
+        memory = observed(stream, memory=True) if part.kind == "cross" else None
         found = []
         for i, call in enumerate(part.attention):
             met = [plain[i], token[i], *([memory[i]] if memory is not None else []), *(p[i] for p in poked)]
@@ -566,56 +742,33 @@ class _BlockProof:
         self._replay(others, None, {**handlers, step.point: noting_shape, call.product: at_product})
         return (arrived[0], shapes[0]) if arrived else (None, ())
 
-    def _replay(
-        self,
-        parts: tuple[int, ...],
-        stream: Tensor | None = None,
-        handlers: Mapping[Point, Handler] | None = None,
-        *,
-        poke_memory: bool = False,
-    ) -> Tensor:
-        """The block's output on its own arguments with some parts removed, optionally with another stream or further
-        handlers."""
-        args, kwargs = list(_cloned(self.run.args)), _cloned(self.run.kwargs)
-        if stream is not None:
-            if isinstance(self.block.stream_input, int):
-                args[self.block.stream_input] = stream.clone()
-            else:
-                kwargs[self.block.stream_input] = stream.clone()
-        if poke_memory:
-            given = (
-                args[self.block.stream_input]
-                if isinstance(self.block.stream_input, int)
-                else kwargs[self.block.stream_input]
-            )
-            args, kwargs = _shaken(args, given), _shaken(kwargs, given)
-        acting = {**removal(self.block, parts), **(handlers or {})}
-        known = [node.point for residual in self.block.residuals for node in residual.additions]
-        known += [call.product for part in self.block.parts for call in part.attention]
-        base: dict[str, int] = {}
-        for point in known:
-            base[point.owner] = min(base.get(point.owner, point.call or 0), point.call or 0)
-        alone = {replace(p, call=(p.call or 0) - base[p.owner]): h for p, h in acting.items()}
-        torch.manual_seed(0)
-        with intercepted(self.model, alone, within=self.module):
-            output = block_output(self.module(*args, **kwargs), self.block.stream_output)
-        return output.detach().clone()
+    def _axes(self, stream: Tensor) -> tuple[StreamAxes | None, str]:
+        part = self.mixing
+        if part is None or stream.ndim < 2:
+            return None, f"{self.where} has no attention by which its tokens could be told"
+        if not bool(self.update(part, stream).isfinite().all()):
+            with without_zeros(self.module, without_nan=True):
+                return stream_axes(functools.partial(self.update, part), stream, self.where)
+        return stream_axes(functools.partial(self.update, part), stream, self.where)
 
-    def _reaches_others(self, part: int, stream: Tensor, token: int | None = None) -> bool:
-        """Whether, with only this part left, a changed token (the middle one, or `token`) changes another one's output."""
-        others = tuple(i for i in range(len(self.block.parts)) if i != part)
-        plain = self._replay(others)
-        if plain.shape != stream.shape or stream.ndim < 2:
-            return False
-        rows = stream.reshape(-1, stream.shape[-1]).clone()
-        token = rows.shape[0] // 2 if token is None else token
-        rows[token] = rows[token].flip(0) + 1
-        poked = self._replay(others, rows.reshape(stream.shape))
-        # Experts run on groups of tokens, and the size of a group decides how its sums are rounded: that is no mixing.
-        rounding = 256 * torch.finfo(plain.dtype).eps * float(plain.abs().max())
-        same = ((poked - plain).abs() <= rounding).reshape(rows.shape).all(-1)
-        same[token] = True
-        return not bool(same.all())
+    def _moves(self, number: int, part: Part, stream: Tensor, axes: StreamAxes) -> Part:
+        """The part, with what was seen of how it moves information between tokens."""
+        if part.attention:
+            return replace(part, is_causal=not self._reaches_others(number, stream, axes, last=True))
+        if part.kind == "mlp" and self._reaches_others(number, stream, axes):
+            return replace(part, kind="mixer")
+        return part
+
+    def _reaches_others(self, part: int, stream: Tensor, axes: StreamAxes, last: bool = False) -> bool:
+        """Whether, with only this part left, changed tokens (one in three, or the last) change what it adds to others."""
+        update = functools.partial(self.update, part)
+        plain = update(stream)
+        for axis in axes.token:
+            size = stream.shape[axis]
+            places = torch.tensor([size - 1]) if last else torch.arange(0, size, EVERY)
+            if size > 1 and reaches(update, stream, axis, places, plain):
+                return True
+        return False
 
 
 def _not_alone(block: Block, error: Exception) -> Identity:

@@ -33,6 +33,7 @@ from uncollapse.anatomy.vocabulary import (
     Part,
     Placement,
     Residual,
+    Stack,
 )
 from uncollapse.errors import UnsupportedModel
 
@@ -56,7 +57,7 @@ def read(model: nn.Module, recorded: Trace, layout: Layout | None = None) -> Ana
     """The picture that the graph shows; not yet proved. Raises `UnsupportedModel` where no blocks can be made out."""
     reader = _Reader(model, recorded)
     blocks = tuple(reader.blocks(layout))
-    return Anatomy(blocks, reader.outer_norms(blocks))
+    return Anatomy(blocks, reader.outer_norms(blocks), stacks=reader.stacks(blocks))
 
 
 class _Reader:
@@ -781,6 +782,43 @@ class _Reader:
             for b, c in zip(blocks, calls, strict=True)
         ]
 
+    def stacks(self, blocks: tuple[Block, ...]) -> tuple[Stack, ...]:
+        """The chains of blocks that hand a stream on, in the order in which they begin."""
+        by_run = {(c.name, c.ordinal): c for c in self.t.calls}
+        calls = [by_run[b.module.name, b.module.call] for b in blocks]
+        entries = [c.inputs[b.stream_input] for b, c in zip(blocks, calls, strict=True)]
+        exits = [c.outputs[b.stream_output] for b, c in zip(blocks, calls, strict=True)]
+        chains: list[list[int]] = []
+        for number, entry in enumerate(entries):
+            given = next((i for i in reversed(range(number)) if self._hands_on(exits[i], entry)), None)
+            known = next((chain for chain in chains if given in chain), None)
+            if known is None:
+                chains.append([number])
+            else:
+                known.append(number)
+        return tuple(Stack(blocks[chain[0]].stack, tuple(chain)) for chain in chains)
+
+    def _hands_on(self, left: int, entered: int) -> bool:
+        """Whether the stream that leaves a block is the one that enters another: moved, scaled or added to without a learned
+        product on the way, or the only data that the entering one is made of (as where patches are merged)."""
+        if left != entered and not self.t.depends(entered, left):
+            return False
+        dominates, carries = True, False
+        frontier, seen = [(entered, False)], set[tuple[int, bool]]()
+        while frontier:
+            index, is_learned = frontier.pop()
+            if (index, is_learned) in seen or not self.t.nodes[index].is_data:
+                continue
+            seen.add((index, is_learned))
+            if index == left:
+                carries |= not is_learned
+                continue
+            node = self.t.nodes[index]
+            data = [i for i in node.inputs if self.t.nodes[i].is_data]
+            dominates &= bool(data)
+            frontier.extend((i, is_learned or self.t.is_matrix_product(index)) for i in data)
+        return dominates or carries
+
     def _block(self, call: Call, stack: Literal["encoder", "decoder"] | None) -> Block:
         sums = [s for s in self.sums if call.first <= s.root < call.last]
         if not sums:
@@ -833,7 +871,6 @@ class _Reader:
             tuple(norms),
             stream_input,
             stream_output,
-            _token_axis(self.t.nodes[call.outputs[stream_output]].shape),
         )
 
     def _entry(self, call: Call, first: _Sum) -> int | str:
@@ -875,13 +912,6 @@ class _Reader:
             identity=reason,
             layout=layout,
         )
-
-
-def _token_axis(shape: tuple[int, ...]) -> int | None:
-    """Where the tokens of the one traced sequence are: axis 1, axis 0 in token-first models, None laid end to end."""
-    if len(shape) == 2:
-        return None
-    return 0 if len(shape) == 3 and shape[1] == 1 and shape[0] > 1 else 1
 
 
 def _block_candidates(model: nn.Module, attention: Iterable[str]) -> tuple[str, ...]:

@@ -198,10 +198,62 @@ class Residual:
 
 
 @dataclass(frozen=True)
+class StreamAxes:
+    """What each axis of a residual stream is, told by influence: along `sequence` nothing reaches anything, along the `token`
+    axes the attention reaches, and `width` is the one that the first learned product contracts. `sequence` is None where
+    sequences are laid end to end along the token axis."""
+
+    sequence: int | None
+    token: tuple[int, ...]
+    width: int
+
+    def cloud(self, stream: Tensor) -> Tensor:
+        """The stream as [sequence, token, width]; a grid of tokens becomes one row of them. With no axis of sequences, all
+        rows as one sequence."""
+        if self.sequence is None:
+            return stream.permute(*self.token, self.width).flatten(0, -2).unsqueeze(0)
+        return stream.permute(self.sequence, *self.token, self.width).flatten(1, -2)
+
+    @property
+    def ndim(self) -> int:
+        return (self.sequence is not None) + len(self.token) + 1
+
+
+@dataclass(frozen=True)
+class TokenMask:
+    """A tensor of the batch that hides tokens from a stack: `tensor` is its name, `real` the value it has at a real token.
+
+    `unit` is `token` where it has the stream's sequence and token axes (the other way round if `is_transposed`), `other` where
+    it counts something else (samples of sound, the words of a stream that also holds patches)."""
+
+    tensor: str
+    real: bool
+    unit: Literal["token", "other"] = "token"
+    is_transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that hand one residual stream on, by their numbers; a model may have several: encoder and decoder, two towers.
+
+    masks: the tensors of the batch that hide tokens from it, all of them found by poking. ids: the tensor of token numbers that
+    its embedding is made of, `ids_transposed` if its axes are token, sequence. segments_block: where sequences are laid end to
+    end, the block whose attention reaches furthest: it tells them apart.
+    """
+
+    name: Literal["encoder", "decoder"] | None
+    blocks: tuple[int, ...]
+    masks: tuple[TokenMask, ...] = ()
+    ids: str | None = None
+    ids_transposed: bool = False
+    segments_block: int | None = None
+
+
+@dataclass(frozen=True)
 class Block:
     """One block call. The stream enters as argument `stream_input` (position or keyword) and leaves as output
-    `stream_output` (`None`: the output itself is the tensor). `token_axis` is 1, 0 in models that put tokens first, and
-    `None` where sequences are laid end to end."""
+    `stream_output` (`None`: the output itself is the tensor). `axes` says what each axis of the stream is, as the proof found
+    it; None with the reason in `axes_reason`."""
 
     module: ModuleCall
     stack: Literal["encoder", "decoder"] | None
@@ -211,7 +263,8 @@ class Block:
     norms: tuple[Norm, ...]
     stream_input: int | str
     stream_output: int | None
-    token_axis: int | None = 1
+    axes: StreamAxes | None = None
+    axes_reason: str = "not proved yet"
 
     @property
     def is_parallel(self) -> bool:
@@ -230,11 +283,16 @@ class Identity:
 @dataclass(frozen=True)
 class Anatomy:
     """The proved picture of a model. `outer_norms` are the norm calls outside the blocks (of the embedding, the final one);
-    `proof` lists every identity that was checked."""
+    `proof` lists every identity that was checked. `stacks` are the chains of blocks, with the masks that govern them."""
 
     blocks: tuple[Block, ...]
     outer_norms: tuple[ModuleCall | NormPiece, ...] = ()
     proof: tuple[Identity, ...] = ()
+    stacks: tuple[Stack, ...] = ()
+
+    def stack_of(self, block: int) -> int:
+        """The number of the stack that the block with this number belongs to."""
+        return next(i for i, stack in enumerate(self.stacks) if block in stack.blocks)
 
     @property
     def norm_placement(self) -> str:

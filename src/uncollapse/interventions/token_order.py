@@ -23,23 +23,32 @@ from torch import Tensor, nn
 from uncollapse.anatomy.interception import Handler, Point, intercepted
 from uncollapse.anatomy.operands import forbidden_by_addition, fused_arguments, spread_out, step_without
 from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.stacks import given_mask, hides
 from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, MaskingStep
 from uncollapse.errors import UnsupportedModel
+from uncollapse.sources.batches import bound
 
 
 @contextlib.contextmanager
 def mask_removed(model: nn.Module, anatomy: Anatomy, blocks: frozenset[int]) -> Iterator[None]:
     """Within the context, self-attention in the given blocks sees every real token."""
-    padding: list[Tensor | None] = [None]
+    paddings: list[list[Tensor | None]] = [[None] for _ in anatomy.stacks]
 
     def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        hides = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
-        padding[0] = mask.bool() if hides and isinstance(mask, Tensor) else None
+        given = bound(model, args, kwargs)
+        for stack, padding in zip(anatomy.stacks, paddings, strict=True):
+            mask = given_mask(stack, given)
+            padding[0] = mask
+            if any(m.unit == "other" and hides(m, given) for m in stack.masks):
+                raise UnsupportedModel(
+                    f"without: expected padding that is told token by token, got {stack.masks[0].tensor!r} in another unit. Which "
+                    f"tokens of {type(model).__name__} are padding is not known inside its own pass. Pass a batch without padding."
+                )
 
     handlers: dict[Point, Handler] = {}
     for number, block in enumerate(anatomy.blocks):
+        padding = paddings[anatomy.stack_of(number)]
         for call in (c for p in block.parts if p.kind == "attention" for c in p.attention if number in blocks):
             if call.is_fused:
                 handlers[call.product] = _unmasked_fused(call, padding)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from uncollapse.records.common import SEVERITIES, Finding, Severity, Stack
-from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
+from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord, stacks
 
 # All of these are distances from collapse: half of what the nearest healthy run of the deriving half keeps. Those runs, and how
 # near the other models come, are in docs/validity.md.
@@ -101,13 +101,6 @@ def _place(block: int | None, stack: Stack | None) -> str:
     return where + (f" ({stack})" if stack else "")
 
 
-def _stacks(sites: Iterable[SiteRecord]) -> Iterator[list[SiteRecord]]:
-    by_stack: dict[Stack | None, list[SiteRecord]] = {}
-    for site in sites:
-        by_stack.setdefault(site.stack, []).append(site)
-    yield from by_stack.values()
-
-
 def _calls(attention: Iterable[AttentionRecord]) -> Iterator[list[AttentionRecord]]:
     by_call: dict[tuple[int, str], list[AttentionRecord]] = {}
     for record in attention:
@@ -116,7 +109,7 @@ def _calls(attention: Iterable[AttentionRecord]) -> Iterator[list[AttentionRecor
 
 
 def not_finite(observed: Observed) -> Iterator[Reading]:
-    for sites in _stacks(observed.trajectory):
+    for sites in stacks(observed.trajectory):
         bad = [s for s in sites if s.not_finite]
         if bad:
             first = bad[0]
@@ -140,7 +133,7 @@ def not_finite(observed: Observed) -> Iterator[Reading]:
 def consensus(observed: Observed) -> Iterator[Reading]:
     """Behind a norm, where neither a common level nor a massive token counts; and against the embedding, for a text that
     repeats its tokens enters with them alike already, and that is not the model's doing."""
-    for sites in _stacks(observed.trajectory):
+    for sites in stacks(observed.trajectory):
         measured = [(s, s.consensus_after_norm.mean) for s in sites if s.consensus_after_norm is not None]
         if not measured or measured[0][0].block is not None:
             continue
@@ -210,7 +203,7 @@ def _alike_from_the_start(embedding: SiteRecord, value: float) -> Reading:
 
 def rank_lost(observed: Observed) -> Iterator[Reading]:
     """Against what so many tokens of this width can have, and against the embedding, whose table may be of low rank."""
-    for sites in _stacks(observed.trajectory):
+    for sites in stacks(observed.trajectory):
         shares = [
             (s, s.affine_rank.mean / s.attainable_affine_rank.mean)
             for s in sites
@@ -240,24 +233,29 @@ def rank_lost(observed: Observed) -> Iterator[Reading]:
 
 def _with_different_tokens(observed: Observed) -> Iterator[list[AttentionRecord]]:
     """The attention calls of stacks whose text is no single token, or two or three, repeated."""
-    distinct = {s.stack: s.distinct_tokens.mean for s in observed.trajectory if s.distinct_tokens is not None}
+    distinct = {
+        site.block: sites[0].distinct_tokens.mean
+        for sites in stacks(observed.trajectory)
+        for site in sites
+        if sites[0].distinct_tokens is not None
+    }
     for records in _calls(observed.attention):
-        if distinct.get(records[0].stack, math.inf) >= DIFFERENT_TOKENS:
+        if distinct.get(records[0].block, math.inf) >= DIFFERENT_TOKENS:
             yield records
 
 
 def _with_tokens_apart(observed: Observed) -> Iterator[list[AttentionRecord]]:
     """Those of them whose tokens can be told apart where they are read: no attention chooses among equal keys, and that the
     tokens have come together is said once, of the depth."""
-    entering: dict[tuple[Stack | None, int], float] = {}
-    for sites in _stacks(observed.trajectory):
+    entering: dict[int, float] = {}
+    for sites in stacks(observed.trajectory):
         values = [None if s.consensus_after_norm is None else s.consensus_after_norm.mean for s in sites]
         start = values[0]
         for before, site in zip(values, sites[1:], strict=False):
             if site.block is not None and before is not None and start is not None:
-                entering[site.stack, site.block] = min(before / max(CONSENSUS * start, 1e-12), before / APART_AT_ENTRY)
+                entering[site.block] = min(before / max(CONSENSUS * start, 1e-12), before / APART_AT_ENTRY)
     for records in _with_different_tokens(observed):
-        if entering.get((records[0].stack, records[0].block), math.inf) >= 1:
+        if entering.get(records[0].block, math.inf) >= 1:
             yield records
 
 
@@ -278,13 +276,16 @@ def rank_one(observed: Observed) -> Iterator[Reading]:
 
     Relative to the length below 16 tokens: the fewer other keys a row has, the more of it a sink on the first token takes, in
     proportion, so that healthy language models keep 0.04 of two tokens' spread and 0.2 of sixteen's."""
-    tokens = {s.stack: s.attainable_rank.mean for s in reversed(observed.trajectory) if s.attainable_rank is not None}
+    tokens: dict[int | None, float] = {}
+    for sites in stacks(observed.trajectory):
+        known = next((s.attainable_rank.mean for s in sites if s.attainable_rank is not None), math.inf)
+        tokens |= dict.fromkeys([site.block for site in sites], known)
     for records in _with_tokens_apart(observed):
         measured = [(r, r.value_contraction.mean) for r in records if r.value_contraction is not None]
         if not measured:
             continue
         most, kept = max(measured, key=lambda pair: pair[1])
-        distance = kept / min(1.0, tokens.get(most.stack, math.inf) / FEW_TOKENS)
+        distance = kept / min(1.0, tokens.get(most.block, math.inf) / FEW_TOKENS)
         message = f"gives every token the same mixture: its most alive head, {most.head}, keeps {kept:.2g} of its values' spread."
         finding = _width_finding("WIDTH-RANK-ONE", most, distance, CONTRACTION, message)
         yield Reading(_margin(distance, CONTRACTION), finding)

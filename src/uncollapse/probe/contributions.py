@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, addition_operands, counted, device_of, intercepted
 from uncollapse.anatomy.probing import full_precision, probing
-from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.anatomy.proof import blocks_alone, proved_anatomy
+from uncollapse.anatomy.stacks import Padding, paddings
 from uncollapse.anatomy.tracing import operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Layout, ModuleCall
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.probe.projections import projected_cloud, projection_map
-from uncollapse.sources import check_batches, token_mask
+from uncollapse.sources import check_batches
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,11 @@ def head_contributions(
     readings = _readings(model, anatomy, blocks)
     device = device_of(model)
     given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
-    with probing(model), _installed(model, readings):
-        model(**given)
-    return map(_Contributor(model, given), readings)
+    with probing(model):
+        padding = paddings(model, given, anatomy, blocks_alone)
+        with _installed(model, readings):
+            model(**given)
+    return map(_Contributor(model, given, anatomy, padding), readings)
 
 
 @dataclass
@@ -238,6 +241,8 @@ class _Contributor:
 
     model: nn.Module
     batch: Mapping[str, Any]
+    anatomy: Anatomy
+    paddings: Sequence[Padding]
 
     def __call__(self, reading: _Reading) -> HeadContributions:
         cloud = self._cloud(reading)
@@ -294,14 +299,14 @@ class _Contributor:
 
     def _mask(self, reading: _Reading, cloud: Tensor) -> Tensor:
         """True for the real tokens of the cloud."""
-        is_decoder = reading.block.stack == "decoder" and "decoder_input_ids" in self.batch
-        mask = token_mask(self.batch, "decoder_attention_mask" if is_decoder else "attention_mask")
+        padding = self.paddings[self.anatomy.stack_of(reading.number)]
+        mask = padding.mask
         if mask is not None and mask.shape == cloud.shape[:2]:
             return mask.to(cloud.device)
-        if mask is not None and not bool(mask.all()):
+        if mask is not None or padding.reason:
             raise InputError(
-                f"head_contributions: expected {mask.shape[-1]} tokens in {reading.place}, as in the attention mask, got "
-                f"{cloud.shape[1]}. This model changes the number of tokens, so padding cannot be told apart inside it. "
-                "Pass a batch without padding."
+                f"head_contributions: expected {cloud.shape[1] if mask is None else mask.shape[-1]} tokens in {reading.place}, as "
+                f"in the mask of its stack, got {padding.reason or cloud.shape[1]}. This model changes the number of tokens, so "
+                "padding cannot be told apart inside it. Pass a batch without padding."
             )
         return torch.ones(cloud.shape[:2], dtype=torch.bool, device=cloud.device)

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, device_of, intercepted
 from uncollapse.anatomy.probing import full_precision, probing
-from uncollapse.anatomy.proof import block_output
+from uncollapse.anatomy.proof import block_output, blocks_alone
+from uncollapse.anatomy.stacks import Padding, paddings
 from uncollapse.anatomy.tracing import operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Block, Part
 from uncollapse.errors import InputError, UncollapseError
@@ -43,7 +44,6 @@ from uncollapse.probe.attention_calls import AttentionRows, CallObserver
 from uncollapse.probe.projections import holds, projected_cloud, projection_matrix
 from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, SiteStatistics, distinct_tokens
 from uncollapse.probe.sublayers import NormStatistics, Sublayers, UpdateStatistics
-from uncollapse.sources import token_mask
 
 Progress = Callable[[str, int, int], None]
 Level = Literal["core", "full"]
@@ -52,8 +52,9 @@ Observer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], 
 
 @dataclass
 class Observations:
-    """What one probe pass saw: a site for each stack's embedding and each block, an entry for each attention call; at level
-    `full` also one for each update and for each norm call inside a block."""
+    """What one probe pass saw: a site for each stack's embedding and each of its blocks, stack after stack, and an entry for
+    each attention call; at level `full` also one for each update and for each norm call inside a block. `sequences`, `tokens`
+    (real ones) and `max_tokens` are those of the first stack's stream."""
 
     sites: list[SiteStatistics]
     attention: list[AttentionStatistics]
@@ -86,9 +87,10 @@ def capture(
         for number, batch in enumerate(batches):
             if progress is not None:
                 progress("probe", number, len(batches))
-            on_device = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            on_device = {k: v.to(device).contiguous() if isinstance(v, Tensor) else v for k, v in batch.items()}
             probe.begin(on_device)
             output = model(**on_device)
+            probe.count()
             if on_output is not None:
                 on_output(on_device, output)
         if progress is not None:
@@ -102,13 +104,17 @@ class _Probe:
     def __init__(self, model: nn.Module, anatomy: Anatomy, level: Level, spectra: bool) -> None:
         self.model, self.anatomy, self.level, self.spectra = model, anatomy, level, spectra
         self.observations = Observations([], [])
-        self.batch_size = 0
-        self.masks: dict[str, Tensor | None] = {}
+        self.batch_size = 0  # sequences in the stream of the block that is running
+        self.paddings: list[Padding] = []  # by stack
+        self.shapes: dict[int, tuple[int, int]] = {}  # by stack: sequences and tokens of its clouds in this batch
+        self.entered_shapes: dict[
+            int, tuple[int, int]
+        ] = {}  # by block: sequences and tokens of the stream that entered it
+        self.real: dict[int, int] = {}  # by stack: real tokens in this batch
         self.runs: dict[str, int] = {}
-        self.stream_tokens: dict[int, int] = {}  # by block: of the stream that entered it
         self.heads_output: Tensor | None = None  # of the attention call whose output projection is still to come
         self.matrices: dict[str, Tensor] = {}
-        self.distinct: dict[str, Tensor | None] = {}  # by stack: different token ids of each sequence
+        self.distinct: list[Tensor | None] = []  # by stack: different token ids of each sequence
         self.entered: dict[str, Tensor] = {}  # by site: the cloud that entered the block that is running
         # What reads the stream takes each token's mean away, if it is a layer norm.
         readers = [n for b in anatomy.blocks for n in b.norms if n.role in {"before", "post"}]
@@ -116,23 +122,19 @@ class _Probe:
         self.thread: int | None = None  # the thread of the probe's own pass, while one runs
         self.sublayers: Sublayers | None = None
         if level == "full":
-            self.sublayers = Sublayers(model, anatomy, self._cloud, self._mask, self._is_own)
+            self.sublayers = Sublayers(model, anatomy, self._tokens_of, self._is_own)
             self.observations.updates, self.observations.norms = self.sublayers.updates, self.sublayers.norms
 
     # Installation -------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def installed(self) -> Any:
         observers: dict[Point, Observer] = {}
-        block_hooks: dict[str, dict[int, list[tuple[bool, SiteStatistics, Block]]]] = {}
+        block_hooks: dict[str, dict[int, list[tuple[SiteStatistics | None, SiteStatistics, Block]]]] = {}
         projections: dict[str, dict[int, AttentionStatistics]] = {}
-        begun: set[str | None] = set()
+        sites = self._sites()
         for number, block in enumerate(self.anatomy.blocks):
             by_call = block_hooks.setdefault(block.module.name, {}).setdefault(block.module.call, [])
-            if block.stack not in begun:
-                begun.add(block.stack)
-                site = "embedding" if block.stack != "decoder" else "decoder.embedding"
-                by_call.append((True, self._site(SiteStatistics(site, None, block.stack)), block))
-            by_call.append((False, self._site(SiteStatistics(f"block.{number}", number, block.stack)), block))
+            by_call.append((*sites[number], block))
             for part in block.parts:
                 if part.kind in {"attention", "cross"}:
                     self._attend(number, block, part, observers, projections)
@@ -152,9 +154,18 @@ class _Probe:
                 stack.callback(module.register_forward_hook(leave).remove)
             yield
 
-    def _site(self, site: SiteStatistics) -> SiteStatistics:
-        self.observations.sites.append(site)
-        return site
+    def _sites(self) -> dict[int, tuple[SiteStatistics | None, SiteStatistics]]:
+        """By block: the embedding's site where it begins a stack, and its own."""
+        found: dict[int, tuple[SiteStatistics | None, SiteStatistics]] = {}
+        named: dict[str, int] = {}
+        for stack in self.anatomy.stacks:
+            name = "embedding" if stack.name != "decoder" else "decoder.embedding"
+            named[name] = named.get(name, 0) + 1
+            embedding = SiteStatistics(name if named[name] == 1 else f"{name}.{named[name]}", None, stack.name)
+            sites = [SiteStatistics(f"block.{number}", number, stack.name) for number in stack.blocks]
+            self.observations.sites += [embedding, *sites]
+            found |= {n: (embedding if i == 0 else None, sites[i]) for i, n in enumerate(stack.blocks)}
+        return found
 
     def _end(self, *_: Any) -> None:
         if self._is_own():
@@ -178,7 +189,7 @@ class _Probe:
     def _hooks(
         self,
         name: str,
-        sites: Mapping[int, list[tuple[bool, SiteStatistics, Block]]],
+        sites: Mapping[int, list[tuple[SiteStatistics | None, SiteStatistics, Block]]],
         attentions: Mapping[int, AttentionStatistics],
     ) -> tuple[Callable[..., None], Callable[..., None]]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -186,17 +197,18 @@ class _Probe:
                 return
             run = self.runs.get(name, 0)
             self.runs[name] = run + 1
-            for at_entry, site, block in sites.get(run, ()):
+            for embedding, site, block in sites.get(run, ()):
                 key = block.stream_input
                 given = args[key] if isinstance(key, int) else kwargs[key]
-                if site.block is not None:
-                    self.stream_tokens[site.block] = self._cloud(given, block.token_axis).shape[1]
-                if at_entry:
+                if embedding is not None:
                     with full_precision(given):
-                        self._measure_site(site, given, block)
-                else:
-                    # A copy: a block may add to its stream in place.
-                    self.entered[site.site] = self._cloud(given, block.token_axis).clone()
+                        self._measure_site(embedding, given, block, self._stack(site))
+                cloud = self._cloud(given, block, self._stack(site))
+                if cloud is not None:
+                    assert site.block is not None
+                    self.batch_size = len(cloud)
+                    self.entered_shapes[site.block] = (cloud.shape[0], cloud.shape[1])
+                    self.entered[site.site] = cloud.clone()  # a copy: a block may add to its stream in place
             if run in attentions:
                 given = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
                 with full_precision(given):
@@ -206,11 +218,10 @@ class _Probe:
             if not self._is_own():
                 return
             run = self.runs[name] - 1
-            for at_entry, site, block in sites.get(run, ()):
-                if not at_entry:
-                    stream = block_output(output, block.stream_output)
-                    with full_precision(stream):
-                        self._measure_site(site, stream, block)
+            for _embedding, site, block in sites.get(run, ()):
+                stream = block_output(output, block.stream_output)
+                with full_precision(stream):
+                    self._measure_site(site, stream, block, self._stack(site))
 
         return enter, leave
 
@@ -276,7 +287,7 @@ class _Probe:
             observer = CallObserver(
                 each,
                 sequences=lambda: self.batch_size,
-                tokens=lambda: self.stream_tokens.get(number),
+                tokens=lambda: self.entered_shapes.get(number, (0, None))[1],
                 query_mask=functools.partial(self._query_mask, statistics),
                 susceptibility=self.level == "full",
                 spectra=self.spectra,
@@ -287,49 +298,56 @@ class _Probe:
 
     # Batches ------------------------------------------------------------------------------------------------------
     def begin(self, batch: Mapping[str, Any]) -> None:
-        """Note the batch's size and masks before the model runs on it."""
+        """Note the batch's masks and ids before the model runs on it."""
         self.runs.clear()
         self.entered.clear()
-        self.thread = threading.get_ident()
+        self.shapes.clear()
+        self.entered_shapes.clear()
+        self.real.clear()
         self.batch_size = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
-        encoder = token_mask(batch)
-        decoder = token_mask(batch, "decoder_attention_mask") if "decoder_input_ids" in batch else encoder
-        self.masks = {"encoder": encoder, "decoder": decoder, "": encoder}
-        own = distinct_tokens(batch, "input_ids", encoder)
-        self.distinct = {"encoder": own, "decoder": own, "": own}
-        if "decoder_input_ids" in batch:
-            self.distinct["decoder"] = distinct_tokens(batch, "decoder_input_ids", decoder)
-        lengths = encoder.sum(-1) if encoder is not None else None
-        if lengths is None:
-            first = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim >= 2), None)
-            known = first is not None and first.ndim == 2 and not first.is_floating_point()
-            lengths = torch.full((self.batch_size,), first.shape[1] if known and first is not None else 0)
+        self.paddings = paddings(self.model, batch, self.anatomy, blocks_alone)
+        self.distinct = [
+            distinct_tokens(stack, batch, padding.mask)
+            for stack, padding in zip(self.anatomy.stacks, self.paddings, strict=True)
+        ]
         if self.sublayers is not None:
-            self.sublayers.begin(self.batch_size)
-        self.observations.sequences += self.batch_size
-        self.observations.tokens += int(lengths.sum())
-        self.observations.max_tokens = max(self.observations.max_tokens, int(lengths.max()))
+            self.sublayers.begin()
+        self.thread = threading.get_ident()
 
-    def _mask(self, stack: str | None, tokens: int, what: str) -> Tensor | None:
-        """The token mask of a stack for a cloud of `tokens` rows; `None` when every row is real."""
-        mask = self.masks[stack or ""]
-        if mask is None or (mask.shape[-1] == tokens and bool(mask.all())):
-            return None
-        if mask.shape[-1] == tokens:
+    def count(self) -> None:
+        """Count the sequences and tokens of the batch that was run."""
+        sequences, tokens = self.shapes.get(0, (0, 0))
+        self.observations.sequences += sequences
+        self.observations.tokens += self.real.get(0, 0)
+        self.observations.max_tokens = max(self.observations.max_tokens, tokens)
+
+    def _stack(self, site: SiteStatistics) -> int:
+        assert site.block is not None
+        return self.anatomy.stack_of(site.block)
+
+    def _mask(self, stack: int, tokens: int, what: str) -> Tensor | None:
+        """The token mask of a stack, by its number, for a cloud of `tokens` rows; `None` when every row is real."""
+        mask = self.paddings[stack].mask
+        if mask is None or mask.shape[-1] == tokens:
             return mask
-        if bool(mask.all()):
-            return None
         raise InputError(
-            f"capture: expected {mask.shape[-1]} tokens at {what}, as in the attention mask, got {tokens}. "
+            f"capture: expected {mask.shape[-1]} tokens at {what}, as in the mask of its stack, got {tokens}. "
             "This model changes the number of tokens, so padding cannot be told apart inside it. "
             "Pass batches without padding (batch_size=1 for texts)."
         )
 
     # Sites --------------------------------------------------------------------------------------------------------
-    def _measure_site(self, site: SiteStatistics, stream: Tensor, block: Block) -> None:
-        cloud = self._cloud(stream, block.token_axis)
+    def _measure_site(self, site: SiteStatistics, stream: Tensor, block: Block, stack: int) -> None:
+        cloud = self._cloud(stream, block, stack)
+        if cloud is None:
+            site.width = stream.shape[-1]
+            site.reason = self.paddings[stack].reason or block.axes_reason
+            return
         site.width = cloud.shape[-1]
-        mask = self._mask(site.stack, cloud.shape[1], site.site)
+        mask = self._cloud_mask(stack, cloud, site.site)
+        if site.block is None:
+            self.shapes[stack] = (cloud.shape[0], cloud.shape[1])
+            self.real[stack] = cloud.shape[0] * cloud.shape[1] if mask is None else int(mask.sum())
         measured = geometry.cloud_measures(cloud, mask)
         finite = cloud.isfinite().all(-1)
         if mask is not None:
@@ -344,26 +362,68 @@ class _Probe:
         before, carried = self.entered.pop(site.site, None), torch.full_like(apart, math.nan)
         if before is not None and before.shape == cloud.shape:
             carried = geometry.stream_carried(before, cloud, mask, is_normalized=block.placement == "post")
-        distinct = self.distinct[site.stack or ""] if site.block is None else None
+        distinct = self.distinct[stack] if site.block is None else None
         if distinct is None or len(distinct) != len(apart):
             distinct = torch.full_like(apart, math.nan)
         site.stream = site.stream.add(torch.stack([apart, carried, distinct.to(apart)], -1))
 
-    def _cloud(self, stream: Tensor, token_axis: int | None) -> Tensor:
-        """The stream as [batch, token, width], whatever axes the model uses."""
-        if token_axis is None:
-            return stream.reshape(self.batch_size, -1, stream.shape[-1])
-        if token_axis == 0:
-            return stream.transpose(0, 1)
-        return stream.flatten(1, -2)  # a grid of patches, or tokens already
+    def _cloud(self, stream: Tensor, block: Block, stack: int) -> Tensor | None:
+        """The stream as [sequence, token, width], whatever axes the model uses; rows that belong to no sequence are zero. None
+        where its tokens cannot be told."""
+        if block.axes is None or self.paddings[stack].reason or stream.ndim != block.axes.ndim:
+            return None
+        cloud = block.axes.cloud(stream)
+        parts = self.paddings[stack].segments
+        if block.axes.sequence is not None or parts is None:
+            return cloud
+        return nn.utils.rnn.pad_sequence([cloud[0][rows.to(cloud.device)] for rows in parts], batch_first=True)
+
+    def _cloud_mask(self, stack: int, cloud: Tensor, what: str) -> Tensor | None:
+        """Which rows of a cloud are real tokens; `None` when all are."""
+        parts = self.paddings[stack].segments
+        if parts is None:
+            return self._mask(stack, cloud.shape[1], what)
+        lengths = torch.tensor([len(rows) for rows in parts], device=cloud.device)
+        mask = torch.arange(cloud.shape[1], device=cloud.device) < lengths[:, None]
+        return None if bool(mask.all()) else mask
+
+    def _tokens_of(self, number: int, x: Tensor, what: str) -> tuple[Tensor, Tensor | None] | None:
+        """What a block with this number computes for its tokens, as [sequence, token, width], and which are real; None where the
+        tokens cannot be told, or are not those of its stream."""
+        block, stack = self.anatomy.blocks[number], self.anatomy.stack_of(number)
+        axes, shape = block.axes, self.entered_shapes.get(number)
+        if axes is None:
+            return None
+        if x.ndim == axes.ndim:
+            cloud = self._cloud(x, block, stack)
+            shape = shape or (
+                None if cloud is None else (cloud.shape[0], cloud.shape[1])
+            )  # the stream itself, on entry
+        elif x.ndim == 2 and shape is not None and axes.sequence == 0 and len(x) == math.prod(shape):
+            cloud = x.reshape(*shape, -1)  # rows of all sequences, one after another
+        else:
+            cloud = None
+        if cloud is None or tuple(cloud.shape[:2]) != shape:
+            return None
+        try:
+            return cloud, self._cloud_mask(stack, cloud, what)
+        except InputError:  # another number of tokens than the mask has
+            return None
 
     # Attention ----------------------------------------------------------------------------------------------------
     def _query_mask(self, statistics: AttentionStatistics, queries: int, sequences: int) -> Tensor | None:
-        mask = self._mask(statistics.stack, queries, f"the attention of block {statistics.block}")
+        mask = self._mask(
+            self.anatomy.stack_of(statistics.block), queries, f"the attention of block {statistics.block}"
+        )
         return mask if mask is None or mask.shape[0] == sequences else None
 
     def _key_mask(self, statistics: AttentionStatistics, keys: int, sequences: int) -> Tensor | None:
-        stack = "encoder" if statistics.kind == "cross" else statistics.stack
+        stack = self.anatomy.stack_of(statistics.block)
+        if statistics.kind == "cross":
+            encoder = next((i for i, s in enumerate(self.anatomy.stacks) if s.name == "encoder"), None)
+            if encoder is None or self.shapes.get(encoder, (0, keys))[1] != keys:
+                return None
+            stack = encoder
         mask = self._mask(stack, keys, f"the keys of block {statistics.block}")
         return mask if mask is None or mask.shape[0] == sequences else None
 
@@ -445,7 +505,8 @@ class _Probe:
         if cloud is None:
             statistics.reasons["energy_share"] = "the tokens of the output projection's input cannot be told apart"
             return
-        mask = self._mask(statistics.stack, cloud.shape[1], f"the output projection of block {statistics.block}")
+        stack = self.anatomy.stack_of(statistics.block)
+        mask = self._mask(stack, cloud.shape[1], f"the output projection of block {statistics.block}")
         if mask is not None and mask.shape[0] != cloud.shape[0]:
             mask = None
         lengths = torch.full(cloud.shape[:1], cloud.shape[1]) if mask is None else mask.sum(-1)

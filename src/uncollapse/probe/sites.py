@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from uncollapse.anatomy.vocabulary import Stack
 from uncollapse.measures.running import Running
 
 PLAIN_MEASURES = [
@@ -36,7 +37,8 @@ STREAM_MEASURES = ["consensus_after_norm", "stream_carried", "distinct_tokens"]
 
 @dataclass
 class SiteStatistics:
-    """Running statistics of the token cloud at one site. `not_finite` counts sequences with NaN or infinity in a real token."""
+    """Running statistics of the token cloud at one site. `not_finite` counts sequences with NaN or infinity in a real
+    token; `reason` says why there are none."""
 
     site: str
     block: int | None
@@ -46,13 +48,14 @@ class SiteStatistics:
     stream: Running = field(default_factory=lambda: Running.empty(len(STREAM_MEASURES)))
     not_finite: int = 0
     width: int = 0
+    reason: str = ""
 
 
-def distinct_tokens(batch: Mapping[str, Any], name: str, mask: Tensor | None) -> Tensor | None:
-    """How many different ids each sequence has, padding left out; None where the model is given none (images, sound)."""
-    named = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point()}
-    ids = named.get(name, next((v for k, v in named.items() if "mask" not in k and v.dtype != torch.bool), None))
-    if ids is None:
+def distinct_tokens(stack: Stack, batch: Mapping[str, Any], mask: Tensor | None) -> Tensor | None:
+    """How many different ids each sequence has, padding left out; None where the stack is given none (images, sound)."""
+    ids = batch.get(stack.ids or "")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
         return None
-    real = mask if mask is not None and mask.shape == ids.shape else torch.ones_like(ids, dtype=torch.bool)
+    ids = ids.T if stack.ids_transposed else ids
+    real = mask.to(ids.device) if mask is not None and mask.shape == ids.shape else torch.ones_like(ids).bool()
     return torch.tensor([len(row[kept].unique()) for row, kept in zip(ids, real, strict=True)])

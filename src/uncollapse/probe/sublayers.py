@@ -27,7 +27,6 @@ from uncollapse.anatomy.interception import Handler, Point, addition_operands
 from uncollapse.anatomy.probing import full_precision
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Block, ModuleCall, Norm, NormPiece, Part, Residual
-from uncollapse.errors import InputError
 from uncollapse.interventions import without
 from uncollapse.measures import geometry
 from uncollapse.measures.affine_fit import HELD_OUT_EVERY, AffineFit
@@ -38,8 +37,7 @@ from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import NormRecord, UpdateRecord
 
 Stack = Literal["encoder", "decoder"] | None
-CloudOf = Callable[[Tensor, int | None], Tensor]
-MaskOf = Callable[[Stack, int, str], Tensor | None]
+TokensOf = Callable[[int, Tensor, str], tuple[Tensor, Tensor | None] | None]  # block, values, what: cloud, real tokens
 
 UPDATE_MEASURES = ["relative_norm", "out_of_span_energy", "null_out_of_span_energy", "hidden_effective_rank"]
 NORM_MEASURES = ["affine_rank_before", "affine_rank_after", "one in X", "scales in image", "kernel"]
@@ -103,7 +101,7 @@ class _Batch:
     """What is under way in the present batch: spans by stack; by part what its MLP reads and its hidden layer's rank, and
     the sizes of the update; by residual addition the size of its stream."""
 
-    spans: dict[Stack, _Span] = field(default_factory=dict)
+    spans: dict[int, _Span] = field(default_factory=dict)
     inputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     hidden: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     partial: dict[tuple[int, int], tuple[int, Tensor]] = field(default_factory=dict)
@@ -113,14 +111,13 @@ class _Batch:
 
 class Sublayers:
     """Observes the updates and norms of one probe pass: `handlers` are for the residual additions, `installed()` holds the
-    hooks; `begin` comes before each batch. `cloud` and `mask` are the probe's way to tell tokens, `is_own` whether a hook was
-    reached by the probe's own pass."""
+    hooks; `begin` comes before each batch. `tokens_of` is the probe's way to tell tokens, `is_own` whether a hook was reached by
+    the probe's own pass."""
 
-    def __init__(
-        self, model: nn.Module, anatomy: Anatomy, cloud: CloudOf, mask: MaskOf, is_own: Callable[[], bool]
-    ) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy, tokens_of: TokensOf, is_own: Callable[[], bool]) -> None:
         self.model, self.is_own = model, is_own
-        self._cloud, self._mask = cloud, mask
+        self._tokens_of = tokens_of
+        self._stack_of = {n: i for i, stack in enumerate(anatomy.stacks) for n in stack.blocks}
         self.updates: list[UpdateStatistics] = []
         self.norms: list[NormStatistics] = []
         self.handlers: dict[Point, Handler] = {}
@@ -129,20 +126,19 @@ class Sublayers:
         self._laws: dict[str | ModuleCall | NormPiece, NormLaw | None] = {}
         self._runs: dict[str, int] = {}
         self._batch = _Batch()
-        self._before, self._size = 0, 0  # sequences in the batches before this one, and in it
+        self._before, self._size = 0, 0  # sequences in the batches before this one, and in it, as far as they were met
         removed = without.is_ablated(model)  # a removed addition would shift the count of the others
-        begun: set[Stack] = set()
+        first = {stack.blocks[0] for stack in anatomy.stacks}
         for number, block in enumerate(anatomy.blocks):
-            if block.stack not in begun and not removed:
-                begun.add(block.stack)
-                self._on_entry(block.module, functools.partial(self._measure_span, block))
+            if number in first and not removed:
+                self._on_entry(block.module, functools.partial(self._measure_span, number, block))
             found = [self._update_statistics(number, block, part, removed) for part in block.parts]
             self.updates += found
             if not removed:
                 self._watch_parts(number, block, found)
             for norm in block.norms:
                 if norm.role != "inner":
-                    self._watch_norm(number, block, norm, removed)
+                    self._watch_norm(number, norm, removed)
 
     # What is watched ----------------------------------------------------------------------------------------------
     def _on_entry(self, place: ModuleCall, action: Callable[..., None]) -> None:
@@ -174,25 +170,25 @@ class Sublayers:
         for index, (part, statistics) in enumerate(zip(block.parts, found, strict=True)):
             key = (number, index)
             if part.reads is not None and statistics.fit is not None:
-                self._on_entry(part.reads, functools.partial(self._keep_inputs, block, key))
+                self._on_entry(part.reads, functools.partial(self._keep_inputs, key))
             if part.writes is not None and statistics.sublayer == "mlp":
-                self._on_entry(part.writes, functools.partial(self._measure_hidden, block, key))
+                self._on_entry(part.writes, functools.partial(self._measure_hidden, key))
         for place, residual in enumerate(block.residuals):
             alone = [leaves for node in residual.additions for leaves in (node.first, node.second) if len(leaves) == 1]
             summands = {part: alone.count(frozenset({part})) for part in residual.parts}
             for node in residual.additions:
                 sides = [next(iter(leaves)) if len(leaves) == 1 else None for leaves in (node.first, node.second)]
                 self.handlers[node.point] = functools.partial(
-                    self._add, block, number, (place, residual), sides, summands, found
+                    self._add, number, (place, residual), sides, summands, found
                 )
 
-    def _watch_norm(self, number: int, block: Block, norm: Norm, removed: bool) -> None:
+    def _watch_norm(self, number: int, norm: Norm, removed: bool) -> None:
         statistics = NormStatistics(number, str(norm))
         self.norms.append(statistics)
         if removed:
             statistics.reasons = dict.fromkeys(["affine_rank_before", "affine_rank_after", "brackets"], _REMOVED)
             return
-        action = functools.partial(self._measure_norm, statistics, block, norm)
+        action = functools.partial(self._measure_norm, statistics, number, norm)
         if norm.piece is not None:
             self.handlers |= self._at_piece(norm.piece, action)
         else:
@@ -235,9 +231,9 @@ class Sublayers:
                 stack.callback(module.register_forward_hook(leave, prepend=True, with_kwargs=True).remove)
             yield
 
-    def begin(self, size: int) -> None:
-        """A batch of `size` sequences comes."""
-        self._before, self._size = self._before + self._size, size
+    def begin(self) -> None:
+        """A batch comes."""
+        self._before, self._size = self._before + self._size, 0
         self._runs.clear()
         self._batch = _Batch()
 
@@ -256,50 +252,40 @@ class Sublayers:
                 for action in self._leaving.get(name, {}).get(self._runs[name] - 1, ()):
                     action(module, given, next(tensors_in(output)))
 
-    def _tokens(self, block: Block, x: Tensor, what: str) -> _Cloud | None:
-        """The tokens of the stack; None where they cannot be told."""
-        if x.ndim == 2 and block.token_axis == 0:
+    def _tokens(self, number: int, x: Tensor, what: str) -> _Cloud | None:
+        """The tokens of the block's stack; None where they cannot be told."""
+        found = self._tokens_of(number, x, what)
+        if found is None:
             return None
-        axis = None if x.ndim == 2 else block.token_axis  # rows of all sequences, one after another
-        if axis is None and x.numel() % (self._size * x.shape[-1]):
-            return None
-        cloud = self._cloud(x, axis)
-        if cloud.shape[0] != self._size:
-            return None
-        try:
-            mask = self._mask(block.stack, cloud.shape[1], what)
-        except InputError:  # another number of tokens than the mask has
-            return None
+        cloud, mask = found
+        self._size = max(self._size, len(cloud))
         real = torch.ones(cloud.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.to(x.device)
         return _Cloud(cloud, real, (cloud.isfinite().all(-1) | ~real).all(-1))
 
     # Updates ------------------------------------------------------------------------------------------------------
-    def _measure_span(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _measure_span(self, number: int, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream = args[block.stream_input] if isinstance(block.stream_input, int) else kwargs[block.stream_input]
-        cloud = self._tokens(block, stream, "the embedding")
+        cloud = self._tokens(number, stream, "the embedding")
         if cloud is not None:
             basis = geometry.row_space(cloud.double(), cloud.real, precision=stream.dtype)
             directions = basis.square().sum((-2, -1)).round()
-            known = cloud.finite & (directions < stream.shape[-1])
-            self._batch.spans[block.stack] = _Span(basis, known)
+            known = cloud.finite & (directions < cloud.x.shape[-1])
+            self._batch.spans[self._stack_of[number]] = _Span(basis, known)
 
-    def _keep_inputs(self, block: Block, key: tuple[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _keep_inputs(self, key: tuple[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = next(tensors_in([args, kwargs]))
         is_wide = given.shape[-1] > WIDEST_FIT  # and only asked for its width
         self._batch.inputs[key] = given if is_wide else given.clone()  # the model may write into it before the addition
 
-    def _measure_hidden(
-        self, block: Block, key: tuple[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _measure_hidden(self, key: tuple[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = next(tensors_in([args, kwargs]))
-        cloud = self._tokens(block, given, "the hidden layer")
+        cloud = self._tokens(key[0], given, "the hidden layer")
         if cloud is not None:
             measured = geometry.cloud_measures(cloud.x, cloud.real)
             self._batch.hidden[key] = measured.effective_rank
 
     def _add(
         self,
-        block: Block,
         number: int,
         residual: tuple[int, Residual],
         sides: list[int | None],
@@ -315,13 +301,12 @@ class Sublayers:
             with full_precision(operands[0]):
                 for side, operand in zip(sides, operands, strict=True):
                     if side is not None:
-                        self._meet(block, (number, residual[0]), side, operand, summands, found)
+                        self._meet((number, residual[0]), side, operand, summands, found)
                 self._relate(number, residual, found)
         return function(*args, **kwargs)
 
     def _meet(
         self,
-        block: Block,
         place: tuple[int, int],
         side: int,
         operand: Tensor,
@@ -329,19 +314,17 @@ class Sublayers:
         found: list[UpdateStatistics],
     ) -> None:
         """One operand of a residual addition that is the stream alone or one part alone."""
-        cloud = self._tokens(block, operand, f"block {place[0]}")
+        cloud = self._tokens(place[0], operand, f"block {place[0]}")
         if side == STREAM:
             if cloud is not None:
                 self._batch.streams.setdefault(place, _size(cloud))
         elif cloud is not None:
-            self._sum_up(block, (place[0], side), cloud, summands[side], found[side])
+            self._sum_up((place[0], side), cloud, summands[side], found[side])
         else:
             measures = [*UPDATE_MEASURES, "nonlinear_innovation"]
             found[side].reasons = dict.fromkeys(measures, _NO_TOKENS) | found[side].reasons
 
-    def _sum_up(
-        self, block: Block, key: tuple[int, int], cloud: _Cloud, summands: int, statistics: UpdateStatistics
-    ) -> None:
+    def _sum_up(self, key: tuple[int, int], cloud: _Cloud, summands: int, statistics: UpdateStatistics) -> None:
         """Measure the update, once all its summands are there: most have one."""
         if summands > 1:
             seen, total = self._batch.partial.get(key, (0, torch.zeros_like(cloud.x)))
@@ -352,12 +335,12 @@ class Sublayers:
             cloud = _Cloud(total, cloud.real, (total.isfinite().all(-1) | ~cloud.real).all(-1))
         self._batch.sizes[key] = _size(cloud)
         columns = dict.fromkeys(UPDATE_MEASURES, cloud.missing())
-        columns |= self._out_of_span(statistics, self._batch.spans.get(block.stack), cloud)
+        columns |= self._out_of_span(statistics, self._batch.spans.get(self._stack_of[key[0]]), cloud)
         columns["hidden_effective_rank"] = self._batch.hidden.pop(key, cloud.missing())
         statistics.values = statistics.values.add(torch.stack([columns[name].cpu() for name in UPDATE_MEASURES], -1))
         inputs = self._batch.inputs.pop(key, None)
         if statistics.fit is not None and inputs is not None:
-            self._fit(block, statistics, inputs, cloud)
+            self._fit(key[0], statistics, inputs, cloud)
 
     def _out_of_span(self, statistics: UpdateStatistics, span: _Span | None, cloud: _Cloud) -> dict[str, Tensor]:
         names = ("out_of_span_energy", "null_out_of_span_energy")
@@ -382,7 +365,7 @@ class Sublayers:
         found[names[1]] = (1 - inside / total).clamp(min=0).where(known & (total > 0), math.nan)
         return found
 
-    def _fit(self, block: Block, statistics: UpdateStatistics, inputs: Tensor, update: _Cloud) -> None:
+    def _fit(self, block: int, statistics: UpdateStatistics, inputs: Tensor, update: _Cloud) -> None:
         fit = statistics.fit
         assert fit is not None
         if inputs.shape[-1] > WIDEST_FIT or update.x.shape[-1] > WIDEST_FIT:
@@ -393,7 +376,7 @@ class Sublayers:
             statistics.reasons["nonlinear_innovation"] = _NO_TOKENS
             return
         sound = cloud.finite & update.finite
-        number = torch.arange(self._before, self._before + self._size, device=sound.device)
+        number = torch.arange(self._before, self._before + len(cloud.x), device=sound.device)
         scores = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         statistics.scored += int((sound & scores).sum())
         for held_out in (False, True):
@@ -417,7 +400,7 @@ class Sublayers:
     def _measure_norm(
         self,
         statistics: NormStatistics,
-        block: Block,
+        block: int,
         norm: Norm,
         run: nn.Module | Callable[[Tensor], Tensor] | None,
         given: Tensor,
@@ -432,7 +415,7 @@ class Sublayers:
         precision = max(given.dtype, output.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         measured = geometry.cloud_measures(before.x, before.real, precision=precision)
         ranks_after = geometry.cloud_measures(after.x, after.real, precision=precision).affine_rank
-        brackets = torch.full((self._size, 3), math.nan, dtype=torch.float64)
+        brackets = torch.full((len(before.x), 3), math.nan, dtype=torch.float64)
         where = norm.where if norm.piece is not None else norm.module.name
         if where not in self._laws:
             self._laws[where] = (

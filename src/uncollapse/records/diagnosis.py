@@ -68,7 +68,18 @@ class SiteRecord:
 
 def followed(trajectory: Sequence[SiteRecord]) -> list[SiteRecord]:
     """The sites of the stack along which a collapse is followed: the last one, which is the decoder where there are two."""
-    return [site for site in trajectory if site.stack == trajectory[-1].stack]
+    return stacks(trajectory)[-1] if trajectory else []
+
+
+def stacks(trajectory: Sequence[SiteRecord]) -> list[list[SiteRecord]]:
+    """The sites of each stack: an embedding and the blocks behind it. Two towers are two stacks, though neither is called an
+    encoder or a decoder."""
+    found: list[list[SiteRecord]] = []
+    for site in trajectory:
+        if not found or site.block is None or site.stack != found[-1][-1].stack:
+            found.append([])
+        found[-1].append(site)
+    return found
 
 
 @dataclass(frozen=True)

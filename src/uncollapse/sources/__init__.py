@@ -5,13 +5,22 @@ of text; `tokenize` makes padded batches of them, and `check_batches` looks over
 cannot be used is refused here with one line, before anything slow has run. Import from here, not from the files below.
 """
 
-from uncollapse.sources.batches import check_batches, position_limit, sequence_count, token_count, token_mask, tokenize
+from uncollapse.sources.batches import (
+    bound,
+    check_batches,
+    position_limit,
+    sequence_count,
+    token_count,
+    token_mask,
+    tokenize,
+)
 from uncollapse.sources.loading import DTYPES, LoadedModel, load_model
 from uncollapse.sources.texts import default_texts, read_texts
 
 __all__ = [
     "DTYPES",
     "LoadedModel",
+    "bound",
     "check_batches",
     "default_texts",
     "load_model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 def tokenize(
-    texts: Sequence[str],
+    texts: Iterable[str],
     tokenizer: Any,
     *,
     max_tokens: int = 128,
@@ -38,7 +39,9 @@ def tokenize(
             f"{tokenizer_problem or 'The model came without one.'} "
             "Save a tokenizer into the model's folder, or pass tokenizer= or batches= from Python."
         )
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+    if not isinstance(texts, str) and isinstance(texts, Iterable):
+        texts = list(texts)  # an array or a generator of them will do
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise InputError(
             "tokenize: expected a list of texts, got "
             f"{'one text' if isinstance(texts, str) else 'a list with something else in it'}. "
@@ -108,12 +111,20 @@ def _padded(sequences: list[dict[str, list[int]]], tokenizer: Any) -> dict[str, 
     return {key: torch.tensor([row(sequence[key], fill.get(key, 0)) for sequence in sequences]) for key in sequences[0]}
 
 
+def bound(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call `model(*args, **kwargs)` gives, by the names of the model's arguments; what has no name is left out."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.POSITIONAL_ONLY)
+    names = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in kinds]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
 def check_batches(
-    batches: Iterable[Mapping[str, Tensor]], *, model: nn.Module | None = None
+    batches: Iterable[Mapping[str, Tensor] | Tensor | Sequence[Any]], *, model: nn.Module | None = None
 ) -> list[dict[str, Tensor]]:
     """The batches as a list of plain dicts, once every one of them is known to be usable. Tensors are not copied.
 
-    Each is a mapping from the model's argument names to tensors, of any modality. A sequence needs two or more tokens
+    Each is a mapping from the model's argument names to tensors, of any modality; flags and numbers may stand beside them. With
+    `model` it may also be a tensor, or a tuple, which is given by position: `model(*batch)`. A sequence needs two or more tokens
     that are not padding. With `model`, ids must be in its vocabulary and sequences no longer than its table of
     positions; otherwise they end in an index error deep inside the model.
 
@@ -132,24 +143,21 @@ def check_batches(
     return checked
 
 
-def _checked(batch: Mapping[str, Tensor], where: str, model: nn.Module | None) -> dict[str, Tensor]:
-    if not isinstance(batch, Mapping) or not batch:
-        got = "an empty one" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
-        raise InputError(
-            f"check_batches: expected {where} to be a dict from the model's argument names to tensors, got {got}. "
-            "A data loader may yield tuples. Pass {'input_ids': ids, 'attention_mask': mask}."
-        )
-    for key, tensor in batch.items():
-        if not isinstance(tensor, Tensor) or tensor.numel() == 0:
-            got = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+def _checked(given: Any, where: str, model: nn.Module | None) -> dict[str, Tensor]:
+    batch = _named(given, where, model)
+    for key, value in batch.items():
+        if value is None or isinstance(value, (bool, int, float, str)):
+            continue
+        if not isinstance(value, Tensor) or value.numel() == 0:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise InputError(
                 f"check_batches: expected {where}[{key!r}] to be a tensor with something in it, got {got}. "
                 "A tokenizer returns lists unless it is asked for tensors. Pass return_tensors='pt' to it."
             )
-        if key in IDS and tensor.ndim != 2:
+        if key in IDS and value.ndim != 2:
             raise InputError(
-                f"check_batches: expected {where}[{key!r}] with the axes (batch token), got {tensor.ndim} axes of "
-                f"sizes {tuple(tensor.shape)}. A single sequence is a batch of one. Pass ids[None]."
+                f"check_batches: expected {where}[{key!r}] with the axes (batch token), got {value.ndim} axes of "
+                f"sizes {tuple(value.shape)}. A single sequence is a batch of one. Pass ids[None]."
             )
     tokens = _token_shape(batch)
     for key in MASKS:
@@ -177,6 +185,26 @@ def _checked(batch: Mapping[str, Tensor], where: str, model: nn.Module | None) -
     if model is not None:
         _require_fit(batch, where, model)
     return dict(batch)
+
+
+def _named(given: Any, where: str, model: nn.Module | None) -> dict[str, Any]:
+    """A batch by the names of the model's arguments."""
+    items = (given,) if isinstance(given, Tensor) else tuple(given) if isinstance(given, (tuple, list)) else ()
+    batch = dict(given) if isinstance(given, Mapping) else {}
+    if items and model is not None and any(isinstance(item, Tensor) for item in items):
+        batch = bound(model, items, {})
+        if len(batch) != len(items):
+            raise InputError(
+                f"check_batches: expected {where} with as many items as {type(model).__name__}.forward takes by position "
+                f"({len(batch)}), got {len(items)}. A data loader may yield labels, too. Pass a dict of the model's arguments."
+            )
+    if not any(isinstance(value, Tensor) for value in batch.values()) and not (batch and isinstance(given, Mapping)):
+        got = "an empty one" if isinstance(given, Mapping) else f"a {type(given).__name__}"
+        raise InputError(
+            f"check_batches: expected {where} to be a dict from the model's argument names to tensors, got {got}. "
+            "A data loader may yield tuples. Pass {'input_ids': ids, 'attention_mask': mask}."
+        )
+    return batch
 
 
 def _require_fit(batch: Mapping[str, Tensor], where: str, model: nn.Module) -> None:
@@ -252,7 +280,9 @@ def token_mask(batch: Mapping[str, Tensor], key: str = "attention_mask") -> Bool
 
 def sequence_count(batches: Iterable[Mapping[str, Tensor]]) -> int:
     """How many sequences the batches hold."""
-    return sum((_token_shape(batch) or next(iter(batch.values())).shape)[0] for batch in batches)
+    return sum(
+        (_token_shape(batch) or next(t for t in batch.values() if isinstance(t, Tensor)).shape)[0] for batch in batches
+    )
 
 
 def token_count(batches: Iterable[Mapping[str, Tensor]]) -> int | None:

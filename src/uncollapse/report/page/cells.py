@@ -140,7 +140,8 @@ def slug(*parts: object) -> str:
 
 def site_key(site: SiteRecord) -> str:
     """The key of a site's row."""
-    return slug("site", site.stack, "in" if site.block is None else site.block)
+    _, _, tower = site.site.partition("embedding.")
+    return slug("site", site.stack, ("in" if not tower else f"in-{tower}") if site.block is None else site.block)
 
 
 def left_out_key(site: SiteRecord) -> str:
