@@ -161,7 +161,7 @@ def _without_last_addition(block: Block) -> Block:
 
 def _swapped_operands(block: Block) -> Block:
     residuals = tuple(
-        replace(r, additions=tuple(replace(n, first=n.second, second=n.first) for n in r.additions))
+        replace(r, additions=tuple(replace(n, leaves=n.leaves[::-1]) for n in r.additions))
         for r in block.residuals
     )
     return replace(block, residuals=residuals)

@@ -71,11 +71,7 @@ def without_residual(number: int) -> Spoil:
 
         def moved(residual: Residual) -> Residual:
             additions = tuple(
-                replace(
-                    n,
-                    first=frozenset(renumbered[i] for i in n.first),
-                    second=frozenset(renumbered[i] for i in n.second),
-                )
+                replace(n, leaves=tuple(frozenset(renumbered[i] for i in leaves) for leaves in n.leaves))
                 for n in residual.additions
             )
             return replace(residual, additions=additions, parts=tuple(renumbered[i] for i in residual.parts))
@@ -100,7 +96,7 @@ def test_a_withheld_addition_is_refused(monkeypatch: pytest.MonkeyPatch, family:
 
 def stream_and_update_swapped(block: Block) -> Block:
     residuals = tuple(
-        replace(r, additions=tuple(replace(n, first=n.second, second=n.first) for n in r.additions))
+        replace(r, additions=tuple(replace(n, leaves=n.leaves[::-1]) for n in r.additions))
         for r in block.residuals
     )
     return replace(block, residuals=residuals)

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 
 from uncollapse import geometry, heads, mixing
 from uncollapse.accumulators import Running
-from uncollapse.anatomy import Anatomy, AttentionCall, Block, Part
+from uncollapse.anatomy import Anatomy, AttentionCall, Block, Part, Place
 from uncollapse.errors import InputError, UncollapseError
-from uncollapse.interception import Handler, Point, full_precision, intercepted, probing
-from uncollapse.proof import block_output
+from uncollapse.interception import Handler, Point, full_precision, in_turn, probing
 from uncollapse.sources import token_mask
+from uncollapse.streams import Action, met
 from uncollapse.sublayers import NormStatistics, Sublayers, UpdateStatistics
 from uncollapse.tracing import operation_name, tensors_in
 
@@ -181,33 +181,37 @@ class _Probe:
     @contextlib.contextmanager
     def installed(self) -> Any:
         observers: dict[Point, Observer] = {}
-        block_hooks: dict[str, dict[int, list[tuple[bool, SiteStatistics, Block]]]] = {}
         projections: dict[str, dict[int, AttentionStatistics]] = {}
+        streams: list[tuple[Place, Action]] = []
         begun: set[str | None] = set()
         for number, block in enumerate(self.anatomy.blocks):
-            by_call = block_hooks.setdefault(block.module.name, {}).setdefault(block.module.call, [])
             if block.stack not in begun:
                 begun.add(block.stack)
-                site = "embedding" if block.stack != "decoder" else "decoder.embedding"
-                by_call.append((True, self._site(SiteStatistics(site, None, block.stack)), block))
-            by_call.append((False, self._site(SiteStatistics(f"block.{number}", number, block.stack)), block))
+                name = "embedding" if block.stack != "decoder" else "decoder.embedding"
+                embedding = self._site(SiteStatistics(name, None, block.stack))
+                streams.append((block.entry, functools.partial(self._meet_site, embedding, block)))
+            site = self._site(SiteStatistics(f"block.{number}", number, block.stack))
+            streams.append((block.entry, functools.partial(self._keep_entered, site, block)))
+            streams.append((block.exit, functools.partial(self._meet_site, site, block)))
             for part in block.parts:
                 if part.kind in {"attention", "cross"}:
                     self._attend(number, block, part, observers, projections)
         handlers = {p: self._observing(o) for p, o in observers.items()}
         if self.sublayers is not None:
-            handlers |= self.sublayers.handlers
+            streams += self.sublayers.streams
+            for point, handler in self.sublayers.handlers.items():
+                handlers[point] = in_turn(handler, handlers[point]) if point in handlers else handler
         with contextlib.ExitStack() as stack:
             stack.callback(self.model.register_forward_hook(self._end, always_call=True).remove)
             # Before the hooks: what they compute must not count as operations of the module that calls theirs.
-            stack.enter_context(intercepted(self.model, handlers))
+            stack.enter_context(met(self.model, streams, handlers=handlers))
             if self.sublayers is not None:
                 stack.enter_context(self.sublayers.installed())
-            for name in {*block_hooks, *projections}:
-                module = self.model.get_submodule(name)
-                enter, leave = self._hooks(name, block_hooks.get(name, {}), projections.get(name, {}))
-                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(leave).remove)
+            for name, calls in projections.items():
+                enter = self._projecting(name, calls)
+                stack.callback(
+                    self.model.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True).remove
+                )
             yield
 
     def _site(self, site: SiteStatistics) -> SiteStatistics:
@@ -232,42 +236,27 @@ class _Probe:
 
         return handler
 
-    def _hooks(
-        self,
-        name: str,
-        sites: Mapping[int, list[tuple[bool, SiteStatistics, Block]]],
-        attentions: Mapping[int, AttentionStatistics],
-    ) -> tuple[Callable[..., None], Callable[..., None]]:
+    def _keep_entered(self, site: SiteStatistics, block: Block, stream: Tensor) -> None:
+        if self._is_own():  # a copy: a block may add to its stream in place
+            self.entered[site.site] = self._cloud(stream, block.token_axis).clone()
+
+    def _meet_site(self, site: SiteStatistics, block: Block, stream: Tensor) -> None:
+        if self._is_own():
+            with full_precision(stream):
+                self._measure_site(site, stream, block)
+
+    def _projecting(self, name: str, calls: Mapping[int, AttentionStatistics]) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self._is_own():
                 return
             run = self.runs.get(name, 0)
             self.runs[name] = run + 1
-            for at_entry, site, block in sites.get(run, ()):
-                key = block.stream_input
-                given = args[key] if isinstance(key, int) else kwargs[key]
-                if at_entry:
-                    with full_precision(given):
-                        self._measure_site(site, given, block)
-                else:
-                    # A copy: a block may add to its stream in place.
-                    self.entered[site.site] = self._cloud(given, block.token_axis).clone()
-            if run in attentions:
+            if run in calls:
                 given = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
                 with full_precision(given):
-                    self._project(attentions[run], name, module, given)
+                    self._project(calls[run], name, module, given)
 
-        def leave(_: nn.Module, args: Any, output: Any) -> None:
-            if not self._is_own():
-                return
-            run = self.runs[name] - 1
-            for at_entry, site, block in sites.get(run, ()):
-                if not at_entry:
-                    stream = block_output(output, block.stream_output)
-                    with full_precision(stream):
-                        self._measure_site(site, stream, block)
-
-        return enter, leave
+        return enter
 
     def _project(self, statistics: AttentionStatistics, name: str, module: nn.Module, given: Tensor) -> None:
         """Meet the output projection: its matrix, once a module, and the energy of what it reads."""

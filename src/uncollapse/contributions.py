@@ -22,11 +22,11 @@ from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.interception import (
     Handler,
     Point,
-    addition_operands,
     counted,
     full_precision,
     intercepted,
     probing,
+    summand,
 )
 from uncollapse.proof import proved_anatomy
 from uncollapse.sources import check_batches, token_mask
@@ -214,7 +214,7 @@ def _noting_additions(readings: Sequence[_Reading]) -> dict[Point, Handler]:
     for reading in readings:
         alone = frozenset({reading.part})
         for node in (node for residual in reading.block.residuals for node in residual.additions):
-            for operand, leaves in enumerate((node.first, node.second)):
+            for operand, leaves in enumerate(node.leaves):
                 if leaves == alone:
                     added.setdefault(node.point, []).append((operand, reading))
 
@@ -222,7 +222,7 @@ def _noting_additions(readings: Sequence[_Reading]) -> dict[Point, Handler]:
         def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             for operand, reading in met:
                 if reading.is_own() and reading.output is not None:
-                    reading.added_as_is = _same_tokens(addition_operands(args, kwargs)[operand], reading.output)
+                    reading.added_as_is = _same_tokens(summand(function, args, kwargs, operand), reading.output)
                     reading.output = None
             return function(*args, **kwargs)
 

@@ -154,7 +154,7 @@ def _refuse_shared(block: Block, parts: Collection[int], alone: Collection[int])
         if left & set(alone) and not left <= set(alone):
             kinds = " and ".join(block.parts[i].kind for i in sorted(left))
             raise InputError(
-                f"without: expected a residual for each sublayer alone, got {block.module.name} with one addition for its {kinds}. "
+                f"without: expected a residual for each sublayer alone, got {block.name} with one addition for its {kinds}. "
                 "They run in parallel and share the residual. Take away 'residual', or one of them and the other's residual."
             )
 

@@ -18,19 +18,32 @@ Any failure raises `UnsupportedModel` with the module, the identity, and by how 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy import STREAM, Anatomy, Block, Identity, Layout, Part, removal
+from uncollapse.anatomy import (
+    STREAM,
+    AdditionNode,
+    Anatomy,
+    Block,
+    Identity,
+    Layout,
+    ModuleCall,
+    Part,
+    Place,
+    removal,
+)
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
-from uncollapse.interception import Handler, Point, addition_operands, intercepted, probing
-from uncollapse.reading import read
+from uncollapse.interception import Handler, Point, in_turn, probing, same_term, summand, with_operands
+from uncollapse.reading import has_own_hooks, read
+from uncollapse.streams import Action, cloned, met
 from uncollapse.tracing import tensors_in, trace
 
 EXAMPLE_TOKENS = 8
@@ -105,12 +118,24 @@ def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS) -> dict[str,
 
 @dataclass
 class _Run:
-    """What one block call saw: its arguments, its output, and the operands and results at its additions."""
+    """What one block saw: the arguments of the module in whose code it stands, the stream at its entry and exit, its additions,
+    and the gates on the stream's way. `earlier` counts the runs of every module before it in the pass."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    stream: Tensor | None = None
     output: Tensor | None = None
-    sums: dict[Point, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    sums: dict[Point, _Addition] = field(default_factory=dict)
+    gates: dict[tuple[Point, int], Tensor] = field(default_factory=dict)
+    earlier: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Addition:
+    """One addition as it was met: what each summand brought, by the number of the operand, and the sum."""
+
+    summands: dict[int, Tensor]
+    result: Tensor
 
 
 def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None) -> Anatomy:
@@ -137,7 +162,7 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
             except UncollapseError:
                 raise
             except Exception as error:  # the model's own code, run in a way it may not expect
-                raise _failure(model, anatomy, _not_alone(block, error)) from error
+                raise _failure(model, anatomy, _not_alone(block, error), layout) from error
             proved.append(prover.block)
             proof += prover.identities
         proof.append(
@@ -146,7 +171,7 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
     anatomy = replace(anatomy, blocks=tuple(proved), proof=tuple(proof))
     for identity in proof:
         if not identity.deviation <= 0.0:
-            raise _failure(model, anatomy, identity)
+            raise _failure(model, anatomy, identity, layout)
     return anatomy
 
 
@@ -181,43 +206,76 @@ def _difference(expected: Tensor, got: Tensor) -> float:
 
 
 def _observe(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy) -> list[_Run]:
-    """One pass that records each block call's arguments, output and additions; everything is cloned where it is met."""
-    runs: dict[tuple[str, int], _Run] = {}
-    handlers: dict[Point, Handler] = {}
-    by_module: dict[str, list[Block]] = {}
-    for block in anatomy.blocks:
-        by_module.setdefault(block.module.name, []).append(block)
-        for residual in block.residuals:
-            for node in residual.additions:
-                handlers[node.point] = _recording(runs, block, node.point)
-    counts = dict.fromkeys(by_module, 0)
+    """One pass that records each block's arguments, stream and additions; everything is cloned where it is met."""
+    runs = [_Run() for _ in anatomy.blocks]
+    handlers: dict[Point, list[Handler]] = {}
+    actions: list[tuple[Place, Action]] = []
+    for block, run in zip(anatomy.blocks, runs, strict=True):
+        actions += [(block.entry, _keeping(run, "stream")), (block.exit, _keeping(run, "output"))]
+        for point, handler in _recording(block, run).items():
+            handlers.setdefault(point, []).append(handler)
     with contextlib.ExitStack() as stack:
-        for name, blocks in by_module.items():
-            module = model.get_submodule(name)
-            outputs = {b.module.call: b.stream_output for b in blocks}
+        counts: dict[str, int] = {}
+        by_module: dict[str, list[tuple[int, _Run]]] = {}
+        for block, run in zip(anatomy.blocks, runs, strict=True):
+            by_module.setdefault(block.module.name, []).append((block.module.call, run))
+        for name, module in model.named_modules():
 
             def enter(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                runs[name, counts[name]] = _Run(_cloned(args), _cloned(kwargs))
-
-            def leave(_: nn.Module, _a: Any, _k: Any, output: Any, name: str = name, outputs: Any = outputs) -> None:
-                call = counts[name]
-                if call in outputs:
-                    runs[name, call].output = block_output(output, outputs[call]).detach().clone()
-                counts[name] = call + 1
+                for call, run in by_module.get(name, ()):
+                    if call == counts.get(name, 0):
+                        run.args, run.kwargs, run.earlier = cloned(args), cloned(kwargs), dict(counts)
+                counts[name] = counts.get(name, 0) + 1
 
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
-        stack.enter_context(intercepted(model, handlers))
+        together = {point: in_turn(*several) for point, several in handlers.items()}
+        stack.enter_context(met(model, actions, handlers=together))
         _output(model, batch)
-    return [runs[b.module.name, b.module.call] for b in anatomy.blocks]
+    return runs
 
 
-def _recording(runs: dict[tuple[str, int], _Run], block: Block, point: Point) -> Handler:
+def _keeping(run: _Run, name: Literal["stream", "output"]) -> Action:
+    def keep(stream: Tensor) -> None:
+        setattr(run, name, stream.detach().clone())
+
+    return keep
+
+
+def _recording(block: Block, run: _Run) -> dict[Point, Handler]:
+    """Handlers that take note of a block's additions, and of the gates on the stream's way, into `run`."""
+    handlers: dict[Point, list[Handler]] = {}
+
+    def adding(node: AdditionNode) -> Handler:
+        def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            numbers = [i for i, leaves in enumerate(node.leaves) if leaves]
+            met = {i: summand(function, args, kwargs, i).detach().clone() for i in numbers}
+            result = function(*args, **kwargs)
+            run.sums[node.point] = _Addition(met, result.detach().clone())
+            return result
+
+        return handler
+
+    def passing(point: Point, number: int) -> Handler:
+        def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            run.gates[point, number] = list(tensors_in([args, kwargs]))[number].detach().clone()
+            return function(*args, **kwargs)
+
+        return handler
+
+    for residual in block.residuals:
+        for node in residual.additions:
+            handlers.setdefault(node.point, []).append(adding(node))
+        for point, number in residual.gates:
+            handlers.setdefault(point, []).append(passing(point, number))
+    return {point: in_turn(*several) for point, several in handlers.items()}
+
+
+def _holding(value: Tensor, number: int) -> Handler:
+    """Let an operation run with one of its operands held at a value."""
+
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        first, second = (t.detach().clone() for t in addition_operands(args, kwargs))
-        result = function(*args, **kwargs)
-        runs[block.module.name, block.module.call].sums[point] = (first, second, result.detach().clone())
-        return result
+        given, named = with_operands(args, kwargs, {number: lambda _: value.clone()})
+        return function(*given, **named)
 
     return handler
 
@@ -232,39 +290,21 @@ def _blanking(values: list[Tensor], number: int, value_operand: int) -> Handler:
     return handler
 
 
-def block_output(output: Any, key: int | None) -> Tensor:
-    """The stream in a block's output: the output itself, or its `key`-th member."""
-    found = output if key is None else list(output.values())[key] if isinstance(output, Mapping) else output[key]
-    assert isinstance(found, Tensor)
-    return found
-
-
-def _cloned(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) in (list, tuple):
-        return type(value)(_cloned(v) for v in value)
-    if type(value) is dict:
-        return {k: _cloned(v) for k, v in value.items()}
-    return value
-
-
 class _BlockProof:
     """The identities of one block, checked on its own arguments."""
 
     def __init__(self, model: nn.Module, block: Block, run: _Run) -> None:
         self.model, self.block, self.run = model, block, run
         self.module = model.get_submodule(block.module.name)
-        self.where = block.module.name + (f"[{block.module.call}]" if block.module.call else "")
+        self.where = block.name + (f"[{block.module.call}]" if block.module.call else "")
         self.identities: list[Identity] = []
-        assert run.output is not None
-        stream = run.args[block.stream_input] if isinstance(block.stream_input, int) else run.kwargs[block.stream_input]
+        assert run.output is not None and run.stream is not None
+        stream = run.stream
         self._check(
             "run alone, the block gives the output it gave in the model", _difference(run.output, self._replay(()))
         )
-        self._adds_up(stream, run.output)
-        everything = tuple(range(len(block.parts)))
-        self._check("with every part removed, the block is the identity", self._identity_gap(stream, everything))
+        self._adds_up()
+        self._carries(tuple(range(len(block.parts))))
         parts = list(block.parts)
         for number, part in enumerate(block.parts):
             without = self._replay((number,))
@@ -284,31 +324,83 @@ class _BlockProof:
     def _check(self, statement: str, deviation: float) -> None:
         self.identities.append(Identity(statement, self.where, deviation))
 
-    def _adds_up(self, stream: Tensor, output: Tensor) -> None:
-        """Walk the stream through the recorded additions and the post-norms."""
+    def _adds_up(self) -> None:
+        """Every addition is the sum of what its operands bring."""
         deviation = 0.0
         for residual in self.block.residuals:
             for node in residual.additions:
-                first, second, result = self.run.sums[node.point]
-                deviation = max(deviation, _difference(result, first + second))
-                for leaves, operand in ((node.first, first), (node.second, second)):
-                    if leaves == {STREAM}:
-                        deviation = max(deviation, _difference(operand, self._scaled(stream, residual.stream_scales)))
-            stream = self._normed(self.run.sums[residual.additions[-1].point][2], residual.norms_post)
-        deviation = max(deviation, _difference(output, stream))
-        self._check("stream in, plus the updates found, through the post-norms found, is the block's output", deviation)
+                met = self.run.sums[node.point]
+                total = functools.reduce(torch.add, _one_per_term(node, met))
+                gap = _difference(met.result, total)
+                if gap > 0 and _is_rounding(gap, met.result, total) and not node.point.operation.startswith("add"):
+                    gap = 0.0  # the operation multiplies and adds in one
+                deviation = max(deviation, gap)
+        self._check("what the stream and the updates found bring is what each addition gives", deviation)
 
-    def _identity_gap(self, stream: Tensor, parts: tuple[int, ...]) -> float:
-        output = self._replay(parts)
+    def _carries(self, everything: tuple[int, ...]) -> None:
+        """With every part removed, the stream passes from addition to addition, and to the exit, as it is: bit for bit, or
+        multiplied and shifted element by element by what does not depend on it."""
+        pure = self._chain(self._rerun(everything, None))
+        whole = self._chain(self.run)
+        if all(_difference(before, after) == 0.0 for before, after in (*pure, *whole)):
+            self._check("stream in, plus the updates found, through the post-norms found, is the block's output", 0.0)
+            self._check("with every part removed, the block is the identity", 0.0)
+            return
+        stream = self.run.stream
+        assert stream is not None
+        generator = torch.Generator().manual_seed(0)
+        spread = float(stream.double().std().nan_to_num()) or 1.0
+        held = {
+            point: _holding(self.run.gates[point, number], number)
+            for residual in self.block.residuals
+            for point, number in residual.gates
+        }
+        start = self._chain(self._rerun(everything, stream, held)) if held else pure
+        moved = []
+        for _ in range(2):
+            shift = torch.randn(stream.shape, generator=generator).to(stream) * spread
+            moved.append(self._chain(self._rerun(everything, stream + shift, held)))
+        gap = max(_carry_gap(*runs) for runs in zip(start, *moved, whole, strict=True))
+        self._check(
+            "with every part removed, the stream is carried through the block element by element: multiplied by fixed factors "
+            "or gates, and added to what does not depend on it" + self._other_causes(gap),
+            gap,
+        )
+
+    def _other_causes(self, gap: float) -> str:
+        hooked = [
+            f"{self.block.module.name}.{name}".rstrip(".")
+            for name, module in self.module.named_modules()
+            if not self.block.label and has_own_hooks(module)
+        ]
+        if gap <= 0 or not hooked:
+            return ""
+        return f". A forward hook of yours changes what passes {', '.join(hooked)}"
+
+    def _rerun(
+        self, parts: tuple[int, ...], stream: Tensor | None, handlers: Mapping[Point, Handler] | None = None
+    ) -> _Run:
+        """The block alone with some parts removed, its additions recorded."""
+        run = _Run(stream=self.run.stream if stream is None else stream)
+        recording = _recording(self.block, run)
+        run.output = self._replay(parts, stream, handlers, recording)
+        return run
+
+    def _chain(self, run: _Run) -> list[tuple[Tensor, Tensor]]:
+        """The stream before and after each of its ways: from the entry, or from one addition through its post-norms, to the
+        stream's operand at the next addition, and to the exit."""
+        assert run.stream is not None and run.output is not None
+        found, stream = [], run.stream
         for residual in self.block.residuals:
-            stream = self._normed(self._scaled(stream, residual.stream_scales), residual.norms_post)
-        return _difference(output, stream)
-
-    @staticmethod
-    def _scaled(stream: Tensor, scales: tuple[float, ...]) -> Tensor:
-        for scale in scales:
-            stream = stream * scale
-        return stream
+            alone = [
+                run.sums[node.point].summands[i]
+                for node in residual.additions
+                for i, leaves in enumerate(node.leaves)
+                if leaves == {STREAM}
+            ]
+            found += [(stream, functools.reduce(torch.add, alone))] if alone else []
+            stream = self._normed(run.sums[residual.additions[-1].point].result, residual.norms_post)
+        return [*found, (stream, run.output)]
 
     def _normed(self, stream: Tensor, norms: tuple[Any, ...]) -> Tensor:
         for norm in norms:
@@ -318,9 +410,8 @@ class _BlockProof:
     def _update_is_zero(self, part: int) -> bool:
         for residual in self.block.residuals:
             for node in residual.additions:
-                first, second, _ = self.run.sums[node.point]
-                for leaves, operand in ((node.first, first), (node.second, second)):
-                    if leaves == {part}:
+                for number, operand in self.run.sums[node.point].summands.items():
+                    if node.leaves[number] == {part}:
                         return not bool(operand.any())
         return False
 
@@ -348,27 +439,41 @@ class _BlockProof:
             self._check(f"what the {part.kind} ({part.module}) mixes {statement}", gap)
 
     def _replay(
-        self, parts: tuple[int, ...], stream: Tensor | None = None, handlers: Mapping[Point, Handler] | None = None
+        self,
+        parts: tuple[int, ...],
+        stream: Tensor | None = None,
+        handlers: Mapping[Point, Handler] | None = None,
+        watching: Mapping[Point, Handler] | None = None,
     ) -> Tensor:
-        """The block's output on its own arguments with some parts removed, optionally with another stream or further
-        handlers."""
-        args, kwargs = list(_cloned(self.run.args)), _cloned(self.run.kwargs)
-        if stream is not None:
-            if isinstance(self.block.stream_input, int):
-                args[self.block.stream_input] = stream.clone()
-            else:
-                kwargs[self.block.stream_input] = stream.clone()
+        """The block's output on its own arguments with some parts removed, optionally with another stream, further handlers,
+        and handlers that see what all of these make of an operation."""
+        args, kwargs = list(cloned(self.run.args)), cloned(self.run.kwargs)
+        given = self.run.stream if stream is None else stream
+        assert given is not None
+        seen: list[Tensor] = []
+        actions: list[tuple[Place, Action]] = [
+            (self._alone(self.block.entry), lambda _: given.clone()),
+            (self._alone(self.block.exit), lambda found: seen.append(found.detach().clone())),
+        ]
         acting = {**removal(self.block, parts), **(handlers or {})}
-        known = [node.point for residual in self.block.residuals for node in residual.additions]
-        known += [call.product for part in self.block.parts for call in part.attention]
-        base: dict[str, int] = {}
-        for point in known:
-            base[point.owner] = min(base.get(point.owner, point.call or 0), point.call or 0)
-        alone = {replace(p, call=(p.call or 0) - base[p.owner]): h for p, h in acting.items()}
+        if watching:
+            both = [*watching, *(p for p in acting if p not in watching)]
+            acting = {p: in_turn(*(h[p] for h in (watching, acting) if p in h)) for p in both}
+        alone = {replace(p, call=self._run_alone(p.owner, p.call or 0)): h for p, h in acting.items()}
         torch.manual_seed(0)
-        with intercepted(self.model, alone, within=self.module):
-            output = block_output(self.module(*args, **kwargs), self.block.stream_output)
-        return output.detach().clone()
+        with met(self.model, actions, handlers=alone, within=self.module):
+            self.module(*args, **kwargs)
+        return seen[-1]
+
+    def _run_alone(self, owner: str, call: int) -> int:
+        """The number of a module's run when the block's module is run by itself."""
+        return call - self.run.earlier.get(owner, 0)
+
+    def _alone(self, place: Place) -> Place:
+        at = place.at
+        if isinstance(at, ModuleCall):
+            return replace(place, at=replace(at, call=self._run_alone(at.name, at.call)))
+        return replace(place, at=replace(at, call=self._run_alone(at.owner, at.call or 0)))
 
     def _reaches_others(self, part: int, stream: Tensor, token: int | None = None) -> bool:
         """Whether, with only this part left, a changed token (the middle one, or `token`) changes another one's output."""
@@ -387,19 +492,63 @@ class _BlockProof:
         return not bool(same.all())
 
 
+def _one_per_term(node: AdditionNode, met: _Addition) -> list[Tensor]:
+    """What the summands brought: once for two operands that are factors of one."""
+    operation = node.point.operation.split(" ")[0]
+    numbers = sorted(met.summands)
+    return [met.summands[i] for i in numbers if not any(same_term(operation, j, i) for j in numbers if j < i)]
+
+
+def _is_rounding(gap: float, *values: Tensor) -> bool:
+    largest = max(float(v.double().abs().nan_to_num().max()) for v in values)
+    return gap <= 4 * torch.finfo(values[0].dtype).eps * largest
+
+
+def _carry_gap(*runs: tuple[Tensor, Tensor]) -> float:
+    """How far a way of the stream is from a law after = a * before + b with a and b fixed in every element, seen in several
+    runs: 0 within rounding, else the part of the change that does not obey it."""
+    if all(_difference(before, after) == 0.0 for before, after in runs):
+        return 0.0
+    before, after = ([run[side].double() for run in runs] for side in (0, 1))
+    if any(b.numel() != a.numel() or not bool(b.isfinite().all() and a.isfinite().all()) for b, a in runs):
+        return float("inf")
+    precision = max(torch.finfo(t.dtype).eps for run in runs for t in run)
+    return min(_law_gap([b.permute(order) for b in before], after, precision) for order in _orders(before[0], after[0]))
+
+
+def _orders(before: Tensor, after: Tensor) -> list[tuple[int, ...]]:
+    """The orders of its axes in which one tensor may be compared with another; as it lies, where none gives its shape."""
+    same = [o for o in itertools.permutations(range(before.ndim)) if before.permute(o).shape == after.shape]
+    return same or [tuple(range(before.ndim))]
+
+
+def _law_gap(before: list[Tensor], after: list[Tensor], precision: float) -> float:
+    shifts = [b.reshape(after[0].shape) - before[0].reshape(after[0].shape) for b in before[1:]]
+    answers = [a - after[0] for a in after[1:]]
+    size = max(float(b.abs().max()) for b in before) or 1.0
+    reply = max(float(a.abs().max()) for a in after) or 1.0
+    worst = 0.0
+    for shift, answer in zip(shifts[1:], answers[1:], strict=True):
+        cross = float((answer * shifts[0] - answers[0] * shift).abs().max()) / (size * reply)
+        worst = max(worst, cross if cross > 16 * precision else 0.0)
+    return worst
+
+
 def _not_alone(block: Block, error: Exception) -> Identity:
     return Identity(
         f"the block runs by itself on the arguments it had in the model ({type(error).__name__}: {error})",
-        block.module.name,
+        block.name,
         float("inf"),
     )
 
 
-def _failure(model: nn.Module, anatomy: Anatomy, identity: Identity) -> UnsupportedModel:
-    layout = f"uc.Layout(blocks={tuple(dict.fromkeys(b.module.name for b in anatomy.blocks))!r})"
+def _failure(model: nn.Module, anatomy: Anatomy, identity: Identity, refused: Layout | None) -> UnsupportedModel:
+    blocks = tuple(dict.fromkeys(b.name for b in anatomy.blocks))
+    layout = "" if refused is not None and refused.blocks == blocks else f"uc.Layout(blocks={blocks!r})"
+    advice = f"If these are not your blocks, pass layout={layout}, corrected." if layout else "No layout helps here."
     return UnsupportedModel(
         f"anatomy: expected an identity of {type(model).__name__} to hold, got a deviation of {identity.deviation:.3g} at "
-        f"{identity.where}: {identity.statement}. The block does more than was found. Pass layout={layout}, corrected.",
+        f"{identity.where}: {identity.statement}. The block does more than was found. {advice}",
         found=anatomy.describe(),
         identity=f"{identity.statement} (at {identity.where}, off by {identity.deviation:.3g})",
         layout=layout,

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from uncollapse import geometry, interventions
 from uncollapse.accumulators import Running
 from uncollapse.affine_fit import HELD_OUT_EVERY, AffineFit
-from uncollapse.anatomy import STREAM, Anatomy, Block, ModuleCall, Norm, Part, Residual
+from uncollapse.anatomy import STREAM, Anatomy, Block, ModuleCall, Norm, Part, Place, Residual
 from uncollapse.errors import InputError
-from uncollapse.interception import Handler, Point, addition_operands, full_precision
+from uncollapse.interception import Handler, Point, full_precision, summand
 from uncollapse.norm_law import NormLaw, norm_law
 from uncollapse.normalization import Ranks
 from uncollapse.records import NormRecord, Statistic, UpdateRecord
+from uncollapse.streams import Action
 from uncollapse.tracing import tensors_in
 
 Stack = Literal["encoder", "decoder"] | None
@@ -108,8 +109,8 @@ class _Batch:
 
 
 class Sublayers:
-    """Observes the updates and norms of one probe pass: `handlers` are for the residual additions, `installed()` holds the
-    hooks; `begin` comes before each batch. `cloud` and `mask` are the probe's way to tell tokens, `is_own` whether a hook was
+    """Observes the updates and norms of one probe pass: `handlers` are for the residual additions, `streams` for the places of
+    the stream, `installed()` holds the hooks; `begin` comes before each batch. `cloud` and `mask` are the probe's way to tell tokens, `is_own` whether a hook was
     reached by the probe's own pass."""
 
     def __init__(
@@ -120,6 +121,7 @@ class Sublayers:
         self.updates: list[UpdateStatistics] = []
         self.norms: list[NormStatistics] = []
         self.handlers: dict[Point, Handler] = {}
+        self.streams: list[tuple[Place, Action]] = []
         self._entering: dict[str, dict[int, list[Callable[..., None]]]] = {}
         self._leaving: dict[str, dict[int, list[Callable[..., None]]]] = {}
         self._laws: dict[str, NormLaw | None] = {}
@@ -131,7 +133,7 @@ class Sublayers:
         for number, block in enumerate(anatomy.blocks):
             if block.stack not in begun and not removed:
                 begun.add(block.stack)
-                self._on_entry(block.module, functools.partial(self._measure_span, block))
+                self.streams.append((block.entry, functools.partial(self._measure_span, block)))
             found = [self._update_statistics(number, block, part, removed) for part in block.parts]
             self.updates += found
             if not removed:
@@ -174,10 +176,10 @@ class Sublayers:
             if part.writes is not None and statistics.sublayer == "mlp":
                 self._on_entry(part.writes, functools.partial(self._measure_hidden, block, key))
         for place, residual in enumerate(block.residuals):
-            alone = [leaves for node in residual.additions for leaves in (node.first, node.second) if len(leaves) == 1]
+            alone = [leaves for node in residual.additions for leaves in node.leaves if len(leaves) == 1]
             summands = {part: alone.count(frozenset({part})) for part in residual.parts}
             for node in residual.additions:
-                sides = [next(iter(leaves)) if len(leaves) == 1 else None for leaves in (node.first, node.second)]
+                sides = [next(iter(leaves)) if len(leaves) == 1 else None for leaves in node.leaves]
                 self.handlers[node.point] = functools.partial(
                     self._add, block, number, (place, residual), sides, summands, found
                 )
@@ -242,14 +244,16 @@ class Sublayers:
         return _Cloud(cloud, real, (cloud.isfinite().all(-1) | ~real).all(-1))
 
     # Updates ------------------------------------------------------------------------------------------------------
-    def _measure_span(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stream = args[block.stream_input] if isinstance(block.stream_input, int) else kwargs[block.stream_input]
-        cloud = self._tokens(block, stream, "the embedding")
-        if cloud is not None:
-            basis = geometry.row_space(cloud.double(), cloud.real, precision=stream.dtype)
-            directions = basis.square().sum((-2, -1)).round()
-            known = cloud.finite & (directions < stream.shape[-1])
-            self._batch.spans[block.stack] = _Span(basis, known)
+    def _measure_span(self, block: Block, stream: Tensor) -> None:
+        if not self.is_own():
+            return
+        with full_precision(stream):
+            cloud = self._tokens(block, stream, "the embedding")
+            if cloud is not None:
+                basis = geometry.row_space(cloud.double(), cloud.real, precision=stream.dtype)
+                directions = basis.square().sum((-2, -1)).round()
+                known = cloud.finite & (directions < stream.shape[-1])
+                self._batch.spans[block.stack] = _Span(basis, known)
 
     def _keep_inputs(self, block: Block, key: tuple[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = next(tensors_in([args, kwargs]))
@@ -279,11 +283,11 @@ class Sublayers:
     ) -> Any:
         """Look at the operands of one addition, before an addition in place overwrites one of them; then let it happen."""
         if self.is_own():
-            operands = addition_operands(args, kwargs)
-            with full_precision(operands[0]):
-                for side, operand in zip(sides, operands, strict=True):
+            with full_precision(next(tensors_in([args, kwargs]))):
+                for operand, side in enumerate(sides):
                     if side is not None:
-                        self._meet(block, (number, residual[0]), side, operand, summands, found)
+                        brought = summand(function, args, kwargs, operand)
+                        self._meet(block, (number, residual[0]), side, brought, summands, found)
                 self._relate(number, residual, found)
         return function(*args, **kwargs)
 
