@@ -96,8 +96,7 @@ def test_a_withheld_addition_is_refused(monkeypatch: pytest.MonkeyPatch, family:
 
 def stream_and_update_swapped(block: Block) -> Block:
     residuals = tuple(
-        replace(r, additions=tuple(replace(n, leaves=n.leaves[::-1]) for n in r.additions))
-        for r in block.residuals
+        replace(r, additions=tuple(replace(n, leaves=n.leaves[::-1]) for n in r.additions)) for r in block.residuals
     )
     return replace(block, residuals=residuals)
 

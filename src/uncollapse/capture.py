@@ -209,9 +209,7 @@ class _Probe:
                 stack.enter_context(self.sublayers.installed())
             for name, calls in projections.items():
                 enter = self._projecting(name, calls)
-                stack.callback(
-                    self.model.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True).remove
-                )
+                stack.callback(self.model.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True).remove)
             yield
 
     def _site(self, site: SiteStatistics) -> SiteStatistics:

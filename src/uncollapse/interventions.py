@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy import Anatomy, Block, removal
 from uncollapse.errors import InputError, UnsupportedModel
-from uncollapse.interception import Handler, Point, counted, intercepted
+from uncollapse.interception import Handler, Point, counted, in_the_open, intercepted
 from uncollapse.proof import known_anatomy, known_example, proved_anatomy
 from uncollapse.token_order import mask_removed, positions_removed, require_order_blind
 from uncollapse.tracing import tensors_in
@@ -117,6 +117,7 @@ def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> No
     if not removals:
         return
     stack = contextlib.ExitStack()
+    stack.enter_context(in_the_open(model))
     handlers: dict[Point, Handler] = {}
     norms: dict[str, set[int]] = {}
     for number, block in enumerate(anatomy.blocks):

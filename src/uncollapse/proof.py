@@ -44,7 +44,7 @@ from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.interception import Handler, Point, in_turn, probing, same_term, summand, with_operands
 from uncollapse.reading import has_own_hooks, read
 from uncollapse.streams import Action, cloned, met
-from uncollapse.tracing import tensors_in, trace
+from uncollapse.tracing import operation_name, tensors_in, trace
 
 EXAMPLE_TOKENS = 8
 _proved: weakref.WeakKeyDictionary[nn.Module, tuple[object, Layout | None, Anatomy, dict[str, Any]]] = (
@@ -250,7 +250,9 @@ def _recording(block: Block, run: _Run) -> dict[Point, Handler]:
             numbers = [i for i, leaves in enumerate(node.leaves) if leaves]
             met = {i: summand(function, args, kwargs, i).detach().clone() for i in numbers}
             result = function(*args, **kwargs)
-            run.sums[node.point] = _Addition(met, result.detach().clone())
+            axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            total = result.sum(axis) if operation_name(function) == "stack" else result
+            run.sums[node.point] = _Addition(met, total.detach().clone())
             return result
 
         return handler
@@ -298,7 +300,8 @@ class _BlockProof:
         self.module = model.get_submodule(block.module.name)
         self.where = block.name + (f"[{block.module.call}]" if block.module.call else "")
         self.identities: list[Identity] = []
-        assert run.output is not None and run.stream is not None
+        assert run.output is not None
+        assert run.stream is not None
         stream = run.stream
         self._check(
             "run alone, the block gives the output it gave in the model", _difference(run.output, self._replay(()))
@@ -331,10 +334,8 @@ class _BlockProof:
             for node in residual.additions:
                 met = self.run.sums[node.point]
                 total = functools.reduce(torch.add, _one_per_term(node, met))
-                gap = _difference(met.result, total)
-                if gap > 0 and _is_rounding(gap, met.result, total) and not node.point.operation.startswith("add"):
-                    gap = 0.0  # the operation multiplies and adds in one
-                deviation = max(deviation, gap)
+                gap = _difference(met.result, total)  # no rounding, but where an operation multiplies and adds in one
+                deviation = max(deviation, 0.0 if _is_rounding(gap, met.result, total) else gap)
         self._check("what the stream and the updates found bring is what each addition gives", deviation)
 
     def _carries(self, everything: tuple[int, ...]) -> None:
@@ -389,7 +390,8 @@ class _BlockProof:
     def _chain(self, run: _Run) -> list[tuple[Tensor, Tensor]]:
         """The stream before and after each of its ways: from the entry, or from one addition through its post-norms, to the
         stream's operand at the next addition, and to the exit."""
-        assert run.stream is not None and run.output is not None
+        assert run.stream is not None
+        assert run.output is not None
         found, stream = [], run.stream
         for residual in self.block.residuals:
             alone = [

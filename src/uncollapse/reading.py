@@ -6,6 +6,7 @@ has checked it on the live model.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -212,7 +213,9 @@ class _Reader:
             elif not self._gated(value):
                 continue
             factors = [i for i in numbers if self.t.nodes[node.inputs[i]].is_data]
-            found += [(self._point(value), i) for i in factors if stream not in self._carried(node.inputs[i], (stream,))]
+            found += [
+                (self._point(value), i) for i in factors if stream not in self._carried(node.inputs[i], (stream,))
+            ]
         return tuple(found)
 
     def _carries_tokens(self, index: int, size: int) -> bool:
@@ -240,13 +243,14 @@ class _Reader:
     def _sums(self) -> list[_Sum]:
         roots: list[_Sum] = []
         for node in self.t.nodes:
-            if node.index in self.logits or not self._is_addition(node.index):
+            of_hook = 0 <= self.t.calls[node.call].ran <= node.index  # no module's own code: nobody can stand there
+            if of_hook or node.index in self.logits or not self._is_addition(node.index):
                 continue
             stream, is_gated = self._stream_of(node.index)
             if stream is not None:
                 internal, leaves = self._tree(node.index, stream, is_gated)
-                roots.append(_Sum(node.index, stream, internal, leaves, is_gated))
-        roots = [s for s in roots if s.leaves.count(s.stream) == 1]  # twice: a skip around whole blocks
+                if leaves.count(stream) == 1:  # twice: a skip around whole blocks
+                    roots.append(_Sum(node.index, stream, internal, leaves, is_gated))
         inner = {n for s in roots for n in s.nodes if n != s.root}
         outer = [s for s in roots if s.root not in inner]
         scores = {s.root: self._scores_of(s) for s in outer}
@@ -295,10 +299,15 @@ class _Reader:
                 leaves.append(index)
             elif self.t.depends(index, stream):
                 terms = self._summands(index)
-                onward = terms or [i for i in self._onward(index, is_gated) if self._leads_to_addition(i, stream, is_gated)]
+                onward = terms or [
+                    i for i in self._onward(index, is_gated) if self._leads_to_addition(i, stream, is_gated)
+                ]
+                before = len(leaves)
                 for value in onward:
                     descend(value)
-                if terms:
+                if onward and set(leaves[before:]) == {stream}:  # the stream twice, as in a x + b x0 where x is x0
+                    del leaves[before + 1 :]
+                elif terms:
                     internal.append(index)
                 elif not onward:
                     leaves.append(index)
@@ -347,9 +356,8 @@ class _Reader:
                 return frozenset({part_of[index]})
             if not self.t.depends(index, found.stream):
                 return frozenset({STREAM})
-            if index in found.nodes:
-                return frozenset().union(*map(under, self._summands(index)))
-            return frozenset().union(*map(under, self._onward(index, found.is_gated)))
+            terms = self._summands(index)
+            return frozenset().union(*map(under, terms or self._onward(index, found.is_gated)))
 
         tree: list[AdditionNode] = []
         for index in found.nodes:
@@ -380,6 +388,8 @@ class _Reader:
         reads, writes = self._leaf_call(inside[0]), self._leaf_call(inside[-1])
         if reads == writes:  # experts behind a router, in one fused product: no hidden layer to be met
             reads = writes = None
+        elif reads is not None and reads.name in {c.name for i in inside[1:] if (c := self._leaf_call(i))}:
+            reads = writes = None  # run on some of the tokens at a time: no run sees them all
         return Part("mlp", (), name, reads=reads, writes=writes)
 
     def _leaf_call(self, learned: int) -> ModuleCall | None:
@@ -656,7 +666,9 @@ class _Reader:
                 outermost = index
                 if self._is_member(index, holds):
                     members.append(index)
-            inside = [s for leaf in found.leaves if leaf != found.stream for s in self._scores_inside(leaf, found.stream)]
+            inside = [
+                s for leaf in found.leaves if leaf != found.stream for s in self._scores_inside(leaf, found.stream)
+            ]
             chosen.append(self._deepest(members[-1] if members else outermost, holds, inside))
             if chosen[-1] == 0:  # one block alone, in the model's own code
                 shared.append(chosen.pop())
@@ -679,10 +691,12 @@ class _Reader:
 
     def _laid_out(self, layout: Layout, holds: Mapping[int, list[_Sum]], attending: Collection[int]) -> list[_Stretch]:
         """The blocks that a layout names: modules that run, or that hold what runs in the code of a module around them."""
-        ran = {c.name for c in self.t.calls}
-        found = [self._of_module(c.index, holds) for c in self.t.calls if c.name in set(layout.blocks)]
-        for name in (n for n in layout.blocks if n not in ran):
-            scores = [i for i in self.attention_of if f"{self.t.calls[self.t.nodes[i].call].name}.".startswith(f"{name}.")]
+        whole = [c for c in self.t.calls if c.name in set(layout.blocks) and holds[c.index]]
+        found = [self._of_module(c.index, holds) for c in whole]
+        for name in (n for n in layout.blocks if n not in {c.name for c in whole}):
+            scores = [
+                i for i in self.attention_of if f"{self.t.calls[self.t.nodes[i].call].name}.".startswith(f"{name}.")
+            ]
             home = next((s for s in self.sums if s.root in attending and self._scores_of(s) & set(scores)), None)
             beside = [] if home is None else self._side_by_side(*self._shared_home(home, holds), attending)
             own = [b for b in beside if home is not None and home.root in {s.root for s in b.sums}]
@@ -729,12 +743,12 @@ class _Reader:
         """Blocks whose additions stand in one module's own code: each a self-attention addition and those after it, up to the
         next. Where as many stand before the first as are missing behind the last (macaron), each takes its own before it."""
         starts = [i for i, s in enumerate(sums) if s.root in attending]
-        gaps = {b - a for a, b in zip(starts, starts[1:], strict=False)}
+        gaps = {b - a for a, b in itertools.pairwise(starts)}
         lead = starts[0]
         if gaps and gaps != {len(sums) - starts[-1] + lead}:
             lead = 0
         starts = [0, *(i - lead for i in starts[1:]), len(sums)]
-        pieces = [sums[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        pieces = [sums[a:b] for a, b in itertools.pairwise(starts)]
         call, found = self.t.calls[home], []
         group, left, behind_norm = 0, None, False
         for number, piece in enumerate(pieces):
@@ -878,7 +892,7 @@ class _Reader:
         residuals: list[Residual] = []
         parts_of: list[list[int]] = []
         entry, entry_value = self._entry(stretch)
-        exit, exit_value = self._exit(stretch)
+        exit_place, exit_value = self._exit(stretch)
         before = entry_value
         for found in sums:
             own, tree = self._group(found)
@@ -925,7 +939,7 @@ class _Reader:
             tuple(residuals),
             tuple(norms),
             entry,
-            exit,
+            exit_place,
             _token_axis(self.t.nodes[exit_value].shape),
             stretch.label,
         )
@@ -973,14 +987,18 @@ class _Reader:
             if given == index:
                 return Place(ModuleCall(around.name, around.ordinal), "in", path)
         node = self.t.nodes[index]
-        made = [n.index for n in self.t.nodes if n.ordinal == node.ordinal and self._point(n.index) == self._point(index)]
+        made = [
+            n.index for n in self.t.nodes if n.ordinal == node.ordinal and self._point(n.index) == self._point(index)
+        ]
         if node.operation not in {"batch", "parameter", "constant"}:
             return Place(self._point(index), "out", (made.index(index),) if len(made) > 1 else ())
         for call in self.t.calls:
-            for path, given in call.outputs.items():
+            for key, given in call.outputs.items():
                 if given == index:
-                    return Place(ModuleCall(call.name, call.ordinal), "out", path or ())
-        raise self._refusal(f"the residual stream in {around.name or 'the model itself'} begins with a constant of its own")
+                    return Place(ModuleCall(call.name, call.ordinal), "out", key or ())
+        raise self._refusal(
+            f"the residual stream in {around.name or 'the model itself'} begins with a constant of its own"
+        )
 
     def _in_hooks(self, call: Call) -> str:
         """Names the modules in a block that a user's own forward hook stands on."""
@@ -991,7 +1009,9 @@ class _Reader:
         ]
         if not hooked:
             return ""
-        return f"; a forward hook of yours stands on {', '.join(dict.fromkeys(hooked))}, and may change what passes there"
+        return (
+            f"; a forward hook of yours stands on {', '.join(dict.fromkeys(hooked))}, and may change what passes there"
+        )
 
     def _found(self) -> str:
         def places(indices: Iterable[int]) -> str:
@@ -1007,11 +1027,22 @@ class _Reader:
         """A layout to start from; none where it would be the one that was just refused."""
         owners = [self.t.calls[self.t.nodes[i].call].name for i in self.attention_of]
         blocks = _block_candidates(self.model, owners)
-        return "" if not blocks or (refused is not None and refused.blocks == blocks) else f"uc.Layout(blocks={blocks!r})"
+        return (
+            "" if not blocks or (refused is not None and refused.blocks == blocks) else f"uc.Layout(blocks={blocks!r})"
+        )
+
+    def _opaque_attention(self) -> str | None:
+        """The name of an attention call of another kind than `scaled_dot_product_attention`, where one was met."""
+        fused = [n.operation for n in self.t.nodes if "attention" in n.operation or "attn" in n.operation]
+        return next((name for name in fused if name != "scaled_dot_product_attention"), None)
 
     def _refusal(self, reason: str) -> UnsupportedModel:
         found, layout = self._found(), self._layout(self.layout)
         advice = f"Pass layout={layout}." if layout else "No layout helps here: it would be read in the same way."
+        opaque = self._opaque_attention()
+        if opaque:
+            reason = f"{opaque} is one opaque call, and what it mixes by cannot be seen"
+            layout, advice = "", "Load the model with attn_implementation='sdpa' or 'eager'."
         return UnsupportedModel(
             f"anatomy: expected a Transformer whose blocks can be told apart, got {type(self.model).__name__}: {reason}. "
             f"Found {found}. {advice}",

@@ -57,9 +57,9 @@ def with_tensor(value: Any, path: Path, tensor: Tensor) -> Any:
         items = [changed if i == step else item for i, item in enumerate(value)]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, (list, dict)):
-        value[step] = changed  # type: ignore[call-overload]
-    elif dataclasses.is_dataclass(value) and type(value).__dataclass_params__.frozen:  # type: ignore[attr-defined]
-        return dataclasses.replace(value, **{step: changed})  # type: ignore[type-var]
+        value[step] = changed
+    elif getattr(getattr(value, "__dataclass_params__", None), "frozen", False):
+        return dataclasses.replace(value, **{step: changed})
     else:
         setattr(value, step, changed)
     return value

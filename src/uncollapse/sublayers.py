@@ -110,8 +110,8 @@ class _Batch:
 
 class Sublayers:
     """Observes the updates and norms of one probe pass: `handlers` are for the residual additions, `streams` for the places of
-    the stream, `installed()` holds the hooks; `begin` comes before each batch. `cloud` and `mask` are the probe's way to tell tokens, `is_own` whether a hook was
-    reached by the probe's own pass."""
+    the stream, `installed()` holds the hooks; `begin` comes before each batch. `cloud` and `mask` are the probe's way to tell
+    tokens, `is_own` whether a hook was reached by the probe's own pass."""
 
     def __init__(
         self, model: nn.Module, anatomy: Anatomy, cloud: CloudOf, mask: MaskOf, is_own: Callable[[], bool]

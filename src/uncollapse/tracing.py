@@ -169,7 +169,8 @@ class Node:
 class Call:
     """One run of one module: the `ordinal`-th of that module in the pass. Nodes `first` ≤ i < `last` ran inside. `inputs` are
     the values found in its arguments, by path (`tensors_at`), `outputs` those in what it returns, under `None` where that is
-    the tensor itself; `written` those that it put into its arguments itself (a state that is passed from block to block)."""
+    the tensor itself; `written` those that it put into its arguments itself (a state that is passed from block to block). Nodes
+    from `ran` on were made by somebody's forward hooks."""
 
     index: int
     name: str
@@ -177,6 +178,7 @@ class Call:
     parent: int
     first: int
     last: int = -1
+    ran: int = -1
     inputs: dict[Path, int] = field(default_factory=dict)
     outputs: dict[Path | None, int] = field(default_factory=dict)
     written: dict[Path, int] = field(default_factory=dict)
@@ -453,16 +455,21 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
                 if threading.get_ident() == thread:
                     recorder.enter(name, args, kwargs)
 
+            def done(*_: Any) -> None:
+                if threading.get_ident() == thread:
+                    recorder.calls[recorder.stack[-1]].ran = len(recorder.nodes)
+
             def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
                 if threading.get_ident() == thread:
                     recorder.leave(args, kwargs, output)
 
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(done, prepend=True).remove)
             stack.callback(module.register_forward_hook(leave, with_kwargs=True, always_call=True).remove)
         with torch.no_grad(), recorder:
             recorder.calls[0].inputs = recorder._values_at((), dict(batch))
             output = model(**batch)
-    recorder.calls[0].last = len(recorder.nodes)
+    recorder.calls[0].last = recorder.calls[0].ran = len(recorder.nodes)
     nodes, learned = _with_own_tokens(recorder.nodes, recorder.ancestors)
     return Trace(nodes, recorder.calls, recorder.ancestors, learned, recorder.consumers, output)
 
