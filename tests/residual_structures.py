@@ -181,6 +181,37 @@ class OutputScale(Block):
         return 0.5 * super().forward(x)
 
 
+class NormalisedStep(Block):
+    """nGPT: a step of learned length from the stream towards the update, and back onto the sphere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.Parameter(torch.full((WIDTH,), 0.3))
+        self.norm1 = self.norm2 = nn.Identity()
+        self.sphere1, self.sphere2 = (nn.RMSNorm(WIDTH, elementwise_affine=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.sphere1(x + self.step * (self.attend(x) - x))
+        return self.sphere2(x + self.step * (self.think(x) - x))
+
+
+class HandWrittenNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / centred.square().mean(-1, keepdim=True).add(1e-6).sqrt()
+
+
+class ParallelByHand(Block):
+    """Attention and MLP side by side, behind a norm written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = self.norm2 = HandWrittenNorm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attend(x) + self.think(x)
+
+
 class Highway(Block):
     """g f + (1 - g) x with a gate made from the stream."""
 
@@ -482,6 +513,8 @@ STRUCTURES: dict[str, Callable[[], Owned]] = {
             StackAndSum,
             SumOfAList,
             OutputScale,
+            NormalisedStep,
+            ParallelByHand,
             Highway,
             HighwayLerp,
         )

@@ -341,9 +341,9 @@ class _BlockProof:
     def _carries(self, everything: tuple[int, ...]) -> None:
         """With every part removed, the stream passes from addition to addition, and to the exit, as it is: bit for bit, or
         multiplied and shifted element by element by what does not depend on it."""
-        pure = self._chain(self._rerun(everything, None))
-        whole = self._chain(self.run)
-        if all(_difference(before, after) == 0.0 for before, after in (*pure, *whole)):
+        pure = self._rerun(everything, None)
+        ways = [*self._operands(pure), *self._operands(self.run), *self._sums(pure)]
+        if all(_difference(before, after) == 0.0 for before, after in ways):
             self._check("stream in, plus the updates found, through the post-norms found, is the block's output", 0.0)
             self._check("with every part removed, the block is the identity", 0.0)
             return
@@ -356,12 +356,12 @@ class _BlockProof:
             for residual in self.block.residuals
             for point, number in residual.gates
         }
-        start = self._chain(self._rerun(everything, stream, held)) if held else pure
-        moved = []
+        runs = [self._rerun(everything, stream, held) if held else pure]
         for _ in range(2):
             shift = torch.randn(stream.shape, generator=generator).to(stream) * spread
-            moved.append(self._chain(self._rerun(everything, stream + shift, held)))
-        gap = max(_carry_gap(*runs) for runs in zip(start, *moved, whole, strict=True))
+            runs.append(self._rerun(everything, stream + shift, held))
+        ways = [*zip(*map(self._operands, [*runs, self.run]), strict=True), *zip(*map(self._sums, runs), strict=True)]
+        gap = max(_carry_gap(*seen) for seen in ways)
         self._check(
             "with every part removed, the stream is carried through the block element by element: multiplied by fixed factors "
             "or gates, and added to what does not depend on it" + self._other_causes(gap),
@@ -387,22 +387,32 @@ class _BlockProof:
         run.output = self._replay(parts, stream, handlers, recording)
         return run
 
-    def _chain(self, run: _Run) -> list[tuple[Tensor, Tensor]]:
-        """The stream before and after each of its ways: from the entry, or from one addition through its post-norms, to the
-        stream's operand at the next addition, and to the exit."""
-        assert run.stream is not None
-        assert run.output is not None
-        found, stream = [], run.stream
-        for residual in self.block.residuals:
+    def _operands(self, run: _Run) -> list[tuple[Tensor, Tensor]]:
+        """The stream where it begins (at the entry, or behind an addition and its post-norms), and where it arrives: as the
+        operand of the next addition, and at the exit."""
+        found = []
+        for residual, begins in zip(self.block.residuals, self._begins(run), strict=False):
             alone = [
                 run.sums[node.point].summands[i]
                 for node in residual.additions
                 for i, leaves in enumerate(node.leaves)
                 if leaves == {STREAM}
             ]
-            found += [(stream, functools.reduce(torch.add, alone))] if alone else []
-            stream = self._normed(run.sums[residual.additions[-1].point].result, residual.norms_post)
-        return [*found, (stream, run.output)]
+            found += [(begins, alone[0])] if len(alone) == 1 else []
+        assert run.output is not None
+        return [*found, (self._begins(run)[-1], run.output)]
+
+    def _sums(self, run: _Run) -> list[tuple[Tensor, Tensor]]:
+        """The stream before and after each addition, in a run without any part."""
+        results = [run.sums[residual.additions[-1].point].result for residual in self.block.residuals]
+        return list(zip(self._begins(run), results, strict=False))
+
+    def _begins(self, run: _Run) -> list[Tensor]:
+        assert run.stream is not None
+        found = [run.stream]
+        for residual in self.block.residuals:
+            found.append(self._normed(run.sums[residual.additions[-1].point].result, residual.norms_post))
+        return found
 
     def _normed(self, stream: Tensor, norms: tuple[Any, ...]) -> Tensor:
         for norm in norms:

@@ -236,7 +236,7 @@ class _Reader:
             seen.add(index)
             if self.t.learned(update, index) and self._carries_tokens(index, size):
                 found.append(index)
-            elif gated or not self._gated(index):
+            elif (gated or not self._gated(index)) and not self.t.depends(update, index):  # else a statistic of it: a mean
                 frontier.extend(self._behind(index))
         return max(found, default=None)
 
@@ -248,9 +248,14 @@ class _Reader:
                 continue
             stream, is_gated = self._stream_of(node.index)
             if stream is not None:
-                internal, leaves = self._tree(node.index, stream, is_gated)
-                if leaves.count(stream) == 1:  # twice: a skip around whole blocks
-                    roots.append(_Sum(node.index, stream, internal, leaves, is_gated))
+                roots.append(_Sum(node.index, stream, *self._tree(node.index, stream, is_gated), is_gated))
+        streams = {s.root: s for s in roots}
+        # The stream twice is a skip around whole blocks, unless all happens around one stream: x + a (f - x).
+        roots = [
+            s
+            for s in roots
+            if s.leaves.count(s.stream) == 1 or all(self._is_beside(s, streams[n]) for n in s.nodes if n in streams)
+        ]
         inner = {n for s in roots for n in s.nodes if n != s.root}
         outer = [s for s in roots if s.root not in inner]
         scores = {s.root: self._scores_of(s) for s in outer}
@@ -261,6 +266,10 @@ class _Reader:
             if not any(self._is_nested(found, other) for other in kept):
                 kept.append(found)
         return kept[::-1]
+
+    def _is_beside(self, outer: _Sum, inner: _Sum) -> bool:
+        calls = [self.t.nodes[s.root].call for s in (outer, inner)]
+        return outer.stream == inner.stream and calls[0] == calls[1]
 
     def _stream_of(self, addition: int) -> tuple[int | None, bool]:
         """The stream of a residual addition, and whether it had to be looked for behind a product with data."""
