@@ -467,10 +467,8 @@ class _BlockProof:
             (self._alone(self.block.entry), lambda _: given.clone()),
             (self._alone(self.block.exit), lambda found: seen.append(found.detach().clone())),
         ]
-        acting = {**removal(self.block, parts), **(handlers or {})}
-        if watching:
-            both = [*watching, *(p for p in acting if p not in watching)]
-            acting = {p: in_turn(*(h[p] for h in (watching, acting) if p in h)) for p in both}
+        layers = (watching or {}, handlers or {}, removal(self.block, parts))
+        acting = {p: in_turn(*(layer[p] for layer in layers if p in layer)) for layer in layers for p in layer}
         alone = {replace(p, call=self._run_alone(p.owner, p.call or 0)): h for p, h in acting.items()}
         torch.manual_seed(0)
         with met(self.model, actions, handlers=alone, within=self.module):

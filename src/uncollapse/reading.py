@@ -236,7 +236,9 @@ class _Reader:
             seen.add(index)
             if self.t.learned(update, index) and self._carries_tokens(index, size):
                 found.append(index)
-            elif (gated or not self._gated(index)) and not self.t.depends(update, index):  # else a statistic of it: a mean
+            elif (gated or not self._gated(index)) and not self.t.depends(
+                update, index
+            ):  # else a statistic of it: a mean
                 frontier.extend(self._behind(index))
         return max(found, default=None)
 
