@@ -191,8 +191,10 @@ class NormalisedStep(Block):
         self.sphere1, self.sphere2 = (nn.RMSNorm(WIDTH, elementwise_affine=False) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.sphere1(x + self.step * (self.attend(x) - x))
-        return self.sphere2(x + self.step * (self.think(x) - x))
+        for name, sphere, update in (("attention", self.sphere1, self.attend), ("mlp", self.sphere2, self.think)):
+            x = x + self.step * (update(x) - x)
+            x = x if name in self.owner[0].off else sphere(x)  # a sublayer is left out with its own norm
+        return x
 
 
 class HandWrittenNorm(nn.Module):

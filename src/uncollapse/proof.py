@@ -360,8 +360,8 @@ class _BlockProof:
         for _ in range(2):
             shift = torch.randn(stream.shape, generator=generator).to(stream) * spread
             runs.append(self._rerun(everything, stream + shift, held))
-        ways = [*zip(*map(self._operands, [*runs, self.run]), strict=True), *zip(*map(self._sums, runs), strict=True)]
-        gap = max(_carry_gap(*seen) for seen in ways)
+        met = [*zip(*map(self._operands, [*runs, self.run]), strict=True), *zip(*map(self._sums, runs), strict=True)]
+        gap = max(_carry_gap(list(seen)) for seen in met)
         self._check(
             "with every part removed, the stream is carried through the block element by element: multiplied by fixed factors "
             "or gates, and added to what does not depend on it" + self._other_causes(gap),
@@ -514,13 +514,13 @@ def _is_rounding(gap: float, *values: Tensor) -> bool:
     return gap <= 4 * torch.finfo(values[0].dtype).eps * largest
 
 
-def _carry_gap(*runs: tuple[Tensor, Tensor]) -> float:
+def _carry_gap(runs: list[tuple[Tensor, Tensor]]) -> float:
     """How far a way of the stream is from a law after = a * before + b with a and b fixed in every element, seen in several
     runs: 0 within rounding, else the part of the change that does not obey it."""
     if all(_difference(before, after) == 0.0 for before, after in runs):
         return 0.0
-    before, after = ([run[side].double() for run in runs] for side in (0, 1))
-    if any(b.numel() != a.numel() or not bool(b.isfinite().all() and a.isfinite().all()) for b, a in runs):
+    before, after = [b.double() for b, _ in runs], [a.double() for _, a in runs]
+    if any(b.numel() != a.numel() or not bool(b.isfinite().all() & a.isfinite().all()) for b, a in runs):
         return float("inf")
     precision = max(torch.finfo(t.dtype).eps for run in runs for t in run)
     return min(_law_gap([b.permute(order) for b in before], after, precision) for order in _orders(before[0], after[0]))
