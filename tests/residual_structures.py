@@ -303,6 +303,39 @@ class MixingStack(Stack):
         return x
 
 
+class MixtureOfDepths(Block):
+    """Only half of the tokens go through the block, chosen by a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.inner = nn.Linear(WIDTH, 1), Block()
+
+    def chosen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, picked = self.router(x).squeeze(-1).topk(x.shape[1] // 2, dim=1)
+        picked, order = picked.sort(1)
+        return picked, weights.gather(1, order).sigmoid().unsqueeze(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        picked, _ = self.chosen(x)
+        places = picked[..., None].expand(-1, -1, WIDTH)
+        self.inner.owner = self.owner
+        return x.scatter(1, places, self.inner(x.gather(1, places)))
+
+
+class WeightedMixtureOfDepths(MixtureOfDepths):
+    """The router's weight scales each update, and the tokens are put back by their numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        picked, weight = self.chosen(x)
+        rows = torch.arange(x.shape[0])[:, None]
+        some = x[rows, picked]
+        some = some + weight * self.attend(some)
+        some = some + weight * self.think(some)
+        out = x.clone()
+        out[rows, picked] = some
+        return out
+
+
 # States ----------------------------------------------------------------------------------------------------------------
 
 
@@ -519,6 +552,8 @@ STRUCTURES: dict[str, Callable[[], Owned]] = {
             ParallelByHand,
             Highway,
             HighwayLerp,
+            MixtureOfDepths,
+            WeightedMixtureOfDepths,
         )
     },
     "modded-nanoGPT": ModdedNanoGPT,

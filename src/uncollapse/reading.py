@@ -33,6 +33,10 @@ from uncollapse.errors import UnsupportedModel
 from uncollapse.interception import Point, same_term, summands_of
 from uncollapse.tracing import Call, Trace
 
+# Operations that pick some of the tokens, and that put tokens in the place of others.
+_PICKS = frozenset(["gather", "index_select", "take_along_dim", "getitem"])
+_PUTS = frozenset(["scatter", "index_copy", "index_put", "setitem"])
+
 
 @dataclass
 class _Sum:
@@ -188,7 +192,14 @@ class _Reader:
         """Where the stream may come from that a value carries: the summands of a sum, the factors of a product, or the value
         that is merely moved, cast or scaled."""
         passed = self._passes(index)
-        return self._summands(index) or ([passed] if passed is not None else self._gated(index))
+        return self._summands(index) or ([passed] if passed is not None else self._gated(index) or self._picked(index))
+
+    def _picked(self, index: int) -> list[int]:
+        """The values that an operation picks tokens from or puts tokens into, its data among the operands last."""
+        node = self.t.nodes[index]
+        if node.operation in _PICKS:
+            return [node.inputs[0]]
+        return [node.inputs[0], node.inputs[-1]] if node.operation in _PUTS else []
 
     def _carried(self, index: int, ends: Collection[int] = ()) -> set[int]:
         """Every value on the way back from `index`, no further than `ends`, that it may carry."""
@@ -201,7 +212,7 @@ class _Reader:
         return seen
 
     def _gates(self, index: int, stream: int) -> tuple[tuple[Point, int], ...]:
-        """The factors made from data that the stream meets on its way from value `stream` to value `index`."""
+        """The factors made from data, and the choices of tokens, that the stream meets from value `stream` to value `index`."""
         found: list[tuple[Point, int]] = []
         for value in sorted(self._carried(index, (stream,)) - {stream}):
             node = self.t.nodes[value]
@@ -210,6 +221,8 @@ class _Reader:
             numbers = range(len(node.inputs))
             if node.operation == "lerp":
                 numbers = range(2, len(node.inputs))
+            elif self._picked(value):
+                numbers = range(1, len(node.inputs))
             elif not self._gated(value):
                 continue
             factors = [i for i in numbers if self.t.nodes[node.inputs[i]].is_data]
@@ -835,6 +848,7 @@ class _Reader:
                 c
                 for c in self.t.calls[index].children
                 if len(holds[c]) == len(holds[index])
+                and self._sizes(c) & (self._sizes(index) or self._sizes(c))  # not where only some tokens go through it
                 and all(
                     self.t.calls[c].first <= s < self.t.calls[c].last
                     for s in scores
@@ -844,6 +858,10 @@ class _Reader:
             if not inside:
                 return index
             index = inside[0]
+
+    def _sizes(self, index: int) -> set[int]:
+        call = self.t.calls[index]
+        return {self.t.nodes[i].size for i in (*call.outputs.values(), *call.written.values())}
 
     def blocks(self, layout: Layout | None) -> list[Block]:
         self.layout = layout
@@ -921,6 +939,13 @@ class _Reader:
                 ]
             )
             gates = dict.fromkeys([*self._gates(found.stream, before), *self._gates(found.root, found.stream)])
+            if found is sums[-1]:
+                gates |= dict.fromkeys(self._gates(exit_value, found.root))
+            elif self._is_piecewise(found, sums[len(residuals) + 1]):
+                raise self._refusal(
+                    f"a sublayer of {stretch.name} runs on some of the tokens at a time, one piece after another. How many "
+                    "pieces there are depends on the input. Let it run on all tokens at once"
+                )
             residuals.append(Residual(tuple(tree), tuple(range(offset, offset + len(own))), gates=tuple(gates)))
             parts.extend(own)
             before = found.root
@@ -954,6 +979,12 @@ class _Reader:
             _token_axis(self.t.nodes[exit_value].shape),
             stretch.label,
         )
+
+    def _is_piecewise(self, found: _Sum, following: _Sum) -> bool:
+        """Whether two sums that follow each other stand side by side on pieces of one stream."""
+        beside = not self._feeds(found.root, following.stream) and self.t.nodes[found.stream].operation == "getitem"
+        origins = [self.t.nodes[s.stream] for s in (found, following)]
+        return beside and (origins[0].operation, origins[0].inputs) == (origins[1].operation, origins[1].inputs)
 
     def _entry(self, stretch: _Stretch) -> tuple[Place, int]:
         """Where the stream enters the block, and the value there: the latest of the block's arguments that the stream of the
