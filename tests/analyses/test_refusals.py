@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import uncollapse as uc
 from tests.helpers.own_models import OwnBlock, OwnGPT, tokens
+from uncollapse.analyses.diagnosis import observe
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.measures.geometry import consensus_distance
+from uncollapse.probe.sites import PLAIN_MEASURES
 
 
 def refusal(model: nn.Module, batch: dict[str, Tensor]) -> uc.UnsupportedModel:
@@ -91,10 +96,15 @@ class NoBlocks(nn.Module):
         return x
 
 
-def test_a_model_without_block_modules() -> None:
-    error = refusal(NoBlocks().eval(), {"idx": tokens()})
-    assert "3 attention calls" in error.found
-    assert "6 residual additions (in the model itself)" in error.found
+def test_a_model_without_block_modules_has_blocks_all_the_same() -> None:
+    blocks = proved_anatomy(NoBlocks().eval(), {"idx": tokens()}).blocks
+    assert [b.name for b in blocks] == ["attentions.0", "attentions.1", "attentions.2"]
+
+
+def test_a_layout_names_blocks_that_do_not_run() -> None:
+    model, batch = NoBlocks().eval(), {"idx": tokens()}
+    blocks = proved_anatomy(model, batch, uc.Layout(blocks=("attentions.0", "attentions.2"))).blocks
+    assert [b.name for b in blocks] == ["attentions.0", "attentions.2"]
 
 
 class OnlyMLP(nn.Module):
@@ -117,50 +127,39 @@ def test_a_model_of_mlps_alone() -> None:
     assert "self-attention" in error.identity
 
 
-class State:
-    def __init__(self, stream: Tensor) -> None:
-        self.stream = stream
+class Bent(OwnBlock):
+    """Its output is no longer the stream plus updates."""
 
-
-class StatefulBlock(OwnBlock):
-    def forward(self, state: State) -> Tensor:  # type: ignore[override]
-        state.stream = super().forward(state.stream)
-        return state.stream
-
-
-class PassesAnObject(OwnGPT):
-    """The stream travels in an object of the user's own: no argument of a block is it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(StatefulBlock(32, 4, True) for _ in range(3))
-
-    def forward(self, idx: Tensor) -> Tensor:
-        state = State(self.token(idx))
-        for block in self.blocks:
-            block(state)
-        return self.head(self.norm(state.stream))
-
-
-def test_a_stream_that_is_no_argument_of_the_block() -> None:
-    error = refusal(PassesAnObject().eval(), {"idx": tokens()})
-    assert "blocks.0 is none of its arguments" in str(error)
-    assert "embedding" in error.identity
-    assert eval(error.layout, {"uc": uc}).blocks == ("blocks.0", "blocks.1", "blocks.2")
-
-
-class Scaled(OwnBlock):
     def forward(self, x: Tensor) -> Tensor:
-        return 0.5 * super().forward(x)
+        return torch.tanh(super().forward(x))
 
 
-def test_a_layout_does_not_silence_the_proof() -> None:
-    """The proposed Layout is a start, not a way round: the same identity fails again."""
-    model = own_gpt(Scaled)
+def test_a_layout_does_not_silence_the_proof_and_is_not_advised_again() -> None:
+    model = own_gpt(Bent)
     error = refusal(model, {"idx": tokens()})
     with pytest.raises(uc.UnsupportedModel) as again:
         uc.diagnose(model, batches=[{"idx": tokens()}], layout=eval(error.layout, {"uc": uc}))
     assert again.value.identity == error.identity
+    assert again.value.layout == ""
+    assert "No layout helps" in str(again.value)
+
+
+def test_a_forward_hook_of_ones_own_is_named() -> None:
+    model = OwnGPT().eval()
+    model.blocks[1].register_forward_hook(lambda _module, _args, output: torch.tanh(output))
+    with pytest.raises(uc.UnsupportedModel, match=r"forward hook of yours changes what passes blocks\.1"):
+        uc.diagnose(model, batches=[{"idx": tokens()}])
+
+
+def test_a_steering_vector_in_a_hook_is_part_of_the_stream() -> None:
+    model, batch = OwnGPT().eval(), {"idx": tokens()}
+    shift = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    seen: list[Tensor] = []
+    model.blocks[1].register_forward_hook(lambda _module, _args, output: output + shift)
+    model.blocks[2].register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    observed = observe(model, [batch])
+    got = observed.sites[2].plain.summary(PLAIN_MEASURES.index("consensus_distance"))[0]
+    assert got == pytest.approx(np.mean([consensus_distance(x, 2.0**-23) for x in seen[-1].double().numpy()]), rel=1e-5)
 
 
 def test_a_layout_with_a_misspelt_block_says_so() -> None:

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from uncollapse.anatomy.interception import Point, addition_operands, chosen_operand, device_of, intercepted
+from uncollapse.anatomy.interception import (
+    Point,
+    device_of,
+    intercepted,
+    left_of,
+    summand,
+)
 from uncollapse.anatomy.probing import probing
 from uncollapse.errors import UncollapseError
 
@@ -111,14 +117,25 @@ def test_a_missed_operation_is_an_error_not_a_silence() -> None:
 @pytest.mark.parametrize("keep", [0, 1])
 def test_one_operand_of_an_addition_keeps_its_shape_and_dtype(keep: int) -> None:
     wide, narrow = torch.arange(6.0, dtype=torch.float64).reshape(2, 3), torch.arange(3.0)
-    kept = chosen_operand(torch.add, (wide, narrow), {}, keep)
-    assert kept.shape == (2, 3)
+    expected = [wide, narrow.double().expand(2, 3)][keep]
+    kept = left_of(torch.add, (wide, narrow), {}, {1 - keep})
     assert kept.dtype == torch.float64
-    assert torch.equal(kept, [wide, narrow.double().expand(2, 3)][keep])
+    assert torch.equal(kept, expected)
     written = wide.clone()
-    assert chosen_operand(Tensor.add_, (written, narrow), {}, keep) is written
-    assert torch.equal(written, [wide, narrow.double().expand(2, 3)][keep])
-    assert addition_operands((), {"input": wide, "other": narrow}) == (wide, narrow)
+    assert left_of(Tensor.add_, (written, narrow), {}, {1 - keep}) is written
+    assert torch.equal(written, expected)
+    assert torch.equal(left_of(torch.add, (), {"input": wide, "other": narrow}, {1 - keep}), expected)
+
+
+def test_a_summand_is_what_the_operation_makes_of_its_operand() -> None:
+    x, gate, update = torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.25]), torch.tensor([4.0, 8.0])
+    assert summand(torch.add, (x, update), {}, 1) is update
+    assert torch.equal(summand(torch.add, (x, update), {"alpha": 2}, 1), 2 * update)
+    assert torch.equal(summand(torch.sub, (x, update), {}, 1), -update)
+    assert torch.equal(summand(torch.addcmul, (x, gate, update), {}, 2), gate * update)
+    assert torch.equal(summand(torch.lerp, (x, update, 0.25), {}, 0), 0.75 * x)
+    assert torch.equal(summand(Tensor.add_, (x, update), {"alpha": 3}, 1), 3 * update)
+    assert torch.equal(x, torch.tensor([1.0, 2.0]))
 
 
 def test_probing_restores_mode_gradients_and_random_state() -> None:

@@ -15,9 +15,8 @@ from torch import Tensor
 
 import uncollapse as uc
 from tests.helpers.families import FAMILIES, Family, inputs_for
-from uncollapse.anatomy import proof
 from uncollapse.anatomy.proof import example, prove
-from uncollapse.anatomy.vocabulary import Anatomy, Block, Part, Residual
+from uncollapse.anatomy.vocabulary import Anatomy, Block, Part, Residual, proof
 
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 Spoil = Callable[[Block], Block]
@@ -71,11 +70,7 @@ def without_residual(number: int) -> Spoil:
 
         def moved(residual: Residual) -> Residual:
             additions = tuple(
-                replace(
-                    n,
-                    first=frozenset(renumbered[i] for i in n.first),
-                    second=frozenset(renumbered[i] for i in n.second),
-                )
+                replace(n, leaves=tuple(frozenset(renumbered[i] for i in leaves) for leaves in n.leaves))
                 for n in residual.additions
             )
             return replace(residual, additions=additions, parts=tuple(renumbered[i] for i in residual.parts))
@@ -100,8 +95,7 @@ def test_a_withheld_addition_is_refused(monkeypatch: pytest.MonkeyPatch, family:
 
 def stream_and_update_swapped(block: Block) -> Block:
     residuals = tuple(
-        replace(r, additions=tuple(replace(n, first=n.second, second=n.first) for n in r.additions))
-        for r in block.residuals
+        replace(r, additions=tuple(replace(n, leaves=n.leaves[::-1]) for n in r.additions)) for r in block.residuals
     )
     return replace(block, residuals=residuals)
 
@@ -175,18 +169,20 @@ def test_a_norm_of_a_part_claimed_to_be_of_the_stream_is_refused(
     refused(monkeypatch, family, norms_called_post)
 
 
-# A block's output scaled -----------------------------------------------------------------------------------------------
+# A block's output bent -------------------------------------------------------------------------------------------------
 
 
 @families
-def test_a_block_whose_output_is_scaled_behind_its_last_addition_is_refused(family: Family) -> None:
+def test_a_block_whose_output_is_bent_behind_its_last_addition_is_refused(family: Family) -> None:
     model = family.build()
     name = prove(model, example(inputs_for(family))).blocks[1].module.name
 
-    def scaled(module: object, args: object, output: Any) -> Any:
-        return output * 1.5 if isinstance(output, Tensor) else (output[0] * 1.5, *output[1:])
+    def bent(module: object, args: object, output: Any) -> Any:
+        stream = output if isinstance(output, Tensor) else output[0]
+        changed = stream + 0.05 * stream.roll(1, -1)  # linear, but no longer feature by feature
+        return changed if isinstance(output, Tensor) else (changed, *output[1:])
 
-    model.get_submodule(name).register_forward_hook(scaled)
+    model.get_submodule(name).register_forward_hook(bent)
     with torch.no_grad(), pytest.raises(uc.UnsupportedModel) as caught:
         prove(model, example(inputs_for(family)))
     assert caught.value.identity

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 import uncollapse as uc
 from tests.helpers.tiny_models import FAMILIES, batch_for, text_batch
-from uncollapse.anatomy import proof
 from uncollapse.anatomy.proof import example, prove, proved_anatomy
 from uncollapse.anatomy.reading import behaves_as_norm
-from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Block
+from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Block, proof
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -161,8 +160,7 @@ def _without_last_addition(block: Block) -> Block:
 
 def _swapped_operands(block: Block) -> Block:
     residuals = tuple(
-        replace(r, additions=tuple(replace(n, first=n.second, second=n.first) for n in r.additions))
-        for r in block.residuals
+        replace(r, additions=tuple(replace(n, leaves=n.leaves[::-1]) for n in r.additions)) for r in block.residuals
     )
     return replace(block, residuals=residuals)
 
@@ -187,18 +185,18 @@ def test_a_forgotten_post_norm_is_refused(monkeypatch: pytest.MonkeyPatch, famil
 
 
 @families
-def test_a_block_that_scales_its_output_behind_the_last_addition_is_refused(family: str) -> None:
+def test_a_block_that_bends_its_output_behind_the_last_addition_is_refused(family: str) -> None:
     tiny = FAMILIES[family]
     model = tiny.build().eval()
     anatomy = proved_anatomy(model, batch_for(tiny))
     block = model.get_submodule(anatomy.blocks[1].module.name)
 
-    def scaled(module: nn.Module, args: object, output: object) -> object:
+    def bent(module: nn.Module, args: object, output: object) -> object:
         if isinstance(output, Tensor):
-            return output * 1.5
-        return (output[0] * 1.5, *output[1:])  # type: ignore[index]
+            return output + 0.1 * output.sin()
+        return (output[0] + 0.1 * output[0].sin(), *output[1:])  # type: ignore[index]
 
-    block.register_forward_hook(scaled)
+    block.register_forward_hook(bent)
     with pytest.raises(uc.UnsupportedModel) as caught:
         prove(model, example(batch_for(tiny)))
     assert anatomy.blocks[1].module.name in str(caught.value) or "argument" in str(caught.value)
@@ -253,8 +251,8 @@ def test_a_picture_that_misses_a_block_is_refused() -> None:
 
         def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
             attention, _ = self.block.attn(self.block.ln_1(x))
-            x = torch.stack([x, attention]).sum(0)
-            return torch.stack([x, self.block.mlp(self.block.ln_2(x))]).sum(0)
+            x = torch.cat([x[None], attention[None]]).sum(0)
+            return torch.cat([x[None], self.block.mlp(self.block.ln_2(x))[None]]).sum(0)
 
     tiny = FAMILIES["gpt2"]
     model = tiny.build().eval()

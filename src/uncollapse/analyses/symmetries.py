@@ -29,7 +29,8 @@ from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
 from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.interception import device_of
 from uncollapse.anatomy.probing import float64_kept, probing
-from uncollapse.anatomy.proof import block_output, example
+from uncollapse.anatomy.proof import example
+from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.vocabulary import Block, StreamAxes
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.interventions.without import without as taken_away
@@ -233,27 +234,20 @@ class _Acting:
         """The tokens in another order where they enter each stack's first block."""
         orders: list[TokenPermutation] = []
 
-        def enter(block: Block) -> Callable[..., Any]:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                key = block.stream_input
-                stream = args[key] if isinstance(key, int) else kwargs[key]
+        def entering(block: Block) -> Action:
+            def permuted(stream: Tensor) -> Tensor:
                 if block.axes != StreamAxes(0, (1,), 2):
                     raise InputError(
                         f"symmetries: expected a stream with the axes sequence, token and width, got {tuple(stream.shape)}. "
                         "The tokens of this model lie otherwise and are not permuted."
                     )
                 orders.append(TokenPermutation.random(self.generator, torch.ones(stream.shape[:2], dtype=torch.bool)))
-                moved = orders[-1].tokens(stream)
-                if isinstance(key, int):
-                    return (*args[:key], moved, *args[key + 1 :]), kwargs
-                return args, {**kwargs, key: moved}
+                return orders[-1].tokens(stream)
 
-            return hook
+            return permuted
 
-        with contextlib.ExitStack() as stack:
-            for block in {b.stack: b for b in reversed(self.anatomy.blocks)}.values():
-                module = self.model.get_submodule(block.module.name)
-                stack.callback(_first_run_only(module, enter(block)).remove)
+        first = {b.stack: b for b in reversed(self.anatomy.blocks)}.values()
+        with met(self.model, [(block.entry, entering(block)) for block in first]):
             got = self._stream(piece)
         return orders[-1].tokens(plain), got
 
@@ -417,28 +411,13 @@ class _Acting:
         block = self.anatomy.blocks[-1]
         seen: list[Tensor] = []
 
-        def keep(_: nn.Module, _args: Any, output: Any) -> None:
-            seen[:] = [block_output(output, block.stream_output)]
+        def keep(stream: Tensor) -> None:
+            seen[:] = [stream]
 
-        hook = self.model.get_submodule(block.module.name).register_forward_hook(keep)
-        try:
-            with torch.no_grad():
-                self.model(**piece)
-        finally:
-            hook.remove()
+        with torch.no_grad(), met(self.model, [(block.exit, keep)]):
+            self.model(**piece)
         stream = seen[0].detach().double()
         return stream if block.axes is None else block.axes.cloud(stream)
-
-
-def _first_run_only(module: nn.Module, hook: Callable[..., Any]) -> Any:
-    """Register a pre-hook that acts once: a shared block runs again, on what it made itself."""
-    runs: list[None] = []
-
-    def once(*given: Any) -> Any:
-        runs.append(None)
-        return hook(*given) if len(runs) == 1 else None
-
-    return module.register_forward_pre_hook(once, with_kwargs=True)
 
 
 _Action = Callable[
@@ -461,10 +440,7 @@ class _Rounding:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[_Rounding]:
-        with contextlib.ExitStack() as stack:
-            for block in {b.module.name: b for b in self.blocks}.values():
-                module = self.model.get_submodule(block.module.name)
-                stack.callback(module.register_forward_hook(self._hook(block)).remove)
+        with met(self.model, [(block.exit, self._moved) for block in self.blocks]):
             yield self
 
     @contextlib.contextmanager
@@ -475,14 +451,11 @@ class _Rounding:
         finally:
             self.active = False
 
-    def _hook(self, block: Block) -> Callable[..., None]:
-        def hook(_: nn.Module, _args: Any, output: Any) -> None:
-            if self.active:
-                stream = block_output(output, block.stream_output)
-                signs = torch.randint(0, 2, stream.shape, generator=self.generator).to(stream) * 2 - 1
-                stream.mul_(1 + torch.finfo(stream.dtype).eps * signs)
-
-        return hook
+    def _moved(self, stream: Tensor) -> Tensor | None:
+        if not self.active:
+            return None
+        signs = torch.randint(0, 2, stream.shape, generator=self.generator).to(stream) * 2 - 1
+        return stream * (1 + torch.finfo(stream.dtype).eps * signs)
 
 
 class _SoftCap(TorchFunctionMode):

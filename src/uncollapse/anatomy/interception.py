@@ -17,7 +17,7 @@ import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,23 +210,78 @@ def _wrapped(
                 del module.forward
 
 
-def chosen_operand(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], keep: int) -> Tensor:
-    """What an addition returns when only operand `keep` (0 or 1) is left of it: in the sum's shape and dtype.
+def left_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], gone: Collection[int]) -> Any:
+    """What a sum returns when the summands `gone` are zero: operands numbered as `tensors_in` meets them. The operation itself
+    runs, so shape, dtype and factors are its own, and adding zero rounds nothing.
 
-    An in-place addition writes the kept operand into its first one, as the original would have written the sum.
+    An operation in place writes into its first operand, as the original would have written the sum.
     """
-    first, second = addition_operands(args, kwargs)
-    kept = first if keep == 0 else second
-    if writes_in_place(function):
-        if keep == 1:
-            first.copy_(kept)
+    if 0 in gone and writes_in_place(function):
+        next(tensors_in([args, kwargs])).zero_()
+        gone = set(gone) - {0}
+    given, named = with_operands(args, kwargs, dict.fromkeys(gone, torch.zeros_like))
+    return function(*given, **named)
+
+
+def summand(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> Tensor:
+    """What operand `number` brings to a sum, with the factors that the operation itself puts on it; nothing is written."""
+    operands = list(tensors_in([args, kwargs]))
+    name = operation_name(function)
+    if name == "stack" or (name == "add" and "alpha" not in kwargs):
+        return operands[number]
+    others = [i for i in summands_of(name, len(operands)) if i != number and not same_term(name, i, number)]
+    args, kwargs = with_operands(args, kwargs, {0: torch.clone} if writes_in_place(function) else {})
+    result = left_of(function, args, kwargs, others)
+    assert isinstance(result, Tensor)
+    return result
+
+
+def summands_of(operation: str, operands: int) -> tuple[int, ...]:
+    """Which tensor operands of an operation are added up in it; none where it is no sum. Of a product inside it, both."""
+    if operation in {"add", "sub", "lerp"}:
+        return (0, 1) if operands >= 2 else ()
+    if operation in {"addcmul"}:
+        return (0, 1, 2) if operands >= 3 else ()
+    return tuple(range(operands)) if operation == "stack" else ()
+
+
+def same_term(operation: str, first: int, second: int) -> bool:
+    """Whether two operands of a sum are factors of one and the same summand."""
+    return operation == "addcmul" and {first, second} <= {1, 2}
+
+
+def with_operands(
+    args: tuple[Any, ...], kwargs: dict[str, Any], changed: Mapping[int, Callable[[Tensor], Tensor]]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a torch call with some of its tensor operands changed; they are counted as by `tensors_in`."""
+    number = -1
+
+    def walked(value: Any) -> Any:
+        nonlocal number
+        if isinstance(value, Tensor):
+            number += 1
+            return changed[number](value) if number in changed else value
+        if type(value) in (list, tuple):
+            return type(value)(walked(item) for item in value)
+        if type(value) is dict:
+            return {key: walked(item) for key, item in value.items()}
+        return value
+
+    return walked(args), walked(kwargs)
+
+
+def in_turn(*handlers: Handler) -> Handler:
+    """One handler made of several for the same point: the first sees what the others make of the operation."""
+    first, *others = handlers
+    if not others:
         return first
-    shape = torch.broadcast_shapes(first.shape, second.shape)
-    return kept.to(torch.promote_types(first.dtype, second.dtype)).expand(shape)
+    behind = in_turn(*others)
 
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        @functools.wraps(function)
+        def inner(*given: Any, **named: Any) -> Any:
+            return behind(function, given, named)
 
-def addition_operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The two operands of an addition, however it was called."""
-    first = args[0] if args else kwargs["input"]
-    second = args[1] if len(args) > 1 else kwargs["other"]
-    return first, second
+        return first(inner, args, kwargs)
+
+    return handler

@@ -30,6 +30,7 @@ def probing(model: nn.Module, seed: int = 0) -> Iterator[None]:
         torch.manual_seed(seed)
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(in_the_open(model))
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
         torch.backends.mha.set_fastpath_enabled(False)
         for module in training:
@@ -43,6 +44,28 @@ def probing(model: nn.Module, seed: int = 0) -> Iterator[None]:
                 module.training = True
             for config in caching:
                 config.use_cache = True
+
+
+@contextlib.contextmanager
+def in_the_open(model: nn.Module) -> Iterator[None]:
+    """Within the block a model computes the same function where it can be seen: a feed-forward that runs on a few tokens at a
+    time to save memory (`chunk_size_feed_forward`) runs on all at once, so that it adds to the stream in one place, and
+    `flex_attention`, one opaque call, becomes the model's own eager attention."""
+    changed: list[tuple[Any, str, Any]] = []
+    for module in model.modules():
+        if getattr(module, "chunk_size_feed_forward", 0):
+            changed.append((module, "chunk_size_feed_forward", 0))
+    for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+        if getattr(config, "_attn_implementation", None) == "flex_attention":
+            changed.append((config, "_attn_implementation", "eager"))
+    before = [getattr(owner, name) for owner, name, _ in changed]
+    for owner, name, value in changed:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for (owner, name, _), value in zip(changed, before, strict=True):
+            setattr(owner, name, value)
 
 
 def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -23,23 +23,32 @@ import itertools
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.carrying import Observer, Way
 from uncollapse.anatomy.influence import EVERY, reaches, stream_axes, without_zeros
-from uncollapse.anatomy.interception import Handler, Point, addition_operands, intercepted
+from uncollapse.anatomy.interception import (
+    Handler,
+    Point,
+    in_turn,
+    same_term,
+    summand,
+    with_operands,
+)
 from uncollapse.anatomy.mixing_proof import Poked, located, placed
 from uncollapse.anatomy.operands import Mixed, UnreadableError, product_operands, replaced
 from uncollapse.anatomy.probing import probing
-from uncollapse.anatomy.reading import read
+from uncollapse.anatomy.reading import has_own_hooks, read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
 from uncollapse.anatomy.stacks import find_stacks
+from uncollapse.anatomy.streams import Action, cloned, met
 from uncollapse.anatomy.tracing import Trace, operands_of, operation_name, tensors_in, trace
 from uncollapse.anatomy.vocabulary import (
     STREAM,
+    AdditionNode,
     Anatomy,
     AttentionCall,
     Block,
@@ -49,6 +58,7 @@ from uncollapse.anatomy.vocabulary import (
     ModuleCall,
     NormPiece,
     Part,
+    Place,
     StreamAxes,
     removal,
 )
@@ -235,20 +245,24 @@ def _first_sequences(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class _Run:
-    """What one block call saw: its arguments, its output, and the operands and results at its additions."""
+    """What one block saw: the arguments of the module in whose code it stands, the stream at its entry and exit, its additions,
+    and the gates on the stream's way. `earlier` counts the runs of every module before it in the pass."""
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    stream: Tensor | None = None
     output: Tensor | None = None
-    sums: dict[Point, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    sums: dict[Point, _Addition] = field(default_factory=dict)
+    gates: dict[tuple[Point, int], Tensor] = field(default_factory=dict)
+    earlier: dict[str, int] = field(default_factory=dict)
 
-    def stream(self, block: Block) -> Tensor:
-        """The stream that entered."""
-        found = (
-            self.args[block.stream_input] if isinstance(block.stream_input, int) else self.kwargs[block.stream_input]
-        )
-        assert isinstance(found, Tensor)
-        return found
+
+@dataclass(frozen=True)
+class _Addition:
+    """One addition as it was met: what each summand brought, by the number of the operand, and the sum."""
+
+    summands: dict[int, Tensor]
+    result: Tensor
 
 
 def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None) -> Anatomy:
@@ -274,7 +288,7 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
             except UncollapseError:
                 raise
             except Exception as error:  # the model's own code, run in a way it may not expect
-                raise _failure(model, anatomy, _not_alone(block, error)) from error
+                raise _failure(model, anatomy, _not_alone(block, error), layout) from error
             proved.append(prover.block)
             proof += prover.identities
         recorded.tape.clear()  # it holds every tensor of the pass
@@ -286,13 +300,13 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
     anatomy = replace(anatomy, blocks=tuple(proved), proof=tuple(proof), stacks=stacks)
     for identity in proof:
         if not identity.deviation <= 0.0:
-            raise _failure(model, anatomy, identity)
+            raise _failure(model, anatomy, identity, layout)
     return anatomy
 
 
 def _shared_axes(blocks: list[Block], runs: list[_Run], anatomy: Anatomy) -> list[Block]:
     """Give blocks whose own axes could not be told those of another block of their stack with a stream of the same shape."""
-    shapes = [tuple(run.stream(block).shape) for block, run in zip(blocks, runs, strict=True)]
+    shapes = [() if run.stream is None else tuple(run.stream.shape) for run in runs]
     found = list(blocks)
     for number, block in enumerate(blocks):
         stack = anatomy.stacks[anatomy.stack_of(number)]
@@ -355,57 +369,96 @@ class _AllSeenError(Exception):
 
 
 def _observe(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, *, to_the_end: bool = True) -> list[_Run]:
-    """One pass that records each block call's arguments, output and additions; everything is cloned where it is met."""
-    runs: dict[tuple[str, int], _Run] = {}
-    handlers: dict[Point, Handler] = {}
-    by_module: dict[str, list[Block]] = {}
-    for block in anatomy.blocks:
-        by_module.setdefault(block.module.name, []).append(block)
-        for residual in block.residuals:
-            for node in residual.additions:
-                handlers[node.point] = _recording(runs, block, node.point)
-    counts = dict.fromkeys(by_module, 0)
-    wanted = {(b.module.name, b.module.call) for b in anatomy.blocks}
+    """One pass that records each block's arguments, stream and additions; everything is cloned where it is met."""
+    runs = [_Run() for _ in anatomy.blocks]
+    handlers: dict[Point, list[Handler]] = {}
+    actions: list[tuple[Place, Action]] = []
+    for block, run in zip(anatomy.blocks, runs, strict=True):
+        actions += [(block.entry, _keeping(run, "stream")), (block.exit, _keeping(run, "output"))]
+        if not to_the_end:
+            actions.append((block.exit, lambda _: _end_where_all(runs)))
+        for point, handler in _recording(block, run).items():
+            handlers.setdefault(point, []).append(handler)
     with contextlib.ExitStack() as stack:
-        for name, blocks in by_module.items():
-            module = model.get_submodule(name)
-            outputs = {b.module.call: b.stream_output for b in blocks}
+        counts: dict[str, int] = {}
+        by_module: dict[str, list[tuple[int, _Run]]] = {}
+        for block, run in zip(anatomy.blocks, runs, strict=True):
+            by_module.setdefault(block.module.name, []).append((block.module.call, run))
+        for name, module in model.named_modules():
 
             def enter(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                runs[name, counts[name]] = _Run(_cloned(args), _cloned(kwargs))
-
-            def leave(_: nn.Module, _a: Any, _k: Any, output: Any, name: str = name, outputs: Any = outputs) -> None:
-                call = counts[name]
-                if call in outputs:
-                    runs[name, call].output = block_output(output, outputs[call]).detach().clone()
-                counts[name] = call + 1
-                if not to_the_end and wanted <= {key for key, run in runs.items() if run.output is not None}:
-                    raise _AllSeenError
+                for call, run in by_module.get(name, ()):
+                    if call == counts.get(name, 0):
+                        run.args, run.kwargs, run.earlier = cloned(args), cloned(kwargs), dict(counts)
+                counts[name] = counts.get(name, 0) + 1
 
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
-        stack.enter_context(intercepted(model, handlers))
+        together = {point: in_turn(*several) for point, several in handlers.items()}
+        stack.enter_context(met(model, actions, handlers=together))
         with contextlib.suppress(_AllSeenError):
             _output(model, batch)
-    return [runs[b.module.name, b.module.call] for b in anatomy.blocks]
+    return runs
 
 
-def _recording(runs: dict[tuple[str, int], _Run], block: Block, point: Point) -> Handler:
+def _end_where_all(runs: list[_Run]) -> None:
+    if all(run.output is not None for run in runs):
+        raise _AllSeenError
+
+
+def _keeping(run: _Run, name: Literal["stream", "output"]) -> Action:
+    def keep(stream: Tensor) -> None:
+        setattr(run, name, stream.detach().clone())
+
+    return keep
+
+
+def _recording(block: Block, run: _Run) -> dict[Point, Handler]:
+    """Handlers that take note of a block's additions, and of the gates on the stream's way, into `run`."""
+    handlers: dict[Point, list[Handler]] = {}
+
+    def adding(node: AdditionNode) -> Handler:
+        def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            numbers = [i for i, leaves in enumerate(node.leaves) if leaves]
+            met = {i: summand(function, args, kwargs, i).detach().clone() for i in numbers}
+            result = function(*args, **kwargs)
+            axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            total = result.sum(axis) if operation_name(function) == "stack" else result
+            run.sums[node.point] = _Addition(met, total.detach().clone())
+            return result
+
+        return handler
+
+    def passing(point: Point, number: int) -> Handler:
+        def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            run.gates[point, number] = list(tensors_in([args, kwargs]))[number].detach().clone()
+            return function(*args, **kwargs)
+
+        return handler
+
+    for residual in block.residuals:
+        for node in residual.additions:
+            handlers.setdefault(node.point, []).append(adding(node))
+        for point, number in residual.gates:
+            handlers.setdefault(point, []).append(passing(point, number))
+    return {point: in_turn(*several) for point, several in handlers.items()}
+
+
+def _holding(value: Tensor, number: int) -> Handler:
+    """Let an operation run with one of its operands held at a value."""
+
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        first, second = (t.detach().clone() for t in addition_operands(args, kwargs))
-        result = function(*args, **kwargs)
-        runs[block.module.name, block.module.call].sums[point] = (first, second, result.detach().clone())
-        return result
+        given, named = with_operands(args, kwargs, {number: lambda _: value.clone()})
+        return function(*given, **named)
 
     return handler
 
 
-def _adding(added: list[Tensor], operand: int, otherwise: Handler | None) -> Handler:
-    """Take note of an operand of an addition, and do what is to be done there."""
+def _adding(added: list[Tensor], operand: int) -> Handler:
+    """Take note of what an operand brings to an addition."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        added.append(addition_operands(args, kwargs)[operand].clone())
-        return function(*args, **kwargs) if otherwise is None else otherwise(function, args, kwargs)
+        added.append(summand(function, args, kwargs, operand).clone())
+        return function(*args, **kwargs)
 
     return handler
 
@@ -444,34 +497,16 @@ def _noting_product(found: list[Mixed | str], number: int, call: AttentionCall) 
     return handler
 
 
-def _shaken(value: Any, spared: Tensor) -> Any:
-    """Every floating-point tensor in nested arguments with noise on it, but the stream."""
+def _shaken(value: Any) -> Any:
+    """Nested arguments with noise on every floating-point tensor."""
     if isinstance(value, Tensor):
-        if value is spared or not value.is_floating_point():
-            return value
         generator = torch.Generator().manual_seed(POKE_SEED + 1)
-        return value + torch.randn(value.shape, generator=generator).to(value)
+        noise = torch.randn(value.shape, generator=generator)
+        return value + noise.to(value) if value.is_floating_point() else value
     if type(value) in (list, tuple):
-        return type(value)(_shaken(v, spared) for v in value)
+        return type(value)(_shaken(v) for v in value)
     if type(value) is dict:
-        return {k: _shaken(v, spared) for k, v in value.items()}
-    return value
-
-
-def block_output(output: Any, key: int | None) -> Tensor:
-    """The stream in a block's output: the output itself, or its `key`-th member."""
-    found = output if key is None else list(output.values())[key] if isinstance(output, Mapping) else output[key]
-    assert isinstance(found, Tensor)
-    return found
-
-
-def _cloned(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) in (list, tuple):
-        return type(value)(_cloned(v) for v in value)
-    if type(value) is dict:
-        return {k: _cloned(v) for k, v in value.items()}
+        return {k: _shaken(v) for k, v in value.items()}
     return value
 
 
@@ -481,18 +516,18 @@ class BlockAlone:
     def __init__(self, model: nn.Module, block: Block, run: _Run) -> None:
         self.model, self.block, self.run = model, block, run
         self.module = model.get_submodule(block.module.name)
-        self.stream = run.stream(block)
+        assert run.stream is not None
+        self.stream = run.stream
 
     def update(self, part: int, stream: Tensor) -> Tensor:
         """What a part adds to the stream, given another stream, with the other parts removed."""
         others = tuple(i for i in range(len(self.block.parts)) if i != part)
-        removing = removal(self.block, others)
         added: list[Tensor] = []
         handlers: dict[Point, Handler] = {}
         for node in (node for residual in self.block.residuals for node in residual.additions):
-            for operand, leaves in enumerate((node.first, node.second)):
+            for operand, leaves in enumerate(node.leaves):
                 if leaves == {part}:
-                    handlers[node.point] = _adding(added, operand, removing.get(node.point))
+                    handlers[node.point] = _adding(added, operand)
         output = self._replay(others, stream, handlers)
         if not added or any(t.shape != added[0].shape for t in added):
             return output
@@ -512,32 +547,47 @@ class BlockAlone:
         parts: tuple[int, ...],
         stream: Tensor | None = None,
         handlers: Mapping[Point, Handler] | None = None,
-        *,
+        watching: Mapping[Point, Handler] | None = None,
         poke_memory: bool = False,
     ) -> Tensor:
-        """The block's output on its own arguments with some parts removed, optionally with another stream or further
-        handlers."""
-        args, kwargs = list(_cloned(self.run.args)), _cloned(self.run.kwargs)
-        if stream is not None:
-            if isinstance(self.block.stream_input, int):
-                args[self.block.stream_input] = stream.clone()
-            else:
-                kwargs[self.block.stream_input] = stream.clone()
+        """The block's output on its own arguments with some parts removed, optionally with another stream and further handlers
+        (the gates on the stream's way and the choice of tokens stay what they were in the model), and handlers that see what
+        all of these make of an operation. `poke_memory` changes whatever else the block is given."""
+        args, kwargs = list(cloned(self.run.args)), cloned(self.run.kwargs)
         if poke_memory:
-            key = self.block.stream_input
-            given = args[key] if isinstance(key, int) else kwargs[key]
-            args, kwargs = _shaken(args, given), _shaken(kwargs, given)
-        acting = {**removal(self.block, parts), **(handlers or {})}
-        known = [node.point for residual in self.block.residuals for node in residual.additions]
-        known += [call.product for part in self.block.parts for call in part.attention]
-        base: dict[str, int] = {}
-        for point in known:
-            base[point.owner] = min(base.get(point.owner, point.call or 0), point.call or 0)
-        alone = {replace(p, call=(p.call or 0) - base[p.owner]): h for p, h in acting.items()}
+            args, kwargs = _shaken(args), _shaken(kwargs)
+        given = self.run.stream if stream is None else stream
+        assert given is not None
+        seen: list[Tensor] = []
+        actions: list[tuple[Place, Action]] = [
+            (self._alone(self.block.entry), lambda _: given.clone()),
+            (
+                self._alone(self.block.exit),
+                lambda found: seen.append(found if torch.is_grad_enabled() else found.detach().clone()),
+            ),
+        ]
+        held = {
+            point: _holding(self.run.gates[point, number], number)
+            for residual in self.block.residuals
+            for point, number in (residual.gates if parts or stream is not None else ())
+        }
+        layers = (watching or {}, handlers or {}, held, removal(self.block, parts))
+        acting = {p: in_turn(*(layer[p] for layer in layers if p in layer)) for layer in layers for p in layer}
+        alone = {replace(p, call=self._run_alone(p.owner, p.call or 0)): h for p, h in acting.items()}
         torch.manual_seed(0)
-        with intercepted(self.model, alone, within=self.module):
-            output = block_output(self.module(*args, **kwargs), self.block.stream_output)
-        return output if torch.is_grad_enabled() else output.detach().clone()
+        with met(self.model, actions, handlers=alone, within=self.module):
+            self.module(*args, **kwargs)
+        return seen[-1]
+
+    def _run_alone(self, owner: str, call: int) -> int:
+        """The number of a module's run when the block's module is run by itself."""
+        return call - self.run.earlier.get(owner, 0)
+
+    def _alone(self, place: Place) -> Place:
+        at = place.at
+        if isinstance(at, ModuleCall):
+            return replace(place, at=replace(at, call=self._run_alone(at.name, at.call)))
+        return replace(place, at=replace(at, call=self._run_alone(at.owner, at.call or 0)))
 
 
 class _BlockProof(BlockAlone):
@@ -546,7 +596,7 @@ class _BlockProof(BlockAlone):
     def __init__(self, model: nn.Module, block: Block, run: _Run, recorded: Trace) -> None:
         super().__init__(model, block, run)
         self.recorded = recorded
-        self.where = block.module.name + (f"[{block.module.call}]" if block.module.call else "")
+        self.where = block.name + (f"[{block.module.call}]" if block.module.call else "")
         self.identities: list[Identity] = []
 
     def check(self, known: dict[tuple[int, tuple[int, ...]], StreamAxes], stack: int) -> None:
@@ -556,9 +606,8 @@ class _BlockProof(BlockAlone):
         self._check(
             "run alone, the block gives the output it gave in the model", _difference(run.output, self._replay(()))
         )
-        self._adds_up(stream, run.output)
-        everything = tuple(range(len(block.parts)))
-        self._check("with every part removed, the block is the identity", self._identity_gap(stream, everything))
+        self._adds_up()
+        self._carries(tuple(range(len(block.parts))))
         parts = list(block.parts)
         for number, part in enumerate(block.parts):
             without = self._replay((number,))
@@ -583,31 +632,85 @@ class _BlockProof(BlockAlone):
     def _check(self, statement: str, deviation: float) -> None:
         self.identities.append(Identity(statement, self.where, deviation))
 
-    def _adds_up(self, stream: Tensor, output: Tensor) -> None:
-        """Walk the stream through the recorded additions and the post-norms."""
+    def _adds_up(self) -> None:
+        """Every addition is the sum of what its operands bring."""
         deviation = 0.0
         for residual in self.block.residuals:
             for node in residual.additions:
-                first, second, result = self.run.sums[node.point]
-                deviation = max(deviation, _difference(result, first + second))
-                for leaves, operand in ((node.first, first), (node.second, second)):
-                    if leaves == {STREAM}:
-                        deviation = max(deviation, _difference(operand, self._scaled(stream, residual.stream_scales)))
-            stream = self._normed(self.run.sums[residual.additions[-1].point][2], residual.norms_post)
-        deviation = max(deviation, _difference(output, stream))
-        self._check("stream in, plus the updates found, through the post-norms found, is the block's output", deviation)
+                met = self.run.sums[node.point]
+                total = functools.reduce(torch.add, _one_per_term(node, met))
+                gap = _difference(met.result, total)  # no rounding, but where an operation multiplies and adds in one
+                deviation = max(deviation, 0.0 if _is_rounding(gap, met.result, total) else gap)
+        self._check("what the stream and the updates found bring is what each addition gives", deviation)
 
-    def _identity_gap(self, stream: Tensor, parts: tuple[int, ...]) -> float:
-        output = self._replay(parts)
+    def _carries(self, everything: tuple[int, ...]) -> None:
+        """With every part removed, the stream passes from addition to addition, and to the exit, as it is: bit for bit, or
+        multiplied and shifted element by element by what does not depend on it."""
+        pure = self._rerun(everything, None)
+        ways = [*self._operands(pure), *self._operands(self.run), *self._sums(pure)]
+        if all(_difference(before, after) == 0.0 for before, after in ways):
+            self._check("stream in, plus the updates found, through the post-norms found, is the block's output", 0.0)
+            self._check("with every part removed, the block is the identity", 0.0)
+            return
+        stream = self.run.stream
+        assert stream is not None
+        generator = torch.Generator().manual_seed(0)
+        spread = float(stream.double().std().nan_to_num()) or 1.0
+        runs = [self._rerun(everything, stream)]
+        for _ in range(2):
+            shift = torch.randn(stream.shape, generator=generator).to(stream) * spread
+            runs.append(self._rerun(everything, stream + shift))
+        met = [*zip(*map(self._operands, [*runs, self.run]), strict=True), *zip(*map(self._sums, runs), strict=True)]
+        gap = max(_carry_gap(list(seen)) for seen in met)
+        self._check(
+            "with every part removed, the stream is carried through the block element by element: multiplied by fixed factors "
+            "or gates, and added to what does not depend on it" + self._other_causes(gap),
+            gap,
+        )
+
+    def _other_causes(self, gap: float) -> str:
+        hooked = [
+            f"{self.block.module.name}.{name}".rstrip(".")
+            for name, module in self.module.named_modules()
+            if not self.block.label and has_own_hooks(module)
+        ]
+        if gap <= 0 or not hooked:
+            return ""
+        return f". A forward hook of yours changes what passes {', '.join(hooked)}"
+
+    def _rerun(self, parts: tuple[int, ...], stream: Tensor | None) -> _Run:
+        """The block alone with some parts removed, its additions recorded."""
+        run = _Run(stream=self.run.stream if stream is None else stream)
+        recording = _recording(self.block, run)
+        run.output = self._replay(parts, stream, watching=recording)
+        return run
+
+    def _operands(self, run: _Run) -> list[tuple[Tensor, Tensor]]:
+        """The stream where it begins (at the entry, or behind an addition and its post-norms), and where it arrives: as the
+        operand of the next addition, and at the exit."""
+        found = []
+        for residual, begins in zip(self.block.residuals, self._begins(run), strict=False):
+            alone = [
+                run.sums[node.point].summands[i]
+                for node in residual.additions
+                for i, leaves in enumerate(node.leaves)
+                if leaves == {STREAM}
+            ]
+            found += [(begins, alone[0])] if len(alone) == 1 else []
+        assert run.output is not None
+        return [*found, (self._begins(run)[-1], run.output)]
+
+    def _sums(self, run: _Run) -> list[tuple[Tensor, Tensor]]:
+        """The stream before and after each addition, in a run without any part."""
+        results = [run.sums[residual.additions[-1].point].result for residual in self.block.residuals]
+        return list(zip(self._begins(run), results, strict=False))
+
+    def _begins(self, run: _Run) -> list[Tensor]:
+        assert run.stream is not None
+        found = [run.stream]
         for residual in self.block.residuals:
-            stream = self._normed(self._scaled(stream, residual.stream_scales), residual.norms_post)
-        return _difference(output, stream)
-
-    @staticmethod
-    def _scaled(stream: Tensor, scales: tuple[float, ...]) -> Tensor:
-        for scale in scales:
-            stream = stream * scale
-        return stream
+            found.append(self._normed(run.sums[residual.additions[-1].point].result, residual.norms_post))
+        return found
 
     def _normed(self, stream: Tensor, norms: tuple[ModuleCall | NormPiece, ...]) -> Tensor:
         """The stream through post-norms: each repeated as it ran in the traced pass, with whatever else it was given."""
@@ -627,9 +730,8 @@ class _BlockProof(BlockAlone):
     def _update_is_zero(self, part: int) -> bool:
         for residual in self.block.residuals:
             for node in residual.additions:
-                first, second, _ = self.run.sums[node.point]
-                for leaves, operand in ((node.first, first), (node.second, second)):
-                    if leaves == {part}:
+                for number, operand in self.run.sums[node.point].summands.items():
+                    if node.leaves[number] == {part}:
                         return not bool(operand.any())
         return False
 
@@ -771,19 +873,74 @@ class _BlockProof(BlockAlone):
         return False
 
 
+def _one_per_term(node: AdditionNode, met: _Addition) -> list[Tensor]:
+    """What the summands brought: once for two operands that are factors of one."""
+    operation = node.point.operation.split(" ")[0]
+    numbers = sorted(met.summands)
+    return [met.summands[i] for i in numbers if not any(same_term(operation, j, i) for j in numbers if j < i)]
+
+
+def _is_rounding(gap: float, *values: Tensor) -> bool:
+    largest = max(float(v.double().abs().nan_to_num().max()) for v in values)
+    return gap <= 4 * torch.finfo(values[0].dtype).eps * largest
+
+
+def _carry_gap(runs: list[tuple[Tensor, Tensor]]) -> float:
+    """How far a way of the stream is from a law after = a * before + b with a and b fixed in every element, seen in several
+    runs: 0 within rounding, else the part of the change that does not obey it."""
+    if all(_difference(before, after) == 0.0 for before, after in runs):
+        return 0.0
+    before, after = [b.double() for b, _ in runs], [a.double() for _, a in runs]
+    if any(b.numel() != a.numel() for b, a in runs):
+        return max(0.0 if _is_choice(b, a) else float("inf") for b, a in runs)
+    if any(not bool(b.isfinite().all() & a.isfinite().all()) for b, a in runs):
+        return float("inf")
+    precision = max(torch.finfo(t.dtype).eps for run in runs for t in run)
+    return min(_law_gap([b.permute(order) for b in before], after, precision) for order in _orders(before[0], after[0]))
+
+
+def _is_choice(before: Tensor, after: Tensor) -> bool:
+    """Whether some of the tokens went on as they were: the smaller tensor's rows are, bit for bit, rows of the larger one."""
+    if before.ndim < 2 or after.ndim < 2 or before.shape[-1] != after.shape[-1]:
+        return False
+    few, many = sorted((before, after), key=Tensor.numel)
+    known = set(map(tuple, many.reshape(-1, many.shape[-1]).tolist()))
+    return all(tuple(row) in known for row in few.reshape(-1, few.shape[-1]).tolist())
+
+
+def _orders(before: Tensor, after: Tensor) -> list[tuple[int, ...]]:
+    """The orders of its axes in which one tensor may be compared with another; as it lies, where none gives its shape."""
+    same = [o for o in itertools.permutations(range(before.ndim)) if before.permute(o).shape == after.shape]
+    return same or [tuple(range(before.ndim))]
+
+
+def _law_gap(before: list[Tensor], after: list[Tensor], precision: float) -> float:
+    shifts = [b.reshape(after[0].shape) - before[0].reshape(after[0].shape) for b in before[1:]]
+    answers = [a - after[0] for a in after[1:]]
+    size = max(float(b.abs().max()) for b in before) or 1.0
+    reply = max(float(a.abs().max()) for a in after) or 1.0
+    worst = 0.0
+    for shift, answer in zip(shifts[1:], answers[1:], strict=True):
+        cross = float((answer * shifts[0] - answers[0] * shift).abs().max()) / (size * reply)
+        worst = max(worst, cross if cross > 16 * precision else 0.0)
+    return worst
+
+
 def _not_alone(block: Block, error: Exception) -> Identity:
     return Identity(
         f"the block runs by itself on the arguments it had in the model ({type(error).__name__}: {error})",
-        block.module.name,
+        block.name,
         float("inf"),
     )
 
 
-def _failure(model: nn.Module, anatomy: Anatomy, identity: Identity) -> UnsupportedModel:
-    layout = f"uc.Layout(blocks={tuple(dict.fromkeys(b.module.name for b in anatomy.blocks))!r})"
+def _failure(model: nn.Module, anatomy: Anatomy, identity: Identity, refused: Layout | None) -> UnsupportedModel:
+    blocks = tuple(dict.fromkeys(b.name for b in anatomy.blocks))
+    layout = "" if refused is not None and refused.blocks == blocks else f"uc.Layout(blocks={blocks!r})"
+    advice = f"If these are not your blocks, pass layout={layout}, corrected." if layout else "No layout helps here."
     return UnsupportedModel(
         f"anatomy: expected an identity of {type(model).__name__} to hold, got a deviation of {identity.deviation:.3g} at "
-        f"{identity.where}: {identity.statement}. The block does more than was found. Pass layout={layout}, corrected.",
+        f"{identity.where}: {identity.statement}. The block does more than was found. {advice}",
         found=anatomy.describe(),
         identity=f"{identity.statement} (at {identity.where}, off by {identity.deviation:.3g})",
         layout=layout,

@@ -6,7 +6,8 @@ has checked it on the live model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.attention_graph import MixingProduct, mixing_products
-from uncollapse.anatomy.interception import Point, device_of
+from uncollapse.anatomy.interception import Point, device_of, same_term, summands_of
 from uncollapse.anatomy.norm_reading import Piece, cuts, kind_between, next_products, pieces_between
 from uncollapse.anatomy.replaying import between
 from uncollapse.anatomy.tracing import PASSES, Call, Trace
@@ -31,6 +32,7 @@ from uncollapse.anatomy.vocabulary import (
     NormPiece,
     NormRole,
     Part,
+    Place,
     Placement,
     Residual,
     Stack,
@@ -42,15 +44,38 @@ _MOST_SOURCES = 4  # values that an embedding is summed of, and so many are foll
 _MOST_PRODUCTS = 24  # products of a part that are followed: of hundreds of experts the first tell as much
 
 
+# Operations that pick some of the tokens, and that put tokens in the place of others.
+_PICKS = frozenset(["gather", "index_select", "take_along_dim", "getitem"])
+_PUTS = frozenset(["scatter", "index_copy", "index_put", "setitem"])
+
+
 @dataclass
 class _Sum:
-    """A residual addition as found in the graph: the outermost node, its stream value, its internal additions, leaves."""
+    """A residual addition as found in the graph: the outermost node, its stream value, its internal additions, and its
+    summands: those that depend on the stream. `is_gated`: the stream passes a product with a factor made from data."""
 
     root: int
     stream: int
     nodes: list[int]
     leaves: list[int]
-    stream_scales: tuple[float, ...] = ()
+    is_gated: bool = False
+
+
+@dataclass
+class _Stretch:
+    """The stretch of a pass that is one block: the run of its module, or of the module in whose own code it stands beside
+    others (then with `entry` and `exit`, the values where it begins and ends, and a `label`). `group` tells stacks apart."""
+
+    call: Call
+    sums: list[_Sum]
+    group: tuple[int, int]
+    entry: int | None = None
+    exit: int | None = None
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.label or self.call.name
 
 
 def read(model: nn.Module, recorded: Trace, layout: Layout | None = None) -> Anatomy:
@@ -64,16 +89,98 @@ class _Reader:
     def __init__(self, model: nn.Module, recorded: Trace) -> None:
         self.model = model
         self.t = recorded
+        self.layout: Layout | None = None
         self.parameters = sum(1 << n.index for n in recorded.nodes if n.operation == "parameter")
         self.attentions = mixing_products(recorded)
         self.logits = {i for m in self.attentions.values() for i in m.between}  # a bias added there is no residual
         self.sums = self._sums()
         self._norm_kinds: dict[int, Literal["layer", "rms"] | None] = {}
+        self.edges: dict[
+            tuple[Place, Place], tuple[int, int]
+        ] = {}  # by entry and exit of a block: the stream's values there
 
     # Residual additions -------------------------------------------------------------------------------------------
-    def _is_addition(self, index: int) -> bool:
+    def _terms(self, index: int) -> tuple[int, ...]:
+        """The numbers of the operands that a sum adds up, if at least two of them are made from data; else none."""
         node = self.t.nodes[index]
-        return node.operation == "add" and sum(self.t.nodes[i].is_data for i in node.inputs) >= 2
+        found = [i for i in summands_of(node.operation, len(node.inputs)) if self.t.nodes[node.inputs[i]].is_data]
+        while len(found) > 1 and same_term(node.operation, found[-2], found[-1]):  # a gate and what it gates
+            attends = [any(self._feeds(p, node.inputs[i]) for p in self.attentions) for i in found[-2:]]
+            del found[-1 if attends == [True, False] else -2]
+        if node.operation == "stack" and not self._is_summed(index):
+            return ()
+        return tuple(found) if len(found) > 1 else ()
+
+    def _is_summed(self, stack: int) -> bool:
+        """Whether a stack of values is nothing but added up."""
+        shape = self.t.nodes[self.t.nodes[stack].inputs[0]].shape
+        following = [self.t.nodes[i] for i in self.t.consumers[stack]]
+        return len(following) == 1 and following[0].operation == "sum" and following[0].shape == shape
+
+    def _is_addition(self, index: int) -> bool:
+        return bool(self._terms(index))
+
+    def _summands(self, index: int) -> list[int]:
+        return [self.t.nodes[index].inputs[i] for i in self._terms(index)]
+
+    def _passes(self, index: int) -> int | None:
+        """The value that a node merely moves, casts, scales or shifts by what is no data."""
+        node = self.t.nodes[index]
+        if node.operation == "sum" and self.t.nodes[node.inputs[0]].operation == "stack":
+            return node.inputs[0] if self._is_summed(node.inputs[0]) else None
+        data = [i for i in node.inputs if self.t.nodes[i].is_data]
+        if len(data) == 1 and node.operation in {"sub", "lerp", "addcmul"} and data[0] == node.inputs[0]:
+            return data[0]
+        return self.t.passes_through(index)
+
+    def _gated(self, index: int) -> list[int]:
+        """The operands of a product of data with data, factor by factor; none where it is no such product."""
+        node = self.t.nodes[index]
+        data = [i for i in node.inputs if self.t.nodes[i].is_data]
+        return data if node.operation == "mul" and len(data) > 1 else []
+
+    def _behind(self, index: int) -> list[int]:
+        """Where the stream may come from that a value carries: the summands of a sum, the factors of a product, or the value
+        that is merely moved, cast or scaled."""
+        passed = self._passes(index)
+        return self._summands(index) or ([passed] if passed is not None else self._gated(index) or self._picked(index))
+
+    def _picked(self, index: int) -> list[int]:
+        """The values that an operation picks tokens from or puts tokens into, its data among the operands last."""
+        node = self.t.nodes[index]
+        if node.operation in _PICKS:
+            return [node.inputs[0]]
+        return [node.inputs[0], node.inputs[-1]] if node.operation in _PUTS else []
+
+    def _carried(self, index: int, ends: Collection[int] = ()) -> set[int]:
+        """Every value on the way back from `index`, no further than `ends`, that it may carry."""
+        frontier, seen = [index], set()
+        while frontier:
+            index = frontier.pop()
+            if index not in seen:
+                seen.add(index)
+                frontier.extend(() if index in ends else self._behind(index))
+        return seen
+
+    def _gates(self, index: int, stream: int) -> tuple[tuple[Point, int], ...]:
+        """The factors made from data, and the choices of tokens, that the stream meets from value `stream` to value `index`."""
+        found: list[tuple[Point, int]] = []
+        for value in sorted(self._carried(index, (stream,)) - {stream}):
+            node = self.t.nodes[value]
+            if not self.t.depends(value, stream):
+                continue
+            numbers = range(len(node.inputs))
+            if node.operation == "lerp":
+                numbers = range(2, len(node.inputs))
+            elif self._picked(value):
+                numbers = range(1, len(node.inputs))
+            elif not self._gated(value):
+                continue
+            factors = [i for i in numbers if self.t.nodes[node.inputs[i]].is_data]
+            found += [
+                (self._point(value), i) for i in factors if stream not in self._carried(node.inputs[i], (stream,))
+            ]
+        return tuple(found)
 
     def _carries_tokens(self, index: int, size: int) -> bool:
         """Whether a value can be the stream of a sum of this size. An attention mask is no stream: nothing learned is in it,
@@ -82,37 +189,39 @@ class _Reader:
         learned = bool(self.t.ancestors[index] & self.parameters) or node.operation == "batch"
         return node.is_floating and node.size == size and learned
 
-    def _stream_value(self, operand: int, update: int, size: int) -> int | None:
-        """The first value behind `operand`, through additions, casts and scalings, that `update` is learned from."""
-        frontier = [operand]
+    def _stream_value(self, operand: int, update: int, size: int, gated: bool) -> int | None:
+        """The latest value behind `operand`, through sums, casts and scalings (`gated`: and products with data), that `update`
+        is learned from."""
+        frontier, seen, found = [operand], set(), []
         while frontier:
-            index = frontier.pop(0)
+            index = frontier.pop()
+            if index in seen:
+                continue
+            seen.add(index)
             if self.t.learned(update, index) and self._carries_tokens(index, size):
-                return index
-            if self._is_addition(index):
-                frontier.extend(i for i in self.t.nodes[index].inputs if self.t.nodes[i].is_data)
-            else:
-                passed = self.t.passes_through(index)
-                if passed is not None:
-                    frontier.append(passed)
-        return None
+                found.append(index)
+            elif (gated or not self._gated(index)) and not self.t.depends(
+                update, index
+            ):  # else a statistic of it: a mean
+                frontier.extend(self._behind(index))
+        return max(found, default=None)
 
     def _sums(self) -> list[_Sum]:
-        candidates: list[tuple[int, int, int, int]] = []  # node, stream value, stream operand, update operand
-        for node in self.t.nodes:
-            if not self._is_addition(node.index) or node.index in self.logits:
-                continue
-            first, second = node.inputs[0], node.inputs[1]
-            for stream, update in ((first, second), (second, first)):
-                value = self._stream_value(stream, update, node.size)
-                if value is not None:
-                    candidates.append((node.index, value, stream, update))
-                    break
         roots: list[_Sum] = []
-        for index, value, _, _ in candidates:
-            internal, leaves, scales = self._tree(index, value)
-            roots.append(_Sum(index, value, internal, leaves, scales))
-        roots = [s for s in roots if s.leaves.count(s.stream) == 1]  # twice: a skip around whole blocks
+        for node in self.t.nodes:
+            of_hook = 0 <= self.t.calls[node.call].ran <= node.index  # no module's own code: nobody can stand there
+            if of_hook or node.index in self.logits or not self._is_addition(node.index):
+                continue
+            stream, is_gated = self._stream_of(node.index)
+            if stream is not None:
+                roots.append(_Sum(node.index, stream, *self._tree(node.index, stream, is_gated), is_gated))
+        streams = {s.root: s for s in roots}
+        # The stream twice is a skip around whole blocks, unless all happens around one stream: x + a (f - x).
+        roots = [
+            s
+            for s in roots
+            if s.leaves.count(s.stream) == 1 or all(self._is_beside(s, streams[n]) for n in s.nodes if n in streams)
+        ]
         inner = {n for s in roots for n in s.nodes if n != s.root}
         outer = [s for s in roots if s.root not in inner]
         scores = {s.root: self._scores_of(s) for s in outer}
@@ -123,6 +232,22 @@ class _Reader:
             if not any(self._is_nested(found, other) for other in kept):
                 kept.append(found)
         return kept[::-1]
+
+    def _is_beside(self, outer: _Sum, inner: _Sum) -> bool:
+        calls = [self.t.nodes[s.root].call for s in (outer, inner)]
+        return outer.stream == inner.stream and calls[0] == calls[1]
+
+    def _stream_of(self, addition: int) -> tuple[int | None, bool]:
+        """The stream of a residual addition, and whether it had to be looked for behind a product with data."""
+        terms = self._summands(addition)
+        size = max(self.t.nodes[i].size for i in terms)
+        for gated in (False, True):
+            for operand in terms:
+                for update in terms:
+                    value = self._stream_value(operand, update, size, gated) if update != operand else None
+                    if value is not None:
+                        return value, gated
+        return None, False
 
     def _scores_of(self, found: _Sum) -> set[int]:
         return {s for leaf in found.leaves if leaf != found.stream for s in self._attending(leaf, found.stream)}
@@ -138,40 +263,41 @@ class _Reader:
             and (self.t.depends(inside.root, outside.stream))
         )
 
-    def _tree(self, root: int, stream: int) -> tuple[list[int], list[int], tuple[float, ...]]:
-        """The additions under `root` down to the stream value and the summands; innermost first, `root` last."""
+    def _tree(self, root: int, stream: int, is_gated: bool) -> tuple[list[int], list[int]]:
+        """The additions under `root` down to the stream value and the summands; innermost first, `root` last. What does not
+        depend on the stream is carried along with it and is no summand."""
         internal: list[int] = []
         leaves: list[int] = []
-        scales: list[float] = []
 
-        def descend(index: int, behind: list[float]) -> None:
+        def descend(index: int) -> None:
             if index == stream:
                 leaves.append(index)
-                scales.extend(behind)
-                return
-            if self._is_addition(index) and self.t.depends(index, stream):
-                for operand in self.t.nodes[index].inputs[:2]:
-                    descend(operand, behind)
-                internal.append(index)
-                return
-            passed = self.t.passes_through(index)
-            if passed is not None and (passed == stream or self._leads_to_addition(passed, stream)):
-                node = self.t.nodes[index]
-                descend(passed, behind + (list(node.scalars) if node.operation == "mul" else []))
-                return
-            leaves.append(index)
+            elif self.t.depends(index, stream):
+                terms = self._summands(index)
+                onward = terms or [
+                    i for i in self._onward(index, is_gated) if self._leads_to_addition(i, stream, is_gated)
+                ]
+                before = len(leaves)
+                for value in onward:
+                    descend(value)
+                if onward and set(leaves[before:]) == {stream}:  # the stream twice, as in a x + b x0 where x is x0
+                    del leaves[before + 1 :]
+                elif terms:
+                    internal.append(index)
+                elif not onward:
+                    leaves.append(index)
 
-        descend(root, [])
-        return internal, leaves, tuple(scales)
+        descend(root)
+        return internal, leaves
 
-    def _leads_to_addition(self, index: int, stream: int) -> bool:
-        while True:
-            if index == stream or (self._is_addition(index) and self.t.depends(index, stream)):
-                return True
-            passed = self.t.passes_through(index)
-            if passed is None:
-                return False
-            index = passed
+    def _onward(self, index: int, is_gated: bool) -> list[int]:
+        passed = self._passes(index)
+        return [passed] if passed is not None else self._gated(index) if is_gated else []
+
+    def _leads_to_addition(self, index: int, stream: int, is_gated: bool) -> bool:
+        if index == stream or (self._is_addition(index) and self.t.depends(index, stream)):
+            return True
+        return any(self._leads_to_addition(i, stream, is_gated) for i in self._onward(index, is_gated))
 
     # Parts --------------------------------------------------------------------------------------------------------
     def _attending(self, leaf: int, stream: int) -> list[int]:
@@ -204,16 +330,17 @@ class _Reader:
         def under(index: int) -> frozenset[int]:
             if index in part_of:
                 return frozenset({part_of[index]})
-            if index in found.nodes:
-                return under(self.t.nodes[index].inputs[0]) | under(self.t.nodes[index].inputs[1])
-            passed = self.t.passes_through(index)
-            return under(passed) if passed is not None else frozenset()
+            if not self.t.depends(index, found.stream):
+                return frozenset({STREAM})
+            terms = self._summands(index)
+            return frozenset().union(*map(under, terms or self._onward(index, found.is_gated)))
 
         tree: list[AdditionNode] = []
         for index in found.nodes:
-            first, second = (under(i) for i in self.t.nodes[index].inputs[:2])
-            if len(first | second) > 1:  # an addition within one part belongs to that part
-                tree.append(AdditionNode(self._point(index), first, second))
+            terms, inputs = self._terms(index), self.t.nodes[index].inputs
+            leaves = tuple(under(v) if i in terms else frozenset() for i, v in enumerate(inputs))
+            if len(frozenset().union(*leaves)) > 1:  # an addition within one part belongs to that part
+                tree.append(AdditionNode(self._point(index), leaves))
         return parts, tree
 
     def _point(self, index: int) -> Point:
@@ -237,6 +364,8 @@ class _Reader:
         reads, writes = self._leaf_call(inside[0]), self._leaf_call(inside[-1])
         if reads == writes:  # experts behind a router, in one fused product: no hidden layer to be met
             reads = writes = None
+        elif reads is not None and reads.name in {c.name for i in inside[1:] if (c := self._leaf_call(i))}:
+            reads = writes = None  # run on some of the tokens at a time: no run sees them all
         return Part("mlp", (), name, reads=reads, writes=writes)
 
     def _leaf_call(self, learned: int) -> ModuleCall | None:
@@ -437,7 +566,7 @@ class _Reader:
 
     def outer_norms(self, blocks: tuple[Block, ...]) -> tuple[ModuleCall | NormPiece, ...]:
         """The norms that stand in no block: of the embedding, between blocks, the final one."""
-        inside = {(b.module.name, b.module.call) for b in blocks}
+        inside = {(b.module.name, b.module.call) for b in blocks if not b.label}
         known = {n.where for b in blocks for n in b.norms}
         found: dict[int, ModuleCall | NormPiece] = {}
         spans: list[range] = []
@@ -461,8 +590,7 @@ class _Reader:
     def _outer_pieces(self, blocks: tuple[Block, ...]) -> list[Piece]:
         by_run = {(c.name, c.ordinal): c for c in self.t.calls}
         calls = [by_run[b.module.name, b.module.call] for b in blocks]
-        entries = [c.inputs.get(b.stream_input) for b, c in zip(blocks, calls, strict=True)]
-        exits = [c.outputs.get(b.stream_output) for b, c in zip(blocks, calls, strict=True)]
+        entries, exits = zip(*(self.edges[b.entry, b.exit] for b in blocks), strict=True)
         pieces: list[Piece] = []
         for number, start in enumerate(exits):
             if start is None:
@@ -647,37 +775,29 @@ class _Reader:
     def _moved(self, index: int, source: int) -> bool:
         """Whether value `index` is value `source`, merely moved or cast."""
         while index != source:
-            passed = self.t.passes_through(index)
+            passed = self._passes(index)
             if passed is None:
                 return False
             index = passed
         return True
 
     # Blocks -------------------------------------------------------------------------------------------------------
-    def _block_calls(self, layout: Layout | None) -> list[Call]:
-        if layout is not None:
-            calls = [c for c in self.t.calls if c.name in set(layout.blocks)]
-            missing = [n for n in layout.blocks if n not in {c.name for c in calls}]
-            if missing:
-                start = self._layout()
-                raise UnsupportedModel(
-                    f"anatomy: expected the Layout's blocks among the modules that run, got no run of {missing[0]!r} in "
-                    f"{type(self.model).__name__}. Look at model.named_modules() for the names, or start from {start}.",
-                    found=self._found(),
-                    identity=f"the Layout's block {missing[0]!r} runs",
-                    layout=start,
-                )
-            return calls
+    def _stretches(self, layout: Layout | None) -> list[_Stretch]:
+        """The blocks, in the order they run."""
         holds = {c.index: [s for s in self.sums if c.first <= s.root < c.last] for c in self.t.calls}
-        attends = {
-            index: [s for s in held if any(p.kind == "attention" for p in self._group(s)[0])]
-            for index, held in holds.items()
-        }
+        attending = {s.root for s in self.sums if any(p.kind == "attention" for p in self._group(s)[0])}
+        attends = {index: [s for s in held if s.root in attending] for index, held in holds.items()}
+        if layout is not None:
+            return self._laid_out(layout, holds, attending)
         chosen: list[int] = []
-        for found in self.sums:
-            if not any(p.kind == "attention" for p in self._group(found)[0]):
-                continue
+        shared: list[int] = []  # modules in whose own code the additions of several blocks stand
+        for found in (s for s in self.sums if s.root in attending):
+            scores = self._scores_of(found)
             path = self.t.call_path(self.t.nodes[found.root].call)
+            home = next(i for i in path if all(self.t.calls[i].first <= s < self.t.calls[i].last for s in scores))
+            if len(attends[home]) > 1 and not self._is_one(home, holds, attends[home]):
+                shared.append(home)
+                continue
             outermost = path[0]
             members: list[int] = []
             for index in path:
@@ -686,8 +806,10 @@ class _Reader:
                 outermost = index
                 if self._is_member(index, holds):
                     members.append(index)
-            scores = [s for leaf in found.leaves if leaf != found.stream for s in self._attending(leaf, found.stream)]
-            chosen.append(self._deepest(members[-1] if members else outermost, holds, scores))
+            inside = [s for leaf in found.leaves if leaf != found.stream for s in self._attending(leaf, found.stream)]
+            chosen.append(self._deepest(members[-1] if members else outermost, holds, inside))
+            if chosen[-1] == 0:  # one block alone, in the model's own code
+                shared.append(chosen.pop())
         chosen = list(dict.fromkeys(chosen))
         chosen = [c for c in chosen if not any(c != other and self._within(other, c) for other in chosen)]
         lists = {self.t.calls[i].name.rpartition(".")[0] for i in chosen if self._is_listed(self.t.calls[i].name)}
@@ -695,7 +817,123 @@ class _Reader:
             covered = any(self._within(call.index, c) or self._within(c, call.index) for c in chosen)
             if call.name and call.name.rpartition(".")[0] in lists and holds[call.index] and not covered:
                 chosen.append(call.index)
-        return [self.t.calls[i] for i in sorted(chosen, key=lambda i: self.t.calls[i].first) if i]
+        found_blocks = [self._of_module(i, holds) for i in chosen]
+        taken = {s.root for i in chosen for s in holds[i]}
+        for home in dict.fromkeys(shared):
+            found_blocks += self._side_by_side(home, [s for s in holds[home] if s.root not in taken], attending)
+        return sorted(found_blocks, key=lambda stretch: stretch.sums[0].root if stretch.sums else stretch.call.first)
+
+    def _of_module(self, index: int, holds: Mapping[int, list[_Sum]]) -> _Stretch:
+        call = self.t.calls[index]
+        return _Stretch(call, holds[index], (call.parent, 0))
+
+    def _laid_out(self, layout: Layout, holds: Mapping[int, list[_Sum]], attending: Collection[int]) -> list[_Stretch]:
+        """The blocks that a layout names: modules that run, or that hold what runs in the code of a module around them."""
+        whole = [c for c in self.t.calls if c.name in set(layout.blocks) and holds[c.index]]
+        found = [self._of_module(c.index, holds) for c in whole]
+        for name in (n for n in layout.blocks if n not in {c.name for c in whole}):
+            scores = [
+                i for i in self.attentions if f"{self.t.calls[self.t.nodes[i].call].name}.".startswith(f"{name}.")
+            ]
+            home = next((s for s in self.sums if s.root in attending and self._scores_of(s) & set(scores)), None)
+            beside = [] if home is None else self._side_by_side(*self._shared_home(home, holds), attending)
+            own = [b for b in beside if home is not None and home.root in {s.root for s in b.sums}]
+            if not own:
+                start = self._layout(layout)
+                advice = f", or start from {start}" if start else ""
+                raise UnsupportedModel(
+                    f"anatomy: expected the Layout's blocks among the modules that run, got no run of {name!r} in "
+                    f"{type(self.model).__name__}. Look at model.named_modules() for the names{advice}.",
+                    found=self._found(),
+                    identity=f"the Layout's block {name!r} runs",
+                    layout=start,
+                )
+            found += [replace(b, label=name) for b in own]
+        return sorted(found, key=lambda stretch: stretch.sums[0].root if stretch.sums else stretch.call.first)
+
+    def _shared_home(self, found: _Sum, holds: Mapping[int, list[_Sum]]) -> tuple[int, list[_Sum]]:
+        """The innermost run that holds a sum and its attention, and the sums in it."""
+        scores = self._scores_of(found)
+        path = self.t.call_path(self.t.nodes[found.root].call)
+        home = next(i for i in path if all(self.t.calls[i].first <= s < self.t.calls[i].last for s in scores))
+        return home, holds[home]
+
+    def _is_one(self, home: int, holds: Mapping[int, list[_Sum]], attending: list[_Sum]) -> bool:
+        """Whether a run with several self-attention additions is one block all the same: a member of a list of its like, and
+        its attentions are not themselves members of a list inside it."""
+        inner = {self._listed_inside(home, found) for found in attending}
+        return self._is_member(home, holds) and inner == {None}
+
+    def _listed_inside(self, home: int, found: _Sum) -> str | None:
+        """The member of a list inside the module of `home` that an attention stands in."""
+        around = self.t.calls[home].name
+        owner = self.t.calls[self.t.nodes[min(self._scores_of(found))].call].name
+        steps = owner.split(".") if owner else []
+        for end in range(around.count(".") + 2 if around else 1, len(steps) + 1):
+            name = ".".join(steps[:end])
+            if isinstance(
+                self.model.get_submodule(name.rpartition(".")[0]), (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+            ):
+                return name
+        return None
+
+    def _side_by_side(self, home: int, sums: list[_Sum], attending: Collection[int]) -> list[_Stretch]:
+        """Blocks whose additions stand in one module's own code: each a self-attention addition and those after it, up to the
+        next. Where as many stand before the first as are missing behind the last (macaron), each takes its own before it."""
+        starts = [i for i, s in enumerate(sums) if s.root in attending]
+        gaps = {b - a for a, b in itertools.pairwise(starts)}
+        lead = starts[0]
+        if gaps and gaps != {len(sums) - starts[-1] + lead}:
+            lead = 0
+        starts = [0, *(i - lead for i in starts[1:]), len(sums)]
+        pieces = [sums[a:b] for a, b in itertools.pairwise(starts)]
+        call, found = self.t.calls[home], []
+        group, left, behind_norm = 0, None, False
+        for number, piece in enumerate(pieces):
+            entry = self._beginning(call, piece[0].stream, left)
+            group += left is not None and entry != left
+            if number + 1 < len(pieces):
+                leaving = self._leaving(piece[-1].root, pieces[number + 1][0].stream)
+                behind_norm = leaving != piece[-1].root
+            else:
+                leaving = self._normed_next(piece[-1].root) if behind_norm else piece[-1].root
+            summed = self._summed(leaving)
+            named = self._listed_inside(home, next((s for s in piece if s.root in attending), piece[0]))
+            label = named or f"block {number} of {call.name or 'the model itself'}"
+            found.append(_Stretch(call, piece, (home, group), entry, summed, label))
+            left = summed
+        return found
+
+    def _summed(self, root: int) -> int:
+        """The sum itself, where it is the sum over a stack."""
+        return self.t.consumers[root][0] if self.t.nodes[root].operation == "stack" else root
+
+    def _beginning(self, call: Call, stream: int, left: int | None) -> int:
+        """Where the stream of a block's first addition begins: where the block before left it, as an argument of the module
+        around, or where it is made."""
+        carried = self._carried(stream, () if left is None else (left,))
+        if left in carried:
+            return left
+        given = [i for i in call.inputs.values() if i in carried and self.t.nodes[i].size == self.t.nodes[stream].size]
+        return max(given) if given else stream
+
+    def _leaving(self, root: int, following: int) -> int:
+        """Where a block is left whose last addition is `root`: behind the norms that the sum passes before it is carried on to
+        the stream of the following block."""
+        value, reached = root, self._carried(following)
+        while value not in reached:
+            after = self._normed_next(value)
+            if after == value:
+                return root
+            value = after
+        return value
+
+    def _normed_next(self, value: int) -> int:
+        """The output of the norm that reads a value, or the value itself where none does."""
+        for call in self.t.calls:
+            if self.norm_kind(call) is not None and self._moved(next(iter(call.inputs.values())), value):
+                return call.outputs[None]
+        return value
 
     def _within(self, inner: int, outer: int) -> bool:
         return outer in self.t.call_path(inner)
@@ -724,6 +962,7 @@ class _Reader:
                 c
                 for c in self.t.calls[index].children
                 if len(holds[c]) == len(holds[index])
+                and self._sizes(c) & (self._sizes(index) or self._sizes(c))  # not where only some tokens go through it
                 and all(
                     self.t.calls[c].first <= s < self.t.calls[c].last
                     for s in scores
@@ -734,20 +973,24 @@ class _Reader:
                 return index
             index = inside[0]
 
+    def _sizes(self, index: int) -> set[int]:
+        call = self.t.calls[index]
+        return {self.t.nodes[i].size for i in (*call.outputs.values(), *call.written.values())}
+
     def blocks(self, layout: Layout | None) -> list[Block]:
-        calls = self._block_calls(layout)
-        if not calls:
+        self.layout = layout
+        stretches = self._stretches(layout)
+        if not stretches:
             raise self._refusal("no module call that holds one self-attention and its residual addition")
-        names = [c.name for c in calls]
-        stacks: list[Literal["encoder", "decoder"] | None] = [None] * len(calls)
+        stacks: list[Literal["encoder", "decoder"] | None] = [None] * len(stretches)
         if layout is not None and layout.stacks:
             by_name = dict(zip(layout.blocks, layout.stacks, strict=True))
-            stacks = [by_name[n] for n in names]
-        blocks = [self._block(c, s) for c, s in zip(calls, stacks, strict=True)]
+            stacks = [by_name[s.name] for s in stretches]
+        blocks = [self._block(stretch, s) for stretch, s in zip(stretches, stacks, strict=True)]
         if layout is None:
             self._require_every_attention(blocks)
         if layout is None or not layout.stacks:
-            blocks = self._with_stacks(blocks, calls)
+            blocks = self._with_stacks(blocks, stretches)
         return blocks
 
     def _require_every_attention(self, blocks: list[Block]) -> None:
@@ -755,7 +998,7 @@ class _Reader:
         kind that blocks have, inside a member of a list. A pooling head's may stand outside the blocks."""
         inside = {c.product for b in blocks for p in b.parts for c in p.attention}
         kinds = {type(self.model.get_submodule(point.owner)) for point in inside}
-        classes = {type(self.model.get_submodule(b.module.name)) for b in blocks}
+        classes = {type(self.model.get_submodule(b.module.name)) for b in blocks if not b.label}
         for product in self.attentions:
             point = self._point(product)
             if point in inside:
@@ -772,22 +1015,19 @@ class _Reader:
         around = self.model.get_submodule(name.rpartition(".")[0])
         return isinstance(around, (nn.ModuleList, nn.Sequential)) and len(around) > 1
 
-    def _with_stacks(self, blocks: list[Block], calls: list[Call]) -> list[Block]:
-        """Encoder and decoder, told by cross-attention: a parent whose blocks cross is a decoder, what it reads an encoder."""
-        crossing = {c.parent for b, c in zip(blocks, calls, strict=True) if any(p.kind == "cross" for p in b.parts)}
+    def _with_stacks(self, blocks: list[Block], stretches: list[_Stretch]) -> list[Block]:
+        """Encoder and decoder, told by cross-attention: a group whose blocks cross is a decoder, what it reads an encoder."""
+        crossing = {s.group for b, s in zip(blocks, stretches, strict=True) if any(p.kind == "cross" for p in b.parts)}
         if not crossing:
             return blocks
         return [
-            replace(b, stack="decoder" if c.parent in crossing else "encoder")
-            for b, c in zip(blocks, calls, strict=True)
+            replace(b, stack="decoder" if s.group in crossing else "encoder")
+            for b, s in zip(blocks, stretches, strict=True)
         ]
 
     def stacks(self, blocks: tuple[Block, ...]) -> tuple[Stack, ...]:
         """The chains of blocks that hand a stream on, in the order in which they begin."""
-        by_run = {(c.name, c.ordinal): c for c in self.t.calls}
-        calls = [by_run[b.module.name, b.module.call] for b in blocks]
-        entries = [c.inputs[b.stream_input] for b, c in zip(blocks, calls, strict=True)]
-        exits = [c.outputs[b.stream_output] for b, c in zip(blocks, calls, strict=True)]
+        entries, exits = zip(*(self.edges[b.entry, b.exit] for b in blocks), strict=True)
         chains: list[list[int]] = []
         for number, entry in enumerate(entries):
             given = next((i for i in reversed(range(number)) if self._hands_on(exits[i], entry)), None)
@@ -819,33 +1059,44 @@ class _Reader:
             frontier.extend((i, is_learned or self.t.is_matrix_product(index)) for i in data)
         return dominates or carries
 
-    def _block(self, call: Call, stack: Literal["encoder", "decoder"] | None) -> Block:
-        sums = [s for s in self.sums if call.first <= s.root < call.last]
+    def _block(self, stretch: _Stretch, stack: Literal["encoder", "decoder"] | None) -> Block:
+        call, sums = stretch.call, stretch.sums
         if not sums:
-            raise self._refusal(f"no residual addition inside {call.name}")
-        if call.outputs == {}:
-            raise self._refusal(f"no tensor among the outputs of {call.name}")
+            raise self._refusal(f"no residual addition inside {stretch.name}")
+        if call.outputs == {} and call.written == {} and stretch.exit is None and call.index:
+            raise self._refusal(f"no tensor among the outputs of {stretch.name}")
         parts: list[Part] = []
         residuals: list[Residual] = []
         parts_of: list[list[int]] = []
+        entry, entry_value = self._entry(stretch)
+        exit_place, exit_value = self._exit(stretch)
+        before = entry_value
         for found in sums:
             own, tree = self._group(found)
             offset = len(parts)
             numbers = {STREAM: STREAM} | {i: i + offset for i in range(len(own))}
             tree = [
-                AdditionNode(n.point, frozenset(numbers[i] for i in n.first), frozenset(numbers[i] for i in n.second))
-                for n in tree
+                AdditionNode(n.point, tuple(frozenset(numbers[i] for i in leaves) for leaves in n.leaves)) for n in tree
             ]
             summands = [leaf for leaf in found.leaves if leaf != found.stream]
             attending = bool(own) and own[0].kind in {"attention", "cross"}
             parts_of.append(
                 [offset if not attending or self._attending(leaf, found.stream) else offset + 1 for leaf in summands]
             )
-            residuals.append(Residual(tuple(tree), tuple(range(offset, offset + len(own))), found.stream_scales))
+            gates = dict.fromkeys([*self._gates(found.stream, before), *self._gates(found.root, found.stream)])
+            if found is sums[-1]:
+                gates |= dict.fromkeys(self._gates(exit_value, found.root))
+            elif self._is_piecewise(found, sums[len(residuals) + 1]):
+                raise self._refusal(
+                    f"a sublayer of {stretch.name} runs on some of the tokens at a time, one piece after another. How many "
+                    "pieces there are depends on the input. Let it run on all tokens at once"
+                )
+            residuals.append(Residual(tuple(tree), tuple(range(offset, offset + len(own))), gates=tuple(gates)))
             parts.extend(own)
-        stream_input = self._entry(call, sums[0])
-        stream_output = self._exit(call, sums[-1])
-        norms = self._norms(sums, parts_of, call.outputs[stream_output], call)
+            before = found.root
+        region = call if stretch.entry is None else replace(call, first=entry_value + 1, last=exit_value + 1)
+        norms = self._norms(sums, parts_of, exit_value, region)
+        self.edges[entry, exit_place] = (entry_value, exit_value)
         residuals = [
             replace(r, norms_post=tuple(n.where for n in norms if n.role == "post" and n.place == i))
             for i, r in enumerate(residuals)
@@ -869,25 +1120,85 @@ class _Reader:
             tuple(parts),
             tuple(residuals),
             tuple(norms),
-            stream_input,
-            stream_output,
+            entry,
+            exit_place,
+            label=stretch.label,
         )
 
-    def _entry(self, call: Call, first: _Sum) -> int | str:
-        """Which argument of the block is the stream."""
-        for key, index in call.inputs.items():
-            if index == first.stream or self._moved(first.stream, index):
-                return key
+    def _is_piecewise(self, found: _Sum, following: _Sum) -> bool:
+        """Whether two sums that follow each other stand side by side on pieces of one stream."""
+        beside = not self._feeds(found.root, following.stream) and self.t.nodes[found.stream].operation == "getitem"
+        origins = [self.t.nodes[s.stream] for s in (found, following)]
+        return beside and (origins[0].operation, origins[0].inputs) == (origins[1].operation, origins[1].inputs)
+
+    def _entry(self, stretch: _Stretch) -> tuple[Place, int]:
+        """Where the stream enters the block, and the value there: the latest of the block's arguments that the stream of the
+        first addition is, or carries."""
+        call, stream = stretch.call, stretch.sums[0].stream
+        if stretch.entry is not None:
+            return self._place(stretch.entry, call), stretch.entry
+        at = ModuleCall(call.name, call.ordinal)
+        for path, index in call.inputs.items():
+            if index == stream or self._moved(stream, index):
+                return Place(at, "in", path), index
+        carried = self._carried(stream, tuple(call.inputs.values()))
+        given = [(index, path) for path, index in call.inputs.items() if index in carried]
+        if not given:
+            raise self._refusal(
+                f"the residual stream of {stretch.name} is none of its arguments (it is the result of "
+                f"{self.t.nodes[stream].operation}{self._in_hooks(call)})"
+            )
+        index, path = max(given, key=lambda found: found[0])
+        return Place(at, "in", path), index
+
+    def _exit(self, stretch: _Stretch) -> tuple[Place, int]:
+        """Where the stream leaves the block, and the value there: preferably one that carries the last addition unchanged, or
+        is at least of its size."""
+        call, last = stretch.call, stretch.sums[-1]
+        if stretch.exit is not None:
+            return self._place(stretch.exit, call), stretch.exit
+        at, size = ModuleCall(call.name, call.ordinal), self.t.nodes[self._summed(last.root)].size
+        places: list[tuple[Place, int]] = [(Place(at, "out", path or ()), i) for path, i in call.outputs.items()]
+        places += [(Place(at, "written", path), i) for path, i in call.written.items()]
+        reached = [(p, i) for p, i in places if self._feeds(last.root, i)]
+        carrying = [(p, i) for p, i in reached if last.root in self._carried(i, (last.root,))]
+        alike = [(p, i) for p, i in reached if self.t.nodes[i].size == size]
+        for found in (carrying, alike, reached):
+            if found:
+                return found[0]
+        raise self._refusal(f"the output of {stretch.name} does not depend on its last residual addition")
+
+    def _place(self, index: int, around: Call) -> Place:
+        """Where a value can be met that is made in, or given to, the code of the module that runs in `around`."""
+        for path, given in around.inputs.items():
+            if given == index:
+                return Place(ModuleCall(around.name, around.ordinal), "in", path)
+        node = self.t.nodes[index]
+        made = [
+            n.index for n in self.t.nodes if n.ordinal == node.ordinal and self._point(n.index) == self._point(index)
+        ]
+        if node.operation not in {"batch", "parameter", "constant"}:
+            return Place(self._point(index), "out", (made.index(index),) if len(made) > 1 else ())
+        for call in self.t.calls:
+            for key, given in call.outputs.items():
+                if given == index:
+                    return Place(ModuleCall(call.name, call.ordinal), "out", key or ())
         raise self._refusal(
-            f"the residual stream of {call.name} is none of its arguments "
-            f"(it is the result of {self.t.nodes[first.stream].operation})"
+            f"the residual stream in {around.name or 'the model itself'} begins with a constant of its own"
         )
 
-    def _exit(self, call: Call, last: _Sum) -> int | None:
-        for key, index in call.outputs.items():
-            if index == last.root or self.t.depends(index, last.root):
-                return key
-        raise self._refusal(f"the output of {call.name} does not depend on its last residual addition")
+    def _in_hooks(self, call: Call) -> str:
+        """Names the modules in a block that a user's own forward hook stands on."""
+        hooked = [
+            c.name
+            for c in self.t.calls
+            if c.first >= call.first and c.last <= call.last and has_own_hooks(self.model.get_submodule(c.name))
+        ]
+        if not hooked:
+            return ""
+        return (
+            f"; a forward hook of yours stands on {', '.join(dict.fromkeys(hooked))}, and may change what passes there"
+        )
 
     def _found(self) -> str:
         def places(indices: Iterable[int]) -> str:
@@ -899,19 +1210,38 @@ class _Reader:
             f"{len(self.sums)} residual additions (in {places(s.root for s in self.sums)})"
         )
 
-    def _layout(self) -> str:
+    def _layout(self, refused: Layout | None) -> str:
+        """A layout to start from; none where it would be the one that was just refused."""
         owners = [self.t.calls[self.t.nodes[i].call].name for i in self.attentions]
-        return f"uc.Layout(blocks={_block_candidates(self.model, owners)!r})"
+        blocks = _block_candidates(self.model, owners)
+        return (
+            "" if not blocks or (refused is not None and refused.blocks == blocks) else f"uc.Layout(blocks={blocks!r})"
+        )
+
+    def _opaque_attention(self) -> str | None:
+        """The name of an attention call of another kind than `scaled_dot_product_attention`, where one was met."""
+        fused = [n.operation for n in self.t.nodes if "attention" in n.operation or "attn" in n.operation]
+        return next((name for name in fused if name != "scaled_dot_product_attention"), None)
 
     def _refusal(self, reason: str) -> UnsupportedModel:
-        found, layout = self._found(), self._layout()
+        found, layout = self._found(), self._layout(self.layout)
+        advice = f"Pass layout={layout}." if layout else "No layout helps here: it would be read in the same way."
+        opaque = self._opaque_attention()
+        if opaque:
+            reason = f"{opaque} is one opaque call, and what it mixes by cannot be seen"
+            layout, advice = "", "Load the model with attn_implementation='sdpa' or 'eager'."
         return UnsupportedModel(
             f"anatomy: expected a Transformer whose blocks can be told apart, got {type(self.model).__name__}: {reason}. "
-            f"Found {found}. Pass layout={layout}.",
+            f"Found {found}. {advice}",
             found=found,
             identity=reason,
             layout=layout,
         )
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """Whether somebody else's forward hooks stand on a module; this package's own are gone after each of its passes."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _block_candidates(model: nn.Module, attention: Iterable[str]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ tokens tell as much about the wiring as eight thousand.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+# The way to a tensor inside a module's arguments or its output: keys, numbers and names of attributes, outermost first.
+Path = tuple[Any, ...]
 # An operation that multiplies matrices; with one operand made of parameters alone it is a learned linear map.
 _MATRIX_PRODUCTS = frozenset(
     [
@@ -124,7 +127,8 @@ def operation_name(function: Callable[..., Any]) -> str:
 def counted_name(name: str, operands: Iterable[Tensor]) -> str:
     """The name under which an operation is counted within a module's forward. Additions are counted apart by their number of
     axes: whether a mask is added to the scores depends on the batch, and must not shift the count of the residual ones."""
-    return f"add of {max((t.ndim for t in operands), default=0)} axes" if name == "add" else name
+    apart = name in {"add", "sub", "mul"}
+    return f"{name} of {max((t.ndim for t in operands), default=0)} axes" if apart else name
 
 
 def writes_in_place(function: Callable[..., Any]) -> bool:
@@ -163,7 +167,10 @@ class Node:
 
 @dataclass
 class Call:
-    """One run of one module: the `ordinal`-th of that module in the pass. Nodes `first` ≤ i < `last` ran inside."""
+    """One run of one module: the `ordinal`-th of that module in the pass. Nodes `first` ≤ i < `last` ran inside. `inputs` are
+    the values found in its arguments, by path (`tensors_at`), `outputs` those in what it returns, under `None` where that is
+    the tensor itself; `written` those that it put into its arguments itself (a state that is passed from block to block). Nodes
+    from `ran` on were made by somebody's forward hooks."""
 
     index: int
     name: str
@@ -171,8 +178,10 @@ class Call:
     parent: int
     first: int
     last: int = -1
-    inputs: dict[int | str, int] = field(default_factory=dict)
-    outputs: dict[int | None, int] = field(default_factory=dict)
+    ran: int = -1
+    inputs: dict[Path, int] = field(default_factory=dict)
+    outputs: dict[Path | None, int] = field(default_factory=dict)
+    written: dict[Path, int] = field(default_factory=dict)
     children: list[int] = field(default_factory=list)
 
 
@@ -287,6 +296,28 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for item in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, item.name, None))
+
+
+def tensors_at(value: Any, path: Path = (), depth: int = 4) -> Iterator[tuple[Path, Tensor]]:
+    """Every tensor in nested containers and in the attributes of plain objects, with the path to it: keys of mappings,
+    numbers in sequences, names of attributes. Modules and tensors are not looked into, nor anything below `depth`."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif depth and not isinstance(value, (nn.Module, type, str)):
+        items: Iterable[tuple[Any, Any]]
+        if isinstance(value, Mapping):
+            items = value.items()
+        elif isinstance(value, (list, tuple)):
+            items = enumerate(value)
+        elif dataclasses.is_dataclass(value):
+            items = [(f.name, getattr(value, f.name, None)) for f in dataclasses.fields(value)]
+        else:
+            items = getattr(value, "__dict__", {}).items()
+        for key, item in list(items):
+            yield from tensors_at(item, (*path, key), depth - 1)
 
 
 def operands_of(operation: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -462,28 +493,22 @@ class _Recorder(TorchFunctionMode):
         ordinal = self._module_calls.get(name, 0)
         self._module_calls[name] = ordinal + 1
         call = Call(len(self.calls), name, ordinal, self.stack[-1], len(self.nodes))
-        call.inputs |= {i: self.value(item) for i, item in enumerate(args) if isinstance(item, Tensor)}
-        call.inputs |= {name: self.value(item) for name, item in kwargs.items() if isinstance(item, Tensor)}
+        call.inputs = self._values_at(args, kwargs)
         call.first = len(self.nodes)
         self.calls[self.stack[-1]].children.append(call.index)
         self.calls.append(call)
         self.stack.append(call.index)
 
-    def leave(self, output: Any) -> None:
+    def leave(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = self.calls[self.stack.pop()]
         call.last = len(self.nodes)
-        items: Iterable[tuple[int | None, Any]]
-        if isinstance(output, Tensor):
-            items = [(None, output)]
-        elif isinstance(output, Mapping):
-            items = list(enumerate(output.values()))
-        elif isinstance(output, (list, tuple)):
-            items = list(enumerate(output))
-        else:
-            items = []
-        for key, item in items:
-            if isinstance(item, Tensor):
-                call.outputs[key] = self.value(item)
+        after = self._values_at(args, kwargs)
+        call.written = {path: index for path, index in after.items() if call.inputs.get(path) != index}
+        for path, item in tensors_at(output):
+            call.outputs[path or None] = self.value(item)
+
+    def _values_at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Path, int]:
+        return {path: self.value(item) for given in (args, kwargs) for path, item in tensors_at(given)}
 
 
 def _storage(tensor: Tensor) -> int:
@@ -517,15 +542,21 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
                 if threading.get_ident() == thread:
                     recorder.enter(name, args, kwargs)
 
-            def leave(_: nn.Module, _args: Any, output: Any) -> None:
+            def done(*_: Any) -> None:
                 if threading.get_ident() == thread:
-                    recorder.leave(output)
+                    recorder.calls[recorder.stack[-1]].ran = len(recorder.nodes)
+
+            def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                if threading.get_ident() == thread:
+                    recorder.leave(args, kwargs, output)
 
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+            stack.callback(module.register_forward_hook(done, prepend=True).remove)
+            stack.callback(module.register_forward_hook(leave, with_kwargs=True, always_call=True).remove)
         with torch.no_grad(), recorder:
+            recorder.calls[0].inputs = recorder._values_at((), dict(batch))
             output = model(**batch)
-    recorder.calls[0].last = len(recorder.nodes)
+    recorder.calls[0].last = recorder.calls[0].ran = len(recorder.nodes)
     results = tuple(dict.fromkeys(recorder.value(t) for t in tensors_in(output)))
     nodes, learned = _with_own_tokens(recorder.nodes, recorder.ancestors)
     return Trace(nodes, recorder.calls, recorder.ancestors, learned, recorder.consumers, output, recorder.tape, results)

@@ -15,10 +15,12 @@ How the graph is read
 * The *output projection* is the first learned product after the attention.
 * *Norms* are told by behaviour, whether modules, functions or written out: a piece of the graph with f(16x) = f(256x) that
   is not constant; `layer` if it also ignores a shift along the features, else `rms` (`norm_reading`). Names lie.
-* A *block* is the deepest module call that holds one self-attention addition and the additions that belong to it.
+* A *block* is the deepest module call that holds one self-attention addition and the additions that belong to it. Where the
+  additions of several blocks stand in one module's own code, each block is one self-attention addition and those after it.
+* On its way to an addition the stream may be *carried*: multiplied by numbers, parameters or gates, and added to what does
+  not depend on it (`a x + b x0`, skips from earlier blocks, a steering vector). The proof says what may stand there.
 
-When not to use it: a model that adds several streams, or that has no module for a block, is refused (`UnsupportedModel`);
-pass a `Layout` there.
+When not to use it: a model whose blocks pass several streams side by side (hyper-connections) is refused (`UnsupportedModel`).
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from uncollapse.anatomy.interception import Handler, Point, chosen_operand
+from uncollapse.anatomy.interception import Handler, Point, left_of
 from uncollapse.anatomy.operands import Lead
+from uncollapse.anatomy.tracing import Path
 from uncollapse.errors import UnsupportedModel
 
 PartKind = Literal["attention", "cross", "mlp", "mixer"]
@@ -66,6 +69,17 @@ class NormPiece:
 
     def __str__(self) -> str:
         return f"{self.gives.operation.partition(' ')[0]} #{self.gives.ordinal} in {self.gives.owner or 'the model itself'}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stream can be met: among the arguments of a module's run (`side="in"`), in what it returns (`"out"`), in its
+    arguments after it ran (`"written"`: a state that blocks change), or in the result of an operation. `path` leads to the
+    tensor inside nested containers and objects (`tracing.tensors_at`)."""
+
+    at: ModuleCall | Point
+    side: Literal["in", "out", "written"] = "out"
+    path: Path = ()
 
 
 @dataclass(frozen=True)
@@ -178,23 +192,24 @@ class Part:
 
 @dataclass(frozen=True)
 class AdditionNode:
-    """One addition of a residual tree. `first` and `second` are the leaves (part numbers, or `STREAM`) under each operand."""
+    """One addition of a residual tree. `leaves` are, for each tensor operand of the operation, the leaves under it (part
+    numbers, or `STREAM`); empty for an operand that is no summand, such as the factor of `addcmul` or the weight of `lerp`."""
 
     point: Point
-    first: frozenset[int]
-    second: frozenset[int]
+    leaves: tuple[frozenset[int], ...]
 
 
 @dataclass(frozen=True)
 class Residual:
     """One residual addition of a block, with the nested additions that sum several parts (parallel attention and MLP).
-    The last of `additions` is the outermost. `stream_scales` are factors on the stream operand, `norms_post` the norms that
-    the sum passes before it is the stream again (post-norm models)."""
+    The last of `additions` is the outermost. `norms_post` are the norms that the sum passes before it is the stream again
+    (post-norm models). `gates` are the products on the stream's way to the addition with a factor that is made from data
+    (highway gates), with the number of that factor among the operands."""
 
     additions: tuple[AdditionNode, ...]
     parts: tuple[int, ...]
-    stream_scales: tuple[float, ...] = ()
     norms_post: tuple[ModuleCall | NormPiece, ...] = ()
+    gates: tuple[tuple[Point, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -251,9 +266,9 @@ class Stack:
 
 @dataclass(frozen=True)
 class Block:
-    """One block call. The stream enters as argument `stream_input` (position or keyword) and leaves as output
-    `stream_output` (`None`: the output itself is the tensor). `axes` says what each axis of the stream is, as the proof found
-    it; None with the reason in `axes_reason`."""
+    """One block. `module` is its run, or the run of the module in whose own code its additions stand, side by side with other
+    blocks'; then `label` names it after its attention. The stream enters at `entry` and leaves at `exit`. `axes` says what each
+    axis of the stream is, as the proof found it; None with the reason in `axes_reason`."""
 
     module: ModuleCall
     stack: Literal["encoder", "decoder"] | None
@@ -261,10 +276,16 @@ class Block:
     parts: tuple[Part, ...]
     residuals: tuple[Residual, ...]
     norms: tuple[Norm, ...]
-    stream_input: int | str
-    stream_output: int | None
+    entry: Place
+    exit: Place
     axes: StreamAxes | None = None
     axes_reason: str = "not proved yet"
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """The block's name in messages."""
+        return self.label or self.module.name
 
     @property
     def is_parallel(self) -> bool:
@@ -303,7 +324,7 @@ class Anatomy:
     def describe(self) -> str:
         """One line a block, for error messages and the curious."""
         return "\n".join(
-            f"{b.module.name}[{b.module.call}] {b.placement}: " + " + ".join(f"{p.kind} ({p.module})" for p in b.parts)
+            f"{b.name}[{b.module.call}] {b.placement}: " + " + ".join(f"{p.kind} ({p.module})" for p in b.parts)
             for b in self.blocks
         )
 
@@ -341,14 +362,17 @@ def removal(block: Block, parts: Collection[int], *, residual: Collection[int] =
         if left and left <= set(residual):
             gone.add(STREAM)
         for node in addition.additions:
-            first, second = node.first - gone, node.second - gone
-            if not (first and second):
-                handlers[node.point] = _keeping(0 if first or not second else 1)
+            summands = [i for i, leaves in enumerate(node.leaves) if leaves]
+            zero = [i for i in summands if not node.leaves[i] - gone]
+            if len(zero) == len(summands):  # the sum itself is left out further on
+                zero = zero[1:]
+            if zero:
+                handlers[node.point] = _leaving_out(zero)
     return handlers
 
 
-def _keeping(operand: int) -> Handler:
-    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return chosen_operand(function, args, kwargs, operand)
+def _leaving_out(gone: Collection[int]) -> Handler:
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return left_of(function, args, kwargs, gone)
 
     return handler

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
+from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Block, Layout, ModuleCall
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
@@ -193,13 +194,13 @@ def _places(anatomy: Anatomy, blocks: Collection[int]) -> dict[str, _Place]:
 
 def _stack_of(block: Block) -> str:
     """The stack's name: encoder or decoder, else that of the module that holds the block."""
-    return block.stack or f"in {block.module.name.rpartition('.')[0]}"
+    return block.stack or f"in {block.name.rpartition('.')[0]}"
 
 
 def _stacks(anatomy: Anatomy) -> dict[str, list[str]]:
     stacks: dict[str, list[str]] = {}
     for block in anatomy.blocks:
-        stacks.setdefault(_stack_of(block), []).append(block.module.name)
+        stacks.setdefault(_stack_of(block), []).append(block.name)
     return stacks
 
 
@@ -209,13 +210,10 @@ def _observe_shapes(
     """Note, in one pass, what shape each output projection's input has, beside that of the stream of its block."""
     stream: list[tuple[int, ...]] = [()]
     handles = []
-    for block in {b.module.name: b for b in anatomy.blocks}.values():
-        key = block.stream_input
 
-        def enter(_: nn.Module, args: Any, kwargs: Any, key: int | str = key) -> None:
-            stream[0] = tuple((args[key] if isinstance(key, int) else kwargs[key]).shape)
+    def enter(found: Tensor) -> None:
+        stream[0] = tuple(found.shape)
 
-        handles.append(model.get_submodule(block.module.name).register_forward_pre_hook(enter, with_kwargs=True))
     for name, place in places.items():
 
         def note(_: nn.Module, args: Any, kwargs: Any, place: _Place = place) -> None:
@@ -223,7 +221,8 @@ def _observe_shapes(
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True))
     try:
-        model(**example)
+        with met(model, [(block.entry, enter) for block in anatomy.blocks]):
+            model(**example)
     finally:
         for handle in handles:
             handle.remove()

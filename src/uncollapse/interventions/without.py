@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, counted, intercepted
-from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.probing import in_the_open, probing
 from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
 from uncollapse.anatomy.tracing import tensors_in, writes_in_place
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall, NormPiece, removal
@@ -218,6 +218,7 @@ def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> No
     if not removals:
         return
     stack = contextlib.ExitStack()
+    stack.enter_context(in_the_open(model))
     handlers: dict[Point, Handler] = {}
     norms: set[ModuleCall | NormPiece] = set()
     for number, block in enumerate(anatomy.blocks):
@@ -260,7 +261,7 @@ def _refuse_shared(block: Block, parts: Collection[int], alone: Collection[int])
         if left & set(alone) and not left <= set(alone):
             kinds = " and ".join(block.parts[i].kind for i in sorted(left))
             raise InputError(
-                f"without: expected a residual for each sublayer alone, got {block.module.name} with one addition for its {kinds}. "
+                f"without: expected a residual for each sublayer alone, got {block.name} with one addition for its {kinds}. "
                 "They run in parallel and share the residual. Take away 'residual', or one of them and the other's residual."
             )
 

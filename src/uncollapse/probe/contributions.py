@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from uncollapse.anatomy.interception import Handler, Point, addition_operands, counted, device_of, intercepted
+from uncollapse.anatomy.interception import Handler, Point, counted, device_of, intercepted, summand
 from uncollapse.anatomy.probing import full_precision, probing
 from uncollapse.anatomy.proof import blocks_alone, proved_anatomy
 from uncollapse.anatomy.stacks import Padding, paddings
@@ -210,7 +210,7 @@ def _noting_additions(readings: Sequence[_Reading]) -> dict[Point, Handler]:
     for reading in readings:
         alone = frozenset({reading.part})
         for node in (node for residual in reading.block.residuals for node in residual.additions):
-            for operand, leaves in enumerate((node.first, node.second)):
+            for operand, leaves in enumerate(node.leaves):
                 if leaves == alone:
                     added.setdefault(node.point, []).append((operand, reading))
 
@@ -218,7 +218,7 @@ def _noting_additions(readings: Sequence[_Reading]) -> dict[Point, Handler]:
         def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             for operand, reading in met:
                 if reading.is_own() and reading.output is not None:
-                    reading.added_as_is = _same_tokens(addition_operands(args, kwargs)[operand], reading.output)
+                    reading.added_as_is = _same_tokens(summand(function, args, kwargs, operand), reading.output)
                     reading.output = None
             return function(*args, **kwargs)
 

@@ -25,12 +25,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.interception import Handler, Point, device_of, intercepted
+from uncollapse.anatomy.interception import Handler, Point, device_of, in_turn
 from uncollapse.anatomy.probing import full_precision, probing
-from uncollapse.anatomy.proof import block_output, blocks_alone
+from uncollapse.anatomy.proof import blocks_alone
 from uncollapse.anatomy.stacks import Padding, paddings
+from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.tracing import operation_name, tensors_in
-from uncollapse.anatomy.vocabulary import Anatomy, Block, Part
+from uncollapse.anatomy.vocabulary import Anatomy, Block, Part, Place
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.measures import geometry, heads
 from uncollapse.measures.running import Running
@@ -129,29 +130,32 @@ class _Probe:
     @contextlib.contextmanager
     def installed(self) -> Any:
         observers: dict[Point, Observer] = {}
-        block_hooks: dict[str, dict[int, list[tuple[SiteStatistics | None, SiteStatistics, Block]]]] = {}
         projections: dict[str, dict[int, AttentionStatistics]] = {}
+        streams: list[tuple[Place, Action]] = []
         sites = self._sites()
         for number, block in enumerate(self.anatomy.blocks):
-            by_call = block_hooks.setdefault(block.module.name, {}).setdefault(block.module.call, [])
-            by_call.append((*sites[number], block))
+            embedding, site = sites[number]
+            if embedding is not None:
+                streams.append((block.entry, functools.partial(self._meet_site, embedding, number)))
+            streams.append((block.entry, functools.partial(self._keep_entered, site, number)))
+            streams.append((block.exit, functools.partial(self._meet_site, site, number)))
             for part in block.parts:
                 if part.kind in {"attention", "cross"}:
                     self._attend(number, block, part, observers, projections)
         handlers = {p: self._observing(o) for p, o in observers.items()}
         if self.sublayers is not None:
-            handlers |= self.sublayers.handlers
+            streams += self.sublayers.streams
+            for point, handler in self.sublayers.handlers.items():
+                handlers[point] = in_turn(handler, handlers[point]) if point in handlers else handler
         with contextlib.ExitStack() as stack:
             stack.callback(self.model.register_forward_hook(self._end, always_call=True).remove)
             # Before the hooks: what they compute must not count as operations of the module that calls theirs.
-            stack.enter_context(intercepted(self.model, handlers))
+            stack.enter_context(met(self.model, streams, handlers=handlers))
             if self.sublayers is not None:
                 stack.enter_context(self.sublayers.installed())
-            for name in {*block_hooks, *projections}:
-                module = self.model.get_submodule(name)
-                enter, leave = self._hooks(name, block_hooks.get(name, {}), projections.get(name, {}))
-                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(leave).remove)
+            for name, calls in projections.items():
+                enter = self._projecting(name, calls)
+                stack.callback(self.model.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True).remove)
             yield
 
     def _sites(self) -> dict[int, tuple[SiteStatistics | None, SiteStatistics]]:
@@ -186,44 +190,32 @@ class _Probe:
 
         return handler
 
-    def _hooks(
-        self,
-        name: str,
-        sites: Mapping[int, list[tuple[SiteStatistics | None, SiteStatistics, Block]]],
-        attentions: Mapping[int, AttentionStatistics],
-    ) -> tuple[Callable[..., None], Callable[..., None]]:
+    def _keep_entered(self, site: SiteStatistics, number: int, stream: Tensor) -> None:
+        if not self._is_own():
+            return
+        cloud = self._cloud(stream, self.anatomy.blocks[number], self.anatomy.stack_of(number))
+        if cloud is not None:
+            self.batch_size = len(cloud)
+            self.entered_shapes[number] = (cloud.shape[0], cloud.shape[1])
+            self.entered[site.site] = cloud.clone()  # a copy: a block may add to its stream in place
+
+    def _meet_site(self, site: SiteStatistics, number: int, stream: Tensor) -> None:
+        if self._is_own():
+            with full_precision(stream):
+                self._measure_site(site, stream, self.anatomy.blocks[number], self.anatomy.stack_of(number))
+
+    def _projecting(self, name: str, calls: Mapping[int, AttentionStatistics]) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self._is_own():
                 return
             run = self.runs.get(name, 0)
             self.runs[name] = run + 1
-            for embedding, site, block in sites.get(run, ()):
-                key = block.stream_input
-                given = args[key] if isinstance(key, int) else kwargs[key]
-                if embedding is not None:
-                    with full_precision(given):
-                        self._measure_site(embedding, given, block, self._stack(site))
-                cloud = self._cloud(given, block, self._stack(site))
-                if cloud is not None:
-                    assert site.block is not None
-                    self.batch_size = len(cloud)
-                    self.entered_shapes[site.block] = (cloud.shape[0], cloud.shape[1])
-                    self.entered[site.site] = cloud.clone()  # a copy: a block may add to its stream in place
-            if run in attentions:
+            if run in calls:
                 given = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
                 with full_precision(given):
-                    self._project(attentions[run], name, module, given)
+                    self._project(calls[run], name, module, given)
 
-        def leave(_: nn.Module, args: Any, output: Any) -> None:
-            if not self._is_own():
-                return
-            run = self.runs[name] - 1
-            for _embedding, site, block in sites.get(run, ()):
-                stream = block_output(output, block.stream_output)
-                with full_precision(stream):
-                    self._measure_site(site, stream, block, self._stack(site))
-
-        return enter, leave
+        return enter
 
     def _project(self, statistics: AttentionStatistics, name: str, module: nn.Module, given: Tensor) -> None:
         """Meet the output projection: its matrix, once a module, and the energy of what it reads."""
@@ -320,10 +312,6 @@ class _Probe:
         self.observations.sequences += sequences
         self.observations.tokens += self.real.get(0, 0)
         self.observations.max_tokens = max(self.observations.max_tokens, tokens)
-
-    def _stack(self, site: SiteStatistics) -> int:
-        assert site.block is not None
-        return self.anatomy.stack_of(site.block)
 
     def _mask(self, stack: int, tokens: int, what: str) -> Tensor | None:
         """The token mask of a stack, by its number, for a cloud of `tokens` rows; `None` when every row is real."""

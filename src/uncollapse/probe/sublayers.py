@@ -23,10 +23,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.interception import Handler, Point, addition_operands
+from uncollapse.anatomy.interception import Handler, Point, summand
 from uncollapse.anatomy.probing import full_precision
+from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.tracing import tensors_in
-from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Block, ModuleCall, Norm, NormPiece, Part, Residual
+from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Block, ModuleCall, Norm, NormPiece, Part, Place, Residual
 from uncollapse.interventions import without
 from uncollapse.measures import geometry
 from uncollapse.measures.affine_fit import HELD_OUT_EVERY, AffineFit
@@ -110,9 +111,9 @@ class _Batch:
 
 
 class Sublayers:
-    """Observes the updates and norms of one probe pass: `handlers` are for the residual additions, `installed()` holds the
-    hooks; `begin` comes before each batch. `tokens_of` is the probe's way to tell tokens, `is_own` whether a hook was reached by
-    the probe's own pass."""
+    """Observes the updates and norms of one probe pass: `handlers` are for the residual additions, `streams` for the places of
+    the stream, `installed()` holds the hooks; `begin` comes before each batch. `tokens_of` is the probe's way to tell
+    tokens, `is_own` whether a hook was reached by the probe's own pass."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, tokens_of: TokensOf, is_own: Callable[[], bool]) -> None:
         self.model, self.is_own = model, is_own
@@ -121,6 +122,7 @@ class Sublayers:
         self.updates: list[UpdateStatistics] = []
         self.norms: list[NormStatistics] = []
         self.handlers: dict[Point, Handler] = {}
+        self.streams: list[tuple[Place, Action]] = []
         self._entering: dict[str, dict[int, list[Callable[..., None]]]] = {}
         self._leaving: dict[str, dict[int, list[Callable[..., None]]]] = {}
         self._laws: dict[str | ModuleCall | NormPiece, NormLaw | None] = {}
@@ -131,7 +133,7 @@ class Sublayers:
         first = {stack.blocks[0] for stack in anatomy.stacks}
         for number, block in enumerate(anatomy.blocks):
             if number in first and not removed:
-                self._on_entry(block.module, functools.partial(self._measure_span, number, block))
+                self.streams.append((block.entry, functools.partial(self._measure_span, number)))
             found = [self._update_statistics(number, block, part, removed) for part in block.parts]
             self.updates += found
             if not removed:
@@ -174,10 +176,10 @@ class Sublayers:
             if part.writes is not None and statistics.sublayer == "mlp":
                 self._on_entry(part.writes, functools.partial(self._measure_hidden, key))
         for place, residual in enumerate(block.residuals):
-            alone = [leaves for node in residual.additions for leaves in (node.first, node.second) if len(leaves) == 1]
+            alone = [leaves for node in residual.additions for leaves in node.leaves if len(leaves) == 1]
             summands = {part: alone.count(frozenset({part})) for part in residual.parts}
             for node in residual.additions:
-                sides = [next(iter(leaves)) if len(leaves) == 1 else None for leaves in (node.first, node.second)]
+                sides = [next(iter(leaves)) if len(leaves) == 1 else None for leaves in node.leaves]
                 self.handlers[node.point] = functools.partial(
                     self._add, number, (place, residual), sides, summands, found
                 )
@@ -263,14 +265,16 @@ class Sublayers:
         return _Cloud(cloud, real, (cloud.isfinite().all(-1) | ~real).all(-1))
 
     # Updates ------------------------------------------------------------------------------------------------------
-    def _measure_span(self, number: int, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stream = args[block.stream_input] if isinstance(block.stream_input, int) else kwargs[block.stream_input]
-        cloud = self._tokens(number, stream, "the embedding")
-        if cloud is not None:
-            basis = geometry.row_space(cloud.double(), cloud.real, precision=stream.dtype)
-            directions = basis.square().sum((-2, -1)).round()
-            known = cloud.finite & (directions < cloud.x.shape[-1])
-            self._batch.spans[self._stack_of[number]] = _Span(basis, known)
+    def _measure_span(self, number: int, stream: Tensor) -> None:
+        if not self.is_own():
+            return
+        with full_precision(stream):
+            cloud = self._tokens(number, stream, "the embedding")
+            if cloud is not None:
+                basis = geometry.row_space(cloud.double(), cloud.real, precision=stream.dtype)
+                directions = basis.square().sum((-2, -1)).round()
+                known = cloud.finite & (directions < cloud.x.shape[-1])
+                self._batch.spans[self._stack_of[number]] = _Span(basis, known)
 
     def _keep_inputs(self, key: tuple[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = next(tensors_in([args, kwargs]))
@@ -297,11 +301,11 @@ class Sublayers:
     ) -> Any:
         """Look at the operands of one addition, before an addition in place overwrites one of them; then let it happen."""
         if self.is_own():
-            operands = addition_operands(args, kwargs)
-            with full_precision(operands[0]):
-                for side, operand in zip(sides, operands, strict=True):
+            with full_precision(next(tensors_in([args, kwargs]))):
+                for operand, side in enumerate(sides):
                     if side is not None:
-                        self._meet((number, residual[0]), side, operand, summands, found)
+                        brought = summand(function, args, kwargs, operand)
+                        self._meet((number, residual[0]), side, brought, summands, found)
                 self._relate(number, residual, found)
         return function(*args, **kwargs)
 

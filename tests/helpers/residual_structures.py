@@ -1,0 +1,572 @@
+"""Small Transformers whose residual streams are written the ways people write them. Each knows its own truth: `off` names the
+sublayers that it leaves out itself, and `seen` keeps its stream, at the embedding and behind each block, as it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+WIDTH, HEADS = 32, 4
+
+
+class Attention(nn.Module):
+    def __init__(self, causal: bool = True) -> None:
+        super().__init__()
+        self.qkv, self.out, self.causal = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return self.out(
+            nn.functional.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2)
+        )
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+
+class Owned(nn.Module):
+    """What every model here has: what it leaves out, and what it saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.off: set[str] = set()
+        self.seen: list[Tensor] = []
+
+    def keep(self, stream: Tensor) -> Tensor:
+        self.seen.append(stream.detach().clone())
+        return stream
+
+
+class Block(nn.Module):
+    """A pre-norm block; subclasses say how the stream and an update are put together."""
+
+    owner: list[Owned]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.attention, self.mlp = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH), Attention(), mlp()
+        self.owner = []
+
+    def attend(self, x: Tensor) -> Tensor:
+        update = self.attention(self.norm1(x))
+        return torch.zeros_like(update) if self.owner and "attention" in self.owner[0].off else update
+
+    def think(self, x: Tensor) -> Tensor:
+        update = self.mlp(self.norm2(x))
+        return torch.zeros_like(update) if self.owner and "mlp" in self.owner[0].off else update
+
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
+        return x + update
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.add(x, self.attend(x))
+        return self.add(x, self.think(x))
+
+
+class Stack(Owned):
+    """Token numbers in, blocks one after another."""
+
+    def __init__(self, block: Callable[[], Block], blocks: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, WIDTH)
+        self.blocks = nn.ModuleList(block() for _ in range(blocks))
+        for each in self.blocks:
+            each.owner = [self]
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.keep(self.embed(idx))
+        for block in self.blocks:
+            x = self.keep(block(x))
+        return x
+
+
+# Scales and spellings --------------------------------------------------------------------------------------------------
+
+
+class FloatScale(Block):
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
+        return 0.8 * x + 0.5 * update
+
+
+class LearnedScale(Block):
+    """A learned residual weight on the stream, the other operand first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keeping = nn.Parameter(torch.tensor(0.9))
+
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
+        return update + self.keeping * x
+
+
+class FeatureScale(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("alpha", torch.linspace(0.5, 1.5, WIDTH))
+        self.gamma = nn.Parameter(torch.linspace(-1, 1, WIDTH))
+
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
+        return self.alpha * x + self.gamma * update
+
+
+class ScaleMadeOnTheSpot(Block):
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
+        return x * torch.full((WIDTH,), 0.7) + update / torch.tensor(2.0)
+
+
+class AddWithAlpha(Block):
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
+        return torch.add(x, update, alpha=0.3)
+
+
+class AddInPlace(Block):
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
+        return x.clone().add_(update)
+
+
+class PlusEquals(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x += self.attend(x)
+        x += self.think(x)
+        return x
+
+
+class Addcmul(Block):
+    """LayerScale as one fused operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((WIDTH,), 0.3))
+
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
+        return torch.addcmul(x, self.gamma, update)
+
+
+class AddcmulUpdateFirst(Addcmul):
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
+        return x.addcmul(update, self.gamma)
+
+
+class Lerp(Block):
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
+        return torch.lerp(x, update, 0.25)
+
+
+class Minus(Block):
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
+        return x - update
+
+
+class StackAndSum(Block):
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
+        return torch.stack([x, update]).sum(0)
+
+
+class SumOfAList(Block):
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
+        return sum([x, update])  # type: ignore[return-value]
+
+
+class OutputScale(Block):
+    """What leaves the block is scaled once more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * super().forward(x)
+
+
+class NormalisedStep(Block):
+    """nGPT: a step of learned length from the stream towards the update, and back onto the sphere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.Parameter(torch.full((WIDTH,), 0.3))
+        self.norm1 = self.norm2 = nn.Identity()
+        self.sphere1, self.sphere2 = (nn.RMSNorm(WIDTH, elementwise_affine=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name, sphere, update in (("attention", self.sphere1, self.attend), ("mlp", self.sphere2, self.think)):
+            x = x + self.step * (update(x) - x)
+            x = x if name in self.owner[0].off else sphere(x)  # a sublayer is left out with its own norm
+        return x
+
+
+class HandWrittenNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / centred.square().mean(-1, keepdim=True).add(1e-6).sqrt()
+
+
+class ParallelByHand(Block):
+    """Attention and MLP side by side, behind a norm written by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = self.norm2 = HandWrittenNorm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attend(x) + self.think(x)
+
+
+class Highway(Block):
+    """g f + (1 - g) x with a gate made from the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate1, self.gate2 = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        g = torch.sigmoid(self.gate1(x))
+        x = g * self.attend(x) + (1 - g) * x
+        g = torch.sigmoid(self.gate2(x))
+        return g * self.think(x) + (1 - g) * x
+
+
+class HighwayLerp(Highway):
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.lerp(x, self.attend(x), torch.sigmoid(self.gate1(x)))
+        return torch.lerp(x, self.think(x), torch.sigmoid(self.gate2(x)))
+
+
+# What else is added ----------------------------------------------------------------------------------------------------
+
+
+class EmbeddingAgain(Block):
+    """modded-nanoGPT: x = a x + b x0 at the head of each block, and a value residual in the attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lambdas, self.mixing = nn.Parameter(torch.tensor([1.1, 0.3])), nn.Parameter(torch.tensor(0.6))
+        self.norm1 = self.norm2 = nn.RMSNorm(WIDTH, elementwise_affine=False)
+
+    def forward(self, x: Tensor, x0: Tensor, v1: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x = self.lambdas[0] * x + self.lambdas[1] * x0
+        q, k, v = (t.unflatten(-1, (HEADS, -1)) for t in self.attention.qkv(self.norm1(x)).chunk(3, -1))
+        v1 = v if v1 is None else v1
+        v = (1 - self.mixing) * v + self.mixing * v1.view_as(v)
+        q, k = nn.functional.rms_norm(q, (q.shape[-1],)), nn.functional.rms_norm(k, (k.shape[-1],))
+        mixed = nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+        update = self.attention.out(mixed.transpose(1, 2).flatten(2))
+        x = x + (torch.zeros_like(update) if "attention" in self.owner[0].off else update)
+        return x + self.think(x), v1
+
+
+class ModdedNanoGPT(Stack):
+    """With skips from the first half of the blocks to the second, as in a U-net, and a soft cap on the logits."""
+
+    def __init__(self) -> None:
+        super().__init__(EmbeddingAgain, 4)
+        for block in self.blocks:
+            block.mlp = nn.Sequential(nn.Linear(WIDTH, 64), SquaredReLU(), nn.Linear(64, WIDTH))
+        self.skip_weights = nn.Parameter(torch.tensor([0.7, 0.4]))
+        self.head = nn.Linear(WIDTH, 64)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = x0 = nn.functional.rms_norm(self.embed(idx), (WIDTH,))
+        self.keep(x)
+        v1, skips = None, []
+        for i, block in enumerate(self.blocks):
+            if i >= 2:
+                x = x + self.skip_weights[i - 2] * skips.pop()
+            x, v1 = block(x, x0, v1)
+            self.keep(x)
+            if i < 2:
+                skips.append(x)
+        return 15 * torch.tanh(self.head(nn.functional.rms_norm(x, (WIDTH,))) / 15)
+
+
+class SquaredReLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu(x).square()
+
+
+class MixesInTheAddition(Block):
+    def forward(self, x: Tensor, x0: Tensor) -> Tensor:  # type: ignore[override]
+        x = 0.2 * x0 + 0.9 * x + self.attend(x)
+        return x + self.think(x)
+
+
+class MixingStack(Stack):
+    def __init__(self) -> None:
+        super().__init__(MixesInTheAddition)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = x0 = self.keep(self.embed(idx))
+        for block in self.blocks:
+            x = self.keep(block(x, x0))
+        return x
+
+
+class MixtureOfDepths(Block):
+    """Only half of the tokens go through the block, chosen by a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.inner = nn.Linear(WIDTH, 1), Block()
+
+    def chosen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        weights, picked = self.router(x).squeeze(-1).topk(x.shape[1] // 2, dim=1)
+        picked, order = picked.sort(1)
+        return picked, weights.gather(1, order).sigmoid().unsqueeze(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        picked, _ = self.chosen(x)
+        places = picked[..., None].expand(-1, -1, WIDTH)
+        self.inner.owner = self.owner
+        return x.scatter(1, places, self.inner(x.gather(1, places)))
+
+
+class WeightedMixtureOfDepths(MixtureOfDepths):
+    """The router's weight scales each update, and the tokens are put back by their numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        picked, weight = self.chosen(x)
+        rows = torch.arange(x.shape[0])[:, None]
+        some = x[rows, picked]
+        some = some + weight * self.attend(some)
+        some = some + weight * self.think(some)
+        out = x.clone()
+        out[rows, picked] = some
+        return out
+
+
+# States ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    stream: Tensor
+    depth: int = 0
+
+
+class Pair(NamedTuple):
+    stream: Tensor
+    other: Tensor
+
+
+class Plain:
+    def __init__(self, stream: Tensor) -> None:
+        self.stream = stream
+
+
+class StateStack(Stack):
+    """The stream travels inside a state of the kind `wrap` makes."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any], get: Callable[[Any], Tensor], block: type[Block]) -> None:
+        super().__init__(block)
+        self.wrap, self.get = wrap, get
+
+    def forward(self, idx: Tensor) -> Tensor:
+        state = self.wrap(self.keep(self.embed(idx)))
+        for block in self.blocks:
+            returned = block(state)
+            state = state if returned is None else returned
+            self.keep(self.get(state))
+        return self.get(state)
+
+
+class DictBlock(Block):
+    def forward(self, state: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        return {"depth": state["depth"] + 1, "x": Block.forward(self, state["x"])}
+
+
+class NestedBlock(Block):
+    def forward(self, state: dict[str, Any]) -> dict[str, Any]:  # type: ignore[override]
+        return {"inner": (state["inner"][0], [Block.forward(self, state["inner"][1][0])])}
+
+
+class DataclassBlock(Block):
+    def forward(self, state: State) -> State:  # type: ignore[override]
+        return State(Block.forward(self, state.stream), state.depth + 1)
+
+
+class NamedTupleBlock(Block):
+    def forward(self, state: Pair) -> Pair:  # type: ignore[override]
+        return Pair(Block.forward(self, state.stream), state.other)
+
+
+class WritesBlock(Block):
+    """Writes into the state and returns nothing."""
+
+    def forward(self, state: Plain) -> None:  # type: ignore[override]
+        state.stream = Block.forward(self, state.stream)
+
+
+class ListBlock(Block):
+    def forward(self, state: list[Tensor]) -> list[Tensor]:  # type: ignore[override]
+        return [state[0], Block.forward(self, state[1])]
+
+
+# Additions in the model's own loop -------------------------------------------------------------------------------------
+
+
+class ViT(Owned):
+    """vit-pytorch: a list of pairs, no module is a block."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, WIDTH)
+        self.transformer = Pairs(self, depth)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return self.transformer(self.embed(idx))
+
+
+class PreNorm(nn.Module):
+    def __init__(self, fn: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.fn = nn.LayerNorm(WIDTH), fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(self.norm(x))
+
+
+class Pairs(nn.Module):
+    def __init__(self, owner: Owned, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList([PreNorm(Attention(False)), PreNorm(mlp())]) for _ in range(depth))
+        self.norm, self.owner = nn.LayerNorm(WIDTH), [owner]
+
+    def forward(self, x: Tensor) -> Tensor:
+        (owner,) = self.owner
+        owner.keep(x)
+        for attend, think in self.layers:
+            x = attend(x) * ("attention" not in owner.off) + x
+            x = think(x) * ("mlp" not in owner.off) + x
+            owner.keep(x)
+        return self.norm(x)
+
+
+class PostNormLoop(Owned):
+    """Everything in one forward, post-norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, WIDTH)
+        self.attentions = nn.ModuleList(Attention() for _ in range(3))
+        self.mlps = nn.ModuleList(mlp() for _ in range(3))
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(6))
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.keep(self.embed(idx))
+        for i, (attend, think) in enumerate(zip(self.attentions, self.mlps, strict=True)):
+            x = x if "attention" in self.off else self.norms[2 * i](x + attend(x))
+            x = x if "mlp" in self.off else self.norms[2 * i + 1](x + think(x))
+            self.keep(x)
+        return x
+
+
+class Residual(nn.Module):
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return x + residual
+
+
+class XTransformers(Owned):
+    """x-transformers: one flat list of (norm, layer, residual), attention and feed-forward in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, WIDTH)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([nn.LayerNorm(WIDTH), Attention() if i % 2 == 0 else mlp(), Residual()]) for i in range(6)
+        )
+        self.final = nn.LayerNorm(WIDTH)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.keep(self.embed(idx))
+        for i, (norm, layer, add) in enumerate(self.layers):
+            update = layer(norm(x))
+            off = ("mlp" if i % 2 else "attention") in self.off
+            x = add(torch.zeros_like(update) if off else update, x)
+            if i % 2:
+                self.keep(x)
+        return self.final(x)
+
+
+class MixingLoop(Owned):
+    """The embedding comes back before every layer of the model's own loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.a, self.b = nn.Parameter(torch.full((3,), 0.9)), nn.Parameter(torch.full((3,), 0.2))
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = x0 = self.keep(self.embed(idx))
+        for i, block in enumerate(self.blocks):
+            x = self.a[i] * x + self.b[i] * x0
+            x = x + block.attention(block.norm1(x)) * ("attention" not in self.off)
+            x = x + block.mlp(block.norm2(x)) * ("mlp" not in self.off)
+            self.keep(x)
+        return x
+
+
+class OneBlockLoop(Owned):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm, self.attention, self.mlp = (
+            nn.Embedding(64, WIDTH),
+            nn.LayerNorm(WIDTH),
+            Attention(),
+            mlp(),
+        )
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.keep(self.embed(idx))
+        x = x + self.attention(self.norm(x)) * ("attention" not in self.off)
+        return self.keep(x + self.mlp(x) * ("mlp" not in self.off))
+
+
+STRUCTURES: dict[str, Callable[[], Owned]] = {
+    **{
+        block.__name__: (lambda block=block: Stack(block))
+        for block in (
+            Block,
+            FloatScale,
+            LearnedScale,
+            FeatureScale,
+            ScaleMadeOnTheSpot,
+            AddWithAlpha,
+            AddInPlace,
+            PlusEquals,
+            Addcmul,
+            AddcmulUpdateFirst,
+            Lerp,
+            Minus,
+            StackAndSum,
+            SumOfAList,
+            OutputScale,
+            NormalisedStep,
+            ParallelByHand,
+            Highway,
+            HighwayLerp,
+            MixtureOfDepths,
+            WeightedMixtureOfDepths,
+        )
+    },
+    "modded-nanoGPT": ModdedNanoGPT,
+    "mixing in the addition": MixingStack,
+    "dict": lambda: StateStack(lambda x: {"depth": 0, "x": x}, lambda s: s["x"], DictBlock),
+    "nested": lambda: StateStack(lambda x: {"inner": (None, [x])}, lambda s: s["inner"][1][0], NestedBlock),
+    "dataclass": lambda: StateStack(State, lambda s: s.stream, DataclassBlock),
+    "named tuple": lambda: StateStack(lambda x: Pair(x, x * 0), lambda s: s.stream, NamedTupleBlock),
+    "written object": lambda: StateStack(Plain, lambda s: s.stream, WritesBlock),
+    "list": lambda: StateStack(lambda x: [x * 0, x], lambda s: s[1], ListBlock),
+    "vit-pytorch": ViT,
+    "post-norm loop": PostNormLoop,
+    "x-transformers": XTransformers,
+    "mixing loop": MixingLoop,
+    "one block in a loop": OneBlockLoop,
+}
