@@ -136,8 +136,11 @@ REFUSED: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "not UTF-8": (HEADS.replace(b"tiny-llama", b"caf\xe9"), ("not UTF-8",)),
     "UTF-16": (HEADS.decode().encode("utf-16"), ("not UTF-8",)),
     "UTF-8 cut inside a letter": ('{"schema": "é'.encode()[:-1], ("not UTF-8",)),
-    "NaN": (HEADS.replace(b'"seed": 0', b'"seed": NaN'), ("finite",)),
-    "beyond every float": (HEADS.replace(b'"seed": 0', b'"seed": 1e999'), ("finite",)),
+    "NaN": (HEADS.replace(b'"seed": 0', b'"seed": NaN'), ("finite numbers",)),
+    "beyond every float": (
+        HEADS.replace(b'"condition_number": ', b'"condition_number": 1e999, "x": '),
+        ("finite numbers",),
+    ),
     "no schema": (b"{}", ("names no schema", "uncollapse/diagnosis/1", "uncollapse/ledger/1")),
     "a later schema": (
         HEADS.replace(b"heads/1", b"heads/2"),
