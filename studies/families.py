@@ -154,6 +154,8 @@ class _Worker:
             text=True,
             env=environment,
         )
+        assert self.process.stdout is not None
+        self.answers = self.process.stdout
         self.kind = ""
         self.since = time.monotonic()
 
@@ -176,10 +178,10 @@ def sweep(kinds: list[str]) -> list[dict[str, Any]]:
 
     def start() -> None:
         worker = _Worker()
-        selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        selector.register(worker.answers, selectors.EVENT_READ, worker)
 
     def replace(worker: _Worker, reason: str) -> None:
-        selector.unregister(worker.process.stdout)
+        selector.unregister(worker.answers)
         worker.end()
         if worker.kind:
             rows.append({"type": worker.kind, "built": False, "crash": True, "reason": reason})
@@ -191,7 +193,7 @@ def sweep(kinds: list[str]) -> list[dict[str, Any]]:
     while selector.get_map():
         for key, _ in selector.select(timeout=1):
             worker: _Worker = key.data
-            line = worker.process.stdout.readline()
+            line = worker.answers.readline()
             if not line:
                 replace(worker, "the process died (out of memory, or a crash in native code)")
                 continue
@@ -202,7 +204,7 @@ def sweep(kinds: list[str]) -> list[dict[str, Any]]:
                 worker.give(waiting.pop())
             else:
                 worker.kind = ""
-                selector.unregister(worker.process.stdout)
+                selector.unregister(worker.answers)
                 worker.end()
         for key in list(selector.get_map().values()):
             worker = key.data

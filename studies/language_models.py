@@ -42,7 +42,8 @@ class Block(nn.Module):
         super().__init__()
         self.without = frozenset(without)
         self.norm_1, self.norm_2 = (nn.Identity() if "norm" in without else nn.LayerNorm(width) for _ in range(2))
-        self.joint, self.projection = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.joint = nn.Linear(width, 3 * width)
+        self.projection: nn.Module = nn.Linear(width, width)  # gates may be put around it
         self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         if "mlp" in without:
             del self.wide, self.narrow, self.norm_2
@@ -61,10 +62,12 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """A byte-level decoder with learned positions and tied embeddings."""
 
+    blocks: Sequence[Block]
+
     def __init__(self, depth: int, width: int, without: Collection[str] = ()) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(BYTES, width), nn.Embedding(CONTEXT, width)
-        self.blocks = nn.ModuleList(Block(width, without) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, without) for _ in range(depth))  # type: ignore[assignment] # of modules, says torch
         self.norm = nn.LayerNorm(width)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:

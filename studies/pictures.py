@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def _log(title: str, low: float = DRAWN_FLOOR) -> alt.Y:
     return alt.Y("y:Q", title=title, scale=alt.Scale(type="log", domain=[low, 1], clamp=True), axis=axis)
 
 
-def grid(curves: dict[str, Sequence[float | None]], floor: float, path: Path) -> None:
+def grid(curves: Mapping[str, Sequence[float | None]], floor: float, path: Path) -> None:
     """The eight runs in four panels. `curves` by mark (norm·residual·MLP), from the embedding on; the floor in grey."""
     panels = {
         "1·1": "whole, or without the MLP",

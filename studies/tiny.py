@@ -469,7 +469,7 @@ def _sounds(config: Any, names: set[str], draws: _Draws) -> Iterator[dict[str, A
     )
     source = _find(config, "max_source_positions", 24)
     length = _find(config, "max_length", 48)
-    shapes = {
+    shapes: dict[str, list[tuple[int, ...]]] = {
         "input_features": [
             (2, mel, 2 * source),
             (2, 48, mel),

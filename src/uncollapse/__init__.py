@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the only place: packaging, records and `--version` read it from here
 
 _HOME = {
     "Ablation": "analyses.ablation",
@@ -31,6 +31,7 @@ _HOME = {
     "head_contributions": "probe.contributions",
     "identify": "analyses.heads",
     "install_gates": "gates.installation",
+    "load": "analyses.stored",
     "rank_change": "measures.normalization",
     "remove_gates": "gates.installation",
     "symmetries": "analyses.symmetries",
@@ -61,6 +62,7 @@ __all__ = [
     "heads",
     "identify",
     "install_gates",
+    "load",
     "mixing",
     "rank_change",
     "remove_gates",
@@ -73,6 +75,7 @@ if TYPE_CHECKING:
     from uncollapse.analyses.ablation import Ablation, ablate
     from uncollapse.analyses.diagnosis import Diagnosis, diagnose
     from uncollapse.analyses.heads import Identifiability, identify
+    from uncollapse.analyses.stored import load
     from uncollapse.analyses.symmetries import Symmetries, symmetries
     from uncollapse.anatomy.vocabulary import Layout
     from uncollapse.claims import verify

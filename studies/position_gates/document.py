@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+import uncollapse as uc
 from studies.position_gates import large, pictures, planted, recovery, training
 
 BEGIN, END = "<!-- position gates: begin -->", "<!-- position gates: end -->"
@@ -120,6 +121,7 @@ class Numbers:
     def features(self) -> int:
         """How many features of the position the gates have."""
         gate = training.model("gated", 0).blocks[0].projection
+        assert isinstance(gate, uc.PositionGatedProjection)
         return gate.position_width
 
     def losses(self) -> str:
@@ -156,8 +158,8 @@ class Numbers:
                     high = max(self.gates(arm, step, "largest", block))
                     cells += [spread(self.gates(arm, step, "rank", block)), finite, f"{low:.2f} to {high:.2f}"]
                 survives = [v for block in range(training.DEPTH) for v in self.gates(arm, step, "surviving", block)]
-                low, high = (f"{bound:,.0f}" for bound in (min(survives), max(survives)))
-                rows.append([NAMES[arm], str(step), *cells, low if low == high else f"{low} to {high}"])
+                least, most = (f"{bound:,.0f}" for bound in (min(survives), max(survives)))
+                rows.append([NAMES[arm], str(step), *cells, least if least == most else f"{least} to {most}"])
         header = ["", "step"]
         for block in range(training.DEPTH):
             header += [f"rank, block {block}", "condition", "gates"]

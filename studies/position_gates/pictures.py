@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def _banded(rows: Sequence[Row], x: alt.X, y: alt.Y, color: alt.Color) -> Any:
 
 
 def training(
-    losses: dict[str, Sequence[Row]], differences: Sequence[Row], conditions: Sequence[Row], path: Path
+    losses: Mapping[str, Sequence[Row]], differences: Sequence[Row], conditions: Sequence[Row], path: Path
 ) -> None:
     """Losses by step, the held-out difference from the plain model of the same seed, and the condition of the gates."""
     x = alt.X("step:Q", title="step", axis=alt.Axis(tickCount=4))

@@ -138,10 +138,13 @@ def recovered(behind: nn.Module, contents: Tensor) -> list[dict[str, Any]]:
     """What the observer of the sum recovers of both heads where the same contents recur. Here the sum is narrower than the heads
     together, and W_O has a kernel."""
     true = head_outputs(contents)[:, 0].unflatten(-1, (HEADS, -1)).double()
+    projection = behind.projection
+    assert isinstance(projection, nn.Module)
     found = []
     for m in (1, 2, 4, 8, TOKENS):
         at = recovery.spread(m, TOKENS)
-        gated = isinstance(behind, uc.PositionGatedProjection)
-        gates = behind.gates(at).double() if gated else torch.ones(m, HEADS, dtype=torch.float64)
-        found.append({"positions": m, **recovery.stream(true, gates, recovery.weight_of(behind.projection))})
+        gates = torch.ones(m, HEADS, dtype=torch.float64)
+        if isinstance(behind, uc.PositionGatedProjection):
+            gates = behind.gates(at).double()
+        found.append({"positions": m, **recovery.stream(true, gates, recovery.weight_of(projection))})
     return found

@@ -11,6 +11,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.judgement.attribution import heads_records
 from uncollapse.measures import heads
 from uncollapse.probe.passes import capture
+from uncollapse.records.common import Phenomenon
 from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
 
 RESIDUAL = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
@@ -55,7 +57,7 @@ class Case:
     subject: str
     number: int
     plant: str
-    phenomenon: str | None
+    phenomenon: Phenomenon | None
     block: int | None
     head: list[int] | None
     severities: list[float]
@@ -104,7 +106,9 @@ class Bench:
         found = heads_records(observed.attention) if heads_too else []
         return Run(orders(trajectory, attention), trajectory, attention, found)
 
-    def case(self, plant: str, phenomenon: str | None, block: int | None, head: list[int] | None, ladder: Any) -> Case:
+    def case(
+        self, plant: str, phenomenon: Phenomenon | None, block: int | None, head: list[int] | None, ladder: Any
+    ) -> Case:
         self.number += 1
         return Case(self.name, self.number, plant, phenomenon, block, head, list(ladder))
 
@@ -122,7 +126,11 @@ def measured(subject: Subject, name: str, fingerprint: str, scale: float = 1.0) 
 
 def damaged(bench: Bench, scale: float) -> Iterator[Case]:
     """Every planted case of one model, with its runs."""
-    blocks, count = len(bench.anatomy.blocks), lambda n: max(1, round(n * scale))
+    blocks = len(bench.anatomy.blocks)
+
+    def count(n: int) -> int:
+        return max(1, round(n * scale))
+
     yield from (_depth(bench, first) for first in bench.draw(count(12), blocks))
     for _ in range(count(8)):
         yield _entropy(bench, bench.random.randrange(blocks), True)
@@ -250,7 +258,7 @@ def _copies(bench: Bench) -> Case:
 def _rank(bench: Bench, block: int) -> Case:
     case = bench.case("rank of the projection reduced", "head-channel-non-identifiability", block, None, LOST)
     for share in LOST:
-        case.runs.append(_weights_run(bench, block, lambda W, s=share: planting.rank_reduced(W, s), None))
+        case.runs.append(_weights_run(bench, block, partial(planting.rank_reduced, share=share), None))
     return case
 
 
@@ -284,6 +292,12 @@ def confounded(bench: Bench) -> Iterator[Case]:
         case.runs.append(bench.observe(**options))
         return case
 
+    def sinking(heads: list[int]) -> Callable[[planting.Given, int], None]:
+        return lambda given, _: planting.sink(given, heads, 15.0)
+
+    def windowed(size: int) -> Callable[[planting.Given, int], None]:
+        return lambda given, _: planting.windowed(given, size)
+
     model, anatomy, batches = bench.model, bench.anatomy, bench.batches
     blocks = len(anatomy.blocks)
     yield one("as it is", heads_too=True)
@@ -296,14 +310,14 @@ def confounded(bench: Bench) -> Iterator[Case]:
         some = bench.draw(
             planting.attention_call(anatomy, place).heads // 2, planting.attention_call(anatomy, place).heads
         )
-        context = planting.at_attention(model, anatomy, [place], lambda g, _, s=some: planting.sink(g, s, 15.0))
+        context = planting.at_attention(model, anatomy, [place], sinking(some))
         yield one("attention sinks in half of a block's heads", context=context)
     everywhere = planting.at_attention(
         model, anatomy, range(blocks), lambda g, _: planting.sink(g, range(0, g["query"].shape[1], 2), 15.0)
     )
     yield one("attention sinks in half of all heads", context=everywhere)
     for size in (16, 8):
-        window = planting.at_attention(model, anatomy, range(blocks), lambda g, _, s=size: planting.windowed(g, s))
+        window = planting.at_attention(model, anatomy, range(blocks), windowed(size))
         yield one(f"a window of {size} tokens", context=window)
     yield one(
         "embedding of a quarter of the rank", context=planting.stream_changed(model, anatomy, 0, planting.low_rank)

@@ -128,7 +128,7 @@ def models(scores: Scores) -> str:
     rows = []
     for name in sorted(scores.measured, key=lambda n: -scores.measured[n].parameters):
         half_of = "derives" if name in scores.deriving_models else "scores"
-        cases = [case for case, _ in scores.cases(lambda c, name=name: c.subject == name)]
+        cases = [case for case, _ in scores.cases() if case.subject == name]
         planted = sum(c.phenomenon is not None for c in cases)
         parameters = f"{figure(scores.measured[name].parameters / 1e6)} M"
         rows.append([f"`{name}`", SUBJECTS[name].about, parameters, half_of, str(planted), str(len(cases) - planted)])
@@ -216,9 +216,7 @@ def _planted(scores: Scores, plant: str) -> str | None:
 def plain(scores: Scores) -> str:
     rows = []
     for phenomenon, orders in PLAIN:
-        healthy = [
-            case.runs[0].orders[orders[case.plant]] for case, _ in scores.cases(lambda c, o=orders: c.plant in o)
-        ]
+        healthy = [case.runs[0].orders[orders[case.plant]] for case, _ in scores.cases() if case.plant in orders]
         found = scoring.at_half(scores, phenomenon, scores.scored, orders)
         name = next(iter(orders.values()))
         spread = f"{figure(min(healthy))} to {figure(max(healthy))}"
@@ -231,11 +229,12 @@ def by_severity(scores: Scores) -> str:
     """Share of the places where the planted collapse is found, along each ladder."""
     blocks = []
     for plant in ORDER:
-        of_it = list(scores.cases(lambda c, plant=plant: c.plant == plant and scores.scored(c)))
+        of_it = [(case, runs) for case, runs in scores.cases(scores.scored) if case.plant == plant]
         if not of_it:
             continue
         ladder = of_it[0][0].severities
-        phenomenon: Phenomenon = of_it[0][0].phenomenon
+        phenomenon = of_it[0][0].phenomenon
+        assert phenomenon is not None
         row = [percent(scoring.share(runs[i].score(phenomenon) > 0 for _, runs in of_it)) for i in range(len(ladder))]
         order = [_median([case.runs[i].orders[ORDER[plant]] for case, _ in of_it]) for i in range(len(ladder))]
         moved = [percent(scoring.share(_moved(scores, case, i) for case, _ in of_it)) for i in range(len(ladder))]
@@ -264,7 +263,9 @@ def confusion(scores: Scores, at: Callable[[Case, str], int | None]) -> str:
     rows = []
     for planted in PHENOMENA:
         runs = []
-        for case, judged in scores.cases(lambda c, p=planted: c.phenomenon == p and scores.scored(c)):
+        for case, judged in scores.cases(scores.scored):
+            if case.phenomenon != planted:
+                continue
             index = at(case, ORDER[case.plant])
             if index is not None and scoring.moved_by_half(case, ORDER[case.plant], scores.resolutions) is not None:
                 runs.append(judged[index])
@@ -281,7 +282,9 @@ def confusion(scores: Scores, at: Callable[[Case, str], int | None]) -> str:
 def missed(scores: Scores) -> list[str]:
     """Every case whose place is wrong at the half, by name."""
     found = []
-    for case, runs in scores.cases(lambda c: c.phenomenon is not None and scores.scored(c)):
+    for case, runs in scores.cases(scores.scored):
+        if case.phenomenon is None:
+            continue
         index = scoring.moved_by_half(case, ORDER[case.plant], scores.resolutions)
         if index is None or case.block is None:
             continue
@@ -303,7 +306,7 @@ def confounders(scores: Scores) -> str:
     names = list(dict.fromkeys(c.plant for c, _ in scores.cases(lambda c: c.phenomenon is None)))
     rows = []
     for name in names:
-        runs = scores.healthy(lambda c, name=name: c.plant == name)
+        runs = [judged[0] for case, judged in scores.cases() if case.plant == name and case.phenomenon is None]
         nearest = []
         for p in PHENOMENA:
             top = max(j.score(p) for j in runs)

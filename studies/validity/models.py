@@ -64,7 +64,9 @@ def _trained(
             place.parent.mkdir(parents=True, exist_ok=True)
             safetensors.torch.save_model(model, str(place))
         safetensors.torch.load_model(model, str(place))
-        return model.base_model.eval(), _windows(8, TOKENS)
+        base = model.base_model
+        assert isinstance(base, nn.Module)
+        return base.eval(), _windows(8, TOKENS)
 
     return opened
 

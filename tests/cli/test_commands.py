@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import transformers
 import typer
 from rich.console import Console
 
-from tests.helpers.command_line import refused
+from tests.helpers.command_line import drawn_on_a_terminal, refused
 from uncollapse import __version__
 from uncollapse.analyses.preparation import DEFAULTS
 from uncollapse.cli.commands import app, main
@@ -478,13 +477,10 @@ main()
 """.replace("RECORD_HERE", ascii(json.dumps(RECORD, ensure_ascii=False)))
 
 
-def in_new_process(
-    *arguments: str, env: dict[str, str] | None = None, stderr: int = subprocess.PIPE
-) -> subprocess.CompletedProcess[bytes]:
+def in_new_process(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-c", STAND_IN, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=stderr,
+        capture_output=True,
         env=os.environ | (env or {}),
         check=False,
         timeout=60,
@@ -493,22 +489,10 @@ def in_new_process(
 
 @pytest.mark.parametrize(("quiet", "bars"), [(False, True), (True, False)])
 def test_bars_are_drawn_on_a_terminal_unless_quiet(quiet: bool, bars: bool) -> None:
-    terminal, stderr = pty.openpty()
-    try:
-        done = in_new_process(
-            "diagnose", "--json", "-", *(["--quiet"] if quiet else []), stderr=stderr, env={"TERM": "xterm"}
-        )
-        os.close(stderr)
-        drawn = b""
-        while True:
-            try:
-                drawn += os.read(terminal, 65536)
-            except OSError:  # the other end is closed
-                break
-    finally:
-        os.close(terminal)
-    assert done.returncode == 0
-    assert json.loads(done.stdout.decode("utf-8")) == RECORD
+    given = ["diagnose", "--json", "-", *(["--quiet"] if quiet else [])]
+    code, out, drawn = drawn_on_a_terminal(["-c", STAND_IN, *given], {"TERM": "xterm"})
+    assert code == 0
+    assert json.loads(out.decode("utf-8")) == RECORD
     assert (b"blocks measured" in drawn) is bars
     assert (b"3/3" in drawn) is bars
     assert (b"no bars" in drawn) is not bars

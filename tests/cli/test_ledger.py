@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 import uncollapse
+from tests.helpers.command_line import drawn_on_a_terminal
 from uncollapse import claims, report
 from uncollapse.claims import CLAIMS
 from uncollapse.cli.commands import main
@@ -158,28 +158,10 @@ def test_help_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize(("quiet", "bars"), [(False, True), (True, False)])
 def test_one_bar_is_drawn_on_a_terminal_unless_quiet(quiet: bool, bars: bool) -> None:
     ids = ["pgop-overhead", "rmsnorm-rank", "mlp-cannot-unmix"]
-    terminal, stderr = pty.openpty()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "uncollapse", "verify", *ids, "--trials", "2", "--json", "-"]
-            + (["--quiet"] if quiet else []),
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            env=os.environ | {"TERM": "xterm", "COLUMNS": "100"},
-            check=False,
-            timeout=60,
-        )
-        os.close(stderr)
-        drawn = b""
-        while True:
-            try:
-                drawn += os.read(terminal, 65536)
-            except OSError:  # the other end is closed
-                break
-    finally:
-        os.close(terminal)
-    assert done.returncode == 0
-    assert [claim["id"] for claim in json.loads(done.stdout)["claims"]] == ids
+    given = ["verify", *ids, "--trials", "2", "--json", "-", *(["--quiet"] if quiet else [])]
+    code, out, drawn = drawn_on_a_terminal(["-m", "uncollapse", *given], {"TERM": "xterm", "COLUMNS": "100"})
+    assert code == 0
+    assert [claim["id"] for claim in json.loads(out)["claims"]] == ids
     assert (b"3/3" in drawn) is bars
     bar = drawn[: drawn.find(b"Claims ledger")] if bars else drawn
     assert not [name for name in ids if name.encode() in bar]  # one bar for all of them

@@ -131,7 +131,8 @@ def crossed() -> IdentifiabilityRecord:
     records = [heads_record(b, drawn(4, 8, 64, rng), 4, rng, stack=s, kind=k) for b, s, k in calls]
     always = {"block", "stack", "kind", "heads", "head_width", "width", "ambiguous_degrees_of_freedom", "unavailable"}
     keys = [key for key in vars(records[3]) if key not in always]
-    records[3] = replace(records[3], **dict.fromkeys(keys), unavailable=dict.fromkeys(keys, NO_MATRIX), width=0)
+    absent: dict[str, Any] = dict.fromkeys(keys)
+    records[3] = replace(records[3], **absent, unavailable=dict.fromkeys(keys, NO_MATRIX), width=0)
     angles = records[5].smallest_principal_angle
     assert angles is not None
     silent = [[None if 2 in (g, h) else a for g, a in enumerate(row)] for h, row in enumerate(angles)]

@@ -32,7 +32,8 @@ def attention_table(observed: Observations, measure: str) -> np.ndarray:
 
 def eager(model: nn.Module) -> nn.Module:
     """The same weights, run by the model's own eager attention, which returns its weights."""
-    copy = type(model)._from_config(model.config, attn_implementation="eager").eval()
+    kind: Any = type(model)  # a class of transformers
+    copy: nn.Module = kind._from_config(model.config, attn_implementation="eager").eval()
     copy.load_state_dict(model.state_dict())
     return copy
 

@@ -67,5 +67,6 @@ def hooked(model: nn.Module, modules: list[nn.Module], batch: dict[str, Any]) ->
 
 def weight_of(module: nn.Module) -> np.ndarray:
     """[mixed, width] in float64."""
-    weight = module.weight.detach().double().numpy()
+    assert isinstance(module.weight, Tensor)
+    weight: np.ndarray = module.weight.detach().double().numpy()
     return weight if type(module).__name__ == "Conv1D" else weight.T

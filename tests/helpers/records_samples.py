@@ -478,7 +478,7 @@ def single_block() -> DiagnosisRecord:
         heads=[heads_record(0, 1, 384, 384, rng)],
         findings=[],
     )
-    return alone(record)  # type: ignore[no-any-return]
+    return alone(record)
 
 
 def large() -> DiagnosisRecord:

@@ -370,7 +370,7 @@ def test_drawing_leaves_the_record_as_it_was() -> None:
 
 
 def test_another_schema_is_refused_with_what_to_do() -> None:
-    with pytest.raises(InputError, match=r"^draw: expected a record .* got uncollapse/ablation/9\. .*from_json"):
+    with pytest.raises(InputError, match=r"^draw: expected a record .* got uncollapse/ablation/9\. .*`load`"):
         draw(replace(samples.ablation(), schema="uncollapse/ablation/9"))  # type: ignore[arg-type]
 
 

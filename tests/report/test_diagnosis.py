@@ -434,7 +434,7 @@ def test_method_names_versions_command_options_and_seed(pages: dict[str, Page]) 
 
 
 def test_another_record_is_refused_with_what_to_do() -> None:
-    with pytest.raises(InputError, match=r"^draw: expected a record .* got uncollapse/diagnosis/9\. .*from_json"):
+    with pytest.raises(InputError, match=r"^draw: expected a record .* got uncollapse/diagnosis/9\. .*`load`"):
         draw(replace(samples.encoder(), schema="uncollapse/diagnosis/9"))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"got dict\."):
         draw({})  # type: ignore[arg-type]

@@ -323,7 +323,7 @@ def test_a_page_is_the_same_from_json(records: dict[str, IdentifiabilityRecord],
 
 
 def test_another_schema_is_refused_with_what_to_do(records: dict[str, IdentifiabilityRecord]) -> None:
-    with pytest.raises(InputError, match=r"^draw: expected a record of the schema uncollapse/heads/1, got .*from_json"):
+    with pytest.raises(InputError, match=r"^draw: expected a record of the schema uncollapse/heads/1, got .*`load`"):
         draw(replace(records["mixed"], schema="uncollapse/heads/9"))  # type: ignore[arg-type]
 
 

@@ -259,7 +259,7 @@ def test_a_page_is_drawn_from_a_file_a_year_later(ledger: Ledger) -> None:
 
 def test_another_schema_is_refused_with_what_to_do() -> None:
     with pytest.raises(
-        InputError, match=r"record of the schema uncollapse/ledger/1, got uncollapse/ledger/2\. .*from_json"
+        InputError, match=r"record of the schema uncollapse/ledger/1, got uncollapse/ledger/2\. .*`load`"
     ):
         draw(replace(made(), schema="uncollapse/ledger/2"))
 

@@ -557,7 +557,7 @@ def test_a_page_is_the_same_from_json_and_drawing_changes_nothing(pages: dict[st
 
 
 def test_another_schema_is_refused_with_what_to_do() -> None:
-    with pytest.raises(InputError, match=r"^draw: expected a record .* got uncollapse/symmetries/9\. .*from_json"):
+    with pytest.raises(InputError, match=r"^draw: expected a record .* got uncollapse/symmetries/9\. .*`load`"):
         draw(replace(record_of("symmetries"), schema="uncollapse/symmetries/9"))
 
 

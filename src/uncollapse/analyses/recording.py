@@ -8,6 +8,7 @@ from importlib import metadata
 
 import torch
 
+from uncollapse import __version__
 from uncollapse.analyses.preparation import Prepared
 from uncollapse.anatomy.interception import device_of
 from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
@@ -124,10 +125,11 @@ def model_info(prepared: Prepared, observed: Observations) -> ModelInfo:
 
 def versions() -> dict[str, str]:
     """Of everything a figure depends on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("uncollapse", "transformers"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # run from a source tree, or a model without transformers
-            found[package] = "not installed"
+    found = {"python": platform.python_version(), "torch": torch.__version__, "uncollapse": __version__}
+    try:
+        found["transformers"] = metadata.version("transformers")
+    except (
+        metadata.PackageNotFoundError
+    ):  # vendored or frozen into a program: a finished measurement is not lost for that
+        found["transformers"] = "not installed"
     return found

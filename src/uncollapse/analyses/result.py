@@ -11,24 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from uncollapse import report
-from uncollapse.records.ablation import AblationRecord
-from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.records.encoding import to_json, write_atomically
-from uncollapse.records.heads import IdentifiabilityRecord
-from uncollapse.records.ledger import Ledger
-from uncollapse.records.symmetries import SymmetriesRecord
+from uncollapse.records.stored import AnyRecord
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-AnyRecord = TypeVar("AnyRecord", DiagnosisRecord, AblationRecord, IdentifiabilityRecord, SymmetriesRecord, Ledger)
+Held = TypeVar("Held", bound=AnyRecord, covariant=True)
 
 
 @dataclass(frozen=True)
-class Recorded(Generic[AnyRecord]):
+class Recorded(Generic[Held]):
     """A result. `record` is the whole of it, as data."""
 
-    record: AnyRecord
+    record: Held
 
     def show(self, console: Console | None = None) -> None:
         """Print it; in a notebook the object shows its page by itself."""

@@ -8,13 +8,13 @@ checks rest on is proved in docs/theory.md.
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
 
 import flint
 import torch
 
+from uncollapse import __version__
 from uncollapse.claims import (
     attention_is_affine_given_patterns,
     attention_never_gains_rank,
@@ -134,7 +134,7 @@ def verify(
 
 def _versions() -> dict[str, str]:
     return {
-        "uncollapse": importlib.metadata.version("uncollapse"),
+        "uncollapse": __version__,
         "python": platform.python_version(),
         "python-flint": flint.__version__,
         "torch": torch.__version__,

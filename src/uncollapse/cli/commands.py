@@ -34,6 +34,7 @@ from uncollapse.cli.options import (
     MaxTokens,
     Model,
     Quiet,
+    Record,
     Seed,
     SequenceLimit,
     Text,
@@ -43,7 +44,15 @@ from uncollapse.cli.options import (
     block_numbers,
     token_counts,
 )
-from uncollapse.cli.output import FOUND, deliver, progress_on_stderr, reaches, refusals_in_one_line, require_writable
+from uncollapse.cli.output import (
+    FOUND,
+    STDIN,
+    deliver,
+    progress_on_stderr,
+    reaches,
+    refusals_in_one_line,
+    require_writable,
+)
 from uncollapse.records.common import Severity
 
 if TYPE_CHECKING:
@@ -389,5 +398,42 @@ def verify(
             progress=progress and (lambda _, done, total: progress("claims", done, total)),
         )
         return Recorded(ledger)
+
+    carry_out(found, json=json, html=html, quiet=quiet)
+
+
+@app.command(
+    epilog="""
+**Examples**
+
+A page for a record that another machine wrote:
+
+    uncollapse show report.json --html report.html
+
+The table again, of whichever command wrote the record:
+
+    uncollapse show grid.json
+
+From a pipe, with nothing stored:
+
+    ssh cluster uncollapse diagnose ./checkpoint --json - | uncollapse show - --html report.html
+
+A record of an earlier version, with the keys of this one:
+
+    uncollapse show old.json --json new.json --quiet
+
+Nothing is measured and no model is loaded: a record is complete in itself. `uncollapse.load` reads one in Python.
+
+**Exit codes**: 0 done; 2 the record cannot be used; 130 interrupted.
+"""
+)
+def show(record: Record, json: Json = None, html: Html = None, quiet: Quiet = False) -> None:
+    """Show a stored record again, in the terminal, as a page or as JSON, whichever command wrote it."""
+
+    def found(_: "Progress | None") -> "Recorded[Any]":
+        from uncollapse import records
+        from uncollapse.analyses.result import Recorded
+
+        return Recorded(records.load(sys.stdin.buffer if record == STDIN else record))
 
     carry_out(found, json=json, html=html, quiet=quiet)

@@ -16,6 +16,9 @@ MEASURE, TEXT, OUTPUT, MACHINE = "What to measure", "On what text", "Output", "M
 Model = Annotated[
     str, typer.Argument(help="A hub id, a folder that save_pretrained wrote, or `demo`: the packaged MiniLM, offline.")
 ]
+Record = Annotated[
+    str, typer.Argument(metavar="RECORD", help="A file that `--json` or `to_json` wrote; `-` reads it from stdin.")
+]
 Level = Annotated[
     Literal["core", "full"],
     typer.Option(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 FOUND, REFUSED, INTERRUPTED = 1, 2, 130
-STDOUT = "-"
+STDIN = STDOUT = "-"
 
 
 @contextlib.contextmanager

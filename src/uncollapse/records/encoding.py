@@ -25,16 +25,20 @@ def to_json(record: object) -> str:
     )
 
 
-def from_json(text: str, kind: type[Record]) -> Record:
-    """The record that `text` holds. Raises `InputError` where the text is no such record."""
+def from_json(text: str, kind: type[Record], *, function: str = "from_json", source: str = "a JSON text") -> Record:
+    """The record that `text` holds. `function` and `source` are who asked and what the text came from, for the refusal.
+
+    Raises `InputError` where the text is no such record.
+    """
     try:
         record: Record = TypeAdapter(kind).validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the document"
+        where = ".".join(map(str, first["loc"])) or "content"
         raise InputError(
-            f"from_json: expected a {kind.__name__}, got a JSON text whose {where} does not fit ({first['msg'].lower()}). "
-            "It may have been written by another command or an older version. Write it again with --json."
+            f"{function}: expected {'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}, got {source} whose {where} does "
+            f"not fit ({first['msg'].lower()}). It may have been written by another command or an older version. "
+            "Write it again with --json."
         ) from None
     return record
 

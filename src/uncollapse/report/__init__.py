@@ -27,7 +27,7 @@ from uncollapse.report import ablation, diagnosis, heads, ledger, symmetries
 if TYPE_CHECKING:
     from rich.console import Console
 
-AnyRecord = DiagnosisRecord | AblationRecord | IdentifiabilityRecord | SymmetriesRecord | Ledger
+    from uncollapse.records.stored import AnyRecord
 
 
 def draw(record: AnyRecord) -> str:
@@ -70,11 +70,11 @@ def _shown(function: str, record: AnyRecord) -> _Shown:
         case _:
             raise InputError(
                 f"{function}: expected the record of a command, got {type(record).__name__}. "
-                "A result of `diagnose` or `ablate` holds its record in `.record`. Pass that, or read a file with from_json."
+                "A result of `diagnose` or `ablate` holds its record in `.record`. Pass that, or read a file with `load`."
             )
     if record.schema != shown.schema:
         raise InputError(
             f"{function}: expected a record of the schema {shown.schema}, got {record.schema}. "
-            "It may come from another version. Run the command again, or read the file with from_json."
+            "It may come from another version. Run the command again, or read the file with `load`."
         )
     return shown

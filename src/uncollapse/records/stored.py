@@ -1,0 +1,136 @@
+"""A stored record, read back. Its `schema` field says which record it is.
+
+A record may come from another machine, another version or another program. So nothing is read that cannot be one: at most
+`LIMIT` bytes, from `{` on, in UTF-8, with finite numbers only. What does not fit is refused in one line.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+import reprlib
+from typing import IO, Any
+
+from pydantic_core import from_json as parsed
+
+from uncollapse.errors import InputError
+from uncollapse.records import ablation, diagnosis, heads, ledger, symmetries
+from uncollapse.records.encoding import Record, from_json
+
+AnyRecord = (
+    diagnosis.DiagnosisRecord
+    | ablation.AblationRecord
+    | heads.IdentifiabilityRecord
+    | symmetries.SymmetriesRecord
+    | ledger.Ledger
+)
+SCHEMAS = (
+    diagnosis.DIAGNOSIS_SCHEMA,
+    ablation.ABLATION_SCHEMA,
+    heads.HEADS_SCHEMA,
+    symmetries.SYMMETRIES_SCHEMA,
+    ledger.LEDGER_SCHEMA,
+)
+LIMIT = 512 * 2**20  # bytes: three times the record of 126 blocks with 128 heads, each pair of heads with its angle
+_PIECE = 2**20
+_WRITTEN_BY = "Pass a file that --json or to_json wrote."
+
+
+def load(source: str | os.PathLike[str] | IO[bytes]) -> AnyRecord:
+    """See `uncollapse.records.load`."""
+    name, text = _read(source)
+    schema = _schema(name, text)
+
+    def as_a(kind: type[Record]) -> Record:
+        return from_json(text, kind, function="load", source=name)
+
+    match schema:
+        case diagnosis.DIAGNOSIS_SCHEMA:
+            return as_a(diagnosis.DiagnosisRecord)
+        case ablation.ABLATION_SCHEMA:
+            return as_a(ablation.AblationRecord)
+        case heads.HEADS_SCHEMA:
+            return as_a(heads.IdentifiabilityRecord)
+        case symmetries.SYMMETRIES_SCHEMA:
+            return as_a(symmetries.SymmetriesRecord)
+        case ledger.LEDGER_SCHEMA:
+            return as_a(ledger.Ledger)
+        case _:
+            named = "which names no schema" if schema is None else f"whose schema is {reprlib.repr(schema)}"
+            raise InputError(
+                f"load: expected a record of one of the schemas {', '.join(SCHEMAS)}, got {name}, {named}. "
+                f"It may come from a later version, or be something else. {_WRITTEN_BY}"
+            )
+
+
+def _read(source: str | os.PathLike[str] | IO[bytes]) -> tuple[str, str]:
+    """What the source is called in a refusal, and its text."""
+    if not isinstance(source, str | os.PathLike):
+        if not hasattr(source, "read"):
+            raise InputError(
+                f"load: expected a path, got {type(source).__name__}. What is in memory need not be read. {_WRITTEN_BY}"
+            )
+        name = "standard input" if getattr(source, "name", None) == "<stdin>" else "a stream"
+        return name, _text(name, source)
+    path = os.fspath(source)
+    try:
+        stream = open(path, "rb")  # noqa: SIM115 - closed below; what reading raises is worded elsewhere
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise InputError(
+            f"load: expected a file that can be read, got {path!r} ({getattr(error, 'strerror', None) or error}). "
+            f"The name may be misspelt. {_WRITTEN_BY}"
+        ) from None
+    with stream:
+        return repr(path), _text(repr(path), stream)
+
+
+def _text(name: str, stream: IO[bytes]) -> str:
+    """The stream's text, piece by piece: what is endless, or begins like no record, is not read to its end."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # some editors add a byte-order mark; it is no content
+    read = 0
+    pieces: list[str] = []
+    try:
+        while data := stream.read(_PIECE):
+            read += len(data)
+            if read > LIMIT:
+                raise InputError(
+                    f"load: expected a record of at most {LIMIT // 2**20} MiB, got {name}, which is larger. "
+                    f"No model's record is. {_WRITTEN_BY}"
+                )
+            pieces.append(decoder.decode(data))
+            if not pieces[0].lstrip().startswith("{"):
+                break
+        else:
+            pieces.append(decoder.decode(b"", final=True))
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"load: expected JSON in UTF-8, got {name}, which is not UTF-8 ({error.reason}). "
+            f"A shell or an editor may have converted it, or it is no text. {_WRITTEN_BY}"
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"load: expected a file that can be read, got {name} ({error.strerror or error}). "
+            f"The device may be gone. {_WRITTEN_BY}"
+        ) from None
+    text = "".join(pieces)
+    begin = text.lstrip()[:12]
+    if not begin.startswith("{"):
+        cause = "A page holds no record." if begin.startswith("<") else "It may be another file."
+        raise InputError(
+            f"load: expected a JSON object, got {name}, which {f'begins with {begin!r}' if begin else 'is empty'}. "
+            f"{cause} {_WRITTEN_BY}"
+        )
+    return text
+
+
+def _schema(name: str, text: str) -> Any:
+    """What the document gives as its schema, None where it gives none."""
+    try:
+        document = parsed(text, allow_inf_nan=False)
+        json.dumps(document, allow_nan=False)  # 1e999 is good JSON and no finite number
+    except ValueError as error:
+        raise InputError(
+            f"load: expected JSON with finite numbers, got {name} ({error}). The file may have been cut short. {_WRITTEN_BY}"
+        ) from None
+    return document.get("schema")
