@@ -17,7 +17,8 @@ import uncollapse as uc
 from studies import weights
 from uncollapse import sources
 from uncollapse.anatomy.probing import float64_kept, probing
-from uncollapse.anatomy.proof import block_output, proved_anatomy
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.anatomy.streams import met
 
 MOLECULES = Path(__file__).with_name("molecules.txt")
 
@@ -132,25 +133,18 @@ def ratios(model: nn.Module, batches: list[dict[str, Tensor]], removed: tuple[st
     """The mean ratio after each block. Batches hold sequences of equal length, so that no padding is in the way."""
     anatomy = proved_anatomy(model, batches[0])
     sums = [0.0] * len(anatomy.blocks)
-    calls = 0
 
     with contextlib.ExitStack() as stack:
         if removed:
             stack.enter_context(uc.without(model, *removed))
 
-        def add(output: Any, number: int) -> None:
-            x = block_output(output, anatomy.blocks[number].stream_output).double()
-            x = x.transpose(0, 1) if anatomy.blocks[number].token_axis == 0 else x
-            sums[number] += float(residual_ratio(x).sum())
+        def add(number: int, stream: Tensor) -> None:
+            axes = anatomy.blocks[number].axes
+            cloud = stream if axes is None else axes.cloud(stream)
+            sums[number] += float(residual_ratio(cloud.double()).sum())
 
-        def observe(module: nn.Module, _: Any, output: Any) -> None:
-            nonlocal calls
-            add(output, calls % len(anatomy.blocks))
-            calls += 1
-
-        # A shared layer is one module that runs many times: one hook, and the calls are counted.
-        for module in {id(m): m for b in anatomy.blocks for m in [model.get_submodule(b.module.name)]}.values():
-            stack.callback(module.register_forward_hook(observe).remove)
+        places = [(block.exit, functools.partial(add, number)) for number, block in enumerate(anatomy.blocks)]
+        stack.enter_context(met(model, places))
         stack.enter_context(float64_kept(model))
         stack.enter_context(probing(model))
         for batch in batches:

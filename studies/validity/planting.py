@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, addition_operands, intercepted
+from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.vocabulary import STREAM, Anatomy, AttentionCall, ModuleCall
 
 UNDERFLOW = (
@@ -151,19 +152,8 @@ def stream_changed(
     model: nn.Module, anatomy: Anatomy, block: int, change: Callable[[Tensor], Tensor]
 ) -> Iterator[None]:
     """`change` of the stream that enters a block, which reaches every block behind it too."""
-    place = anatomy.blocks[block]
-    key = place.stream_input
-
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(key, int):
-            return (*args[:key], change(args[key]), *args[key + 1 :]), kwargs
-        return args, {**kwargs, key: change(kwargs[key])}
-
-    hook = model.get_submodule(place.module.name).register_forward_pre_hook(enter, with_kwargs=True)
-    try:
+    with met(model, [(anatomy.blocks[block].entry, change)]):
         yield
-    finally:
-        hook.remove()
 
 
 def first_token_massive(stream: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import uncollapse as uc
+from tests.helpers.observing import observe
 from tests.helpers.own_models import OwnBlock, OwnGPT, tokens
-from uncollapse.analyses.diagnosis import observe
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.measures.geometry import consensus_distance
 from uncollapse.probe.sites import PLAIN_MEASURES

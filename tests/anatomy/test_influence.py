@@ -18,7 +18,8 @@ from uncollapse.anatomy.influence import without_zeros
 from uncollapse.anatomy.proof import example_batch, proved_anatomy
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import StreamAxes
-from uncollapse.probe.passes import PLAIN_MEASURES, STREAM_MEASURES, Observations
+from uncollapse.probe.passes import Observations
+from uncollapse.probe.sites import PLAIN_MEASURES, STREAM_MEASURES
 
 WIDTH, HEADS = 24, 4
 CONSENSUS = PLAIN_MEASURES.index("consensus_distance")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from reference.geometry import consensus_distance, effective_rank
 from torch import Tensor
 
 import uncollapse as uc
 from tests.helpers.observing import observe
 from tests.helpers.residual_structures import STRUCTURES, Owned
+from tests.reference.geometry import consensus_distance, effective_rank
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.probe.passes import PLAIN_MEASURES
+from uncollapse.probe.sites import PLAIN_MEASURES
 
 EPS = 2.0**-23
 structures = pytest.mark.parametrize("name", STRUCTURES)

@@ -19,7 +19,7 @@ from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.replaying import NotReplayable, replayed
 from uncollapse.anatomy.tracing import trace
 from uncollapse.anatomy.vocabulary import Anatomy
-from uncollapse.interventions import COMPONENTS
+from uncollapse.interventions.without import COMPONENTS
 from uncollapse.probe.sublayers import norm_records
 
 PLACEMENTS = {"pre": 2, "post": 2, "sandwich": 4, "output": 2, "parallel": 1}  # and the norms of a block

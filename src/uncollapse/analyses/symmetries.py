@@ -33,7 +33,7 @@ from uncollapse.anatomy.proof import example
 from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.vocabulary import Block, StreamAxes
 from uncollapse.errors import InputError, UncollapseError
-from uncollapse.interventions.without import without as taken_away
+from uncollapse.interventions.without import removed as taken_away
 from uncollapse.probe.context_lengths import require_context_lengths
 from uncollapse.records.common import Finding, Phenomenon, Statistic
 from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord, SymmetryRecord, SymmetryTest

@@ -31,6 +31,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.influence import without_zeros
 from uncollapse.anatomy.interception import Handler, Point, counted, intercepted
 from uncollapse.anatomy.probing import in_the_open, probing
 from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
@@ -79,12 +80,27 @@ def without(
     require_components(components)
     _refuse_checkpointing(model)
     anatomy = anatomy_for(model, batch)
+    wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
+    _require_effect(model, anatomy, wanted, _active.get(model, []))
+    with removed(model, *components, blocks=blocks, batch=batch):
+        yield model
+
+
+@contextlib.contextmanager
+def removed(
+    model: nn.Module,
+    *components: str,
+    blocks: Collection[int] | Literal["all", "all+outer"] | None = None,
+    batch: Mapping[str, Any] | None = None,
+) -> Iterator[nn.Module]:
+    """`without`, also where there is nothing to take away: for those who ask of any model what holds without a component."""
+    require_components(components)
+    _refuse_checkpointing(model)
+    anatomy = anatomy_for(model, batch)
     if "positions" in components:
         require_order_blind(model, anatomy, known_example(model) or {})
-    wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
     stack = _active.setdefault(model, [])
-    _require_effect(model, anatomy, wanted, stack)
-    stack.append(wanted)
+    stack.append(_Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer"))
     try:
         _install(model, anatomy, stack)
         yield model
@@ -149,7 +165,7 @@ def _require_effect(
             for component in sorted(seen):
                 alone = replace(wanted, components=frozenset({component}))
                 if not _changes(model, anatomy, alone, example):
-                    with _zeros_perturbed(model):
+                    with without_zeros(model):
                         changed = _changes(model, anatomy, alone, example)
                     if not changed:
                         raise UnsupportedModel(
@@ -185,29 +201,6 @@ def _changes(model: nn.Module, anatomy: Anatomy, removal: _Removal, example: Map
     return len(plain) != len(changed) or not all(
         a.shape == b.shape and torch.equal(a, b) for a, b in zip(plain, changed, strict=True)
     )
-
-
-@contextlib.contextmanager
-def _zeros_perturbed(model: nn.Module) -> Iterator[None]:
-    """Within the block, random copies stand in for parameters that are entirely zero: training will move those."""
-    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
-    generator = torch.Generator().manual_seed(0)
-    try:
-        for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if (
-                    parameter is not None
-                    and parameter.is_floating_point()
-                    and not parameter.is_meta
-                    and not parameter.any()
-                ):
-                    noise = torch.randn(parameter.shape, generator=generator).to(parameter) / 8
-                    kept.append((module, name, parameter))
-                    module._parameters[name] = nn.Parameter(noise, requires_grad=False)
-        yield
-    finally:
-        for module, name, parameter in kept:
-            module._parameters[name] = parameter
 
 
 def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> None:
