@@ -697,7 +697,7 @@ def test_a_weight_that_is_used_twice_is_not_folded() -> None:
     gates = install_gates(model, batch={"idx": text_batch()["input_ids"]})
     with torch.no_grad():
         next(iter(gates.values())).gate.bias.fill_(1.0)
-    with pytest.raises(uc.InputError, match="a weight of its own"):
+    with pytest.raises(uc.InputError, match="a weight used only by"):
         remove_gates(model, fold=True)
 
 
