@@ -695,7 +695,7 @@ def symmetries() -> SymmetriesRecord:
         replace(
             each,
             equivariance_defect=None if defect is None else statistic(defect, 0.1, 16),
-            unavailable={**each.unavailable, "equivariance_defect": "scaling the logits is no symmetry"},
+            unavailable={**each.unavailable, "equivariance_defect": "scaling the logits is not a symmetry"},
         )
         for each, defect in zip(four, defects, strict=True)
     ]
