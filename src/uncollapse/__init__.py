@@ -3,7 +3,7 @@
     import uncollapse as uc
     uc.diagnose(model, texts, tokenizer=tokenizer).show()
 
-Everything below is loaded on first use: importing the package costs nothing, so that `uncollapse --help` is instant.
+Everything below is loaded on first use. So importing the package is fast, and `uncollapse --help` answers at once.
 """
 
 from __future__ import annotations

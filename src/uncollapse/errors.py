@@ -1,12 +1,12 @@
-"""The three ways a request can fail, each carrying what the user can do next.
+"""The errors of this package. Each message says what the user can do next.
 
 Every message reads: `<function>: expected <thing>, got <what came>. <likely cause>. <next call>.`
-The command line prints the message alone and exits with 2; Python callers catch `UncollapseError`.
+The command line prints only the message and exits with code 2. Python callers catch `UncollapseError`.
 """
 
 
 class UncollapseError(Exception):
-    """Anything this package refuses to do, with the reason in one line."""
+    """The package refuses to do something. The message gives the reason in one line."""
 
 
 class InputError(UncollapseError, ValueError):
@@ -14,10 +14,10 @@ class InputError(UncollapseError, ValueError):
 
 
 class UnsupportedModel(UncollapseError):  # noqa: N818 - the public name of the contract
-    """The parts of the model could not be found or, once found, not be proved.
+    """The parts of the model could not be found, or they were found but could not be proved.
 
-    `found` says what was recognised, `identity` which statement about the model failed and by how much,
-    `layout` is a `Layout` written out as Python to start from.
+    `found` says what was recognised, and `identity` which statement about the model failed and by how much. `layout` is a
+    `Layout` as Python source, to start from.
     """
 
     def __init__(self, message: str, *, found: str = "", identity: str = "", layout: str = "") -> None:

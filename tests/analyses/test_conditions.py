@@ -362,8 +362,8 @@ def test_a_nonlinear_adapter_has_no_matrix_and_says_so() -> None:
     found = diagnosed(replaced(model, ("o_proj",), bent).eval(), batch)
     for head in found.record.heads:
         assert head.kernel_dimension is None
-        assert head.unavailable["kernel_dimension"] == "the output projection is no affine map"
-        assert head.unavailable["energy_share"] == "the output projection is no affine map"
+        assert head.unavailable["kernel_dimension"] == "the output projection is not an affine map"
+        assert head.unavailable["energy_share"] == "the output projection is not an affine map"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

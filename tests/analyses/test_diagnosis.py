@@ -239,7 +239,7 @@ def test_progress_is_reported_to_the_end(minilm: sources.LoadedModel) -> None:
         ({"texts": ["one two"], "batches": [text_batch()]}, "expected texts or batches, got both"),
         ({"texts": ["one two three"]}, "expected a tokenizer"),
         ({"batches": []}, "expected at least one batch"),
-        ({"batches": [text_batch()], "dtype": "float16"}, "expected no dtype beside a loaded model"),
+        ({"batches": [text_batch()], "dtype": "float16"}, "expected no dtype with a loaded model"),
         ({"sequences": 0}, "expected at least one sequence"),
     ],
 )
@@ -257,7 +257,7 @@ on_each = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name_
     ("arguments", "message"),
     [
         ({"texts": ["one two"], "batches": [text_batch()]}, "expected texts or batches, got both"),
-        ({"batches": [text_batch()], "device_map": "auto"}, "expected no device_map beside a loaded model"),
+        ({"batches": [text_batch()], "device_map": "auto"}, "expected no device_map with a loaded model"),
         ({"sequences": 0}, "expected at least one sequence"),
         ({"model": {}}, "expected a model, a name or a path, got dict"),
     ],

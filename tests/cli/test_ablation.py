@@ -173,8 +173,8 @@ def test_help_teaches(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for option in options.split():
         assert f"--{option} " in out
     assert "uncollapse ablate demo --grid --dtype float64 --html grid.html" in out
-    assert "not the same as a model trained without it" in out
-    parts = out.split("Parts to take away together: ")[1].split(".")[0]
+    assert "not the same as training without it" in out
+    parts = out.split("Parts to remove in one run: ")[1].split(".")[0]
     assert set(parts.split(", ")) == set(get_args(Component))
 
 
@@ -187,7 +187,7 @@ def test_a_real_run_leaves_a_page_and_a_record(run: Run, tmp_path: Path) -> None
     record = from_json(text, AblationRecord)
     assert [run.without for run in record.runs] == [[], ["residual"]]
     assert record.blocks == [2, 3, 4, 5]
-    assert "Taken away in blocks 2–5 only." in " ".join(out.split())
+    assert "Components were removed in blocks 2–5 only." in " ".join(out.split())
     assert "1·0·1" in out
     assert "✓ agrees" in out
     page = (tmp_path / "r.html").read_text("utf-8")

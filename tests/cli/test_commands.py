@@ -241,13 +241,13 @@ def test_exit_code_says_whether_a_finding_reaches_the_severity(
     ("place", "said"),
     [
         ("missing/folder/r.out", "No such file or directory"),
-        ("folder", "no file"),
+        ("folder", "not a file"),
         ("file/r.out", "Not a directory"),
         ("x" * 300, "File name too long"),
         ("x" * 250, "File name too long"),  # it would exist, but not the temporary file it is written through
         ("/proc/r.out", ""),
         ("/dev/null", "a device"),
-        ("", "no file"),
+        ("", "not a file"),
     ],
 )
 def test_unwritable_output_is_refused_before_the_work(
@@ -263,7 +263,7 @@ def test_unwritable_output_is_refused_before_the_work(
 
 
 def test_page_on_stdout_and_two_outputs_in_one_file_are_refused(diagnose: Diagnose, run: Run, tmp_path: Path) -> None:
-    refused(run("diagnose", "--html", "-"), "--html", "no file")
+    refused(run("diagnose", "--html", "-"), "--html", "not a file")
     (tmp_path / "link").symlink_to(tmp_path)
     refused(run("diagnose", "--json", tmp_path / "r", "--html", tmp_path / "link" / "r"), "two files")
     assert not diagnose.calls

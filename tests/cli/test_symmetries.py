@@ -110,7 +110,7 @@ def test_help_teaches(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     for option in options.split():
         assert f"--{option} " in out
     assert "uncollapse symmetries --html symmetries.html" in out
-    assert "put back bit for bit" in out
+    assert "restored bit for bit" in out
 
 
 def test_a_real_run_leaves_a_page_and_a_record(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

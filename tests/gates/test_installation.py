@@ -311,7 +311,7 @@ def test_two_towers_do_not_hear_each_others_positions() -> None:
         ({"position_ids": torch.zeros(3, 3, 9, dtype=torch.long)}, r"position_ids int64\[3, 3, 9\]"),
         ({"position_ids": torch.arange(8)[None]}, "for 3 sequences of 9 tokens"),
         ({"position_ids": torch.rand(3, 9)}, r"position_ids float32\[3, 9\]"),
-        ({"attention_mask": torch.tensor([[1] * 4 + [2] * 5] * 3)}, "other values than 0 and 1"),
+        ({"attention_mask": torch.tensor([[1] * 4 + [2] * 5] * 3)}, "values other than 0 and 1"),
         ({"attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 3)}, "padding on the left for 3 sequences of 9 tokens"),
         ({"attention_mask": torch.tensor([[0] + [1] * 8] * 2)}, r"attention_mask \[2, 9\]"),
     ],
@@ -697,7 +697,7 @@ def test_a_weight_that_is_used_twice_is_not_folded() -> None:
     gates = install_gates(model, batch={"idx": text_batch()["input_ids"]})
     with torch.no_grad():
         next(iter(gates.values())).gate.bias.fill_(1.0)
-    with pytest.raises(uc.InputError, match="a weight of its own"):
+    with pytest.raises(uc.InputError, match="a weight used only by"):
         remove_gates(model, fold=True)
 
 

@@ -32,7 +32,7 @@ COPIES = Finding(
     reference="Cirrincione 2026, arXiv 2604.23681",
     kind="self",
 )
-NO_MATRIX = "the output projection is no affine map"
+NO_MATRIX = "the output projection is not an affine map"
 
 
 def verdict(kernel: int, gain: float | None) -> str:
@@ -53,7 +53,7 @@ def heads_record(block: int, W: np.ndarray, heads: int, rng: np.random.Generator
     if found["condition_number"] is None:
         unavailable["condition_number"] = "the heads' write spaces are linearly dependent: infinite"
     if None in gains:
-        unavailable["head_noise_gain"] = "infinite: other heads can make good a part of what this head writes"
+        unavailable["head_noise_gain"] = "infinite: other heads can write part of what this head writes"
     rank = min(57, mixed, width)
     return HeadsRecord(
         block=block,

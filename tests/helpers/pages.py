@@ -131,7 +131,7 @@ SITE_TITLES = {
     "consensus_distance": "consensus distance",
     "token_similarity": "token similarity",
     "rank_gap": "gap at the cut",
-    "consensus_after_norm": "consensus distance behind a norm",
+    "consensus_after_norm": "consensus distance after normalisation",
     "stream_carried": "stream carried on",
 }
 

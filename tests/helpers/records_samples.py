@@ -343,7 +343,7 @@ def symmetry_records(
                 "equivariance_defect": NOT_ACTED,
                 "slope": "measured with --context-lengths"
                 if phenomenon == "rank-collapse-width"
-                else "only collapse in width is a limit in the context length",
+                else "only collapse in width depends on the context length",
             },
         )
         for phenomenon, group, measure, places, values, breakers, stabilisers in rows
@@ -542,7 +542,7 @@ def run(
         )
         for i, (c, s) in enumerate(zip(consensus, share, strict=True))
     ]
-    unavailable = {"loss": "no language-model head behind a causal mask"} if loss is None else {}
+    unavailable = {"loss": "the model has no language-model head with a causal mask"} if loss is None else {}
     unavailable |= {"output_shift": "this is the whole model"} if shift is None else {}
     unavailable |= {"rate": "the consensus distance is not finite"} if rate is None else {}
     return AblationRun(
@@ -695,7 +695,7 @@ def symmetries() -> SymmetriesRecord:
         replace(
             each,
             equivariance_defect=None if defect is None else statistic(defect, 0.1, 16),
-            unavailable={**each.unavailable, "equivariance_defect": "scaling the logits is no symmetry"},
+            unavailable={**each.unavailable, "equivariance_defect": "scaling the logits is not a symmetry"},
         )
         for each, defect in zip(four, defects, strict=True)
     ]

@@ -265,9 +265,7 @@ def test_copies_are_not_attributable_and_the_other_heads_are() -> None:
     assert record.contribution_ambiguity == 8
     assert record.head_noise_gain is not None
     assert [gain is None for gain in record.head_noise_gain] == [True, True, False, False]
-    assert (
-        record.unavailable["head_noise_gain"] == "infinite: other heads can make good a part of what this head writes"
-    )
+    assert record.unavailable["head_noise_gain"] == "infinite: other heads can write part of what this head writes"
     assert record.head_verdict is not None
     assert [v.split(" (")[0] for v in record.head_verdict[:2]] == ["not attributable"] * 2
     assert all(v.startswith("attributable") for v in record.head_verdict[2:])

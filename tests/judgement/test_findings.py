@@ -213,7 +213,7 @@ def test_frozen_is_judged_by_what_is_left_without_the_strongest_key(factor: floa
 def test_half_of_the_heads_frozen_is_critical() -> None:
     (finding,) = found(attention=[head(0), head(1, rest=0.0)], code="ENTROPY-FROZEN")
     assert finding.severity == "critical"
-    assert finding.message.startswith("1 of 2 heads")
+    assert finding.message.startswith("In block 0, 1 of 2 heads")
 
 
 def test_a_head_without_entropy_whose_rest_is_spread_is_a_sink() -> None:

@@ -327,7 +327,7 @@ def test_a_projection_that_is_no_linear_map_is_refused() -> None:
     layer.dense = squared
     found = head_contributions(model, inputs_for(family))
     next(found)
-    with pytest.raises(uc.UnsupportedModel, match=r"linear map of the heads, got encoder\.layer\.1.*no affine map"):
+    with pytest.raises(uc.UnsupportedModel, match=r"linear map of the heads, got encoder\.layer\.1.*not an affine map"):
         next(found)
 
 

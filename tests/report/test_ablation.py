@@ -131,7 +131,7 @@ def test_rounding_is_hollow_grey_and_joined_to_nothing(pages: dict[str, Page]) -
     ((_, (band,)),) = [each for each in by_mark["rect"] if "top" in each[1][0]]
     assert (band["y"], band["top"]) == (1e-16, samples.FLOOR)
     ((_, (label,)),) = by_mark["text"]
-    assert label["words"] == "rounding floor 3.6e-15: no level below"
+    assert label["words"] == "rounding floor 3.6e-15: nothing below it can be measured"
     assert '"type": "log"' in json.dumps(spec)
     assert '"domain": [1e-16, 1.0]' in json.dumps(spec)
 
@@ -140,7 +140,7 @@ def test_where_no_floor_is_met_none_is_drawn(pages: dict[str, Page]) -> None:
     shown = pages["causal_ablation"]
     assert not [p for p in drawn(shown, "run") if p["rounding"]]
     assert not drawn(shown, "words")
-    assert "no level" not in shown.words.replace("rounding and no level", "")
+    assert "rounding floor 0" not in shown.words
     assert '"domain": [0.01, 1.0]' in json.dumps(shown.spec("consensus"))
 
 
@@ -155,7 +155,7 @@ def test_the_floor_is_judged_by_the_values_and_not_by_what_the_block_is_called()
         run = replace(
             fallen, trajectory=[*encoder, *decoder], rate=replace(fallen.rate, floor_block=number), without=[]
         )
-        assert wording.floor_words(run) == "rounding floor from block 11 on"
+        assert wording.floor_words(run) == "rounding floor from block 11"
         assert [wording.at_floor(run, i) for i in range(7)] == [False] * 6 + [True]
 
 
@@ -208,7 +208,7 @@ def test_the_rates_have_their_figures(pages: dict[str, Page], name: str) -> None
             continue
         assert shown[row, "rate"]["text"] == run.rate.kind
         assert printed(shown[row, "factor"]["text"]) == pytest.approx(run.rate.factor, rel=5.1e-3)
-        assert printed(shown[row, "the floor"]["text"]) == pytest.approx(run.rate.floor, rel=5.1e-3)
+        assert printed(shown[row, "rounding floor"]["text"]) == pytest.approx(run.rate.floor, rel=5.1e-3)
         if run.rate.slope is None:
             assert "fewer than three" in shown[row, "slope"]["title"]
         else:
@@ -217,7 +217,7 @@ def test_the_rates_have_their_figures(pages: dict[str, Page], name: str) -> None
             assert printed(low) == pytest.approx(run.rate.slope_low, rel=5.1e-2)
             assert printed(high) == pytest.approx(run.rate.slope_high, rel=5.1e-2)
         met = FLOORED.get(number) if name == "ablation" else None
-        assert shown[row, "rounding floor met"]["text"] == ("not met" if met is None else f"block {met - 1}")
+        assert shown[row, "rounding floor reached"]["text"] == ("not reached" if met is None else f"block {met - 1}")
         lowest = min(v for v in judged(run) if v is not None)
         assert printed(shown[row, "lowest"]["text"]) == pytest.approx(lowest, rel=5.1e-3)
         assert (shown[row, "lowest"]["small"] == "rounding") == (met is not None)
@@ -257,7 +257,10 @@ def test_output_stands_beside_the_collapse(pages: dict[str, Page]) -> None:
             holds(shown[f"quality-{number}", "output shift"], run.output_shift)
     assert shown["quality-0", "output shift"]["title"] == "this is the whole model"
     assert shown["quality-1", "lowest affine rank"]["text"] == "60 %"
-    assert "Not measured, next-token loss: no language-model head behind a causal mask" in pages["ablation"].words
+    assert (
+        "Not measured, next-token loss: the model has no language-model head with a causal mask"
+        in pages["ablation"].words
+    )
 
 
 def test_predictions_are_answered_in_words_and_lead_to_their_row(pages: dict[str, Page]) -> None:
@@ -269,8 +272,8 @@ def test_predictions_are_answered_in_words_and_lead_to_their_row(pages: dict[str
     assert "consensus distance agrees predicted falls observed consensus distance 0.96 → 0.7 (row of block 5)" in words
     links = [a["href"] for a in shown.attributes("a") if "run-" in a["href"]]
     assert links == ["#run-3-site-5", "#run-2-site-5"]
-    assert words.count("The two measures answer differently") == 1
-    assert "tried without MLP (1·1·0)" in words
+    assert words.count("The two measures disagree") == 1
+    assert "tested without MLP (1·1·0)" in words
     assert "of 4: 2 agree, 1 disagree, 1 open" in words
 
 
@@ -283,18 +286,18 @@ def test_signs_and_not_only_colours_say_agree_and_disagree(pages: dict[str, Page
 def test_the_summary_says_what_holds_the_tokens_apart(pages: dict[str, Page]) -> None:
     words = words_of(pages["ablation"])
     assert (
-        "Taking away residual alone makes the tokens collapse (doubly exponential); "
-        "taking away norm or MLP alone does not." in words
+        "Removing residual alone makes the tokens collapse (doubly exponential); "
+        "removing norm or MLP alone does not." in words
     )
-    assert "1·0·1 without residual: 0.96 → the rounding floor from block 5 on, doubly exponential, slope 2.7" in words
+    assert "1·0·1 without residual: 0.96 → the rounding floor from block 5, doubly exponential, slope 2.7" in words
     assert "1·1·0 without MLP: 0.96 → 0.70 at block 5, no collapse; affine rank 100 %." in words
-    assert "Taken away in every block." in words
-    assert "largest-norm tokens are left out" in words
+    assert "Components were removed in every block." in words
+    assert "largest-norm tokens of each sequence are left out" in words
     causal = words_of(pages["causal_ablation"])
-    assert "Taken away in blocks 0–1 and 3 only." in causal
-    assert "largest-norm tokens are left out" not in causal
+    assert "Components were removed in blocks 0–1 and 3 only." in causal
+    assert "largest-norm tokens of each sequence are left out" not in causal
     for shown in pages.values():
-        assert "Removed from a trained model, which is not the same as trained without." in words_of(shown)
+        assert "Removing a part from a trained model is not the same as training without it." in words_of(shown)
 
 
 def test_headlines() -> None:
@@ -305,16 +308,16 @@ def test_headlines() -> None:
     def said(*runs: AblationRun) -> str:
         return wording.headline(replace(record, runs=list(runs)))
 
-    assert said(whole, both) == "Taking away residual and MLP makes the tokens collapse (doubly exponential)."
-    assert said(whole, norm, mlp) == "Taking away norm or MLP alone does not make the tokens collapse."
-    assert said(residual, mlp).startswith("The whole model’s tokens collapse already (doubly exponential). Taking")
-    assert said(whole) == "No run without a component could be followed along depth."
+    assert said(whole, both) == "Removing residual and MLP makes the tokens collapse (doubly exponential)."
+    assert said(whole, norm, mlp) == "Removing norm or MLP alone does not make the tokens collapse."
+    assert said(residual, mlp).startswith("The tokens collapse even in the whole model (doubly exponential). Removing")
+    assert said(whole) == "None of the runs without a component could be followed along depth."
     assert "could be followed" in said(whole, replace(mlp, rate=None))
 
 
 def test_causal_models_are_judged_by_what_causal_masks_do(pages: dict[str, Page]) -> None:
-    assert "This model is causal" in pages["causal_ablation"].words
-    assert "This model is causal" not in pages["ablation"].words
+    assert "This model has a causal mask" in pages["causal_ablation"].words
+    assert "This model has a causal mask" not in pages["ablation"].words
 
 
 def test_norms_and_updates_are_shown_where_they_were_measured(pages: dict[str, Page]) -> None:
@@ -411,8 +414,8 @@ def test_the_terminal_has_one_row_a_run_and_fits(name: str, width: int) -> None:
 def test_as_many_sites_as_fit_show_the_distances(width: int, sites: list[str]) -> None:
     record = record_of("ablation")
     text = shown(record, width)
-    heading = next(line for line in text.splitlines() if line.startswith("taken away"))
-    assert heading.split("rank")[0].split()[2:] == sites
+    heading = next(line for line in text.splitlines() if line.startswith("removed"))
+    assert heading.split("rank")[0].split()[1:] == sites
     for number, (lines, run) in enumerate(zip(rows(text), record.runs, strict=True)):
         values = lines[0].split()[1 : 1 + len(sites)]
         for name, value in zip(sites, values, strict=True):
@@ -430,31 +433,31 @@ def test_a_row_says_what_is_gone_how_it_falls_and_what_it_costs() -> None:
     assert "nothing" in table[0]
     assert "100 % none 0.98 norm" in table[1]
     assert "0 % doubly exponential 1 residual slope 2.7 [2.7, 2.8] floor from block 5" in table[2]
-    assert "too few for a slope" in table[7]
+    assert "too few points" in table[7]
     assert "floor from block 1" in table[7]
     assert "norm + residual" in table[7]
     causal = [" ".join(" ".join(lines).split()) for lines in rows(shown(record_of("causal_ablation"), 120))]
-    assert "60 % geometric 0.70 7.50 residual ×0.55 a block" in causal[1]
+    assert "60 % geometric 0.70 7.50 residual ×0.55 per block" in causal[1]
     assert "– 0.30 9.10" in causal[2]
 
 
 def test_the_verdicts_follow_in_words_and_the_caveat_closes() -> None:
     text = " ".join(shown(record_of("ablation"), 100).split())
     wanted = [
-        "Taking away residual alone makes the tokens collapse (doubly exponential); taking away norm or MLP",
-        "The MLP prevents the collapse Dong, Cordonnier, Loukas 2021, arXiv 2103.03404; tried without MLP (1·1·0).",
+        "Removing residual alone makes the tokens collapse (doubly exponential); removing norm or MLP",
+        "The MLP prevents the collapse Dong, Cordonnier, Loukas 2021, arXiv 2103.03404; tested without MLP (1·1·0).",
         "✗ disagrees in exact rank predicted: dimensions are lost observed: 100% of the share is left ✓ agrees in",
         "consensus distance predicted: falls observed: consensus distance 0.96 → 0.7 (block 5)",
-        "The two measures answer differently",
+        "The two measures disagree",
         "Layer normalisation is rank-neutral",
         "? open in exact rank",
-        "Removed from a trained model, which is not the same as trained without.",
+        "Removing a part from a trained model is not the same as training without it.",
         "Look next: `uncollapse ablate demo --grid --html ablation.html` draws every run along depth.",
     ]
     places = [text.index(part) for part in wanted]
     assert places == sorted(places)
-    assert "This model is causal" not in text
-    assert "This model is causal" in shown(record_of("causal_ablation"))
+    assert "This model has a causal mask" not in text
+    assert "This model has a causal mask" in shown(record_of("causal_ablation"))
     assert '`to_html("ablation.html")`' in shown(record_of("causal_ablation"), 120)
 
 

@@ -51,7 +51,7 @@ def test_points_at_the_floor_are_hollow_and_grey_in_the_band_that_names_it(brows
     level = marks(browser, "p.getAttribute('stroke') !== '#8a949e'")
     assert len(level) == 8 * 7 - 9
     assert browser.value("document.querySelector('#consensus .mark-text.role-mark text').textContent") == (
-        "rounding floor 3.6e-15: no level below"
+        "rounding floor 3.6e-15: nothing below it can be measured"
     )
     inside = browser.value(
         "(() => { const c = document.getElementById('consensus').getBoundingClientRect();"

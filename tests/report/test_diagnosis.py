@@ -156,7 +156,7 @@ def test_norms_updates_and_symmetries_show_their_figures(pages: dict[str, Page])
         assert update.out_of_span_energy is not None
         assert update.null_out_of_span_energy is not None
         holds(shown[row, "out-of-span energy"], update.out_of_span_energy)
-        holds(shown[row, "its null"], update.null_out_of_span_energy)
+        holds(shown[row, "null value"], update.null_out_of_span_energy)
     assert len(record.symmetries) == 4
     for symmetry in record.symmetries:
         for position, value in enumerate(symmetry.order_parameter):
@@ -230,18 +230,18 @@ def test_the_summary_says_where_the_extremes_are(pages: dict[str, Page]) -> None
     words = " ".join(pages["encoder"].words.split())
     assert "1 warning, 1 finding for information." in words
     assert (
-        "The consensus distance goes from 0.971 at the embedding to 0.879 at block 5; "
-        "the lowest sequence has 0.774, at block 5." in words
+        "The consensus distance goes from 0.971 at the embedding to 0.879 at block 5. "
+        "The lowest sequence has 0.774, at block 5." in words
     )
-    assert "The affine rank is the attainable one at every site." in words
+    assert "The affine rank is as high as attainable at every site." in words
     highest = max(samples.encoder().attention, key=lambda a: a.normalized_entropy.mean if a.normalized_entropy else 0)
-    assert f"runs from 0.0310 at block 4, head 7 to {highest.normalized_entropy.mean:.3f} at " in words  # type: ignore[union-attr]
+    assert f"ranges from 0.0310 at block 4, head 7 to {highest.normalized_entropy.mean:.3f} at " in words  # type: ignore[union-attr]
     assert f"at block {highest.block}, head {highest.head}." in words
     assert "“attributable”: blocks 0–4." in words
     fallen = " ".join(pages["collapsed"].words.split())
     assert "1 critical finding, 1 warning, 1 finding for information." in fallen
     assert "The affine rank falls to 0 % of the attainable at block 5." in fallen
-    assert "No warning: no rule fired on this model and text." in " ".join(pages["quiet"].words.split())
+    assert "No warnings: no rule fired on this model and text." in " ".join(pages["quiet"].words.split())
 
 
 def test_findings_come_worst_first_and_lead_to_their_row(pages: dict[str, Page]) -> None:
@@ -266,10 +266,10 @@ def test_many_findings_of_one_rule_share_a_card_and_a_remedy() -> None:
         assert f"block 4, head {head}: Message {head}. measured {wording.number(head / 100, 4)}" in words
         assert f"#head-self-4-{head}" in [a["href"] for a in read.attributes("a")]
     assert words.count(samples.SHARP_HEAD.remedy) == 1
-    assert words.count("held against 0.05") == 1
+    assert words.count("threshold 0.05") == 1
     text = " ".join(shown(record, 100).split())
     assert text.count(samples.SHARP_HEAD.remedy) == 1
-    assert "Message 2. The same at 3 more: block 4, head 3; block 4, head 4; block 4, head 5. Remedy:" in text
+    assert "Message 2. The same at 3 more places: block 4, head 3; block 4, head 4; block 4, head 5. Remedy:" in text
 
 
 def test_verdicts_that_differ_in_a_figure_are_summed_up_by_their_words() -> None:
@@ -370,13 +370,12 @@ def test_the_chosen_blocks_carry_their_overlaps_and_shares(pages: dict[str, Page
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_every_panel_has_one_sentence_on_what_good_looks_like(pages: dict[str, Page], name: str) -> None:
+def test_every_panel_says_what_good_looks_like(pages: dict[str, Page], name: str) -> None:
     text = pages[name].text
     sections = text.split("<section ")[1:]
     for section in sections:
         good = re.findall(r'<p class="good"><b>Good looks like:</b> (.*?)</p>', section)
         assert len(good) == 1
-        assert good[0].count(".") == 1
         assert good[0].endswith(".")
 
 
@@ -511,8 +510,8 @@ def test_cross_attention_is_named_in_the_terminal() -> None:
 
 def test_what_does_not_fit_is_named_and_the_verdicts_are_said_below() -> None:
     narrow, wide = shown(record_of("translation"), 80), shown(record_of("translation"), 120)
-    assert "Left out, the terminal being 80 columns wide: similarity." in narrow
-    assert "Left out" not in wide
+    assert "Hidden because the terminal is only 80 columns wide: similarity." in narrow
+    assert "Hidden because" not in wide
     assert "Head verdict “attributable”: encoder blocks 0–3; decoder blocks 4–7;" in narrow
     assert "Head verdict" not in wide
     assert "head verdict" in wide
@@ -525,7 +524,7 @@ def test_findings_are_printed_worst_first_with_their_remedy() -> None:
         f"!! critical consensus-falls (block 3) {samples.FALLING.message} Remedy: {samples.FALLING.remedy}",
         f"! warning sharp-head (block 4, head 7) {samples.SHARP_HEAD.message} Remedy: {samples.SHARP_HEAD.remedy}",
         f"i info heads-ambiguous (the whole model) {samples.AMBIGUOUS.message} Remedy: {samples.AMBIGUOUS.remedy}",
-        "Look next at block 3 (consensus-falls); the page has every head and the charts.",
+        "Look next at block 3 (consensus-falls); the page shows every head, with charts.",
     ]
     places = [text.index(part) for part in wanted]
     assert places == sorted(places)
@@ -534,14 +533,14 @@ def test_findings_are_printed_worst_first_with_their_remedy() -> None:
 def test_without_findings_the_terminal_says_so_and_where_to_look_next() -> None:
     record = record_of("quiet")
     text = " ".join(shown(record).split())
-    assert "No warning: no rule fired on this model and text." in text
-    assert text.endswith("`--level full` adds contraction and spectral gaps; the page has every head and the charts.")
+    assert "No warnings: no rule fired on this model and text." in text
+    assert text.endswith("`--level full` adds contraction and spectral gaps; the page shows every head, with charts.")
     silent = replace(record, probe=replace(record.probe, command="uncollapse diagnose demo", level="full"))
-    assert "Look next: `uncollapse diagnose demo --html report.html` draws every head" in " ".join(
+    assert "Look next: `uncollapse diagnose demo --html report.html` shows every head" in " ".join(
         shown(silent).split()
     )
     called = replace(record, probe=replace(record.probe, command=""))
-    assert '`to_html("report.html")` draws every head' in " ".join(shown(called).split())
+    assert '`to_html("report.html")` shows every head' in " ".join(shown(called).split())
 
 
 def test_one_sequence_has_no_worst_sequence() -> None:

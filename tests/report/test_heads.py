@@ -47,7 +47,7 @@ HEADLINES = {
     "mixed": "Yes in block 0, with care in block 1, not in block 2.",
     "healthy": "Yes: in every block a result can be attributed to single heads.",
     "forced": "No: in every block some of what the heads write cannot be told apart.",
-    "single": "Yes: in its one block a result can be attributed to single heads.",
+    "single": "Yes: in the only block a result can be attributed to single heads.",
     "crossed": "Yes in encoder blocks 0–1; decoder blocks 2–3; decoder block 3 (cross); unknown in decoder block 2 (cross).",
     "deep": "With care in every block",
 }
@@ -63,7 +63,7 @@ def test_the_answer_comes_first(records: dict[str, IdentifiabilityRecord], pages
 def test_with_care_everywhere_is_a_yes_with_a_reserve(records: dict[str, IdentifiabilityRecord]) -> None:
     record = records["deep"]
     careful = replace(record, heads=[h for h in record.heads if h.condition_number and h.condition_number > 10])
-    assert wording.headline(careful).startswith("Yes, with care: in every block heads can be told apart")
+    assert wording.headline(careful).startswith("Yes, with care: in every block the heads can be told apart")
     nothing = replace(record, heads=[replace(record.heads[0], verdict=None)])
     assert wording.headline(nothing) == "Unknown: no output projection could be read."
 
@@ -78,7 +78,7 @@ def test_each_verdict_has_its_blocks_its_reason_and_what_to_do(records: dict[str
     gain = records["mixed"].heads[1].condition_number
     assert gain is not None
     assert care.why == f"Noise gain {gain:#.3g}."
-    assert no.why == "The output projection forgets 4 of the dimensions that its heads write a token."
+    assert no.why == "Per token, the output projection loses 4 of the dimensions that its heads write."
     assert len({a.remedy for a in (yes, care, no)}) == 3
     (only,) = wording.answers(records["healthy"])
     gains = [h.condition_number for h in records["healthy"].heads if h.condition_number is not None]
@@ -92,7 +92,7 @@ def test_dependence_without_a_kernel_is_said_as_such(records: dict[str, Identifi
         verdict="not attributable (write spaces dependent to within rounding)",
     )
     (no,) = wording.answers(replace(records["mixed"], heads=[dependent]))
-    assert no.why == "What some heads write can be made good by others, to within rounding."
+    assert no.why == "Other heads can write what some heads write, up to rounding."
 
 
 def test_single_heads_are_counted_where_they_differ(records: dict[str, IdentifiabilityRecord]) -> None:
@@ -102,12 +102,12 @@ def test_single_heads_are_counted_where_they_differ(records: dict[str, Identifia
     assert (yes + care + no, no) == (24, 2)
     first, some, scale = wording.heads_sentences(record)
     assert first == (
-        f"Of 24 heads taken singly: {yes} attributable, {care} attributable with care, {no} not attributable."
+        f"Head by head, of 24 heads: {yes} attributable, {care} attributable with care, {no} not attributable."
     )
-    assert some.startswith("In block 2 single heads can be told from the rest")
+    assert some.startswith("In block 2 some heads can be told from the rest")
     gain = record.heads[1].condition_number
     assert gain is not None
-    assert f"become {gain * 2**-24:.1e}".replace("e-0", "e-") in scale
+    assert f"becomes {gain * 2**-24:.1e}".replace("e-0", "e-") in scale
     assert scale.endswith("(block 1).")
     assert wording.heads_sentences(records["healthy"]) == []
 
@@ -115,8 +115,8 @@ def test_single_heads_are_counted_where_they_differ(records: dict[str, Identifia
 def test_what_the_shape_forces_is_said(records: dict[str, IdentifiabilityRecord]) -> None:
     (sentence,) = wording.heads_sentences(records["forced"])
     assert sentence == (
-        "In blocks 0–3 the heads together are wider (64) than the stream (32): the architecture forces a kernel, "
-        "whatever the weights."
+        "In blocks 0–3 the heads together are wider (64) than the stream (32), so there is a kernel "
+        "whatever the weights are."
     )
 
 
@@ -125,12 +125,14 @@ def test_rounding_of_a_half_precision_model_is_put_in_percent(records: dict[str,
     half = replace(record, model=replace(record.model, dtype="bfloat16"))
     gain = record.heads[1].condition_number
     assert gain is not None
-    assert f"become {100 * gain / 256:.1f} % of it" in wording.rounding_sentence(half)
+    assert f"becomes {100 * gain / 256:.1f} % of it" in wording.rounding_sentence(half)
     assert wording.rounding_sentence(replace(record, model=replace(record.model, dtype="int8"))) == ""
 
 
 def test_what_was_not_read_says_why(pages: dict[str, Page]) -> None:
-    assert "No verdict for decoder block 2 (cross): the output projection is no affine map." in pages["crossed"].words
+    assert (
+        "No verdict for decoder block 2 (cross): the output projection is not an affine map." in pages["crossed"].words
+    )
     row = pages["crossed"].cells["block-decoder-cross-2", "verdict"]
     assert (row["text"], row["title"]) == ("–", samples.NO_MATRIX)
 
@@ -143,25 +145,25 @@ def test_the_observers_have_this_models_figures(records: dict[str, Identifiabili
     one = records["forced"].heads[0]
     assert (one.ambiguous_degrees_of_freedom, one.kernel_dimension, one.contribution_ambiguity) == (48, 32, 32)
     assert here == [
-        "48 a token",
-        "32 a token",
-        "32 a token",
-        f"{one.factorization_ambiguity:,} in all",
-        f"{one.gauge_dimension:,} in all",
+        "48 per token",
+        "32 per token",
+        "32 per token",
+        f"{one.factorization_ambiguity:,} in total",
+        f"{one.gauge_dimension:,} in total",
     ]
     assert wording.observers(records["forced"])[3].formula.endswith("n = 57")
 
 
 def test_figures_that_differ_name_their_blocks(records: dict[str, IdentifiabilityRecord]) -> None:
     kernels = wording.observers(records["mixed"])[1].here
-    assert kernels == "0 in blocks 0–1; 4 in block 2 (a token)"
+    assert kernels == "0 in blocks 0–1; 4 in block 2 (per token)"
     unknown = wording.observers(records["crossed"])[1].here
     assert unknown == (
         "0 in encoder blocks 0–1; decoder blocks 2–3; decoder block 3 (cross); "
-        "not known in decoder block 2 (cross) (a token)"
+        "not known in decoder block 2 (cross) (per token)"
     )
     many = replace(records["deep"], heads=[replace(h, kernel_dimension=h.block) for h in records["deep"].heads])
-    assert wording.observers(many)[1].here == "0 to 29 a token"
+    assert wording.observers(many)[1].here == "0 to 29 per token"
     gone = [replace(h, gauge_dimension=None) for h in records["deep"].heads]
     assert wording.observers(replace(records["deep"], heads=gone))[4].here == "not known here"
 
@@ -172,7 +174,7 @@ def test_the_five_observers_stand_in_the_page(
     for name in RECORDS:
         words = " ".join(pages[name].words.split())
         for each in wording.observers(records[name]):
-            assert f"Who {each.who} cannot know: {each.open} {each.here} {each.formula}" in words
+            assert f"{each.who} cannot know: {each.open} {each.here} {each.formula}" in words
 
 
 # The tables -------------------------------------------------------------------------------------------------------------
@@ -375,13 +377,13 @@ def test_the_terminal_answers_first_and_says_what_to_do(records: dict[str, Ident
     )
     assert text.index("✗ not attributable in block 2") < text.index("! warning HEADS-IDENTICAL (block 2, head 7)")
     assert "Remedy: Attribute to the pair." in text
-    assert text.endswith("Look next: the page has every head and the map of every block.")
+    assert text.endswith("Look next: the page shows every head and a map of every block.")
     assert "h3,7" in text
 
 
 def test_what_does_not_fit_is_named(records: dict[str, IdentifiabilityRecord]) -> None:
-    assert "Left out" not in shown(records["mixed"], 120)
-    assert "Left out, the terminal being 80 columns wide: smallest angle, largest share." in " ".join(
+    assert "Hidden because" not in shown(records["mixed"], 120)
+    assert "Hidden because the terminal is only 80 columns wide: smallest angle, largest share." in " ".join(
         shown(records["mixed"]).split()
     )
 
@@ -389,9 +391,9 @@ def test_what_does_not_fit_is_named(records: dict[str, IdentifiabilityRecord]) -
 def test_where_to_look_next_depends_on_how_it_was_asked(records: dict[str, IdentifiabilityRecord]) -> None:
     record = records["healthy"]
     plain = replace(record, probe=replace(record.probe, command="uncollapse heads demo"))
-    assert "`uncollapse heads demo --html heads.html` has every head" in " ".join(shown(plain).split())
+    assert "`uncollapse heads demo --html heads.html` shows every head" in " ".join(shown(plain).split())
     python = replace(record, probe=replace(record.probe, command=""))
-    assert '`to_html("heads.html")` has every head' in " ".join(shown(python).split())
+    assert '`to_html("heads.html")` shows every head' in " ".join(shown(python).split())
 
 
 def test_a_terminal_that_knows_only_ascii_gets_ascii(records: dict[str, IdentifiabilityRecord]) -> None:

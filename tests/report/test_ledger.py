@@ -201,7 +201,7 @@ def test_the_page_says_with_what_it_was_checked_and_how_to_read_it(ledger: Ledge
     assert "Checked with 10 trials and seed 0" in words
     for name, version in ledger.versions.items():
         assert f"{name} {version}" in words
-    assert "How to read a verdict: A verdict is read off the evidence by one rule" in words
+    assert "How to read a verdict: One rule turns the evidence into a verdict" in words
     assert "27 claims: refuted as stated 3, holds 3, " in words
 
 
@@ -297,7 +297,7 @@ def test_a_ledger_of_nothing_still_makes_a_page_and_lines() -> None:
             "slope: -0.500000. 2 checks: 2 passed; 1 in floating point.",
         ),
         ("holds", [Evidence("a", 1, 1, True)], "a: 1. 1 check: 1 passed; all exact."),
-        ("undecided", [], "none was gathered."),
+        ("undecided", [], "none."),
     ],
 )
 def test_the_line_of_evidence_is_about_what_decided(verdict: Verdict, evidence: list[Evidence], line: str) -> None:

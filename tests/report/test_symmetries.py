@@ -125,13 +125,13 @@ def test_the_four_rows_say_symmetry_standing_and_what_holds(pages: dict[str, Pag
 def test_a_row_says_where_the_model_stands_and_where_it_is_nearest_to_collapse(pages: dict[str, Page]) -> None:
     words = row_words(pages["symmetries"], "rank-collapse-depth")
     assert "From 0.971 at the embedding to 0.922 at block 5; collapse is at 0." in words
-    assert "Nearest to it: 0.922 at block 5, and its nearest sequence 0.830." in words
+    assert "Nearest to collapse: 0.922 at block 5; nearest sequence: 0.830." in words
     width = record_of("symmetries").symmetries[1]
     means = [s.mean for s in width.order_parameter]
     lowest = min(range(6), key=lambda i: means[i])
     words = row_words(pages["symmetries"], "rank-collapse-width")
     assert (
-        f"Nearest to it: {means[lowest]:#.3g} at block {lowest}, and its nearest head {0.3 * means[lowest]:#.3g}"
+        f"Nearest to collapse: {means[lowest]:#.3g} at block {lowest}; nearest head: {0.3 * means[lowest]:#.3g}"
         in words
     )
     assert "Slope in the context length: measured with --context-lengths." in words
@@ -149,7 +149,7 @@ def test_nearness_is_measured_from_the_collapsed_value_and_not_from_zero() -> No
     )
     shown = Page(draw(record))
     words = row_words(shown, "head-channel-non-identifiability")
-    assert "collapse is at 1. Nearest to it: 0.900 at block 1, and its nearest pair of heads 0.910." in words
+    assert "collapse is at 1. Nearest to collapse: 0.900 at block 1; nearest pair of heads: 0.910." in words
     assert printed(shown.cells["order-head-channel-non-identifiability-1", "distance"]["text"]) == pytest.approx(0.1)
     ((level,),) = [[r] for r in shown.rows_of("curve-head-channel-non-identifiability", "words")]
     assert (level["y"], level["words"]) == (1.0, "collapse")
@@ -277,7 +277,7 @@ def test_every_test_stands_in_the_page_with_every_figure(pages: dict[str, Page])
     said = {
         "exact": "exact",
         "broken": "broken",
-        "none": "no symmetry",
+        "none": "not a symmetry",
         "untested": "cannot be tested",
     }
     assert len(record.tests) == len(OUTCOMES)
@@ -287,14 +287,14 @@ def test_every_test_stands_in_the_page_with_every_figure(pages: dict[str, Page])
         assert shown.cells[key, "outcome"]["text"] == said[outcome]
         assert shown.cells[key, "what survives"]["text"] == test.surviving
         taken = ", ".join(test.without).replace("mlp", "MLP") or "nothing"
-        assert shown.cells[key, "taken away"]["text"] == taken
+        assert shown.cells[key, "removed"]["text"] == taken
         words = words_of_test(shown, number)
         assert said[outcome] in words
         assert test.surviving in words
         if test.defect is None:
             assert shown.cells[key, "defect"]["title"] == test.unavailable["defect"]
             assert shown.cells[key, "dimension"]["title"] == test.unavailable["defect"]
-            assert f"Cannot be tested because: {test.unavailable['defect']}." in words
+            assert f"Cannot be tested: {test.unavailable['defect']}." in words
             continue
         assert test.rounding is not None
         holds(shown.cells[key, "defect"], test.defect)
@@ -304,7 +304,7 @@ def test_every_test_stands_in_the_page_with_every_figure(pages: dict[str, Page])
         else:
             assert printed(shown.cells[key, "dimension"]["text"]) == test.dimension
     assert "12,672 dimensions" in words_of_test(shown, 5)
-    assert "760,000 times that of rounding" in words_of_test(shown, 0)  # 0.312 / 4.1e-7
+    assert "760,000 times the level of rounding" in words_of_test(shown, 0)  # 0.312 / 4.1e-7
     assert "Means over 16 sequences." in " ".join(shown.words.split())
 
 
@@ -336,7 +336,7 @@ def test_outcomes_follow_what_was_decided_where_the_model_ran() -> None:
     assert outcome(free, without=["mask"], **partly) == "exact"
     without_rounding = replace(base, rounding=None, unavailable={"rounding": "no block could be moved"})
     shown = Page(draw(replace(record_of("symmetries"), tests=[without_rounding])))
-    assert "beside rounding that was not measured" in words_of_test(shown, 0)
+    assert "rounding was not measured" in words_of_test(shown, 0)
     assert "Not measured, rounding: no block could be moved" in shown.words
 
 
@@ -371,7 +371,7 @@ def test_defect_and_rounding_lie_on_one_logarithmic_scale(pages: dict[str, Page]
         for value, at in ((test.rounding.mean, rounding), (test.defect.mean, defect)):
             wanted = 0.0 if value == 0 else 100 * (math.log10(value) + 7) / 7  # from 1e-7, the decade below, to 1
             assert float(at) == pytest.approx(wanted, abs=0.06)
-    assert "from 1e-7 at the left to 1e0 at the right" in " ".join(pages["symmetries"].words.split())
+    assert "from 1e-7 (left) to 1e0 (right)" in " ".join(pages["symmetries"].words.split())
 
 
 def test_without_tests_there_is_no_section_about_them(pages: dict[str, Page]) -> None:
@@ -483,7 +483,7 @@ def test_a_diagnosis_shows_the_same_rows_and_says_where_defects_come_from(pages:
         for phenomenon in NAMES:
             words = row_words(pages[name], phenomenon)
             assert "Defect: measured by `uncollapse symmetries`." in words
-            assert "exact" not in words.split("Defect")[0].replace("Where this is exact", "")
+            assert "exact" not in words.split("Defect")[0]
     assert "scaling-table" in pages["lengths"].ids()
     assert "scaling-table" not in pages["translation"].ids()
     assert len([key for key in pages["lengths"].charts() if key.startswith("scaling-")]) == 6
@@ -565,7 +565,7 @@ def test_a_record_with_nothing_but_a_model_still_makes_a_page() -> None:
     bare = replace(record_of("symmetries"), symmetries=[], tests=[], findings=[])
     shown = Page(draw(bare))
     assert shown.charts() == []
-    assert "No warning: no rule fired on this model and text." in shown.words
+    assert "No warnings: no rule fired on this model and text." in shown.words
     assert "No warning" in printout(bare)
 
 
@@ -622,15 +622,15 @@ def test_the_terminal_has_a_row_a_test() -> None:
     ]
     assert lines[5].split()[-3:] == ["6.20e-7", "4.10e-7", "12,672"]
     joined = " ".join(text.split())
-    assert "9 tests: 4 exact, 2 broken, 2 no symmetry, 1 cannot be tested." in joined
-    assert "query-key gauge: cannot be tested because: the queries and keys come out of one quantised weight." in joined
+    assert "9 tests: 4 exact, 2 broken, 2 not a symmetry, 1 cannot be tested." in joined
+    assert "query-key gauge: cannot be tested: the queries and keys come out of one quantised weight." in joined
 
 
 def test_the_terminal_says_where_the_model_stands_and_the_slopes() -> None:
     text = " ".join(printout(record_of("symmetries")).split())
     assert (
-        "Consensus distance: from 0.971 at the embedding to 0.922 at block 5; collapse is at 0. Nearest to it: 0.922 at "
-        "block 5, and its nearest sequence 0.830. Defect of the model as it is: 0.312 (0.281 … 0.343)."
+        "Consensus distance: from 0.971 at the embedding to 0.922 at block 5; collapse is at 0. Nearest to collapse: 0.922 at "
+        "block 5; nearest sequence: 0.830. Defect of the model as it is: 0.312 (0.281 … 0.343)."
     ) in text
     assert "shifting and scaling the logits ! warning ENTROPY-FROZEN (block 4, head 7)" in text
     deep = " ".join(printout(record_of("deep")).split())

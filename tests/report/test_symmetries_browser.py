@@ -148,8 +148,8 @@ def test_outcomes_are_told_apart_without_colour(browser: Browser, folder: Path) 
         "[...document.querySelectorAll('.outcome')].map(a => getComputedStyle(a, '::before').content + a.textContent)"
     )
     assert signs == [
-        *('"≠"broken', '"="exact', '"≠"broken', '"~"no symmetry', '"="exact', '"="exact'),
-        *('"–"cannot be tested', '"="exact', '"~"no symmetry'),
+        *('"≠"broken', '"="exact', '"≠"broken', '"~"not a symmetry', '"="exact', '"="exact'),
+        *('"–"cannot be tested', '"="exact', '"~"not a symmetry'),
     ]
 
 

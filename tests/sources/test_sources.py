@@ -478,8 +478,8 @@ def test_files_follow_each_other_and_a_byte_order_mark_is_no_text(tmp_path: Path
         (b"\xef\xbb\xbfok \xff", "byte 0xff at offset 6"),
         ("plain".encode("utf-16-le"), "byte 0x00 at offset 1"),
         ("plain".encode("utf-16"), "byte 0xff at offset 0"),
-        (b"", "0 bytes and no word"),
-        (b" \n\t\n", "4 bytes and no word"),
+        (b"", "0 bytes and no words"),
+        (b" \n\t\n", "4 bytes and no words"),
     ],
 )
 def test_file_that_is_no_text(tmp_path: Path, data: bytes, said: str) -> None:

@@ -377,8 +377,12 @@ REFUSED: dict[str, tuple[Callable[[Any], None], str, str]] = {
     "a gate": (gated, "projection", "gated, normalised or mixed"),
     "a norm on the values": (normed, "values", "normalised"),
     "a bias elsewhere": (biased_later, "values", "something is added"),
-    "clipped keys": (clipped, "logits", "no linear functions"),
-    "rectified keys": (rectified, "logits", "no linear functions"),  # twice as large for twice the features, and yet
+    "clipped keys": (clipped, "logits", "neither linear in their weights"),
+    "rectified keys": (
+        rectified,
+        "logits",
+        "neither linear in their weights",
+    ),  # twice as large for twice the features, and yet
 }
 
 

@@ -1,1 +1,1 @@
-"""One module a command, `diagnosis`, `ablation`, `heads` and `symmetries`, over what they share."""
+"""One module per command (`diagnosis`, `ablation`, `heads`, `symmetries`), and what they share."""

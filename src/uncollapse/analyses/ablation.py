@@ -1,13 +1,13 @@
-"""Which component keeps the tokens apart? Run a live model without each, follow the tokens along depth, and say in words
-what the textbook, the paper and the model itself answer.
+"""Which component keeps the tokens apart? Run a live model without each of them, follow the tokens along depth, and
+compare what the textbook, the paper and the model itself say.
 
-The model is the user's own, intervened on at its residual additions (`interventions.without`); nothing is re-implemented.
-Two questions are kept apart, because they can have different answers: how many dimensions the tokens span (exact rank) and
-how far apart they are (consensus distance). A collapse is followed down to the rounding floor of the model's number format and
-no further: what is drawn below is rounding.
+The user's own model runs, with components skipped at its residual additions (`interventions.without`); nothing is
+re-implemented. Two questions are kept apart because their answers can differ: how many dimensions the tokens span (exact rank),
+and how far apart they are (consensus distance). A collapse is followed down to the rounding floor of the model's number format.
+Below the floor there is only rounding error.
 
-What this can not say: what a model *trained without* the component would do. Removing a part takes a trained model off its
-distribution, and the wording keeps to "removed from a trained model".
+What this cannot say: what a model *trained without* the component would do. A trained model without one of its parts sees inputs
+that it never saw in training. The wording keeps the two apart.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GRID = ("norm", "residual", "mlp")
 
 @dataclass(frozen=True)
 class Ablation(Recorded[AblationRecord]):
-    """What `ablate` found. `record` is the whole of it, as data."""
+    """What `ablate` found. `record` has all of it, as data."""
 
     @property
     def runs(self) -> list[AblationRun]:
@@ -53,7 +53,7 @@ class Ablation(Recorded[AblationRecord]):
 
     @property
     def verdicts(self) -> list[VerdictRecord]:
-        """Each prediction against what was observed."""
+        """Each prediction, compared with what was observed."""
         return self.record.verdicts
 
 
@@ -67,13 +67,13 @@ def ablate(
     level: Level = "core",
     **probe: Unpack[ProbeOptions],
 ) -> Ablation:
-    """Run a model without some of its components, each combination of `without` once, and compare.
+    """Run a model once without each combination of components in `without`, and compare.
 
     model: a loaded `nn.Module`, a hub id, a local directory, or `"demo"`. texts: one sequence each (default: English prose).
     without: combinations, such as `[("mlp",), ("residual",), ("residual", "mlp")]` (the default). grid: all eight of norm ×
-    residual × MLP instead. blocks: take them away in these blocks only. level: `"full"` also says of the whole model what each
-    sublayer adds and each norm does (`updates`, `norms`). With `dtype="float64"` a collapse is followed down to 1e-15 instead
-    of 2e-6.
+    residual × MLP instead. blocks: remove components in these blocks only. level: `"full"` also measures, for the whole
+    model, what each sublayer adds and what each norm does (`updates`, `norms`). With `dtype="float64"` a collapse can be
+    followed down to 1e-15 instead of 2e-6.
 
     Options shared with `diagnose`, each described in `help(uncollapse.analyses.preparation.ProbeOptions)`:
     text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
@@ -137,7 +137,7 @@ def _combinations(without: Sequence[Sequence[str]] | None, grid: bool) -> list[t
     """The combinations to run, the whole model first, each once."""
     if grid and without is not None:
         raise InputError(
-            "ablate: expected grid or without, got both. The grid is eight combinations already. Pass one."
+            "ablate: expected grid or without, got both. The grid is a list of eight combinations itself. Pass one of them."
         )
     if grid:
         wanted = [c for n in range(len(GRID) + 1) for c in itertools.combinations(GRID, n)]
@@ -157,7 +157,7 @@ def _combinations(without: Sequence[Sequence[str]] | None, grid: bool) -> list[t
 
 
 def _is_causal(prepared: Prepared) -> bool:
-    """Whether tokens can only be reached by earlier ones, in the stack that is followed (the decoder's, where there is one)."""
+    """Whether every token sees only itself and earlier ones, in the stack that is followed (the decoder, if there is one)."""
     blocks = [prepared.anatomy.blocks[number] for number in prepared.anatomy.stacks[-1].blocks]
     parts = [p for b in blocks for p in b.parts if p.kind == "attention"]
     return bool(parts) and all(p.is_causal for p in parts)
@@ -170,7 +170,7 @@ def _run(
     is_causal: bool,
     whole: list[Tensor],
 ) -> tuple[Observations, AblationRun]:
-    """One probe pass without `combination`. `whole` collects the whole model's mean output vectors, for the runs after it."""
+    """One probe pass without `combination`. `whole` collects the mean output vectors of the whole model for the later runs."""
     model = prepared.loaded.model
     outputs = _Outputs(is_causal, whole if combination else None)
     with contextlib.ExitStack() as stack:
@@ -191,10 +191,10 @@ def _run(
     unavailable = {}
     loss, shift = (Statistic.of(*r.summary()) for r in (outputs.loss, outputs.shift))
     if loss is None:
-        unavailable["loss"] = "no language-model head behind a causal mask"
+        unavailable["loss"] = "the model has no language-model head with a causal mask"
     if shift is None:
         unavailable["output_shift"] = (
-            "this is the whole model" if not combination else "the output is no vector a token"
+            "this is the whole model" if not combination else "the output does not have one vector per token"
         )
     rate = depth_rate(trajectory, _epsilon(model))
     if rate is None:
@@ -212,7 +212,7 @@ def _run(
 
 
 class _Outputs:
-    """What is kept of the model's outputs: one mean vector a sequence, and running statistics of loss and shift."""
+    """What is kept of the model's outputs: one mean vector per sequence, and running statistics of loss and shift."""
 
     def __init__(self, is_causal: bool, whole: list[Tensor] | None) -> None:
         self.is_causal, self.whole = is_causal, whole
@@ -242,7 +242,7 @@ class _Outputs:
 
 
 def _pooled(output: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over real tokens of [batch, token, width], in float64 on the CPU; [batch, width] as it is."""
+    """The mean over real tokens of [batch, token, width], in float64 on the CPU. [batch, width] stays unchanged."""
     output = output.detach().double()
     if output.ndim == 3:
         if mask is not None and mask.shape == output.shape[:2]:

@@ -1,7 +1,7 @@
-"""`diagnose`: which collapse, where, what holds it up. The whole of the product's main job in one call.
+"""`diagnose`: which collapse, where, and what to do about it. The main job of the package in one call.
 
-A model and some text (or ready batches of any modality) go in; the anatomy is proved, one probe pass observes, rules
-judge, and a `Diagnosis` comes out that can show itself, write itself, and be read again a year later.
+The input is a model and some text, or ready batches of any modality. The anatomy is proved, one probe pass measures, the rules
+judge. The result is a `Diagnosis` that can be shown, written to a file, and read again a year later.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from uncollapse.records.diagnosis import DIAGNOSIS_SCHEMA, DiagnosisRecord, Site
 
 @dataclass(frozen=True)
 class Diagnosis(Recorded[DiagnosisRecord]):
-    """What `diagnose` found. `record` is the whole of it, as data."""
+    """What `diagnose` found. `record` has all of it, as data."""
 
     @property
     def findings(self) -> list[Finding]:
-        """What fired, the most severe first."""
+        """The rules that fired, most severe first."""
         return self.record.findings
 
     @property
@@ -52,16 +52,16 @@ def diagnose(
     """Diagnose a model on some text, or on batches of any modality.
 
     model: a loaded `nn.Module`, a hub id, a local directory, or `"demo"` (the packaged MiniLM).
-    texts: one sequence each. Without them (and without `batches`) English prose that Python brings along.
-    level: `"core"`, or `"full"` for contraction, spectral gap and susceptibility as well.
+    texts: one sequence each. Default, if `batches` are not given either: English prose from Python's own documentation.
+    level: `"core"`, or `"full"` to measure contraction, spectral gap and susceptibility too.
     context_lengths: lengths in tokens at which to fit how the second singular value of each attention falls (`symmetries`).
 
-    Options that `ablate`, `identify` and `symmetries` take too (`help(uncollapse.analyses.preparation.ProbeOptions)`):
+    Options shared with `ablate`, `identify` and `symmetries` (`help(uncollapse.analyses.preparation.ProbeOptions)`):
     text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
     model: layout, name, device, dtype, device_map, trust_remote_code=False;
     run: command, progress.
 
-    The model is left as it was: its hooks, its mode, every bit of its output.
+    The model is left unchanged: its hooks, its mode, every bit of its output.
     Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the
     anatomy cannot be proved.
     """
@@ -74,7 +74,7 @@ def diagnose(
 
 
 def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None) -> DiagnosisRecord:
-    """One probe pass, and a pass for each context length, put into one record and judged."""
+    """One probe pass and one pass per context length, as one record with its findings."""
     model, anatomy, progress = prepared.loaded.model, prepared.anatomy, prepared.progress
     observed = capture(model, prepared.batches, anatomy, level=prepared.level, seed=prepared.seed, progress=progress)
     scaling = []

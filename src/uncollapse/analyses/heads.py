@@ -1,9 +1,9 @@
-"""May a result be attributed to a head of this model? Block by block, from its weights and one probe pass.
+"""Can a result be attributed to a single head of this model? Answered for each block, from its weights and one probe pass.
 
-The heads' figures of a diagnosis by themselves, with the rules about them: for who asks this one question. What an observer of
-the layer's output cannot know is not a matter of the probe; the probe only says how much each head writes.
+This is the part of a diagnosis that is about heads, with its rules. What an observer of the layer's output cannot know depends
+on the weights only. The probe just says how much each head writes.
 
-What this can not say: whether a head *matters*. A head that can be told from the others may do nothing, and heads that cannot be
+What this cannot say: whether a head *matters*. A head that can be told from the others may do nothing, and heads that cannot be
 told apart may carry the model.
 """
 
@@ -29,16 +29,16 @@ ABOUT_HEADS = ("head-channel-non-identifiability", "numerics")
 
 @dataclass(frozen=True)
 class Identifiability(Recorded[IdentifiabilityRecord]):
-    """What `identify` found. `record` is the whole of it, as data."""
+    """What `identify` found. `record` has all of it, as data."""
 
     @property
     def heads(self) -> list[HeadsRecord]:
-        """One record an attention call, in order of depth."""
+        """One record per attention call, in order of depth."""
         return self.record.heads
 
     @property
     def findings(self) -> list[Finding]:
-        """What fired, the most severe first."""
+        """The rules that fired, most severe first."""
         return self.record.findings
 
 
@@ -47,12 +47,12 @@ def identify(
     texts: Iterable[str] | None = None,
     **probe: Unpack[ProbeOptions],
 ) -> Identifiability:
-    """What each observer of a block's output can know of its heads, and a verdict a block and a head.
+    """What an observer of a block's output can know about its heads, with a verdict for each block and each head.
 
     model: a loaded `nn.Module`, a hub id, a local directory, or `"demo"`. texts: one sequence each (default: English prose).
 
-    The text decides `energy_share` and the number of tokens n alone; everything else comes from the output projections. For
-    the vectors that the heads write see `uncollapse.head_contributions`.
+    Only `energy_share` and the number of tokens n depend on the text; everything else comes from the output projections. For
+    the vectors that the heads write, see `uncollapse.head_contributions`.
 
     Options shared with `diagnose`, each described in `help(uncollapse.analyses.preparation.ProbeOptions)`:
     text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;

@@ -28,19 +28,19 @@ DEFAULT_SEQUENCES = 64
 class ProbeOptions(TypedDict, total=False):
     """The options of a probe pass, shared by `diagnose`, `ablate`, `identify` and `symmetries`.
 
-    tokenizer: needed for texts beside a loaded model; a model that is loaded here brings its own (default `None`).
-    batches: dicts of tensors instead of texts, passed to the model as they are (default `None`).
-    sequences: use at most that many of the texts (default `None`: all given ones, or 64 of the built-in prose).
-    max_tokens: cut each sequence at that many tokens (default 128).
-    batch_size: that many sequences go through the model together (default 16).
-    seed: chooses the built-in prose, and whatever else is drawn at random (default 0).
+    tokenizer: needed for texts with a model that is already loaded; a model loaded by name has its own (default `None`).
+    batches: dicts of tensors instead of texts, passed to the model unchanged (default `None`).
+    sequences: use at most this many of the texts (default `None`: all of yours, or 64 of the built-in prose).
+    max_tokens: cut each sequence after this many tokens (default 128).
+    batch_size: how many sequences go through the model together (default 16).
+    seed: selects the built-in prose, and everything else that is drawn at random (default 0).
     layout: where the blocks are, if the model's graph does not show them; see `uncollapse.Layout` (default `None`).
     name: what the record calls the model (default `None`: its own name).
-    device, dtype, device_map: where a model that is loaded here runs, in which number format, and over which devices it is
-    spread (default `None`: CUDA where there is one, the checkpoint's own format, one device).
-    trust_remote_code: run the Python code that lies beside a model that is loaded here (default `False`).
+    device, dtype, device_map: for a model loaded by name, where it runs, in which number format, and over which devices it is
+    spread (default `None`: CUDA if available, the checkpoint's own format, one device).
+    trust_remote_code: run the Python code that comes with a model loaded by name (default `False`).
     command: the command line, for the record (default `""`).
-    progress: called with (what, done, total) as the work goes on (default `None`).
+    progress: called with (what, done, total) as the work proceeds (default `None`).
     """
 
     tokenizer: Any
@@ -80,9 +80,9 @@ RECORDED_OPTIONS = ("sequences", "max_tokens", "batch_size", "seed", "device", "
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything a probe pass needs: the model, its proved anatomy, the batches, and the options as they were resolved.
+    """Everything a probe pass needs: the model, its proved anatomy, the batches, and the resolved options.
 
-    `options` are what the record says of them; `command` goes into the record, `progress` is told how the work goes on.
+    `options` and `command` go into the record. `progress` is called as the work proceeds.
     """
 
     loaded: sources.LoadedModel
@@ -107,9 +107,8 @@ def prepare(
 ) -> Prepared:
     """Load, tokenise and prove, for the public `function` that was called with the options `probe`.
 
-    level: what the pass measures. head: keep a language-model head. Refusals bear the name of `function`. Raises `TypeError`
-    for an option that it does not have, `InputError` for input that cannot be used, and `UnsupportedModel` where the anatomy
-    cannot be proved.
+    level: what the pass measures. head: keep a language-model head. Errors name `function`. Raises `TypeError` for an option
+    that it does not have, `InputError` for input that cannot be used, and `UnsupportedModel` if the anatomy cannot be proved.
     """
     caller = function.__name__
     _require_known(function, probe)
@@ -121,7 +120,7 @@ def prepare(
     if chosen["batches"] is not None:
         if texts is not None:
             raise InputError(
-                f"{caller}: expected texts or batches, got both. They are two ways to say the same. Pass one."
+                f"{caller}: expected texts or batches, got both. They are two ways to give the same input. Pass one of them."
             )
         source, ready = "batches", sources.check_batches(chosen["batches"], model=loaded.model)
     else:
@@ -153,14 +152,14 @@ def _require_known(function: Callable[..., object], probe: ProbeOptions) -> None
 
 
 def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, head: bool) -> sources.LoadedModel:
-    """The model with its tokenizer and its name: as it is where it was given loaded, else loaded here."""
+    """The model with its tokenizer and its name; a model given by name is loaded here."""
     tokenizer, name, progress = chosen["tokenizer"], chosen["name"], chosen["progress"]
     device, dtype, device_map = chosen["device"], chosen["dtype"], chosen["device_map"]
     if isinstance(model, nn.Module):
         for option, value in {"device": device, "dtype": dtype, "device_map": device_map}.items():
             if value is not None:
                 raise InputError(
-                    f"{caller}: expected no {option} beside a loaded model, got {value!r}. The model is already somewhere. "
+                    f"{caller}: expected no {option} with a loaded model, got {value!r}. The model is on a device already. "
                     "Move it with model.to(...) first."
                 )
         label = name or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
@@ -168,7 +167,7 @@ def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, he
     if not isinstance(model, (str, Path)):
         raise InputError(
             f"{caller}: expected a model, a name or a path, got {type(model).__name__}. "
-            "A configuration or a pipeline is none. Pass the nn.Module itself."
+            "It may be a configuration or a pipeline. Pass the nn.Module itself."
         )
     if progress is not None:
         progress("load", 0, 1)
@@ -192,7 +191,7 @@ def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, he
 def _text_batches(
     caller: str, loaded: sources.LoadedModel, texts: Iterable[str] | None, chosen: ProbeOptions
 ) -> tuple[str, list[dict[str, Tensor]]]:
-    """Where the texts come from, and the batches that the model is given of them."""
+    """Where the texts come from, and the batches made of them."""
     sequences = chosen["sequences"]
     if sequences is not None and sequences < 1:
         raise InputError(
@@ -215,10 +214,10 @@ def _text_batches(
 
 
 def with_true_positions(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Batches padded on the left, with `position_ids` said explicitly where the model takes them and counts them from 0.
+    """Add explicit `position_ids` to batches padded on the left, if the model takes them and counts from 0.
 
-    Many models count positions from the first column and would shift every shorter sequence. Some (RoBERTa) count from
-    the padding by themselves, with an offset of their own; they are told by a try and left alone.
+    Many models count positions from the first column and would shift every shorter sequence. Some (RoBERTa) count from the
+    end of the padding themselves, with their own offset. A trial pass finds these, and their batches stay unchanged.
     """
     shifted = [b for b in batches if not bool(b["attention_mask"][:, 0].all())]
     if not shifted or "position_ids" not in inspect.signature(model.forward).parameters:

@@ -1,4 +1,4 @@
-"""Statistics become records."""
+"""From statistics to records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from uncollapse.records.diagnosis import AttentionRecord, MassiveTokensLeftOut, 
 
 
 def probe_record(prepared: Prepared, observed: Observations) -> Probe:
-    """What the record says of the text and the options."""
+    """What the record says about the text and the options."""
     return Probe(
         sequences=observed.sequences,
         tokens=observed.tokens,
@@ -98,7 +98,7 @@ def _missing(measure: str, level: Level) -> str:
 
 
 def model_info(prepared: Prepared, observed: Observations) -> ModelInfo:
-    """What the record says of the model."""
+    """What the record says about the model."""
     loaded, anatomy = prepared.loaded, prepared.anatomy
     model = loaded.model
     calls = [s.call for s in observed.attention]
@@ -124,7 +124,7 @@ def model_info(prepared: Prepared, observed: Observations) -> ModelInfo:
 
 
 def versions() -> dict[str, str]:
-    """Of everything a figure depends on."""
+    """The versions of everything that a figure depends on."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "uncollapse": __version__}
     try:
         found["transformers"] = metadata.version("transformers")

@@ -1,6 +1,6 @@
-"""What a record can do: show itself in a terminal or a notebook, and write itself as a page or as JSON.
+"""What a result can do: show itself in a terminal or a notebook, and write itself as a page or as JSON.
 
-`Diagnosis`, `Ablation` and the claims ledger's result are this, each with short names for what its record holds.
+`Diagnosis`, `Ablation` and the others build on it, each with short names for the parts of its record.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Held = TypeVar("Held", bound=AnyRecord, covariant=True)
 
 @dataclass(frozen=True)
 class Recorded(Generic[Held]):
-    """A result. `record` is the whole of it, as data."""
+    """A result. `record` has all of it, as data."""
 
     record: Held
 
     def show(self, console: Console | None = None) -> None:
-        """Print it; in a notebook the object shows its page by itself."""
+        """Print it. In a notebook the object also shows its page when it is evaluated."""
         from rich.console import Console
 
         report.show(self.record, console or Console())

@@ -1,15 +1,15 @@
 """`symmetries`: the groups act on a live model. Which symmetry is exact, which is broken, and what breaks it?
 
-For a group element g and the model f, from its input to the stream behind its last block, the equivariance defect is
-||f(g x) - g f(x)|| / ||f(x)||, in Frobenius norm over the real tokens of a sequence. Two reference points make it readable: the
-*rounding level*, the same ratio when every block's output is moved by one unit of rounding, and the same defect with a
-component taken away. A component breaks a symmetry if with everything else away the defect is still there.
+Let g be a group element and f the model, from its input to the stream after its last block. The equivariance defect is
+||f(g x) - g f(x)|| / ||f(x)||, in the Frobenius norm over the real tokens of a sequence. Two references make it readable. One is
+the *rounding level*: the same ratio when every block's output is moved by one unit of rounding. The other is the same defect
+with a component removed. A component breaks a symmetry if the defect remains when all other candidates are removed.
 
-Gauges are applied to the weights and taken back bit for bit; nothing is trained or approximated. The elements are random, well
-conditioned and seeded; an exact symmetry holds for all of them, so one that fails settles it.
+Gauges are applied to the weights and undone bit for bit; nothing is trained or approximated. The elements are random, well
+conditioned and seeded. An exact symmetry holds for all of them, so a single failure decides.
 
-When not to use it: in half precision for small breaks, which rounding hides; or to judge a model's health. A broken symmetry
-is often the point of an architecture (`findings` judges).
+When not to use it: for small defects in half precision, which rounding hides; or to judge a model's health. A broken symmetry
+is often the point of an architecture. `findings` judges.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ QUERY_KEY = "query and key weights"
 
 @dataclass(frozen=True)
 class Symmetries(Recorded[SymmetriesRecord]):
-    """What `symmetries` found. `record` is the whole of it, as data."""
+    """What `symmetries` found. `record` has all of it, as data."""
 
     @property
     def symmetries(self) -> list[SymmetryRecord]:
-        """The four phenomena: where the model stands, and what holds it there."""
+        """The four phenomena: how far the model is from each collapse, and what keeps it there."""
         return self.record.symmetries
 
     @property
@@ -67,7 +67,7 @@ class Symmetries(Recorded[SymmetriesRecord]):
 
     @property
     def findings(self) -> list[Finding]:
-        """What a diagnosis of the same text finds."""
+        """The findings of a diagnosis on the same text."""
         return self.record.findings
 
 
@@ -78,13 +78,13 @@ def symmetries(
     context_lengths: Sequence[int] | None = None,
     **probe: Unpack[ProbeOptions],
 ) -> Symmetries:
-    """Let the groups of the four phenomena act on a model, and say where it stands and what holds it there.
+    """Let the groups of the four phenomena act on a model. Say how far it is from each collapse and what keeps it there.
 
     model: a loaded `nn.Module`, a hub id, a local directory, or `"demo"`. texts: one sequence each (default: English prose).
     context_lengths: lengths in tokens at which to fit how the second singular value of each attention falls.
 
-    The groups act on the first tokens of a few sequences; the order parameters along depth come from all of the text. Weights
-    that a gauge transforms are put back bit for bit, also after an exception.
+    The groups act on the first tokens of a few sequences. The order parameters along depth come from all of the text. Weights
+    that a gauge transforms are restored bit for bit, also after an exception.
 
     Options shared with `diagnose`, each described in `help(uncollapse.analyses.preparation.ProbeOptions)`:
     text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
@@ -92,7 +92,7 @@ def symmetries(
     run: command, progress.
 
     Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the
-    anatomy cannot be proved. What cannot be tested on this model is in the record with its reason.
+    anatomy cannot be proved. If something cannot be tested on this model, the record gives the reason.
     """
     lengths = None if context_lengths is None else require_context_lengths(context_lengths)
     prepared = prepare(symmetries, model, texts, probe)
@@ -153,7 +153,7 @@ def is_broken_otherwise(tests: Sequence[SymmetryTest]) -> bool:
 
 
 def at_rounding(test: SymmetryTest) -> bool:
-    """Whether a measured defect is no more than what rounding does."""
+    """Whether a measured defect is no larger than what rounding causes."""
     assert test.defect is not None
     assert test.rounding is not None
     return test.defect.max <= EXACT * test.rounding.max
@@ -213,7 +213,7 @@ class _Acting:
                     away,
                     self._permuting_stream,
                     is_symmetry=free,
-                    surviving="every order of the tokens, each with what it was told of its position",
+                    surviving="every order of the tokens, each carrying its position along",
                     carried=True,
                 )
             yield test
@@ -239,7 +239,7 @@ class _Acting:
                 if block.axes != StreamAxes(0, (1,), 2):
                     raise InputError(
                         f"symmetries: expected a stream with the axes sequence, token and width, got {tuple(stream.shape)}. "
-                        "The tokens of this model lie otherwise and are not permuted."
+                        "This model lays out its tokens differently, so they cannot be permuted. Leave this test out."
                     )
                 orders.append(TokenPermutation.random(self.generator, torch.ones(stream.shape[:2], dtype=torch.bool)))
                 return orders[-1].tokens(stream)
@@ -260,7 +260,7 @@ class _Acting:
                 away,
                 self._permuting_keys,
                 is_symmetry=free,
-                surviving="every order of the keys" if free else "none: a limit of long contexts, no symmetry",
+                surviving="every order of the keys" if free else "none: a limit for long contexts, not a symmetry",
             )
 
     def _permuting_keys(self, piece: dict[str, Any], plain: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,7 +305,7 @@ class _Acting:
             [],
             self._inside(element),
             is_symmetry=True,
-            surviving="a number added to all logits of a row",
+            surviving="adding a number to all logits of a row",
         )
 
     def _logit_scaling(self) -> SymmetryTest:
@@ -315,7 +315,7 @@ class _Acting:
             [],
             self._inside(LogitScaling(2.0)),
             is_symmetry=False,
-            surviving="none: temperature moves attention towards collapse, it is no symmetry",
+            surviving="none: temperature moves attention towards collapse and is not a symmetry",
         )
 
     def _query_key_scaling(self) -> SymmetryTest:
@@ -333,7 +333,7 @@ class _Acting:
             [],
             self._transformed(acted) if acted else None,
             is_symmetry=not self._normed(),
-            surviving="queries times a number, keys divided by it"
+            surviving="queries multiplied by a number, keys divided by it"
             if acted
             else _summary([(c.block, QueryKeyGauge.surviving(c).surviving) for c in self.channels]),
         )
@@ -388,7 +388,7 @@ class _Acting:
         return replace(test, holds=at_rounding(test))
 
     def _measured(self, act: _Action, away: Sequence[str]) -> tuple[list[float], list[float]]:
-        """The defect in every sequence, and beside it the rounding level."""
+        """The defect in every sequence, and the rounding level."""
         names = [name for name in away if name != QUERY_KEY]
         defects, levels = [], []
         with contextlib.ExitStack() as stack:
@@ -407,7 +407,7 @@ class _Acting:
         return defects, levels
 
     def _stream(self, piece: Mapping[str, Any]) -> Tensor:
-        """The stream behind the last block [sequence, token, width], in float64."""
+        """The stream after the last block [sequence, token, width], in float64."""
         block = self.anatomy.blocks[-1]
         seen: list[Tensor] = []
 
@@ -501,7 +501,7 @@ def _sequences(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _tokens(one: Mapping[str, Any]) -> int:
-    """How many real tokens a sequence has; an image has as many as it has."""
+    """How many real tokens a sequence has; for an image, all of them."""
     ids = one.get("decoder_input_ids", one.get("input_ids"))
     mask = one.get("attention_mask")
     return int(mask.sum()) if isinstance(mask, Tensor) and mask.ndim == 2 else TOKENS if ids is None else ids.shape[1]
@@ -521,12 +521,12 @@ def _statistic(values: Sequence[float]) -> Statistic | None:
 
 
 def _common(values: Sequence[int | None]) -> int | None:
-    """The dimension on one attention call where it is the same on all."""
+    """The dimension on one attention call, if it is the same on all."""
     return values[0] if len(set(values)) == 1 else None
 
 
 def _summary(said: Sequence[tuple[int, str]]) -> str:
-    """What survives, said once where it is the same in all blocks."""
+    """What survives, said once if it is the same in all blocks."""
     blocks: dict[str, list[int]] = {}
     for block, words in said:
         blocks.setdefault(words, []).append(block)

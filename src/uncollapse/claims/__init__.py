@@ -98,8 +98,8 @@ def verify(
 ) -> Ledger:
     """Check the named claims (default: all) and return the ledger.
 
-    `trials` scales how many random cases each check draws, `seed` fixes them: the same seed gives the same ledger, bit
-    for bit. `progress` is called as (claim id, claims done, claims in all) before each claim and once after the last.
+    `trials` scales how many random cases each check draws, and `seed` fixes them: the same seed gives the same ledger, bit
+    for bit. `progress` is called with (claim id, claims done, total) before each claim and once after the last.
 
     >>> verify(["layernorm-affine-rank"], trials=20).claims[0].verdict
     'refuted as stated'
@@ -111,12 +111,12 @@ def verify(
         if name not in CLAIMS:
             close = difflib.get_close_matches(name, CLAIMS, 1, 0)[0]
             raise InputError(
-                f"verify: expected the id of a claim, got {name!r}. The nearest is {close!r}. Ask for that one, or for "
-                "none to check all of them."
+                f"verify: expected the id of a claim, got {name!r}. The nearest is {close!r}. Ask for that one, or name "
+                "no claim to check all of them."
             )
     if trials < 1:
         raise InputError(
-            f"verify: expected at least 1 trial, got {trials}. With none nothing is decided. Pass trials=200 or more."
+            f"verify: expected at least 1 trial, got {trials}. Without trials nothing can be decided. Pass trials=200 or more."
         )
     threads, results = torch.get_num_threads(), []
     torch.set_num_threads(1)  # sums in one order: the measured figures do not depend on the machine's cores

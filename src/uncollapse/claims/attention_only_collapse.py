@@ -84,11 +84,11 @@ def check(
         evidence.append(tally(what, gauge))
     evidence += [
         shown(
-            "above the condition tokens may part: growth of the diameter in each of 6 layers",
+            "above the condition tokens may move apart: growth of the diameter in each of 6 layers",
             expansion[0],
             expansion[1],
         ),
-        shown("that gauge is no norm: the triangle inequality fails, 9 > 8", "9 against 8", fails, role="context"),
+        shown("that gauge is not a norm: the triangle inequality fails, 9 > 8", "9 against 8", fails, role="context"),
     ]
     x, m, w = (exact.rational(part) for part in EXPANDING)
     return evidence, Counterexample(

@@ -1,4 +1,4 @@
-"""Under a causal mask tokens come together by a factor of two a layer, not doubly exponentially."""
+"""Under a causal mask tokens converge by a factor of two per layer, not doubly exponentially."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def last_ratio(x: fmpq_mat, form: fmpq_mat, *, causal: bool) -> Any:
 
 
 def check(trials: int, seed: int, *, causal: bool = True, rate: fmpq | None = None) -> Finding:
-    """`causal=False` takes the mask away, `rate` replaces 1/2."""
+    """`causal=False` removes the mask, `rate` replaces 1/2."""
     draws = Draws("causal-collapse-is-geometric", seed)
     limit = fmpq(1, 2) if rate is None else rate
     spectra, ratios, contrast = [], [], []

@@ -1,4 +1,4 @@
-"""Tokens that are all equal stay equal through a block; what can leave that state are row sums that differ."""
+"""Tokens that are all equal stay equal through a block; row sums that differ can separate them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check(trials: int, seed: int, *, sinks: bool = False) -> Finding:
     ], Counterexample(
         "tokens that are all equal stay equal under any attention",
         {"A": exact.text(a), "X": exact.text(x), "A X": exact.text(a * x)},
-        "the second row of A has lost half its mass (a sink, or dropout), and the equal tokens come apart.",
+        "the second row of A has lost half its mass (a sink, or dropout), and the equal tokens move apart.",
         "two tokens of width one: no smaller cloud has an affine rank",
     )
 

@@ -1,4 +1,4 @@
-"""How much of the heads stays open, observer by observer: three exact dimensions."""
+"""How much of the heads stays open for three observers: three exact dimensions."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def check(
 
 CLAIM = Claim(
     "head-observers",
-    "Open directions: n(D - rank W_O) of the head outputs and n(sum rank W_h - rank W_O) of the contributions for whom "
-    "Y and W_O are known; nD + Dd - r(n + d - r) of (O, W_O) for whom Y alone is.",
+    "Open directions: n(D - rank W_O) of the head outputs and n(sum rank W_h - rank W_O) of the contributions if Y and "
+    "W_O are known; nD + Dd - r(n + d - r) of (O, W_O) if only Y is known.",
     HERE,
     check,
     hypotheses=("for the last: O and W_O have full rank",),

@@ -1,4 +1,4 @@
-"""What a claim is, what checking it leaves behind, and the one rule that turns evidence into a verdict.
+"""What a claim is, what evidence a check gives, and the one rule that turns evidence into a verdict.
 
 A check never names its verdict. It returns evidence, each piece with a role and a three-valued outcome (`passed` is
 None where nothing could be decided), and `verdict` reads the outcome off:
@@ -8,7 +8,7 @@ None where nothing could be decided), and `verdict` reads the outcome off:
   be confirmed leaves it undecided;
 * otherwise the kind of the claim and whether it has hypotheses decide how it holds.
 
-Random exact draws do not prove a universal statement; docs/theory.md does. They would have caught a wrong proof.
+Random cases cannot prove a universal statement; the proofs are in docs/theory.md. The checks would expose a mistake in them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is true of that sentence: attention stays in the reachable space of its weights, a nonlinear MLP does not."""
+"""What is true about `mlp_leaves_the_span`: attention stays in the reachable space of its weights, a nonlinear MLP does not."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def check(trials: int, seed: int, *, activation: str = "relu", norms: bool = Fal
             exact.in_row_space(positive, relu(positive)),
         ),
         shown(
-            "a mean subtraction leaves the span by itself: x = (0, 1)",
+            "a mean subtraction alone leaves the span: x = (0, 1)",
             "outside",
             not exact.in_row_space([[0, 1]], exact.rational([[0, 1]]) * exact.centring(2)),
         ),

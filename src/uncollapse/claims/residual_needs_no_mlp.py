@@ -1,4 +1,4 @@
-"""Attention with residuals and no MLP keeps the exact rank at every depth; its tokens may still come together."""
+"""Attention with residuals and no MLP keeps the exact rank at every depth; its tokens may still converge."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def approaching(x: fmpq_mat, weight: fmpq_mat, layers: int) -> list[fmpq]:
 
 
 def check(trials: int, seed: int, *, residual: bool = True, measure: str = "rank") -> Finding:
-    """`residual=False` keeps attention alone; `measure="distance"` reads collapse as tokens coming together."""
+    """`residual=False` keeps attention alone; `measure="distance"` reads collapse as tokens converging."""
     draws = Draws("residual-needs-no-mlp", seed)
     kept, together = [], []
     for trial in range(trials):
@@ -52,7 +52,7 @@ def check(trials: int, seed: int, *, residual: bool = True, measure: str = "rank
     path = approaching(x, exact.identity(2), 10)
     evidence = [
         shown(
-            "near W = I the rank stays and the tokens come together: squared consensus distance after 10 layers",
+            "near W = I the rank stays and the tokens converge: squared consensus distance after 10 layers",
             str(path[-1]),
             path[-1] == fmpq(1, 1 + 4**10),
         ),
@@ -68,7 +68,7 @@ def check(trials: int, seed: int, *, residual: bool = True, measure: str = "rank
         "residuals alone keep the tokens apart (they keep the rank)",
         {"X": exact.text(x), "A": exact.text(uniform(2)), "W": exact.text(exact.identity(2))},
         "X <- X + A X W keeps rank 2 for ever, and its squared consensus distance after L layers is 1/(1 + 4^L); a "
-        "whole neighbourhood of W behaves alike, so this is no exceptional set.",
+        "whole neighbourhood of W behaves in the same way, so this is not an exceptional set.",
         "two tokens; the identity for X and for W",
     )
 

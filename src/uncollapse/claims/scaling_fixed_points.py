@@ -78,7 +78,7 @@ def check(trials: int, seed: int, *, attracting: str = "single keys", fixed: str
         ),
         tally("a row that is not uniform moves away from uniform on all keys", repels),
         shown(
-            "the uniform row on two of three keys is no attractor: (51, 49, 0)/100 under t = 128",
+            "the uniform row on two of three keys is not an attractor: (51, 49, 0)/100 under t = 128",
             f"first entry {float(far[0]):.4f}",
             far[0] > fmpq(99, 100),
         ),

@@ -1,6 +1,6 @@
-"""The command line: parse, call, show, exit code. No decision about a model is taken here.
+"""The command line: parse, call, show, exit. Nothing about a model is decided here.
 
-Nothing heavy is imported before the arguments are known to be good, so `--help` answers at once.
+Nothing heavy is imported until the arguments have been checked, so `--help` answers at once.
 
 Exit codes: 0 done; 1 done, with a finding at or above `--fail-on`; 2 the input cannot be used (one line on stderr);
 130 interrupted. A traceback means a bug.
@@ -99,7 +99,7 @@ def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., 
     """Make a command of a function `name(model, text, *, its own options, **probe)` that returns what was found.
 
     The command has the function's name and docstring, its own options first, and then the shared ones: text, output, machine.
-    `judges`: what was found has `findings`, and `--fail-on` can turn them into an exit code.
+    `judges`: the result has `findings`, which `--fail-on` can turn into an exit code.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,7 +162,7 @@ def carry_out(
     quiet: bool,
     fail_on: Severity | None = None,
 ) -> None:
-    """The body of every command: outputs checked first, the work with bars, its result delivered, then the exit code."""
+    """The body of every command: check the outputs, do the work with progress bars, deliver the result, set the exit code."""
     with refusals_in_one_line():
         require_writable(json=json, html=html)
         with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
@@ -174,7 +174,7 @@ def carry_out(
 
 
 def texts_in(files: list[Path] | None) -> list[str] | None:
-    """The texts of `--text`, and None, the built-in prose, where it was left out."""
+    """The texts of `--text`; without it None, which means the built-in prose."""
     from uncollapse.sources import read_texts
 
     return read_texts(files) if files else None
@@ -193,11 +193,11 @@ Your own checkpoint on your own text:
 
     uncollapse diagnose ./checkpoint --text corpus.txt --max-tokens 256
 
-A check in a training script: exit code 1 when something critical was found:
+In a training script: exit with code 1 if something critical is found:
 
     uncollapse diagnose ./checkpoint --quiet --fail-on critical
 
-Does attention lose its second direction as the context grows?
+Does attention narrow to a plain average as the context grows?
 
     uncollapse diagnose --context-lengths 32,64,128,256 --html report.html
 
@@ -205,7 +205,7 @@ Only JSON on stdout, for another program:
 
     uncollapse diagnose org/model --json - | jq .findings
 
-**Exit codes**: 0 done; 1 done, and a finding at or above --fail-on; 2 the input cannot be used; 130 interrupted.
+**Exit codes**: 0 done; 1 done, with a finding at or above --fail-on; 2 the input cannot be used; 130 interrupted.
 """,
 )
 def diagnose(
@@ -216,7 +216,7 @@ def diagnose(
     context_lengths: ContextLengths = None,
     **probe: "Unpack[ProbeOptions]",
 ) -> "Diagnosis":
-    """Measure where and how a model's token representations collapse, and say what was found."""
+    """Measure where and how the token representations of a model collapse, and report what was found."""
     lengths = token_counts(context_lengths)
     from uncollapse.analyses.diagnosis import diagnose as diagnosis
 
@@ -227,23 +227,23 @@ def diagnose(
     epilog="""
 **Examples**
 
-What holds the tokens of the packaged model apart, down to 1e-15, with a page to read:
+What keeps the tokens of the packaged model apart? Followed down to 1e-15, with a page to read:
 
     uncollapse ablate demo --grid --dtype float64 --html grid.html
 
-Only two runs beside the whole model, on your own checkpoint and text:
+The whole model and two more runs, on your own checkpoint and text:
 
     uncollapse ablate ./checkpoint --without mlp --without residual,mlp --text corpus.txt
 
-Only in the blocks 3 to 6:
+In blocks 3 to 6 only:
 
     uncollapse ablate org/model --without residual --blocks 3-6
 
-The verdicts alone, for another program:
+Only the verdicts, for another program:
 
     uncollapse ablate --grid --json - | jq '.verdicts[] | {prediction, measure, agrees}'
 
-A part is removed from a trained model, which is not the same as a model trained without it.
+Removing a part from a trained model is not the same as training without it.
 
 **Exit codes**: 0 done; 2 the input cannot be used; 130 interrupted.
 """,
@@ -258,7 +258,7 @@ def ablate(
     blocks: Blocks = None,
     **probe: "Unpack[ProbeOptions]",
 ) -> "Ablation":
-    """Run a model without some of its parts, and say which of them keeps its tokens apart."""
+    """Run a model without some of its parts, and find out which of them keeps its tokens apart."""
     wanted = block_numbers(blocks)
     combinations = [tuple(part.strip() for part in each.split(",")) for each in without] if without else None
     from uncollapse.analyses.ablation import ablate as ablation
@@ -271,15 +271,15 @@ def ablate(
     epilog="""
 **Examples**
 
-May a result be attributed to a head of the packaged model? With a page that has every head:
+Can a result be attributed to a single head of the packaged model? With a page that shows every head:
 
     uncollapse heads demo --html heads.html
 
-Your own checkpoint; the text only decides how much each head writes:
+Your own checkpoint; the text matters only for how much each head writes:
 
     uncollapse heads ./checkpoint --text corpus.txt
 
-A check in a script: exit code 1 when heads have become copies of each other:
+In a script: exit with code 1 if heads have become copies of each other:
 
     uncollapse heads ./checkpoint --quiet --fail-on warning
 
@@ -287,14 +287,14 @@ Block by block, for another program:
 
     uncollapse heads --json - | jq -r '.heads[] | [.block, .verdict] | @tsv'
 
-**Verdicts**: attributable; attributable with care (noise gain); not attributable (kernel). They are about who sees a layer's
-output. What each head wrote can always be recorded: `uncollapse.head_contributions` in Python.
+**Verdicts**: attributable; attributable with care (noise gain); not attributable (kernel). They say what can be read off a
+layer's output. What each head wrote can always be recorded before the sum: `uncollapse.head_contributions` in Python.
 
-**Exit codes**: 0 done; 1 done, and a finding at or above --fail-on; 2 the input cannot be used; 130 interrupted.
+**Exit codes**: 0 done; 1 done, with a finding at or above --fail-on; 2 the input cannot be used; 130 interrupted.
 """,
 )
 def heads(model: str, text: Text, **probe: "Unpack[ProbeOptions]") -> "Identifiability":
-    """Say block by block whether a result can be attributed to a head, and to whom what stays ambiguous."""
+    """Say for each block whether a result can be attributed to a single head, and what stays ambiguous for which observer."""
     from uncollapse.analyses.heads import identify
 
     return identify(model, texts_in(text), **probe)
@@ -304,23 +304,23 @@ def heads(model: str, text: Text, **probe: "Unpack[ProbeOptions]") -> "Identifia
     epilog="""
 **Examples**
 
-Which symmetry is exact on the packaged model, which is broken, and by what, with a page to read:
+Which symmetries are exact on the packaged model, which are broken, and by what? With a page to read:
 
     uncollapse symmetries --html symmetries.html
 
-Your own checkpoint, with the width of its attention at growing context lengths:
+Your own checkpoint, and how its attention changes as the context grows:
 
     uncollapse symmetries ./checkpoint --text corpus.txt --context-lengths 64,128,256
 
-In double precision, where an exact symmetry holds to 1e-14:
+In double precision, where exact symmetries hold to 1e-14:
 
     uncollapse symmetries --dtype float64
 
-The gauges alone, for another program:
+Only the tests, for another program:
 
     uncollapse symmetries --json - | jq '.tests[] | {action, without, holds, dimension}'
 
-The groups act on a few sequences; weights that a gauge transforms are put back bit for bit.
+The tests use a few sequences. Weights that a test transforms are restored bit for bit.
 
 **Exit codes**: 0 done; 2 the input cannot be used; 130 interrupted.
 """,
@@ -332,7 +332,7 @@ def symmetries(
     context_lengths: ContextLengths = None,
     **probe: "Unpack[ProbeOptions]",
 ) -> "Symmetries":
-    """Let four groups act on a model: which symmetries hold, what breaks them, and how far it is from each collapse."""
+    """Let four symmetry groups act on a model: which symmetries hold, what breaks them, how far is each collapse?"""
     lengths = token_counts(context_lengths)
     from uncollapse.analyses.symmetries import symmetries as acting
 
@@ -344,11 +344,11 @@ def symmetries(
     epilog="""
 **Examples**
 
-The whole ledger, in seconds, with a page to read and matrices to copy:
+The whole ledger, in seconds, with a page of evidence and matrices to copy:
 
     uncollapse verify --html ledger.html
 
-One claim, with more random cases than by default:
+One claim, with ten times the random cases:
 
     uncollapse verify layernorm-affine-rank --trials 2000
 
@@ -370,8 +370,8 @@ ffn-width-four
 
 **Symmetries**: token-permutation, head-permutation, value-output-gauge, query-key-gauge
 
-**Verdicts**: holds; holds generically; holds under hypotheses; refuted as stated; measured; undecided. They are results,
-not failures.
+**Verdicts**: holds; holds generically; holds under hypotheses; refuted as stated; measured; undecided. Every one of them is
+a result; none is a failure of the run.
 
 **Exit codes**: 0 done; 2 the input cannot be used; 130 interrupted.
 """
@@ -384,7 +384,7 @@ def verify(
     html: Html = None,
     quiet: Quiet = False,
 ) -> None:
-    """Check claims about Transformers, exactly where that is possible, and print a verdict with its evidence."""
+    """Check claims about Transformers, in exact arithmetic where possible, and print each verdict with its evidence."""
 
     def found(progress: "Progress | None") -> "Recorded[Any]":
         from uncollapse.analyses.result import Recorded

@@ -1,4 +1,4 @@
-"""The options of the commands, each in one place, and what the longer ones mean."""
+"""The options of the commands, each defined once, and how the longer ones are parsed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from uncollapse.records.common import Severity
 MEASURE, TEXT, OUTPUT, MACHINE = "What to measure", "On what text", "Output", "Machine"
 
 Model = Annotated[
-    str, typer.Argument(help="A hub id, a folder that save_pretrained wrote, or `demo`: the packaged MiniLM, offline.")
+    str, typer.Argument(help="A hub id, a folder written by save_pretrained, or `demo`: the packaged MiniLM, offline.")
 ]
 Record = Annotated[
     str, typer.Argument(metavar="RECORD", help="A file that `--json` or `to_json` wrote; `-` reads it from stdin.")
@@ -22,19 +22,19 @@ Record = Annotated[
 Level = Annotated[
     Literal["core", "full"],
     typer.Option(
-        help="`full` adds contraction, spectral gap, susceptibility and nonlinear innovation, and takes longer.",
+        help="`full` also measures contraction, spectral gap, susceptibility and nonlinear innovation. It takes longer.",
         rich_help_panel=MEASURE,
     ),
 ]
 FailOn = Annotated[
     Severity | None,
-    typer.Option(help="Exit with 1 when a finding is at least this severe.", rich_help_panel=MEASURE),
+    typer.Option(help="Exit with code 1 if a finding is at least this severe.", rich_help_panel=MEASURE),
 ]
 Text = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="FILE",
-        help="A UTF-8 file, blank lines between sequences; repeat it for more files. Left out: built-in English prose.",
+        help="A UTF-8 file; blank lines separate sequences. Give it again for another file. Default: built-in English prose.",
         rich_help_panel=TEXT,
     ),
 ]
@@ -42,54 +42,58 @@ SequenceLimit = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Use at most this many sequences. Left out: all of your text, or 64 of the built-in prose.",
+        help="Use at most this many sequences. Default: all of your text, or 64 of the built-in prose.",
         rich_help_panel=TEXT,
     ),
 ]
-MaxTokens = Annotated[int, typer.Option(min=2, help="Cut each sequence at this many tokens.", rich_help_panel=TEXT)]
-Seed = Annotated[int, typer.Option(min=0, help="Chooses the paragraphs of the built-in prose.", rich_help_panel=TEXT)]
+MaxTokens = Annotated[int, typer.Option(min=2, help="Cut each sequence after this many tokens.", rich_help_panel=TEXT)]
+Seed = Annotated[
+    int, typer.Option(min=0, help="Selects which paragraphs of the built-in prose are used.", rich_help_panel=TEXT)
+]
 Json = Annotated[
     str | None,
     typer.Option(
         "--json",
         metavar="FILE|-",
-        help="Write the record as JSON; `-` puts it on stdout and everything else on stderr.",
+        help="Write the record as JSON. With `-` it goes to stdout and everything else to stderr.",
         rich_help_panel=OUTPUT,
     ),
 ]
 Html = Annotated[
     str | None,
-    typer.Option(metavar="FILE", help="Write a page that needs no network to be read.", rich_help_panel=OUTPUT),
+    typer.Option(metavar="FILE", help="Write an HTML page. It opens without a network.", rich_help_panel=OUTPUT),
 ]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print no table and no progress, only errors.", rich_help_panel=OUTPUT)
+    bool, typer.Option("--quiet", "-q", help="Print errors only: no table, no progress bars.", rich_help_panel=OUTPUT)
 ]
 Device = Annotated[
     str | None,
-    typer.Option(help="Where to run: cpu, cuda, cuda:1. Left out: cuda where there is one.", rich_help_panel=MACHINE),
+    typer.Option(
+        help="Where to run: cpu, cuda, cuda:1. Default: cuda if available, otherwise cpu.", rich_help_panel=MACHINE
+    ),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="auto (the checkpoint's own), float32, bfloat16, float16 or float64. Left out: auto.",
+        help="float32, bfloat16, float16, float64, or auto: the checkpoint's own. Default: auto.",
         rich_help_panel=MACHINE,
     ),
 ]
 DeviceMap = Annotated[
     str | None,
     typer.Option(
-        help="Spread a model larger than one device over all of them: auto. Needs uncollapse[large].",
+        help="`auto` spreads a model over all devices when one is too small. Needs uncollapse[large].",
         rich_help_panel=MACHINE,
     ),
 ]
 BatchSize = Annotated[
-    int, typer.Option(min=1, help="Sequences that go through the model together.", rich_help_panel=MACHINE)
+    int, typer.Option(min=1, help="How many sequences go through the model together.", rich_help_panel=MACHINE)
 ]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
-        help="Run the Python code that lies beside the model. Only if you trust its author.",
+        help="Run the Python code that comes with the model. Use it only if you trust the author.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -98,14 +102,14 @@ ContextLengths = Annotated[
     str | None,
     typer.Option(
         metavar="64,128,…",
-        help="Also fit how the attention matrices' second singular value falls with the context length, at these lengths.",
+        help="Also fit how the second singular value of the attention matrices falls as the context grows over these lengths.",
         rich_help_panel=MEASURE,
     ),
 ]
 
 
 def token_counts(text: str | None) -> list[int] | None:
-    """What `--context-lengths` means. Whether the model and the text have room for them is not known here.
+    """The lengths given to `--context-lengths`. Whether the model and the text have room for them is checked later.
 
     >>> token_counts("64, 128")
     [64, 128]
@@ -116,7 +120,7 @@ def token_counts(text: str | None) -> list[int] | None:
     if not all(re.fullmatch(r"\d{1,7}", part) for part in parts):
         raise InputError(
             f"--context-lengths: expected numbers of tokens such as 64,128,256, got {text!r}. "
-            "They are separated by commas. Pass two or more."
+            "Commas separate them. Pass two or more."
         )
     return [int(part) for part in parts]
 
@@ -125,27 +129,27 @@ Without = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PART,PART…",
-        help="Parts to take away together: norm, residual, mlp, attention, attention-residual, mlp-residual, mask, positions. "
-        "Repeat it for more runs. Left out: mlp; residual; residual,mlp.",
+        help="Parts to remove in one run: norm, residual, mlp, attention, attention-residual, mlp-residual, mask, positions. "
+        "Give it again for another run. Default: three runs, without mlp, without residual, without both.",
         rich_help_panel=MEASURE,
     ),
 ]
 Grid = Annotated[
     bool,
-    typer.Option("--grid", help="All eight combinations of norm, residual and MLP.", rich_help_panel=MEASURE),
+    typer.Option("--grid", help="Run all eight combinations of norm, residual and MLP.", rich_help_panel=MEASURE),
 ]
 Blocks = Annotated[
     str | None,
     typer.Option(
         metavar="3-6|3,5|all+outer",
-        help="Take away in these blocks only, counted from 0. `all+outer`: in all, and the norms outside them too.",
+        help="Remove parts in these blocks only, counted from 0. `all+outer`: in all of them, and the norms outside them too.",
         rich_help_panel=MEASURE,
     ),
 ]
 
 
 def block_numbers(text: str | None) -> list[int] | Literal["all", "all+outer"] | None:
-    """What `--blocks` means: numbers and ranges, both ends included. Whether the model has them is not known here.
+    """The blocks given to `--blocks`: numbers and ranges, both ends included. Whether the model has them is checked later.
 
     >>> block_numbers("3-6"), block_numbers("5, 3"), block_numbers("all+outer")
     ([3, 4, 5, 6], [3, 5], 'all+outer')
@@ -161,18 +165,25 @@ def block_numbers(text: str | None) -> list[int] | Literal["all", "all+outer"] |
         if not chosen:
             raise InputError(
                 f"--blocks: expected block numbers such as 3-6 or 3,5, or all+outer, got {text!r}. "
-                "Blocks are counted from 0, a range rises. Pass for example --blocks 3-6."
+                "Blocks are counted from 0, and a range must rise. Pass for example --blocks 3-6."
             )
         numbers.update(chosen)
     return sorted(numbers)
 
 
 Claims = Annotated[
-    list[str] | None, typer.Argument(metavar="CLAIM", help="Ids of claims, listed below. Left out: all of them.")
+    list[str] | None,
+    typer.Argument(metavar="CLAIM", help="Ids of the claims to check, listed below. Default: all of them."),
 ]
 Trials = Annotated[
-    int, typer.Option(min=1, help="Scales how many random cases each check draws.", rich_help_panel=MEASURE)
+    int,
+    typer.Option(
+        min=1, help="How many random cases to draw; each check scales its own number by it.", rich_help_panel=MEASURE
+    ),
 ]
 Draws = Annotated[
-    int, typer.Option("--seed", min=0, help="Fixes the random cases, bit for bit.", rich_help_panel=MEASURE)
+    int,
+    typer.Option(
+        "--seed", min=0, help="Fixes the random cases: the same seed draws the same ones.", rich_help_panel=MEASURE
+    ),
 ]

@@ -1,4 +1,4 @@
-"""Where results go, how a refusal is worded in one line, and the exit codes."""
+"""Where results go, how a refusal becomes one line, and the exit codes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STDIN = STDOUT = "-"
 
 @contextlib.contextmanager
 def refusals_in_one_line() -> Iterator[None]:
-    """What the user can mend ends in one line and exit code 2; anything else is a bug and keeps its traceback."""
+    """Errors that the user can fix end in one line and exit code 2. Anything else is a bug and keeps its traceback."""
     try:
         yield
     except UncollapseError as error:
@@ -36,7 +36,7 @@ def refusals_in_one_line() -> Iterator[None]:
 
 
 def require_writable(*, json: str | None, html: str | None) -> None:
-    """Refuse an output that cannot be written before the model is loaded, by trying what the writer will do."""
+    """Before the model is loaded, refuse outputs that cannot be written. Tries what the writer will do later."""
     targets = {"--json": None if json == STDOUT else json, "--html": html}
     for option, name in targets.items():
         if name is None:
@@ -44,9 +44,9 @@ def require_writable(*, json: str | None, html: str | None) -> None:
         target = Path(name)
         try:
             if name == STDOUT or target.is_dir():
-                raise OSError("that is no file")
+                raise OSError("that is not a file")
             if target.exists() and not target.is_file():
-                raise OSError("that is a device or a pipe, and would be replaced by a file")
+                raise OSError("that is a device or a pipe; writing would replace it with a file")
             with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}."):
                 pass
         except OSError as error:
@@ -62,7 +62,7 @@ def require_writable(*, json: str | None, html: str | None) -> None:
 
 @contextlib.contextmanager
 def progress_on_stderr(quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
-    """A function (what, done, total) that draws bars on a terminal, or None where nobody is watching one."""
+    """A function (what, done, total) that draws progress bars, or None if stderr is not a terminal."""
     if quiet or not sys.stderr.isatty():
         yield None
         return
@@ -84,7 +84,7 @@ def progress_on_stderr(quiet: bool) -> Iterator[Callable[[str, int, int], None] 
 
 
 def deliver(result: "Recorded[Any]", *, json: str | None, html: str | None, quiet: bool) -> None:
-    """Write the page and the record, and show the table on whichever stream is free of JSON."""
+    """Write the page and the record, and show the table on the stream that carries no JSON."""
     from rich.console import Console
 
     if html is not None:
@@ -102,5 +102,5 @@ def deliver(result: "Recorded[Any]", *, json: str | None, html: str | None, quie
 
 
 def reaches(findings: Sequence[Finding], fail_on: Severity) -> bool:
-    """Whether a finding is at least as severe as `--fail-on`. Severities stand in rising order."""
+    """Whether a finding is at least as severe as `--fail-on`. `SEVERITIES` is in rising order."""
     return any(SEVERITIES.index(finding.severity) >= SEVERITIES.index(fail_on) for finding in findings)

@@ -1,1 +1,1 @@
-"""PG-OP, the position-gated output projection: the module, its way in and out of a live model, and what its gates broke."""
+"""PG-OP, the position-gated output projection: the module, how to install it in a live model, and what its gates broke."""

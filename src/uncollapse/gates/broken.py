@@ -16,10 +16,10 @@ from uncollapse.measures.heads import gauge_of_gates
 
 @dataclass(frozen=True)
 class BlockGates:
-    """What the gates of one attention have broken. `rank` and `condition` are those of G [position, head]; of the
-    `plain_dimension` D² directions of mixing that a projection without gates hides, `surviving_dimension` are left: exactly
-    where W_O has `full_row_rank`, else at least (`None`: W_O is no dense matrix). `smallest` and `largest` are gates. `block`
-    counts calls from 0; `None` in a model whose own code holds the gates."""
+    """What the gates of one attention have broken. `rank` and `condition` are those of the gate matrix G [position, head].
+    A projection without gates hides `plain_dimension` = D² directions of mixing; `surviving_dimension` of them are left. That
+    number is exact if W_O has `full_row_rank`, otherwise a lower bound (`None`: W_O is not a dense matrix). `smallest` and
+    `largest` are gates. `block` counts calls from 0; it is `None` if the model's own code contains the gates."""
 
     block: int | None
     kind: str | None
@@ -36,10 +36,10 @@ class BlockGates:
 
 
 def gate_report(model: nn.Module, positions: int | Int[Tensor, " position"] = 512) -> tuple[BlockGates, ...]:
-    """What the gates of a live model have broken so far: one entry an attention, in the order of the blocks.
+    """What the gates of a live model have broken so far: one entry per attention, in the order of the blocks.
 
-    positions: how many, counted from 0, or which. Rank and condition are those of the gates at these positions: no more heads than
-    positions can be told apart, and gates learned on short texts say nothing of later positions.
+    positions: how many, counted from 0, or which ones. Rank and condition are those of the gates at these positions. At most as
+    many heads as positions can be told apart, and gates learned on short texts say nothing about later positions.
 
     Raises `InputError` for a model without gates.
     """

@@ -4,12 +4,12 @@
     ...train...
     uc.remove_gates(model)            # the very modules that were there
 
-What the gates are: `projection`. Where a token's position comes from: `token_positions`. A cross-attention is gated by the
-position of the token that receives, the decoder's. The gates take part in training, `generate`, autocast, `copy.deepcopy` and
-`state_dict`; under `torch.compile` each of them breaks the compiled graph and runs eagerly.
+`projection` explains the gates, `token_positions` where the position of a token comes from. A cross-attention is gated by the
+position of the decoder token, which receives. The gates work in training, `generate`, autocast, `copy.deepcopy` and
+`state_dict`. Under `torch.compile` each of them breaks the compiled graph and runs eagerly.
 
-When not to use it: on a model whose attention writes the output projection in its own code (`nn.MultiheadAttention`), or lays
-sequences end to end without a token axis: refused. In one's own model, write `PositionGatedProjection` in directly.
+When not to use it: if the attention computes its output projection in its own code (`nn.MultiheadAttention`), or sequences are
+laid end to end without a token axis. Such models are refused. In your own model, use `PositionGatedProjection` directly.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ def install_gates(
     perturbation: float = 0.0,
     seed: int = 0,
 ) -> dict[str, PositionGatedProjection]:
-    """Put position gates around the output projection of every attention of `model`, in place; they are returned by name.
+    """Put position gates around the output projection of every attention of `model`, in place. Returns them by name.
 
-    batch: a batch to prove the anatomy on, for a model that was not diagnosed before and has no dummy inputs of its own.
-    layout: for a model whose blocks cannot be told apart. blocks: block numbers from 0; all of them by default.
+    batch: a batch to prove the anatomy on, if the model was not diagnosed before and has no dummy inputs.
+    layout: for a model whose blocks cannot be told apart. blocks: block numbers from 0; all by default.
     positions, position_width, max_positions, perturbation, seed: as for `PositionGatedProjection`; each projection draws anew.
 
-    With `perturbation=0` the model's outputs are what they were, bit for bit; that is checked on a few tokens. A layer that
-    several blocks share (ALBERT) has one gate for all of them. What the gates see as a token's position: `token_positions`.
-    To load a saved model: build the plain one, install the gates the same way, then `load_state_dict`.
+    With `perturbation=0` the outputs of the model do not change by a single bit; that is checked on a few tokens. A layer that
+    several blocks share (ALBERT) has one gate for all of them. `token_positions` explains what counts as a token's position.
+    To load a saved model: build the plain model, install the gates in the same way, then call `load_state_dict`.
 
-    Raises `UnsupportedModel` where the anatomy cannot be proved, a projection is no module of its own, or tokens cannot be told
-    apart in its input; `InputError` where gates are there already. The model is then left as it was.
+    Raises `UnsupportedModel` if the anatomy cannot be proved, a projection is not a module of its own, or tokens cannot be told
+    apart in its input; `InputError` if the model already has gates. The model is then left unchanged.
     """
     found = next((name for name, m in model.named_modules() if isinstance(m, PositionGatedProjection)), None)
     if found is not None:
@@ -112,18 +112,18 @@ def install_gates(
 
 
 def remove_gates(model: nn.Module, *, fold: bool = False) -> None:
-    """Take the gates of `install_gates` out again: the very modules that were there, with the bits they have.
+    """Remove the gates of `install_gates`. The original modules return, with their present weights.
 
-    fold: multiply the gates into the weights first, so that the outputs stay what they are to rounding. That can be done where a
-    gate is the same at every position, W_g phi = 0; where every gate is 1 no bit of the weights changes.
+    fold: multiply the gates into the weights first, so that the outputs stay the same up to rounding. This works if a gate is
+    the same at every position, W_g phi = 0. If every gate is 1, no bit of the weights changes.
 
-    Raises `InputError` where there are no gates, or some that cannot be folded; the model is then left as it was.
+    Raises `InputError` if there are no gates, or some that cannot be folded. The model is then left unchanged.
     """
     gated = {n: m for n, m in model.named_modules() if isinstance(m, PositionGatedProjection) and m.installed}
     if not gated:
         raise InputError(
             f"remove_gates: expected a model that install_gates was applied to, got {type(model).__name__} without gates. "
-            "Gates in the model's own code stay there. Nothing is to be done."
+            "Gates in the model's own code are not removed. There is nothing to do."
         )
     if fold:
         scales = {name: _constant_gates(model, name, module) for name, module in gated.items()}
@@ -148,7 +148,7 @@ def _proved(
     if batch is None:
         raise InputError(
             f"install_gates: expected a model whose anatomy is known, got a {type(model).__name__} that was never diagnosed and "
-            "brings no dummy inputs. Pass batch={...}, a small input of the model."
+            "has no dummy inputs. Pass batch={...}, a small input of the model."
         )
     anatomy = proved_anatomy(model, batch, layout)
     return anatomy, known_example(model) or batch
@@ -290,7 +290,7 @@ def _constant_gates(model: nn.Module, name: str, module: PositionGatedProjection
         variation = float((gates - gates[0]).abs().max())
         raise InputError(
             f"remove_gates: expected gates constant in position, got gates in {where} that vary by {variation:.3g}. Weights know "
-            "no position, so these cannot be folded. Keep the gates, or remove them with fold=False."
+            "no positions, so these cannot be folded. Keep the gates, or remove them with fold=False."
         )
     try:
         weight = dense_projection(module.projection)
@@ -299,7 +299,7 @@ def _constant_gates(model: nn.Module, name: str, module: PositionGatedProjection
     names = [n for n, p in model.named_parameters(remove_duplicate=False) if p.data_ptr() == weight.data_ptr()]
     if len(names) > 1 and not bool((gates == 1).all()):
         raise InputError(
-            f"remove_gates: expected a weight of its own in {where}, got one that is also {names[1]}. Folding would change both. "
+            f"remove_gates: expected a weight used only by {where}, got one that is also {names[1]}. Folding would change both. "
             "Keep the gates."
         )
     return gates[0].to(weight)

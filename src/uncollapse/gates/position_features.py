@@ -1,6 +1,6 @@
-"""Positions of tokens, and fixed features of them that are right at any position.
+"""Positions of tokens, and fixed features that are accurate at any position.
 
-When not to use it: for positions that are no whole numbers, or differ in more than one axis (rotary positions of pictures).
+When not to use it: for positions that are not whole numbers or have more than one axis (rotary positions of images).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Positions:
 def sinusoids(positions: Int[Tensor, " row"], width: int) -> Tensor:
     """Fixed features of positions, [row, width] in float64: sin(i ω_k), cos(i ω_k) in turns, ω_k = 10000^(-2k/width).
 
-    Right to 1e-9 for positions up to 10⁶: the angle is formed in float64. Of an odd width the last is a sine.
+    Accurate to 1e-9 for positions up to 10⁶, since the angle is computed in float64. If the width is odd, the last is a sine.
 
     >>> sinusoids(torch.tensor([0, 1]), width=2)
     tensor([[0.0000, 1.0000],

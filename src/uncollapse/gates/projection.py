@@ -1,17 +1,17 @@
 """PG-OP, the position-gated output projection: Y_i = sum_h g_h(i) O_{h,i} W_h, gates from the position alone.
 
-A sum of heads in one channel space does not say which head wrote what: O -> O M, W_O -> M^-1 W_O leaves it alone for every
+A sum of heads in one channel space does not show which head wrote what: O -> O M, W_O -> M^-1 W_O does not change it, for any
 invertible M. Gates that differ from position to position break that symmetry (Cirrincione, arXiv 2604.23681):
 
     g(i) = 2 sigmoid(W_g phi(i) + b_g),    phi(i) features of position i
 
-At W_g = b_g = 0 all gates are exactly 1, so a model starts as what it was, while the gradients already differ by head.
-`PositionGatedProjection` is a module for one's own models; `install_gates` puts it around the output projection of every
-attention that the anatomy proves, and `remove_gates` takes it away; `gate_report` says how much of the symmetry the gates of
-a live model have broken. A cross-attention is gated by the position of the token that receives: the decoder's.
+At W_g = b_g = 0 all gates are exactly 1. So the model starts unchanged, but the gradients already differ between heads.
+`PositionGatedProjection` is a module for your own models. `install_gates` puts it around the output projection of every
+attention that the anatomy proves, and `remove_gates` removes it. `gate_report` says how much of the symmetry the gates of a
+live model have broken. A cross-attention is gated by the position of the decoder token, which receives.
 
-When not to use it: to tell heads apart at one position. A position gives one equation, with or without gates; only contents
-that recur at several positions can be told apart, up to the rank of the gates. Mixing *within* a head always survives.
+When not to use it: to tell heads apart at a single position. One position gives one equation, with or without gates. Only
+contents that recur at several positions can be told apart, up to the rank of the gates. Mixing *within* a head always survives.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ Features = Literal["sinusoidal", "learned"]
 class PositionGatedProjection(nn.Module):
     """An output projection whose heads pass through gates that depend on the token's position alone.
 
-    projection: `nn.Linear`, transformers' `Conv1D`, or another module with `in_features` and `out_features`; it is kept as it is,
-    and its weights keep their names in a state dict, to which `gate.weight`, `gate.bias` and, for learned features, `table` come.
-    heads: into how many equal runs the mixed channels fall.
-    positions: `"sinusoidal"`, fixed features right at any position; `"learned"`, a table of `max_positions` rows of its own; or the
-    model's own position table, an `nn.Embedding`, which stays the model's and is not stored twice.
-    position_width: features of a position. By default the most that keep `overhead` below 1.6 %, at most the width and at least 1.
-    perturbation: standard deviation of a start of W_g and b_g drawn with `seed`. 0 starts with all gates exactly 1: the output is
-    the plain projection's, bit for bit.
+    projection: `nn.Linear`, transformers' `Conv1D`, or another module with `in_features` and `out_features`. It stays unchanged,
+    and its weights keep their names in a state dict, which also has `gate.weight`, `gate.bias` and, for learned features, `table`.
+    heads: the number of heads, each an equal run of the mixed channels.
+    positions: `"sinusoidal"`, fixed features for any position; `"learned"`, a table of its own with `max_positions` rows; or the
+    position table of the model, an `nn.Embedding`, which still belongs to the model and is not stored twice.
+    position_width: features per position. Default: the most that keep `overhead` below 1.6 %, at most the width and at least 1.
+    perturbation: standard deviation of the initial W_g and b_g, drawn with `seed`. With 0 all gates start at exactly 1, and the
+    output equals that of the plain projection, bit for bit.
 
-    The gates are formed in single precision at least, also under autocast and in half-precision models, and rounded to the
-    number format of the input before they multiply it.
+    The gates are computed in at least single precision, also under autocast and in half-precision models. They are rounded to
+    the number format of the input before they multiply it.
 
     >>> gated = PositionGatedProjection(nn.Linear(128, 128), heads=2)
     >>> x = torch.randn(1, 5, 128)
     >>> torch.equal(gated(x), gated.projection(x)), gated.overhead < 0.016
     (True, True)
 
-    Raises `InputError` where projection, heads and features do not fit together.
+    Raises `InputError` if projection, heads and features do not fit together.
     """
 
     def __init__(
@@ -250,7 +250,7 @@ class Installed:
         if x.ndim != 3:
             raise UnsupportedModel(
                 f"gates: expected x[batch, token, mixed] as when they were installed, got {list(x.shape)}. The model took "
-                "another path. Pass positions to the projection, or remove_gates(model)."
+                "a different path. Pass positions to the projection, or call remove_gates(model)."
             )
         return self.positions.now(
             self.stack, x.shape[1 - axis], x.shape[axis], x.device, training or torch.is_grad_enabled()

@@ -201,7 +201,7 @@ class TokenPositions:
             raise _unknown("a cache that may belong to another part of the model")
         mask, end = told.mask.to(device), told.past + tokens
         if bool(((mask != 0) & (mask != 1)).any()):  # an additive mask, or numbers of sequences laid end to end
-            raise _unknown("an attention_mask of other values than 0 and 1, without position_ids")
+            raise _unknown("an attention_mask with values other than 0 and 1, without position_ids")
         from_the_left = not bool((mask[:, 1:] > mask[:, :-1]).any())  # padding, if any, is on the right
         if from_the_left and (not told.past or (told.is_certain and bool(mask.all()))):
             return Positions.counted(told.past, tokens, device)

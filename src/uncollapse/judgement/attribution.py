@@ -1,7 +1,7 @@
-"""What the output projection says of its heads: may a result be attributed to a head at all?
+"""What the output projection says about its heads: can a result be attributed to a single head at all?
 
-The figures come from the weights of the model at hand, found through its anatomy, and are the same for every model that
-computes the same function (the value-output gauge moves none of them). The vectors that the heads write are in
+The figures come from the weights of the given model, which are found through its anatomy. They are the same for every model
+that computes the same function: the value-output gauge changes none of them. For the vectors that the heads write, see
 `contributions`.
 """
 
@@ -89,7 +89,7 @@ def _heads_record(statistics: AttentionStatistics, known: dict[object, dict[str,
 
 
 def _weight_figures(matrix: Tensor, count: int) -> dict[str, Any]:
-    """What W_O [mixed, width] alone says of its `count` heads."""
+    """What W_O [mixed, width] alone says about its `count` heads."""
     if not bool(matrix.isfinite().all()):
         return {"width": matrix.shape[1]}
     spaces = heads.WriteSpaces(matrix, count)
@@ -118,19 +118,19 @@ def _finite(value: float) -> float | None:
 
 
 def _infinities(figures: Mapping[str, Any]) -> dict[str, str]:
-    """Why a figure that was taken is null all the same."""
+    """Why a figure is null although it was computed."""
     unavailable = {}
     if figures["condition_number"] is None:
         unavailable["condition_number"] = "the heads' write spaces are linearly dependent: infinite"
     if None in figures["head_noise_gain"]:
-        unavailable["head_noise_gain"] = "infinite: other heads can make good a part of what this head writes"
+        unavailable["head_noise_gain"] = "infinite: other heads can write part of what this head writes"
     if any(None in row for row in figures["smallest_principal_angle"]):
         unavailable["smallest_principal_angle"] = "a head writes nothing"
     return unavailable
 
 
 def _gauge_dimension(statistics: AttentionStatistics) -> int | None:
-    """The value-output gauge, where nothing but the attention stands between values and output projection."""
+    """The dimension of the value-output gauge, if nothing but attention lies between the values and the output projection."""
     call = statistics.call
     if "gauge_dimension" in statistics.reasons:
         return None

@@ -1,18 +1,17 @@
 """Coded rules: which of the four collapses does this model show, where, and what can be done?
 
-A rule looks at records alone, so a stored record can be judged again by a newer rule. It reads a *distance from collapse* at
-each place, 0 at the collapse, and fires at the worst place where that is below a threshold; never at an average that hides it.
-`readings` gives what every rule read, also where it does not fire.
+A rule looks at records only, so a newer rule can judge a stored record again. At each place it reads a *distance from collapse*,
+which is 0 at the collapse. It fires if the distance at the worst place is below a threshold. It never averages over places,
+which could hide the worst one. `readings` gives what every rule read, whether or not it fired.
 
-What the rules tell apart: a token cloud that shrinks to one point as the next norm sees it (`DEPTH-CONSENSUS`) or loses
+The rules distinguish: a token cloud that shrinks to one point as the next norm sees it (`DEPTH-CONSENSUS`) or loses
 dimensions it had (`DEPTH-RANK`); attention whose rows are all alike, uniform (`WIDTH-UNIFORM`) or not (`WIDTH-RANK-ONE`);
 heads that write into the same space (`HEADS-IDENTICAL`) or a projection that forgets part of what it reads (`HEADS-KERNEL`);
 attention frozen by logits that are too large as a whole (`ENTROPY-FROZEN`); and NaN or infinity (`NUMERICS-NOT-FINITE`).
 
-Each threshold is half of the least distance found in a healthy model, over one half of the models and confounders of
-`studies/validity`; the other half scores it (docs/validity.md). A rule thus fires where even the healthy place that stood
-nearest to the collapse would have gone half of its way. What a distance owes to the number of tokens, the width, the mask or
-the precision is taken out in the measure or in the rule, and the reason stands there.
+A rule fires below half the smallest distance found in any healthy run. The thresholds come from one half of the models and
+confounders of `studies/validity`; the other half scores them (docs/validity.md). A distance also depends on the number of
+tokens, the width, the mask and the precision. The measure or the rule corrects for that, and says why.
 """
 
 from __future__ import annotations
@@ -24,32 +23,32 @@ from dataclasses import dataclass
 from uncollapse.records.common import SEVERITIES, Finding, Severity, Stack
 from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord, stacks
 
-# All of these are distances from collapse: half of what the nearest healthy run of the deriving half keeps. Those runs, and how
-# near the other models come, are in docs/validity.md.
+# All of these are distances from collapse: half the smallest distance in the healthy runs that thresholds are derived from.
+# docs/validity.md lists those runs, and how near the other models come.
 # Consensus distance after a norm, as a share of the embedding's.
 CONSENSUS = 0.22
 # Share of the attainable rank, as a share of the embedding's.
 RANK = 0.5
-# Share of the keys that the least uniform head of an attention leaves unused, 1 - (exp(H) - 1) / (T - 1).
+# Share of the keys left unused by the least uniform head of an attention, 1 - (exp(H) - 1) / (T - 1).
 UNUSED_KEYS = 0.19
-# ||C A V|| / ||C V|| of the most alive head of an attention.
+# ||C A V|| / ||C V|| of the head that keeps most.
 CONTRACTION = 0.025
-# Normalised entropy of a row without its strongest key, of the most frozen head.
+# Normalised entropy of a row without its strongest key, for the most frozen head.
 REST_ENTROPY = 0.044
-# Mean squared sine between two write spaces, as a share of what two random ones of this size have.
+# Mean squared sine between two write spaces, relative to two random ones of the same size.
 DISTINCTNESS = 0.09
-# Dimensions that an output projection forgets beyond what its shape forces, in heads. Not a distance: twice the healthy most.
+# Dimensions that an output projection forgets beyond what its shape forces, in heads. Not a distance: twice the largest healthy
+# value.
 LOST_HEADS = 0.6
 
-# What attention keeps of the spread is judged in proportion below this many tokens; see `rank_one`.
+# Below this many tokens, the spread that attention keeps is judged in proportion to the length; see `rank_one`.
 FEW_TOKENS = 16
-# From where the tokens are together back to where the fall began: a block belongs to the fall that hands on less than this of
-# the stream, or less than this share of the most that a block before it did. The middle of what places most of the damaged cases
-# of the deriving half.
+# Where did the fall begin? A block belongs to the fall if it carries on less than this share of the stream, or less than this
+# share of the most that any earlier block carried on. Both are the middle of the range that locates most of the damaged cases.
 CARRIED, CARRIED_BEFORE = 0.5, 0.9
-# A text with fewer different tokens than this gives an attention nothing to choose among, and too few rivals to freeze out.
+# With fewer different tokens than this, attention has nothing to choose from and too few keys to freeze out.
 DIFFERENT_TOKENS = 4
-# An embedding whose tokens are this much alike has nothing to lose behind it: a text that repeats one token looks like that.
+# If the embedded tokens are this much alike, the blocks have nothing to lose: a text that repeats one token looks like that.
 APART_AT_ENTRY = 0.1
 
 _DONG = "Dong, Cordonnier, Loukas 2021, arXiv 2103.03404"
@@ -69,8 +68,8 @@ class Observed:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one rule read at its worst place in one stack or attention. `margin` is ln(threshold / distance): how far beyond the
-    threshold it is, in factors of e; the rule fires above 0. `finding` is what it says where it fires."""
+    """What one rule read at its worst place in one stack or attention. `margin` is ln(threshold / distance): how far past the
+    threshold, in factors of e. The rule fires if it is above 0, and then says `finding`."""
 
     margin: float
     finding: Finding
@@ -79,7 +78,7 @@ class Reading:
 def findings(
     trajectory: Sequence[SiteRecord], attention: Sequence[AttentionRecord], heads: Sequence[HeadsRecord]
 ) -> list[Finding]:
-    """Every rule that fires, the most severe first, then along depth."""
+    """The findings of all rules that fire: most severe first, then by depth."""
     fired = [reading.finding for reading in readings(trajectory, attention, heads) if reading.margin > 0]
     return sorted(fired, key=lambda f: (-SEVERITIES.index(f.severity), f.block if f.block is not None else -1))
 
@@ -87,7 +86,7 @@ def findings(
 def readings(
     trajectory: Sequence[SiteRecord], attention: Sequence[AttentionRecord], heads: Sequence[HeadsRecord]
 ) -> list[Reading]:
-    """What every rule read, wherever it could: one reading for each stack, attention or output projection."""
+    """What every rule read: one reading for each stack, attention or output projection that it could judge."""
     observed = Observed(trajectory, attention, heads)
     return [reading for rule in RULES for reading in rule(observed)]
 
@@ -122,8 +121,8 @@ def not_finite(observed: Observed) -> Iterator[Reading]:
                 value=float(first.not_finite),
                 threshold=0.0,
                 message=f"NaN or infinity first appears at {_place(first.block, first.stack)}, in {first.not_finite} "
-                "sequences. Everything behind it is unmeasured; what stands before it is measured.",
-                remedy="Run with --dtype float32. If it stays, look for NaN in that block's weights.",
+                "sequences. Nothing after that place could be measured; everything before it was.",
+                remedy="Run with --dtype float32. If that does not help, look for NaN in the weights of that block.",
                 reference="IEEE 754",
                 stack=first.stack,
             )
@@ -131,8 +130,8 @@ def not_finite(observed: Observed) -> Iterator[Reading]:
 
 
 def consensus(observed: Observed) -> Iterator[Reading]:
-    """Behind a norm, where neither a common level nor a massive token counts; and against the embedding, for a text that
-    repeats its tokens enters with them alike already, and that is not the model's doing."""
+    """Measured after a norm, where neither the size of the stream nor a massive token counts. And relative to the embedding:
+    if a text repeats its tokens, they are alike from the start, which is not the model's doing."""
     for sites in stacks(observed.trajectory):
         measured = [(s, s.consensus_after_norm.mean) for s in sites if s.consensus_after_norm is not None]
         if not measured or measured[0][0].block is not None:
@@ -157,11 +156,11 @@ def consensus(observed: Observed) -> Iterator[Reading]:
             head=None,
             value=share,
             threshold=CONSENSUS,
-            message=f"The tokens come together from {_place(began.block, began.stack)} on: behind a norm their consensus "
-            f"distance is {start:.2g} at the embedding, below {CONSENSUS:.0%} of that from {_place(at.block, at.stack)} on, and "
-            f"{least:.2g} at {_place(worst.block, worst.stack)}, the lowest.",
-            remedy="See what holds the tokens apart with `uncollapse ablate`; check that the residual connections are whole "
-            "and not scaled down from this block on.",
+            message=f"Tokens converge from {_place(began.block, began.stack)} on. After normalisation their consensus distance is "
+            f"{start:.2g} at the embedding, under {CONSENSUS:.0%} of that from {_place(at.block, at.stack)} on, and lowest "
+            f"({least:.2g}) at {_place(worst.block, worst.stack)}.",
+            remedy="Run `uncollapse ablate` to see what keeps the tokens apart. From this block on, check that the residual "
+            "connections are intact and not scaled down.",
             reference=_DONG,
             stack=began.stack,
         )
@@ -169,9 +168,9 @@ def consensus(observed: Observed) -> Iterator[Reading]:
 
 
 def _onset(sites: Sequence[SiteRecord]) -> SiteRecord:
-    """Where the fall that ends at the last of these sites began: the block that best divides those that hand the stream on from
-    those that do not. A fall spreads over blocks, so the place where it passes a threshold comes too late; and a block may write
-    its own stream once more in the middle of it, so the first that hands it on again does not end it."""
+    """Where the fall that ends at the last of these sites began: the block that best separates the blocks that carry the stream
+    on from those that do not. A fall spreads over several blocks, so the place where it passes a threshold comes too late. And
+    one block in the middle of a fall may carry the stream on, so the fall does not end at the first such block."""
     falls, most = [], 0.0
     for site in sites:
         carried = math.inf if site.stream_carried is None else site.stream_carried.mean
@@ -192,9 +191,9 @@ def _alike_from_the_start(embedding: SiteRecord, value: float) -> Reading:
         head=None,
         value=value,
         threshold=APART_AT_ENTRY,
-        message=f"The tokens enter the first block alike (consensus distance {value:.2g} behind a norm): there is nothing that "
-        "the blocks could lose, and depth and width are not judged.",
-        remedy="Use a text with different tokens. If this one has them, the embedding itself has collapsed.",
+        message=f"The tokens are already alike when they enter the first block (consensus distance {value:.2g} after "
+        "normalisation). The blocks have nothing to lose, so collapse in depth and width is not judged.",
+        remedy="Use a text with different tokens. If this text has them, the embedding itself has collapsed.",
         reference=_DONG,
         stack=embedding.stack,
     )
@@ -202,7 +201,7 @@ def _alike_from_the_start(embedding: SiteRecord, value: float) -> Reading:
 
 
 def rank_lost(observed: Observed) -> Iterator[Reading]:
-    """Against what so many tokens of this width can have, and against the embedding, whose table may be of low rank."""
+    """Relative to the rank that so many tokens of this width can have, and to the embedding, whose table may have low rank."""
     for sites in stacks(observed.trajectory):
         shares = [
             (s, s.affine_rank.mean / s.attainable_affine_rank.mean)
@@ -222,9 +221,9 @@ def rank_lost(observed: Observed) -> Iterator[Reading]:
             head=None,
             value=share / start,
             threshold=RANK,
-            message=f"Dimensions are lost: at {_place(first.block, first.stack)} the tokens span {share:.0%} of the "
-            f"dimensions they could, against {start:.0%} at the embedding.",
-            remedy="Look for a rank-deficient weight or a missing residual in this block (`uncollapse ablate`).",
+            message=f"Dimensions are lost. At {_place(first.block, first.stack)} the tokens span {share:.0%} of the "
+            f"dimensions they could span; at the embedding it was {start:.0%}.",
+            remedy="Look for a rank-deficient weight or a missing residual in this block. `uncollapse ablate` helps to find it.",
             reference=_CIRRINCIONE,
             stack=first.stack,
         )
@@ -232,7 +231,7 @@ def rank_lost(observed: Observed) -> Iterator[Reading]:
 
 
 def _with_different_tokens(observed: Observed) -> Iterator[list[AttentionRecord]]:
-    """The attention calls of stacks whose text is no single token, or two or three, repeated."""
+    """The attention calls of stacks whose text has enough different tokens, and is not one, two or three of them repeated."""
     distinct = {
         site.block: sites[0].distinct_tokens.mean
         for sites in stacks(observed.trajectory)
@@ -245,8 +244,8 @@ def _with_different_tokens(observed: Observed) -> Iterator[list[AttentionRecord]
 
 
 def _with_tokens_apart(observed: Observed) -> Iterator[list[AttentionRecord]]:
-    """Those of them whose tokens can be told apart where they are read: no attention chooses among equal keys, and that the
-    tokens have come together is said once, of the depth."""
+    """Those of them whose input tokens can be told apart. No attention can choose among equal keys, and `consensus` already
+    reports tokens that have converged."""
     entering: dict[int, float] = {}
     for sites in stacks(observed.trajectory):
         values = [None if s.consensus_after_norm is None else s.consensus_after_norm.mean for s in sites]
@@ -260,22 +259,26 @@ def _with_tokens_apart(observed: Observed) -> Iterator[list[AttentionRecord]]:
 
 
 def uniform(observed: Observed) -> Iterator[Reading]:
-    """The unused share of the keys, not the entropy's: for logits of one variance it is the same for any number of keys."""
+    """The share of unused keys rather than the entropy: at a given variance of the logits it does not depend on how many keys
+    there are."""
     for records in _with_tokens_apart(observed):
         measured = [(r, 1 - r.key_share.mean) for r in records if r.key_share is not None]
         if not measured:
             continue
         least, unused = max(measured, key=lambda pair: pair[1])
-        message = f"attends to every key alike: even its least uniform head, {least.head}, leaves only {unused:.2g} of them unused."
+        message = (
+            f"attends to all keys almost equally: even its least uniform head ({least.head}) leaves only {unused:.2g} of them "
+            "unused."
+        )
         finding = _width_finding("WIDTH-UNIFORM", least, unused, UNUSED_KEYS, message)
         yield Reading(_margin(unused, UNUSED_KEYS), finding)
 
 
 def rank_one(observed: Observed) -> Iterator[Reading]:
-    """Under a full mask. A causal one keeps rows different even where every logit is 0, and `uniform` sees that.
+    """For full masks. A causal mask keeps the rows different even if every logit is 0; `uniform` sees that case.
 
-    Relative to the length below 16 tokens: the fewer other keys a row has, the more of it a sink on the first token takes, in
-    proportion, so that healthy language models keep 0.04 of two tokens' spread and 0.2 of sixteen's."""
+    Below 16 tokens the distance is relative to the length. The fewer other keys a row has, the larger the share that a sink on
+    the first token takes: healthy language models keep 0.04 of the spread of two tokens and 0.2 of that of sixteen."""
     tokens: dict[int | None, float] = {}
     for sites in stacks(observed.trajectory):
         known = next((s.attainable_rank.mean for s in sites if s.attainable_rank is not None), math.inf)
@@ -286,7 +289,10 @@ def rank_one(observed: Observed) -> Iterator[Reading]:
             continue
         most, kept = max(measured, key=lambda pair: pair[1])
         distance = kept / min(1.0, tokens.get(most.block, math.inf) / FEW_TOKENS)
-        message = f"gives every token the same mixture: its most alive head, {most.head}, keeps {kept:.2g} of its values' spread."
+        message = (
+            f"gives every token almost the same mixture: even the head that keeps most ({most.head}) keeps only {kept:.2g} of "
+            "the spread of its values."
+        )
         finding = _width_finding("WIDTH-RANK-ONE", most, distance, CONTRACTION, message)
         yield Reading(_margin(distance, CONTRACTION), finding)
 
@@ -301,7 +307,7 @@ def _width_finding(code: str, record: AttentionRecord, value: float, threshold: 
         value=value,
         threshold=threshold,
         message=f"The {record.kind}-attention of {_place(record.block, record.stack)} {message}",
-        remedy="Check the query and key weights of this block (zero, or never trained?); at initialisation, widen the "
+        remedy="Check the query and key weights of this block: are they zero, or untrained? At initialisation, raise the "
         "query-key gain or remove the rank-one part of the attention.",
         reference=_NAIT_SAADA,
         stack=record.stack,
@@ -310,8 +316,9 @@ def _width_finding(code: str, record: AttentionRecord, value: float, threshold: 
 
 
 def frozen(observed: Observed) -> Iterator[Reading]:
-    """Not by the entropy of the row: a head that looks at the first token, or at itself, has none and is healthy. What is left
-    of its row without that token is spread like any other; logits that are too large find a winner there too."""
+    """The entropy of the whole row would mislead: a head that looks only at the first token, or at itself, has none and is
+    healthy. Without that token, the rest of its row is spread like any other. Logits that are too large pick a single winner
+    there too."""
     for records in _with_different_tokens(observed):
         measured = [(r, r.rest_entropy.mean) for r in records if r.rest_entropy is not None]
         if not measured:
@@ -327,11 +334,11 @@ def frozen(observed: Observed) -> Iterator[Reading]:
             head=worst.head,
             value=least,
             threshold=REST_ENTROPY,
-            message=f"{hit} of {len(records)} heads of {_place(worst.block, worst.stack)} are frozen onto single keys by "
-            f"their logits; the worst is head {worst.head}: also without each row's strongest key, one key takes nearly all "
-            f"(normalised entropy {least:.2g}{logit}).",
-            remedy="Lower the learning rate or the temperature; query-key normalisation, sigma-reparametrisation and logit "
-            "soft-capping bound the logits.",
+            message=f"In {_place(worst.block, worst.stack)}, {hit} of {len(records)} heads are frozen onto single keys by their "
+            f"logits. The worst is head {worst.head}: even without the strongest key of each row, one key takes nearly all of "
+            f"the weight (normalised entropy {least:.2g}{logit}).",
+            remedy="Lower the learning rate, or bound the logits with query-key normalisation, sigma-reparametrisation or "
+            "soft-capping.",
             reference=_ZHAI,
             stack=worst.stack,
             kind=worst.kind,
@@ -340,7 +347,7 @@ def frozen(observed: Observed) -> Iterator[Reading]:
 
 
 def identical_heads(observed: Observed) -> Iterator[Reading]:
-    """Against two random write spaces of this size, whose mean squared sine is 1 - d_k/d: wide heads must meet."""
+    """Relative to two random write spaces of this size, whose mean squared sine is 1 - d_k/d: wide heads must overlap."""
     for record in observed.heads:
         expected = 1 - record.head_width / record.width if record.width else 0.0
         if record.write_space_overlap is None or expected <= 0:
@@ -350,7 +357,7 @@ def identical_heads(observed: Observed) -> Iterator[Reading]:
         ]
         if not pairs:
             continue
-        # Random spaces scatter by sqrt(2) (1 - d_k/d) / sqrt((d - 1)(d + 2)): in a stream of a few dimensions by too much.
+        # Random spaces scatter by sqrt(2) (1 - d_k/d) / sqrt((d - 1)(d + 2)), which is too much in a stream of a few dimensions.
         if 1 - 6 * math.sqrt(2 / max((record.width - 1) * (record.width + 2), 1)) < DISTINCTNESS:
             continue
         overlap, first, second = max(pairs)
@@ -364,8 +371,9 @@ def identical_heads(observed: Observed) -> Iterator[Reading]:
             value=distance,
             threshold=DISTINCTNESS,
             message=f"Heads {first} and {second} of {_place(record.block, record.stack)} write into the same space "
-            f"(overlap {overlap:.4f}): what one adds the other could add, so they are told apart badly behind the projection.",
-            remedy="Attribute to the pair, not to either head; position-gated output projections separate them in training.",
+            f"(overlap {overlap:.4f}). What one of them adds the other could add too, so the layer's output hardly tells them "
+            "apart.",
+            remedy="Attribute to the pair, not to either head. Position-gated output projections separate heads in training.",
             reference=_CIRRINCIONE,
             stack=record.stack,
             kind=record.kind,
@@ -374,8 +382,8 @@ def identical_heads(observed: Observed) -> Iterator[Reading]:
 
 
 def projection_kernel(observed: Observed) -> Iterator[Reading]:
-    """What is lost beyond what the shape forces, in heads. Single directions do not count: the count depends on the weights'
-    precision, and in half precision the weakest directions of a healthy projection drown in rounding."""
+    """What is lost beyond what the shape forces, in heads. A few single directions do not count: in half precision the weakest
+    directions of a healthy projection are lost to rounding."""
     for record in observed.heads:
         if record.kernel_dimension is None:
             continue
@@ -390,9 +398,9 @@ def projection_kernel(observed: Observed) -> Iterator[Reading]:
             head=None,
             value=float(record.kernel_dimension),
             threshold=forced + LOST_HEADS * record.head_width,
-            message=f"The output projection of {_place(record.block, record.stack)} forgets {record.kernel_dimension} of "
-            f"the {mixed} dimensions its heads write, {lost} more than its shape forces.",
-            remedy="Head outputs cannot be recovered here; attribute to the sublayer. Look for duplicated or dead heads.",
+            message=f"The output projection of {_place(record.block, record.stack)} loses {record.kernel_dimension} of "
+            f"the {mixed} dimensions that its heads write. Its shape accounts for {forced} of them.",
+            remedy="Head outputs cannot be recovered here. Attribute to the sublayer, and look for duplicated or dead heads.",
             reference=_CIRRINCIONE,
             stack=record.stack,
             kind=record.kind,

@@ -1,11 +1,11 @@
-"""The four collapses as one thing each: a symmetry, how far from it this model stands along depth, and what holds it there.
+"""The four collapses: the symmetry behind each, how far this model is from it along depth, and what keeps it there.
 
-A collapse is arrival near a set that a symmetry singles out; the order parameter is the distance from that set. Two different
-things act against it: *breakers*, components that do not respect the symmetry, and *stabilisers*, components that do and
-yet drive the model away from the collapsed set. Here they are read off records and the proved anatomy; what the groups do to
-the live model is measured by `uncollapse symmetries`.
+Each collapse brings the model close to a set of states defined by a symmetry. The order parameter is the distance from that
+set. Two kinds of components act against a collapse. *Breakers* do not respect the symmetry. *Stabilisers* respect it and still
+drive the model away from the collapsed set. Both are read off the records and the proved anatomy. What the groups do to the
+live model is measured by `uncollapse symmetries`.
 
-When not to use it: to judge. Which value is a collapse is the business of `findings`.
+When not to use it: to judge. `findings` decides which value counts as a collapse.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NOT_ACTED = "measured by `uncollapse symmetries`"
 
 @dataclass(frozen=True)
 class Components:
-    """What a model has that bears on its symmetries, from its proved anatomy. Counts are of residual additions and MLPs."""
+    """The components of a model that matter for its symmetries, from its proved anatomy. `residuals` counts residual additions."""
 
     residuals: int
     mlps: int
@@ -61,7 +61,7 @@ class Components:
         )
 
     def breakers(self, phenomenon: Phenomenon) -> list[str]:
-        """The components this model has that do not respect the symmetry, named as in `without` where it can take them away."""
+        """The components of this model that do not respect the symmetry, named as in `without` if it can remove them."""
         positions = ["positions"] * self.takes_positions
         mask = ["mask"] * self.is_causal
         return {
@@ -71,7 +71,7 @@ class Components:
         }.get(phenomenon, [])
 
     def stabilisers(self, phenomenon: Phenomenon) -> list[str]:
-        """The components this model has that respect the symmetry and repel the collapsed set."""
+        """The components of this model that respect the symmetry and still drive the model away from the collapsed set."""
         return {
             "rank-collapse-depth": _counted(self.residuals, "residual addition") + _counted(self.mlps, "MLP"),
             "entropy-collapse": ["query-key norm"] * self.bounds_logits,
@@ -85,7 +85,7 @@ def symmetry_records(
     components: Components,
     scaling: Sequence[WidthScaling] = (),
 ) -> list[SymmetryRecord]:
-    """The four records, without what only the groups' action on the live model can tell."""
+    """The four records, without the figures that need the groups to act on the live model."""
     slopes = [s.slope for s in scaling if s.slope is not None]
     found = []
     for phenomenon, along_depth in _ORDER_PARAMETERS.items():
@@ -93,7 +93,7 @@ def symmetry_records(
         is_width = phenomenon == "rank-collapse-width"
         unavailable = {"equivariance_defect": NOT_ACTED}
         if not is_width:
-            unavailable["slope"] = "only collapse in width is a limit in the context length"
+            unavailable["slope"] = "only collapse in width depends on the context length"
         elif not slopes:
             unavailable["slope"] = "measured with --context-lengths"
         if not any(values):
@@ -121,7 +121,7 @@ Along = tuple[list[str], list[Statistic | None]]
 
 
 def _consensus(trajectory: Sequence[SiteRecord], _a: object, _h: object) -> Along:
-    """Of sequences at each site; massive tokens left out, which otherwise decide it alone."""
+    """Over the sequences at each site, without massive tokens, which would otherwise decide it alone."""
     return [site.site for site in trajectory], [site.consensus for site in trajectory]
 
 

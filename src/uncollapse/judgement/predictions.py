@@ -1,4 +1,4 @@
-"""What the papers predict of a model without some of its parts, compared with what was seen."""
+"""What the papers predict for a model without some of its parts, compared with what was observed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from uncollapse.judgement.rates import consensus
 from uncollapse.records.ablation import AblationRun, RateRecord, VerdictRecord
 from uncollapse.records.diagnosis import followed
 
-RANK_LOST = (
-    0.5  # and in rank when less than half of the dimensions that the embedding spans, relative to the attainable
-)
+# Dimensions are lost if the share of the attainable affine rank falls below half of that at the embedding.
+RANK_LOST = 0.5
 
 
 _RATES = {"geometrically": "geometric", "doubly exponentially": "doubly exponential"}
@@ -20,7 +19,7 @@ _CIRRINCIONE = "Cirrincione 2026, arXiv 2604.23681"
 
 
 def verdicts(runs: Sequence[AblationRun], *, is_causal: bool) -> list[VerdictRecord]:
-    """Each prediction that these runs can speak to, held against them in rank and in distance."""
+    """Each prediction that these runs can test, compared with them in rank and in distance."""
     by_combination = {frozenset(r.without): r for r in runs}
     whole = by_combination[frozenset()]
     found: list[VerdictRecord] = []
@@ -33,7 +32,7 @@ def verdicts(runs: Sequence[AblationRun], *, is_causal: bool) -> list[VerdictRec
     without_residual = by_combination.get(frozenset({"residual"}))
     if without_residual is not None:
         how = "geometrically" if is_causal else "doubly exponentially"
-        prediction = "Without residual connections the tokens collapse, MLP and norms or not"
+        prediction = "Without residual connections the tokens collapse, with or without MLP and norms"
         found += _held(prediction, _CIRRINCIONE, without_residual, whole, collapses=True, how=how)
     without_norm = by_combination.get(frozenset({"norm"}))
     if without_norm is not None:
@@ -44,7 +43,7 @@ def verdicts(runs: Sequence[AblationRun], *, is_causal: bool) -> list[VerdictRec
 def _held(
     prediction: str, source: str, run: AblationRun, whole: AblationRun, *, collapses: bool, how: str = ""
 ) -> list[VerdictRecord]:
-    """One prediction in both measures. A collapse in distance is predicted with its rate where theory gives one."""
+    """One prediction in both measures. For a collapse in distance theory may also predict the rate."""
     share, block = _rank_share(run, whole)
     lost = share < RANK_LOST
     records = [
@@ -54,7 +53,7 @@ def _held(
             run.without,
             "affine_rank",
             "dimensions are lost" if collapses else "no dimensions are lost",
-            f"{share:.0%} of the embedding's share of the attainable affine rank is left at its lowest",
+            f"at its lowest, the share of the attainable affine rank is {share:.0%} of that at the embedding",
             lost == collapses,
             None,
             block,
@@ -72,7 +71,7 @@ def _held(
                 source,
                 run.without,
                 "consensus_distance",
-                f"falls {how}".strip() if collapses else "stays",
+                f"falls {how}".strip() if collapses else "does not fall",
                 observed,
                 as_predicted,
                 run.rate.kind,
@@ -102,13 +101,13 @@ def _in_words(found: RateRecord) -> str:
     if found.kind == "none":
         return "it does not collapse"
     figure = (
-        f", ln r multiplied by {found.slope:.2g} a block"
+        f", ln r grows by a factor of {found.slope:.2g} per block"
         if found.kind == "doubly exponential" and found.slope is not None
-        else f", times {found.factor:.2g} a block"
+        else f", multiplied by {found.factor:.2g} per block"
         if found.factor is not None
         else ""
     )
-    reached = f", at the rounding floor from block {found.floor_block} on" if found.floor_block is not None else ""
+    reached = f", at the rounding floor from block {found.floor_block}" if found.floor_block is not None else ""
     return f"{found.kind}{figure}{reached}"
 
 
@@ -126,8 +125,8 @@ def _norm_neutrality(run: AblationRun, whole: AblationRun) -> VerdictRecord:
         run.without,
         "affine_rank",
         "the affine rank is the same without the norms",
-        (f"it differs by at most {gap:.3g}" if gap else "it is the same at every block")
-        + (" that stays finite" if len(gaps) < len(whole.trajectory) else ""),
+        (f"it differs by at most {gap:.3g}" if gap else "it is the same in every block")
+        + (" whose values stay finite" if len(gaps) < len(whole.trajectory) else ""),
         gap == 0,
         None,
         block,

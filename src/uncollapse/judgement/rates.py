@@ -11,21 +11,20 @@ from uncollapse.measures.line_fit import line_fit
 from uncollapse.records.ablation import RateRecord
 from uncollapse.records.diagnosis import SiteRecord, followed
 
-LOST = 0.1  # a run collapses in distance when less than a tenth of the embedding's consensus distance is left
+LOST = 0.1  # a run collapses in distance if less than a tenth of the consensus distance at the embedding is left
 
 
-DOUBLY_EXPONENTIAL = (
-    1.5  # slope of ln r_{l+1} against ln r_l halfway (geometrically) between 1 and the cubic law's 3, rounded
-)
-FLOOR = (
-    16  # rounding floor of a consensus distance, in units of the number format's epsilon: measured 2 to 5 in float64
-)
+# Slope of ln r_{l+1} against ln r_l above which a fall counts as doubly exponential. The geometric mean of 1 (a geometric fall)
+# and 3 (the cubic law) is 1.7, rounded down.
+DOUBLY_EXPONENTIAL = 1.5
+# Rounding floor of a consensus distance, in units of the number format's epsilon. In float64 it was measured as 2 to 5.
+FLOOR = 16
 
 
 def consensus(trajectory: Sequence[SiteRecord]) -> list[float]:
-    """The consensus distance along the stack that is followed (the last one), massive tokens left out where there are any.
+    """The consensus distance along the stack that is followed (the last one), without massive tokens where there are any.
 
-    Tokens that are all exactly zero have none (0/0); they are at consensus, so 0. NaN where the tokens are not finite.
+    If all tokens are exactly zero it is 0/0; they agree, so it counts as 0. NaN where the tokens are not finite.
     """
     values = []
     for site in followed(trajectory):
@@ -35,7 +34,7 @@ def consensus(trajectory: Sequence[SiteRecord]) -> list[float]:
 
 
 def depth_rate(trajectory: Sequence[SiteRecord], epsilon: float) -> RateRecord | None:
-    """How the consensus distance falls with depth, from the values above the rounding floor; `None` where it is not finite."""
+    """How the consensus distance falls with depth, from the values above the rounding floor. `None` if one is not finite."""
     values = consensus(trajectory)
     if not all(map(math.isfinite, values)):
         return None
@@ -47,8 +46,8 @@ def depth_rate(trajectory: Sequence[SiteRecord], epsilon: float) -> RateRecord |
 
 
 def rate(values: Sequence[float], epsilon: float) -> RateRecord:
-    """How a sequence of consensus distances, the embedding's first, falls; `floor_block` counts from the value after it.
-    `epsilon`: of the model's number format."""
+    """How a sequence of consensus distances falls. The first is that of the embedding; `floor_block` counts from the second.
+    `epsilon`: that of the model's number format."""
     floor = FLOOR * epsilon
     floor_block = next((i - 1 for i, v in enumerate(values) if v <= floor and i), None)
     above = values if floor_block is None else values[: floor_block + 1]
@@ -64,5 +63,6 @@ def rate(values: Sequence[float], epsilon: float) -> RateRecord:
 
 
 def _accelerates(logs: Sequence[float], slope: float | None) -> bool:
-    """Whether ln r falls by more at each block: by the slope where there are points enough, else because the floor was met."""
+    """Whether ln r falls by more at each block. The slope decides if there are enough points; otherwise too few blocks above
+    the floor do."""
     return slope > DOUBLY_EXPONENTIAL if slope is not None else len(logs) < 3

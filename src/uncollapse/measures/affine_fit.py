@@ -1,7 +1,7 @@
-"""How much of an output no affine map of its input supplies, for a stream of tokens: sums in, a held-out share out.
+"""How much of an output no affine map of its input explains, for a stream of tokens: sums in, a held-out share out.
 
-When not to use it: where all tokens fit into memory. `geometry.nonlinear_innovation` takes them as they are, without the
-loss of digits that squaring costs.
+When not to use it: if all tokens fit into memory. `geometry.nonlinear_innovation` takes the tokens themselves and does not
+lose digits by squaring.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _EPS_64 = torch.finfo(torch.float64).eps
 
 
 class AffineFit:
-    """How much of an output no affine map of the input supplies: a share of the output's variance on held-out tokens.
+    """How much of an output no affine map of the input explains: a share of the output's variance on held-out tokens.
 
     ||Y - XB - 1c||_F^2 / ||Y - 1m||_F^2 over the held-out tokens; (B, c) is the least-squares affine map and m the mean
     output of the other tokens. It is computed from float64 sums over either split: the number of tokens, sum x, sum y,
@@ -58,7 +58,7 @@ class AffineFit:
         self.sums[held_out] = one if known is None else known.plus(one)
 
     def missing(self) -> str | None:
-        """Why there is no share, or None where there is."""
+        """Why there is no share, or None if there is one."""
         fitted, scored = self.sums
         if fitted is None or scored is None:
             return f"needs {HELD_OUT_EVERY} sequences or more: one in {HELD_OUT_EVERY} is held out"

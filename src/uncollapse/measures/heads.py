@@ -1,17 +1,17 @@
-"""What an output projection says of its heads: which of them can be told apart in the sum, and how well.
+"""What an output projection says about its heads: which of them can be told apart in the sum, and how well.
 
 A multi-head layer adds its heads' contributions: Y = sum_h O_h W_h, with head outputs O_h (n x d_k) and row blocks W_h
-(d_k x d) of the output projection W_O (D x d, D = H d_k). Whoever sees Y alone, as every later layer does, cannot always
-say which head wrote what. Here is how much is undetermined (`ambiguous_degrees_of_freedom`, `kernel_dimension`,
-`contribution_ambiguity`, `factorization_ambiguity`), which changes of the weights nobody can see (`gauge_dimension`,
+(d_k x d) of the output projection W_O (D x d, D = H d_k). An observer who sees only Y, as every later layer does, cannot
+always say which head wrote what. This module measures how much is undetermined (`ambiguous_degrees_of_freedom`, `kernel_dimension`,
+`contribution_ambiguity`, `factorization_ambiguity`), which changes of the weights cannot be seen (`gauge_dimension`,
 `query_key_gauge_dimension`), and how well posed the rest is (`write_space_overlap`, `conditioning`, `head_noise_gain`).
 
 W_O comes as `[mixed, width]`, the concatenated heads along its rows: the transpose of an `nn.Linear`'s weight. All
 figures of single heads are the same for every model that computes the same function: they depend on the write spaces
-row(W_h) and on the contributions O_h W_h, which the change of basis W_h -> M^-1 W_h, O_h -> O_h M leaves alone. The
-norm of O_h, of W_h or the condition number of W_O are not, so they are not here.
+row(W_h) and on the contributions O_h W_h, which the change of basis W_h -> M^-1 W_h, O_h -> O_h M does not change. The
+norms of O_h and W_h and the condition number of W_O do change, so they are not measured here.
 
-When not to use it: where the output of the projection is cut into heads. That is after the mixing, and means nothing.
+When not to use it: to cut the output of the projection into heads. By then the heads are mixed, and the parts mean nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def ambiguous_degrees_of_freedom(heads: int, head_width: int, tokens: int = 1) -
 
     0 for one head. Depends on sizes only, not on weights.
 
-    It is the count of an observer who does not know W_O. Who does, asks `kernel_dimension`, mostly 0.
+    It is the count for an observer who does not know W_O. For one who does, see `kernel_dimension`, which is mostly 0.
 
     >>> ambiguous_degrees_of_freedom(heads=12, head_width=64)
     704
@@ -48,7 +48,7 @@ def ambiguous_degrees_of_freedom(heads: int, head_width: int, tokens: int = 1) -
 
 
 def kernel_dimension(output_projection: Float[Tensor, "mixed width"], tokens: int = 1) -> int:
-    """How many numbers of the head outputs do not reach the layer's output, for who knows W_O. A count.
+    """How many numbers of the head outputs do not reach the layer's output, for an observer who knows W_O. A count.
 
     n (D - rank W_O): the dimension of the kernel of O -> O W_O. Rank counts singular values above
     eps ||W_O||_F (1/sqrt D + 1/sqrt d) + max(D, d) eps_64 sigma_1, eps that of the weights' dtype: below it a singular
@@ -57,7 +57,7 @@ def kernel_dimension(output_projection: Float[Tensor, "mixed width"], tokens: in
     0 (head outputs follow from Y; any W_O of full row rank) to n D. At least n (D - d), so positive wherever the heads
     are wider together than the stream. Invariant under the value-output gauge.
 
-    A kernel of 0 may still be useless in practice: see `conditioning`.
+    Even with kernel 0, attribution may be useless in practice: see `conditioning`.
 
     >>> kernel_dimension(torch.ones(4, 2))  # rank 1
     3
@@ -69,7 +69,7 @@ def kernel_dimension(output_projection: Float[Tensor, "mixed width"], tokens: in
 
 
 class WriteSpaces:
-    """An output projection decomposed once, for who wants several of the figures below: each takes it in place of the matrix.
+    """An output projection, decomposed once. Each of the figures below takes it in place of the matrix.
 
     `bases` are orthonormal rows [head, direction, width] spanning row(W_h), zero beyond the rank, `ranks` [head] their
     numbers, `rank` that of W_O, `stack` the singular vectors and values (U, sigma) of all bases on top of each other. All in
@@ -114,7 +114,7 @@ def _decomposed(name: str, output_projection: Tensor | WriteSpaces, heads: int) 
     if output_projection.heads != heads:
         raise InputError(
             f"{name}: expected spaces of {heads} heads, got {output_projection.heads}. They belong to another layer. "
-            "Decompose its own output projection."
+            "Decompose the output projection of this layer."
         )
     return output_projection
 
@@ -122,7 +122,7 @@ def _decomposed(name: str, output_projection: Tensor | WriteSpaces, heads: int) 
 def contribution_ambiguity(
     output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int, tokens: int = 1
 ) -> int:
-    """How many numbers of the contributions O_h W_h stay free when their sum is seen, for who knows W_O. A count.
+    """How many numbers of the contributions O_h W_h stay free, for an observer who sees their sum and knows W_O. A count.
 
     n (sum_h rank W_h - rank W_O), ranks as in `kernel_dimension`.
 
@@ -141,13 +141,13 @@ def contribution_ambiguity(
 
 
 def factorization_ambiguity(tokens: int, mixed: int, width: int) -> int:
-    """How many numbers stay free for who sees Y alone and knows neither the head outputs nor W_O. A count.
+    """How many numbers stay free, for an observer who sees only Y and knows neither the head outputs nor W_O. A count.
 
     n D + D d - r (n + d - r), r = min(n, D, d): the dimension of {(O, W_O) : O W_O = Y} at a generic such Y.
 
     At least r^2, the changes of basis between O and W_O; never 0. Depends on sizes only.
 
-    One sequence's count: an observer of many sequences with one W_O knows more; take all their tokens as n.
+    This is the count for one sequence. An observer of many sequences with the same W_O knows more; take all their tokens as n.
 
     >>> factorization_ambiguity(tokens=3, mixed=2, width=2)  # 3x2 times 2x2: GL(2)
     4
@@ -159,7 +159,7 @@ def factorization_ambiguity(tokens: int, mixed: int, width: int) -> int:
 
 
 def gauge_dimension(groups: int, head_width: int, *, value_bias: bool = False, output_bias: bool = False) -> int:
-    """In how many directions value and output weights can move together without any change of the function. A count.
+    """In how many directions value and output weights can move together without changing the function. A count.
 
     G d_k^2 for G key-value groups: W_V,g -> W_V,g M_g, W_h -> M_g^-1 W_h for all heads h of group g. With both biases
     G d_k more: b_V,g -> b_V,g + delta_g, b_O -> b_O - sum_h delta_g(h) W_h, since the weights of a row sum to one.
@@ -167,7 +167,7 @@ def gauge_dimension(groups: int, head_width: int, *, value_bias: bool = False, o
     Holds for generic weights with G d_k <= d. A value bias without an output bias to take it up has no freedom. On top
     come finitely many permutations of heads within groups and of groups.
 
-    Attention sinks let the value bias be seen: leave `value_bias` off there.
+    Attention sinks make the value bias visible: leave `value_bias` off there.
 
     >>> gauge_dimension(groups=2, head_width=64, value_bias=True, output_bias=True)
     8320
@@ -180,7 +180,7 @@ def gauge_dimension(groups: int, head_width: int, *, value_bias: bool = False, o
 def query_key_gauge_dimension(
     heads: int, groups: int, head_width: int, *, bias: bool = False, rotary_width: int = 0, norm: bool = False
 ) -> int:
-    """In how many directions query and key weights can move together without any change of the logits' softmax. A count.
+    """In how many directions query and key weights can move together without changing the softmax of the logits. A count.
 
     With r = `rotary_width` of the d_k channels rotated by position (0: none; d_k: all) and G key groups:
     G (r + (d_k - r)^2), pairs of channels of one frequency scaling and turning together, the others freely; with `bias`
@@ -302,7 +302,7 @@ def conditioning(output_projection: Float[Tensor, "mixed width"] | WriteSpaces, 
 
     1 (mutually orthogonal write spaces) to infinity: the bases are linearly dependent, up to
     eps sqrt(R) (1/sqrt R + 1/sqrt d) + max(R, d) eps_64 sigma_max with R rows in the stack and eps of the weights' dtype,
-    and a change in one head can be made good by others. Always so when R > d. Invariant under the value-output gauge,
+    and other heads can undo a change in one head. Always so when R > d. Invariant under the value-output gauge,
     scale of a head, and rotation of the stream; the condition number of W_O itself is not.
 
     A worst case over directions: most noise is amplified less. Infinite for a projection of zeros.
@@ -326,13 +326,13 @@ def head_noise_gain(
     output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int
 ) -> Float[Tensor, " head"]:
     """By how much noise in the layer's output is amplified, at worst, when one head's contribution is read off it. A factor
-    a head.
+    per head.
 
     1 / sin theta_h, theta_h the smallest angle between row(W_h) and the sum of all other heads' write spaces: the norm of
     the projection onto row(W_h) along that sum. From the singular values of the stack in `conditioning`, cut as there; a
     head is undetermined where more than the square root of the tolerance of a dependent direction is its own.
 
-    1 (at right angles to all others) to infinity (a part of its contribution can be made good by others), never above
+    1 (at right angles to all others) to infinity (other heads can write part of its contribution), never above
     `conditioning`; 0 for a head that writes nothing. Unlike `conditioning` it tells the heads apart: two copies are
     infinite, the others may be near 1. Invariances as there.
 
@@ -392,7 +392,7 @@ def contribution_energy(
     0 (the head writes the same for all tokens, or nothing) and above, in squared units of the stream. Invariant under
     the value-output gauge and under a value bias.
 
-    Energies do not sum to that of the layer: heads may cancel each other, and the cross terms are the point.
+    The energies do not add up to that of the layer: heads may cancel each other, which the cross terms show.
 
     >>> outputs = torch.tensor([[1.0, 5.0], [3.0, 5.0]])  # the second head does not vary
     >>> contribution_energy(outputs, torch.eye(2), heads=2)
@@ -411,7 +411,7 @@ def energy_share(
     *,
     grams: Float[Tensor, "head head_width head_width"] | None = None,
 ) -> Float[Tensor, "*batch head"]:
-    """Which part of the heads' summed energies is a head's: shares that sum to one.
+    """The share of each head in the sum of all heads' energies. The shares sum to one.
 
     e_h / sum_g e_g with e_h of `contribution_energy`.
 
@@ -466,12 +466,12 @@ def gate_conditioning(gates: Float[Tensor, "position head"], tol: float | None =
 
 
 def attribution_verdict(kernel_dimension: int, conditioning: float) -> str:
-    """May the layer's output be attributed to its heads? In words, from `kernel_dimension` and `conditioning`.
+    """Can the layer's output be attributed to its heads? In words, from `kernel_dimension` and `conditioning`.
 
-    Not where head outputs are undetermined, with care where noise is amplified more than `CARE_GAIN` times, else yes.
+    No, if head outputs are undetermined. With care, if noise is amplified more than `CARE_GAIN` times. Otherwise yes.
 
-    A statement about who sees the layer's output. Who records the heads before the projection knows their contributions
-    in any case, and asks only what the rest of the model can make of them.
+    The verdict is for an observer of the layer's output. If you record the heads before the projection, you know their
+    contributions in any case; then the question is only what the rest of the model can do with them.
 
     >>> attribution_verdict(0, 3.0), attribution_verdict(0, 352.0), attribution_verdict(1024, math.inf)
     ('attributable', 'attributable with care (noise gain 352)', 'not attributable (kernel 1024)')

@@ -1,6 +1,6 @@
-"""The slope of a straight line through a few points, with its interval: how collapse rates and width exponents are told.
+"""The slope of a straight line through a few points, with its interval. Collapse rates and width exponents come from it.
 
-When not to use it: for many points, or where their errors are known. Everything weighs the same here.
+When not to use it: for many points, or if their errors are known. All points have the same weight here.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LineFit(NamedTuple):
 def line_fit(x: Sequence[float], y: Sequence[float]) -> LineFit:
     """The least-squares slope of `y` on `x` and its 95 % interval (Student's t, independent errors of one size).
 
-    The interval needs three points, the slope two different `x`; what cannot be said is `None`.
+    The interval needs three points, the slope two different `x`. What cannot be computed is `None`.
 
     >>> line_fit([0.0, 1.0, 2.0], [1.0, 3.0, 5.0])
     LineFit(slope=2.0, low=2.0, high=2.0)

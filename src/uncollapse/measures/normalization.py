@@ -5,8 +5,8 @@ and s the root mean square. Exact matrices are decided in rational arithmetic al
 with rational generators contains s if and only if it contains the part of s in every square class
 (`exact.square_classes`). Tensors are decided by singular values in float64 above a tolerance.
 
-When not to use it: for distances. Layer normalisation that leaves every rank alone still moves the consensus distance
-from 9e-4 to .94 on tokens with a large common mean.
+When not to use it: for distances. Layer normalisation can leave every rank unchanged and still move the consensus distance
+from 9e-4 to 0.94, on tokens with a large common mean.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def rank_change(
     if kind not in ("layer", "rms"):
         raise InputError(
             f'rank_change: expected kind "layer" or "rms", got {kind!r}. Other norms have other formulas. '
-            "Name one of the two."
+            "Pass one of the two."
         )
     if exact.number(eps, name="rank_change") < 0:
         raise InputError(
@@ -97,7 +97,7 @@ def rank_change(
         if mask is not None or precision is not None:
             raise InputError(
                 "rank_change: expected mask and precision with a tensor only, got them with an exact matrix. Exact "
-                "matrices hold real tokens alone. Leave the others out of the rows."
+                "matrices contain only real tokens. Leave the others out of the rows."
             )
         return _exact_change(exact.rational(x, name="rank_change"), gamma, beta, exact.number(eps), kind)
     if x.ndim < 2 or not x.is_floating_point() or (mask is not None and mask.shape != x.shape[:-1]):

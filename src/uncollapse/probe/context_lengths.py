@@ -1,11 +1,10 @@
-"""How the attention patterns of a model change with the length of the context: the limit in which width collapse lives.
+"""How the attention patterns of a model change as the context grows. Collapse in width is a limit for long contexts.
 
-The same stream of real tokens is cut into windows of each length, one probe pass a length, and the second singular value of
-every attention matrix is fitted as a power of the length. A collapse in width is a power near -1/2: with independent logits
-every row becomes the same mixture as the context grows (Nait Saada, Naderi, Tanner 2025, arXiv 2410.07799).
+The same stream of real tokens is cut into windows of each length, with one probe pass per length. Then the second singular
+value of every attention matrix is fitted as a power of the length. A power near -1/2 is a collapse in width: with independent
+logits every row becomes the same mixture as the context grows (Nait Saada, Naderi, Tanner 2025, arXiv 2410.07799).
 
-When not to use it: for inputs whose length cannot be chosen (images), or beyond the positions a model was made for: what
-it does there is another question.
+When not to use it: for inputs whose length cannot be chosen (images), or for lengths that the model was not made for.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def width_scaling(
     """One record for each attention call, from windows of the `batches`' real tokens laid end to end.
 
     lengths: in rising order, see `require_context_lengths`.
-    Raises `InputError` where there are too few tokens for the longest, or the model takes no token numbers or none that many.
+    Raises `InputError` if there are too few tokens for the longest, or the model takes no token numbers or not that many.
     """
     streams = _token_streams(batches)
     calls: list[AttentionStatistics] = []
@@ -104,7 +103,7 @@ def _windows(stream: Tensor, length: int) -> Tensor:
     if not count:
         raise InputError(
             f"context lengths: expected at least {length} tokens of text, got {len(stream)}. "
-            "The windows are cut from the probe's own text. Give more text or shorter lengths."
+            "The windows are cut from the text of the probe. Give more text or shorter lengths."
         )
     starts = torch.arange(count) * (len(stream) // count)
     return stream[starts[:, None] + torch.arange(length)]
@@ -142,7 +141,7 @@ def _record(
 
 
 def regime(fit: LineFit, causal: bool) -> str:
-    """In words, which law of sigma_2 against n a fitted slope speaks for.
+    """Which law of sigma_2 over n a fitted slope suggests, in words.
 
     >>> regime(LineFit(-0.52, -0.6, -0.44), causal=False)
     'falls like independent logits: attention tends to one mixture for all tokens as the context grows'
@@ -153,7 +152,7 @@ def regime(fit: LineFit, causal: bool) -> str:
     unsure = "" if fit.low is not None else ", from two lengths only: no interval"
     if low > 0:
         return (
-            "rises: a causal mask opens no gap by itself" if causal else "rises: longer contexts add directions"
+            "rises: a causal mask alone opens no spectral gap" if causal else "rises: longer contexts add directions"
         ) + unsure
     if high < 0 and fit.slope <= INDEPENDENT:
         return (

@@ -1,7 +1,7 @@
 """What each head of an attention writes: the vectors O_h W_h that its output projection adds up, from a live model.
 
-When not to use this: to say what the model makes of a head. Whatever comes behind the sum sees the sum alone; whether one
-head could be told from the others there is what `attribution` answers.
+When not to use this: to say what the model does with a head. Whatever comes after the sum sees only the sum. `attribution`
+answers whether one head can be told from the others there.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from uncollapse.sources import check_batches
 class HeadContributions:
     """What each head of one attention call adds to its output projection's output.
 
-    contributions: O_h W_h, in the model's number format, single precision at least. bias: the projection's, zeros where it has
-    none. `contributions.sum(-2) + bias` is the projection's output, up to rounding. mask: True for a real token.
-    added_as_is: that output is, bit for bit, what the residual addition adds to the stream. False where something stands
+    contributions: O_h W_h, in the model's number format, in at least single precision. bias: that of the projection, zeros if it
+    has none. `contributions.sum(-2) + bias` is the output of the projection, up to rounding. mask: True for a real token.
+    added_as_is: this output is, bit for bit, what the residual addition adds to the stream. False if something comes
     between: a sandwich or output norm (Gemma, OLMo-2), a LayerScale (DINOv2), a residual multiplier (Granite).
     """
 
@@ -55,26 +55,26 @@ def head_contributions(
 ) -> Iterator[HeadContributions]:
     """What each head writes, vector by vector: an iterator over the attention calls in order of depth, self before cross.
 
-    Y = sum_h O_h W_h + 1 b^T, with O_h the h-th part of what the output projection reads and W_h its rows: the contributions
-    O_h W_h [batch, token, head, width] are exact, whatever stands between attention and projection (position gates, a norm):
-    it has acted on O_h. They are invariant under the value-output gauge; a change of the value bias moves constants between
-    them and b.
+    Y = sum_h O_h W_h + 1 b^T, with O_h the h-th part of the input of the output projection and W_h its rows. The contributions
+    O_h W_h [batch, token, head, width] are exact even if something comes between attention and projection (position gates, a
+    norm), since it has already acted on O_h. They are invariant under the value-output gauge. A change of the value bias moves
+    constants between them and b.
 
-    The model runs once, when this is called, in evaluation mode and without gradients, on `batch` as it stands. blocks: their
-    numbers from 0, all of them by default. layout: see `uncollapse.Layout`. Between two steps of the iterator there are only
-    the projections' inputs, n D numbers a call; the n H d numbers of one call are made when it is reached, from the weights
-    as they are then. `list(...)` keeps all.
+    The model runs once, when this is called, in evaluation mode and without gradients, on `batch` unchanged. blocks: their
+    numbers from 0, all by default. layout: see `uncollapse.Layout`. Between two steps of the iterator only the inputs of the
+    projections are kept, n D numbers per call. The n H d numbers of one call are computed when it is reached, from the weights
+    at that time. `list(...)` keeps all of them.
 
-    "Y" is the projection's output. Where `added_as_is` is False that is not yet what enters the residual stream: a factor
-    behind it multiplies each contribution alike, but a norm divides by the size of the whole sum.
+    Y is the output of the projection. If `added_as_is` is False, it is not yet what enters the residual stream: a factor after
+    it multiplies all contributions equally, but a norm divides by the size of the whole sum.
 
-    Misleading as a measure of importance: contributions cancel, and the energy of their sum is not that of its terms.
+    Misleading as a measure of importance: contributions cancel, and the energy of their sum is not the sum of their energies.
     With quantised activations they sum to the output only as far as the projection is linear.
 
         for found in uc.head_contributions(model, tokenizer("A sentence.", return_tensors="pt")):
             found.contributions.norm(dim=-1)
 
-    Raises `InputError` for a batch or block that cannot be used, `UnsupportedModel` where the anatomy cannot be proved or an
+    Raises `InputError` for a batch or block that cannot be used, `UnsupportedModel` if the anatomy cannot be proved or an
     attention has no output projection that is a linear map of its heads.
     """
     (given,) = check_batches([batch], model=model)
@@ -131,7 +131,7 @@ def _readings(model: nn.Module, anatomy: Anatomy, blocks: Collection[int] | None
             for call in {c.projection: c for c in part.attention}.values():
                 if call.projection is None:
                     raise UnsupportedModel(
-                        f"head_contributions: expected an output projection behind each attention, got none of the "
+                        f"head_contributions: expected an output projection after each attention, got none with the "
                         f"width of its heads in block {number} ({part.module}) of {type(model).__name__}. It may mix heads "
                         "in another way. Choose other blocks."
                     )
@@ -276,7 +276,7 @@ class _Contributor:
         if cloud is None:
             raise UnsupportedModel(
                 f"head_contributions: expected an output projection that reads [batch, token, {width}], the heads side by "
-                f"side, got {None if mixed is None else list(mixed.shape)} in {reading.place}. It may be no linear map of the "
+                f"side, got {None if mixed is None else list(mixed.shape)} in {reading.place}. It may not be a linear map of the "
                 "concatenated heads. Choose other blocks."
             )
         return cloud

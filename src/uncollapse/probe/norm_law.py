@@ -1,9 +1,9 @@
 """A live norm layer's own gamma, beta and eps, found by running it, and the three brackets of its change of rank.
 
-No table of names: some layers multiply by 1 + weight, some hold no weight, some call their eps otherwise. What was found is
-held against what the layer did to real tokens (`NormLaw.holds`) before anything is said with it.
+There is no table of names: some layers multiply by 1 + weight, some have no weight, some name their eps differently. The
+result is compared with what the layer did to real tokens (`NormLaw.holds`) before it is used.
 
-When not to use it: for a layer that is no norm by its behaviour, or for single figures on a matrix of one's own, which
+When not to use it: for a layer that does not behave like a norm, or for a matrix of your own, which
 `normalization.rank_change` takes directly.
 """
 

@@ -46,7 +46,7 @@ def projection_map(module: nn.Module, given: Tensor) -> tuple[Tensor, Tensor]:
     map its parameters, else what the module makes of the unit vectors (adapters, quantised and offloaded weights: whatever it
     is, it should be affine). `given` is what it reads.
 
-    Raises `UncollapseError` where the module is not affine or cannot be run by itself.
+    Raises `UncollapseError` if the module is not affine or cannot be run on its own.
     """
     weight = getattr(module, "weight", None)
     own_forward = "forward" in vars(module)  # put on the instance by accelerate and others
@@ -69,12 +69,12 @@ def projection_map(module: nn.Module, given: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():  # `forward`: no hook on this module, ours nor the user's, should meet the unit vectors
             image = module.forward(rows.reshape(*(1,) * (given.ndim - 2), *rows.shape)).reshape(len(rows), -1)
     except Exception as error:
-        raise UncollapseError("the output projection cannot be run by itself") from error
+        raise UncollapseError("the output projection cannot be run on its own") from error
     zero = image[mixed]
     matrix, got = (image[:mixed] - zero) / SCALE, image[mixed + 1] - zero
     expected = check[0].to(matrix.dtype) @ matrix
     # Activations may be quantised (below 1 %), and beside a large bias half precision rounds; a nonlinearity is off by more.
     allowed = 0.1 * expected.abs().max() + 4 * torch.finfo(image.dtype).eps * zero.abs().max()
     if bool(image.isfinite().all()) and not bool((got - expected).abs().max() <= allowed):
-        raise UncollapseError("the output projection is no affine map")
+        raise UncollapseError("the output projection is not an affine map")
     return matrix, zero

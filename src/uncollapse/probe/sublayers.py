@@ -1,13 +1,13 @@
-"""What every sublayer adds to the stream and what every norm does to it, reduced to running statistics as a probe pass runs.
+"""What every sublayer adds to the stream and what every norm does to it, as running statistics during a probe pass.
 
-Updates are met at their residual addition, just before the model adds them, and norms at their module's call; nothing is
-changed and nothing kept beyond a batch but running sums. Four questions of an update: how large it is beside the stream,
-how much of it lies outside the span of the sequence's own embeddings (beside what other sequences' updates would show
-there), how much of it no affine map of what the MLP reads supplies, and how many directions the MLP's hidden layer uses.
-Of a norm: the affine rank of its tokens before and after, and the three brackets that the change is made of
-(`normalization.rank_change`), with the norm's own gamma, beta and eps, found by what it does and not by their names.
+Updates are observed at their residual addition, just before the model adds them, and norms when their module is called.
+Nothing is changed, and only running sums are kept beyond a batch. For each update: how large it is relative to the stream, how
+much of it lies outside the span of the sequence's own embeddings (compared with the updates of other sequences), how much of
+it cannot be explained by an affine map of the MLP's input, and how many directions the hidden layer of the MLP uses. For each
+norm: the affine rank before and after, and the three brackets of the change (`normalization.rank_change`). Its gamma, beta and
+eps are found by what it does, not by their names.
 
-When not to use it: inside `uncollapse.without`. A removed addition is not there to be met, so everything is unavailable.
+When not to use it: inside `uncollapse.without`. A removed addition cannot be observed, so everything is unavailable.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ TokensOf = Callable[[int, Tensor, str], tuple[Tensor, Tensor | None] | None]  # 
 
 UPDATE_MEASURES = ["relative_norm", "out_of_span_energy", "null_out_of_span_energy", "hidden_effective_rank"]
 NORM_MEASURES = ["affine_rank_before", "affine_rank_after", "one in X", "scales in image", "kernel"]
-NULL_SEQUENCES = 4  # so many other sequences of the batch are held against a sequence's span
+NULL_SEQUENCES = 4  # how many other sequences of the batch are compared with the span of a sequence
 WIDEST_FIT = 1024  # beyond, the moments of the affine fit would no longer be small
 
 _UNDEFINED = "not finite or undefined on this text"
-_REMOVED = "not measured while a component is taken away"
-_NO_TOKENS = "the tokens here cannot be told apart, or are not those of the stream"
+_REMOVED = "not measured while a component is removed"
+_NO_TOKENS = "the tokens here cannot be told apart, or they are not those of the stream"
 
 
 @dataclass
@@ -152,18 +152,18 @@ class Sublayers:
         statistics = UpdateStatistics(number, "attention" if attends else "mlp", block.stack, kind if attends else None)
         reasons = statistics.reasons
         if attends:
-            reasons["nonlinear_innovation"] = (
-                "0 by construction: given its patterns, attention is affine in what it reads"
-            )
+            reasons["nonlinear_innovation"] = "0 by construction: given its patterns, attention is affine in its input"
             reasons["hidden_effective_rank"] = "attention has no hidden layer"
         elif part.kind == "mixer":
-            reasons["nonlinear_innovation"] = "it moves information between tokens, so no map of one token is asked for"
+            reasons["nonlinear_innovation"] = (
+                "it moves information between tokens, so no map of single tokens is fitted"
+            )
         elif part.reads is None:
-            reasons["nonlinear_innovation"] = "no module of its own reads what this MLP sees"
+            reasons["nonlinear_innovation"] = "the input of this MLP is not read by a module of its own"
         else:
             statistics.fit = AffineFit()
         if not attends and part.writes is None:
-            reasons["hidden_effective_rank"] = "no module of its own writes this MLP's output"
+            reasons["hidden_effective_rank"] = "the output of this MLP is not written by a module of its own"
         if removed:
             statistics.reasons = dict.fromkeys([*UPDATE_MEASURES, "nonlinear_innovation"], _REMOVED) | reasons
         return statistics
@@ -349,7 +349,7 @@ class Sublayers:
     def _out_of_span(self, statistics: UpdateStatistics, span: _Span | None, cloud: _Cloud) -> dict[str, Tensor]:
         names = ("out_of_span_energy", "null_out_of_span_energy")
         if span is None or span.basis.shape[-1] != cloud.x.shape[-1]:
-            statistics.reasons |= dict.fromkeys(names, "the embeddings of this stack were not met in this width")
+            statistics.reasons |= dict.fromkeys(names, "the embeddings of this stack were not observed in this width")
             return {}
         if not span.known.any():
             statistics.reasons |= dict.fromkeys(names, "the embeddings span the whole width, or are not finite")
@@ -359,7 +359,7 @@ class Sublayers:
         found = {names[0]: energy.where(known, math.nan)}
         others = min(NULL_SEQUENCES, len(x) - 1)
         if others < 1:
-            statistics.reasons[names[1]] = "each batch holds one sequence, and the null is made of others"
+            statistics.reasons[names[1]] = "each batch has only one sequence, and the null value needs others"
             return found
         inside, total = torch.zeros_like(energy), torch.zeros_like(energy)
         for shift in range(1, others + 1):
@@ -444,7 +444,9 @@ class Sublayers:
                 if found is not None:
                     brackets[i] = torch.tensor(found, dtype=torch.float64)
                 else:
-                    statistics.reasons["brackets"] = "a few tokens so much larger than the others hide their rank"
+                    statistics.reasons["brackets"] = (
+                        "a few tokens are so much larger that they hide the rank of the others"
+                    )
         ranks = torch.stack([measured.affine_rank.cpu(), ranks_after.cpu()], -1)
         statistics.values = statistics.values.add(torch.cat([ranks, brackets], -1))
 

@@ -1,4 +1,4 @@
-"""The record of `ablate`: every run's sites, its rates, and how the predictions came out."""
+"""The record of `ablate`: the sites and the rate of every run, and how the predictions came out."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ABLATION_SCHEMA: Literal["uncollapse/ablation/1"] = "uncollapse/ablation/1"
 
 @dataclass(frozen=True)
 class RateRecord:
-    """How fast the consensus distance r_l falls along depth, followed only while it is above the rounding `floor`.
+    """How fast the consensus distance r_l falls along depth. Only values above the rounding `floor` are used.
 
-    kind: `none` (less than a decade is lost), `geometric` (ln r falls by a constant a block: `factor` is that ratio) or
-    `doubly exponential` (ln r itself grows by a factor a block). `slope` is that of ln r_{l+1} against ln r_l: 1 is geometric,
-    3 cubic (Dong et al.); `slope_low`, `slope_high` its 95 % interval, null with fewer than three pairs above the floor.
-    `floor_block` is the first block at the floor: what is drawn from there on is rounding, not a level.
+    kind: `none` (r loses less than a factor of ten), `geometric` (ln r falls by a constant per block; `factor` is the ratio of
+    r) or `doubly exponential` (ln r itself grows by a factor per block). `slope` is that of ln r_{l+1} against ln r_l: 1 is
+    geometric, 3 is cubic (Dong et al.). `slope_low` and `slope_high` are its 95 % interval, null with fewer than three pairs
+    above the floor. `floor_block` is the first block at the floor: from there on, values are rounding error.
     """
 
     kind: Literal["none", "geometric", "doubly exponential"]
@@ -33,8 +33,8 @@ class RateRecord:
 @dataclass(frozen=True)
 class AblationRun:
     """The model without some components. `output_shift` is 1 - cosine between a sequence's mean output vector here and in the
-    whole model; `loss` the next-token loss in nats where there is a language-model head and a causal mask.
-    `attention_contraction` holds, for each self-attention in order of depth, ||C A V||/||C V|| of its most alive head.
+    whole model. `loss` is the next-token loss in nats, if the model has a language-model head and a causal mask.
+    `attention_contraction` has for each self-attention, in order of depth, ||C A V||/||C V|| of the head that keeps most.
     """
 
     without: list[str]
@@ -48,8 +48,8 @@ class AblationRun:
 
 @dataclass(frozen=True)
 class VerdictRecord:
-    """A prediction held against a run, in one measure; exact rank and consensus distance can disagree. `agrees` is null where
-    the run leaves it open."""
+    """A prediction compared with a run, in one measure: exact rank and consensus distance can disagree. `agrees` is null if
+    the run does not decide it."""
 
     prediction: str
     source: str

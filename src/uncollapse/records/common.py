@@ -1,4 +1,4 @@
-"""What every record is made of: a measured value, the model and the probe it was measured on, and a finding."""
+"""What all records are made of: measured values, the model and the probe they were measured on, and findings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Which model was measured. `width` is the token dimension d, `head_width` the value width d_k of a head."""
+    """Which model was measured. `width` is the token dimension d, `head_width` the value width d_k per head."""
 
     name: str
     revision: str | None
@@ -68,8 +68,8 @@ class Probe:
 
 @dataclass(frozen=True)
 class Finding:
-    """One rule that fired. `value` is what was measured at the worst place, `threshold` what it was held against; `kind` says
-    which attention of a decoder block a finding about heads means."""
+    """One rule that fired. `value` is what was measured at the worst place, and `threshold` what it was compared with. `kind`
+    says which attention of a decoder block a finding about heads refers to."""
 
     code: str
     phenomenon: Phenomenon

@@ -14,9 +14,9 @@ DIAGNOSIS_SCHEMA: Literal["uncollapse/diagnosis/1"] = "uncollapse/diagnosis/1"
 
 @dataclass(frozen=True)
 class MassiveTokensLeftOut:
-    """The norm-sensitive measures of a site again, without each sequence's largest-norm tokens (`tokens_left_out` each).
+    """The norm-sensitive measures of a site, without the largest-norm tokens of each sequence (`tokens_left_out` of them).
 
-    Trained language models carry a few tokens of enormous norm, the first one above all; they alone decide the plain
+    Trained language models have a few tokens of enormous norm, above all the first one. These tokens alone decide the plain
     figures. Both are reported, and a finding says which one it is about.
     """
 
@@ -33,9 +33,9 @@ class SiteRecord:
     """The token cloud at one site: `embedding` (what enters the first block) or the output of `block.<i>`.
 
     `rank_gap` is sigma_r / sigma_{r+1} at the cut that decided `rank` (null where nothing lies below the cut);
-    `consensus_after_norm` is the consensus distance as a reader behind a norm sees it, token by token of unit length;
-    `stream_carried` the factor by which the block passes each token's stream on (null at an embedding);
-    `distinct_tokens` the different token ids of a sequence (at embeddings, where the model is given ids);
+    `consensus_after_norm` is the consensus distance after normalisation, with every token scaled to unit length;
+    `stream_carried` is the factor by which the block carries each token's stream on (null at an embedding);
+    `distinct_tokens` counts the different token ids of a sequence (at embeddings, if the model is given ids);
     `not_finite` counts the sequences with NaN or infinity in a real token.
     """
 
@@ -61,13 +61,13 @@ class SiteRecord:
 
     @property
     def consensus(self) -> Statistic | None:
-        """The consensus distance that collapses are judged by: without the largest-norm tokens where those were left out."""
+        """The consensus distance that a collapse is judged by: without the largest-norm tokens, if the model has such tokens."""
         left_out = self.massive_tokens_left_out
         return (left_out.consensus_distance if left_out is not None else None) or self.consensus_distance
 
 
 def followed(trajectory: Sequence[SiteRecord]) -> list[SiteRecord]:
-    """The sites of the stack along which a collapse is followed: the last one, which is the decoder where there are two."""
+    """The sites of the stack along which a collapse is followed: the last stack, so the decoder if there are two."""
     return stacks(trajectory)[-1] if trajectory else []
 
 
@@ -86,11 +86,11 @@ def stacks(trajectory: Sequence[SiteRecord]) -> list[list[SiteRecord]]:
 class AttentionRecord:
     """One head of one attention call. Entropies in nats; logits after scaling, bias and mask, as the softmax saw them.
 
-    `rest_entropy` is the normalised entropy of a row without its strongest key, `key_share` = (exp(entropy) - 1)/(T - 1) the
-    share of the other T - 1 allowed keys that a row uses beside one. `value_contraction` is ||C A V||_F / ||C V||_F on the
-    probe: how much of the values' spread survives the mixing, at most `contraction` = ||C A||_2. `route` says where the figures
-    came from: `logits` (recomputed tile by tile from the queries and keys of a fused call and its own mask or bias; never
-    n x n) or `weights` (the softmax the model ran itself).
+    `rest_entropy` is the normalised entropy of a row without its strongest key. `key_share` = (exp(entropy) - 1)/(T - 1) is the
+    share of the other T - 1 allowed keys that a row uses besides one. `value_contraction` is ||C A V||_F / ||C V||_F on the
+    probe: how much of the spread of the values survives the mixing, at most `contraction` = ||C A||_2. `route` says where the
+    figures came from: `logits` (recomputed tile by tile from the queries and keys of a fused call and its own mask or bias; never
+    n x n) or `weights` (the softmax that the model ran itself).
     """
 
     block: int
@@ -114,18 +114,19 @@ class AttentionRecord:
 
 @dataclass(frozen=True)
 class HeadsRecord:
-    """The output projection of one attention call: what it says of its heads. Figures from the weights; `energy_share` and
-    `tokens`, the mean number n of real tokens a sequence, from the probe.
+    """What the output projection of one attention call says about its heads. The figures come from the weights, except
+    `energy_share` and `tokens` (the mean number n of real tokens per sequence), which come from the probe.
 
-    What stays ambiguous, per token: `ambiguous_degrees_of_freedom` = (H-1)d_k for who sees the heads' sum in one channel space,
-    `kernel_dimension` = D - rank W_O of the head outputs and `contribution_ambiguity` = sum of rank W_h - rank W_O of the
-    contributions O_h W_h for who knows W_O and sees Y. In all: `factorization_ambiguity` for who sees Y of n tokens alone;
-    `gauge_dimension` for who knows the function alone.
+    Per token, an observer who sees only the heads' sum in one channel space cannot know
+    `ambiguous_degrees_of_freedom` = (H-1)d_k numbers. An observer who knows W_O and sees Y cannot know
+    `kernel_dimension` = D - rank W_O numbers of the head outputs, and `contribution_ambiguity` = sum of rank W_h - rank W_O
+    numbers of the contributions O_h W_h. In total, `factorization_ambiguity` numbers stay open if only Y of n tokens is seen,
+    and `gauge_dimension` if only the function is known.
 
-    `write_space_overlap[g][h]` is the mean squared cosine of the principal angles between the two heads' write spaces,
-    1 for identical ones; `smallest_principal_angle[g][h]` the smallest of these angles in radians, null beside a head that writes
-    nothing. `condition_number` is the noise gain of all heads together; `head_noise_gain[h]` that of one head, null where its
-    contribution is not determined; `head_verdict[h]` says so in words.
+    `write_space_overlap[g][h]` is the mean squared cosine of the principal angles between the write spaces of two heads, 1 for
+    identical ones. `smallest_principal_angle[g][h]` is the smallest of these angles in radians, null if one of the heads writes
+    nothing. `condition_number` is the noise gain of all heads together and `head_noise_gain[h]` that of one head, null if its
+    contribution is not determined. `head_verdict[h]` says the same in words.
     """
 
     block: int
@@ -153,7 +154,7 @@ class HeadsRecord:
 
 @dataclass(frozen=True)
 class NormRecord:
-    """One norm call inside a block: affine rank before and after, and the three brackets of the exact formula."""
+    """One norm call inside a block: the affine rank before and after it, and the three brackets of the exact formula."""
 
     block: int
     norm: str
@@ -165,7 +166,7 @@ class NormRecord:
 
 @dataclass(frozen=True)
 class UpdateRecord:
-    """What one sublayer adds to the stream: how much of it lies outside the span of the embeddings, beside its null."""
+    """What one sublayer adds to the stream: how much of it lies outside the span of the embeddings, next to a null value."""
 
     block: int
     sublayer: Literal["attention", "mlp"]
@@ -181,7 +182,7 @@ class UpdateRecord:
 
 @dataclass(frozen=True)
 class DiagnosisRecord:
-    """The whole of one diagnosis."""
+    """One diagnosis, complete."""
 
     schema: Literal["uncollapse/diagnosis/1"]
     versions: dict[str, str]

@@ -1,4 +1,4 @@
-"""Records to JSON and back, their published schema, and a file that is written whole or not at all."""
+"""Records to JSON and back, their published schemas, and a file that is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def to_json(record: object) -> str:
 
 
 def from_json(text: str, kind: type[Record], *, function: str = "from_json", source: str = "a JSON text") -> Record:
-    """The record that `text` holds. `function` and `source` are who asked and what the text came from, for the refusal.
+    """The record that `text` holds. A refusal names `function` and `source`, where the text came from.
 
-    Raises `InputError` where the text is no such record.
+    Raises `InputError` if the text is not such a record.
     """
     try:
         record: Record = TypeAdapter(kind).validate_json(text)
@@ -50,14 +50,14 @@ def json_schema(kind: type[Any]) -> dict[str, Any]:
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` as UTF-8 so that a reader sees the old file or the whole new one, never a part.
+    """Write `text` to `path` as UTF-8 so that a reader sees either the old file or the complete new one.
 
-    Raises `InputError` where the place cannot be written; nothing is left behind then.
+    Raises `InputError` if the path cannot be written; no temporary file remains.
     """
     target = Path(path).resolve()
     try:
         if target.exists() and not target.is_file():
-            raise OSError("that is no file")
+            raise OSError("that is not a file")
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         temporary = Path(name)
         try:

@@ -1,4 +1,4 @@
-"""The record of `identify`: what can be said of the heads, one attention call after another."""
+"""The record of `identify`: what can be said about the heads of each attention call."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEADS_SCHEMA: Literal["uncollapse/heads/1"] = "uncollapse/heads/1"
 
 @dataclass(frozen=True)
 class IdentifiabilityRecord:
-    """Whether results can be attributed to the heads of one model: one record an attention call, and the rules that fired."""
+    """Whether results can be attributed to the heads of one model: one record per attention call, and the rules that fired."""
 
     schema: Literal["uncollapse/heads/1"]
     versions: dict[str, str]

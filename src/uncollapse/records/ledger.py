@@ -13,9 +13,9 @@ LEDGER_SCHEMA: Literal["uncollapse/ledger/1"] = "uncollapse/ledger/1"
 
 @dataclass(frozen=True)
 class Evidence:
-    """One thing that was looked at. `passed`: it came out as `what` says; None where that could not be decided.
+    """One check. `passed` says whether it came out as `what` says; None if that could not be decided.
 
-    `exact` says that it was decided in rational or rigorous interval arithmetic, not in floating point.
+    `exact` means decided in rational or rigorous interval arithmetic, not in floating point.
     """
 
     what: str
@@ -28,7 +28,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Counterexample:
-    """Matrices one can copy, rows of rationals such as "3/2", and what they show. `minimal` says in which sense."""
+    """Matrices to copy, as rows of rationals such as "3/2", and what they show. `minimal` says in which sense it is smallest."""
 
     refutes: str
     matrices: dict[str, list[list[str]]]
@@ -38,7 +38,7 @@ class Counterexample:
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """One claim of the ledger: one id, one statement, one verdict."""
+    """One claim of the ledger: its id, its statement, its verdict."""
 
     id: str
     statement: str
@@ -51,7 +51,7 @@ class ClaimResult:
 
 @dataclass(frozen=True)
 class Ledger:
-    """All that was checked, and with what."""
+    """All claims that were checked, and the versions, trials and seed they were checked with."""
 
     versions: dict[str, str]
     trials: int

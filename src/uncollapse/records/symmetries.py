@@ -1,4 +1,4 @@
-"""The record of `symmetries`: where a model stands among its symmetries, and what the acting groups showed."""
+"""The record of `symmetries`: how far a model is from each symmetric state, and what the acting groups showed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ SYMMETRIES_SCHEMA: Literal["uncollapse/symmetries/1"] = "uncollapse/symmetries/1
 
 @dataclass(frozen=True)
 class WidthScaling:
-    """How the second singular value of one attention's patterns moves with the context length n: sigma_2 ~ n^slope.
+    """How the second singular value of one attention's patterns changes with the context length n: sigma_2 ~ n^slope.
 
-    `second_singular_value` has for each of `context_lengths` the mean over heads and the extreme heads (`n` heads), each head's
-    own value being its mean over the windows of that length. The least-squares slope of ln sigma_2 on ln n has its 95 % interval
-    beside it (null below three lengths). `regime` says in words which law that is.
+    For each of `context_lengths`, `second_singular_value` has the mean over heads, the extreme heads, and the number of heads
+    `n`. The value of one head is its mean over the windows of that length. `slope` is the least-squares slope of ln sigma_2 on
+    ln n, with its 95 % interval (null below three lengths). `regime` says in words which law that is.
     """
 
     block: int
@@ -32,12 +32,12 @@ class WidthScaling:
 
 @dataclass(frozen=True)
 class SymmetryRecord:
-    """One of the four symmetries: where this model stands, and what holds it there.
+    """One of the four symmetries: how far this model is from the collapse, and what keeps it there.
 
-    `order_parameter` is the distance from the collapsed set along depth, named by `measure`, one value for each of `places`; a
-    collapse is arrival at `collapsed_value`. `equivariance_defect` comes from `uncollapse symmetries` only: how far the model as
-    it is departs from the symmetry, relative to its output. `slope` (width only) is the mean over attention calls of
-    the slopes in `scaling`, measured with context lengths. `breakers` and `stabilisers` are those this model has.
+    `order_parameter` is the distance from the collapsed set along depth: one value for each of `places`, measured as `measure`
+    says. At a collapse it reaches `collapsed_value`. `equivariance_defect` comes from `uncollapse symmetries` only: how far the
+    model as it is departs from the symmetry, relative to its output. `slope` (width only) is the mean of the slopes in `scaling`
+    over attention calls; it needs context lengths. `breakers` and `stabilisers` are those that this model has.
     """
 
     phenomenon: Phenomenon
@@ -58,11 +58,11 @@ class SymmetryRecord:
 class SymmetryTest:
     """One group acting on the live model, perhaps without some of its components.
 
-    `defect` is ||f(g x) - g f(x)|| / ||f(x)|| of the model's output over real tokens, `rounding` the same ratio when every
-    block's output is moved by one unit of rounding: what no symmetry can be tested below. `holds` says that the defect is
-    at that level, whatever was expected; `is_symmetry` is what theory says of this action on any model without the components
-    named in `without`. `surviving` is the subgroup that this architecture leaves, `dimension` the number of its continuous
-    directions on one attention call (0 for a finite group, null where that is not the same on all, or not known).
+    `defect` is ||f(g x) - g f(x)|| / ||f(x)|| of the model's output over real tokens. `rounding` is the same ratio if every
+    block's output is moved by one unit of rounding: below it nothing can be tested. `holds` says whether the defect is at that
+    level, whatever was expected. `is_symmetry` is what theory says about this action on any model without the components in
+    `without`. `surviving` is the subgroup that this architecture leaves. `dimension` is the number of its continuous directions
+    on one attention call: 0 for a finite group, null if it differs between calls or is not known.
     """
 
     phenomenon: Phenomenon
@@ -79,7 +79,8 @@ class SymmetryTest:
 
 @dataclass(frozen=True)
 class SymmetriesRecord:
-    """The four symmetries of the forward pass on one model: the groups acting on it, and where it stands."""
+    """The four symmetries of the forward pass on one model: what the acting groups showed, and how far it is from each
+    collapse."""
 
     schema: Literal["uncollapse/symmetries/1"]
     versions: dict[str, str]

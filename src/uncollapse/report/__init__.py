@@ -1,13 +1,13 @@
-"""A record, shown: as one self-contained HTML page or as lines in a terminal.
+"""Show a record: as one self-contained HTML page or as lines in a terminal.
 
-Each command has a package with two functions, `page(record)` and `printout(record, console)`. All of them read records
-and nothing else, so that a page can be drawn from a JSON file on a machine that never saw the model. What several
-commands share lies in `page/` (a template lies beside the code that fills it), in `terminal/` and in `wording`.
+Each command has a package with two functions, `page(record)` and `printout(record, console)`. They read nothing but the
+record, so a page can be drawn from a JSON file on a machine that never saw the model. What several commands share is in
+`page/` (each template next to the code that fills it), in `terminal/` and in `wording`.
 
-Not the place for measuring or judging: the findings decide what is dangerous, the claims decide what is true, and both
-are only repeated here.
+Nothing is measured or judged here. The findings decide what is dangerous and the claims decide what is true; both are only
+repeated.
 
-Importing this package loads no drawing library. The first call of `draw` loads what it draws with, that of `show` rich.
+Importing this package loads no drawing library. The first call of `draw` loads Altair and Jinja, the first call of `show` rich.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 
 
 def draw(record: AnyRecord) -> str:
-    """The record as one HTML file: it opens from disk, fetches nothing, and is readable without JavaScript.
+    """The record as one HTML file. It opens from disk, fetches nothing, and can be read without JavaScript.
 
-    Raises `InputError` where it is no record of a schema that this version draws.
+    Raises `InputError` if it is not a record of a schema that this version knows.
     """
     return _shown("draw", record).page()
 
 
 def show(record: AnyRecord, console: Console) -> None:
-    """Print a diagnosis (one row a block, then its findings), an ablation (one row a run, then the predictions), the heads'
-    identifiability (the answer, then one row a block), symmetries (a paragraph a phenomenon, then one row a test) or a ledger
-    (a paragraph a claim, then the verdicts).
+    """Print a diagnosis (one row per block, then the findings), an ablation (one row per run, then the predictions), the
+    heads' identifiability (the answer, then one row per block), symmetries (one paragraph per phenomenon, then one row per
+    test) or a ledger (one paragraph per claim, then the verdicts).
 
-    Raises `InputError` where it is no record of a schema that this version prints.
+    Raises `InputError` if it is not a record of a schema that this version knows.
     """
     _shown("show", record).printout(console)
 
@@ -55,7 +55,7 @@ class _Shown(NamedTuple):
 
 
 def _shown(function: str, record: AnyRecord) -> _Shown:
-    """The two functions of the record's command, with the record filled in."""
+    """The two functions for this kind of record, with the record filled in."""
     match record:
         case DiagnosisRecord():
             shown = _Shown(DIAGNOSIS_SCHEMA, partial(diagnosis.page, record), partial(diagnosis.printout, record))

@@ -1,7 +1,7 @@
-"""How a record is put into words and digits: shared by the page and the terminal, so that both say the same.
+"""How a record is put into words and digits, shared by the page and the terminal so that both say the same.
 
-Only facts of the record are repeated: where a figure is lowest, how it moves along depth. Whether that is bad is a
-finding's business, and no threshold is invented here.
+Only facts of the record are repeated: where a figure is lowest, how it changes along depth. The findings decide whether that
+is bad; there are no thresholds here.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def mean(statistic: Statistic | None, digits: int = 3) -> str:
 
 
 def spread(statistic: Statistic | None) -> str:
-    """The lowest and the highest sequence, where they differ from the mean in print; otherwise nothing.
+    """The lowest and the highest sequence; empty if they look the same in print.
 
     >>> spread(Statistic(0.9, 0.81, 0.97, 4)), spread(Statistic(64.0, 64.0, 64.0, 4))
     ('0.810 … 0.970', '')
@@ -67,7 +67,7 @@ def spread(statistic: Statistic | None) -> str:
 
 
 def count(amount: int, noun: str) -> str:
-    """`amount` of `noun`, in the singular where there is one.
+    """`amount` of `noun`, in the singular if there is one.
 
     >>> count(1, "finding"), count(0, "finding"), count(3, "finding")
     ('1 finding', '0 findings', '3 findings')
@@ -101,19 +101,19 @@ def site_name(site: SiteRecord, *, with_stack: bool = True) -> str:
 
 
 def finding_place(finding: Finding) -> str:
-    """Where the rule fired worst."""
+    """The place where the rule fired."""
     if finding.block is None and finding.phenomenon in TOKEN_CLOUD:
         return f"{finding.stack} embedding" if finding.stack else "embedding"
     return place(block=finding.block, head=finding.head, stack=finding.stack)
 
 
 def worst_first(findings: Iterable[Finding]) -> list[Finding]:
-    """The findings, critical ones first; the rules' own order is kept within a severity."""
+    """The findings, critical ones first; within a severity the order of the rules is kept."""
     return sorted(findings, key=lambda finding: -SEVERITIES.index(finding.severity))
 
 
 def alike(findings: Iterable[Finding]) -> list[list[Finding]]:
-    """The findings, worst first, those of one rule with one remedy together."""
+    """The findings, worst first, grouped by rule and remedy."""
     found: dict[tuple[str, ...], list[Finding]] = {}
     for finding in worst_first(findings):
         found.setdefault((finding.severity, finding.code, finding.remedy, finding.reference), []).append(finding)
@@ -121,7 +121,7 @@ def alike(findings: Iterable[Finding]) -> list[list[Finding]]:
 
 
 def counts_in_words(findings: Sequence[Finding]) -> str:
-    """How many findings of which severity; empty where there is none."""
+    """How many findings of which severity; empty if there are none."""
     parts = severity_counts(findings)
     return ", ".join(f"{n} {'warnings' if (s, n > 1) == ('warning', True) else s}" for s, n in parts)
 
@@ -136,13 +136,13 @@ def headline(findings: Sequence[Finding]) -> str:
     """The verdict in one line.
 
     >>> headline([])
-    'No warning: no rule fired on this model and text.'
+    'No warnings: no rule fired on this model and text.'
     """
     counts = dict(severity_counts(findings))
     if not counts:
-        return "No warning: no rule fired on this model and text."
+        return "No warnings: no rule fired on this model and text."
     if set(counts) == {"info"}:
-        return f"No warning: {count(counts['info'], 'finding')} for information."
+        return f"No warnings, {count(counts['info'], 'finding')} for information."
     nouns = {"critical": "critical finding", "warning": "warning", "info": "finding"}
     parts = [count(amount, nouns[severity]) for severity, amount in counts.items()]
     return ", ".join(parts) + (" for information." if "info" in counts else ".")
@@ -157,7 +157,7 @@ def groups(records: Iterable[Any]) -> dict[tuple[str | None, str | None], list[A
 
 
 def group_name(stack: str | None, kind: str | None, *, several_kinds: bool) -> str:
-    """The heading of one stack and kind; empty where the model has only one.
+    """The heading of one stack and kind; empty if the model has only one.
 
     >>> group_name("decoder", "cross", several_kinds=True), group_name(None, "self", several_kinds=False)
     ('Decoder, cross-attention', '')
@@ -184,7 +184,7 @@ def extreme(records: Iterable[Any], measure: str, part: str = "mean", *, highest
 
 
 def rank_share(site: SiteRecord, rank: str = "affine_rank") -> float | None:
-    """`rank` over what was attainable, from the means over sequences; `None` where nothing is attainable."""
+    """`rank` relative to what was attainable, from the means over sequences; `None` if nothing is attainable."""
     reached, attainable = getattr(site, rank), getattr(site, f"attainable_{rank}")
     return None if reached is None or attainable is None or not attainable.mean else reached.mean / attainable.mean
 
@@ -209,7 +209,7 @@ def model_sentence(model: ModelInfo) -> str:
 
 def probe_sentence(probe: Probe) -> str:
     """On what it was measured."""
-    each = f" ({number(probe.tokens / probe.sequences)} a sequence)" if probe.sequences > 1 else ""
+    each = f" ({number(probe.tokens / probe.sequences)} per sequence)" if probe.sequences > 1 else ""
     return (
         f"Measured on {count(probe.sequences, 'sequence')}, {count(probe.tokens, 'token')}{each}, "
         f"from {probe.source}, level {probe.level}."
@@ -222,7 +222,7 @@ def head_place(attention: AttentionRecord) -> str:
 
 
 def verdict_in_short(verdict: str) -> str:
-    """A verdict without the figure it gives in parentheses, which differs from block to block.
+    """A verdict without the figure in parentheses, which differs from block to block.
 
     >>> verdict_in_short("attributable with care (noise gain 935)")
     'attributable with care'
@@ -231,7 +231,7 @@ def verdict_in_short(verdict: str) -> str:
 
 
 def verdicts(heads: Sequence[HeadsRecord]) -> dict[str, list[HeadsRecord]]:
-    """The blocks behind each head verdict, in the order in which the verdicts appear."""
+    """The blocks with each head verdict, in the order in which the verdicts appear."""
     found: dict[str, list[HeadsRecord]] = {}
     for record in heads:
         if record.verdict is not None:
@@ -240,7 +240,7 @@ def verdicts(heads: Sequence[HeadsRecord]) -> dict[str, list[HeadsRecord]]:
 
 
 def blocks_in_words(heads: Sequence[HeadsRecord]) -> str:
-    """The blocks of some head records, runs drawn together.
+    """The blocks of some head records, consecutive ones as a range.
 
     >>> one = lambda block: HeadsRecord(block, None, "self", 1, 1, 1, *7 * [None], None)
     >>> blocks_in_words([one(b) for b in (0, 1, 2, 5)]), blocks_in_words([one(4)])
@@ -263,7 +263,7 @@ def blocks_in_words(heads: Sequence[HeadsRecord]) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in percent; 100 % only where nothing is missing.
+    """A share in percent; 100 % only if nothing is missing.
 
     >>> percent(1.0), percent(0.9996), percent(0.25)
     ('100 %', '99.9 %', '25 %')
@@ -274,7 +274,7 @@ def percent(share: float) -> str:
 
 
 def option(value: object) -> str:
-    """The value of a resolved option: text as it is, everything else as JSON.
+    """The value of a resolved option: text unchanged, everything else as JSON.
 
     >>> option("mps"), option([64, 128]), option(None)
     ('mps', '[64, 128]', 'null')
@@ -295,7 +295,7 @@ NAMES = {
 
 
 def listed(words: Sequence[str], conjunction: str = "and") -> str:
-    """Words in a row.
+    """Words as a list in running text.
 
     >>> listed(["a", "b", "c"], "or"), listed(["a"])
     ('a, b or c', 'a')

@@ -1,8 +1,8 @@
 """A model and text, turned into batches of token sequences.
 
-`load_model` opens the packaged demo model, a saved folder or a hub id; `read_texts` and `default_texts` give sequences
-of text; `tokenize` makes padded batches of them, and `check_batches` looks over batches that somebody else made. What
-cannot be used is refused here with one line, before anything slow has run. Import from here, not from the files below.
+`load_model` opens the packaged demo model, a saved folder or a hub id. `read_texts` and `default_texts` give sequences
+of text. `tokenize` makes padded batches of them, and `check_batches` checks batches that somebody else made. Input that
+cannot be used is refused here in one line, before anything slow runs. Import from here, not from the modules below.
 """
 
 from uncollapse.sources.batches import (

@@ -1,8 +1,7 @@
 """Loading a model and its tokenizer by name, or refusing in one line.
 
-Weights are read from safetensors only, because a pickle runs whatever its author wrote into it, and code that lies
-beside a model stays untouched unless `trust_remote_code` is given. Not for a model object you already have: pass that
-to `diagnose` as it is.
+Weights are read from safetensors only, because a pickle runs whatever its author wrote into it. Code that comes with a
+model is not run unless `trust_remote_code` is given. If you already have a model object, pass it to `diagnose` directly.
 """
 
 from __future__ import annotations
@@ -64,8 +63,8 @@ def load_model(
     """Load `demo`, a folder that `save_pretrained` wrote, or a hub id.
 
     `demo` is the packaged all-MiniLM-L6-v2 (a folder of that name is `./demo`). `dtype` None or "auto" keeps the
-    checkpoint's own. `device` None takes the CUDA device where there is one and the CPU elsewhere; `device_map` spreads
-    the model over several devices instead, which needs accelerate. With `head`, a checkpoint that was saved with a
+    checkpoint's own. `device` None takes CUDA if available, otherwise the CPU. `device_map` spreads the model over
+    several devices instead, which needs accelerate. With `head`, a checkpoint that was saved with a
     language-model head keeps it, so that the model can return a loss.
 
     Raises `InputError` for everything that keeps the model from loading whole: no such model, no network, a broken
@@ -89,7 +88,7 @@ def load_model(
     if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
         raise InputError(
             f"load_model: expected a device map of {', '.join(DEVICE_MAPS)} or a dict, got {device_map!r}. "
-            "A single device is no map. Pass it as device, or 'auto' here."
+            "A single device is not a map. Pass it as device, or 'auto' here."
         )
     target = None if device_map is not None else _usable_device(device)
     place, label, source, package = _location(name)
@@ -166,7 +165,7 @@ def _location(name: str) -> tuple[str, str, Source, str | None]:
     if os.path.exists(path):
         raise InputError(
             f"load_model: expected a folder with a saved model, got the file {name!r}. "
-            "A model needs its config.json beside its weights. Name the folder that holds both."
+            "A model needs a config.json next to its weights. Name the folder that holds both."
         )
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise InputError(
@@ -242,7 +241,7 @@ def _configuration_advice(error: Exception, source: Source) -> str:
     if "custom code" in str(error):
         return "It brings its own Python code. If you trust its author, pass --trust-remote-code."
     if source == "hub":
-        return "The name may be misspelt, or the hub out of reach. Name a folder on this machine, or 'demo'."
+        return "The name may be misspelt, or the hub may be out of reach. Name a folder on this machine, or 'demo'."
     return "Its config.json may be broken, or newer than this transformers. Save the model again, or upgrade."
 
 
@@ -280,7 +279,7 @@ def _tokenizer(place: str, *, trust_remote_code: bool) -> tuple[Any | None, str]
         return None, _reason(error)
     if ordinary < 3:
         # transformers 5 makes a tokenizer out of nothing where its files are missing: special tokens and no words.
-        return None, "There are no tokenizer files beside the model."
+        return None, "There are no tokenizer files with the model."
     return tokenizer, ""
 
 

@@ -46,7 +46,7 @@ def _file_texts(name: str) -> list[str]:
     except OSError as error:
         raise InputError(
             f"read_texts: expected a text file, got {name!r} ({error.strerror or error}). "
-            "The path may be misspelt, or a folder's. Name a UTF-8 text file."
+            "The path may be misspelt, or name a folder. Name a UTF-8 text file."
         ) from None
     text, wrong = "", data.find(b"\0")  # UTF-16 without a mark is valid UTF-8, full of zero bytes
     try:
@@ -56,15 +56,15 @@ def _file_texts(name: str) -> list[str]:
     if wrong >= 0:
         raise InputError(
             f"read_texts: expected UTF-8 text, got {name!r} with byte 0x{data[wrong]:02x} at offset {wrong}. "
-            "It may be in another encoding, or no text at all. Save it as UTF-8, for instance with iconv."
+            "It may be in another encoding, or not a text file. Save it as UTF-8, for instance with iconv."
         )
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     by_blankness = itertools.groupby(text.split("\n"), key=lambda line: not line.strip())
     texts = ["\n".join(lines) for blank, lines in by_blankness if not blank]
     if not texts:
         raise InputError(
-            f"read_texts: expected text, got {name!r} with {len(data)} bytes and no word. "
-            "It may not have been written yet. Put one sequence a paragraph, with blank lines between them."
+            f"read_texts: expected text, got {name!r} with {len(data)} bytes and no words. "
+            "It may not have been written yet. Write one sequence per paragraph, with blank lines between them."
         )
     return texts
 

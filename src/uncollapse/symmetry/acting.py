@@ -1,23 +1,23 @@
 """The groups of the symmetry framework as code that acts on a live model, composes and inverts.
 
-Three groups act on the weights of attention and leave the function alone, as far as they survive in the architecture:
+Three groups act on the weights of attention. As far as they survive in the architecture, the function does not change:
 
 * `HeadPermutation`: key-value heads, and the heads within each, change places;
 * `ValueOutputGauge`: W_V,g -> W_V,g M_g, W_h -> M_g^-1 W_h for the heads h of group g;
 * `QueryKeyGauge`: W_Q,h -> W_Q,h T_g, W_K,g -> W_K,g T_g^-T with T_g commuting with the rotary embedding.
 
 Four act on what passes through the model: `TokenPermutation` on a batch and on outputs, `KeyPermutation`, `LogitShift` and
-`LogitScaling` inside the attention calls. The last is no symmetry: temperature is the group element.
+`LogitScaling` inside the attention calls. The last is not a symmetry; its elements are temperatures.
 
 `a.compose(b)` is `a` first, then `b`. `surviving(channels)` of a weight group says which subgroup survives on one attention
-call. Weights are acted on with `transformed`, attention calls with `acting`; both put everything back, also after an
-exception, the weights bit for bit. What a group does to weights is computed in float64 and rounded once.
+call. `transformed` acts on weights and `acting` on attention calls. Both restore everything, also after an exception, the
+weights bit for bit. What a group does to weights is computed in float64 and rounded once.
 
     elements = drawn(ValueOutputGauge, channels_of(model, anatomy, batch), generator)
     with transformed(model, elements):
         model(**batch)
 
-When not to use it: to train under. Gradients taken inside `transformed` are those of other weights.
+When not to use it: in training. Gradients computed inside `transformed` belong to other weights.
 """
 
 from __future__ import annotations

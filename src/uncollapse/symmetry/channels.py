@@ -550,7 +550,7 @@ class _Probe:
             return
         mixed = call.heads * call.head_width
         if answer is None or answer.shape[-1] != mixed:
-            site.refuse("projection", "what the output projection reads is not the heads side by side")
+            site.refuse("projection", "the input of the output projection is not the heads side by side")
             return
         code = codes[mixed].flip(0)
         agreement, channel = _agreement(answer[:CODES], code).max(-1)
@@ -608,19 +608,17 @@ class _Probe:
         if scores is not None and not _alike(scores[:-5], self._eps()):
             self._unlike(site)
         if "neither" in laws or laws[0] != laws[1]:
-            site.refuse(
-                "logits", "queries and keys are no linear functions of their weights, nor both normalised alike"
-            )
+            site.refuse("logits", "queries and keys are neither linear in their weights nor normalised in the same way")
         elif (
             laws[0] == "linear"
             and scores is not None
             and not torch.equal(scores[-5:-3], scores[-3:-2].expand(2, -1, -1, -1))
         ):
-            site.refuse("logits", "queries or keys add to the logits in another way than by their product")
+            site.refuse("logits", "queries or keys enter the logits in another way than by their product")
         else:
             site.norm = _NORMS.get(laws[0])
         if pairs[0] is None or pairs[0] != pairs[1]:
-            site.refuse("rotary", "what positions do to queries and keys is no rotation of pairs of channels")
+            site.refuse("rotary", "positions do not act on queries and keys by rotating pairs of channels")
         else:
             site.pairs = pairs[0]
 
@@ -681,7 +679,7 @@ class _Probe:
                     offset = (operand.storage_offset() - parameter.storage_offset()) // strides[axis]
                     found[operand.ndim].append((name, axis, offset))
         if len(found[2]) != 1 or len(found[1]) > 1:
-            return f"the weight of {place} is no parameter of the model by itself"
+            return f"the weight of {place} is not a parameter of the model"
         (weight, axis, offset) = found[2][0]
         if found[1] and found[1][0][2] != offset:
             return f"weight and bias of {place} are cut differently from their parameters"

@@ -71,7 +71,7 @@ class TokenPermutation(_TokenOrder):
         if not moved:
             raise InputError(
                 f"TokenPermutation: expected a batch with tokens [{self.order.shape[0]}, {self.order.shape[1]}, ...], got "
-                f"{', '.join(batch)}. Images and sounds become tokens inside the model only. Pass token numbers or embeddings."
+                f"{', '.join(batch)}. Images and sounds become tokens only inside the model. Pass token numbers or embeddings."
             )
         return {**batch, **moved}
 
@@ -96,8 +96,8 @@ class PassElement(Protocol):
 class KeyPermutation(_TokenOrder):
     """The keys alone in another order, A -> A Pi: the values of self-attention permuted among the real tokens.
 
-    No symmetry of a model at any length. In the limit of long sequences at initialisation, where attention is uniform, it
-    becomes one: that is rank collapse in width.
+    Not a symmetry of a model at any length. It becomes one in the limit of long sequences at initialisation, where attention is
+    uniform: that is rank collapse in width.
     """
 
     def handlers(self, call: AttentionCall, kind: str) -> dict[Point, Handler]:

@@ -186,7 +186,7 @@ class ValueOutputGauge:
             if value_bias is None or output_bias is None:
                 raise InputError(
                     "ValueOutputGauge: expected a value bias and an output bias to shift, got weights without one of them. "
-                    "What the values are shifted by must be taken off behind them. Leave the shifts out."
+                    "A shift of the values has to be subtracted after them. Leave the shifts out."
                 )
             value_bias = value_bias + self.shifts
             output_bias = output_bias - torch.einsum("hc,hcw->w", self.shifts[own], projection)
@@ -224,7 +224,7 @@ class ValueOutputGauge:
         if shift:
             words += ", and a shift of each channel from the value bias to the output bias"
         elif channels.sinks and channels.values is not None and channels.values.bias is not None:
-            words += "; no shift of the value bias, which attention sinks let be seen"
+            words += "; no shift of the value bias, which attention sinks make visible"
         dimension = heads.gauge_dimension(count, width, value_bias=shift, output_bias=shift)
         return Subgroup(True, words, dimension)
 
@@ -328,9 +328,7 @@ class QueryKeyGauge:
         if channels.norm is not None:
             own = f"the scale of each of the {count} heads' queries and of the {_named(channels)}' keys"
             words = own if channels.norm == "head" else "the scale of all queries and that of all keys"
-            words += (
-                ", up to the epsilon of the norm they pass; the gains of the norm could trade more and are left alone"
-            )
+            words += ", up to the epsilon of the norm they pass; the gains of the norm would allow more, but are left unchanged"
             return Subgroup(True, words, count + groups if channels.norm == "head" else 2)
         if channels.pairs is None:
             return Subgroup(False, f"unknown: {channels.reasons['rotary']}", None)

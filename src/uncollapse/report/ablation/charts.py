@@ -1,4 +1,4 @@
-"""The curves of an ablation: all runs on one logarithmic axis over the rounding floor, and each run's share of the rank."""
+"""The curves of an ablation: all runs on one logarithmic axis above the rounding floor, and the share of the rank per run."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ DASHES = {
     (True, 0): "6 3",
     (False, 1): "2 2",
     (True, 1): "8 2 2 2",
-}  # (norm taken away, second time round)
+}  # (norm removed, second time round)
 
 
 def keys(record: AblationRecord) -> list[Key]:
-    """One line a run: a colour for what is gone beside the norms, dashes where the norms are gone too."""
+    """One line per run. The colour says what is removed besides the norms; dashes mean that the norms are removed too."""
     beside = list(dict.fromkeys(frozenset(run.without) - {"norm"} for run in record.runs))
     among = say.components(record)
     found = []
@@ -39,7 +39,7 @@ def keys(record: AblationRecord) -> list[Key]:
 
 
 def consensus_chart(record: AblationRecord, key: str) -> Chart | None:
-    """Every run's consensus distance along depth. What is at the rounding floor is hollow and grey, and joined to nothing."""
+    """The consensus distance of every run along depth. Points at the rounding floor are hollow and grey, without a line."""
     sites = followed(record.runs[0].trajectory)
     drawn = [(number, line, run) for number, (line, run) in enumerate(zip(keys(record), record.runs, strict=True))]
     points = [point for number, line, run in drawn for point in _points(number, line, run)]
@@ -72,9 +72,9 @@ def consensus_chart(record: AblationRecord, key: str) -> Chart | None:
     layers += hover_columns([tables.depth_key(site) for site in sites], x)
     legend = [line for _, line, _ in drawn]
     if met:
-        legend += [Key("rounding, no level", GREY, "ring"), Key("rounding floor and below", GREY, "band")]
+        legend += [Key("rounding error", GREY, "ring"), Key("rounding floor and below", GREY, "band")]
     spec = specification(alt.layer(*layers).properties(width="container", height=380, autosize=FIT))
-    label = "Consensus distance of every run along depth, logarithmic axis."
+    label = "Consensus distance of every run along depth, on a logarithmic axis."
     return Chart(key, "Consensus distance along depth", label, spec, legend)
 
 
@@ -87,7 +87,7 @@ def _points(number: int, line: Key, run: AblationRun) -> list[dict[str, Any]]:
 
 
 def _falls(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each run that meets the floor, its last value above it and the first one at it."""
+    """For each run that reaches the floor, its last value above it and the first one at it."""
     found = []
     for before, after in itertools.pairwise(points):
         if before["run"] == after["run"] and after["rounding"] and not before["rounding"]:
@@ -96,7 +96,7 @@ def _falls(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _bottom(points: list[dict[str, Any]], floor: float | None) -> float:
-    """Where the axis ends: a decade below the floor where it is met, else under the lowest value, at least one decade down."""
+    """Where the axis ends: a decade below the floor if it is reached, otherwise below the lowest value; at least one decade."""
     if floor is not None:
         return float(10.0 ** math.floor(math.log10(floor) - 1))
     lowest = min((point["y"] for point in points if point["y"] > 0), default=0.1)
@@ -116,10 +116,18 @@ def _log_axis(bottom: float) -> alt.Y:
 
 
 def _floor_band(sites: int, bottom: float, floor: float, x: alt.X, y: alt.Y) -> list[alt.Chart]:
-    """The floor as a shaded band with its name in it."""
+    """The floor as a shaded band that contains its name."""
     band = alt.Chart(rows([{"depth": 0, "to": sites - 1, "y": bottom, "top": floor}]))
     label = alt.Chart(
-        rows([{"depth": 0, "y": floor, "words": f"rounding floor {wording.number(floor, 2)}: no level below"}])
+        rows(
+            [
+                {
+                    "depth": 0,
+                    "y": floor,
+                    "words": f"rounding floor {wording.number(floor, 2)}: nothing below it can be measured",
+                }
+            ]
+        )
     )
     return [
         band.mark_rect(color=GREY, opacity=0.2).encode(x=x, x2="to:Q", y=y, y2="top:Q"),
@@ -131,7 +139,7 @@ def _floor_band(sites: int, bottom: float, floor: float, x: alt.X, y: alt.Y) -> 
 
 
 def share_charts(record: AblationRecord, key: str) -> list[Chart]:
-    """One small chart a run: the affine rank over the attainable one, along depth."""
+    """One small chart per run: the share of the attainable affine rank along depth."""
     found = []
     for number, (line, run) in enumerate(zip(keys(record), record.runs, strict=True)):
         sites = followed(run.trajectory)

@@ -1,4 +1,4 @@
-"""The page of an ablation: every run's curves on one axis, the predictions held against them, and what it costs."""
+"""The page of an ablation: the curves of all runs on one axis, the predictions compared with them, and what it costs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def document(record: AblationRecord) -> str:
 
 
 def _target(verdict: VerdictRecord, record: AblationRecord) -> str:
-    """The key of the row of the run and site that a verdict is about; empty where it names no block."""
+    """The key of the row of the run and site that a verdict is about; empty if it names no block."""
     for number, run in enumerate(record.runs):
         if set(run.without) == set(verdict.without) and verdict.block is not None:
             sites = [site for site in followed(run.trajectory) if site.block == verdict.block]
@@ -61,7 +61,7 @@ def _tiles(record: AblationRecord) -> list[Tile]:
     if met:
         position, run = min(met, key=lambda pair: pair[0])
         where = say.place(followed(run.trajectory)[position])
-        tiles.append(Tile("rounding floor first met", where, say.name(run)))
+        tiles.append(Tile("rounding floor first reached", where, say.name(run)))
     if record.verdicts:
         agree = sum(verdict.agrees is True for verdict in record.verdicts)
         tiles.append(

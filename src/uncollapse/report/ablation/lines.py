@@ -1,4 +1,4 @@
-"""An ablation in a terminal: one row a run, the predictions held against what was observed, and what not to conclude."""
+"""An ablation in a terminal: one row per run, the predictions compared with the observations, and what not to conclude."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def print_record(record: AblationRecord, console: Console) -> None:
 
 
 def _fitting(record: AblationRecord, console: Console) -> Table:
-    """The table with as many sites as the console has room for, from all of them down to the first and the last."""
+    """The table with as many sites as fit the console, at least the first and the last."""
     last = len(followed(record.runs[0].trajectory)) - 1
     table = _table(record, [], console)
     for amount in range(last + 1, 1, -1):
@@ -56,7 +56,7 @@ def _fitting(record: AblationRecord, console: Console) -> Table:
 
 
 def _spread(last: int, amount: int) -> list[int]:
-    """`amount` positions from 0 to `last`, as evenly as whole numbers go; both ends are among them.
+    """`amount` positions from 0 to `last`, evenly spaced as far as whole numbers allow, with both ends.
 
     >>> _spread(6, 7), _spread(12, 5), _spread(6, 2), _spread(0, 2)
     ([0, 1, 2, 3, 4, 5, 6], [0, 3, 6, 9, 12], [0, 6], [0])
@@ -75,7 +75,7 @@ def _table(record: AblationRecord, positions: Sequence[int], console: Console) -
         header_style="bold",
         title_justify="left",
     )
-    table.add_column(_lines(["run", "taken away"], text), no_wrap=True)
+    table.add_column(_lines(["run", "removed"], text), no_wrap=True)
     sites = followed(record.runs[0].trajectory)
     for number, position in enumerate(positions):
         block = sites[position].block
@@ -98,13 +98,13 @@ def _table(record: AblationRecord, positions: Sequence[int], console: Console) -
 
 
 def _taken(run: AblationRun) -> list[str]:
-    """What was taken away, two components a line."""
+    """What was removed, two components per line."""
     names = say_it.names(run) or ["nothing"]
     return [("+ " if i else "") + " + ".join(names[i : i + 2]) for i in range(0, len(names), 2)]
 
 
 def _quality(record: AblationRecord) -> list[tuple[list[str], Callable[[AblationRun], str]]]:
-    """The columns about the output that at least one run has."""
+    """The columns about the output, those that at least one run has."""
     columns: list[tuple[list[str], Callable[[AblationRun], str]]] = []
     if any(run.output_shift for run in record.runs):
         columns.append((["out.", "shift"], lambda run: wording.mean(run.output_shift, 2) if run.without else "0"))
@@ -114,7 +114,7 @@ def _quality(record: AblationRecord) -> list[tuple[list[str], Callable[[Ablation
 
 
 def _fall(run: AblationRun) -> list[str]:
-    """The rate, its figure and where the floor is met, a line each."""
+    """The rate, its figure and where the floor is reached, one line each."""
     met = say_it.floor_position(run)
     floor = "" if met is None else f"floor from {say_it.place(followed(run.trajectory)[met])}"
     kind = wording.ABSENT if run.rate is None else run.rate.kind
@@ -136,7 +136,7 @@ def _print_question(question: say_it.Question, record: AblationRecord, console: 
     say = functools.partial(plain.say, console)
     say(question.prediction, "bold")
     mark = say_it.mark(question.run, say_it.components(record))
-    say(f"{question.source}; tried {say_it.name(question.run)} ({mark}).", "dim", INDENT)
+    say(f"{question.source}; tested {say_it.name(question.run)} ({mark}).", "dim", INDENT)
     for verdict in question.verdicts:
         answer = say_it.answer(verdict)
         words = plain.plain(console, f"{say_it.SIGNS[answer]} {answer}", STYLES[answer])
@@ -150,7 +150,7 @@ def _print_question(question: say_it.Question, record: AblationRecord, console: 
 
 
 def _at(verdict: VerdictRecord) -> str:
-    """The block, where the observation itself does not name it."""
+    """The block, unless the observation names it."""
     words = f"block {verdict.block}"
     return "" if verdict.block is None or words in verdict.observed else f" ({words})"
 
@@ -158,14 +158,15 @@ def _at(verdict: VerdictRecord) -> str:
 def _caption(record: AblationRecord) -> str:
     among = say_it.components(record)
     floors = [run.rate.floor for run in record.runs if run.rate is not None]
-    floor = f", below {wording.number(max(floors), 2)}" if floors else ""
-    left_out = " Largest-norm tokens are left out of r." if say_it.largest_norms_left_out(record) else ""
+    floor = f", {wording.number(max(floors), 2)} or less" if floors else ""
+    left_out = " It leaves out the largest-norm tokens." if say_it.largest_norms_left_out(record) else ""
+    over = wording.count(record.probe.sequences, "sequence")
     return (
-        f"A mark reads {say_it.key_to_marks(among)}: 1 is there, 0 was taken away. r is the consensus distance behind a "
-        f"block (“in”: what enters the first), the mean over {wording.count(record.probe.sequences, 'sequence')}; "
-        f"“floor” is rounding and no level{floor}.{left_out} Affine rank is the lowest share of the attainable along "
-        "depth. Slope: of ln r behind a block against ln r before it, with its 95 % interval; 1 is geometric, 3 cubic."
-        + (" Output shift is 1 − cosine to the whole model’s mean output vector." if _has_shift(record) else "")
+        f"The marks read {say_it.key_to_marks(among)}: 1 means present, 0 removed. r is the consensus distance after a block "
+        f"(“in”: before the first), {'in' if record.probe.sequences == 1 else 'averaged over'} {over}.{left_out} “Floor” means "
+        f"rounding error{floor}: nothing below it can be measured. Affine rank is the lowest share of the attainable along "
+        "depth. Slope is that of ln r after a block against ln r before it, with its 95 % interval; 1 is geometric, 3 is cubic."
+        + (" Output shift is 1 − cosine to the mean output vector of the whole model." if _has_shift(record) else "")
     )
 
 

@@ -1,4 +1,4 @@
-"""The tables of an ablation's page: every run and site, the rates, the contraction block by block, what it costs."""
+"""The tables of an ablation's page: every run and site, the rates, the contraction in each block, what it costs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run_site_key(number: int, site: SiteRecord) -> str:
 
 
 def curves_table(record: AblationRecord, key: str) -> Table:
-    """One row a site, one column a run: the consensus distance."""
+    """One row per site, one column per run: the consensus distance."""
     depths = [Along(i, site) for i, site in enumerate(followed(record.runs[0].trajectory))]
 
     def consensus(run: AblationRun) -> Callable[[Along], Cell | None]:
@@ -86,7 +86,7 @@ def _heading(run: AblationRun, record: AblationRecord) -> Column:
 
 @dataclass(frozen=True)
 class Numbered:
-    """One run, its number in the record, and why a figure of it is absent."""
+    """One run, its number in the record, and why some of its figures are absent."""
 
     number: int
     run: AblationRun
@@ -110,11 +110,11 @@ def _numbered(record: AblationRecord) -> list[Numbered]:
 
 
 def _naming(record: AblationRecord) -> list[tuple[Column, Callable[[Numbered], Cell]]]:
-    """The columns that say which run a row is about."""
+    """The columns that name the run."""
     among = say.components(record)
     return [
         (Column("run", say.key_to_marks(among), numeric=False), lambda row: _named(say.mark(row.run, among))),
-        (Column("taken away", numeric=False), lambda row: _named(say.taken(row.run))),
+        (Column("removed", numeric=False), lambda row: _named(say.taken(row.run))),
     ]
 
 
@@ -135,12 +135,12 @@ def _slope(run: AblationRun) -> Cell | None:
 def _floor(run: AblationRun) -> Cell:
     met = say.floor_position(run)
     if met is None:
-        return Cell("not met", sort=float(len(run.trajectory)))
+        return Cell("not reached", sort=float(len(run.trajectory)))
     return Cell(say.place(followed(run.trajectory)[met]), sort=float(met))
 
 
 def _lowest(run: AblationRun) -> Cell | None:
-    """The lowest consensus distance and where; at the floor it says that this is rounding."""
+    """The lowest consensus distance and where; at the floor, a note that it is rounding error."""
     low = say.lowest(run)
     if low is None:
         return None
@@ -157,19 +157,19 @@ def _share(run: AblationRun) -> Cell | None:
 
 
 def rates_table(record: AblationRecord, key: str) -> Table:
-    """One row a run: how its consensus distance falls."""
+    """One row per run: how its consensus distance falls."""
     return cells.table(
         key,
-        "How fast the tokens come together",
+        "How fast the tokens converge",
         _naming(record),
         [
             _of_run("kind", Column("rate", numeric=False), lambda run: run.rate and run.rate.kind),
             _of_run("slope", Column("slope", "of ln r′ on ln r; 95 %"), _slope),
-            _of_run("factor", Column("factor", "a block, on average"), lambda run: run.rate and run.rate.factor),
+            _of_run("factor", Column("factor", "per block, on average"), lambda run: run.rate and run.rate.factor),
             _of_run("consensus_distance", Column("start"), say.start),
             _of_run("consensus_distance", Column("lowest"), _lowest),
-            _of_run("floor", Column("rounding floor met", "at"), _floor),
-            _of_run("floor", Column("the floor"), lambda run: run.rate and run.rate.floor),
+            _of_run("floor", Column("rounding floor reached", "at"), _floor),
+            _of_run("floor", Column("rounding floor"), lambda run: run.rate and run.rate.floor),
         ],
         _numbered(record),
         lambda row: slug("rate", row.number),
@@ -177,7 +177,7 @@ def rates_table(record: AblationRecord, key: str) -> Table:
 
 
 def quality_table(record: AblationRecord, key: str) -> Table:
-    """One row a run: the collapse, in both measures, beside what happens to the model's output."""
+    """One row per run: the collapse in both measures, and what happens to the model's output."""
     return cells.table(
         key,
         "Collapse and output side by side",
@@ -195,7 +195,7 @@ def quality_table(record: AblationRecord, key: str) -> Table:
 
 
 def contraction_table(record: AblationRecord, key: str) -> Table:
-    """One row a block, one column a run: the ratio r′/r across the block, and what its attention alone leaves."""
+    """One row per block, one column per run: the ratio r′/r across the block, and what its attention alone leaves."""
     depths = [Along(i, site) for i, site in enumerate(followed(record.runs[0].trajectory)) if i]
 
     def ratio(run: AblationRun) -> Callable[[Along], Cell | None]:
@@ -217,7 +217,7 @@ def contraction_table(record: AblationRecord, key: str) -> Table:
 
     return cells.table(
         key,
-        "What is left of the consensus distance across each block, and what attention alone leaves",
+        "How much of the consensus distance each block leaves, and how much its attention alone leaves",
         [(Column("block"), lambda depth: Cell(str(depth.site.block), sort=float(depth.position)))],
         [Measure("consensus_distance", _heading(run, record), ratio(run)) for run in record.runs],
         depths,
@@ -226,14 +226,14 @@ def contraction_table(record: AblationRecord, key: str) -> Table:
 
 
 def attention_contraction(record: AblationRecord, run: AblationRun, block: int | None) -> Statistic | None:
-    """‖CAV‖/‖CV‖ of the block's self-attention; `None` where the list cannot be lined up with the blocks."""
+    """‖CAV‖/‖CV‖ of the block's self-attention; `None` if the list does not match the blocks."""
     if block is None or len(run.attention_contraction) != record.model.blocks:
         return None
     return run.attention_contraction[block]
 
 
 def every_table(record: AblationRecord, key: str) -> Table:
-    """One row a run and site, with every figure."""
+    """One row per run and site, with every figure."""
     among = say.components(record)
     left_out = say.largest_norms_left_out(record)
     measures = [Measure(m.key, m.column, lambda at, m=m: m.value(at.site)) for m in TRAJECTORY]  # type: ignore[misc]

@@ -1,7 +1,7 @@
-"""How an ablation is put into words and marks: shared by its page and its terminal form, so that both say the same.
+"""How an ablation is put into words and marks, shared by the page and the terminal so that both say the same.
 
-What the runs show and how the predictions fared was decided where the model ran; here it is repeated. A value at the
-rounding floor is said to be rounding wherever it is shown.
+What the runs show and how the predictions fared was decided when the model ran; here it is only repeated. Wherever a value
+at the rounding floor is shown, it is marked as rounding error.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from uncollapse.report.wording import NAMES, listed
 ALWAYS_MARKED = ("norm", "residual", "mlp")
 MEASURES = {"affine_rank": "exact rank", "consensus_distance": "consensus distance"}
 SIGNS = {"agrees": "✓", "disagrees": "✗", "open": "?"}
-CAVEAT = "Removed from a trained model, which is not the same as trained without."
+CAVEAT = "Removing a part from a trained model is not the same as training without it."
 DIFFERENT_ANSWERS = (
-    "The two measures answer differently: how many dimensions the tokens span is not how far apart they are."
+    "The two measures disagree. One counts the dimensions that the tokens span, the other says how far apart they are."
 )
 CAUSAL = (
-    "This model is causal and is judged by what causal masks do: the first token sees only itself and stays, the others come "
-    "towards it geometrically, in the limit by a factor ½ a block; a full mask brings all together doubly exponentially."
+    "This model has a causal mask, so it is compared with theory for causal masks. The first token sees only itself and does "
+    "not move. The others approach it geometrically, in the limit by a factor of ½ per block. Under a full mask all tokens would "
+    "converge doubly exponentially."
 )
 
 
 @dataclass(frozen=True)
 class Question:
-    """One prediction and the run that answers it, in each measure it speaks about."""
+    """One prediction and the run that tests it, in each measure that it is about."""
 
     prediction: str
     source: str
@@ -38,18 +39,18 @@ class Question:
 
     @property
     def divided(self) -> bool:
-        """Whether one measure agrees and the other does not."""
+        """Whether the prediction holds in one measure and fails in the other."""
         return {True, False} <= {verdict.agrees for verdict in self.verdicts}
 
 
 def components(record: AblationRecord) -> list[str]:
-    """What the marks speak about, in their order; beside norm, residual and MLP only what a run goes without."""
+    """The components that marks have a digit for, in order: norm, residual, MLP, and whatever else a run removes."""
     named = [component for run in record.runs for component in run.without]
     return list(dict.fromkeys([*ALWAYS_MARKED, *(each for each in NAMES if each in named), *named]))
 
 
 def mark(run: AblationRun, among: Sequence[str]) -> str:
-    """A digit a component: 1 where it is there, 0 where it was taken away.
+    """One digit per component: 1 means present, 0 removed.
 
     >>> mark(AblationRun(["residual"], [], None, None, None, []), ["norm", "residual", "mlp"])
     '1·0·1'
@@ -67,7 +68,7 @@ def key_to_marks(among: Sequence[str]) -> str:
 
 
 def taken(run: AblationRun) -> str:
-    """The components that were taken away.
+    """The components that were removed.
 
     >>> taken(AblationRun(["norm", "residual", "mlp"], [], None, None, None, []))
     'norm, residual and MLP'
@@ -76,7 +77,7 @@ def taken(run: AblationRun) -> str:
 
 
 def names(run: AblationRun) -> list[str]:
-    """The components that were taken away, one by one."""
+    """The components that were removed, as a list."""
     return [NAMES.get(component, component) for component in run.without]
 
 
@@ -90,7 +91,7 @@ def name(run: AblationRun) -> str:
 
 
 def floor_position(run: AblationRun) -> int | None:
-    """Where along the followed sites the rounding floor is met, counted from the embedding; `None` where it is not."""
+    """Where along the followed sites the rounding floor is reached, counted from the embedding; `None` if it is not."""
     if run.rate is None or run.rate.floor_block is None:
         return None
     values = [site.consensus for site in followed(run.trajectory)]
@@ -98,19 +99,19 @@ def floor_position(run: AblationRun) -> int | None:
 
 
 def at_floor(run: AblationRun, position: int) -> bool:
-    """Whether what was measured here is rounding and no level."""
+    """Whether the value measured here is rounding error."""
     met = floor_position(run)
     return met is not None and position >= met
 
 
 def floor_words(run: AblationRun) -> str:
-    """Where the rounding floor is met; empty where it is not."""
+    """Where the rounding floor is reached; empty if it is not."""
     met = floor_position(run)
-    return "" if met is None else f"rounding floor from {place(followed(run.trajectory)[met])} on"
+    return "" if met is None else f"rounding floor from {place(followed(run.trajectory)[met])}"
 
 
 def place(site: SiteRecord) -> str:
-    """The site, without the stack where it is the only one that is followed."""
+    """The site, without its stack: only one stack is followed."""
     return wording.site_name(site, with_stack=False)
 
 
@@ -137,19 +138,19 @@ def collapses(run: AblationRun) -> bool:
 
 
 def rate_figure(run: AblationRun) -> str:
-    """The figure that belongs to the kind of rate; empty where nothing falls."""
+    """The figure that goes with the kind of rate; empty if nothing falls."""
     rate = run.rate
     if rate is None or rate.kind == "none":
         return ""
     if rate.kind == "geometric":
-        return f"×{wording.number(rate.factor, 2)} a block"
+        return f"×{wording.number(rate.factor, 2)} per block"
     if rate.slope is None:
-        return "too few for a slope"
+        return "too few points"
     return f"slope {wording.number(rate.slope, 2)}{interval(run)}"
 
 
 def interval(run: AblationRun) -> str:
-    """The slope's 95 % interval in brackets; empty where there are too few points for one."""
+    """The 95 % interval of the slope in brackets; empty if there are too few points."""
     rate = run.rate
     if rate is None or rate.slope_low is None or rate.slope_high is None:
         return ""
@@ -169,7 +170,7 @@ def answer(verdict: VerdictRecord) -> str:
 
 
 def questions(record: AblationRecord) -> list[Question]:
-    """The verdicts, those of one prediction and one run together."""
+    """The verdicts, grouped by prediction and run."""
     runs = {frozenset(run.without): run for run in record.runs}
     found: dict[tuple[str, str, frozenset[str]], list[VerdictRecord]] = {}
     for verdict in record.verdicts:
@@ -178,32 +179,30 @@ def questions(record: AblationRecord) -> list[Question]:
 
 
 def headline(record: AblationRecord) -> str:
-    """What the runs show, in a sentence or two: which components alone, or which combinations, let the tokens collapse."""
+    """What the runs show, in a sentence or two: which components make the tokens collapse when removed, alone or together."""
     whole, *others = record.runs
     before = (
-        f"The whole model’s tokens collapse already ({whole.rate.kind}). " if whole.rate and collapses(whole) else ""
+        f"The tokens collapse even in the whole model ({whole.rate.kind}). " if whole.rate and collapses(whole) else ""
     )
     rated = [run for run in others if run.rate is not None]
     alone = [run for run in rated if len(run.without) == 1]
     compared = alone or rated
     fall, stay = [run for run in compared if collapses(run)], [run for run in compared if not collapses(run)]
     if not compared:
-        return f"{before}No run without a component could be followed along depth."
+        return f"{before}None of the runs without a component could be followed along depth."
     only = " alone" if alone else ""
     parts = []
     if fall:
         kinds = listed(list(dict.fromkeys(run.rate.kind for run in fall if run.rate)), "or")
-        parts.append(
-            f"Taking away {listed([taken(run) for run in fall], 'or')}{only} makes the tokens collapse ({kinds})"
-        )
+        parts.append(f"Removing {listed([taken(run) for run in fall], 'or')}{only} makes the tokens collapse ({kinds})")
     if stay:
-        words = f"aking away {listed([taken(run) for run in stay], 'or')}{only} does not"
-        parts.append(f"t{words}" if fall else f"T{words} make the tokens collapse")
+        words = f"emoving {listed([taken(run) for run in stay], 'or')}{only} does not"
+        parts.append(f"r{words}" if fall else f"R{words} make the tokens collapse")
     return f"{before}{'; '.join(parts)}."
 
 
 def summary(record: AblationRecord) -> list[str]:
-    """Each run in a line: where the consensus distance goes, how, and the lowest share of the attainable affine rank."""
+    """One line per run: where the consensus distance goes, how it falls, and the lowest share of the attainable affine rank."""
     among = components(record)
     sentences = []
     for run in record.runs:
@@ -221,7 +220,7 @@ def summary(record: AblationRecord) -> list[str]:
 
 
 def scope(record: AblationRecord) -> str:
-    """In which blocks the components were taken away, and which combinations could not be."""
+    """The blocks in which components were removed, and the combinations that could not be run."""
     words = _blocks(record)
     for combination, reason in record.left_out.items():
         words += f" Not run: without {combination} ({reason.rstrip('.')})."
@@ -230,7 +229,7 @@ def scope(record: AblationRecord) -> str:
 
 def _blocks(record: AblationRecord) -> str:
     if len(record.blocks) == record.model.blocks:
-        return "Taken away in every block."
+        return "Components were removed in every block."
     runs: list[list[int]] = []
     for block in record.blocks:
         if runs and block == runs[-1][-1] + 1:
@@ -238,11 +237,11 @@ def _blocks(record: AblationRecord) -> str:
         else:
             runs.append([block])
     words = listed([f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs])
-    return f"Taken away in {'block' if len(record.blocks) == 1 else 'blocks'} {words} only."
+    return f"Components were removed in {'block' if len(record.blocks) == 1 else 'blocks'} {words} only."
 
 
 def answers_in_words(record: AblationRecord) -> str:
-    """How many verdicts agree, disagree or stay open."""
+    """How many verdicts agree, disagree or are open."""
     given = [answer(verdict) for verdict in record.verdicts]
     return ", ".join(
         f"{given.count(kind)} {word}"
@@ -252,7 +251,7 @@ def answers_in_words(record: AblationRecord) -> str:
 
 
 def largest_norms_left_out(record: AblationRecord) -> bool:
-    """Whether a collapse was judged without the tokens of enormous norm, and that changes a figure in print."""
+    """Whether the collapse was judged without the tokens of enormous norm, and a printed figure differs because of it."""
     return any(
         wording.mean(site.consensus) != wording.mean(site.consensus_distance)
         for run in record.runs

@@ -1,4 +1,4 @@
-"""A diagnosis, shown: every site, every head, and the findings."""
+"""Show a diagnosis: every site, every head, and the findings."""
 
 from __future__ import annotations
 

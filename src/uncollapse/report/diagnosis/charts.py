@@ -1,4 +1,4 @@
-"""Maps and bars: the entropy of every head, how far heads write into the same space, how much each one writes."""
+"""The charts of a diagnosis: the entropy of every head, and the measures of the token cloud along depth."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LABELLED_HEADS = 16  # up to here a cell of the map is wide enough for its numbe
 
 
 def entropy_map(heads: Sequence[AttentionRecord], findings: Sequence[Finding], key: str, where: str) -> Chart | None:
-    """Normalized entropy, one cell a block and head, on the fixed scale from 0 to 1."""
+    """Normalized entropy, one cell per block and head, on a fixed scale from 0 to 1."""
     if not any(record.normalized_entropy for record in heads):
         return None
     columns = 1 + max(record.head for record in heads)
@@ -71,9 +71,7 @@ def entropy_map(heads: Sequence[AttentionRecord], findings: Sequence[Finding], k
     if any(cell["value"] is None for cell in drawn):
         legend.append(Key("not measured", GREY, "area"))
     spec = specification(alt.layer(*layers).properties(width="container", height=step * len(blocks), autosize=FIT))
-    label = (
-        f"Normalized entropy of every head{f' in the {where}' if where else ''}: one row a block, one column a head."
-    )
+    label = f"Normalized entropy of every head{f' in the {where}' if where else ''}: one row per block, one column per head."
     size = "small" if columns <= LABELLED_HEADS else "medium" if columns <= 40 else "wide"
     return Chart(key, "Normalized entropy, blocks × heads", label, spec, legend, size)
 
@@ -85,11 +83,11 @@ def _short(value: float | None) -> str:
     return "1" if value >= 0.995 else f"{value:.2f}"[1:]
 
 
-DRAWN_FLOOR = 1e-17  # a logarithmic axis has no zero: smaller values are drawn here, and the tooltip tells the truth
+DRAWN_FLOOR = 1e-17  # a logarithmic axis has no zero: smaller values are drawn here, and the tooltip has the true value
 
 
 def trajectory_charts(sites: Sequence[SiteRecord], findings: Sequence[Finding], key: str, where: str) -> list[Chart]:
-    """Ranks against the attainable, the consensus distance on a logarithmic axis, the token similarity."""
+    """The ranks and the attainable rank, the consensus distance on a logarithmic axis, the token similarity."""
     names = ["in" if site.block is None else str(site.block) for site in sites]
     keys = [
         f"{cells.site_key(site)} {cells.left_out_key(site)}" if site.massive_tokens_left_out else cells.site_key(site)
@@ -114,8 +112,8 @@ def trajectory_charts(sites: Sequence[SiteRecord], findings: Sequence[Finding], 
             area=attainable if shown else (),
         )
         legend = [line.key for line in ranks] + ([Key("attainable rank", GREY, "area")] if shown else [])
-        label = f"Rank, affine rank and effective rank along depth{inside}, against the attainable rank."
-        charts.append(Chart(f"{key}-ranks", "Ranks against the attainable", label, spec, legend))
+        label = f"Rank, affine rank and effective rank along depth{inside}, compared with the attainable rank."
+        charts.append(Chart(f"{key}-ranks", "Ranks and the attainable rank", label, spec, legend))
     named = [depth for depth, site in enumerate(sites) if any(cells.names_site(f, site) for f in findings)]
     charts += [
         chart
@@ -140,7 +138,7 @@ def _pair_chart(
     key: str,
     inside: str,
 ) -> Chart | None:
-    """A norm-sensitive measure of all tokens and, where that differs in print, without the largest-norm ones."""
+    """A norm-sensitive measure of all tokens and, if the printed figures differ, without the largest-norm ones."""
     everything = [getattr(site, measure) for site in sites]
     rest = [getattr(site.massive_tokens_left_out, measure, None) for site in sites]
     differ = any(r is not None and wording.mean(r) != wording.mean(e) for r, e in zip(rest, everything, strict=True))
@@ -156,7 +154,7 @@ def _pair_chart(
         legend.append(Key("lowest to highest sequence", BLUE, "band"))
     if ringed:
         legend.append(Key("named by a finding", RED, "ring"))
-    scale = ", logarithmic axis" if measure == "consensus_distance" else ""
+    scale = ", on a logarithmic axis" if measure == "consensus_distance" else ""
     return Chart(f"{key}-{measure}".replace("_", "-"), title, f"{title} along depth{inside}{scale}.", spec, legend)
 
 
@@ -165,7 +163,7 @@ def _on_log_axis(value: float) -> float:
 
 
 def _log_axis(sites: Sequence[SiteRecord]) -> alt.Y:
-    """Decades from the lowest sequence up to 1, at least one of them, so that a flat line looks flat."""
+    """Decades from the lowest sequence up to 1. At least one decade, so that a flat line looks flat."""
     drawn = [
         _on_log_axis(s.min)
         for site in sites

@@ -1,4 +1,4 @@
-"""The page of a diagnosis: one self-contained HTML file, drawn from its record, with the Vega bundle and the data in it."""
+"""The page of a diagnosis: one self-contained HTML file, drawn from the record, including the Vega bundle and the data."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def document(record: DiagnosisRecord) -> str:
 
 
 def _target(finding: Finding, record: DiagnosisRecord) -> str:
-    """The key of the row that a finding is about: a head, a block's heads or a site; empty where there is none."""
+    """The key of the row that a finding is about: a head, the heads of a block, or a site; empty if there is none."""
     heads = [cells.head_key(each) for each in record.attention if cells.names_head(finding, each)]
     blocks = [cells.block_key(each) for each in record.heads if cells.names_heads(finding, each)]
     sites = [cells.site_key(each) for each in record.trajectory if cells.names_site(finding, each)]

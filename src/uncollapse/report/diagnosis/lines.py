@@ -1,6 +1,6 @@
-"""The diagnosis in a terminal: one row a block, a line a finding, and where to look next.
+"""The diagnosis in a terminal: one row per block, the findings, and where to look next.
 
-A mean never stands alone: beside it is the worst sequence, or the sharpest head by its number.
+A mean never stands alone: the worst sequence is next to it, or the sharpest head with its number.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def print_record(record: DiagnosisRecord, console: Console) -> None:
     console.print()
     say(_caption(record), "dim")
     if names := [name for name in left_out if name not in ("head verdict", "worst seq.")]:
-        say(f"Left out, the terminal being {console.width} columns wide: {', '.join(names)}.", "dim")
+        say(f"Hidden because the terminal is only {console.width} columns wide: {', '.join(names)}.", "dim")
     if "head verdict" in left_out:
         for sentence in verdict_sentences(record):
             say(sentence)
@@ -97,7 +97,7 @@ def _table(record: DiagnosisRecord, columns: list[Column[SiteRecord]], text: Cal
 
 
 def _severity(record: DiagnosisRecord, site: SiteRecord) -> str:
-    """The severity of the worst finding that names the block, a head of it included."""
+    """The severity of the worst finding about the block or one of its heads."""
     return cells.severity_of(
         record.findings,
         lambda f: cells.names_site(f, site) or (f.block is not None and (f.block, f.stack) == (site.block, site.stack)),
@@ -119,12 +119,12 @@ def _part(statistic: Statistic | None, part: str) -> str:
 
 
 def _cosine(statistic: Statistic | None, part: str) -> str:
-    """Three decimals: a cosine of 1e-5 is as good as zero."""
+    """Three decimals, since a cosine of 1e-5 is practically zero."""
     return wording.ABSENT if statistic is None else f"{getattr(statistic, part):.3f}"
 
 
 def _heads_of(record: DiagnosisRecord, site: SiteRecord) -> list[tuple[float, str]]:
-    """The normalized entropy of every head of the block, self- and cross-attention alike, and the head's name."""
+    """The normalized entropy of every head of the block, in self- and cross-attention, and the name of the head."""
     return [
         (head.normalized_entropy.mean, f"h{head.head}" + (" cross" if head.kind == "cross" else ""))
         for head in record.attention
@@ -154,11 +154,11 @@ def _verdict(record: DiagnosisRecord, site: SiteRecord) -> str:
 
 def _caption(record: DiagnosisRecord) -> str:
     sequences = record.probe.sequences
-    worst = "; the worst sequence is the one with the lowest consensus distance or the highest similarity"
+    worst = ". The worst sequence has the lowest consensus distance or the highest similarity"
     over = f"Means over {wording.count(sequences, 'sequence')}{worst}" if sequences > 1 else "One sequence"
     return (
-        f"{over}. Ranks stand over the attainable. Entropy is normalized: 0 looks at one key, 1 at all alike. "
-        f"“in” is what enters the first block. {wording.ABSENT} was not measured; the page and the JSON say why."
+        f"{over}. Ranks are shown as reached/attainable. Entropy is normalized: 0 means all weight on one key, 1 equal weight on "
+        f"all keys. “in” is the input of the first block. {wording.ABSENT} means not measured; the page and the JSON say why."
     )
 
 
@@ -168,11 +168,11 @@ def closing(record: DiagnosisRecord) -> str:
     worst = next((f for f in findings if f.severity != "info" and f.block is not None), None)
     command = record.probe.command
     if "--html" in command:
-        where = "the page has every head and the charts."
+        where = "the page shows every head, with charts."
     elif command:
-        where = f"`{command} --html report.html` draws every head and the charts."
+        where = f"`{command} --html report.html` shows every head, with charts."
     else:
-        where = '`to_html("report.html")` draws every head and the charts.'
+        where = '`to_html("report.html")` shows every head, with charts.'
     if worst:
         return f"Look next at {wording.finding_place(worst)} ({worst.code}); {where}"
     more = "`--level full` adds contraction and spectral gaps; " if record.probe.level == "core" else ""

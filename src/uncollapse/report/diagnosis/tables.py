@@ -1,4 +1,4 @@
-"""The tables of the page, one a kind of record: which columns, in which order, under which name."""
+"""The tables of the page, one per kind of record: which columns, in which order, under which names."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ ATTENTION = [
 
 
 def trajectory_table(sites: Sequence[SiteRecord], findings: Sequence[Finding], key: str) -> Table:
-    """One row a site."""
+    """One row per site."""
     return table(
         key,
         "The token cloud at every site",
@@ -69,7 +69,7 @@ def _order(site: SiteRecord) -> float:
 
 
 def massive_table(sites: Sequence[SiteRecord], key: str) -> Table | None:
-    """The norm-sensitive measures without the largest-norm tokens; `None` where they were not measured."""
+    """The norm-sensitive measures without the largest-norm tokens; `None` if they were not measured."""
     seen = [site for site in sites if site.massive_tokens_left_out is not None]
     if not seen:
         return None
@@ -79,7 +79,7 @@ def massive_table(sites: Sequence[SiteRecord], key: str) -> Table | None:
     ]
     return table(
         key,
-        "The same without each sequence’s largest-norm tokens",
+        "The same without the largest-norm tokens of each sequence",
         [(Column("site", numeric=False), lambda site: Cell(wording.site_name(site), sort=_order(site)))],
         measures,
         seen,
@@ -88,7 +88,7 @@ def massive_table(sites: Sequence[SiteRecord], key: str) -> Table | None:
 
 
 def attention_table(heads: Sequence[AttentionRecord], findings: Sequence[Finding], key: str) -> Table:
-    """One row a head."""
+    """One row per head."""
     measures = list(ATTENTION)
     if any(record.route for record in heads):
         measures.append(field("route", "route", numeric=False))
@@ -107,12 +107,12 @@ def attention_table(heads: Sequence[AttentionRecord], findings: Sequence[Finding
 
 
 def mean_length(record: DiagnosisRecord) -> int:
-    """The probe's mean sequence length, by which the figures per token are multiplied."""
+    """The mean sequence length of the probe, which the figures per token are multiplied by."""
     return round(record.probe.tokens / max(1, record.probe.sequences))
 
 
 def heads_table(record: DiagnosisRecord, key: str) -> Table:
-    """One row an output projection. Figures per token, and times the probe's mean length n."""
+    """One row per output projection. Figures are per token, and also times the mean length n of the probe."""
     n = mean_length(record)
     order = {id(heads): float(index) for index, heads in enumerate(record.heads)}
 
@@ -142,10 +142,10 @@ def heads_table(record: DiagnosisRecord, key: str) -> Table:
         field("verdict", "verdict", numeric=False),
         Measure(
             "ambiguous_degrees_of_freedom",
-            Column("ambiguous d.o.f.", "(H − 1)·dₖ a token"),
+            Column("ambiguous d.o.f.", "(H − 1)·dₖ per token"),
             per_token("ambiguous_degrees_of_freedom"),
         ),
-        Measure("kernel_dimension", Column("kernel", "D − rank W_O a token"), per_token("kernel_dimension")),
+        Measure("kernel_dimension", Column("kernel", "D − rank W_O per token"), per_token("kernel_dimension")),
         field("gauge_dimension", "gauge dimension"),
         Measure("output_projection_rank", Column("rank W_O"), out_of),
         field("condition_number", "condition", "of the write spaces"),
@@ -166,7 +166,7 @@ def heads_table(record: DiagnosisRecord, key: str) -> Table:
 
 @dataclass(frozen=True)
 class _HeadShare:
-    """One head of an output projection: what the matrix and the bars of the head panel draw."""
+    """One head of an output projection: the figures behind the matrix and the bars of the head panel."""
 
     block: HeadsRecord
     head: int
@@ -174,7 +174,7 @@ class _HeadShare:
     unavailable: dict[str, str]
 
     def overlap(self) -> Cell | None:
-        """The other head whose write space is nearest."""
+        """The other head whose write space is closest."""
         matrix = self.block.write_space_overlap
         others = [(v, h) for h, v in enumerate(matrix[self.head]) if h != self.head] if matrix else []
         if not others:
@@ -184,7 +184,7 @@ class _HeadShare:
 
 
 def shares_table(heads: Sequence[HeadsRecord], key: str) -> Table | None:
-    """One row a head: its energy share, and the head it overlaps most; `None` where no block has two heads."""
+    """One row per head: its energy share, and the head it overlaps most; `None` if no block has two heads."""
     records = [
         _HeadShare(block, head, block.energy_share[head] if block.energy_share else None, block.unavailable)
         for block in heads
@@ -203,7 +203,7 @@ def shares_table(heads: Sequence[HeadsRecord], key: str) -> Table | None:
         ],
         [
             field("energy_share", "energy share"),
-            Measure("write_space_overlap", Column("largest overlap", "and with whom"), _HeadShare.overlap),
+            Measure("write_space_overlap", Column("largest overlap", "with which head"), _HeadShare.overlap),
         ],
         records,
         lambda share: slug("share", share.block.stack, share.block.kind, share.block.block, share.head),

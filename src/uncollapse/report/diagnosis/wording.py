@@ -17,7 +17,7 @@ from uncollapse.report.wording import (
 
 
 def depth_sentences(record: DiagnosisRecord) -> list[str]:
-    """How the token cloud moves along each stack."""
+    """How the token cloud changes along each stack."""
     sentences = []
     for (stack, _), sites in groups(record.trajectory).items():
         where = f"In the {stack}, the" if stack else "The"
@@ -26,12 +26,12 @@ def depth_sentences(record: DiagnosisRecord) -> list[str]:
         if first and last and lowest:
             sentences.append(
                 f"{where} consensus distance goes from {number(first.value)} at {_named(first.record)} to "
-                f"{number(last.value)} at {_named(last.record)}; the lowest sequence has {number(lowest.value)}, "
+                f"{number(last.value)} at {_named(last.record)}. The lowest sequence has {number(lowest.value)}, "
                 f"at {_named(lowest.record)}."
             )
         share = lowest_rank_share(sites)
         if share and share[0] == 1.0:
-            sentences.append(f"{where} affine rank is the attainable one at every site.")
+            sentences.append(f"{where} affine rank is as high as attainable at every site.")
         elif share:
             sentences.append(
                 f"{where} affine rank falls to {percent(share[0])} of the attainable at {_named(share[1])}."
@@ -51,7 +51,7 @@ def attention_sentences(record: DiagnosisRecord) -> list[str]:
     if lowest is None or highest is None:
         return []
     return [
-        f"Normalized entropy runs from {number(lowest.value)} at {head_place(lowest.record)} "
+        f"Normalized entropy ranges from {number(lowest.value)} at {head_place(lowest.record)} "
         f"to {number(highest.value)} at {head_place(highest.record)}."
     ]
 
@@ -64,5 +64,5 @@ def verdict_sentences(record: DiagnosisRecord) -> list[str]:
 
 
 def summary(record: DiagnosisRecord) -> list[str]:
-    """The diagnosis in plain sentences, every one a fact of the record."""
+    """The diagnosis in plain sentences, each one a fact of the record."""
     return [*depth_sentences(record), *attention_sentences(record), *verdict_sentences(record)]

@@ -1,4 +1,4 @@
-"""What `identify` found, shown: the answer first, then block by block."""
+"""Show what `identify` found: the answer first, then each block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of `uncollapse heads`: the answer first, then the blocks, one small map each, then every head."""
+"""The page of `uncollapse heads`: the answer first, then the blocks with a small map of each, then every head."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def _tiles(record: IdentifiabilityRecord) -> list[Tile]:
     judged = [heads for heads in record.heads if heads.verdict is not None]
     tiles = []
     yes = [heads for heads in judged if heads.verdict == say.YES]
-    tiles.append(Tile("attributable", f"{len(yes)} of {len(record.heads)}", "attention calls, without reserve"))
+    tiles.append(Tile("attributable", f"{len(yes)} of {len(record.heads)}", "attention calls, without reservation"))
     single = sum(say.count_of(heads, say.YES) or 0 for heads in judged)
     if total := sum(heads.heads for heads in judged):
-        tiles.append(Tile("heads attributable", f"{single:,} of {total:,}", "taken singly"))
+        tiles.append(Tile("heads attributable", f"{single:,} of {total:,}", "head by head"))
     gains = [(heads.condition_number, heads) for heads in judged if heads.condition_number is not None]
     if gains:
         gain, where = max(gains, key=lambda pair: pair[0])
@@ -52,6 +52,6 @@ def _tiles(record: IdentifiabilityRecord) -> list[Tile]:
     kernels = [(heads.kernel_dimension or 0, heads) for heads in judged]
     if kernels:
         kernel, where = max(kernels, key=lambda pair: pair[0])
-        detail = wording.blocks_in_words([where]) if kernel else "every head output follows from the layer’s"
-        tiles.append(Tile("largest kernel a token", wording.number(kernel), detail))
+        detail = wording.blocks_in_words([where]) if kernel else "every head output follows from the layer’s output"
+        tiles.append(Tile("largest kernel per token", wording.number(kernel), detail))
     return tiles

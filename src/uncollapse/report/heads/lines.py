@@ -1,4 +1,4 @@
-"""The heads' identifiability in a terminal: the answer, what to do, then one row a block."""
+"""The heads' identifiability in a terminal: the answer, what to do, then one row per block."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def print_record(record: IdentifiabilityRecord, console: Console) -> None:
     console.print()
     say(CAPTION, "dim")
     if left_out:
-        say(f"Left out, the terminal being {console.width} columns wide: {', '.join(left_out)}.", "dim")
+        say(f"Hidden because the terminal is only {console.width} columns wide: {', '.join(left_out)}.", "dim")
     say(say_it.CAVEAT)
     for group in wording.alike(record.findings):
         console.print()
@@ -111,10 +111,10 @@ COLUMNS: tuple[Column[HeadsRecord], ...] = (
     Column("largest\nshare", _share, spare=4),
 )
 CAPTION = (
-    "Noise gain: how much an error in the layer’s output can be amplified when heads are told apart; up to 10 counts as "
-    "attributable. Kernel: dimensions of the head outputs that the output projection forgets, a token. Heads alone: "
-    "attributable taken singly. Overlap and angle are between the write spaces of two heads (h3,7), the share is that of the "
-    f"centred energy written on this text. {wording.ABSENT} was not measured; the page and the JSON say why."
+    "Noise gain: how much an error in the layer’s output can grow when it is split into heads; up to 10 counts as attributable. "
+    "Kernel: dimensions of the head outputs that the output projection loses, per token. Heads alone: how many single heads are "
+    "attributable. Overlap and angle are between the write spaces of two heads (h3,7). Share is the share of the centred energy "
+    f"written on this text. {wording.ABSENT} means not measured; the page and the JSON say why."
 )
 
 
@@ -135,7 +135,7 @@ def _closing(record: IdentifiabilityRecord) -> str:
     """Where to look next."""
     command = record.probe.command
     if "--html" in command:
-        return "Look next: the page has every head and the map of every block."
+        return "Look next: the page shows every head and a map of every block."
     if command:
-        return f"Look next: `{command} --html heads.html` has every head and the map of every block."
-    return 'Look next: `to_html("heads.html")` has every head and the map of every block.'
+        return f"Look next: `{command} --html heads.html` shows every head and a map of every block."
+    return 'Look next: `to_html("heads.html")` shows every head and a map of every block.'

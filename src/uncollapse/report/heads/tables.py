@@ -1,4 +1,4 @@
-"""The tables of the heads' page: one row an attention call, and one row a head."""
+"""The tables of the heads' page: one row per attention call, and one row per head."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class OneHead:
         return Cell(INFINITE, sort=BEYOND) if gain is None else Cell(wording.number(gain), sort=gain)
 
     def overlap(self) -> Cell | None:
-        """The other head whose write space is nearest in the mean."""
+        """The other head whose write space is closest on average."""
         matrix = self.block.write_space_overlap
         others = [(v, h) for h, v in enumerate(matrix[self.head]) if h != self.head] if matrix else []
         return _with(max(others), others) if others else None
 
     def angle(self) -> Cell | None:
-        """The other head with the nearest single direction, in degrees."""
+        """The other head with the closest single direction, in degrees."""
         matrix = self.block.smallest_principal_angle
         row = matrix[self.head] if matrix else []
         others = [(math.degrees(a), h) for h, a in enumerate(row) if h != self.head and a is not None]
@@ -91,7 +91,7 @@ def largest_share(record: HeadsRecord) -> tuple[float, int] | None:
 
 
 def blocks_table(record: IdentifiabilityRecord, key: str) -> Table:
-    """One row an attention call."""
+    """One row per attention call."""
     order = {id(heads): float(index) for index, heads in enumerate(record.heads)}
 
     def verdict(heads: HeadsRecord) -> Cell | None:
@@ -128,9 +128,9 @@ def blocks_table(record: IdentifiabilityRecord, key: str) -> Table:
 
     measures = [
         Measure("verdict", Column("verdict", numeric=False), verdict),
-        Measure("head_verdict", Column("heads attributable", "taken singly"), told),
+        Measure("head_verdict", Column("heads attributable", "head by head"), told),
         Measure("output_projection_rank", Column("rank W_O"), rank),
-        field("kernel_dimension", "kernel", "D − rank W_O a token"),
+        field("kernel_dimension", "kernel", "D − rank W_O per token"),
         field("contribution_ambiguity", "shared", "Σ rank W_h − rank W_O"),
         Measure("condition_number", Column("noise gain", "of all heads"), gain),
     ]
@@ -151,7 +151,7 @@ def blocks_table(record: IdentifiabilityRecord, key: str) -> Table:
 
 
 def heads_table(heads: Sequence[HeadsRecord], findings: Sequence[Finding], key: str) -> Table | None:
-    """One row a head; `None` where no figure of a single head is known."""
+    """One row per head; `None` if no figure of a single head is known."""
     rows = [OneHead(block, head, block.unavailable) for block in heads for head in range(block.heads)]
     if not any(row.verdict() or row.energy_share for row in rows):
         return None
@@ -167,7 +167,7 @@ def heads_table(heads: Sequence[HeadsRecord], findings: Sequence[Finding], key: 
             Measure("head_verdict", Column("verdict", numeric=False), OneHead.verdict),
             Measure("head_noise_gain", Column("noise gain"), OneHead.noise_gain),
             field("energy_share", "energy share"),
-            Measure("write_space_overlap", Column("largest overlap", "and with whom"), OneHead.overlap),
+            Measure("write_space_overlap", Column("largest overlap", "with which head"), OneHead.overlap),
             Measure("smallest_principal_angle", Column("smallest angle", "degrees"), OneHead.angle),
         ],
         rows,

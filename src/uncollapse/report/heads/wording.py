@@ -1,4 +1,5 @@
-"""What a page and a terminal say of heads: the answer first, then who sees what. Only facts of the record are repeated."""
+"""What the page and the terminal say about heads: the answer first, then who sees what. Only facts of the record are
+repeated."""
 
 from __future__ import annotations
 
@@ -13,19 +14,19 @@ YES, CARE, NO = "attributable", "attributable with care", "not attributable"
 SIGNS = {YES: "✓", CARE: "!", NO: "✗"}
 CLASSES = {YES: "yes", CARE: "care", NO: "no"}
 REMEDIES = {
-    YES: "Attribute to heads by what they write: uc.head_contributions(model, batch) gives each head’s vectors. Never cut the "
-    "projection’s output into heads: that is after the mixing.",
-    CARE: "Attribute to heads by what they write (uc.head_contributions), and state the noise gain g: an error ε in the layer’s "
-    "output can be g·ε in one head’s part. Average over many tokens, and compare groups of heads rather than single ones.",
-    NO: "Attribute to the whole sublayer, or to the single heads that the table of heads still calls attributable. What a head "
-    "writes can be recorded before the sum (uc.head_contributions); what the model makes of that head alone cannot be told. "
-    "In a model of your own, a position-gated output projection separates heads in training.",
+    YES: "Attribute to heads by what they write: uc.head_contributions(model, batch) gives the vectors of each head. Never cut "
+    "the output of the projection into heads; by then they are mixed.",
+    CARE: "Attribute to heads by what they write (uc.head_contributions), and report the noise gain g: an error ε in the layer’s "
+    "output can become g·ε in the part of one head. Average over many tokens, and compare groups of heads rather than single ones.",
+    NO: "Attribute to the whole sublayer, or to those heads that the table of heads still calls attributable. What a head writes "
+    "can be recorded before the sum (uc.head_contributions). What the model does with that head alone cannot be known. "
+    "In your own model, a position-gated output projection separates heads in training.",
 }
-# Half the distance between 1 and the next number of the format: the largest relative error of one rounding.
+# Half the distance between 1 and the next number of the format: the largest relative error of a single rounding.
 ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 CAVEAT = (
-    "This is about who sees a layer’s output, as every later layer does. Whoever records the heads before the output "
-    "projection knows what each one wrote in any case; whether it matters is another question."
+    "The verdict is for an observer who sees the output of the layer, as every later layer does. If you record the heads before "
+    "the output projection, you always know what each one wrote. Whether that matters to the model is another question."
 )
 
 
@@ -42,7 +43,7 @@ class Answer:
 
     @property
     def kind(self) -> str:
-        """The class of the style sheet."""
+        """The class in the style sheet."""
         return CLASSES.get(self.verdict, "open")
 
     @property
@@ -55,18 +56,18 @@ class Answer:
 
     @property
     def why(self) -> str:
-        """The figures that decided, over these blocks."""
+        """The figures that decided the verdict, over these blocks."""
         gains = [record.condition_number for record in self.heads if record.condition_number is not None]
         kernels = [record.kernel_dimension for record in self.heads if record.kernel_dimension]
         if self.verdict == NO and kernels:
-            return f"The output projection forgets {_span(kernels)} of the dimensions that its heads write a token."
+            return f"Per token, the output projection loses {_span(kernels)} of the dimensions that its heads write."
         if self.verdict == NO:
-            return "What some heads write can be made good by others, to within rounding."
+            return "Other heads can write what some heads write, up to rounding."
         return f"Noise gain {_span(gains)}." if gains else ""
 
 
 def answers(record: IdentifiabilityRecord) -> list[Answer]:
-    """The verdicts that occur, the best first."""
+    """The verdicts that occur, best first."""
     found = wording.verdicts(record.heads)
     return [Answer(verdict, found[verdict]) for verdict in (YES, CARE, NO) if verdict in found]
 
@@ -83,10 +84,10 @@ def headline(record: IdentifiabilityRecord) -> str:
     if not found:
         return "Unknown: no output projection could be read."
     if everywhere:
-        place = "every block" if len(record.heads) > 1 else "its one block"
+        place = "every block" if len(record.heads) > 1 else "the only block"
         return {
             YES: f"Yes: in {place} a result can be attributed to single heads.",
-            CARE: f"Yes, with care: in {place} heads can be told apart, but noise is amplified.",
+            CARE: f"Yes, with care: in {place} the heads can be told apart, but noise is amplified.",
             NO: f"No: in {place} some of what the heads write cannot be told apart.",
         }[found[0].verdict]
     parts = {YES: "yes in {}", CARE: "with care in {}", NO: "not in {}"}
@@ -97,7 +98,7 @@ def headline(record: IdentifiabilityRecord) -> str:
 
 
 def mark(heads: HeadsRecord) -> Answer:
-    """The verdict of one block by itself."""
+    """The verdict of one block."""
     return Answer("" if heads.verdict is None else wording.verdict_in_short(heads.verdict), [heads])
 
 
@@ -109,25 +110,25 @@ def count_of(heads: HeadsRecord, *verdicts: str) -> int | None:
 
 
 def heads_sentences(record: IdentifiabilityRecord) -> list[str]:
-    """What holds for single heads where it differs from their block."""
+    """What holds for single heads, if it differs from the verdict of their block."""
     sentences = []
     total = sum(len(heads.head_verdict or []) for heads in record.heads)
     sums = {v: sum(count_of(heads, v) or 0 for heads in record.heads) for v in (YES, CARE, NO)}
     if total and sum(map(bool, sums.values())) > 1:
         said = [f"{amount:,} {verdict}" for verdict, amount in sums.items() if amount]
-        sentences.append(f"Of {wording.count(total, 'head')} taken singly: {', '.join(said)}.")
+        sentences.append(f"Head by head, of {wording.count(total, 'head')}: {', '.join(said)}.")
     some = [heads for heads in record.heads if mark(heads).verdict == NO and count_of(heads, YES, CARE)]
     if some:
         sentences.append(
-            f"In {wording.blocks_in_words(some)} single heads can be told from the rest although the block as a whole cannot: "
-            "the table of heads names them."
+            f"In {wording.blocks_in_words(some)} some heads can be told from the rest, although the block as a whole is not "
+            "attributable. The table of heads lists them."
         )
     forced = [heads for heads in record.heads if heads.heads * heads.head_width > heads.width > 0]
     if forced:
         together, stream = _span([h.heads * h.head_width for h in forced]), _span([h.width for h in forced])
         sentences.append(
-            f"In {wording.blocks_in_words(forced)} the heads together are wider ({together}) than the stream ({stream}): the "
-            "architecture forces a kernel, whatever the weights."
+            f"In {wording.blocks_in_words(forced)} the heads together are wider ({together}) than the stream ({stream}), so "
+            "there is a kernel whatever the weights are."
         )
     if rounding := rounding_sentence(record):
         sentences.append(rounding)
@@ -138,7 +139,7 @@ def heads_sentences(record: IdentifiabilityRecord) -> list[str]:
 
 
 def rounding_sentence(record: IdentifiabilityRecord) -> str:
-    """What the largest noise gain makes of the rounding of the model's own number format; empty where nothing is known."""
+    """What the largest noise gain does to the rounding error of the model's own number format; empty if it is not known."""
     gains = [(h.condition_number, h) for h in record.heads if h.condition_number is not None and h.verdict != YES]
     if not gains or record.model.dtype not in ROUNDING:
         return ""
@@ -146,8 +147,8 @@ def rounding_sentence(record: IdentifiabilityRecord) -> str:
     error = gain * ROUNDING[record.model.dtype]
     amount = f"{wording.percent(error)} of it" if 1e-3 <= error < 1 else f"{wording.number(error, 2)} times its size"
     return (
-        f"For scale: rounding the layer’s output to {record.model.dtype} can, at worst, become {amount} in one head’s part "
-        f"({wording.blocks_in_words([where])})."
+        f"For scale: at worst, the error of rounding the layer’s output to {record.model.dtype} becomes {amount} in the part of "
+        f"one head ({wording.blocks_in_words([where])})."
     )
 
 
@@ -156,7 +157,7 @@ def rounding_sentence(record: IdentifiabilityRecord) -> str:
 
 @dataclass(frozen=True)
 class Observer:
-    """One row of the table of observers: who, what stays open, how many numbers that is here."""
+    """One row of the table of observers: who it is, what stays open, and how many numbers that is for this model."""
 
     who: str
     open: str
@@ -165,46 +166,46 @@ class Observer:
 
 
 def observers(record: IdentifiabilityRecord) -> list[Observer]:
-    """Who sees what of a layer, and what stays ambiguous, with this model's figures."""
+    """Who sees what of a layer, and what stays ambiguous, with the figures of this model."""
     lengths = [heads.tokens for heads in record.heads if heads.tokens is not None]
     n = f", n = {_span(lengths)}" if lengths else ""
     return [
         Observer(
-            "sees the heads added up in one shared channel space, without the output projection",
-            "everything but the sum: the paper’s count",
+            "An observer who sees only the sum of the heads in one shared channel space, without the output projection",
+            "everything except the sum (the paper’s count)",
             "n(H − 1)·dₖ",
-            _here(record, lambda h: h.ambiguous_degrees_of_freedom, "a token"),
+            _here(record, lambda h: h.ambiguous_degrees_of_freedom, "per token"),
         ),
         Observer(
-            "sees the layer’s output Y, knows W_O, asks for the head outputs O_h",
-            "what W_O forgets",
+            "An observer who sees the layer’s output Y, knows W_O and wants the head outputs O_h",
+            "what W_O loses",
             "n(D − rank W_O)",
-            _here(record, lambda h: h.kernel_dimension, "a token"),
+            _here(record, lambda h: h.kernel_dimension, "per token"),
         ),
         Observer(
-            "sees Y, knows W_O, asks for the contributions O_hW_h",
+            "An observer who sees Y, knows W_O and wants the contributions O_hW_h",
             "directions that several heads write",
             "n(Σ rank W_h − rank W_O)",
-            _here(record, lambda h: h.contribution_ambiguity, "a token"),
+            _here(record, lambda h: h.contribution_ambiguity, "per token"),
         ),
         Observer(
-            "sees Y alone",
-            "every pair (O, W_O) with this product",
+            "An observer who sees only Y",
+            "which pair (O, W_O) has this product",
             f"nD + Dd − r(n + d − r), r = min(n, D, d){n}",
-            _here(record, lambda h: h.factorization_ambiguity, "in all"),
+            _here(record, lambda h: h.factorization_ambiguity, "in total"),
         ),
         Observer(
-            "knows what the layer computes, not how",
-            "the basis inside each value head, and the order of the heads in a group and of the groups; queries and keys have "
-            "a gauge of their own (uncollapse symmetries)",
+            "An observer who knows what the layer computes, but not how",
+            "the basis inside each value head, the order of the heads in a group, and the order of the groups. Queries and keys "
+            "have a gauge of their own (uncollapse symmetries)",
             "G·dₖ², + G·dₖ with value and output bias",
-            _here(record, lambda h: h.gauge_dimension, "in all"),
+            _here(record, lambda h: h.gauge_dimension, "in total"),
         ),
     ]
 
 
 def _here(record: IdentifiabilityRecord, figure: Callable[[HeadsRecord], int | None], unit: str) -> str:
-    """The figure over the blocks: one number where all agree, else each with its blocks, at most three of them."""
+    """The figure over the blocks: one number if all agree, otherwise up to three with their blocks, otherwise the range."""
     found: dict[int | None, list[HeadsRecord]] = {}
     for heads in record.heads:
         found.setdefault(figure(heads), []).append(heads)

@@ -1,4 +1,4 @@
-"""A ledger, shown: every claim with its evidence and its verdict."""
+"""Show a ledger: every claim with its evidence and its verdict."""
 
 from __future__ import annotations
 

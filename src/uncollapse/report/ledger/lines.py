@@ -1,4 +1,4 @@
-"""The ledger in a terminal: a paragraph a claim, its counterexample spelled out, then the claims of each verdict."""
+"""The ledger in a terminal: one paragraph per claim with its counterexample, then the claims of each verdict."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INDENT = 3
 
 
 def print_record(record: Ledger, console: Console) -> None:
-    """Print every claim, then which claims have which verdict."""
+    """Print every claim, then the claims of each verdict."""
     say = functools.partial(plain.say, console)
     say("Claims ledger", "bold")
     say(wording.ledger_sentence(record))
@@ -36,7 +36,7 @@ def print_record(record: Ledger, console: Console) -> None:
             say(f"{verdict}: {', '.join(claim.id for claim in claims)}.", STYLES[verdict], INDENT)
         console.print()
     say(wording.HOW_TO_READ)
-    say("Look next: `--html ledger.html` has all the evidence, and the matrices to copy.")
+    say("Look next: `--html ledger.html` shows all the evidence, with matrices to copy.")
 
 
 def _print_claim(claim: ClaimResult, console: Console) -> None:

@@ -1,6 +1,6 @@
-"""How a ledger of claims is put into words: shared by its page and its terminal form, so that both say the same.
+"""How a ledger of claims is put into words, shared by the page and the terminal so that both say the same.
 
-Verdicts are repeated, never drawn here: they were read off the evidence where it was gathered.
+Verdicts are only repeated here; they were decided where the evidence was gathered.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from collections.abc import Sequence
 from uncollapse.records.ledger import ClaimResult, Evidence, Ledger, Verdict
 from uncollapse.report import wording
 
-# What each verdict says, in the order in which a reader wants them: what is wrong or open first.
+# What each verdict means. What is wrong or open comes first.
 MEANINGS: dict[Verdict, str] = {
-    "refuted as stated": "false as its source words it; a counterexample or failing cases say where",
-    "undecided": "the checks could not settle it, and nothing is claimed",
-    "holds": "proved without further hypotheses, and no case contradicts it",
+    "refuted as stated": "false as stated in its source; a counterexample or failing cases show where",
+    "undecided": "the checks could not decide it, so nothing is claimed",
+    "holds": "proved without further hypotheses, and no checked case contradicts it",
     "holds generically": "true for almost every choice of weights; exceptions exist, and one is shown",
-    "holds under hypotheses": "true where the listed hypotheses hold, and not promised elsewhere",
-    "measured": "a measurement in floating point, given with its interval; no theorem",
+    "holds under hypotheses": "true if the listed hypotheses hold; nothing is claimed otherwise",
+    "measured": "a floating-point measurement, given with its interval; not a theorem",
 }
 HOW_TO_READ = (
-    "A verdict is read off the evidence by one rule: a failed check of the statement refutes it; one that stays open, or "
-    "a boundary that could not be shown, leaves it undecided; otherwise it holds, with the hypotheses listed. Random "
-    "cases only guard against a wrong proof; the proofs themselves are in docs/theory.md."
+    "One rule turns the evidence into a verdict. If a check of the statement failed, the claim is refuted. If a check is open, or "
+    "a boundary could not be shown, it is undecided. Otherwise it holds, with the hypotheses listed. Random cases cannot prove a "
+    "universal statement; they would expose a mistake in a proof. The proofs are in docs/theory.md."
 )
 _RATIONAL = re.compile(r"(-?\d+)(?:/(\d+))?")
 
@@ -43,9 +43,9 @@ def headline(claims: Sequence[ClaimResult]) -> str:
 
 
 def ledger_sentence(ledger: Ledger) -> str:
-    """With what the claims were checked."""
+    """The trials, seed and versions that the claims were checked with."""
     versions = ", ".join(f"{name} {version}" for name, version in ledger.versions.items())
-    return f"Checked with {wording.count(ledger.trials, 'trial')} and seed {ledger.seed}, by {versions}."
+    return f"Checked with {wording.count(ledger.trials, 'trial')} and seed {ledger.seed}, using {versions}."
 
 
 def value(shown: float | str | None) -> str:
@@ -58,14 +58,14 @@ def value(shown: float | str | None) -> str:
 
 
 def outcome(piece: Evidence) -> str:
-    """Whether the piece came out as it says."""
+    """Whether the check came out as it says."""
     return {True: "passed", False: "failed", None: "open"}[piece.passed]
 
 
 def evidence_line(claim: ClaimResult) -> str:
-    """The piece that decided the verdict, then how all of them came out."""
+    """The check that decided the verdict, then how all of them came out."""
     if not claim.evidence:
-        return "none was gathered."
+        return "none."
     piece = _decisive(claim)
     line = f"{piece.what}: {value(piece.observed)}{_against(piece)}"
     outcomes = [outcome(each) for each in claim.evidence]
@@ -80,7 +80,7 @@ def _against(piece: Evidence) -> str:
 
 
 def _decisive(claim: ClaimResult) -> Evidence:
-    """The first failed check of a refuted statement, the first open one of an undecided, else the first of the statement."""
+    """The first failed check of a refuted statement, the first open one of an undecided statement, otherwise the first."""
     stated = [piece for piece in claim.evidence if piece.role == "statement"]
     if claim.verdict == "refuted as stated":
         wanted = [piece for piece in stated if piece.passed is False]
@@ -102,7 +102,7 @@ def entries(rows: Sequence[Sequence[str]]) -> str:
 
 
 def python(rows: Sequence[Sequence[str]]) -> str:
-    """A matrix as Python that keeps it exact: `1/3` pasted as it stands would become a rounded float.
+    """A matrix as exact Python: `1/3` pasted unchanged would become a rounded float.
 
     >>> python([["0", "1/2"], ["-3", "1"]])
     '[[0, Fraction(1, 2)], [-3, 1]]'

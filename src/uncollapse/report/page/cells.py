@@ -1,7 +1,7 @@
-"""What a table of the page is made of: cells that know their range, their sort key and why they are absent.
+"""The parts of a table: cells that know their range, their sort key and why they are absent.
 
-The charts are drawn beside the tables and point into them: a row's `key` is what a chart's tooltip looks up, so a
-figure is written into the page once.
+Charts point into the tables next to them: a chart's tooltip looks up the `key` of a row. So each figure is written into the
+page once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NO_REASON = "no reason was recorded"
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure: its text, the range over sequences, what to sort by, and the reason where it is absent."""
+    """One figure: its text, the range over sequences, what to sort by, and the reason if it is absent."""
 
     text: str
     spread: str = ""
@@ -30,7 +30,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A heading. `symbol` stands beneath the title, `numeric` says how to align and sort."""
+    """A heading. `symbol` is shown below the title; `numeric` says how to align and sort."""
 
     title: str
     symbol: str = ""
@@ -39,7 +39,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table. `key` is unique in the page; `severity` is that of the worst finding that names this row."""
+    """A row of a table. `key` is unique in the page; `severity` is that of the worst finding about this row."""
 
     key: str
     cells: list[Cell]
@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """What the page's table macro draws. `notes` are numbered from 1, `left_out` are columns without any value."""
+    """What the table macro draws. `notes` are numbered from 1; `left_out` are columns without any value."""
 
     key: str
     caption: str
@@ -60,7 +60,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Measure:
-    """One column and how its value is read from a record; `key` is the key under which `unavailable` gives a reason."""
+    """One column and how its value is read from a record. `unavailable[key]` says why a value is absent."""
 
     key: str
     column: Column
@@ -73,7 +73,7 @@ def field(key: str, title: str, symbol: str = "", *, numeric: bool = True) -> Me
 
 
 def cell(value: object) -> Cell:
-    """A value of a record as a cell; `None` as an absent one, its reason still to be filled in."""
+    """A value of a record as a cell; `None` becomes an absent one, whose reason is filled in later."""
     match value:
         case Cell():
             return value
@@ -97,7 +97,7 @@ def table(
     row_key: Callable[[Any], str],
     severity: Callable[[Any], str] = lambda record: "",
 ) -> Table:
-    """The table of `records`: the naming columns `first`, then the measures that at least one record has."""
+    """The table of `records`: the columns `first`, which name the row, then the measures that at least one record has."""
     kept: list[Measure] = []
     missing: dict[str, list[str]] = {}
     for measure in measures:
@@ -130,7 +130,7 @@ def _listed(titles_by_reason: dict[str, list[str]]) -> list[str]:
 
 
 def slug(*parts: object) -> str:
-    """A key for the page made of the parts that are present: only what a record's fixed fields and numbers contain.
+    """A key for the page, made of the parts that are present. They come from fixed fields and numbers of a record only.
 
     >>> slug("head", None, "self", 3, 7)
     'head-self-3-7'
@@ -160,7 +160,7 @@ def block_key(heads: HeadsRecord) -> str:
 
 
 def severity_of(findings: Sequence[Finding], names: Callable[[Finding], bool]) -> str:
-    """The severity of the worst finding that `names` this place; empty where none does."""
+    """The severity of the worst finding that `names` this place; empty if none does."""
     named = wording.worst_first(finding for finding in findings if names(finding))
     return named[0].severity if named else ""
 

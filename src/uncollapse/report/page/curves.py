@@ -25,7 +25,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Level:
-    """A value that lines are held against, drawn across the chart: `words` stand on it or, where it is high, beneath it."""
+    """A value to compare the lines with, drawn across the chart. `words` are written above it, or below it if it is high."""
 
     value: float
     words: str
@@ -34,7 +34,7 @@ class Level:
 
 
 def depth_axis(names: Sequence[str], title: str = "block") -> alt.X:
-    """The sites along depth, few enough of them named for a phone."""
+    """The sites along depth, with few enough labels for a phone."""
     inputs = 1 if names[0] == "in" else 0
     marked = [0] * inputs + [tick + inputs for tick in ticks(len(names) - inputs, most=9)]
     return alt.X(
@@ -57,7 +57,7 @@ def along_depth(
     height: int = 230,
     title: str = "block",
 ) -> dict[str, Any]:
-    """Lines along depth with their range over sequences, over an area of what is attainable and across given levels."""
+    """Lines along depth with their range over sequences, above an area of what is attainable, with the given levels."""
     x = depth_axis(names, title)
     long = [
         {"depth": depth, "line": line.key.label, "y": drawn(s.mean), "low": drawn(s.min), "high": drawn(s.max)}
@@ -100,7 +100,7 @@ def along_depth(
 
 
 def _level(level: Level, x: alt.X, y: alt.Y) -> list[alt.Chart]:
-    """The words stand at the left: what falls towards a level along depth meets it at the right."""
+    """The words are at the left: lines that fall along depth reach the level at the right."""
     base = alt.Chart(rows([{"depth": 0, "y": level.value, "words": level.words}]))
     rule = base.mark_rule(color=level.color, strokeWidth=1.5, strokeDash=[5, 3]).encode(y=y)
     if not level.words:
@@ -112,7 +112,7 @@ def _level(level: Level, x: alt.X, y: alt.Y) -> list[alt.Chart]:
 
 
 def hover_columns(keys: Sequence[str], x: alt.X) -> list[alt.Chart]:
-    """One invisible column a site: wherever the pointer is, the nearest site's row is shown, and a rule marks it."""
+    """One invisible column per site. Wherever the pointer is, the row of the nearest site is shown and a rule marks it."""
     columns = [{"depth": i, "from": i - 0.5, "to": i + 0.5, "row": key} for i, key in enumerate(keys)]
     hover = alt.selection_point(name="hover", fields=["depth"], on="pointerover", clear="pointerout", empty=False)
     base = alt.Chart(rows(columns))
@@ -122,7 +122,7 @@ def hover_columns(keys: Sequence[str], x: alt.X) -> list[alt.Chart]:
 
 
 def shared(channel: alt.X | alt.Y) -> dict[str, Any]:
-    """The scale and axis of a channel, for another field that must share them."""
+    """The scale and axis of a channel, for another field that has to share them."""
     given: Any = channel.to_dict()
     return {key: given[key] for key in ("scale", "axis") if key in given}
 

@@ -1,8 +1,8 @@
-"""What every figure of the page shares: its data, its legend, its configuration and its colours.
+"""What all figures of the page share: data, legend, configuration and colours.
 
-A chart carries only what it draws. Its marks name the rows of the table beside it (`row`), and the page's script shows
-those rows as the tooltip, so an absent value says why it is absent and nothing is rounded twice. Axes, text and grid
-take their colours from the page's style sheet, which follows light and dark; the marks' colours hold on both.
+A chart contains only what it draws. Its marks name the rows of the table next to it (`row`), and the script of the page shows
+those rows as the tooltip. So an absent value says why it is absent, and nothing is rounded twice. Axes, text and grid take
+their colours from the style sheet, which follows light and dark mode. The colours of the marks work in both.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Key:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure of the page. `label` describes it to who cannot see it, `figures` says where its values are written out;
-    `size` is a class of the style sheet.
+    """A figure of the page. `label` describes it to readers who cannot see it. `figures` says where its values are written
+    out. `size` is a class in the style sheet.
     """
 
     key: str
@@ -66,7 +66,7 @@ def specification(chart: alt.LayerChart | alt.FacetChart) -> dict[str, Any]:
 
 
 def rows(values: Sequence[dict[str, Any]]) -> alt.InlineData:
-    """The data of a chart, one object a mark."""
+    """The data of a chart, one object per mark."""
     return alt.InlineData(values=list(values))
 
 

@@ -1,4 +1,4 @@
-"""The heads of a block, as a page shows them: how far their channels overlap, and what each one writes."""
+"""The heads of a block, as a page shows them: how far their write spaces overlap, and how much each one writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from uncollapse.report.page.figures import FIT, GREY, TEAL, Chart, Key, specific
 
 
 def overlap_matrix(heads: Sequence[HeadsRecord]) -> Chart | None:
-    """The heads' write-space overlaps. The data of the chosen block are put in by the page's script."""
+    """The write-space overlaps of the heads. The script of the page fills in the data of the chosen block."""
     matrices = [record.write_space_overlap for record in heads if record.write_space_overlap]
     beside = [m[g][h] for m in matrices for g in range(len(m)) for h in range(len(m)) if g != h]
     if not beside:
@@ -35,13 +35,13 @@ def overlap_matrix(heads: Sequence[HeadsRecord]) -> Chart | None:
         base.transform_filter("datum.g != datum.h").mark_rect().encode(color=color, tooltip="tip:N"),
     )
     spec = specification(chart.properties(width=alt.Step(step), height=alt.Step(step)))
-    label = "Overlap of the write spaces of every two heads of the chosen block; 1 means identical."
-    figures = "Each head’s largest overlap is in the tables of this section, all of them in the record."
+    label = "Overlap between the write spaces of every pair of heads in the chosen block; 1 means identical."
+    figures = "The tables of this section have the largest overlap of each head; the record has all of them."
     return Chart("overlap", "Write-space overlap, head by head", label, spec, [], "half", figures)
 
 
 def energy_bars(heads: Sequence[HeadsRecord]) -> Chart | None:
-    """Each head's share of the energy written, with its range over sequences; one block at a time."""
+    """The share of the energy that each head writes, with its range over sequences; one block at a time."""
     shares = [s for record in heads for s in record.energy_share or [] if s is not None]
     columns = max((len(record.energy_share or []) for record in heads), default=0)
     if not shares or columns < 2:
@@ -84,5 +84,5 @@ def largest_overlap(record: HeadsRecord) -> tuple[float, int, int] | None:
 
 
 def block_name(heads: HeadsRecord) -> str:
-    """The block's number, with its stack and kind where the model has them."""
+    """The number of the block, with its stack and kind if the model has several."""
     return wording.place(block=heads.block, stack=heads.stack, kind=heads.kind).removeprefix("block ")

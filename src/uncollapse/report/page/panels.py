@@ -1,4 +1,4 @@
-"""What a page's sections are made of: panels of charts and tables, tiles of key figures, and the script that draws."""
+"""The parts of a page's sections: panels of charts and tables, tiles of key figures, and the script that draws."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from uncollapse.report.page import cells, figures
 
 @dataclass(frozen=True)
 class Panel:
-    """One part of a panel: its heading (empty where a model has only one stack), its charts and its tables."""
+    """One part of a section: its heading (empty if the model has only one stack), its charts and its tables."""
 
     heading: str
     charts: list[figures.Chart]

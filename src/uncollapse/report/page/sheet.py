@@ -1,8 +1,7 @@
-"""What every page has in common: the templates, the style, and the policy that allows the page's own parts and no request.
+"""What every page has in common: the templates, the style, and a policy that allows only the page's own parts and no request.
 
-Everything a page needs is in it. Its content security policy names its style and its scripts by their hashes; whatever
-came from outside (a model's name, a path, a message) passes Jinja's escaping; data for a script travel as JSON in which
-no `<` occurs.
+A page contains everything it needs. Its content security policy names its style and scripts by their hashes. Text from outside
+(a model's name, a path, a message) is escaped by Jinja. Data for a script is JSON without any `<`.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def render(template: str, *, styles: Sequence[str], scripts: Sequence[str], **co
 
 @functools.cache
 def source(name: str) -> str:
-    """A file that lies beside the templates, as text."""
+    """A file next to the templates, as text."""
     loader = _environment().loader
     assert loader is not None
     return loader.get_source(_environment(), name)[0]

@@ -17,7 +17,7 @@ from uncollapse.report.page.panels import Panel
 
 
 def updates_chart(updates: Sequence[UpdateRecord], key: str, where: str) -> Chart | None:
-    """Out-of-span energy of every sublayer along depth, each beside its null."""
+    """Out-of-span energy of every sublayer along depth, each with its null value."""
     blocks = sorted({u.block for u in updates})
     colors = {"attention": BLUE, "cross-attention": PURPLE, "MLP": ORANGE}
     found: dict[str, dict[int, UpdateRecord]] = {}
@@ -41,7 +41,7 @@ def updates_chart(updates: Sequence[UpdateRecord], key: str, where: str) -> Char
 
 
 def update_panels(records: Sequence[UpdateRecord]) -> list[Panel]:
-    """What the sublayers add, one panel a stack."""
+    """What the sublayers add, one panel per stack."""
     found: dict[str | None, list[UpdateRecord]] = {}
     for update in records:
         found.setdefault(update.stack, []).append(update)
@@ -56,7 +56,7 @@ def update_panels(records: Sequence[UpdateRecord]) -> list[Panel]:
 
 UPDATES = [
     field("out_of_span_energy", "out-of-span energy"),
-    field("null_out_of_span_energy", "its null"),
+    field("null_out_of_span_energy", "null value"),
     field("nonlinear_innovation", "nonlinear innovation"),
     field("hidden_effective_rank", "hidden effective rank"),
     field("relative_norm", "relative norm"),
@@ -64,7 +64,7 @@ UPDATES = [
 
 
 def norms_table(norms: Sequence[NormRecord], key: str) -> Table:
-    """One row a norm call: what it does to the affine rank, and the three brackets of the exact formula."""
+    """One row per norm call: what it does to the affine rank, and the three brackets of the exact formula."""
 
     order = {id(norm): index for index, norm in enumerate(norms)}
 
@@ -79,7 +79,7 @@ def norms_table(norms: Sequence[NormRecord], key: str) -> Table:
 
     return table(
         key,
-        "Affine rank before and after every norm inside a block",
+        "Affine rank before and after each norm in the blocks",
         [
             (Column("block"), lambda norm: Cell(str(norm.block), sort=float(norm.block))),
             (Column("norm", numeric=False), lambda norm: Cell(norm.norm, sort=norm.norm)),
@@ -98,7 +98,7 @@ def norms_table(norms: Sequence[NormRecord], key: str) -> Table:
 
 
 def updates_table(updates: Sequence[UpdateRecord], key: str) -> Table:
-    """One row a block and sublayer."""
+    """One row per block and sublayer."""
     return table(
         key,
         "What every sublayer adds",

@@ -15,7 +15,7 @@ TRAJECTORY = [
     field("consensus_distance", "consensus distance"),
     field("token_similarity", "token similarity"),
     field("rank_gap", "gap at the cut", "σᵣ/σᵣ₊₁"),
-    field("consensus_after_norm", "consensus distance behind a norm"),
+    field("consensus_after_norm", "consensus distance after normalisation"),
     field("stream_carried", "stream carried on"),
 ]
 NOT_FINITE = field("not_finite", "sequences with NaN or infinity")

@@ -1,4 +1,4 @@
-"""Symmetries, shown: four phenomena at a glance, then the tests."""
+"""Show symmetries: four phenomena at a glance, then the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The curves of the symmetries: each order parameter along depth over its value at collapse, and σ₂ against the context length."""
+"""The curves of the symmetries: each order parameter along depth with its value at collapse, and σ₂ over the context length."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INDEPENDENT = -0.5  # the power with independent logits
 
 @dataclass
 class _Columns:
-    """The places of an order parameter lined up: one column a depth, one line a stack and kind of attention."""
+    """The places of an order parameter: one column per depth, one line per stack and kind of attention."""
 
     names: list[str] = field(default_factory=list)
     keys: list[list[str]] = field(default_factory=list)
@@ -54,7 +54,7 @@ def _lined_up(symmetry: SymmetryRecord, first_decoder_block: int | None) -> _Col
 
 
 def order_chart(symmetry: SymmetryRecord, decoder_from: int | None) -> Chart | None:
-    """The order parameter along depth; the value at collapse is a line across the chart."""
+    """The order parameter along depth; a line across the chart marks the value at collapse."""
     values = [s for s in symmetry.order_parameter if s is not None]
     if not values:
         return None
@@ -80,7 +80,7 @@ def order_chart(symmetry: SymmetryRecord, decoder_from: int | None) -> Chart | N
     measure = say.measure(symmetry)
     measure = measure[:1].upper() + measure[1:]
     collapse = wording.number(symmetry.collapsed_value)
-    label = f"{measure} along depth, block by block; a line marks its value at collapse, {collapse}."
+    label = f"{measure} along depth, for each block. A line marks its value at collapse, {collapse}."
     legend = [line.key for line in lines] if several else []
     key = slug("curve", symmetry.phenomenon)
     return Chart(key, f"{measure}, block by block", label, spec, legend, "wide", ORDER_FIGURES)
@@ -90,8 +90,8 @@ def order_chart(symmetry: SymmetryRecord, decoder_from: int | None) -> Chart | N
 
 
 def slopes_chart(scaling: Sequence[WidthScaling], key: str) -> Chart | None:
-    """Every attention's slope with its interval along depth, between no fall and that of independent logits; `None` where no
-    stack has three of them.
+    """The slope of every attention along depth with its interval, next to the slope 0 and that of independent logits; `None`
+    if no stack has three of them.
     """
     blocks = sorted({(each.stack or "", each.block) for each in scaling}, key=lambda pair: pair[1])
     names = {
@@ -131,7 +131,7 @@ def _slope(scaling: WidthScaling) -> Statistic | None:
 
 
 def scaling_charts(scaling: Sequence[WidthScaling]) -> list[tuple[WidthScaling, Chart]]:
-    """One small chart an attention: σ₂ against the context length, both logarithmic, on scales that all of them share."""
+    """One small chart per attention: σ₂ over the context length, both logarithmic, on shared scales."""
     drawn = [(each, _points(each)) for each in scaling]
     points = [point for _, each in drawn for point in each]
     if not points:
@@ -143,7 +143,7 @@ def scaling_charts(scaling: Sequence[WidthScaling]) -> list[tuple[WidthScaling, 
 
 
 def _points(scaling: WidthScaling) -> list[dict[str, Any]]:
-    """The points that can be drawn on a logarithmic axis; a range that reaches down to 0 is cut at the mean."""
+    """The points that a logarithmic axis can show; a range that reaches down to 0 is cut at the mean."""
     return [
         {"n": n, "y": s.mean, "low": s.min if s.min > 0 else s.mean, "high": s.max}
         for n, s in zip(scaling.context_lengths, scaling.second_singular_value, strict=True)
@@ -182,14 +182,14 @@ def _scaling_chart(
     )
     layers += [ranged, base.mark_circle(color=BLUE, size=36, opacity=1).encode(x=x, y=y, tooltip="row:N")]
     spec = specification(alt.layer(*layers).properties(width="container", height=110, autosize=FIT))
-    label = f"Second singular value of {say.attention(scaling)} against the context length, both axes logarithmic."
+    label = f"Second singular value of {say.attention(scaling)} over the context length, both axes logarithmic."
     return Chart(f"{row}-chart", say.attention(scaling), label, spec, [], "multiple", SCALING_FIGURES)
 
 
 def _power(
     points: Sequence[dict[str, Any]], slope: float, lengths: Sequence[int], *, through_mean: bool = False
 ) -> list[dict[str, Any]]:
-    """The law y ~ n^slope over all lengths: through the points' geometric mean, as least squares has it, or the first one."""
+    """The law y ~ n^slope over all lengths, through the geometric mean of the points, as least squares has it, or the first."""
     if through_mean:
         n = math.exp(sum(math.log(point["n"]) for point in points) / len(points))
         y = math.exp(sum(math.log(point["y"]) for point in points) / len(points))
@@ -199,7 +199,7 @@ def _power(
 
 
 def _marks(low: float, high: float) -> list[float]:
-    """Round values of a logarithmic axis, at most about five."""
+    """Round values for a logarithmic axis, about five at most."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1.0, 2.0, 5.0), (1.0, 3.0), (1.0,)):
         marks = [step * 10.0**decade for decade in decades for step in steps if low <= step * 10.0**decade <= high]
@@ -213,14 +213,14 @@ def _marks(low: float, high: float) -> list[float]:
 
 @dataclass(frozen=True)
 class Scale:
-    """Where a test's defect and its rounding level lie on a logarithmic scale from 0 to 100, zero at its left end."""
+    """Where the defect and the rounding level of a test are on a logarithmic scale from 0 to 100; a defect of zero is at 0."""
 
     defect: float | None
     rounding: float | None
 
 
 def scales(values: Sequence[tuple[float | None, float | None]]) -> tuple[list[Scale], int, int]:
-    """The places of each (defect, rounding) on a scale that all share, and the powers of ten at its two ends."""
+    """Where each (defect, rounding) is on a shared scale, and the powers of ten at its two ends."""
     seen = [math.log10(value) for pair in values for value in pair if value]
     low, high = math.floor(min(seen, default=-8.0)), max(0, math.ceil(max(seen, default=0.0)))
     low = min(low, high - 1)

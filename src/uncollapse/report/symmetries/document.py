@@ -1,4 +1,4 @@
-"""The page of `uncollapse symmetries`: four phenomena at a glance, then the tests, the width of the context, the findings."""
+"""The page of `uncollapse symmetries`: four phenomena at a glance, then the tests, the context length, the findings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The four symmetries in a terminal: where the model stands and what holds it there, then the tests, a line each."""
+"""The four symmetries in a terminal: how far the model is from each collapse and what keeps it there, then one row per test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OUTCOME_STYLES = {"exact": "blue", "broken": "bold", "none": "dim", "open": "yel
 
 
 def print_record(record: SymmetriesRecord, console: Console) -> None:
-    """Print a paragraph a phenomenon, the table of tests and the findings."""
+    """Print one paragraph per phenomenon, the table of tests and the findings."""
     say = functools.partial(plain.say, console)
     say(record.model.name, "bold")
     say(wording.model_sentence(record.model))
@@ -64,7 +64,7 @@ def _print_symmetry(
 
 
 def _table(record: SymmetriesRecord, outcomes: Sequence[str], console: Console) -> Table:
-    """One row a test; what acted wraps, the figures do not."""
+    """One row per test. The column “what acted” wraps, the figures do not."""
     text = functools.partial(plain.plain, console)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column(text("outcome"), no_wrap=True)
@@ -83,7 +83,7 @@ def _table(record: SymmetriesRecord, outcomes: Sequence[str], console: Console) 
 
 
 def _print_notes(record: SymmetriesRecord, outcomes: Sequence[str], console: Console) -> None:
-    """What the signs mean, and why a test could not be made."""
+    """What the signs mean, and why some tests were not possible."""
     console.print()
     for test, kind in zip(record.tests, outcomes, strict=True):
         if kind == "untested":
@@ -91,8 +91,9 @@ def _print_notes(record: SymmetriesRecord, outcomes: Sequence[str], console: Con
             plain.say(console, f"{say_it.acted(test)}: {why[:1].lower()}{why[1:]}")
     plain.say(
         console,
-        "Exact: the defect is at the level of rounding. Broken: above it, which is no fault; the tests without a component "
-        "say what breaks it. Dim.: of the subgroup that survives in this architecture; the page names it.",
+        "Exact: the defect is at the level of rounding. Broken: the defect is above it. That is not a fault; the tests without a "
+        "component show what breaks the symmetry. Dim.: dimension of the subgroup that survives in this architecture; the page "
+        "names it.",
         "dim",
     )
 

@@ -1,4 +1,4 @@
-"""The four rows: the symmetry, where this model stands, what holds it there. On two pages, drawn from the same records."""
+"""The four rows: the symmetry, how far this model is from the collapse, what keeps it there. Two pages draw them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from uncollapse.report.symmetries import wording as say
 
 @dataclass(frozen=True)
 class Row:
-    """One phenomenon. `findings` are the cards about it: the key of each, and its findings, the worst first; `tests` are
-    those of its symmetry, in the record's order: the key of each, the test, its outcome.
+    """One phenomenon. `findings` are the cards about it: the key of each, and its findings, worst first. `tests` are the tests
+    of its symmetry, in the order of the record: key, test and outcome.
     """
 
     key: str
@@ -29,14 +29,14 @@ class Row:
 
     @property
     def one_line(self) -> list[tuple[str, str, int]]:
-        """The tests, a line an action."""
+        """The tests, one line per action."""
         return say.in_one_line([(test, outcome) for _, test, outcome in self.tests])
 
 
 def symmetry_rows(
     symmetries: Sequence[SymmetryRecord], findings: Sequence[Finding], tests: Sequence[SymmetryTest] = ()
 ) -> list[Row]:
-    """One row a symmetry of the record."""
+    """One row per symmetry of the record."""
     decoder_from = say.first_decoder_block(symmetries)
     outcomes = say.outcomes(tests, symmetries)
     cards = [(tables.finding_key(number), group) for number, group in enumerate(wording.alike(findings))]
@@ -63,7 +63,7 @@ def symmetry_rows(
 
 @dataclass(frozen=True)
 class Width:
-    """How attention moves with the context length: the slopes along depth, a small chart an attention, the figures."""
+    """How attention changes with the context length: the slopes along depth, one small chart per attention, the figures."""
 
     symmetry: SymmetryRecord
     slopes: Chart | None
@@ -76,7 +76,7 @@ class Width:
 
 
 def width(symmetries: Sequence[SymmetryRecord]) -> Width | None:
-    """What was measured with context lengths; `None` where nothing was."""
+    """What was measured with context lengths; `None` if nothing was."""
     for symmetry in symmetries:
         table = tables.scaling_table(symmetry, "scaling-table")
         if table is not None:

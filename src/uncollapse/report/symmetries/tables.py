@@ -14,7 +14,7 @@ from uncollapse.report.symmetries import wording as say
 
 
 def symmetry_key(phenomenon: str) -> str:
-    """The key of a symmetry's row in the first thing one sees."""
+    """The key of a symmetry's row at the top of the page."""
     return slug("symmetry", phenomenon)
 
 
@@ -56,7 +56,7 @@ class Along:
 
 
 def order_table(symmetries: Sequence[SymmetryRecord], key: str) -> Table:
-    """One row a place and phenomenon: the order parameter, and how far it is from its value at collapse."""
+    """One row per place and phenomenon: the order parameter, and how far it is from its value at collapse."""
     records = [
         Along(symmetry, position, value)
         for symmetry in symmetries
@@ -91,7 +91,7 @@ def _named(words: str) -> Cell:
 
 @dataclass(frozen=True)
 class _Numbered:
-    """One test, its number in the record, and what came of it."""
+    """One test, its number in the record, and its outcome."""
 
     number: int
     test: SymmetryTest
@@ -105,7 +105,7 @@ class _Numbered:
 
 
 def tests_table(tests: Sequence[SymmetryTest], outcomes: Sequence[str], key: str) -> Table:
-    """One row a test."""
+    """One row per test."""
     return cells.table(
         key,
         "Every test",
@@ -115,7 +115,7 @@ def tests_table(tests: Sequence[SymmetryTest], outcomes: Sequence[str], key: str
                 lambda row: _named(wording.PHENOMENON_NAMES[row.test.phenomenon]),
             ),
             (Column("what acted", numeric=False), lambda row: _named(row.test.action)),
-            (Column("taken away", numeric=False), lambda row: _named(say.components(row.test.without) or "nothing")),
+            (Column("removed", numeric=False), lambda row: _named(say.components(row.test.without) or "nothing")),
             (Column("outcome", numeric=False), lambda row: _named(say.OUTCOMES[row.outcome])),
         ],
         [
@@ -131,14 +131,14 @@ def tests_table(tests: Sequence[SymmetryTest], outcomes: Sequence[str], key: str
 
 @dataclass(frozen=True)
 class _Scaled:
-    """One attention's slope, and why a figure of it is absent."""
+    """The slope of one attention, and why some of its figures are absent."""
 
     scaling: WidthScaling
     unavailable: dict[str, str] = field(default_factory=dict)
 
 
 def scaling_table(symmetry: SymmetryRecord, key: str) -> Table | None:
-    """One row an attention: the slope of ln σ₂ on ln n, the regime, and σ₂ at every context length; `None` without any."""
+    """One row per attention: the slope of ln σ₂ on ln n, the regime, and σ₂ at every context length; `None` without any."""
     if not symmetry.scaling:
         return None
     lengths = sorted({n for each in symmetry.scaling for n in each.context_lengths})
@@ -177,12 +177,12 @@ def scaling_table(symmetry: SymmetryRecord, key: str) -> Table | None:
 
 
 def finding_key(number: int) -> str:
-    """The key of a card of findings, the number counting the cards."""
+    """The key of a card of findings; `number` counts the cards."""
     return slug("finding", number)
 
 
 def target(finding: Finding, symmetries: Sequence[SymmetryRecord]) -> str:
-    """The key of the row of the order parameter where a finding stands; empty where it is about the whole model."""
+    """The key of the row of the order parameter that a finding is about; empty if it is about the whole model."""
     for symmetry in symmetries:
         for position, name in enumerate(symmetry.places):
             here = finding.block is not None and say.block_of(name) == finding.block

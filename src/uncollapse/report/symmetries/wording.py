@@ -1,7 +1,7 @@
-"""How the four symmetries are put into plain words: shared by their page, by the page of a diagnosis, and by the terminal.
+"""How the four symmetries are put into plain words, shared by their page, the page of a diagnosis, and the terminal.
 
-What was exact and what was broken was decided where the model ran; here it is repeated. Not the place for a threshold:
-whether a distance from collapse is dangerous is a finding's business.
+What is exact and what is broken was decided when the model ran; here it is only repeated. There are no thresholds here: the
+findings decide whether a distance from collapse is dangerous.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from uncollapse.report.wording import NAMES, listed
 
 @dataclass(frozen=True)
 class Explained:
-    """One phenomenon: what has happened when it is complete, the symmetry behind it, what that means in practice, and over
-    what the figures at one place are taken.
+    """One phenomenon: what a complete collapse looks like, the symmetry behind it, what that means in practice, and what the
+    figures at one place are taken over.
     """
 
     collapse: str
@@ -31,39 +31,39 @@ class Explained:
 
 EXPLAINED: dict[Phenomenon, Explained] = {
     "rank-collapse-depth": Explained(
-        "All tokens of a sequence have become one and the same vector.",
-        "Attention, MLP, norm and residual treat every token alike: reorder the tokens, and the output is reordered and nothing "
-        "else. Equal tokens stay equal.",
-        "Where this is exact, the model cannot know the order of its input; positions and masks break it. They do not part "
-        "tokens that have become equal: only positions put in again, or attention whose rows do not sum to one, can.",
+        "All tokens of a sequence have become the same vector.",
+        "Attention, MLP, norm and residual treat all tokens in the same way. If you reorder the tokens, the output is reordered "
+        "and does not change otherwise. Equal tokens stay equal.",
+        "If this symmetry is exact, the model cannot know the order of its input. Positions and masks break it. But they do not "
+        "separate tokens that have become equal: that takes positions added again, or attention whose rows do not sum to one.",
         "sequence",
     ),
     "rank-collapse-width": Explained(
-        "Every token takes the same average over all others, whatever it asks for.",
-        "Attention that weighs all keys alike does not notice when the keys change places and the queries stay.",
-        "No trained model has this symmetry exactly. It is the limit that untrained attention approaches as the context grows, "
-        "so a defect near 0 says that attention does little more than average.",
+        "Every token receives the same average over all others, whatever its query is.",
+        "Attention that gives all keys equal weight does not change if the keys are reordered and the queries are not.",
+        "No trained model has this symmetry exactly. Untrained attention approaches it as the context grows. So a defect near 0 "
+        "means that attention does little more than average.",
         "head",
     ),
     "head-channel-non-identifiability": Explained(
-        "The heads are interchangeable: what the layer puts out does not say which of them did it.",
-        "Heads can be exchanged, and values mixed inside a head if the output projection unmixes them: the weights change, the "
-        "function does not.",
-        "Where this is exact, a single channel of a head means nothing by itself, and no training signal tells the solutions "
-        "apart. The dimension counts the directions in which the weights can move for free.",
+        "The heads are interchangeable: the output of the layer does not show which head wrote what.",
+        "Heads can be swapped, and the values inside a head can be mixed if the output projection undoes it. The weights change, "
+        "the function does not.",
+        "If this symmetry is exact, a single channel of a head has no meaning of its own, and training cannot tell the equivalent "
+        "solutions apart. The dimension counts the directions in which the weights can move without changing the function.",
         "pair of heads",
     ),
     "entropy-collapse": Explained(
-        "Every token looks at a single other one, and no gradient passes through its softmax any more.",
-        "A constant on all logits of a row changes nothing. A factor on them does: as it grows, every row moves onto its largest "
-        "logit and stays there.",
-        "Shifting is exact, and so is enlarging the queries while shrinking the keys: only the size of their product counts, and "
-        "training can let it grow. The factor itself is no symmetry; its defect says how much the sharpness matters.",
+        "Every token looks at a single key, and no gradient passes through its softmax any more.",
+        "Adding a constant to all logits of a row changes nothing. Multiplying them does: as the factor grows, every row moves "
+        "onto its largest logit and stays there.",
+        "Shifting the logits is an exact symmetry. So is scaling the queries up and the keys down: only the size of their product "
+        "matters, and training can make it grow. Scaling the logits is not a symmetry; its defect says how much sharpness matters.",
         "head",
     ),
 }
 BREAKERS = "Breakers are parts that do not respect the symmetry."
-STABILISERS = "Stabilisers respect it, and yet keep the model away from the collapse."
+STABILISERS = "Stabilisers respect it and still keep the model away from the collapse."
 LONE_PLACE = re.compile(r"(?:(?:encoder|decoder)\.)?(?:embedding|block\.(\d+))(?:\.cross)?")
 
 
@@ -80,7 +80,7 @@ def place(name: str) -> str:
 
 
 def block_of(name: str) -> int | None:
-    """The block that a place is in; `None` for what enters the first one.
+    """The block that a place is in; `None` for the input of the first block.
 
     >>> block_of("block.12.cross"), block_of("embedding")
     (12, None)
@@ -95,7 +95,7 @@ def measure(symmetry: SymmetryRecord) -> str:
 
 
 def line(name: str, first_decoder_block: int | None) -> str:
-    """What a place is on the way along depth: the stack, where there are two, and whether it is cross-attention.
+    """Which line along depth a place belongs to: the stack, if there are two, and whether it is cross-attention.
 
     >>> line("block.5.cross", 4), line("embedding", 4), line("block.5", None)
     ('decoder cross-attention', 'encoder', '')
@@ -109,7 +109,7 @@ def line(name: str, first_decoder_block: int | None) -> str:
 
 
 def first_decoder_block(symmetries: Sequence[SymmetryRecord]) -> int | None:
-    """Blocks are counted through both stacks; the decoder's first one follows its embedding. `None` with one stack."""
+    """Blocks are counted through both stacks; the first block of the decoder follows its embedding. `None` with one stack."""
     for symmetry in symmetries:
         if "decoder.embedding" in symmetry.places:
             behind = symmetry.places[symmetry.places.index("decoder.embedding") + 1 :]
@@ -118,13 +118,13 @@ def first_decoder_block(symmetries: Sequence[SymmetryRecord]) -> int | None:
 
 
 def measured(symmetry: SymmetryRecord) -> list[tuple[str, Statistic]]:
-    """The places that have an order parameter, in words, each with it."""
+    """The places that have an order parameter, in words, each with its value."""
     pairs = zip(symmetry.places, symmetry.order_parameter, strict=True)
     return [(place(name), value) for name, value in pairs if value is not None]
 
 
 def distance(value: float, symmetry: SymmetryRecord) -> float:
-    """How far a value of the order parameter is from that at collapse."""
+    """How far a value of the order parameter is from its value at collapse."""
     return abs(value - symmetry.collapsed_value)
 
 
@@ -145,8 +145,8 @@ def reason(record: SymmetryRecord | SymmetryTest, key: str) -> str:
 
 
 def course(symmetry: SymmetryRecord, decoder_from: int | None = None) -> str:
-    """How the order parameter moves along depth, in each stack and kind of attention by itself. `decoder_from` is the decoder's
-    first block where there is a decoder beside an encoder.
+    """How the order parameter changes along depth, for each stack and kind of attention. `decoder_from` is the first block of
+    the decoder if the model also has an encoder.
 
     >>> record = SymmetryRecord("rank-collapse-depth", "S_n", None, "consensus distance", ["embedding", "block.0"],
     ...     [Statistic(0.97, 0.9, 1.0, 4), Statistic(0.88, 0.7, 0.9, 4)], 0.0, None, [], [])
@@ -178,14 +178,14 @@ def _the(where: str) -> str:
 
 
 def closest(symmetry: SymmetryRecord) -> str:
-    """Where this model is nearest to collapse, on average and at worst; empty where nothing was measured."""
+    """Where this model is nearest to collapse, on average and at worst; empty if nothing was measured."""
     mean, extreme = nearest(symmetry), nearest_extreme(symmetry)
     if mean is None or extreme is None:
         return ""
-    words = f"Nearest to it: {wording.mean(mean[1])} at {_the(mean[0])}"
+    words = f"Nearest to collapse: {wording.mean(mean[1])} at {_the(mean[0])}"
     if wording.number(extreme[1]) != wording.mean(mean[1]):
         over = EXPLAINED[symmetry.phenomenon].over if symmetry.phenomenon in EXPLAINED else "value"
-        words += f", and its nearest {over} {wording.number(extreme[1])}"
+        words += f"; nearest {over}: {wording.number(extreme[1])}"
         words += "" if extreme[0] == mean[0] else f" at {_the(extreme[0])}"
     return f"{words}."
 
@@ -205,7 +205,7 @@ def defect(symmetry: SymmetryRecord) -> str:
 OUTCOMES = {
     "exact": "exact",
     "broken": "broken",
-    "none": "no symmetry",
+    "none": "not a symmetry",
     "open": "undecided",
     "untested": "cannot be tested",
 }
@@ -213,14 +213,14 @@ SIGNS = {"exact": "=", "broken": "≠", "none": "~", "open": "?", "untested": "�
 
 
 def outcomes(tests: Sequence[SymmetryTest], symmetries: Sequence[SymmetryRecord]) -> list[str]:
-    """What came of each test: keys of `OUTCOMES`."""
+    """The outcome of each test: keys of `OUTCOMES`."""
     held = {symmetry.phenomenon: symmetry.breakers for symmetry in symmetries}
     return [_outcome(test, tests, held.get(test.phenomenon, [])) for test in tests]
 
 
 def _outcome(test: SymmetryTest, tests: Sequence[SymmetryTest], breakers: Sequence[str]) -> str:
-    """An action can be a symmetry only once components are taken away. As long as some are left, it is broken by the breakers
-    among them; a single one that was found to be no breaker leaves it exact.
+    """Some actions are symmetries only once components are removed. If some of them are left, the breakers among them break
+    the symmetry. If a single one is left and it was found not to be a breaker, the symmetry is exact.
     """
     if test.defect is None:
         return "untested"
@@ -260,28 +260,28 @@ def found(test: SymmetryTest, outcome: str) -> str:
         case "broken":
             return f"The model notices: the defect is {above_rounding(test)}."
         case "none":
-            return f"No symmetry in theory either; the output moves by {wording.mean(test.defect)} of its size."
+            return f"Not a symmetry in theory either: the output changes by {wording.mean(test.defect)} of its size."
         case "open":
-            return f"Whether that is more than rounding was not decided: the defect is {above_rounding(test)}."
+            return f"Undecided whether that is more than rounding: the defect is {above_rounding(test)}."
         case _:
-            return f"Cannot be tested because: {reason(test, 'defect')}."
+            return f"Cannot be tested: {reason(test, 'defect')}."
 
 
 def above_rounding(test: SymmetryTest) -> str:
     """How the defect compares with rounding."""
     if test.defect is None or test.rounding is None or test.rounding.mean <= 0:
-        return f"{wording.mean(test.defect)}, beside rounding that was not measured"
-    return f"{wording.number(float(f'{test.defect.mean / test.rounding.mean:.1e}'), 2)} times that of rounding"
+        return f"{wording.mean(test.defect)}; rounding was not measured"
+    return f"{wording.number(float(f'{test.defect.mean / test.rounding.mean:.1e}'), 2)} times the level of rounding"
 
 
 def survives(test: SymmetryTest) -> str:
-    """Which subgroup this architecture leaves, and its dimension where it has one that is not 0."""
+    """Which subgroup this architecture leaves, and its dimension if that is not 0."""
     return test.surviving + (f" ({wording.count(test.dimension, 'dimension')})" if test.dimension else "")
 
 
 def in_one_line(tests: Sequence[tuple[SymmetryTest, str]]) -> list[tuple[str, str, int]]:
-    """For each action its outcome on the model as it is and, where that is broken, the fewest components without which it is
-    exact. `tests`: each with its outcome. Each line comes with the outcome's key and the number of the test it is about.
+    """For each action its outcome on the model as it is and, if it is broken, the smallest set of components without which it
+    is exact. `tests`: each with its outcome. Each line comes with the key of the outcome and the number of its test.
     """
     lines = []
     by_action: dict[str, list[int]] = {}
@@ -300,7 +300,7 @@ def in_one_line(tests: Sequence[tuple[SymmetryTest, str]]) -> list[tuple[str, st
 
 
 def counted(outcomes: Sequence[str]) -> str:
-    """How many tests came out how; empty where there was none.
+    """How many tests had which outcome; empty if there were none.
 
     >>> counted(["untested", "exact", "exact"])
     '3 tests: 2 exact, 1 cannot be tested.'
@@ -319,14 +319,14 @@ def headline(record: SymmetriesRecord) -> str:
 
 
 def interval(scaling: WidthScaling) -> str:
-    """The slope's 95 % interval in brackets; empty where there is none."""
+    """The 95 % interval of the slope in brackets; empty if there is none."""
     if scaling.slope_low is None or scaling.slope_high is None:
         return ""
     return f"[{signed(scaling.slope_low)}, {signed(scaling.slope_high)}]"
 
 
 def signed(value: float | None) -> str:
-    """A slope with two digits behind the point and a real minus sign.
+    """A slope with two decimals and a real minus sign.
 
     >>> signed(-0.4831), signed(0.02), signed(None)
     ('−0.48', '0.02', '–')
@@ -347,7 +347,7 @@ def attention(scaling: WidthScaling) -> str:
 
 
 def regimes(scaling: Sequence[WidthScaling]) -> list[tuple[str, list[WidthScaling]]]:
-    """The attentions of each regime, in the order in which regimes appear."""
+    """The attention calls of each regime, in the order in which the regimes appear."""
     found: dict[str, list[WidthScaling]] = {}
     for each in scaling:
         found.setdefault(each.regime, []).append(each)
@@ -355,12 +355,12 @@ def regimes(scaling: Sequence[WidthScaling]) -> list[tuple[str, list[WidthScalin
 
 
 def slopes(symmetry: SymmetryRecord) -> str:
-    """How the second singular value moves with the context length, in a sentence."""
+    """How the second singular value changes with the context length, in a sentence."""
     if symmetry.slope is None:
         return f"Slope in the context length: {reason(symmetry, 'slope')}."
     spread = [signed(symmetry.slope.min), signed(symmetry.slope.max)]
     over = f", from {spread[0]} to {spread[1]}" if spread[0] != spread[1] else ""
     calls = wording.count(symmetry.slope.n, "attention layer")
     return (
-        f"σ₂ moves with the context length n as n to the power {signed(symmetry.slope.mean)} (mean of {calls}{over})."
+        f"σ₂ changes with the context length n as n to the power {signed(symmetry.slope.mean)} (mean of {calls}{over})."
     )

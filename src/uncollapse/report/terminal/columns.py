@@ -1,4 +1,4 @@
-"""The columns of a table in a terminal, and how wide they come out."""
+"""The columns of a table in a terminal, and how wide the table is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class Column(Generic[Row]):
-    """A column and how the record of a row fills it. In a narrow terminal those of the highest `spare` go first; 0 stays."""
+    """A column and how the record of a row fills it. If the terminal is narrow, columns with the highest `spare` are hidden
+    first; those with 0 stay."""
 
     title: str
     value: Callable[[Row], str]

@@ -1,4 +1,4 @@
-"""Findings in a terminal: the worst first, those of one rule together."""
+"""Findings in a terminal: the worst first, grouped by rule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIGNS = {"critical": "!!", "warning": "!", "info": "i"}
 STYLES = {"critical": "bold red", "warning": "bold yellow", "info": "blue"}
 
 
-SPELLED_OUT = 3  # findings of one rule printed in full; of the others the places
+SPELLED_OUT = 3  # how many findings of one rule are printed in full; of the rest only the places
 
 
 def print_findings(found: Sequence[Finding], console: Console) -> None:
@@ -31,7 +31,7 @@ def print_findings(found: Sequence[Finding], console: Console) -> None:
             console.print(head, highlight=False)
             say(finding.message, indent=3)
         if rest := group[SPELLED_OUT:]:
-            say(f"The same at {len(rest)} more: {'; '.join(map(wording.finding_place, rest))}.", indent=3)
+            say(f"The same at {len(rest)} more places: {'; '.join(map(wording.finding_place, rest))}.", indent=3)
         if group[0].remedy:
             say(f"Remedy: {group[0].remedy}", indent=3)
         phenomenon = group[0].phenomenon

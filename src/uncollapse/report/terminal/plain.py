@@ -1,4 +1,4 @@
-"""Lines for a terminal. What came from outside is printed as plain text: no markup, no control characters, nothing that the
+"""Lines for a terminal. Text from outside is printed as plain text: no markup, no control characters, nothing that the
 terminal cannot encode.
 """
 
