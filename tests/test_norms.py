@@ -282,8 +282,9 @@ def test_the_grid_leaves_out_what_cannot_be_taken_away_and_says_so() -> None:
     model = OwnForward(bidirectional, _rms, _parts).eval()
     found = uc.ablate(model, batches=[{"input_ids": ids()}], grid=True).record
     assert [r.without for r in found.runs] == [[], ["residual"], ["mlp"], ["residual", "mlp"]]
-    assert set(found.left_out) == {"norm", "norm, residual", "norm, mlp", "norm, residual, mlp"}
-    assert all("nothing of the kind" in reason for reason in found.left_out.values())
+    left_out = found.probe.options["left_out"]
+    assert set(left_out) == {"norm", "norm, residual", "norm, mlp", "norm, residual, mlp"}
+    assert all("nothing of the kind" in reason for reason in left_out.values())
     assert not any("norm" in v.without for v in found.verdicts)
     from uncollapse.report import ablation_wording
 

@@ -111,7 +111,7 @@ def ablate(
 
     Raises `InputError` for an unknown component or block, `UnsupportedModel` where the additions cannot be found and proved, or
     where a combination named in `without` takes nothing away. Of the default and the grid such combinations are left out
-    (`record.left_out`).
+    (`record.probe.options["left_out"]`).
     """
     combinations = _combinations(without, grid)
     prepared = prepare(
@@ -163,6 +163,8 @@ def ablate(
     }
     described = probe(prepared, first, command)
     described.options.update(options)
+    if left_out:
+        described.options["left_out"] = left_out
     return Ablation(
         AblationRecord(
             schema=ABLATION_SCHEMA,
@@ -175,7 +177,6 @@ def ablate(
             verdicts=verdicts(runs, is_causal=is_causal),
             norms=norm_records(first.norms),
             updates=update_records(first.updates),
-            left_out=left_out,
         )
     )
 

@@ -240,7 +240,7 @@ def summary(record: AblationRecord) -> list[str]:
 def scope(record: AblationRecord) -> str:
     """In which blocks the components were taken away, and which combinations could not be."""
     words = _blocks(record)
-    for combination, reason in record.left_out.items():
+    for combination, reason in record.probe.options.get("left_out", {}).items():
         words += f" Not run: without {combination} ({reason.rstrip('.')})."
     return words
 
