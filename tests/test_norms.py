@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name everybody writes
 
 import uncollapse as uc
+from uncollapse import interventions
 from uncollapse.anatomy import Anatomy
-from uncollapse.interventions import COMPONENTS
+from uncollapse.interventions import COMPONENTS, require_effect
 from uncollapse.norm_reading import kind_of, pieces_between
 from uncollapse.proof import proved_anatomy
 from uncollapse.replaying import NotReplayable, replayed
@@ -166,9 +168,10 @@ def _plain(block: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def test_a_gain_of_zero_is_taken_for_what_training_will_make_of_it() -> None:
+@pytest.mark.parametrize("written", ["layer by hand", "layer_norm"])
+def test_a_gain_of_zero_is_taken_for_what_training_will_make_of_it(written: str) -> None:
     torch.manual_seed(0)
-    model = Stack("pre", WRITTEN["layer by hand"][1])
+    model = Stack("pre", WRITTEN[written][1])
     with torch.no_grad():
         for gains in model.gains:
             gains.scale.zero_()
@@ -258,7 +261,7 @@ def test_a_mask_that_masks_nothing_cannot_be_taken_away() -> None:
     assert torch.equal(model(ids()), before)
 
 
-def test_parts_that_start_at_zero_are_there() -> None:
+def test_parts_that_start_at_zero_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fresh model's updates are zero: taking them away changes nothing today, and is no reason to refuse."""
     torch.manual_seed(0)
     model = Stack("pre", WRITTEN["rms_norm"][1]).eval()
@@ -274,6 +277,10 @@ def test_parts_that_start_at_zero_are_there() -> None:
         for component in ("norm", "mlp", "attention"):
             with uc.without(model, component):
                 assert torch.equal(model(**batch), before)
+        require_effect(model, ("mlp",), None)
+        with pytest.raises(uc.UnsupportedModel, match="same in every bit"):
+            monkeypatch.setattr(interventions, "_zeros_perturbed", lambda _: contextlib.nullcontext())
+            require_effect(model, ("mlp",), None)
         assert weights == {n: id(p) for n, p in model.named_parameters()}
 
 
