@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.replaying import NotReplayable, replayed
 from uncollapse.anatomy.tracing import trace
 from uncollapse.anatomy.vocabulary import Anatomy
-from uncollapse.interventions.without import COMPONENTS
+from uncollapse.interventions import without as interventions
+from uncollapse.interventions.without import COMPONENTS, require_effect
 from uncollapse.probe.sublayers import norm_records
 
 PLACEMENTS = {"pre": 2, "post": 2, "sandwich": 4, "output": 2, "parallel": 1}  # and the norms of a block
@@ -166,9 +168,10 @@ def _plain(block: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def test_a_gain_of_zero_is_taken_for_what_training_will_make_of_it() -> None:
+@pytest.mark.parametrize("written", ["layer by hand", "layer_norm"])
+def test_a_gain_of_zero_is_taken_for_what_training_will_make_of_it(written: str) -> None:
     torch.manual_seed(0)
-    model = Stack("pre", WRITTEN["layer by hand"][1])
+    model = Stack("pre", WRITTEN[written][1])
     with torch.no_grad():
         for gains in model.gains:
             gains.scale.zero_()
@@ -258,7 +261,7 @@ def test_a_mask_that_masks_nothing_cannot_be_taken_away() -> None:
     assert torch.equal(model(ids()), before)
 
 
-def test_parts_that_start_at_zero_are_there() -> None:
+def test_parts_that_start_at_zero_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fresh model's updates are zero: taking them away changes nothing today, and is no reason to refuse."""
     torch.manual_seed(0)
     model = Stack("pre", WRITTEN["rms_norm"][1]).eval()
@@ -274,6 +277,10 @@ def test_parts_that_start_at_zero_are_there() -> None:
         for component in ("norm", "mlp", "attention"):
             with uc.without(model, component):
                 assert torch.equal(model(**batch), before)
+        require_effect(model, ("mlp",), None)
+        monkeypatch.setattr(interventions, "_zeros_perturbed", lambda _: contextlib.nullcontext())
+        with pytest.raises(uc.UnsupportedModel, match="same in every bit"):
+            require_effect(model, ("mlp",), None)
         assert weights == {n: id(p) for n, p in model.named_parameters()}
 
 
@@ -282,8 +289,9 @@ def test_the_grid_leaves_out_what_cannot_be_taken_away_and_says_so() -> None:
     model = OwnForward(bidirectional, _rms, _parts).eval()
     found = uc.ablate(model, batches=[{"input_ids": ids()}], grid=True).record
     assert [r.without for r in found.runs] == [[], ["residual"], ["mlp"], ["residual", "mlp"]]
-    assert set(found.left_out) == {"norm", "norm, residual", "norm, mlp", "norm, residual, mlp"}
-    assert all("nothing of the kind" in reason for reason in found.left_out.values())
+    left_out = found.probe.options["left_out"]
+    assert set(left_out) == {"norm", "norm, residual", "norm, mlp", "norm, residual, mlp"}
+    assert all("nothing of the kind" in reason for reason in left_out.values())
     assert not any("norm" in v.without for v in found.verdicts)
     from uncollapse.report import ablation_wording
 

@@ -116,6 +116,8 @@ def ablate(
     }
     described = probe_record(prepared, first)
     described.options.update(options)
+    if left_out:
+        described.options["left_out"] = left_out
     return Ablation(
         AblationRecord(
             schema=ABLATION_SCHEMA,
@@ -128,7 +130,6 @@ def ablate(
             verdicts=verdicts(runs, is_causal=is_causal),
             norms=norm_records(first.norms),
             updates=update_records(first.updates),
-            left_out=left_out,
         )
     )
 

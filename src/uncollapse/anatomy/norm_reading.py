@@ -92,23 +92,17 @@ def _is_attention(trace: Trace, index: int) -> bool:
 
 
 def cuts(trace: Trace, source: int, target: int) -> list[int]:
-    """The values from `source` to `target` that everything on the way passes, in order, both included; nothing where every way
-    leads through a matrix product."""
-    region, order = {source}, [source]
+    """The values from `source` to `target` that everything on the way passes, in order, both included; nothing where a way leads
+    through a matrix product."""
+    order = [source]
+    reaching = trace.ancestors[target] | 1 << target
+    if not reaching >> source & 1:
+        return []
     for index in range(source + 1, target + 1):
-        node = trace.nodes[index]
-        if not any(i in region for i in node.inputs) or not (index == target or trace.depends(target, index)):
-            continue
-        if trace.is_matrix_product(index) or _is_attention(trace, index):
-            continue
-        region.add(index)
-        order.append(index)
-    # What lies on no way to the target, because a product would have to be passed, is not in the region.
-    reaching = {target}
-    for index in reversed(order):
-        if index in reaching:
-            reaching.update(i for i in trace.nodes[index].inputs if i in region)
-    order = [i for i in order if i in reaching]
+        if reaching >> index & 1 and trace.depends(index, source):
+            if trace.is_matrix_product(index) or _is_attention(trace, index):
+                return []
+            order.append(index)
     place = {index: number for number, index in enumerate(order)}
     crossed = [0] * (len(order) + 1)
     for index in order:

@@ -617,8 +617,8 @@ class _Reader:
         return list(dict.fromkeys(pieces))
 
     def _product_between(self, start: int, end: int) -> bool:
-        """Whether every way from `start` to `end` leads through a matrix product."""
-        return cuts(self.t, start, end)[-1:] != [end]
+        """Whether a way from `start` to `end` leads through a matrix product."""
+        return not cuts(self.t, start, end)
 
     def _makers(self, index: int) -> list[int]:
         """The values that a value is made of without a matrix product: products, looked-up rows, what was given."""

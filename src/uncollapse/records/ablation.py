@@ -64,8 +64,7 @@ class VerdictRecord:
 
 @dataclass(frozen=True)
 class AblationRecord:
-    """What happens to one model without its components; the first run is the whole model. `left_out` says of combinations that
-    were not asked for by name why they were not run: there was nothing to take away."""
+    """What happens to one model without its components; the first run is the whole model."""
 
     schema: Literal["uncollapse/ablation/1"]
     versions: dict[str, str]
@@ -77,4 +76,3 @@ class AblationRecord:
     verdicts: list[VerdictRecord]
     norms: list[NormRecord]
     updates: list[UpdateRecord]
-    left_out: dict[str, str] = field(default_factory=dict)

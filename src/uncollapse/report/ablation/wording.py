@@ -222,7 +222,7 @@ def summary(record: AblationRecord) -> list[str]:
 def scope(record: AblationRecord) -> str:
     """The blocks in which components were removed, and the combinations that could not be run."""
     words = _blocks(record)
-    for combination, reason in record.left_out.items():
+    for combination, reason in record.probe.options.get("left_out", {}).items():
         words += f" Not run: without {combination} ({reason.rstrip('.')})."
     return words
 
