@@ -1,0 +1,327 @@
+"""Poke a stream and see what moves: how the axes of a stream, its sequences and its padding are told.
+
+No shape and no size decides. A block is run by itself on its own arguments, a piece of the stream that enters it is replaced,
+and what its attention then adds is compared with what it added before:
+
+* along the *sequence* axis nothing reaches anything;
+* along a *token* axis the attention reaches other places;
+* the *width* is the axis whose poking changes every row that the first learned product contracts.
+
+When not to use it: on values that training will change. Parameters that are all zero at the start are replaced by small random
+ones for the duration (`without_zeros`), so that a block that does nothing yet can be told apart, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from uncollapse.anatomy.tracing import opened, operation_name
+from uncollapse.anatomy.vocabulary import StreamAxes
+
+Update = Callable[[Tensor], Tensor]  # the stream that enters a block → what its attention adds
+
+EVERY = 3  # one in three places along an axis is poked, the others are watched
+MOST_PRODUCTS = 64  # of the first products of a run, one must be the first that reads the stream
+MOST_SEGMENTS = 512
+
+
+# Copies -------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def without_zeros(module: nn.Module, *, without_nan: bool = False) -> Iterator[None]:
+    """Within the block, parameters that are zero throughout are random copies; with `without_nan` also those that are not finite.
+
+    The parameters themselves are not touched; they are back in their places afterwards, also after an exception.
+    """
+    generator = torch.Generator().manual_seed(0)
+    copies: dict[int, nn.Parameter] = {}
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for owner in module.modules():
+            for name, parameter in list(owner._parameters.items()):
+                if parameter is None or not _says_nothing(parameter, without_nan):
+                    continue
+                if id(parameter) not in copies:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    # Biases are among them: a large one would hide in half precision what moves beside it.
+                    noise = noise / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.02 + 0.004 * noise
+                    copies[id(parameter)] = nn.Parameter(noise.to(parameter), requires_grad=False)
+                owner._parameters[name] = copies[id(parameter)]
+                replaced.append((owner, name, parameter))
+        yield
+    finally:
+        for owner, name, parameter in replaced:
+            owner._parameters[name] = parameter
+
+
+def _says_nothing(parameter: Tensor, without_nan: bool) -> bool:
+    if not parameter.is_floating_point() or parameter.is_meta or not parameter.numel():
+        return False
+    try:
+        if without_nan and not bool(parameter.isfinite().all()):
+            return True
+        first = float(parameter.detach().flatten()[0])  # not zero in most: nothing more is read of them
+        return first == 0 and not bool(parameter.any())
+    except (RuntimeError, NotImplementedError, TypeError):  # a quantised weight of a class of its own
+        return False
+
+
+# Pokes --------------------------------------------------------------------------------------------------------------
+
+
+def poked(stream: Tensor, axis: int, places: Tensor) -> Tensor:
+    """The stream with other values, of the same size, at the given places along an axis."""
+    generator = torch.Generator().manual_seed(1)
+    whole = stream.detach().float()
+    finite = whole[whole.isfinite()]
+    scale = float(finite.std()) if finite.numel() > 1 else 1.0
+    noise = torch.randn(stream.shape, generator=generator).to(whole.device) * (scale or 1.0)
+    noise = noise + (finite.mean() if finite.numel() else 0.0)
+    mask = torch.zeros(stream.shape[axis], dtype=torch.bool, device=stream.device)
+    mask[places.to(stream.device)] = True
+    mask = mask.view(*(-1 if i == axis % stream.ndim else 1 for i in range(stream.ndim)))
+    return torch.where(mask, noise.to(stream.dtype), stream)
+
+
+def moved(plain: Tensor, other: Tensor, axis: int) -> Tensor:
+    """Which places along an axis differ beyond rounding, as [places]: by more than two units in the last place of what was
+    there, and by more than a trace of the largest difference. Experts run on groups of tokens, and the size of a group decides
+    how its sums are rounded: that is no influence."""
+    eps = torch.finfo(plain.dtype).eps
+    change = (other.double() - plain.double()).abs()
+    change = change.where(change.isfinite(), 0.0)
+    trace = (2 if eps > 1e-4 else 256) * eps * change.max()
+    different = (change > trace) & ~(change <= 2 * eps * plain.double().abs())
+    across = tuple(i for i in range(plain.ndim) if i != axis % plain.ndim)
+    return different.any(across) if across else different
+
+
+def reaches(update: Update, stream: Tensor, axis: int, places: Tensor, plain: Tensor | None = None) -> bool:
+    """Whether other values at the given places along an axis move what is added at other places."""
+    before = update(stream) if plain is None else plain
+    if before.shape != stream.shape:
+        return False
+    others = moved(before, update(poked(stream, axis, places)), axis)
+    others[places.to(others.device)] = False
+    return bool(others.any())
+
+
+# The first learned product ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Products(TorchFunctionMode):
+    """The operands of the first matrix products of a run, each with the axis that is contracted."""
+
+    found: list[tuple[tuple[Tensor, int | None], tuple[Tensor, int | None]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        inner = opened(func)
+        if inner is not None:
+            with self:
+                return inner(*args, **kwargs)
+        if len(self.found) < MOST_PRODUCTS:
+            pair = _contracted(operation_name(func), args, kwargs)
+            if pair is not None:
+                self.found.append(pair)
+        return func(*args, **kwargs)
+
+
+def _contracted(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Tensor, int | None], tuple[Tensor, int | None]] | None:
+    """The two operands of a product and the axis of each that is contracted, counted from behind; None for anything else."""
+    tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+    if name == "einsum" and args and isinstance(args[0], str):
+        operands = [t for a in args[1:] for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)]
+        return _einsum(args[0], operands)
+    if name in {"addmm", "baddbmm", "addbmm"}:
+        tensors = tensors[1:]
+    if len(tensors) < 2:
+        return None
+    first, second = tensors[:2]
+    if name == "linear":
+        return (first, -1), (second, -1)
+    if name in {"conv1d", "conv2d", "conv3d"}:
+        return (first, -1 - int(name[4])), (second, -1 - int(name[4]))
+    if name in {"matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "grouped_mm"}:
+        return (first, -1), (second, -2 if second.ndim > 1 else -1)
+    if name == "rmatmul":
+        return (second, -1), (first, -2 if first.ndim > 1 else -1)
+    return None
+
+
+def _einsum(
+    equation: str, operands: Sequence[Tensor]
+) -> tuple[tuple[Tensor, int | None], tuple[Tensor, int | None]] | None:
+    given, _, result = re.sub(r"\s", "", equation).partition("->")
+    letters = given.split(",")
+    if len(letters) != 2 or len(operands) != 2:
+        return None
+    summed = [c for c in letters[0] if c in letters[1] and c not in result and c.isalpha()]
+    if len(summed) != 1:
+        return (operands[0], None), (operands[1], None)
+    axes = []
+    for own in letters:
+        behind = own[own.index(summed[0]) :]
+        before = own.index(summed[0])
+        axes.append(before if "..." in behind else -len(behind))
+    return (operands[0], axes[0]), (operands[1], axes[1])
+
+
+def _rows_changed(plain: Tensor, other: Tensor, axis: int) -> float:
+    """The share of the rows along a contracted axis that changed at all."""
+    if plain.shape != other.shape:
+        return 0.0
+    different = (plain != other) & ~(plain.isnan() & other.isnan())
+    return float(different.any(axis).double().mean())
+
+
+# Axes ---------------------------------------------------------------------------------------------------------------
+
+
+def stream_axes(update: Update, stream: Tensor, where: str) -> tuple[StreamAxes | None, str]:
+    """The axes of the stream that enters a block, and the reason where they cannot be told.
+
+    update: what the block's attention adds (its only part, if it has none), given the stream. Runs once plain and once for
+    each axis that is longer than one.
+    """
+    first = stream
+    if not bool(stream.isfinite().all()):  # nothing can be seen to move where all is NaN
+        first = torch.where(stream.isfinite(), stream, torch.randn(stream.shape).to(stream))
+    seen = Products()
+    with seen:
+        plain = update(first)
+    if plain.shape != first.shape:
+        return None, f"what {where} adds has {plain.ndim} axes of sizes {tuple(plain.shape)}, not those of its stream"
+    reaching: set[int] = set()
+    shares: dict[int, list[float]] = {}
+    long = [axis for axis in range(first.ndim) if first.shape[axis] > 1]
+    operands: list[tuple[Tensor, int] | None] = []
+    for axis in long:
+        places = torch.arange(0, first.shape[axis], EVERY)
+        again = Products()
+        with again:
+            other = update(poked(first, axis, places))
+        others = moved(plain, other, axis)
+        others[places.to(others.device)] = False
+        if bool(others.any()):
+            reaching.add(axis)
+        shares[axis], operands = _learned_rows(seen, again, operands)
+    width, reason = _width(first, shares, operands, reaching)
+    if width is None:
+        return None, f"{reason} in {where}"
+    tokens = tuple(axis for axis in long if axis in reaching and axis != width)
+    rest = [axis for axis in range(first.ndim) if axis != width and axis not in tokens]
+    apart = [axis for axis in rest if first.shape[axis] > 1] or rest[:1]
+    if len(apart) > 1:
+        return (
+            None,
+            f"the attention reaches along none of the axes {apart} of {where}, and one of them only can be the sequences",
+        )
+    if not tokens:
+        if len(rest) < 2:
+            return None, f"the attention of {where} reaches along no axis of the stream"
+        tokens = tuple(axis for axis in rest if axis not in apart)
+        return StreamAxes(apart[0], tokens, width), ""
+    single = [axis for axis in rest if axis not in apart]  # axes of length one: a grid of one row
+    tokens = tuple(sorted((*tokens, *single)))
+    return StreamAxes(apart[0] if apart else None, tokens, width), ""
+
+
+def _learned_rows(
+    plain: Products, other: Products, known: list[tuple[Tensor, int] | None]
+) -> tuple[list[float], list[tuple[Tensor, int] | None]]:
+    """For each product the share of rows that changed, where exactly one operand did; 0 where none or both."""
+    found: list[float] = []
+    operands = known or [None] * len(plain.found)
+    for number, (before, after) in enumerate(zip(plain.found, other.found, strict=False)):
+        changed = [a.shape != b.shape or not torch.equal(a, b) for (a, _), (b, _) in zip(before, after, strict=True)]
+        share = 0.0
+        if sum(changed) == 1:
+            side = changed.index(True)
+            (a, axis), (b, _) = before[side], after[side]
+            if axis is not None:
+                share = _rows_changed(a, b, axis)
+                operands[number] = (a, axis)
+        found.append(share)
+    return found, operands
+
+
+def _width(
+    stream: Tensor, shares: dict[int, list[float]], operands: list[tuple[Tensor, int] | None], reaching: set[int]
+) -> tuple[int | None, str]:
+    first = next((i for i in range(len(operands)) if any(s[i] for s in shares.values() if i < len(s))), None)
+    if first is None or operands[first] is None:
+        return None, "no learned product reads the stream"
+    found = {axis: s[first] for axis, s in shares.items() if first < len(s) and axis in reaching}
+    largest = max(found.values(), default=0.0)
+    candidates = [axis for axis, share in found.items() if share > 0.75 * largest]
+    if len(candidates) > 1:  # a norm over tokens and features at once moves them all
+        operand = operands[first]
+        assert operand is not None
+        contracted = operand[0].shape[operand[1]]
+        sized = [axis for axis in candidates if stream.shape[axis] == contracted]
+        candidates = sized or candidates
+    if len(candidates) != 1:
+        return None, "no single axis of the stream is the one that the first learned product contracts"
+    return candidates[0], ""
+
+
+# Sequences and padding on the user's own batch -------------------------------------------------------------------------
+
+
+def segments(update: Update, rows: Tensor, axis: int) -> list[Tensor] | None:
+    """Which rows of a stream with sequences laid end to end belong together: those that influence each other, as lists of
+    places along `axis`. None where there are too many to find."""
+    plain = update(rows)
+    count = rows.shape[axis]
+    free = torch.ones(count, dtype=torch.bool)
+    found: list[Tensor] = []
+    while bool(free.any()):
+        if len(found) == MOST_SEGMENTS:
+            return None
+        place = int(free.nonzero()[0])
+        reached = moved(plain, update(poked(rows, axis, torch.tensor([place]))), axis).cpu() & free
+        reached[place] = True
+        last = int(reached.nonzero()[-1])
+        reached[place : last + 1] = free[place : last + 1]
+        found.append(reached.nonzero().flatten())
+        free &= ~reached
+    return found
+
+
+def heard_tokens(update: Update, stream: Tensor, axes: StreamAxes) -> Tensor:
+    """Which rows of the stream reach any other row, as [sequence, token]: a padded row reaches none.
+
+    By two gradients: of what is added at the even rows with respect to the odd ones, and the other way round.
+    """
+    with torch.enable_grad():
+        given = stream.detach().clone().requires_grad_()
+        added = axes.cloud(update(given))
+        numbers = torch.arange(added.shape[1], device=added.device)
+        generator = torch.Generator().manual_seed(2)
+        weights = torch.randn(added.shape, generator=generator).to(added)
+        heard = torch.zeros(added.shape[:2], dtype=torch.bool, device=added.device)
+        for parity in (0, 1):
+            rows = (numbers % 2 == parity).view(1, -1, 1)
+            loss = torch.where(rows, added * weights, 0).nan_to_num().sum()
+            (gradient,) = torch.autograd.grad(loss, given, retain_graph=parity == 0)
+            back = axes.cloud(gradient).abs().amax(-1) > 0
+            heard |= back & (numbers % 2 != parity)
+    return heard

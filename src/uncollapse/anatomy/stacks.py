@@ -1,0 +1,370 @@
+"""Which tensors of a batch govern which stack of blocks: found by poking at the proof, read on every batch of a probe.
+
+A mask of two values governs a stack if the value at a token decides whether that token's row of the stream reaches any other
+row in the stack's first attention. One that changes which rows are heard without having the stream's axes (samples of sound,
+the words of a stream that also holds patches) governs it in another unit: there the padded rows are found on each batch, again
+by what they reach. A stack that nothing governs has no padding. Names decide nothing: masks may be called anything, be given by
+position, and be true for padding.
+
+Token numbers belong to a stack if another number at a token moves that row of the stream that enters, and no other.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse.anatomy.influence import heard_tokens, moved, poked, segments, without_zeros
+from uncollapse.anatomy.vocabulary import Anatomy, Block, Stack, StreamAxes, TokenMask
+
+
+class Alone(Protocol):
+    """A block by itself on the arguments of one pass; see `proof.BlockAlone`."""
+
+    block: Block
+    stream: Tensor
+    module: nn.Module
+
+    @property
+    def mixing(self) -> int | None: ...
+
+    def update(self, part: int, stream: Tensor) -> Tensor: ...
+
+
+Blocks = Callable[[nn.Module, Mapping[str, Any], Anatomy, Collection[int]], Mapping[int, Alone]]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """The tokens of one stack in one batch. mask: True for a real token, None where all are. segments: where sequences are laid
+    end to end, the places of each along the token axis. reason: why the tokens cannot be told."""
+
+    mask: Tensor | None = None
+    segments: tuple[Tensor, ...] | None = None
+    reason: str = ""
+
+
+# At the proof -------------------------------------------------------------------------------------------------------
+
+
+def find_stacks(
+    model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, blocks_alone: Blocks
+) -> tuple[Stack, ...]:
+    """The stacks of the anatomy with what governs them in batches such as this small one. Within `probing` only."""
+    firsts = {i: _first_attending(anatomy, stack) for i, stack in enumerate(anatomy.stacks)}
+    wanted = {block for block in firsts.values() if block is not None}
+    candidates = [name for name, value in batch.items() if isinstance(value, Tensor) and _may_govern(value)]
+    numbers = [name for name, value in batch.items() if isinstance(value, Tensor) and _may_be_ids(value)]
+    entries = {stack.blocks[0] for stack in anatomy.stacks}
+    found = list(anatomy.stacks)
+    with without_zeros(model):
+        plain = blocks_alone(model, batch, anatomy, wanted | entries) if candidates or numbers else {}
+        for name in candidates:
+            for number, block in firsts.items():
+                mask = (
+                    None if block is None else _governs(model, batch, anatomy, blocks_alone, plain[block], name, block)
+                )
+                if mask is not None:
+                    found[number] = replace(found[number], masks=(*found[number].masks, mask))
+        embedded: set[int] = set()  # stacks whose tokens are known to come from somewhere
+        for name in sorted(numbers, key=functools.partial(_least_like_ids, batch)):
+            for number, is_transposed in _embedded(model, batch, anatomy, blocks_alone, plain, name, embedded):
+                embedded.add(number)
+                if not batch[name].is_floating_point():
+                    found[number] = replace(found[number], ids=name, ids_transposed=is_transposed)
+        for number, stack in enumerate(found):
+            axes = anatomy.blocks[stack.blocks[0]].axes
+            if axes is not None and axes.sequence is None:
+                found[number] = replace(stack, segments_block=_widest(model, batch, anatomy, blocks_alone, stack))
+    return tuple(found)
+
+
+def _first_attending(anatomy: Anatomy, stack: Stack) -> int | None:
+    """The stack's first block whose tokens attend to each other and whose axes are known."""
+    for number in stack.blocks:
+        block = anatomy.blocks[number]
+        if block.axes is not None and any(p.kind == "attention" for p in block.parts):
+            return number
+    return None
+
+
+def _may_govern(value: Tensor) -> bool:
+    """Whether a tensor can be a mask over tokens: two values, 0 and 1, along two or more axes."""
+    if value.ndim < 2 or value.is_complex() or not value.numel():
+        return False
+    return value.dtype == torch.bool or bool(((value == 0) | (value == 1)).all())
+
+
+def _may_be_ids(value: Tensor) -> bool:
+    """Whether a stack's embedding can be made of a tensor: whole numbers along two axes, or vectors along a third."""
+    if value.is_complex() or value.dtype == torch.bool or not value.numel():
+        return False
+    return value.ndim == 3 if value.is_floating_point() else value.ndim == 2 and not _may_govern(value)
+
+
+def _least_like_ids(batch: Mapping[str, Any], name: str) -> tuple[bool, bool, int]:
+    """Vectors first: where they are given the numbers beside them are positions and the like. Then many different numbers,
+    and what is the same in every sequence last."""
+    value = batch[name]
+    is_vector = value.is_floating_point()
+    return not is_vector, bool((value == value[0]).all()), 0 if is_vector else -len(value.unique())
+
+
+def _sizes(alone: Alone, axes: StreamAxes) -> tuple[int, int]:
+    """Sequences and tokens of the stream."""
+    return tuple(axes.cloud(alone.stream).shape[:2])  # type: ignore[return-value]
+
+
+def _governs(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    anatomy: Anatomy,
+    blocks_alone: Blocks,
+    plain: Alone,
+    name: str,
+    block: int,
+) -> TokenMask | None:
+    axes, value = plain.block.axes, batch[name]
+    if axes is None or axes.sequence is None:
+        return None
+    sequences, tokens = _sizes(plain, axes)
+    shape = tuple(value.shape)
+    for is_transposed in (False, True) if shape in {(sequences, tokens), (tokens, sequences)} else ():
+        if shape != ((tokens, sequences) if is_transposed else (sequences, tokens)):
+            continue
+        for token in (0, tokens - 1):  # the first reaches none that come before it, the last none that come after
+            place = (token, 0) if is_transposed else (0, token)
+            other = _changed_at(model, batch, anatomy, blocks_alone, name, place, block)
+            if other is None:
+                continue
+            before, after = _heard(plain, axes, token), _heard(other, axes, token)
+            if before != after:
+                real = bool(value[place]) if before else not bool(value[place])
+                return TokenMask(name, real, "token", is_transposed)
+            if before:
+                return None
+    return _governs_otherwise(model, batch, anatomy, blocks_alone, plain, name, block)
+
+
+def _governs_otherwise(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    anatomy: Anatomy,
+    blocks_alone: Blocks,
+    plain: Alone,
+    name: str,
+    block: int,
+) -> TokenMask | None:
+    """Whether a mask that does not have the stream's axes decides which of its rows are heard."""
+    axes, value = plain.block.axes, batch[name]
+    assert axes is not None
+    if value.shape[0] != _sizes(plain, axes)[0]:
+        return None
+    half = value.flatten(1).shape[1] // 2
+    with_less = value.clone().flatten(1)
+    with_less[0, half:] = ~with_less[0, half:] if value.dtype == torch.bool else 1 - with_less[0, half:]
+    other = _instead(model, batch, anatomy, blocks_alone, name, with_less.view(value.shape), block)
+    if other is None or other.stream.shape != plain.stream.shape:
+        return None
+    before, after = (_heard_tokens(alone) for alone in (plain, other))
+    if before is None or after is None or torch.equal(before, after):
+        return None
+    is_real = int(after.sum()) < int(before.sum())
+    return TokenMask(name, is_real == bool(value.flatten(1)[0, half:].double().mean() >= 0.5), "other")
+
+
+def _heard_tokens(alone: Alone) -> Tensor | None:
+    axes = alone.block.axes
+    if axes is None or alone.mixing is None:
+        return None
+    try:
+        return heard_tokens(functools.partial(alone.update, alone.mixing), alone.stream, axes)
+    except RuntimeError:  # a block that cannot be differentiated: a kernel of its own, quantised weights
+        return None
+
+
+def _changed_at(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    anatomy: Anatomy,
+    blocks_alone: Blocks,
+    name: str,
+    place: tuple[int, int],
+    block: int,
+) -> Alone | None:
+    value = batch[name].clone()
+    value[place] = ~value[place] if value.dtype == torch.bool else 1 - value[place]
+    return _instead(model, batch, anatomy, blocks_alone, name, value, block)
+
+
+def _instead(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    anatomy: Anatomy,
+    blocks_alone: Blocks,
+    name: str,
+    value: Tensor,
+    block: int,
+) -> Alone | None:
+    """The block on the batch with another value of one tensor; None where the model does not run on that."""
+    try:
+        return blocks_alone(model, {**batch, name: value}, anatomy, [block])[block]
+    except Exception:  # the model's own code, on a value it may not take: then it is no mask
+        return None
+
+
+def _heard(alone: Alone, axes: StreamAxes, token: int) -> bool:
+    """Whether this token of the first sequence reaches any other one."""
+    part = alone.mixing
+    assert part is not None
+    assert axes.sequence is not None
+    update = functools.partial(alone.update, part)
+    other = alone.stream
+    number = token
+    grid = [alone.stream.shape[axis] for axis in axes.token]
+    places = []
+    for size in reversed(grid):
+        places.append(number % size)
+        number //= size
+    changed = poked(other, axes.sequence, torch.tensor([0]))
+    index: list[Any] = [slice(None)] * other.ndim
+    index[axes.sequence] = 0
+    for axis, place in zip(axes.token, reversed(places), strict=True):
+        index[axis] = place
+    one = other.clone()
+    one[tuple(index)] = changed[tuple(index)]
+    before, after = (axes.cloud(update(stream)) for stream in (other, one))
+    rows = moved(before[0], after[0], 0)
+    rows[token] = False
+    return bool(rows.any())
+
+
+def _embedded(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    anatomy: Anatomy,
+    blocks_alone: Blocks,
+    plain: Mapping[int, Alone],
+    name: str,
+    known: Collection[int],
+) -> Iterable[tuple[int, bool]]:
+    """The stacks, beside those known, whose entering stream is made of this tensor, and whether its axes are token, sequence."""
+    value = batch[name]
+    place = (0, min(1, value.shape[1] - 1))
+    changed = value.clone()
+    if value.is_floating_point():
+        changed[place] = changed[place].flip(-1) + 1
+    else:
+        others = value[value != value[place]]
+        changed[place] = others[0] if len(others) else value[place] + (1 if int(value[place]) == 0 else -1)
+    entries = {i: stack.blocks[0] for i, stack in enumerate(anatomy.stacks) if i not in known}
+    if not entries:
+        return
+    try:
+        after = blocks_alone(model, {**batch, name: changed}, anatomy, list(entries.values()))
+    except Exception:  # the model's own code, on numbers it may not take
+        return
+    for stack, block in entries.items():
+        axes = anatomy.blocks[block].axes
+        if axes is None or axes.sequence is None or after[block].stream.shape != plain[block].stream.shape:
+            continue
+        before, now = (axes.cloud(alone.stream) for alone in (plain[block], after[block]))
+        rows = (before != now).any(-1)
+        for is_transposed in (False, True):
+            shape = tuple(value.shape[1::-1] if is_transposed else value.shape[:2])
+            at = place[::-1] if is_transposed else place
+            if shape == tuple(before.shape[:2]) and bool(rows[at]) and int(rows.sum()) == 1:
+                yield stack, is_transposed
+                break
+
+
+def _widest(
+    model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, blocks_alone: Blocks, stack: Stack
+) -> int | None:
+    """The block of a stack whose attention carries its first row furthest."""
+    able = [i for i in stack.blocks if any(p.kind == "attention" for p in anatomy.blocks[i].parts)]
+    reach: dict[int, int] = {}
+    for number, alone in blocks_alone(model, batch, anatomy, able).items():
+        axes, part = alone.block.axes, alone.mixing
+        if axes is not None and part is not None:
+            update = functools.partial(alone.update, part)
+            first = poked(alone.stream, axes.token[0], torch.tensor([0]))
+            reach[number] = int(moved(update(alone.stream), update(first), axes.token[0]).sum())
+    return max(reach, key=lambda i: (reach[i], -i), default=None)
+
+
+# On every batch -----------------------------------------------------------------------------------------------------
+
+
+def paddings(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, blocks_alone: Blocks) -> list[Padding]:
+    """The tokens of each stack in this batch. Within `probing` only; the model is run once more where tokens can only be told
+    by what they reach."""
+    found = [Padding(given_mask(stack, batch)) for stack in anatomy.stacks]
+    asked: dict[int, int] = {}
+    for number, stack in enumerate(anatomy.stacks):
+        if stack.segments_block is not None:
+            asked[number] = stack.segments_block
+        elif any(m.unit == "other" and hides(m, batch) for m in stack.masks):
+            block = _first_attending(anatomy, stack)
+            if block is not None:
+                asked[number] = block
+    if not asked:
+        return found
+    with without_zeros(model):
+        alone = blocks_alone(model, batch, anatomy, list(asked.values()))
+        for number, block in asked.items():
+            found[number] = _told_by_influence(alone[block], anatomy.stacks[number], found[number], batch)
+    return found
+
+
+def _told_by_influence(alone: Alone, stack: Stack, known: Padding, batch: Mapping[str, Any]) -> Padding:
+    axes, part = alone.block.axes, alone.mixing
+    assert axes is not None
+    assert part is not None
+    if stack.segments_block is None:
+        heard = _heard_tokens(alone)
+        if heard is None:
+            return Padding(
+                reason="padding in another unit than tokens, and a block that cannot be differentiated to find it"
+            )
+        if alone.block.parts[
+            part
+        ].is_causal:  # nothing hears the last token: it is real unless padding must have ended there
+            hiding = (
+                torch.stack([_hiding_rows(m, batch) for m in stack.masks if hides(m, batch)]).any(0).to(heard.device)
+            )
+            heard[:, -1] = heard[:, -2] & ~(hiding & heard[:, :-1].all(-1))
+        return Padding(heard if known.mask is None else heard & known.mask.to(heard.device))
+    parts = segments(functools.partial(alone.update, part), alone.stream, axes.token[0])
+    if parts is None:
+        return Padding(reason="sequences laid end to end, too many of them to be told apart")
+    return Padding(segments=tuple(parts))
+
+
+def given_mask(stack: Stack, batch: Mapping[str, Any]) -> Tensor | None:
+    """True for a real token [sequence, token], as the batch's own masks over the tokens of this stack say; None where they hide
+    none."""
+    real: Tensor | None = None
+    for mask in stack.masks:
+        value = batch.get(mask.tensor)
+        if mask.unit == "token" and isinstance(value, Tensor) and value.ndim == 2:
+            one = value.bool() == mask.real
+            one = one.T if mask.is_transposed else one
+            real = one if real is None or real.shape != one.shape else real & one.to(real.device)
+    return None if real is None or bool(real.all()) else real
+
+
+def _hiding_rows(mask: TokenMask, batch: Mapping[str, Any]) -> Tensor:
+    """Which sequences this mask hides something of."""
+    return (batch[mask.tensor].bool() != mask.real).flatten(1).any(-1)
+
+
+def hides(mask: TokenMask, batch: Mapping[str, Any]) -> bool:
+    """Whether this mask hides anything in this batch."""
+    value = batch.get(mask.tensor)
+    return isinstance(value, Tensor) and not bool((value.bool() == mask.real).all())

@@ -1,0 +1,541 @@
+"""One probe pass over a corpus, reduced to running statistics where the numbers appear.
+
+Token clouds are measured at the block boundaries and let go; attention is measured inside the model's own attention call:
+a fused call from its queries and keys, a softmax the model ran itself from its weights. Nothing of size tokens × tokens
+a head is kept, nor anything that grows with the corpus. The model runs the very operations it would have run, so its
+outputs are bit-identical; hooks and wrapped forwards are gone afterwards, also after an exception or Ctrl-C.
+
+Only the passes that the probe itself starts are observed. If another thread runs the model meanwhile, or another model that
+shares its modules does, their outputs are right and enter no figure; but they see the model in evaluation mode and without
+its key-value cache, as the probe does. Do not train in one thread while probing in another.
+
+When not to use this: to look at activations. Nothing is stored; a hook of your own does that better.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse.anatomy.interception import Handler, Point, device_of, intercepted
+from uncollapse.anatomy.probing import full_precision, probing
+from uncollapse.anatomy.proof import block_output, blocks_alone
+from uncollapse.anatomy.stacks import Padding, paddings
+from uncollapse.anatomy.tracing import operation_name, tensors_in
+from uncollapse.anatomy.vocabulary import Anatomy, Block, Part
+from uncollapse.errors import InputError, UncollapseError
+from uncollapse.measures import geometry, heads, mixing
+from uncollapse.measures.running import Running
+from uncollapse.probe.attention import (
+    ATTENTION_MEASURES,
+    AttentionStatistics,
+    four_axes,
+    mask_or_bias,
+    pattern_spectra,
+    spread,
+)
+from uncollapse.probe.projections import holds, projected_cloud, projection_matrix
+from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, SiteStatistics, distinct_tokens
+from uncollapse.probe.sublayers import NormStatistics, Sublayers, UpdateStatistics
+
+Progress = Callable[[str, int, int], None]
+Level = Literal["core", "full"]
+Observer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]  # function, operands, result
+
+
+@dataclass
+class Observations:
+    """What one probe pass saw: a site for each stack's embedding and each of its blocks, stack after stack, and an entry for
+    each attention call; at level `full` also one for each update and for each norm call inside a block. `sequences`, `tokens`
+    (real ones) and `max_tokens` are those of the first stack's stream."""
+
+    sites: list[SiteStatistics]
+    attention: list[AttentionStatistics]
+    updates: list[UpdateStatistics] = field(default_factory=list)
+    norms: list[NormStatistics] = field(default_factory=list)
+    sequences: int = 0
+    tokens: int = 0
+    max_tokens: int = 0
+
+
+def capture(
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    anatomy: Anatomy,
+    *,
+    level: Level = "core",
+    seed: int = 0,
+    progress: Progress | None = None,
+    on_output: Callable[[Mapping[str, Any], Any], None] | None = None,
+    spectra: bool | None = None,
+) -> Observations:
+    """Run `model` once over `batches` (each a dict of tensors, moved to the model's device) and observe. `on_output` is given
+    each batch and the model's output on it. `spectra`: whether to decompose the attention matrices, by default at level `full`.
+
+    Raises `InputError` where a padded batch meets a model whose token axis does not match the mask.
+    """
+    probe = _Probe(model, anatomy, level, level == "full" if spectra is None else spectra)
+    device = device_of(model)
+    with probing(model, seed), probe.installed():
+        for number, batch in enumerate(batches):
+            if progress is not None:
+                progress("probe", number, len(batches))
+            on_device = {k: v.to(device).contiguous() if isinstance(v, Tensor) else v for k, v in batch.items()}
+            probe.begin(on_device)
+            output = model(**on_device)
+            probe.count()
+            if on_output is not None:
+                on_output(on_device, output)
+        if progress is not None:
+            progress("probe", len(batches), len(batches))
+    return probe.observations
+
+
+class _Probe:
+    """The state of one pass: which batch is running, which call of a shared module, and the statistics so far."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, level: Level, spectra: bool) -> None:
+        self.model, self.anatomy, self.level, self.spectra = model, anatomy, level, spectra
+        self.observations = Observations([], [])
+        self.batch_size = 0  # sequences in the stream of the block that is running
+        self.paddings: list[Padding] = []  # by stack
+        self.shapes: dict[int, tuple[int, int]] = {}  # by stack: sequences and tokens of its clouds in this batch
+        self.entered_shapes: dict[int, tuple[int, int]] = {}  # by block: sequences and tokens of what entered it
+        self.real: dict[int, int] = {}  # by stack: real tokens in this batch
+        self.runs: dict[str, int] = {}
+        self.heads_output: Tensor | None = None  # of the attention call whose output projection is still to come
+        self.matrices: dict[str, Tensor] = {}
+        self.distinct: list[Tensor | None] = []  # by stack: different token ids of each sequence
+        self.entered: dict[str, Tensor] = {}  # by site: the cloud that entered the block that is running
+        # What reads the stream takes each token's mean away, if it is a layer norm.
+        self.is_centred = any(norm.kind == "layer" for block in anatomy.blocks for norm in block.norms)
+        self.thread: int | None = None  # the thread of the probe's own pass, while one runs
+        self.sublayers: Sublayers | None = None
+        if level == "full":
+            self.sublayers = Sublayers(model, anatomy, self._tokens_of, self._is_own)
+            self.observations.updates, self.observations.norms = self.sublayers.updates, self.sublayers.norms
+
+    # Installation -------------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def installed(self) -> Any:
+        observers: dict[Point, Observer] = {}
+        block_hooks: dict[str, dict[int, list[tuple[SiteStatistics | None, SiteStatistics, Block]]]] = {}
+        projections: dict[str, dict[int, AttentionStatistics]] = {}
+        sites = self._sites()
+        for number, block in enumerate(self.anatomy.blocks):
+            by_call = block_hooks.setdefault(block.module.name, {}).setdefault(block.module.call, [])
+            by_call.append((*sites[number], block))
+            for part in block.parts:
+                if part.kind in {"attention", "cross"}:
+                    self._attend(number, block, part, observers, projections)
+        handlers = {p: self._observing(o) for p, o in observers.items()}
+        if self.sublayers is not None:
+            handlers |= self.sublayers.handlers
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.model.register_forward_hook(self._end, always_call=True).remove)
+            # Before the hooks: what they compute must not count as operations of the module that calls theirs.
+            stack.enter_context(intercepted(self.model, handlers))
+            if self.sublayers is not None:
+                stack.enter_context(self.sublayers.installed())
+            for name in {*block_hooks, *projections}:
+                module = self.model.get_submodule(name)
+                enter, leave = self._hooks(name, block_hooks.get(name, {}), projections.get(name, {}))
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(leave).remove)
+            yield
+
+    def _sites(self) -> dict[int, tuple[SiteStatistics | None, SiteStatistics]]:
+        """By block: the embedding's site where it begins a stack, and its own."""
+        found: dict[int, tuple[SiteStatistics | None, SiteStatistics]] = {}
+        named: dict[str, int] = {}
+        for stack in self.anatomy.stacks:
+            name = "embedding" if stack.name != "decoder" else "decoder.embedding"
+            named[name] = named.get(name, 0) + 1
+            embedding = SiteStatistics(name if named[name] == 1 else f"{name}.{named[name]}", None, stack.name)
+            sites = [SiteStatistics(f"block.{number}", number, stack.name) for number in stack.blocks]
+            self.observations.sites += [embedding, *sites]
+            found |= {n: (embedding if i == 0 else None, sites[i]) for i, n in enumerate(stack.blocks)}
+        return found
+
+    def _end(self, *_: Any) -> None:
+        if self._is_own():
+            self.thread = None
+
+    def _is_own(self) -> bool:
+        """Whether a hook was reached by the probe's own pass: not by another thread, nor by a model that shares a module."""
+        return self.thread == threading.get_ident()
+
+    def _observing(self, observe: Observer) -> Handler:
+        def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            output = function(*args, **kwargs)
+            if self._is_own():
+                with full_precision(output):
+                    observe(function, args, kwargs, output)
+            return output
+
+        return handler
+
+    def _hooks(
+        self,
+        name: str,
+        sites: Mapping[int, list[tuple[SiteStatistics | None, SiteStatistics, Block]]],
+        attentions: Mapping[int, AttentionStatistics],
+    ) -> tuple[Callable[..., None], Callable[..., None]]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self._is_own():
+                return
+            run = self.runs.get(name, 0)
+            self.runs[name] = run + 1
+            for embedding, site, block in sites.get(run, ()):
+                key = block.stream_input
+                given = args[key] if isinstance(key, int) else kwargs[key]
+                if embedding is not None:
+                    with full_precision(given):
+                        self._measure_site(embedding, given, block, self._stack(site))
+                cloud = self._cloud(given, block, self._stack(site))
+                if cloud is not None:
+                    assert site.block is not None
+                    self.batch_size = len(cloud)
+                    self.entered_shapes[site.block] = (cloud.shape[0], cloud.shape[1])
+                    self.entered[site.site] = cloud.clone()  # a copy: a block may add to its stream in place
+            if run in attentions:
+                given = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+                with full_precision(given):
+                    self._project(attentions[run], name, module, given)
+
+        def leave(_: nn.Module, args: Any, output: Any) -> None:
+            if not self._is_own():
+                return
+            run = self.runs[name] - 1
+            for _embedding, site, block in sites.get(run, ()):
+                stream = block_output(output, block.stream_output)
+                with full_precision(stream):
+                    self._measure_site(site, stream, block, self._stack(site))
+
+        return enter, leave
+
+    def _project(self, statistics: AttentionStatistics, name: str, module: nn.Module, given: Tensor) -> None:
+        """Meet the output projection: its matrix, once a module, and the energy of what it reads."""
+        if name not in self.matrices:
+            try:
+                self.matrices[name] = projection_matrix(module, given)
+            except UncollapseError as error:
+                statistics.reasons |= {"matrix": str(error), "energy_share": str(error)}
+                return
+        statistics.matrix = self.matrices[name]
+        self._measure_energy(statistics, statistics.matrix, given)
+
+    def _attend(
+        self,
+        number: int,
+        block: Block,
+        part: Part,
+        observers: dict[Point, Observer],
+        projections: dict[str, dict[int, AttentionStatistics]],
+    ) -> None:
+        call = part.attention[0]
+        statistics = AttentionStatistics(
+            number,
+            "cross" if part.kind == "cross" else "self",
+            block.stack,
+            call,
+            Running.empty(len(ATTENTION_MEASURES), call.heads),
+            Running.empty(call.heads),
+        )
+        self.observations.attention.append(statistics)
+        if isinstance(call.projection, Point):
+            observers[call.projection] = functools.partial(self._projection_call, statistics)
+        elif call.projection is not None:
+            projections.setdefault(call.projection.name, {})[call.projection.call] = statistics
+        else:
+            statistics.reasons["energy_share"] = "no output projection follows this attention"
+        if len(part.attention) > 1:
+            reason = f"{len(part.attention)} attention calls in one sublayer are not measured yet"
+            statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, reason) | {"energy_share": reason}
+            return
+        if call.score == call.product:
+            observers[call.score] = functools.partial(self._fused_call, statistics)
+        else:
+            pending: list[tuple[Tensor, Tensor]] = []
+            observers[call.score] = functools.partial(self._softmax_call, pending)
+            observers[call.product] = functools.partial(self._product_call, statistics, pending)
+
+    # Batches ------------------------------------------------------------------------------------------------------
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        """Note the batch's masks and ids before the model runs on it."""
+        self.runs.clear()
+        self.entered.clear()
+        self.shapes.clear()
+        self.entered_shapes.clear()
+        self.real.clear()
+        self.batch_size = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
+        self.paddings = paddings(self.model, batch, self.anatomy, blocks_alone)
+        self.distinct = [
+            distinct_tokens(stack, batch, padding.mask)
+            for stack, padding in zip(self.anatomy.stacks, self.paddings, strict=True)
+        ]
+        if self.sublayers is not None:
+            self.sublayers.begin()
+        self.thread = threading.get_ident()
+
+    def count(self) -> None:
+        """Count the sequences and tokens of the batch that was run."""
+        sequences, tokens = self.shapes.get(0, (0, 0))
+        self.observations.sequences += sequences
+        self.observations.tokens += self.real.get(0, 0)
+        self.observations.max_tokens = max(self.observations.max_tokens, tokens)
+
+    def _stack(self, site: SiteStatistics) -> int:
+        assert site.block is not None
+        return self.anatomy.stack_of(site.block)
+
+    def _mask(self, stack: int, tokens: int, what: str) -> Tensor | None:
+        """The token mask of a stack, by its number, for a cloud of `tokens` rows; `None` when every row is real."""
+        mask = self.paddings[stack].mask
+        if mask is None or mask.shape[-1] == tokens:
+            return mask
+        raise InputError(
+            f"capture: expected {mask.shape[-1]} tokens at {what}, as in the mask of its stack, got {tokens}. "
+            "This model changes the number of tokens, so padding cannot be told apart inside it. "
+            "Pass batches without padding (batch_size=1 for texts)."
+        )
+
+    # Sites --------------------------------------------------------------------------------------------------------
+    def _measure_site(self, site: SiteStatistics, stream: Tensor, block: Block, stack: int) -> None:
+        cloud = self._cloud(stream, block, stack)
+        if cloud is None:
+            site.width = stream.shape[-1]
+            site.reason = self.paddings[stack].reason or block.axes_reason
+            return
+        site.width = cloud.shape[-1]
+        mask = self._cloud_mask(stack, cloud, site.site)
+        if site.block is None:
+            self.shapes[stack] = (cloud.shape[0], cloud.shape[1])
+            self.real[stack] = cloud.shape[0] * cloud.shape[1] if mask is None else int(mask.sum())
+        measured = geometry.cloud_measures(cloud, mask)
+        finite = cloud.isfinite().all(-1)
+        if mask is not None:
+            finite |= ~mask
+        site.not_finite += int((~finite.all(-1)).sum())
+        gap = measured.rank_gap.masked_fill(measured.rank_gap.isinf(), math.nan)
+        plain = [gap if name == "rank_gap" else getattr(measured, name) for name in PLAIN_MEASURES]
+        site.plain = site.plain.add(torch.stack([p.double() for p in plain], -1))
+        massive = [getattr(measured.without_massive, name).double() for name in MASSIVE_MEASURES]
+        site.massive = site.massive.add(torch.stack(massive, -1))
+        apart = geometry.consensus_after_norm(cloud, mask, centred=self.is_centred)
+        before, carried = self.entered.pop(site.site, None), torch.full_like(apart, math.nan)
+        if before is not None and before.shape == cloud.shape:
+            carried = geometry.stream_carried(before, cloud, mask, is_normalized=block.placement == "post")
+        distinct = self.distinct[stack] if site.block is None else None
+        if distinct is None or len(distinct) != len(apart):
+            distinct = torch.full_like(apart, math.nan)
+        site.stream = site.stream.add(torch.stack([apart, carried, distinct.to(apart)], -1))
+
+    def _cloud(self, stream: Tensor, block: Block, stack: int) -> Tensor | None:
+        """The stream as [sequence, token, width], whatever axes the model uses; rows that belong to no sequence are zero. None
+        where its tokens cannot be told."""
+        if block.axes is None or self.paddings[stack].reason or stream.ndim != block.axes.ndim:
+            return None
+        cloud = block.axes.cloud(stream)
+        parts = self.paddings[stack].segments
+        if block.axes.sequence is not None or parts is None:
+            return cloud
+        return nn.utils.rnn.pad_sequence([cloud[0][rows.to(cloud.device)] for rows in parts], batch_first=True)
+
+    def _cloud_mask(self, stack: int, cloud: Tensor, what: str) -> Tensor | None:
+        """Which rows of a cloud are real tokens; `None` when all are."""
+        parts = self.paddings[stack].segments
+        if parts is None:
+            return self._mask(stack, cloud.shape[1], what)
+        lengths = torch.tensor([len(rows) for rows in parts], device=cloud.device)
+        mask = torch.arange(cloud.shape[1], device=cloud.device) < lengths[:, None]
+        return None if bool(mask.all()) else mask
+
+    def _tokens_of(self, number: int, x: Tensor, what: str) -> tuple[Tensor, Tensor | None] | None:
+        """What a block with this number computes for its tokens, as [sequence, token, width], and which are real; None where the
+        tokens cannot be told, or are not those of its stream."""
+        block, stack = self.anatomy.blocks[number], self.anatomy.stack_of(number)
+        axes, shape = block.axes, self.entered_shapes.get(number)
+        if axes is None:
+            return None
+        if x.ndim == axes.ndim:
+            cloud = self._cloud(x, block, stack)
+            shape = shape or (
+                None if cloud is None else (cloud.shape[0], cloud.shape[1])
+            )  # the stream itself, on entry
+        elif x.ndim == 2 and shape is not None and axes.sequence == 0 and len(x) == math.prod(shape):
+            cloud = x.reshape(*shape, -1)  # rows of all sequences, one after another
+        else:
+            cloud = None
+        if cloud is None or tuple(cloud.shape[:2]) != shape:
+            return None
+        try:
+            return cloud, self._cloud_mask(stack, cloud, what)
+        except InputError:  # another number of tokens than the mask has
+            return None
+
+    # Attention ----------------------------------------------------------------------------------------------------
+    def _fused_call(
+        self,
+        statistics: AttentionStatistics,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        q, k, v = (four_axes(given[n], self.batch_size) for n in names[:3])
+        allowed, bias = mask_or_bias(given.get("attn_mask"))
+        rows = mixing.row_statistics(
+            q,
+            k,
+            allowed=allowed,
+            bias=bias,
+            query_mask=self._query_mask(statistics, q.shape[-2], q.shape[0]),
+            causal=bool(given.get("is_causal", False)),
+            scale=given.get("scale"),
+            susceptibility=self.level == "full",
+        )
+        weights = None
+        if self.spectra:
+            weights = mixing.attention_weights(
+                q, k, allowed=allowed, bias=bias, causal=bool(given.get("is_causal", False)), scale=given.get("scale")
+            )
+        self._measure_attention(statistics, rows, v, four_axes(output, self.batch_size), weights)
+
+    def _softmax_call(
+        self,
+        pending: list[tuple[Tensor, Tensor]],
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        pending[:] = [(output, args[0] if args else kwargs["input"])]
+
+    def _product_call(
+        self,
+        statistics: AttentionStatistics,
+        pending: list[tuple[Tensor, Tensor]],
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        weights, logits = (four_axes(t, self.batch_size) for t in pending.pop())
+        operands = list(tensors_in([args, kwargs]))
+        value = four_axes(operands[statistics.call.value_operand], self.batch_size)
+        keys = value.shape[-2]
+        if weights.ndim != 4 or keys > weights.shape[-1]:
+            reason = "the attention weights do not have the axes batch, head, query, key"
+            statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, reason)
+            return
+        statistics.sinks |= keys < weights.shape[-1]
+        weights, logits = weights[..., :keys], logits[..., :keys]  # columns beyond the keys are attention sinks
+        query_mask = self._query_mask(statistics, weights.shape[-2], weights.shape[0])
+        rows = mixing.row_statistics_from_weights(
+            weights, logits, query_mask=query_mask, susceptibility=self.level == "full"
+        )
+        full = weights / weights.sum(-1, keepdim=True) if self.spectra else None
+        self._measure_attention(statistics, rows, value, four_axes(output, self.batch_size), full)
+
+    def _query_mask(self, statistics: AttentionStatistics, queries: int, sequences: int) -> Tensor | None:
+        mask = self._mask(
+            self.anatomy.stack_of(statistics.block), queries, f"the attention of block {statistics.block}"
+        )
+        return mask if mask is None or mask.shape[0] == sequences else None
+
+    def _key_mask(self, statistics: AttentionStatistics, keys: int, sequences: int) -> Tensor | None:
+        stack = self.anatomy.stack_of(statistics.block)
+        if statistics.kind == "cross":
+            encoder = next((i for i, s in enumerate(self.anatomy.stacks) if s.name == "encoder"), None)
+            if encoder is None or self.shapes.get(encoder, (0, keys))[1] != keys:
+                return None
+            stack = encoder
+        mask = self._mask(stack, keys, f"the keys of block {statistics.block}")
+        return mask if mask is None or mask.shape[0] == sequences else None
+
+    def _measure_attention(
+        self,
+        statistics: AttentionStatistics,
+        rows: mixing.RowStatistics,
+        value: Tensor,
+        mixed: Tensor,
+        weights: Tensor | None,
+    ) -> None:
+        statistics.route = rows.route
+        sequences, count = rows.entropy.shape[:2]
+        undefined = torch.full((sequences, count), math.nan, dtype=torch.float64)
+        columns = dict.fromkeys(ATTENTION_MEASURES, undefined)
+        for name in ("entropy", "normalized_entropy", "entropy_floor", "rest_entropy", "key_share", "susceptibility"):
+            found = getattr(rows, name)
+            if found is not None:
+                columns[name] = found.double().nanmean(-1)
+        if rows.max_logit is not None:
+            columns["max_logit"] = rows.max_logit.double().nan_to_num(nan=-math.inf).amax(-1)
+        query_mask = self._query_mask(statistics, rows.entropy.shape[-1], sequences)
+        key_mask = self._key_mask(statistics, value.shape[-2], sequences)
+        if mixed.ndim == 4 and mixed.shape[:2] == (sequences, count) and value.shape[0] == sequences:
+            before, after = spread(value, key_mask), spread(mixed, query_mask)
+            columns["value_contraction"] = after / before.repeat_interleave(count // before.shape[1], 1)
+        else:
+            statistics.reasons["value_contraction"] = "the mixed values do not have the axes batch, head, token, width"
+        self.heads_output = mixed if mixed.ndim == 4 else None
+        if weights is not None:
+            for name, found in pattern_spectra(weights, query_mask, key_mask).items():
+                columns[name] = found
+        statistics.values = statistics.values.add(
+            torch.stack([columns[n].to("cpu", torch.float64) for n in ATTENTION_MEASURES], 1)
+        )
+
+    def _projection_call(
+        self,
+        statistics: AttentionStatistics,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
+    ) -> None:
+        """An output projection written in the attention's own code: its weight is an operand."""
+        operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        mixed = statistics.call.heads * statistics.call.head_width
+        if operation_name(function) == "linear" and operands[1].shape[-1] == mixed:
+            statistics.matrix = operands[1].detach().T
+            self._measure_energy(statistics, statistics.matrix, operands[0])
+        else:
+            reason = "the output projection is no linear map of the concatenated heads"
+            statistics.reasons |= {"matrix": reason, "energy_share": reason}
+
+    def _measure_energy(self, statistics: AttentionStatistics, matrix: Tensor, mixed: Tensor) -> None:
+        """The energy of each head's centred contribution. `mixed` is what the projection reads."""
+        call = statistics.call
+        heads_output, self.heads_output = self.heads_output, None
+        if "energy_share" in statistics.reasons:
+            return
+        if mixed.shape[-1] != call.heads * call.head_width:
+            statistics.reasons["energy_share"] = "the output projection's input is not the concatenated heads"
+            return
+        cloud = projected_cloud(mixed, heads_output, self.batch_size)
+        is_first = not statistics.tokens.count
+        if is_first and heads_output is not None and not holds(mixed, heads_output):
+            statistics.reasons["gauge_dimension"] = "something acts between the attention and its output projection"
+        if cloud is None:
+            statistics.reasons["energy_share"] = "the tokens of the output projection's input cannot be told apart"
+            return
+        stack = self.anatomy.stack_of(statistics.block)
+        mask = self._mask(stack, cloud.shape[1], f"the output projection of block {statistics.block}")
+        if mask is not None and mask.shape[0] != cloud.shape[0]:
+            mask = None
+        lengths = torch.full(cloud.shape[:1], cloud.shape[1]) if mask is None else mask.sum(-1)
+        statistics.tokens = statistics.tokens.add(lengths)
+        energy = heads.contribution_energy(cloud, matrix, call.heads, mask)
+        statistics.energy = statistics.energy.add((energy / energy.sum(-1, keepdim=True)).double())
