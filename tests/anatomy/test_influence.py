@@ -303,6 +303,29 @@ def test_each_tower_has_its_own_embedding_mask_and_ids() -> None:
     assert site_table(observed)[first, CONSENSUS] == pytest.approx(consensus(clouds), rel=1e-4)
 
 
+@pytest.mark.parametrize("is_own", [False, True])
+def test_a_stream_that_is_made_of_more_than_the_one_before_is_a_stack_of_its_own(is_own: bool) -> None:
+    class Captions(nn.Module):
+        """Patches run through a block; what a learned map makes of them stands before words, or is all that comes next."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.words, self.between = (
+                nn.Linear(5, WIDTH),
+                nn.Embedding(50, WIDTH),
+                nn.Linear(WIDTH, WIDTH),
+            )
+            self.blocks = nn.ModuleList([Sublayers("batch token") for _ in range(2)])
+
+        def forward(self, image: Tensor, words: Tensor) -> Tensor:
+            seen = self.between(self.blocks[0](self.patches(image)))
+            return self.blocks[1](torch.cat([seen, self.words(words)], 1) if is_own else seen)
+
+    batch = {"image": torch.randn(3, 6, 5), "words": torch.randint(50, (3, 8))}
+    anatomy = proved_anatomy(seeded(Captions), batch)
+    assert [s.blocks for s in anatomy.stacks] == ([(0,), (1,)] if is_own else [(0, 1)])
+
+
 def test_labels_govern_no_encoder_and_their_decoder_has_no_padding() -> None:
     config = tf.T5Config(
         vocab_size=100, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0
@@ -365,7 +388,7 @@ def test_the_example_has_sizes_of_its_own_and_real_tokens_only(side: str) -> Non
     ids = torch.arange(16 * 12).reshape(16, 12) + 1
     mask = torch.ones_like(ids)
     for row in range(16):
-        gone = row % 5
+        gone = 1 + row % 5
         mask[row, slice(None, gone) if side == "left" else slice(12 - gone, None)] = 0
     batch = {"input_ids": ids * mask, "attention_mask": mask, "features": torch.randn(16, 3, 12), "flag": True}
     cut = example_batch(batch)

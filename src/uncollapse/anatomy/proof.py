@@ -845,13 +845,18 @@ class _BlockProof(BlockAlone):
         return (arrived[0], shapes[0]) if arrived else (None, ())
 
     def _axes(self, stream: Tensor) -> tuple[StreamAxes | None, str]:
-        part = self.mixing
-        if part is None or stream.ndim < 2:
-            return None, f"{self.where} has no attention by which its tokens could be told"
-        if not bool(self.update(part, stream).isfinite().all()):
-            with without_zeros(self.module, without_nan=True):
-                return stream_axes(functools.partial(self.update, part), stream, self.where)
-        return stream_axes(functools.partial(self.update, part), stream, self.where)
+        """The axes, as the attention shows them; without one, the first part that moves information between tokens."""
+        reason = f"{self.where} has no attention by which its tokens could be told"
+        for part in range(len(self.block.parts)) if self.mixing is None else [self.mixing]:
+            update = functools.partial(self.update, part)
+            with contextlib.ExitStack() as stack:
+                if not bool(update(stream).isfinite().all()):
+                    stack.enter_context(without_zeros(self.module, without_nan=True))
+                axes, found = stream_axes(update, stream, self.where)
+            if axes is not None:
+                return axes, ""
+            reason = reason if self.mixing is None else found
+        return None, reason
 
     def _moves(self, number: int, part: Part, stream: Tensor, axes: StreamAxes) -> Part:
         """The part, with what was seen of how it moves information between tokens."""

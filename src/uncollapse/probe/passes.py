@@ -108,9 +108,7 @@ class _Probe:
         self.batch_size = 0  # sequences in the stream of the block that is running
         self.paddings: list[Padding] = []  # by stack
         self.shapes: dict[int, tuple[int, int]] = {}  # by stack: sequences and tokens of its clouds in this batch
-        self.entered_shapes: dict[
-            int, tuple[int, int]
-        ] = {}  # by block: sequences and tokens of the stream that entered it
+        self.entered_shapes: dict[int, tuple[int, int]] = {}  # by block: sequences and tokens of what entered it
         self.real: dict[int, int] = {}  # by stack: real tokens in this batch
         self.runs: dict[str, int] = {}
         self.heads_output: Tensor | None = None  # of the attention call whose output projection is still to come
