@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from tests.helpers.residual_structures import HyperConnected
+from tests.helpers.residual_structures import InPieces
+from tests.helpers.residual_structures import ModdedNanoGPT
+from tests.helpers.residual_structures import ViT
 import numpy as np
 import pytest
 import torch
@@ -65,3 +69,73 @@ def test_a_full_diagnosis_runs(name: str) -> None:
     found = uc.diagnose(model, batches=[batch], level="full")
     assert all(u.relative_norm is not None for u in found.record.updates)
     assert all(a.entropy is not None for a in found.record.attention)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (HyperConnected(), "added to several streams side by side"),
+        (Stack(InPieces), "a sublayer of blocks.0 runs on some of the tokens at a time"),
+    ],
+    ids=["hyper-connections", "in pieces"],
+)
+def test_what_cannot_be_read_is_refused_with_its_reason(model: Owned, reason: str) -> None:
+    with pytest.raises(uc.UnsupportedModel) as caught:
+        proved_anatomy(model.eval(), {"idx": tokens()})
+    assert reason in str(caught.value)
+    assert reason in caught.value.identity
+
+
+def test_a_chunked_feed_forward_gives_the_figures_of_the_whole_one() -> None:
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    torch.manual_seed(0)
+    whole = transformers.BertModel(transformers.BertConfig(**sizes)).eval()
+    chunked = transformers.BertModel(transformers.BertConfig(**sizes, chunk_size_feed_forward=3)).eval()
+    chunked.load_state_dict(whole.state_dict())
+    batch = {"input_ids": torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))}
+    figures = [uc.diagnose(m, batches=[batch], level="full").record for m in (whole, chunked)]
+    assert figures[0].trajectory == figures[1].trajectory
+    assert figures[0].updates == figures[1].updates
+    assert {m.chunk_size_feed_forward for m in chunked.modules() if hasattr(m, "chunk_size_feed_forward")} == {3}
+    with torch.no_grad(), uc.without(chunked, "mlp"):
+        left = chunked(**batch)[0]
+    with torch.no_grad(), uc.without(whole, "mlp", batch=batch):
+        assert torch.equal(whole(**batch)[0], left)
+
+
+def test_flex_attention_is_measured_as_the_eager_attention_it_is() -> None:
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    torch.manual_seed(0)
+    eager = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attn_implementation="eager")).eval()
+    flex = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attn_implementation="flex_attention")).eval()
+    flex.load_state_dict(eager.state_dict())
+    batch = {"input_ids": torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))}
+    figures = [uc.diagnose(m, batches=[batch]).record for m in (eager, flex)]
+    assert figures[0].attention == figures[1].attention
+    assert flex.config._attn_implementation == "flex_attention"
+
+
+def test_blocks_in_a_loop_are_named_after_their_attention() -> None:
+    blocks = proved_anatomy(ViT().eval(), {"idx": tokens()}).blocks
+    assert [b.name for b in blocks] == [f"transformer.layers.{i}" for i in range(3)]
+    layout = uc.Layout(blocks=("transformer.layers.0", "transformer.layers.2"))
+    assert [b.name for b in proved_anatomy(ViT().eval(), {"idx": tokens()}, layout).blocks] == list(layout.blocks)
+
+
+def test_the_carry_of_a_mixed_stream_is_proved_up_to_rounding_and_not_assumed() -> None:
+    proof = proved_anatomy(ModdedNanoGPT().eval(), {"idx": tokens()}).proof
+    assert [i.where for i in proof if "element by element" in i.statement] == [f"blocks.{i}" for i in range(4)]
+    plain = proved_anatomy(STRUCTURES["Block"]().eval(), {"idx": tokens()}).proof
+    assert not any("element by element" in i.statement for i in plain)

@@ -529,6 +529,42 @@ class OneBlockLoop(Owned):
         return self.keep(x + self.mlp(x) * ("mlp" not in self.off))
 
 
+# What is refused -------------------------------------------------------------------------------------------------------
+
+
+class HyperConnections(Block):
+    """Two streams on an axis of their own, mixed before and behind each sublayer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.read, self.write = (nn.Parameter(torch.rand(size)) for size in ((2, 2), (2,), (2,)))
+
+    def forward(self, h: Tensor) -> Tensor:
+        for sublayer in (self.attend, self.think):
+            update = sublayer(torch.einsum("n,btnd->btd", self.read, h))
+            h = torch.einsum("mn,btnd->btmd", self.mix, h) + self.write[:, None] * update[:, :, None]
+        return h
+
+
+class HyperConnected(Stack):
+    def __init__(self) -> None:
+        super().__init__(HyperConnections)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        h = self.embed(idx)[:, :, None].expand(-1, -1, 2, -1)
+        for block in self.blocks:
+            h = block(h)
+        return h.sum(2)
+
+
+class InPieces(Block):
+    """The second half of the block runs on four tokens at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attend(x)
+        return torch.cat([piece + self.think(piece) for piece in x.split(4, 1)], 1)
+
+
 STRUCTURES: dict[str, Callable[[], Owned]] = {
     **{
         block.__name__: (lambda block=block: Stack(block))

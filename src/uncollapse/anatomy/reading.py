@@ -46,6 +46,7 @@ _MOST_PRODUCTS = 24  # products of a part that are followed: of hundreds of expe
 
 # Operations that pick some of the tokens, and that put tokens in the place of others.
 _PICKS = frozenset(["gather", "index_select", "take_along_dim", "getitem"])
+_CUTS = frozenset(["getitem", "split", "chunk", "narrow", "tensor_split", "unbind"])
 _PUTS = frozenset(["scatter", "index_copy", "index_put", "setitem"])
 
 
@@ -1127,7 +1128,7 @@ class _Reader:
 
     def _is_piecewise(self, found: _Sum, following: _Sum) -> bool:
         """Whether two sums that follow each other stand side by side on pieces of one stream."""
-        beside = not self._feeds(found.root, following.stream) and self.t.nodes[found.stream].operation == "getitem"
+        beside = not self._feeds(found.root, following.stream) and self.t.nodes[found.stream].operation in _CUTS
         origins = [self.t.nodes[s.stream] for s in (found, following)]
         return beside and (origins[0].operation, origins[0].inputs) == (origins[1].operation, origins[1].inputs)
 
@@ -1218,6 +1219,25 @@ class _Reader:
             "" if not blocks or (refused is not None and refused.blocks == blocks) else f"uc.Layout(blocks={blocks!r})"
         )
 
+    def _several_streams(self) -> str | None:
+        """Where what an attention makes is added to more than one value, or to one of more axes: streams side by side."""
+        for score, product in self.attention_of.items():
+            made = self._projection(product)
+            frontier = [] if made is None else [made]
+            seen: set[int] = set()
+            sums: set[int] = set()
+            while frontier:
+                index = frontier.pop()
+                for consumer in set(self.t.consumers[index]) - seen:
+                    seen.add(consumer)
+                    if self.t.nodes[consumer].operation == "add" and len(self.t.nodes[consumer].inputs) > 1:
+                        sums.add(consumer)
+                    elif self._passes(consumer) == index:
+                        frontier.append(consumer)
+            if len(sums) > 1 or any(self.t.nodes[i].size > self.t.nodes[made].size for i in sums if made is not None):
+                return self.t.calls[self.t.nodes[score].call].name or "the model itself"
+        return None
+
     def _opaque_attention(self) -> str | None:
         """The name of an attention call of another kind than `scaled_dot_product_attention`, where one was met."""
         fused = [n.operation for n in self.t.nodes if "attention" in n.operation or "attn" in n.operation]
@@ -1230,6 +1250,11 @@ class _Reader:
         if opaque:
             reason = f"{opaque} is one opaque call, and what it mixes by cannot be seen"
             layout, advice = "", "Load the model with attn_implementation='sdpa' or 'eager'."
+        elif (several := self._several_streams()) is not None:
+            reason = (
+                f"what the attention in {several} makes is added to several streams side by side (hyper-connections)"
+            )
+            layout, advice = "", "Streams that are mixed from block to block are not measured yet, and no layout helps."
         return UnsupportedModel(
             f"anatomy: expected a Transformer whose blocks can be told apart, got {type(self.model).__name__}: {reason}. "
             f"Found {found}. {advice}",
