@@ -201,10 +201,11 @@ class _Reader:
             seen.add(index)
             if self.t.learned(update, index) and self._carries_tokens(index, size):
                 found.append(index)
-            elif (gated or not self._gated(index)) and not self.t.depends(
-                update, index
-            ):  # else a statistic of it: a mean
-                frontier.extend(self._behind(index))
+            elif gated or not self._gated(index):
+                is_statistic = (
+                    self.t.depends(update, index) and self.t.nodes[update].size < size
+                )  # as of x in x - mean(x)
+                frontier.extend(() if is_statistic else self._behind(index))
         return max(found, default=None)
 
     def _sums(self) -> list[_Sum]:
