@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from tests.helpers.residual_structures import HyperConnected
-from tests.helpers.residual_structures import InPieces
-from tests.helpers.residual_structures import ModdedNanoGPT
-from tests.helpers.residual_structures import ViT
+from tests.helpers.residual_structures import STRUCTURES, HyperConnected, InPieces, ModdedNanoGPT, Owned, Stack, ViT
 import numpy as np
+import transformers
 import pytest
 import torch
 from torch import Tensor
