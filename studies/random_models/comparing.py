@@ -1,0 +1,484 @@
+"""The package's figures of one random model against what the model itself recorded.
+
+The references are written here, in NumPy and float64, from the definitions in `uncollapse.geometry` and `uncollapse.mixing`.
+None of the package's own functions is used for them.
+
+Every item (a figure of one block, one `without`) gets a verdict:
+
+* `right`: it is the truth, within what the number format allows;
+* `unavailable`: null, with a reason;
+* `refused`: an `UncollapseError`;
+* `wrong`: another number, another output, a figure without a reason for its absence, nothing removed without a word, or an
+  exception that is no `UncollapseError`.
+
+Where there is no truth (the entropy of a difference of softmaxes, the mask of a model without one) null or a refusal is right.
+So it is where the documentation says that it is not done: positions of a model that is not told them from outside, figures of
+what is no softmax. Where the effect of a removal drowns in the number format nothing is said (`indistinct`).
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+import uncollapse as uc
+from studies.random_models.drawing import Drawn, drawn
+from studies.random_models.specification import NO_SOFTMAX, Specification
+from studies.random_models.truth import PARTS, AttentionTruth, Truth
+
+FEW_KEYS, FEW_RIVALS = 4, 16  # rows over fewer keys have no key share, no rest entropy (`uncollapse.mixing`)
+VERDICTS = ("right", "unavailable", "refused", "wrong")
+ATTENTION_FIGURES = (
+    "entropy",
+    "normalized_entropy",
+    "key_share",
+    "rest_entropy",
+    "max_logit",
+    "entropy_floor",
+    "value_contraction",
+)
+SITE_FIGURES = ("effective_rank", "stable_rank", "participation_ratio", "consensus_distance", "token_similarity")
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a number format allows: of a figure (relative to its size or 1), and of an output (relative, root mean square)."""
+
+    figure: float
+    output: float
+
+
+TOLERANCES = {
+    "float32": Tolerance(1e-4, 1e-4),
+    "float64": Tolerance(1e-8, 1e-8),
+    "float64, softmax in float32": Tolerance(1e-5, 1e-5),
+    "bfloat16": Tolerance(3e-2, 3e-2),  # 8 bits a number, some dozens of operations
+}
+
+
+def tolerance(spec: Specification) -> Tolerance:
+    """That of a model's number format."""
+    coarse = spec.dtype == "float64" and (spec.softmax == "float32" or spec.positions.startswith("rotary"))
+    return TOLERANCES["float64, softmax in float32" if coarse else spec.dtype]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that was compared, with what was expected and what came."""
+
+    name: str
+    verdict: str
+    detail: str = ""
+
+
+@dataclass
+class Comparison:
+    """All items of one model."""
+
+    seed: int
+    pieces: Mapping[str, str]
+    items: list[Item] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """The worst: `wrong`, `refused` (the whole model), `unavailable` (some figure or removal), or `right`."""
+        found = {item.verdict for item in self.items}
+        if "wrong" in found:
+            return "wrong"
+        if any(item.name == "diagnose" and item.verdict == "refused" for item in self.items):
+            return "refused"
+        return "unavailable" if found & {"unavailable", "refused"} else "right"
+
+    def add(self, name: str, verdict: str, detail: str = "") -> None:
+        """One more item."""
+        self.items.append(Item(name, verdict, detail))
+
+
+# References ------------------------------------------------------------------------------------------------------------
+
+
+def site_reference(x: np.ndarray) -> dict[str, float]:
+    """The cloud [token, width] of one sequence's real tokens, by the definitions in `geometry`."""
+    sigma = np.linalg.svd(x, compute_uv=False)
+    nothing = dict.fromkeys(SITE_FIGURES, math.nan)
+    if not sigma.max() > 0:
+        return nothing
+    p = sigma[sigma > 0] / sigma.sum()
+    norms = np.linalg.norm(x, axis=1)
+    unit = x[norms > 0] / norms[norms > 0, None]
+    pairs = unit @ unit.T
+    n = len(unit)
+    return {
+        "effective_rank": float(np.exp(-(p * np.log(p)).sum())),
+        "stable_rank": float((sigma**2).sum() / sigma[0] ** 2),
+        "participation_ratio": float((sigma**2).sum() ** 2 / (sigma**4).sum()),
+        "consensus_distance": float(np.linalg.norm(x - x.mean(0)) / np.linalg.norm(x)) if len(x) > 1 else math.nan,
+        "token_similarity": float((pairs.sum() - np.trace(pairs)) / (n * (n - 1))) if n > 1 else math.nan,
+    }
+
+
+def entropy(row: np.ndarray) -> float:
+    """In nats, of a row of weights that is scaled to sum to one."""
+    p = row / row.sum()
+    p = p[p > 0]
+    return float(-(p * np.log(p)).sum())
+
+
+def head_reference(one: AttentionTruth, real: np.ndarray, sequence: int, head: int) -> dict[str, float]:
+    """One head on one sequence, by the definitions in `mixing`: per row first, then over the rows."""
+    rows = np.flatnonzero(real[sequence])
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    weights, allowed, all_values, all_mixed = one.found()
+    for i in rows:
+        keys = np.flatnonzero(allowed[sequence, 0, i])
+        row = weights[sequence, head, i, keys]
+        if one.logits is not None:
+            found["max_logit"].append(one.logits[sequence, head, i, keys].max())
+        if (row < 0).any() or not row.sum() > 0:
+            continue
+        H, T = entropy(row), len(keys)
+        found["entropy"].append(H)
+        if T > 1:
+            found["normalized_entropy"].append(H / math.log(T))
+        if T >= FEW_KEYS:
+            found["key_share"].append((math.exp(H) - 1) / (T - 1))
+        if T >= FEW_RIVALS:
+            others = np.delete(row, row.argmax())
+            found["rest_entropy"].append(entropy(others) / math.log(T - 1) if others.sum() > 0 else 0.0)
+    figures = {name: float(np.mean(values)) for name, values in found.items()}
+    if found["max_logit"]:
+        figures["max_logit"] = max(found["max_logit"])
+    if one.kind == "difference":  # no distribution, hence no entropy, whatever the signs on this text
+        figures = {}
+    values, mixed = (t[sequence, head][real[sequence]] for t in (all_values, all_mixed))
+    spread = np.linalg.norm(values - values.mean(0))
+    if spread > 0:
+        figures["value_contraction"] = float(np.linalg.norm(mixed - mixed.mean(0)) / spread)
+    return {name: figures.get(name, math.nan) for name in ATTENTION_FIGURES}
+
+
+def summary(values: Sequence[float]) -> tuple[float, float, float, int] | None:
+    """(mean, min, max, n) over sequences; None where no sequence has the figure."""
+    found = [v for v in values if math.isfinite(v)]
+    return (float(np.mean(found)), min(found), max(found), len(found)) if found else None
+
+
+# Comparing -------------------------------------------------------------------------------------------------------------
+
+
+def compared(spec: Specification | int) -> Comparison:
+    """Ask the package everything about one random model."""
+    begun = time.perf_counter()
+    subject = drawn(spec)
+    result = Comparison(subject.spec.seed, subject.spec.pieces)
+    truths = [subject.truth(batch) for batch in subject.batches]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _compare(subject, truths, result)
+    result.seconds = time.perf_counter() - begun
+    return result
+
+
+def _compare(subject: Drawn, truths: list[Truth], result: Comparison) -> None:
+    spec = subject.spec
+    before = [subject.run(batch) for batch in subject.batches]
+    parts: Sequence[str] = PARTS
+    try:
+        record = uc.diagnose(subject.model, batches=[dict(batch) for batch in subject.batches]).record
+    except uc.UncollapseError as error:
+        result.add("diagnose", "refused", str(error))
+        # What was refused as a whole is refused in its parts; one is tried, another one for each seed.
+        parts = [PARTS[spec.seed % len(PARTS)]]
+    except Exception as error:  # whatever a user would see as a traceback counts as wrong
+        result.add("diagnose", "wrong", f"{type(error).__name__}: {error}")
+        parts = [PARTS[spec.seed % len(PARTS)]]
+    else:
+        result.add("diagnose", "right")
+        _compare_record(spec, truths, record, result)
+        _compare_contributions(subject, truths, result)
+    for part in parts:
+        _compare_without(subject, truths, (part,), None, result)
+    if len(parts) > 1:
+        _compare_without(subject, truths, ("mlp", "residual"), None, result)
+        one = ("attention", "mlp", "norm", "attention-residual")[spec.seed % 4]
+        _compare_without(subject, truths, (one,), (spec.seed % spec.blocks,), result)
+    after = [subject.run(batch) for batch in subject.batches]
+    same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    result.add("left as it was", "right" if same else "wrong", "" if same else "the model's output changed")
+
+
+def _figure(
+    name: str, got: Any, unavailable: Mapping[str, str], want: tuple[float, float, float, int] | None, near: float
+) -> Item:
+    """One statistic against the truth. `name` ends in the figure's own name."""
+    figure = name.rsplit(".", 1)[-1]
+    if got is None:
+        reason = unavailable.get(figure, "")
+        if want is None:
+            return Item(name, "right" if reason else "wrong", reason or "null without a reason")
+        return Item(name, "unavailable" if reason else "wrong", reason or "null without a reason")
+    seen = (got.mean, got.min, got.max, got.n)
+    if want is None:
+        return Item(name, "wrong", f"got {got.mean:.6g} where there is no such figure")
+    if figure == "entropy_floor":  # a bound: not above the entropy, and not below none
+        holds = all(-near <= g <= w + near * max(1.0, abs(w)) for g, w in zip(seen[:3], want[:3], strict=True))
+        return Item(
+            name, "right" if holds else "wrong", "" if holds else f"floor {got.mean:.6g} of entropy {want[0]:.6g}"
+        )
+    close = all(abs(g - w) <= near * max(1.0, abs(w)) for g, w in zip(seen[:3], want[:3], strict=True))
+    if close and got.n == want[3]:
+        return Item(name, "right")
+    return Item(name, "wrong", f"got {got.mean:.6g} (n={got.n}), true {want[0]:.6g} (n={want[3]})")
+
+
+def _number(result: Comparison, name: str, got: Any, want: Any) -> None:
+    result.add(name, "right" if got == want else "wrong", "" if got == want else f"got {got}, true {want}")
+
+
+def _compare_record(spec: Specification, truths: list[Truth], record: Any, result: Comparison) -> None:
+    _number(result, "probe.sequences", record.probe.sequences, sum(len(t.real) for t in truths))
+    _number(result, "probe.tokens", record.probe.tokens, sum(int(t.real.sum()) for t in truths))
+    _number(result, "model.blocks", record.model.blocks, spec.blocks)
+    _number(result, "model.width", record.model.width, spec.width)
+    placement = "none" if spec.norm == "none" else "pre" if spec.is_parallel else spec.placement
+    _number(
+        result,
+        "model.norm_placement",
+        record.model.norm_placement,
+        placement + (", parallel" if spec.is_parallel else ""),
+    )
+    if spec.attention not in NO_SOFTMAX:
+        _number(result, "model.heads", record.model.heads, spec.heads)
+    _compare_sites(spec, truths, record, result)
+    _compare_attention(spec, truths, record, result)
+
+
+def _compare_sites(spec: Specification, truths: list[Truth], record: Any, result: Comparison) -> None:
+    near = 1e-5 if spec.dtype != "float64" else 1e-9  # all are computed in float64 from the very stream
+    sites = {site.site: site for site in record.trajectory}
+    for number in range(spec.blocks + 1):
+        name = "embedding" if number == 0 else f"block.{number - 1}"
+        site = sites.get(name)
+        clouds = [t.streams[number][i][t.real[i]] for t in truths for i in range(len(t.real))]
+        references = [site_reference(cloud) for cloud in clouds]
+        for figure in SITE_FIGURES:
+            if site is None:
+                result.add(f"{name}.{figure}", "wrong", f"no such site among {', '.join(sites)}")
+                continue
+            want = summary([r[figure] for r in references])
+            # A float32 mean over the tokens is what the cheaper measures use.
+            loose = near if figure in {"effective_rank", "stable_rank"} else max(near, 1e-4 * (spec.dtype != "float64"))
+            result.items.append(_figure(f"{name}.{figure}", getattr(site, figure), site.unavailable, want, loose))
+
+
+def _by_head(record: Any, block: int) -> list[Any]:
+    return sorted((a for a in record.attention if a.block == block), key=lambda a: a.head)
+
+
+def _is_silent(entries: list[Any]) -> bool:
+    return all(getattr(a, f) is None for a in entries for f in ATTENTION_FIGURES if f != "value_contraction")
+
+
+def _compare_attention(spec: Specification, truths: list[Truth], record: Any, result: Comparison) -> None:
+    near = tolerance(spec).figure
+    for block in range(spec.blocks):
+        entries, ones = _by_head(record, block), [t.attention[block] for t in truths]
+        kind, name = ones[0].kind, f"attention.{block}"
+        if kind == "channels":
+            silent = _is_silent(entries)
+            result.add(
+                name, "right" if silent else "wrong", "" if silent else "channels measured as if they were tokens"
+            )
+            continue
+        if not entries:
+            _no_entries(kind, name, record, result)
+            continue
+        if kind == "difference" and len(entries) == 2 * spec.heads:
+            _compare_parts(name, entries, truths, block, near, result)
+            continue
+        if len(entries) != spec.heads:
+            silent = _is_silent(entries) and all(a.unavailable.get("entropy") for a in entries)
+            detail = f"{len(entries)} heads, true {spec.heads}"
+            result.add(name, "unavailable" if silent else "wrong", detail)
+            continue
+        for head, entry in enumerate(entries):
+            every = [
+                head_reference(one, t.real, i, head)
+                for one, t in zip(ones, truths, strict=True)
+                for i in range(len(t.real))
+            ]
+            for figure in ATTENTION_FIGURES:
+                want = summary([r[figure] for r in every])
+                if figure == "entropy_floor":
+                    want = summary([r["entropy"] for r in every]) if kind == "softmax" else None
+                got = getattr(entry, figure)
+                if kind in {"sigmoid", "linear"} and got is None:
+                    want = None  # no softmax: nothing needs to be said, as long as nothing else is
+                of = f"{name}.{head}.{figure}"
+                result.items.append(_figure(of, got, entry.unavailable, want, near))
+
+
+def _no_entries(kind: str, name: str, record: Any, result: Comparison) -> None:
+    """A block without any entry: right for what is no softmax, unavailable where the record says so, else wrong."""
+    if kind in {"sigmoid", "linear"}:
+        result.add(name, "right", "not taken for an attention")
+    elif getattr(record, "anatomy", None):
+        result.add(name, "unavailable", "no entry; see the record's anatomy")
+    else:
+        result.add(name, "wrong", "no entry, and no reason")
+
+
+def _compare_parts(
+    name: str, entries: list[Any], truths: list[Truth], block: int, near: float, result: Comparison
+) -> None:
+    """A difference of two softmaxes whose record keeps the two apart: each entry is one head of one of them."""
+    wanted = []
+    for part in (0, 1):
+        for head in range(len(entries) // 2):
+            values = []
+            for t in truths:
+                one = t.attention[block]
+                assert one.parts is not None
+                alone = AttentionTruth("softmax", one.parts[part], None, one.allowed, one.values, one.mixed)
+                values += [head_reference(alone, t.real, i, head)["entropy"] for i in range(len(t.real))]
+            wanted.append(float(np.mean(values)))
+    for entry in entries:
+        got = entry.entropy
+        if got is None:
+            result.items.append(_figure(f"{name}.{entry.head}.entropy", None, entry.unavailable, None, near))
+            continue
+        closest = min(wanted, key=lambda w: abs(w - got.mean))
+        found = abs(closest - got.mean) <= near
+        result.add(
+            f"{name}.{entry.head}.entropy",
+            "right" if found else "wrong",
+            "" if found else f"got {got.mean:.6g}, closest of either softmax {closest:.6g}",
+        )
+
+
+def _compare_contributions(subject: Drawn, truths: list[Truth], result: Comparison) -> None:
+    spec = subject.spec
+    for number, (batch, truth) in enumerate(zip(subject.batches, truths, strict=True)):
+        name = "head_contributions" if number == 0 else f"head_contributions, batch {number}"
+        try:
+            found = {f.block: f for f in uc.head_contributions(subject.model, dict(batch))}
+        except uc.UncollapseError as error:
+            meant = spec.attention in NO_SOFTMAX
+            result.add(name, "right" if meant else "refused", str(error))
+            continue
+        except Exception as error:  # a traceback
+            result.add(name, "wrong", f"{type(error).__name__}: {error}")
+            continue
+        for block in range(spec.blocks):
+            one, here = truth.attention[block], found.get(block)
+            if one.kind == "channels" or here is None:
+                ok = one.kind in {"channels", "linear", "sigmoid"} and here is None
+                result.add(
+                    f"{name}.{block}", "right" if ok else "wrong", "" if ok else "channels as heads, or no entry"
+                )
+                continue
+            result.add(f"{name}.{block}", *_contributions(spec, one, truth.real, here))
+
+
+def _contributions(spec: Specification, one: AttentionTruth, real: np.ndarray, found: Any) -> tuple[str, str]:
+    got, want = found.contributions.double().numpy(), one.contributions
+    if got.shape != want.shape:
+        return "wrong", f"shape {got.shape}, true {want.shape}"
+    if not np.array_equal(found.mask.numpy(), real):
+        return "wrong", "other real tokens"
+    # A constant may sit in the bias or, through a value bias, in the heads: only their sum is determined by W_O alone here.
+    scale = max(float(np.sqrt((want[real] ** 2).mean())), 1e-12)
+    gap = float(np.sqrt(((got - want)[real] ** 2).mean())) / scale
+    biased = float(np.abs(found.bias.double().numpy() - one.bias).max()) / max(float(np.abs(one.bias).max()), scale)
+    near = tolerance(spec).output
+    if not want[real].any():
+        gap = float(np.abs(got[real]).max())
+    if gap <= near and biased <= near:
+        return "right", ""
+    return "wrong", f"off by {gap:.3g} of their size, the bias by {biased:.3g}"
+
+
+# Removals --------------------------------------------------------------------------------------------------------------
+
+
+def _expectation(spec: Specification, parts: tuple[str, ...]) -> str:
+    """`defined`; `undefined` (has no meaning: must be refused); `absent` (nothing of the kind: must be refused); `optional` (may
+    be refused, by the documentation)."""
+    part = parts[0]
+    if spec.is_parallel and part in {"attention-residual", "mlp-residual"}:
+        return "undefined"
+    if part == "norm" and spec.norm == "none":
+        return "absent"
+    if part == "positions" and (spec.positions == "none"):
+        return "absent"
+    if part == "mask" and not spec.has_mask:
+        return "absent"
+    told = spec.signature.endswith("position_ids") and spec.positions != "rotary, in the attention"
+    if (part == "positions" and not told) or (part == "mask" and spec.attention in NO_SOFTMAX):
+        return "optional"
+    return "defined"
+
+
+def _alternatives(spec: Specification, parts: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """What may also be meant: a mixer that is no softmax goes with the MLP, where it is not called attention."""
+    yield parts
+    if spec.attention in NO_SOFTMAX:
+        if parts == ("mlp",):
+            yield ("mlp", "attention")
+        if parts == ("mlp-residual",):
+            yield ("residual",)
+        if parts == ("mlp", "residual"):
+            yield ("mlp", "attention", "residual")
+
+
+def _compare_without(
+    subject: Drawn, truths: list[Truth], parts: tuple[str, ...], blocks: tuple[int, ...] | None, result: Comparison
+) -> None:
+    spec, batch, real = subject.spec, subject.batches[0], truths[0].real
+    name = f"without.{'+'.join(parts)}" + ("" if blocks is None else f".in block {blocks[0]}")
+    expected = _expectation(spec, parts)
+    plain = subject.run(batch).double().numpy()
+    try:
+        with uc.without(subject.model, *parts, blocks=blocks, batch=dict(batch)):
+            got = subject.run(batch).double().numpy()
+    except uc.UncollapseError as error:
+        result.add(name, "right" if expected != "defined" else "refused", str(error))
+        return
+    except Exception as error:  # a traceback
+        result.add(name, "wrong", f"{type(error).__name__}: {error}")
+        return
+    if expected == "undefined":
+        result.add(name, "wrong", "not refused, though the two sublayers share their residual")
+        return
+    allowed = tolerance(spec).output
+
+    def apart(a: np.ndarray, b: np.ndarray) -> float:
+        if a.shape != b.shape:
+            return math.inf
+        return float(np.sqrt(((a - b)[real] ** 2).mean()) / max(np.sqrt((b[real] ** 2).mean()), 1e-12))
+
+    if expected == "absent":
+        result.add(name, "wrong", f"there is none, and nothing was said; the output moved by {apart(got, plain):.3g}")
+        return
+    gaps = []
+    for wanted in _alternatives(spec, parts):
+        want = subject.without(batch, *wanted, blocks=blocks).double().numpy()
+        gaps.append((apart(got, want), apart(plain, want)))
+    gap, effect = min(gaps)
+    if gap > allowed:
+        moved = apart(got, plain)
+        said = "nothing was removed" if moved == 0 else f"off by {gap:.3g}"
+        result.add(name, "wrong", f"{said}, where the removal moves the output by {effect:.3g}")
+    elif 0 < effect <= 3 * allowed:
+        result.add(name, "indistinct", f"the removal moves the output by {effect:.3g} only")
+    else:
+        result.add(name, "right")
