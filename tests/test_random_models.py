@@ -16,7 +16,7 @@ from studies.random_models import counting
 from studies.random_models.comparing import Comparison, compared, site_reference, tolerance
 from studies.random_models.describing import described
 from studies.random_models.drawing import CHOICES, Drawn, drawn, specification
-from studies.random_models.specification import NO_SOFTMAX, Specification
+from studies.random_models.specification import Specification
 from studies.random_models.truth import PARTS, AttentionTruth
 
 CHUNKS, SEEDS = 20, 15
@@ -50,7 +50,7 @@ def check_mixing(spec: Specification, one: AttentionTruth, real: np.ndarray) -> 
         exponentials = np.exp(np.where(allowed, one.logits - one.logits.max(-1, keepdims=True), -np.inf))
         softmax = exponentials / exponentials.sum(-1, keepdims=True)
         over_allowed = np.where(allowed, weights, 0)
-        scaled = over_allowed / over_allowed.sum(-1, keepdims=True)
+        scaled = over_allowed / np.where(rows, over_allowed.sum(-1, keepdims=True), 1)
         assert np.abs(np.where(rows, softmax - scaled, 0)).max() < near
     if spec.gate == "none":
         assert one.read is not None
@@ -114,35 +114,65 @@ def test_switched_off_masks_let_the_last_token_reach_the_first() -> None:
         assert float(moved.abs().max()) > 1e-3, masking
 
 
-def test_the_same_block_written_otherwise_is_the_same_model() -> None:
-    """Pieces that are only ways of writing leave the outputs as they are: each is what it is called."""
-    reference = plain()
-    batch = reference.batches[0]
-    want = reference.run(batch)
-    others: dict[str, tuple[str, ...]] = {
-        "attention": tuple(CHOICES["attention"]),
-        "softmax": tuple(CHOICES["softmax"]),
-        "masking": ("masked_fill", "torch.where", "after the softmax, renormalised"),
-        "forbidden": ("-1e9", "-1e4", "dtype minimum"),
-        "addition": tuple(CHOICES["addition"]),
-        "state": tuple(CHOICES["state"]),
-        "residuals": tuple(CHOICES["residuals"]),
-        "stream": ("token first",),
-        "route": tuple(CHOICES["route"]),
-    }
-    own = {
-        *NO_SOFTMAX,
-        "difference, one product",
-        "difference, two products",
-        "one module per head",
-        "nn.MultiheadAttention",
-    }
-    for piece, choices in others.items():
-        for choice in choices:
-            if choice in own:
-                continue
-            got = plain(**{piece: choice}).run(batch)
-            torch.testing.assert_close(got, want, msg=f"{piece} = {choice}")
+WRITTEN_OTHERWISE: dict[str, tuple[str, ...]] = {
+    "attention": (
+        "einsum bhqk",
+        "einsum bqhk",
+        "einsum hbqk",
+        "einsum bhkq",
+        "SDPA",
+        "bmm, heads behind the batch",
+        "bmm, heads before the batch",
+        "baddbmm, heads behind the batch",
+        "baddbmm, heads before the batch",
+        "loop over heads",
+        "queries in chunks",
+    ),
+    "softmax": tuple(CHOICES["softmax"]),
+    "masking": ("masked_fill", "torch.where", "after the softmax, renormalised"),
+    "forbidden": ("-1e9", "-1e4", "dtype minimum"),
+    "addition": tuple(CHOICES["addition"]),
+    "state": tuple(CHOICES["state"]),
+    "residuals": tuple(CHOICES["residuals"]),
+    "stream": ("token first",),
+    "route": tuple(CHOICES["route"]),
+    "norm_home": tuple(CHOICES["norm_home"]),
+    "norm": ("F.layer_norm, with a gain", "layer norm by hand"),
+    "signature": tuple(CHOICES["signature"]),
+}
+
+
+@pytest.mark.parametrize("piece", WRITTEN_OTHERWISE)
+def test_the_same_block_written_otherwise_has_the_same_truth(piece: str) -> None:
+    """Pieces that are only ways of writing leave everything as it is: outputs, truths, and what every removal leaves."""
+    reference = plain(norm="nn.LayerNorm")
+    (batch,) = reference.batches
+    truth, parts = reference.truth(batch), [(), *((part,) for part in PARTS), ("mlp", "residual")]
+    outputs = [reference.without(batch, *names) for names in parts]
+    for choice in WRITTEN_OTHERWISE[piece]:
+        subject = same_weights(plain(**{piece: choice}), reference)
+        (own,) = subject.batches
+        for names, want in zip(parts, outputs, strict=True):
+            got = subject.without(own, *names)
+            assert apart(got.numpy(), want.numpy()) < 1e-4, f"{piece} = {choice} without {names}"
+        other = subject.truth(own)
+        for block, one in truth.attention.items():
+            for name in ("weights", "logits", "values", "mixed", "contributions", "projected"):
+                got_array, want_array = getattr(other.attention[block], name), getattr(one, name)
+                assert got_array.shape == want_array.shape
+                assert apart(got_array, want_array) < 1e-4, f"{piece} = {choice}: {name}"
+        for got_stream, want_stream in zip(other.streams, truth.streams, strict=True):
+            assert apart(got_stream, want_stream) < 1e-4, f"{piece} = {choice}"
+
+
+def same_weights(subject: Drawn, reference: Drawn) -> Drawn:
+    """`subject` with the weights of `reference`, by their order: other ways of writing give them other names."""
+    mine, theirs = (sorted((tuple(p.shape), n, p) for n, p in d.model.named_parameters()) for d in (subject, reference))
+    assert [shape for shape, *_ in mine] == [shape for shape, *_ in theirs]
+    with torch.no_grad():
+        for (*_, p), (*_, q) in zip(mine, theirs, strict=True):
+            p.copy_(q)
+    return subject
 
 
 def test_the_same_seed_is_the_same_model() -> None:

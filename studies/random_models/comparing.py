@@ -45,6 +45,7 @@ ATTENTION_FIGURES = (
     "entropy_floor",
     "value_contraction",
 )
+FULL_FIGURES = ("susceptibility", "contraction", "spectral_gap", "second_singular_value")
 SITE_FIGURES = ("effective_rank", "stable_rank", "participation_ratio", "consensus_distance", "token_similarity")
 
 
@@ -163,7 +164,32 @@ def head_reference(one: AttentionTruth, real: np.ndarray, sequence: int, head: i
     spread = np.linalg.norm(values - values.mean(0))
     if spread > 0:
         figures["value_contraction"] = float(np.linalg.norm(mixed - mixed.mean(0)) / spread)
-    return {name: figures.get(name, math.nan) for name in ATTENTION_FIGURES}
+    if figures.get("entropy") is not None:
+        figures |= _whole_reference(weights[sequence, head], allowed[sequence, 0], rows)
+    return {name: figures.get(name, math.nan) for name in (*ATTENTION_FIGURES, *FULL_FIGURES)}
+
+
+def _whole_reference(weights: np.ndarray, allowed: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+    """Of one matrix [query, key] over its real tokens `rows`, each row scaled to sum to one; NaN where a row is nothing."""
+    A = np.where(allowed, weights, 0)[np.ix_(rows, rows)]
+    A = A / A.sum(-1, keepdims=True)
+    found, n = {}, len(rows)
+    if np.isfinite(A).all():
+        C = np.eye(n) - 1 / n
+        found["contraction"] = float(np.linalg.norm(C @ A @ C, 2))
+        if n > 1:
+            sigma = np.linalg.svd(A, compute_uv=False)
+            found |= {"spectral_gap": float(1 - sigma[1] / sigma[0]), "second_singular_value": float(sigma[1])}
+        S = np.log(np.where(A > 0, A, 1))
+        found["susceptibility"] = float(((A * S**2).sum(-1) - (A * S).sum(-1) ** 2).mean())
+    return found
+
+
+def head_energies(one: AttentionTruth, real: np.ndarray, sequence: int) -> np.ndarray:
+    """Each head's share of the energy of the centred contributions on one sequence."""
+    written = one.contributions[sequence][real[sequence]]
+    energy = ((written - written.mean(0)) ** 2).sum((0, 2))
+    return energy / energy.sum() if energy.sum() > 0 else np.full(len(energy), math.nan)
 
 
 def summary(values: Sequence[float]) -> tuple[float, float, float, int] | None:
@@ -193,7 +219,8 @@ def _compare(subject: Drawn, truths: list[Truth], result: Comparison) -> None:
     before = [subject.run(batch) for batch in subject.batches]
     parts: Sequence[str] = PARTS
     try:
-        record = uc.diagnose(subject.model, batches=[dict(batch) for batch in subject.batches]).record
+        level = "full" if spec.seed % 5 == 0 else "core"
+        record = uc.diagnose(subject.model, batches=[dict(batch) for batch in subject.batches], level=level).record
     except uc.UncollapseError as error:
         result.add("diagnose", "refused", str(error))
         # What was refused as a whole is refused in its parts; one is tried, another one for each seed.
@@ -260,6 +287,44 @@ def _compare_record(spec: Specification, truths: list[Truth], record: Any, resul
         _number(result, "model.heads", record.model.heads, spec.heads)
     _compare_sites(spec, truths, record, result)
     _compare_attention(spec, truths, record, result)
+    _compare_heads(spec, truths, record, result)
+
+
+def _compare_heads(spec: Specification, truths: list[Truth], record: Any, result: Comparison) -> None:
+    """What the output projection says of its heads, and how much each writes."""
+    near = tolerance(spec).figure
+    for block in range(spec.blocks):
+        ones = [t.attention[block] for t in truths]
+        entries, name = [h for h in record.heads if h.block == block], f"heads.{block}"
+        if ones[0].kind != "softmax" or len(entries) != 1:
+            continue  # whether there is an entry at all is the business of `attention`
+        (entry,) = entries
+        if entry.output_projection_rank is None:
+            reason = entry.unavailable.get("output_projection_rank", "")
+            result.add(
+                f"{name}.output_projection_rank",
+                "unavailable" if reason else "wrong",
+                reason or "null without a reason",
+            )
+        else:
+            assert ones[0].matrix is not None
+            rank = int(np.linalg.matrix_rank(ones[0].matrix, tol=None if spec.dtype == "float64" else 1e-4))
+            _number(result, f"{name}.output_projection_rank", entry.output_projection_rank, rank)
+            sizes = (entry.heads, entry.head_width, entry.width)
+            _number(result, f"{name}.sizes", sizes, (spec.heads, len(ones[0].matrix) // spec.heads, spec.width))
+        shares = np.array(
+            [head_energies(one, t.real, i) for one, t in zip(ones, truths, strict=True) for i in range(len(t.real))]
+        )
+        for head in range(spec.heads):
+            got = (
+                None
+                if entry.energy_share is None
+                else entry.energy_share[head]
+                if head < len(entry.energy_share)
+                else None
+            )
+            want = summary(list(shares[:, head]))
+            result.items.append(_figure(f"{name}.{head}.energy_share", got, entry.unavailable, want, near))
 
 
 def _compare_sites(spec: Specification, truths: list[Truth], record: Any, result: Comparison) -> None:
@@ -316,7 +381,8 @@ def _compare_attention(spec: Specification, truths: list[Truth], record: Any, re
                 for one, t in zip(ones, truths, strict=True)
                 for i in range(len(t.real))
             ]
-            for figure in ATTENTION_FIGURES:
+            full = record.probe.level == "full"
+            for figure in (*ATTENTION_FIGURES, *(FULL_FIGURES if full else ())):
                 want = summary([r[figure] for r in every])
                 if figure == "entropy_floor":
                     want = summary([r["entropy"] for r in every]) if kind == "softmax" else None
@@ -422,7 +488,9 @@ def _expectation(spec: Specification, parts: tuple[str, ...]) -> str:
         return "absent"
     if part == "mask" and not spec.has_mask:
         return "absent"
-    told = spec.signature.endswith("position_ids") and spec.positions != "rotary, in the attention"
+    told = (
+        spec.signature.endswith("position_ids") and spec.given == "ids" and spec.positions != "rotary, in the attention"
+    )
     if (part == "positions" and not told) or (part == "mask" and spec.attention in NO_SOFTMAX):
         return "optional"
     return "defined"
@@ -451,7 +519,12 @@ def _compare_without(
         with uc.without(subject.model, *parts, blocks=blocks, batch=dict(batch)):
             got = subject.run(batch).double().numpy()
     except uc.UncollapseError as error:
-        result.add(name, "right" if expected != "defined" else "refused", str(error))
+        # What changes no bit (a projection that starts at zero) is refused, or gives the same output: both are right.
+        changes = expected == "defined" and any(
+            (subject.without(batch, *wanted, blocks=blocks).double().numpy() != plain)[real].any()
+            for wanted in _alternatives(spec, parts)
+        )
+        result.add(name, "refused" if changes else "right", str(error))
         return
     except Exception as error:  # a traceback
         result.add(name, "wrong", f"{type(error).__name__}: {error}")

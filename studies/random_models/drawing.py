@@ -32,6 +32,7 @@ from studies.random_models.specification import DIFFERENCES, NO_SOFTMAX, Specifi
 from studies.random_models.truth import Switches, Truth
 
 F = nn.functional
+FEATURES = 9  # of a token that is given as numbers
 ATTENTIONS = (*pieces.STYLES, "one module per head", "nn.MultiheadAttention")
 CHOICES: dict[str, Mapping[str, float]] = {
     "stream": {"batch first": 3, "token first": 1},
@@ -41,7 +42,9 @@ CHOICES: dict[str, Mapping[str, float]] = {
         "idx": 2,
         "src, src_key_padding_mask": 1,
         "tokens, keep": 1,
+        "src, src_mask": 1,
     },
+    "given": {"ids": 6, "features": 1},
     "ids": {"batch first": 3, "as the stream": 1},
     "state": {"tensor": 4, "tuple": 1, "dict": 1, "dataclass": 1, "tuple returned": 1},
     "route": {"by keyword": 2, "by position": 2, "made in the attention": 1},
@@ -63,9 +66,16 @@ CHOICES: dict[str, Mapping[str, float]] = {
     },
     "softcap": {"none": 6, "tanh": 1},
     "gate": {"none": 6, "per head": 1, "per channel": 1},
-    "mask": {"causal": 5, "none": 3, "window": 1, "causal window": 1},
+    "mask": {
+        "causal": 5,
+        "none": 3,
+        "window": 1,
+        "causal window": 1,
+        "causal, every other block in a window": 1,
+    },
     "masking": {
         "added": 3,
+        "added, padding apart": 1,
         "masked_fill": 3,
         "torch.where": 2,
         "after the softmax": 1,
@@ -86,6 +96,8 @@ CHOICES: dict[str, Mapping[str, float]] = {
     "projection": {"module": 6, "F.linear": 1, "matmul": 1, "einsum": 1, "summed over heads": 1, "Conv1D": 1},
     "adapter": {"none": 4, "LoRA": 1, "DoRA": 1, "DoRA, split": 1, "OFT": 1},
     "positions": {"learned": 4, "sinusoidal": 1, "rotary": 3, "rotary, in the attention": 1, "ALiBi": 1, "none": 1},
+    "sharing": {"none": 6, "one layer for all": 1},
+    "embedding_again": {"none": 8, "mixed in": 1},
     "residuals": {"in the block": 5, "in the model's loop": 1},
     "placement": {"pre": 6, "post": 2, "sandwich": 1, "output": 1, "parallel, one norm": 1, "parallel, two norms": 1},
     "norm": {
@@ -112,7 +124,7 @@ CHOICES: dict[str, Mapping[str, float]] = {
         "x += f": 1,
     },
     "stream_scale": {"none": 8, "fixed": 1, "learned": 1, "buffered": 1},
-    "update_scale": {"none": 6, "fixed": 1, "learned": 1, "learned, per channel": 1, "buffered": 1},
+    "update_scale": {"none": 6, "fixed": 1, "learned": 1, "learned, per channel": 1, "buffered": 1, "conditioned": 1},
     "mlp": {"GELU": 3, "SwiGLU": 2, "squared ReLU": 1, "in chunks": 1},
     "start": {"random": 8, "zero projections": 1},
 }
@@ -141,7 +153,7 @@ def specification(seed: int) -> Specification:
     drawn = Specification(
         seed=seed,
         vocabulary=draw.choice([23, 31]),
-        blocks=2,
+        blocks=draw.choice([2, 2, 2, 2, 3, 1]),
         width=heads * head_width,
         heads=heads,
         key_value_heads=kv,
@@ -159,8 +171,24 @@ def _reconciled(spec: Specification, draw: random.Random) -> Specification:
     attention = s["attention"]
     if s["stream"] == "batch first":
         s["ids"] = "batch first"
-    if s["signature"] in {"idx"}:
+    if s["update_scale"] == "conditioned" and not s["norm"].startswith("adaptive"):
+        s["norm"] = "adaptive module"
+    if s["given"] == "features" and s["signature"].startswith("input_ids"):  # numbers are no ids
+        s["signature"] = "src, src_key_padding_mask" if s["padding"] != "none" else "idx"
+    if s["signature"] in {"idx", "src, src_mask"}:
         s["padding"] = "none"
+    if s["signature"] == "src, src_mask":  # the mask [query, key] is the caller's
+        s["route"] = "by keyword" if s["route"] == "made in the attention" else s["route"]
+        s["beginning"] = "none"
+        if s["mask"] in {"none", "causal, every other block in a window"}:
+            s["mask"] = "causal"
+    if s["mask"] == "causal, every other block in a window" and s["route"] == "made in the attention":
+        s["route"] = "by keyword"
+    if s["masking"] == "added, padding apart":
+        if s["padding"] == "none" or s["mask"] == "none":
+            s["masking"] = "added"
+        elif s["forbidden"] in {"minus infinity", "dtype minimum"}:
+            s["forbidden"] = "-1e9"  # a padded query that sees nothing would become NaN
     if s["state"] != "tensor" or s["residuals"] == "in the model's loop":
         s["route"] = "by keyword" if s["route"] == "made in the attention" else s["route"]
     if s["residuals"] == "in the model's loop":
@@ -182,6 +210,8 @@ def _reconciled(spec: Specification, draw: random.Random) -> Specification:
         s["sink"] = "zero column in front, kept"
     if attention == "SDPA" and s["mask"] == "causal" and s["padding"] == "none" and draw.random() < 0.6:
         s["masking"] = "flag"
+    if s["masking"] == "flag" and s["signature"] == "src, src_mask":
+        s["masking"] = "boolean"
     if s["masking"] == "flag" and (s["positions"] == "ALiBi" or s["sink"] != "none"):
         s["masking"] = "added"
     if attention == "SDPA" and s["positions"] == "ALiBi":
@@ -203,6 +233,11 @@ def _reconciled(spec: Specification, draw: random.Random) -> Specification:
             s["masking"] = "masked_fill"
     if s["sink"] == "zero column in front, kept" and s["masking"].startswith("after"):
         s["sink"] = "zero column in front"
+    if attention.startswith("talking heads"):
+        s["sink"] = "zero column in front" if s["sink"] == "zero column in front, kept" else s["sink"]
+    if attention in pieces.WHOLE_VALUES:
+        s |= {"projection": "none", "adapter": "none", "gate": "none"}
+        s["inputs"] = "three modules" if s["inputs"] in {"interleaved", "einsum"} else s["inputs"]
     if attention in NO_SOFTMAX:
         s["sink"], s["softcap"] = "none", "none"
         s["softmax"] = "F.softmax" if attention == "channels" else "none"
@@ -217,6 +252,7 @@ def _reconciled(spec: Specification, draw: random.Random) -> Specification:
                 s["masking"] = "a factor on the products"
     if attention in {"linear without a matrix", "channels"}:
         s["mask"], s["masking"] = "none", "none"
+        s["signature"] = "idx" if s["signature"] == "src, src_mask" else s["signature"]
     if attention == "channels":
         s["padding"] = "none"
     if attention == "grouped einsum":
@@ -261,13 +297,13 @@ def _reconciled(spec: Specification, draw: random.Random) -> Specification:
 class Sublayer(nn.Module):
     """A sublayer that brings its own norm along (vit-pytorch's `PreNorm`)."""
 
-    def __init__(self, spec: Specification, switches: Switches, block: int, inner: nn.Module) -> None:
+    def __init__(self, spec: Specification, switches: Switches, inner: nn.Module) -> None:
         super().__init__()
-        self.spec, self.switches, self.block, self.inner = spec, switches, block, inner
+        self.spec, self.switches, self.inner = spec, switches, inner
         make_norm(spec, self, "norm")
 
     def forward(self, x: Tensor, *given: Any, **named: Any) -> Tensor:
-        if not self.switches.is_off("norm", self.block):
+        if not self.switches.is_off("norm"):
             x = normed(self.spec, self, "norm", x, None)
         return self.inner(x, *given, **named)
 
@@ -277,11 +313,11 @@ class Parts(nn.ModuleDict):
 
     def __init__(self, spec: Specification, switches: Switches, block: int) -> None:
         super().__init__()
-        self.spec, self.switches, self.block = spec, switches, block
+        self.spec, self.switches = spec, switches
         inside = spec.norm_home == "sublayer" and spec.placement in {"pre", "sandwich"}
         sublayers = {"attention": Attention(spec, switches, block), "mlp": MLP(spec)}
         for name, module in sublayers.items():
-            self[name] = Sublayer(spec, switches, block, module) if inside else module
+            self[name] = Sublayer(spec, switches, module) if inside else module
             if spec.placement in {"pre", "sandwich"} and not inside:
                 make_norm(spec, self, f"{name}_norm")
             if spec.placement == "parallel, two norms" or (spec.placement == "parallel, one norm" and name == "mlp"):
@@ -290,17 +326,18 @@ class Parts(nn.ModuleDict):
                 make_norm(spec, self, f"{name}_norm_after")
             make_scales(spec, self, name)
         self.inside = inside
+        if spec.embedding_again == "mixed in":
+            self.embedding_again = nn.Parameter(torch.tensor([0.9, 0.3]))
 
     def norm(self, name: str, x: Tensor, condition: Tensor | None) -> Tensor:
-        return x if self.switches.is_off("norm", self.block) else normed(self.spec, self, name, x, condition)
+        return x if self.switches.is_off("norm") else normed(self.spec, self, name, x, condition)
 
 
-def passed(parts: Parts, x: Tensor, condition: Tensor | None, *given: Any, **named: Any) -> Tensor:
-    """The stream through one block. `given` and `named` go to the attention."""
-    spec, switches, block = parts.spec, parts.switches, parts.block
-
-    def is_off(part: str) -> bool:
-        return switches.is_off(part, block)
+def passed(
+    parts: Parts, x: Tensor, condition: Tensor | None, embedded: Tensor | None, *given: Any, **named: Any
+) -> Tensor:
+    """The stream through one block. `embedded` is what the first block was given; `given` and `named` go to the attention."""
+    spec, is_off = parts.spec, parts.switches.is_off
 
     def update(name: str, x: Tensor) -> Tensor:
         pre = spec.placement in {"pre", "sandwich"} and not parts.inside
@@ -311,18 +348,20 @@ def passed(parts: Parts, x: Tensor, condition: Tensor | None, *given: Any, **nam
             x = parts.norm(f"{name}_norm_after", x, condition)
         return x
 
+    if embedded is not None:
+        x = parts.embedding_again[0] * x + parts.embedding_again[1] * embedded
     if spec.is_parallel:
         shared = parts.norm("mlp_norm", x, condition) if spec.placement == "parallel, one norm" else x
         f = None if is_off("attention") else update("attention", shared)
         g = None if is_off("mlp") else update("mlp", shared)
         stream = None if is_off("residual") and not (f is None and g is None) else x
         if stream is not None or f is not None:
-            stream = added(spec, parts, "attention", stream, f)
-        return added(spec, parts, "mlp", stream, g, scales_stream=False)
+            stream = added(spec, parts, "attention", stream, f, condition)
+        return added(spec, parts, "mlp", stream, g, condition, scales_stream=False)
     for name in ("attention", "mlp"):
         f = None if is_off(name) else update(name, x)
         alone = f is not None and (is_off("residual") or is_off(f"{name}-residual"))
-        x = added(spec, parts, name, None if alone else x, f)
+        x = added(spec, parts, name, None if alone else x, f, condition)
         if spec.placement == "post" and f is not None:
             x = parts.norm(f"{name}_norm_after", x, condition)
     return x
@@ -351,6 +390,7 @@ class Block(nn.Module):
         rotation: tuple[Tensor, Tensor] | None = None,
         keep: Tensor | None = None,
         condition: Tensor | None = None,
+        embedded: Tensor | None = None,
     ) -> Any:
         kind = self.spec.state
         x = state
@@ -360,7 +400,7 @@ class Block(nn.Module):
             x, mask = state["hidden"], state["mask"]
         elif kind == "dataclass":
             x, mask = state.hidden, state.mask
-        x = passed(self.parts, x, condition, mask, bias, rotation, keep)
+        x = passed(self.parts, x, condition, embedded, mask, bias, rotation, keep)
         if kind == "tuple":
             return x, mask
         if kind == "dict":
@@ -377,7 +417,7 @@ class Model(nn.Module):
         super().__init__()
         self.spec, self.switches = spec, switches
         D = spec.width
-        self.embed = nn.Embedding(spec.vocabulary, D)
+        self.embed = nn.Linear(FEATURES, D) if spec.given == "features" else nn.Embedding(spec.vocabulary, D)
         if spec.positions == "learned":
             self.position = nn.Embedding(40, D)
         elif spec.positions == "sinusoidal":
@@ -390,7 +430,8 @@ class Model(nn.Module):
         if spec.norm.startswith("adaptive"):
             self.labels = nn.Embedding(7, D)
         kind = Block if spec.residuals == "in the block" else Parts
-        self.layers = nn.ModuleList(kind(spec, switches, n) for n in range(spec.blocks))
+        layers = 1 if spec.sharing == "one layer for all" else spec.blocks
+        self.layers = nn.ModuleList(kind(spec, switches, n) for n in range(layers))
         self.norm = nn.LayerNorm(D) if spec.seed % 3 else None
         self.head = nn.Linear(D, spec.vocabulary, bias=False) if spec.output == "logits" else None
 
@@ -400,15 +441,16 @@ class Model(nn.Module):
         real: Tensor | None = None,
         position_ids: Tensor | None = None,
         label: Tensor | None = None,
+        given_mask: Tensor | None = None,
     ) -> Any:
-        """`real` [batch, token] is True where a token is no padding."""
+        """`real` [batch, token] is True where a token is no padding; `given_mask` [query, key] is the caller's."""
         spec, switches, recorder = self.spec, self.switches, self.switches.recorder
         if spec.ids == "as the stream":
-            ids = ids.T
+            ids = ids.transpose(0, 1)
         x = self.embed(ids)
         if position_ids is None:
             position_ids = torch.arange(ids.shape[1])[None]
-        if switches.is_off("positions", 0):
+        if "positions" in switches.off:
             position_ids = position_ids * 0
         if spec.positions == "learned":
             x = x + self.position(position_ids)
@@ -424,21 +466,26 @@ class Model(nn.Module):
         if spec.positions == "ALiBi":
             distance = (position_ids[:, :, None] - position_ids[:, None, :]).abs()
             bias = -self.slopes[None, :, None, None] * distance[:, None].to(x.dtype)
-        full, padding_alone = self._masks(tokens, real, x.dtype)
         keep = None
         if spec.attention == "linear without a matrix" and real is not None:
             keep = real.to(x.dtype)
         if recorder is not None:
-            every = torch.ones(batch, tokens, dtype=torch.bool) if real is None else real
-            recorder.tokens(every, self._allowed(tokens, real).expand(batch, -1, -1))
+            recorder.tokens(torch.ones(batch, tokens, dtype=torch.bool) if real is None else real)
         condition = self.labels(label) if spec.norm.startswith("adaptive") else None
         if spec.token_first:
             x = x.transpose(0, 1)
         if recorder is not None:
             recorder.stream(x, spec.token_first)
-        for number, layer in enumerate(self.layers):
-            mask = padding_alone if switches.is_off("mask", number) else full
-            x = self._through(layer, x, mask, bias, rotation, keep, condition)
+        embedded = x if spec.embedding_again == "mixed in" else None
+        for number in range(spec.blocks):
+            switches.block = number
+            if recorder is not None:
+                recorder.pairs(self._allowed(tokens, real, number).expand(batch, -1, -1))
+            mask = None if given_mask is None else given_mask[None, None]
+            if given_mask is None or switches.is_off("mask"):
+                mask = self._mask(tokens, real, x.dtype, number)
+            layer = self.layers[number % len(self.layers)]
+            x = self._through(layer, x, mask, bias, rotation, keep, condition, embedded)
             if recorder is not None:
                 recorder.stream(x, spec.token_first)
         if self.norm is not None:
@@ -460,15 +507,17 @@ class Model(nn.Module):
         rotation: tuple[Tensor, Tensor] | None,
         keep: Tensor | None,
         condition: Tensor | None,
+        embedded: Tensor | None,
     ) -> Tensor:
         spec = self.spec
         if isinstance(layer, Parts):  # the additions stand here, in the model's own forward
-            return passed(layer, x, condition, mask, bias, rotation, keep)
+            return passed(layer, x, condition, embedded, mask, bias, rotation, keep)
+        every = {"mask": mask, "bias": bias, "rotation": rotation, "keep": keep, "condition": condition}
+        every["embedded"] = embedded
+        given: tuple[Any, ...] = ()
+        named = {name: value for name, value in every.items() if value is not None}
         if spec.route == "by position":
-            given, named = (mask, bias, rotation, keep, condition), {}
-        else:
-            every = {"mask": mask, "bias": bias, "rotation": rotation, "keep": keep, "condition": condition}
-            given, named = (), {name: value for name, value in every.items() if value is not None}
+            given, named = tuple(every.values()), {}
         if spec.state == "tuple":
             return layer((x, mask), *given, **named)[0]
         if spec.state == "dict":
@@ -478,25 +527,28 @@ class Model(nn.Module):
         left = layer(x, *given, **named)
         return left[0] if spec.state == "tuple returned" else left
 
-    def _allowed(self, tokens: int, real: Tensor | None, padding_alone: bool = False) -> Tensor:
+    def _allowed(self, tokens: int, real: Tensor | None, block: int, padding_alone: bool = False) -> Tensor:
         """Allowed pairs [1 or batch, query, key]. A padded query without any real key sees itself, lest it become NaN."""
         allowed = torch.ones(1, tokens, tokens, dtype=torch.bool)
         if not padding_alone:
-            allowed = allowed_pairs(self.spec, tokens)[None]
+            allowed = allowed_pairs(self.spec, tokens, block)[None]
         if real is None:
             return allowed
         allowed = allowed & real[:, None, :]
         return allowed | (torch.eye(tokens, dtype=torch.bool) & ~allowed.any(-1, keepdim=True))
 
-    def _masks(self, tokens: int, real: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """The mask [1 or batch, 1, query, key] in the model's form, and what of it is padding alone."""
-        spec = self.spec
-        if spec.route in {"none", "made in the attention"} or spec.masking == "none":
-            return None, None
-        full = as_mask(spec, self._allowed(tokens, real), dtype)[:, None]
-        if real is None:
-            return full, None
-        return full, as_mask(spec, self._allowed(tokens, real, padding_alone=True), dtype)[:, None]
+    def _mask(self, tokens: int, real: Tensor | None, dtype: torch.dtype, block: int) -> Tensor | None:
+        """The mask [1 or batch, 1, query, key] in the model's form; switched off, what of it is padding."""
+        spec, is_off = self.spec, self.switches.is_off("mask")
+        nothing = spec.mask == "none" and real is None
+        made_elsewhere = spec.route in {"none", "made in the attention"} or spec.masking == "none"
+        if nothing or made_elsewhere or (is_off and real is None):
+            return None
+        if spec.masking == "added, padding apart":
+            assert real is not None
+            mask = as_mask(spec, real[:, None, None, :], dtype)
+            return mask if is_off else as_mask(spec, allowed_pairs(spec, tokens, block), dtype)[None, None] + mask
+        return as_mask(spec, self._allowed(tokens, real, block, padding_alone=is_off), dtype)[:, None]
 
 
 class WithMask(Model):
@@ -530,6 +582,11 @@ class OfTokensToKeep(Model):
         return self.run(tokens, keep, None, label)
 
 
+class OfTheCallersMask(Model):
+    def forward(self, src: Tensor, src_mask: Tensor | None = None, label: Tensor | None = None) -> Any:
+        return self.run(src, None, None, label, src_mask)
+
+
 class Passing(nn.Module):
     """A wrapper as `nn.DataParallel` is one."""
 
@@ -560,6 +617,7 @@ SIGNATURES: dict[str, tuple[type[Model], str, str | None]] = {
     "idx": (OfIdsAlone, "idx", None),
     "src, src_key_padding_mask": (AsTorchHasIt, "src", "src_key_padding_mask"),
     "tokens, keep": (OfTokensToKeep, "tokens", "keep"),
+    "src, src_mask": (OfTheCallersMask, "src", "src_mask"),
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -609,6 +667,8 @@ def drawn(spec: Specification | int) -> Drawn:
     renamed = spec.wrapper == "another signature"
     for sequences, tokens in spec.batches:
         text = torch.randint(1, spec.vocabulary, (sequences, tokens), generator=generator)
+        if spec.given == "features":
+            text = torch.randn(sequences, tokens, FEATURES, generator=generator).to(DTYPES[spec.dtype])
         batch: dict[str, Tensor] = {"text" if renamed else ids: text}
         if spec.padding != "none" and mask is not None:
             lengths = torch.randint(tokens // 2 + 1, tokens + 1, (sequences,), generator=generator)
@@ -618,8 +678,11 @@ def drawn(spec: Specification | int) -> Drawn:
             text[~real] = 0
             form = {"attention_mask": real.long(), "src_key_padding_mask": ~real, "keep": real}[mask]
             batch["hidden" if renamed else mask] = form
+        if mask == "src_mask" and spec.masking != "none":
+            form = as_mask(spec, allowed_pairs(spec, tokens, 0), DTYPES[spec.dtype])
+            batch["hidden" if renamed else mask] = form
         if spec.ids == "as the stream":
-            batch["text" if renamed else ids] = text.T
+            batch["text" if renamed else ids] = text.transpose(0, 1)
         if spec.norm.startswith("adaptive"):
             batch["label"] = torch.randint(7, (sequences,), generator=generator)
         batches.append(batch)
@@ -638,11 +701,17 @@ def _start(spec: Specification, model: nn.Module) -> None:
         for name, p in model.named_parameters():
             owner = model.get_submodule(name.rpartition(".")[0])
             leaf = name.rpartition(".")[2]
-            if leaf == "sink" or leaf.endswith("_scale") or leaf in {"weight_of_second", "magnitude"}:
+            if (
+                leaf == "sink"
+                or leaf.endswith("_scale")
+                or leaf in {"weight_of_second", "magnitude", "embedding_again"}
+            ):
                 continue
             if p.ndim == 1:
                 is_gain = leaf.endswith("weight")
                 p.copy_(is_gain + 0.25 * torch.randn(p.shape))
+            elif leaf == "talk":
+                continue
             elif isinstance(owner, nn.Embedding) or leaf == "beginning":
                 p.copy_(torch.randn(p.shape))
             elif leaf == "angles":

@@ -23,6 +23,7 @@ from studies.random_models.truth import Recorder, Switches, array
 
 F = nn.functional
 CAP = 4.0
+WHOLE_VALUES = ("values as wide as the stream, summed", "values as wide as the stream, one einsum")
 WHOLE = ("b h q k", "b h k d", "b h q d")
 
 
@@ -76,19 +77,19 @@ def softmax(spec: Specification, L: Tensor, dim: int) -> Tensor:
     return L.softmax(dim)
 
 
-def allowed_pairs(spec: Specification, tokens: int) -> Tensor:
-    """Which real tokens may look at which, [query, key]."""
+def allowed_pairs(spec: Specification, tokens: int, block: int) -> Tensor:
+    """Which real tokens may look at which in this block, [query, key]."""
     ones = torch.ones(tokens, tokens, dtype=torch.bool)
-    if spec.mask == "causal":
+    if spec.mask == "causal" or (spec.mask == "causal, every other block in a window" and block % 2 == 0):
         return ones.tril()
     if spec.mask == "window":
         return ones.triu(1 - spec.window).tril(spec.window - 1)
-    return ones.tril().triu(1 - spec.window) if spec.mask == "causal window" else ones
+    return ones if spec.mask == "none" else ones.tril().triu(1 - spec.window)
 
 
 def as_mask(spec: Specification, allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """Allowed pairs in the form in which this model takes them."""
-    if spec.masking != "added":
+    if not spec.masking.startswith("added"):
         return allowed
     number = forbidden_number(spec, dtype)
     if spec.forbidden in {"-1e4", "-1e9"}:  # as BERT has always done it
@@ -122,7 +123,7 @@ def weigh(
     if pairs.bias is not None and not pairs.is_applied:
         L = L + put(pairs.bias)
     seen, mask = L, None if pairs.is_applied else pairs.mask
-    if mask is not None and spec.masking == "added":
+    if mask is not None and spec.masking.startswith("added"):
         L = L + put(mask)
     elif mask is not None and spec.masking == "masked_fill":
         L = L.masked_fill(~put(mask), forbidden_number(spec, L.dtype))
@@ -168,9 +169,9 @@ def with_zero_value(spec: Specification, v: Tensor, key: int) -> Tensor:
 class OneHead(nn.Module):
     """A head as a module of its own, as lectures write it."""
 
-    def __init__(self, spec: Specification, switches: Switches, block: int, head: int) -> None:
+    def __init__(self, spec: Specification, switches: Switches, head: int) -> None:
         super().__init__()
-        self.spec, self.switches, self.block, self.head = spec, switches, block, head
+        self.spec, self.switches, self.head = spec, switches, head
         self.query, self.key, self.value = (nn.Linear(spec.width, spec.head_width, bias=False) for _ in range(3))
         if spec.sink == "learned logit":
             self.sink = nn.Parameter(torch.randn(1))
@@ -186,7 +187,7 @@ class OneHead(nn.Module):
         v = with_zero_value(self.spec, v, -2)
         y = A @ v
         if self.switches.recorder is not None:
-            note(self.spec, self.switches.recorder, self.block, A, v, y, seen, ("b q k", "b k d", "b q d"))
+            note(self.spec, self.switches.recorder, self.switches.block, A, v, y, seen, ("b q k", "b k d", "b q d"))
         return y.transpose(0, 1) if self.spec.token_first else y
 
 
@@ -213,13 +214,13 @@ class Attention(nn.Module):
 
     def __init__(self, spec: Specification, switches: Switches, block: int) -> None:
         super().__init__()
-        self.spec, self.switches, self.block = spec, switches, block
+        self.spec, self.switches = spec, switches
         D, H, G, d = spec.width, spec.heads, spec.key_value_heads, spec.head_width
         self.scale = d**-0.5
         self.has_bias = spec.seed % 2 == 0
         own = spec.attention in {"one module per head", "nn.MultiheadAttention"}
         if spec.attention == "one module per head":
-            self.heads = nn.ModuleList(OneHead(spec, switches, block, h) for h in range(H))
+            self.heads = nn.ModuleList(OneHead(spec, switches, h) for h in range(H))
         elif spec.attention == "nn.MultiheadAttention":
             self.mha = nn.MultiheadAttention(
                 D, H, batch_first=not spec.token_first, bias=self.has_bias, add_zero_attn=spec.sink == "zero key"
@@ -227,7 +228,8 @@ class Attention(nn.Module):
             self.need_weights = spec.seed % 3 == 0
         else:
             twice = 2 if spec.attention in DIFFERENCES else 1
-            self.sizes = [twice * H * d, twice * G * d, G * d]
+            value_width = D if spec.attention in WHOLE_VALUES else d
+            self.sizes = [twice * H * d, twice * G * d, G * value_width]
             if spec.inputs == "three modules":
                 self.query, self.key, self.value = (nn.Linear(D, n, bias=self.has_bias) for n in self.sizes)
             elif spec.inputs == "F.linear":
@@ -238,6 +240,8 @@ class Attention(nn.Module):
                 )
             else:
                 self.qkv = nn.Linear(D, sum(self.sizes), bias=self.has_bias)
+        if spec.attention.startswith("talking heads"):
+            self.talk = nn.Parameter(torch.eye(H) + 0.4 * torch.randn(H, H))
         if spec.attention in DIFFERENCES:
             self.weight_of_second = nn.Parameter(torch.tensor(0.3 + 0.1 * block))
         if spec.queries == "norm modules":
@@ -246,7 +250,7 @@ class Attention(nn.Module):
             self.sink = nn.Parameter(torch.randn(H))
         if spec.gate != "none":
             self.gate = nn.Linear(D, H if spec.gate == "per head" else H * d)
-        if spec.attention != "nn.MultiheadAttention":
+        if spec.attention not in {"nn.MultiheadAttention", *WHOLE_VALUES}:
             self._make_projection(H * d, D)
 
     # Ways in and out ---------------------------------------------------------------------------------------------------
@@ -307,8 +311,8 @@ class Attention(nn.Module):
             return q, k, v
         else:
             parts = self.qkv(x).split(self.sizes, dim=-1)
-        q, k, v = (p.view(*p.shape[:2], -1, d) for p in parts)
-        return q, k, v
+        q, k = (p.view(*p.shape[:2], -1, d) for p in parts[:2])
+        return q, k, parts[2].view(*x.shape[:2], self.spec.key_value_heads, -1)
 
     def forward(
         self,
@@ -322,12 +326,12 @@ class Attention(nn.Module):
         spec, recorder = self.spec, self.switches.recorder
         batch, tokens = (x.shape[1], x.shape[0]) if spec.token_first else x.shape[:2]
         made_here = spec.route == "made in the attention" and spec.masking != "flag"
-        if made_here and not self.switches.is_off("mask", self.block):
-            mask = as_mask(spec, allowed_pairs(spec, tokens), x.dtype)[None, None]
+        if made_here and not self.switches.is_off("mask"):
+            mask = as_mask(spec, allowed_pairs(spec, tokens, 0), x.dtype)[None, None]
         pairs = Pairs(mask, bias, batch)
         if spec.positions == "rotary, in the attention":
             numbers = torch.arange(tokens)
-            rotation = angles(numbers * 0 if self.switches.is_off("positions", self.block) else numbers, spec, x.dtype)
+            rotation = angles(numbers * 0 if self.switches.is_off("positions") else numbers, spec, x.dtype)
         if spec.attention == "nn.MultiheadAttention":
             return self._torch_attention(x, pairs)
         if spec.attention == "one module per head":
@@ -348,6 +352,8 @@ class Attention(nn.Module):
                 r = spec.heads // spec.key_value_heads
                 k, v = k.repeat_interleave(r, dim=2), v.repeat_interleave(r, dim=2)
             y = STYLES[spec.attention](self, q, k, v, pairs, keep)
+            if spec.attention in WHOLE_VALUES:
+                return y
         if spec.gate == "per head":
             y = y * torch.sigmoid(self.gate(x)).unsqueeze(-1)
         elif spec.gate == "per channel":
@@ -358,7 +364,7 @@ class Attention(nn.Module):
         return out
 
     def _note_projection(self, recorder: Recorder, y: Tensor, out: Tensor) -> None:
-        one = recorder.of(self.block)
+        one = recorder.of(self.switches.block)
         matrix, bias = self.output_map()
         first = self.spec.token_first
         one.read, one.projected = (array(t.transpose(0, 1) if first else t) for t in (y, out))
@@ -369,12 +375,12 @@ class Attention(nn.Module):
         spec, recorder = self.spec, self.switches.recorder
         mask = pairs.mask
         padding = None
-        if mask is not None and mask.shape[0] > 1 and spec.mask == "none" and spec.masking != "added":
+        if mask is not None and mask.shape[0] > 1 and spec.mask == "none" and not spec.masking.startswith("added"):
             padding, mask = ~mask[:, 0, -1], None  # a mask of padding alone is the same for all queries
         elif mask is not None:
             alone = mask.shape[0] == 1
             mask = mask[0, 0] if alone else placed(mask, "b*h q k", mask.shape[0], spec.heads)
-            mask = mask if spec.masking == "added" else ~mask  # torch's booleans forbid
+            mask = mask if spec.masking.startswith("added") else ~mask  # torch's booleans forbid
         y, _ = self.mha(x, x, x, attn_mask=mask, key_padding_mask=padding, need_weights=self.need_weights)
         if recorder is not None:
             self._note_torch_attention(recorder, x, y, pairs, mask, padding)
@@ -393,7 +399,7 @@ class Attention(nn.Module):
         A = (torch.cat([S, torch.zeros_like(S[..., :1])], -1) if self.spec.sink == "zero key" else S).softmax(-1)
         A = A[..., : S.shape[-1]]
         y = A @ v
-        recorder.mixing(self.block, A, v, y, L)
+        recorder.mixing(self.switches.block, A, v, y, L)
         self._note_projection(
             recorder, y.transpose(1, 2).transpose(0, 1) if self.spec.token_first else y.transpose(1, 2), out
         )
@@ -437,7 +443,7 @@ def _matmul(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _: A
     v = with_zero_value(spec, v, -2)
     y = A @ v
     if self.switches.recorder is not None:
-        note(spec, self.switches.recorder, self.block, A, v, y, seen)
+        note(spec, self.switches.recorder, self.switches.block, A, v, y, seen)
     return _heads_last(spec, y)
 
 
@@ -451,7 +457,9 @@ def _einsum(axes: str) -> Style:
         v = with_zero_value(spec, v, of_k.index("k"))
         y = torch.einsum(f"{letters},{of_k}->{of_y}", A, v)
         if self.switches.recorder is not None:
-            note(spec, self.switches.recorder, self.block, A, v, y, seen, (axes, " ".join(of_k), " ".join(of_y)))
+            note(
+                spec, self.switches.recorder, self.switches.block, A, v, y, seen, (axes, " ".join(of_k), " ".join(of_y))
+            )
         return y
 
     return mix
@@ -470,7 +478,7 @@ def _grouped_einsum(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pai
     if self.switches.recorder is not None:
         of_v, of_y = ("k b h d", "q b h d") if first else ("b k h d", "b q h d")
         A, seen = A.flatten(1, 2), seen.flatten(1, 2)
-        note(spec, self.switches.recorder, self.block, A, v, y, seen, (WHOLE[0], of_v, of_y))
+        note(spec, self.switches.recorder, self.switches.block, A, v, y, seen, (WHOLE[0], of_v, of_y))
     return y
 
 
@@ -480,7 +488,7 @@ def _fused(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _: An
     q, k, v = _heads_first(spec, q, k, v)
     mask, given = pairs.mask, {}
     if spec.masking == "flag":
-        given["is_causal"] = spec.mask == "causal" and not self.switches.is_off("mask", self.block)
+        given["is_causal"] = spec.mask == "causal" and not self.switches.is_off("mask")
     if pairs.bias is not None:  # one operand for both: a bias that is minus infinity where a pair is forbidden
         mask = pairs.bias if mask is None else pairs.bias + mask
     if spec.key_value_heads < spec.heads:
@@ -508,7 +516,7 @@ def _note_fused(self: Attention, recorder: Recorder, q: Tensor, k: Tensor, v: Te
     S = L.masked_fill(~recorder.allowed[:, None], -math.inf)
     A = (torch.cat([S, torch.zeros_like(S[..., :1])], -1) if self.spec.sink == "zero key" else S).softmax(-1)
     A = A[..., : S.shape[-1]]
-    recorder.mixing(self.block, A, v, y, L)
+    recorder.mixing(self.switches.block, A, v, y, L)
 
 
 def _folded(axes: str, adds: bool) -> Style:
@@ -547,7 +555,7 @@ def _folded(axes: str, adds: bool) -> Style:
             if pairs.bias is not None:
                 seen = seen + placed(pairs.bias, of_weights, batch, heads)
             every = (of_weights, f"{axes} k d", f"{axes} q d")
-            note(spec, self.switches.recorder, self.block, A, v, y, seen, every)
+            note(spec, self.switches.recorder, self.switches.block, A, v, y, seen, every)
         if spec.token_first and axes == "b*h":
             return y.transpose(0, 1).reshape(-1, batch, heads, d)
         apart = y.view(*((batch, heads) if axes == "b*h" else (heads, batch)), -1, d)
@@ -570,7 +578,7 @@ def _loop(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _: Any
         v_h = with_zero_value(spec, v_h, 1)
         y = A @ v_h
         if self.switches.recorder is not None:
-            note(spec, self.switches.recorder, self.block, A, v_h, y, seen, ("b q k", "b k d", "b q d"))
+            note(spec, self.switches.recorder, self.switches.block, A, v_h, y, seen, ("b q k", "b k d", "b q d"))
         outputs.append(y.transpose(0, 1) if spec.token_first else y)
     return torch.stack(outputs, 2)
 
@@ -591,7 +599,7 @@ def _chunked(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _: 
             logits.append(seen)
     y = torch.cat(outputs, 2)
     if self.switches.recorder is not None:
-        note(spec, self.switches.recorder, self.block, torch.cat(weights, 2), values, y, torch.cat(logits, 2))
+        note(spec, self.switches.recorder, self.switches.block, torch.cat(weights, 2), values, y, torch.cat(logits, 2))
     return _heads_last(spec, y)
 
 
@@ -610,9 +618,50 @@ def _difference(two_products: bool) -> Style:
         y = first @ v - share * (second @ v) if two_products else (first - share * second) @ v
         if self.switches.recorder is not None:
             A = first - share * second
-            note(spec, self.switches.recorder, self.block, A, v, y, None, WHOLE, "difference")
-            self.switches.recorder.of(self.block).parts = (array(first), array(second))
+            note(spec, self.switches.recorder, self.switches.block, A, v, y, None, WHOLE, "difference")
+            self.switches.recorder.of(self.switches.block).parts = (array(first), array(second))
         return _heads_last(spec, y)
+
+    return mix
+
+
+def _talking(after: bool) -> Style:
+    """Heads that are mixed with each other, as logits or as weights."""
+
+    def mix(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _: Any) -> Tensor:
+        spec = self.spec
+        q, k, v = _heads_first(spec, q, k, v)
+        L = q @ k.transpose(-1, -2) * self.scale
+        if not after:
+            L = torch.einsum("bhqk,hg->bgqk", L, self.talk)
+        A, seen = weigh(spec, L, WHOLE[0], pairs, getattr(self, "sink", None))
+        if after:
+            A = torch.einsum("bhqk,hg->bgqk", A, self.talk)
+        y = A @ v
+        if self.switches.recorder is not None:
+            of_logits = (None, "difference") if after else (seen, "softmax")
+            note(spec, self.switches.recorder, self.switches.block, A, v, y, of_logits[0], WHOLE, of_logits[1])
+        return _heads_last(spec, y)
+
+    return mix
+
+
+def _whole_values(summed_apart: bool) -> Style:
+    """Values as wide as the stream: each head writes there itself, and no projection follows."""
+
+    def mix(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _: Any) -> Tensor:
+        spec = self.spec
+        q, k, v = _heads_first(spec, q, k, v)
+        A, seen = weigh(spec, q @ k.mT * self.scale, WHOLE[0], pairs, getattr(self, "sink", None))
+        v = with_zero_value(spec, v, -2)
+        y = (A @ v).sum(1) if summed_apart else torch.einsum("bhqk,bhkd->bqd", A, v)
+        if self.switches.recorder is not None:
+            note(spec, self.switches.recorder, self.switches.block, A, v, A @ v, seen)
+            one = self.switches.recorder.of(self.switches.block)
+            one.read, one.projected = array((A @ v).transpose(1, 2)), array(y)
+            one.matrix = array(torch.eye(spec.width).repeat(spec.heads, 1))
+            one.bias = array(torch.zeros(spec.width))
+        return y.transpose(0, 1) if spec.token_first else y
 
     return mix
 
@@ -624,7 +673,7 @@ def _sigmoid(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _: 
     L = q @ k.transpose(-2, -1) * self.scale - math.log(k.shape[2])
     if pairs.bias is not None:
         L = L + pairs.bias
-    if pairs.mask is not None and spec.masking == "added":
+    if pairs.mask is not None and spec.masking.startswith("added"):
         L = L + pairs.mask
     elif pairs.mask is not None and not spec.masking.startswith("after"):
         L = L.masked_fill(~pairs.mask, forbidden_number(spec, L.dtype))
@@ -633,7 +682,7 @@ def _sigmoid(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _: 
         A = A * pairs.mask
     y = A @ v
     if self.switches.recorder is not None:
-        note(spec, self.switches.recorder, self.block, A, v, y, None, WHOLE, "sigmoid")
+        note(spec, self.switches.recorder, self.switches.block, A, v, y, None, WHOLE, "sigmoid")
     return _heads_last(spec, y)
 
 
@@ -647,7 +696,7 @@ def _linear_matrix(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pair
     A = P / P.sum(-1, keepdim=True)
     y = A @ v
     if self.switches.recorder is not None:
-        note(spec, self.switches.recorder, self.block, A, v, y, None, WHOLE, "linear")
+        note(spec, self.switches.recorder, self.switches.block, A, v, y, None, WHOLE, "linear")
     return _heads_last(spec, y)
 
 
@@ -666,7 +715,17 @@ def _linear(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, keep
     if self.switches.recorder is not None:
         q_, k_, v_, y_ = _heads_first(spec, q, k, v, y)
         P = q_ @ k_.transpose(-2, -1)
-        note(spec, self.switches.recorder, self.block, P / P.sum(-1, keepdim=True), v_, y_, None, WHOLE, "linear")
+        note(
+            spec,
+            self.switches.recorder,
+            self.switches.block,
+            P / P.sum(-1, keepdim=True),
+            v_,
+            y_,
+            None,
+            WHOLE,
+            "linear",
+        )
     return y
 
 
@@ -677,7 +736,7 @@ def _channels(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _:
     A = softmax(spec, F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2) * 3.0, -1)
     y = (A @ v).transpose(-1, -2)
     if self.switches.recorder is not None:
-        self.switches.recorder.of(self.block, "channels")
+        self.switches.recorder.of(self.switches.block, "channels")
     return _heads_last(spec, y)
 
 
@@ -697,6 +756,10 @@ STYLES: dict[str, Style] = {
     "queries in chunks": _chunked,
     "difference, one product": _difference(False),
     "difference, two products": _difference(True),
+    "talking heads, before the softmax": _talking(False),
+    "talking heads, after the softmax": _talking(True),
+    "values as wide as the stream, summed": _whole_values(True),
+    "values as wide as the stream, one einsum": _whole_values(False),
     "sigmoid": _sigmoid,
     "linear from a matrix": _linear_matrix,
     "linear without a matrix": _linear,
@@ -912,6 +975,8 @@ def make_scales(spec: Specification, parts: nn.Module, name: str) -> None:
             parts.register_parameter(key, nn.Parameter(level + 0.2 * torch.randn(spec.width)))
         elif kind == "buffered":
             parts.register_buffer(key, torch.tensor(level + 0.1))
+        elif kind == "conditioned":
+            parts.add_module(key, nn.Linear(spec.width, spec.width))
 
 
 def added(
@@ -920,6 +985,7 @@ def added(
     name: str,
     x: Tensor | None,
     update: Tensor | None,
+    condition: Tensor | None,
     scales_stream: bool = True,
 ) -> Tensor:
     """a·x + b·update in one of the ways to write it. None for what is switched off: the other is left, with its scale."""
@@ -928,7 +994,8 @@ def added(
     def scale(operand: str, kind: str) -> float | Tensor | None:
         if kind == "none" or (operand == "stream" and not scales_stream):
             return None
-        return fixed[operand] if kind == "fixed" else getattr(parts, f"{name}_{operand}_scale")
+        found = fixed[operand] if kind == "fixed" else getattr(parts, f"{name}_{operand}_scale")
+        return found(condition).unsqueeze(0 if spec.token_first else 1) if kind == "conditioned" else found
 
     a, b = scale("stream", spec.stream_scale), scale("update", spec.update_scale)
     way = spec.addition

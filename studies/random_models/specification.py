@@ -25,6 +25,7 @@ class Specification:
     # The stream and how the model is called.
     stream: str
     signature: str
+    given: str
     ids: str
     state: str
     route: str
@@ -48,6 +49,8 @@ class Specification:
     adapter: str
     positions: str
     # The block.
+    sharing: str
+    embedding_again: str
     residuals: str
     placement: str
     norm: str

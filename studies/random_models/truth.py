@@ -10,8 +10,9 @@ What counts as the truth, where that could be asked:
   without renormalisation, a sink, a column of zeros: rows of A then do not sum to one. Entropy, normalised entropy and key
   share are those of the row scaled to sum to one over its *allowed* keys, as `uncollapse.mixing` defines them. A sink's column
   is no key, even where the model keeps it and gives it a value of zeros.
-* **Signs.** A difference of two softmaxes has negative entries and no entropy. Attention over channels has no weights of
-  tokens at all. Sigmoid and linear attention have an A, but no softmax: `max_logit` and `entropy_floor` do not exist.
+* **Signs.** A difference of two softmaxes, or heads that are mixed after the softmax, give weights of either sign and no
+  entropy. Attention over channels has no weights of tokens at all. Sigmoid and linear attention have an A, but no softmax:
+  `max_logit` and `entropy_floor` do not exist.
 * **Logits.** What the softmax saw of an allowed pair: scaled, capped, with its position bias, before the mask.
 * **Allowed pairs.** Those the model's mask was built from, whatever number it writes for a forbidden pair. Padded queries are
   no rows, and padded keys are forbidden.
@@ -50,9 +51,10 @@ PARTS = ("mlp", "attention", "residual", "attention-residual", "mlp-residual", "
 class AttentionTruth:
     """One attention of one batch. Arrays in float64 with the axes [sequence, head, query, key], and [.., width] for vectors.
 
-    `kind` is `softmax`, `sigmoid`, `linear`, `difference` (of two softmaxes) or `channels`; `weights` and `logits` are None
-    where there are none. `parts` are the two softmaxes of a difference. `projected` is the output projection's output
-    [sequence, token, width], `matrix` and `bias` its effective map, `read` what it reads [sequence, token, head, head width].
+    `kind` is `softmax`, `sigmoid`, `linear`, `difference` (of softmaxes: weights of either sign) or `channels`; `weights` and
+    `logits` are None where there are none. `parts` are the two softmaxes of a difference. `projected` is the output projection's
+    output [sequence, token, width], `matrix` and `bias` its effective map, `read` what it reads [sequence, token, head, head
+    width].
     """
 
     kind: str
@@ -99,9 +101,13 @@ class Recorder:
         self.truth = Truth(np.zeros((0, 0), dtype=bool))
         self.allowed = torch.zeros(0, 0, 0, dtype=torch.bool)
 
-    def tokens(self, real: Tensor, allowed: Tensor) -> None:
-        """The real tokens [sequence, token], and the allowed pairs [sequence, query, key] of every attention."""
-        self.truth.real, self.allowed = real.detach().numpy().copy(), allowed
+    def tokens(self, real: Tensor) -> None:
+        """The real tokens [sequence, token]."""
+        self.truth.real = real.detach().numpy().copy()
+
+    def pairs(self, allowed: Tensor) -> None:
+        """The allowed pairs [sequence, query, key] of the block that comes."""
+        self.allowed = allowed
 
     def stream(self, x: Tensor, token_first: bool) -> None:
         """A stream between blocks."""
@@ -147,10 +153,11 @@ class Switches:
 
     off: Mapping[str, frozenset[int]] = field(default_factory=dict)
     recorder: Recorder | None = None
+    block: int = 0  # the number of the block that is running: a layer may run more than once
 
-    def is_off(self, part: str, block: int) -> bool:
-        """Whether this part of this block is left out."""
-        return block in self.off.get(part, ())
+    def is_off(self, part: str) -> bool:
+        """Whether this part is left out of the block that is running."""
+        return self.block in self.off.get(part, ())
 
     @contextlib.contextmanager
     def without(self, parts: Mapping[str, frozenset[int]]) -> Iterator[None]:
