@@ -133,7 +133,7 @@ WRITTEN_OTHERWISE: dict[str, tuple[str, ...]] = {
     "forbidden": ("-1e9", "-1e4", "dtype minimum"),
     "addition": tuple(CHOICES["addition"]),
     "state": tuple(CHOICES["state"]),
-    "residuals": tuple(CHOICES["residuals"]),
+    "residuals": ("in the model's loop",),
     "stream": ("token first",),
     "route": tuple(CHOICES["route"]),
     "norm_home": tuple(CHOICES["norm_home"]),
@@ -163,6 +163,20 @@ def test_the_same_block_written_otherwise_has_the_same_truth(piece: str) -> None
                 assert apart(got_array, want_array) < 1e-4, f"{piece} = {choice}: {name}"
         for got_stream, want_stream in zip(other.streams, truth.streams, strict=True):
             assert apart(got_stream, want_stream) < 1e-4, f"{piece} = {choice}"
+
+
+def test_torchs_own_layer_written_out_is_that_layer() -> None:
+    for placement in ("pre", "post"):
+        for stream in ("batch first", "token first"):
+            pieces = {
+                "attention": "nn.MultiheadAttention",
+                "placement": placement,
+                "stream": stream,
+                "masking": "boolean",
+            }
+            subject = plain(residuals="in nn.TransformerEncoderLayer", **pieces)
+            (batch,) = subject.batches
+            torch.testing.assert_close(subject.without(batch, "none of the parts"), subject.run(batch))
 
 
 def same_weights(subject: Drawn, reference: Drawn) -> Drawn:

@@ -27,8 +27,8 @@ def line_of(comparison: Comparison) -> dict[str, Any]:
 
 
 def is_to_be_read(line: Mapping[str, Any]) -> bool:
-    """Whether the model's attention is made of softmaxes over tokens."""
-    return line["pieces"]["attention"] not in NO_SOFTMAX
+    """Whether the model's attention is made of softmaxes over the tokens of a sequence."""
+    return line["pieces"]["attention"] not in (*NO_SOFTMAX, "windows apart")
 
 
 def _shares(lines: Sequence[Mapping[str, Any]]) -> list[str]:

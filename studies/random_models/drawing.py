@@ -20,6 +20,7 @@ from studies.random_models import pieces
 from studies.random_models.pieces import (
     MLP,
     Attention,
+    TorchLayer,
     added,
     allowed_pairs,
     angles,
@@ -27,12 +28,15 @@ from studies.random_models.pieces import (
     make_norm,
     make_scales,
     normed,
+    torch_masks,
 )
 from studies.random_models.specification import DIFFERENCES, NO_SOFTMAX, Specification
 from studies.random_models.truth import Switches, Truth
 
 F = nn.functional
+FARTHEST = 6  # distances beyond it share one learned bias
 FEATURES = 9  # of a token that is given as numbers
+BIASES = ("ALiBi", "relative")
 ATTENTIONS = (*pieces.STYLES, "one module per head", "nn.MultiheadAttention")
 CHOICES: dict[str, Mapping[str, float]] = {
     "stream": {"batch first": 3, "token first": 1},
@@ -48,7 +52,7 @@ CHOICES: dict[str, Mapping[str, float]] = {
     "ids": {"batch first": 3, "as the stream": 1},
     "state": {"tensor": 4, "tuple": 1, "dict": 1, "dataclass": 1, "tuple returned": 1},
     "route": {"by keyword": 2, "by position": 2, "made in the attention": 1},
-    "wrapper": {"none": 5, "a module that passes everything on": 1, "another signature": 1},
+    "wrapper": {"none": 5, "a module that passes everything on": 1, "another signature": 1, "autocast": 1},
     "output": {"stream": 3, "logits": 2, "dict": 1, "tuple": 1},
     "dtype": {"float32": 6, "float64": 2, "bfloat16": 1},
     "attention": dict.fromkeys(ATTENTIONS, 1) | {"matmul": 2, "SDPA": 4, "nn.MultiheadAttention": 2},
@@ -95,10 +99,18 @@ CHOICES: dict[str, Mapping[str, float]] = {
     "beginning": {"none": 8, "learned": 1},
     "projection": {"module": 6, "F.linear": 1, "matmul": 1, "einsum": 1, "summed over heads": 1, "Conv1D": 1},
     "adapter": {"none": 4, "LoRA": 1, "DoRA": 1, "DoRA, split": 1, "OFT": 1},
-    "positions": {"learned": 4, "sinusoidal": 1, "rotary": 3, "rotary, in the attention": 1, "ALiBi": 1, "none": 1},
+    "positions": {
+        "learned": 4,
+        "sinusoidal": 1,
+        "rotary": 3,
+        "rotary, in the attention": 1,
+        "ALiBi": 1,
+        "relative": 1,
+        "none": 1,
+    },
     "sharing": {"none": 6, "one layer for all": 1},
     "embedding_again": {"none": 8, "mixed in": 1},
-    "residuals": {"in the block": 5, "in the model's loop": 1},
+    "residuals": {"in the block": 10, "in the model's loop": 2, "in nn.TransformerEncoderLayer": 1},
     "placement": {"pre": 6, "post": 2, "sandwich": 1, "output": 1, "parallel, one norm": 1, "parallel, two norms": 1},
     "norm": {
         "nn.LayerNorm": 4,
@@ -168,6 +180,11 @@ def specification(seed: int) -> Specification:
 def _reconciled(spec: Specification, draw: random.Random) -> Specification:
     """`spec` with the pieces that do not go together replaced."""
     s = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+    if s["residuals"] == "in nn.TransformerEncoderLayer":
+        s |= {"attention": "nn.MultiheadAttention", "norm": "nn.LayerNorm", "norm_home": "block", "addition": "x + f"}
+        s |= {"stream_scale": "none", "update_scale": "none", "mlp": "GELU", "state": "tensor", "sink": "none"}
+        s |= {"embedding_again": "none", "route": "by keyword"}
+        s["placement"] = "post" if s["placement"] == "post" else "pre"
     attention = s["attention"]
     if s["stream"] == "batch first":
         s["ids"] = "batch first"
@@ -212,14 +229,14 @@ def _reconciled(spec: Specification, draw: random.Random) -> Specification:
         s["masking"] = "flag"
     if s["masking"] == "flag" and s["signature"] == "src, src_mask":
         s["masking"] = "boolean"
-    if s["masking"] == "flag" and (s["positions"] == "ALiBi" or s["sink"] != "none"):
+    if s["masking"] == "flag" and (s["positions"] in BIASES or s["sink"] != "none"):
         s["masking"] = "added"
-    if attention == "SDPA" and s["positions"] == "ALiBi":
+    if attention == "SDPA" and s["positions"] in BIASES:
         s["masking"] = "added"
     if attention == "nn.MultiheadAttention":
         s |= {"projection": "module", "adapter": "none", "gate": "none", "queries": "plain", "inputs": "one module"}
         s["key_value_heads"] = s["heads"]
-        if s["positions"].startswith(("rotary", "ALiBi")):
+        if s["positions"].startswith(("rotary", *BIASES)):
             s["positions"] = draw.choice(["learned", "sinusoidal", "none"])
     if attention == "one module per head":
         s |= {"inputs": "three modules", "queries": "plain", "key_value_heads": s["heads"]}
@@ -246,7 +263,7 @@ def _reconciled(spec: Specification, draw: random.Random) -> Specification:
                 s["masking"] = "masked_fill"
         else:
             s["queries"] = "plain"
-            if s["positions"] == "ALiBi":
+            if s["positions"] in BIASES:
                 s["positions"] = "learned"
             if attention == "linear from a matrix":
                 s["masking"] = "a factor on the products"
@@ -278,6 +295,15 @@ def _reconciled(spec: Specification, draw: random.Random) -> Specification:
         s["route"] = "by keyword"
     if s["masking"] == "flag":
         s["route"] = "made in the attention"
+    if s["wrapper"] == "autocast":
+        s["dtype"] = "float32"
+        if s["adapter"] == "OFT" or s["softmax"] == "exp over sum":
+            s["wrapper"] = "none"
+    if attention == "windows apart":
+        s |= {"mask": "none", "masking": "none", "forbidden": "none", "padding": "none", "route": "none"}
+        s |= {"beginning": "none", "signature": "idx" if s["signature"] == "src, src_mask" else s["signature"]}
+        s["positions"] = "learned" if s["positions"] in BIASES else s["positions"]
+        s["batches"] = tuple((sequences, 4 * max(2, tokens // 4)) for sequences, tokens in s["batches"])
     if s["projection"] != "module":
         s["adapter"] = "none"
     if s["dtype"] == "bfloat16" and s["adapter"] == "OFT":
@@ -423,13 +449,15 @@ class Model(nn.Module):
         elif spec.positions == "sinusoidal":
             angle = torch.arange(40)[:, None] / 100.0 ** (torch.arange(D // 2) / (D // 2))
             self.register_buffer("table", torch.cat([angle.sin(), angle.cos()], -1))
+        elif spec.positions == "relative":
+            self.relative = nn.Embedding(2 * FARTHEST + 1, spec.heads)
         elif spec.positions == "ALiBi":
             self.register_buffer("slopes", 0.5 ** torch.arange(1, spec.heads + 1).float())
         if spec.beginning == "learned":
             self.beginning = nn.Parameter(torch.randn(1, 1, D))
         if spec.norm.startswith("adaptive"):
             self.labels = nn.Embedding(7, D)
-        kind = Block if spec.residuals == "in the block" else Parts
+        kind = {"in the block": Block, "in the model's loop": Parts}.get(spec.residuals, TorchLayer)
         layers = 1 if spec.sharing == "one layer for all" else spec.blocks
         self.layers = nn.ModuleList(kind(spec, switches, n) for n in range(layers))
         self.norm = nn.LayerNorm(D) if spec.seed % 3 else None
@@ -463,9 +491,11 @@ class Model(nn.Module):
         batch, tokens = x.shape[:2]
         rotation = angles(position_ids, spec, x.dtype) if spec.positions == "rotary" else None
         bias = None
+        distance = position_ids[:, :, None] - position_ids[:, None, :]
         if spec.positions == "ALiBi":
-            distance = (position_ids[:, :, None] - position_ids[:, None, :]).abs()
-            bias = -self.slopes[None, :, None, None] * distance[:, None].to(x.dtype)
+            bias = -self.slopes[None, :, None, None] * distance[:, None].abs().to(x.dtype)
+        elif spec.positions == "relative":  # a learned number for each distance, as T5 has it
+            bias = self.relative(distance.clamp(-FARTHEST, FARTHEST) + FARTHEST).permute(0, 3, 1, 2)
         keep = None
         if spec.attention == "linear without a matrix" and real is not None:
             keep = real.to(x.dtype)
@@ -512,6 +542,9 @@ class Model(nn.Module):
         spec = self.spec
         if isinstance(layer, Parts):  # the additions stand here, in the model's own forward
             return passed(layer, x, condition, embedded, mask, bias, rotation, keep)
+        if isinstance(layer, TorchLayer):
+            pairs, padding = torch_masks(spec, mask)
+            return layer(x, src_mask=pairs, src_key_padding_mask=padding)
         every = {"mask": mask, "bias": bias, "rotation": rotation, "keep": keep, "condition": condition}
         every["embedded"] = embedded
         given: tuple[Any, ...] = ()
@@ -598,6 +631,14 @@ class Passing(nn.Module):
         return self.module(*given, **named)
 
 
+class Autocasting(Passing):
+    """What a trainer makes of a model that it runs in bfloat16."""
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.module(*given, **named)
+
+
 class Renaming(nn.Module):
     """A wrapper with a signature of its own, in another order."""
 
@@ -650,6 +691,13 @@ class Drawn:
         with self.switches.without(dict.fromkeys(parts, every)):
             return self.run(batch)
 
+    def train(self) -> None:
+        """What began at zero has learned something."""
+        generator = torch.Generator().manual_seed(self.spec.seed)
+        with torch.no_grad():
+            for _, p in _last_projections(self.model):
+                p.copy_(torch.randn(p.shape, generator=generator) / max(p.shape[-1], 4) ** 0.5)
+
 
 def drawn(spec: Specification | int) -> Drawn:
     """The model of a specification or of a seed, with its weights and batches."""
@@ -688,6 +736,8 @@ def drawn(spec: Specification | int) -> Drawn:
         batches.append(batch)
     if spec.wrapper == "a module that passes everything on":
         model = Passing(model)
+    elif spec.wrapper == "autocast":
+        model = Autocasting(model)
     elif renamed:
         model = Renaming(model, (ids, mask))
     return Drawn(spec, model.eval(), switches, tuple(batches))
@@ -724,9 +774,14 @@ def _start(spec: Specification, model: nn.Module) -> None:
                     reads = math.prod(p.shape[:-1])
                 p.copy_(gain * torch.randn(p.shape) / reads**0.5)
         if spec.start == "zero projections":
-            for name, p in model.named_parameters():
-                if any(part in name for part in ("mlp.down", ".o.", "weight_o", "out_proj", "bias_o", "inner.down")):
-                    p.zero_()
+            for _, p in _last_projections(model):
+                p.zero_()
+
+
+def _last_projections(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of what a sublayer ends with."""
+    ends = ("mlp.down", "inner.down", ".o.", "weight_o", "bias_o", "out_proj", "linear2")
+    return [(name, p) for name, p in model.named_parameters() if any(part in name for part in ends)]
 
 
 def every(seeds: Sequence[int], keep: Callable[[Specification], bool] = lambda _: True) -> list[Specification]:

@@ -364,45 +364,110 @@ class Attention(nn.Module):
         return out
 
     def _note_projection(self, recorder: Recorder, y: Tensor, out: Tensor) -> None:
-        one = recorder.of(self.switches.block)
-        matrix, bias = self.output_map()
-        first = self.spec.token_first
-        one.read, one.projected = (array(t.transpose(0, 1) if first else t) for t in (y, out))
-        one.matrix = array(matrix)
-        one.bias = array(torch.zeros(out.shape[-1]) if bias is None else bias)
+        note_projection(self.spec, recorder, self.switches.block, y, out, *self.output_map())
 
     def _torch_attention(self, x: Tensor, pairs: Pairs) -> Tensor:
-        spec, recorder = self.spec, self.switches.recorder
-        mask = pairs.mask
-        padding = None
-        if mask is not None and mask.shape[0] > 1 and spec.mask == "none" and not spec.masking.startswith("added"):
-            padding, mask = ~mask[:, 0, -1], None  # a mask of padding alone is the same for all queries
-        elif mask is not None:
-            alone = mask.shape[0] == 1
-            mask = mask[0, 0] if alone else placed(mask, "b*h q k", mask.shape[0], spec.heads)
-            mask = mask if spec.masking.startswith("added") else ~mask  # torch's booleans forbid
+        mask, padding = torch_masks(self.spec, pairs.mask)
         y, _ = self.mha(x, x, x, attn_mask=mask, key_padding_mask=padding, need_weights=self.need_weights)
-        if recorder is not None:
-            self._note_torch_attention(recorder, x, y, pairs, mask, padding)
+        if self.switches.recorder is not None:
+            note_torch_attention(self.spec, self.switches.recorder, self.switches.block, self.mha, x, y)
         return y
 
-    def _note_torch_attention(
-        self, recorder: Recorder, x: Tensor, out: Tensor, pairs: Pairs, mask: Tensor | None, padding: Tensor | None
-    ) -> None:
-        """The same in float64, from torch's own parameters: it keeps its weights to itself."""
-        x = (x.transpose(0, 1) if self.spec.token_first else x).double()
-        bias = None if self.mha.in_proj_bias is None else self.mha.in_proj_bias.double()
-        q, k, v = F.linear(x, self.mha.in_proj_weight.double(), bias).chunk(3, -1)
-        q, k, v = (t.unflatten(-1, (self.spec.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        L = q @ k.mT * self.scale
-        S = L.masked_fill(~recorder.allowed[:, None], -math.inf)
-        A = (torch.cat([S, torch.zeros_like(S[..., :1])], -1) if self.spec.sink == "zero key" else S).softmax(-1)
-        A = A[..., : S.shape[-1]]
-        y = A @ v
-        recorder.mixing(self.switches.block, A, v, y, L)
-        self._note_projection(
-            recorder, y.transpose(1, 2).transpose(0, 1) if self.spec.token_first else y.transpose(1, 2), out
+
+def note_projection(
+    spec: Specification,
+    recorder: Recorder,
+    block: int,
+    y: Tensor,
+    out: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+) -> None:
+    """Tell the recorder what the output projection reads and gives, and which map it is."""
+    one = recorder.of(block)
+    one.read, one.projected = (array(t.transpose(0, 1) if spec.token_first else t) for t in (y, out))
+    one.matrix = array(matrix)
+    one.bias = array(torch.zeros(out.shape[-1]) if bias is None else bias)
+
+
+def torch_masks(spec: Specification, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A mask [1 or batch, 1, query, key] as torch's own attention takes it: over pairs, and over padded keys."""
+    if mask is None:
+        return None, None
+    adds = spec.masking.startswith("added")
+    if mask.shape[0] > 1 and spec.mask == "none" and not adds:
+        return None, ~mask[:, 0, -1]  # a mask of padding alone is the same for all queries
+    alone = mask.shape[0] == 1
+    mask = mask[0, 0] if alone else placed(mask, "b*h q k", mask.shape[0], spec.heads)
+    return (mask if adds else ~mask), None  # torch's booleans forbid
+
+
+def note_torch_attention(
+    spec: Specification, recorder: Recorder, block: int, mha: nn.MultiheadAttention, x: Tensor, out: Tensor
+) -> None:
+    """The same in float64, from torch's own parameters: it keeps its weights to itself."""
+    x = (x.transpose(0, 1) if spec.token_first else x).double()
+    bias = None if mha.in_proj_bias is None else mha.in_proj_bias.double()
+    q, k, v = F.linear(x, mha.in_proj_weight.double(), bias).chunk(3, -1)
+    q, k, v = (t.unflatten(-1, (spec.heads, -1)).transpose(1, 2) for t in (q, k, v))
+    L = q @ k.mT * spec.head_width**-0.5
+    S = L.masked_fill(~recorder.allowed[:, None], -math.inf)
+    A = (torch.cat([S, torch.zeros_like(S[..., :1])], -1) if spec.sink == "zero key" else S).softmax(-1)
+    A = A[..., : S.shape[-1]]
+    y = A @ v
+    recorder.mixing(block, A, v, y, L)
+    read = y.transpose(1, 2)
+    read = read.transpose(0, 1) if spec.token_first else read
+    note_projection(spec, recorder, block, read, out, mha.out_proj.weight.double().T, mha.out_proj.bias)
+
+
+class TorchLayer(nn.TransformerEncoderLayer):
+    """torch's own layer, as it is. Only when something is switched off it is written out, with the same weights."""
+
+    def __init__(self, spec: Specification, switches: Switches, block: int) -> None:
+        super().__init__(
+            spec.width,
+            spec.heads,
+            2 * spec.width,
+            activation="gelu",
+            batch_first=not spec.token_first,
+            norm_first=spec.placement == "pre",
         )
+        self.spec, self.switches = spec, switches
+
+    def forward(
+        self,
+        src: Tensor,
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        masks = {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask}
+        if self.switches.off:
+            return self._written_out(src, masks)
+        out = super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        recorder = self.switches.recorder
+        if recorder is not None:
+            x = self.norm1(src) if self.norm_first else src
+            y = self.self_attn(x, x, x, need_weights=False, **masks)[0]
+            note_torch_attention(self.spec, recorder, self.switches.block, self.self_attn, x, y)
+        return out
+
+    def _written_out(self, x: Tensor, masks: dict[str, Tensor | None]) -> Tensor:
+        is_off = self.switches.is_off
+
+        def update(name: str, x: Tensor) -> Tensor:
+            if name == "mlp":
+                return self.linear2(F.gelu(self.linear1(x)))
+            return self.self_attn(x, x, x, need_weights=False, **masks)[0]
+
+        for name, norm in (("attention", self.norm1), ("mlp", self.norm2)):
+            if is_off(name):
+                continue
+            f = update(name, norm(x) if self.norm_first and not is_off("norm") else x)
+            x = f if is_off("residual") or is_off(f"{name}-residual") else x + f
+            x = x if self.norm_first or is_off("norm") else norm(x)
+        return x
 
 
 def angles(positions: Tensor, spec: Specification, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -603,6 +668,29 @@ def _chunked(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _: 
     return _heads_last(spec, y)
 
 
+def _windows(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _: Any) -> Tensor:
+    """Windows of four tokens that never meet: they are folded into the batch (Swin without its shift)."""
+    spec, size = self.spec, 4
+    q, k, v = (t.unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1) for t in _heads_first(spec, q, k, v))
+    A, seen = weigh(spec, q @ k.mT * self.scale, WHOLE[0], Pairs(None, None, len(q)), getattr(self, "sink", None))
+    y = A @ v
+
+    def together(t: Tensor) -> Tensor:
+        return t.unflatten(0, (pairs.batch, -1)).transpose(1, 2).flatten(2, 3)
+
+    if self.switches.recorder is not None:
+        tokens = self.switches.recorder.allowed.shape[-1]
+        whole = [t.new_zeros(pairs.batch, spec.heads, tokens, tokens) for t in (A, seen)]
+        for t, of in zip(whole, (A, seen), strict=True):
+            for number, window in enumerate(of.unflatten(0, (pairs.batch, -1)).unbind(1)):
+                rows = slice(number * size, (number + 1) * size)
+                t[:, :, rows, rows] = window
+        number = torch.arange(tokens) // size
+        self.switches.recorder.pairs((number[:, None] == number).expand(pairs.batch, -1, -1))
+        note(spec, self.switches.recorder, self.switches.block, whole[0], together(v), together(y), whole[1])
+    return _heads_last(spec, together(y))
+
+
 def _difference(two_products: bool) -> Style:
     """The difference of two softmaxes over the same values (differential attention)."""
 
@@ -754,6 +842,7 @@ STYLES: dict[str, Style] = {
     "baddbmm, heads before the batch": _folded("h*b", True),
     "loop over heads": _loop,
     "queries in chunks": _chunked,
+    "windows apart": _windows,
     "difference, one product": _difference(False),
     "difference, two products": _difference(True),
     "talking heads, before the softmax": _talking(False),

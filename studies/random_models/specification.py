@@ -68,8 +68,8 @@ class Specification:
 
     @property
     def is_to_be_read(self) -> bool:
-        """Whether a reader has no excuse: its attention is made of softmaxes over tokens."""
-        return self.attention not in NO_SOFTMAX
+        """Whether a reader has no excuse: its attention is made of softmaxes over the tokens of a sequence."""
+        return self.attention not in (*NO_SOFTMAX, "windows apart")
 
     @property
     def token_first(self) -> bool:
