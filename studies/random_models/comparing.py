@@ -208,9 +208,9 @@ def compared(spec: Specification | int) -> Comparison:
     begun = time.perf_counter()
     subject = drawn(spec)
     result = Comparison(subject.spec.seed, subject.spec.pieces)
-    truths = [subject.truth(batch) for batch in subject.batches]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        truths = [subject.truth(batch) for batch in subject.batches]
         _compare(subject, truths, result)
     result.seconds = time.perf_counter() - begun
     return result
@@ -232,6 +232,7 @@ def _compare(subject: Drawn, truths: list[Truth], result: Comparison) -> None:
         _compare_without(subject, truths, ("mlp", "residual"), None, result)
         one = ("attention", "mlp", "norm", "attention-residual")[spec.seed % 4]
         _compare_without(subject, truths, (one,), (spec.seed % spec.blocks,), result)
+        _look_without(subject, result)
     after = [subject.run(batch) for batch in subject.batches]
     same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     changed = (
@@ -265,6 +266,31 @@ def _look_again(subject: Drawn, result: Comparison) -> None:
         for part in ("attention", "mlp", "mask"):
             _compare_without(subject, [subject.truth(subject.batches[0])], (part,), None, again)
     result.items += [Item(f"after training: {item.name}", item.verdict, item.detail) for item in again.items]
+
+
+def _look_without(subject: Drawn, result: Comparison) -> None:
+    """A diagnosis of the model without one of its parts: every figure is that of the model that runs without it."""
+    spec = subject.spec
+    part = ("mlp", "attention", "residual", "mlp-residual", "norm", "mask", "mlp")[spec.seed % 7]
+    verdicts = {item.name: item.verdict for item in result.items}
+    if verdicts.get(f"without.{part}") != "right" or _expectation(spec, (part,)) != "defined":
+        return
+    if spec.attention in NO_SOFTMAX or spec.residuals == "in nn.TransformerEncoderLayer":
+        return  # what else the part may mean is the business of `_alternatives`; torch's layer is written out without it
+    again, batches = Comparison(result.seed, result.pieces), [dict(batch) for batch in subject.batches]
+    try:
+        with uc.without(subject.model, part, batch=batches[0]):
+            record = uc.diagnose(subject.model, batches=batches).record
+    except uc.UncollapseError as error:
+        again.add("diagnose", "refused", str(error))
+    except Exception as error:  # a traceback
+        again.add("diagnose", "wrong", f"{type(error).__name__}: {error}")
+    else:
+        truths = [subject.truth(batch, part) for batch in batches]
+        _compare_sites(spec, truths, record, again)
+        if part != "attention":
+            _compare_attention(spec, truths, record, again)
+    result.items += [Item(f"inside without.{part}: {item.name}", item.verdict, item.detail) for item in again.items]
 
 
 def _state(model: torch.nn.Module) -> dict[str, Any]:
@@ -323,6 +349,13 @@ def _compare_record(spec: Specification, truths: list[Truth], record: Any, resul
     _compare_sites(spec, truths, record, result)
     _compare_attention(spec, truths, record, result)
     _compare_heads(spec, truths, record, result)
+    if spec.attention == "channels":
+        about = [f.code for f in record.findings if f.phenomenon in {"entropy-collapse", "rank-collapse-width"}]
+        result.add(
+            "findings",
+            "wrong" if about else "right",
+            f"{', '.join(about)} of an attention over channels" if about else "",
+        )
 
 
 def _compare_heads(spec: Specification, truths: list[Truth], record: Any, result: Comparison) -> None:

@@ -49,6 +49,7 @@ CHOICES: dict[str, Mapping[str, float]] = {
         "src, src_mask": 1,
     },
     "given": {"ids": 6, "features": 1},
+    "entries": {"ids first": 2, "mask or label first": 1},
     "ids": {"batch first": 3, "as the stream": 1},
     "state": {"tensor": 4, "tuple": 1, "dict": 1, "dataclass": 1, "tuple returned": 1},
     "route": {"by keyword": 2, "by position": 2, "made in the attention": 1},
@@ -157,13 +158,20 @@ def specification(seed: int) -> Specification:
     }
     kv = draw.choice([heads, heads, heads] + [g for g in range(1, heads) if heads % g == 0])
     sizes = [(draw.randint(3, 5), draw.randint(7, 13)) for _ in range(draw.choice([1, 1, 2]))]
-    if draw.random() < 0.15:
-        sizes[0] = (
-            sizes[0][0],
-            draw.choice([head_width, 17]),
-        )  # tokens as a head's width, or enough for a rest entropy
-    if draw.random() < 0.15 and heads >= 3:
-        sizes[0] = (heads, sizes[0][1])
+    sequences, tokens = sizes[0]
+    coincidences = [
+        (heads, tokens),
+        (sequences, head_width),
+        (sequences, heads),
+        (sequences, sequences),
+        (sequences, sequences * heads),
+        (sequences, heads * head_width),
+        (1, tokens),  # no coincidence, but what a first try looks like
+        (1, 3),
+        (sequences, 17),  # enough keys for a rest entropy
+    ]
+    if draw.random() < 0.35:
+        sizes[0] = draw.choice([c for c in coincidences if 3 <= c[1] <= 20])
     drawn = Specification(
         seed=seed,
         vocabulary=draw.choice([23, 31]),
@@ -513,7 +521,8 @@ class Model(nn.Module):
         for number in range(spec.blocks):
             switches.block = number
             if recorder is not None:
-                recorder.pairs(self._allowed(tokens, real, number).expand(batch, -1, -1))
+                seen = self._allowed(tokens, real, number, padding_alone=switches.is_off("mask"))
+                recorder.pairs(seen.expand(batch, -1, -1))
             mask = None if given_mask is None else given_mask[None, None]
             if given_mask is None or switches.is_off("mask"):
                 mask = self._mask(tokens, real, x.dtype, number)
@@ -682,9 +691,10 @@ class Drawn:
         given = given["hidden"] if isinstance(given, dict) else given[0] if isinstance(given, tuple) else given
         return given.transpose(0, 1) if self.spec.ids == "as the stream" else given
 
-    def truth(self, batch: Mapping[str, Tensor]) -> Truth:
-        """What the model records of one batch."""
-        with self.switches.recording() as recorder:
+    def truth(self, batch: Mapping[str, Tensor], *without: str) -> Truth:
+        """What the model records of one batch, perhaps without some of its parts."""
+        off = dict.fromkeys(without, frozenset(range(self.spec.blocks)))
+        with self.switches.recording() as recorder, self.switches.without(off):
             self.run(batch)
         return recorder.truth
 
@@ -727,7 +737,8 @@ def drawn(spec: Specification | int) -> Drawn:
             real = torch.arange(tokens)[None] < lengths[:, None]
             real = real.flip(1) if spec.padding == "left" else real
             text[~real] = 0
-            form = {"attention_mask": real.long(), "src_key_padding_mask": ~real, "keep": real}[mask]
+            kept = (real.long(), real, real.to(DTYPES[spec.dtype]))[spec.seed % 3]
+            form = {"attention_mask": kept, "src_key_padding_mask": ~real, "keep": real}[mask]
             batch["hidden" if renamed else mask] = form
         if mask == "src_mask" and spec.masking != "none":
             form = as_mask(spec, allowed_pairs(spec, tokens, 0), DTYPES[spec.dtype])
@@ -736,7 +747,8 @@ def drawn(spec: Specification | int) -> Drawn:
             batch["text" if renamed else ids] = text.transpose(0, 1)
         if spec.norm.startswith("adaptive"):
             batch["label"] = torch.randint(7, (sequences,), generator=generator)
-        batches.append(batch)
+        # A dict has an order, which says nothing.
+        batches.append(dict(reversed(batch.items())) if spec.entries == "mask or label first" else batch)
     if spec.wrapper == "a module that passes everything on":
         model = Passing(model)
     elif spec.wrapper == "autocast":
@@ -783,8 +795,8 @@ def _start(spec: Specification, model: nn.Module) -> None:
 
 def _last_projections(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters of what a sublayer ends with."""
-    ends = ("mlp.down", "inner.down", ".o.", "weight_o", "bias_o", "out_proj", "linear2")
-    return [(name, p) for name, p in model.named_parameters() if any(part in name for part in ends)]
+    ends = ("mlp.down.", "inner.down.", ".o.", ".weight_o.", ".bias_o.", "out_proj.", "linear2.")
+    return [(name, p) for name, p in model.named_parameters() if any(part in f"{name}." for part in ends)]
 
 
 def every(seeds: Sequence[int], keep: Callable[[Specification], bool] = lambda _: True) -> list[Specification]:

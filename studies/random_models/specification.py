@@ -26,6 +26,7 @@ class Specification:
     stream: str
     signature: str
     given: str
+    entries: str
     ids: str
     state: str
     route: str
