@@ -14,8 +14,9 @@ import pytest
 import torch
 from studies.random_models import counting
 from studies.random_models.comparing import Comparison, compared, site_reference, tolerance
-from studies.random_models.describing import described
-from studies.random_models.drawing import CHOICES, Drawn, drawn, specification
+from studies.random_models.describing import described, odd_pieces
+from studies.random_models.drawing import CHOICES, Drawn, drawn, reconciled, specification
+from studies.random_models.reducing import reduced
 from studies.random_models.specification import Specification
 from studies.random_models.truth import PARTS, AttentionTruth
 
@@ -130,11 +131,14 @@ WRITTEN_OTHERWISE: dict[str, tuple[str, ...]] = {
         "baddbmm, heads before the batch",
         "loop over heads",
         "queries in chunks",
+        "values first, weights transposed",
+        "values first, softmax over the rows",
+        "products summed",
     ),
     "softmax": tuple(CHOICES["softmax"]),
     "masking": ("masked_fill", "torch.where", "after the softmax, renormalised"),
     "forbidden": ("-1e9", "-1e4", "dtype minimum"),
-    "addition": tuple(CHOICES["addition"]),
+    "addition": ("f + x", "torch.add(x, f, alpha=)", "torch.add(f, x, alpha=)", "x.add_(f)", "x += f"),
     "state": tuple(CHOICES["state"]),
     "residuals": ("in the model's loop",),
     "stream": ("token first",),
@@ -168,6 +172,18 @@ def test_the_same_block_written_otherwise_has_the_same_truth(piece: str) -> None
             assert apart(got_stream, want_stream) < 1e-4, f"{piece} = {choice}"
 
 
+@pytest.mark.parametrize("scale", ["fixed", "learned", "buffered"])
+def test_scaled_additions_written_otherwise_are_the_same_sum(scale: str) -> None:
+    for operand in ("stream_scale", "update_scale"):
+        reference = plain(**{operand: scale})
+        (batch,) = reference.batches
+        for way in WRITTEN_OTHERWISE["addition"]:
+            subject = plain(**{operand: scale}, addition=way)
+            for names in ((), ("attention",), ("residual",), ("mlp-residual",), ("mlp",)):
+                want = reference.without(batch, *names)
+                torch.testing.assert_close(subject.without(batch, *names), want, msg=f"{operand}, {way}, {names}")
+
+
 def test_torchs_own_layer_written_out_is_that_layer() -> None:
     for placement in ("pre", "post"):
         for stream in ("batch first", "token first"):
@@ -197,6 +213,21 @@ def test_the_same_seed_is_the_same_model() -> None:
     assert first.spec == again.spec
     assert torch.equal(first.run(first.batches[0]), again.run(again.batches[0]))
     assert len({specification(seed).pieces["attention"] for seed in range(400)}) == len(CHOICES["attention"])
+
+
+def test_any_piece_can_be_put_back() -> None:
+    for seed in range(50):
+        spec = specification(seed)
+        for name, choice in odd_pieces(spec).items():
+            plainer = reconciled(dataclasses.replace(spec, **{name: next(iter(CHOICES[name]))}))
+            subject = drawn(plainer)
+            assert bool(subject.run(subject.batches[0]).isfinite().all()), f"seed {seed}: {name} was {choice}"
+
+
+def test_a_fault_is_reduced_to_the_piece_that_makes_it() -> None:
+    spec = next(s for s in map(specification, range(999)) if s.gate == "per head" and len(odd_pieces(s)) > 6)
+    smaller = reduced(spec, lambda s: s.gate == "per head")
+    assert list(odd_pieces(smaller)) == ["gate"]
 
 
 def test_references_know_what_is_known_by_hand() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.random_models.comparing import VERDICTS, Comparison
-from studies.random_models.specification import NO_SOFTMAX
+from studies.random_models.specification import NO_SOFTMAX, NOT_NAMED
 
 BEGIN, END = "<!-- random models: begin -->", "<!-- random models: end -->"
 
@@ -28,7 +28,7 @@ def line_of(comparison: Comparison) -> dict[str, Any]:
 
 def is_to_be_read(line: Mapping[str, Any]) -> bool:
     """Whether the model's attention is made of softmaxes over the tokens of a sequence."""
-    return line["pieces"]["attention"] not in (*NO_SOFTMAX, "windows apart")
+    return line["pieces"]["attention"] not in (*NO_SOFTMAX, *NOT_NAMED)
 
 
 def _shares(lines: Sequence[Mapping[str, Any]]) -> list[str]:

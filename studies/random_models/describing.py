@@ -8,7 +8,10 @@ from studies.random_models.specification import Specification
 
 def odd_pieces(spec: Specification) -> dict[str, str]:
     """The pieces that are not the plain choice."""
-    return {name: choice for name, choice in spec.pieces.items() if choice != next(iter(CHOICES[name]))}
+    plain = {name: next(iter(of)) for name, of in CHOICES.items()}
+    # What a fused call, or a model without a mask, leaves no choice about is not odd.
+    forced = {"softmax": {"inside", "none"}, "masking": {"none"}, "forbidden": {"none"}, "route": {"none"}}
+    return {n: c for n, c in spec.pieces.items() if c != plain[n] and c not in forced.get(n, ())}
 
 
 def _sum(spec: Specification, stream: str, update: str) -> str:

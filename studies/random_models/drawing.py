@@ -1,6 +1,6 @@
 """A seed becomes a `Specification`, and that a model with its batches.
 
-Pieces are drawn independently, as far as they go together; what does not is drawn again or replaced (`_reconciled`). Sizes are
+Pieces are drawn independently, as far as they go together; what does not is drawn again or replaced (`reconciled`). Sizes are
 small and coincide now and then, as users' sizes do: as many sequences as heads, as many tokens as a head is wide.
 """
 
@@ -98,7 +98,15 @@ CHOICES: dict[str, Mapping[str, float]] = {
         "zero key": 1,
     },
     "beginning": {"none": 8, "learned": 1},
-    "projection": {"module": 6, "F.linear": 1, "matmul": 1, "einsum": 1, "summed over heads": 1, "Conv1D": 1},
+    "projection": {
+        "module": 6,
+        "F.linear": 1,
+        "matmul": 1,
+        "einsum": 1,
+        "summed over heads": 1,
+        "a module per head": 1,
+        "Conv1D": 1,
+    },
     "adapter": {"none": 4, "LoRA": 1, "DoRA": 1, "DoRA, split": 1, "OFT": 1},
     "positions": {
         "learned": 4,
@@ -135,6 +143,8 @@ CHOICES: dict[str, Mapping[str, float]] = {
         "torch.add(f, x, alpha=)": 1,
         "x.add_(f)": 1,
         "x += f": 1,
+        "torch.addcmul(x, b, f)": 1,
+        "torch.lerp(x, f, 0.4)": 0.5,
     },
     "stream_scale": {"none": 8, "fixed": 1, "learned": 1, "buffered": 1},
     "update_scale": {"none": 6, "fixed": 1, "learned": 1, "learned, per channel": 1, "buffered": 1, "conditioned": 1},
@@ -184,12 +194,16 @@ def specification(seed: int) -> Specification:
         window=draw.choice([3, 4]),
         **chosen,
     )
-    return _reconciled(drawn, draw)
+    return reconciled(drawn)
 
 
-def _reconciled(spec: Specification, draw: random.Random) -> Specification:
+def reconciled(spec: Specification) -> Specification:
     """`spec` with the pieces that do not go together replaced."""
+    draw = random.Random(-spec.seed - 1)
     s = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+    for name, of in CHOICES.items():  # what another piece had forced
+        if s[name] not in of:
+            s[name] = next(iter(of))
     if s["residuals"] == "in nn.TransformerEncoderLayer":
         s |= {"attention": "nn.MultiheadAttention", "norm": "nn.LayerNorm", "norm_home": "block", "addition": "x + f"}
         s |= {"stream_scale": "none", "update_scale": "none", "mlp": "GELU", "state": "tensor", "sink": "none"}
@@ -319,6 +333,12 @@ def _reconciled(spec: Specification, draw: random.Random) -> Specification:
         s["adapter"] = "none"
     if s["dtype"] == "bfloat16" and s["adapter"] == "OFT":
         s["adapter"] = "LoRA"
+    if s["addition"] == "torch.lerp(x, f, 0.4)":
+        s |= {"stream_scale": "none", "update_scale": "none"}
+        if s["placement"].startswith("parallel") or s["wrapper"] == "autocast":  # lerp wants one number format
+            s["addition"] = "x + f"
+    if s["addition"] == "torch.addcmul(x, b, f)" and s["update_scale"] in {"none", "fixed"}:
+        s["update_scale"] = "learned, per channel"
     if s["start"] == "zero projections" and s["adapter"] != "none":
         s["adapter"] = "none"  # their own start is another one, and DoRA divides by the weight's length
     if s["wrapper"] == "another signature" and s["signature"].endswith("position_ids"):

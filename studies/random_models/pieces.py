@@ -265,6 +265,8 @@ class Attention(nn.Module):
         elif spec.projection == "F.linear":
             self.weight_o = nn.Parameter(torch.empty(width, mixed))
             self.bias_o = nn.Parameter(torch.randn(width) * 0.3) if self.has_bias else None
+        elif spec.projection == "a module per head":
+            self.o = nn.ModuleList(nn.Linear(spec.head_width, width, bias=False) for _ in range(spec.heads))
         elif spec.projection == "matmul":
             self.weight_o = nn.Parameter(torch.empty(mixed, width))
         else:
@@ -277,6 +279,8 @@ class Attention(nn.Module):
             return self.mha.out_proj.weight.double().T, self.mha.out_proj.bias
         if kind in {"module", "Conv1D"}:
             return output_map(self.o)
+        if kind == "a module per head":
+            return torch.cat([one.weight.double().T for one in self.o]), None  # type: ignore[union-attr]
         if kind == "F.linear":
             return self.weight_o.double().T, self.bias_o
         return self.weight_o.double().reshape(-1, self.spec.width), None
@@ -292,6 +296,8 @@ class Attention(nn.Module):
             return y.flatten(-2) @ self.weight_o
         if kind == "einsum":
             return torch.einsum("xyhd,hdo->xyo", y, self.weight_o)
+        if kind == "a module per head":
+            return sum(one(y[..., head, :]) for head, one in enumerate(self.o))  # type: ignore[arg-type]
         total = y[..., 0, :] @ self.weight_o[0]
         for head in range(1, self.spec.heads):
             total = total + y[..., head, :] @ self.weight_o[head]
@@ -668,6 +674,38 @@ def _chunked(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _: 
     return _heads_last(spec, y)
 
 
+def _channels_first(by_rows: bool) -> Style:
+    """Values [.., width, key], as convolutional code has them: the weights stand behind, the other way round."""
+
+    def mix(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _: Any) -> Tensor:
+        spec = self.spec
+        q, k, v = (t.transpose(-1, -2) for t in _heads_first(spec, q, k, v))
+        if by_rows:
+            A, seen = weigh(spec, q.mT @ k * self.scale, WHOLE[0], pairs, getattr(self, "sink", None))
+        else:
+            A, seen = weigh(spec, k.mT @ q * self.scale, "b h k q", pairs, getattr(self, "sink", None))
+        v = with_zero_value(spec, v, -1)
+        y = v @ A.transpose(-1, -2) if by_rows else v @ A
+        if self.switches.recorder is not None:
+            axes = (WHOLE[0] if by_rows else "b h k q", "b h d k", "b h d q")
+            note(spec, self.switches.recorder, self.switches.block, A, v, y, seen, axes)
+        return _heads_last(spec, y.transpose(-1, -2))
+
+    return mix
+
+
+def _summed_products(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _: Any) -> Tensor:
+    """No matrix product with the values: every pair's share, summed over the keys."""
+    spec = self.spec
+    q, k, v = _heads_first(spec, q, k, v)
+    A, seen = weigh(spec, q @ k.mT * self.scale, WHOLE[0], pairs, getattr(self, "sink", None))
+    v = with_zero_value(spec, v, -2)
+    y = (A.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2)
+    if self.switches.recorder is not None:
+        note(spec, self.switches.recorder, self.switches.block, A, v, y, seen)
+    return _heads_last(spec, y)
+
+
 def _windows(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _: Any) -> Tensor:
     """Windows of four tokens that never meet: they are folded into the batch (Swin without its shift)."""
     spec, size = self.spec, 4
@@ -842,6 +880,9 @@ STYLES: dict[str, Style] = {
     "baddbmm, heads before the batch": _folded("h*b", True),
     "loop over heads": _loop,
     "queries in chunks": _chunked,
+    "values first, weights transposed": _channels_first(True),
+    "values first, softmax over the rows": _channels_first(False),
+    "products summed": _summed_products,
     "windows apart": _windows,
     "difference, one product": _difference(False),
     "difference, two products": _difference(True),
@@ -1093,8 +1134,13 @@ def added(
     alpha_b = alpha_b and update is not None
     if x is not None and a is not None and not alpha_a:
         x = a * x
+    unscaled = update
     if update is not None and b is not None and not alpha_b:
         update = update * b
+    if way == "torch.lerp(x, f, 0.4)":
+        if x is not None and update is not None:
+            return torch.lerp(x, update, 0.4)
+        return 0.6 * x if update is None else 0.4 * update  # type: ignore[operator]
     if x is None or update is None:
         left = update if x is None else x
         assert left is not None
@@ -1107,6 +1153,8 @@ def added(
         return torch.add(x, update, alpha=b) if alpha_b else torch.add(x, update)
     if way == "torch.add(f, x, alpha=)":
         return torch.add(update, x, alpha=a) if alpha_a else torch.add(update, x)
+    if way == "torch.addcmul(x, b, f)":
+        return torch.addcmul(x, b, unscaled) if isinstance(b, Tensor) else x + update
     if way == "x.add_(f)":
         return x.add_(update, alpha=b) if alpha_b else x.add_(update)
     assert way == "x += f", way

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 SIZES = ("seed", "vocabulary", "blocks", "width", "heads", "key_value_heads", "head_width", "batches", "window")
 NO_SOFTMAX = ("sigmoid", "linear from a matrix", "linear without a matrix", "channels")
+NOT_NAMED = ("windows apart", "products summed")  # may be refused: nobody promised to read them
 DIFFERENCES = ("difference, one product", "difference, two products")
 
 
@@ -70,7 +71,7 @@ class Specification:
     @property
     def is_to_be_read(self) -> bool:
         """Whether a reader has no excuse: its attention is made of softmaxes over the tokens of a sequence."""
-        return self.attention not in (*NO_SOFTMAX, "windows apart")
+        return self.attention not in (*NO_SOFTMAX, *NOT_NAMED)
 
     @property
     def token_first(self) -> bool:
