@@ -32,7 +32,7 @@ test-oldest: ## the families on the oldest transformers that pyproject.toml admi
 	@$(PYTHON) -m venv .venv-oldest && .venv-oldest/bin/pip install --quiet --upgrade 'pip>=25.1'
 	@.venv-oldest/bin/pip install --quiet "torch==2.13.0"
 	@.venv-oldest/bin/pip install --quiet "transformers==5.0.0" --group dev -e .
-	.venv-oldest/bin/python -m pytest -n 2 tests/test_families.py -W ignore::DeprecationWarning
+	.venv-oldest/bin/python -m pytest -n 2 tests/probe/test_families.py -W ignore::DeprecationWarning
 
 check: $(INSTALLED) browser ## lint, types, layers, and the page in a real browser
 	$(BIN)/ruff check .
@@ -51,27 +51,27 @@ bench: $(INSTALLED) ## speed and memory, as ratios taken in one run
 	$(BIN)/python -m bench.gates
 
 results: $(INSTALLED) ## docs/results.md anew: real models without norms, residuals, MLPs (a quarter of an hour)
-	$(BIN)/python -m bench.results
+	$(BIN)/python -m studies.results
 
 results-gates: $(INSTALLED) ## the section of docs/results.md on position gates anew (five to ten minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.position_gates
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.position_gates
 
 validity: $(INSTALLED) ## docs/validity.md anew: known damage planted into healthy models, and scored (minutes; trains small models once)
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.validity
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.validity
 
 families: $(INSTALLED) ## try every model type of transformers; writes docs/families.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m bench.families --out docs/families.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.families --out docs/families.md
 
 schema: $(INSTALLED) ## write the published JSON Schemas anew from the record dataclasses
-	@$(BIN)/python -c 'import json; from uncollapse.records import *; print(json.dumps(json_schema(DiagnosisRecord), indent=1, ensure_ascii=False))' \
+	@$(BIN)/python -c 'import json; from uncollapse.records.diagnosis import DiagnosisRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(DiagnosisRecord), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/diagnosis-1.json
-	@$(BIN)/python -c 'import json; from uncollapse.records import *; print(json.dumps(json_schema(AblationRecord), indent=1, ensure_ascii=False))' \
+	@$(BIN)/python -c 'import json; from uncollapse.records.ablation import AblationRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(AblationRecord), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/ablation-1.json
-	@$(BIN)/python -c 'import json; from uncollapse.records import *; print(json.dumps(json_schema(IdentifiabilityRecord), indent=1, ensure_ascii=False))' \
+	@$(BIN)/python -c 'import json; from uncollapse.records.heads import IdentifiabilityRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(IdentifiabilityRecord), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/heads-1.json
-	@$(BIN)/python -c 'import json; from uncollapse.records import *; print(json.dumps(json_schema(SymmetriesRecord), indent=1, ensure_ascii=False))' \
+	@$(BIN)/python -c 'import json; from uncollapse.records.symmetries import SymmetriesRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(SymmetriesRecord), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/symmetries-1.json
-	@$(BIN)/python -c 'import json; from uncollapse.claims import Ledger; from uncollapse.records import *; print(json.dumps(json_schema(Ledger), indent=1, ensure_ascii=False))' \
+	@$(BIN)/python -c 'import json; from uncollapse.records.ledger import Ledger; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(Ledger), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/ledger-1.json
 
 constraints: $(INSTALLED) ## write constraints.txt anew from what is installed

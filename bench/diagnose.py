@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from uncollapse import sources
-from uncollapse.capture import capture
-from uncollapse.interception import probing
-from uncollapse.proof import proved_anatomy
+from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.probe.passes import capture
 
 
 def prepared(sequences: int, max_tokens: int) -> tuple[Any, list[dict[str, torch.Tensor]]]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from test_report_browser import Browser
+    from tests.helpers.browser import Browser
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def _same_start() -> None:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Debian's chromium, once for all tests of a file."""
-    from test_report_browser import Browser
+    from tests.helpers.browser import Browser
 
     executable = shutil.which("chromium")
     assert executable is not None, "these tests look at the page in Debian's chromium: apt-get install chromium"

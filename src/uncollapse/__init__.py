@@ -14,27 +14,30 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "Ablation": "ablation",
-    "Diagnosis": "diagnosis",
-    "HeadContributions": "contributions",
-    "Identifiability": "identifiability",
+    "Ablation": "analyses.ablation",
+    "Diagnosis": "analyses.diagnosis",
+    "HeadContributions": "probe.contributions",
+    "Identifiability": "analyses.heads",
     "InputError": "errors",
-    "Layout": "anatomy",
-    "PositionGatedProjection": "gating",
-    "Symmetries": "equivariance",
+    "Layout": "anatomy.vocabulary",
+    "PositionGatedProjection": "gates.projection",
+    "Symmetries": "analyses.symmetries",
     "UncollapseError": "errors",
     "UnsupportedModel": "errors",
-    "ablate": "ablation",
-    "diagnose": "diagnosis",
-    "head_contributions": "contributions",
-    "identify": "identifiability",
-    "install_gates": "gate_installation",
-    "remove_gates": "gate_installation",
-    "symmetries": "equivariance",
+    "ablate": "analyses.ablation",
+    "channels_of": "symmetry.channels",
+    "diagnose": "analyses.diagnosis",
+    "gate_report": "gates.broken",
+    "head_contributions": "probe.contributions",
+    "identify": "analyses.heads",
+    "install_gates": "gates.installation",
+    "rank_change": "measures.normalization",
+    "remove_gates": "gates.installation",
+    "symmetries": "analyses.symmetries",
     "verify": "claims",
-    "without": "interventions",
+    "without": "interventions.without",
 }
-_MODULES = ("geometry", "heads", "mixing")
+_MODULES = ("exact", "geometry", "heads", "mixing")  # of `measures`
 
 __all__ = [
     "Ablation",
@@ -49,13 +52,17 @@ __all__ = [
     "UnsupportedModel",
     "__version__",
     "ablate",
+    "channels_of",
     "diagnose",
+    "exact",
+    "gate_report",
     "geometry",
     "head_contributions",
     "heads",
     "identify",
     "install_gates",
     "mixing",
+    "rank_change",
     "remove_gates",
     "symmetries",
     "verify",
@@ -63,25 +70,28 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from uncollapse import geometry, heads, mixing
-    from uncollapse.ablation import Ablation, ablate
-    from uncollapse.anatomy import Layout
+    from uncollapse.analyses.ablation import Ablation, ablate
+    from uncollapse.analyses.diagnosis import Diagnosis, diagnose
+    from uncollapse.analyses.heads import Identifiability, identify
+    from uncollapse.analyses.symmetries import Symmetries, symmetries
+    from uncollapse.anatomy.vocabulary import Layout
     from uncollapse.claims import verify
-    from uncollapse.contributions import HeadContributions, head_contributions
-    from uncollapse.diagnosis import Diagnosis, diagnose
-    from uncollapse.equivariance import Symmetries, symmetries
     from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
-    from uncollapse.gate_installation import install_gates, remove_gates
-    from uncollapse.gating import PositionGatedProjection
-    from uncollapse.identifiability import Identifiability, identify
-    from uncollapse.interventions import without
+    from uncollapse.gates.broken import gate_report
+    from uncollapse.gates.installation import install_gates, remove_gates
+    from uncollapse.gates.projection import PositionGatedProjection
+    from uncollapse.interventions.without import without
+    from uncollapse.measures import exact, geometry, heads, mixing
+    from uncollapse.measures.normalization import rank_change
+    from uncollapse.probe.contributions import HeadContributions, head_contributions
+    from uncollapse.symmetry.channels import channels_of
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(importlib.import_module(f"uncollapse.{_HOME[name]}"), name)
     elif name in _MODULES:
-        value = importlib.import_module(f"uncollapse.{name}")
+        value = importlib.import_module(f"uncollapse.measures.{name}")
     else:
         raise AttributeError(f"module 'uncollapse' has no attribute {name!r}")
     globals()[name] = value

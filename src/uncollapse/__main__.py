@@ -1,6 +1,6 @@
 """`python -m uncollapse` is the `uncollapse` command."""
 
-from uncollapse.cli import main
+from uncollapse.cli.commands import main
 
 if __name__ == "__main__":
     main()

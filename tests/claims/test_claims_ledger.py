@@ -11,15 +11,16 @@ import pytest
 import torch
 from flint import arb, ctx, fmpq
 
-from uncollapse import exact
-from uncollapse.claims import CLAIMS, LEDGER_SCHEMA, verify
+from uncollapse.claims import CLAIMS, verify
 from uncollapse.claims import balls as ball_arithmetic
 from uncollapse.claims.draws import Draws
 from uncollapse.claims.ffn_width_four import RELU_INNOVATION, variances
 from uncollapse.claims.intervals import Interval, interval
 from uncollapse.claims.jacobian import between, generic, jacobian
-from uncollapse.claims.ledger import Evidence, bracketed, found, tally, verdict
+from uncollapse.claims.ledger import bracketed, found, tally, verdict
 from uncollapse.errors import InputError
+from uncollapse.measures import exact
+from uncollapse.records.ledger import LEDGER_SCHEMA, Evidence
 
 
 def piece(passed, role="statement"):

@@ -5,11 +5,11 @@ from fractions import Fraction
 import pytest
 from flint import fmpq
 
-from uncollapse import exact
 from uncollapse.claims import CLAIMS, layernorm_affine_rank, layernorm_matrix_rank, mlp_leaves_the_span
 from uncollapse.claims.draws import relu, softmax
 from uncollapse.claims.search import candidates, smallest
-from uncollapse.normalization import rank_change
+from uncollapse.measures import exact
+from uncollapse.measures.normalization import rank_change
 
 SHAPES = [(n, d) for n in range(1, 4) for d in range(2, 4)]
 

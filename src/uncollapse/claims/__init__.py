@@ -44,26 +44,13 @@ from uncollapse.claims import (
     value_output_gauge,
     width_collapse,
 )
-from uncollapse.claims.ledger import (
-    LEDGER_SCHEMA,
-    Claim,
-    ClaimResult,
-    Counterexample,
-    Evidence,
-    Ledger,
-    Verdict,
-)
+from uncollapse.claims.ledger import Claim
 from uncollapse.errors import InputError
+from uncollapse.records.ledger import Ledger
 
 __all__ = [
     "CLAIMS",
-    "LEDGER_SCHEMA",
     "Claim",
-    "ClaimResult",
-    "Counterexample",
-    "Evidence",
-    "Ledger",
-    "Verdict",
     "verify",
 ]
 

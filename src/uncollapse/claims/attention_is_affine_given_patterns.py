@@ -6,9 +6,10 @@ import itertools
 
 from flint import fmpq, fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws, shifted, softmax
-from uncollapse.claims.ledger import HERE, Claim, Counterexample, Finding, shown, tally
+from uncollapse.claims.ledger import HERE, Claim, Finding, shown, tally
+from uncollapse.measures import exact
+from uncollapse.records.ledger import Counterexample
 
 Layer = tuple[list[fmpq_mat], list[fmpq_mat], fmpq_mat, fmpq_mat]  # patterns, weights, bias row, norm's 1/s
 

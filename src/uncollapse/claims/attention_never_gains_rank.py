@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws, heads, shifted, softmax
-from uncollapse.claims.ledger import HERE, Claim, Counterexample, Finding, shown, tally
+from uncollapse.claims.ledger import HERE, Claim, Finding, shown, tally
+from uncollapse.measures import exact
+from uncollapse.records.ledger import Counterexample
 
 X = ((1, 0), (0, 0))
 LOGIT_FORMS = (((0, 0), (0, 0)), ((1, 0), (0, 0)))  # times ln 2

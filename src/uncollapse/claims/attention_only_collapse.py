@@ -7,10 +7,11 @@ from typing import Any
 
 from flint import arb, fmpq, fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims import balls
 from uncollapse.claims.draws import Draws
-from uncollapse.claims.ledger import Claim, Counterexample, Evidence, Finding, shown, tally
+from uncollapse.claims.ledger import Claim, Finding, shown, tally
+from uncollapse.measures import exact
+from uncollapse.records.ledger import Counterexample, Evidence
 
 # Two tokens of width one, x and -x, have Y = v tanh(w x^2) (x, -x): with w = 1, v = 2 they move apart for ever.
 EXPANDING = (((1,), (-1,)), ((1,),), ((2,),))

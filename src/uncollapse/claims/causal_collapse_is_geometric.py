@@ -7,10 +7,11 @@ from typing import Any
 
 from flint import arb, fmpq, fmpq_mat, fmpq_poly
 
-from uncollapse import exact
 from uncollapse.claims import balls
 from uncollapse.claims.draws import Draws, uniform
-from uncollapse.claims.ledger import HERE, Claim, Counterexample, Finding, equal, shown, tally
+from uncollapse.claims.ledger import HERE, Claim, Finding, equal, shown, tally
+from uncollapse.measures import exact
+from uncollapse.records.ledger import Counterexample
 
 LAYERS = 50
 SLOWER_START = ((0,), (0,), (1,))  # the second token equals the first: the next eigenvalue, 1/3, sets the pace

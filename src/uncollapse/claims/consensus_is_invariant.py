@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from flint import fmpq, fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws, heads, relu, shifted
-from uncollapse.claims.ledger import HERE, Claim, Counterexample, Finding, equal, shown, tally
-from uncollapse.normalization import rank_change
+from uncollapse.claims.ledger import HERE, Claim, Finding, equal, shown, tally
+from uncollapse.measures import exact
+from uncollapse.measures.normalization import rank_change
+from uncollapse.records.ledger import Counterexample
 
 SINK = (((1, 0), (0, fmpq(1, 2))), ((1,), (1,)))
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from flint import fmpq, fmpq_mat
 
-from uncollapse import exact
+from uncollapse.measures import exact
 
 
 class Draws(random.Random):

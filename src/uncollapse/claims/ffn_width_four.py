@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from uncollapse.claims.intervals import Interval, interval
-from uncollapse.claims.ledger import PAPER, Claim, Evidence, Finding
+from uncollapse.claims.ledger import PAPER, Claim, Finding
+from uncollapse.records.ledger import Evidence
 
 RATIOS = (1, 2, 4, 8)
 WIDTH, TOKENS = 16, 6144

@@ -7,10 +7,11 @@ from typing import Any
 
 from flint import fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws
 from uncollapse.claims.jacobian import matrices, unseen
-from uncollapse.claims.ledger import PAPER, Claim, Counterexample, Finding, equal, tally
+from uncollapse.claims.ledger import PAPER, Claim, Finding, equal, tally
+from uncollapse.measures import exact
+from uncollapse.records.ledger import Counterexample
 
 
 def sum_of_heads(tokens: int, count: int, width: int) -> Callable[[list[Any]], list[Any]]:

@@ -7,11 +7,12 @@ from typing import Any
 
 from flint import fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws
 from uncollapse.claims.head_channel_ambiguity import projected
 from uncollapse.claims.jacobian import flat, matrices, unseen
-from uncollapse.claims.ledger import HERE, Claim, Counterexample, Finding, shown, tally
+from uncollapse.claims.ledger import HERE, Claim, Finding, shown, tally
+from uncollapse.measures import exact
+from uncollapse.records.ledger import Counterexample
 
 
 def contributions_open(tokens: int, blocks: list[fmpq_mat]) -> int:

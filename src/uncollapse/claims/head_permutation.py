@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 from flint import fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws, softmax
-from uncollapse.claims.ledger import HERE, Claim, Counterexample, Finding, found, shown, tally
+from uncollapse.claims.ledger import HERE, Claim, Finding, found, shown, tally
+from uncollapse.measures import exact
+from uncollapse.records.ledger import Counterexample
 
 SHAPES = ((2, 1), (2, 2), (3, 3), (4, 2), (4, 1))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from flint import fmpq, fmpq_mat
 
-from uncollapse import exact
+from uncollapse.measures import exact
 
 Values = list[Any]
 

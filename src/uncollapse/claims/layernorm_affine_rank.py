@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from flint import fmpq, fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws, shifted
-from uncollapse.claims.ledger import PAPER, Claim, Counterexample, Evidence, Finding, shown, tally
-from uncollapse.normalization import rank_change
+from uncollapse.claims.ledger import PAPER, Claim, Finding, shown, tally
+from uncollapse.measures import exact
+from uncollapse.measures.normalization import rank_change
+from uncollapse.records.ledger import Counterexample, Evidence
 
 # Found by `search.smallest`, for every eps tried at once; a test repeats the search.
 LOSES = ((0, 1), (1, 2))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from flint import fmpq
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws
 from uncollapse.claims.layernorm_rank_formula import clouds, output_ranks
-from uncollapse.claims.ledger import PAPER, Claim, Counterexample, Finding, shown, tally
-from uncollapse.normalization import rank_change
+from uncollapse.claims.ledger import PAPER, Claim, Finding, shown, tally
+from uncollapse.measures import exact
+from uncollapse.measures.normalization import rank_change
+from uncollapse.records.ledger import Counterexample
 
 SMALLEST = ((0, 1), (1, 0))
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from flint import fmpq, fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws
 from uncollapse.claims.ledger import HERE, Claim, Finding, tally
-from uncollapse.normalization import deviation_squares, rank_change
+from uncollapse.measures import exact
+from uncollapse.measures.normalization import deviation_squares, rank_change
 
 
 def output_ranks(x: fmpq_mat, gamma: list[Any], beta: list[Any], eps: Any) -> tuple[int, int]:

@@ -19,60 +19,10 @@ from typing import Any, Literal
 
 from flint import ctx
 
-Verdict = Literal["holds", "holds generically", "holds under hypotheses", "refuted as stated", "measured", "undecided"]
+from uncollapse.records.ledger import ClaimResult, Counterexample, Evidence, Role, Verdict
+
 Kind = Literal["universal", "generic", "measured"]
-Role = Literal["statement", "boundary", "context"]
-LEDGER_SCHEMA: Literal["uncollapse/ledger/1"] = "uncollapse/ledger/1"
 _PRECISION = 640  # bits of the ball arithmetic; fifty softmax layers use up about half of them
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One thing that was looked at. `passed`: it came out as `what` says; None where that could not be decided.
-
-    `exact` says that it was decided in rational or rigorous interval arithmetic, not in floating point.
-    """
-
-    what: str
-    observed: int | float | str
-    expected: int | float | str | None = None
-    passed: bool | None = None
-    role: Role = "statement"
-    exact: bool = True
-
-
-@dataclass(frozen=True)
-class Counterexample:
-    """Matrices one can copy, rows of rationals such as "3/2", and what they show. `minimal` says in which sense."""
-
-    refutes: str
-    matrices: dict[str, list[list[str]]]
-    shows: str
-    minimal: str
-
-
-@dataclass(frozen=True)
-class ClaimResult:
-    """One claim of the ledger: one id, one statement, one verdict."""
-
-    id: str
-    statement: str
-    source: str
-    verdict: Verdict
-    hypotheses: list[str]
-    evidence: list[Evidence]
-    counterexample: Counterexample | None
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """All that was checked, and with what."""
-
-    versions: dict[str, str]
-    trials: int
-    seed: int
-    claims: list[ClaimResult]
-    schema: Literal["uncollapse/ledger/1"] = LEDGER_SCHEMA
 
 
 Finding = tuple[list[Evidence], Counterexample | None]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from flint import fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws, relu, shifted
 from uncollapse.claims.ledger import PAPER, Claim, Finding, tally
+from uncollapse.measures import exact
 
 
 def check(trials: int, seed: int, *, reads: str = "sum") -> Finding:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from flint import fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws, heads, relu
-from uncollapse.claims.ledger import HERE, Claim, Counterexample, Finding, found, shown, tally
+from uncollapse.claims.ledger import HERE, Claim, Finding, found, shown, tally
+from uncollapse.measures import exact
+from uncollapse.records.ledger import Counterexample
 
 SMALLEST = ((1, -1),)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from flint import fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws, heads
-from uncollapse.claims.ledger import PAPER, Claim, Counterexample, Finding, shown, tally
+from uncollapse.claims.ledger import PAPER, Claim, Finding, shown, tally
+from uncollapse.measures import exact
+from uncollapse.records.ledger import Counterexample
 
 X, W = ((1, 0),), ((0, 1), (0, 0))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from flint import fmpq
 
-from uncollapse.claims.ledger import PAPER, Claim, Counterexample, Finding, shown, tally
+from uncollapse.claims.ledger import PAPER, Claim, Finding, shown, tally
+from uncollapse.records.ledger import Counterexample
 
 # (width d, heads H) of published architectures with d = H d_k.
 SIXTY_FOUR = ((768, 12), (1024, 16), (512, 8), (1280, 20), (1600, 25), (2048, 32))

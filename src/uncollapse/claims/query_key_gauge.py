@@ -10,10 +10,11 @@ from typing import Any
 
 from flint import fmpq, fmpq_mat, nmod_mat
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws, shifted
 from uncollapse.claims.jacobian import between, flat, generic, matrices
-from uncollapse.claims.ledger import HERE, Claim, Counterexample, Evidence, Finding, bracketed, tally
+from uncollapse.claims.ledger import HERE, Claim, Finding, bracketed, tally
+from uncollapse.measures import exact
+from uncollapse.records.ledger import Counterexample, Evidence
 
 # Cosine and sine of two angles, rational, no multiple of which is a full turn: the rotations of two channel pairs.
 ANGLES = ((fmpq(3, 5), fmpq(4, 5)), (fmpq(5, 13), fmpq(12, 13)))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from flint import fmpq, fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws, heads, uniform
-from uncollapse.claims.ledger import PAPER, Claim, Counterexample, Finding, shown, tally
+from uncollapse.claims.ledger import PAPER, Claim, Finding, shown, tally
+from uncollapse.measures import exact
+from uncollapse.records.ledger import Counterexample
 
 DEPTH = 4
 APPROACHING = ((1, 0), (0, 1))  # X; A = 11^T/2, W = I: the mean doubles in every layer, the difference stays

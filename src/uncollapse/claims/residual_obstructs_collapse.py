@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from flint import fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims import balls
 from uncollapse.claims.draws import Draws, heads, softmax, uniform
-from uncollapse.claims.ledger import PAPER, Claim, Counterexample, Finding, found, shown, tally
-from uncollapse.normalization import rank_change
+from uncollapse.claims.ledger import PAPER, Claim, Finding, found, shown, tally
+from uncollapse.measures import exact
+from uncollapse.measures.normalization import rank_change
+from uncollapse.records.ledger import Counterexample
 
 EXCEPTION = (((1,),), ((1,),), ((-1,),))  # X, A, W: the head takes away what the residual carries
 SHAPES = ((2, 2), (3, 2), (2, 4), (3, 3), (4, 3), (4, 5))

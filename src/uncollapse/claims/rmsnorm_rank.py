@@ -7,11 +7,12 @@ from typing import Any
 
 from flint import fmpq, fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws
 from uncollapse.claims.layernorm_rank_formula import clouds
-from uncollapse.claims.ledger import HERE, Claim, Counterexample, Finding, shown, tally
-from uncollapse.normalization import deviation_squares, rank_change
+from uncollapse.claims.ledger import HERE, Claim, Finding, shown, tally
+from uncollapse.measures import exact
+from uncollapse.measures.normalization import deviation_squares, rank_change
+from uncollapse.records.ledger import Counterexample
 
 ZERO_IN_GAMMA = (((1, 0), (0, 1)), (1, 0))
 

@@ -9,7 +9,8 @@ from typing import Any
 from flint import fmpq
 
 from uncollapse.claims.draws import Draws
-from uncollapse.claims.ledger import HERE, Claim, Counterexample, Finding, shown, tally
+from uncollapse.claims.ledger import HERE, Claim, Finding, shown, tally
+from uncollapse.records.ledger import Counterexample
 
 Row = list[Any]
 

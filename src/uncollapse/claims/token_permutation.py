@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from flint import fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws, relu, shifted, softmax
-from uncollapse.claims.ledger import HERE, Claim, Counterexample, Finding, shown, tally
+from uncollapse.claims.ledger import HERE, Claim, Finding, shown, tally
+from uncollapse.measures import exact
+from uncollapse.records.ledger import Counterexample
 
 X = ((0,), (1,))
 

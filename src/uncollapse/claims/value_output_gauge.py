@@ -9,10 +9,11 @@ from typing import Any
 
 from flint import fmpq_mat
 
-from uncollapse import exact
 from uncollapse.claims.draws import Draws, shifted
 from uncollapse.claims.jacobian import between, flat, generic, matrices, unseen
-from uncollapse.claims.ledger import HERE, Claim, Counterexample, Evidence, Finding, bracketed, shown, tally
+from uncollapse.claims.ledger import HERE, Claim, Finding, bracketed, shown, tally
+from uncollapse.measures import exact
+from uncollapse.records.ledger import Counterexample, Evidence
 
 # heads H, key/value groups G, head width d_k, width d, with biases b_V and b_O
 LAYOUTS = ((2, 2, 1, 2, False), (2, 2, 2, 3, True), (4, 2, 1, 2, True), (4, 2, 2, 3, False), (3, 1, 2, 3, True))

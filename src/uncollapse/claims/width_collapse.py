@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from uncollapse.claims.intervals import interval
-from uncollapse.claims.ledger import Claim, Evidence, Finding
+from uncollapse.claims.ledger import Claim, Finding
+from uncollapse.records.ledger import Evidence
 
 TOKENS = (64, 128, 256, 512)
 DEVIATION = 0.5  # of the independent logits

@@ -11,17 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from uncollapse.records import (
-    SEVERITIES,
-    AttentionRecord,
-    DiagnosisRecord,
-    Finding,
-    HeadsRecord,
-    ModelInfo,
-    Probe,
-    SiteRecord,
-    Statistic,
-)
+from uncollapse.records.common import SEVERITIES, Finding, ModelInfo, Probe, Statistic
+from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
 
 ABSENT = "–"
 PHENOMENON_NAMES = {
@@ -225,46 +216,6 @@ def probe_sentence(probe: Probe) -> str:
     )
 
 
-def depth_sentences(record: DiagnosisRecord) -> list[str]:
-    """How the token cloud moves along each stack."""
-    sentences = []
-    for (stack, _), sites in groups(record.trajectory).items():
-        where = f"In the {stack}, the" if stack else "The"
-        first, last = extreme(sites[:1], "consensus_distance"), extreme(sites[-1:], "consensus_distance")
-        lowest = extreme(sites, "consensus_distance", "min")
-        if first and last and lowest:
-            sentences.append(
-                f"{where} consensus distance goes from {number(first.value)} at {_named(first.record)} to "
-                f"{number(last.value)} at {_named(last.record)}; the lowest sequence has {number(lowest.value)}, "
-                f"at {_named(lowest.record)}."
-            )
-        share = lowest_rank_share(sites)
-        if share and share[0] == 1.0:
-            sentences.append(f"{where} affine rank is the attainable one at every site.")
-        elif share:
-            sentences.append(
-                f"{where} affine rank falls to {percent(share[0])} of the attainable at {_named(share[1])}."
-            )
-    return sentences
-
-
-def _named(site: SiteRecord) -> str:
-    name = site_name(site, with_stack=False)
-    return f"the {name}" if site.block is None else name
-
-
-def attention_sentences(record: DiagnosisRecord) -> list[str]:
-    """The sharpest and the most uniform head."""
-    lowest = extreme(record.attention, "normalized_entropy")
-    highest = extreme(record.attention, "normalized_entropy", highest=True)
-    if lowest is None or highest is None:
-        return []
-    return [
-        f"Normalized entropy runs from {number(lowest.value)} at {head_place(lowest.record)} "
-        f"to {number(highest.value)} at {head_place(highest.record)}."
-    ]
-
-
 def head_place(attention: AttentionRecord) -> str:
     """The place of one head."""
     return place(block=attention.block, head=attention.head, stack=attention.stack, kind=attention.kind)
@@ -286,13 +237,6 @@ def verdicts(heads: Sequence[HeadsRecord]) -> dict[str, list[HeadsRecord]]:
         if record.verdict is not None:
             found.setdefault(verdict_in_short(record.verdict), []).append(record)
     return found
-
-
-def verdict_sentences(record: DiagnosisRecord) -> list[str]:
-    """Which head verdict holds where."""
-    return [
-        f"Head verdict “{verdict}”: {blocks_in_words(blocks)}." for verdict, blocks in verdicts(record.heads).items()
-    ]
 
 
 def blocks_in_words(heads: Sequence[HeadsRecord]) -> str:
@@ -329,11 +273,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %".replace(".0 %", " %")
 
 
-def summary(record: DiagnosisRecord) -> list[str]:
-    """The diagnosis in plain sentences, every one a fact of the record."""
-    return [*depth_sentences(record), *attention_sentences(record), *verdict_sentences(record)]
-
-
 def option(value: object) -> str:
     """The value of a resolved option: text as it is, everything else as JSON.
 
@@ -341,3 +280,24 @@ def option(value: object) -> str:
     ('mps', '[64, 128]', 'null')
     """
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+NAMES = {
+    "norm": "norm",
+    "residual": "residual",
+    "mlp": "MLP",
+    "attention": "attention",
+    "attention-residual": "attention residual",
+    "mlp-residual": "MLP residual",
+    "positions": "positions",
+    "mask": "mask",
+}
+
+
+def listed(words: Sequence[str], conjunction: str = "and") -> str:
+    """Words in a row.
+
+    >>> listed(["a", "b", "c"], "or"), listed(["a"])
+    ('a, b or c', 'a')
+    """
+    return f" {conjunction} ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)

@@ -1,0 +1,1 @@
+"""One module a command, `diagnosis`, `ablation`, `heads` and `symmetries`, over what they share."""

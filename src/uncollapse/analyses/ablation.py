@@ -1,0 +1,269 @@
+"""Which component keeps the tokens apart? Run a live model without each, follow the tokens along depth, and say in words
+what the textbook, the paper and the model itself answer.
+
+The model is the user's own, intervened on at its residual additions (`interventions.without`); nothing is re-implemented.
+Two questions are kept apart, because they can have different answers: how many dimensions the tokens span (exact rank) and
+how far apart they are (consensus distance). A collapse is followed down to the rounding floor of the model's number format and
+no further: what is drawn below is rounding.
+
+What this can not say: what a model *trained without* the component would do. Removing a part takes a trained model off its
+distribution, and the wording keeps to "removed from a trained model".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
+from uncollapse.analyses.recording import model_info, probe_record, site_records, versions
+from uncollapse.analyses.result import Recorded
+from uncollapse.anatomy.probing import float64_kept
+from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.errors import InputError
+from uncollapse.interventions.without import require_blocks, require_components
+from uncollapse.interventions.without import without as taken_away
+from uncollapse.judgement.predictions import verdicts
+from uncollapse.judgement.rates import depth_rate
+from uncollapse.measures.running import Running
+from uncollapse.probe.attention import ATTENTION_MEASURES
+from uncollapse.probe.passes import Level, Observations, capture
+from uncollapse.probe.sublayers import norm_records, update_records
+from uncollapse.records.ablation import ABLATION_SCHEMA, AblationRecord, AblationRun, VerdictRecord
+from uncollapse.records.common import Statistic
+
+GRID = ("norm", "residual", "mlp")
+
+
+@dataclass(frozen=True)
+class Ablation(Recorded[AblationRecord]):
+    """What `ablate` found. `record` is the whole of it, as data."""
+
+    @property
+    def runs(self) -> list[AblationRun]:
+        """The whole model first, then each combination."""
+        return self.record.runs
+
+    @property
+    def verdicts(self) -> list[VerdictRecord]:
+        """Each prediction against what was observed."""
+        return self.record.verdicts
+
+
+def ablate(
+    model: nn.Module | str | Path = "demo",
+    texts: Sequence[str] | None = None,
+    *,
+    without: Sequence[Sequence[str]] | None = None,
+    grid: bool = False,
+    blocks: Collection[int] | Literal["all", "all+outer"] | None = None,
+    level: Level = "core",
+    **probe: Unpack[ProbeOptions],
+) -> Ablation:
+    """Run a model without some of its components, each combination of `without` once, and compare.
+
+    model: a loaded `nn.Module`, a hub id, a local directory, or `"demo"`. texts: one sequence each (default: English prose).
+    without: combinations, such as `[("mlp",), ("residual",), ("residual", "mlp")]` (the default). grid: all eight of norm ×
+    residual × MLP instead. blocks: take them away in these blocks only. level: `"full"` also says of the whole model what each
+    sublayer adds and each norm does (`updates`, `norms`). With `dtype="float64"` a collapse is followed down to 1e-15 instead
+    of 2e-6.
+
+    Options shared with `diagnose`, each described in `help(uncollapse.analyses.preparation.ProbeOptions)`:
+    text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
+    model: layout, name, device, dtype, device_map, trust_remote_code=False;
+    run: command, progress.
+
+    Raises `InputError` for an unknown component or block, `TypeError` for an unknown option, and `UnsupportedModel` where the
+    additions cannot be found and proved.
+    """
+    combinations = _combinations(without, grid)
+    prepared = prepare(ablate, model, texts, probe, level=level, head=True)
+    progress = prepared.progress
+    affected = require_blocks(blocks, prepared.anatomy)
+    is_causal = _is_causal(prepared)
+    whole: list[Tensor] = []
+    runs: list[AblationRun] = []
+    first: Observations | None = None
+    for number, combination in enumerate(combinations):
+        if progress is not None:
+            progress("runs", number, len(combinations))
+        observed, run = _run(prepared, combination, blocks, is_causal, whole)
+        first = first or observed
+        runs.append(run)
+    if progress is not None:
+        progress("runs", len(combinations), len(combinations))
+    assert first is not None
+    options = {
+        "without": [list(c) for c in combinations[1:]],
+        "grid": grid,
+        "blocks": blocks if isinstance(blocks, str) else sorted(affected),
+    }
+    described = probe_record(prepared, first)
+    described.options.update(options)
+    return Ablation(
+        AblationRecord(
+            schema=ABLATION_SCHEMA,
+            versions=versions(),
+            model=model_info(prepared, first),
+            probe=described,
+            blocks=sorted(affected),
+            is_causal=is_causal,
+            runs=runs,
+            verdicts=verdicts(runs, is_causal=is_causal),
+            norms=norm_records(first.norms),
+            updates=update_records(first.updates),
+        )
+    )
+
+
+def _combinations(without: Sequence[Sequence[str]] | None, grid: bool) -> list[tuple[str, ...]]:
+    """The combinations to run, the whole model first, each once."""
+    if grid and without is not None:
+        raise InputError(
+            "ablate: expected grid or without, got both. The grid is eight combinations already. Pass one."
+        )
+    if grid:
+        wanted = [c for n in range(len(GRID) + 1) for c in itertools.combinations(GRID, n)]
+    elif without is None:
+        wanted = [("mlp",), ("residual",), ("residual", "mlp")]
+    else:
+        if isinstance(without, str) or any(isinstance(c, str) for c in without):
+            raise InputError(
+                f"ablate: expected without as a list of combinations, got {without!r}. "
+                "Each combination is a tuple of components. Pass without=[('mlp',), ('residual', 'mlp')]."
+            )
+        wanted = [tuple(c) for c in without]
+    for combination in wanted:
+        if combination:
+            require_components(combination)
+    return list(dict.fromkeys([(), *wanted]))
+
+
+def _is_causal(prepared: Prepared) -> bool:
+    """Whether tokens can only be reached by earlier ones, in the stack that is followed (the decoder's, where there is one)."""
+    stacks = {b.stack for b in prepared.anatomy.blocks}
+    followed = "decoder" if "decoder" in stacks else None
+    parts = [p for b in prepared.anatomy.blocks if b.stack == followed for p in b.parts if p.kind == "attention"]
+    return bool(parts) and all(p.is_causal for p in parts)
+
+
+def _run(
+    prepared: Prepared,
+    combination: tuple[str, ...],
+    blocks: Collection[int] | Literal["all", "all+outer"] | None,
+    is_causal: bool,
+    whole: list[Tensor],
+) -> tuple[Observations, AblationRun]:
+    """One probe pass without `combination`. `whole` collects the whole model's mean output vectors, for the runs after it."""
+    model = prepared.loaded.model
+    outputs = _Outputs(is_causal, whole if combination else None)
+    with contextlib.ExitStack() as stack:
+        if combination:
+            stack.enter_context(taken_away(model, *combination, blocks=blocks))
+        stack.enter_context(float64_kept(model))
+        observed = capture(
+            model,
+            prepared.batches,
+            prepared.anatomy,
+            level="core" if combination else prepared.level,
+            seed=prepared.seed,
+            on_output=outputs.add,
+        )
+    if not combination:
+        whole.extend(outputs.vectors)
+    trajectory = site_records(observed)
+    unavailable = {}
+    loss, shift = (Statistic.of(*r.summary()) for r in (outputs.loss, outputs.shift))
+    if loss is None:
+        unavailable["loss"] = "no language-model head behind a causal mask"
+    if shift is None:
+        unavailable["output_shift"] = (
+            "this is the whole model" if not combination else "the output is no vector a token"
+        )
+    rate = depth_rate(trajectory, _epsilon(model))
+    if rate is None:
+        unavailable["rate"] = "the consensus distance is not finite"
+    run = AblationRun(
+        without=list(combination),
+        trajectory=trajectory,
+        rate=rate,
+        loss=loss,
+        output_shift=shift,
+        attention_contraction=[_most_alive(s.values) for s in observed.attention if s.kind == "self"],
+        unavailable=unavailable,
+    )
+    return observed, run
+
+
+class _Outputs:
+    """What is kept of the model's outputs: one mean vector a sequence, and running statistics of loss and shift."""
+
+    def __init__(self, is_causal: bool, whole: list[Tensor] | None) -> None:
+        self.is_causal, self.whole = is_causal, whole
+        self.vectors: list[Tensor] = []
+        self.has_logits = self.has_vectors = False
+        self.loss, self.shift = Running.empty(), Running.empty()
+
+    def add(self, batch: Mapping[str, Any], output: Any) -> None:
+        """Called by the capture with each batch and the model's output on it."""
+        mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
+        logits = getattr(output, "logits", None)
+        if self.is_causal and logits is not None and logits.ndim == 3 and "input_ids" in batch:
+            self.has_logits = True
+            self.loss = self.loss.add(_next_token_loss(logits, batch["input_ids"], mask))
+        vectors = next((t for t in tensors_in(output) if t.is_floating_point() and t.ndim >= 2), None)
+        if vectors is None:
+            return
+        self.has_vectors = True
+        pooled = _pooled(vectors, mask)
+        if self.whole is None:
+            self.vectors.append(pooled)
+        else:
+            reference = self.whole[len(self.vectors)]
+            self.vectors.append(pooled[:0])  # only counts batches
+            if reference.shape == pooled.shape:
+                self.shift = self.shift.add(1 - torch.cosine_similarity(pooled, reference, dim=-1))
+
+
+def _pooled(output: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over real tokens of [batch, token, width], in float64 on the CPU; [batch, width] as it is."""
+    output = output.detach().double()
+    if output.ndim == 3:
+        if mask is not None and mask.shape == output.shape[:2]:
+            real = mask.bool()[..., None]
+            output = torch.where(real, output, 0).sum(1) / real.sum(1)
+        else:
+            output = output.mean(1)
+    return output.flatten(1).cpu()
+
+
+def _next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean next-token cross-entropy of each sequence, in nats."""
+    losses = nn.functional.cross_entropy(logits[:, :-1].double().transpose(1, 2), ids[:, 1:], reduction="none")
+    if mask is None:
+        return losses.mean(1)
+    real = (mask[:, 1:] * mask[:, :-1]).bool()
+    return torch.where(real, losses, 0).sum(1) / real.sum(1)
+
+
+def _most_alive(values: Running) -> Statistic | None:
+    row = ATTENTION_MEASURES.index("value_contraction")
+    found = [s for h in range(values.total.shape[1]) if (s := Statistic.of(*values.summary(row, h))) is not None]
+    return max(found, key=lambda s: s.mean, default=None)
+
+
+def _epsilon(model: nn.Module) -> float:
+    return torch.finfo(next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)).eps
+
+
+# Rates ----------------------------------------------------------------------------------------------------------------
+
+
+# Verdicts -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,102 @@
+"""`diagnose`: which collapse, where, what holds it up. The whole of the product's main job in one call.
+
+A model and some text (or ready batches of any modality) go in; the anatomy is proved, one probe pass observes, rules
+judge, and a `Diagnosis` comes out that can show itself, write itself, and be read again a year later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Unpack
+
+from torch import nn
+
+from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
+from uncollapse.analyses.recording import attention_records, model_info, probe_record, site_records, versions
+from uncollapse.analyses.result import Recorded
+from uncollapse.judgement import findings
+from uncollapse.judgement.attribution import heads_records
+from uncollapse.judgement.order_parameters import Components, symmetry_records
+from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
+from uncollapse.probe.passes import Level, capture
+from uncollapse.probe.sublayers import norm_records, update_records
+from uncollapse.records.common import Finding
+from uncollapse.records.diagnosis import DIAGNOSIS_SCHEMA, DiagnosisRecord, SiteRecord
+
+
+@dataclass(frozen=True)
+class Diagnosis(Recorded[DiagnosisRecord]):
+    """What `diagnose` found. `record` is the whole of it, as data."""
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What fired, the most severe first."""
+        return self.record.findings
+
+    @property
+    def trajectory(self) -> list[SiteRecord]:
+        """The token cloud along depth: the embedding, then each block's output."""
+        return self.record.trajectory
+
+
+def diagnose(
+    model: nn.Module | str | Path = "demo",
+    texts: Sequence[str] | None = None,
+    *,
+    level: Level = "core",
+    context_lengths: Sequence[int] | None = None,
+    **probe: Unpack[ProbeOptions],
+) -> Diagnosis:
+    """Diagnose a model on some text, or on batches of any modality.
+
+    model: a loaded `nn.Module`, a hub id, a local directory, or `"demo"` (the packaged MiniLM).
+    texts: one sequence each. Without them (and without `batches`) English prose that Python brings along.
+    level: `"core"`, or `"full"` for contraction, spectral gap and susceptibility as well.
+    context_lengths: lengths in tokens at which to fit how the second singular value of each attention falls (`symmetries`).
+
+    Options that `ablate`, `identify` and `symmetries` take too (`help(uncollapse.analyses.preparation.ProbeOptions)`):
+    text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
+    model: layout, name, device, dtype, device_map, trust_remote_code=False;
+    run: command, progress.
+
+    The model is left as it was: its hooks, its mode, every bit of its output.
+    Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the
+    anatomy cannot be proved.
+    """
+    lengths = None if context_lengths is None else require_context_lengths(context_lengths)
+    prepared = prepare(diagnose, model, texts, probe, level=level)
+    return Diagnosis(observe(prepared, context_lengths=lengths))
+
+
+# Records ------------------------------------------------------------------------------------------------------------
+
+
+def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None) -> DiagnosisRecord:
+    """One probe pass, and a pass for each context length, put into one record and judged."""
+    model, anatomy, progress = prepared.loaded.model, prepared.anatomy, prepared.progress
+    observed = capture(model, prepared.batches, anatomy, level=prepared.level, seed=prepared.seed, progress=progress)
+    scaling = []
+    if context_lengths is not None:
+        scaling = width_scaling(
+            model, anatomy, prepared.batches, context_lengths, seed=prepared.seed, progress=progress
+        )
+    trajectory = site_records(observed)
+    attention = [record for s in observed.attention for record in attention_records(s, prepared.level)]
+    head_records = heads_records(observed.attention)
+    described = probe_record(prepared, observed)
+    described.options["context_lengths"] = None if context_lengths is None else list(context_lengths)
+    return DiagnosisRecord(
+        schema=DIAGNOSIS_SCHEMA,
+        versions=versions(),
+        model=model_info(prepared, observed),
+        probe=described,
+        trajectory=trajectory,
+        attention=attention,
+        heads=head_records,
+        norms=norm_records(observed.norms),
+        updates=update_records(observed.updates),
+        symmetries=symmetry_records(trajectory, attention, head_records, Components.of(model, anatomy), scaling),
+        findings=findings.findings(trajectory, attention, head_records),
+    )

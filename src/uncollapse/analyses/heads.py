@@ -1,0 +1,77 @@
+"""May a result be attributed to a head of this model? Block by block, from its weights and one probe pass.
+
+The heads' figures of a diagnosis by themselves, with the rules about them: for who asks this one question. What an observer of
+the layer's output cannot know is not a matter of the probe; the probe only says how much each head writes.
+
+What this can not say: whether a head *matters*. A head that can be told from the others may do nothing, and heads that cannot be
+told apart may carry the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Unpack
+
+from torch import nn
+
+from uncollapse.analyses.diagnosis import observe
+from uncollapse.analyses.preparation import ProbeOptions, prepare
+from uncollapse.analyses.result import Recorded
+from uncollapse.anatomy.probing import float64_kept
+from uncollapse.records.common import Finding
+from uncollapse.records.diagnosis import HeadsRecord
+from uncollapse.records.heads import HEADS_SCHEMA, IdentifiabilityRecord
+
+ABOUT_HEADS = ("head-channel-non-identifiability", "numerics")
+
+
+@dataclass(frozen=True)
+class Identifiability(Recorded[IdentifiabilityRecord]):
+    """What `identify` found. `record` is the whole of it, as data."""
+
+    @property
+    def heads(self) -> list[HeadsRecord]:
+        """One record an attention call, in order of depth."""
+        return self.record.heads
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What fired, the most severe first."""
+        return self.record.findings
+
+
+def identify(
+    model: nn.Module | str | Path = "demo",
+    texts: Sequence[str] | None = None,
+    **probe: Unpack[ProbeOptions],
+) -> Identifiability:
+    """What each observer of a block's output can know of its heads, and a verdict a block and a head.
+
+    model: a loaded `nn.Module`, a hub id, a local directory, or `"demo"`. texts: one sequence each (default: English prose).
+
+    The text decides `energy_share` and the number of tokens n alone; everything else comes from the output projections. For
+    the vectors that the heads write see `uncollapse.head_contributions`.
+
+    Options shared with `diagnose`, each described in `help(uncollapse.analyses.preparation.ProbeOptions)`:
+    text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
+    model: layout, name, device, dtype, device_map, trust_remote_code=False;
+    run: command, progress.
+
+    Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the
+    anatomy cannot be proved.
+    """
+    prepared = prepare(identify, model, texts, probe)
+    with float64_kept(prepared.loaded.model):
+        diagnosed = observe(prepared)
+    return Identifiability(
+        IdentifiabilityRecord(
+            schema=HEADS_SCHEMA,
+            versions=diagnosed.versions,
+            model=diagnosed.model,
+            probe=diagnosed.probe,
+            heads=diagnosed.heads,
+            findings=[finding for finding in diagnosed.findings if finding.phenomenon in ABOUT_HEADS],
+        )
+    )

@@ -1,0 +1,234 @@
+"""A model and its text, made ready: loaded, proved, and cut into batches."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse import sources
+from uncollapse.anatomy.interception import device_of
+from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.proof import example, proved_anatomy
+from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.vocabulary import Anatomy, Layout
+from uncollapse.errors import InputError
+from uncollapse.probe.passes import Level, Progress
+
+DEFAULT_SEQUENCES = 64
+
+
+class ProbeOptions(TypedDict, total=False):
+    """The options of a probe pass, shared by `diagnose`, `ablate`, `identify` and `symmetries`.
+
+    tokenizer: needed for texts beside a loaded model; a model that is loaded here brings its own (default `None`).
+    batches: dicts of tensors instead of texts, passed to the model as they are (default `None`).
+    sequences: use at most that many of the texts (default `None`: all given ones, or 64 of the built-in prose).
+    max_tokens: cut each sequence at that many tokens (default 128).
+    batch_size: that many sequences go through the model together (default 16).
+    seed: chooses the built-in prose, and whatever else is drawn at random (default 0).
+    layout: where the blocks are, if the model's graph does not show them; see `uncollapse.Layout` (default `None`).
+    name: what the record calls the model (default `None`: its own name).
+    device, dtype, device_map: where a model that is loaded here runs, in which number format, and over which devices it is
+    spread (default `None`: CUDA where there is one, the checkpoint's own format, one device).
+    trust_remote_code: run the Python code that lies beside a model that is loaded here (default `False`).
+    command: the command line, for the record (default `""`).
+    progress: called with (what, done, total) as the work goes on (default `None`).
+    """
+
+    tokenizer: Any
+    batches: Iterable[Mapping[str, Tensor]] | None
+    sequences: int | None
+    max_tokens: int
+    batch_size: int
+    seed: int
+    layout: Layout | None
+    name: str | None
+    device: str | None
+    dtype: str | None
+    device_map: str | None
+    trust_remote_code: bool
+    command: str
+    progress: Progress | None
+
+
+DEFAULTS: Final[ProbeOptions] = {
+    "tokenizer": None,
+    "batches": None,
+    "sequences": None,
+    "max_tokens": 128,
+    "batch_size": 16,
+    "seed": 0,
+    "layout": None,
+    "name": None,
+    "device": None,
+    "dtype": None,
+    "device_map": None,
+    "trust_remote_code": False,
+    "command": "",
+    "progress": None,
+}
+RECORDED_OPTIONS = ("sequences", "max_tokens", "batch_size", "seed", "device", "dtype", "device_map")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a probe pass needs: the model, its proved anatomy, the batches, and the options as they were resolved.
+
+    `options` are what the record says of them; `command` goes into the record, `progress` is told how the work goes on.
+    """
+
+    loaded: sources.LoadedModel
+    anatomy: Anatomy
+    batches: list[dict[str, Tensor]]
+    source: str
+    level: Level
+    seed: int
+    options: dict[str, Any]
+    command: str
+    progress: Progress | None
+
+
+def prepare(
+    function: Callable[..., object],
+    model: nn.Module | str | Path,
+    texts: Sequence[str] | None,
+    probe: ProbeOptions,
+    *,
+    level: Level = "core",
+    head: bool = False,
+) -> Prepared:
+    """Load, tokenise and prove, for the public `function` that was called with the options `probe`.
+
+    level: what the pass measures. head: keep a language-model head. Refusals bear the name of `function`. Raises `TypeError`
+    for an option that it does not have, `InputError` for input that cannot be used, and `UnsupportedModel` where the anatomy
+    cannot be proved.
+    """
+    caller = function.__name__
+    _require_known(function, probe)
+    chosen: ProbeOptions = {**DEFAULTS, **probe}
+    if level not in ("core", "full"):
+        raise InputError(f"{caller}: expected level 'core' or 'full', got {level!r}. Pass one of the two.")
+    progress, layout = chosen["progress"], chosen["layout"]
+    loaded = _loaded(caller, model, chosen, head)
+    if chosen["batches"] is not None:
+        if texts is not None:
+            raise InputError(
+                f"{caller}: expected texts or batches, got both. They are two ways to say the same. Pass one."
+            )
+        source, ready = "batches", sources.check_batches(chosen["batches"], model=loaded.model)
+    else:
+        source, ready = _text_batches(caller, loaded, texts, chosen)
+    if progress is not None:
+        progress("anatomy", 0, 1)
+    anatomy = proved_anatomy(loaded.model, ready[0], layout)
+    if progress is not None:
+        progress("anatomy", 1, 1)
+    options = {
+        "level": level,
+        **{key: value for key, value in chosen.items() if key in RECORDED_OPTIONS},
+        "layout": None if layout is None else list(layout.blocks),
+    }
+    return Prepared(loaded, anatomy, ready, source, level, chosen["seed"], options, chosen["command"], progress)
+
+
+def _require_known(function: Callable[..., object], probe: ProbeOptions) -> None:
+    """Refuse an option that neither `function` nor a probe pass has, as Python refuses an unknown keyword."""
+    for given in probe:
+        if given not in DEFAULTS:
+            own = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+            close = difflib.get_close_matches(given, [*own, *DEFAULTS], 1)
+            hint = f"The nearest is {close[0]!r}" if close else "None of its options is spelt like that"
+            raise TypeError(
+                f"{function.__name__}: expected an option that it has, got {given!r}. {hint}. "
+                f"See help(uncollapse.{function.__name__}) for all of them."
+            )
+
+
+def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, head: bool) -> sources.LoadedModel:
+    """The model with its tokenizer and its name: as it is where it was given loaded, else loaded here."""
+    tokenizer, name, progress = chosen["tokenizer"], chosen["name"], chosen["progress"]
+    device, dtype, device_map = chosen["device"], chosen["dtype"], chosen["device_map"]
+    if isinstance(model, nn.Module):
+        for option, value in {"device": device, "dtype": dtype, "device_map": device_map}.items():
+            if value is not None:
+                raise InputError(
+                    f"{caller}: expected no {option} beside a loaded model, got {value!r}. The model is already somewhere. "
+                    "Move it with model.to(...) first."
+                )
+        label = name or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+        return sources.LoadedModel(model, tokenizer, label, None, "directory")
+    if not isinstance(model, (str, Path)):
+        raise InputError(
+            f"{caller}: expected a model, a name or a path, got {type(model).__name__}. "
+            "A configuration or a pipeline is none. Pass the nn.Module itself."
+        )
+    if progress is not None:
+        progress("load", 0, 1)
+    loaded = sources.load_model(
+        str(model),
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=chosen["trust_remote_code"],
+        head=head,
+    )
+    if progress is not None:
+        progress("load", 1, 1)
+    if tokenizer is None and name is None:
+        return loaded
+    return sources.LoadedModel(
+        loaded.model, tokenizer or loaded.tokenizer, name or loaded.name, loaded.revision, loaded.source
+    )
+
+
+def _text_batches(
+    caller: str, loaded: sources.LoadedModel, texts: Sequence[str] | None, chosen: ProbeOptions
+) -> tuple[str, list[dict[str, Tensor]]]:
+    """Where the texts come from, and the batches that the model is given of them."""
+    sequences = chosen["sequences"]
+    if sequences is not None and sequences < 1:
+        raise InputError(
+            f"{caller}: expected at least one sequence, got sequences={sequences}. Pass a positive number."
+        )
+    source = "texts"
+    if texts is None:
+        source = "English prose from Python's own documentation (pydoc_data.topics)"
+        texts = sources.default_texts(sequences or DEFAULT_SEQUENCES, chosen["seed"])
+    elif sequences is not None and not isinstance(texts, str):
+        texts = texts[:sequences]
+    batches = sources.tokenize(
+        texts,
+        loaded.tokenizer,
+        max_tokens=chosen["max_tokens"],
+        batch_size=chosen["batch_size"],
+        tokenizer_problem=loaded.tokenizer_problem,
+    )
+    return source, sources.check_batches(with_true_positions(loaded.model, batches), model=loaded.model)
+
+
+def with_true_positions(model: nn.Module, batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Batches padded on the left, with `position_ids` said explicitly where the model takes them and counts them from 0.
+
+    Many models count positions from the first column and would shift every shorter sequence. Some (RoBERTa) count from
+    the padding by themselves, with an offset of their own; they are told by a try and left alone.
+    """
+    shifted = [b for b in batches if not bool(b["attention_mask"][:, 0].all())]
+    if not shifted or "position_ids" not in inspect.signature(model.forward).parameters:
+        return batches
+    batch = example(shifted[0])
+    positions = torch.arange(batch["input_ids"].shape[1])[None]
+    with probing(model):
+        device = device_of(model)
+        batch = {k: v.to(device) for k, v in batch.items()}
+        own = next(tensors_in(model(**batch)))
+        told = next(tensors_in(model(**batch, position_ids=positions.to(device))))
+    if not torch.equal(own, told):
+        return batches
+    return [b | {"position_ids": (b["attention_mask"].cumsum(1) - 1).clamp(min=0)} for b in batches]

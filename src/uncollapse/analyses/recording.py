@@ -1,0 +1,133 @@
+"""Statistics become records."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from importlib import metadata
+
+import torch
+
+from uncollapse.analyses.preparation import Prepared
+from uncollapse.anatomy.interception import device_of
+from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
+from uncollapse.probe.passes import Level, Observations
+from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, STREAM_MEASURES, SiteStatistics
+from uncollapse.records.common import ModelInfo, Probe, Statistic
+from uncollapse.records.diagnosis import AttentionRecord, MassiveTokensLeftOut, SiteRecord
+
+
+def probe_record(prepared: Prepared, observed: Observations) -> Probe:
+    """What the record says of the text and the options."""
+    return Probe(
+        sequences=observed.sequences,
+        tokens=observed.tokens,
+        max_tokens=observed.max_tokens,
+        source=prepared.source,
+        seed=prepared.seed,
+        level=prepared.level,
+        device=str(device_of(prepared.loaded.model)),
+        command=prepared.command,
+        options=prepared.options,
+    )
+
+
+def site_records(observed: Observations) -> list[SiteRecord]:
+    """The trajectory, from the embedding on."""
+    return [_site_record(s) for s in observed.sites]
+
+
+def _site_record(site: SiteStatistics) -> SiteRecord:
+    plain = {name: Statistic.of(*site.plain.summary(i)) for i, name in enumerate(PLAIN_MEASURES)}
+    massive = {name: Statistic.of(*site.massive.summary(i)) for i, name in enumerate(MASSIVE_MEASURES)}
+    if site.not_finite and all(v is None for v in plain.values()):
+        missing = "NaN or infinity in every sequence"
+    else:
+        missing = "undefined on this text"
+    stream = {name: Statistic.of(*site.stream.summary(i)) for i, name in enumerate(STREAM_MEASURES)}
+    unavailable = {name: missing for name, value in (plain | stream).items() if value is None}
+    if site.block is None:
+        unavailable["stream_carried"] = "no block comes before"
+        if "distinct_tokens" in unavailable:
+            unavailable["distinct_tokens"] = "the model is given no token ids"
+    else:
+        unavailable["distinct_tokens"] = "counted at the embedding"
+    if "rank_gap" in unavailable and not site.not_finite:
+        unavailable["rank_gap"] = "no singular value lies below the cut"
+    return SiteRecord(
+        site=site.site,
+        block=site.block,
+        stack=site.stack,
+        massive_tokens_left_out=MassiveTokensLeftOut(**massive),
+        not_finite=site.not_finite,
+        unavailable=unavailable,
+        **plain,
+        **stream,
+    )
+
+
+def attention_records(statistics: AttentionStatistics, level: Level) -> list[AttentionRecord]:
+    """One attention call, head by head."""
+    records = []
+    for head in range(statistics.call.heads):
+        values = {name: Statistic.of(*statistics.values.summary(i, head)) for i, name in enumerate(ATTENTION_MEASURES)}
+        unavailable = {
+            name: statistics.reasons.get(name) or _missing(name, level)
+            for name, value in values.items()
+            if value is None
+        }
+        records.append(
+            AttentionRecord(
+                block=statistics.block,
+                head=head,
+                stack=statistics.stack,
+                kind=statistics.kind,
+                route=statistics.route,
+                unavailable=unavailable,
+                **values,
+            )
+        )
+    return records
+
+
+def _missing(measure: str, level: Level) -> str:
+    if level == "core" and measure in {"susceptibility", "contraction", "spectral_gap", "second_singular_value"}:
+        return "measured with --level full"
+    return "not finite or undefined on this text"
+
+
+def model_info(prepared: Prepared, observed: Observations) -> ModelInfo:
+    """What the record says of the model."""
+    loaded, anatomy = prepared.loaded, prepared.anatomy
+    model = loaded.model
+    calls = [s.call for s in observed.attention]
+    common = Counter((c.heads, c.key_value_heads, c.head_width) for c in calls).most_common(1)
+    heads, key_value_heads, head_width = common[0][0] if common else (0, 0, 0)
+    parameters = {id(p): p.numel() for p in model.parameters()}
+    dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
+    backend = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return ModelInfo(
+        name=loaded.name,
+        revision=loaded.revision,
+        architecture=type(model).__name__,
+        blocks=len(anatomy.blocks),
+        heads=heads,
+        key_value_heads=key_value_heads,
+        width=observed.sites[0].width if observed.sites else 0,
+        head_width=head_width,
+        norm_placement=anatomy.norm_placement,
+        parameters=sum(parameters.values()),
+        dtype=str(dtype).removeprefix("torch."),
+        attention_backend=backend or "the model's own",
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of everything a figure depends on."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("uncollapse", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # run from a source tree, or a model without transformers
+            found[package] = "not installed"
+    return found

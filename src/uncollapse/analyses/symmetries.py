@@ -1,0 +1,564 @@
+"""`symmetries`: the groups act on a live model. Which symmetry is exact, which is broken, and what breaks it?
+
+For a group element g and the model f, from its input to the stream behind its last block, the equivariance defect is
+||f(g x) - g f(x)|| / ||f(x)||, in Frobenius norm over the real tokens of a sequence. Two reference points make it readable: the
+*rounding level*, the same ratio when every block's output is moved by one unit of rounding, and the same defect with a
+component taken away. A component breaks a symmetry if with everything else away the defect is still there.
+
+Gauges are applied to the weights and taken back bit for bit; nothing is trained or approximated. The elements are random, well
+conditioned and seeded; an exact symmetry holds for all of them, so one that fails settles it.
+
+When not to use it: in half precision for small breaks, which rounding hides; or to judge a model's health. A broken symmetry
+is often the point of an architecture (`findings` judges).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from uncollapse.analyses.diagnosis import observe
+from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
+from uncollapse.analyses.result import Recorded
+from uncollapse.anatomy.interception import device_of
+from uncollapse.anatomy.probing import float64_kept, probing
+from uncollapse.anatomy.proof import block_output, example
+from uncollapse.anatomy.vocabulary import Block
+from uncollapse.errors import InputError, UncollapseError
+from uncollapse.interventions.without import without as taken_away
+from uncollapse.probe.context_lengths import require_context_lengths
+from uncollapse.records.common import Finding, Phenomenon, Statistic
+from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord, SymmetryRecord, SymmetryTest
+from uncollapse.symmetry.acting import acting, drawn, transformed
+from uncollapse.symmetry.channels import Channels, channels_of
+from uncollapse.symmetry.pass_groups import KeyPermutation, LogitScaling, LogitShift, TokenPermutation
+from uncollapse.symmetry.weight_groups import HeadPermutation, QueryKeyGauge, ValueOutputGauge, WeightElement
+
+SEQUENCES, TOKENS = 4, 32  # what the groups act on: a defect is there in every sequence, or not at all
+# In rounding levels. An exact symmetry reorders sums and rounds weights anew: on MiniLM (four number formats) and SmolLM2 its
+# defect was at most 2 levels. In bfloat16, where a level is 0.02, a break below 0.1 cannot be told from rounding.
+EXACT = 5.0
+# Logits times this are all equal to within any number format: attention without its query and key weights.
+FLAT = 1e-30
+QUERY_KEY = "query and key weights"
+
+
+@dataclass(frozen=True)
+class Symmetries(Recorded[SymmetriesRecord]):
+    """What `symmetries` found. `record` is the whole of it, as data."""
+
+    @property
+    def symmetries(self) -> list[SymmetryRecord]:
+        """The four phenomena: where the model stands, and what holds it there."""
+        return self.record.symmetries
+
+    @property
+    def tests(self) -> list[SymmetryTest]:
+        """Each group acting, with and without the components that break its symmetry."""
+        return self.record.tests
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What a diagnosis of the same text finds."""
+        return self.record.findings
+
+
+def symmetries(
+    model: nn.Module | str | Path = "demo",
+    texts: Sequence[str] | None = None,
+    *,
+    context_lengths: Sequence[int] | None = None,
+    **probe: Unpack[ProbeOptions],
+) -> Symmetries:
+    """Let the groups of the four phenomena act on a model, and say where it stands and what holds it there.
+
+    model: a loaded `nn.Module`, a hub id, a local directory, or `"demo"`. texts: one sequence each (default: English prose).
+    context_lengths: lengths in tokens at which to fit how the second singular value of each attention falls.
+
+    The groups act on the first tokens of a few sequences; the order parameters along depth come from all of the text. Weights
+    that a gauge transforms are put back bit for bit, also after an exception.
+
+    Options shared with `diagnose`, each described in `help(uncollapse.analyses.preparation.ProbeOptions)`:
+    text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
+    model: layout, name, device, dtype, device_map, trust_remote_code=False;
+    run: command, progress.
+
+    Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the
+    anatomy cannot be proved. What cannot be tested on this model is in the record with its reason.
+    """
+    lengths = None if context_lengths is None else require_context_lengths(context_lengths)
+    prepared = prepare(symmetries, model, texts, probe)
+    with float64_kept(prepared.loaded.model):
+        diagnosis = observe(prepared, context_lengths=lengths)
+        acted = _Acting(prepared)
+        tests, stabilisers = acted.tests(), acted.stabilisers()
+    return Symmetries(
+        SymmetriesRecord(
+            schema=SYMMETRIES_SCHEMA,
+            versions=diagnosis.versions,
+            model=diagnosis.model,
+            probe=diagnosis.probe,
+            symmetries=[completed(record, tests, stabilisers) for record in diagnosis.symmetries],
+            tests=tests,
+            findings=diagnosis.findings,
+        )
+    )
+
+
+def completed(
+    record: SymmetryRecord, tests: Sequence[SymmetryTest], stabilisers: Mapping[Phenomenon, Sequence[str]]
+) -> SymmetryRecord:
+    """The record with what the groups' action says: the defect of the model as it is, the breakers that were found by taking
+    them away, in place of those that the anatomy suggests, and further `stabilisers`."""
+    held = [*record.stabilisers, *stabilisers.get(record.phenomenon, ())]
+    record = replace(record, stabilisers=list(dict.fromkeys(held)))
+    mine = [t for t in tests if t.phenomenon == record.phenomenon]
+    whole = next((t for t in mine if not t.without), None)
+    if whole is None or whole.defect is None:
+        reason = "no group of this symmetry could act" if whole is None else whole.unavailable["defect"]
+        return replace(record, unavailable={**record.unavailable, "equivariance_defect": reason})
+    unavailable = {k: v for k, v in record.unavailable.items() if k != "equivariance_defect"}
+    found = breakers(mine)
+    kept = record.breakers if found is None else [*found, *(b for b in record.breakers if b == "position gates")]
+    if record.phenomenon == "rank-collapse-depth" and is_broken_otherwise(mine):
+        kept = [*kept, "order told in another way"]
+    shift = next((t for t in mine if t.action == "logit shift"), None)
+    if shift is not None and shift.holds is False:
+        kept = [*kept, "attention sinks"]
+    return replace(record, equivariance_defect=whole.defect, breakers=kept, unavailable=unavailable)
+
+
+def breakers(tests: Sequence[SymmetryTest]) -> list[str] | None:
+    """The components that break a symmetry: with all the others away, the defect is still there. `None` where that was not
+    found out: no test took anything away, one of them could not, or something else breaks the symmetry as well."""
+    every = max((t.without for t in tests), key=len, default=[])
+    alone = {c: next((t for t in tests if set(t.without) == set(every) - {c}), None) for c in every}
+    if not every or any(t is None or t.defect is None for t in alone.values()) or is_broken_otherwise(tests):
+        return None
+    return [c for c, test in alone.items() if test is not None and not at_rounding(test)]
+
+
+def is_broken_otherwise(tests: Sequence[SymmetryTest]) -> bool:
+    """Whether a symmetry is still broken with everything away: by a relative bias, say, when positions are carried along."""
+    whole = max(tests, key=lambda t: len(t.without), default=None)
+    return whole is not None and bool(whole.without) and whole.holds is False
+
+
+def at_rounding(test: SymmetryTest) -> bool:
+    """Whether a measured defect is no more than what rounding does."""
+    assert test.defect is not None
+    assert test.rounding is not None
+    return test.defect.max <= EXACT * test.rounding.max
+
+
+class _Acting:
+    """The groups acting on one model and a few short sequences of its probe."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.model, self.anatomy = prepared.loaded.model, prepared.anatomy
+        self.progress = prepared.progress
+        self.generator = torch.Generator().manual_seed(prepared.seed)
+        self.seed = prepared.seed
+        device = device_of(self.model)
+        self.pieces = [
+            {k: v.to(device) if isinstance(v, Tensor) else v for k, v in piece.items()}
+            for piece in _pieces(prepared.batches)
+        ]
+        self.channels = channels_of(self.model, self.anatomy, self.pieces[0])
+        self.done = 0
+
+    def tests(self) -> list[SymmetryTest]:
+        """Every group, with and without the components that may break its symmetry."""
+        found = [*self._token_permutations(), *self._key_permutations()]
+        found += [self._gauge(group, action) for group, action in _GAUGES]
+        found += [self._logit_shift(), self._query_key_scaling(), self._logit_scaling()]
+        if self.progress is not None:
+            self.progress("symmetries", _TESTS, _TESTS)
+        return found
+
+    def stabilisers(self) -> dict[Phenomenon, list[str]]:
+        """What only shows when the model runs: sinks beside the keys, and a cap on the logits."""
+        capped = _SoftCap(self.pieces[0])
+        with probing(self.model, self.seed), capped:
+            self.model(**self.pieces[0])
+        sinks = ["attention sinks"] * any(c.sinks for c in self.channels)
+        return {"rank-collapse-depth": sinks, "entropy-collapse": ["logit soft cap"] * capped.found}
+
+    # Token and key permutations -----------------------------------------------------------------------------------
+    def _token_permutations(self) -> Iterator[SymmetryTest]:
+        """Without positions, where they cannot be taken away, the tokens are permuted where they enter the blocks: each brings
+        along what it was told of its position. A model that knows order in another way as well is still found out."""
+        for away in _combinations("positions", "mask"):
+            free = len(away) == 2
+            test = self._tested(
+                "rank-collapse-depth",
+                "token permutation",
+                away,
+                self._permuting_tokens,
+                is_symmetry=free,
+                surviving="every order of the tokens" if free else "what positions and mask leave of it",
+            )
+            if "positions" in away and test.defect is None:
+                test = self._tested(
+                    "rank-collapse-depth",
+                    "token permutation",
+                    away,
+                    self._permuting_stream,
+                    is_symmetry=free,
+                    surviving="every order of the tokens, each with what it was told of its position",
+                    carried=True,
+                )
+            yield test
+
+    def _permuting_tokens(self, piece: dict[str, Any], plain: Tensor) -> tuple[Tensor, Tensor]:
+        moved, order = piece, None
+        for stack in ("", "decoder_"):
+            tokens = piece.get(f"{stack}input_ids")
+            if tokens is None and (stack or "decoder_input_ids" in piece):
+                continue
+            shape = plain.shape[:2] if tokens is None else tokens.shape[:2]
+            order = TokenPermutation.random(self.generator, torch.ones(shape, dtype=torch.bool))
+            moved = order.batch(moved, stack)
+        assert order is not None
+        return order.tokens(plain), self._stream(moved)
+
+    def _permuting_stream(self, piece: dict[str, Any], plain: Tensor) -> tuple[Tensor, Tensor]:
+        """The tokens in another order where they enter each stack's first block."""
+        orders: list[TokenPermutation] = []
+
+        def enter(block: Block) -> Callable[..., Any]:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                key = block.stream_input
+                stream = args[key] if isinstance(key, int) else kwargs[key]
+                if stream.ndim != 3 or block.token_axis != 1:
+                    raise InputError(
+                        f"symmetries: expected a stream with the axes sequence, token and width, got {tuple(stream.shape)}. "
+                        "The tokens of this model lie otherwise and are not permuted."
+                    )
+                orders.append(TokenPermutation.random(self.generator, torch.ones(stream.shape[:2], dtype=torch.bool)))
+                moved = orders[-1].tokens(stream)
+                if isinstance(key, int):
+                    return (*args[:key], moved, *args[key + 1 :]), kwargs
+                return args, {**kwargs, key: moved}
+
+            return hook
+
+        with contextlib.ExitStack() as stack:
+            for block in {b.stack: b for b in reversed(self.anatomy.blocks)}.values():
+                module = self.model.get_submodule(block.module.name)
+                stack.callback(_first_run_only(module, enter(block)).remove)
+            got = self._stream(piece)
+        return orders[-1].tokens(plain), got
+
+    def _key_permutations(self) -> Iterator[SymmetryTest]:
+        for away in _combinations(QUERY_KEY, "mask"):
+            free = len(away) == 2
+            yield self._tested(
+                "rank-collapse-width",
+                "key permutation",
+                away,
+                self._permuting_keys,
+                is_symmetry=free,
+                surviving="every order of the keys" if free else "none: a limit of long contexts, no symmetry",
+            )
+
+    def _permuting_keys(self, piece: dict[str, Any], plain: Tensor) -> tuple[Tensor, Tensor]:
+        with contextlib.ExitStack() as within:
+            for stack in dict.fromkeys(b.stack for b in self.anatomy.blocks):
+                tokens = piece.get("decoder_input_ids" if stack == "decoder" else "input_ids", piece.get("input_ids"))
+                shape = plain.shape[:2] if tokens is None else tokens.shape[:2]
+                order = KeyPermutation.random(self.generator, torch.ones(shape, dtype=torch.bool))
+                numbers = [i for i, b in enumerate(self.anatomy.blocks) if b.stack == stack]
+                within.enter_context(acting(self.model, self.anatomy, order, numbers))
+            return plain, self._stream(piece)
+
+    # Gauges -------------------------------------------------------------------------------------------------------
+    def _gauge(self, group: type[WeightElement], action: str) -> SymmetryTest:
+        subgroups = [(c, group.surviving(c)) for c in self.channels]
+        able = [c for c, subgroup in subgroups if subgroup.survives]
+        surviving = _summary([(c.block, subgroup.surviving) for c, subgroup in subgroups])
+        dimensions = [subgroup.dimension for c, subgroup in subgroups if subgroup.survives]
+        test = self._tested(
+            "head-channel-non-identifiability",
+            action,
+            [],
+            self._transformed(drawn(group, able, self.generator)) if able else None,
+            is_symmetry=group is not QueryKeyGauge or not self._normed(),
+            surviving=surviving,
+        )
+        return replace(test, dimension=_common(dimensions))
+
+    def _transformed(self, elements: Sequence[tuple[Channels, WeightElement]]) -> _Action:
+        def act(piece: dict[str, Any], plain: Tensor) -> tuple[Tensor, Tensor]:
+            with transformed(self.model, elements):
+                return plain, self._stream(piece)
+
+        return act
+
+    # Logits -------------------------------------------------------------------------------------------------------
+    def _logit_shift(self) -> SymmetryTest:
+        element = LogitShift.random(self.generator)
+        return self._tested(
+            "entropy-collapse",
+            "logit shift",
+            [],
+            self._inside(element),
+            is_symmetry=True,
+            surviving="a number added to all logits of a row",
+        )
+
+    def _logit_scaling(self) -> SymmetryTest:
+        return self._tested(
+            "entropy-collapse",
+            "logit scaling",
+            [],
+            self._inside(LogitScaling(2.0)),
+            is_symmetry=False,
+            surviving="none: temperature moves attention towards collapse, it is no symmetry",
+        )
+
+    def _query_key_scaling(self) -> SymmetryTest:
+        """(a W_Q, W_K / a): which of the two weights is large says nothing about the entropy."""
+        able = [c for c in self.channels if QueryKeyGauge.surviving(c).survives]
+        elements: dict[str, WeightElement] = {}
+        acted = []
+        for c in able:
+            assert c.queries is not None
+            element = elements.setdefault(c.queries.place, QueryKeyGauge.entropy_scaling(2.0, c))
+            acted.append((c, element))
+        return self._tested(
+            "entropy-collapse",
+            "query-key scaling",
+            [],
+            self._transformed(acted) if acted else None,
+            is_symmetry=not self._normed(),
+            surviving="queries times a number, keys divided by it"
+            if acted
+            else _summary([(c.block, QueryKeyGauge.surviving(c).surviving) for c in self.channels]),
+        )
+
+    def _normed(self) -> bool:
+        """Whether queries and keys pass a norm: scales of their weights then show, as far as its epsilon does."""
+        return any(c.norm is not None for c in self.channels)
+
+    def _inside(self, element: Any) -> _Action:
+        def act(piece: dict[str, Any], plain: Tensor) -> tuple[Tensor, Tensor]:
+            with acting(self.model, self.anatomy, element):
+                return plain, self._stream(piece)
+
+        return act
+
+    # Measuring ----------------------------------------------------------------------------------------------------
+    def _tested(
+        self,
+        phenomenon: Phenomenon,
+        action: str,
+        away: Sequence[str],
+        act: _Action | None,
+        *,
+        is_symmetry: bool,
+        surviving: str,
+        carried: bool = False,
+    ) -> SymmetryTest:
+        """One group acting without the components `away`; positions that are `carried` along by the tokens stay."""
+        if self.progress is not None and not carried:  # a second try at the same test
+            self.progress("symmetries", self.done, _TESTS)
+            self.done += 1
+        test = SymmetryTest(
+            phenomenon=phenomenon,
+            action=action,
+            is_symmetry=is_symmetry,
+            surviving=surviving,
+            dimension=None,
+            without=list(away),
+            defect=None,
+            rounding=None,
+            holds=None,
+        )
+        if act is None:
+            return replace(test, unavailable=dict.fromkeys(["defect", "rounding", "holds"], surviving))
+        try:
+            defects, levels = self._measured(act, [c for c in away if not (carried and c == "positions")])
+        except UncollapseError as error:
+            return replace(test, unavailable=dict.fromkeys(["defect", "rounding", "holds"], str(error)))
+        test = replace(test, defect=_statistic(defects), rounding=_statistic(levels))
+        if test.defect is None or test.rounding is None:
+            return replace(test, unavailable=dict.fromkeys(["defect", "holds"], "the stream is not finite"))
+        return replace(test, holds=at_rounding(test))
+
+    def _measured(self, act: _Action, away: Sequence[str]) -> tuple[list[float], list[float]]:
+        """The defect in every sequence, and beside it the rounding level."""
+        names = [name for name in away if name != QUERY_KEY]
+        defects, levels = [], []
+        with contextlib.ExitStack() as stack:
+            rounding = stack.enter_context(_Rounding(self.model, self.anatomy.blocks, self.seed).installed())
+            stack.enter_context(probing(self.model, self.seed))
+            if names:
+                stack.enter_context(taken_away(self.model, *names, batch=self.pieces[0]))
+            if QUERY_KEY in away:
+                stack.enter_context(acting(self.model, self.anatomy, LogitScaling(FLAT)))
+            for piece in self.pieces:
+                plain = self._stream(piece)
+                expected, got = act(piece, plain)
+                defects += _ratios(got - expected, plain)
+                with rounding.on():
+                    levels += _ratios(self._stream(piece) - plain, plain)
+        return defects, levels
+
+    def _stream(self, piece: Mapping[str, Any]) -> Tensor:
+        """The stream behind the last block [sequence, token, width], in float64."""
+        block = self.anatomy.blocks[-1]
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, _args: Any, output: Any) -> None:
+            seen[:] = [block_output(output, block.stream_output)]
+
+        hook = self.model.get_submodule(block.module.name).register_forward_hook(keep)
+        try:
+            with torch.no_grad():
+                self.model(**piece)
+        finally:
+            hook.remove()
+        stream = seen[0].detach().double()
+        if block.token_axis is None:
+            return stream.reshape(1, -1, stream.shape[-1])
+        return stream.transpose(0, 1) if block.token_axis == 0 else stream.flatten(1, -2)
+
+
+def _first_run_only(module: nn.Module, hook: Callable[..., Any]) -> Any:
+    """Register a pre-hook that acts once: a shared block runs again, on what it made itself."""
+    runs: list[None] = []
+
+    def once(*given: Any) -> Any:
+        runs.append(None)
+        return hook(*given) if len(runs) == 1 else None
+
+    return module.register_forward_pre_hook(once, with_kwargs=True)
+
+
+_Action = Callable[
+    [dict[str, Any], Tensor], tuple[Tensor, Tensor]
+]  # a sequence and its stream → what should come, what comes
+_GAUGES: tuple[tuple[type[WeightElement], str], ...] = (
+    (ValueOutputGauge, "value-output gauge"),
+    (HeadPermutation, "head permutation"),
+    (QueryKeyGauge, "query-key gauge"),
+)
+_TESTS = 4 + 4 + len(_GAUGES) + 3
+
+
+class _Rounding:
+    """Moves the stream behind every block by one unit of rounding, each number up or down at random, while it is on."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block], seed: int) -> None:
+        self.model, self.blocks, self.active = model, blocks, False
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[_Rounding]:
+        with contextlib.ExitStack() as stack:
+            for block in {b.module.name: b for b in self.blocks}.values():
+                module = self.model.get_submodule(block.module.name)
+                stack.callback(module.register_forward_hook(self._hook(block)).remove)
+            yield self
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+
+    def _hook(self, block: Block) -> Callable[..., None]:
+        def hook(_: nn.Module, _args: Any, output: Any) -> None:
+            if self.active:
+                stream = block_output(output, block.stream_output)
+                signs = torch.randint(0, 2, stream.shape, generator=self.generator).to(stream) * 2 - 1
+                stream.mul_(1 + torch.finfo(stream.dtype).eps * signs)
+
+        return hook
+
+
+class _SoftCap(TorchFunctionMode):
+    """Whether anything of the shape of logits passes a hyperbolic tangent."""
+
+    def __init__(self, piece: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.lengths = {v.shape[1] for v in piece.values() if isinstance(v, Tensor) and v.ndim >= 2}
+        self.found = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.tanh, Tensor.tanh) and args[0].ndim >= 3:
+            queries, keys = args[0].shape[-2:]
+            self.found |= queries == keys and queries in self.lengths
+        return func(*args, **(kwargs or {}))
+
+
+def _pieces(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The first tokens of the longest sequences, without padding: one batch where they can be cut to one length."""
+    singles = [one for batch in batches for one in _sequences(batch)]
+    singles = sorted(singles, key=_tokens, reverse=True)[:SEQUENCES]
+    cut = [example(one, min([TOKENS, *map(_tokens, singles)])) for one in singles]
+    try:
+        return [
+            {
+                k: torch.cat([one[k] for one in cut]) if isinstance(v, Tensor) and v.ndim else v
+                for k, v in cut[0].items()
+            }
+        ]
+    except (RuntimeError, KeyError):  # their shapes differ, or their inputs: one by one
+        return cut
+
+
+def _sequences(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    size = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
+    for row in range(size):
+        yield {
+            k: v[row : row + 1] if isinstance(v, Tensor) and v.ndim and v.shape[0] == size else v
+            for k, v in batch.items()
+        }
+
+
+def _tokens(one: Mapping[str, Any]) -> int:
+    """How many real tokens a sequence has; an image has as many as it has."""
+    ids = one.get("decoder_input_ids", one.get("input_ids"))
+    mask = one.get("attention_mask")
+    return int(mask.sum()) if isinstance(mask, Tensor) and mask.ndim == 2 else TOKENS if ids is None else ids.shape[1]
+
+
+def _combinations(first: str, second: str) -> list[list[str]]:
+    return [[], [first], [second], [first, second]]
+
+
+def _ratios(difference: Tensor, whole: Tensor) -> list[float]:
+    """||difference|| / ||whole|| of every sequence."""
+    return [float(v) for v in difference.flatten(1).norm(dim=1) / whole.flatten(1).norm(dim=1)]
+
+
+def _statistic(values: Sequence[float]) -> Statistic | None:
+    return Statistic.of(sum(values) / len(values), min(values), max(values), len(values))
+
+
+def _common(values: Sequence[int | None]) -> int | None:
+    """The dimension on one attention call where it is the same on all."""
+    return values[0] if len(set(values)) == 1 else None
+
+
+def _summary(said: Sequence[tuple[int, str]]) -> str:
+    """What survives, said once where it is the same in all blocks."""
+    blocks: dict[str, list[int]] = {}
+    for block, words in said:
+        blocks.setdefault(words, []).append(block)
+    if len(blocks) == 1:
+        return next(iter(blocks))
+    return "; ".join(f"blocks {', '.join(map(str, numbers))}: {words}" for words, numbers in blocks.items())

@@ -1,0 +1,232 @@
+"""Stand at one operation inside a live model and act there: the mechanism under the proof, `without` and the capture.
+
+A `Point` names an operation without naming an architecture: the `ordinal`-th `operation` ("add of 3 axes", "softmax",
+"scaled_dot_product_attention", ...) in the `call`-th run of the module `owner`, counted in the module's *own* forward;
+what its children do does not count. A handler gets the torch function and its operands and returns the result.
+
+Each owner's `forward` is wrapped for the duration and put back (accelerate and others replace `forward` on the instance:
+that one is wrapped and restored). A module's own code sees the handlers, nothing else in the process does. Handlers act in
+whatever thread runs the model; each thread counts the runs of its own passes.
+Under `torch.compile` the wrapped forward runs eagerly; gradient checkpointing would run it twice and is refused by
+those who change values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from uncollapse.anatomy.tracing import counted_name, opened, operation_name, tensors_in, writes_in_place
+from uncollapse.errors import UncollapseError
+
+Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """The `ordinal`-th `operation` in the `call`-th run of the module named `owner`; `call=None` is every run."""
+
+    owner: str
+    call: int | None
+    operation: str
+    ordinal: int
+
+    def __str__(self) -> str:
+        run = "" if not self.call else f", run {self.call}"
+        return f"{self.operation} #{self.ordinal} of {self.owner or 'the model itself'}{run}"
+
+
+class _Owner(TorchFunctionMode):
+    """The handlers of one module while its own forward runs."""
+
+    def __init__(self, handlers: Mapping[tuple[str, int], Handler], hits: set[tuple[str, int]]) -> None:
+        super().__init__()
+        self.handlers = handlers
+        self.operations = {operation for operation, _ in handlers}
+        self.hits = hits
+        self.depth = 0
+        self.counts: dict[str, int] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.depth:
+            return func(*args, **kwargs)
+        inner = opened(func)
+        if inner is not None:
+            with self:
+                return inner(*args, **kwargs)
+        operands = list(tensors_in([args, kwargs]))
+        name = counted_name(operation_name(func), operands)
+        if name not in self.operations or not operands:
+            return func(*args, **kwargs)
+        ordinal = self.counts.get(name, 0)
+        self.counts[name] = ordinal + 1
+        handler = self.handlers.get((name, ordinal))
+        if handler is None:
+            return func(*args, **kwargs)
+        self.hits.add((name, ordinal))
+        return handler(func, args, kwargs)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where to put the inputs of `model`: the device of its first parameter or buffer that is not on `meta`, else the CPU.
+
+    Offloaded parameters stand on `meta` between passes, where nothing can be computed; accelerate moves a batch from the CPU to
+    wherever the model runs.
+    """
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if not tensor.is_meta:
+            return tensor.device
+    return torch.device("cpu")
+
+
+class Runs(threading.local):
+    """How often each module has run in the pass that the present thread is in."""
+
+    def __init__(self) -> None:
+        self.depth = 0  # calls of surrounding modules that this thread is in
+        self.counts: dict[str, int] = {}
+        self.modes: dict[str, list[_Owner]] = {}
+
+    def begin(self, name: str) -> int:
+        """Count a run of the module with this name; its number in the pass, from 0."""
+        run = self.counts.get(name, 0)
+        self.counts[name] = run + 1
+        return run
+
+
+@contextlib.contextmanager
+def counted(model: nn.Module, owners: Iterable[str], within: nn.Module | None = None) -> Iterator[Runs]:
+    """Count runs of the `owners` from the start of each pass. A pass is a call of `model`, of `within`, or of any module
+    around an owner that is called from outside all of these: `generate` runs an encoder by itself, `get_text_features` a
+    tower."""
+    runs = Runs()
+    around = {name[:end] for name in owners for end in [*(i for i, c in enumerate(name) if c == "."), len(name)]}
+    modules = {id(m): m for m in (model, within or model, *(model.get_submodule(name) for name in sorted(around)))}
+
+    def enter(module: nn.Module, *_: Any) -> None:
+        if runs.depth == 0 or module is model:  # Ctrl-C skips the hooks on the way out: the model itself starts afresh
+            runs.depth = 0
+            runs.counts.clear()
+        runs.depth += 1
+
+    def leave(*_: Any) -> None:
+        runs.depth -= 1
+
+    with contextlib.ExitStack() as stack:
+        for module in modules.values():
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield runs
+
+
+@contextlib.contextmanager
+def intercepted(
+    model: nn.Module, handlers: Mapping[Point, Handler], *, within: nn.Module | None = None, strict: bool = True
+) -> Iterator[None]:
+    """Within the block the handlers act in every pass of `model`, or of its module `within`, run by itself; see `counted`.
+
+    With `strict`, a run of an owner that misses one of its points raises `UncollapseError`: nothing is measured or
+    changed at a wrong place without a word.
+    """
+    by_owner: dict[str, dict[int | None, dict[tuple[str, int], Handler]]] = {}
+    for point, handler in handlers.items():
+        by_owner.setdefault(point.owner, {}).setdefault(point.call, {})[point.operation, point.ordinal] = handler
+    with contextlib.ExitStack() as stack:
+        # A compiled model would not notice what is put up here, or compile it: both were seen to go wrong.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        runs = stack.enter_context(counted(model, by_owner, within))
+        for owner, by_call in by_owner.items():
+            stack.enter_context(_wrapped(model.get_submodule(owner), owner, by_call, runs, strict))
+        yield
+
+
+@contextlib.contextmanager
+def _wrapped(
+    module: nn.Module,
+    name: str,
+    by_call: Mapping[int | None, Mapping[tuple[str, int], Handler]],
+    runs: Runs,
+    strict: bool,
+) -> Iterator[None]:
+    original = module.forward
+    own = "forward" in module.__dict__
+
+    def down(*_: Any) -> None:
+        for mode in runs.modes.get(name, [])[-1:]:
+            mode.depth += 1
+
+    def up(*_: Any) -> None:
+        for mode in runs.modes.get(name, [])[-1:]:
+            mode.depth -= 1
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        run = runs.begin(name)
+        wanted = {**by_call.get(None, {}), **by_call.get(run, {})}
+        if not wanted:
+            return original(*args, **kwargs)
+        hits: set[tuple[str, int]] = set()
+        mode = _Owner(wanted, hits)
+        modes = runs.modes.setdefault(name, [])
+        modes.append(mode)
+        try:
+            with mode:
+                output = original(*args, **kwargs)
+        finally:
+            modes.pop()
+        missed = set(wanted) - hits
+        if missed and strict:
+            operation, ordinal = sorted(missed)[0]
+            raise UncollapseError(
+                f"intercept: expected {Point(name, run, operation, ordinal)}, got a run without it. "
+                "The model took another path than when it was traced. Diagnose it on inputs of one kind."
+            )
+        return output
+
+    with contextlib.ExitStack() as stack:
+        for child in module.modules():
+            if child is not module:
+                stack.callback(child.register_forward_pre_hook(down).remove)
+                stack.callback(child.register_forward_hook(up, always_call=True).remove)
+        module.forward = forward
+        try:
+            yield
+        finally:
+            if own:
+                module.forward = original
+            else:
+                del module.forward
+
+
+def chosen_operand(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], keep: int) -> Tensor:
+    """What an addition returns when only operand `keep` (0 or 1) is left of it: in the sum's shape and dtype.
+
+    An in-place addition writes the kept operand into its first one, as the original would have written the sum.
+    """
+    first, second = addition_operands(args, kwargs)
+    kept = first if keep == 0 else second
+    if writes_in_place(function):
+        if keep == 1:
+            first.copy_(kept)
+        return first
+    shape = torch.broadcast_shapes(first.shape, second.shape)
+    return kept.to(torch.promote_types(first.dtype, second.dtype)).expand(shape)
+
+
+def addition_operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The two operands of an addition, however it was called."""
+    first = args[0] if args else kwargs["input"]
+    second = args[1] if len(args) > 1 else kwargs["other"]
+    return first, second

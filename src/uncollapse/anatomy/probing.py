@@ -1,0 +1,87 @@
+"""How a model is run to be looked at: in evaluation mode, from one seed, in one number format."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+@contextlib.contextmanager
+def probing(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Run `model` as a probe: evaluation mode, no gradients, no key-value cache, no compiled code, a fixed seed. All of it is
+    put back.
+
+    A compiled model keeps its compiled code but does not run it here: hooks added after the first compiled call would
+    never fire. torch's own `nn.TransformerEncoderLayer` fuses the whole layer into one kernel in evaluation mode; nobody
+    can look inside it, so it takes its ordinary path here, which differs from the fused one in the last digit.
+    """
+    training = [m for m in model.modules() if m.training]
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    caching = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        torch.manual_seed(seed)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module in training:
+            module.training = False
+        for config in caching:  # a block run twice on its own arguments would find its own keys in the cache
+            config.use_cache = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+            for config in caching:
+                config.use_cache = True
+
+
+def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Within the block a measurement of `tensor` is computed as it is written, also when the model runs under autocast."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+class _Float64Kept(TorchFunctionMode):
+    """Requests for single precision are requests for double."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        given = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*(torch.float64 if a is torch.float32 else a for a in args), **given)
+
+
+@contextlib.contextmanager
+def float64_kept(model: nn.Module) -> Iterator[None]:
+    """Keep a float64 model in float64: many models cast to single precision inside their norms, rotary embeddings and
+    softmax, which puts the floor of every figure at 1e-7. A model in another number format is left as it is."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if dtypes != {torch.float64}:
+        yield
+        return
+    original, own = model.forward, "forward" in model.__dict__
+
+    @functools.wraps(original)  # others read the signature: does it take position_ids?
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with _Float64Kept():
+            return original(*args, **kwargs)
+
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own:
+            model.forward = original
+        else:
+            del model.forward

@@ -1,0 +1,393 @@
+"""The command line: parse, call, show, exit code. No decision about a model is taken here.
+
+Nothing heavy is imported before the arguments are known to be good, so `--help` answers at once.
+
+Exit codes: 0 done; 1 done, with a finding at or above `--fail-on`; 2 the input cannot be used (one line on stderr);
+130 interrupted. A traceback means a bug.
+"""
+
+# Annotations are evaluated here, unlike elsewhere: typer reads options from them. Those for the type checker alone are strings.
+import contextlib
+import inspect
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
+
+import typer
+
+from uncollapse.cli.options import (
+    BatchSize,
+    Blocks,
+    Claims,
+    ContextLengths,
+    Device,
+    DeviceMap,
+    Draws,
+    Dtype,
+    FailOn,
+    Grid,
+    Html,
+    Json,
+    Level,
+    MaxTokens,
+    Model,
+    Quiet,
+    Seed,
+    SequenceLimit,
+    Text,
+    Trials,
+    TrustRemoteCode,
+    Without,
+    block_numbers,
+    token_counts,
+)
+from uncollapse.cli.output import FOUND, deliver, progress_on_stderr, reaches, refusals_in_one_line, require_writable
+from uncollapse.records.common import Severity
+
+if TYPE_CHECKING:
+    from uncollapse.analyses.ablation import Ablation
+    from uncollapse.analyses.diagnosis import Diagnosis
+    from uncollapse.analyses.heads import Identifiability
+    from uncollapse.analyses.preparation import ProbeOptions
+    from uncollapse.analyses.result import Recorded
+    from uncollapse.analyses.symmetries import Symmetries
+    from uncollapse.probe.passes import Progress
+
+
+app = typer.Typer(
+    name="uncollapse",
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a bug shows Python's own traceback: no boxes, no values of local variables
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script. Always ends in SystemExit."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    app(args=given, prog_name="uncollapse", obj=shlex.join(["uncollapse", *given]))
+
+
+@app.callback(invoke_without_command=True, epilog="Start here: `uncollapse diagnose` looks at a small packaged model.")
+def uncollapse(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Diagnose, explain and undo representational collapse in Transformers."""
+    if version:
+        from uncollapse import __version__
+
+        typer.echo(f"uncollapse {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a command of a function `name(model, text, *, its own options, **probe)` that returns what was found.
+
+    The command has the function's name and docstring, its own options first, and then the shared ones: text, output, machine.
+    `judges`: what was found has `findings`, and `--fail-on` can turn them into an exit code.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(
+            context: typer.Context,
+            model: Model = "demo",
+            fail_on: FailOn = None,
+            text: Text = None,
+            sequences: SequenceLimit = None,
+            max_tokens: MaxTokens = 128,
+            seed: Seed = 0,
+            json: Json = None,
+            html: Html = None,
+            quiet: Quiet = False,
+            device: Device = None,
+            dtype: Dtype = None,
+            device_map: DeviceMap = None,
+            batch_size: BatchSize = 16,
+            trust_remote_code: TrustRemoteCode = False,
+            **own: Any,
+        ) -> None:
+            def found(progress: "Progress | None") -> Any:
+                return function(
+                    model,
+                    text,
+                    **own,
+                    sequences=sequences,
+                    max_tokens=max_tokens,
+                    batch_size=batch_size,
+                    seed=seed,
+                    device=device,
+                    dtype=dtype,
+                    device_map=device_map,
+                    trust_remote_code=trust_remote_code,
+                    command=context.obj or "",
+                    progress=progress,
+                )
+
+            carry_out(found, json=json, html=html, quiet=quiet, fail_on=fail_on)
+
+        first, *rest = (p for p in inspect.signature(run).parameters.values() if p.kind is not p.VAR_KEYWORD)
+        own_options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        if not judges:
+            rest = [p for p in rest if p.name != "fail_on"]
+        as_keywords = [p.replace(kind=p.KEYWORD_ONLY) for p in (first, rest[0], *own_options, *rest[1:])]
+        # typer reads both, and neither may name what is imported for the type checker alone: it would be evaluated.
+        run.__signature__ = inspect.Signature(as_keywords)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in as_keywords}
+        app.command(function.__name__, help=function.__doc__, epilog=epilog)(run)
+        return function
+
+    return register
+
+
+def carry_out(
+    found: "Callable[[Progress | None], Any]",
+    *,
+    json: str | None,
+    html: str | None,
+    quiet: bool,
+    fail_on: Severity | None = None,
+) -> None:
+    """The body of every command: outputs checked first, the work with bars, its result delivered, then the exit code."""
+    with refusals_in_one_line():
+        require_writable(json=json, html=html)
+        with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
+            # stdout is kept for the result: whatever a library or a model's own code prints meanwhile goes to stderr.
+            result = found(progress)
+        deliver(result, json=json, html=html, quiet=quiet)
+        if fail_on is not None and reaches(result.findings, fail_on):
+            raise typer.Exit(FOUND)
+
+
+def texts_in(files: list[Path] | None) -> list[str] | None:
+    """The texts of `--text`, and None, the built-in prose, where it was left out."""
+    from uncollapse.sources import read_texts
+
+    return read_texts(files) if files else None
+
+
+@on_a_model(
+    judges=True,
+    epilog="""
+**Examples**
+
+The packaged model, offline, with a page to read:
+
+    uncollapse diagnose --html report.html
+
+Your own checkpoint on your own text:
+
+    uncollapse diagnose ./checkpoint --text corpus.txt --max-tokens 256
+
+A check in a training script: exit code 1 when something critical was found:
+
+    uncollapse diagnose ./checkpoint --quiet --fail-on critical
+
+Does attention lose its second direction as the context grows?
+
+    uncollapse diagnose --context-lengths 32,64,128,256 --html report.html
+
+Only JSON on stdout, for another program:
+
+    uncollapse diagnose org/model --json - | jq .findings
+
+**Exit codes**: 0 done; 1 done, and a finding at or above --fail-on; 2 the input cannot be used; 130 interrupted.
+""",
+)
+def diagnose(
+    model: str,
+    text: Text,
+    *,
+    level: Level = "core",
+    context_lengths: ContextLengths = None,
+    **probe: "Unpack[ProbeOptions]",
+) -> "Diagnosis":
+    """Measure where and how a model's token representations collapse, and say what was found."""
+    lengths = token_counts(context_lengths)
+    from uncollapse.analyses.diagnosis import diagnose as diagnosis
+
+    return diagnosis(model, texts_in(text), level=level, context_lengths=lengths, **probe)
+
+
+@on_a_model(
+    epilog="""
+**Examples**
+
+What holds the tokens of the packaged model apart, down to 1e-15, with a page to read:
+
+    uncollapse ablate demo --grid --dtype float64 --html grid.html
+
+Only two runs beside the whole model, on your own checkpoint and text:
+
+    uncollapse ablate ./checkpoint --without mlp --without residual,mlp --text corpus.txt
+
+Only in the blocks 3 to 6:
+
+    uncollapse ablate org/model --without residual --blocks 3-6
+
+The verdicts alone, for another program:
+
+    uncollapse ablate --grid --json - | jq '.verdicts[] | {prediction, measure, agrees}'
+
+A part is removed from a trained model, which is not the same as a model trained without it.
+
+**Exit codes**: 0 done; 2 the input cannot be used; 130 interrupted.
+""",
+)
+def ablate(
+    model: str,
+    text: Text,
+    *,
+    level: Level = "core",
+    without: Without = None,
+    grid: Grid = False,
+    blocks: Blocks = None,
+    **probe: "Unpack[ProbeOptions]",
+) -> "Ablation":
+    """Run a model without some of its parts, and say which of them keeps its tokens apart."""
+    wanted = block_numbers(blocks)
+    combinations = [tuple(part.strip() for part in each.split(",")) for each in without] if without else None
+    from uncollapse.analyses.ablation import ablate as ablation
+
+    return ablation(model, texts_in(text), without=combinations, grid=grid, blocks=wanted, level=level, **probe)
+
+
+@on_a_model(
+    judges=True,
+    epilog="""
+**Examples**
+
+May a result be attributed to a head of the packaged model? With a page that has every head:
+
+    uncollapse heads demo --html heads.html
+
+Your own checkpoint; the text only decides how much each head writes:
+
+    uncollapse heads ./checkpoint --text corpus.txt
+
+A check in a script: exit code 1 when heads have become copies of each other:
+
+    uncollapse heads ./checkpoint --quiet --fail-on warning
+
+Block by block, for another program:
+
+    uncollapse heads --json - | jq -r '.heads[] | [.block, .verdict] | @tsv'
+
+**Verdicts**: attributable; attributable with care (noise gain); not attributable (kernel). They are about who sees a layer's
+output. What each head wrote can always be recorded: `uncollapse.head_contributions` in Python.
+
+**Exit codes**: 0 done; 1 done, and a finding at or above --fail-on; 2 the input cannot be used; 130 interrupted.
+""",
+)
+def heads(model: str, text: Text, **probe: "Unpack[ProbeOptions]") -> "Identifiability":
+    """Say block by block whether a result can be attributed to a head, and to whom what stays ambiguous."""
+    from uncollapse.analyses.heads import identify
+
+    return identify(model, texts_in(text), **probe)
+
+
+@on_a_model(
+    epilog="""
+**Examples**
+
+Which symmetry is exact on the packaged model, which is broken, and by what, with a page to read:
+
+    uncollapse symmetries --html symmetries.html
+
+Your own checkpoint, with the width of its attention at growing context lengths:
+
+    uncollapse symmetries ./checkpoint --text corpus.txt --context-lengths 64,128,256
+
+In double precision, where an exact symmetry holds to 1e-14:
+
+    uncollapse symmetries --dtype float64
+
+The gauges alone, for another program:
+
+    uncollapse symmetries --json - | jq '.tests[] | {action, without, holds, dimension}'
+
+The groups act on a few sequences; weights that a gauge transforms are put back bit for bit.
+
+**Exit codes**: 0 done; 2 the input cannot be used; 130 interrupted.
+""",
+)
+def symmetries(
+    model: str,
+    text: Text,
+    *,
+    context_lengths: ContextLengths = None,
+    **probe: "Unpack[ProbeOptions]",
+) -> "Symmetries":
+    """Let four groups act on a model: which symmetries hold, what breaks them, and how far it is from each collapse."""
+    lengths = token_counts(context_lengths)
+    from uncollapse.analyses.symmetries import symmetries as acting
+
+    return acting(model, texts_in(text), context_lengths=lengths, **probe)
+
+
+# The ids stand here as text, so that the help need not import what checks them; a test holds them against the ledger.
+@app.command(
+    epilog="""
+**Examples**
+
+The whole ledger, in seconds, with a page to read and matrices to copy:
+
+    uncollapse verify --html ledger.html
+
+One claim, with more random cases than by default:
+
+    uncollapse verify layernorm-affine-rank --trials 2000
+
+Which claims are refuted, for another program:
+
+    uncollapse verify --json - | jq -r '.claims[] | select(.verdict == "refuted as stated") | .id'
+
+**Collapse in depth**: attention-only-collapse, causal-collapse-is-geometric, attention-never-gains-rank,
+consensus-is-invariant, residual-obstructs-collapse, residual-needs-no-mlp
+
+**Norms**: layernorm-affine-rank, layernorm-rank-formula, layernorm-matrix-rank, rmsnorm-rank
+
+**What an MLP adds**: mlp-leaves-the-span, mlp-leaves-the-reachable-space, attention-is-affine-given-patterns,
+ffn-width-four
+
+**Heads and gates**: head-channel-ambiguity, head-observers, mlp-cannot-unmix, pgop-overhead, pgop-gauge, pgop-recovery
+
+**Width and entropy**: width-collapse, entropy-floor, scaling-fixed-points
+
+**Symmetries**: token-permutation, head-permutation, value-output-gauge, query-key-gauge
+
+**Verdicts**: holds; holds generically; holds under hypotheses; refuted as stated; measured; undecided. They are results,
+not failures.
+
+**Exit codes**: 0 done; 2 the input cannot be used; 130 interrupted.
+"""
+)
+def verify(
+    claims: Claims = None,
+    trials: Trials = 200,
+    seed: Draws = 0,
+    json: Json = None,
+    html: Html = None,
+    quiet: Quiet = False,
+) -> None:
+    """Check claims about Transformers, exactly where that is possible, and print a verdict with its evidence."""
+
+    def found(progress: "Progress | None") -> "Recorded[Any]":
+        from uncollapse.analyses.result import Recorded
+        from uncollapse.claims import verify as ledger_of
+
+        ledger = ledger_of(
+            list(dict.fromkeys(claims)) if claims else None,
+            trials=trials,
+            seed=seed,
+            # One bar for all the claims, not one for each.
+            progress=progress and (lambda _, done, total: progress("claims", done, total)),
+        )
+        return Recorded(ledger)
+
+    carry_out(found, json=json, html=html, quiet=quiet)

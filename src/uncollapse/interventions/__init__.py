@@ -1,0 +1,1 @@
+"""Take a component away from a live model, and put it back."""

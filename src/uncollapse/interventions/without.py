@@ -1,0 +1,210 @@
+"""Take a component away from a live model, and put it back bit for bit.
+
+    with uc.without(model, "residual", "mlp", blocks=[3, 4]):
+        ...
+
+What is left of a block, at the additions themselves (nothing is subtracted, so nothing is rounded twice):
+
+* a removed sublayer (`"mlp"`, `"attention"`) is skipped with its own norm and residual: the stream passes;
+* a removed `"residual"` lets the sublayer's output alone go on, where the sublayer is still there; `"attention-residual"` and
+  `"mlp-residual"` do so around that sublayer only (the former is the skip that Dong et al. 2021 take away);
+* a removed `"norm"` is the identity: the norms on the way into, out of and behind a sublayer. Query-key norms inside the
+  attention bound its logits and stay. The embedding's and the final norm stay too, unless `blocks="all+outer"`;
+* without the `"mask"` every real token may attend to every real token (padding stays hidden);
+* without `"positions"` every token stands at position 0, in all blocks. Where a model knows positions in another way as well, it
+  is refused (`token_order`).
+
+Contexts nest: what is missing is the union. On leaving, also by an exception, the model's outputs are what they were, bit
+for bit. Under gradient checkpointing a removed part would give silently wrong gradients, so it is refused.
+
+When not to use this: to claim what a model *trained without* the part would do. This one was trained with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from uncollapse.anatomy.interception import Handler, Point, counted, intercepted
+from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
+from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.vocabulary import Anatomy, Block, removal
+from uncollapse.errors import InputError, UnsupportedModel
+from uncollapse.interventions.token_order import mask_removed, positions_removed, require_order_blind
+
+Component = Literal["mlp", "attention", "residual", "attention-residual", "mlp-residual", "norm", "positions", "mask"]
+COMPONENTS: tuple[Component, ...] = get_args(Component)
+_PARTS = {"mlp": {"mlp", "mixer"}, "attention": {"attention", "cross"}}
+_RESIDUALS = {f"{name}-residual": kinds for name, kinds in _PARTS.items()}
+_RESIDUALS["residual"] = {kind for kinds in _PARTS.values() for kind in kinds}
+
+
+@dataclass(frozen=True)
+class _Removal:
+    """One `without` in force: components, block numbers, and whether the outer norms go too."""
+
+    components: frozenset[str]
+    blocks: frozenset[int]
+    outer: bool
+
+
+_active: weakref.WeakKeyDictionary[nn.Module, list[_Removal]] = weakref.WeakKeyDictionary()
+_installed: weakref.WeakKeyDictionary[nn.Module, contextlib.ExitStack] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def without(
+    model: nn.Module,
+    *components: str,
+    blocks: Collection[int] | Literal["all", "all+outer"] | None = None,
+    batch: Mapping[str, Any] | None = None,
+) -> Iterator[nn.Module]:
+    """Within the block, `model` runs without the named components in the given blocks (all of them by default).
+
+    components: see the module, or `COMPONENTS`. blocks: block numbers from 0, `"all"`, or `"all+outer"` to take the norms
+    outside the blocks as well. batch: a batch to prove the anatomy on, for a model that was not diagnosed before and has no
+    dummy inputs of its own.
+
+    Raises `InputError` for an unknown component or block, `UnsupportedModel` where the anatomy cannot be proved or
+    gradient checkpointing is on.
+    """
+    require_components(components)
+    _refuse_checkpointing(model)
+    anatomy = anatomy_for(model, batch)
+    if "positions" in components:
+        require_order_blind(model, anatomy, known_example(model) or {})
+    wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
+    stack = _active.setdefault(model, [])
+    stack.append(wanted)
+    try:
+        _install(model, anatomy, stack)
+        yield model
+    finally:
+        stack.pop()
+        _install(model, anatomy, stack)
+
+
+def is_ablated(model: nn.Module) -> bool:
+    """Whether the model is inside a `without` right now."""
+    return bool(_active.get(model))
+
+
+def anatomy_for(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Anatomy:
+    """The proved anatomy: the remembered one, else proved on `batch`, else on the model's own dummy inputs."""
+    known = known_anatomy(model)
+    if known is not None:
+        return known
+    if batch is None:
+        batch = getattr(model, "dummy_inputs", None)
+    if batch is None:
+        raise InputError(
+            f"without: expected a model whose anatomy is known, got a {type(model).__name__} that was never diagnosed and "
+            "brings no dummy inputs. Pass batch={...}, a small input of the model."
+        )
+    return proved_anatomy(model, batch)
+
+
+def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> None:
+    """Take down what is in force and put up the union of `removals`."""
+    previous = _installed.pop(model, None)
+    if previous is not None:
+        previous.close()
+    if not removals:
+        return
+    stack = contextlib.ExitStack()
+    handlers: dict[Point, Handler] = {}
+    norms: dict[str, set[int]] = {}
+    for number, block in enumerate(anatomy.blocks):
+        gone = {c for r in removals if number in r.blocks for c in r.components}
+        parts, alone = _parts(block, gone, _PARTS), _parts(block, gone, _RESIDUALS)
+        _refuse_shared(block, parts, alone)
+        handlers |= removal(block, parts, residual=alone)
+        for norm in block.norms:
+            skipped = norm.role == "post" and parts >= set(block.residuals[norm.place or 0].parts)
+            if skipped or ("norm" in gone and norm.role != "inner"):
+                norms.setdefault(norm.module.name, set()).add(norm.module.call)
+    if any(r.outer and "norm" in r.components for r in removals):
+        for outer in anatomy.outer_norms:
+            norms.setdefault(outer.name, set()).add(outer.call)
+    for name, calls in norms.items():
+        stack.enter_context(_identity(model, name, calls))
+    unmasked = frozenset(b for r in removals if "mask" in r.components for b in r.blocks)
+    if unmasked:
+        stack.enter_context(mask_removed(model, anatomy, unmasked))
+    if any("positions" in r.components for r in removals):
+        stack.enter_context(positions_removed(model))
+    stack.enter_context(intercepted(model, handlers))
+    _installed[model] = stack
+
+
+def _parts(block: Block, gone: Collection[str], meant: Mapping[str, Collection[str]]) -> set[int]:
+    """The numbers of the parts that the components `gone` are about; `meant` gives the kinds for each component."""
+    return {i for i, p in enumerate(block.parts) for name, kinds in meant.items() if name in gone and p.kind in kinds}
+
+
+def _refuse_shared(block: Block, parts: Collection[int], alone: Collection[int]) -> None:
+    """Refuse to take the stream from some of the parts that one addition joins to it, and to leave it to the others."""
+    for addition in block.residuals:
+        left = set(addition.parts) - set(parts)
+        if left & set(alone) and not left <= set(alone):
+            kinds = " and ".join(block.parts[i].kind for i in sorted(left))
+            raise InputError(
+                f"without: expected a residual for each sublayer alone, got {block.module.name} with one addition for its {kinds}. "
+                "They run in parallel and share the residual. Take away 'residual', or one of them and the other's residual."
+            )
+
+
+@contextlib.contextmanager
+def _identity(model: nn.Module, name: str, calls: set[int]) -> Iterator[None]:
+    """Let the given runs of a norm return their input, in the dtype the norm would have returned."""
+    with counted(model, [name]) as runs:
+
+        def passing(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if runs.begin(name) not in calls:
+                return None
+            (given, *_rest) = tensors_in([args, kwargs])
+            return given.to(output.dtype) if isinstance(output, Tensor) else None
+
+        hook = model.get_submodule(name).register_forward_hook(passing, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def require_components(components: tuple[str, ...]) -> None:
+    """Raise `InputError` unless each is a component that can be taken away."""
+    if not components:
+        raise InputError(f"without: expected one or more of {', '.join(COMPONENTS)}, got none. Name what to take away.")
+    for component in components:
+        if component not in COMPONENTS:
+            raise InputError(
+                f"without: expected components among {', '.join(COMPONENTS)}, got {component!r}. Check the spelling."
+            )
+
+
+def _refuse_checkpointing(model: nn.Module) -> None:
+    if any(getattr(m, "gradient_checkpointing", False) and m.training for m in model.modules()):
+        raise UnsupportedModel(
+            f"without: expected a model without gradient checkpointing, got {type(model).__name__} with it switched on. "
+            "The blocks would be run again outside this context and give wrong gradients. "
+            "Switch it off, or put the model into evaluation mode, first."
+        )
+
+
+def require_blocks(blocks: Collection[int] | str | None, anatomy: Anatomy) -> frozenset[int]:
+    """The block numbers that `blocks` means. Raises `InputError` for a block that does not exist."""
+    count = len(anatomy.blocks)
+    if blocks is None or (isinstance(blocks, str) and blocks in {"all", "all+outer"}):
+        return frozenset(range(count))
+    if isinstance(blocks, str) or not all(isinstance(b, int) and 0 <= b < count for b in blocks):
+        raise InputError(
+            f"without: expected block numbers from 0 to {count - 1}, got {blocks!r}. "
+            "Blocks are counted from 0, encoder first. Pass for example blocks=range(2, 4)."
+        )
+    return frozenset(blocks)

@@ -1,0 +1,1 @@
+"""Statistics and records in, verdicts out. No model runs here."""

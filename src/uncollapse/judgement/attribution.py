@@ -1,0 +1,142 @@
+"""What the output projection says of its heads: may a result be attributed to a head at all?
+
+The figures come from the weights of the model at hand, found through its anatomy, and are the same for every model that
+computes the same function (the value-output gauge moves none of them). The vectors that the heads write are in
+`contributions`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from uncollapse.anatomy.interception import Point
+from uncollapse.anatomy.probing import full_precision
+from uncollapse.measures import heads
+from uncollapse.probe.attention import AttentionStatistics
+from uncollapse.records.common import Statistic
+from uncollapse.records.diagnosis import HeadsRecord
+
+FROM_WEIGHTS = (
+    "kernel_dimension",
+    "output_projection_rank",
+    "contribution_ambiguity",
+    "condition_number",
+    "write_space_overlap",
+    "smallest_principal_angle",
+    "head_noise_gain",
+    "head_verdict",
+    "verdict",
+)
+
+
+def heads_records(attention: Sequence[AttentionStatistics]) -> list[HeadsRecord]:
+    """One record for each attention call. A projection that several blocks share is decomposed once."""
+    known: dict[object, dict[str, Any]] = {}
+    return [_heads_record(statistics, known) for statistics in attention]
+
+
+def _heads_record(statistics: AttentionStatistics, known: dict[object, dict[str, Any]]) -> HeadsRecord:
+    call, reasons = statistics.call, statistics.reasons
+    unavailable: dict[str, str] = {}
+    figures: dict[str, Any] = dict.fromkeys(FROM_WEIGHTS) | {"width": 0, "gauge_dimension": None}
+    if call.projection is None or statistics.matrix is None:
+        reason = "no output projection follows this attention"
+        if call.projection is not None:
+            reason = reasons.get("matrix", "the output projection did not run")
+        unavailable |= dict.fromkeys([*FROM_WEIGHTS, "gauge_dimension"], reason)
+    else:
+        projection = call.projection
+        place = replace(projection, call=None) if isinstance(projection, Point) else projection.name
+        if place not in known:
+            with full_precision(statistics.matrix):
+                known[place] = _weight_figures(statistics.matrix, call.heads)
+        figures |= known[place]
+        if figures["kernel_dimension"] is None:
+            reason = "NaN or infinity in the output projection"
+            unavailable |= dict.fromkeys([*FROM_WEIGHTS, "gauge_dimension"], reason)
+        else:
+            unavailable |= _infinities(figures)
+            figures["gauge_dimension"] = _gauge_dimension(statistics)
+            if figures["gauge_dimension"] is None:
+                unavailable["gauge_dimension"] = reasons["gauge_dimension"]
+    tokens, shares = None, None
+    if "energy_share" in reasons or not statistics.energy.count.any():
+        reason = reasons.get("energy_share", "the output projection did not run")
+        unavailable |= dict.fromkeys(["energy_share", "tokens", "factorization_ambiguity"], reason)
+    else:
+        shares = [Statistic.of(*statistics.energy.summary(h)) for h in range(call.heads)]
+        tokens = round(statistics.tokens.summary()[0])
+        if figures["width"]:
+            mixed = call.heads * call.head_width
+            figures["factorization_ambiguity"] = heads.factorization_ambiguity(tokens, mixed, figures["width"])
+    return HeadsRecord(
+        block=statistics.block,
+        stack=statistics.stack,
+        kind=statistics.kind,
+        heads=call.heads,
+        head_width=call.head_width,
+        ambiguous_degrees_of_freedom=heads.ambiguous_degrees_of_freedom(call.heads, call.head_width),
+        energy_share=shares,
+        tokens=tokens,
+        unavailable=unavailable,
+        **figures,
+    )
+
+
+def _weight_figures(matrix: Tensor, count: int) -> dict[str, Any]:
+    """What W_O [mixed, width] alone says of its `count` heads."""
+    if not bool(matrix.isfinite().all()):
+        return {"width": matrix.shape[1]}
+    spaces = heads.WriteSpaces(matrix, count)
+    kernel = matrix.shape[0] - spaces.rank
+    conditioning = heads.conditioning(spaces, count)
+    gains = [float(gain) for gain in heads.head_noise_gain(spaces, count)]
+    overlap = heads.write_space_overlap(spaces, count).nan_to_num(nan=0.0)  # a silent head overlaps with nothing
+    return {
+        "width": matrix.shape[1],
+        "kernel_dimension": kernel,
+        "output_projection_rank": matrix.shape[0] - kernel,
+        "contribution_ambiguity": heads.contribution_ambiguity(spaces, count),
+        "condition_number": _finite(conditioning),
+        "write_space_overlap": overlap.tolist(),
+        "smallest_principal_angle": [
+            [_finite(angle) for angle in row] for row in heads.smallest_principal_angle(spaces, count).tolist()
+        ],
+        "head_noise_gain": [_finite(gain) for gain in gains],
+        "head_verdict": [heads.attribution_verdict(0, gain) for gain in gains],
+        "verdict": heads.attribution_verdict(kernel, conditioning),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _infinities(figures: Mapping[str, Any]) -> dict[str, str]:
+    """Why a figure that was taken is null all the same."""
+    unavailable = {}
+    if figures["condition_number"] is None:
+        unavailable["condition_number"] = "the heads' write spaces are linearly dependent: infinite"
+    if None in figures["head_noise_gain"]:
+        unavailable["head_noise_gain"] = "infinite: other heads can make good a part of what this head writes"
+    if any(None in row for row in figures["smallest_principal_angle"]):
+        unavailable["smallest_principal_angle"] = "a head writes nothing"
+    return unavailable
+
+
+def _gauge_dimension(statistics: AttentionStatistics) -> int | None:
+    """The value-output gauge, where nothing but the attention stands between values and output projection."""
+    call = statistics.call
+    if "gauge_dimension" in statistics.reasons:
+        return None
+    return heads.gauge_dimension(
+        call.key_value_heads,
+        call.head_width,
+        value_bias=call.value_bias and not statistics.sinks,  # a row's weights do not sum to one there
+        output_bias=call.output_bias,
+    )

@@ -1,0 +1,819 @@
+"""Measures of an attention matrix: how sharply each query chooses its keys, and what the mixture does to the tokens.
+
+Two families. From the *weights* a softmax produced: `entropy`, `normalized_entropy`, `contraction`, `spectral_gap`,
+`dobrushin`. From *queries and keys*, without ever holding an n x n matrix: `fused_entropy`, `entropy_floor`,
+`susceptibility`, and `row_statistics`, which takes all of them in one pass and knows masks, biases, softcaps and sinks.
+
+Queries and keys are those the softmax saw: after rotary embedding and QK-norm, and with the scale of the layer. Where a
+model adds something to its logits, hand it to `row_statistics`; the entropy of a softmax the model never ran is no
+measurement. Where it cannot be had, use the weights. Entropies are in nats.
+
+The logits exist one tile at a time, small enough to stay in the processor's cache (`TILE_BYTES`). On CPUs that was no slower
+than the fused attention kernel at the sizes tried (16 to 512 keys), because entropy, extremes and variance come from one
+product of queries and keys where the fused kernel needs two; on other devices the tiles are larger.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from uncollapse.errors import InputError
+
+TILE_BYTES = 2 << 20  # measured: 1 to 4 MiB are equal, from 8 MiB on the tile leaves the cache and costs double
+DEVICE_TILE_BYTES = 64 << 20  # accelerators want few large launches
+CAUSAL_ROWS = 128  # rows of a causal tile: its keys end with its last row, so that half of all pairs are never computed
+FEW_KEYS = 4  # rows over fewer keys have no key share: two keys leave little to be uniform about
+FEW_RIVALS = 16  # rows over fewer keys have no rest entropy: with few others, one of them wins by chance
+FORBIDDEN = -1e37  # the logit of a forbidden pair. Finite, since 0 * FORBIDDEN is 0 where 0 * -inf would be NaN
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """What every query row of an attention call did. NaN in padded rows and in rows that are allowed no key.
+
+    `entropy_floor` is the best of the floors that the rows' logits admit; `max_logit` the largest allowed logit as the
+    softmax saw it (scaled, capped, with its bias); `susceptibility` the variance of the logits under the row's own
+    weights; `sink_mass` what a sink took from the row. `None`: not asked for, or not to be had from what was given.
+    `route` is `logits` (recomputed from queries and keys) or `weights` (the model's own softmax).
+
+    `rest_entropy` is the normalised entropy of what is left of the row when its strongest key is taken out: of
+    a_ij / (1 - a_i*) over the other T_i - 1 keys, divided by ln(T_i - 1). 0 to 1. A head that looks at one key for a reason (the
+    first token, itself) keeps an ordinary distribution over the others, however little weight they have; where the logits as a
+    whole are too large, there is a winner among the others too, and it falls to 0. It is 0 as well where the others have no
+    weight at all in the precision at hand (all of them 88 and more below the strongest, in float32).
+    `key_share` is (exp(H_i) - 1) / (T_i - 1), the share of the other keys that a row uses beside one: 1 for uniform, 0 for a
+    single key. For random logits of small variance v it is 1 - v/2 whatever T_i is, where the normalised entropy depends on it.
+    They are NaN in rows of fewer than `FEW_RIVALS` and `FEW_KEYS` keys: whether the few others of a short row are spread or
+    not is chance (SmolLM2 goes down to 0.03 over 5 keys, to 0.06 over 8, and to 0.16 over 64).
+    """
+
+    entropy: Float[Tensor, "batch head query"]
+    normalized_entropy: Float[Tensor, "batch head query"]
+    allowed_keys: Int[Tensor, "batch head query"]
+    entropy_floor: Float[Tensor, "batch head query"] | None
+    max_logit: Float[Tensor, "batch head query"] | None
+    susceptibility: Float[Tensor, "batch head query"] | None
+    sink_mass: Float[Tensor, "batch head query"] | None
+    rest_entropy: Float[Tensor, "batch head query"]
+    key_share: Float[Tensor, "batch head query"]
+    route: Literal["logits", "weights"]
+
+
+def entropy(
+    weights: Float[Tensor, "*batch query key"], mask: Bool[Tensor, "*batch_ token"] | None = None
+) -> Float[Tensor, "*batch query"]:
+    """How many keys a row looks at, on a logarithmic scale: exp(H_i) is an effective number of keys. In nats.
+
+    H_i = -sum_j a_ij ln a_ij, with row i of `weights` scaled to sum to one (rows that a sink, a padded key or half
+    precision left short of one thereby count as distributions over the keys they have), and 0 ln 0 = 0.
+
+    0 (one key) to ln T_i (uniform over the T_i allowed keys). Entropy collapse is H near 0; the mixture that shrinks
+    the token cloud fastest is H = ln T_i. Invariant under permutations of keys and shifts of the row's logits.
+
+    `mask` marks real tokens. Its leading axes stand for the first axes of `weights`: `[batch, token]` serves
+    `[batch, head, query, key]`. Padded keys are left out; in a square matrix padded queries come out NaN. A row over
+    few keys cannot have a high entropy: compare `normalized_entropy` where lengths differ.
+
+    >>> entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+    tensor([0.0000, 0.6931])
+
+    Zhai et al., Stabilizing Transformer Training by Preventing Attention Entropy Collapse, arXiv 2303.06296, section 3.
+    Raises `InputError` for weights that are no floating-point matrix or a mask that does not fit.
+    """
+    A, _, _ = _real_part("entropy", weights, mask, _accumulation(weights.dtype))
+    A = A / A.sum(-1, keepdim=True)  # padded rows are 0: NaN from here on
+    return (0 - torch.xlogy(A, A).sum(-1)).clamp(min=0)
+
+
+def normalized_entropy(
+    weights: Float[Tensor, "*batch query key"],
+    mask: Bool[Tensor, "*batch_ token"] | None = None,
+    *,
+    causal: bool = False,
+) -> Float[Tensor, "*batch query"]:
+    """The share of its possible entropy that a row has: comparable between rows over different numbers of keys.
+
+    H_i / ln T_i, with H_i of `entropy` and T_i the number of keys that row i was allowed.
+
+    0 (one key) to 1 (uniform). NaN for T_i = 1: the first row under a causal mask has no choice, which is no collapse.
+
+    Weights do not tell a forbidden key from an unlikely one, so T_i is what you say: all keys, those that `mask` calls
+    real, and with `causal=True` only keys j <= i. Under any other pattern (sliding window, blocks) the figure is too
+    small: use `row_statistics_from_weights` with `allowed`.
+
+    >>> normalized_entropy(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), causal=True)
+    tensor([nan, 1.])
+
+    Zhai et al. 2023, arXiv 2303.06296. Raises `InputError` as `entropy` does, and where a causal matrix is not square.
+    """
+    _, real = _real_queries_and_keys("normalized_entropy", weights, mask)
+    if causal:
+        _require_square("normalized_entropy", *weights.shape[-2:])
+    T = real.cumsum(-1) if causal else real.sum(-1, keepdim=True)
+    return _normalized(entropy(weights, mask), T)
+
+
+def fused_entropy(
+    q: Float[Tensor, "batch head query width"],
+    k: Float[Tensor, "batch group key width"],
+    *,
+    mask: Bool[Tensor, "batch key"] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Float[Tensor, "batch head query"]:
+    """`entropy` of softmax(scale q k^T), with scores, softmax and entropy fused tile by tile: memory O(n). In nats.
+
+    H_i = ln Z_i - sum_j a_ij (s_ij - m_i), with s_ij = scale <q_i, k_j>, m_i = max_j s_ij, Z_i = sum_j exp(s_ij - m_i)
+    and a_ij = exp(s_ij - m_i) / Z_i, over the allowed keys j. `scale` is 1/sqrt(width) unless given.
+
+    0 to ln T_i. Invariant under a common shift of all keys. `head` is a multiple of `group`; query head h reads key
+    group h // (head / group). Half precision is computed in float32.
+
+    `mask` marks real keys, and in a square call (as many queries as keys) the same tokens as queries: padded rows come
+    out NaN. For cross-attention that happens to be square, and for anything that the model adds to its logits, use
+    `row_statistics`.
+
+    >>> q = torch.zeros(1, 1, 3, 8)  # zero queries choose uniformly; a causal row i over i + 1 keys
+    >>> fused_entropy(q, torch.ones(1, 1, 3, 8), causal=True)
+    tensor([[[0.0000, 0.6931, 1.0986]]])
+
+    Zhai et al. 2023, arXiv 2303.06296, section 3. Raises `InputError` where queries, keys and mask do not fit together.
+    """
+    return _measure(_self_scores("fused_entropy", q, k, mask, causal, scale), False, False).entropy
+
+
+def susceptibility(
+    q: Float[Tensor, "batch head query width"],
+    k: Float[Tensor, "batch group key width"],
+    *,
+    mask: Bool[Tensor, "batch key"] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Float[Tensor, "batch head query"]:
+    """How fast a row loses entropy when its logits grow: the variance of the logits under the row's own weights.
+
+    Var_{j~A_i}(s_ij) = sum_j a_ij s_ij^2 - (sum_j a_ij s_ij)^2 = -dH_i / d ln t at t = 1 for logits t s_ij. In nats per
+    unit of ln t; symbols of `fused_entropy`.
+
+    0 and above. 0 exactly where the row is uniform on the keys it looks at, which is so at both ends: uniform attention
+    and complete entropy collapse. Large between them: the row is on its way. Invariant under a shift of all keys.
+
+    It says nothing of direction: a row of susceptibility 0 may be healthy or dead, its entropy tells.
+
+    >>> q, k = torch.ones(1, 1, 1, 1), torch.tensor([0.0, math.log(3)]).view(1, 1, 2, 1)  # weights 1/4 and 3/4
+    >>> susceptibility(q, k)  # 3/16 (ln 3)^2
+    tensor([[[0.2263]]])
+
+    The derivative is elementary; the logit scale as control of collapse is Zhai et al. 2023, arXiv 2303.06296.
+    Raises `InputError` as `fused_entropy` does.
+    """
+    return _measure(_self_scores("susceptibility", q, k, mask, causal, scale), False, True).variance
+
+
+def entropy_floor(
+    q: Float[Tensor, "batch head query width"],
+    k: Float[Tensor, "batch group key width"],
+    *,
+    mask: Bool[Tensor, "batch key"] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+) -> Float[Tensor, "batch head query"]:
+    """The least entropy that a row's logits can have, given only how large they are. In nats; no attention pass.
+
+    ln(1 + (T-1) b) + g (T-1) b / (1 + (T-1) b), b = exp(-g), g = sigma sqrt(T/(T-1)), where T = T_i counts the allowed
+    keys and sigma_i^2 = scale^2 q_i^T (K_c^T K_c) q_i is the squared norm of the row's centred logits (K_c: the keys
+    that the row is allowed, centred over them; prefix moments when causal). The floor is attained by one key that
+    stands g above all others. O(n width^2) time.
+
+    0 (logits so large that one key may take all) to ln T_i (no differences at all). Below ln T_i - 1, say, the bound
+    permits a collapse; it does not assert one.
+
+    Usually vacuous for long rows: sigma grows like sqrt(T), and at 512 keys with logits of unit variance the floor is
+    1e-6 where the entropy is 5.7. `row_statistics` has sharper floors, which need the logits.
+
+    >>> q, k = torch.ones(1, 1, 1, 1), torch.tensor([0.0, math.log(3)]).view(1, 1, 2, 1)
+    >>> entropy_floor(q, k)  # two keys: the floor is the entropy, ln 4 - 3/4 ln 3
+    tensor([[[0.5623]]])
+
+    Zhai et al. 2023, arXiv 2303.06296, theorem 3.1, for a given norm. Raises `InputError` as `fused_entropy` does.
+    """
+    batch, groups, repeats, queries, keys = _sizes("entropy_floor", q, k)
+    if causal:
+        _require_square("entropy_floor", queries, keys)
+    real = k.new_ones(batch, keys, dtype=torch.bool)
+    if mask is not None:
+        real = _real_tokens("entropy_floor", "mask", mask, batch, keys)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    # float64: a causal variance is a small difference of large prefix sums
+    Q = q.detach().double().view(batch, groups, repeats, queries, -1) * scale
+    counted = real[:, None, :, None].double()
+    K = torch.where(real[:, None, :, None], k.detach().double(), 0)
+    K = (K - K.sum(2, keepdim=True) / counted.sum(2, keepdim=True)) * counted
+    T = real.cumsum(-1) if causal else real.sum(-1, keepdim=True).expand(batch, queries)
+    square_norm = _prefix_square_norm(Q, K, T) if causal else ((Q @ (K.mT @ K)[:, :, None]) * Q).sum(-1)
+    dead = T == 0 if queries != keys else (T == 0) | ~real
+    floor = _floor_from_norm(square_norm, T[:, None, None]).masked_fill(dead[:, None, None], math.nan)
+    return floor.flatten(1, 2).to(_accumulation(q.dtype))
+
+
+def _prefix_square_norm(
+    Q: Float[Tensor, "batch group repeat token width"],
+    K: Float[Tensor, "batch group token width"],
+    T: Int[Tensor, "batch token"],
+) -> Float[Tensor, "batch group repeat token"]:
+    """sum_{j<=i} <q_i, k_j>^2 less T_i times the squared mean: moments of the blocks before, pairs within the block."""
+    block = 64
+    prefix_mean = K.cumsum(2) / T.clamp(min=1)[:, None, :, None]
+    centre = (Q * prefix_mean[:, :, None]).sum(-1)
+    moments = K.new_zeros(*K.shape[:2], K.shape[3], K.shape[3])
+    squares = []
+    for start in range(0, K.shape[2], block):
+        rows, keys = Q[..., start : start + block, :], K[:, :, start : start + block]
+        before = ((rows @ moments[:, :, None]) * rows).sum(-1)
+        squares.append(before + (rows @ keys.mT[:, :, None]).square().tril().sum(-1))
+        moments += keys.mT @ keys
+    return (torch.cat(squares, -1) - T[:, None, None] * centre.square()).clamp(min=0)
+
+
+def contraction(
+    weights: Float[Tensor, "*batch query key"], mask: Bool[Tensor, "*batch_ token"] | None = None
+) -> Float[Tensor, "*batch"]:
+    """The most that mixing by `weights` can spread the tokens about their mean: below 1 it can only pull them together.
+
+    kappa = ||C_q A C_k||_2, C = I - 1 1^T/n over the real queries and keys. For A 1 = 1, as a softmax has it, that is
+    ||C A||_2, and the centred token cloud obeys ||C A X||_F <= kappa ||C X||_F.
+
+    0 (all rows equal: consensus after one step) to sqrt(n/2); 1 for a permutation. Invariant under permutations of the
+    queries and of the keys.
+
+    It certifies nothing alone: a layer multiplies it by the norm of its value and output map, sums over heads and adds
+    a residual. It may exceed 1 (uniform causal attention: always). Rows that do not sum to one (sinks, dropout) also
+    move the cloud by C A 1 times its mean, which this leaves out.
+
+    >>> contraction(torch.tensor([[0.9, 0.1], [0.1, 0.9]]))
+    tensor(0.8000, dtype=torch.float64)
+
+    Elementary; compare Dong et al., Attention Is Not All You Need, arXiv 2103.03404. Float64; NaN without real tokens.
+    Raises `InputError` as `entropy` does.
+    """
+    A, rows, keys = _real_part("contraction", weights, mask, torch.float64)
+    A = torch.where(rows[..., None], A - A.sum(-2, keepdim=True) / rows.sum(-1)[..., None, None], 0)
+    A = torch.where(keys[..., None, :], A - A.sum(-1, keepdim=True) / keys.sum(-1)[..., None, None], 0)
+    empty = ~(rows.any(-1) & keys.any(-1))
+    return _singular_values(A)[..., 0].masked_fill(empty, math.nan)
+
+
+def spectral_gap(
+    weights: Float[Tensor, "*batch query key"], mask: Bool[Tensor, "*batch_ token"] | None = None
+) -> Float[Tensor, "*batch"]:
+    """How far the mixture is from one that tells tokens apart: 1 when a single direction survives it.
+
+    1 - sigma_2 / sigma_1, singular values of A over the real queries and keys.
+
+    0 (an isometry on two directions or more, as a permutation) to 1 (rank one: all rows proportional, rank collapse in
+    width). Invariant under scaling, and under permutations of queries and of keys.
+
+    With a full mask and nearly independent logits the gap opens as n grows; uniform causal attention opens none.
+
+    >>> spectral_gap(torch.tensor([[0.9, 0.1], [0.1, 0.9]]))
+    tensor(0.2000, dtype=torch.float64)
+
+    Nait Saada, Naderi and Tanner, Mind the Gap: a Spectral Analysis of Rank Collapse and Signal Propagation in
+    Attention Layers, arXiv 2410.07799. Float64; NaN for fewer than two real queries or keys, and for A = 0.
+    Raises `InputError` as `entropy` does.
+    """
+    first, second = _leading("spectral_gap", weights, mask).unbind(-1)
+    return 1 - second / first
+
+
+def leading_singular_values(
+    weights: Float[Tensor, "*batch query key"], mask: Bool[Tensor, "*batch_ token"] | None = None
+) -> Float[Tensor, "*batch 2"]:
+    """The gains of the two directions that the mixture passes best: where the second vanishes, one direction is all that is left.
+
+    sigma_1 >= sigma_2 of A over the real queries and keys.
+
+    sigma_1 is at least 1 for row-stochastic A (it maps 1 to 1) and at most sqrt(n). sigma_2: 0 for equal rows (rank collapse in
+    width), 1 for a permutation. Invariant under permutations of queries and of keys.
+
+    How sigma_2 moves with n is the question, not its value at one n: it falls like n^(-1/2) for independent logits and rises
+    for a uniform causal pattern, and in most blocks of the packaged MiniLM.
+
+    >>> leading_singular_values(torch.tensor([[0.9, 0.1], [0.1, 0.9]]))
+    tensor([1.0000, 0.8000], dtype=torch.float64)
+
+    As for `spectral_gap`. Float64; NaN for fewer than two real queries or keys. Raises `InputError` as `entropy` does.
+    """
+    return _leading("leading_singular_values", weights, mask)
+
+
+def dobrushin(
+    weights: Float[Tensor, "*batch query key"], mask: Bool[Tensor, "*batch_ token"] | None = None
+) -> Float[Tensor, "*batch"]:
+    """The factor by which mixing at least shrinks the diameter of the token cloud.
+
+    tau = 1/2 max_{i,j} ||A_i - A_j||_1 over the real query rows; diam(A X) <= tau diam(X) in every norm, for A 1 = 1.
+
+    0 (all rows equal) to 1 (two rows without a common key, so a causal or windowed matrix nearly always has 1).
+    Invariant under permutations of the queries and of the keys.
+
+    A worst case over pairs of tokens: one far pair makes it 1 while all others contract.
+
+    >>> dobrushin(torch.tensor([[0.9, 0.1], [0.1, 0.9]]))
+    tensor(0.8000, dtype=torch.float64)
+
+    Dobrushin, Central Limit Theorem for Nonstationary Markov Chains I, 1956. Float64; NaN without real queries.
+    Raises `InputError` as `entropy` does.
+    """
+    A, rows, _ = _real_part("dobrushin", weights, mask, torch.float64)
+    distances: Tensor = torch.cdist(A, A, p=1)
+    distances = distances.masked_fill(~(rows[..., :, None] & rows[..., None, :]), 0)
+    return (distances.amax((-2, -1)) / 2).masked_fill(~rows.any(-1), math.nan)
+
+
+def row_statistics(
+    q: Float[Tensor, "batch head query width"],
+    k: Float[Tensor, "batch group key width"],
+    *,
+    allowed: Bool[Tensor, "#batch #head #query #key"] | None = None,
+    bias: Float[Tensor, "#batch #head #query #key"] | None = None,
+    key_mask: Bool[Tensor, "batch key"] | None = None,
+    query_mask: Bool[Tensor, "batch query"] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink: Float[Tensor, "head"] | None = None,  # noqa: F821 - the name of an axis
+    max_logit: bool = True,
+    floor: bool = True,
+    susceptibility: bool = False,
+) -> RowStatistics:
+    """Everything that queries and keys tell of an attention call, row by row, in one pass and memory O(n).
+
+    The logits are s_ij = scale <q_i, k_j>, then `softcap` tanh(s / softcap), then + `bias`; forbidden where `allowed`,
+    `key_mask` or `causal` forbid and where the bias is at most half the lowest number of its dtype (how models write
+    minus infinity). Of the allowed logits: entropy, susceptibility (see the functions of these names), maximum, and as
+    `entropy_floor` the better of two lower bounds: that of the function `entropy_floor` for the row's logit norm, and
+    ln sum_j exp s_ij - max_j s_ij.
+    `max_logit=False` and `floor=False` leave those out; the maximum costs nothing.
+    `sink`, one logit a head, joins the softmax's denominator: entropy and susceptibility are those of the weights over
+    real keys scaled to sum to one, and `sink_mass` is the share that the sink took.
+
+    Ranges as there. NaN in all figures of rows that `query_mask` calls padding or that are allowed no key.
+
+    A bias of -10,000 is no -inf: it counts as an allowed, unlikely key in T. Give `allowed` beside it if it means
+    forbidden.
+
+    >>> q, k = torch.ones(1, 1, 1, 1), torch.tensor([0.0, math.log(3)]).view(1, 1, 2, 1)
+    >>> rows = row_statistics(q, k, sink=torch.zeros(1), key_mask=torch.tensor([[True, True]]))
+    >>> rows.entropy, rows.max_logit, rows.sink_mass  # denominators: 1 + 3 without the sink, 1 + 1 + 3 with it
+    (tensor([[[0.5623]]]), tensor([[[1.0986]]]), tensor([[[0.2000]]]))
+
+    Floors: Zhai et al. 2023, arXiv 2303.06296, theorem 3.1; the other follows from sum_j a_ij s_ij <= max_j s_ij.
+    Raises `InputError` where the tensors do not fit together.
+    """
+    scores = _scores("row_statistics", q, k, allowed, bias, key_mask, query_mask, causal, scale, softcap)
+    if sink is not None and sink.shape != q.shape[1:2]:
+        raise InputError(
+            f"row_statistics: expected sink[head] with head = {q.shape[1]}, got {_shape(sink)}. "
+            "A sink is one logit a query head. Pass the layer's own parameter."
+        )
+    rows = _measure(scores, floor, susceptibility)
+    log_sum = rows.maximum - rows.peak.log()
+    return RowStatistics(
+        entropy=rows.entropy,
+        normalized_entropy=_normalized(rows.entropy, rows.allowed_keys),
+        allowed_keys=rows.allowed_keys,
+        entropy_floor=rows.floor if floor else None,
+        max_logit=rows.maximum if max_logit else None,
+        susceptibility=rows.variance if susceptibility else None,
+        sink_mass=None if sink is None else torch.sigmoid(sink.detach().to(log_sum)[:, None] - log_sum),
+        rest_entropy=_rest(rows),
+        key_share=_key_share(rows),
+        route="logits",
+    )
+
+
+def row_statistics_from_weights(
+    weights: Float[Tensor, "batch head query key"],
+    logits: Float[Tensor, "batch head query key"] | None = None,
+    *,
+    allowed: Bool[Tensor, "#batch #head #query #key"] | None = None,
+    key_mask: Bool[Tensor, "batch key"] | None = None,
+    query_mask: Bool[Tensor, "batch query"] | None = None,
+    causal: bool = False,
+    floor: bool = True,
+    susceptibility: bool = False,
+) -> RowStatistics:
+    """`row_statistics` of a softmax that the model ran itself, from its weights and, where they were seen, its logits.
+
+    Entropy and susceptibility are those of the weights, each row scaled to sum to one over its allowed keys (s_ij is
+    ln a_ij up to a constant of the row). Maximum and floor need `logits`, the softmax's input, where a pair at or below
+    half the lowest number of the dtype is forbidden; without them both are `None`. Weights of a sink are left out by
+    the caller, as the columns that are no keys.
+
+    Ranges, masks and NaN as in `row_statistics`. Weights in half precision are coarse: bfloat16 keeps 8 bits, and
+    susceptibility feels every weight that underflowed to 0.
+
+    >>> rows = row_statistics_from_weights(torch.tensor([[[[0.25, 0.75]]]]))
+    >>> rows.entropy, rows.entropy_floor, rows.max_logit
+    (tensor([[[0.5623]]]), None, None)
+
+    Sources as in `row_statistics`. Raises `InputError` where the tensors do not fit together.
+    """
+    name = "row_statistics_from_weights"
+    if weights.ndim != 4 or not weights.is_floating_point() or (logits is not None and logits.shape != weights.shape):
+        raise InputError(
+            f"{name}: expected floating-point weights[batch, head, query, key] and logits of the same shape, got "
+            f"{_shape(weights)} and {'no logits' if logits is None else _shape(logits)}. "
+            "Heads may be folded into the batch, or the logits have a column for a sink. Reshape, or cut that off."
+        )
+    batch, heads, queries, keys = weights.shape
+    sizes = (batch, heads, 1, queries, keys)
+    A = weights.detach()[:, :, None]
+    L = None if logits is None else logits.detach()[:, :, None]
+
+    def possible(tile: _Tile) -> Tensor | None:
+        return None if L is None else L[tile] > torch.finfo(L.dtype).min / 2
+
+    def from_weights(tile: _Tile, S: Tensor) -> Tensor | None:
+        S.copy_(A[tile]).log_().clamp_(min=FORBIDDEN)
+        return possible(tile)
+
+    def from_logits(tile: _Tile, S: Tensor) -> Tensor | None:
+        assert L is not None  # only called where logits were given
+        S.copy_(L[tile]).clamp_(min=FORBIDDEN)
+        return possible(tile)
+
+    pairs = _pairs(name, sizes, allowed, key_mask, query_mask, causal)
+    scores = _Scores(sizes, _accumulation(weights.dtype), weights.device, from_weights, *pairs)
+    rows = _measure(scores, False, susceptibility)
+    given = None if L is None else _measure(replace(scores, fill=from_logits), floor, False)
+    return RowStatistics(
+        entropy=rows.entropy,
+        normalized_entropy=_normalized(rows.entropy, rows.allowed_keys),
+        allowed_keys=rows.allowed_keys,
+        entropy_floor=given.floor if given is not None and floor else None,
+        max_logit=None if given is None else given.maximum,
+        susceptibility=rows.variance if susceptibility else None,
+        sink_mass=None,
+        rest_entropy=_rest(rows),
+        key_share=_key_share(rows),
+        route="weights",
+    )
+
+
+def attention_weights(
+    q: Float[Tensor, "batch head query width"],
+    k: Float[Tensor, "batch group key width"],
+    *,
+    allowed: Bool[Tensor, "#batch #head #query #key"] | None = None,
+    bias: Float[Tensor, "#batch #head #query #key"] | None = None,
+    key_mask: Bool[Tensor, "batch key"] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Float[Tensor, "batch head query key"]:
+    """The weights that a fused attention call used, for `contraction`, `spectral_gap`, `dobrushin`: these are n x n.
+
+    a_ij = exp(s_ij) / sum_j exp(s_ij) over the allowed keys, logits s as in `row_statistics`.
+
+    Rows sum to one; rows that are allowed no key are 0. Computed and returned in float32 at least, so the weights of a
+    half-precision model differ from its own by its rounding.
+
+    >>> attention_weights(torch.zeros(1, 1, 2, 4), torch.ones(1, 1, 2, 4), causal=True)
+    tensor([[[[1.0000, 0.0000],
+              [0.5000, 0.5000]]]])
+
+    Vaswani et al., Attention Is All You Need, arXiv 1706.03762, equation 1. Raises `InputError` as `row_statistics`.
+    """
+    scores = _scores("attention_weights", q, k, allowed, bias, key_mask, None, causal, scale, softcap)
+    weights = torch.zeros(scores.sizes, dtype=scores.dtype, device=scores.device)
+    for tile, S, _, keep in _tiles(scores):
+        weights[tile] = torch.softmax(S, -1) if keep is None else torch.softmax(S, -1) * keep
+    return weights.flatten(1, 2)
+
+
+# The one pass over the logits ---------------------------------------------------------------------------------------
+
+_Tile = tuple[slice, slice, slice, slice, slice]  # of [batch, group, repeat, query, key]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """The logits [batch, group, repeat, query, key] of an attention call, written tile by tile, and its allowed pairs.
+
+    `fill(tile, S)` writes logits into `S` and returns which pairs the logits themselves allow (`None`: all).
+    """
+
+    sizes: tuple[int, int, int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+    fill: Callable[[_Tile, Tensor], Tensor | None]
+    allowed: Tensor | None
+    query_mask: Tensor | None
+    causal: bool
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the pass leaves, [batch, head, query] each: `peak` is the row's largest weight, `rest` the entropy in nats of what
+    is left without it."""
+
+    entropy: Tensor
+    rest: Tensor
+    maximum: Tensor
+    peak: Tensor
+    floor: Tensor
+    variance: Tensor
+    allowed_keys: Tensor
+
+
+def _scores(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    allowed: Tensor | None,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    softcap: float | None,
+) -> _Scores:
+    sizes = _sizes(name, q, k)
+    dtype = _accumulation(torch.promote_types(q.dtype, k.dtype))
+    Q = q.detach().to(dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    Q = Q.view(*sizes[:4], -1)
+    K = k.detach().to(dtype).contiguous()
+    pairs = _pairs(name, sizes, allowed, key_mask, query_mask, causal)
+    if key_mask is not None:
+        K = torch.where(key_mask[:, None, :, None], K, 0)  # whatever padding holds: NaN + FORBIDDEN would stay NaN
+    B = None if bias is None else _pairwise(name, "bias", bias.detach(), sizes)
+
+    def fill(tile: _Tile, S: Tensor) -> Tensor | None:
+        rows = Q[tile[:4]].flatten(0, 1).flatten(1, 2)
+        keys = K[tile[0], tile[1], tile[4]].flatten(0, 1)
+        # with `out`, autocast leaves the product in the dtype at hand
+        torch.bmm(rows, keys.mT, out=S.view(rows.shape[0], rows.shape[1], keys.shape[1]))
+        if softcap is not None:
+            S.div_(softcap).tanh_().mul_(softcap)
+        if B is None:
+            return None
+        part = _cut(B, tile)
+        possible = part > torch.finfo(part.dtype).min / 2
+        S.add_(torch.where(possible, part, 0).to(dtype))
+        return possible
+
+    return _Scores(sizes, dtype, q.device, fill, *pairs)
+
+
+def _self_scores(name: str, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> _Scores:
+    """`_scores` of the plain measures: in a square call the mask of the keys is that of the queries too."""
+    if causal:
+        _require_square(name, q.shape[-2], k.shape[-2])
+    query_mask = mask if q.shape[-2] == k.shape[-2] else None
+    return _scores(name, q, k, None, None, mask, query_mask, causal, scale, None)
+
+
+def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, Tensor | None]]:
+    """Every tile with its logits, forbidden ones at `FORBIDDEN`, a scratch tensor of the same shape, and which pairs
+    are allowed, as 0 and 1, broadcastable (`None`: all). The two tensors are overwritten by the next tile."""
+    batch, groups, repeats, queries, keys = scores.sizes
+    budget = (TILE_BYTES if scores.device.type == "cpu" else DEVICE_TILE_BYTES) // scores.dtype.itemsize
+    row_step = min(queries, CAUSAL_ROWS if scores.causal else queries, max(1, budget // (repeats * keys)))
+    head = repeats * row_step * keys
+    group_step = min(groups, max(1, budget // head))
+    batch_step = min(batch, max(1, budget // (head * groups)))
+    # one buffer for all tiles: memory that is fresh for each would cost more than the arithmetic
+    memory = torch.empty(
+        2, batch_step * group_step * repeats * row_step * keys, dtype=scores.dtype, device=scores.device
+    )
+    for b, g, i in itertools.product(
+        range(0, batch, batch_step), range(0, groups, group_step), range(0, queries, row_step)
+    ):
+        stop = min(i + row_step, queries)
+        tile = (
+            slice(b, min(b + batch_step, batch)),
+            slice(g, min(g + group_step, groups)),
+            slice(0, repeats),
+            slice(i, stop),
+            slice(0, min(stop, keys) if scores.causal else keys),
+        )
+        shape = [part.stop - part.start for part in tile]
+        S, scratch = memory[:, : math.prod(shape)].view(2, *shape)
+        allowed = scores.fill(tile, S)
+        if scores.allowed is not None:
+            allowed = _and(allowed, _cut(scores.allowed, tile))
+        if scores.causal:
+            row, key = (torch.arange(tile[n].start, tile[n].stop, device=scores.device) for n in (3, 4))
+            allowed = _and(allowed, key <= row[:, None])
+        keep = None if allowed is None else allowed.to(scores.dtype)
+        if keep is not None:
+            S.add_((1 - keep) * FORBIDDEN)
+        yield tile, S, scratch, keep
+
+
+def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
+    found = {
+        name: torch.zeros(scores.sizes[:4], dtype=scores.dtype, device=scores.device)
+        for name in ("entropy", "rest", "maximum", "peak", "floor", "variance")
+    }
+    allowed_keys = torch.zeros(scores.sizes[:4], dtype=torch.int64, device=scores.device)
+    for tile, S, P, keep in _tiles(scores):
+        rows = tile[:4]
+        T = torch.tensor(S.shape[-1], device=S.device) if keep is None else keep.sum(-1).long()
+        maximum, strongest = S.max(-1, keepdim=True)
+        S.sub_(maximum)
+        torch.softmax(S, -1, out=P)  # not torch.exp: it is ten times slower where a result underflows
+        peak = P.gather(-1, strongest)[..., 0]
+        # Summed without the strongest: 1 - peak has no digits left where a head looks at one key.
+        others = P.scatter_(-1, strongest, 0).sum(-1)
+        mean = P.mul_(S).sum(-1)  # the strongest adds nothing here: its S is 0
+        allowed_keys[rows] = T
+        found["maximum"][rows], found["peak"][rows] = maximum[..., 0], peak
+        found["entropy"][rows] = (0 - peak.log() - mean).clamp_(min=0)
+        rest = (others / peak).log() - mean / others
+        found["rest"][rows] = torch.where(others == 0, 0, rest).clamp_(min=0)
+        if susceptibility:
+            found["variance"][rows] = (P.mul_(S).sum(-1) - mean.square()).clamp_(min=0)
+        if floor:
+            if keep is not None:
+                S.mul_(keep)
+            square_norm = torch.mul(S, S, out=P).sum(-1) - S.sum(-1).square() / T
+            found["floor"][rows] = torch.maximum(-peak.log(), _floor_from_norm(square_norm, T))
+    dead = allowed_keys == 0
+    if scores.query_mask is not None:
+        dead |= ~scores.query_mask[:, None, None]
+    results = {name: value.masked_fill_(dead, math.nan).flatten(1, 2) for name, value in found.items()}
+    return _Rows(allowed_keys=allowed_keys.masked_fill_(dead, 0).flatten(1, 2), **results)
+
+
+def _floor_from_norm(square_norm: Tensor, T: Tensor) -> Tensor:
+    """The least entropy of a softmax over T logits whose centred squared norm is given; 0 for one key."""
+    T = T.to(square_norm.dtype)
+    gap = (square_norm.clamp(min=0) * T / (T - 1).clamp(min=1)).sqrt()
+    odds = (T - 1).clamp(min=0) * torch.exp(-gap)
+    return torch.log1p(odds) + gap * odds / (1 + odds)
+
+
+def _rest(rows: _Rows) -> Tensor:
+    T = rows.allowed_keys
+    return (rows.rest / (T - 1).clamp(min=2).to(rows.rest.dtype).log()).where(T >= FEW_RIVALS, math.nan)
+
+
+def _key_share(rows: _Rows) -> Tensor:
+    T = rows.allowed_keys
+    return ((rows.entropy.exp() - 1) / (T - 1).clamp(min=1)).where(T >= FEW_KEYS, math.nan)
+
+
+def _normalized(H: Tensor, T: Tensor) -> Tensor:
+    return torch.where(T > 1, H / T.to(H.dtype).log(), math.nan)
+
+
+# What came in, checked and brought to one form -----------------------------------------------------------------------
+
+
+def _sizes(name: str, q: Tensor, k: Tensor) -> tuple[int, int, int, int, int]:
+    """(batch, group, repeat, query, key)."""
+    fits = (
+        q.ndim == k.ndim == 4
+        and q.is_floating_point()
+        and k.is_floating_point()
+        and q.shape[0] == k.shape[0]
+        and q.shape[3] == k.shape[3]
+        and min(q.numel(), k.numel()) > 0
+        and q.shape[1] % k.shape[1] == 0
+    )
+    if not fits:
+        raise InputError(
+            f"{name}: expected floating-point q[batch, head, query, width] and k[batch, group, key, width] with head a "
+            f"multiple of group, got q {_shape(q)} and k {_shape(k)}. "
+            "Heads may still be folded into the width. Use view(batch, token, head, width).transpose(1, 2)."
+        )
+    return q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
+
+
+def _pairs(
+    name: str,
+    sizes: tuple[int, int, int, int, int],
+    allowed: Tensor | None,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor | None, Tensor | None, bool]:
+    """The allowed pairs [#batch, #group, #repeat, #query, #key] that do not come from `causal`; the query mask."""
+    batch, _, _, queries, keys = sizes
+    pairs = None if allowed is None else _pairwise(name, "allowed", allowed, sizes)
+    if key_mask is not None:
+        real = _real_tokens(name, "key_mask", key_mask, batch, keys)
+        # without padding the pass is faster without a mask
+        pairs = pairs if bool(real.all()) else _and(pairs, real[:, None, None, None])
+    if query_mask is not None:
+        query_mask = _real_tokens(name, "query_mask", query_mask, batch, queries)
+    return pairs, query_mask, causal
+
+
+def _pairwise(name: str, label: str, pairs: Tensor, sizes: tuple[int, int, int, int, int]) -> Tensor:
+    """[#batch, #head, #query, #key] as [#batch, #group, #repeat, #query, #key]."""
+    batch, groups, repeats, queries, keys = sizes
+    full = (batch, groups * repeats, queries, keys)
+    kind = "boolean" if label == "allowed" else "floating-point"
+    given = (1,) * (4 - pairs.ndim) + tuple(pairs.shape)
+    fits = len(given) == 4 and all(size in {1, whole} for size, whole in zip(given, full, strict=True))
+    if not fits or (pairs.dtype == torch.bool) != (label == "allowed"):
+        raise InputError(
+            f"{name}: expected {kind} {label}, broadcastable to [batch, head, query, key] = {list(full)}, got "
+            f"{_shape(pairs)}. A boolean mask is passed as allowed (True: may look), an additive one as bias. "
+            "Pass it under its own name, with the layer's own axes."
+        )
+    pairs = pairs.view(given)
+    return pairs[:, :, None] if given[1] == 1 else pairs.view(given[0], groups, repeats, *given[2:])
+
+
+def _cut(pairs: Tensor, tile: _Tile) -> Tensor:
+    """The part of broadcastable `pairs` that belongs to `tile`."""
+    return pairs[tuple(part if size > 1 else slice(None) for part, size in zip(tile, pairs.shape, strict=True))]
+
+
+def _and(left: Tensor | None, right: Tensor) -> Tensor:
+    return right if left is None else left & right
+
+
+def _real_tokens(name: str, label: str, mask: Tensor, batch: int, tokens: int) -> Tensor:
+    if mask.dtype != torch.bool or mask.shape != (batch, tokens):
+        raise InputError(
+            f"{name}: expected boolean {label}[batch, token] = {[batch, tokens]}, got {_shape(mask)}. "
+            "It may be an integer attention mask or one for other tokens. Pass mask.bool(), True for real tokens."
+        )
+    return mask
+
+
+def _require_square(name: str, queries: int, keys: int) -> None:
+    if queries != keys:
+        raise InputError(
+            f"{name}: expected as many queries as keys with causal=True, got {queries} queries and {keys} keys. "
+            "With a key-value cache the queries stand at the end of the keys. "
+            "Call row_statistics with allowed, True where a query may look."
+        )
+
+
+def _real_queries_and_keys(name: str, weights: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which rows and columns of `weights` are real, [*batch, query] and [*batch, key]."""
+    if weights.ndim < 2 or not weights.is_floating_point() or not weights.numel():
+        raise InputError(
+            f"{name}: expected floating-point weights[..., query, key], got {_shape(weights)}. "
+            "These may be logits' arguments or a single row. Pass the softmax's output."
+        )
+    *leading, queries, keys = weights.shape
+    if mask is None:
+        return weights.new_ones(*leading, queries, dtype=torch.bool), weights.new_ones(*leading, keys, dtype=torch.bool)
+    outer = mask.ndim - 1
+    fits = mask.dtype == torch.bool and 0 <= outer <= len(leading) and mask.shape[-1] == keys
+    if not fits or list(mask.shape[:-1]) != leading[:outer]:
+        raise InputError(
+            f"{name}: expected boolean mask[..., token] with token = {keys} and leading axes among the first of "
+            f"{leading}, got {_shape(mask)}. It may be an integer attention mask. "
+            "Pass mask.bool(), [batch, token] for weights[batch, head, query, key]."
+        )
+    real = mask.view(*leading[:outer], *(1,) * (len(leading) - outer), keys).expand(*leading, keys)
+    return real if queries == keys else real.new_ones(*leading, queries), real
+
+
+def _real_part(name: str, weights: Tensor, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """`weights` in `dtype` with padded rows and columns 0 whatever they hold, and which rows and columns are real."""
+    rows, keys = _real_queries_and_keys(name, weights, mask)
+    A = weights.to(dtype)
+    return A if mask is None else torch.where(rows[..., None] & keys[..., None, :], A, 0), rows, keys
+
+
+def _leading(name: str, weights: Tensor, mask: Tensor | None) -> Tensor:
+    """`leading_singular_values`, refusing under the name of the function that was called."""
+    A, rows, keys = _real_part(name, weights, mask, torch.float64)
+    if min(A.shape[-2:]) < 2:
+        return A.new_full((*A.shape[:-2], 2), math.nan)
+    sigma = _singular_values(A)[..., :2]
+    too_few = (rows.sum(-1) < 2) | (keys.sum(-1) < 2)
+    return sigma.masked_fill(too_few[..., None], math.nan)
+
+
+def _singular_values(A: Tensor) -> Tensor:
+    """NaN where the decomposition would raise for all matrices because one holds NaN or infinity."""
+    finite = A.isfinite().all((-2, -1))[..., None]
+    sigma: Tensor = torch.linalg.svdvals(torch.where(finite[..., None], A, 0))
+    return torch.where(finite, sigma, math.nan)
+
+
+def _accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

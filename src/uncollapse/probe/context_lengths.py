@@ -1,0 +1,164 @@
+"""How the attention patterns of a model change with the length of the context: the limit in which width collapse lives.
+
+The same stream of real tokens is cut into windows of each length, one probe pass a length, and the second singular value of
+every attention matrix is fitted as a power of the length. A collapse in width is a power near -1/2: with independent logits
+every row becomes the same mixture as the context grows (Nait Saada, Naderi, Tanner 2025, arXiv 2410.07799).
+
+When not to use it: for inputs whose length cannot be chosen (images), or beyond the positions a model was made for: what
+it does there is another question.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uncollapse.anatomy.vocabulary import Anatomy
+from uncollapse.errors import InputError, UncollapseError
+from uncollapse.measures.line_fit import LineFit, line_fit
+from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
+from uncollapse.probe.passes import Progress, capture
+from uncollapse.records.common import Statistic
+from uncollapse.records.symmetries import WidthScaling
+
+WINDOWS = 4  # of each length; all heads of a call are averaged as well
+SHORTEST = 8  # below, a second singular value is mostly the first tokens' business
+# The exponent with independent logits is -1/2 in the limit; at hundreds of tokens and logits of variance 1 it was -0.41. Half of
+# the law's exponent divides it from no law at all.
+INDEPENDENT = -0.25
+ROUNDING = 1e-6  # a second singular value below is what single precision leaves of zero
+
+_STREAMS = ("input_ids", "decoder_input_ids")
+
+
+def require_context_lengths(lengths: Sequence[int]) -> list[int]:
+    """The lengths in rising order, each once. Raises `InputError` below two different ones, or for one that is too short."""
+    ordered = sorted(set(lengths))
+    if len(ordered) < 2 or ordered[0] < SHORTEST:
+        raise InputError(
+            f"context lengths: expected two or more different lengths of at least {SHORTEST} tokens, got {list(lengths)}. "
+            "A slope needs two points, an interval three. Pass for example 32,64,128."
+        )
+    return ordered
+
+
+def width_scaling(
+    model: torch.nn.Module,
+    anatomy: Anatomy,
+    batches: Sequence[Mapping[str, Any]],
+    lengths: Sequence[int],
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[WidthScaling]:
+    """One record for each attention call, from windows of the `batches`' real tokens laid end to end.
+
+    lengths: in rising order, see `require_context_lengths`.
+    Raises `InputError` where there are too few tokens for the longest, or the model takes no token numbers or none that many.
+    """
+    streams = _token_streams(batches)
+    calls: list[AttentionStatistics] = []
+    columns: list[list[Statistic | None]] = []
+    for number, length in enumerate(lengths):
+        if progress is not None:
+            progress("context lengths", number, len(lengths))
+        windows = {name: _windows(stream, length) for name, stream in streams.items()}
+        try:
+            observed = capture(model, [windows], anatomy, seed=seed, spectra=True)
+        except UncollapseError:
+            raise
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise InputError(
+                f"context lengths: expected lengths that the model can take, got {length} ({type(error).__name__}: {error}). "
+                "It was probably made for fewer positions. Leave that length out."
+            ) from error
+        calls = observed.attention
+        columns.append([_over_heads(s) for s in calls])
+    if progress is not None:
+        progress("context lengths", len(lengths), len(lengths))
+    return [_record(anatomy, s, lengths, [column[i] for column in columns]) for i, s in enumerate(calls)]
+
+
+def _token_streams(batches: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The real tokens of all sequences, laid end to end, for each input that holds token numbers."""
+    streams = {}
+    for name in _STREAMS:
+        if not all(name in batch for batch in batches):
+            continue
+        mask = "attention_mask" if name == "input_ids" else "decoder_attention_mask"
+        streams[name] = torch.cat([b[name][b[mask].bool()] if mask in b else b[name].flatten() for b in batches])
+    if not streams:
+        raise InputError(
+            f"context lengths: expected batches with input_ids, got {', '.join(batches[0])}. The length of other inputs cannot "
+            "be chosen. Leave the context lengths out."
+        )
+    return streams
+
+
+def _windows(stream: Tensor, length: int) -> Tensor:
+    count = min(WINDOWS, len(stream) // length)
+    if not count:
+        raise InputError(
+            f"context lengths: expected at least {length} tokens of text, got {len(stream)}. "
+            "The windows are cut from the probe's own text. Give more text or shorter lengths."
+        )
+    starts = torch.arange(count) * (len(stream) // count)
+    return stream[starts[:, None] + torch.arange(length)]
+
+
+def _over_heads(statistics: AttentionStatistics) -> Statistic | None:
+    """The second singular value of one call: of each head the mean over windows; mean, smallest and largest head."""
+    row = ATTENTION_MEASURES.index("second_singular_value")
+    heads = [statistics.values.summary(row, h) for h in range(statistics.call.heads)]
+    means = [mean for mean, _, _, n in heads if n]
+    return Statistic.of(sum(means) / len(means), min(means), max(means), len(means)) if means else None
+
+
+def _record(
+    anatomy: Anatomy, statistics: AttentionStatistics, lengths: Sequence[int], values: Sequence[Statistic | None]
+) -> WidthScaling:
+    measured = [(n, v.mean) for n, v in zip(lengths, values, strict=True) if v is not None]
+    points = [(math.log(n), math.log(v)) for n, v in measured if v > ROUNDING]
+    fit = line_fit([x for x, _ in points], [y for _, y in points])
+    parts = anatomy.blocks[statistics.block].parts
+    causal = any(p.is_causal for p in parts if statistics.call in p.attention)
+    return WidthScaling(
+        block=statistics.block,
+        stack=statistics.stack,
+        kind=statistics.kind,
+        context_lengths=list(lengths),
+        second_singular_value=list(values),
+        slope=fit.slope,
+        slope_low=fit.low,
+        slope_high=fit.high,
+        regime="zero: every token gets the same mixture at any length"
+        if measured and not points
+        else regime(fit, causal),
+    )
+
+
+def regime(fit: LineFit, causal: bool) -> str:
+    """In words, which law of sigma_2 against n a fitted slope speaks for.
+
+    >>> regime(LineFit(-0.52, -0.6, -0.44), causal=False)
+    'falls like independent logits: attention tends to one mixture for all tokens as the context grows'
+    """
+    if fit.slope is None:
+        return "no slope: the second singular value could not be measured at two lengths"
+    low, high = (fit.slope, fit.slope) if fit.low is None or fit.high is None else (fit.low, fit.high)
+    unsure = "" if fit.low is not None else ", from two lengths only: no interval"
+    if low > 0:
+        return (
+            "rises: a causal mask opens no gap by itself" if causal else "rises: longer contexts add directions"
+        ) + unsure
+    if high < 0 and fit.slope <= INDEPENDENT:
+        return (
+            "falls like independent logits: attention tends to one mixture for all tokens as the context grows" + unsure
+        )
+    if high < 0:
+        return "falls slower than independent logits" + unsure
+    return "no trend: the patterns keep a second direction at every length" + unsure

@@ -1,0 +1,152 @@
+"""A live norm layer's own gamma, beta and eps, found by running it, and the three brackets of its change of rank.
+
+No table of names: some layers multiply by 1 + weight, some hold no weight, some call their eps otherwise. What was found is
+held against what the layer did to real tokens (`NormLaw.holds`) before anything is said with it.
+
+When not to use it: for a layer that is no norm by its behaviour, or for single figures on a matrix of one's own, which
+`normalization.rank_change` takes directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse.errors import InputError
+from uncollapse.measures import normalization
+
+_EPS_64 = torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class NormLaw:
+    """A norm layer as gamma * (x P) / s + beta, s^2 = var + eps (P = I and the mean square for `rms`), found by running it."""
+
+    kind: Literal["layer", "rms"]
+    gamma: Tensor
+    beta: Tensor
+    eps: float
+
+    def normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's output without beta in float64, and what the error of an entry is relative to: the entry before the
+        mean was taken away, and the mean."""
+        x = x.double()
+        gamma = self.gamma.to(x.device)
+        centred = x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
+        scale = gamma / (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        origin = x.abs() + (x.abs().mean(-1, keepdim=True) if self.kind == "layer" else 0)
+        return centred * scale, origin * scale.abs()
+
+    def holds(self, x: Tensor, y: Tensor, precision: torch.dtype) -> bool:
+        """Whether the layer made tokens `y` [token, width] of `x`, up to a few roundings. All finite. Roundings of single
+        precision at least: many layers compute in that, whatever they are given."""
+        if x.shape != y.shape:
+            return False
+        normed, origin = self.normed(x)
+        beta = self.beta.to(x.device)
+        error = (y.double() - normed - beta).square().sum().sqrt()
+        rounding = max(torch.finfo(precision).eps, torch.finfo(torch.float32).eps)
+        return bool(error <= 16 * rounding * (origin + beta.abs()).square().sum().sqrt())
+
+    def brackets(self, x: Tensor, before: normalization.Ranks, precision: torch.dtype) -> tuple[int, int, int] | None:
+        """The three brackets of `normalization.rank_change` for the tokens `x` [token, width] of known ranks.
+
+        A norm's image mostly has every rank it can have, which one Cholesky factorisation certifies with room to spare;
+        the singular values decide the rest. None where the ranks before and after cannot be compared: where tokens so large
+        that the others are below the tolerance hide directions that the norm shows, or where it divides by 0.
+        """
+        tokens, width = x.shape
+        normed, origin = self.normed(x)
+        eps = torch.finfo(precision).eps
+        size = origin.square().sum().sqrt()
+        # Above the cut of `rank_change`, whose doubts about rounding it shares.
+        cut = (eps * (tokens**-0.5 + width**-0.5) + 4 * (tokens + width) * _EPS_64) * size
+        least = torch.maximum((2 * cut).square(), 64 * max(tokens, width) * _EPS_64 * normed.square().sum())
+        kernel = self._kernel().to(x.device)
+        most = width - len(kernel)
+        centred = normed - normed.mean(0)
+        if tokens <= most:
+            full, image = _exceeds(normed @ normed.mT, least), normalization.Ranks(tokens, tokens - 1)
+        else:
+            filling = normed.square().sum() * kernel.mT @ kernel  # lifts what no norm can fill
+            full = all(_exceeds(each.mT @ each + filling, least) for each in (normed, centred))
+            image = normalization.Ranks(most, most)
+        if full:
+            found = before.rank - before.affine_rank, image.rank - image.affine_rank, before.rank - image.rank
+        else:
+            try:
+                found = normalization.rank_change(
+                    x, gamma=self.gamma, eps=self.eps, kind=self.kind, precision=precision
+                ).brackets
+            except InputError:
+                return None
+        return found if min(found) >= 0 and max(found[:2]) <= 1 else None
+
+    def _kernel(self) -> Tensor:
+        """An orthonormal basis, in rows, of the features' directions that no output (without beta) has a part in."""
+        zero = (self.gamma == 0).nonzero().flatten()
+        if self.kind == "layer" and not len(zero):
+            return (1 / self.gamma / torch.linalg.vector_norm(1 / self.gamma)).unsqueeze(0)
+        return torch.eye(len(self.gamma), dtype=torch.float64)[zero]
+
+
+def _exceeds(gram: Tensor, least: Tensor) -> bool:
+    """Whether all eigenvalues are above."""
+    shifted = gram - least * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return bool(torch.linalg.cholesky_ex(shifted).info == 0)
+
+
+def norm_law(
+    module: nn.Module, kind: Literal["layer", "rms"], shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> NormLaw | None:
+    """gamma, beta and eps of a norm layer that takes tensors of `shape`, by running it: no names, no conventions about them.
+
+    With f(x) = gamma z(x) + beta and z odd, beta is the even part of f and gamma the odd one over z. Tokens of deviation t
+    come out smaller by t / sqrt(t^2 + eps), which gives eps; where a number that the module holds agrees, it is that one.
+    None where the layer cannot be run on such tokens.
+
+    >>> layer = nn.LayerNorm(8, eps=1e-3)
+    >>> law = norm_law(layer, "layer", torch.Size((1, 4, 8)), torch.float32, torch.device("cpu"))
+    >>> law.eps, bool((law.gamma - 1).abs().max() < 1e-5), bool(law.beta.abs().max() < 1e-6)
+    (0.001, True, True)
+    """
+    width, rows, size = shape[-1], 8, 64.0
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    if kind == "layer":
+        tokens = tokens - tokens.mean(-1, keepdim=True)
+    tokens = (tokens / tokens.square().mean(-1, keepdim=True).sqrt()).to(dtype)
+
+    def parts(t: float) -> tuple[Tensor, Tensor]:
+        x = (t * tokens).reshape(rows, *(1 for _ in shape[1:-1]), width).to(device)
+        plus, minus = (module.forward(v).detach().cpu().double().reshape(rows, width) for v in (x, -x))
+        return (plus - minus) / 2, (plus + minus) / 2
+
+    try:
+        odd, even = parts(size)
+        z = tokens.double()
+        z = z - z.mean(-1, keepdim=True) if kind == "layer" else z
+        z = z / z.square().mean(-1, keepdim=True).sqrt()
+        gamma, beta = (odd * z).sum(0) / z.square().sum(0), even.mean(0)
+        eps = _eps(lambda t: float((parts(t)[0] * odd).sum() / odd.square().sum()))
+    except (RuntimeError, ValueError, TypeError):
+        return None
+    own = (v for v in vars(module).values() if isinstance(v, float) and abs(v - eps) <= 0.05 * eps)
+    eps = next(own, eps)
+    law = NormLaw(kind, gamma * (1 + eps / size**2) ** 0.5, beta, eps)
+    return law if all(bool(t.isfinite().all()) for t in (gamma, beta)) and bool(gamma.any()) else None
+
+
+def _eps(shrinkage: Callable[[float], float]) -> float:
+    """eps from how much tokens of deviation t are shrunk: r = t / sqrt(t^2 + eps), read off where r is near one half."""
+    best, found = 0.45, 0.0
+    for power in range(2, 24, 2):
+        t = 2.0**-power
+        r = shrinkage(t)
+        if abs(r - 0.5) < best:
+            best, found = abs(r - 0.5), t**2 * (r**-2 - 1)
+    return found

@@ -1,0 +1,469 @@
+"""What every sublayer adds to the stream and what every norm does to it, reduced to running statistics as a probe pass runs.
+
+Updates are met at their residual addition, just before the model adds them, and norms at their module's call; nothing is
+changed and nothing kept beyond a batch but running sums. Four questions of an update: how large it is beside the stream,
+how much of it lies outside the span of the sequence's own embeddings (beside what other sequences' updates would show
+there), how much of it no affine map of what the MLP reads supplies, and how many directions the MLP's hidden layer uses.
+Of a norm: the affine rank of its tokens before and after, and the three brackets that the change is made of
+(`normalization.rank_change`), with the norm's own gamma, beta and eps, found by what it does and not by their names.
+
+When not to use it: inside `uncollapse.without`. A removed addition is not there to be met, so everything is unavailable.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse.anatomy.interception import Handler, Point, addition_operands
+from uncollapse.anatomy.probing import full_precision
+from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Block, ModuleCall, Norm, Part, Residual
+from uncollapse.errors import InputError
+from uncollapse.interventions import without
+from uncollapse.measures import geometry
+from uncollapse.measures.affine_fit import HELD_OUT_EVERY, AffineFit
+from uncollapse.measures.normalization import Ranks
+from uncollapse.measures.running import Running
+from uncollapse.probe.norm_law import NormLaw, norm_law
+from uncollapse.records.common import Statistic
+from uncollapse.records.diagnosis import NormRecord, UpdateRecord
+
+Stack = Literal["encoder", "decoder"] | None
+CloudOf = Callable[[Tensor, int | None], Tensor]
+MaskOf = Callable[[Stack, int, str], Tensor | None]
+
+UPDATE_MEASURES = ["relative_norm", "out_of_span_energy", "null_out_of_span_energy", "hidden_effective_rank"]
+NORM_MEASURES = ["affine_rank_before", "affine_rank_after", "one in X", "scales in image", "kernel"]
+NULL_SEQUENCES = 4  # so many other sequences of the batch are held against a sequence's span
+WIDEST_FIT = 1024  # beyond, the moments of the affine fit would no longer be small
+
+_UNDEFINED = "not finite or undefined on this text"
+_REMOVED = "not measured while a component is taken away"
+_NO_TOKENS = "the tokens here cannot be told apart, or are not those of the stream"
+
+
+@dataclass
+class UpdateStatistics:
+    """Running statistics of what one part adds: `values` as in `UPDATE_MEASURES`; `fit`, of an MLP whose input is met, with
+    the number of sequences that `scored` it. `reasons` says of a measure why it is missing."""
+
+    block: int
+    sublayer: Literal["attention", "mlp"]
+    stack: Stack
+    kind: Literal["self", "cross"] | None
+    values: Running = field(default_factory=lambda: Running.empty(len(UPDATE_MEASURES)))
+    fit: AffineFit | None = None
+    scored: int = 0
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class NormStatistics:
+    """Running statistics of one norm call: `values` as in `NORM_MEASURES`, the last three being the brackets."""
+
+    block: int
+    norm: str
+    values: Running = field(default_factory=lambda: Running.empty(len(NORM_MEASURES)))
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+class _Cloud(NamedTuple):
+    """The tokens of a batch: `x` [sequence, token, width], which are real, and which sequences are finite there."""
+
+    x: Tensor
+    real: Tensor
+    finite: Tensor
+
+    def double(self) -> Tensor:
+        """In float64, zero in padded rows and in sequences that are not finite."""
+        return torch.where((self.real & self.finite.unsqueeze(-1)).unsqueeze(-1), self.x, 0).double()
+
+    def missing(self) -> Tensor:
+        return torch.full_like(self.finite, math.nan, dtype=torch.float64)
+
+
+class _Span(NamedTuple):
+    """The span of each sequence's embeddings: `basis` as of `geometry.row_space`; sequences without one are not `known`."""
+
+    basis: Tensor
+    known: Tensor
+
+
+@dataclass
+class _Batch:
+    """What is under way in the present batch: spans by stack; by part what its MLP reads and its hidden layer's rank, and
+    the sizes of the update; by residual addition the size of its stream."""
+
+    spans: dict[Stack, _Span] = field(default_factory=dict)
+    inputs: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    hidden: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    partial: dict[tuple[int, int], tuple[int, Tensor]] = field(default_factory=dict)
+    sizes: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    streams: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+
+class Sublayers:
+    """Observes the updates and norms of one probe pass: `handlers` are for the residual additions, `installed()` holds the
+    hooks; `begin` comes before each batch. `cloud` and `mask` are the probe's way to tell tokens, `is_own` whether a hook was
+    reached by the probe's own pass."""
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, cloud: CloudOf, mask: MaskOf, is_own: Callable[[], bool]
+    ) -> None:
+        self.model, self.is_own = model, is_own
+        self._cloud, self._mask = cloud, mask
+        self.updates: list[UpdateStatistics] = []
+        self.norms: list[NormStatistics] = []
+        self.handlers: dict[Point, Handler] = {}
+        self._entering: dict[str, dict[int, list[Callable[..., None]]]] = {}
+        self._leaving: dict[str, dict[int, list[Callable[..., None]]]] = {}
+        self._laws: dict[str, NormLaw | None] = {}
+        self._runs: dict[str, int] = {}
+        self._batch = _Batch()
+        self._before, self._size = 0, 0  # sequences in the batches before this one, and in it
+        removed = without.is_ablated(model)  # a removed addition would shift the count of the others
+        begun: set[Stack] = set()
+        for number, block in enumerate(anatomy.blocks):
+            if block.stack not in begun and not removed:
+                begun.add(block.stack)
+                self._on_entry(block.module, functools.partial(self._measure_span, block))
+            found = [self._update_statistics(number, block, part, removed) for part in block.parts]
+            self.updates += found
+            if not removed:
+                self._watch_parts(number, block, found)
+            for norm in block.norms:
+                if norm.role != "inner":
+                    self._watch_norm(number, block, norm, removed)
+
+    # What is watched ----------------------------------------------------------------------------------------------
+    def _on_entry(self, place: ModuleCall, action: Callable[..., None]) -> None:
+        self._entering.setdefault(place.name, {}).setdefault(place.call, []).append(action)
+
+    def _update_statistics(self, number: int, block: Block, part: Part, removed: bool) -> UpdateStatistics:
+        attends = part.kind in {"attention", "cross"}
+        kind: Literal["self", "cross"] = "cross" if part.kind == "cross" else "self"
+        statistics = UpdateStatistics(number, "attention" if attends else "mlp", block.stack, kind if attends else None)
+        reasons = statistics.reasons
+        if attends:
+            reasons["nonlinear_innovation"] = (
+                "0 by construction: given its patterns, attention is affine in what it reads"
+            )
+            reasons["hidden_effective_rank"] = "attention has no hidden layer"
+        elif part.kind == "mixer":
+            reasons["nonlinear_innovation"] = "it moves information between tokens, so no map of one token is asked for"
+        elif part.reads is None:
+            reasons["nonlinear_innovation"] = "no module of its own reads what this MLP sees"
+        else:
+            statistics.fit = AffineFit()
+        if not attends and part.writes is None:
+            reasons["hidden_effective_rank"] = "no module of its own writes this MLP's output"
+        if removed:
+            statistics.reasons = dict.fromkeys([*UPDATE_MEASURES, "nonlinear_innovation"], _REMOVED) | reasons
+        return statistics
+
+    def _watch_parts(self, number: int, block: Block, found: list[UpdateStatistics]) -> None:
+        for index, (part, statistics) in enumerate(zip(block.parts, found, strict=True)):
+            key = (number, index)
+            if part.reads is not None and statistics.fit is not None:
+                self._on_entry(part.reads, functools.partial(self._keep_inputs, block, key))
+            if part.writes is not None and statistics.sublayer == "mlp":
+                self._on_entry(part.writes, functools.partial(self._measure_hidden, block, key))
+        for place, residual in enumerate(block.residuals):
+            alone = [leaves for node in residual.additions for leaves in (node.first, node.second) if len(leaves) == 1]
+            summands = {part: alone.count(frozenset({part})) for part in residual.parts}
+            for node in residual.additions:
+                sides = [next(iter(leaves)) if len(leaves) == 1 else None for leaves in (node.first, node.second)]
+                self.handlers[node.point] = functools.partial(
+                    self._add, block, number, (place, residual), sides, summands, found
+                )
+
+    def _watch_norm(self, number: int, block: Block, norm: Norm, removed: bool) -> None:
+        statistics = NormStatistics(number, norm.module.name)
+        self.norms.append(statistics)
+        if removed:
+            statistics.reasons = dict.fromkeys(["affine_rank_before", "affine_rank_after", "brackets"], _REMOVED)
+            return
+        action = functools.partial(self._measure_norm, statistics, block, norm)
+        self._leaving.setdefault(norm.module.name, {}).setdefault(norm.module.call, []).append(action)
+
+    # The pass -----------------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Hooks for the passes inside. Install them inside `intercepted`: operations of theirs must not count as the model's."""
+        with contextlib.ExitStack() as stack:
+            for name in {*self._entering, *self._leaving}:
+                module = self.model.get_submodule(name)
+                enter, leave = functools.partial(self._enter, name), functools.partial(self._leave, name)
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(leave, prepend=True, with_kwargs=True).remove)
+            yield
+
+    def begin(self, size: int) -> None:
+        """A batch of `size` sequences comes."""
+        self._before, self._size = self._before + self._size, size
+        self._runs.clear()
+        self._batch = _Batch()
+
+    def _enter(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.is_own():
+            run = self._runs.get(name, 0)
+            self._runs[name] = run + 1
+            with full_precision(next(tensors_in([args, kwargs]))):
+                for action in self._entering.get(name, {}).get(run, ()):
+                    action(args, kwargs)
+
+    def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.is_own():
+            given = next(tensors_in([args, kwargs]))
+            with full_precision(given):
+                for action in self._leaving.get(name, {}).get(self._runs[name] - 1, ()):
+                    action(module, given, next(tensors_in(output)))
+
+    def _tokens(self, block: Block, x: Tensor, what: str) -> _Cloud | None:
+        """The tokens of the stack; None where they cannot be told."""
+        if x.ndim == 2 and block.token_axis == 0:
+            return None
+        axis = None if x.ndim == 2 else block.token_axis  # rows of all sequences, one after another
+        if axis is None and x.numel() % (self._size * x.shape[-1]):
+            return None
+        cloud = self._cloud(x, axis)
+        if cloud.shape[0] != self._size:
+            return None
+        try:
+            mask = self._mask(block.stack, cloud.shape[1], what)
+        except InputError:  # another number of tokens than the mask has
+            return None
+        real = torch.ones(cloud.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.to(x.device)
+        return _Cloud(cloud, real, (cloud.isfinite().all(-1) | ~real).all(-1))
+
+    # Updates ------------------------------------------------------------------------------------------------------
+    def _measure_span(self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream = args[block.stream_input] if isinstance(block.stream_input, int) else kwargs[block.stream_input]
+        cloud = self._tokens(block, stream, "the embedding")
+        if cloud is not None:
+            basis = geometry.row_space(cloud.double(), cloud.real, precision=stream.dtype)
+            directions = basis.square().sum((-2, -1)).round()
+            known = cloud.finite & (directions < stream.shape[-1])
+            self._batch.spans[block.stack] = _Span(basis, known)
+
+    def _keep_inputs(self, block: Block, key: tuple[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = next(tensors_in([args, kwargs]))
+        is_wide = given.shape[-1] > WIDEST_FIT  # and only asked for its width
+        self._batch.inputs[key] = given if is_wide else given.clone()  # the model may write into it before the addition
+
+    def _measure_hidden(
+        self, block: Block, key: tuple[int, int], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        given = next(tensors_in([args, kwargs]))
+        cloud = self._tokens(block, given, "the hidden layer")
+        if cloud is not None:
+            measured = geometry.cloud_measures(cloud.x, cloud.real)
+            self._batch.hidden[key] = measured.effective_rank
+
+    def _add(
+        self,
+        block: Block,
+        number: int,
+        residual: tuple[int, Residual],
+        sides: list[int | None],
+        summands: dict[int, int],
+        found: list[UpdateStatistics],
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Look at the operands of one addition, before an addition in place overwrites one of them; then let it happen."""
+        if self.is_own():
+            operands = addition_operands(args, kwargs)
+            with full_precision(operands[0]):
+                for side, operand in zip(sides, operands, strict=True):
+                    if side is not None:
+                        self._meet(block, (number, residual[0]), side, operand, summands, found)
+                self._relate(number, residual, found)
+        return function(*args, **kwargs)
+
+    def _meet(
+        self,
+        block: Block,
+        place: tuple[int, int],
+        side: int,
+        operand: Tensor,
+        summands: dict[int, int],
+        found: list[UpdateStatistics],
+    ) -> None:
+        """One operand of a residual addition that is the stream alone or one part alone."""
+        cloud = self._tokens(block, operand, f"block {place[0]}")
+        if side == STREAM:
+            if cloud is not None:
+                self._batch.streams.setdefault(place, _size(cloud))
+        elif cloud is not None:
+            self._sum_up(block, (place[0], side), cloud, summands[side], found[side])
+        else:
+            measures = [*UPDATE_MEASURES, "nonlinear_innovation"]
+            found[side].reasons = dict.fromkeys(measures, _NO_TOKENS) | found[side].reasons
+
+    def _sum_up(
+        self, block: Block, key: tuple[int, int], cloud: _Cloud, summands: int, statistics: UpdateStatistics
+    ) -> None:
+        """Measure the update, once all its summands are there: most have one."""
+        if summands > 1:
+            seen, total = self._batch.partial.get(key, (0, torch.zeros_like(cloud.x)))
+            total = total + cloud.x
+            self._batch.partial[key] = (seen + 1, total)
+            if seen + 1 < summands:
+                return
+            cloud = _Cloud(total, cloud.real, (total.isfinite().all(-1) | ~cloud.real).all(-1))
+        self._batch.sizes[key] = _size(cloud)
+        columns = dict.fromkeys(UPDATE_MEASURES, cloud.missing())
+        columns |= self._out_of_span(statistics, self._batch.spans.get(block.stack), cloud)
+        columns["hidden_effective_rank"] = self._batch.hidden.pop(key, cloud.missing())
+        statistics.values = statistics.values.add(torch.stack([columns[name].cpu() for name in UPDATE_MEASURES], -1))
+        inputs = self._batch.inputs.pop(key, None)
+        if statistics.fit is not None and inputs is not None:
+            self._fit(block, statistics, inputs, cloud)
+
+    def _out_of_span(self, statistics: UpdateStatistics, span: _Span | None, cloud: _Cloud) -> dict[str, Tensor]:
+        names = ("out_of_span_energy", "null_out_of_span_energy")
+        if span is None or span.basis.shape[-1] != cloud.x.shape[-1]:
+            statistics.reasons |= dict.fromkeys(names, "the embeddings of this stack were not met in this width")
+            return {}
+        if not span.known.any():
+            statistics.reasons |= dict.fromkeys(names, "the embeddings span the whole width, or are not finite")
+            return {}
+        x, basis, known = cloud.double(), span.basis.to(cloud.x.device), span.known.to(cloud.x.device)
+        energy = geometry.out_of_span_energy(x, basis=basis)
+        found = {names[0]: energy.where(known, math.nan)}
+        others = min(NULL_SEQUENCES, len(x) - 1)
+        if others < 1:
+            statistics.reasons[names[1]] = "each batch holds one sequence, and the null is made of others"
+            return found
+        inside, total = torch.zeros_like(energy), torch.zeros_like(energy)
+        for shift in range(1, others + 1):
+            other = x.roll(-shift, 0)
+            inside += (other @ basis.mT).square().sum((-2, -1))
+            total += other.square().sum((-2, -1))
+        found[names[1]] = (1 - inside / total).clamp(min=0).where(known & (total > 0), math.nan)
+        return found
+
+    def _fit(self, block: Block, statistics: UpdateStatistics, inputs: Tensor, update: _Cloud) -> None:
+        fit = statistics.fit
+        assert fit is not None
+        if inputs.shape[-1] > WIDEST_FIT or update.x.shape[-1] > WIDEST_FIT:
+            statistics.reasons["nonlinear_innovation"] = f"wider than {WIDEST_FIT:,}: its moments would not stay small"
+            return
+        cloud = self._tokens(block, inputs, "the MLP")
+        if cloud is None or cloud.x.shape[:2] != update.x.shape[:2]:
+            statistics.reasons["nonlinear_innovation"] = _NO_TOKENS
+            return
+        sound = cloud.finite & update.finite
+        number = torch.arange(self._before, self._before + self._size, device=sound.device)
+        scores = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        statistics.scored += int((sound & scores).sum())
+        for held_out in (False, True):
+            rows = update.real & (sound & (scores == held_out)).unsqueeze(-1)
+            fit.add(cloud.x[rows], update.x[rows], held_out=held_out)
+
+    def _relate(self, number: int, residual: tuple[int, Residual], found: list[UpdateStatistics]) -> None:
+        """The size of each update over that of its stream, as soon as both were met."""
+        stream = self._batch.streams.get((number, residual[0]))
+        if stream is None:
+            return
+        for part in residual[1].parts:
+            size = self._batch.sizes.pop((number, part), None)
+            if size is not None:
+                ratio = (size / stream.to(size.device)).where(stream.to(size.device) > 0, math.nan).cpu()
+                row = torch.full((len(ratio), len(UPDATE_MEASURES)), math.nan, dtype=torch.float64)
+                row[:, UPDATE_MEASURES.index("relative_norm")] = ratio
+                found[part].values = found[part].values.add(row)
+
+    # Norms --------------------------------------------------------------------------------------------------------
+    def _measure_norm(
+        self, statistics: NormStatistics, block: Block, norm: Norm, module: nn.Module, given: Tensor, output: Tensor
+    ) -> None:
+        what = f"the norm {norm.module.name}"
+        before, after = self._tokens(block, given, what), self._tokens(block, output, what)
+        if before is None or after is None:
+            statistics.reasons = dict.fromkeys(["affine_rank_before", "affine_rank_after", "brackets"], _NO_TOKENS)
+            return
+        precision = max(given.dtype, output.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        measured = geometry.cloud_measures(before.x, before.real, precision=precision)
+        ranks_after = geometry.cloud_measures(after.x, after.real, precision=precision).affine_rank
+        brackets = torch.full((self._size, 3), math.nan, dtype=torch.float64)
+        name = norm.module.name
+        if name not in self._laws:
+            self._laws[name] = norm_law(module, norm.kind, given.shape, given.dtype, given.device)
+        law = self._laws[name]
+        sound = before.real & (before.finite & after.finite).unsqueeze(-1)
+        if law is None or not law.holds(before.x[sound], after.x[sound], precision):
+            statistics.reasons["brackets"] = (
+                "its output is not gamma (x - mean) / deviation + beta, with or without the mean"
+            )
+        else:
+            for i in sound.any(-1).nonzero().flatten().tolist():
+                known = Ranks(int(measured.rank[i]), int(measured.affine_rank[i]))
+                found = law.brackets(before.x[i][sound[i]], known, precision)
+                if found is not None:
+                    brackets[i] = torch.tensor(found, dtype=torch.float64)
+                else:
+                    statistics.reasons["brackets"] = "a few tokens so much larger than the others hide their rank"
+        ranks = torch.stack([measured.affine_rank.cpu(), ranks_after.cpu()], -1)
+        statistics.values = statistics.values.add(torch.cat([ranks, brackets], -1))
+
+
+def _size(cloud: _Cloud) -> Tensor:
+    """||X||_F [sequence] over real tokens, NaN where they are not finite."""
+    return cloud.double().square().sum((-2, -1)).sqrt().where(cloud.finite, math.nan)
+
+
+# Records ------------------------------------------------------------------------------------------------------------
+
+
+def update_records(found: list[UpdateStatistics]) -> list[UpdateRecord]:
+    """One record for each update, in the order of blocks and parts."""
+    return [_update_record(statistics) for statistics in found]
+
+
+def _update_record(statistics: UpdateStatistics) -> UpdateRecord:
+    values = {name: Statistic.of(*statistics.values.summary(i)) for i, name in enumerate(UPDATE_MEASURES)}
+    values["nonlinear_innovation"], fit = None, statistics.fit
+    reasons = dict(statistics.reasons)
+    if fit is not None and "nonlinear_innovation" not in reasons:
+        missing = fit.missing()
+        if missing is None:
+            share = fit.share()
+            values["nonlinear_innovation"] = Statistic.of(share, share, share, statistics.scored)
+        else:
+            reasons["nonlinear_innovation"] = missing
+    return UpdateRecord(
+        block=statistics.block,
+        sublayer=statistics.sublayer,
+        stack=statistics.stack,
+        kind=statistics.kind,
+        unavailable={name: reasons.get(name, _UNDEFINED) for name, value in values.items() if value is None},
+        **values,
+    )
+
+
+def norm_records(found: list[NormStatistics]) -> list[NormRecord]:
+    """One record for each norm call inside a block, in the order of blocks."""
+    return [_norm_record(statistics) for statistics in found]
+
+
+def _norm_record(statistics: NormStatistics) -> NormRecord:
+    before, after, *three = (Statistic.of(*statistics.values.summary(i)) for i in range(len(NORM_MEASURES)))
+    brackets = None if any(b is None for b in three) else three
+    values: dict[str, Any] = {"affine_rank_before": before, "affine_rank_after": after, "brackets": brackets}
+    return NormRecord(
+        block=statistics.block,
+        norm=statistics.norm,
+        unavailable={k: statistics.reasons.get(k, _UNDEFINED) for k, value in values.items() if value is None},
+        **values,
+    )

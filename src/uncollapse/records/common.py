@@ -1,0 +1,85 @@
+"""What every record is made of: a measured value, the model and the probe it was measured on, and a finding."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Phenomenon = Literal[
+    "rank-collapse-depth", "rank-collapse-width", "head-channel-non-identifiability", "entropy-collapse", "numerics"
+]
+Severity = Literal["info", "warning", "critical"]
+Stack = Literal["encoder", "decoder"]
+AttentionKind = Literal["self", "cross"]
+PHENOMENA: tuple[Phenomenon, ...] = get_args(Phenomenon)[:4]
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One measured value over the probe's sequences. `mean`, `min`, `max` in the measure's unit; `n` sequences."""
+
+    mean: float
+    min: float
+    max: float
+    n: int
+
+    @staticmethod
+    def of(mean: float, low: float, high: float, n: int) -> Statistic | None:
+        """The statistic, or `None` where nothing finite was observed."""
+        if n == 0 or not all(map(math.isfinite, (mean, low, high))):
+            return None
+        return Statistic(mean, low, high, n)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Which model was measured. `width` is the token dimension d, `head_width` the value width d_k of a head."""
+
+    name: str
+    revision: str | None
+    architecture: str
+    blocks: int
+    heads: int
+    key_value_heads: int
+    width: int
+    head_width: int
+    norm_placement: str
+    parameters: int
+    dtype: str
+    attention_backend: str
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Which tokens it was measured on, and how. `tokens` counts real tokens; `options` are the resolved ones."""
+
+    sequences: int
+    tokens: int
+    max_tokens: int
+    source: str
+    seed: int
+    level: Literal["core", "full"] = "core"
+    device: str = "cpu"
+    command: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One rule that fired. `value` is what was measured at the worst place, `threshold` what it was held against; `kind` says
+    which attention of a decoder block a finding about heads means."""
+
+    code: str
+    phenomenon: Phenomenon
+    severity: Severity
+    block: int | None
+    head: int | None
+    value: float | None
+    threshold: float | None
+    message: str
+    remedy: str
+    reference: str
+    stack: Stack | None = None
+    kind: AttentionKind | None = None

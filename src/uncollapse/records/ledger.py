@@ -1,0 +1,60 @@
+"""The record of `verify`: every claim with its evidence, its counterexample and its verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["holds", "holds generically", "holds under hypotheses", "refuted as stated", "measured", "undecided"]
+
+Role = Literal["statement", "boundary", "context"]
+LEDGER_SCHEMA: Literal["uncollapse/ledger/1"] = "uncollapse/ledger/1"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One thing that was looked at. `passed`: it came out as `what` says; None where that could not be decided.
+
+    `exact` says that it was decided in rational or rigorous interval arithmetic, not in floating point.
+    """
+
+    what: str
+    observed: int | float | str
+    expected: int | float | str | None = None
+    passed: bool | None = None
+    role: Role = "statement"
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Counterexample:
+    """Matrices one can copy, rows of rationals such as "3/2", and what they show. `minimal` says in which sense."""
+
+    refutes: str
+    matrices: dict[str, list[list[str]]]
+    shows: str
+    minimal: str
+
+
+@dataclass(frozen=True)
+class ClaimResult:
+    """One claim of the ledger: one id, one statement, one verdict."""
+
+    id: str
+    statement: str
+    source: str
+    verdict: Verdict
+    hypotheses: list[str]
+    evidence: list[Evidence]
+    counterexample: Counterexample | None
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All that was checked, and with what."""
+
+    versions: dict[str, str]
+    trials: int
+    seed: int
+    claims: list[ClaimResult]
+    schema: Literal["uncollapse/ledger/1"] = LEDGER_SCHEMA

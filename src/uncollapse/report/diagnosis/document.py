@@ -1,0 +1,105 @@
+"""The page of a diagnosis: one self-contained HTML file, drawn from its record, with the Vega bundle and the data in it."""
+
+from __future__ import annotations
+
+from uncollapse.records.common import Finding
+from uncollapse.records.diagnosis import DiagnosisRecord
+from uncollapse.report import wording
+from uncollapse.report.diagnosis import charts, tables
+from uncollapse.report.diagnosis import wording as say
+from uncollapse.report.diagnosis.charts import trajectory_charts
+from uncollapse.report.page import cells, sheet
+from uncollapse.report.page.heads import chosen_block_data, energy_bars, overlap_matrix
+from uncollapse.report.page.panels import Panel, Tile, bundle
+from uncollapse.report.page.sublayers import norms_table, update_panels
+from uncollapse.report.symmetries import tables as symmetries_tables
+from uncollapse.report.symmetries import wording as symmetries_wording
+from uncollapse.report.symmetries.rows import symmetry_rows, width
+
+
+def document(record: DiagnosisRecord) -> str:
+    """The page of one diagnosis."""
+    symmetries, scaling = symmetry_rows(record.symmetries, record.findings), width(record.symmetries)
+    return sheet.render(
+        "diagnosis/page.html.j2",
+        styles=["page/page.css", "symmetries/page.css"],
+        scripts=[bundle(), sheet.source("page/page.js")],
+        title=record.model.name,
+        record=record,
+        say=say,
+        tiles=_tiles(record),
+        findings=[[(each, _target(each, record)) for each in group] for group in wording.alike(record.findings)],
+        depth=_depth(record),
+        attention=_attention(record),
+        heads=_heads(record),
+        chosen=chosen_block_data(record.heads),
+        mean_length=tables.mean_length(record),
+        norms=Panel("", [], [norms_table(record.norms, "norms-table")]),
+        updates=update_panels(record.updates),
+        symmetries=symmetries,
+        order=symmetries_tables.order_table(record.symmetries, "order-table"),
+        width=scaling,
+        drawn=Panel("", [row.chart for row in symmetries if row.chart] + (scaling.charts if scaling else []), []),
+        symmetry_words=symmetries_wording,
+    )
+
+
+def _target(finding: Finding, record: DiagnosisRecord) -> str:
+    """The key of the row that a finding is about: a head, a block's heads or a site; empty where there is none."""
+    heads = [cells.head_key(each) for each in record.attention if cells.names_head(finding, each)]
+    blocks = [cells.block_key(each) for each in record.heads if cells.names_heads(finding, each)]
+    sites = [cells.site_key(each) for each in record.trajectory if cells.names_site(finding, each)]
+    return next(iter(heads + blocks + sites), "")
+
+
+def _tiles(record: DiagnosisRecord) -> list[Tile]:
+    counts = wording.counts_in_words(record.findings)
+    tiles = [Tile("findings", str(len(record.findings)), counts or "no rule fired")]
+    low = wording.extreme(record.trajectory, "consensus_distance")
+    if low:
+        tiles.append(Tile("lowest consensus distance", wording.number(low.value), wording.site_name(low.record)))
+    share = wording.lowest_rank_share(record.trajectory)
+    if share:
+        where = "at every site" if share[0] == 1.0 else wording.site_name(share[1])
+        tiles.append(Tile("lowest share of attainable rank", wording.percent(share[0]), where))
+    sharp = wording.extreme(record.attention, "normalized_entropy")
+    if sharp:
+        tiles.append(Tile("lowest normalized entropy", wording.number(sharp.value), wording.head_place(sharp.record)))
+    return tiles
+
+
+def _depth(record: DiagnosisRecord) -> list[Panel]:
+    panels = []
+    for (stack, _), sites in wording.groups(record.trajectory).items():
+        key = cells.slug("depth", stack)
+        left_out = tables.massive_table(sites, f"{key}-left-out")
+        panels.append(
+            Panel(
+                wording.group_name(stack, None, several_kinds=False),
+                trajectory_charts(sites, record.findings, key, stack or ""),
+                [
+                    tables.trajectory_table(sites, record.findings, f"{key}-table"),
+                    *([left_out] if left_out else []),
+                ],
+            )
+        )
+    return panels
+
+
+def _attention(record: DiagnosisRecord) -> list[Panel]:
+    kinds = {attention.kind for attention in record.attention}
+    panels = []
+    for (stack, kind), heads in wording.groups(record.attention).items():
+        name = wording.group_name(stack, kind, several_kinds=len(kinds) > 1)
+        key = cells.slug("attention", stack, kind)
+        chart = charts.entropy_map(heads, record.findings, key, name.lower())
+        table = tables.attention_table(heads, record.findings, f"{key}-table")
+        panels.append(Panel(name, [chart] if chart else [], [table]))
+    return panels
+
+
+def _heads(record: DiagnosisRecord) -> Panel:
+    drawn = [overlap_matrix(record.heads), energy_bars(record.heads)]
+    shares = tables.shares_table(record.heads, "shares-table")
+    shown = [tables.heads_table(record, "heads-table"), *([shares] if shares else [])]
+    return Panel("", [chart for chart in drawn if chart], shown)

@@ -1,0 +1,210 @@
+"""The tables of the page, one a kind of record: which columns, in which order, under which name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from uncollapse.records.common import Finding, Statistic
+from uncollapse.records.diagnosis import AttentionRecord, DiagnosisRecord, HeadsRecord, SiteRecord
+from uncollapse.report import wording
+from uncollapse.report.page.cells import (
+    Cell,
+    Column,
+    Measure,
+    Table,
+    block_key,
+    field,
+    head_key,
+    left_out_key,
+    names_head,
+    names_heads,
+    names_site,
+    severity_of,
+    site_key,
+    slug,
+    table,
+)
+from uncollapse.report.page.heads import block_name, largest_overlap
+from uncollapse.report.page.trajectory import NOT_FINITE, TRAJECTORY
+
+LEFT_OUT_MEASURES = [
+    ("tokens_left_out", "tokens left out"),
+    ("consensus_distance", "consensus distance"),
+    ("token_similarity", "token similarity"),
+    ("effective_rank", "effective rank"),
+    ("stable_rank", "stable rank"),
+    ("participation_ratio", "participation ratio"),
+]
+ATTENTION = [
+    field("normalized_entropy", "normalized entropy"),
+    field("entropy", "entropy", "nats"),
+    field("entropy_floor", "entropy floor", "nats"),
+    field("max_logit", "largest logit"),
+    field("rest_entropy", "entropy without the strongest key"),
+    field("key_share", "share of keys used"),
+    field("value_contraction", "value contraction", "‖CAV‖/‖CV‖"),
+    field("susceptibility", "susceptibility", "Var s"),
+    field("contraction", "contraction", "‖CA‖₂"),
+    field("spectral_gap", "spectral gap", "1 − σ₂/σ₁"),
+    field("second_singular_value", "second singular value", "σ₂"),
+]
+
+
+def trajectory_table(sites: Sequence[SiteRecord], findings: Sequence[Finding], key: str) -> Table:
+    """One row a site."""
+    return table(
+        key,
+        "The token cloud at every site",
+        [(Column("site", numeric=False), lambda site: Cell(wording.site_name(site), sort=_order(site)))],
+        [*TRAJECTORY, NOT_FINITE] if any(site.not_finite for site in sites) else TRAJECTORY,
+        sites,
+        site_key,
+        lambda site: severity_of(findings, lambda f: names_site(f, site)),
+    )
+
+
+def _order(site: SiteRecord) -> float:
+    return -1.0 if site.block is None else float(site.block)
+
+
+def massive_table(sites: Sequence[SiteRecord], key: str) -> Table | None:
+    """The norm-sensitive measures without the largest-norm tokens; `None` where they were not measured."""
+    seen = [site for site in sites if site.massive_tokens_left_out is not None]
+    if not seen:
+        return None
+    measures = [
+        Measure(name, Column(title), lambda site, name=name: getattr(site.massive_tokens_left_out, name))  # type: ignore[misc]
+        for name, title in LEFT_OUT_MEASURES
+    ]
+    return table(
+        key,
+        "The same without each sequence’s largest-norm tokens",
+        [(Column("site", numeric=False), lambda site: Cell(wording.site_name(site), sort=_order(site)))],
+        measures,
+        seen,
+        left_out_key,
+    )
+
+
+def attention_table(heads: Sequence[AttentionRecord], findings: Sequence[Finding], key: str) -> Table:
+    """One row a head."""
+    measures = list(ATTENTION)
+    if any(record.route for record in heads):
+        measures.append(field("route", "route", numeric=False))
+    return table(
+        key,
+        "Every head",
+        [
+            (Column("block"), lambda record: Cell(str(record.block), sort=float(record.block))),
+            (Column("head"), lambda record: Cell(str(record.head), sort=float(record.head))),
+        ],
+        measures,
+        heads,
+        head_key,
+        lambda record: severity_of(findings, lambda f: names_head(f, record)),
+    )
+
+
+def mean_length(record: DiagnosisRecord) -> int:
+    """The probe's mean sequence length, by which the figures per token are multiplied."""
+    return round(record.probe.tokens / max(1, record.probe.sequences))
+
+
+def heads_table(record: DiagnosisRecord, key: str) -> Table:
+    """One row an output projection. Figures per token, and times the probe's mean length n."""
+    n = mean_length(record)
+    order = {id(heads): float(index) for index, heads in enumerate(record.heads)}
+
+    def per_token(name: str) -> Callable[[HeadsRecord], Cell | None]:
+        def value(heads: HeadsRecord) -> Cell | None:
+            amount = getattr(heads, name)
+            return None if amount is None else Cell(f"{amount:,}", f"× n = {amount * n:,}" if amount else "", amount)
+
+        return value
+
+    def out_of(heads: HeadsRecord) -> Cell | None:
+        rank = heads.output_projection_rank
+        if rank is None:
+            return None
+        attainable = min(heads.heads * heads.head_width, heads.width)
+        return Cell(f"{rank:,}", f"of {attainable:,}", rank)
+
+    def overlap(heads: HeadsRecord) -> Cell | None:
+        pair = largest_overlap(heads)
+        return None if pair is None else Cell(wording.number(pair[0]), f"heads {pair[2]} and {pair[1]}", pair[0])
+
+    def share(heads: HeadsRecord) -> Cell | None:
+        seen = [(s.mean, head) for head, s in enumerate(heads.energy_share or []) if s is not None]
+        return None if not seen else Cell(wording.number(max(seen)[0]), f"head {max(seen)[1]}", max(seen)[0])
+
+    measures = [
+        field("verdict", "verdict", numeric=False),
+        Measure(
+            "ambiguous_degrees_of_freedom",
+            Column("ambiguous d.o.f.", "(H − 1)·dₖ a token"),
+            per_token("ambiguous_degrees_of_freedom"),
+        ),
+        Measure("kernel_dimension", Column("kernel", "D − rank W_O a token"), per_token("kernel_dimension")),
+        field("gauge_dimension", "gauge dimension"),
+        Measure("output_projection_rank", Column("rank W_O"), out_of),
+        field("condition_number", "condition", "of the write spaces"),
+    ]
+    if any(heads.heads > 1 for heads in record.heads):
+        measures.append(Measure("write_space_overlap", Column("largest overlap"), overlap))
+        measures.append(Measure("energy_share", Column("largest energy share"), share))
+    return table(
+        key,
+        "The heads of every block",
+        [(Column("block"), lambda heads: Cell(block_name(heads), sort=order[id(heads)]))],
+        measures,
+        record.heads,
+        block_key,
+        lambda heads: severity_of(record.findings, lambda f: names_heads(f, heads)),
+    )
+
+
+@dataclass(frozen=True)
+class _HeadShare:
+    """One head of an output projection: what the matrix and the bars of the head panel draw."""
+
+    block: HeadsRecord
+    head: int
+    energy_share: Statistic | None
+    unavailable: dict[str, str]
+
+    def overlap(self) -> Cell | None:
+        """The other head whose write space is nearest."""
+        matrix = self.block.write_space_overlap
+        others = [(v, h) for h, v in enumerate(matrix[self.head]) if h != self.head] if matrix else []
+        if not others:
+            return None
+        value, other = max(others)
+        return Cell(wording.number(value), f"head {other}", value)
+
+
+def shares_table(heads: Sequence[HeadsRecord], key: str) -> Table | None:
+    """One row a head: its energy share, and the head it overlaps most; `None` where no block has two heads."""
+    records = [
+        _HeadShare(block, head, block.energy_share[head] if block.energy_share else None, block.unavailable)
+        for block in heads
+        if block.heads > 1
+        for head in range(block.heads)
+    ]
+    if not records:
+        return None
+    order = {id(block): float(index) for index, block in enumerate(heads)}
+    return table(
+        key,
+        "Energy share and largest overlap of every head",
+        [
+            (Column("block"), lambda share: Cell(block_name(share.block), sort=order[id(share.block)])),
+            (Column("head"), lambda share: Cell(str(share.head), sort=float(share.head))),
+        ],
+        [
+            field("energy_share", "energy share"),
+            Measure("write_space_overlap", Column("largest overlap", "and with whom"), _HeadShare.overlap),
+        ],
+        records,
+        lambda share: slug("share", share.block.stack, share.block.kind, share.block.block, share.head),
+    )

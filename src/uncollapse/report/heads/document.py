@@ -1,0 +1,57 @@
+"""The page of `uncollapse heads`: the answer first, then the blocks, one small map each, then every head."""
+
+from __future__ import annotations
+
+from uncollapse.records.heads import IdentifiabilityRecord
+from uncollapse.report import wording
+from uncollapse.report.heads import tables
+from uncollapse.report.heads import wording as say
+from uncollapse.report.page import cells, sheet
+from uncollapse.report.page.heads import chosen_block_data, energy_bars, overlap_matrix
+from uncollapse.report.page.panels import Panel, Tile, bundle
+
+
+def document(record: IdentifiabilityRecord) -> str:
+    """The page of one model's heads."""
+    drawn = [overlap_matrix(record.heads), energy_bars(record.heads)]
+    return sheet.render(
+        "heads/page.html.j2",
+        styles=["page/page.css", "heads/page.css"],
+        scripts=[bundle(), sheet.source("page/page.js"), sheet.source("heads/page.js")],
+        title=record.model.name,
+        record=record,
+        say=say,
+        tiles=_tiles(record),
+        answers=say.answers(record),
+        maps=[(heads, say.mark(heads)) for heads in record.heads],
+        chosen=chosen_block_data(record.heads),
+        panel=Panel("", [chart for chart in drawn if chart], []),
+        blocks=tables.blocks_table(record, "blocks-table"),
+        heads=tables.heads_table(record.heads, record.findings, "heads-table"),
+        findings=[[(each, _target(each.block, record)) for each in group] for group in wording.alike(record.findings)],
+    )
+
+
+def _target(block: int | None, record: IdentifiabilityRecord) -> str:
+    """The key of the row of the first attention call of this block."""
+    return next((cells.block_key(heads) for heads in record.heads if heads.block == block), "")
+
+
+def _tiles(record: IdentifiabilityRecord) -> list[Tile]:
+    judged = [heads for heads in record.heads if heads.verdict is not None]
+    tiles = []
+    yes = [heads for heads in judged if heads.verdict == say.YES]
+    tiles.append(Tile("attributable", f"{len(yes)} of {len(record.heads)}", "attention calls, without reserve"))
+    single = sum(say.count_of(heads, say.YES) or 0 for heads in judged)
+    if total := sum(heads.heads for heads in judged):
+        tiles.append(Tile("heads attributable", f"{single:,} of {total:,}", "taken singly"))
+    gains = [(heads.condition_number, heads) for heads in judged if heads.condition_number is not None]
+    if gains:
+        gain, where = max(gains, key=lambda pair: pair[0])
+        tiles.append(Tile("largest noise gain", wording.number(gain), wording.blocks_in_words([where])))
+    kernels = [(heads.kernel_dimension or 0, heads) for heads in judged]
+    if kernels:
+        kernel, where = max(kernels, key=lambda pair: pair[0])
+        detail = wording.blocks_in_words([where]) if kernel else "every head output follows from the layer’s"
+        tiles.append(Tile("largest kernel a token", wording.number(kernel), detail))
+    return tiles

@@ -1,0 +1,191 @@
+"""What a table of the page is made of: cells that know their range, their sort key and why they are absent.
+
+The charts are drawn beside the tables and point into them: a row's `key` is what a chart's tooltip looks up, so a
+figure is written into the page once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from uncollapse.records.common import Finding, Statistic
+from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord, UpdateRecord
+from uncollapse.report import wording
+
+NO_REASON = "no reason was recorded"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure: its text, the range over sequences, what to sort by, and the reason where it is absent."""
+
+    text: str
+    spread: str = ""
+    sort: float | str | None = None
+    reason: str = ""
+    note: int = 0
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading. `symbol` stands beneath the title, `numeric` says how to align and sort."""
+
+    title: str
+    symbol: str = ""
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table. `key` is unique in the page; `severity` is that of the worst finding that names this row."""
+
+    key: str
+    cells: list[Cell]
+    severity: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the page's table macro draws. `notes` are numbered from 1, `left_out` are columns without any value."""
+
+    key: str
+    caption: str
+    columns: list[Column]
+    rows: list[Row]
+    notes: list[str]
+    left_out: list[str]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One column and how its value is read from a record; `key` is the key under which `unavailable` gives a reason."""
+
+    key: str
+    column: Column
+    value: Callable[[Any], Any]
+
+
+def field(key: str, title: str, symbol: str = "", *, numeric: bool = True) -> Measure:
+    """The column of one field of the record."""
+    return Measure(key, Column(title, symbol, numeric), lambda record: getattr(record, key))
+
+
+def cell(value: object) -> Cell:
+    """A value of a record as a cell; `None` as an absent one, its reason still to be filled in."""
+    match value:
+        case Cell():
+            return value
+        case None:
+            return Cell(wording.ABSENT)
+        case Statistic():
+            return Cell(wording.mean(value), wording.spread(value), value.mean)
+        case str():
+            return Cell(value, sort=value)
+        case int() | float():
+            return Cell(wording.number(value), sort=float(value))
+    raise TypeError(type(value))
+
+
+def table(
+    key: str,
+    caption: str,
+    first: Sequence[tuple[Column, Callable[[Any], Cell]]],
+    measures: Iterable[Measure],
+    records: Sequence[Any],
+    row_key: Callable[[Any], str],
+    severity: Callable[[Any], str] = lambda record: "",
+) -> Table:
+    """The table of `records`: the naming columns `first`, then the measures that at least one record has."""
+    kept: list[Measure] = []
+    missing: dict[str, list[str]] = {}
+    for measure in measures:
+        if any(measure.value(record) is not None for record in records):
+            kept.append(measure)
+        else:
+            reasons = sorted({record.unavailable.get(measure.key, NO_REASON) for record in records})
+            missing.setdefault("; ".join(reasons), []).append(measure.column.title)
+    partly: dict[str, list[str]] = {}
+    rows = []
+    for record in records:
+        cells = [name(record) for _, name in first]
+        for measure in kept:
+            shown = cell(measure.value(record))
+            if shown.text == wording.ABSENT:
+                reason = record.unavailable.get(measure.key, NO_REASON)
+                titles = partly.setdefault(reason, [])
+                if measure.column.title not in titles:
+                    titles.append(measure.column.title)
+                shown = replace(shown, reason=reason, note=list(partly).index(reason) + 1)
+            cells.append(shown)
+        rows.append(Row(row_key(record), cells, severity(record)))
+    notes, left_out = _listed(partly), _listed(missing)
+    columns = [column for column, _ in first] + [measure.column for measure in kept]
+    return Table(key, caption, columns, rows, notes, left_out)
+
+
+def _listed(titles_by_reason: dict[str, list[str]]) -> list[str]:
+    return [f"{', '.join(titles)}: {reason}" for reason, titles in titles_by_reason.items()]
+
+
+def slug(*parts: object) -> str:
+    """A key for the page made of the parts that are present: only what a record's fixed fields and numbers contain.
+
+    >>> slug("head", None, "self", 3, 7)
+    'head-self-3-7'
+    """
+    return "-".join(str(part) for part in parts if part is not None)
+
+
+def site_key(site: SiteRecord) -> str:
+    """The key of a site's row."""
+    return slug("site", site.stack, "in" if site.block is None else site.block)
+
+
+def left_out_key(site: SiteRecord) -> str:
+    """The key of a site's row in the table without its largest-norm tokens."""
+    return f"{site_key(site)}-left-out"
+
+
+def head_key(attention: AttentionRecord) -> str:
+    """The key of a head's row."""
+    return slug("head", attention.stack, attention.kind, attention.block, attention.head)
+
+
+def block_key(heads: HeadsRecord) -> str:
+    """The key of a block's row in the head panel."""
+    return slug("block", heads.stack, heads.kind, heads.block)
+
+
+def severity_of(findings: Sequence[Finding], names: Callable[[Finding], bool]) -> str:
+    """The severity of the worst finding that `names` this place; empty where none does."""
+    named = wording.worst_first(finding for finding in findings if names(finding))
+    return named[0].severity if named else ""
+
+
+def names_head(finding: Finding, record: AttentionRecord) -> bool:
+    """Whether the finding is about this head's attention."""
+    return (
+        finding.phenomenon in ("entropy-collapse", "rank-collapse-width")
+        and finding.head is not None
+        and (finding.block, finding.head, finding.stack) == (record.block, record.head, record.stack)
+        and finding.kind in (None, record.kind)
+    )
+
+
+def names_heads(finding: Finding, record: HeadsRecord) -> bool:
+    """Whether the finding is about this block's output projection."""
+    return finding.phenomenon == "head-channel-non-identifiability" and (
+        (finding.block, finding.stack) == (record.block, record.stack) and finding.kind in (None, record.kind)
+    )
+
+
+def names_site(finding: Finding, site: SiteRecord) -> bool:
+    """Whether the finding is about the token cloud here; without a block it means what enters the first one."""
+    return finding.phenomenon in wording.TOKEN_CLOUD and (finding.block, finding.stack) == (site.block, site.stack)
+
+
+def update_key(update: UpdateRecord) -> str:
+    """The key of a sublayer's row."""
+    return slug("update", update.stack, update.kind, update.block, update.sublayer)

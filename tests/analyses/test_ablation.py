@@ -1,0 +1,208 @@
+"""Ablation: rates of known sequences, verdicts that follow from the runs, and the packaged model as measured before."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import uncollapse as uc
+from tests.helpers.families import FAMILIES, inputs_for
+from tests.helpers.tiny_models import text_batch
+from uncollapse.judgement.predictions import verdicts
+from uncollapse.judgement.rates import rate
+from uncollapse.records.ablation import AblationRecord, AblationRun, RateRecord
+from uncollapse.records.encoding import from_json
+
+EPSILON = torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "factor", "slope"),
+    [
+        ([0.9, 0.88, 0.87, 0.85, 0.84], "none", (0.84 / 0.9) ** 0.25, None),
+        ([0.8 * 0.5**i for i in range(10)], "geometric", 0.5, 1.0),
+        ([0.9 * 0.75**i for i in range(13)], "geometric", 0.75, 1.0),
+        ([0.9 ** (3**i) for i in range(5)], "doubly exponential", None, 3.0),
+        ([0.5 ** (2**i) for i in range(5)], "doubly exponential", None, 2.0),
+    ],
+)
+def test_known_sequences_have_their_rate(
+    values: list[float], kind: str, factor: float | None, slope: float | None
+) -> None:
+    found = rate(values, EPSILON)
+    assert found.kind == kind
+    if factor is not None:
+        assert found.factor == pytest.approx(factor)
+    if slope is not None:
+        assert found.slope == pytest.approx(slope)
+        assert found.slope_low == pytest.approx(slope)
+        assert found.slope_high == pytest.approx(slope)
+
+
+def test_the_rounding_floor_is_no_level() -> None:
+    values = [0.9 ** (3**i) for i in range(5)]
+    noisy = [*values, 6e-16, 4e-16, 5e-16]
+    found, clean = rate(noisy, EPSILON), rate(values, EPSILON)
+    assert found.floor_block == 4
+    assert (found.slope, found.factor) == (clean.slope, clean.factor)
+    assert rate([0.9, 0.5, 1e-7, 1e-7], torch.finfo(torch.float32).eps).floor_block == 1
+
+
+def test_a_plunge_onto_the_floor_within_two_blocks_is_called_what_it_is() -> None:
+    assert rate([0.9, 0.4, 1e-16], EPSILON).kind == "doubly exponential"
+
+
+def test_the_interval_is_that_of_student() -> None:
+    logs = [0.0, -1.0, -1.9, -3.1, -4.0, -5.2]
+    found = rate([math.exp(v) for v in logs], EPSILON)
+    x, y = logs[:-1], logs[1:]
+    n, mx, my = len(x), sum(x) / len(x), sum(y) / len(y)
+    sxx = sum((a - mx) ** 2 for a in x)
+    slope = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sxx
+    error = math.sqrt(sum((b - my - slope * (a - mx)) ** 2 for a, b in zip(x, y, strict=True)) / (n - 2) / sxx)
+    assert found.slope == pytest.approx(slope)
+    assert found.slope_high == pytest.approx(slope + 3.182 * error)  # 97.5 % quantile for 3 degrees of freedom
+
+
+@pytest.fixture(scope="module")
+def minilm() -> uc.Ablation:
+    return uc.ablate(
+        "demo", sequences=6, dtype="float64", without=[("norm",), ("residual",), ("mlp",), ("residual", "mlp")]
+    )
+
+
+def curve(found: uc.Ablation, *without: str) -> list[float]:
+    run = next(r for r in found.runs if r.without == list(without))
+    return [s.consensus_distance.mean for s in run.trajectory if s.consensus_distance is not None]
+
+
+def test_minilm_is_held_up_by_its_residual_connections_not_by_its_mlp(minilm: uc.Ablation) -> None:
+    # Measured before on other text: 1·1·0 .97 … .79; 1·0·1 .97 .68 .23 1.6e-2 5.5e-6 1e-15; 1·0·0 at the floor by block 4.
+    assert min(curve(minilm, "mlp")) > 0.5
+    without_residual = curve(minilm, "residual")
+    assert without_residual[1] > 0.5
+    assert without_residual[-1] < 1e-12
+    assert curve(minilm, "residual", "mlp")[5] < 1e-12
+    rates = {tuple(r.without): r.rate.kind for r in minilm.runs if r.rate is not None}
+    assert rates[()] == rates["mlp",] == "none"
+    assert rates["residual",] == rates["residual", "mlp"] == "doubly exponential"
+
+
+def test_the_verdicts_say_so_in_rank_and_in_distance(minilm: uc.Ablation) -> None:
+    agreed = {(v.prediction.split()[1], v.measure): v.agrees for v in minilm.verdicts}
+    assert agreed == {
+        ("MLP", "affine_rank"): False,
+        ("MLP", "consensus_distance"): False,
+        ("connections", "affine_rank"): True,
+        ("connections", "consensus_distance"): True,
+        ("residual", "affine_rank"): True,
+        ("residual", "consensus_distance"): True,
+        ("normalisation", "affine_rank"): True,
+    }
+
+
+def test_verdicts_follow_the_runs_and_turn_with_them(minilm: uc.Ablation) -> None:
+    runs = list(minilm.runs)
+    swapped = {("mlp",): ["residual"], ("residual",): ["mlp"]}
+    turned = verdicts([replace(r, without=swapped.get(tuple(r.without), r.without)) for r in runs], is_causal=False)
+    for before, after in zip(minilm.verdicts, turned, strict=True):
+        if before.prediction.startswith("Layer"):
+            assert before.agrees == after.agrees
+        else:
+            assert before.agrees is not after.agrees
+
+
+def test_the_output_moves_and_the_record_survives_json(minilm: uc.Ablation) -> None:
+    whole, *rest = minilm.runs
+    assert whole.output_shift is None
+    assert all(r.output_shift is not None and r.output_shift.mean > 0.01 for r in rest)
+    assert from_json(minilm.to_json(), AblationRecord) == minilm.record
+
+
+def test_causal_models_are_judged_by_what_causal_masks_do() -> None:
+    family = FAMILIES["gpt2"]
+    found = uc.ablate(family.build(), batches=[inputs_for(family)], without=[("residual",)])
+    assert found.record.is_causal
+    predicted = {v.measure: v.predicted for v in found.verdicts}
+    assert predicted["consensus_distance"] == "falls geometrically"
+
+
+def test_a_language_model_reports_its_loss() -> None:
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = FAMILIES["gpt2"].build().config
+    model = hf.GPT2LMHeadModel(config).eval()
+    batch = text_batch(3, 9)
+    found = uc.ablate(model, batches=[batch], without=[("mlp",)])
+    with torch.no_grad():
+        expected = [model(input_ids=i[None], labels=i[None]).loss.item() for i in batch["input_ids"]]
+    loss = found.runs[0].loss
+    assert loss is not None
+    assert loss.mean == pytest.approx(sum(expected) / 3, rel=1e-5)
+    assert (loss.min, loss.max) == pytest.approx((min(expected), max(expected)), rel=1e-5)
+    assert found.runs[1].loss is not None
+
+
+def test_level_full_says_what_the_whole_models_sublayers_and_norms_do() -> None:
+    family = FAMILIES["bert"]
+    model, batch = family.build(), inputs_for(family)
+    found = uc.ablate(model, batches=[batch], without=[("mlp",)], level="full").record
+    alone = uc.diagnose(model, batches=[batch], level="full").record
+    assert len(found.norms) == 2 * family.blocks
+    assert (found.norms, found.updates) == (alone.norms, alone.updates)
+    assert uc.ablate(model, batches=[batch], without=[("mlp",)]).record.norms == []
+
+
+def test_a_decoders_blocks_keep_their_numbers() -> None:
+    family = FAMILIES["bart"]
+    found = uc.ablate(family.build().double(), batches=[inputs_for(family)], without=[("residual",)])
+    decoder = range(family.blocks - family.decoder_blocks, family.blocks)
+    assert {v.block for v in found.verdicts if v.measure == "consensus_distance"} <= set(decoder)
+
+
+def test_tokens_that_are_all_zero_are_at_the_floor() -> None:
+    family = FAMILIES["gpt2"]
+    model = family.build()
+    with torch.no_grad():
+        model.h[1].mlp.c_proj.weight.zero_()
+        model.h[1].mlp.c_proj.bias.zero_()
+    found = uc.ablate(model, batches=[inputs_for(family)], without=[("residual",)], blocks=[1])
+    assert found.runs[1].rate is not None
+    assert found.runs[1].rate.floor_block == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"without": [("mpl",)]}, "got 'mpl'"),
+        ({"without": "mlp"}, "list of combinations"),
+        ({"without": ["mlp"]}, "list of combinations"),
+        ({"grid": True, "without": [("mlp",)]}, "expected grid or without, got both"),
+        ({"blocks": [99]}, r"got \[99\]"),
+    ],
+)
+def test_bad_arguments_are_refused_in_words(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(uc.InputError, match=message):
+        uc.ablate(FAMILIES["bert"].build(), batches=[text_batch()], **arguments)
+
+
+def test_a_model_whose_residual_cannot_be_located_is_refused() -> None:
+    with pytest.raises(uc.UnsupportedModel, match="0 residual additions"):
+        uc.ablate(torch.nn.Embedding(8, 4), batches=[{"input": torch.ones(2, 3, dtype=torch.long)}])
+
+
+def test_a_run_that_is_not_finite_says_so() -> None:
+    family = FAMILIES["bert"]
+    model = family.build()
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.bias[0] = math.nan
+    found = uc.ablate(model, batches=[inputs_for(family)], without=[("mlp",)])
+    assert found.runs[0].rate is None
+    assert found.runs[0].unavailable["rate"] == "the consensus distance is not finite"
+    assert isinstance(found.runs[1].rate, RateRecord)
+    assert isinstance(found.runs[1], AblationRun)

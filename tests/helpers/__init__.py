@@ -1,0 +1,1 @@
+"""What several tests share: models, samples of records, pages and a browser."""

@@ -1,0 +1,166 @@
+"""A real browser, driven through its debugging protocol."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+DEADLINE = 60.0
+
+
+class Browser:
+    """A headless chromium that resolves no host name. `events` keeps everything it reports."""
+
+    def __init__(self, executable: str) -> None:
+        self._profile = tempfile.TemporaryDirectory()
+        inward, self._to = os.pipe()
+        self._back, outward = os.pipe()
+        options = [
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
+            *("--disable-component-update", "--no-first-run", "--hide-scrollbars", "--remote-debugging-pipe"),
+        ]
+        # Chromium reads commands from descriptor 3 and answers on 4: a process in between puts our pipes there.
+        exec_at_3_and_4 = "import os, sys; r, w = map(int, sys.argv[1:3]); os.dup2(r, 3); os.dup2(w, 4); " + (
+            "os.execv(sys.argv[3], sys.argv[3:])"
+        )
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-c", exec_at_3_and_4, str(inward), str(outward), executable, *options),
+                "--host-resolver-rules=MAP * ~NOTFOUND",
+                f"--user-data-dir={self._profile.name}",
+                "about:blank",
+            ],
+            pass_fds=(inward, outward),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(inward)
+        os.close(outward)
+        self._buffer = b""
+        self._number = 0
+        self._session: str | None = None
+        self.events: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Browser:
+        try:
+            target = self("Target.createTarget", url="about:blank")["targetId"]
+            self._session = self("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                self(f"{domain}.enable")
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._session = None
+        try:
+            self("Browser.close")
+            self._process.wait(10)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._to)
+        os.close(self._back)
+        shutil.rmtree(self._profile.name, ignore_errors=True)
+        self._profile.cleanup()
+
+    def _message(self, until: float) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            ready, _, _ = select.select([self._back], [], [], max(0.0, until - time.monotonic()))
+            chunk = os.read(self._back, 1 << 20) if ready else b""
+            if not chunk:
+                raise TimeoutError("chromium does not answer")
+            self._buffer += chunk
+        text, _, self._buffer = self._buffer.partition(b"\0")
+        message: dict[str, Any] = json.loads(text)
+        return message
+
+    def __call__(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Send one command and wait for its answer; what else arrives is kept in `events`."""
+        self._number += 1
+        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
+        if self._session:
+            message["sessionId"] = self._session
+        text = json.dumps(message).encode() + b"\0"
+        while text:
+            text = text[os.write(self._to, text) :]
+        until = time.monotonic() + DEADLINE
+        while True:
+            answer = self._message(until)
+            if answer.get("id") == self._number:
+                if "error" in answer:
+                    raise RuntimeError(f"{method}: {answer['error']}")
+                result: dict[str, Any] = answer["result"]
+                return result
+            if "method" in answer:
+                self.events.append(answer)
+
+    def wait_for(self, event: str) -> None:
+        """Read on until chromium has reported `event`."""
+        until = time.monotonic() + DEADLINE
+        while event not in [each["method"] for each in self.events]:
+            message = self._message(until)
+            if "method" in message:
+                self.events.append(message)
+
+    def value(self, expression: str) -> Any:
+        """The value of a JavaScript expression in the page, a promise awaited."""
+        answer = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(str(answer["exceptionDetails"]))
+        return answer["result"].get("value")
+
+    def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+        """Open a file and wait until it says that everything is drawn."""
+        self.events.clear()
+        self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        wishes = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
+        self("Emulation.setEmulatedMedia", features=[{"name": n, "value": v} for n, v in wishes.items()])
+        self("Page.navigate", url=path.as_uri())
+        until = time.monotonic() + DEADLINE
+        while not self.value("document.readyState == 'complete' && document.documentElement.dataset.drawn == 'true'"):
+            if time.monotonic() > until:
+                raise TimeoutError("the page was not drawn")
+            time.sleep(0.05)
+
+    def complaints(self) -> list[str]:
+        """Exceptions, console output and violated policies since the page was opened."""
+        self.value("0")
+        told = {"Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded"}
+        return [json.dumps(event["params"]) for event in self.events if event["method"] in told]
+
+    def requests(self) -> list[str]:
+        """Every address asked for since the page was opened."""
+        self.value("0")
+        sent = [event for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        return [event["params"]["request"]["url"] for event in sent]
+
+
+def hover(browser: Browser, chart: str, across: float, down: float) -> str:
+    """Move the pointer to a place in a chart, given as shares of its size; returns what the tooltip says."""
+    left, top, width, height = browser.value(
+        f"(() => {{ const e = document.querySelector('#{chart} svg');"
+        "e.scrollIntoView({block: 'center', behavior: 'instant'});"
+        "const r = e.getBoundingClientRect(); return [r.x, r.y, r.width, r.height]; })()"
+    )
+    for step in (-3, 0):
+        browser(
+            "Input.dispatchMouseEvent", type="mouseMoved", x=left + width * across + step, y=top + height * down + step
+        )
+    text: str = browser.value("tip.hidden ? '' : tip.innerText || tip.textContent")
+    return text

@@ -1,0 +1,127 @@
+"""Mask and positions taken away: a Transformer without them is a function on sets, tried on every family that can be told."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import uncollapse as uc
+from tests.helpers.families import FAMILIES, Family, inputs_for
+from tests.helpers.observing import eager
+from uncollapse.anatomy.proof import proved_anatomy
+
+TOLD = [
+    "bert",
+    "albert",
+    "roberta",
+    "gpt2",
+    "llama",
+    "gemma2",
+    "gemma3",
+    "gpt_neox",
+    "phi",
+    "qwen3",
+    "opt",
+    "gpt_oss",
+    "modernbert",
+]
+UNTOLD = ["t5", "whisper_encoder", "vit", "wav2vec2", "mpnet", "bloom"]
+
+
+def states(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model(**batch)[0]
+
+
+def permuted(batch: dict[str, Tensor], order: Tensor) -> dict[str, Tensor]:
+    return {k: v[:, order] for k, v in batch.items()}
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", TOLD)
+def test_without_mask_and_positions_the_tokens_are_a_set(name: str, backend: str) -> None:
+    family = FAMILIES[name]
+    model = eager(family.build()) if backend == "eager" else family.build()
+    batch = inputs_for(family)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
+    proved_anatomy(model, batch)
+    before = states(model, batch)
+    with uc.without(model, "mask", "positions"):
+        plain, moved = states(model, batch), states(model, permuted(batch, order))
+    assert moved == pytest.approx(plain[:, order], abs=1e-3 * float(plain.abs().max()))
+    assert not torch.allclose(states(model, permuted(batch, order)), before[:, order], atol=1e-2)  # they did matter
+    assert torch.equal(states(model, batch), before)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "gptj", "bloom", "falcon"])
+def test_without_the_mask_the_first_token_hears_the_last(name: str, backend: str) -> None:
+    family: Family = FAMILIES[name]
+    model = eager(family.build()) if backend == "eager" else family.build()
+    batch = inputs_for(family)
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][:, -1] = (other["input_ids"][:, -1] + 7) % 60 + 3
+    proved_anatomy(model, batch)
+    assert torch.allclose(states(model, batch)[:, 0], states(model, other)[:, 0], atol=1e-5)
+    with uc.without(model, "mask"):
+        assert not torch.allclose(states(model, batch)[:, 0], states(model, other)[:, 0], atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_padding_stays_hidden_without_the_mask(backend: str) -> None:
+    family = FAMILIES["llama"]
+    model = eager(family.build()) if backend == "eager" else family.build()
+    batch = inputs_for(family, 1)
+    padded = {
+        "input_ids": torch.cat([batch["input_ids"], torch.tensor([[9, 11]])], 1),
+        "attention_mask": torch.cat([batch["attention_mask"], torch.zeros(1, 2, dtype=torch.long)], 1),
+    }
+    proved_anatomy(model, batch)
+    with uc.without(model, "mask"):
+        assert states(model, padded)[:, :9] == pytest.approx(states(model, batch), abs=1e-5)
+
+
+def test_uniform_attention_without_a_mask_is_uniform_over_all_tokens() -> None:
+    family = FAMILIES["llama"]
+    model = family.build()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.self_attn.q_proj.weight.zero_()
+    batch = inputs_for(family)
+    proved_anatomy(model, batch)
+    with uc.without(model, "mask"):
+        found = uc.diagnose(model, batches=[batch])
+    for (
+        head
+    ) in found.record.attention:  # the figures are those of the softmax that ran, not of the one that was asked for
+        assert head.entropy is not None
+        assert head.entropy.mean == pytest.approx(math.log(9), abs=1e-5)
+    assert {f.code for f in found.findings} >= {"WIDTH-UNIFORM", "WIDTH-RANK-ONE"}
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_positions_that_cannot_be_taken_away_are_refused(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.build()
+    proved_anatomy(model, inputs_for(family))
+    with pytest.raises(uc.UnsupportedModel, match="Take away another component"), uc.without(model, "positions"):
+        pass
+
+
+@pytest.mark.parametrize("name", [n for n in TOLD if n not in {"bert", "albert", "roberta", "modernbert"}])
+def test_without_positions_a_token_still_hears_the_first_also_when_no_mask_is_given(name: str) -> None:
+    """Positions that start again look like sequences packed into one row, which a model without a mask keeps apart."""
+    family = FAMILIES[name]
+    model = family.build()
+    ids = inputs_for(family)["input_ids"]
+    proved_anatomy(model, {"input_ids": ids})
+    other = ids.clone()
+    other[:, 0] = (ids[:, 0] + 1) % 32
+    with uc.without(model, "positions"):
+        plain, changed = states(model, {"input_ids": ids}), states(model, {"input_ids": other})
+        told = states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert not torch.equal(plain[:, 2], changed[:, 2])
+    assert torch.allclose(plain, told, atol=1e-6)

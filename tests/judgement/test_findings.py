@@ -1,0 +1,275 @@
+"""Each rule at its boundary, on records made by hand: what fires, what stays silent, where it points."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from uncollapse.judgement import findings as rules
+from uncollapse.records.common import Finding, Statistic
+from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
+
+TOKENS = 40
+
+
+def measured(value: float) -> Statistic:
+    return Statistic(value, value, value, 8)
+
+
+def site(
+    block: int | None, consensus: float, carried: float = 0.95, rank: float = 1.0, tokens: int = TOKENS
+) -> SiteRecord:
+    name = "embedding" if block is None else f"block.{block}"
+    return SiteRecord(
+        name,
+        block,
+        None,
+        rank=measured(rank * tokens),
+        affine_rank=measured(rank * (tokens - 1)),
+        attainable_rank=measured(tokens),
+        attainable_affine_rank=measured(tokens - 1),
+        effective_rank=None,
+        stable_rank=None,
+        participation_ratio=None,
+        consensus_distance=measured(consensus),
+        token_similarity=None,
+        consensus_after_norm=measured(consensus),
+        stream_carried=None if block is None else measured(carried),
+    )
+
+
+def trajectory(*consensus: float, carried: tuple[float, ...] = (), tokens: int = TOKENS) -> list[SiteRecord]:
+    """The embedding and one site a block."""
+    handed = [0.95, *carried] if carried else [0.95] * len(consensus)
+    return [
+        site(i - 1 if i else None, c, k, tokens=tokens) for i, (c, k) in enumerate(zip(consensus, handed, strict=True))
+    ]
+
+
+def head(
+    number: int, block: int = 0, *, share: float = 0.3, contraction: float = 0.6, rest: float = 0.7
+) -> AttentionRecord:
+    return AttentionRecord(
+        block=block,
+        head=number,
+        stack=None,
+        kind="self",
+        entropy=measured(2.0),
+        normalized_entropy=measured(0.6),
+        entropy_floor=None,
+        max_logit=measured(7.0),
+        rest_entropy=measured(rest),
+        key_share=measured(share),
+        value_contraction=measured(contraction),
+    )
+
+
+def projection(overlap: float, *, kernel: int = 0, head_width: int = 8, width: int = 64, heads: int = 3) -> HeadsRecord:
+    """Heads 0 and 2 share `overlap`, all others as much as random write spaces."""
+    chance = head_width / width
+    matrix = [[1.0 if g == h else chance for h in range(heads)] for g in range(heads)]
+    matrix[0][2] = matrix[2][0] = overlap
+    return HeadsRecord(
+        block=1,
+        stack=None,
+        kind="self",
+        heads=heads,
+        head_width=head_width,
+        width=width,
+        ambiguous_degrees_of_freedom=None,
+        kernel_dimension=kernel,
+        gauge_dimension=None,
+        output_projection_rank=None,
+        condition_number=None,
+        write_space_overlap=matrix,
+        energy_share=None,
+        verdict=None,
+    )
+
+
+HEALTHY = trajectory(0.95, 0.9, 0.85, 0.8)
+
+
+def found(
+    sites: list[SiteRecord] = HEALTHY, attention: Any = (), heads: Any = (), code: str | None = None
+) -> list[Finding]:
+    return [f for f in rules.findings(sites, attention, heads) if code in (None, f.code)]
+
+
+def test_a_healthy_record_has_no_finding_and_every_rule_was_read() -> None:
+    attention, heads = [head(0), head(1)], [projection(0.3)]
+    assert found(HEALTHY, attention, heads) == []
+    codes = {r.finding.code for r in rules.readings(HEALTHY, attention, heads)}
+    assert codes == {
+        "DEPTH-CONSENSUS",
+        "DEPTH-RANK",
+        "WIDTH-UNIFORM",
+        "WIDTH-RANK-ONE",
+        "ENTROPY-FROZEN",
+        "HEADS-IDENTICAL",
+        "HEADS-KERNEL",
+    }
+
+
+@pytest.mark.parametrize(("factor", "fires"), [(1.01, False), (0.99, True)])
+@pytest.mark.parametrize("start", [0.95, 0.5])
+def test_consensus_is_held_against_the_embedding(start: float, factor: float, fires: bool) -> None:
+    lowest = rules.CONSENSUS * start * factor
+    sites = trajectory(start, rules.CONSENSUS * start * 1.05, lowest, carried=(0.9, 0.2))
+    hit = found(sites, code="DEPTH-CONSENSUS")
+    assert bool(hit) == fires
+    for finding in hit:
+        assert (finding.severity, finding.block) == ("warning", 1)
+        assert finding.value == pytest.approx(rules.CONSENSUS * factor)
+        assert "from block 1 on, and" in finding.message  # block 0 is below the threshold only as a bare number
+
+
+def test_a_tenth_of_the_threshold_is_critical() -> None:
+    (finding,) = found(trajectory(1.0, 0.5, rules.CONSENSUS / 10.1, carried=(0.9, 0.2)), code="DEPTH-CONSENSUS")
+    assert finding.severity == "critical"
+
+
+def test_a_fall_is_dated_from_the_first_block_that_did_not_hand_the_stream_on() -> None:
+    fall = trajectory(0.95, 0.93, 0.9, 0.7, 0.4, 0.05, carried=(0.95, 0.95, 0.6, 0.5, 0.1))
+    (finding,) = found(fall, code="DEPTH-CONSENSUS")
+    assert finding.block == 2  # the threshold is passed in block 4
+    assert "from block 4 on" in finding.message
+
+
+def test_one_block_that_writes_its_stream_again_does_not_end_a_fall() -> None:
+    fall = trajectory(0.95, 0.93, 0.9, 0.8, 0.7, 0.4, 0.05, carried=(0.95, 0.2, 0.1, 2.0, 0.1, 0.1))
+    assert found(fall, code="DEPTH-CONSENSUS")[0].block == 1
+
+
+def test_an_early_weak_block_is_no_part_of_a_later_fall() -> None:
+    fall = trajectory(0.95, 0.93, 0.9, 0.9, 0.05, carried=(0.1, 0.95, 0.95, 0.2))
+    (finding,) = found(fall, code="DEPTH-CONSENSUS")
+    assert finding.block == 3
+
+
+def test_a_block_is_held_against_those_before_it_too() -> None:
+    fall = trajectory(0.95, 0.93, 0.9, 0.05, carried=(0.95, 0.75, 0.2))
+    assert found(fall, code="DEPTH-CONSENSUS")[0].block == 1
+    slow = trajectory(0.95, 0.93, 0.9, 0.05, carried=(0.8, 0.75, 0.2))  # 0.75 is not much less than 0.8
+    assert found(slow, code="DEPTH-CONSENSUS")[0].block == 2
+
+
+def test_tokens_that_enter_alike_are_information_and_silence_depth_and_width() -> None:
+    alike = trajectory(0.01, 0.001, 0.001)
+    (finding,) = found(alike, [head(0, share=1.0, contraction=0.0)])
+    assert (finding.code, finding.severity, finding.block) == ("DEPTH-CONSENSUS", "info", None)
+
+
+@pytest.mark.parametrize(("share", "fires"), [(0.51, False), (0.49, True)])
+@pytest.mark.parametrize("start", [1.0, 0.4])
+def test_rank_is_held_against_the_embedding(start: float, share: float, fires: bool) -> None:
+    sites = [site(None, 0.9, rank=start), site(0, 0.9, rank=start), site(1, 0.9, rank=start * share)]
+    hit = found(sites, code="DEPTH-RANK")
+    assert [f.block for f in hit] == ([1] if fires else [])
+
+
+@pytest.mark.parametrize(("unused", "fires"), [(1.02, False), (0.98, True)])
+def test_uniformity_is_judged_by_the_least_uniform_head(unused: float, fires: bool) -> None:
+    attention = [head(0, share=1.0), head(1, share=1 - rules.UNUSED_KEYS * unused)]
+    hit = found(attention=attention, code="WIDTH-UNIFORM")
+    assert [(f.block, f.head) for f in hit] == ([(0, 1)] if fires else [])
+
+
+def test_no_width_finding_behind_tokens_that_have_come_together() -> None:
+    dead = [head(0, block, share=1.0, contraction=0.0) for block in (0, 2)]
+    fall = trajectory(0.95, 0.9, 0.1, 0.1, carried=(0.9, 0.1, 0.1))
+    hit = found(fall, dead)
+    assert {(f.code, f.block) for f in hit} == {("DEPTH-CONSENSUS", 1), ("WIDTH-UNIFORM", 0), ("WIDTH-RANK-ONE", 0)}
+
+
+@pytest.mark.parametrize("different", [1, 3, 4, None])
+def test_a_text_of_a_few_tokens_repeated_says_nothing_of_attention(different: int | None) -> None:
+    first, *rest = HEALTHY
+    first = replace(first, distinct_tokens=None if different is None else measured(different))
+    hit = found([first, *rest], [head(0, share=1.0, contraction=0.0, rest=0.0)])
+    expected = {"WIDTH-UNIFORM", "WIDTH-RANK-ONE", "ENTROPY-FROZEN"} if different in (4, None) else set()
+    assert {f.code for f in hit} == expected
+
+
+@pytest.mark.parametrize(("kept", "fires"), [(1.02, False), (0.98, True)])
+@pytest.mark.parametrize("tokens", [64, 16, 4])
+def test_rank_one_is_judged_by_the_most_alive_head_and_by_length(tokens: int, kept: float, fires: bool) -> None:
+    limit = rules.CONTRACTION * min(1, tokens / 16)
+    attention = [head(0, contraction=0.0), head(1, contraction=limit * kept)]
+    hit = found(trajectory(0.95, 0.9, tokens=tokens), attention, code="WIDTH-RANK-ONE")
+    assert [f.head for f in hit] == ([1] if fires else [])
+
+
+@pytest.mark.parametrize(("factor", "fires"), [(1.02, False), (0.98, True)])
+def test_frozen_is_judged_by_what_is_left_without_the_strongest_key(factor: float, fires: bool) -> None:
+    attention = [head(0), head(1), head(2, rest=rules.REST_ENTROPY * factor)]
+    hit = found(attention=attention, code="ENTROPY-FROZEN")
+    assert [(f.head, f.severity) for f in hit] == ([(2, "warning")] if fires else [])
+
+
+def test_half_of_the_heads_frozen_is_critical() -> None:
+    (finding,) = found(attention=[head(0), head(1, rest=0.0)], code="ENTROPY-FROZEN")
+    assert finding.severity == "critical"
+    assert finding.message.startswith("1 of 2 heads")
+
+
+def test_a_head_without_entropy_whose_rest_is_spread_is_a_sink() -> None:
+    sink = replace(head(0), entropy=measured(0.0), normalized_entropy=measured(0.0), max_logit=measured(300.0))
+    assert found(attention=[sink]) == []
+
+
+@pytest.mark.parametrize(("factor", "fires"), [(1.02, False), (0.98, True)])
+@pytest.mark.parametrize("head_width", [8, 24, 48])
+def test_identical_heads_are_held_against_random_write_spaces(head_width: int, factor: float, fires: bool) -> None:
+    overlap = 1 - rules.DISTINCTNESS * factor * (1 - head_width / 64)
+    hit = found(heads=[projection(overlap, head_width=head_width)], code="HEADS-IDENTICAL")
+    assert [(f.block, f.head) for f in hit] == ([(1, 2)] if fires else [])
+    assert all("Heads 0 and 2 of block 1" in f.message for f in hit)
+
+
+def test_heads_of_a_stream_too_narrow_to_judge_are_not() -> None:
+    """Two random lines in three dimensions overlap by more than 0.99 once in a hundred pairs or so."""
+    assert found(heads=[projection(0.999, head_width=1, width=3)], code="HEADS-IDENTICAL") == []
+    assert found(heads=[projection(1.0, head_width=64, width=64)], code="HEADS-IDENTICAL") == []  # they must
+
+
+@pytest.mark.parametrize(("lost", "fires"), [(0.9, False), (1.1, True)])
+@pytest.mark.parametrize("width", [64, 16])
+def test_a_kernel_counts_from_most_of_a_head_on(width: int, lost: float, fires: bool) -> None:
+    wide = 20  # three heads of 20 dimensions: a stream of 16 forces a kernel of 44
+    forced = max(0, 3 * wide - width)
+    kernel = forced + round(lost * rules.LOST_HEADS * wide)
+    hit = found(heads=[projection(wide / width, kernel=kernel, head_width=wide, width=width)], code="HEADS-KERNEL")
+    assert [f.value for f in hit] == ([float(kernel)] if fires else [])
+
+
+def test_not_a_number_comes_first_and_at_its_first_block() -> None:
+    broken = [*HEALTHY[:2], *(replace(site(b, 0.9), not_finite=3, consensus_after_norm=None) for b in (1, 2))]
+    (finding,) = found(broken)
+    assert (finding.code, finding.severity, finding.block) == ("NUMERICS-NOT-FINITE", "critical", 1)
+
+
+def test_what_was_not_measured_is_not_judged() -> None:
+    """Records of an older version have none of the measures that came later."""
+    old = [replace(s, consensus_after_norm=None, stream_carried=None, affine_rank=None) for s in HEALTHY]
+    bare = replace(
+        head(0, share=1.0, contraction=0.0, rest=0.0), key_share=None, rest_entropy=None, value_contraction=None
+    )
+    nothing = replace(projection(1.0, kernel=9), write_space_overlap=None, kernel_dimension=None)
+    assert rules.readings(old, [bare], [nothing]) == []
+
+
+def test_the_margin_is_the_factor_beyond_the_threshold() -> None:
+    readings = rules.readings(HEALTHY, [head(0, rest=rules.REST_ENTROPY / 2)], [])
+    margins = {r.finding.code: r.margin for r in readings}
+    assert margins["ENTROPY-FROZEN"] == pytest.approx(math.log(2))
+    assert margins["WIDTH-UNIFORM"] == pytest.approx(math.log(rules.UNUSED_KEYS / 0.7))
+
+
+def test_the_most_severe_comes_first_then_along_depth() -> None:
+    attention = [head(0, 2, rest=0.0), head(0, 1, rest=0.0), head(1, 1), head(2, 1)]
+    order = [(f.severity, f.block) for f in found(attention=attention)]
+    assert order == [("critical", 2), ("warning", 1)]

@@ -1,0 +1,805 @@
+"""Token clouds: against NumPy and exact fractions, the laws of the measures, and both routes to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import itertools
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.reference import geometry as reference
+from uncollapse.errors import InputError
+from uncollapse.measures import geometry
+from uncollapse.measures.geometry import CloudMeasures, WithoutMassiveTokens, cloud_measures
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+RANKS = ["rank", "affine_rank", "attainable_rank", "attainable_affine_rank"]
+SENSITIVE = ["effective_rank", "stable_rank", "participation_ratio", "consensus_distance", "token_similarity"]
+MEASURES = [*RANKS, "rank_gap", *SENSITIVE]
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+seeds = st.integers(0, 2**31)
+
+
+def single(name: str, x: Tensor, mask: Tensor | None = None, precision: torch.dtype | None = None) -> Tensor:
+    """The measure from its own function: singular values, no Gram."""
+    if name == "attainable_affine_rank":
+        return geometry.attainable_rank(x, mask, affine=True)
+    if name in ("rank", "affine_rank", "rank_gap"):
+        return getattr(geometry, name)(x, mask, precision=precision)
+    return getattr(geometry, name)(x, mask)
+
+
+def all_single(x: Tensor, mask: Tensor | None = None, precision: torch.dtype | None = None) -> dict[str, Tensor]:
+    return {name: single(name, x, mask, precision).double() for name in MEASURES}
+
+
+def all_fast(x: Tensor, mask: Tensor | None = None, precision: torch.dtype | None = None) -> dict[str, Tensor]:
+    measures = cloud_measures(x, mask, precision=precision)
+    return {name: getattr(measures, name) for name in MEASURES}
+
+
+both_routes = pytest.mark.parametrize("measured", [all_single, all_fast], ids=["singular values", "Gram"])
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any], tolerance: float = 1e-9) -> None:
+    for name in MEASURES:
+        if name == "rank_gap":  # below the cut lies rounding, which two routes need not share
+            clear = torch.as_tensor(other[name]).isfinite() & (torch.as_tensor(other[name]) < 1e6)
+            one_gap, other_gap = (torch.as_tensor(part[name])[clear] for part in (one, other))
+            torch.testing.assert_close(one_gap, other_gap, rtol=1e-6, atol=0, equal_nan=True)
+            continue
+        torch.testing.assert_close(
+            torch.as_tensor(one[name]),
+            torch.as_tensor(other[name]),
+            rtol=tolerance,
+            atol=1e-16 if name == "consensus_distance" else 1e-13,
+            equal_nan=True,
+            check_dtype=False,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def orthogonal(d: int, generator: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=generator)).Q
+
+
+def cloud(kind: str, n: int, d: int, dtype: torch.dtype) -> Tensor:
+    """Clouds as they come, and as they collapse."""
+    generator = torch.Generator().manual_seed(n * 1000 + d)
+    noise = torch.randn(n, d, dtype=torch.float64, generator=generator)
+    token = torch.randn(d, dtype=torch.float64, generator=generator)
+    r = min(n, d) // 3
+    made = {
+        "healthy": noise + 0.5 * token,
+        "rank-deficient": noise[:, :r] @ torch.randn(r, d, dtype=torch.float64, generator=generator),
+        "repeated tokens": noise[torch.randint(n // 2, (n,), generator=generator)],
+        "flat off the origin": torch.cat([noise[:, :r], torch.ones(n, 1), torch.zeros(n, d - r - 1)], 1),
+        "consensus": token + 1e-12 * noise,
+        "near consensus": token + 1e-3 * noise,
+        "one direction": torch.outer(noise[:, 0].abs() + 0.1, token),
+        "massive token": noise * torch.ones(n, 1).index_fill(0, torch.tensor([1]), 1000.0),
+        "decaying": noise * 0.5 ** torch.arange(d, dtype=torch.float64),
+    }[kind]
+    return made.to(dtype)
+
+
+KINDS = [
+    "healthy",
+    "rank-deficient",
+    "repeated tokens",
+    "flat off the origin",
+    "consensus",
+    "near consensus",
+    "one direction",
+    "massive token",
+    "decaying",
+]
+SHAPES = [(6, 20), (20, 6), (12, 12), (13, 12), (40, 64)]
+
+
+@both_routes
+@dtypes
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_measure_equals_its_definition_written_out(
+    measured: Callable[..., dict[str, Tensor]], dtype: torch.dtype, kind: str
+) -> None:
+    for n, d in SHAPES:
+        x = cloud(kind, n, d, dtype)
+        eps = torch.finfo(dtype).eps
+        expected = {name: float(getattr(reference, name)(x.double().numpy(), eps)) for name in MEASURES}
+        assert_same(measured(x), {name: torch.tensor(value).double() for name, value in expected.items()}, 1e-7)
+
+
+@dtypes
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_routes_agree_on_a_padded_batch(dtype: torch.dtype, kind: str) -> None:
+    for n, d in SHAPES:
+        x = torch.stack([cloud(kind, n, d, dtype), cloud("healthy", n, d, dtype), cloud(kind, n, d, dtype).flip(0)])
+        mask = torch.ones(3, n, dtype=torch.bool)
+        mask[0, n - 2 :] = False
+        mask[2, :2] = False
+        assert_same(all_fast(x, mask), all_single(x, mask), 1e-7)
+
+
+@pytest.mark.parametrize("step", [3, 32])
+def test_grouping_unequal_lengths_as_on_an_accelerator_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    x = torch.randn(8, 14, 20)
+    mask = torch.arange(14) < torch.tensor([3, 5, 0, 14, 9, 9, 1, 2]).unsqueeze(-1)
+    x[~mask] = math.nan
+    alone = all_fast(x, mask)
+    calls = Calls(monkeypatch)
+    monkeypatch.setattr(geometry, "_length_step", lambda device: step)
+    assert_same(all_fast(x, mask), alone)
+    assert calls.times["eigvalsh"] == {3: 6, 32: 3}[step]
+
+
+@both_routes
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 6), st.data())
+def test_ranks_and_energies_of_integer_matrices_are_exact(
+    measured: Callable[..., dict[str, Tensor]], n: int, d: int, data: st.DataObject
+) -> None:
+    entries = st.lists(st.integers(-3, 3), min_size=d, max_size=d)
+    rows = data.draw(st.lists(entries, min_size=n, max_size=n))
+    exact = [[Fraction(entry) for entry in row] for row in rows]
+    for dtype in (torch.float32, torch.float64):
+        values = measured(torch.tensor(rows, dtype=dtype))
+        assert values["rank"] == reference.exact_rank(exact)
+        assert values["affine_rank"] == reference.exact_affine_rank(exact)
+        if any(map(any, rows)):
+            assert values["participation_ratio"] == pytest.approx(float(reference.exact_participation_ratio(exact)))
+            if n > 1:
+                distance = float(reference.exact_squared_consensus_distance(exact))
+                assert values["consensus_distance"] ** 2 == pytest.approx(distance, rel=1e-9, abs=1e-30)
+
+
+# Laws
+
+
+@both_routes
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 9), st.integers(1, 9), st.integers(0, 9), seeds)
+def test_the_ranks_come_in_their_order(
+    measured: Callable[..., dict[str, Tensor]], n: int, d: int, r: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    r = max(1, min(r, n, d))
+    x = torch.randn(n, r, dtype=torch.float64, generator=generator)
+    x = x @ torch.randn(r, d, dtype=torch.float64, generator=generator)
+    values = measured(x)
+    chain = [
+        1.0,
+        values["stable_rank"].item(),
+        values["participation_ratio"].item(),
+        reference.energy_entropy_rank(x.numpy()),
+        values["effective_rank"].item(),
+        values["rank"].item(),
+        values["attainable_rank"].item(),
+    ]
+    assert all(low <= high * (1 + 1e-9) for low, high in itertools.pairwise(chain)), chain
+    assert values["rank"] - values["affine_rank"] in (0, 1)
+    assert values["affine_rank"] <= values["attainable_affine_rank"]
+    assert 0 <= values["consensus_distance"] <= 1 + 1e-12
+    assert -1 / (n - 1) - 1e-12 <= values["token_similarity"] <= 1 + 1e-12
+
+
+@both_routes
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 12), st.integers(1, 12), st.integers(-12, 12), seeds)
+def test_permutation_rotation_and_scale_change_nothing(
+    measured: Callable[..., dict[str, Tensor]], n: int, d: int, exponent: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, d, dtype=torch.float64, generator=generator)
+    moved = 10.0**exponent * x[torch.randperm(n, generator=generator)] @ orthogonal(d, generator)
+    assert_same(measured(moved), measured(x), 1e-8)
+
+
+@both_routes
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 8), st.integers(2, 12), st.integers(1, 6), st.sampled_from([math.nan, math.inf, 7.0]), seeds)
+def test_padding_changes_nothing_wherever_it_is_and_whatever_it_holds(
+    measured: Callable[..., dict[str, Tensor]], n: int, d: int, pads: int, held: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(n, d, generator=generator)
+    scattered = torch.randperm(n + pads, generator=generator)[:n].sort().values
+    places = torch.stack([torch.arange(n), torch.arange(pads, n + pads), scattered])  # right, left, anywhere
+    x = torch.full((3, n + pads, d), held)
+    mask = torch.zeros(3, n + pads, dtype=torch.bool)
+    for row, place in enumerate(places):
+        x[row, place] = tokens
+        mask[row, place] = True
+    alone = {name: value.expand(3) for name, value in measured(tokens).items()}
+    assert_same(measured(x, mask), alone)
+    assert cloud_measures(x, mask).tokens.tolist() == [n, n, n]
+    assert geometry.rank_tolerance(x, mask).tolist() == pytest.approx([geometry.rank_tolerance(tokens).item()] * 3)
+
+
+@both_routes
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 12), st.integers(1, 12), seeds)
+def test_for_equal_norms_similarity_and_consensus_say_the_same(
+    measured: Callable[..., dict[str, Tensor]], n: int, d: int, seed: int
+) -> None:
+    x = torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) + 1
+    values = measured(x / x.norm(dim=-1, keepdim=True))
+    expected = 1 - n / (n - 1) * values["consensus_distance"].item() ** 2
+    assert values["token_similarity"].item() == pytest.approx(expected, abs=1e-12)
+
+
+@both_routes
+def test_similarity_ignores_the_length_of_a_token_and_tokens_without_direction(
+    measured: Callable[..., dict[str, Tensor]],
+) -> None:
+    x = torch.randn(5, 8, dtype=torch.float64)
+    lengths = torch.tensor([1.0, 1e-3, 40.0, 2.0, 7.0]).unsqueeze(-1)
+    expected = measured(x)["token_similarity"].item()
+    assert measured(x * lengths)["token_similarity"].item() == pytest.approx(expected, abs=1e-12)
+    with_zeros = torch.cat([x, torch.zeros(3, 8)])
+    assert measured(with_zeros)["token_similarity"].item() == pytest.approx(expected, abs=1e-12)
+
+
+# Closed forms
+
+N, D = 6, 9
+COMMON = 2 * torch.ones(D)
+CLOSED_FORMS = {
+    "orthonormal": (torch.eye(N, D), [6, 5, 6, 6, 6, math.sqrt(5 / 6), 0]),
+    "consensus": (COMMON.expand(N, D), [1, 0, 1, 1, 1, 0, 1]),
+    "one direction": (torch.outer(torch.tensor([1.0, 1, 1, -1, -1, -1]), COMMON), [1, 1, 1, 1, 1, 1, -1 / 5]),
+    "two orthogonal directions": (torch.eye(2, D).repeat(3, 1), [2, 1, 2, 2, 2, math.sqrt(1 / 2), 2 / 5]),
+    "two energies": (
+        torch.diag(torch.tensor([2.0, 1.0])),
+        [2, 1, 27 ** (1 / 3) / 4 ** (1 / 3), 1.25, 25 / 17, None, 0],
+    ),
+}
+
+
+@both_routes
+@dtypes
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_closed_forms(measured: Callable[..., dict[str, Tensor]], dtype: torch.dtype, name: str) -> None:
+    x, expected = CLOSED_FORMS[name]
+    values = measured(x.to(dtype))
+    for measure, value in zip(["rank", "affine_rank", *SENSITIVE], expected, strict=True):
+        if value is not None:
+            assert values[measure].item() == pytest.approx(value, abs=1e-12), measure
+
+
+def test_many_more_tokens_than_width_span_it_affinely() -> None:
+    x = torch.randn(3, 50, 7)
+    assert cloud_measures(x).affine_rank.tolist() == [7, 7, 7]
+    on_a_plane = x.clone()
+    on_a_plane[1, :, 3] = 5.0
+    assert cloud_measures(on_a_plane).affine_rank.tolist() == [7, 6, 7]
+    assert cloud_measures(on_a_plane).rank.tolist() == [7, 7, 7]
+
+
+# Tolerance
+
+
+@both_routes
+@dtypes
+def test_rounding_noise_at_consensus_is_no_direction(
+    measured: Callable[..., dict[str, Tensor]], dtype: torch.dtype
+) -> None:
+    eps = torch.finfo(dtype).eps
+    token = torch.randn(64, dtype=torch.float64)
+    x = (token * (1 + eps * (torch.rand(128, 64, dtype=torch.float64) - 0.5))).to(dtype)
+    assert np.linalg.matrix_rank(reference.centred(x.double().numpy())) > 60  # the noise is there, and of full rank
+    values = measured(x)
+    assert (values["rank"].item(), values["affine_rank"].item()) == (1, 0)
+    x[0, 0] += 400 * eps * x.double().norm()  # and a direction well above it is seen
+    values = measured(x)
+    assert values["affine_rank"] == 1
+
+
+@both_routes
+def test_precision_is_that_of_the_model_not_of_the_tensor(measured: Callable[..., dict[str, Tensor]]) -> None:
+    token = torch.randn(64)
+    rounded = (token * (1 + 0.01 * torch.rand(32, 64))).bfloat16().float()
+    assert measured(rounded)["affine_rank"] == 31
+    assert measured(rounded, precision=torch.bfloat16)["affine_rank"] == 0
+
+
+@both_routes
+def test_a_healthy_bfloat16_cloud_keeps_its_rank(measured: Callable[..., dict[str, Tensor]]) -> None:
+    values = measured(torch.randn(60, 384).bfloat16())
+    assert (values["rank"].item(), values["affine_rank"].item()) == (60, 59)
+
+
+@dtypes
+def test_rank_tolerance_is_its_formula(dtype: torch.dtype) -> None:
+    for n, d in SHAPES:
+        x = cloud("healthy", n, d, dtype)
+        expected = reference.rank_tolerance(x.double().numpy(), torch.finfo(dtype).eps)
+        assert geometry.rank_tolerance(x).item() == pytest.approx(expected, rel=1e-12)
+
+
+@both_routes
+def test_rank_gap_at_the_cut(measured: Callable[..., dict[str, Tensor]]) -> None:
+    x = torch.diag(torch.tensor([4.0, 2.0, 1e-9, 5e-10], dtype=torch.float64))
+    assert measured(x, precision=torch.float32)["rank_gap"].item() == pytest.approx(2e9)
+    assert measured(x, precision=torch.float64)["rank_gap"].item() == math.inf
+
+
+@both_routes
+@pytest.mark.parametrize("n", [3, 128])
+@pytest.mark.parametrize("distance", [1e-12, 1e-15])
+def test_a_deep_consensus_is_measured_to_nine_digits(
+    measured: Callable[..., dict[str, Tensor]], n: int, distance: float
+) -> None:
+    x = torch.randn(8, dtype=torch.float64) + distance * torch.randn(n, 8, dtype=torch.float64)
+    rows = [[Fraction(entry) for entry in row] for row in x.tolist()]
+    expected = math.sqrt(reference.exact_squared_consensus_distance(rows))
+    assert 0.1 * distance < expected < 10 * distance
+    assert measured(x)["consensus_distance"].item() == pytest.approx(expected, rel=1e-9, abs=0)
+    gram = (x @ x.T).numpy()
+    naive = 1 - gram.sum() / (n * np.trace(gram))
+    assert abs(naive - expected**2) > 0.1 * expected**2  # the difference of sums, which this must not be
+
+
+# The workhorse
+
+
+class Calls:
+    """How often LAPACK was asked, and for how many matrices."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.times = {"eigvalsh": 0, "svdvals": 0}
+        self.matrices = dict(self.times)
+        for name in self.matrices:
+            monkeypatch.setattr(torch.linalg, name, self.counted(name, getattr(torch.linalg, name)))
+
+    def counted(self, name: str, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def call(matrix: Tensor) -> Tensor:
+            self.times[name] += 1
+            self.matrices[name] += matrix.shape[:-2].numel()
+            return function(matrix)
+
+        return call
+
+
+@pytest.mark.parametrize("shape", [(5, 20, 48), (5, 48, 20)])
+def test_healthy_clouds_cost_one_decomposition_each(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]
+) -> None:
+    x = torch.randn(shape)
+    calls = Calls(monkeypatch)
+    measures = cloud_measures(x)
+    assert calls.matrices == {"eigvalsh": 5, "svdvals": 0}
+    for name in SENSITIVE:
+        assert torch.equal(getattr(measures, name), getattr(measures.without_massive, name))
+    assert measures.without_massive.tokens_left_out.tolist() == [0] * 5
+
+
+def test_only_the_sequences_the_gram_cannot_see_are_decomposed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(5, 20, 48, dtype=torch.float64)
+    x[2] = cloud("consensus", 20, 48, torch.float64)
+    x[3, 1] = x[3, 0]
+    calls = Calls(monkeypatch)
+    measures = cloud_measures(x)
+    assert measures.rank.tolist() == [20, 20, 20, 19, 20]  # 1e-12 is far above float64's rounding
+    assert measures.affine_rank.tolist() == [19, 19, 19, 18, 19]
+    assert calls.matrices == {"eigvalsh": 6, "svdvals": 3}  # X of both; CX only where the rank of X leaves it open
+
+
+def test_a_low_precision_rank_costs_a_second_spectrum_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(20, 48) * 0.6 ** torch.arange(20).unsqueeze(-1)  # to 6e-5: below bfloat16 only
+    calls = Calls(monkeypatch)
+    assert 5 < cloud_measures(x, precision=torch.bfloat16, massive_tokens=0).affine_rank < 18
+    assert calls.matrices == {"eigvalsh": 2, "svdvals": 0}
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_a_singular_value_at_the_tolerance_is_looked_at_twice(monkeypatch: pytest.MonkeyPatch, side: int) -> None:
+    x = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    for _ in range(5):
+        x[1, 1] = geometry.rank_tolerance(x, precision=torch.bfloat16) * (1 + side * 1e-12)
+    calls = Calls(monkeypatch)
+    assert cloud_measures(x, precision=torch.bfloat16).rank == {-1: 1, 1: 2}[side]
+    assert calls.matrices["svdvals"] >= 1
+
+
+def test_one_massive_token_hides_the_others_and_is_left_out() -> None:
+    x = torch.randn(64, 128, dtype=torch.float64)
+    x[5] *= 1000
+    measures = cloud_measures(x)
+    rest = torch.cat([x[:5], x[6:]])
+    assert measures.rank == 64
+    assert measures.stable_rank.item() == pytest.approx(1.0, abs=1e-3)
+    assert measures.consensus_distance.item() == pytest.approx(math.sqrt(1 - 1 / 64), abs=1e-3)
+    assert measures.without_massive.tokens_left_out == 1
+    assert measures.without_massive.stable_rank > 15
+    for name in SENSITIVE:
+        expected = getattr(reference, name)(rest.numpy(), 0.0)
+        assert getattr(measures.without_massive, name).item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(4, 12, 30), (4, 30, 12)])
+def test_massive_tokens_are_left_out_of_their_own_sequence_only(shape: tuple[int, int, int]) -> None:
+    x = torch.randn(shape)
+    x[1, 0] *= 500
+    x[3, :2] *= 300
+    x[3, -1] = math.nan
+    mask = torch.ones(shape[:2], dtype=torch.bool)
+    mask[3, -1] = False
+    measures = cloud_measures(x, mask).without_massive
+    assert measures.tokens_left_out.tolist() == [0, 1, 0, 2]
+    kept = mask.clone()
+    kept[1, 0] = kept[3, :2] = False
+    for name in SENSITIVE:
+        torch.testing.assert_close(getattr(measures, name), single(name, x, kept), rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 9), seeds)
+def test_a_number_of_tokens_to_leave_out_takes_the_largest(count: int, seed: int) -> None:
+    x = torch.randn(7, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    mask = torch.tensor([True] * 6 + [False])
+    measures = cloud_measures(x, mask, massive_tokens=count).without_massive
+    assert measures.tokens_left_out == min(count, 6)
+    by_norm = sorted(range(6), key=lambda i: -x[i].norm().item())
+    rest = x[by_norm[count:]] if count < 6 else x[:1] * 0
+    for name in SENSITIVE:
+        torch.testing.assert_close(
+            getattr(measures, name), single(name, rest).double(), rtol=1e-9, atol=1e-12, equal_nan=True
+        )
+
+
+def test_the_rule_for_massive_tokens_is_ten_times_the_lower_median() -> None:
+    lengths = torch.tensor([[1.0, 1.0, 2.0, 9.9], [1.0, 1.0, 2.0, 10.1], [1.0, 3.0, 11.0, 40.0], [0.0, 0.0, 0.0, 1.0]])
+    expected = [0, 1, 1, 0]
+    x = lengths.unsqueeze(-1) * torch.eye(4)
+    assert cloud_measures(x).without_massive.tokens_left_out.tolist() == expected
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 5), value=1e4)
+    assert (
+        cloud_measures(padded, torch.arange(9).lt(4).expand(4, 9)).without_massive.tokens_left_out.tolist() == expected
+    )
+
+
+def test_leading_axes_and_padding_come_back_in_place() -> None:
+    x = torch.randn(2, 3, 9, 5, 40)
+    mask = torch.rand(2, 3, 9, 5) > 0.3
+    measures = cloud_measures(x, mask)
+    for i, j, k in np.ndindex(2, 3, 9):
+        tokens = x[i, j, k][mask[i, j, k]]
+        assert measures.tokens[i, j, k] == len(tokens)
+        if len(tokens) > 1:
+            expected = reference.effective_rank(tokens.double().numpy(), 0.0)
+            assert measures.effective_rank[i, j, k].item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_results_are_float64_and_ranks_of_the_single_measures_integers() -> None:
+    x = torch.randn(2, 4, 6, requires_grad=True)
+    measures = cloud_measures(x)
+    fields = dataclasses.asdict(measures)
+    fields |= fields.pop("without_massive")
+    assert all(value.dtype == torch.float64 and value.shape == (2,) for value in fields.values())
+    assert not any(value.requires_grad for value in fields.values())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        measures.rank = x  # type: ignore[misc]
+    for name in ("rank", "affine_rank", "attainable_rank"):
+        assert single(name, x).dtype == torch.int64
+    assert all(single(name, x.bfloat16()).dtype == torch.float64 for name in SENSITIVE)
+
+
+def test_no_sequences_at_all() -> None:
+    x, mask = torch.zeros(0, 4, 6), torch.ones(0, 4, dtype=torch.bool)
+    for measures in (cloud_measures(x), cloud_measures(x, mask), cloud_measures(x.mT)):
+        assert measures.rank.shape == measures.without_massive.stable_rank.shape == (0,)
+    assert all(single(name, x, mask).shape == (0,) for name in MEASURES)
+
+
+@both_routes
+@pytest.mark.parametrize("size", [1e-38, 1e38])
+def test_the_ends_of_float32_neither_overflow_nor_vanish(
+    measured: Callable[..., dict[str, Tensor]], size: float
+) -> None:
+    x = torch.rand(6, 10) + 0.5 * torch.eye(6, 10)
+    assert_same(measured(x * size), measured(x), 1e-5)
+
+
+# Where there is nothing to say
+
+NAN = math.nan
+
+
+@both_routes
+def test_zero_single_masked_and_constant_clouds(measured: Callable[..., dict[str, Tensor]]) -> None:
+    x = torch.randn(4, 5, 8)
+    x[0] = 0
+    x[3] = x[3, :1]
+    mask = torch.ones(4, 5, dtype=torch.bool)
+    mask[1, 1:] = False
+    mask[2] = False
+    for shaped in (x, torch.nn.functional.pad(x, (0, 0, 0, 7))):
+        padded = torch.nn.functional.pad(mask, (0, shaped.shape[1] - 5))
+        values = {name: value.tolist() for name, value in measured(shaped, padded).items()}
+        assert values["rank"] == [0, 1, 0, 1]
+        assert values["affine_rank"] == [0, 0, 0, 0]
+        assert values["attainable_rank"] == [5, 1, 0, 5]
+        assert values["attainable_affine_rank"] == [4, 0, 0, 4]
+        for name in ("effective_rank", "stable_rank", "participation_ratio"):
+            assert values[name] == pytest.approx([NAN, 1, NAN, 1], nan_ok=True, abs=1e-6)
+        assert values["consensus_distance"] == pytest.approx([NAN, NAN, NAN, 0], nan_ok=True, abs=1e-30)
+        assert values["token_similarity"] == pytest.approx([NAN, NAN, NAN, 1], nan_ok=True)
+        assert values["rank_gap"][1] == math.inf
+        assert math.isnan(values["rank_gap"][0])
+        assert math.isnan(values["rank_gap"][2])
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("shape", [(3, 4, 10), (3, 10, 4)])
+@pytest.mark.parametrize("massive_tokens", [None, 1])
+def test_a_broken_token_makes_its_sequence_nan_and_no_other(
+    broken: float, shape: tuple[int, int, int], massive_tokens: int | None
+) -> None:
+    x = torch.randn(shape)
+    sound = cloud_measures(x, massive_tokens=massive_tokens)
+    x[1, 2, 3] = broken
+    measures = cloud_measures(x, massive_tokens=massive_tokens)
+    for field in dataclasses.fields(CloudMeasures):
+        if field.name in ("tokens", "without_massive"):
+            continue
+        value, before = getattr(measures, field.name), getattr(sound, field.name)
+        assert value[1].isnan(), field.name
+        assert torch.equal(value[[0, 2]], before[[0, 2]]), field.name
+    for field in dataclasses.fields(WithoutMassiveTokens):
+        value, before = getattr(measures.without_massive, field.name), getattr(sound.without_massive, field.name)
+        assert value[1].isnan(), field.name
+        assert torch.equal(value[[0, 2]], before[[0, 2]]), field.name
+    assert measures.tokens.tolist() == [shape[1]] * 3
+    for name in [*SENSITIVE, "rank_gap"]:
+        assert single(name, x).isnan().tolist() == [False, True, False], name
+    assert geometry.rank_tolerance(x).isnan().tolist() == [False, True, False]
+
+
+# Spans
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(6, 12), seeds)
+def test_out_of_span_energy_is_what_least_squares_leaves(n: int, m: int, d: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(n, d, dtype=torch.float64, generator=generator)
+    embeddings = torch.cat([embeddings, embeddings[:1] * 2])  # a repeated direction
+    update = torch.randn(m, d, dtype=torch.float64, generator=generator)
+    energy = geometry.out_of_span_energy(update, embeddings)
+    assert energy.item() == pytest.approx(reference.out_of_span_energy(update.numpy(), embeddings.numpy()), abs=1e-12)
+    null = geometry.null_out_of_span_energy(update.T @ update, embeddings)
+    assert null.item() == pytest.approx(energy.item(), abs=1e-12)
+    inside = geometry.null_out_of_span_energy(embeddings.T @ embeddings, embeddings)
+    assert 0 <= inside.item() < 1e-12
+    isotropic = geometry.null_out_of_span_energy(torch.eye(d), embeddings)
+    assert isotropic.item() == pytest.approx(1 - n / d)
+
+
+def test_spans_are_masked_batched_and_may_be_given() -> None:
+    x, update = torch.randn(3, 5, 16), torch.randn(3, 5, 16)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [False] * 2 + [True] * 3])
+    x[~mask] = math.nan
+    update[~mask] = math.nan
+    energy = geometry.out_of_span_energy(update, x, mask)
+    for i in range(3):
+        expected = reference.out_of_span_energy(update[i, mask[i]].double().numpy(), x[i, mask[i]].double().numpy())
+        assert energy[i].item() == pytest.approx(expected, rel=1e-9)
+    basis = geometry.row_space(x, mask)
+    assert (basis.norm(dim=-1) > 0.5).sum(-1).tolist() == [5, 3, 3]
+    torch.testing.assert_close(geometry.out_of_span_energy(update, mask=mask, basis=basis), energy)
+    moment = torch.eye(16)
+    expected = geometry.null_out_of_span_energy(moment, x, mask)
+    assert expected.tolist() == pytest.approx([1 - 5 / 16, 1 - 3 / 16, 1 - 3 / 16])
+    torch.testing.assert_close(geometry.null_out_of_span_energy(moment, basis=basis), expected)
+    assert geometry.out_of_span_energy(update, x[:, :2], mask, mask[:, :2]).shape == (3,)
+
+
+def test_attention_stays_in_the_span_only_if_its_weights_keep_it() -> None:
+    x = torch.randn(6, 20, dtype=torch.float64)
+    pattern = torch.randn(6, 6, dtype=torch.float64).softmax(-1)
+    assert geometry.out_of_span_energy(3 * pattern @ x, x).item() < 1e-25
+    assert geometry.out_of_span_energy(pattern @ x @ torch.randn(20, 20, dtype=torch.float64), x).item() > 0.3
+
+
+def test_no_out_of_span_energy_where_nothing_can_lie_outside() -> None:
+    x = torch.randn(2, 9, 8)
+    x[1, :, 0] = 0  # spans seven of eight dimensions
+    update = torch.randn(2, 9, 8)
+    assert geometry.out_of_span_energy(update, x).isnan().tolist() == [True, False]
+    assert geometry.null_out_of_span_energy(torch.eye(8), x).isnan().tolist() == [True, False]
+    assert geometry.out_of_span_energy(update * 0, x).isnan().all()
+    assert geometry.out_of_span_energy(update.index_fill(0, torch.tensor([1]), NAN), x).isnan().all()
+
+
+# Innovation
+
+
+def test_innovation_is_the_held_out_residual_of_least_squares() -> None:
+    x = torch.randn(200, 6, dtype=torch.float64)
+    y = torch.tanh(x @ torch.randn(6, 3, dtype=torch.float64)) + 5
+    drawn = torch.randperm(200, generator=torch.Generator().manual_seed(4)).tolist()
+    expected = reference.nonlinear_innovation(x.numpy(), y.numpy(), drawn[:50], drawn[50:])
+    assert 0.05 < expected < 0.9
+    assert geometry.nonlinear_innovation(x, y, seed=4).item() == pytest.approx(expected, rel=1e-9)
+    assert geometry.nonlinear_innovation(x, y, seed=5).item() != pytest.approx(expected, rel=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 4), seeds)
+def test_an_affine_map_has_no_innovation_even_from_a_degenerate_input(d: int, width: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(80, d, generator=generator)
+    x = torch.cat([x, x.sum(-1, keepdim=True), torch.ones(80, 1)], -1)  # dependent features, as after a norm layer
+    y = x.double() @ torch.randn(d + 2, width, dtype=torch.float64, generator=generator) + 3
+    assert geometry.nonlinear_innovation(x, y).item() < 1e-9
+    noise = torch.randn(80, width, dtype=torch.float64, generator=generator)
+    assert geometry.nonlinear_innovation(x, noise).item() > 0.5
+
+
+def test_attention_with_its_patterns_frozen_is_affine_and_an_mlp_is_not() -> None:
+    heads, n, d = 2, 40, 6
+    x = torch.randn(5, n, d, dtype=torch.float64)
+    patterns = torch.randn(5, heads, n, n, dtype=torch.float64).softmax(-1)
+    mixed = (patterns @ x.unsqueeze(1)).transpose(1, 2).flatten(-2)  # [A_1 X, A_2 X], all tokens pooled
+    output = mixed @ torch.randn(heads * d, d, dtype=torch.float64) + torch.randn(d, dtype=torch.float64)
+    regressors, outputs = mixed.flatten(0, 1), output.flatten(0, 1)
+    assert geometry.nonlinear_innovation(regressors, outputs).item() < 1e-20
+    hidden = torch.relu(x.flatten(0, 1) @ torch.randn(d, 4 * d, dtype=torch.float64))
+    mlp = hidden @ torch.randn(4 * d, d, dtype=torch.float64)
+    assert geometry.nonlinear_innovation(x.flatten(0, 1), mlp).item() > 0.1
+
+
+def test_innovation_is_masked_and_batched() -> None:
+    x, mask = torch.randn(2, 60, 4), torch.ones(2, 60, dtype=torch.bool)
+    y = x.square()
+    x[1, :20] = math.nan
+    mask[1, :20] = False
+    values = geometry.nonlinear_innovation(x, y, mask)
+    assert values.shape == (2,)
+    assert values[1].item() == pytest.approx(geometry.nonlinear_innovation(x[1, 20:], y[1, 20:]).item())
+    x[0, 0, 0] = math.inf
+    assert geometry.nonlinear_innovation(x, y, mask).isnan().tolist() == [True, False]
+    assert geometry.nonlinear_innovation(x[1, 20:], torch.rand(20, dtype=torch.float64).expand(40, 20)).isnan()
+
+
+# Errors
+
+CLOUD = torch.randn(2, 3, 8)
+ERRORS = {
+    "token ids": (
+        lambda: geometry.rank(torch.ones(2, 3, dtype=torch.long)),
+        r"^rank: .*\(\*batch, token, width\).*int64",
+    ),
+    "one vector": (
+        lambda: geometry.effective_rank(torch.ones(3)),
+        r"^effective_rank: .*\(\*batch, token, width\).*\(3,\)",
+    ),
+    "no width": (lambda: cloud_measures(torch.ones(3, 0)), r"^cloud_measures: .*\(3, 0\)"),
+    "0/1 mask": (
+        lambda: cloud_measures(CLOUD, torch.ones(2, 3)),
+        r"True = real token, got torch.float32\..*\.bool\(\)",
+    ),
+    "other mask": (lambda: geometry.stable_rank(CLOUD, torch.ones(2, 4).bool()), r"\(2, 3\), got shape \(2, 4\)"),
+    "int precision": (lambda: geometry.rank(CLOUD, precision=torch.int8), r"precision, got torch.int8"),
+    "left out < 0": (lambda: cloud_measures(CLOUD, massive_tokens=-1), r"at least 0, got -1"),
+    "broken rank": (lambda: geometry.rank(CLOUD / torch.tensor([[[1.0]], [[0.0]]])), r"^rank: .*batch index \(1,\)"),
+    "broken one": (lambda: geometry.affine_rank(CLOUD[0] / 0), r"^affine_rank: .*in the sequence\. "),
+    "few tokens": (lambda: geometry.nonlinear_innovation(CLOUD, CLOUD), r"at least 12 real tokens .*width 8, got 3"),
+    "other tokens": (lambda: geometry.nonlinear_innovation(CLOUD, CLOUD[:, :2]), r"\(2, 3\) and \(2, 2\)"),
+    "no span": (lambda: geometry.out_of_span_energy(CLOUD), r"embeddings or basis, got neither"),
+    "two spans": (lambda: geometry.out_of_span_energy(CLOUD, CLOUD, basis=CLOUD), r"got both"),
+    "other width": (lambda: geometry.out_of_span_energy(CLOUD, CLOUD[..., :5]), r"\(2, 3, 5\) against \(2, 3, 8\)"),
+    "other batch": (lambda: geometry.out_of_span_energy(CLOUD, torch.randn(4, 3, 8)), r"\(4, 3, 8\) against"),
+    "broken span": (
+        lambda: geometry.out_of_span_energy(CLOUD, CLOUD / 0),
+        r"^out_of_span_energy: .*batch index \(0,\)",
+    ),
+    "no moment": (lambda: geometry.null_out_of_span_energy(CLOUD, CLOUD), r"updates\.mT @ updates"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_say_what_was_expected_what_came_and_what_to_do(case: str) -> None:
+    call, pattern = ERRORS[case]
+    with pytest.raises(InputError, match=pattern) as caught:
+        call()
+    assert str(caught.value).count(". ") >= 2
+
+
+def test_enough_tokens_is_the_number_the_error_names() -> None:
+    x = torch.randn(12, 8, dtype=torch.float64)
+    assert geometry.nonlinear_innovation(x, x).item() < 1e-20
+    with pytest.raises(InputError):
+        geometry.nonlinear_innovation(x[:11], x[:11])
+
+
+def test_layer_norm_moves_distances_that_a_common_mean_hid() -> None:
+    x = 1000 + torch.randn(64, 256, dtype=torch.float64)
+    assert geometry.consensus_distance(x).item() == pytest.approx(1e-3, rel=0.1)
+    normalised = torch.nn.functional.layer_norm(x, (256,))
+    assert geometry.consensus_distance(normalised).item() > 0.9
+
+
+def test_the_examples_in_the_docstrings() -> None:
+    outcome = doctest.testmod(geometry, extraglobs={"torch": torch})
+    assert outcome.attempted > 15
+    assert outcome.failed == 0
+
+
+# What a reader behind a norm sees, and what a block hands on -------------------------------------------------------------
+
+
+def directions(x: np.ndarray, centred: bool) -> np.ndarray:
+    rows = [row - row.mean() if centred else row for row in x.astype(np.float64)]
+    return np.array([row / math.sqrt(float(row @ row)) for row in rows])
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_consensus_after_norm_is_the_consensus_of_the_directions(centred: bool, dtype: torch.dtype) -> None:
+    x = (torch.randn(3, 9, 16, generator=torch.Generator().manual_seed(1)) + 2).to(dtype)
+    mask = torch.arange(9) < torch.tensor([[9], [5], [2]])
+    found = geometry.consensus_after_norm(x.masked_fill(~mask[..., None], math.nan), mask, centred=centred)
+    for i, n in enumerate((9, 5, 2)):
+        unit = directions(x[i, :n].double().numpy(), centred)
+        cosines = unit @ unit.T
+        assert found[i].item() == pytest.approx(math.sqrt(1 - cosines.mean()), abs=1e-12)
+
+
+def test_consensus_after_norm_sees_neither_sizes_nor_a_common_level() -> None:
+    x = torch.randn(12, 32, dtype=torch.float64)
+    plain = geometry.consensus_after_norm(x)
+    sizes = 10 ** torch.linspace(-3, 3, 12, dtype=torch.float64)[:, None]
+    torch.testing.assert_close(geometry.consensus_after_norm(x * sizes + 1000), plain, rtol=1e-6, atol=0)
+    assert geometry.consensus_after_norm(x + 1000, centred=False) < 0.01
+    assert geometry.consensus_distance(x + 1000) < 0.01
+
+
+def test_consensus_after_norm_is_that_of_torchs_own_norm() -> None:
+    x = torch.randn(7, 64, dtype=torch.float64) + torch.randn(64)
+    normed = torch.nn.functional.layer_norm(x, (64,), eps=0)
+    torch.testing.assert_close(geometry.consensus_after_norm(x), geometry.consensus_distance(normed))
+
+
+def test_consensus_after_norm_says_nan_where_nothing_can_be_said() -> None:
+    assert geometry.consensus_after_norm(torch.randn(1, 4)).isnan()
+    assert geometry.consensus_after_norm(torch.zeros(3, 4)).isnan()
+    x = torch.randn(2, 3, 4)
+    x[0, 1, 2] = math.inf
+    assert geometry.consensus_after_norm(x).isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("is_normalized", [True, False])
+def test_stream_carried_is_the_median_share_of_the_tokens(is_normalized: bool) -> None:
+    x, y = torch.randn(2, 9, 6, dtype=torch.float64), torch.randn(2, 9, 6, dtype=torch.float64)
+    mask = torch.arange(9) < torch.tensor([[9], [5]])
+    found = geometry.stream_carried(x, y.masked_fill(~mask[..., None], math.nan), mask, is_normalized=is_normalized)
+    for i, n in enumerate((9, 5)):
+        shares = []
+        for a, b in zip(x[i, :n].numpy(), y[i, :n].numpy(), strict=True):
+            size = math.sqrt(float(a @ a) * float(b @ b)) if is_normalized else float(a @ a)
+            shares.append(float(a @ b) / size)
+        assert found[i].item() == pytest.approx(float(np.median(shares)))  # odd numbers of tokens
+
+
+def test_stream_carried_is_the_factor_of_the_residual_whatever_one_massive_token_does() -> None:
+    x = torch.randn(1, 31, 512, dtype=torch.float64)
+    y = 0.3 * x + torch.randn(1, 31, 512, dtype=torch.float64)
+    y[:, 4] += 1e4
+    assert geometry.stream_carried(x, y).item() == pytest.approx(0.3, abs=0.03)
+    x[0, 0, 0] = math.nan
+    assert geometry.stream_carried(x, y).isnan()

@@ -1,0 +1,410 @@
+"""Figures of an output projection: counts against ranks of the maps they count, values against closed forms."""
+
+import doctest
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.reference import heads as reference
+from uncollapse.errors import InputError
+from uncollapse.measures import heads
+
+HEADS, HEAD_WIDTH, WIDTH = 4, 3, 16
+MIXED = HEADS * HEAD_WIDTH
+
+
+def projection(mixed=MIXED, width=WIDTH, dtype=torch.float64):
+    return torch.randn(mixed, width, dtype=torch.float64).to(dtype)
+
+
+def gauge(W, outputs, head_count=HEADS):
+    """The same function with every head's channels in another basis."""
+    blocks = W.view(head_count, -1, W.shape[1])
+    size = blocks.shape[1]
+    M = torch.randn(head_count, size, size, dtype=W.dtype) + 2 * torch.eye(size, dtype=W.dtype)
+    moved = outputs.unflatten(-1, (head_count, size)).transpose(-2, -3) @ M
+    return torch.linalg.solve(M, blocks).flatten(0, 1), moved.transpose(-2, -3).flatten(-2)
+
+
+def close(found, expected, tolerance):
+    found = found.double().numpy() if isinstance(found, torch.Tensor) else found
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_documented_examples():
+    assert doctest.testmod(heads).failed == 0
+
+
+# Counts ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("head_count", "head_width", "tokens"), [(1, 3, 2), (3, 2, 4), (4, 1, 1)])
+def test_the_sum_of_the_heads_has_the_kernel_of_the_papers_count(head_count, head_width, tokens):
+    one_head = np.eye(tokens * head_width)
+    sum_of_heads = np.hstack([one_head] * head_count)
+    kernel = sum_of_heads.shape[1] - np.linalg.matrix_rank(sum_of_heads)
+    assert heads.ambiguous_degrees_of_freedom(head_count, head_width, tokens) == kernel
+
+
+@pytest.mark.parametrize(("mixed", "width", "rank"), [(6, 8, 6), (6, 6, 4), (8, 5, 5), (8, 5, 3), (6, 6, 0)])
+def test_the_kernel_of_the_projection_acting_on_head_outputs(mixed, width, rank):
+    W = projection(mixed, rank) @ projection(rank, width) if rank else torch.zeros(mixed, width)
+    tokens = 3
+    acting = np.kron(np.eye(tokens), W.T.numpy())  # on the head outputs, row by row
+    kernel = acting.shape[1] - np.linalg.matrix_rank(acting)
+    assert heads.kernel_dimension(W, tokens) == kernel == tokens * (mixed - rank)
+
+
+def test_contributions_are_ambiguous_only_between_heads():
+    W = projection(6, 8)
+    assert heads.contribution_ambiguity(W, 3, tokens=5) == 0
+    W[2:4] = W[2:3]  # a head of rank one: its output is ambiguous, its contribution is not
+    assert (heads.kernel_dimension(W), heads.contribution_ambiguity(W, 3)) == (1, 0)
+    W[4] = W[0] + W[1]  # one direction shared by two heads
+    assert (heads.kernel_dimension(W), heads.contribution_ambiguity(W, 3, tokens=5)) == (2, 5)
+
+
+@pytest.mark.parametrize(("tokens", "mixed", "width"), [(5, 3, 4), (2, 4, 3), (4, 3, 2), (2, 3, 5)])
+def test_the_fibre_of_the_product_of_head_outputs_and_projection(tokens, mixed, width):
+    O, W = projection(tokens, mixed), projection(mixed, width)
+    by_O, by_W = np.kron(np.eye(tokens), W.T.numpy()), np.kron(O.numpy(), np.eye(width))
+    jacobian = np.hstack([by_O, by_W])
+    expected = jacobian.shape[1] - np.linalg.matrix_rank(jacobian)
+    assert heads.factorization_ambiguity(tokens, mixed, width) == expected
+
+
+def layer(head_count, groups, head_width, width=5, **also):
+    shapes = {
+        "W_Q": (head_count, width, head_width),
+        "W_K": (groups, width, head_width),
+        "W_V": (groups, width, head_width),
+        "W_O": (head_count, head_width, width),
+        "b_Q": (head_count, head_width),
+        "b_K": (groups, head_width),
+        "b_V": (groups, head_width),
+        "b_O": (width,),
+        "gain_Q": (head_width,),
+        "gain_K": (head_width,),
+    }
+    wanted = ["W_Q", "W_K", "W_V", "W_O", *(name for name, on in also.items() if on)]
+    return {name: torch.randn(shapes[name], dtype=torch.float64) for name in wanted}
+
+
+@pytest.mark.parametrize(("head_count", "groups"), [(2, 2), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("value_bias", "output_bias"), [(False, False), (True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("query_key_bias", [False, True])
+def test_nothing_but_the_gauge_leaves_a_layers_function_alone(
+    head_count, groups, value_bias, output_bias, query_key_bias
+):
+    p = layer(head_count, groups, 2, b_V=value_bias, b_O=output_bias, b_Q=query_key_bias, b_K=query_key_bias)
+    sequences = torch.randn(8, 6, 5, dtype=torch.float64)
+
+    def function(p):
+        return torch.stack([reference.attention(p, x, head_count, groups) for x in sequences])
+
+    expected = heads.gauge_dimension(groups, 2, value_bias=value_bias, output_bias=output_bias)
+    expected += heads.query_key_gauge_dimension(head_count, groups, 2, bias=query_key_bias)
+    assert reference.nullity(function, p) == expected
+
+
+@pytest.mark.parametrize(("head_count", "groups"), [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("rotary_width", [0, 2, 4])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_query_key_gauge_is_the_kernel_of_the_logits_derivative(head_count, groups, rotary_width, bias, norm):
+    p = layer(head_count, groups, 4, b_Q=bias, b_K=bias, gain_Q=norm, gain_K=norm)
+    p = {name: p[name] for name in p if name not in {"W_V", "W_O"}}
+    sequences = torch.randn(4, 7, 5, dtype=torch.float64)
+
+    def function(p):  # what a softmax sees: logits up to a constant of the row
+        scores = torch.stack([reference.logits(p, x, head_count, groups, rotary_width) for x in sequences])
+        return scores - scores.mean(-1, keepdim=True)
+
+    expected = heads.query_key_gauge_dimension(head_count, groups, 4, bias=bias, rotary_width=rotary_width, norm=norm)
+    assert reference.nullity(function, p) == expected
+
+
+def test_the_counts_of_the_theory():
+    assert heads.query_key_gauge_dimension(8, 4, 16) == 4 * 16**2
+    assert heads.query_key_gauge_dimension(8, 4, 16, bias=True) == 4 * 16**2 + 4 * 16
+    assert heads.query_key_gauge_dimension(8, 4, 16, bias=True, rotary_width=16) == 4 * 16
+    assert heads.query_key_gauge_dimension(8, 4, 16, norm=True) == 8 + 4 + 16
+    assert heads.query_key_gauge_dimension(8, 4, 16, norm=True, rotary_width=16) == 8 + 4 + 8
+
+
+# Write spaces ---------------------------------------------------------------------------------------------------------
+
+
+def test_overlap_and_angles_of_spaces_with_known_angles():
+    angles = torch.tensor([1e-9, 0.3, math.pi / 2 - 1e-9], dtype=torch.float64)
+    first = torch.eye(3, 8, dtype=torch.float64)
+    second = torch.zeros(3, 8, dtype=torch.float64)
+    for i, angle in enumerate(angles):
+        second[i, i], second[i, i + 3] = angle.cos(), angle.sin()
+    turn, _ = torch.linalg.qr(projection(8, 8))
+    mix = projection(3, 3)
+    W = torch.cat([5 * first, mix @ second]) @ turn
+    found = heads.principal_angles(W, 2)
+    np.testing.assert_allclose(found[0, 1].numpy(), angles.numpy(), rtol=1e-6)  # the small one too, relatively
+    assert math.pi / 2 - float(found[0, 1, 2]) == pytest.approx(1e-9, rel=1e-5)
+    assert torch.equal(found[0, 1], found[1, 0])
+    close(found[0, 0], np.zeros(3), 1e-14)
+    share = float(angles.cos().square().mean())
+    close(heads.write_space_overlap(W, 2), [[1, share], [share, 1]], 1e-12)
+
+
+def test_overlap_is_the_mean_squared_cosine_for_every_pair():
+    W = projection()
+    W[3:6, :] = W[0:3] + 0.1 * W[3:6]
+    blocks = [np.linalg.qr(b.T)[0] for b in W.view(HEADS, HEAD_WIDTH, WIDTH).numpy()]
+    expected = [[np.mean(np.linalg.svd(a.T @ b, compute_uv=False) ** 2) for b in blocks] for a in blocks]
+    close(heads.write_space_overlap(W, HEADS), expected, 1e-12)
+    close(heads.principal_angles(W, HEADS).cos().square().mean(-1), expected, 1e-12)
+
+
+def test_a_contained_space_overlaps_fully_and_an_empty_one_with_nothing():
+    W = projection(6, 8)
+    W[2:4] = W[0:1]  # a line inside the first head's plane
+    W[4:6] = 0
+    overlap, angles = heads.write_space_overlap(W, 3), heads.principal_angles(W, 3)
+    close(overlap[:2, :2], [[1, 1], [1, 1]], 1e-12)
+    assert overlap[2].isnan().all()
+    assert overlap[:, 2].isnan().all()
+    close(angles[0, 1], [0, math.nan], 1e-7)
+    assert angles[2].isnan().all()
+
+
+@pytest.mark.parametrize("angle", [0.01, 0.5, 1.2])
+def test_conditioning_of_two_lines(angle):
+    W = torch.tensor([[3.0, 0.0, 0.0], [math.cos(angle), 0.0, math.sin(angle)]], dtype=torch.float64)
+    expected = math.sqrt((1 + math.cos(angle)) / (1 - math.cos(angle)))
+    assert heads.conditioning(W, 2) == pytest.approx(expected, rel=1e-9)
+
+
+def test_conditioning_at_its_extremes():
+    turn, _ = torch.linalg.qr(projection(WIDTH, WIDTH))
+    scaled = torch.cat([projection(3, 3) @ turn[3 * h : 3 * h + 3] for h in range(4)])
+    assert heads.conditioning(scaled, 4) == pytest.approx(1)  # whatever each head does inside its own space
+    assert heads.conditioning(projection(20, 16), 4) == math.inf  # more directions than the stream has
+    assert heads.conditioning(torch.zeros(4, 4), 2) == math.inf
+    # a head that writes nothing leaves the others as they are
+    scaled[:3] = 0
+    assert heads.conditioning(scaled, 4) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_what_rounding_hides_is_not_counted_as_rank(dtype):
+    W = projection(24, 64)
+    W[6:12] = W[0:6]
+    W[12:15] = W[0:3] + W[18:21]
+    W[15:18] = 0.3 * W[12:15]
+    W = (W / 3).to(dtype)  # rank 6 + 6, noisy where sums were rounded
+    assert heads.kernel_dimension(W) == 24 - 12
+    assert heads.contribution_ambiguity(W, 4) == 6 + 6 + 3 + 6 - 12
+    assert heads.conditioning(W, 4) == math.inf
+    assert heads.write_space_overlap(W, 4)[0, 1] == pytest.approx(1)
+    assert heads.principal_angles(W, 4)[2].isfinite().sum(-1).tolist() == [3, 3, 3, 3]
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), head_count=st.sampled_from([1, 2, 4]), head_width=st.integers(1, 4))
+def test_figures_do_not_depend_on_the_models_own_gauge(seed, head_count, head_width):
+    torch.manual_seed(seed)
+    mixed = head_count * head_width
+    W, O = projection(mixed, mixed + 1), torch.randn(2, 7, mixed, dtype=torch.float64)
+    if seed % 2 and head_count > 1:
+        W[-1] = W[0]  # a shared direction
+    moved, outputs = gauge(W, O, head_count)
+    close(outputs @ moved, (O @ W).numpy(), 1e-8)  # it is a gauge
+    assert heads.kernel_dimension(moved) == heads.kernel_dimension(W)
+    assert heads.contribution_ambiguity(moved, head_count) == heads.contribution_ambiguity(W, head_count)
+    close(heads.write_space_overlap(moved, head_count), heads.write_space_overlap(W, head_count).numpy(), 1e-8)
+    close(heads.principal_angles(moved, head_count), heads.principal_angles(W, head_count).numpy(), 1e-6)
+    conditioning = heads.conditioning(W, head_count)
+    assert heads.conditioning(moved, head_count) == pytest.approx(conditioning, rel=1e-4) or conditioning > 1e8
+    gains = heads.head_noise_gain(W, head_count)
+    assert conditioning > 1e8 or torch.allclose(heads.head_noise_gain(moved, head_count), gains, rtol=1e-4)
+    close(
+        heads.contribution_energy(outputs, moved, head_count),
+        heads.contribution_energy(O, W, head_count).numpy(),
+        1e-8,
+    )
+    # the condition number of the projection itself would move
+    order = torch.randperm(head_count)
+    permuted = W.view(head_count, head_width, -1)[order].flatten(0, 1)
+    close(
+        heads.write_space_overlap(permuted, head_count),
+        heads.write_space_overlap(W, head_count)[order][:, order].numpy(),
+        1e-9,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_smallest_angle_is_the_first_of_all(dtype):
+    for mixed, width in ((12, 16), (12, 6), (12, 40)):
+        W = projection(mixed, width).to(dtype)
+        W[3:6] = W[0:3] + 1e-5 * W[3:6]
+        W[9:12] = 0
+        found = heads.smallest_principal_angle(W, 4)
+        close(found, heads.principal_angles(W, 4)[..., 0].numpy(), 1e-14)
+        assert found[3].isnan().all()
+        assert found[0, 1] < 1e-4
+
+
+def test_a_small_angle_keeps_its_digits():
+    W = torch.tensor([[1.0, 0.0], [math.cos(1e-9), math.sin(1e-9)]], dtype=torch.float64)
+    assert heads.smallest_principal_angle(W, 2)[0, 1] == pytest.approx(1e-9, rel=1e-6)
+
+
+def test_a_heads_noise_gain_is_the_norm_of_the_map_that_reads_it_off():
+    W = projection(12, 16)
+    W[3:6] = W[0:3] + 0.05 * W[3:6]
+    blocks = W.view(4, 3, 16).numpy()
+    bases = [np.linalg.qr(block.T)[0].T for block in blocks]
+    reading = np.linalg.pinv(np.vstack(bases))  # from the output to the coordinates of all heads
+    expected = [np.linalg.norm(reading[:, 3 * h : 3 * h + 3], 2) for h in range(4)]
+    close(heads.head_noise_gain(W, 4), expected, 1e-9)
+    assert expected[1] > 4 * expected[3]
+    assert max(expected) <= heads.conditioning(W, 4)
+    # it really is what noise along the worst direction becomes
+    worst = np.linalg.svd(reading[:, 3:6])[0][:, 0]
+    assert np.linalg.norm(worst @ reading[:, 3:6]) == pytest.approx(expected[1])
+
+
+@pytest.mark.parametrize("angle", [1e-3, 0.5, math.pi / 2])
+def test_noise_gain_of_two_lines_and_a_bystander(angle):
+    W = torch.tensor([[3.0, 0.0, 0.0], [math.cos(angle), math.sin(angle), 0.0], [0.0, 0.0, 0.2]], dtype=torch.float64)
+    close(heads.head_noise_gain(W, 3), [1 / math.sin(angle), 1 / math.sin(angle), 1], 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_heads_that_cannot_be_told_apart_leave_the_others_their_gain(dtype):
+    W = projection(16, 64)
+    W[4:8] = projection(4, 4) @ W[0:4]
+    found = heads.head_noise_gain((W / 3).to(dtype), 4)
+    assert found[:2].tolist() == [math.inf, math.inf]
+    close(found[2:], heads.head_noise_gain(W[4:], 3)[1:].numpy(), 0.05)
+    assert heads.head_noise_gain(projection(20, 16).to(dtype), 4).tolist() == [math.inf] * 4  # wider than the stream
+    W[8:12] = 0
+    assert heads.head_noise_gain(W.to(dtype), 4)[2] == 0
+    assert heads.head_noise_gain(torch.zeros(4, 4, dtype=dtype), 2).tolist() == [0, 0]
+
+
+# Energies -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_energies_are_those_of_the_contributions_written_out(dtype, side):
+    W, O = projection(dtype=dtype), torch.randn(2, 3, 7, MIXED, dtype=torch.float64).to(dtype) + 3
+    mask = torch.ones(2, 3, 7, dtype=torch.bool)
+    if side != "none":
+        mask[1, 2, : 3 if side == "left" else 7] = False
+        mask[1, 2, 2 if side == "right" else 6] = True
+        mask[0, 1, -2 if side == "right" else 0] = False
+    dirty = O.masked_fill(~mask[..., None], math.nan)
+    found = heads.contribution_energy(dirty, W, HEADS, mask)
+    shares = heads.energy_share(dirty, W, HEADS, mask)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for b, c in np.ndindex(2, 3):
+        real = O[b, c][mask[b, c]].double().numpy()
+        expected = reference.contribution_energy(real, W.double().numpy(), HEADS)
+        close(found[b, c], expected, tolerance)
+        if sum(expected) > 1e-9:
+            close(shares[b, c], np.array(expected) / sum(expected), tolerance)
+        else:
+            assert shares[b, c].isnan().all()
+    if side == "none":
+        close(heads.contribution_energy(O, W, HEADS), found.numpy(), tolerance)
+        grams = 4 * heads.write_grams(W, HEADS)  # what is passed is used
+        close(heads.contribution_energy(O, W, HEADS, grams=grams), 4 * found.numpy(), tolerance)
+
+
+def test_energies_do_not_see_a_value_bias_nor_round_under_autocast():
+    W, O = projection(dtype=torch.float32), torch.randn(7, MIXED)
+    expected = heads.contribution_energy(O, W, HEADS)
+    close(heads.contribution_energy(O + 10 * torch.randn(MIXED), W, HEADS), expected.numpy(), 1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = heads.contribution_energy(O.requires_grad_(), W.requires_grad_(), HEADS)
+    close(found, expected.numpy(), 0)
+    assert not found.requires_grad
+
+
+def test_energies_are_never_negative():
+    W = torch.randn(2, 1) * torch.randn(1, 5)  # one head that writes along a line
+    along = torch.tensor([[float(W[1, 0]), -float(W[0, 0])]])  # channels whose contributions cancel
+    energy = heads.contribution_energy(torch.randn(200, 7, 1) * along, W, 1)
+    assert (energy >= 0).all()
+    assert (energy < 1e-4).all()  # rounding of terms around 50
+
+
+def test_diverged_weights_give_nan_energies():
+    W = projection()
+    W[0, 0] = math.nan
+    found = heads.contribution_energy(torch.randn(7, MIXED), W, HEADS)
+    assert found.isnan().tolist() == [True, False, False, False]
+
+
+# Gates and verdict ----------------------------------------------------------------------------------------------------
+
+
+def test_gates_separate_as_many_heads_as_they_have_profiles():
+    generator = torch.Generator().manual_seed(1)
+    profiles = torch.rand(9, 3, generator=generator, dtype=torch.float64)
+    gates = profiles[:, [0, 1, 1, 2]] * torch.tensor([1.0, 1.0, 2.0, 1.0])  # the middle two are proportional
+    assert heads.gate_rank(gates) == 3
+    assert heads.gate_conditioning(gates) == math.inf
+    assert heads.gate_rank(torch.ones(9, 4)) == 1
+    assert heads.gate_rank(torch.zeros(9, 4)) == 0
+    assert heads.gate_rank(profiles[:2]) == 2
+    assert heads.gate_conditioning(profiles[:2]) == math.inf
+    sigma = np.linalg.svd(profiles.numpy(), compute_uv=False)
+    assert heads.gate_conditioning(profiles) == pytest.approx(sigma[0] / sigma[-1])
+    assert heads.gate_rank(profiles, tol=float(sigma[:2].mean())) == 1
+    assert heads.gate_conditioning(profiles, tol=float(sigma[1:].mean())) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("kernel", "gain", "verdict"),
+    [
+        (0, 1.0, "attributable"),
+        (0, 10.0, "attributable"),
+        (0, 10.1, "attributable with care (noise gain 10.1)"),
+        (0, math.inf, "not attributable (write spaces dependent to within rounding)"),
+        (3, 2.0, "not attributable (kernel 3)"),
+        (3, math.inf, "not attributable (kernel 3)"),
+    ],
+)
+def test_the_verdict_in_words(kernel, gain, verdict):
+    assert heads.attribution_verdict(kernel, gain) == verdict
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: heads.kernel_dimension(torch.ones(3)), r"kernel_dimension: expected .*matrix .*, got float32\[3\]"),
+        (lambda: heads.gate_rank(torch.ones(3, 2).int()), r"gate_rank: expected a floating-point .*got int32\[3, 2\]"),
+        (lambda: heads.conditioning(torch.full((4, 4), math.nan), 2), r"conditioning: .*got NaN or infinity"),
+        (
+            lambda: heads.write_space_overlap(torch.ones(4, 6), 3),
+            r"write_space_overlap: expected .*multiple of heads = 3, got float32\[4, 6\]\. .*linear\.weight\.T",
+        ),
+        (lambda: heads.principal_angles(torch.ones(4, 6), 0), "principal_angles: .*heads = 0"),
+        (
+            lambda: heads.contribution_energy(torch.ones(5, 6), torch.ones(4, 6), 2),
+            r"contribution_energy: expected .*mixed = 4 .*heads = 2, got float32\[5, 6\]",
+        ),
+        (
+            lambda: heads.contribution_energy(torch.ones(5, 4), torch.ones(4, 6), 2, torch.ones(5)),
+            r"contribution_energy: expected boolean mask\[\.\.\., token\] = \[5\], got float32\[5\]",
+        ),
+    ],
+)
+def test_unusable_input_is_named(call, message):
+    with pytest.raises(InputError, match=message):
+        call()

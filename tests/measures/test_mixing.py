@@ -1,0 +1,610 @@
+"""Attention measures against row-by-row references, closed forms and the laws they must obey."""
+
+import doctest
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.reference import mixing as reference
+from uncollapse.errors import InputError
+from uncollapse.measures import mixing
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+TOLERANCE = {torch.float64: 1e-12}  # everything else accumulates in float32
+MEASURES = ("entropy", "normalized_entropy", "entropy_floor", "max_logit", "susceptibility", "allowed_keys")
+
+
+def close(found, expected, tolerance):
+    found = found.double().numpy() if isinstance(found, torch.Tensor) else found
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def queries_and_keys(batch=2, heads=4, groups=2, queries=9, keys=9, width=3, dtype=torch.float64, size=1.5):
+    q = (size * torch.randn(batch, heads, queries, width, dtype=torch.float64)).to(dtype)
+    k = (size * torch.randn(batch, groups, keys, width, dtype=torch.float64)).to(dtype)
+    return q, k
+
+
+def padding(side, tokens=9):
+    mask = torch.ones(2, tokens, dtype=torch.bool)
+    if side == "left":
+        mask[1, : tokens // 3] = False
+    if side == "right":
+        mask[1, -tokens // 3 :] = False
+    return mask
+
+
+def allowed_pairs(shape, key_mask=None, causal=False, pairs=None):
+    allowed = np.ones(shape, dtype=bool)
+    for b, h, i, j in np.ndindex(shape):
+        allowed[b, h, i, j] = (
+            (key_mask is None or bool(key_mask[b, j]))
+            and (not causal or j <= i)
+            and (pairs is None or bool(pairs[b, h, i, j]))
+        )
+    return allowed
+
+
+def test_documented_examples():
+    assert doctest.testmod(mixing).failed == 0
+
+
+# The weights of a softmax ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_entropy_of_uniform_one_hot_and_two_point_rows(dtype):
+    rows = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0, 1, 0, 0], [0.5, 0, 0.5, 0], [0.75, 0.25, 0, 0]], dtype=dtype)
+    expected = [math.log(4), 0, math.log(2), math.log(4) - 0.75 * math.log(3)]
+    assert mixing.entropy(rows).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    close(mixing.entropy(rows), expected, TOLERANCE.get(dtype, 1e-6))
+    close(mixing.normalized_entropy(rows), [h / math.log(4) for h in expected], TOLERANCE.get(dtype, 1e-6))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_queries_are_nan_and_padded_keys_left_out_whatever_they_hold(side):
+    mask = padding(side)
+    logits = torch.randn(2, 3, 9, 9, dtype=torch.float64).masked_fill(~mask[:, None, None], -math.inf)
+    weights = torch.softmax(logits, -1)
+    dirty = weights.masked_fill(~(mask[:, None, None, :] & mask[:, None, :, None]), math.nan)
+    found = mixing.entropy(dirty, mask)
+    for b, h, i in np.ndindex(2, 3, 9):
+        expected = reference.row_entropy(weights[b, h, i][mask[b]].tolist()) if mask[b, i] else math.nan
+        close(found[b, h, i], expected, 1e-12)
+    close(mixing.normalized_entropy(dirty, mask)[1], found[1] / math.log(6), 1e-12)
+
+
+def test_normalized_entropy_counts_the_keys_that_a_causal_row_may_see():
+    mask = padding("left")
+    allowed = torch.tril(torch.ones(9, 9, dtype=torch.bool)) & mask[:, None, None]
+    uniform = allowed / allowed.sum(-1, keepdim=True).clamp(min=1)
+    found = mixing.normalized_entropy(uniform.double(), mask, causal=True)[:, 0]
+    expected = np.ones((2, 9))
+    expected[0, 0] = expected[1, :4] = math.nan  # one key only, or padding
+    close(found, expected, 1e-12)
+
+
+def test_a_row_with_one_key_has_no_normalized_entropy_whatever_its_weights():
+    found = mixing.normalized_entropy(torch.full((3, 3), 1 / 3, dtype=torch.float64), causal=True)
+    close(found, [math.nan, math.log(3) / math.log(2), 1], 1e-12)
+
+
+def test_rows_are_scaled_to_sum_to_one():
+    weights = torch.rand(5, 7, dtype=torch.float64)
+    close(mixing.entropy(0.3 * weights), mixing.entropy(weights).numpy(), 1e-12)
+    assert mixing.entropy(torch.zeros(2, 3)).isnan().all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), tokens=st.integers(1, 12), size=st.floats(0, 30), shift=st.floats(-50, 50))
+def test_laws_of_rows(seed, tokens, size, shift):
+    generator = torch.Generator().manual_seed(seed)
+    q = size * torch.randn(1, 2, tokens, 4, dtype=torch.float64, generator=generator)
+    k = torch.randn(1, 1, tokens, 4, dtype=torch.float64, generator=generator)
+    rows = mixing.row_statistics(q, k, susceptibility=True)
+    assert (rows.entropy >= rows.entropy_floor - 1e-9).all()
+    assert (rows.entropy <= math.log(tokens) + 1e-9).all()
+    assert (mixing.entropy_floor(q, k) <= rows.entropy_floor + 1e-9).all()
+    # the order of the keys does not matter, that of the queries comes back
+    order = torch.randperm(tokens, generator=generator)
+    for moved in (mixing.row_statistics(q, k[:, :, order], susceptibility=True),):
+        close(moved.entropy, rows.entropy.numpy(), 1e-9)
+        close(moved.susceptibility, rows.susceptibility.numpy(), 1e-8)
+        close(moved.entropy_floor, rows.entropy_floor.numpy(), 1e-8)
+    close(mixing.fused_entropy(q[:, :, order], k), rows.entropy[:, :, order].numpy(), 1e-9)
+    # a logit that every key gets is seen by nobody but the maximum
+    shifted = mixing.row_statistics(
+        q, k, bias=torch.full((1, 1, 1, 1), shift, dtype=torch.float64), susceptibility=True
+    )
+    close(shifted.entropy, rows.entropy.numpy(), 1e-9)
+    close(shifted.susceptibility, rows.susceptibility.numpy(), 1e-8)
+    close(shifted.max_logit, (rows.max_logit + shift).numpy(), 1e-9)
+    # larger logits never raise the entropy
+    assert (mixing.fused_entropy(1.1 * q, k) <= rows.entropy + 1e-9).all()
+
+
+# Queries and keys -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_figure_against_the_row_by_row_reference(dtype, side, causal):
+    q, k = queries_and_keys(dtype=dtype)
+    mask = padding(side)
+    scores = reference.logits(q.double().numpy(), k.double().numpy())
+    expected = reference.figures(scores, allowed_pairs(scores.shape, mask, causal), mask)
+    tolerance = TOLERANCE.get(dtype, 1e-5)
+    rows = mixing.row_statistics(q, k, key_mask=mask, query_mask=mask, causal=causal, susceptibility=True)
+    for name in MEASURES:
+        close(getattr(rows, name), expected[name], tolerance)
+    assert (rows.sink_mass, rows.route) == (None, "logits")
+    close(mixing.fused_entropy(q, k, mask=mask, causal=causal), expected["entropy"], tolerance)
+    close(mixing.susceptibility(q, k, mask=mask, causal=causal), expected["susceptibility"], tolerance)
+    close(mixing.entropy_floor(q, k, mask=mask, causal=causal), expected["norm_floor"], tolerance)
+    assert rows.entropy.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_cross_attention_with_grouped_queries_and_a_scale(groups):
+    q, k = queries_and_keys(groups=groups, queries=5, keys=7)
+    mask = padding("right", 7)
+    scores = reference.logits(q.numpy(), k.numpy(), scale=0.9)
+    expected = reference.figures(scores, allowed_pairs(scores.shape, mask))
+    close(mixing.fused_entropy(q, k, mask=mask, scale=0.9), expected["entropy"], 1e-12)
+    close(mixing.susceptibility(q, k, mask=mask, scale=0.9), expected["susceptibility"], 1e-12)
+    close(mixing.entropy_floor(q, k, mask=mask, scale=0.9), expected["norm_floor"], 1e-12)
+
+
+@pytest.mark.parametrize("heads_apart", [False, True])
+@pytest.mark.parametrize("lowest", ["-inf", "finfo.min"])
+def test_biases_pair_masks_softcaps_and_sinks(heads_apart, lowest):
+    q, k = queries_and_keys(queries=6, keys=8)
+    shape = (2, 4, 6, 8)
+    pairs = torch.rand(shape if heads_apart else (2, 1, 6, 8)) < 0.8
+    pairs[0, :, 2] = False  # a row that may look nowhere
+    bias = torch.randn(1, 4, 6, 8)
+    forbidden = torch.rand(1, 4 if heads_apart else 1, 6, 8) < 0.2
+    bias = bias.masked_fill(forbidden, -math.inf if lowest == "-inf" else torch.finfo(torch.float32).min)
+    sink = torch.randn(4)
+    mask = padding("right", 8)
+    real = padding("right", 6)
+    scores = reference.logits(q.numpy(), k.numpy(), softcap=2.0, bias=bias.double().expand(shape).numpy())
+    allowed = allowed_pairs(shape, mask, pairs=(pairs & ~forbidden).expand(shape))
+    expected = reference.figures(scores, allowed, real, sink.tolist())
+    rows = mixing.row_statistics(
+        q,
+        k,
+        allowed=pairs,
+        bias=bias,
+        key_mask=mask,
+        query_mask=real,
+        softcap=2.0,
+        sink=sink,
+        susceptibility=True,
+    )
+    for name in (*MEASURES, "sink_mass"):
+        close(getattr(rows, name), expected[name], 1e-7)  # bias and sink are float32
+    assert rows.entropy[0, :, 2].isnan().all()
+    weights = mixing.attention_weights(q, k, allowed=pairs, bias=bias, key_mask=mask, softcap=2.0)
+    again = reference.figures(scores, allowed)
+    close(mixing.entropy(weights), again["entropy"], 1e-7)
+    assert (weights[torch.tensor(~allowed)] == 0).all()
+
+
+def test_a_causal_mask_over_unequal_lengths_means_what_it_means_to_torch():
+    q, k = queries_and_keys(queries=4, keys=7)
+    allowed = torch.ones(4, 7, dtype=torch.bool).tril()
+    found, expected = mixing.row_statistics(q, k, causal=True), mixing.row_statistics(q, k, allowed=allowed)
+    for name in MEASURES[:4]:
+        close(getattr(found, name), getattr(expected, name).numpy(), 1e-12)
+    q, k = queries_and_keys(queries=7, keys=4)
+    close(mixing.row_statistics(q, k, causal=True).allowed_keys[0, 0], [1, 2, 3, 4, 4, 4, 4], 0)
+
+
+def test_what_was_not_asked_for_is_none():
+    rows = mixing.row_statistics(*queries_and_keys(), max_logit=False, floor=False)
+    assert rows.max_logit is rows.entropy_floor is rows.susceptibility is rows.sink_mass is None
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_way_the_logits_are_tiled_changes_nothing(monkeypatch, causal):
+    q, k = queries_and_keys(batch=3, queries=11, keys=11)
+    mask = torch.ones(3, 11, dtype=torch.bool)
+    mask[2, 4:] = False
+    bias = torch.randn(3, 4, 11, 11, dtype=torch.float64)
+
+    def all_figures():
+        rows = mixing.row_statistics(q, k, bias=bias, key_mask=mask, causal=causal, susceptibility=True)
+        weights = mixing.attention_weights(q, k, bias=bias, key_mask=mask, causal=causal)
+        given = mixing.row_statistics_from_weights(weights, bias, key_mask=mask, causal=causal, susceptibility=True)
+        return [getattr(r, name).numpy() for r in (rows, given) for name in MEASURES] + [weights.numpy()]
+
+    whole = all_figures()
+    # several sequences, several groups of one sequence, several rows of one head, one row
+    for logits in (2 * 4 * 121, 2 * 121, 50, 1):
+        monkeypatch.setattr(mixing, "TILE_BYTES", 8 * logits)
+        monkeypatch.setattr(mixing, "CAUSAL_ROWS", 5)
+        for found, expected in zip(all_figures(), whole, strict=True):
+            close(found, expected, 1e-12)
+
+
+class LargestTensor(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_memory_does_not_grow_with_the_square_of_the_tokens():
+    tokens = 1536
+    q, k = queries_and_keys(1, 4, 2, tokens, tokens, 2, torch.float32)
+    mask = torch.ones(1, tokens, dtype=torch.bool)
+    mask[:, -5:] = False
+    with LargestTensor() as control:
+        mixing.attention_weights(q, k)
+    assert control.elements >= tokens**2  # the watch sees what it should
+    with LargestTensor() as watch:
+        for causal in (False, True):
+            mixing.row_statistics(q, k, key_mask=mask, causal=causal, susceptibility=True)
+            mixing.fused_entropy(q, k, mask=mask, causal=causal)
+            mixing.susceptibility(q, k, mask=mask, causal=causal)
+            mixing.entropy_floor(q, k, mask=mask, causal=causal)
+    assert watch.elements < tokens**2 / 2
+    many = torch.randn(16384, 1, 16, 2)  # nor with the pairs of many short sequences
+    with LargestTensor() as watch:
+        mixing.row_statistics(many, many)
+    assert watch.elements < 16384 * 16**2 / 2
+
+
+def test_padding_may_hold_anything():
+    q, k = queries_and_keys()
+    mask = padding("right")
+    clean = mixing.row_statistics(q, k, key_mask=mask, query_mask=mask, susceptibility=True)
+    floors = mixing.entropy_floor(q, k, mask=mask)
+    q[1, :, 6:], k[1, :, 6:] = math.nan, math.inf
+    dirty = mixing.row_statistics(q, k, key_mask=mask, query_mask=mask, susceptibility=True)
+    for name in MEASURES:
+        close(getattr(dirty, name), getattr(clean, name).numpy(), 0)
+    close(mixing.entropy_floor(q, k, mask=mask), floors.numpy(), 1e-12)
+
+
+def test_gradients_are_not_tracked_and_autocast_does_not_round():
+    q, k = queries_and_keys(dtype=torch.float32, size=4)
+    expected = mixing.row_statistics(q, k, susceptibility=True)
+    q.requires_grad_()
+    k.requires_grad_()
+    bias = torch.zeros(9, 9, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = mixing.row_statistics(q, k, bias=bias, sink=bias[0, :4], susceptibility=True)
+        floor = mixing.entropy_floor(q, k)
+        weights = mixing.attention_weights(q, k)
+    given = mixing.row_statistics_from_weights(torch.softmax(bias, -1)[None, None], bias[None, None])
+    for tensor in (found.entropy, found.sink_mass, floor, weights, given.entropy, given.max_logit):
+        assert not tensor.requires_grad
+    for name in MEASURES:
+        close(getattr(found, name), getattr(expected, name).numpy(), 0)
+    close(floor, mixing.entropy_floor(q, k).numpy(), 0)
+    close(mixing.entropy(weights), expected.entropy.numpy(), 1e-5)
+
+
+def test_large_logits_keep_their_entropy():
+    """A common part of all keys makes logits of 1,000; the entropy is that of the differences."""
+    q, k = queries_and_keys(dtype=torch.float32)
+    common = torch.full((1, 1, 1, 3), 256.0)  # exact in float32 together with the rounded keys
+    k = (k * 64).round() / 64
+    q = (q * 64).round() / 64
+    close(mixing.fused_entropy(q, k + common), mixing.fused_entropy(q, k).numpy(), 1e-3)
+    hot = torch.tensor([0.0, -80, -100, -1000]).view(1, 1, 4, 1)  # weights that underflow
+    close(mixing.fused_entropy(torch.ones(1, 1, 1, 1), hot, scale=1.0), [[[0.0]]], 1e-30)
+
+
+def test_susceptibility_is_the_entropy_lost_to_a_logarithmic_step_of_the_logits():
+    q, k = queries_and_keys()
+    step = 1e-5
+    for causal in (False, True):
+        up, down = (mixing.fused_entropy(math.exp(t) * q, k, causal=causal) for t in (step, -step))
+        close((down - up) / (2 * step), mixing.susceptibility(q, k, causal=causal).numpy(), 1e-8)
+
+
+def test_susceptibility_vanishes_for_uniform_rows_and_for_ties():
+    k = torch.tensor([0.0, 0, 0, -200]).view(1, 1, 4, 1)
+    q = torch.tensor([0.0, 1, 2]).view(1, 1, 3, 1)
+    assert mixing.susceptibility(q, k, scale=1.0).tolist() == [[[0, 0, 0]]]
+
+
+@pytest.mark.parametrize("keys", [2, 3, 50])
+def test_the_floor_is_attained_by_one_key_above_all_others_and_reaches_both_ends(keys):
+    q = torch.tensor([0.0, 1, 3, 200], dtype=torch.float64).view(1, 1, 4, 1)
+    k = torch.zeros(1, 1, keys, 1, dtype=torch.float64)
+    k[0, 0, 1] = 1
+    floor = mixing.entropy_floor(q, k)[0, 0]
+    close(floor, mixing.fused_entropy(q, k)[0, 0].numpy(), 1e-12)
+    close(floor[[0, 3]], [math.log(keys), 0], 1e-12)
+
+
+def test_the_prefix_moments_of_a_long_causal_row(monkeypatch):
+    q, k = queries_and_keys(batch=1, heads=2, groups=1, queries=150, keys=150)
+    k[0, 0, 0] *= 100  # the massive first key of trained models
+    mask = torch.ones(1, 150, dtype=torch.bool)
+    mask[0, :3] = False
+    k[0, 0, 3] *= 100
+    for i in (3, 63, 64, 127, 128, 149):
+        s = (q[0, :, i] @ k[0, 0, 3 : i + 1].T) / math.sqrt(3)
+        norms = (s - s.mean(-1, keepdim=True)).norm(dim=-1).tolist()
+        expected = [reference.least_entropy(norm, i - 2) for norm in norms]
+        close(mixing.entropy_floor(q, k, mask=mask, causal=True)[0, :, i], expected, 1e-9)
+
+
+# A softmax that the model ran itself ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_weights_and_logits_tell_the_same_as_queries_and_keys(causal):
+    q, k = queries_and_keys()
+    mask = padding("left")
+    kwargs = {"key_mask": mask, "query_mask": mask, "causal": causal}
+    expected = mixing.row_statistics(q, k, **kwargs, susceptibility=True)
+    logits = torch.tensor(reference.logits(q.numpy(), k.numpy()))
+    weights = mixing.attention_weights(q, k, key_mask=mask, causal=causal)
+    found = mixing.row_statistics_from_weights(weights, logits, **kwargs, susceptibility=True)
+    assert found.route == "weights"
+    for name in MEASURES:
+        close(getattr(found, name), getattr(expected, name).numpy(), 1e-10)
+    # the logits say which pairs are forbidden, -inf or the lowest number
+    allowed = torch.tensor(allowed_pairs(logits.shape, mask, causal))
+    for lowest in (-math.inf, torch.finfo(torch.float64).min):
+        masked = logits.masked_fill(~allowed, lowest)
+        found = mixing.row_statistics_from_weights(torch.softmax(masked, -1), masked, query_mask=mask)
+        for name in MEASURES[:4]:
+            close(getattr(found, name), getattr(expected, name).numpy(), 1e-10)
+    # and the caller may say so
+    found = mixing.row_statistics_from_weights(weights, allowed=allowed, query_mask=mask, susceptibility=True)
+    close(found.susceptibility, expected.susceptibility.numpy(), 1e-10)
+    assert found.entropy_floor is found.max_logit is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_that_leave_mass_to_a_sink(dtype):
+    weights = torch.tensor([[[[0.125, 0.375, 0.0], [0.5, 0.0, 0.0]]]], dtype=dtype)
+    found = mixing.row_statistics_from_weights(weights, susceptibility=True)
+    close(found.entropy, [[[math.log(4) - 0.75 * math.log(3), 0]]], TOLERANCE.get(dtype, 1e-6))
+    close(found.susceptibility, [[[3 / 16 * math.log(3) ** 2, 0]]], TOLERANCE.get(dtype, 1e-6))
+    close(found.allowed_keys, [[[3, 3]]], 0)
+
+
+# What the mixture does to a cloud -------------------------------------------------------------------------------------
+
+
+def random_weights(queries=6, keys=6, mask=None):
+    logits = 2 * torch.randn(2, 3, queries, keys, dtype=torch.float64)
+    return torch.softmax(logits if mask is None else logits.masked_fill(~mask[:, None, None], -math.inf), -1)
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_matrix_measures_on_the_real_tokens(side):
+    mask = padding(side)
+    weights = random_weights(9, 9, mask)
+    dirty = weights.masked_fill(~(mask[:, None, None, :] & mask[:, None, :, None]), math.nan)
+    for b, h in np.ndindex(2, 3):
+        real = weights[b, h][mask[b]][:, mask[b]].numpy()
+        sigma = np.linalg.svd(real, compute_uv=False)
+        close(mixing.contraction(dirty, mask)[b, h], reference.contraction(real), 1e-12)
+        close(mixing.spectral_gap(dirty, mask)[b, h], 1 - sigma[1] / sigma[0], 1e-12)
+        close(mixing.dobrushin(dirty, mask)[b, h], reference.dobrushin(real), 1e-12)
+
+
+def test_matrix_measures_of_cross_attention():
+    mask = padding("right", 5)
+    weights = random_weights(7, 5, mask)
+    for b, h in np.ndindex(2, 3):
+        real = weights[b, h][:, mask[b]].numpy()
+        close(mixing.contraction(weights, mask)[b, h], reference.contraction(real), 1e-12)
+        close(mixing.dobrushin(weights, mask)[b, h], reference.dobrushin(real), 1e-12)
+        # for rows that sum to one the second centring changes nothing
+        centred = real - real.mean(0)
+        close(mixing.contraction(weights, mask)[b, h], np.linalg.norm(centred, 2), 1e-12)
+    # for others it leaves out what the mean of the cloud does
+    short = weights * torch.rand(2, 3, 7, 1, dtype=torch.float64)
+    close(mixing.contraction(short)[0, 0], reference.contraction(short[0, 0].numpy()), 1e-12)
+
+
+def test_matrix_measures_at_their_extremes():
+    identity, uniform = torch.eye(5), torch.full((5, 5), 0.2)
+    permutation = identity[torch.randperm(5)]
+    causal = torch.ones(40, 40).tril() / torch.arange(1, 41)[:, None]
+    for measure, at_identity, at_uniform in (
+        (mixing.contraction, 1, 0),
+        (mixing.spectral_gap, 0, 1),
+        (mixing.dobrushin, 1, 0),
+    ):
+        assert measure(identity).dtype == torch.float64
+        close(measure(identity), at_identity, 1e-7)
+        close(measure(permutation), at_identity, 1e-7)
+        close(measure(uniform), at_uniform, 1e-7)
+    assert mixing.contraction(causal) > 1.1  # a causal mean spreads some clouds
+    assert mixing.dobrushin(causal) == pytest.approx(39 / 40)
+
+
+def test_what_cannot_be_said_is_nan():
+    one = torch.zeros(2, 5, dtype=torch.bool)
+    one[1, 2] = True
+    weights = torch.full((2, 5, 5), 0.2)
+    close(mixing.contraction(weights, one), [math.nan, 0], 0)
+    close(mixing.spectral_gap(weights, one), [math.nan, math.nan], 0)
+    close(mixing.dobrushin(weights, one), [math.nan, 0], 0)
+    close(mixing.spectral_gap(torch.ones(1, 1)), math.nan, 0)
+    broken = random_weights()
+    expected = mixing.contraction(broken)
+    broken[0, 1, 2, 3] = math.nan
+    expected[0, 1] = math.nan
+    close(mixing.contraction(broken), expected.numpy(), 1e-12)
+    assert mixing.spectral_gap(broken).isnan().sum() == 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), tokens=st.integers(2, 9), size=st.floats(0, 10))
+def test_contraction_and_dobrushin_bound_what_they_promise(seed, tokens, size):
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.softmax(size * torch.randn(tokens, tokens, dtype=torch.float64, generator=generator), -1)
+    X = torch.randn(tokens, 3, dtype=torch.float64, generator=generator)
+    spread = [(Y - Y.mean(0)).norm() for Y in (X, A @ X)]
+    assert spread[1] <= mixing.contraction(A) * spread[0] + 1e-12
+    for p in (1, 2, math.inf):
+        diameter = [torch.cdist(Y, Y, p=p).max() for Y in (X, A @ X)]
+        assert diameter[1] <= mixing.dobrushin(A) * diameter[0] + 1e-12
+    rows, columns = torch.randperm(tokens, generator=generator), torch.randperm(tokens, generator=generator)
+    for measure in (mixing.contraction, mixing.spectral_gap, mixing.dobrushin):
+        close(measure(A[rows][:, columns]), measure(A).numpy(), 1e-9)
+    close(mixing.spectral_gap(3 * A), mixing.spectral_gap(A).numpy(), 1e-12)
+
+
+# Input that cannot be used --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda q, k: mixing.entropy(torch.ones(3)),
+            r"entropy: expected .*weights\[..., query, key\], got float32\[3\]",
+        ),
+        (
+            lambda q, k: mixing.entropy(torch.ones(3, 3).long()),
+            r"entropy: expected floating-point .*, got int64\[3, 3\]",
+        ),
+        (
+            lambda q, k: mixing.contraction(torch.ones(2, 3, 3), torch.ones(2, 3)),
+            r"contraction: expected boolean mask.* token = 3 .*got float32\[2, 3\]\. .*mask\.bool\(\)",
+        ),
+        (
+            lambda q, k: mixing.entropy(torch.ones(2, 3, 3), torch.ones(3, 3, dtype=torch.bool)),
+            r"entropy: expected boolean mask.*leading axes among the first of \[2\], got bool\[3, 3\]",
+        ),
+        (
+            lambda q, k: mixing.normalized_entropy(torch.ones(2, 3), causal=True),
+            "normalized_entropy: expected as many queries as keys .*got 2 queries and 3 keys",
+        ),
+        (lambda q, k: mixing.fused_entropy(q[0], k), r"fused_entropy: expected .*got q float64\[4, 9, 3\]"),
+        (lambda q, k: mixing.susceptibility(q[:, :3], k), r"susceptibility: .*head a multiple of group"),
+        (lambda q, k: mixing.entropy_floor(q[..., :2], k), r"entropy_floor: .*got q float64\[2, 4, 9, 2\] and k"),
+        (lambda q, k: mixing.entropy_floor(q[:, :, :4], k, causal=True), "entropy_floor: .*got 4 queries and 9 keys"),
+        (
+            lambda q, k: mixing.fused_entropy(q, k, mask=torch.ones(2, 9)),
+            r"fused_entropy: expected boolean key_mask\[batch, token\] = \[2, 9\], got float32\[2, 9\]",
+        ),
+        (
+            lambda q, k: mixing.row_statistics(q, k, allowed=torch.zeros(9, 9)),
+            r"row_statistics: expected boolean allowed, broadcastable to .*, got float32\[9, 9\]\. .*bias",
+        ),
+        (
+            lambda q, k: mixing.row_statistics(q, k, bias=torch.zeros(2, 2, 9, 9)),
+            r"row_statistics: expected floating-point bias, .*got float32\[2, 2, 9, 9\]",
+        ),
+        (
+            lambda q, k: mixing.row_statistics(q, k, sink=torch.zeros(2)),
+            r"row_statistics: expected sink\[head\] with head = 4",
+        ),
+        (
+            lambda q, k: mixing.row_statistics_from_weights(torch.zeros(2, 4, 9, 9), torch.zeros(2, 4, 9, 10)),
+            r"row_statistics_from_weights: .*got float32\[2, 4, 9, 9\] and float32\[2, 4, 9, 10\]",
+        ),
+        (
+            lambda q, k: mixing.row_statistics_from_weights(torch.zeros(9, 9)),
+            "row_statistics_from_weights: .*no logits",
+        ),
+    ],
+)
+def test_unusable_input_is_named(call, message):
+    with pytest.raises(InputError, match=message):
+        call(*queries_and_keys())
+
+
+# What findings read: the row without its strongest key, and the share of the keys ------------------------------------------
+
+
+def rest_and_share(logits: np.ndarray) -> tuple[float, float]:
+    """One row's figures from its allowed logits, in the order of the definitions."""
+
+    def entropy(values: np.ndarray) -> float:
+        weights = np.exp(values - values.max())
+        weights /= weights.sum()
+        return -float(sum(a * math.log(a) for a in weights if a > 0))
+
+    T = len(logits)
+    if T < mixing.FEW_KEYS:
+        return math.nan, math.nan
+    rest = entropy(np.delete(logits, logits.argmax())) / math.log(T - 1)
+    share = (math.exp(entropy(logits)) - 1) / (T - 1)
+    return rest if T >= mixing.FEW_RIVALS else math.nan, share
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 8.0, 25.0])
+@pytest.mark.parametrize("route", ["logits", "weights"])
+def test_rest_entropy_and_key_share_are_those_of_numpy(scale: float, route: str) -> None:
+    generator = torch.Generator().manual_seed(int(scale * 10))
+    q, k = (torch.randn(2, 3, 40, 16, generator=generator) for _ in range(2))
+    q = q * scale
+    logits = q.double() @ k.double().mT / 4
+    if route == "logits":
+        rows = mixing.row_statistics(q, k, causal=True)
+    else:
+        masked = logits.float().masked_fill(torch.ones(40, 40).triu(1).bool(), torch.finfo(torch.float32).min)
+        rows = mixing.row_statistics_from_weights(masked.softmax(-1), masked)
+    for index in itertools.product(range(2), range(3), range(40)):
+        rest, share = rest_and_share(logits[index][: index[2] + 1].numpy())
+        # From weights the smallest are lost where single precision ends; the logits keep more digits.
+        assert rows.rest_entropy[index].item() == pytest.approx(rest, abs=2e-4, nan_ok=True)
+        assert rows.key_share[index].item() == pytest.approx(share, abs=2e-5, nan_ok=True)
+
+
+def test_a_sink_takes_the_entropy_and_leaves_the_rest() -> None:
+    """Any strength that single precision can still look behind."""
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 30, 8)
+    plain = mixing.row_statistics(q, k[..., 1:, :])
+    for strength in (0.0, 20.0, 60.0):
+        bias = torch.zeros(1, 1, 1, 30)
+        bias[..., 0] = 30 + strength
+        rows = mixing.row_statistics(q, k, bias=bias)
+        assert rows.entropy.item() < 1e-6
+        expected = plain.entropy.item() / math.log(29)
+        assert rows.rest_entropy.item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_nothing_left_beside_the_strongest_is_a_rest_of_zero_and_nan_stays_nan() -> None:
+    q, k = torch.ones(1, 1, 1, 1), torch.linspace(0, 3000, 20).view(1, 1, 20, 1)
+    assert mixing.row_statistics(q, k, scale=1.0).rest_entropy.item() == 0
+    k[..., 3, 0] = math.nan
+    assert mixing.row_statistics(q, k, scale=1.0).rest_entropy.isnan().all()
+
+
+@pytest.mark.parametrize("n", [8, 64, 512])
+def test_the_share_of_keys_that_random_logits_use_does_not_depend_on_their_number(n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    weights = (torch.randn(1, 1, 20_000 // n, n, generator=generator) * 0.4).softmax(-1)
+    share = mixing.row_statistics_from_weights(weights).key_share.mean().item()
+    assert share == pytest.approx(1 - 0.16 / 2, abs=0.008)
+
+
+def test_padded_keys_change_neither_the_rest_nor_the_share() -> None:
+    generator = torch.Generator().manual_seed(3)
+    q, k = (3 * torch.randn(2, 2, 24, 8, generator=generator) for _ in range(2))
+    wide_q, wide_k = (torch.cat([t, 50 * torch.ones(2, 2, 5, 8)], 2) for t in (q, k))
+    real = (torch.arange(29) < 24).expand(2, 29)
+    plain = mixing.row_statistics(q, k)
+    padded = mixing.row_statistics(wide_q, wide_k, key_mask=real, query_mask=real)
+    for name in ("rest_entropy", "key_share"):
+        torch.testing.assert_close(getattr(padded, name)[..., :24], getattr(plain, name))
+        assert getattr(padded, name)[..., 24:].isnan().all()

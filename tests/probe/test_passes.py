@@ -1,0 +1,217 @@
+"""Capture: single figures against their definition, restoration, memory, and inputs that cannot be told apart.
+
+That nothing changes and every figure is right on each family of models is tested in `test_families`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import uncollapse as uc
+from tests.helpers.observing import attention_table, eager, observe
+from tests.helpers.tiny_models import FAMILIES, text_batch
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.probe.passes import Observations, capture
+from uncollapse.probe.sites import PLAIN_MEASURES, STREAM_MEASURES
+
+
+def test_single_head_figures_are_those_of_the_definition() -> None:
+    model = FAMILIES["bert"].build().eval()
+    batch = text_batch(2)
+    observed = observe(model, [batch], level="full")
+    with torch.no_grad():
+        weights = eager(model)(**batch, output_attentions=True).attentions
+    contraction = np.array(
+        [
+            [np.mean([np.linalg.norm(w - w.mean(0), 2) for w in layer[:, h].double().numpy()]) for h in range(4)]
+            for layer in weights
+        ]
+    )
+    assert attention_table(observed, "contraction") == pytest.approx(contraction, rel=1e-5)
+    gaps = []
+    for layer in weights:
+        spectra = np.linalg.svd(layer.double().numpy(), compute_uv=False)
+        gaps.append((1 - spectra[..., 1] / spectra[..., 0]).mean(0))
+    assert attention_table(observed, "spectral_gap") == pytest.approx(np.array(gaps), rel=1e-5)
+    assert (attention_table(observed, "value_contraction") <= contraction + 1e-6).all()
+
+
+def test_energy_shares_are_those_of_each_heads_own_contribution() -> None:
+    model = FAMILIES["gpt2"].build().eval()
+    batch = text_batch(2)
+    seen: list[Tensor] = []
+    hook = model.h[1].attn.c_proj.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**batch)
+    hook.remove()
+    observed = observe(model, [batch])
+    weight = model.h[1].attn.c_proj.weight.detach().double().numpy()
+    shares = []
+    for mixed in seen[0].double().numpy():
+        parts = [mixed[:, 8 * h : 8 * h + 8] @ weight[8 * h : 8 * h + 8] for h in range(4)]
+        energy = np.array([((p - p.mean(0)) ** 2).sum() for p in parts])
+        shares.append(energy / energy.sum())
+    got = [observed.attention[1].energy.summary(h)[0] for h in range(4)]
+    assert got == pytest.approx(np.mean(shares, 0), rel=1e-4)
+
+
+@pytest.fixture
+def interrupted() -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    model = FAMILIES["llama"].build().eval()
+    return model, [text_batch(seed=s) for s in range(3)]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_everything_is_restored_after_an_interruption(
+    interrupted: tuple[nn.Module, list[dict[str, Tensor]]], error: type[BaseException]
+) -> None:
+    model, batches = interrupted
+    anatomy = proved_anatomy(model, batches[0])
+    with torch.no_grad():
+        before = model(**batches[0])[0]
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 2:
+            raise error
+
+    with pytest.raises(error):
+        capture(model, batches, anatomy, progress=stop)
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
+    assert not any("forward" in vars(m) for m in model.modules())
+    with torch.no_grad():
+        assert torch.equal(model(**batches[0])[0], before)
+
+
+def test_what_is_kept_does_not_grow_with_the_corpus() -> None:
+    model = FAMILIES["bert"].build().eval()
+
+    def kept(observed: Observations) -> int:
+        tensors = [t for s in observed.sites for t in (s.plain.total, s.massive.total)]
+        return sum(t.numel() for t in tensors) + sum(a.values.total.numel() for a in observed.attention)
+
+    assert kept(observe(model, [text_batch()])) == kept(observe(model, [text_batch(seed=s) for s in range(5)]))
+
+
+def test_a_mask_of_another_length_than_the_tokens_inside_is_refused_when_it_hides_something() -> None:
+    model = FAMILIES["bert"].build().eval()
+
+    class Shortens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            return self.inner(input_ids[:, 1:], attention_mask[:, 1:])
+
+    outer = Shortens().eval()
+    batch = text_batch(2)
+    anatomy = proved_anatomy(outer, batch)
+    capture(outer, [batch], anatomy)
+    batch["attention_mask"][0, -2:] = 0
+    with pytest.raises(uc.InputError, match=r"expected 9 tokens .* got 8"):
+        capture(outer, [batch], anatomy)
+
+
+def test_not_finite_sequences_are_counted_and_the_rest_is_measured() -> None:
+    model = FAMILIES["gpt2"].build().eval()
+    with torch.no_grad():
+        model.wte.weight[5] = math.nan
+    batch = text_batch()
+    batch["input_ids"][batch["input_ids"] == 5] = 6
+    batch["input_ids"][1, 3] = 5
+    observed = observe(model, [batch])
+    assert [s.not_finite for s in observed.sites] == [1] * 4
+    assert all(s.plain.summary(PLAIN_MEASURES.index("rank"))[3] == 2 for s in observed.sites)
+
+
+# What the stream looks like behind a norm, and what a block hands on -----------------------------------------------------
+
+
+def stream_table(observed: Observations) -> np.ndarray:
+    return np.array([[s.stream.summary(i)[0] for i in range(len(STREAM_MEASURES))] for s in observed.sites])
+
+
+class InPlace(nn.Module):
+    """A block that adds its update to the stream it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.projection = nn.LayerNorm(32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.norm(x).unflatten(-1, (4, 8)).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+        x += self.projection(mixed)
+        return x
+
+
+class InPlaceModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, 32)
+        self.blocks = nn.ModuleList(InPlace() for _ in range(2))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "in place"])
+def test_the_stream_is_compared_across_each_block_as_the_next_norm_reads_it(name: str) -> None:
+    model = (InPlaceModel() if name == "in place" else FAMILIES[name].build()).eval()
+    batch = text_batch(2)
+    if name == "in place":
+        del batch["attention_mask"]
+    with torch.no_grad():
+        for i, parameter in enumerate(p for n, p in model.named_parameters() if "orm" in n and p.ndim == 1):
+            parameter.mul_(
+                1 + i % 5
+            )  # gains of different size: what a norm hands on has another norm than what it read
+    blocks = [model.get_submodule(b.module.name) for b in proved_anatomy(model, batch).blocks]
+    clouds: list[tuple[np.ndarray, np.ndarray]] = []
+    entered: list[Tensor] = []
+    hooks = [b.register_forward_pre_hook(lambda _m, args: entered.append(args[0].clone())) for b in blocks]
+    hooks += [
+        b.register_forward_hook(
+            lambda _m, _i, out: clouds.append(
+                (entered.pop().double().numpy(), (out if isinstance(out, Tensor) else out[0]).double().numpy())
+            )
+        )
+        for b in blocks
+    ]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    table = stream_table(observe(model, [batch]))
+    for row, (before, after) in zip(table[1:], clouds, strict=True):
+        apart, carried = [], []
+        for x, y in zip(before, after, strict=True):
+            unit = y - (0 if name == "llama" else y.mean(-1, keepdims=True))  # an RMS norm takes no mean away
+            unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+            apart.append(np.linalg.norm(unit - unit.mean(0)) / math.sqrt(len(unit)))
+            size = np.linalg.norm(x, axis=-1) * np.linalg.norm(y if name == "bert" else x, axis=-1)
+            carried.append(np.median((x * y).sum(-1) / size))
+        assert row[0] == pytest.approx(np.mean(apart), rel=1e-5)
+        assert row[1] == pytest.approx(np.mean(carried), rel=1e-4)
+    assert math.isnan(table[0, 1])
+
+
+def test_different_tokens_are_counted_without_padding() -> None:
+    batch = text_batch(2, 7)
+    batch["input_ids"] = torch.tensor([[5, 5, 6, 5, 9, 9, 0], [7, 7, 7, 7, 7, 7, 7]])
+    batch["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]])
+    table = stream_table(observe(FAMILIES["bert"].build().eval(), [batch]))
+    assert table[0, 2] == (3 + 1) / 2
+    assert np.isnan(table[1:, 2]).all()
+    pixels = {"pixel_values": torch.randn(2, 3, 32, 32)}
+    assert np.isnan(stream_table(observe(FAMILIES["vit"].build().eval(), [pixels]))[:, 2]).all()

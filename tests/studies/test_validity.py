@@ -1,0 +1,299 @@
+"""The validity benchmark itself: plants do what they say and nothing else, scores are what they are called, and a run of a few
+cases goes through to a document."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from studies.validity import cases, document, planting, saved, scoring
+from studies.validity.models import SUBJECTS, Subject
+from torch import Tensor, nn
+
+import uncollapse as uc
+from tests.helpers.tiny_models import FAMILIES, text_batch
+from uncollapse.analyses.recording import attention_records, site_records
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.judgement import findings
+from uncollapse.measures import heads
+from uncollapse.probe.passes import capture
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "validity.md"
+
+
+def built(name: str, tokens: int = 20) -> tuple[nn.Module, list[dict[str, Tensor]], Any]:
+    model = FAMILIES[name].build().eval()
+    model.set_attn_implementation("sdpa")  # other tests leave these configurations at eager
+    batches = [text_batch(2, tokens)]
+    return model, batches, proved_anatomy(model, batches[0])
+
+
+def output(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
+    with torch.no_grad():
+        return model(**batches[0]).last_hidden_state
+
+
+def observed(model: nn.Module, batches: Any, anatomy: Any) -> Any:
+    seen = capture(model, batches, anatomy)
+    return site_records(seen), [r for s in seen.attention for r in attention_records(s, "core")]
+
+
+# Plants ---------------------------------------------------------------------------------------------------------------
+
+
+def test_logits_scaled_up_are_query_weights_scaled_up() -> None:
+    model, batches, anatomy = built("bert")
+    context = planting.at_attention(model, anatomy, [1], lambda g, _: planting.logits_scaled(g, [2], 7.0))
+    with context:
+        planted, attention = output(model, batches), observed(model, batches, anatomy)[1]
+    query = model.encoder.layer[1].attention.self.query
+    with torch.no_grad():
+        query.weight[16:24] *= 7.0  # head 2, 8 wide
+        query.bias[16:24] *= 7.0
+    torch.testing.assert_close(output(model, batches), planted)
+    weighted = observed(model, batches, anatomy)[1]
+    for a, b in zip(attention, weighted, strict=True):
+        assert a.normalized_entropy is not None
+        assert b.normalized_entropy is not None
+        assert a.normalized_entropy.mean == pytest.approx(b.normalized_entropy.mean, rel=1e-5)
+
+
+def test_queries_made_alike_are_query_weights_at_zero_beside_the_bias_that_gives_their_mean() -> None:
+    model, batches, anatomy = built("bert")
+    with planting.at_attention(model, anatomy, [0], lambda g, _: planting.queries_alike(g, 1.0)):
+        attention = observed(model, batches, anatomy)[1]
+    assert all(a.value_contraction and a.value_contraction.mean < 1e-5 for a in attention if a.block == 0)
+    assert all(a.value_contraction and a.value_contraction.mean > 1e-3 for a in attention if a.block == 1)
+
+
+def test_a_residual_scaled_to_nothing_is_a_residual_removed() -> None:
+    model, batches, anatomy = built("gpt2")
+    with planting.residual_scaled(model, anatomy, 1, 0.0):
+        planted = output(model, batches)
+    with uc.without(model, "residual", blocks=[1, 2], batch=batches[0]):
+        torch.testing.assert_close(output(model, batches), planted)
+
+
+def test_a_sink_takes_the_row_and_leaves_the_rest_of_it_alone() -> None:
+    model, batches, anatomy = built("bert")
+    before = observed(model, batches, anatomy)[1]
+    with planting.at_attention(model, anatomy, [0], lambda g, _: planting.sink(g, [1], 20.0)):
+        after = observed(model, batches, anatomy)[1]
+    head, was = after[1], before[1]
+    assert head.normalized_entropy
+    assert head.normalized_entropy.mean < 1e-5
+    assert head.rest_entropy
+    assert was.rest_entropy
+    assert head.rest_entropy.mean == pytest.approx(was.rest_entropy.mean, abs=0.01)
+    assert after[0] == before[0]  # another head
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "gemma3"])
+def test_a_window_leaves_only_near_keys(name: str) -> None:
+    model, batches, anatomy = built(name)
+    changed = [dict(batches[0], input_ids=batches[0]["input_ids"].clone())]
+    changed[0]["input_ids"][:, 0] = 5
+    assert not torch.equal(output(model, changed)[:, -1], output(model, batches)[:, -1]) or name == "gemma3"
+    with planting.at_attention(model, anatomy, range(3), lambda g, _: planting.windowed(g, 3)):
+        far, near = output(model, changed), output(model, batches)
+    assert torch.equal(far[:, -1], near[:, -1])  # three blocks reach six tokens back
+    assert not torch.equal(far[:, 1], near[:, 1])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_is_added_to_the_logits_leaves_the_mask_that_was_there(name: str) -> None:
+    model, batches, anatomy = built(name)
+    padded = {k: v.clone() for k, v in batches[0].items()}
+    padded["attention_mask"][0, 15:] = 0
+    other = padded | {"input_ids": padded["input_ids"].clone()}
+    other["input_ids"][:, -1] = 5  # the last token, which is padding in the first sequence
+    with planting.at_attention(model, anatomy, range(3), lambda g, _: planting.sink(g, [0, 2], 9.0)):
+        assert torch.equal(output(model, [padded])[:, :-1], output(model, [other])[:, :-1])
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_a_model_is_itself_again_after_every_plant(name: str) -> None:
+    model, batches, anatomy = built(name)
+    intact = output(model, batches)
+    plants = [
+        planting.residual_scaled(model, anatomy, 0, 0.5),
+        planting.at_attention(model, anatomy, [0], lambda g, _: planting.logits_scaled(g, None, 9.0)),
+        planting.at_attention(model, anatomy, [0], lambda g, _: planting.sink(g, [0, 1], 9.0)),
+        planting.stream_changed(model, anatomy, 0, planting.first_token_massive),
+        planting.stream_changed(model, anatomy, 0, planting.low_rank),
+        planting.projection_changed(model, anatomy, 1, lambda W: planting.rank_reduced(W, 0.5)),
+    ]
+    for plant in plants:
+        with plant:
+            assert not torch.equal(output(model, batches), intact)
+        assert torch.equal(output(model, batches), intact)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])  # a Linear and a Conv1D, which lie the other way round
+def test_a_copied_head_writes_where_its_source_does(name: str) -> None:
+    model, batches, anatomy = built(name)
+    with planting.projection_changed(model, anatomy, 1, lambda W: planting.head_copied(W, 8, 3, 1, 1.0)):
+        (matrix,) = [s.matrix for s in capture(model, batches, anatomy).attention if s.block == 1]
+        assert matrix is not None
+        matrix = matrix.clone()
+    assert torch.equal(matrix[8:16], matrix[24:32])
+    assert heads.write_space_overlap(matrix, 4)[1, 3] == pytest.approx(1)
+
+
+def test_a_reduced_projection_has_lost_the_rank() -> None:
+    matrix = planting.rank_reduced(torch.randn(32, 24), 0.25)
+    assert int(torch.linalg.matrix_rank(matrix)) == 18
+
+
+def test_keys_within_reach_leave_out_the_strongest_and_count_to_the_underflow() -> None:
+    """One row over six keys behind four that are forbidden: logits 200 | 0, -80, -87, -89, -300."""
+    query = torch.ones(1, 1, 1, 1)
+    logits = torch.tensor([200.0, 0.0, -80.0, -87.0, -89.0, -300.0, 999.0, 999.0, 999.0, 999.0])
+    mask = torch.arange(10) < 6
+    given = {"query": query, "key": logits.view(1, 1, 10, 1), "scale": 1.0, "attn_mask": mask.view(1, 1, 1, 10)}
+    found = planting.keys_within_reach(given, None, torch.ones(1, 1, dtype=torch.bool))
+    assert found.tolist() == [3 / 5]
+
+
+# Scores ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_area_is_the_chance_to_score_higher() -> None:
+    assert scoring.area([3.0, 2.0], [1.0, 2.0]) == 3.5 / 4
+    assert scoring.area([1.0], [-float("inf")]) == 1
+
+
+def case(**changes: Any) -> cases.Case:
+    given = {"subject": "x", "number": 1, "plant": "p", "phenomenon": "entropy-collapse", "block": 2, "head": [1]}
+    runs = [cases.Run({"o": o}, None, None, []) for o in (0.8, 0.6, 0.41, 0.4, 0.1)]
+    return cases.Case(**(given | {"severities": [1, 2, 3, 4, 5], "runs": runs} | changes))
+
+
+def test_moved_by_half_is_the_first_severity_at_half_of_the_own_healthy_value() -> None:
+    assert scoring.moved_by_half(case(), "o") == 3
+    assert scoring.moved_by_half(case(runs=case().runs[:3]), "o") is None
+
+
+def test_a_resolution_is_the_coarsest_power_of_ten_that_healthy_values_stand_above() -> None:
+    assert scoring.beside(0.5, None) == 0.5
+    assert scoring.beside(1.0, 0.1) == 1
+    assert scoring.beside(0.1, 0.1) == pytest.approx(0.55)
+    assert scoring.resolution(0.4) == pytest.approx(0.1)  # 1.1 * 0.4 / 0.5 = 0.88, and 2 * 0.4 / 1.4 = 0.57
+    assert scoring.resolution(0.2) == pytest.approx(0.01)  # 1.1 * 0.2 / 0.3 = 0.73
+    assert scoring.moved_by_half(case(), "o", {"o": 0.2}) == 4  # 1.2 * 0.1 / 0.3 = 0.4 of 0.96, and 0.8 of 0.4
+
+
+@pytest.mark.parametrize(
+    ("planted", "found", "right"),
+    [
+        ({}, {"block": 2, "head": 1}, True),
+        ({}, {"block": 2, "head": 0}, False),
+        ({}, {"block": 1, "head": 1}, False),
+        ({"head": None}, {"block": 2, "head": 0}, True),
+        ({"head": [4, 1]}, {"block": 2, "head": 4, "message": "Heads 1 and 4 of block 2 write"}, True),
+        ({"head": [4, 1]}, {"block": 2, "head": 4, "message": "Heads 0 and 4 of block 2 write"}, False),
+    ],
+)
+def test_a_place_is_right_with_its_block_and_its_heads(planted: Any, found: Any, right: bool) -> None:
+    given = {"code": "C", "phenomenon": "entropy-collapse", "severity": "warning", "value": 0.0, "threshold": 0.0}
+    given |= {"message": "", "remedy": "", "reference": ""} | found
+    assert scoring.is_located(case(**planted), findings.Reading(1.0, findings.Finding(**given))) == right
+
+
+# From the plants to the document ----------------------------------------------------------------------------------------
+
+
+def test_a_few_cases_go_through_to_the_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(SUBJECTS):
+        monkeypatch.delitem(SUBJECTS, name)
+    measured = {}
+    for name in ("gpt2", "bert", "llama"):
+        model, batches, _ = built(name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(8)  # at its initialisation attention is uniform, which is a collapse
+        subject = Subject(f"a small {name}", lambda m=model, b=batches: (m, b), is_healthy=name != "llama")
+        monkeypatch.setitem(SUBJECTS, name, subject)
+        measured[name] = cases.measured(subject, name, "", 0.1)
+    scores = scoring.Scores(measured)
+    assert (scores.deriving_models, scores.scoring_models) == (["bert"], ["gpt2"])
+    judged = {c.plant: runs for c, runs in scores.cases(lambda c: c.subject == "gpt2")}
+    copied = judged["one head made a copy of another"]
+    assert (
+        copied[0].score("head-channel-non-identifiability") < 0 < copied[-1].score("head-channel-non-identifiability")
+    )
+    assert scoring.is_located(copied[-1].case, copied[-1].top("head-channel-non-identifiability"))
+    uniform = judged["logits to zero"]
+    assert uniform[-1].score("rank-collapse-width") > 10
+    frozen = judged["logits scaled up in all blocks"]
+    assert frozen[-1].score("entropy-collapse") > max(0, frozen[0].score("entropy-collapse"))
+    written: list[str] = []
+    monkeypatch.setattr(Path, "write_text", lambda _, text, **__: written.append(text))
+    document.write(measured)
+    (text,) = written
+    assert "## A head on the first token" in text
+    assert "nan" not in text
+
+
+# What is saved, and for how long it is good ------------------------------------------------------------------------------
+
+ROOT = Path(saved.__file__).parents[2]
+
+
+def test_a_changed_byte_of_any_module_that_measures_makes_saved_cases_worthless(tmp_path: Path) -> None:
+    for folder in ("src/uncollapse", "studies"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    before = saved.fingerprint(tmp_path)
+    unfelt = set()
+    for file in [*(tmp_path / "src").rglob("*.py"), *(tmp_path / "studies" / "validity").rglob("*.py")]:
+        content = file.read_bytes()
+        file.write_bytes(content[:-1] + b" ")
+        if saved.fingerprint(tmp_path) == before:
+            unfelt.add(file.relative_to(tmp_path).as_posix())
+        file.write_bytes(content)
+    judging = {"src/uncollapse/" + name for name in ("__main__.py", "judgement/findings.py")}
+    judging |= {"studies/validity/" + name for name in ("__main__.py", "document.py", "scoring.py")}
+    assert {
+        name for name in unfelt if not name.startswith(("src/uncollapse/report/", "src/uncollapse/cli/"))
+    } == judging
+    (tmp_path / "src" / "uncollapse" / "a_new_module.py").touch()
+    assert saved.fingerprint(tmp_path) != before
+
+
+def test_whatever_runs_while_cases_are_measured_is_in_the_fingerprint() -> None:
+    model, batches, _ = built("gpt2")
+    ran = set()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call":
+            ran.add(frame.f_code.co_filename)
+
+    subject = Subject("a small gpt2", lambda: (model, batches))
+    sys.setprofile(note)
+    try:
+        cases.measured(subject, "gpt2", "", 0.1)
+    finally:
+        sys.setprofile(None)
+    places = (Path(uc.__file__).parent, ROOT / "studies")
+    own = {Path(name) for name in ran if any(Path(name).is_relative_to(place) for place in places)}
+    assert ROOT / "studies/validity/planting.py" in own
+    assert own - set(saved.deciding()) == set()
+    assert all((ROOT / name).exists() for name in (*saved.JUDGING, *saved.SUBJECT_SOURCES))
+
+
+def test_the_document_has_the_thresholds_that_are_in_force() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    in_force = {
+        code: float(value) for code, value in re.findall(r"^\| `([A-Z-]+)` \| (?:[^|]*\|){3} ([0-9.]+) \|", text, re.M)
+    }
+    assert in_force.keys() == scoring.THRESHOLDS.keys()
+    for code, value in scoring.THRESHOLDS.items():
+        assert in_force[code] == pytest.approx(value, rel=0.01)
+    assert "Not as derived" not in text
