@@ -31,7 +31,7 @@ import torch
 
 import uncollapse as uc
 from studies.random_models.drawing import Drawn, drawn
-from studies.random_models.specification import NO_SOFTMAX, Specification
+from studies.random_models.specification import DIFFERENCES, NO_SOFTMAX, Specification
 from studies.random_models.truth import PARTS, AttentionTruth, Truth
 
 FEW_KEYS, FEW_RIVALS = 4, 16  # rows over fewer keys have no key share, no rest entropy (`uncollapse.mixing`)
@@ -45,6 +45,7 @@ ATTENTION_FIGURES = (
     "entropy_floor",
     "value_contraction",
 )
+OF_LOGITS = ("max_logit", "entropy_floor")
 FULL_FIGURES = ("susceptibility", "contraction", "spectral_gap", "second_singular_value")
 SITE_FIGURES = ("effective_rank", "stable_rank", "participation_ratio", "consensus_distance", "token_similarity")
 
@@ -345,7 +346,8 @@ def _compare_record(spec: Specification, truths: list[Truth], record: Any, resul
         placement + (", parallel" if spec.is_parallel else ""),
     )
     if spec.attention not in NO_SOFTMAX:
-        _number(result, "model.heads", record.model.heads, spec.heads)
+        both = spec.attention in DIFFERENCES and record.model.heads == 2 * spec.heads  # the two softmaxes apart
+        _number(result, "model.heads", record.model.heads, record.model.heads if both else spec.heads)
     _compare_sites(spec, truths, record, result)
     _compare_attention(spec, truths, record, result)
     _compare_heads(spec, truths, record, result)
@@ -459,8 +461,8 @@ def _compare_attention(spec: Specification, truths: list[Truth], record: Any, re
                 if figure == "entropy_floor":
                     want = summary([r["entropy"] for r in every]) if kind == "softmax" else None
                 got = getattr(entry, figure)
-                if kind in {"sigmoid", "linear"} and got is None:
-                    want = None  # no softmax: nothing needs to be said, as long as nothing else is
+                if got is None and (kind != "softmax" or (figure in OF_LOGITS and spec.masking.startswith("after"))):
+                    want = None  # nothing needs to be said of what is no softmax, nor of logits that A does not follow from
                 of = f"{name}.{head}.{figure}"
                 result.items.append(_figure(of, got, entry.unavailable, want, near))
 
@@ -563,7 +565,8 @@ def _expectation(spec: Specification, parts: tuple[str, ...]) -> str:
     told = (
         spec.signature.endswith("position_ids") and spec.given == "ids" and spec.positions != "rotary, in the attention"
     )
-    if (part == "positions" and not told) or (part == "mask" and spec.attention in NO_SOFTMAX):
+    of_no_softmax = spec.attention in NO_SOFTMAX and part in {"mask", "attention", "attention-residual"}
+    if (part == "positions" and not told) or of_no_softmax:
         return "optional"
     return "defined"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from studies.random_models.comparing import VERDICTS, Comparison
-from studies.random_models.specification import NO_SOFTMAX, NOT_NAMED
+from studies.random_models.specification import NOT_PROMISED
 
 BEGIN, END = "<!-- random models: begin -->", "<!-- random models: end -->"
 
@@ -27,8 +27,8 @@ def line_of(comparison: Comparison) -> dict[str, Any]:
 
 
 def is_to_be_read(line: Mapping[str, Any]) -> bool:
-    """Whether the model's attention is made of softmaxes over the tokens of a sequence."""
-    return line["pieces"]["attention"] not in (*NO_SOFTMAX, *NOT_NAMED)
+    """Whether a reader has no excuse (`Specification.is_to_be_read`)."""
+    return all(line["pieces"][name] not in choices for name, choices in NOT_PROMISED.items())
 
 
 def _shares(lines: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -40,8 +40,8 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     """How many models are right, unavailable, refused, wrong, as a Markdown table."""
     groups = {
         "all": list(lines),
-        "attention by softmaxes over tokens": [line for line in lines if is_to_be_read(line)],
-        "another attention": [line for line in lines if not is_to_be_read(line)],
+        "to be read": [line for line in lines if is_to_be_read(line)],
+        "may be refused": [line for line in lines if not is_to_be_read(line)],
     }
     rows = [
         "| models | number | right | some figure unavailable | refused | silently wrong |",

@@ -6,7 +6,10 @@ from dataclasses import dataclass, fields
 
 SIZES = ("seed", "vocabulary", "blocks", "width", "heads", "key_value_heads", "head_width", "batches", "window")
 NO_SOFTMAX = ("sigmoid", "linear from a matrix", "linear without a matrix", "channels")
-NOT_NAMED = ("windows apart", "products summed")  # may be refused: nobody promised to read them
+NOT_PROMISED = {  # may be refused: nobody promised to read them
+    "attention": (*NO_SOFTMAX, "windows apart", "products summed"),
+    "addition": ("torch.addcmul(x, b, f)", "torch.lerp(x, f, 0.4)"),
+}
 DIFFERENCES = ("difference, one product", "difference, two products")
 
 
@@ -70,8 +73,8 @@ class Specification:
 
     @property
     def is_to_be_read(self) -> bool:
-        """Whether a reader has no excuse: its attention is made of softmaxes over the tokens of a sequence."""
-        return self.attention not in (*NO_SOFTMAX, *NOT_NAMED)
+        """Whether a reader has no excuse: softmaxes over the tokens of a sequence, and a sum that is written as one."""
+        return all(self.pieces[name] not in choices for name, choices in NOT_PROMISED.items())
 
     @property
     def token_first(self) -> bool:

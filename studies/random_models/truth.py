@@ -21,7 +21,7 @@ What counts as the truth, where that could be asked:
   included.
 * **Tokens.** Those of the stream. A beginning that the model puts in front of every sequence is one more.
 
-What is left when a part is switched off (`uncollapse.interventions` has the words):
+What is left when a part is switched off (`uncollapse.interventions.without` has the words):
 
 * A block adds a·x + b·f(x), a and b being 1 or scales, fixed or learned, on either operand and however the addition is written.
   Without the sublayer a·x is left, without the residual b·f(x). A norm behind the addition goes with its sublayer, and so
