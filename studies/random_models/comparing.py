@@ -241,7 +241,11 @@ def _compare(subject: Drawn, truths: list[Truth], result: Comparison) -> None:
     )
     result.add("left as it was", "wrong" if changed else "right", f"changed: {changed}" if changed else "")
     if spec.start == "zero projections":
-        _look_again(subject, result)
+        subject.train()
+        _look_again(subject, "after training", result)
+    other = subject.otherwise_padded() if spec.seed % 4 == 0 else None
+    if other is not None:
+        _look_again(other, "padded otherwise", result)
 
 
 def _look(subject: Drawn, truths: list[Truth], level: str, result: Comparison) -> bool:
@@ -259,14 +263,13 @@ def _look(subject: Drawn, truths: list[Truth], level: str, result: Comparison) -
     return True
 
 
-def _look_again(subject: Drawn, result: Comparison) -> None:
-    """The same model object after some training: what was found out at the start may no longer be so."""
-    subject.train()
-    again = Comparison(result.seed, result.pieces)
-    if _look(subject, [subject.truth(batch) for batch in subject.batches], "core", again):
+def _look_again(subject: Drawn, situation: str, result: Comparison) -> None:
+    """The same model object in another situation: what was found out before may no longer be so."""
+    again, truths = Comparison(result.seed, result.pieces), [subject.truth(batch) for batch in subject.batches]
+    if _look(subject, truths, "core", again):
         for part in ("attention", "mlp", "mask"):
-            _compare_without(subject, [subject.truth(subject.batches[0])], (part,), None, again)
-    result.items += [Item(f"after training: {item.name}", item.verdict, item.detail) for item in again.items]
+            _compare_without(subject, truths, (part,), None, again)
+    result.items += [Item(f"{situation}: {item.name}", item.verdict, item.detail) for item in again.items]
 
 
 def _look_without(subject: Drawn, result: Comparison) -> None:
@@ -586,20 +589,21 @@ def _alternatives(spec: Specification, parts: tuple[str, ...]) -> Iterator[tuple
 def _compare_without(
     subject: Drawn, truths: list[Truth], parts: tuple[str, ...], blocks: tuple[int, ...] | None, result: Comparison
 ) -> None:
-    spec, batch, real = subject.spec, subject.batches[0], truths[0].real
+    spec, batches = subject.spec, subject.batches
     name = f"without.{'+'.join(parts)}" + ("" if blocks is None else f".in block {blocks[0]}")
     expected = _expectation(spec, parts)
-    plain = subject.run(batch).double().numpy()
+    plains = [subject.run(batch).double().numpy() for batch in batches]
+    wanted = [
+        [subject.without(batch, *names, blocks=blocks).double().numpy() for batch in batches]
+        for names in _alternatives(spec, parts)
+    ]
     try:
-        with uc.without(subject.model, *parts, blocks=blocks, batch=dict(batch)):
-            got = subject.run(batch).double().numpy()
+        with uc.without(subject.model, *parts, blocks=blocks, batch=dict(batches[0])):
+            found = [subject.run(batch).double().numpy() for batch in batches]
     except uc.UncollapseError as error:
         # What changes no bit (a projection that starts at zero) is refused, or gives the same output: both are right.
-        changes = expected == "defined" and any(
-            (subject.without(batch, *wanted, blocks=blocks).double().numpy() != plain)[real].any()
-            for wanted in _alternatives(spec, parts)
-        )
-        result.add(name, "refused" if changes else "right", str(error))
+        changes = any((w != p)[t.real].any() for w, p, t in zip(wanted[0], plains, truths, strict=False))
+        result.add(name, "refused" if expected == "defined" and changes else "right", str(error))
         return
     except Exception as error:  # a traceback
         result.add(name, "wrong", f"{type(error).__name__}: {error}")
@@ -607,26 +611,28 @@ def _compare_without(
     if expected == "undefined":
         result.add(name, "wrong", "not refused, though the two sublayers share their residual")
         return
-    allowed = tolerance(spec).output
 
-    def apart(a: np.ndarray, b: np.ndarray) -> float:
-        if a.shape != b.shape:
-            return math.inf
-        return float(np.sqrt(((a - b)[real] ** 2).mean()) / max(np.sqrt((b[real] ** 2).mean()), 1e-12))
+    def apart(ones: list[np.ndarray], others: list[np.ndarray]) -> float:
+        return max(_apart(a, b, t.real) for a, b, t in zip(ones, others, truths, strict=False))
 
     if expected == "absent":
-        result.add(name, "wrong", f"there is none, and nothing was said; the output moved by {apart(got, plain):.3g}")
+        result.add(
+            name, "wrong", f"there is none, and nothing was said; the output moved by {apart(found, plains):.3g}"
+        )
         return
-    gaps = []
-    for wanted in _alternatives(spec, parts):
-        want = subject.without(batch, *wanted, blocks=blocks).double().numpy()
-        gaps.append((apart(got, want), apart(plain, want)))
-    gap, effect = min(gaps)
+    allowed = tolerance(spec).output
+    gap, effect = min((apart(found, want), apart(plains, want)) for want in wanted)
     if gap > allowed:
-        moved = apart(got, plain)
-        said = "nothing was removed" if moved == 0 else f"off by {gap:.3g}"
+        said = "nothing was removed" if apart(found, plains) == 0 else f"off by {gap:.3g}"
         result.add(name, "wrong", f"{said}, where the removal moves the output by {effect:.3g}")
     elif 0 < effect <= 3 * allowed:
         result.add(name, "indistinct", f"the removal moves the output by {effect:.3g} only")
     else:
         result.add(name, "right")
+
+
+def _apart(a: np.ndarray, b: np.ndarray, real: np.ndarray) -> float:
+    """The root mean square difference of two outputs over real tokens, relative to the second."""
+    if a.shape != b.shape:
+        return math.inf
+    return float(np.sqrt(((a - b)[real] ** 2).mean()) / max(np.sqrt((b[real] ** 2).mean()), 1e-12))

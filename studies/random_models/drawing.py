@@ -724,6 +724,19 @@ class Drawn:
         with self.switches.without(dict.fromkeys(parts, every)):
             return self.run(batch)
 
+    def otherwise_padded(self) -> Drawn | None:
+        """The same model object with a batch that is padded where these are not, and the other way round; None where its code
+        would not heed a padding mask, or has none."""
+        spec = self.spec
+        mask = SIGNATURES[spec.signature][2]
+        deaf = spec.masking in {"none", "flag"} or spec.route == "made in the attention" or spec.mask == "none"
+        if mask in {None, "src_mask"} or (deaf and spec.padding == "none") or spec.masking == "added, padding apart":
+            return None
+        generator = torch.Generator().manual_seed(spec.seed + 1)
+        padding = "right" if spec.padding == "none" else "none"
+        other = _batch(spec, generator, 4, 11 if spec.attention != "windows apart" else 12, padding)
+        return Drawn(dataclasses.replace(spec, padding=padding), self.model, self.switches, (other,))
+
     def train(self) -> None:
         """What began at zero has learned something."""
         generator = torch.Generator().manual_seed(self.spec.seed)
@@ -744,38 +757,44 @@ def drawn(spec: Specification | int) -> Drawn:
         model: nn.Module = kind(spec, switches)
         _start(spec, model)
     model = model.to(DTYPES[spec.dtype]).eval()
-    batches = []
-    renamed = spec.wrapper == "another signature"
-    for sequences, tokens in spec.batches:
-        text = torch.randint(1, spec.vocabulary, (sequences, tokens), generator=generator)
-        if spec.given == "features":
-            text = torch.randn(sequences, tokens, FEATURES, generator=generator).to(DTYPES[spec.dtype])
-        batch: dict[str, Tensor] = {"text" if renamed else ids: text}
-        if spec.padding != "none" and mask is not None:
-            lengths = torch.randint(tokens // 2 + 1, tokens + 1, (sequences,), generator=generator)
-            lengths[0] = tokens
-            real = torch.arange(tokens)[None] < lengths[:, None]
-            real = real.flip(1) if spec.padding == "left" else real
-            text[~real] = 0
-            kept = (real.long(), real, real.to(DTYPES[spec.dtype]))[spec.seed % 3]
-            form = {"attention_mask": kept, "src_key_padding_mask": ~real, "keep": real}[mask]
-            batch["hidden" if renamed else mask] = form
-        if mask == "src_mask" and spec.masking != "none":
-            form = as_mask(spec, allowed_pairs(spec, tokens, 0), DTYPES[spec.dtype])
-            batch["hidden" if renamed else mask] = form
-        if spec.ids == "as the stream":
-            batch["text" if renamed else ids] = text.transpose(0, 1)
-        if spec.norm.startswith("adaptive"):
-            batch["label"] = torch.randint(7, (sequences,), generator=generator)
-        # A dict has an order, which says nothing.
-        batches.append(dict(reversed(batch.items())) if spec.entries == "mask or label first" else batch)
+    batches = tuple(_batch(spec, generator, *sizes, spec.padding) for sizes in spec.batches)
     if spec.wrapper == "a module that passes everything on":
         model = Passing(model)
     elif spec.wrapper == "autocast":
         model = Autocasting(model)
-    elif renamed:
+    elif spec.wrapper == "another signature":
         model = Renaming(model, (ids, mask))
-    return Drawn(spec, model.eval(), switches, tuple(batches))
+    return Drawn(spec, model.eval(), switches, batches)
+
+
+def _batch(
+    spec: Specification, generator: torch.Generator, sequences: int, tokens: int, padding: str
+) -> dict[str, Tensor]:
+    """What the model is called with."""
+    _, ids, mask = SIGNATURES[spec.signature]
+    renamed = spec.wrapper == "another signature"
+    text = torch.randint(1, spec.vocabulary, (sequences, tokens), generator=generator)
+    if spec.given == "features":
+        text = torch.randn(sequences, tokens, FEATURES, generator=generator).to(DTYPES[spec.dtype])
+    batch: dict[str, Tensor] = {"text" if renamed else ids: text}
+    if padding != "none" and mask is not None:
+        lengths = torch.randint(tokens // 2 + 1, tokens + 1, (sequences,), generator=generator)
+        lengths[0] = tokens
+        real = torch.arange(tokens)[None] < lengths[:, None]
+        real = real.flip(1) if padding == "left" else real
+        text[~real] = 0
+        kept = (real.long(), real, real.to(DTYPES[spec.dtype]))[spec.seed % 3]
+        form = {"attention_mask": kept, "src_key_padding_mask": ~real, "keep": real}[mask]
+        batch["hidden" if renamed else mask] = form
+    if mask == "src_mask" and spec.masking != "none":
+        form = as_mask(spec, allowed_pairs(spec, tokens, 0), DTYPES[spec.dtype])
+        batch["hidden" if renamed else mask] = form
+    if spec.ids == "as the stream":
+        batch["text" if renamed else ids] = text.transpose(0, 1)
+    if spec.norm.startswith("adaptive"):
+        batch["label"] = torch.randint(7, (sequences,), generator=generator)
+    # A dict has an order, which says nothing.
+    return dict(reversed(batch.items())) if spec.entries == "mask or label first" else batch
 
 
 def _start(spec: Specification, model: nn.Module) -> None:

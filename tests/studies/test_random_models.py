@@ -6,6 +6,7 @@ The truths are checked by NumPy from the recorded values alone. The package is a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from studies.random_models.drawing import CHOICES, Drawn, drawn, reconciled, spe
 from studies.random_models.reducing import reduced
 from studies.random_models.specification import Specification
 from studies.random_models.truth import PARTS, AttentionTruth
+
+import uncollapse as uc
 
 # torch's remark on a norm that autocast gives half precision: no fault of the models, which are written like that.
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
@@ -265,6 +268,50 @@ def test_a_plain_model_is_right_throughout() -> None:
     result = compared(plain().spec)
     assert result.verdict == "right", [item for item in result.items if item.verdict != "right"]
     assert len(result.items) > 60
+
+
+def test_what_removes_nothing_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uc, "without", lambda *_, **__: contextlib.nullcontext())
+    items = {item.name: item for item in compared(plain().spec).items}
+    for part in PARTS:
+        assert items[f"without.{part}"].verdict == "wrong", part
+        assert "nothing was removed" in items[f"without.{part}"].detail
+
+
+def test_what_removes_another_part_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = uc.without
+    monkeypatch.setattr(uc, "without", lambda model, *_, **given: own(model, "residual", **given))
+    items = {item.name: item.verdict for item in compared(plain().spec).items}
+    assert items["without.residual"] == "right"
+    assert all(items[f"without.{part}"] == "wrong" for part in PARTS if part not in {"residual", "positions"})
+
+
+@pytest.mark.parametrize("figure", ["entropy", "key_share", "max_logit", "value_contraction"])
+def test_a_figure_that_is_off_or_silently_missing_is_wrong(figure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = uc.diagnose
+
+    def spoilt(*given: object, **named: object) -> object:
+        found = own(*given, **named)  # type: ignore[arg-type]
+        first, second, third, *rest = found.record.attention
+        statistic = getattr(first, figure)
+        off = dataclasses.replace(statistic, mean=statistic.mean + 1e-3)
+        missing = {figure: None, "unavailable": {}}
+        explained = {figure: None, "unavailable": {figure: "a reason"}}
+        heads = [dataclasses.replace(first, **{figure: off}), dataclasses.replace(second, **missing)]
+        heads += [dataclasses.replace(third, **explained), *rest]
+        return dataclasses.replace(found, record=dataclasses.replace(found.record, attention=heads))
+
+    monkeypatch.setattr(uc, "diagnose", spoilt)
+    items = {item.name: item.verdict for item in compared(plain().spec).items}
+    assert [items[f"attention.0.{head}.{figure}"] for head in range(3)] == ["wrong", "wrong", "unavailable"]
+
+
+def test_an_exception_that_is_no_refusal_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("sizes do not match")
+
+    monkeypatch.setattr(uc, "diagnose", broken)
+    assert compared(plain().spec).verdict == "wrong"
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
