@@ -19,9 +19,11 @@ what is no softmax. Where the effect of a removal drowns in the number format no
 from __future__ import annotations
 
 import collections
+import gc
 import math
 import time
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -213,6 +215,12 @@ def compared(spec: Specification | int) -> Comparison:
         warnings.simplefilter("ignore")
         truths = [subject.truth(batch) for batch in subject.batches]
         _compare(subject, truths, result)
+    if subject.spec.seed % 10 == 0:
+        model = weakref.ref(subject.model)
+        del subject, truths
+        gc.collect()
+        kept = model() is not None
+        result.add("let go", "wrong" if kept else "right", "the model is kept alive" if kept else "")
     result.seconds = time.perf_counter() - begun
     return result
 
@@ -234,6 +242,8 @@ def _compare(subject: Drawn, truths: list[Truth], result: Comparison) -> None:
         one = ("attention", "mlp", "norm", "attention-residual")[spec.seed % 4]
         _compare_without(subject, truths, (one,), (spec.seed % spec.blocks,), result)
         _look_without(subject, result)
+        if spec.seed % 8 == 3 or spec.start == "zero projections":
+            _compare_ablation(subject, result)
     after = [subject.run(batch) for batch in subject.batches]
     same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     changed = (
@@ -295,6 +305,34 @@ def _look_without(subject: Drawn, result: Comparison) -> None:
         if part != "attention":
             _compare_attention(spec, truths, record, again)
     result.items += [Item(f"inside without.{part}: {item.name}", item.verdict, item.detail) for item in again.items]
+
+
+def _compare_ablation(subject: Drawn, result: Comparison) -> None:
+    """`ablate` without one part: whether it takes the model for causal, and every run's clouds."""
+    spec, batches = subject.spec, [dict(batch) for batch in subject.batches]
+    part = ("norm", "residual", "mlp")[spec.seed % 3]
+    try:
+        record = uc.ablate(subject.model, without=[(part,)], batches=batches).record
+    except uc.UncollapseError as error:
+        verdict = "right" if _expectation(spec, (part,)) == "absent" else "refused"
+        result.add(f"ablate.{part}", verdict, str(error))
+        return
+    except Exception as error:  # a traceback
+        result.add(f"ablate.{part}", "wrong", f"{type(error).__name__}: {error}")
+        return
+    if spec.attention not in NO_SOFTMAX and spec.masking != "after the softmax":
+        is_causal = spec.mask.startswith("causal") and min(tokens for _, tokens in spec.batches) > 1
+        _number(result, "ablate.is_causal", record.is_causal, is_causal)
+    if _expectation(spec, (part,)) == "absent":
+        said = [v.prediction for v in record.verdicts if part in v.without]
+        result.add(f"ablate.{part}", "wrong" if said else "right", "a verdict on what is not there" if said else "")
+        return
+    again = Comparison(result.seed, result.pieces)
+    for run in record.runs:
+        if run.without and spec.attention in NO_SOFTMAX:
+            continue
+        _compare_sites(spec, [subject.truth(batch, *run.without) for batch in batches], run, again)
+    result.items += [Item(f"ablate.{part}: {item.name}", item.verdict, item.detail) for item in again.items]
 
 
 def _state(model: torch.nn.Module) -> dict[str, Any]:

@@ -225,6 +225,8 @@ def reconciled(spec: Specification) -> Specification:
             s["mask"] = "causal"
     if s["mask"] == "causal, every other block in a window" and s["route"] == "made in the attention":
         s["route"] = "by keyword"
+    if s["masking"] == "after the softmax":
+        s["padding"] = "none"  # padded tokens would count in the denominators of the others: they were no padding
     if s["masking"] == "added, padding apart":
         if s["padding"] == "none" or s["mask"] == "none":
             s["masking"] = "added"
@@ -730,7 +732,11 @@ class Drawn:
         spec = self.spec
         mask = SIGNATURES[spec.signature][2]
         deaf = spec.masking in {"none", "flag"} or spec.route == "made in the attention" or spec.mask == "none"
-        if mask in {None, "src_mask"} or (deaf and spec.padding == "none") or spec.masking == "added, padding apart":
+        if (
+            mask in {None, "src_mask"}
+            or (deaf and spec.padding == "none")
+            or spec.masking.endswith(("apart", "after the softmax"))
+        ):
             return None
         generator = torch.Generator().manual_seed(spec.seed + 1)
         padding = "right" if spec.padding == "none" else "none"
