@@ -32,7 +32,13 @@ def fingerprint() -> str:
 def lines_of(seeds: list[int]) -> list[dict[str, Any]]:
     """A few comparisons, in a process of their own."""
     torch.set_num_threads(1)
-    return [counting.line_of(compared(seed)) for seed in seeds]
+    lines = []
+    for seed in seeds:
+        try:
+            lines.append(counting.line_of(compared(seed)))
+        except Exception as error:  # the study's own fault, since the package's are items: say of which model
+            raise RuntimeError(f"seed {seed}: the comparison itself failed") from error
+    return lines
 
 
 def run(seeds: list[int], jobs: int, path: Path) -> list[dict[str, Any]]:
