@@ -151,8 +151,8 @@ def weigh(
         A = A.narrow(key, 0, columns)
     if mask is not None and spec.masking.startswith("after the softmax"):
         A = A * put(mask)
-        if spec.masking == "after the softmax, renormalised":
-            A = A / A.sum(key, keepdim=True)
+    if spec.masking == "after the softmax, renormalised":  # also without a mask: behind a sink that is another step
+        A = A / A.sum(key, keepdim=True)
     return F.dropout(A, 0.1, training=False) if spec.softmax == "torch.softmax" else A, seen
 
 
@@ -1123,6 +1123,8 @@ def added(
 
     def scale(operand: str, kind: str) -> float | Tensor | None:
         if kind == "none" or (operand == "stream" and not scales_stream):
+            return None
+        if operand == "update" and parts.switches.is_off("update-scale"):  # type: ignore[union-attr]
             return None
         found = fixed[operand] if kind == "fixed" else getattr(parts, f"{name}_{operand}_scale")
         return found(condition).unsqueeze(0 if spec.token_first else 1) if kind == "conditioned" else found

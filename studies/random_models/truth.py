@@ -28,9 +28,10 @@ What is left when a part is switched off (`uncollapse.interventions.without` has
   does a norm between the sublayer and the addition.
 * In a parallel block, x + f(x) + g(x), the two share the residual. Leaving out the residual of one alone has no meaning there.
 * A norm is the whole map from the stream to what reads it: its gain and shift belong to it, also where an embedding conditions
-  them. Query-key norms, the embedding's norm and the final norm stay.
+  them. A factor right behind a norm and before the addition can be either, its gain or b: both are right. Query-key norms, the
+  embedding's norm and the final norm stay.
 * Without the mask every real token may attend to every real token; padding stays hidden in the way the model hides it. Where a
-  window or a causal order is written after the softmax, it is gone from there.
+  window or a causal order is written after the softmax, it is gone from there; a renormalisation behind it stays.
 * Without positions every token stands at position 0: one row of a table, one angle, no distance.
 """
 
