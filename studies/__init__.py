@@ -1,0 +1,1 @@
+"""Studies of the package: long runs whose results the documentation shows."""
