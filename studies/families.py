@@ -56,7 +56,7 @@ def swept(kind: str) -> dict[str, Any]:
     except Exception as error:
         return row | {"proved": False, "crash": True, "reason": f"trace: {one_line(error)}"}
     called = {type(model.get_submodule(c.name)).__name__ for c in recorded.calls if c.name}
-    row["attention_calls"] = len(_Reader(model, recorded).attention_of)
+    row["attention_calls"] = len(_Reader(model, recorded).attentions)
     row["named_attention"] = sorted(c for c in called if re.search(r"Att(ention|n)", c))
     try:
         anatomy = proved_anatomy(model, batch)

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.interception import Handler, Point, addition_operands, intercepted
+from uncollapse.anatomy.interception import Handler, Point, intercepted
+from uncollapse.anatomy.operands import replaced
 from uncollapse.anatomy.streams import met
+from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import STREAM, Anatomy, AttentionCall, ModuleCall
 
 UNDERFLOW = (
@@ -43,7 +45,7 @@ def at_attention(
 
         return act
 
-    with intercepted(model, {attention_call(anatomy, b).score: handler(b) for b in blocks}):
+    with intercepted(model, {attention_call(anatomy, b).product: handler(b) for b in blocks}):
         yield
 
 
@@ -55,15 +57,18 @@ def residual_scaled(model: nn.Module, anatomy: Anatomy, first: int, factor: floa
     handlers: dict[Point, Handler] = {}
     for block in anatomy.blocks[first:]:
         for residual in block.residuals:
-            node = next(n for n in residual.additions if {STREAM} in (n.first, n.second))
-            handlers[node.point] = _scaling(factor, node.first == {STREAM})
+            node = next(n for n in residual.additions if {STREAM} in n.leaves)
+            handlers[node.point] = _scaling(factor, node.leaves.index(frozenset({STREAM})))
     return intercepted(model, handlers)
 
 
-def _scaling(factor: float, is_first: bool) -> Handler:
+def _scaling(factor: float, operand: int) -> Handler:
     def act(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        first, second = addition_operands(args, kwargs)
-        return first * factor + second if is_first else first + second * factor
+        stream = list(tensors_in([args, kwargs]))[operand]
+        return function(
+            *replaced(args, stream, stream * factor),
+            **{k: replaced(v, stream, stream * factor) for k, v in kwargs.items()},
+        )
 
     return act
 

@@ -3,6 +3,7 @@ sublayers that it leaves out itself, and `seen` keeps its stream, at the embeddi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -46,6 +47,8 @@ class Block(nn.Module):
     """A pre-norm block; subclasses say how the stream and an update are put together."""
 
     owner: list[Owned]
+    norm1: nn.Module
+    norm2: nn.Module
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,9 +78,10 @@ class Stack(Owned):
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(64, WIDTH)
-        self.blocks = nn.ModuleList(block() for _ in range(blocks))
-        for each in self.blocks:
+        made = [block() for _ in range(blocks)]
+        for each in made:
             each.owner = [self]
+        self.blocks = nn.ModuleList(made)
 
     def forward(self, idx: Tensor) -> Tensor:
         x = self.keep(self.embed(idx))
@@ -106,6 +110,8 @@ class LearnedScale(Block):
 
 
 class FeatureScale(Block):
+    alpha: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("alpha", torch.linspace(0.5, 1.5, WIDTH))
@@ -251,7 +257,8 @@ class EmbeddingAgain(Block):
         v1 = v if v1 is None else v1
         v = (1 - self.mixing) * v + self.mixing * v1.view_as(v)
         q, k = nn.functional.rms_norm(q, (q.shape[-1],)), nn.functional.rms_norm(k, (k.shape[-1],))
-        mixed = nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         update = self.attention.out(mixed.transpose(1, 2).flatten(2))
         x = x + (torch.zeros_like(update) if "attention" in self.owner[0].off else update)
         return x + self.think(x), v1
@@ -270,7 +277,8 @@ class ModdedNanoGPT(Stack):
     def forward(self, idx: Tensor) -> Tensor:
         x = x0 = nn.functional.rms_norm(self.embed(idx), (WIDTH,))
         self.keep(x)
-        v1, skips = None, []
+        v1: Tensor | None = None
+        skips: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if i >= 2:
                 x = x + self.skip_weights[i - 2] * skips.pop()
@@ -437,7 +445,9 @@ class Pairs(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         (owner,) = self.owner
         owner.keep(x)
-        for attend, think in self.layers:
+        for pair in self.layers:
+            assert isinstance(pair, nn.ModuleList)
+            attend, think = pair
             x = attend(x) * ("attention" not in owner.off) + x
             x = think(x) * ("mlp" not in owner.off) + x
             owner.keep(x)
@@ -483,7 +493,9 @@ class XTransformers(Owned):
 
     def forward(self, idx: Tensor) -> Tensor:
         x = self.keep(self.embed(idx))
-        for i, (norm, layer, add) in enumerate(self.layers):
+        for i, layers in enumerate(self.layers):
+            assert isinstance(layers, nn.ModuleList)
+            norm, layer, add = layers
             update = layer(norm(x))
             off = ("mlp" if i % 2 else "attention") in self.off
             x = add(torch.zeros_like(update) if off else update, x)
@@ -506,6 +518,7 @@ class MixingLoop(Owned):
         x = x0 = self.keep(self.embed(idx))
         for i, block in enumerate(self.blocks):
             x = self.a[i] * x + self.b[i] * x0
+            assert isinstance(block, Block)
             x = x + block.attention(block.norm1(x)) * ("attention" not in self.off)
             x = x + block.mlp(block.norm2(x)) * ("mlp" not in self.off)
             self.keep(x)
@@ -567,7 +580,7 @@ class InPieces(Block):
 
 STRUCTURES: dict[str, Callable[[], Owned]] = {
     **{
-        block.__name__: (lambda block=block: Stack(block))
+        block.__name__: functools.partial(Stack, block)
         for block in (
             Block,
             FloatScale,

@@ -409,7 +409,7 @@ class _Reader:
             logits=None if found.is_fused else self._logits_operand(found),
             way=self._way(found),
             masking=tuple(
-                MaskingStep(self._point(index), operand, found.score is not None and index > found.score)
+                MaskingStep(self._point(index), operand, None if found.score is None else index > found.score)
                 for index, operand in found.masking
             ),
             value_bias=any(map(self._has_bias, self._learned_behind(value))),
@@ -1222,7 +1222,7 @@ class _Reader:
 
     def _several_streams(self) -> str | None:
         """Where what an attention makes is added to more than one value, or to one of more axes: streams side by side."""
-        for score, product in self.attention_of.items():
+        for product in self.attentions:
             made = self._projection(product)
             frontier = [] if made is None else [made]
             seen: set[int] = set()
@@ -1236,7 +1236,7 @@ class _Reader:
                     elif self._passes(consumer) == index:
                         frontier.append(consumer)
             if len(sums) > 1 or any(self.t.nodes[i].size > self.t.nodes[made].size for i in sums if made is not None):
-                return self.t.calls[self.t.nodes[score].call].name or "the model itself"
+                return self.t.calls[self.t.nodes[product].call].name or "the model itself"
         return None
 
     def _opaque_attention(self) -> str | None:
