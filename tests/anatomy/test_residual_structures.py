@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from tests.helpers.residual_structures import STRUCTURES, HyperConnected, InPieces, ModdedNanoGPT, Owned, Stack, ViT
 import numpy as np
-import transformers
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import uncollapse as uc
 from tests.helpers.observing import observe
-from tests.helpers.residual_structures import STRUCTURES, Owned
+from tests.helpers.residual_structures import STRUCTURES, HyperConnected, InPieces, ModdedNanoGPT, Owned, Stack, ViT
 from tests.reference.geometry import consensus_distance, effective_rank
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.probe.sites import PLAIN_MEASURES

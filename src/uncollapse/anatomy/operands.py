@@ -256,18 +256,18 @@ def forbidden_by_step(
     kwargs: Mapping[str, Any],
     operand: int,
     result: Tensor,
-    after_softmax: bool,
+    after_softmax: bool | None,
 ) -> Tensor | None:
     """The pairs, broadcastable to `result`, that an operation between logits and weights forbids by its operand number `operand`:
     an addition of 0 and one negative number, a replacement by a negative logit or by no weight, a product with 0 and 1. None
-    where it forbids none."""
+    where it forbids none. `after_softmax` is None where no softmax makes the weights: then it may be either."""
     name = operation_name(function)
     mask = operands_of(name, tuple(args), kwargs)[operand]
     found: Tensor | None = None
-    if name in _ADDITIONS and not after_softmax:
+    if name in _ADDITIONS and after_softmax is not True:
         found, _ = forbidden_by_addition(-mask if name == "sub" else mask)
     elif name == "mul":
-        if after_softmax and mask.numel() > 1 and bool(((mask == 0) | (mask == 1)).all()):
+        if after_softmax is not False and mask.numel() > 1 and bool(((mask == 0) | (mask == 1)).all()):
             found = mask == 0
     elif name in {"masked_fill", "setitem"} and mask.dtype == torch.bool:
         if _forbids(args[2] if len(args) > 2 else kwargs.get("value"), after_softmax):
@@ -289,7 +289,7 @@ def step_without(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     operand: int,
-    after_softmax: bool,
+    after_softmax: bool | None,
     hidden: Tensor | None,
 ) -> Any:
     """The result of the same operation when it forbids nothing but the `hidden` pairs (None: nothing at all)."""
@@ -312,7 +312,7 @@ def step_without(
         if not bool(((mask == 0) | (mask == 1)).all()):
             return function(*args, **given)
         kept = torch.ones_like(mask)
-        if hidden is not None and after_softmax:
+        if hidden is not None and after_softmax is not False:
             kept = torch.where(hidden, torch.zeros((), dtype=kept.dtype), kept)
         return function(
             *(kept if a is mask else a for a in args), **{k: kept if v is mask else v for k, v in given.items()}
@@ -351,7 +351,7 @@ def _alternatives(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, 
     return first, args[2] if len(args) > 2 else kwargs.get("other")
 
 
-def _forbids(value: Any, after_softmax: bool) -> bool:
+def _forbids(value: Any, after_softmax: bool | None) -> bool:
     """Whether a pair that is given this value is meant to be left out: a negative logit, or no weight."""
     if value is None:
         return False
@@ -359,7 +359,7 @@ def _forbids(value: Any, after_softmax: bool) -> bool:
     if tensor.numel() != 1:
         return False
     number = float(tensor)
-    return number == 0 if after_softmax else number < 0
+    return (number == 0 and after_softmax is not False) or (number < 0 and after_softmax is not True)
 
 
 def spread_out(mask: Tensor, axes: Sequence[str | None], shape: Sequence[int]) -> Tensor:

@@ -112,7 +112,7 @@ class MaskingStep:
 
     point: Point
     operand: int
-    after_softmax: bool = False
+    after_softmax: bool | None = False
     axes: tuple[str | None, ...] = ()
 
 
