@@ -167,7 +167,9 @@ def head_reference(one: AttentionTruth, real: np.ndarray, sequence: int, head: i
         figures = {}
     values, mixed = (t[sequence, head][real[sequence]] for t in (all_values, all_mixed))
     spread = np.linalg.norm(values - values.mean(0))
-    if spread > 0:
+    if spread <= 1e-5 * np.linalg.norm(values):
+        figures["value_contraction"] = math.inf  # equal values: the ratio is one of roundings, and is not compared
+    else:
         figures["value_contraction"] = float(np.linalg.norm(mixed - mixed.mean(0)) / spread)
     if figures.get("entropy") is not None:
         figures |= _whole_reference(weights[sequence, head], allowed[sequence, 0], rows)
@@ -502,6 +504,8 @@ def _compare_attention(spec: Specification, truths: list[Truth], record: Any, re
             ]
             full = record.probe.level == "full"
             for figure in (*ATTENTION_FIGURES, *(FULL_FIGURES if full else ())):
+                if any(math.isinf(r[figure]) for r in every):
+                    continue
                 want = summary([r[figure] for r in every])
                 if figure == "entropy_floor":
                     want = summary([r["entropy"] for r in every]) if kind == "softmax" else None
