@@ -1175,6 +1175,10 @@ class _Reader:
         for path, given in around.inputs.items():
             if given == index:
                 return Place(ModuleCall(around.name, around.ordinal), "in", path)
+        for call in self.t.calls:  # what a module makes is met where it leaves it: hooks may put another value in its place
+            inside = around.first <= call.first and call.index != around.index and call.first <= index < call.last
+            if inside and call.outputs.get(None) == index:
+                return Place(ModuleCall(call.name, call.ordinal), "out")
         node = self.t.nodes[index]
         made = [
             n.index for n in self.t.nodes if n.ordinal == node.ordinal and self._point(n.index) == self._point(index)

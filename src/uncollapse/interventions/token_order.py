@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, intercepted
-from uncollapse.anatomy.operands import forbidden_by_addition, fused_arguments, spread_out, step_without
+from uncollapse.anatomy.operands import forbidden_by_addition, fused_arguments, result_shape, spread_out, step_without
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.stacks import given_mask, hides
-from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in
+from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, MaskingStep
 from uncollapse.errors import UnsupportedModel
 from uncollapse.sources.batches import bound
@@ -91,8 +92,7 @@ def _unmasked_step(step: MaskingStep, padding: list[Tensor | None]) -> Handler:
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         real, hidden = padding[0], None
         if real is not None:
-            given = operands_of(operation_name(function), args, kwargs)
-            hidden = spread_out(~real, step.axes, torch.broadcast_shapes(*(t.shape for t in given)))
+            hidden = spread_out(~real, step.axes, result_shape(function, args, kwargs))
         return step_without(function, args, kwargs, step.operand, step.after_softmax, hidden)
 
     return handler
@@ -135,9 +135,17 @@ def require_order_blind(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, 
     tokens = batch["input_ids"].shape[1]
     order = torch.arange(tokens).roll(3)
     permuted = {k: v[:, order] if v.ndim == 2 and v.shape[1] == tokens else v for k, v in batch.items()}
+    streams: list[Tensor] = []
     with probing(model), mask_removed(model, anatomy, every), positions_removed(model):
-        plain, moved = (next(tensors_in(model(**b))).double() for b in (batch, permuted))
-    gap = float((moved - plain[:, order]).abs().max() / plain.abs().max())
+        for given in (batch, permuted):
+            with met(model, [(anatomy.blocks[-1].exit, lambda stream: streams.append(stream.detach().clone()))]):
+                model(**given)
+    axes = anatomy.blocks[-1].axes
+    gap = math.inf
+    if axes is not None and len(streams) == 2:
+        plain, moved = (axes.cloud(stream).double() for stream in streams)
+        if plain.shape[1] == tokens and plain.shape == moved.shape:
+            gap = float((moved - plain[:, order]).abs().max() / plain.abs().max())
     if not gap < 1e-3:
         raise UnsupportedModel(
             f"without: expected {type(model).__name__} without mask and positions to treat its tokens as a set, got outputs that "
