@@ -176,10 +176,11 @@ def _places(anatomy: Anatomy, blocks: Collection[int]) -> dict[str, _Place]:
                 if not isinstance(call.projection, ModuleCall):
                     reason = "none" if call.projection is None else f"a product in its own code, {call.projection}"
                     raise _unsupported(f"an output projection that is a module of its own in {where}", reason)
-                if block.axes is None or block.axes.sequence is None or len(block.axes.token) != 1:
-                    raise _unsupported(
-                        f"one token axis in {where}", block.axes_reason or "a grid, or sequences end to end"
-                    )
+                if block.axes is None:
+                    raise _unsupported(f"one token axis in {where}", block.axes_reason)
+                if block.axes.sequence is None or len(block.axes.token) != 1:
+                    laid = "sequences laid end to end" if block.axes.sequence is None else "a grid of tokens"
+                    raise _unsupported(f"one token axis in {where}", laid)
                 stack = _stack_of(block)
                 place = places.setdefault(call.projection.name, _Place(call.heads, stack, block.axes.token[0]))
                 if (place.heads, place.stack) != (call.heads, stack):
