@@ -898,7 +898,7 @@ class _Reader:
                 leaving = self._leaving(piece[-1].root, pieces[number + 1][0].stream)
                 behind_norm = leaving != piece[-1].root
             else:
-                leaving = self._normed_next(piece[-1].root) if behind_norm else piece[-1].root
+                leaving = self._leaving_last(piece[-1].root) if behind_norm else piece[-1].root
             summed = self._summed(leaving)
             named = self._listed_inside(home, next((s for s in piece if s.root in attending), piece[0]))
             label = named or f"block {number} of {call.name or 'the model itself'}"
@@ -922,20 +922,26 @@ class _Reader:
     def _leaving(self, root: int, following: int) -> int:
         """Where a block is left whose last addition is `root`: behind the norms that the sum passes before it is carried on to
         the stream of the following block."""
-        value, reached = root, self._carried(following)
-        while value not in reached:
-            after = self._normed_next(value)
-            if after == value:
-                return root
-            value = after
-        return value
+        if root in self._carried(following):
+            return root
+        return self._behind_norms(root, [following])
 
-    def _normed_next(self, value: int) -> int:
-        """The output of the norm that reads a value, or the value itself where none does."""
-        for call in self.t.calls:
-            if self.norm_kind(call) is not None and self._moved(next(iter(call.inputs.values())), value):
-                return call.outputs[None]
-        return value
+    def _leaving_last(self, root: int) -> int:
+        """The same for the last of several blocks that are left behind a norm: behind the first norm that the sum passes."""
+        targets = [*next_products(self.t, root, self.t.results), *self.t.results]
+        return self._behind_norms(root, [i for i in targets if self.t.depends(i, root)][:1], first=True)
+
+    def _behind_norms(self, root: int, targets: Collection[int], *, first: bool = False) -> int:
+        """The last value of the norms between `root` and the targets; where a module makes it, the module's."""
+        pieces = pieces_between(self.t, root, targets)
+        if not pieces:
+            return root
+        piece = pieces[0] if first else pieces[-1]
+        for call in self.t.calls:  # the outermost module that holds the norm and no more than it
+            result = call.outputs.get(None)
+            if result is not None and root < call.first <= piece.bare < call.last and piece.bare <= result <= piece.target:
+                return result
+        return piece.target
 
     def _within(self, inner: int, outer: int) -> bool:
         return outer in self.t.call_path(inner)
