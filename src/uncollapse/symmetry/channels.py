@@ -510,6 +510,10 @@ class _Probe:
     def _group(self, site: _Site) -> None:
         """Which key-value head every head reads: heads whose keys, or values, are the same features share one."""
         heads = site.call.heads
+        asked = site.where.get("queries")
+        if asked is not None and (len(asked) != heads or len({tuple(row) for row in asked.tolist()}) != heads):
+            site.refuse("queries", f"the queries of {heads} heads could not be told apart")
+            del site.where["queries"]
         members: dict[str, tuple[int, ...]] = {}
         for role in ("keys", "values"):
             if role not in site.where:
