@@ -482,6 +482,11 @@ def _observing(observe: Observer) -> Handler:
     return handler
 
 
+def _zeroed(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Zeros in place of what an operation gives."""
+    return torch.zeros_like(function(*args, **kwargs))
+
+
 def _noting_product(found: list[Mixed | str], number: int, call: AttentionCall) -> Handler:
     """Keep the operands and the result of a product that mixes values, or why they cannot be read."""
 
@@ -804,7 +809,22 @@ class _BlockProof(BlockAlone):
                 found.append(replace(known, masking=self._masking_axes(known, others, sequences)))
             except UnreadableError as error:
                 found.append(replace(call, unreadable=str(error)))
+        if any(call.shares_queries for call in found):
+            alike = len({(c.heads, c.head_width, c.lead, c.before, c.after) for c in found}) == 1
+            if not alike or not all(c.shares_queries for c in found) or not self._in_turn(found, others, axes):
+                reason = "several attention calls of one sublayer share out its queries in a way that was not understood"
+                found = [replace(call, unreadable=call.unreadable or reason) for call in found]
         return tuple(found)
+
+    def _in_turn(self, calls: list[AttentionCall], others: tuple[int, ...], axes: StreamAxes) -> bool:
+        """Whether calls that answer for some of the queries each answer for all of them together, one after the other: each is
+        blanked in turn, and the tokens whose rows then change are its own."""
+        plain = axes.cloud(self._replay(others))
+        taken: list[int] = []
+        for call in calls:
+            without = axes.cloud(self._replay(others, None, {call.product: _zeroed}))
+            taken += (without != plain).any(-1).any(0).nonzero().flatten().tolist()
+        return taken == list(range(plain.shape[1]))
 
     def _masking_axes(self, call: AttentionCall, others: tuple[int, ...], sequences: int) -> tuple[MaskingStep, ...]:
         """The masking steps with what the axes of their results hold, told by where their entries arrive among the weights."""

@@ -135,6 +135,7 @@ class AttentionCall:
 
     The proof adds what the leading axes of the product hold (`lead`, in order), how many of the keys stand `before` those that
     are tokens and belong to none (a sink's column), whether there are as many keys as the stream has tokens (`keys_of_tokens`),
+    whether it is one of several that answer for the sublayer's queries in turn, the tokens in order (`shares_queries`),
     and, where the call is no mixture of tokens that can be measured, why (`unreadable`)."""
 
     score: Point | None
@@ -160,6 +161,7 @@ class AttentionCall:
     before: int = 0
     after: int = 0
     keys_of_tokens: bool = False
+    shares_queries: bool = False
     unreadable: str | None = None
 
     @property

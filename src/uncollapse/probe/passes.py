@@ -41,7 +41,7 @@ from uncollapse.probe.attention import (
     pattern_spectra,
     spread,
 )
-from uncollapse.probe.attention_calls import AttentionRows, CallObserver
+from uncollapse.probe.attention_calls import AttentionRows, CallObserver, in_sequence
 from uncollapse.probe.projections import holds, projected_cloud, projection_matrix
 from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, SiteStatistics, distinct_tokens
 from uncollapse.probe.sublayers import NormStatistics, Sublayers, UpdateStatistics
@@ -235,10 +235,9 @@ class _Probe:
         projections: dict[str, dict[int, AttentionStatistics]],
     ) -> None:
         first = part.attention[0]
+        beside = part.attention[:1] if first.shares_queries else part.attention  # the others are the same heads again
         call = replace(
-            first,
-            heads=sum(c.heads for c in part.attention),
-            key_value_heads=sum(c.key_value_heads for c in part.attention),
+            first, heads=sum(c.heads for c in beside), key_value_heads=sum(c.key_value_heads for c in beside)
         )
         statistics = AttentionStatistics(
             number,
@@ -265,20 +264,32 @@ class _Probe:
         def deliver(index: int, found: AttentionRows) -> None:
             met[index] = found
             if len(met) == len(part.attention):
-                self._measure_attention(statistics, [met[i] for i in range(len(met))])
+                several = [met[i] for i in range(len(met))]
                 met.clear()
+                answered = sum(rows.rows.entropy.shape[-1] for rows in several)
+                if first.shares_queries and answered != self.entered_shapes.get(number, (0, answered))[1]:
+                    refuse("its queries are shared out among another number of calls than on the example")
+                    return
+                self._measure_attention(statistics, [in_sequence(several)] if first.shares_queries else several)
 
         def refuse(reason: str) -> None:
             self.heads_output = None
             met.clear()
             statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, reason)
 
+        def own_queries(queries: int, sequences: int) -> Tensor | None:
+            """The mask of a call's queries; of one that answers for some of them, of those behind the ones that were met."""
+            total = self.entered_shapes.get(number, (0, queries))[1]
+            mask = self._query_mask(statistics, total, sequences)
+            start = sum(rows.rows.entropy.shape[-1] for rows in met.values())
+            return None if mask is None else mask[:, start : start + queries]
+
         for index, each in enumerate(part.attention):
             observer = CallObserver(
                 each,
                 sequences=lambda: self.batch_size,
                 tokens=lambda: self.entered_shapes.get(number, (0, None))[1],
-                query_mask=functools.partial(self._query_mask, statistics),
+                query_mask=own_queries if first.shares_queries else functools.partial(self._query_mask, statistics),
                 susceptibility=self.level == "full",
                 spectra=self.spectra,
                 deliver=functools.partial(deliver, index),
