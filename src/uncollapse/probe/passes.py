@@ -127,7 +127,8 @@ class _Probe:
     # Installation -------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def installed(self) -> Any:
-        observers: dict[Point, Observer] = {}
+        # Calls may share their way: one softmax, and a product for each head.
+        observers: dict[Point, list[Observer]] = {}
         projections: dict[str, dict[int, AttentionStatistics]] = {}
         streams: list[tuple[Place, Action]] = []
         sites = self._sites()
@@ -140,7 +141,7 @@ class _Probe:
             for part in block.parts:
                 if part.kind in {"attention", "cross"}:
                     self._attend(number, block, part, observers, projections)
-        handlers = {p: self._observing(o) for p, o in observers.items()}
+        handlers = {p: self._observing(several) for p, several in observers.items()}
         if self.sublayers is not None:
             streams += self.sublayers.streams
             for point, handler in self.sublayers.handlers.items():
@@ -177,13 +178,14 @@ class _Probe:
         """Whether a hook was reached by the probe's own pass: not by another thread, nor by a model that shares a module."""
         return self.thread == threading.get_ident()
 
-    def _observing(self, observe: Observer) -> Handler:
+    def _observing(self, observers: Sequence[Observer]) -> Handler:
         def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             output = function(*args, **kwargs)
             if self._is_own():
                 seen = next(tensors_in([output, args, kwargs]))
                 with full_precision(seen):
-                    observe(function, args, kwargs, output)
+                    for observe in observers:
+                        observe(function, args, kwargs, output)
             return output
 
         return handler
@@ -231,7 +233,7 @@ class _Probe:
         number: int,
         block: Block,
         part: Part,
-        observers: dict[Point, Observer],
+        observers: dict[Point, list[Observer]],
         projections: dict[str, dict[int, AttentionStatistics]],
     ) -> None:
         first = part.attention[0]
@@ -250,7 +252,8 @@ class _Probe:
         )
         self.observations.attention.append(statistics)
         if isinstance(call.projection, Point):
-            observers[call.projection] = functools.partial(self._projection_call, statistics)
+            projecting = functools.partial(self._projection_call, statistics)
+            observers.setdefault(call.projection, []).append(projecting)
         elif call.projection is not None:
             projections.setdefault(call.projection.name, {})[call.projection.call] = statistics
         else:
@@ -295,7 +298,8 @@ class _Probe:
                 deliver=functools.partial(deliver, index),
                 refuse=refuse,
             )
-            observers |= observer.observers()
+            for point, observe in observer.observers().items():
+                observers.setdefault(point, []).append(observe)
 
     # Batches ------------------------------------------------------------------------------------------------------
     def begin(self, batch: Mapping[str, Any]) -> None:
