@@ -35,7 +35,7 @@ from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import example, known_example
 from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, ModuleCall
-from uncollapse.symmetry.layouts import refused_layout
+from uncollapse.symmetry.layouts import are_rows_of, is_exponential, is_over_last_axis, refused_layout
 from uncollapse.symmetry.parameters import Parameters, is_part_of, output_axis
 from uncollapse.symmetry.patterns import (
     CODES,
@@ -151,6 +151,7 @@ class _Site:
     norm: Literal["head", "layer"] | None = None
     sinks: bool = False
     heads_alike: bool = True
+    is_refused: bool = False  # nothing of it can be acted on
 
     def source(self, role: str) -> Place | None:
         found: Place | None = getattr(self.call, role)
@@ -177,15 +178,14 @@ class _Probe:
         ]
         for site in self.sites:
             if problem := refused_layout(site.call):
-                site.heads_alike = False
-                for what in (*ROLES, "projection", "rotary", "logits", "heads"):
-                    site.refuse(what, problem)
+                self._refuse(site, problem)
         self.usual = [(n, s) for n, s in enumerate(self.sites) if not refused_layout(s.call)]  # with their numbers
         self.sources = list(dict.fromkeys(p for _, s in self.usual for r in ROLES if (p := s.source(r)) is not None))
         self.widths: dict[Place, int] = {}
         self.runs: dict[str, int] = {}
         self.operands: dict[Point, tuple[str, list[Tensor]]] = {}
         self.columns: dict[int, int] = {}  # of each site's softmax
+        self.made: dict[int, Tensor] = {}  # of each site's exponential, where the softmax is written out
         self.whole = dict(batch)
         self.batch, self.patterns = repeated(batch, PATTERNS), PATTERNS
         try:
@@ -195,6 +195,7 @@ class _Probe:
             for _, site in self.usual:
                 site.reasons.clear()
             self._survey()
+        self.usual = [(n, s) for n, s in self.usual if not s.is_refused]
 
     # Passes -------------------------------------------------------------------------------------------------------
     @property
@@ -250,7 +251,13 @@ class _Probe:
             tensors = operands_of(operation_name(function), args, kwargs)
             if not site.call.is_fused:
                 self.columns[id(site)] = tensors[0].shape[-1]
-            elif len(tensors) > 3 and tensors[3].ndim == 4 and tensors[3].shape[1] > 1:
+                output = function(*args, **kwargs)
+                if is_exponential(site.call):
+                    self.made[id(site)] = output
+                elif not is_over_last_axis(args, kwargs):
+                    self._refuse(site, "its softmax is over another axis than the last")
+                return output
+            if len(tensors) > 3 and tensors[3].ndim == 4 and tensors[3].shape[1] > 1:
                 mask = tensors[3]
                 if not torch.equal(mask, mask[:, :1].expand_as(mask)):
                     self._unlike(site)
@@ -259,13 +266,23 @@ class _Probe:
         return handler
 
     @staticmethod
+    def _refuse(site: _Site, reason: str) -> None:
+        """Refuse everything of one call."""
+        site.is_refused, site.heads_alike = True, False
+        for what in (*ROLES, "projection", "rotary", "logits", "heads"):
+            site.refuse(what, reason)
+
+    @staticmethod
     def _unlike(site: _Site) -> None:
         site.heads_alike = False
         site.refuse("heads", "every head has a bias, a gain or a sink of its own, so that equal heads act differently")
 
     def _values(self, site: _Site) -> Handler:
         def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            value = operands_of(operation_name(function), args, kwargs)[site.call.value_operand]
+            operands = operands_of(operation_name(function), args, kwargs)
+            value, made = operands[site.call.value_operand], self.made.pop(id(site), None)
+            if made is not None and not are_rows_of(operands[site.call.weight_operand or 0], made):
+                self._refuse(site, "its weights are not the softmax of its logits, row by row")
             if self.patterns > 1 and _four_axes(value, self.size).shape[0] != self.size:
                 raise _UnreadableError
             site.sinks = self.columns.get(id(site), 0) > value.shape[-2]

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from uncollapse.anatomy.interception import Point
+from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import AttentionCall
 
 _PRODUCTS = {"matmul", "bmm", "baddbmm"}
@@ -38,6 +45,23 @@ def refused_layout(call: AttentionCall) -> str:
 def is_exponential(call: AttentionCall) -> bool:
     """Whether the softmax is written out, so that its axis shows only when the weights arrive at the values."""
     return call.score is not None and _operation(call.score) in _EXPONENTIALS
+
+
+def is_over_last_axis(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a softmax, called with these arguments, makes the last axis sum to one."""
+    axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    return axis in (-1, next(tensors_in([args, kwargs])).ndim - 1)
+
+
+def are_rows_of(weights: Tensor, made: Tensor) -> bool:
+    """Whether weights [..., query, key] are, row by row and up to a factor of each row, the first columns of what a softmax or
+    an exponential made. Else another axis was normalised, or the columns that belong to no key stand in front."""
+    if weights.shape[:-1] != made.shape[:-1] or weights.shape[-1] > made.shape[-1]:
+        return False
+    first = made[..., : weights.shape[-1]].to(weights.dtype)
+    left, right = weights * first.sum(-1, keepdim=True), first * weights.sum(-1, keepdim=True)
+    eps = torch.finfo(weights.dtype).eps * weights.shape[-1]
+    return bool(((left - right).abs() <= 16 * eps * first.sum(-1, keepdim=True)).all())
 
 
 def _operation(point: Point) -> str:

@@ -17,7 +17,7 @@ from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import AttentionCall
 from uncollapse.errors import InputError
 from uncollapse.symmetry.draws import scales, shuffled, signs
-from uncollapse.symmetry.layouts import is_exponential, refused_layout
+from uncollapse.symmetry.layouts import are_rows_of, is_exponential, is_over_last_axis, refused_layout
 
 _PLACES = {"position_ids", "decoder_position_ids", "cache_position", "attention_mask", "decoder_attention_mask"}
 
@@ -273,35 +273,29 @@ def _at_logits(
 
     def softmax(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         logits = next(tensors_in([args, kwargs]))
-        axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        if not is_exponential(call) and axis not in (-1, logits.ndim - 1):
-            raise _layout_error(name, f"a softmax over axis {axis} of {logits.ndim}")
+        if not is_exponential(call) and not is_over_last_axis(args, kwargs):
+            raise _layout_error(name, "a softmax over another axis than the last")
+        if call.similarity is not None and not keys:
+            raise _layout_error(name, "a product of queries and keys that two attention calls share")
         own = keys[0] if keys else logits.shape[-1]
         new = torch.cat([changed(logits[..., :own]), logits[..., own:]], -1)
         args, kwargs = _with_operand(args, kwargs, 0, new)
         output = function(*args, **kwargs)
-        made[:] = [output] if is_exponential(call) or logits.shape[-1] > own else []
+        made[:] = [output] if is_exponential(call) or not keys or logits.shape[-1] > own else []
         return output
 
     def mixing(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert call.weight_operand is not None
-        if made and not _are_rows_of(list(tensors_in([args, kwargs]))[call.weight_operand], made.pop()):
+        weights = list(tensors_in([args, kwargs]))[call.weight_operand]
+        of = made.pop() if made else None
+        if of is not None and not keys and weights.shape[-1] != of.shape[-1]:
+            raise _layout_error(name, "columns of the softmax that belong to no key, among sums of several products")
+        if of is not None and (keys or is_exponential(call)) and not are_rows_of(weights, of):
             raise _layout_error(name, "weights that are not the softmax of these logits, row by row, with sinks behind")
         return function(*args, **kwargs)
 
     handlers: dict[Point, Handler] = {call.score: softmax, call.product: mixing}
     return handlers | ({} if call.similarity is None else {call.similarity: counting})
-
-
-def _are_rows_of(weights: Tensor, made: Tensor) -> bool:
-    """Whether weights [..., query, key] are, row by row and up to a factor of each row, the first columns of what a softmax or
-    an exponential made. Else another axis was normalised, or the columns that belong to no key stand in front."""
-    if weights.shape[:-1] != made.shape[:-1] or weights.shape[-1] > made.shape[-1]:
-        return False
-    first = made[..., : weights.shape[-1]].to(weights.dtype)
-    left, right = weights * first.sum(-1, keepdim=True), first * weights.sum(-1, keepdim=True)
-    eps = torch.finfo(weights.dtype).eps * weights.shape[-1]
-    return bool(((left - right).abs() <= 16 * eps * first.sum(-1, keepdim=True)).all())
 
 
 def _require_layout(name: str, call: AttentionCall) -> None:
