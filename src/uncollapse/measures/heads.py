@@ -595,7 +595,7 @@ def gauge_of_gates(gates: Float[Tensor, "position head"], head_width: int, tol: 
     """
     if gates.ndim != 2 or not gates.is_floating_point() or not gates.numel():
         raise InputError(
-            f"gauge_of_gates: expected floating-point gates[position, head], got {_shape(gates)}. "
+            f"gauge_of_gates: expected positive gates[position, head] in floating point, got {_shape(gates)}. "
             "A single position has an axis of its own, too. Pass gates[None].float()."
         )
     if not bool((gates.isfinite() & (gates > 0)).all()):
