@@ -72,6 +72,8 @@ def attention_records(statistics: AttentionStatistics, level: Level) -> list[Att
     records = []
     for head in range(statistics.call.heads):
         values = {name: Statistic.of(*statistics.values.summary(i, head)) for i, name in enumerate(ATTENTION_MEASURES)}
+        # A figure that one batch did not bear out is none of the whole text.
+        values = {name: None if name in statistics.reasons else value for name, value in values.items()}
         unavailable = {
             name: statistics.reasons.get(name) or _missing(name, level)
             for name, value in values.items()

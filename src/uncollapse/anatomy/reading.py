@@ -163,12 +163,13 @@ class _Reader:
                 frontier.extend(() if index in ends else self._behind(index))
         return seen
 
-    def _gates(self, index: int, stream: int) -> tuple[tuple[Point, int], ...]:
-        """The factors made from data, and the choices of tokens, that the stream meets from value `stream` to value `index`."""
+    def _gates(self, index: int, stream: int, norms: Collection[tuple[int, int]]) -> tuple[tuple[Point, int], ...]:
+        """The factors made from data, and the choices of tokens, that the stream meets from value `stream` to value `index`.
+        What lies in one of the `norms`, from a value to a value, is the norm's own: it is taken from whatever stream comes."""
         found: list[tuple[Point, int]] = []
         for value in sorted(self._carried(index, (stream,)) - {stream}):
             node = self.t.nodes[value]
-            if not self.t.depends(value, stream):
+            if stream not in self._carried(value, (stream,)) or any(start < value <= end for start, end in norms):
                 continue
             numbers = range(len(node.inputs))
             if node.operation == "lerp":
@@ -1076,6 +1077,7 @@ class _Reader:
         parts: list[Part] = []
         residuals: list[Residual] = []
         parts_of: list[list[int]] = []
+        carried: list[list[tuple[int, int]]] = []  # by addition: the ways of the stream, from their ends to their beginnings
         entry, entry_value = self._entry(stretch)
         exit_place, exit_value = self._exit(stretch)
         before = entry_value
@@ -1091,22 +1093,27 @@ class _Reader:
             parts_of.append(
                 [offset if not attending or self._attending(leaf, found.stream) else offset + 1 for leaf in summands]
             )
-            gates = dict.fromkeys([*self._gates(found.stream, before), *self._gates(found.root, found.stream)])
+            carried.append([(found.stream, before), (found.root, found.stream)])
             if found is sums[-1]:
-                gates |= dict.fromkeys(self._gates(exit_value, found.root))
+                carried[-1].append((exit_value, found.root))
             elif self._is_piecewise(found, sums[len(residuals) + 1]):
                 raise self._refusal(
                     f"a sublayer of {stretch.name} runs on some of the tokens at a time, one piece after another. How many "
                     "pieces there are depends on the input. Let it run on all tokens at once"
                 )
-            residuals.append(Residual(tuple(tree), tuple(range(offset, offset + len(own))), gates=tuple(gates)))
+            residuals.append(Residual(tuple(tree), tuple(range(offset, offset + len(own)))))
             parts.extend(own)
             before = found.root
         region = call if stretch.entry is None else replace(call, first=entry_value + 1, last=exit_value + 1)
         norms = self._norms(sums, parts_of, exit_value, region)
         self.edges[entry, exit_place] = (entry_value, exit_value)
+        inside = [self.t.pieces[n.where] for n in norms if n.role == "post" and n.where in self.t.pieces]
         residuals = [
-            replace(r, norms_post=tuple(n.where for n in norms if n.role == "post" and n.place == i))
+            replace(
+                r,
+                norms_post=tuple(n.where for n in norms if n.role == "post" and n.place == i),
+                gates=tuple(dict.fromkeys(gate for way in carried[i] for gate in self._gates(*way, inside))),
+            )
             for i, r in enumerate(residuals)
         ]
         roles = {n.role for n in norms}

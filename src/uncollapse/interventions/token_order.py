@@ -51,6 +51,11 @@ def mask_removed(model: nn.Module, anatomy: Anatomy, blocks: frozenset[int]) -> 
     for number, block in enumerate(anatomy.blocks):
         padding = paddings[anatomy.stack_of(number)]
         for call in (c for p in block.parts if p.kind == "attention" for c in p.attention if number in blocks):
+            if call.shares_queries:
+                raise UnsupportedModel(
+                    f"without: expected an attention that answers for all of its queries at once, got several calls in {block.name}. "
+                    "How many there are depends on the input, and so does where their masks are. Take away another component."
+                )
             if call.is_fused:
                 handlers[call.product] = _unmasked_fused(call, padding)
             for step in call.masking:
