@@ -587,6 +587,7 @@ def _contributions(spec: Specification, one: AttentionTruth, real: np.ndarray, f
     # A constant may sit in the bias or, through a value bias, in the heads: only their sum is determined by W_O alone here.
     scale = max(float(np.sqrt((want[real] ** 2).mean())), 1e-12)
     gap = float(np.sqrt(((got - want)[real] ** 2).mean())) / scale
+    assert one.bias is not None
     biased = float(np.abs(found.bias.double().numpy() - one.bias).max()) / max(float(np.abs(one.bias).max()), scale)
     near = tolerance(spec).output
     if not want[real].any():

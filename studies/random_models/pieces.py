@@ -299,7 +299,7 @@ class Attention(nn.Module):
             return torch.einsum("xyhd,hdo->xyo", y, self.weight_o)
         if kind == "a module per head":
             assert isinstance(self.o, nn.ModuleList)
-            summed: Tensor = sum(one(y[..., head, :]) for head, one in enumerate(self.o))  # type: ignore[assignment]
+            summed: Tensor = sum(one(y[..., head, :]) for head, one in enumerate(self.o))
             return summed
         total = y[..., 0, :] @ self.weight_o[0]
         for head in range(1, self.spec.heads):
@@ -1140,18 +1140,18 @@ def added(
 
     a, b = scale("stream", spec.stream_scale), scale("update", spec.update_scale)
     way = spec.addition
-    alpha_a = way == "torch.add(f, x, alpha=)" and isinstance(a, float) and x is not None and update is not None
-    alpha_b = way in {"torch.add(x, f, alpha=)", "x.add_(f)"} and isinstance(b, float) and x is not None
-    alpha_b = alpha_b and update is not None
-    if x is not None and a is not None and not alpha_a:
+    is_sum = x is not None and update is not None
+    alpha_a = a if is_sum and way == "torch.add(f, x, alpha=)" and isinstance(a, float) else None
+    alpha_b = b if is_sum and way in {"torch.add(x, f, alpha=)", "x.add_(f)"} and isinstance(b, float) else None
+    if x is not None and a is not None and alpha_a is None:
         x = a * x
     unscaled = update
-    if update is not None and b is not None and not alpha_b:
+    if update is not None and b is not None and alpha_b is None:
         update = update * b
     if way == "torch.lerp(x, f, 0.4)":
         if x is not None and update is not None:
             return torch.lerp(x, update, 0.4)
-        return 0.6 * x if update is None else 0.4 * update  # type: ignore[operator]
+        x, update = None if x is None else 0.6 * x, None if update is None else 0.4 * update
     if x is None or update is None:
         left = update if x is None else x
         assert left is not None
@@ -1161,13 +1161,14 @@ def added(
     if way == "f + x":
         return update + x
     if way == "torch.add(x, f, alpha=)":
-        return torch.add(x, update, alpha=b) if alpha_b else torch.add(x, update)
+        return torch.add(x, update) if alpha_b is None else torch.add(x, update, alpha=alpha_b)
     if way == "torch.add(f, x, alpha=)":
-        return torch.add(update, x, alpha=a) if alpha_a else torch.add(update, x)
+        return torch.add(update, x) if alpha_a is None else torch.add(update, x, alpha=alpha_a)
     if way == "torch.addcmul(x, b, f)":
+        assert unscaled is not None
         return torch.addcmul(x, b, unscaled) if isinstance(b, Tensor) else x + update
     if way == "x.add_(f)":
-        return x.add_(update, alpha=b) if alpha_b else x.add_(update)
+        return x.add_(update) if alpha_b is None else x.add_(update, alpha=alpha_b)
     assert way == "x += f", way
     x += update
     return x

@@ -812,7 +812,9 @@ class _BlockProof(BlockAlone):
         if any(call.shares_queries for call in found):
             alike = len({(c.heads, c.head_width, c.lead, c.before, c.after) for c in found}) == 1
             if not alike or not all(c.shares_queries for c in found) or not self._in_turn(found, others, axes):
-                reason = "several attention calls of one sublayer share out its queries in a way that was not understood"
+                reason = (
+                    "several attention calls of one sublayer share out its queries in a way that was not understood"
+                )
                 found = [replace(call, unreadable=call.unreadable or reason) for call in found]
         return tuple(found)
 

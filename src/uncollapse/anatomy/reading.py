@@ -940,7 +940,11 @@ class _Reader:
         piece = pieces[0] if first else pieces[-1]
         for call in self.t.calls:  # the outermost module that holds the norm and no more than it
             result = call.outputs.get(None)
-            if result is not None and root < call.first <= piece.bare < call.last and piece.bare <= result <= piece.target:
+            if (
+                result is not None
+                and root < call.first <= piece.bare < call.last
+                and piece.bare <= result <= piece.target
+            ):
                 return result
         return piece.target
 
@@ -1077,7 +1081,9 @@ class _Reader:
         parts: list[Part] = []
         residuals: list[Residual] = []
         parts_of: list[list[int]] = []
-        carried: list[list[tuple[int, int]]] = []  # by addition: the ways of the stream, from their ends to their beginnings
+        carried: list[
+            list[tuple[int, int]]
+        ] = []  # by addition: the ways of the stream, from their ends to their beginnings
         entry, entry_value = self._entry(stretch)
         exit_place, exit_value = self._exit(stretch)
         before = entry_value
@@ -1188,7 +1194,9 @@ class _Reader:
         for path, given in around.inputs.items():
             if given == index:
                 return Place(ModuleCall(around.name, around.ordinal), "in", path)
-        for call in self.t.calls:  # what a module makes is met where it leaves it: hooks may put another value in its place
+        for (
+            call
+        ) in self.t.calls:  # what a module makes is met where it leaves it: hooks may put another value in its place
             inside = around.first <= call.first and call.index != around.index and call.first <= index < call.last
             if inside and call.outputs.get(None) == index:
                 return Place(ModuleCall(call.name, call.ordinal), "out")

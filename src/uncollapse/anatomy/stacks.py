@@ -19,8 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.influence import heard_tokens,
-    heard_tokens_one_by_one, moved, poked, segments, without_zeros
+from uncollapse.anatomy.influence import heard_tokens, heard_tokens_one_by_one, moved, poked, segments, without_zeros
 from uncollapse.anatomy.vocabulary import Anatomy, Block, Stack, StreamAxes, TokenMask
 
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.influence import without_zeros
-from uncollapse.anatomy.interception import Handler, Point, counted, intercepted
+from uncollapse.anatomy.interception import Handler, Point, counted, in_turn, intercepted
 from uncollapse.anatomy.probing import in_the_open, probing
 from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
 from uncollapse.anatomy.tracing import tensors_in, writes_in_place
@@ -226,7 +226,8 @@ def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> No
     runs: dict[str, set[int]] = {}
     for where in norms:
         if isinstance(where, NormPiece):
-            handlers |= _identity_of_piece(where)
+            for point, handler in _identity_of_piece(where).items():  # norms may begin at one operation
+                handlers[point] = in_turn(handlers[point], handler) if point in handlers else handler
         else:
             runs.setdefault(where.name, set()).add(where.call)
     for name, calls in runs.items():
