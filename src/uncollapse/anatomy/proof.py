@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,56 +27,72 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.autocast import AutocastState
 from uncollapse.anatomy.interception import Handler, Point, addition_operands, intercepted
+from uncollapse.anatomy.module_states import left_as_found
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.reading import read
+from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember
+from uncollapse.anatomy.snapshots import copied
 from uncollapse.anatomy.tracing import tensors_in, trace
 from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Block, Identity, Layout, Part, removal
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 
 EXAMPLE_TOKENS = 8
-_proved: weakref.WeakKeyDictionary[nn.Module, tuple[object, Layout | None, Anatomy, dict[str, Any]]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
-def proved_anatomy(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None) -> Anatomy:
-    """The anatomy of `model`, read off a trace of a small piece of `batch` and proved; remembered for this model object
-    as long as its modules stay the same. Raises `UnsupportedModel` where the model cannot be read or the proof fails."""
-    known = _proved.get(model)
-    if known is not None and known[0] == _fingerprint(model) and layout in (None, known[1]):
-        return known[2]
-    small = _piece(model, batch)
+def proved_anatomy(
+    model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None, *, anew: bool = False
+) -> Anatomy:
+    """The anatomy of `model`, read off a trace of a small piece of `batch` and proved. It is remembered for this model object in
+    this situation (`situations`). anew: prove it again, on the whole batch: on a piece the model went another way.
+
+    Raises `UnsupportedModel` where the model cannot be read or the proof fails."""
+    situation = Situation.of(model, batch, layout)
+    known = None if anew else recalled(model, situation)
+    if known is not None:
+        return known.anatomy
+    small, steers = (dict(batch), _steers(model, batch)) if anew else _piece(model, batch)
     anatomy = prove(model, small, layout)
-    _proved[model] = (_fingerprint(model), layout, anatomy, small)
+    remember(model, situation, Remembered(anatomy, small, steers))
     return anatomy
 
 
-def _piece(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The example, or the whole batch for a model that does not run on it: patches laid end to end, fixed lengths."""
+def _piece(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The example; or the whole batch for a model that does not run on it (patches laid end to end, fixed lengths) or that
+    would not be the same model afterwards (BigBird gives up its sparse attention on a short text). Then also whether the whole
+    batch makes another model of it, too."""
     piece = example(batch)
     try:
-        with probing(model):
+        with probing(model), left_as_found(model) as states:
             model(**piece)
+            if not states.steered():
+                return piece, False
     except Exception:  # whatever it is, the piece does not fit; the batch is the user's own
-        return dict(batch)
-    return piece
+        return dict(batch), False
+    return dict(batch), _steers(model, batch)
 
 
-def known_anatomy(model: nn.Module) -> Anatomy | None:
-    """The anatomy that was proved for this model object before, if its modules are still the same."""
-    known = _proved.get(model)
-    return known[2] if known is not None and known[0] == _fingerprint(model) else None
+def _steers(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether running `batch` sends later runs of the model another way."""
+    try:
+        with probing(model), left_as_found(model) as states:
+            model(**batch)
+            return states.steered()
+    except Exception:  # `prove` says what is wrong with the batch
+        return False
+
+
+def known_anatomy(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Anatomy | None:
+    """The anatomy that was proved last for this model object as it stands now; with a `batch`, on inputs of its kind."""
+    known = latest(model, batch)
+    return None if known is None else known.anatomy
 
 
 def known_example(model: nn.Module) -> dict[str, Any] | None:
     """The few tokens on which this model object's anatomy was proved."""
-    known = _proved.get(model)
-    return known[3] if known is not None else None
-
-
-def _fingerprint(model: nn.Module) -> object:
-    return tuple((name, id(module)) for name, module in model.named_modules())
+    known = latest(model)
+    return None if known is None else known.example
 
 
 def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS) -> dict[str, Any]:
@@ -110,6 +126,7 @@ class _Run:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    precision: AutocastState
     output: Tensor | None = None
     sums: dict[Point, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
@@ -134,7 +151,8 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
         proved: list[Block] = []
         for block, run in zip(anatomy.blocks, runs, strict=True):
             try:
-                prover = _BlockProof(model, block, run)
+                with run.precision.entered():  # every replay of the block happens in here
+                    prover = _BlockProof(model, block, run)
             except UncollapseError:
                 raise
             except Exception as error:  # the model's own code, run in a way it may not expect
@@ -144,7 +162,9 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
         proof.append(
             Identity("the output afterwards is the output before", "model", _deviation(before, _output(model, batch)))
         )
-    anatomy = replace(anatomy, blocks=tuple(proved), proof=tuple(proof))
+    names = {b.module.name for b in anatomy.blocks}
+    runs_of = Counter(call.name for call in recorded.calls if call.name in names)
+    anatomy = replace(anatomy, blocks=tuple(proved), proof=tuple(proof), runs=tuple(sorted(runs_of.items())))
     for identity in proof:
         if not identity.deviation <= 0.0:
             raise _failure(model, anatomy, identity)
@@ -192,13 +212,16 @@ def _observe(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy) -> li
             for node in residual.additions:
                 handlers[node.point] = _recording(runs, block, node.point)
     counts = dict.fromkeys(by_module, 0)
+    devices = {p.device.type for p in model.parameters()} - {"meta"}
     with contextlib.ExitStack() as stack:
         for name, blocks in by_module.items():
             module = model.get_submodule(name)
             outputs = {b.module.call: b.stream_output for b in blocks}
 
             def enter(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                runs[name, counts[name]] = _Run(_cloned(args), _cloned(kwargs))
+                runs[name, counts[name]] = _Run(
+                    copied(args, model), copied(kwargs, model), AutocastState.here(*devices)
+                )
 
             def leave(_: nn.Module, _a: Any, _k: Any, output: Any, name: str = name, outputs: Any = outputs) -> None:
                 call = counts[name]
@@ -238,16 +261,6 @@ def block_output(output: Any, key: int | None) -> Tensor:
     found = output if key is None else list(output.values())[key] if isinstance(output, Mapping) else output[key]
     assert isinstance(found, Tensor)
     return found
-
-
-def _cloned(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) in (list, tuple):
-        return type(value)(_cloned(v) for v in value)
-    if type(value) is dict:
-        return {k: _cloned(v) for k, v in value.items()}
-    return value
 
 
 class _BlockProof:
@@ -353,7 +366,7 @@ class _BlockProof:
     ) -> Tensor:
         """The block's output on its own arguments with some parts removed, optionally with another stream or further
         handlers."""
-        args, kwargs = list(_cloned(self.run.args)), _cloned(self.run.kwargs)
+        args, kwargs = list(copied(self.run.args, self.model)), copied(self.run.kwargs, self.model)
         if stream is not None:
             if isinstance(self.block.stream_input, int):
                 args[self.block.stream_input] = stream.clone()

@@ -196,25 +196,24 @@ class _Reader:
         internal: list[int] = []
         leaves: list[int] = []
         scales: list[float] = []
-
-        def descend(index: int, behind: list[float]) -> None:
-            if index == stream:
+        frontier: list[tuple[int, list[float], bool]] = [(root, [], False)]  # node, factors around it, operands done
+        while frontier:  # no recursive closure: it would be a cycle that keeps the model alive
+            index, behind, is_done = frontier.pop()
+            passed = None if index == stream else self.t.passes_through(index)
+            if is_done:
+                internal.append(index)
+            elif index == stream:
                 leaves.append(index)
                 scales.extend(behind)
-                return
-            if self._is_addition(index) and self.t.depends(index, stream):
-                for operand in self.t.nodes[index].inputs[:2]:
-                    descend(operand, behind)
-                internal.append(index)
-                return
-            passed = self.t.passes_through(index)
-            if passed is not None and (passed == stream or self._leads_to_addition(passed, stream)):
+            elif self._is_addition(index) and self.t.depends(index, stream):
+                frontier.append((index, behind, True))
+                frontier.extend((operand, behind, False) for operand in reversed(self.t.nodes[index].inputs[:2]))
+            elif passed is not None and (passed == stream or self._leads_to_addition(passed, stream)):
                 node = self.t.nodes[index]
-                descend(passed, behind + (list(node.scalars) if node.operation == "mul" else []))
-                return
-            leaves.append(index)
-
-        descend(root, [])
+                factors = list(node.scalars) if node.operation == "mul" else []
+                frontier.append((passed, behind + factors, False))
+            else:
+                leaves.append(index)
         return internal, leaves, tuple(scales)
 
     def _leads_to_addition(self, index: int, stream: int) -> bool:
@@ -252,21 +251,22 @@ class _Reader:
         if rest:
             parts.append(self._mlp(rest[0], found))
             part_of |= dict.fromkeys(rest, len(parts) - 1)
-
-        def under(index: int) -> frozenset[int]:
-            if index in part_of:
-                return frozenset({part_of[index]})
-            if index in found.nodes:
-                return under(self.t.nodes[index].inputs[0]) | under(self.t.nodes[index].inputs[1])
-            passed = self.t.passes_through(index)
-            return under(passed) if passed is not None else frozenset()
-
         tree: list[AdditionNode] = []
         for index in found.nodes:
-            first, second = (under(i) for i in self.t.nodes[index].inputs[:2])
+            first, second = (self._under(i, found, part_of) for i in self.t.nodes[index].inputs[:2])
             if len(first | second) > 1:  # an addition within one part belongs to that part
                 tree.append(AdditionNode(self._point(index), first, second))
         return parts, tree
+
+    def _under(self, index: int, found: _Sum, part_of: Mapping[int, int]) -> frozenset[int]:
+        """The leaves of a residual addition under one of its nodes: part numbers, or `STREAM`."""
+        if index in part_of:
+            return frozenset({part_of[index]})
+        if index in found.nodes:
+            first, second = self.t.nodes[index].inputs[:2]
+            return self._under(first, found, part_of) | self._under(second, found, part_of)
+        passed = self.t.passes_through(index)
+        return self._under(passed, found, part_of) if passed is not None else frozenset()
 
     def _point(self, index: int) -> Point:
         node = self.t.nodes[index]

@@ -160,11 +160,12 @@ class Identity:
 @dataclass(frozen=True)
 class Anatomy:
     """The proved picture of a model. `outer_norms` are the norm calls outside the blocks (of the embedding, the final one);
-    `proof` lists every identity that was checked."""
+    `proof` lists every identity that was checked; `runs` says how often each module that is a block runs in a pass."""
 
     blocks: tuple[Block, ...]
     outer_norms: tuple[ModuleCall, ...] = ()
     proof: tuple[Identity, ...] = ()
+    runs: tuple[tuple[str, int], ...] = ()
 
     @property
     def norm_placement(self) -> str:

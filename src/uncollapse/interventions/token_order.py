@@ -13,7 +13,6 @@ checked before it is believed.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,6 +24,7 @@ from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.tracing import operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.errors import UnsupportedModel
+from uncollapse.wrappers import bound, rebound, takes
 
 
 @contextlib.contextmanager
@@ -33,7 +33,7 @@ def mask_removed(model: nn.Module, anatomy: Anatomy, blocks: frozenset[int]) -> 
     padding: list[Tensor | None] = [None]
 
     def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
+        mask = bound(model, args, kwargs).get("attention_mask")
         hides = isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all())
         padding[0] = mask.bool()[:, None, None, :] if hides and isinstance(mask, Tensor) else None
 
@@ -110,21 +110,21 @@ def _allowing(operand: Tensor) -> Tensor:
 @contextlib.contextmanager
 def positions_removed(model: nn.Module) -> Iterator[None]:
     """Within the context every token stands at position 0."""
-    parameters = inspect.signature(model.forward).parameters
-    if "position_ids" not in parameters:
+    if not takes(model, "position_ids"):
         raise UnsupportedModel(
             f"without: expected a model that takes position_ids, got {type(model).__name__}. Its positions cannot be told "
             "from outside. Take away another component."
         )
 
     def at_zero(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        shaped = tokens if tokens is not None else kwargs["inputs_embeds"][..., 0]
-        zeros = torch.zeros(shaped.shape[:2], dtype=torch.long, device=shaped.device)
-        if "attention_mask" in parameters and len(args) < 2 and kwargs.get("attention_mask") is None:
+        given = bound(model, args, kwargs)
+        tokens = given.get("input_ids", args[0] if args else None)
+        shaped = tokens if tokens is not None else given["inputs_embeds"][..., 0]
+        changed = {"position_ids": torch.zeros(shaped.shape[:2], dtype=torch.long, device=shaped.device)}
+        if takes(model, "attention_mask") and given.get("attention_mask") is None:
             # Without a mask, positions that start again are taken for sequences packed into one row, and kept apart.
-            kwargs = {**kwargs, "attention_mask": torch.ones_like(zeros)}
-        return args, {**kwargs, "position_ids": zeros}
+            changed["attention_mask"] = torch.ones_like(changed["position_ids"])
+        return rebound(model, args, kwargs, changed)
 
     hook = model.register_forward_pre_hook(at_zero, with_kwargs=True, prepend=True)  # position gates listen, too
     try:

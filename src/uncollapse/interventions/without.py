@@ -31,11 +31,14 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, counted, intercepted
+from uncollapse.anatomy.probing import going_as_steered
 from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
+from uncollapse.anatomy.situations import held
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Block, removal
 from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.interventions.token_order import mask_removed, positions_removed, require_order_blind
+from uncollapse.wrappers import seen_through
 
 Component = Literal["mlp", "attention", "residual", "attention-residual", "mlp-residual", "norm", "positions", "mask"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
@@ -80,13 +83,14 @@ def without(
         require_order_blind(model, anatomy, known_example(model) or {})
     wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
     stack = _active.setdefault(model, [])
-    stack.append(wanted)
-    try:
-        _install(model, anatomy, stack)
-        yield model
-    finally:
-        stack.pop()
-        _install(model, anatomy, stack)
+    with held(model), going_as_steered(model):
+        stack.append(wanted)
+        try:
+            _install(model, anatomy, stack)
+            yield model
+        finally:
+            stack.pop()
+            _install(model, anatomy, stack)
 
 
 def is_ablated(model: nn.Module) -> bool:
@@ -96,11 +100,11 @@ def is_ablated(model: nn.Module) -> bool:
 
 def anatomy_for(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Anatomy:
     """The proved anatomy: the remembered one, else proved on `batch`, else on the model's own dummy inputs."""
-    known = known_anatomy(model)
+    known = known_anatomy(model, batch)
     if known is not None:
         return known
     if batch is None:
-        batch = getattr(model, "dummy_inputs", None)
+        batch = getattr(seen_through(model), "dummy_inputs", None)
     if batch is None:
         raise InputError(
             f"without: expected a model whose anatomy is known, got a {type(model).__name__} that was never diagnosed and "
