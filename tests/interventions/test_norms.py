@@ -226,6 +226,24 @@ def test_a_norm_written_out_has_its_ranks_and_says_why_it_has_no_brackets() -> N
     assert norm_records([]) == []
 
 
+def _scaled_twice(block: Any, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    """Both parts read one norm, each with a scale of its own, which goes with the norm."""
+    normed = norm(x)
+    first, second = (normed, normed) if normed is x else (normed * block.gain, normed * block.table[0])
+    return x + block.attention(first) + block.mlp(second)
+
+
+def test_norms_that_begin_at_one_operation_are_each_taken_out_and_each_measured() -> None:
+    torch.manual_seed(0)
+    model = OwnForward(_scaled_twice, _rms, _parts)
+    anatomy = checked(model, {"input_ids": ids()})
+    assert len({norm.where for norm in anatomy.blocks[0].norms}) == 2
+    for norm in uc.diagnose(model, batches=[{"input_ids": ids()}], level="full").record.norms:
+        assert norm.affine_rank_before is not None
+        assert norm.affine_rank_after is not None
+        assert set(norm.unavailable) == {"brackets"}
+
+
 # Nothing in silence -----------------------------------------------------------------------------------------------------
 
 

@@ -271,27 +271,25 @@ class _Reader:
         depend on the stream is carried along with it and is no summand."""
         internal: list[int] = []
         leaves: list[int] = []
-
-        def descend(index: int) -> None:
-            if index == stream:
-                leaves.append(index)
-            elif self.t.depends(index, stream):
-                terms = self._summands(index)
-                onward = terms or [
-                    i for i in self._onward(index, is_gated) if self._leads_to_addition(i, stream, is_gated)
-                ]
-                before = len(leaves)
-                for value in onward:
-                    descend(value)
-                if onward and set(leaves[before:]) == {stream}:  # the stream twice, as in a x + b x0 where x is x0
-                    del leaves[before + 1 :]
-                elif terms:
-                    internal.append(index)
-                elif not onward:
-                    leaves.append(index)
-
-        descend(root)
+        # No recursive closure: it would be a cycle that keeps the model alive.
+        self._descend(root, stream, is_gated, internal, leaves)
         return internal, leaves
+
+    def _descend(self, index: int, stream: int, is_gated: bool, internal: list[int], leaves: list[int]) -> None:
+        if index == stream:
+            leaves.append(index)
+        elif self.t.depends(index, stream):
+            terms = self._summands(index)
+            onward = terms or [i for i in self._onward(index, is_gated) if self._leads_to_addition(i, stream, is_gated)]
+            before = len(leaves)
+            for value in onward:
+                self._descend(value, stream, is_gated, internal, leaves)
+            if onward and set(leaves[before:]) == {stream}:  # the stream twice, as in a x + b x0 where x is x0
+                del leaves[before + 1 :]
+            elif terms:
+                internal.append(index)
+            elif not onward:
+                leaves.append(index)
 
     def _onward(self, index: int, is_gated: bool) -> list[int]:
         passed = self._passes(index)
@@ -329,22 +327,23 @@ class _Reader:
         if rest:
             parts.append(self._mlp(rest[0], found))
             part_of |= dict.fromkeys(rest, len(parts) - 1)
-
-        def under(index: int) -> frozenset[int]:
-            if index in part_of:
-                return frozenset({part_of[index]})
-            if not self.t.depends(index, found.stream):
-                return frozenset({STREAM})
-            terms = self._summands(index)
-            return frozenset().union(*map(under, terms or self._onward(index, found.is_gated)))
-
         tree: list[AdditionNode] = []
         for index in found.nodes:
             terms, inputs = self._terms(index), self.t.nodes[index].inputs
-            leaves = tuple(under(v) if i in terms else frozenset() for i, v in enumerate(inputs))
+            leaves = tuple(self._under(v, found, part_of) if i in terms else frozenset() for i, v in enumerate(inputs))
             if len(frozenset().union(*leaves)) > 1:  # an addition within one part belongs to that part
                 tree.append(AdditionNode(self._point(index), leaves))
         return parts, tree
+
+    def _under(self, index: int, found: _Sum, part_of: Mapping[int, int]) -> frozenset[int]:
+        """The leaves of a residual addition under one of its nodes: part numbers, or `STREAM`."""
+        if index in part_of:
+            return frozenset({part_of[index]})
+        if not self.t.depends(index, found.stream):
+            return frozenset({STREAM})
+        terms = self._summands(index)
+        behind = terms or self._onward(index, found.is_gated)
+        return frozenset().union(*(self._under(value, found, part_of) for value in behind))
 
     def _point(self, index: int) -> Point:
         node = self.t.nodes[index]

@@ -306,11 +306,13 @@ class Identity:
 @dataclass(frozen=True)
 class Anatomy:
     """The proved picture of a model. `outer_norms` are the norm calls outside the blocks (of the embedding, the final one);
-    `proof` lists every identity that was checked. `stacks` are the chains of blocks, with the masks that govern them."""
+    `proof` lists every identity that was checked. `stacks` are the chains of blocks, with the masks that govern them. `runs` says
+    how often each module that is a block runs in a pass."""
 
     blocks: tuple[Block, ...]
     outer_norms: tuple[ModuleCall | NormPiece, ...] = ()
     proof: tuple[Identity, ...] = ()
+    runs: tuple[tuple[str, int], ...] = ()
     stacks: tuple[Stack, ...] = ()
 
     def stack_of(self, block: int) -> int:

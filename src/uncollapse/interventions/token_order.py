@@ -13,7 +13,6 @@ checked before it is believed.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -28,7 +27,7 @@ from uncollapse.anatomy.stacks import given_mask, hides
 from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, MaskingStep
 from uncollapse.errors import UnsupportedModel
-from uncollapse.sources.batches import bound
+from uncollapse.wrappers import bound, rebound, takes
 
 
 @contextlib.contextmanager
@@ -53,8 +52,8 @@ def mask_removed(model: nn.Module, anatomy: Anatomy, blocks: frozenset[int]) -> 
         for call in (c for p in block.parts if p.kind == "attention" for c in p.attention if number in blocks):
             if call.shares_queries:
                 raise UnsupportedModel(
-                    f"without: expected an attention that answers for all of its queries at once, got several calls in {block.name}. "
-                    "How many there are depends on the input, and so does where their masks are. Take away another component."
+                    f"without: expected an attention that answers for its queries at once, got several calls in {block.name}. "
+                    "How many there are depends on the input. Take away another component."
                 )
             if call.is_fused:
                 handlers[call.product] = _unmasked_fused(call, padding)
@@ -106,21 +105,21 @@ def _unmasked_step(step: MaskingStep, padding: list[Tensor | None]) -> Handler:
 @contextlib.contextmanager
 def positions_removed(model: nn.Module) -> Iterator[None]:
     """Within the context every token stands at position 0."""
-    parameters = inspect.signature(model.forward).parameters
-    if "position_ids" not in parameters:
+    if not takes(model, "position_ids"):
         raise UnsupportedModel(
             f"without: expected a model that takes position_ids, got {type(model).__name__}. Its positions cannot be told "
             "from outside. Take away another component."
         )
 
     def at_zero(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        shaped = tokens if tokens is not None else kwargs["inputs_embeds"][..., 0]
-        zeros = torch.zeros(shaped.shape[:2], dtype=torch.long, device=shaped.device)
-        if "attention_mask" in parameters and len(args) < 2 and kwargs.get("attention_mask") is None:
+        given = bound(model, args, kwargs)
+        tokens = given.get("input_ids", args[0] if args else None)
+        shaped = tokens if tokens is not None else given["inputs_embeds"][..., 0]
+        changed = {"position_ids": torch.zeros(shaped.shape[:2], dtype=torch.long, device=shaped.device)}
+        if takes(model, "attention_mask") and given.get("attention_mask") is None:
             # Without a mask, positions that start again are taken for sequences packed into one row, and kept apart.
-            kwargs = {**kwargs, "attention_mask": torch.ones_like(zeros)}
-        return args, {**kwargs, "position_ids": zeros}
+            changed["attention_mask"] = torch.ones_like(changed["position_ids"])
+        return rebound(model, args, kwargs, changed)
 
     hook = model.register_forward_pre_hook(at_zero, with_kwargs=True, prepend=True)  # position gates listen, too
     try:

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.expected_runs import runs_checked
 from uncollapse.anatomy.interception import Handler, Point, device_of, in_turn
 from uncollapse.anatomy.probing import full_precision, probing
 from uncollapse.anatomy.proof import blocks_alone
@@ -80,17 +81,19 @@ def capture(
     """Run `model` once over `batches` (each a dict of tensors, moved to the model's device) and observe. `on_output` is given
     each batch and the model's output on it. `spectra`: whether to decompose the attention matrices, by default at level `full`.
 
-    Raises `InputError` where a padded batch meets a model whose token axis does not match the mask.
+    Raises `InputError` where a padded batch meets a model whose token axis does not match the mask, `ChangedPath` where the
+    model takes another path on a batch than the one that was proved.
     """
     probe = _Probe(model, anatomy, level, level == "full" if spectra is None else spectra)
     device = device_of(model)
-    with probing(model, seed), probe.installed():
+    with contextlib.closing(probe), probing(model, seed), probe.installed(), runs_checked(model, anatomy) as check:
         for number, batch in enumerate(batches):
             if progress is not None:
                 progress("probe", number, len(batches))
             on_device = {k: v.to(device).contiguous() if isinstance(v, Tensor) else v for k, v in batch.items()}
             probe.begin(on_device)
-            output = model(**on_device)
+            with check(on_device):
+                output = model(**on_device)
             probe.count()
             if on_output is not None:
                 on_output(on_device, output)
@@ -114,6 +117,8 @@ class _Probe:
         self.heads_output: Tensor | None = None  # of the attention call whose output projection is still to come
         self.matrices: dict[str, Tensor] = {}
         self.distinct: list[Tensor | None] = []  # by stack: different token ids of each sequence
+        # Of a sharded model the whole weights exist only while a block runs, and their memory is freed under whoever kept a view.
+        self.lasting = {id(p) for p in model.parameters()}
         self.entered: dict[str, Tensor] = {}  # by site: the cloud that entered the block that is running
         # What reads the stream takes each token's mean away, if it is a layer norm.
         readers = [n for b in anatomy.blocks for n in b.norms if n.role in {"before", "post"}]
@@ -123,6 +128,12 @@ class _Probe:
         if level == "full":
             self.sublayers = Sublayers(model, anatomy, self._tokens_of, self._is_own)
             self.observations.updates, self.observations.norms = self.sublayers.updates, self.sublayers.norms
+
+    def close(self) -> None:
+        """Be no part of a cycle any more: that would keep the model in memory until Python looks for such."""
+        if self.sublayers is not None:
+            self.sublayers.let_go()
+        self.sublayers = None
 
     # Installation -------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -221,7 +232,9 @@ class _Probe:
         """Meet the output projection: its matrix, once a module, and the energy of what it reads."""
         if name not in self.matrices:
             try:
-                self.matrices[name] = projection_matrix(module, given)
+                matrix = projection_matrix(module, given)
+                lasts = all(id(p) in self.lasting for p in module.parameters())
+                self.matrices[name] = matrix if lasts else matrix.clone()
             except UncollapseError as error:
                 statistics.reasons |= {"matrix": str(error), "energy_share": str(error)}
                 return
@@ -420,6 +433,11 @@ class _Probe:
 
     def _key_mask(self, statistics: AttentionStatistics, keys: int, sequences: int) -> Tensor | None:
         stack = self.anatomy.stack_of(statistics.block)
+        known = self.paddings[stack].mask
+        if statistics.kind == "self" and known is not None and known.shape[-1] < keys:
+            # A cache that the model fills itself (virtual tokens of prefix tuning) comes before the text; its keys are real.
+            known = torch.cat([known.new_ones(len(known), keys - known.shape[-1]), known], -1)
+            return known if known.shape[0] == sequences else None
         if statistics.kind == "cross":
             encoder = next((i for i, s in enumerate(self.anatomy.stacks) if s.name == "encoder"), None)
             if encoder is None or self.shapes.get(encoder, (0, keys))[1] != keys:
@@ -484,7 +502,8 @@ class _Probe:
         operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         mixed = statistics.call.heads * statistics.call.head_width
         if operation_name(function) == "linear" and operands[1].shape[-1] == mixed:
-            statistics.matrix = operands[1].detach().T
+            weight = operands[1].detach()
+            statistics.matrix = (weight if id(operands[1]) in self.lasting else weight.clone()).T
             self._measure_energy(statistics, statistics.matrix, operands[0])
         else:
             reason = "the output projection is no linear map of the concatenated heads"

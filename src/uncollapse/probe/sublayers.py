@@ -251,6 +251,11 @@ class Sublayers:
         self._runs.clear()
         self._batch = _Batch()
 
+    def let_go(self) -> None:
+        """Drop what is bound to this object and would keep it, and the model with it, alive in a cycle."""
+        for bound in (self.handlers, self._entering, self._leaving):
+            bound.clear()
+
     def _enter(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.is_own():
             run = self._runs.get(name, 0)
