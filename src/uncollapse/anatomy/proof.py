@@ -543,6 +543,8 @@ class BlockAlone:
         output = self._replay(others, stream, handlers)
         if not added or any(t.shape != added[0].shape for t in added):
             return output
+        if added[0].shape != self.stream.shape == output.shape:  # made of some of the tokens, or of axes in another order
+            return output - self._replay(tuple(range(len(self.block.parts))), stream)
         return added[0] if len(added) == 1 else torch.stack(added).sum(0)
 
     @property

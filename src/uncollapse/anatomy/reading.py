@@ -169,7 +169,7 @@ class _Reader:
         found: list[tuple[Point, int]] = []
         for value in sorted(self._carried(index, (stream,)) - {stream}):
             node = self.t.nodes[value]
-            if stream not in self._carried(value, (stream,)) or any(start < value <= end for start, end in norms):
+            if not self.t.depends(value, stream) or any(start < value <= end for start, end in norms):
                 continue
             numbers = range(len(node.inputs))
             if node.operation == "lerp":
@@ -179,6 +179,9 @@ class _Reader:
             elif not self._gated(value):
                 continue
             factors = [i for i in numbers if self.t.nodes[node.inputs[i]].is_data]
+            if self._gated(value) and stream not in self._carried(value, (stream,)):
+                # On an update's way, a factor that this stream does not make: the weight of a token that was chosen before it.
+                factors = [i for i in factors if not self.t.depends(node.inputs[i], stream)]
             found += [
                 (self._point(value), i) for i in factors if stream not in self._carried(node.inputs[i], (stream,))
             ]
