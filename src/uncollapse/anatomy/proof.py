@@ -543,7 +543,7 @@ class BlockAlone:
         output = self._replay(others, stream, handlers)
         if not added or any(t.shape != added[0].shape for t in added):
             return output
-        if added[0].shape != self.stream.shape == output.shape:  # made of some of the tokens, or of axes in another order
+        if added[0].shape != self.stream.shape == output.shape:  # some of the tokens, or axes in another order
             return output - self._replay(tuple(range(len(self.block.parts))), stream)
         return added[0] if len(added) == 1 else torch.stack(added).sum(0)
 
@@ -797,12 +797,16 @@ class _BlockProof(BlockAlone):
             changed = stream.clone()
             changed.select(axes.sequence, sequence).add_(noise.select(axes.sequence, sequence))
             poked.append(observed(changed))
-        one = stream.clone()
-        first_token = tuple(
-            0 if axis == axes.sequence or axis in axes.token else slice(None) for axis in range(stream.ndim)
-        )
-        one[first_token] += noise[first_token]
-        token = observed(one)
+        token = plain
+        most = stream.shape[axes.token[-1]] if self.block.chooses_tokens else 1  # the first may be none of the chosen
+        for at in range(most):
+            one = stream.clone()
+            places = {axes.sequence: 0} | dict.fromkeys(axes.token, 0) | {axes.token[-1]: at}
+            index = tuple(places.get(axis, slice(None)) for axis in range(stream.ndim))
+            one[index] += noise[index]
+            token = observed(one)
+            if any(_differ(before, after) for before, after in zip(plain, token, strict=True)):
+                break
         memory = observed(stream, memory=True) if part.kind == "cross" else None
         found = []
         for i, call in enumerate(part.attention):
@@ -907,6 +911,13 @@ class _BlockProof(BlockAlone):
             if size > 1 and reaches(update, stream, axis, places, plain):
                 return True
         return False
+
+
+def _differ(before: Mixed | str, after: Mixed | str) -> bool:
+    """Whether a product mixes other values than before, as far as both could be read."""
+    if isinstance(before, str) or isinstance(after, str):
+        return False
+    return not torch.equal(before.values, after.values)
 
 
 def _one_per_term(node: AdditionNode, met: _Addition) -> list[Tensor]:

@@ -20,6 +20,7 @@ from uncollapse.anatomy.norm_reading import Piece, cuts, kind_between, next_prod
 from uncollapse.anatomy.replaying import between
 from uncollapse.anatomy.tracing import PASSES, Call, Trace
 from uncollapse.anatomy.vocabulary import (
+    PICKS,
     STREAM,
     AdditionNode,
     Anatomy,
@@ -44,10 +45,8 @@ _MOST_SOURCES = 4  # values that an embedding is summed of, and so many are foll
 _MOST_PRODUCTS = 24  # products of a part that are followed: of hundreds of experts the first tell as much
 
 
-# Operations that pick some of the tokens, and that put tokens in the place of others.
-_PICKS = frozenset(["gather", "index_select", "take_along_dim", "getitem"])
 _CUTS = frozenset(["getitem", "split", "chunk", "narrow", "tensor_split", "unbind"])
-_PUTS = frozenset(["scatter", "index_copy", "index_put", "setitem"])
+_PUTS = frozenset(["scatter", "index_copy", "index_put", "setitem"])  # tokens in the place of others
 
 
 @dataclass
@@ -149,7 +148,7 @@ class _Reader:
     def _picked(self, index: int) -> list[int]:
         """The values that an operation picks tokens from or puts tokens into, its data among the operands last."""
         node = self.t.nodes[index]
-        if node.operation in _PICKS:
+        if node.operation in PICKS:
             return [node.inputs[0]]
         return [node.inputs[0], node.inputs[-1]] if node.operation in _PUTS else []
 

@@ -39,6 +39,7 @@ from uncollapse.errors import UnsupportedModel
 PartKind = Literal["attention", "cross", "mlp", "mixer"]
 NormRole = Literal["before", "after", "inner", "post"]
 Placement = Literal["pre", "post", "sandwich", "output", "none"]
+PICKS = frozenset(["gather", "index_select", "take_along_dim", "getitem"])  # operations that choose some of the tokens
 STREAM = -1  # the leaf of an addition tree that is the residual stream itself; parts are leaves 0, 1, …
 
 
@@ -288,6 +289,11 @@ class Block:
     def name(self) -> str:
         """The block's name in messages."""
         return self.label or self.module.name
+
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether the block runs on some of its stream's tokens, which its data choose (mixture of depths)."""
+        return any(point.operation.split(" ")[0] in PICKS for r in self.residuals for point, _ in r.gates)
 
     @property
     def is_parallel(self) -> bool:

@@ -417,6 +417,8 @@ class _Probe:
             cloud = x.reshape(*shape, -1)  # rows of all sequences, one after another
         else:
             cloud = None
+        if cloud is not None and shape is not None and block.chooses_tokens and cloud.shape[1] < shape[1]:
+            shape = shape[0], cloud.shape[1]  # the chosen ones; a mask does not say which of them are padding
         if cloud is None or tuple(cloud.shape[:2]) != shape:
             return None
         try:
