@@ -23,6 +23,7 @@ from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.interventions import without as interventions
 from uncollapse.interventions.without import COMPONENTS, require_effect
 from uncollapse.probe.sublayers import norm_records
+from uncollapse.report.ablation import wording
 
 PLACEMENTS = {"pre": 2, "post": 2, "sandwich": 4, "output": 2, "parallel": 1}  # and the norms of a block
 
@@ -296,7 +297,7 @@ def test_parts_that_start_at_zero_are_there(monkeypatch: pytest.MonkeyPatch) -> 
             with uc.without(model, component):
                 assert torch.equal(model(**batch), before)
         require_effect(model, ("mlp",), None)
-        monkeypatch.setattr(interventions, "_zeros_perturbed", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(interventions, "without_zeros", lambda _: contextlib.nullcontext())
         with pytest.raises(uc.UnsupportedModel, match="same in every bit"):
             require_effect(model, ("mlp",), None)
         assert weights == {n: id(p) for n, p in model.named_parameters()}
@@ -311,9 +312,7 @@ def test_the_grid_leaves_out_what_cannot_be_taken_away_and_says_so() -> None:
     assert set(left_out) == {"norm", "norm, residual", "norm, mlp", "norm, residual, mlp"}
     assert all("nothing of the kind" in reason for reason in left_out.values())
     assert not any("norm" in v.without for v in found.verdicts)
-    from uncollapse.report import ablation_wording
-
-    assert "Not run: without norm (" in ablation_wording.scope(found)
+    assert "Not run: without norm (" in wording.scope(found)
     assert set(COMPONENTS) >= {"norm", "mlp"}
 
 
