@@ -383,6 +383,13 @@ class _Reader:
     def _value_node(self, product: int) -> int:
         return self.attentions[product].values
 
+    def _drops_columns(self, found: MixingProduct) -> bool:
+        """Whether some of the softmax's columns are gone from the weights. Whole slices, such as heads, may be taken one by one."""
+        if found.is_fused or found.score is None or found.weights is None:
+            return False
+        kept = self.t.nodes[found.weights].size
+        return kept > 0 and self.t.nodes[found.score].size % kept != 0
+
     def _attention_call(self, product: int) -> AttentionCall:
         found = self.attentions[product]
         node, value = self.t.nodes[product], found.values
@@ -414,6 +421,7 @@ class _Reader:
                 MaskingStep(self._point(index), operand, None if found.score is None else index > found.score)
                 for index, operand in found.masking
             ),
+            drops_columns=self._drops_columns(found),
             value_bias=any(map(self._has_bias, self._learned_behind(value))),
             output_bias=projection is not None and any(map(self._has_bias, self._products_of(place, projection))),
             queries=self._learned_place(query, product),

@@ -132,7 +132,7 @@ class AttentionCall:
     `queries`, `keys` and `values` are the learned products nearest behind the operands of the attention: a module's run, or
     the point of a product in the attention's own code; None where several are met, or none. They may be one and the same.
     `similarity` is the product of queries with keys (the fused call itself; None where several are summed before the
-    softmax), with the numbers of its two operands.
+    softmax), with the numbers of its two operands. `drops_columns`: the softmax also ran over columns that mix no value (a sink).
 
     The proof adds what the leading axes of the product hold (`lead`, in order), how many of the keys stand `before` those that
     are tokens and belong to none (a sink's column), whether there are as many keys as the stream has tokens (`keys_of_tokens`),
@@ -150,6 +150,7 @@ class AttentionCall:
     logits: tuple[Point, int] | None = None
     way: tuple[Point, ...] = field(default=(), compare=False)  # a cast more in half precision is the same call
     masking: tuple[MaskingStep, ...] = ()
+    drops_columns: bool = False
     value_bias: bool = False
     output_bias: bool = False
     queries: ModuleCall | Point | None = None

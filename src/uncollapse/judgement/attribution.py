@@ -32,6 +32,7 @@ FROM_WEIGHTS = (
     "head_verdict",
     "verdict",
 )
+_ROUNDED_SUM = 0.01  # weights in half precision sum to one so far
 
 
 def heads_records(attention: Sequence[AttentionStatistics]) -> list[HeadsRecord]:
@@ -134,9 +135,10 @@ def _gauge_dimension(statistics: AttentionStatistics) -> int | None:
     call = statistics.call
     if "gauge_dimension" in statistics.reasons:
         return None
+    lost = any(abs(total - 1) > _ROUNDED_SUM for total in statistics.row_sums if math.isfinite(total))
     return heads.gauge_dimension(
         call.key_value_heads,
         call.head_width,
-        value_bias=call.value_bias and not statistics.sinks,  # a row's weights do not sum to one there
+        value_bias=call.value_bias and not (statistics.sinks or lost),  # a row's weights do not sum to one there
         output_bias=call.output_bias,
     )

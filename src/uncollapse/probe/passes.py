@@ -261,7 +261,7 @@ class _Probe:
             call,
             Running.empty(len(ATTENTION_MEASURES), call.heads),
             Running.empty(call.heads),
-            sinks=any(c.before or c.after for c in part.attention),
+            sinks=any(c.before or c.after or c.drops_columns for c in part.attention),
         )
         self.observations.attention.append(statistics)
         if isinstance(call.projection, Point):
