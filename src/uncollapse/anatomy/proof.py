@@ -184,7 +184,7 @@ def example_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, Tensor) or not value.ndim:
             found[name] = value
             continue
-        is_decoder = name.startswith("decoder_") or (name == "labels" and "decoder_input_ids" in batch)
+        is_decoder = name.startswith("decoder_") or (name == "labels" and any(n.startswith("decoder_") for n in batch))
         stack = "decoder_" if is_decoder else ""
         piece = value
         if value.ndim >= 2 and value.shape[0] == shape[0] and (name in numbers or value.shape[1] == shape[1]):
