@@ -106,8 +106,9 @@ class BlockAnatomy:
 
 @dataclass(frozen=True)
 class MaskRecord:
-    """A tensor of the batch that hides tokens from a stack. `real` is its value at a real token. `unit`: `token` if it has one entry
-    per token of the stream, `other` if it counts something else (audio samples). `transposed`: its axes are token, sequence."""
+    """A tensor of the batch that hides tokens from a stack. `real` is its value at a real token. `unit`: `token` if it has one
+    entry per token of the stream, `other` if it counts something else (audio samples). `transposed`: its axes are token and
+    sequence, in this order."""
 
     tensor: str
     real: int
