@@ -160,7 +160,7 @@ def test_each_kind_of_block_has_one_line() -> None:
 
 def test_the_page_has_the_table_and_it_is_folded() -> None:
     page = Page(draw(blinded(2)))
-    well_formed_and_accessible(page, "anatomy")
+    well_formed_and_accessible({"blinded": page}, "blinded")
     assert "What was taken for what" in page.words
     rows = {row: {title: cell for (r, title), cell in page.cells.items() if r == row} for row in ("taken-0", "taken-4")}
     assert rows["taken-4"]["mixes the values"]["text"] == "matmul #1 of layers.2.attention"
