@@ -100,7 +100,7 @@ def test_what_was_not_measured_stands_before_every_figure(told: Told) -> None:
     text = told(blinded(6))
     said = f"No attention was measured in 6 of 6 blocks: {REASON.format('0.1')} (block 0; alike in blocks 1–5)."
     assert text.index(said) < text.index("consen")
-    assert "No warning about depth (7 sites) and output projections (6); attention was not measured." in text
+    assert "No warning about depth (7 sites) and output projections (6 blocks); attention was not measured." in text
 
 
 @both
@@ -108,8 +108,8 @@ def test_half_of_the_attention_is_not_all_of_it(told: Told) -> None:
     text = told(blinded(2))
     assert "No attention was measured in 2 of 6 blocks" in text
     assert (
-        "No warning about depth (7 sites), attention (48 heads) and output projections (6); "
-        "attention in 24 of 72 places was not measured." in text
+        "No warning about depth (7 sites), attention (48 heads) and output projections (6 blocks); "
+        "attention in 24 of 72 heads was not measured." in text
     )
     whole = told(blinded(0))
     assert "not measured." not in whole.split("No warning")[1].split("Look next")[0].split("Findings")[0][:200]

@@ -33,7 +33,7 @@ from uncollapse.records.encoding import from_json, to_json
 from uncollapse.report import draw, show, wording
 from uncollapse.report.page import cells
 
-QUIET = "No warning about depth (7 sites), attention (72 heads) and output projections (6)."
+QUIET = "No warning about depth (7 sites), attention (72 heads) and output projections (6 blocks)."
 RECORDS = ("encoder", "quiet", "collapsed", "translation", "single_block")
 
 

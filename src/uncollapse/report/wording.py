@@ -154,34 +154,31 @@ class LookedAt:
 def looked_at(record: Any) -> LookedAt:
     """What the rules could judge in this record: depth at the sites, attention by the head, output projections, and in a record
     of symmetries each phenomenon that has an order parameter. A record without such a field is not about it."""
-    seen: list[str] = []
-    missing: list[str] = []
+    looked = LookedAt([], [])
     sites = getattr(record, "trajectory", [])
     judged = [s for s in sites if s.consensus_after_norm or s.consensus_distance or s.affine_rank]
-    _look("depth", sites, judged, count(len(judged), "site"), seen, missing)
+    _look("depth", "site", sites, judged, looked)
     attention = getattr(record, "attention", [])
     mixed = [a for a in attention if a.key_share or a.value_contraction or a.normalized_entropy or a.entropy]
-    _look("attention", attention, mixed, count(len(mixed), "head"), seen, missing)
+    _look("attention", "head", attention, mixed, looked)
     heads = getattr(record, "heads", [])
-    read = [h for h in heads if h.verdict is not None]
-    _look("output projections", heads, read, str(len(read)), seen, missing)
+    _look("output projections", "block", heads, [h for h in heads if h.verdict is not None], looked)
     if not hasattr(record, "trajectory"):
         for symmetry in getattr(record, "symmetries", []):
             values = [value for value in symmetry.order_parameter if value is not None]
-            name, places = PHENOMENON_NAMES[symmetry.phenomenon], count(len(values), "place")
-            _look(name, symmetry.order_parameter or [None], values, places, seen, missing)
+            name, asked = PHENOMENON_NAMES[symmetry.phenomenon], symmetry.order_parameter or [None]
+            _look(name, "place", asked, values, looked)
     elif not attention:
-        missing.append("attention")
-    return LookedAt(seen, missing)
+        looked.missing.append("attention")
+    return looked
 
 
-def _look(
-    what: str, asked: Sequence[Any], found: Sequence[Any], size: str, seen: list[str], missing: list[str]
-) -> None:
+def _look(what: str, unit: str, asked: Sequence[Any], found: Sequence[Any], looked: LookedAt) -> None:
+    """Note how many of those `asked` about had figures."""
     if found:
-        seen.append(f"{what} ({size})")
+        looked.seen.append(f"{what} ({count(len(found), unit)})")
     if len(found) < len(asked):
-        missing.append(f"{what} in {len(asked) - len(found)} of {len(asked)} places" if found else what)
+        looked.missing.append(f"{what} in {len(asked) - len(found)} of {count(len(asked), unit)}" if found else what)
 
 
 def headline(findings: Sequence[Finding], looked: LookedAt) -> str:
