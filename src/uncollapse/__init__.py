@@ -27,6 +27,7 @@ _HOME = {
     "ablate": "analyses.ablation",
     "channels_of": "symmetry.channels",
     "diagnose": "analyses.diagnosis",
+    "forget": "anatomy.situations",
     "gate_report": "gates.broken",
     "head_contributions": "probe.contributions",
     "identify": "analyses.heads",
@@ -56,6 +57,7 @@ __all__ = [
     "channels_of",
     "diagnose",
     "exact",
+    "forget",
     "gate_report",
     "geometry",
     "head_contributions",
@@ -77,6 +79,7 @@ if TYPE_CHECKING:
     from uncollapse.analyses.heads import Identifiability, identify
     from uncollapse.analyses.stored import load
     from uncollapse.analyses.symmetries import Symmetries, symmetries
+    from uncollapse.anatomy.situations import forget
     from uncollapse.anatomy.vocabulary import Layout
     from uncollapse.claims import verify
     from uncollapse.errors import InputError, UncollapseError, UnsupportedModel

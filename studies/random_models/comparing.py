@@ -26,7 +26,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -230,7 +230,7 @@ def compared(spec: Specification | int) -> Comparison:
 def _compare(subject: Drawn, truths: list[Truth], result: Comparison) -> None:
     spec = subject.spec
     before, state = [subject.run(batch) for batch in subject.batches], _state(subject.model)
-    level = "full" if spec.seed % 5 == 0 else "core"
+    level: Literal["core", "full"] = "full" if spec.seed % 5 == 0 else "core"
     parts: Sequence[str] = PARTS
     if _look(subject, truths, level, result):
         _compare_contributions(subject, truths, result)
@@ -260,7 +260,7 @@ def _compare(subject: Drawn, truths: list[Truth], result: Comparison) -> None:
         _look_again(other, "padded otherwise", result)
 
 
-def _look(subject: Drawn, truths: list[Truth], level: str, result: Comparison) -> bool:
+def _look(subject: Drawn, truths: list[Truth], level: Literal["core", "full"], result: Comparison) -> bool:
     """Diagnose, and compare the record; whether there was one."""
     try:
         record = uc.diagnose(subject.model, batches=[dict(batch) for batch in subject.batches], level=level).record
@@ -587,6 +587,7 @@ def _contributions(spec: Specification, one: AttentionTruth, real: np.ndarray, f
     # A constant may sit in the bias or, through a value bias, in the heads: only their sum is determined by W_O alone here.
     scale = max(float(np.sqrt((want[real] ** 2).mean())), 1e-12)
     gap = float(np.sqrt(((got - want)[real] ** 2).mean())) / scale
+    assert one.bias is not None
     biased = float(np.abs(found.bias.double().numpy() - one.bias).max()) / max(float(np.abs(one.bias).max()), scale)
     near = tolerance(spec).output
     if not want[real].any():

@@ -15,7 +15,7 @@ def odd_pieces(spec: Specification) -> dict[str, str]:
 
 
 def _sum(spec: Specification, stream: str, update: str) -> str:
-    names = {
+    names: dict[str, str | dict[str, str]] = {
         "none": "",
         "fixed": {"s": "0.75 * ", "u": "0.5 * "},
         "learned": "self.scale * ",

@@ -472,6 +472,9 @@ class Block(nn.Module):
 class Model(nn.Module):
     """The whole model but for its signature, which the classes below give it."""
 
+    table: Tensor
+    slopes: Tensor
+
     def __init__(self, spec: Specification, switches: Switches) -> None:
         super().__init__()
         self.spec, self.switches = spec, switches

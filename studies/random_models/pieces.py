@@ -280,7 +280,8 @@ class Attention(nn.Module):
         if kind in {"module", "Conv1D"}:
             return output_map(self.o)
         if kind == "a module per head":
-            return torch.cat([one.weight.double().T for one in self.o]), None  # type: ignore[union-attr]
+            assert isinstance(self.o, nn.ModuleList)
+            return torch.cat([weight.double().T for one in self.o for weight in one.parameters()]), None
         if kind == "F.linear":
             return self.weight_o.double().T, self.bias_o
         return self.weight_o.double().reshape(-1, self.spec.width), None
@@ -297,7 +298,9 @@ class Attention(nn.Module):
         if kind == "einsum":
             return torch.einsum("xyhd,hdo->xyo", y, self.weight_o)
         if kind == "a module per head":
-            return sum(one(y[..., head, :]) for head, one in enumerate(self.o))  # type: ignore[arg-type]
+            assert isinstance(self.o, nn.ModuleList)
+            summed: Tensor = sum(one(y[..., head, :]) for head, one in enumerate(self.o))
+            return summed
         total = y[..., 0, :] @ self.weight_o[0]
         for head in range(1, self.spec.heads):
             total = total + y[..., head, :] @ self.weight_o[head]
@@ -309,7 +312,8 @@ class Attention(nn.Module):
         if self.spec.inputs == "three modules":
             parts = (self.query(x), self.key(x), self.value(x))
         elif self.spec.inputs == "einsum":
-            return tuple(torch.einsum("xyi,ihd->xyhd", x, w) for w in (self.weight_q, self.weight_k, self.weight_v))
+            q, k, v = (torch.einsum("xyi,ihd->xyhd", x, w) for w in (self.weight_q, self.weight_k, self.weight_v))
+            return q, k, v
         elif self.spec.inputs == "F.linear":
             parts = F.linear(x, self.weight).split(self.sizes, -1)
         elif self.spec.inputs == "interleaved":  # BLOOM, GPT-NeoX: q, k and v of one head side by side
@@ -723,8 +727,8 @@ def _windows(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _: 
             for number, window in enumerate(of.unflatten(0, (pairs.batch, -1)).unbind(1)):
                 rows = slice(number * size, (number + 1) * size)
                 t[:, :, rows, rows] = window
-        number = torch.arange(tokens) // size
-        self.switches.recorder.pairs((number[:, None] == number).expand(pairs.batch, -1, -1))
+        window_of = torch.arange(tokens) // size
+        self.switches.recorder.pairs((window_of[:, None] == window_of).expand(pairs.batch, -1, -1))
         note(spec, self.switches.recorder, self.switches.block, whole[0], together(v), together(y), whole[1])
     return _heads_last(spec, together(y))
 
@@ -988,6 +992,7 @@ def output_map(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """W_O [mixed, width] in float64, and the bias."""
     if isinstance(module, nn.Linear):
         return module.weight.double().T, module.bias
+    assert isinstance(module, LoRA | OFT | Conv1D)
     return module.output_map()
 
 
@@ -1124,25 +1129,29 @@ def added(
     def scale(operand: str, kind: str) -> float | Tensor | None:
         if kind == "none" or (operand == "stream" and not scales_stream):
             return None
-        if operand == "update" and parts.switches.is_off("update-scale"):  # type: ignore[union-attr]
+        switches = parts.switches
+        assert isinstance(switches, Switches)
+        if operand == "update" and switches.is_off("update-scale"):
             return None
-        found = fixed[operand] if kind == "fixed" else getattr(parts, f"{name}_{operand}_scale")
+        if kind == "fixed":
+            return fixed[operand]
+        found = getattr(parts, f"{name}_{operand}_scale")
         return found(condition).unsqueeze(0 if spec.token_first else 1) if kind == "conditioned" else found
 
     a, b = scale("stream", spec.stream_scale), scale("update", spec.update_scale)
     way = spec.addition
-    alpha_a = way == "torch.add(f, x, alpha=)" and isinstance(a, float) and x is not None and update is not None
-    alpha_b = way in {"torch.add(x, f, alpha=)", "x.add_(f)"} and isinstance(b, float) and x is not None
-    alpha_b = alpha_b and update is not None
-    if x is not None and a is not None and not alpha_a:
+    is_sum = x is not None and update is not None
+    alpha_a = a if is_sum and way == "torch.add(f, x, alpha=)" and isinstance(a, float) else None
+    alpha_b = b if is_sum and way in {"torch.add(x, f, alpha=)", "x.add_(f)"} and isinstance(b, float) else None
+    if x is not None and a is not None and alpha_a is None:
         x = a * x
     unscaled = update
-    if update is not None and b is not None and not alpha_b:
+    if update is not None and b is not None and alpha_b is None:
         update = update * b
     if way == "torch.lerp(x, f, 0.4)":
         if x is not None and update is not None:
             return torch.lerp(x, update, 0.4)
-        return 0.6 * x if update is None else 0.4 * update  # type: ignore[operator]
+        x, update = None if x is None else 0.6 * x, None if update is None else 0.4 * update
     if x is None or update is None:
         left = update if x is None else x
         assert left is not None
@@ -1152,13 +1161,14 @@ def added(
     if way == "f + x":
         return update + x
     if way == "torch.add(x, f, alpha=)":
-        return torch.add(x, update, alpha=b) if alpha_b else torch.add(x, update)
+        return torch.add(x, update) if alpha_b is None else torch.add(x, update, alpha=alpha_b)
     if way == "torch.add(f, x, alpha=)":
-        return torch.add(update, x, alpha=a) if alpha_a else torch.add(update, x)
+        return torch.add(update, x) if alpha_a is None else torch.add(update, x, alpha=alpha_a)
     if way == "torch.addcmul(x, b, f)":
+        assert unscaled is not None
         return torch.addcmul(x, b, unscaled) if isinstance(b, Tensor) else x + update
     if way == "x.add_(f)":
-        return x.add_(update, alpha=b) if alpha_b else x.add_(update)
+        return x.add_(update) if alpha_b is None else x.add_(update, alpha=alpha_b)
     assert way == "x += f", way
     x += update
     return x

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 from studies.random_models.comparing import compared
 from studies.random_models.counting import kind_of
@@ -24,7 +25,8 @@ def reduced(spec: Specification, is_faulty: Callable[[Specification], bool]) -> 
     while before != spec:  # a piece may have been held by one that came later
         before = spec
         for name in odd_pieces(spec):
-            plainer = reconciled(dataclasses.replace(spec, **{name: next(iter(CHOICES[name]))}))
+            plain: dict[str, Any] = {name: next(iter(CHOICES[name]))}
+            plainer = reconciled(dataclasses.replace(spec, **plain))
             if len(odd_pieces(plainer)) < len(odd_pieces(spec)) and is_faulty(plainer):
                 spec = plainer
     return spec
@@ -32,7 +34,7 @@ def reduced(spec: Specification, is_faulty: Callable[[Specification], bool]) -> 
 
 def causes(spec: Specification, verdict: str = "wrong") -> dict[str, Specification]:
     """For every kind of fault of one model the plainest model that still has it."""
-    found = {}
+    found: dict[str, Specification] = {}
     for kind in faults(spec, verdict):
         if not any(kind in faults(smaller, verdict) for smaller in found.values()):
             found[kind] = reduced(spec, lambda s, kind=kind: kind in faults(s, verdict))  # type: ignore[misc]

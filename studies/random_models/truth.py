@@ -138,9 +138,12 @@ class Recorder:
             "values": unfolded(values, of_values, "b h k d", size),
             "mixed": unfolded(mixed, of_mixed, "b h q d", size),
         }
-        heads = found["mixed"].shape[1]
-        if found["values"].shape[1] != heads:
-            found["values"] = np.repeat(found["values"], heads // found["values"].shape[1], 1)
+        of_mixed_heads, of_value_heads = found["mixed"], found["values"]
+        assert of_mixed_heads is not None
+        assert of_value_heads is not None
+        heads, own = of_mixed_heads.shape[1], of_value_heads.shape[1]
+        if own != heads:
+            found["values"] = np.repeat(of_value_heads, heads // own, 1)
         one = self.of(block, kind)
         for name, value in found.items():
             before = getattr(one, name)

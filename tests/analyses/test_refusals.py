@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import uncollapse as uc
 from tests.helpers.observing import observe
 from tests.helpers.own_models import OwnBlock, OwnGPT, tokens
+from tests.reference.geometry import consensus_distance
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.measures.geometry import consensus_distance
 from uncollapse.probe.sites import PLAIN_MEASURES
 
 

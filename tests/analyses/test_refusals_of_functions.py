@@ -131,6 +131,7 @@ HEADS: Calls = {
         (torch.ones(5, 4), W, 2, PADDED),
     ),
     **every([heads.gate_rank, heads.gate_conditioning], (WORDS,), (W * NAN,)),
+    **every([heads.gauge_of_gates], (WORDS, 2), (W[0].exp(), 2), (-W.exp(), 2), (W * NAN, 2)),
 }
 EXACT: Calls = {
     **every(

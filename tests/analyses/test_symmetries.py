@@ -187,7 +187,7 @@ def test_where_positions_cannot_be_taken_away_the_tokens_carry_them() -> None:
     """BART learns positions and takes none from outside: permuted where they enter the blocks, its tokens are a set."""
     record = acted(lively(REAL["bart"].build), [inputs_for(REAL["bart"])])
     assert the(record, "token permutation", "positions", "mask").holds is True
-    assert the(record, "token permutation", "positions", "mask").surviving.endswith("told of its position")
+    assert the(record, "token permutation", "positions", "mask").surviving.endswith("carrying its position along")
     assert record.symmetries[0].breakers == ["positions", "mask"]
     assert record.symmetries[1].breakers == [QUERY_KEY, "mask"]
 

@@ -23,6 +23,7 @@ from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.interventions import without as interventions
 from uncollapse.interventions.without import COMPONENTS, require_effect
 from uncollapse.probe.sublayers import norm_records
+from uncollapse.report.ablation import wording
 
 PLACEMENTS = {"pre": 2, "post": 2, "sandwich": 4, "output": 2, "parallel": 1}  # and the norms of a block
 
@@ -226,6 +227,24 @@ def test_a_norm_written_out_has_its_ranks_and_says_why_it_has_no_brackets() -> N
     assert norm_records([]) == []
 
 
+def _scaled_twice(block: Any, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    """Both parts read one norm, each with a scale of its own, which goes with the norm."""
+    normed = norm(x)
+    first, second = (normed, normed) if normed is x else (normed * block.gain, normed * block.table[0])
+    return x + block.attention(first) + block.mlp(second)
+
+
+def test_norms_that_begin_at_one_operation_are_each_taken_out_and_each_measured() -> None:
+    torch.manual_seed(0)
+    model = OwnForward(_scaled_twice, _rms, _parts)
+    anatomy = checked(model, {"input_ids": ids()})
+    assert len({norm.where for norm in anatomy.blocks[0].norms}) == 2
+    for norm in uc.diagnose(model, batches=[{"input_ids": ids()}], level="full").record.norms:
+        assert norm.affine_rank_before is not None
+        assert norm.affine_rank_after is not None
+        assert set(norm.unavailable) == {"brackets"}
+
+
 # Nothing in silence -----------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +297,7 @@ def test_parts_that_start_at_zero_are_there(monkeypatch: pytest.MonkeyPatch) -> 
             with uc.without(model, component):
                 assert torch.equal(model(**batch), before)
         require_effect(model, ("mlp",), None)
-        monkeypatch.setattr(interventions, "_zeros_perturbed", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(interventions, "without_zeros", lambda _: contextlib.nullcontext())
         with pytest.raises(uc.UnsupportedModel, match="same in every bit"):
             require_effect(model, ("mlp",), None)
         assert weights == {n: id(p) for n, p in model.named_parameters()}
@@ -293,9 +312,7 @@ def test_the_grid_leaves_out_what_cannot_be_taken_away_and_says_so() -> None:
     assert set(left_out) == {"norm", "norm, residual", "norm, mlp", "norm, residual, mlp"}
     assert all("nothing of the kind" in reason for reason in left_out.values())
     assert not any("norm" in v.without for v in found.verdicts)
-    from uncollapse.report import ablation_wording
-
-    assert "Not run: without norm (" in ablation_wording.scope(found)
+    assert "Not run: without norm (" in wording.scope(found)
     assert set(COMPONENTS) >= {"norm", "mlp"}
 
 

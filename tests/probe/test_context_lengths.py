@@ -125,7 +125,7 @@ def test_uniform_causal_attention_opens_no_gap_and_uniform_attention_has_no_seco
     uniform = [torch.tril(torch.ones(n, n, dtype=torch.float64)) / torch.arange(1, n + 1)[:, None] for n in (64, 128)]
     expected = [float(torch.linalg.svdvals(a)[1]) for a in uniform]
     assert [s.mean for s in causal.second_singular_value if s is not None] == pytest.approx(expected, rel=1e-5)
-    assert causal.regime == "rises: a causal mask opens no gap by itself, from two lengths only: no interval"
+    assert causal.regime == "rises: a causal mask alone opens no spectral gap, from two lengths only: no interval"
     (full,) = scaling_of(OneBlock(causal=False, gain=0.0).eval(), distinct(), [64, 128])
     assert full.slope is None
     assert full.regime.startswith("zero")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.observing import attention_table, eager, observe, site_table
+from tests.helpers.observing import attention_table, eager, entropies, observe, site_table
 from tests.helpers.tiny_models import FAMILIES, text_batch
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.probe.passes import Observations, capture
@@ -215,3 +215,47 @@ def test_different_tokens_are_counted_without_padding() -> None:
     assert np.isnan(table[1:, 2]).all()
     pixels = {"pixel_values": torch.randn(2, 3, 32, 32)}
     assert np.isnan(stream_table(observe(FAMILIES["vit"].build().eval(), [pixels]))[:, 2]).all()
+
+
+class HeadByHead(nn.Module):
+    """A block that makes its weights at once, and multiplies each head's with its values by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.maps, self.output = nn.LayerNorm(32), nn.Linear(32, 96), nn.Linear(32, 32)
+        self.weights = torch.empty(0)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.maps(self.norm(x)).chunk(3, -1))
+        tokens = x.shape[1]
+        allowed = torch.ones(tokens, tokens, dtype=torch.bool).tril() & mask[:, None, None].bool()
+        self.weights = (q @ k.mT / 8**0.5).masked_fill(~allowed, -math.inf).softmax(-1)
+        mixed = [self.weights[:, head] @ v[:, head] for head in range(4)]
+        return x + self.output(torch.cat(mixed, -1))
+
+
+class HeadByHeadModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, 32)
+        self.blocks = nn.ModuleList(HeadByHead() for _ in range(2))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        for block in self.blocks:
+            x = block(x, attention_mask)
+        return x
+
+
+def test_heads_that_share_a_mask_and_a_softmax_each_know_what_is_forbidden() -> None:
+    torch.manual_seed(0)
+    model = HeadByHeadModel().eval()
+    batch = text_batch(4, 11)
+    batch["attention_mask"][1, 8:] = 0
+    observed = observe(model, [batch])
+    with torch.no_grad():
+        model(**batch)
+    expected = [entropies(block.weights, batch["attention_mask"].bool()) for block in model.blocks]
+    for measure, values in zip(("entropy", "normalized_entropy"), zip(*expected, strict=True), strict=True):
+        assert attention_table(observed, measure) == pytest.approx(np.array(values), abs=1e-6)
+    assert np.isfinite(attention_table(observed, "max_logit")).all()

@@ -704,7 +704,7 @@ def test_while_a_component_is_taken_away_nothing_is_said_of_the_additions() -> N
     with uc.without(model, "attention"):
         found = capture(model, ids(), anatomy, level="full")
     for record in (*update_records(found.updates), *norm_records(found.norms)):
-        assert "taken away" in next(iter(record.unavailable.values()))
+        assert "while a component is removed" in next(iter(record.unavailable.values()))
         assert all(getattr(record, name) is None for name in record.unavailable)
     assert {len(update_records(found.updates)), len(norm_records(found.norms))} == {4}
 

@@ -19,6 +19,7 @@ import uncollapse as uc
 from tests.helpers.families import FAMILIES, inputs_for
 from tests.reference.heads import nullity
 from uncollapse.anatomy.interception import Point
+from uncollapse.anatomy.operands import Lead
 from uncollapse.anatomy.probing import float64_kept, probing
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.tracing import tensors_in
@@ -387,8 +388,9 @@ SOFTMAX = Point("attention", 0, "softmax", 0)
 PRODUCT = Point("attention", 0, "matmul", 1)
 SIMILARITY = Point("attention", 0, "matmul", 0)
 FUSED = Point("attention", 0, "scaled_dot_product_attention", 0)
-OWN = AttentionCall(SOFTMAX, PRODUCT, 1, 3, 3, 8, None, similarity=SIMILARITY)
-ONE_CALL = AttentionCall(FUSED, FUSED, 2, 3, 3, 8, None, similarity=FUSED)
+AXES = (Lead("sequence"), Lead("head"))
+OWN = AttentionCall(SOFTMAX, PRODUCT, 1, 3, 3, 8, None, weight_operand=0, similarity=SIMILARITY, lead=AXES)
+ONE_CALL = AttentionCall(FUSED, FUSED, 2, 3, 3, 8, None, similarity=FUSED, lead=AXES)
 
 
 def at_softmax(element: Any, logits: Tensor, sinks: int = 0) -> Tensor:

@@ -35,7 +35,7 @@ from uncollapse.judgement.predictions import verdicts
 from uncollapse.judgement.rates import depth_rate
 from uncollapse.measures.running import Running
 from uncollapse.probe.attention import ATTENTION_MEASURES
-from uncollapse.probe.passes import Level, Observations, capture
+from uncollapse.probe.passes import Level, Observations
 from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.ablation import ABLATION_SCHEMA, AblationRecord, AblationRun, VerdictRecord
 from uncollapse.records.common import Statistic
@@ -110,6 +110,7 @@ def ablate(
     if progress is not None:
         progress("runs", len(combinations), len(combinations))
     assert first is not None
+    affected = require_blocks(blocks, prepared.anatomy)
     options = {
         "without": [list(c) for c in combinations[1:]],
         "grid": grid,
@@ -180,14 +181,7 @@ def _run(
         if combination:
             stack.enter_context(taken_away(model, *combination, blocks=blocks))
         stack.enter_context(float64_kept(model))
-        observed = capture(
-            model,
-            prepared.batches,
-            prepared.anatomy,
-            level="core" if combination else prepared.level,
-            seed=prepared.seed,
-            on_output=outputs.add,
-        )
+        observed = prepared.captured(level="core" if combination else prepared.level, on_output=outputs.add)
     if not combination:
         whole.extend(outputs.vectors)
     trajectory = site_records(observed)

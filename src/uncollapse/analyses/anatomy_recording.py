@@ -54,7 +54,11 @@ def _block(number: int, block: Block, measured: Iterator[AttentionStatistics]) -
 
 def _part(part: Part, statistics: AttentionStatistics | None) -> PartRecord:
     sums = None if statistics is None else statistics.row_sums
-    is_measured = sums is not None and all(map(math.isfinite, sums))
+    is_measured = (
+        sums is not None
+        and all(map(math.isfinite, sums))
+        and "entropy" not in (statistics.reasons if statistics else {})
+    )
     return PartRecord(
         kind=part.kind,
         module=part.module,

@@ -21,7 +21,7 @@ from uncollapse.judgement import findings
 from uncollapse.judgement.attribution import heads_records
 from uncollapse.judgement.order_parameters import Components, symmetry_records
 from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
-from uncollapse.probe.passes import Level, capture
+from uncollapse.probe.passes import Level
 from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import DIAGNOSIS_SCHEMA, DiagnosisRecord, SiteRecord
@@ -76,8 +76,9 @@ def diagnose(
 
 def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None) -> DiagnosisRecord:
     """One probe pass and one pass per context length, as one record with its findings."""
-    model, anatomy, progress = prepared.loaded.model, prepared.anatomy, prepared.progress
-    observed = capture(model, prepared.batches, anatomy, level=prepared.level, seed=prepared.seed, progress=progress)
+    progress = prepared.progress
+    observed = prepared.captured(level=prepared.level, progress=progress)
+    model, anatomy = prepared.loaded.model, prepared.anatomy
     scaling = []
     if context_lengths is not None:
         scaling = width_scaling(

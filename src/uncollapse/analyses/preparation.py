@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse import sources
-from uncollapse.anatomy.interception import device_of
+from uncollapse.anatomy.interception import ChangedPath, device_of
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import example, proved_anatomy
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Layout
 from uncollapse.errors import InputError
-from uncollapse.probe.passes import Level, Progress
+from uncollapse.interventions.without import is_ablated
+from uncollapse.probe.passes import Level, Observations, Progress, capture
+from uncollapse.wrappers import seen_through, takes
 
 DEFAULT_SEQUENCES = 64
 
@@ -78,11 +80,12 @@ DEFAULTS: Final[ProbeOptions] = {
 RECORDED_OPTIONS = ("sequences", "max_tokens", "batch_size", "seed", "device", "dtype", "device_map")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prepared:
     """Everything a probe pass needs: the model, its proved anatomy, the batches, and the resolved options.
 
-    `options` and `command` go into the record. `progress` is called as the work proceeds.
+    `options` and `command` go into the record. `progress` is called as the work proceeds. `captured` replaces the anatomy when
+    a pass shows that it no longer holds.
     """
 
     loaded: sources.LoadedModel
@@ -94,6 +97,19 @@ class Prepared:
     options: dict[str, Any]
     command: str
     progress: Progress | None
+    layout: Layout | None = None
+
+    def captured(self, **options: Any) -> Observations:
+        """One probe pass, with the options of `capture`. Where the model takes another way than was proved, on account of
+        something that cannot be seen from outside, it is proved anew on the very batch, once."""
+        model = self.loaded.model
+        try:
+            return capture(model, self.batches, self.anatomy, seed=self.seed, **options)
+        except ChangedPath as changed:
+            if changed.batch is None or is_ablated(model):
+                raise
+            self.anatomy = proved_anatomy(model, changed.batch, self.layout, anew=True)
+        return capture(model, self.batches, self.anatomy, seed=self.seed, **options)
 
 
 def prepare(
@@ -135,7 +151,7 @@ def prepare(
         **{key: value for key, value in chosen.items() if key in RECORDED_OPTIONS},
         "layout": None if layout is None else list(layout.blocks),
     }
-    return Prepared(loaded, anatomy, ready, source, level, chosen["seed"], options, chosen["command"], progress)
+    return Prepared(loaded, anatomy, ready, source, level, chosen["seed"], options, chosen["command"], progress, layout)
 
 
 def _require_known(function: Callable[..., object], probe: ProbeOptions) -> None:
@@ -162,7 +178,7 @@ def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, he
                     f"{caller}: expected no {option} with a loaded model, got {value!r}. The model is on a device already. "
                     "Move it with model.to(...) first."
                 )
-        label = name or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+        label = name or _own_name(model)
         return sources.LoadedModel(model, tokenizer, label, None, "directory")
     if not isinstance(model, (str, Path)):
         raise InputError(
@@ -186,6 +202,11 @@ def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, he
     return sources.LoadedModel(
         loaded.model, tokenizer or loaded.tokenizer, name or loaded.name, loaded.revision, loaded.source
     )
+
+
+def _own_name(model: nn.Module) -> str:
+    inner = seen_through(model)
+    return getattr(getattr(inner, "config", None), "_name_or_path", "") or type(inner).__name__
 
 
 def _text_batches(
@@ -220,7 +241,7 @@ def with_true_positions(model: nn.Module, batches: list[dict[str, Tensor]]) -> l
     end of the padding themselves, with their own offset. A trial pass finds these, and their batches stay unchanged.
     """
     shifted = [b for b in batches if not bool(b["attention_mask"][:, 0].all())]
-    if not shifted or "position_ids" not in inspect.signature(model.forward).parameters:
+    if not shifted or not takes(model, "position_ids"):
         return batches
     batch = example(shifted[0])
     positions = torch.arange(batch["input_ids"].shape[1])[None]

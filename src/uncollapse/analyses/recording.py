@@ -16,6 +16,7 @@ from uncollapse.probe.passes import Level, Observations
 from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, STREAM_MEASURES, SiteStatistics
 from uncollapse.records.common import ModelInfo, Probe, Statistic
 from uncollapse.records.diagnosis import AttentionRecord, MassiveTokensLeftOut, SiteRecord
+from uncollapse.wrappers import seen_through
 
 
 def probe_record(prepared: Prepared, observed: Observations) -> Probe:
@@ -72,6 +73,8 @@ def attention_records(statistics: AttentionStatistics, level: Level) -> list[Att
     records = []
     for head in range(statistics.call.heads):
         values = {name: Statistic.of(*statistics.values.summary(i, head)) for i, name in enumerate(ATTENTION_MEASURES)}
+        # A figure that one batch did not bear out is none of the whole text.
+        values = {name: None if name in statistics.reasons else value for name, value in values.items()}
         unavailable = {
             name: statistics.reasons.get(name) or _missing(name, level)
             for name, value in values.items()
@@ -106,11 +109,11 @@ def model_info(prepared: Prepared, observed: Observations) -> ModelInfo:
     heads, key_value_heads, head_width = common[0][0] if common else (0, 0, 0)
     parameters = {id(p): p.numel() for p in model.parameters()}
     dtype = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
-    backend = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    backend = getattr(getattr(seen_through(model), "config", None), "_attn_implementation", None)
     return ModelInfo(
         name=loaded.name,
         revision=loaded.revision,
-        architecture=type(model).__name__,
+        architecture=type(seen_through(model)).__name__,
         blocks=len(anatomy.blocks),
         heads=heads,
         key_value_heads=key_value_heads,

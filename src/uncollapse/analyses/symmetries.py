@@ -396,7 +396,7 @@ class _Acting:
             rounding = stack.enter_context(_Rounding(self.model, self.anatomy.blocks, self.seed).installed())
             stack.enter_context(probing(self.model, self.seed))
             if names:
-                stack.enter_context(taken_away(self.model, *names, batch=self.pieces[0]))
+                stack.enter_context(taken_away(self.model, *names))
             if QUERY_KEY in away:
                 stack.enter_context(acting(self.model, self.anatomy, LogitScaling(FLAT)))
             for piece in self.pieces:

@@ -325,3 +325,18 @@ def heard_tokens(update: Update, stream: Tensor, axes: StreamAxes) -> Tensor:
             back = axes.cloud(gradient).abs().amax(-1) > 0
             heard |= back & (numbers % 2 != parity)
     return heard
+
+
+def heard_tokens_one_by_one(update: Update, stream: Tensor, axes: StreamAxes) -> Tensor | None:
+    """The same by poking one token after another, for a block that cannot be differentiated; None where there are too many."""
+    cloud = axes.cloud(stream)
+    if cloud.shape[1] > MOST_SEGMENTS or axes.sequence is None or len(axes.token) != 1:
+        return None
+    heard = torch.zeros(cloud.shape[:2], dtype=torch.bool, device=stream.device)
+    plain = axes.cloud(update(stream))
+    for token in range(cloud.shape[1]):
+        other = axes.cloud(update(poked(stream, axes.token[0], torch.tensor([token]))))
+        rows = (other != plain) & ~(plain.isnan() & other.isnan())
+        rows[:, token] = False
+        heard[:, token] = rows.flatten(1).any(-1)
+    return heard

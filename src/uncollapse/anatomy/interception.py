@@ -17,6 +17,8 @@ import contextlib
 import functools
 import itertools
 import threading
+import types
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +29,13 @@ from torch.overrides import TorchFunctionMode
 
 from uncollapse.anatomy.tracing import counted_name, opened, operation_name, tensors_in, writes_in_place
 from uncollapse.errors import UncollapseError
+
+
+class ChangedPath(UncollapseError):  # noqa: N818 - what is found, as in the other errors
+    """A model went another way than the one that was proved: it has to be proved anew, on the `batch` it was running on."""
+
+    batch: Mapping[str, Any] | None = None
+
 
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -152,6 +161,19 @@ def intercepted(
         yield
 
 
+_own_wrappings: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def mark_own_wrapping(function: Any) -> None:
+    """Note that this `forward` is put around a module's own by this package, for the time being."""
+    _own_wrappings.add(function)
+
+
+def is_own_wrapping(function: Any) -> bool:
+    """Whether this `forward` was put around a module's own by this package."""
+    return isinstance(function, types.FunctionType) and function in _own_wrappings
+
+
 @contextlib.contextmanager
 def _wrapped(
     module: nn.Module,
@@ -189,7 +211,7 @@ def _wrapped(
         missed = set(wanted) - hits
         if missed and strict:
             operation, ordinal = sorted(missed)[0]
-            raise UncollapseError(
+            raise ChangedPath(
                 f"intercept: expected {Point(name, run, operation, ordinal)}, got a run without it. "
                 "The model took another path than when it was traced. Diagnose it on inputs of one kind."
             )
@@ -200,6 +222,7 @@ def _wrapped(
             if child is not module:
                 stack.callback(child.register_forward_pre_hook(down).remove)
                 stack.callback(child.register_forward_hook(up, always_call=True).remove)
+        mark_own_wrapping(forward)
         module.forward = forward
         try:
             yield

@@ -57,8 +57,6 @@ def located(call: AttentionCall, poked: Poked, tokens: int, *, alone: bool) -> A
         raise UnreadableError("it mixes features, not tokens: one token moves every row of what it mixes")
     heads = math.prod(_sizes(mixed, lead, count, "head"))
     windows = math.prod(_sizes(mixed, lead, count, "window"))
-    if not is_cross and not alone and mixed.shape[-2] * windows < tokens:
-        raise UnreadableError("several attention calls in one sublayer share out the queries among them")
     return replace(
         call,
         lead=lead,
@@ -68,6 +66,7 @@ def located(call: AttentionCall, poked: Poked, tokens: int, *, alone: bool) -> A
         before=before,
         after=after,
         keys_of_tokens=not is_cross and of_tokens * windows == tokens,
+        shares_queries=not is_cross and not alone and mixed.shape[-2] * windows < tokens,
     )
 
 

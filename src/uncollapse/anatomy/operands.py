@@ -284,6 +284,17 @@ def forbidden_by_step(
     return found if fits else None
 
 
+def result_shape(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of what an operation between logits and weights will return."""
+    name = operation_name(function)
+    given = operands_of(name, args, kwargs)
+    if name in _ADDING_PRODUCTS:
+        return (*given[1].shape[:-1], given[2].shape[-1])
+    if name == "setitem":
+        return tuple(given[0].shape)
+    return tuple(torch.broadcast_shapes(*(t.shape for t in given)))
+
+
 def step_without(
     function: Callable[..., Any],
     args: tuple[Any, ...],

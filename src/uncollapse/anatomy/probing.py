@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from uncollapse.anatomy.autocast import no_casts_kept
+from uncollapse.anatomy.interception import mark_own_wrapping
+from uncollapse.anatomy.module_states import is_steered, left_as_found, steered_there
+
 
 @contextlib.contextmanager
-def probing(model: nn.Module, seed: int = 0) -> Iterator[None]:
+def probing(model: nn.Module, seed: int = 0, *, leaves_traces: bool = False) -> Iterator[None]:
     """Run `model` as a probe: evaluation mode, no gradients, no key-value cache, no compiled code, a fixed seed. All of it is
-    put back.
+    put back, and so is what the runs inside leave behind in the modules (`module_states`), unless it `leaves_traces`.
 
     A compiled model keeps its compiled code but does not run it here: hooks added after the first compiled call would
     never fire. torch's own `nn.TransformerEncoderLayer` fuses the whole layer into one kernel in evaluation mode; nobody
@@ -29,6 +33,9 @@ def probing(model: nn.Module, seed: int = 0) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=devices))
         torch.manual_seed(seed)
         stack.enter_context(torch.no_grad())
+        stack.enter_context(no_casts_kept())
+        if not leaves_traces:
+            stack.enter_context(left_as_found(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(in_the_open(model))
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
@@ -38,6 +45,7 @@ def probing(model: nn.Module, seed: int = 0) -> Iterator[None]:
         for config in caching:  # a block run twice on its own arguments would find its own keys in the cache
             config.use_cache = False
         try:
+            steered_there(model)
             yield
         finally:
             for module in training:
@@ -66,6 +74,18 @@ def in_the_open(model: nn.Module) -> Iterator[None]:
     finally:
         for (owner, name, _), value in zip(changed, before, strict=True):
             setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def going_as_steered(model: nn.Module) -> Iterator[None]:
+    """Within the block the model goes where the batch that it was proved on sends it, so that the modules that will run are the
+    ones met here. Does nothing where running a batch changes nothing."""
+    with contextlib.ExitStack() as stack:
+        if is_steered(model):
+            stack.enter_context(left_as_found(model))
+            with probing(model, leaves_traces=True):
+                pass
+        yield
 
 
 def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
@@ -100,6 +120,7 @@ def float64_kept(model: nn.Module) -> Iterator[None]:
         with _Float64Kept():
             return original(*args, **kwargs)
 
+    mark_own_wrapping(forward)
     model.forward = forward
     try:
         yield

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.autocast import AutocastState
 from uncollapse.anatomy.carrying import Observer, Way
 from uncollapse.anatomy.influence import EVERY, reaches, stream_axes, without_zeros
 from uncollapse.anatomy.interception import (
@@ -39,12 +40,15 @@ from uncollapse.anatomy.interception import (
     with_operands,
 )
 from uncollapse.anatomy.mixing_proof import Poked, located, placed
+from uncollapse.anatomy.module_states import left_as_found
 from uncollapse.anatomy.operands import Mixed, UnreadableError, product_operands, replaced
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.reading import has_own_hooks, read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
+from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember
+from uncollapse.anatomy.snapshots import copied
 from uncollapse.anatomy.stacks import find_stacks
-from uncollapse.anatomy.streams import Action, cloned, met
+from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.tracing import Trace, operands_of, operation_name, tensors_in, trace
 from uncollapse.anatomy.vocabulary import (
     STREAM,
@@ -68,37 +72,33 @@ EXAMPLE_TOKENS = 8
 # Not a seed that models are made with: noise that equals an embedding, drawn from the same seed, leaves its direction as it is.
 POKE_SEED = 2_604_236_810
 SEQUENCES, TOKENS, DECODER_TOKENS = 3, 7, 5  # of the proof: pairwise different, so that no axis passes for another
-_proved: weakref.WeakKeyDictionary[nn.Module, tuple[object, Layout | None, Anatomy, dict[str, Any]]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
-def proved_anatomy(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None) -> Anatomy:
-    """The anatomy of `model`, read off a trace of a small piece of `batch` and proved; remembered for this model object
-    as long as its modules stay the same. Raises `UnsupportedModel` where the model cannot be read or the proof fails."""
-    known = _proved.get(model)
-    if known is not None and known[0] == _fingerprint(model) and layout in (None, known[1]):
-        if _given(known[3]) == _given(batch):
-            return known[2]
-        anatomy = _with_stacks_of(model, known[2], batch)  # other tensors are given: other masks may govern
-        _proved[model] = (*known[:2], anatomy, _one_sequence(model, batch))
-        return anatomy
-    anatomy = prove(model, _piece(model, batch), layout)
-    _proved[model] = (_fingerprint(model), layout, anatomy, _one_sequence(model, batch))
+def proved_anatomy(
+    model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None, *, anew: bool = False
+) -> Anatomy:
+    """The anatomy of `model`, read off a trace of a small piece of `batch` and proved. It is remembered for this model object in
+    this situation (`situations`). anew: prove it again, on the whole batch: on a piece the model went another way.
+
+    Raises `UnsupportedModel` where the model cannot be read or the proof fails."""
+    situation = Situation.of(model, batch, layout)
+    known = None if anew else recalled(model, situation)
+    if known is not None:
+        return known.anatomy
+    small, steers = (dict(batch), _steers(model, batch)) if anew else _piece(model, batch)
+    anatomy = prove(model, small, layout)
+    remember(model, situation, Remembered(anatomy, _one_sequence(model, batch), steers))
     return anatomy
 
 
-def _given(batch: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset(name for name, value in batch.items() if isinstance(value, Tensor))
-
-
-def _piece(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+def _piece(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """The first of several pieces that the model runs on: `example_batch`, one cut along its first axis alone, the whole batch
-    (patches laid end to end, fixed lengths)."""
+    (patches laid end to end, fixed lengths); also the whole batch for a model that would not be the same model afterwards
+    (BigBird gives up its sparse attention on a short text). Then also whether the whole batch makes another model of it, too."""
     for piece in (example_batch(batch), _first_sequences(batch)):
         if _runs_on(model, piece):
-            return piece
-    return dict(batch)
+            return piece, False
+    return dict(batch), _steers(model, batch)
 
 
 def _one_sequence(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,40 +107,35 @@ def _one_sequence(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _runs_on(model: nn.Module, piece: Mapping[str, Any]) -> bool:
+    """Whether the model runs on a piece, and is the same model afterwards."""
     try:
-        with probing(model):
+        with probing(model), left_as_found(model) as states:
             model(**piece)
-    except Exception:  # whatever it is, the piece does not fit; the batch is the user's own
+            return not states.steered()
+    except Exception:  # whatever it is, the piece does not fit; the next one is closer to the user's own batch
         return False
-    return True
 
 
-def _with_stacks_of(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> Anatomy:
-    """The proved anatomy with the masks and ids that govern its stacks in another kind of batch."""
-    piece = _piece(model, batch)
-    with probing(model):
-        try:
-            return replace(anatomy, stacks=find_stacks(model, piece, anatomy, blocks_alone))
-        except UncollapseError:
-            raise
-        except Exception as error:
-            raise _not_run(model, batch, error) from error
+def _steers(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether running `batch` sends later runs of the model another way."""
+    try:
+        with probing(model), left_as_found(model) as states:
+            model(**batch)
+            return states.steered()
+    except Exception:  # `prove` says what is wrong with the batch
+        return False
 
 
-def known_anatomy(model: nn.Module) -> Anatomy | None:
-    """The anatomy that was proved for this model object before, if its modules are still the same."""
-    known = _proved.get(model)
-    return known[2] if known is not None and known[0] == _fingerprint(model) else None
+def known_anatomy(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Anatomy | None:
+    """The anatomy that was proved last for this model object as it stands now; with a `batch`, on inputs of its kind."""
+    known = latest(model, batch)
+    return None if known is None else known.anatomy
 
 
 def known_example(model: nn.Module) -> dict[str, Any] | None:
-    """A sequence of few tokens out of the batch on which this model object's anatomy was proved."""
-    known = _proved.get(model)
-    return known[3] if known is not None else None
-
-
-def _fingerprint(model: nn.Module) -> object:
-    return tuple((name, id(module)) for name, module in model.named_modules())
+    """The few tokens on which this model object's anatomy was proved."""
+    known = latest(model)
+    return None if known is None else known.example
 
 
 def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS) -> dict[str, Any]:
@@ -251,10 +246,15 @@ class _Run:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     stream: Tensor | None = None
+    precision: AutocastState | None = None
     output: Tensor | None = None
     sums: dict[Point, _Addition] = field(default_factory=dict)
     gates: dict[tuple[Point, int], Tensor] = field(default_factory=dict)
     earlier: dict[str, int] = field(default_factory=dict)
+
+    def entered(self) -> contextlib.AbstractContextManager[Any]:
+        """The autocast state in which the block ran."""
+        return contextlib.nullcontext() if self.precision is None else self.precision.entered()
 
 
 @dataclass(frozen=True)
@@ -283,8 +283,9 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
         known: dict[tuple[int, tuple[int, ...]], StreamAxes] = {}  # by stack and shape of its stream
         for number, (block, run) in enumerate(zip(anatomy.blocks, runs, strict=True)):
             try:
-                prover = _BlockProof(model, block, run, recorded)
-                prover.check(known, anatomy.stack_of(number))
+                with run.entered():  # every replay of the block happens in here
+                    prover = _BlockProof(model, block, run, recorded)
+                    prover.check(known, anatomy.stack_of(number))
             except UncollapseError:
                 raise
             except Exception as error:  # the model's own code, run in a way it may not expect
@@ -297,7 +298,11 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
         proof.append(
             Identity("the output afterwards is the output before", "model", _deviation(before, _output(model, batch)))
         )
-    anatomy = replace(anatomy, blocks=tuple(proved), proof=tuple(proof), stacks=stacks)
+    names = {b.module.name for b in anatomy.blocks}
+    runs_of = Counter(call.name for call in recorded.calls if call.name in names)
+    anatomy = replace(
+        anatomy, blocks=tuple(proved), proof=tuple(proof), stacks=stacks, runs=tuple(sorted(runs_of.items()))
+    )
     for identity in proof:
         if not identity.deviation <= 0.0:
             raise _failure(model, anatomy, identity, layout)
@@ -379,6 +384,7 @@ def _observe(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, *, to
             actions.append((block.exit, lambda _: _end_where_all(runs)))
         for point, handler in _recording(block, run).items():
             handlers.setdefault(point, []).append(handler)
+    devices = {p.device.type for p in model.parameters()} - {"meta"}
     with contextlib.ExitStack() as stack:
         counts: dict[str, int] = {}
         by_module: dict[str, list[tuple[int, _Run]]] = {}
@@ -389,7 +395,8 @@ def _observe(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, *, to
             def enter(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                 for call, run in by_module.get(name, ()):
                     if call == counts.get(name, 0):
-                        run.args, run.kwargs, run.earlier = cloned(args), cloned(kwargs), dict(counts)
+                        run.args, run.kwargs, run.earlier = copied(args, model), copied(kwargs, model), dict(counts)
+                        run.precision = AutocastState.here(*devices)
                 counts[name] = counts.get(name, 0) + 1
 
             stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
@@ -482,6 +489,11 @@ def _observing(observe: Observer) -> Handler:
     return handler
 
 
+def _zeroed(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Zeros in place of what an operation gives."""
+    return torch.zeros_like(function(*args, **kwargs))
+
+
 def _noting_product(found: list[Mixed | str], number: int, call: AttentionCall) -> Handler:
     """Keep the operands and the result of a product that mixes values, or why they cannot be read."""
 
@@ -531,6 +543,8 @@ class BlockAlone:
         output = self._replay(others, stream, handlers)
         if not added or any(t.shape != added[0].shape for t in added):
             return output
+        if added[0].shape != self.stream.shape == output.shape:  # some of the tokens, or axes in another order
+            return output - self._replay(tuple(range(len(self.block.parts))), stream)
         return added[0] if len(added) == 1 else torch.stack(added).sum(0)
 
     @property
@@ -553,7 +567,7 @@ class BlockAlone:
         """The block's output on its own arguments with some parts removed, optionally with another stream and further handlers
         (the gates on the stream's way and the choice of tokens stay what they were in the model), and handlers that see what
         all of these make of an operation. `poke_memory` changes whatever else the block is given."""
-        args, kwargs = list(cloned(self.run.args)), cloned(self.run.kwargs)
+        args, kwargs = list(copied(self.run.args, self.model)), copied(self.run.kwargs, self.model)
         if poke_memory:
             args, kwargs = _shaken(args), _shaken(kwargs)
         given = self.run.stream if stream is None else stream
@@ -783,12 +797,16 @@ class _BlockProof(BlockAlone):
             changed = stream.clone()
             changed.select(axes.sequence, sequence).add_(noise.select(axes.sequence, sequence))
             poked.append(observed(changed))
-        one = stream.clone()
-        first_token = tuple(
-            0 if axis == axes.sequence or axis in axes.token else slice(None) for axis in range(stream.ndim)
-        )
-        one[first_token] += noise[first_token]
-        token = observed(one)
+        token = plain
+        most = stream.shape[axes.token[-1]] if self.block.chooses_tokens else 1  # the first may be none of the chosen
+        for at in range(most):
+            one = stream.clone()
+            places = {axes.sequence: 0} | dict.fromkeys(axes.token, 0) | {axes.token[-1]: at}
+            index = tuple(places.get(axis, slice(None)) for axis in range(stream.ndim))
+            one[index] += noise[index]
+            token = observed(one)
+            if any(_differ(before, after) for before, after in zip(plain, token, strict=True)):
+                break
         memory = observed(stream, memory=True) if part.kind == "cross" else None
         found = []
         for i, call in enumerate(part.attention):
@@ -804,7 +822,24 @@ class _BlockProof(BlockAlone):
                 found.append(replace(known, masking=self._masking_axes(known, others, sequences)))
             except UnreadableError as error:
                 found.append(replace(call, unreadable=str(error)))
+        if any(call.shares_queries for call in found):
+            alike = len({(c.heads, c.head_width, c.lead, c.before, c.after) for c in found}) == 1
+            if not alike or not all(c.shares_queries for c in found) or not self._in_turn(found, others, axes):
+                reason = (
+                    "several attention calls of one sublayer share out its queries in a way that was not understood"
+                )
+                found = [replace(call, unreadable=call.unreadable or reason) for call in found]
         return tuple(found)
+
+    def _in_turn(self, calls: list[AttentionCall], others: tuple[int, ...], axes: StreamAxes) -> bool:
+        """Whether calls that answer for some of the queries each answer for all of them together, one after the other: each is
+        blanked in turn, and the tokens whose rows then change are its own."""
+        plain = axes.cloud(self._replay(others))
+        taken: list[int] = []
+        for call in calls:
+            without = axes.cloud(self._replay(others, None, {call.product: _zeroed}))
+            taken += (without != plain).any(-1).any(0).nonzero().flatten().tolist()
+        return taken == list(range(plain.shape[1]))
 
     def _masking_axes(self, call: AttentionCall, others: tuple[int, ...], sequences: int) -> tuple[MaskingStep, ...]:
         """The masking steps with what the axes of their results hold, told by where their entries arrive among the weights."""
@@ -876,6 +911,13 @@ class _BlockProof(BlockAlone):
             if size > 1 and reaches(update, stream, axis, places, plain):
                 return True
         return False
+
+
+def _differ(before: Mixed | str, after: Mixed | str) -> bool:
+    """Whether a product mixes other values than before, as far as both could be read."""
+    if isinstance(before, str) or isinstance(after, str):
+        return False
+    return not torch.equal(before.values, after.values)
 
 
 def _one_per_term(node: AdditionNode, met: _Addition) -> list[Tensor]:

@@ -20,6 +20,7 @@ from uncollapse.anatomy.norm_reading import Piece, cuts, kind_between, next_prod
 from uncollapse.anatomy.replaying import between
 from uncollapse.anatomy.tracing import PASSES, Call, Trace
 from uncollapse.anatomy.vocabulary import (
+    PICKS,
     STREAM,
     AdditionNode,
     Anatomy,
@@ -44,10 +45,8 @@ _MOST_SOURCES = 4  # values that an embedding is summed of, and so many are foll
 _MOST_PRODUCTS = 24  # products of a part that are followed: of hundreds of experts the first tell as much
 
 
-# Operations that pick some of the tokens, and that put tokens in the place of others.
-_PICKS = frozenset(["gather", "index_select", "take_along_dim", "getitem"])
 _CUTS = frozenset(["getitem", "split", "chunk", "narrow", "tensor_split", "unbind"])
-_PUTS = frozenset(["scatter", "index_copy", "index_put", "setitem"])
+_PUTS = frozenset(["scatter", "index_copy", "index_put", "setitem"])  # tokens in the place of others
 
 
 @dataclass
@@ -149,7 +148,7 @@ class _Reader:
     def _picked(self, index: int) -> list[int]:
         """The values that an operation picks tokens from or puts tokens into, its data among the operands last."""
         node = self.t.nodes[index]
-        if node.operation in _PICKS:
+        if node.operation in PICKS:
             return [node.inputs[0]]
         return [node.inputs[0], node.inputs[-1]] if node.operation in _PUTS else []
 
@@ -163,12 +162,13 @@ class _Reader:
                 frontier.extend(() if index in ends else self._behind(index))
         return seen
 
-    def _gates(self, index: int, stream: int) -> tuple[tuple[Point, int], ...]:
-        """The factors made from data, and the choices of tokens, that the stream meets from value `stream` to value `index`."""
+    def _gates(self, index: int, stream: int, norms: Collection[tuple[int, int]]) -> tuple[tuple[Point, int], ...]:
+        """The factors made from data, and the choices of tokens, that the stream meets from value `stream` to value `index`.
+        What lies in one of the `norms`, from a value to a value, is the norm's own: it is taken from whatever stream comes."""
         found: list[tuple[Point, int]] = []
         for value in sorted(self._carried(index, (stream,)) - {stream}):
             node = self.t.nodes[value]
-            if not self.t.depends(value, stream):
+            if not self.t.depends(value, stream) or any(start < value <= end for start, end in norms):
                 continue
             numbers = range(len(node.inputs))
             if node.operation == "lerp":
@@ -178,6 +178,9 @@ class _Reader:
             elif not self._gated(value):
                 continue
             factors = [i for i in numbers if self.t.nodes[node.inputs[i]].is_data]
+            if self._gated(value) and stream not in self._carried(value, (stream,)):
+                # On an update's way, a factor that this stream does not make: the weight of a token that was chosen before it.
+                factors = [i for i in factors if not self.t.depends(node.inputs[i], stream)]
             found += [
                 (self._point(value), i) for i in factors if stream not in self._carried(node.inputs[i], (stream,))
             ]
@@ -270,27 +273,25 @@ class _Reader:
         depend on the stream is carried along with it and is no summand."""
         internal: list[int] = []
         leaves: list[int] = []
-
-        def descend(index: int) -> None:
-            if index == stream:
-                leaves.append(index)
-            elif self.t.depends(index, stream):
-                terms = self._summands(index)
-                onward = terms or [
-                    i for i in self._onward(index, is_gated) if self._leads_to_addition(i, stream, is_gated)
-                ]
-                before = len(leaves)
-                for value in onward:
-                    descend(value)
-                if onward and set(leaves[before:]) == {stream}:  # the stream twice, as in a x + b x0 where x is x0
-                    del leaves[before + 1 :]
-                elif terms:
-                    internal.append(index)
-                elif not onward:
-                    leaves.append(index)
-
-        descend(root)
+        # No recursive closure: it would be a cycle that keeps the model alive.
+        self._descend(root, stream, is_gated, internal, leaves)
         return internal, leaves
+
+    def _descend(self, index: int, stream: int, is_gated: bool, internal: list[int], leaves: list[int]) -> None:
+        if index == stream:
+            leaves.append(index)
+        elif self.t.depends(index, stream):
+            terms = self._summands(index)
+            onward = terms or [i for i in self._onward(index, is_gated) if self._leads_to_addition(i, stream, is_gated)]
+            before = len(leaves)
+            for value in onward:
+                self._descend(value, stream, is_gated, internal, leaves)
+            if onward and set(leaves[before:]) == {stream}:  # the stream twice, as in a x + b x0 where x is x0
+                del leaves[before + 1 :]
+            elif terms:
+                internal.append(index)
+            elif not onward:
+                leaves.append(index)
 
     def _onward(self, index: int, is_gated: bool) -> list[int]:
         passed = self._passes(index)
@@ -328,22 +329,23 @@ class _Reader:
         if rest:
             parts.append(self._mlp(rest[0], found))
             part_of |= dict.fromkeys(rest, len(parts) - 1)
-
-        def under(index: int) -> frozenset[int]:
-            if index in part_of:
-                return frozenset({part_of[index]})
-            if not self.t.depends(index, found.stream):
-                return frozenset({STREAM})
-            terms = self._summands(index)
-            return frozenset().union(*map(under, terms or self._onward(index, found.is_gated)))
-
         tree: list[AdditionNode] = []
         for index in found.nodes:
             terms, inputs = self._terms(index), self.t.nodes[index].inputs
-            leaves = tuple(under(v) if i in terms else frozenset() for i, v in enumerate(inputs))
+            leaves = tuple(self._under(v, found, part_of) if i in terms else frozenset() for i, v in enumerate(inputs))
             if len(frozenset().union(*leaves)) > 1:  # an addition within one part belongs to that part
                 tree.append(AdditionNode(self._point(index), leaves))
         return parts, tree
+
+    def _under(self, index: int, found: _Sum, part_of: Mapping[int, int]) -> frozenset[int]:
+        """The leaves of a residual addition under one of its nodes: part numbers, or `STREAM`."""
+        if index in part_of:
+            return frozenset({part_of[index]})
+        if not self.t.depends(index, found.stream):
+            return frozenset({STREAM})
+        terms = self._summands(index)
+        behind = terms or self._onward(index, found.is_gated)
+        return frozenset().union(*(self._under(value, found, part_of) for value in behind))
 
     def _point(self, index: int) -> Point:
         node = self.t.nodes[index]
@@ -898,7 +900,7 @@ class _Reader:
                 leaving = self._leaving(piece[-1].root, pieces[number + 1][0].stream)
                 behind_norm = leaving != piece[-1].root
             else:
-                leaving = self._normed_next(piece[-1].root) if behind_norm else piece[-1].root
+                leaving = self._leaving_last(piece[-1].root) if behind_norm else piece[-1].root
             summed = self._summed(leaving)
             named = self._listed_inside(home, next((s for s in piece if s.root in attending), piece[0]))
             label = named or f"block {number} of {call.name or 'the model itself'}"
@@ -922,20 +924,30 @@ class _Reader:
     def _leaving(self, root: int, following: int) -> int:
         """Where a block is left whose last addition is `root`: behind the norms that the sum passes before it is carried on to
         the stream of the following block."""
-        value, reached = root, self._carried(following)
-        while value not in reached:
-            after = self._normed_next(value)
-            if after == value:
-                return root
-            value = after
-        return value
+        if root in self._carried(following):
+            return root
+        return self._behind_norms(root, [following])
 
-    def _normed_next(self, value: int) -> int:
-        """The output of the norm that reads a value, or the value itself where none does."""
-        for call in self.t.calls:
-            if self.norm_kind(call) is not None and self._moved(next(iter(call.inputs.values())), value):
-                return call.outputs[None]
-        return value
+    def _leaving_last(self, root: int) -> int:
+        """The same for the last of several blocks that are left behind a norm: behind the first norm that the sum passes."""
+        targets = [*next_products(self.t, root, self.t.results), *self.t.results]
+        return self._behind_norms(root, [i for i in targets if self.t.depends(i, root)][:1], first=True)
+
+    def _behind_norms(self, root: int, targets: Collection[int], *, first: bool = False) -> int:
+        """The last value of the norms between `root` and the targets; where a module makes it, the module's."""
+        pieces = pieces_between(self.t, root, targets)
+        if not pieces:
+            return root
+        piece = pieces[0] if first else pieces[-1]
+        for call in self.t.calls:  # the outermost module that holds the norm and no more than it
+            result = call.outputs.get(None)
+            if (
+                result is not None
+                and root < call.first <= piece.bare < call.last
+                and piece.bare <= result <= piece.target
+            ):
+                return result
+        return piece.target
 
     def _within(self, inner: int, outer: int) -> bool:
         return outer in self.t.call_path(inner)
@@ -1070,6 +1082,9 @@ class _Reader:
         parts: list[Part] = []
         residuals: list[Residual] = []
         parts_of: list[list[int]] = []
+        carried: list[
+            list[tuple[int, int]]
+        ] = []  # by addition: the ways of the stream, from their ends to their beginnings
         entry, entry_value = self._entry(stretch)
         exit_place, exit_value = self._exit(stretch)
         before = entry_value
@@ -1085,22 +1100,27 @@ class _Reader:
             parts_of.append(
                 [offset if not attending or self._attending(leaf, found.stream) else offset + 1 for leaf in summands]
             )
-            gates = dict.fromkeys([*self._gates(found.stream, before), *self._gates(found.root, found.stream)])
+            carried.append([(found.stream, before), (found.root, found.stream)])
             if found is sums[-1]:
-                gates |= dict.fromkeys(self._gates(exit_value, found.root))
+                carried[-1].append((exit_value, found.root))
             elif self._is_piecewise(found, sums[len(residuals) + 1]):
                 raise self._refusal(
                     f"a sublayer of {stretch.name} runs on some of the tokens at a time, one piece after another. How many "
                     "pieces there are depends on the input. Let it run on all tokens at once"
                 )
-            residuals.append(Residual(tuple(tree), tuple(range(offset, offset + len(own))), gates=tuple(gates)))
+            residuals.append(Residual(tuple(tree), tuple(range(offset, offset + len(own)))))
             parts.extend(own)
             before = found.root
         region = call if stretch.entry is None else replace(call, first=entry_value + 1, last=exit_value + 1)
         norms = self._norms(sums, parts_of, exit_value, region)
         self.edges[entry, exit_place] = (entry_value, exit_value)
+        inside = [self.t.pieces[n.where] for n in norms if n.role == "post" and n.where in self.t.pieces]
         residuals = [
-            replace(r, norms_post=tuple(n.where for n in norms if n.role == "post" and n.place == i))
+            replace(
+                r,
+                norms_post=tuple(n.where for n in norms if n.role == "post" and n.place == i),
+                gates=tuple(dict.fromkeys(gate for way in carried[i] for gate in self._gates(*way, inside))),
+            )
             for i, r in enumerate(residuals)
         ]
         roles = {n.role for n in norms}
@@ -1175,6 +1195,12 @@ class _Reader:
         for path, given in around.inputs.items():
             if given == index:
                 return Place(ModuleCall(around.name, around.ordinal), "in", path)
+        for (
+            call
+        ) in self.t.calls:  # what a module makes is met where it leaves it: hooks may put another value in its place
+            inside = around.first <= call.first and call.index != around.index and call.first <= index < call.last
+            if inside and call.outputs.get(None) == index:
+                return Place(ModuleCall(call.name, call.ordinal), "out")
         node = self.t.nodes[index]
         made = [
             n.index for n in self.t.nodes if n.ordinal == node.ordinal and self._point(n.index) == self._point(index)

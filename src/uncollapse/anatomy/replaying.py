@@ -131,7 +131,7 @@ def _done(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], p
         device = next(tensors_in([args, kwargs])).device.type
         if not precise and operation.autocast is not None:
             stack.enter_context(torch.autocast(device, operation.autocast))
-        elif torch.is_autocast_enabled(device):
+        elif device != "meta" and torch.is_autocast_enabled(device):
             stack.enter_context(torch.autocast(device, enabled=False))
         if operation.writes:
             args = (args[0].clone(), *args[1:])

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.influence import heard_tokens, moved, poked, segments, without_zeros
+from uncollapse.anatomy.influence import heard_tokens, heard_tokens_one_by_one, moved, poked, segments, without_zeros
 from uncollapse.anatomy.vocabulary import Anatomy, Block, Stack, StreamAxes, TokenMask
 
 
@@ -182,10 +182,11 @@ def _heard_tokens(alone: Alone) -> Tensor | None:
     axes = alone.block.axes
     if axes is None or alone.mixing is None:
         return None
+    update = functools.partial(alone.update, alone.mixing)
     try:
-        return heard_tokens(functools.partial(alone.update, alone.mixing), alone.stream, axes)
-    except RuntimeError:  # a block that cannot be differentiated: a kernel of its own, quantised weights
-        return None
+        return heard_tokens(update, alone.stream, axes)
+    except RuntimeError:  # a block that cannot be differentiated: it writes in place, or has a kernel of its own
+        return heard_tokens_one_by_one(update, alone.stream, axes)
 
 
 def _changed_at(

@@ -444,7 +444,9 @@ class _Recorder(TorchFunctionMode):
         ordinal = self._next_ordinal(counted)
         referred = self._referred(args), self._referred(kwargs)
         device = operands[0].device.type if operands else "cpu"
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        # Offloaded weights stand on "meta" between their runs; autocast knows no such device.
+        is_cast = device != "meta" and torch.is_autocast_enabled(device)
+        autocast = torch.get_autocast_dtype(device) if is_cast else None
         for tensor in tensors_in(written):
             index = self._new(
                 tensor,

@@ -39,6 +39,7 @@ from uncollapse.errors import UnsupportedModel
 PartKind = Literal["attention", "cross", "mlp", "mixer"]
 NormRole = Literal["before", "after", "inner", "post"]
 Placement = Literal["pre", "post", "sandwich", "output", "none"]
+PICKS = frozenset(["gather", "index_select", "take_along_dim", "getitem"])  # operations that choose some of the tokens
 STREAM = -1  # the leaf of an addition tree that is the residual stream itself; parts are leaves 0, 1, …
 
 
@@ -135,6 +136,7 @@ class AttentionCall:
 
     The proof adds what the leading axes of the product hold (`lead`, in order), how many of the keys stand `before` those that
     are tokens and belong to none (a sink's column), whether there are as many keys as the stream has tokens (`keys_of_tokens`),
+    whether it is one of several that answer for the sublayer's queries in turn, the tokens in order (`shares_queries`),
     and, where the call is no mixture of tokens that can be measured, why (`unreadable`)."""
 
     score: Point | None
@@ -160,6 +162,7 @@ class AttentionCall:
     before: int = 0
     after: int = 0
     keys_of_tokens: bool = False
+    shares_queries: bool = False
     unreadable: str | None = None
 
     @property
@@ -288,6 +291,11 @@ class Block:
         return self.label or self.module.name
 
     @property
+    def chooses_tokens(self) -> bool:
+        """Whether the block runs on some of its stream's tokens, which its data choose (mixture of depths)."""
+        return any(point.operation.split(" ")[0] in PICKS for r in self.residuals for point, _ in r.gates)
+
+    @property
     def is_parallel(self) -> bool:
         return any(len(r.parts) > 1 for r in self.residuals)
 
@@ -304,11 +312,13 @@ class Identity:
 @dataclass(frozen=True)
 class Anatomy:
     """The proved picture of a model. `outer_norms` are the norm calls outside the blocks (of the embedding, the final one);
-    `proof` lists every identity that was checked. `stacks` are the chains of blocks, with the masks that govern them."""
+    `proof` lists every identity that was checked. `stacks` are the chains of blocks, with the masks that govern them. `runs` says
+    how often each module that is a block runs in a pass."""
 
     blocks: tuple[Block, ...]
     outer_norms: tuple[ModuleCall | NormPiece, ...] = ()
     proof: tuple[Identity, ...] = ()
+    runs: tuple[tuple[str, int], ...] = ()
     stacks: tuple[Stack, ...] = ()
 
     def stack_of(self, block: int) -> int:

@@ -14,7 +14,6 @@ laid end to end without a token axis. Such models are refused. In your own model
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +29,7 @@ from uncollapse.anatomy.vocabulary import Anatomy, Block, Layout, ModuleCall
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.gates.projection import Features, Installed, PositionGatedProjection, dense_projection
 from uncollapse.gates.token_positions import TokenPositions
+from uncollapse.wrappers import seen_through, takes
 
 
 @dataclass
@@ -144,7 +144,7 @@ def _proved(
     anatomy, example = known_anatomy(model), known_example(model)
     if anatomy is not None and example is not None and layout is None:
         return anatomy, example
-    batch = getattr(model, "dummy_inputs", None) if batch is None else batch
+    batch = getattr(seen_through(model), "dummy_inputs", None) if batch is None else batch
     if batch is None:
         raise InputError(
             f"install_gates: expected a model whose anatomy is known, got a {type(model).__name__} that was never diagnosed and "
@@ -176,10 +176,11 @@ def _places(anatomy: Anatomy, blocks: Collection[int]) -> dict[str, _Place]:
                 if not isinstance(call.projection, ModuleCall):
                     reason = "none" if call.projection is None else f"a product in its own code, {call.projection}"
                     raise _unsupported(f"an output projection that is a module of its own in {where}", reason)
-                if block.axes is None or block.axes.sequence is None or len(block.axes.token) != 1:
-                    raise _unsupported(
-                        f"one token axis in {where}", block.axes_reason or "a grid, or sequences end to end"
-                    )
+                if block.axes is None:
+                    raise _unsupported(f"one token axis in {where}", block.axes_reason)
+                if block.axes.sequence is None or len(block.axes.token) != 1:
+                    laid = "sequences laid end to end" if block.axes.sequence is None else "a grid of tokens"
+                    raise _unsupported(f"one token axis in {where}", laid)
                 stack = _stack_of(block)
                 place = places.setdefault(call.projection.name, _Place(call.heads, stack, block.axes.token[0]))
                 if (place.heads, place.stack) != (call.heads, stack):
@@ -246,7 +247,7 @@ def _position_offset(model: nn.Module, example: Mapping[str, Any]) -> int:
     """What the model's own `position_ids` begin with: the number for the first token that changes no output when it is given.
     Some models count from behind their padding index."""
     tokens = example.get("input_ids")
-    if "position_ids" not in inspect.signature(model.forward).parameters or not isinstance(tokens, Tensor):
+    if not takes(model, "position_ids") or not isinstance(tokens, Tensor):
         return 0
     plain = {k: v for k, v in example.items() if k != "position_ids"}
     behind = {m.padding_idx + 1 for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None}

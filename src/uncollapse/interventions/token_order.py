@@ -13,7 +13,7 @@ checked before it is believed.
 from __future__ import annotations
 
 import contextlib
-import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, intercepted
-from uncollapse.anatomy.operands import forbidden_by_addition, fused_arguments, spread_out, step_without
+from uncollapse.anatomy.operands import forbidden_by_addition, fused_arguments, result_shape, spread_out, step_without
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.stacks import given_mask, hides
-from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in
+from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, MaskingStep
 from uncollapse.errors import UnsupportedModel
-from uncollapse.sources.batches import bound
+from uncollapse.wrappers import bound, rebound, takes
 
 
 @contextlib.contextmanager
@@ -50,6 +50,11 @@ def mask_removed(model: nn.Module, anatomy: Anatomy, blocks: frozenset[int]) -> 
     for number, block in enumerate(anatomy.blocks):
         padding = paddings[anatomy.stack_of(number)]
         for call in (c for p in block.parts if p.kind == "attention" for c in p.attention if number in blocks):
+            if call.shares_queries:
+                raise UnsupportedModel(
+                    f"without: expected an attention that answers for its queries at once, got several calls in {block.name}. "
+                    "How many there are depends on the input. Take away another component."
+                )
             if call.is_fused:
                 handlers[call.product] = _unmasked_fused(call, padding)
             for step in call.masking:
@@ -91,8 +96,7 @@ def _unmasked_step(step: MaskingStep, padding: list[Tensor | None]) -> Handler:
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         real, hidden = padding[0], None
         if real is not None:
-            given = operands_of(operation_name(function), args, kwargs)
-            hidden = spread_out(~real, step.axes, torch.broadcast_shapes(*(t.shape for t in given)))
+            hidden = spread_out(~real, step.axes, result_shape(function, args, kwargs))
         return step_without(function, args, kwargs, step.operand, step.after_softmax, hidden)
 
     return handler
@@ -101,21 +105,21 @@ def _unmasked_step(step: MaskingStep, padding: list[Tensor | None]) -> Handler:
 @contextlib.contextmanager
 def positions_removed(model: nn.Module) -> Iterator[None]:
     """Within the context every token stands at position 0."""
-    parameters = inspect.signature(model.forward).parameters
-    if "position_ids" not in parameters:
+    if not takes(model, "position_ids"):
         raise UnsupportedModel(
             f"without: expected a model that takes position_ids, got {type(model).__name__}. Its positions cannot be told "
             "from outside. Take away another component."
         )
 
     def at_zero(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        shaped = tokens if tokens is not None else kwargs["inputs_embeds"][..., 0]
-        zeros = torch.zeros(shaped.shape[:2], dtype=torch.long, device=shaped.device)
-        if "attention_mask" in parameters and len(args) < 2 and kwargs.get("attention_mask") is None:
+        given = bound(model, args, kwargs)
+        tokens = given.get("input_ids", args[0] if args else None)
+        shaped = tokens if tokens is not None else given["inputs_embeds"][..., 0]
+        changed = {"position_ids": torch.zeros(shaped.shape[:2], dtype=torch.long, device=shaped.device)}
+        if takes(model, "attention_mask") and given.get("attention_mask") is None:
             # Without a mask, positions that start again are taken for sequences packed into one row, and kept apart.
-            kwargs = {**kwargs, "attention_mask": torch.ones_like(zeros)}
-        return args, {**kwargs, "position_ids": zeros}
+            changed["attention_mask"] = torch.ones_like(changed["position_ids"])
+        return rebound(model, args, kwargs, changed)
 
     hook = model.register_forward_pre_hook(at_zero, with_kwargs=True, prepend=True)  # position gates listen, too
     try:
@@ -135,9 +139,17 @@ def require_order_blind(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, 
     tokens = batch["input_ids"].shape[1]
     order = torch.arange(tokens).roll(3)
     permuted = {k: v[:, order] if v.ndim == 2 and v.shape[1] == tokens else v for k, v in batch.items()}
+    streams: list[Tensor] = []
     with probing(model), mask_removed(model, anatomy, every), positions_removed(model):
-        plain, moved = (next(tensors_in(model(**b))).double() for b in (batch, permuted))
-    gap = float((moved - plain[:, order]).abs().max() / plain.abs().max())
+        for given in (batch, permuted):
+            with met(model, [(anatomy.blocks[-1].exit, lambda stream: streams.append(stream.detach().clone()))]):
+                model(**given)
+    axes = anatomy.blocks[-1].axes
+    gap = math.inf
+    if axes is not None and len(streams) == 2:
+        plain, moved = (axes.cloud(stream).double() for stream in streams)
+        if plain.shape[1] == tokens and plain.shape == moved.shape:
+            gap = float((moved - plain[:, order]).abs().max() / plain.abs().max())
     if not gap < 1e-3:
         raise UnsupportedModel(
             f"without: expected {type(model).__name__} without mask and positions to treat its tokens as a set, got outputs that "

@@ -32,13 +32,15 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.influence import without_zeros
-from uncollapse.anatomy.interception import Handler, Point, counted, intercepted
-from uncollapse.anatomy.probing import in_the_open, probing
+from uncollapse.anatomy.interception import Handler, Point, counted, in_turn, intercepted
+from uncollapse.anatomy.probing import going_as_steered, in_the_open, probing
 from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
+from uncollapse.anatomy.situations import held
 from uncollapse.anatomy.tracing import tensors_in, writes_in_place
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall, NormPiece, removal
 from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.interventions.token_order import mask_removed, positions_removed, require_order_blind
+from uncollapse.wrappers import seen_through
 
 Component = Literal["mlp", "attention", "residual", "attention-residual", "mlp-residual", "norm", "positions", "mask"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
@@ -100,13 +102,14 @@ def removed(
     if "positions" in components:
         require_order_blind(model, anatomy, known_example(model) or {})
     stack = _active.setdefault(model, [])
-    stack.append(_Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer"))
-    try:
-        _install(model, anatomy, stack)
-        yield model
-    finally:
-        stack.pop()
-        _install(model, anatomy, stack)
+    with held(model), going_as_steered(model):
+        stack.append(_Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer"))
+        try:
+            _install(model, anatomy, stack)
+            yield model
+        finally:
+            stack.pop()
+            _install(model, anatomy, stack)
 
 
 def is_ablated(model: nn.Module) -> bool:
@@ -116,11 +119,11 @@ def is_ablated(model: nn.Module) -> bool:
 
 def anatomy_for(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Anatomy:
     """The proved anatomy: the remembered one, else proved on `batch`, else on the model's own dummy inputs."""
-    known = known_anatomy(model)
+    known = known_anatomy(model, batch)
     if known is not None:
         return known
     if batch is None:
-        batch = getattr(model, "dummy_inputs", None)
+        batch = getattr(seen_through(model), "dummy_inputs", None)
     if batch is None:
         raise InputError(
             f"without: expected a model whose anatomy is known, got a {type(model).__name__} that was never diagnosed and "
@@ -226,7 +229,8 @@ def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> No
     runs: dict[str, set[int]] = {}
     for where in norms:
         if isinstance(where, NormPiece):
-            handlers |= _identity_of_piece(where)
+            for point, handler in _identity_of_piece(where).items():  # norms may begin at one operation
+                handlers[point] = in_turn(handlers[point], handler) if point in handlers else handler
         else:
             runs.setdefault(where.name, set()).add(where.call)
     for name, calls in runs.items():

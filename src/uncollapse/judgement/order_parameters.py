@@ -10,7 +10,6 @@ When not to use it: to judge. `findings` decides which value counts as a collaps
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.records.common import Phenomenon, Statistic
 from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
 from uncollapse.records.symmetries import SymmetryRecord, WidthScaling
+from uncollapse.wrappers import takes
 
 GROUPS: dict[Phenomenon, str] = {
     "rank-collapse-depth": "S_n: permutations of the tokens",
@@ -55,7 +55,7 @@ class Components:
             residuals=sum(len(block.residuals) for block in anatomy.blocks),
             mlps=sum(part.kind in {"mlp", "mixer"} for part in parts),
             is_causal=any(part.is_causal for part in parts),
-            takes_positions="position_ids" in inspect.signature(model.forward).parameters,
+            takes_positions=takes(model, "position_ids"),
             bounds_logits=any(norm.role == "inner" for block in anatomy.blocks for norm in block.norms),
             is_gated=any(type(m).__name__ == "PositionGatedProjection" for m in model.modules()),
         )

@@ -44,21 +44,24 @@ def _held(
     prediction: str, source: str, run: AblationRun, whole: AblationRun, *, collapses: bool, how: str = ""
 ) -> list[VerdictRecord]:
     """One prediction in both measures. For a collapse in distance theory may also predict the rate."""
-    share, block = _rank_share(run, whole)
-    lost = share < RANK_LOST
-    records = [
-        VerdictRecord(
-            prediction,
-            source,
-            run.without,
-            "affine_rank",
-            "dimensions are lost" if collapses else "no dimensions are lost",
-            f"at its lowest, the share of the attainable affine rank is {share:.0%} of that at the embedding",
-            lost == collapses,
-            None,
-            block,
+    records: list[VerdictRecord] = []
+    ranks = _rank_share(run, whole)
+    if ranks is not None:
+        share, block = ranks
+        lost = share < RANK_LOST
+        records.append(
+            VerdictRecord(
+                prediction,
+                source,
+                run.without,
+                "affine_rank",
+                "dimensions are lost" if collapses else "no dimensions are lost",
+                f"at its lowest, the share of the attainable affine rank is {share:.0%} of that at the embedding",
+                lost == collapses,
+                None,
+                block,
+            )
         )
-    ]
     if run.rate is not None:
         gone = run.rate.kind != "none"
         as_predicted = gone == collapses and (not how or run.rate.kind == _RATES[how])
@@ -81,18 +84,24 @@ def _held(
     return records
 
 
-def _rank_share(run: AblationRun, whole: AblationRun) -> tuple[float, int | None]:
-    """The lowest share of the attainable affine rank along depth, relative to that of the embedding, and its block."""
+def _rank_share(run: AblationRun, whole: AblationRun) -> tuple[float, int | None] | None:
+    """The lowest share of the attainable affine rank along depth, relative to that of the embedding, and its block; None where
+    the ranks were not measured."""
     shares = [
         (s.affine_rank.mean / s.attainable_affine_rank.mean, s.block)
         for s in run.trajectory
         if s.affine_rank is not None and s.attainable_affine_rank is not None and s.attainable_affine_rank.mean
     ]
     start = next(
-        s.affine_rank.mean / s.attainable_affine_rank.mean
-        for s in whole.trajectory
-        if s.affine_rank is not None and s.attainable_affine_rank is not None
+        (
+            s.affine_rank.mean / s.attainable_affine_rank.mean
+            for s in whole.trajectory
+            if s.affine_rank is not None and s.attainable_affine_rank is not None and s.attainable_affine_rank.mean
+        ),
+        None,
     )
+    if not shares or start is None:
+        return None
     lowest, block = min(shares, key=lambda pair: pair[0])
     return lowest / start if start else 0.0, block
 

@@ -593,7 +593,12 @@ def gauge_of_gates(gates: Float[Tensor, "position head"], head_width: int, tol: 
 
     Derived here, for the gates of arXiv 2604.23681. Raises `InputError` for anything but a finite matrix of positive gates.
     """
-    if gates.ndim != 2 or not gates.numel() or not bool((gates.isfinite() & (gates > 0)).all()):
+    if gates.ndim != 2 or not gates.is_floating_point() or not gates.numel():
+        raise InputError(
+            f"gauge_of_gates: expected positive gates[position, head] in floating point, got {_shape(gates)}. "
+            "A single position has an axis of its own, too. Pass gates[None].float()."
+        )
+    if not bool((gates.isfinite() & (gates > 0)).all()):
         raise InputError(
             f"gauge_of_gates: expected positive gates[position, head], got {list(gates.shape)}, some of them not positive or not "
             "finite. A closed head mixes with nothing. Leave it out, or pass the gates of fewer positions."

@@ -299,6 +299,25 @@ def _joined(parts: Sequence[mixing.RowStatistics]) -> mixing.RowStatistics:
     return mixing.RowStatistics(**{n: joined(n) for n in names}, route=parts[0].route)
 
 
+def in_sequence(parts: Sequence[AttentionRows]) -> AttentionRows:
+    """One attention of several calls that answered for its queries in turn."""
+
+    def joined(name: str, axis: int) -> Tensor | None:
+        found = [getattr(part, name) for part in parts]
+        return None if any(f is None for f in found) else torch.cat(found, axis)
+
+    return AttentionRows(
+        _joined([part.rows for part in parts]),
+        parts[0].values,
+        joined("mixed", 2),
+        joined("weights", 2),
+        max(part.deviation for part in parts),
+        (min(part.row_sums[0] for part in parts), max(part.row_sums[1] for part in parts)),
+        tuple(dict.fromkeys(one for part in parts for one in part.forbids)),
+        {name: reason for part in parts for name, reason in part.reasons.items()},
+    )
+
+
 # What the pass must bear out ------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.expected_runs import runs_checked
 from uncollapse.anatomy.interception import Handler, Point, device_of, in_turn
 from uncollapse.anatomy.probing import full_precision, probing
 from uncollapse.anatomy.proof import blocks_alone
@@ -41,7 +42,7 @@ from uncollapse.probe.attention import (
     pattern_spectra,
     spread,
 )
-from uncollapse.probe.attention_calls import AttentionRows, CallObserver
+from uncollapse.probe.attention_calls import AttentionRows, CallObserver, in_sequence
 from uncollapse.probe.projections import holds, projected_cloud, projection_matrix
 from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, SiteStatistics, distinct_tokens
 from uncollapse.probe.sublayers import NormStatistics, Sublayers, UpdateStatistics
@@ -80,17 +81,19 @@ def capture(
     """Run `model` once over `batches` (each a dict of tensors, moved to the model's device) and observe. `on_output` is given
     each batch and the model's output on it. `spectra`: whether to decompose the attention matrices, by default at level `full`.
 
-    Raises `InputError` where a padded batch meets a model whose token axis does not match the mask.
+    Raises `InputError` where a padded batch meets a model whose token axis does not match the mask, `ChangedPath` where the
+    model takes another path on a batch than the one that was proved.
     """
     probe = _Probe(model, anatomy, level, level == "full" if spectra is None else spectra)
     device = device_of(model)
-    with probing(model, seed), probe.installed():
+    with contextlib.closing(probe), probing(model, seed), probe.installed(), runs_checked(model, anatomy) as check:
         for number, batch in enumerate(batches):
             if progress is not None:
                 progress("probe", number, len(batches))
             on_device = {k: v.to(device).contiguous() if isinstance(v, Tensor) else v for k, v in batch.items()}
             probe.begin(on_device)
-            output = model(**on_device)
+            with check(on_device):
+                output = model(**on_device)
             probe.count()
             if on_output is not None:
                 on_output(on_device, output)
@@ -114,6 +117,8 @@ class _Probe:
         self.heads_output: Tensor | None = None  # of the attention call whose output projection is still to come
         self.matrices: dict[str, Tensor] = {}
         self.distinct: list[Tensor | None] = []  # by stack: different token ids of each sequence
+        # Of a sharded model the whole weights exist only while a block runs, and their memory is freed under whoever kept a view.
+        self.lasting = {id(p) for p in model.parameters()}
         self.entered: dict[str, Tensor] = {}  # by site: the cloud that entered the block that is running
         # What reads the stream takes each token's mean away, if it is a layer norm.
         readers = [n for b in anatomy.blocks for n in b.norms if n.role in {"before", "post"}]
@@ -124,10 +129,17 @@ class _Probe:
             self.sublayers = Sublayers(model, anatomy, self._tokens_of, self._is_own)
             self.observations.updates, self.observations.norms = self.sublayers.updates, self.sublayers.norms
 
+    def close(self) -> None:
+        """Be no part of a cycle any more: that would keep the model in memory until Python looks for such."""
+        if self.sublayers is not None:
+            self.sublayers.let_go()
+        self.sublayers = None
+
     # Installation -------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
     def installed(self) -> Any:
-        observers: dict[Point, Observer] = {}
+        # Calls may share their way: one softmax, and a product for each head.
+        observers: dict[Point, list[Observer]] = {}
         projections: dict[str, dict[int, AttentionStatistics]] = {}
         streams: list[tuple[Place, Action]] = []
         sites = self._sites()
@@ -140,7 +152,7 @@ class _Probe:
             for part in block.parts:
                 if part.kind in {"attention", "cross"}:
                     self._attend(number, block, part, observers, projections)
-        handlers = {p: self._observing(o) for p, o in observers.items()}
+        handlers = {p: self._observing(several) for p, several in observers.items()}
         if self.sublayers is not None:
             streams += self.sublayers.streams
             for point, handler in self.sublayers.handlers.items():
@@ -177,13 +189,14 @@ class _Probe:
         """Whether a hook was reached by the probe's own pass: not by another thread, nor by a model that shares a module."""
         return self.thread == threading.get_ident()
 
-    def _observing(self, observe: Observer) -> Handler:
+    def _observing(self, observers: Sequence[Observer]) -> Handler:
         def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             output = function(*args, **kwargs)
             if self._is_own():
                 seen = next(tensors_in([output, args, kwargs]))
                 with full_precision(seen):
-                    observe(function, args, kwargs, output)
+                    for observe in observers:
+                        observe(function, args, kwargs, output)
             return output
 
         return handler
@@ -219,7 +232,9 @@ class _Probe:
         """Meet the output projection: its matrix, once a module, and the energy of what it reads."""
         if name not in self.matrices:
             try:
-                self.matrices[name] = projection_matrix(module, given)
+                matrix = projection_matrix(module, given)
+                lasts = all(id(p) in self.lasting for p in module.parameters())
+                self.matrices[name] = matrix if lasts else matrix.clone()
             except UncollapseError as error:
                 statistics.reasons |= {"matrix": str(error), "energy_share": str(error)}
                 return
@@ -231,14 +246,13 @@ class _Probe:
         number: int,
         block: Block,
         part: Part,
-        observers: dict[Point, Observer],
+        observers: dict[Point, list[Observer]],
         projections: dict[str, dict[int, AttentionStatistics]],
     ) -> None:
         first = part.attention[0]
+        beside = part.attention[:1] if first.shares_queries else part.attention  # the others are the same heads again
         call = replace(
-            first,
-            heads=sum(c.heads for c in part.attention),
-            key_value_heads=sum(c.key_value_heads for c in part.attention),
+            first, heads=sum(c.heads for c in beside), key_value_heads=sum(c.key_value_heads for c in beside)
         )
         statistics = AttentionStatistics(
             number,
@@ -251,7 +265,8 @@ class _Probe:
         )
         self.observations.attention.append(statistics)
         if isinstance(call.projection, Point):
-            observers[call.projection] = functools.partial(self._projection_call, statistics)
+            projecting = functools.partial(self._projection_call, statistics)
+            observers.setdefault(call.projection, []).append(projecting)
         elif call.projection is not None:
             projections.setdefault(call.projection.name, {})[call.projection.call] = statistics
         else:
@@ -265,26 +280,39 @@ class _Probe:
         def deliver(index: int, found: AttentionRows) -> None:
             met[index] = found
             if len(met) == len(part.attention):
-                self._measure_attention(statistics, [met[i] for i in range(len(met))])
+                several = [met[i] for i in range(len(met))]
                 met.clear()
+                answered = sum(rows.rows.entropy.shape[-1] for rows in several)
+                if first.shares_queries and answered != self.entered_shapes.get(number, (0, answered))[1]:
+                    refuse("its queries are shared out among another number of calls than on the example")
+                    return
+                self._measure_attention(statistics, [in_sequence(several)] if first.shares_queries else several)
 
         def refuse(reason: str) -> None:
             self.heads_output = None
             met.clear()
             statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, reason)
 
+        def own_queries(queries: int, sequences: int) -> Tensor | None:
+            """The mask of a call's queries; of one that answers for some of them, of those behind the ones that were met."""
+            total = self.entered_shapes.get(number, (0, queries))[1]
+            mask = self._query_mask(statistics, total, sequences)
+            start = sum(rows.rows.entropy.shape[-1] for rows in met.values())
+            return None if mask is None else mask[:, start : start + queries]
+
         for index, each in enumerate(part.attention):
             observer = CallObserver(
                 each,
                 sequences=lambda: self.batch_size,
                 tokens=lambda: self.entered_shapes.get(number, (0, None))[1],
-                query_mask=functools.partial(self._query_mask, statistics),
+                query_mask=own_queries if first.shares_queries else functools.partial(self._query_mask, statistics),
                 susceptibility=self.level == "full",
                 spectra=self.spectra,
                 deliver=functools.partial(deliver, index),
                 refuse=refuse,
             )
-            observers |= observer.observers()
+            for point, observe in observer.observers().items():
+                observers.setdefault(point, []).append(observe)
 
     # Batches ------------------------------------------------------------------------------------------------------
     def begin(self, batch: Mapping[str, Any]) -> None:
@@ -389,6 +417,8 @@ class _Probe:
             cloud = x.reshape(*shape, -1)  # rows of all sequences, one after another
         else:
             cloud = None
+        if cloud is not None and shape is not None and block.chooses_tokens and cloud.shape[1] < shape[1]:
+            shape = shape[0], cloud.shape[1]  # the chosen ones; a mask does not say which of them are padding
         if cloud is None or tuple(cloud.shape[:2]) != shape:
             return None
         try:
@@ -405,6 +435,11 @@ class _Probe:
 
     def _key_mask(self, statistics: AttentionStatistics, keys: int, sequences: int) -> Tensor | None:
         stack = self.anatomy.stack_of(statistics.block)
+        known = self.paddings[stack].mask
+        if statistics.kind == "self" and known is not None and known.shape[-1] < keys:
+            # A cache that the model fills itself (virtual tokens of prefix tuning) comes before the text; its keys are real.
+            known = torch.cat([known.new_ones(len(known), keys - known.shape[-1]), known], -1)
+            return known if known.shape[0] == sequences else None
         if statistics.kind == "cross":
             encoder = next((i for i, s in enumerate(self.anatomy.stacks) if s.name == "encoder"), None)
             if encoder is None or self.shapes.get(encoder, (0, keys))[1] != keys:
@@ -471,7 +506,8 @@ class _Probe:
         operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         mixed = statistics.call.heads * statistics.call.head_width
         if operation_name(function) == "linear" and operands[1].shape[-1] == mixed:
-            statistics.matrix = operands[1].detach().T
+            weight = operands[1].detach()
+            statistics.matrix = (weight if id(operands[1]) in self.lasting else weight.clone()).T
             self._measure_energy(statistics, statistics.matrix, operands[0])
         else:
             reason = "the output projection is no linear map of the concatenated heads"

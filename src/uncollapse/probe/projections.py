@@ -51,6 +51,8 @@ def projection_map(module: nn.Module, given: Tensor) -> tuple[Tensor, Tensor]:
     weight = getattr(module, "weight", None)
     own_forward = "forward" in vars(module)  # put on the instance by accelerate and others
     plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+    if isinstance(weight, Tensor) and type(weight.data) is not Tensor:  # quantised weights are tensors of another class
+        weight = None
     if plain and isinstance(weight, Tensor) and weight.is_floating_point() and not (own_forward or weight.is_meta):
         matrix = weight.detach().T if type(module) is nn.Linear else weight.detach()
         bias = getattr(module, "bias", None)

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.interception import Handler, Point, summand
+from uncollapse.anatomy.interception import Handler, Point, in_turn, summand
 from uncollapse.anatomy.probing import full_precision
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.tracing import tensors_in
@@ -125,6 +125,8 @@ class Sublayers:
         self.streams: list[tuple[Place, Action]] = []
         self._entering: dict[str, dict[int, list[Callable[..., None]]]] = {}
         self._leaving: dict[str, dict[int, list[Callable[..., None]]]] = {}
+        self._reading: dict[Point, list[Callable[..., None]]] = {}  # where norms that are no modules begin
+        self._giving: dict[Point, list[Callable[..., None]]] = {}  # and where they end
         self._laws: dict[str | ModuleCall | NormPiece, NormLaw | None] = {}
         self._runs: dict[str, int] = {}
         self._batch = _Batch()
@@ -141,6 +143,9 @@ class Sublayers:
             for norm in block.norms:
                 if norm.role != "inner":
                     self._watch_norm(number, norm, removed)
+        for point in dict.fromkeys([*self._reading, *self._giving]):
+            norms = self._at_pieces(point)
+            self.handlers[point] = in_turn(self.handlers[point], norms) if point in self.handlers else norms
 
     # What is watched ----------------------------------------------------------------------------------------------
     def _on_entry(self, place: ModuleCall, action: Callable[..., None]) -> None:
@@ -192,34 +197,41 @@ class Sublayers:
             return
         action = functools.partial(self._measure_norm, statistics, number, norm)
         if norm.piece is not None:
-            self.handlers |= self._at_piece(norm.piece, action)
+            self._watch_piece(norm.piece, action)
         else:
             self._leaving.setdefault(norm.module.name, {}).setdefault(norm.module.call, []).append(action)
 
-    def _at_piece(self, piece: NormPiece, action: Callable[..., None]) -> dict[Point, Handler]:
-        """Handlers that meet the input and the output of a norm that is no module."""
+    def _watch_piece(self, piece: NormPiece, action: Callable[..., None]) -> None:
+        """Meet the input and the output of a norm that is no module."""
         given: list[Tensor] = []
+        alone = piece.reads == piece.gives and piece.member is None
 
-        def keep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.is_own():
-                given[:] = [list(tensors_in([args, kwargs]))[piece.operand].clone()]  # the norm may overwrite it
+        def reading(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given[:] = [list(tensors_in([args, kwargs]))[piece.operand].clone()]  # the norm may overwrite it
 
-        def reading(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            keep(args, kwargs)
-            return function(*args, **kwargs)
-
-        def giving(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            alone = piece.reads == piece.gives and piece.member is None
-            if piece.reads == piece.gives:
-                keep(args, kwargs)
-            output = function(*args, **kwargs)
-            if given and self.is_own():
+        def giving(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if given:
                 run = functools.partial(_rerun, function, args, kwargs, piece.operand) if alone else None
                 with full_precision(given[0]):
                     action(run, given.pop(), piece.result(output))
+
+        self._reading.setdefault(piece.reads, []).append(reading)
+        self._giving.setdefault(piece.gives, []).append(giving)
+
+    def _at_pieces(self, point: Point) -> Handler:
+        """A handler for every norm that begins or ends at an operation: several may share one."""
+
+        def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if self.is_own():
+                for read in self._reading.get(point, ()):
+                    read(args, kwargs)
+            output = function(*args, **kwargs)
+            if self.is_own():
+                for give in self._giving.get(point, ()):
+                    give(function, args, kwargs, output)
             return output
 
-        return {piece.reads: reading, piece.gives: giving}
+        return handler
 
     # The pass -----------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -238,6 +250,11 @@ class Sublayers:
         self._before, self._size = self._before + self._size, 0
         self._runs.clear()
         self._batch = _Batch()
+
+    def let_go(self) -> None:
+        """Drop what is bound to this object and would keep it, and the model with it, alive in a cycle."""
+        for bound in (self.handlers, self._entering, self._leaving):
+            bound.clear()
 
     def _enter(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.is_own():

@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from uncollapse.errors import InputError
+from uncollapse.wrappers import seen_through
 
 IDS = ("input_ids", "decoder_input_ids")
 MASKS = ("attention_mask", "decoder_attention_mask")
@@ -231,7 +232,7 @@ def position_limit(model: nn.Module) -> int | None:
     Rows up to the padding index are never used (RoBERTa), and neither are those an offset adds (OPT, BART). Tables of
     relative positions do not limit the length.
     """
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    positions = getattr(getattr(seen_through(model), "config", None), "max_position_embeddings", None)
     if not isinstance(positions, int):
         return None
     words = _word_table(model)

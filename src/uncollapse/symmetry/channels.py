@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from uncollapse.anatomy.interception import Handler, Point, counted, intercepted
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import example, known_example
-from uncollapse.anatomy.tracing import operation_name, tensors_in
+from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, ModuleCall
+from uncollapse.symmetry.layouts import are_rows_of, is_exponential, is_over_last_axis, refused_layout
 from uncollapse.symmetry.parameters import Parameters, is_part_of, output_axis
 from uncollapse.symmetry.patterns import (
     CODES,
@@ -150,6 +151,7 @@ class _Site:
     norm: Literal["head", "layer"] | None = None
     sinks: bool = False
     heads_alike: bool = True
+    is_refused: bool = False  # nothing of it can be acted on
 
     def source(self, role: str) -> Place | None:
         found: Place | None = getattr(self.call, role)
@@ -157,17 +159,6 @@ class _Site:
 
     def refuse(self, role: str, reason: str) -> None:
         self.reasons.setdefault(role, reason)
-
-
-def _unlike_the_usual(call: AttentionCall) -> str:
-    """Why the channels of a call cannot be told by patterns; empty where the axes are sequence, head, token, channel."""
-    if call.unreadable is not None:
-        return call.unreadable
-    if call.lead and [axis.role for axis in call.lead] not in (["sequence", "head"], ["sequence-major"], ["sequence"]):
-        return "its heads and sequences are laid out in an order that no group acts on yet"
-    if call.score is None:
-        return "its weights are not the softmax of one set of logits"
-    return ""
 
 
 class _UnreadableError(Exception):
@@ -186,24 +177,25 @@ class _Probe:
             for call in part.attention
         ]
         for site in self.sites:
-            problem = _unlike_the_usual(site.call)
-            for role in (*ROLES, "projection", "logits", "heads") if problem else ():
-                site.refuse(role, problem)
-        self.sources = list(dict.fromkeys(p for s in self.sites for r in ROLES if (p := s.source(r)) is not None))
+            if problem := refused_layout(site.call):
+                self._refuse(site, problem)
+        self.usual = [(n, s) for n, s in enumerate(self.sites) if not refused_layout(s.call)]  # with their numbers
+        self.sources = list(dict.fromkeys(p for _, s in self.usual for r in ROLES if (p := s.source(r)) is not None))
         self.widths: dict[Place, int] = {}
         self.runs: dict[str, int] = {}
         self.operands: dict[Point, tuple[str, list[Tensor]]] = {}
         self.columns: dict[int, int] = {}  # of each site's softmax
+        self.made: dict[int, Tensor] = {}  # of each site's exponential, where the softmax is written out
         self.whole = dict(batch)
         self.batch, self.patterns = repeated(batch, PATTERNS), PATTERNS
         try:
             self._survey()
         except Exception:  # whatever it is, sequences cannot be repeated: the batch as it is, one pattern a pass
             self.batch, self.patterns = self.whole, 1
-            for site in self.sites:
-                if not _unlike_the_usual(site.call):
-                    site.reasons.clear()
+            for _, site in self.usual:
+                site.reasons.clear()
             self._survey()
+        self.usual = [(n, s) for n, s in self.usual if not s.is_refused]
 
     # Passes -------------------------------------------------------------------------------------------------------
     @property
@@ -219,7 +211,7 @@ class _Probe:
             return output
 
         handlers: dict[Point, Handler] = {p: self._noting(p) for p in self._points()}
-        for site in self.sites:
+        for _, site in self.usual:
             if site.call.score is not None:
                 handlers[site.call.score] = self._joined(handlers.get(site.call.score), self._scores(site))
             handlers[site.call.product] = self._joined(handlers.get(site.call.product), self._values(site))
@@ -227,7 +219,7 @@ class _Probe:
             self.model(**self.batch)
 
     def _points(self) -> list[Point]:
-        places = [*self.sources, *(s.call.projection for s in self.sites)]
+        places = [*self.sources, *(s.call.projection for _, s in self.usual)]
         return [p for p in dict.fromkeys(places) if isinstance(p, Point)]
 
     def _noting(self, point: Point) -> Handler:
@@ -256,10 +248,16 @@ class _Probe:
         """Whether a softmax has more columns than keys, and whether a fused call's mask tells heads apart."""
 
         def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            tensors = list(tensors_in([args, kwargs]))
+            tensors = operands_of(operation_name(function), args, kwargs)
             if not site.call.is_fused:
                 self.columns[id(site)] = tensors[0].shape[-1]
-            elif len(tensors) > 3 and tensors[3].ndim == 4 and tensors[3].shape[1] > 1:
+                output = function(*args, **kwargs)
+                if is_exponential(site.call):
+                    self.made[id(site)] = output
+                elif not is_over_last_axis(args, kwargs):
+                    self._refuse(site, "its softmax is over another axis than the last")
+                return output
+            if len(tensors) > 3 and tensors[3].ndim == 4 and tensors[3].shape[1] > 1:
                 mask = tensors[3]
                 if not torch.equal(mask, mask[:, :1].expand_as(mask)):
                     self._unlike(site)
@@ -268,13 +266,23 @@ class _Probe:
         return handler
 
     @staticmethod
+    def _refuse(site: _Site, reason: str) -> None:
+        """Refuse everything of one call."""
+        site.is_refused, site.heads_alike = True, False
+        for what in (*ROLES, "projection", "rotary", "logits", "heads"):
+            site.refuse(what, reason)
+
+    @staticmethod
     def _unlike(site: _Site) -> None:
         site.heads_alike = False
         site.refuse("heads", "every head has a bias, a gain or a sink of its own, so that equal heads act differently")
 
     def _values(self, site: _Site) -> Handler:
         def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            value = list(tensors_in([args, kwargs]))[site.call.value_operand]
+            operands = operands_of(operation_name(function), args, kwargs)
+            value, made = operands[site.call.value_operand], self.made.pop(id(site), None)
+            if made is not None and not are_rows_of(operands[site.call.weight_operand or 0], made):
+                self._refuse(site, "its weights are not the softmax of its logits, row by row")
             if self.patterns > 1 and _four_axes(value, self.size).shape[0] != self.size:
                 raise _UnreadableError
             site.sinks = self.columns.get(id(site), 0) > value.shape[-2]
@@ -292,7 +300,7 @@ class _Probe:
                 handlers[place] = self._joined(self._replacing(place, at_source), handlers.get(place) or unchanged)
             else:
                 modules.setdefault(place.name, set()).add(place.call)
-        projections = {s.call.projection.name for s in self.sites if isinstance(s.call.projection, ModuleCall)}
+        projections = {s.call.projection.name for _, s in self.usual if isinstance(s.call.projection, ModuleCall)}
         with contextlib.ExitStack() as stack:
             runs = stack.enter_context(counted(self.model, {*modules, *projections}))
 
@@ -353,7 +361,7 @@ class _Probe:
             return tables[place].to(output).view(shape).expand_as(output).clone()
 
         handlers: dict[Point, Handler] = {}
-        for number, site in enumerate(self.sites):
+        for number, site in self.usual:
             call = site.call
             if call.similarity is not None:
                 handlers[call.similarity] = self._comparing(number, found)
@@ -367,7 +375,7 @@ class _Probe:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._standing(filled, handlers))
             by_name: dict[str, dict[int, int]] = {}
-            for number, site in enumerate(self.sites):
+            for number, site in self.usual:
                 if isinstance(site.call.projection, ModuleCall):
                     by_name.setdefault(site.call.projection.name, {})[site.call.projection.call] = number
             runs = stack.enter_context(counted(self.model, by_name))
@@ -389,7 +397,7 @@ class _Probe:
         call = self.sites[number].call
 
         def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            operands = list(tensors_in([args, kwargs]))
+            operands = operands_of(operation_name(function), args, kwargs)
             self._keep(found, number, "queries", operands[call.query_operand])
             if call.is_fused and len(operands) > 3 and operands[3].is_floating_point():
                 self._keep(found, number, "scores", operands[3])  # what is added to the logits
@@ -410,7 +418,7 @@ class _Probe:
         call = self.sites[number].call
 
         def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            self._keep(found, number, "values", list(tensors_in([args, kwargs]))[call.value_operand])
+            self._keep(found, number, "values", operands_of(operation_name(function), args, kwargs)[call.value_operand])
             output = function(*args, **kwargs)
             mixed = _four_axes(output, self.size)
             if table is None or mixed.ndim != 4 or mixed.shape[1] != call.heads or mixed.shape[3] != call.head_width:
@@ -447,17 +455,17 @@ class _Probe:
         tables: dict[Place, Tensor] = {}
         for place in self.sources:
             tables[place] = stacked(sign_codes(self.widths[place], codes))
-        for site in self.sites:
+        for _, site in self.usual:
             # In another order: values that reach the projection past the attention must not look like its result.
             tables[site.call.product] = stacked(sign_codes(site.call.heads * site.call.head_width, codes).flip(0))
-        answers = self.respond(tables)
-        for number, site in enumerate(self.sites):
+        answers = self.respond(tables) if self.usual else {}
+        for number, site in self.usual:
             for role in ROLES:
                 self._locate(site, role, answers.get((number, role)), codes)
             self._group(site)
             self._locate_projection(site, answers.get((number, "projection")), codes)
-        answers = self.respond(self._impulses(codes))
-        for number, site in enumerate(self.sites):
+        answers = self.respond(self._impulses(codes)) if self.usual else {}
+        for number, site in self.usual:
             self._compare(number, site, answers, codes)
         rows = [self._rows(site) for site in self.sites]
         self._refuse_shared(rows)
@@ -519,6 +527,10 @@ class _Probe:
     def _group(self, site: _Site) -> None:
         """Which key-value head every head reads: heads whose keys, or values, are the same features share one."""
         heads = site.call.heads
+        asked = site.where.get("queries")
+        if asked is not None and (len(asked) != heads or len({tuple(row) for row in asked.tolist()}) != heads):
+            site.refuse("queries", f"the queries of {heads} heads could not be told apart")
+            del site.where["queries"]
         members: dict[str, tuple[int, ...]] = {}
         for role in ("keys", "values"):
             if role not in site.where:
@@ -570,7 +582,7 @@ class _Probe:
         queries alone, keys alone, neither, and both; and both again with the first head loud."""
         widest = max(f.shape[1] for s in self.sites for f in (*s.where.values(), torch.empty(1, 1)))
         tables = {p: torch.zeros(widest + 5, self.widths[p], dtype=torch.float64) for p in self.sources}
-        for site in self.sites:
+        for _, site in self.usual:
             for role, alone in (("queries", -5), ("keys", -4)):
                 place = site.source(role)
                 if place is None or role not in site.where:
@@ -712,7 +724,7 @@ class _Probe:
                 users = storages.setdefault(parameter.untyped_storage().data_ptr(), set())
                 users.add((id(self.model.get_submodule(owner)), leaf))
         referenced: dict[str, set[int]] = {}
-        for site in self.sites:
+        for _, site in self.usual:  # a run in a call that cannot be acted on is one outside of those that can
             for role in (*ROLES, "projection"):
                 place = site.source(role)
                 if isinstance(place, ModuleCall):

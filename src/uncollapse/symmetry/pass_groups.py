@@ -12,10 +12,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from uncollapse.anatomy.interception import Handler, Point
+from uncollapse.anatomy.operands import fused_arguments
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import AttentionCall
 from uncollapse.errors import InputError
 from uncollapse.symmetry.draws import scales, shuffled, signs
+from uncollapse.symmetry.layouts import are_rows_of, is_exponential, is_over_last_axis, refused_layout
 
 _PLACES = {"position_ids", "decoder_position_ids", "cache_position", "attention_mask", "decoder_attention_mask"}
 
@@ -89,7 +91,10 @@ class PassElement(Protocol):
     """An element of a group that acts inside the attention calls."""
 
     def handlers(self, call: AttentionCall, kind: str) -> dict[Point, Handler]:
-        """What it does at the points of one attention call, of kind "attention" or "cross"."""
+        """What it does at the points of one attention call, of kind "attention" or "cross".
+
+        Raises `InputError` for a call that it cannot act on: nothing is left out in silence.
+        """
 
 
 @dataclass(frozen=True)
@@ -101,24 +106,31 @@ class KeyPermutation(_TokenOrder):
     """
 
     def handlers(self, call: AttentionCall, kind: str) -> dict[Point, Handler]:
-        """Acts on the values of self-attention."""
-        return {call.product: self._permuting(call.value_operand)} if kind == "attention" else {}
+        """Acts on the values of self-attention. Raises `InputError` where they are laid out in another order."""
+        if kind != "attention":
+            return {}
+        _require_layout("KeyPermutation", call)
+        if call.is_fused:
+            return {call.product: _at_fused(lambda given: {**given, "value": self._permuted(given["value"])})}
+        operand = call.value_operand
 
-    def _permuting(self, operand: int) -> Handler:
         def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             values = list(tensors_in([args, kwargs]))[operand]
-            sequences, tokens = self.order.shape
-            if values.ndim not in (3, 4) or values.shape[0] % sequences or values.shape[-2] != tokens:
-                raise InputError(
-                    f"KeyPermutation: expected values of {sequences} sequences of {tokens} tokens, got {tuple(values.shape)}. "
-                    "The model changes the number of tokens, or another batch came. Make the order from this batch's mask."
-                )
-            order = self.order.to(values.device).repeat_interleave(values.shape[0] // sequences, 0)
-            index = order.view(len(order), *(1,) * (values.ndim - 3), tokens, 1).expand_as(values)
-            args, kwargs = _with_operand(args, kwargs, operand, values.gather(-2, index))
+            args, kwargs = _with_operand(args, kwargs, operand, self._permuted(values))
             return function(*args, **kwargs)
 
-        return handler
+        return {call.product: handler}
+
+    def _permuted(self, values: Tensor) -> Tensor:
+        sequences, tokens = self.order.shape
+        if values.ndim not in (3, 4) or values.shape[0] % sequences or values.shape[-2] != tokens:
+            raise InputError(
+                f"KeyPermutation: expected values of {sequences} sequences of {tokens} tokens, got {tuple(values.shape)}. "
+                "The model changes the number of tokens, or another batch came. Make the order from this batch's mask."
+            )
+        order = self.order.to(values.device).repeat_interleave(values.shape[0] // sequences, 0)
+        index = order.view(len(order), *(1,) * (values.ndim - 3), tokens, 1).expand_as(values)
+        return values.gather(-2, index)
 
 
 @dataclass(frozen=True)
@@ -156,8 +168,8 @@ class LogitShift:
         return cls(amounts * signs(rows, generator))
 
     def handlers(self, call: AttentionCall, kind: str) -> dict[Point, Handler]:
-        """Acts on the logits of every attention."""
-        return _at_logits(call, self._fused, self._logits)
+        """Acts on the logits of every attention. Raises `InputError` where they are laid out in another order."""
+        return _at_logits("LogitShift", call, self._fused, self._logits)
 
     def _rows(self, like: Tensor, rows: int) -> Tensor:
         """The amount of every row [row, 1]."""
@@ -207,8 +219,8 @@ class LogitScaling:
         return cls(float(scales(1, generator)))
 
     def handlers(self, call: AttentionCall, kind: str) -> dict[Point, Handler]:
-        """Acts on the logits of every attention."""
-        return _at_logits(call, self._fused, self._logits)
+        """Acts on the logits of every attention. Raises `InputError` where they are laid out in another order."""
+        return _at_logits("LogitScaling", call, self._fused, self._logits)
 
     def _logits(self, logits: Tensor) -> Tensor:
         return torch.where(_forbidden(logits), logits, logits * self.factor)
@@ -240,17 +252,19 @@ def _with_operand(
 
 
 def _at_logits(
+    name: str,
     call: AttentionCall,
     fused: Callable[[dict[str, Any]], dict[str, Any]],
     changed: Callable[[Tensor], Tensor],
 ) -> dict[Point, Handler]:
     """Handlers that change the logits of one attention call: the arguments of a fused call, or the operand of the softmax
-    as far as it belongs to keys."""
+    as far as it belongs to keys. The pass itself must show that rows run along the last axis, else `InputError` is raised."""
+    _require_layout(name, call)
     if call.is_fused:
         return {call.product: _at_fused(fused)}
-    if call.score is None:
-        return {}
+    assert call.score is not None
     keys: list[int] = []
+    made: list[Tensor] = []
 
     def counting(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = function(*args, **kwargs)
@@ -259,18 +273,47 @@ def _at_logits(
 
     def softmax(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         logits = next(tensors_in([args, kwargs]))
+        if not is_exponential(call) and not is_over_last_axis(args, kwargs):
+            raise _layout_error(name, "a softmax over another axis than the last")
+        if call.similarity is not None and not keys:
+            raise _layout_error(name, "a product of queries and keys that two attention calls share")
         own = keys[0] if keys else logits.shape[-1]
         new = torch.cat([changed(logits[..., :own]), logits[..., own:]], -1)
         args, kwargs = _with_operand(args, kwargs, 0, new)
+        output = function(*args, **kwargs)
+        made[:] = [output] if is_exponential(call) or not keys or logits.shape[-1] > own else []
+        return output
+
+    def mixing(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert call.weight_operand is not None
+        weights = list(tensors_in([args, kwargs]))[call.weight_operand]
+        of = made.pop() if made else None
+        if of is not None and not keys and weights.shape[-1] != of.shape[-1]:
+            raise _layout_error(name, "columns of the softmax that belong to no key, among sums of several products")
+        if of is not None and (keys or is_exponential(call)) and not are_rows_of(weights, of):
+            raise _layout_error(name, "weights that are not the softmax of these logits, row by row, with sinks behind")
         return function(*args, **kwargs)
 
-    return {call.score: softmax} | ({} if call.similarity is None else {call.similarity: counting})
+    handlers: dict[Point, Handler] = {call.score: softmax, call.product: mixing}
+    return handlers | ({} if call.similarity is None else {call.similarity: counting})
+
+
+def _require_layout(name: str, call: AttentionCall) -> None:
+    reason = refused_layout(call)
+    if reason:
+        raise _layout_error(name, f"{call.product}: {reason}")
+
+
+def _layout_error(name: str, got: str) -> InputError:
+    return InputError(
+        f"{name}: expected attention laid out as [sequence, head, query, key], got {got}. It cannot be acted on. "
+        "Choose other blocks with acting(..., blocks=...)."
+    )
 
 
 def _at_fused(changed: Callable[[dict[str, Any]], dict[str, Any]]) -> Handler:
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = changed({**dict(zip(names, args, strict=False)), **kwargs})
+        given = changed(fused_arguments(args, kwargs))
         return function(given.pop("query"), given.pop("key"), given.pop("value"), **given)
 
     return handler
