@@ -219,6 +219,7 @@ def test_a_record_of_the_grid_satisfies_the_schema_and_survives_json(tmp_path: P
         "verdicts",
         "norms",
         "updates",
+        "anatomy",
     ]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**json.loads(text), "blocks": "all"}, json.loads(SCHEMA.read_text()))

@@ -22,6 +22,7 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
+from uncollapse.analyses.anatomy_recording import anatomy_record
 from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
 from uncollapse.analyses.recording import model_info, probe_record, site_records, versions
 from uncollapse.analyses.result import Recorded
@@ -131,6 +132,7 @@ def ablate(
             verdicts=verdicts(runs, is_causal=is_causal),
             norms=norm_records(first.norms),
             updates=update_records(first.updates),
+            anatomy=anatomy_record(prepared.anatomy, first),
         )
     )
 

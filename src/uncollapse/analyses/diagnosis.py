@@ -13,6 +13,7 @@ from typing import Unpack
 
 from torch import nn
 
+from uncollapse.analyses.anatomy_recording import anatomy_record
 from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
 from uncollapse.analyses.recording import attention_records, model_info, probe_record, site_records, versions
 from uncollapse.analyses.result import Recorded
@@ -86,6 +87,7 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
     trajectory = site_records(observed)
     attention = [record for s in observed.attention for record in attention_records(s, prepared.level)]
     head_records = heads_records(observed.attention)
+    updates = update_records(observed.updates)
     described = probe_record(prepared, observed)
     described.options["context_lengths"] = None if context_lengths is None else list(context_lengths)
     return DiagnosisRecord(
@@ -97,7 +99,8 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
         attention=attention,
         heads=head_records,
         norms=norm_records(observed.norms),
-        updates=update_records(observed.updates),
+        updates=updates,
         symmetries=symmetry_records(trajectory, attention, head_records, Components.of(model, anatomy), scaling),
         findings=findings.findings(trajectory, attention, head_records),
+        anatomy=anatomy_record(anatomy, observed, updates),
     )

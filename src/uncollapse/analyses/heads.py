@@ -73,5 +73,6 @@ def identify(
             probe=diagnosed.probe,
             heads=diagnosed.heads,
             findings=[finding for finding in diagnosed.findings if finding.phenomenon in ABOUT_HEADS],
+            anatomy=diagnosed.anatomy,
         )
     )

@@ -109,6 +109,7 @@ def symmetries(
             symmetries=[completed(record, tests, stabilisers) for record in diagnosis.symmetries],
             tests=tests,
             findings=diagnosis.findings,
+            anatomy=diagnosis.anatomy,
         )
     )
 

@@ -81,6 +81,7 @@ class Way:
     def __init__(self, call: AttentionCall, numbered: MaskingStep | None = None) -> None:
         self.call, self.numbered = call, numbered
         self.known: dict[int, _Known] = {}
+        self.forbade: list[MaskingStep] = []  # the steps that forbade a pair in this pass, in order
         self.masking: dict[Point, list[MaskingStep]] = {}
         for step in call.masking:
             self.masking.setdefault(step.point, []).append(step)
@@ -111,9 +112,10 @@ class Way:
                     forbidden = _either(forbidden, known.forbidden)
                     logits_of = known.logits if logits_of is None else logits_of
                 for step in self.masking.get(point, ()):
-                    forbidden = _either(
-                        forbidden, forbidden_by_step(function, args, kwargs, step.operand, result, step.after_softmax)
-                    )
+                    barred = forbidden_by_step(function, args, kwargs, step.operand, result, step.after_softmax)
+                    if barred is not None:
+                        self.forbade.append(step)
+                    forbidden = _either(forbidden, barred)
                 if self.numbered is not None and point == self.numbered.point:
                     numbers = torch.arange(result.numel(), dtype=torch.float64, device=result.device)
                     logits_of = numbers.reshape(result.shape)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from uncollapse.anatomy.interception import Point
 from uncollapse.anatomy.vocabulary import AttentionCall
 from uncollapse.measures import mixing
 from uncollapse.measures.running import Running
@@ -28,13 +29,23 @@ ATTENTION_MEASURES = [
 ]
 
 
+@dataclass(frozen=True)
+class Forbidding:
+    """What forbade pairs in a pass: an operation between logits and weights, or the `argument` of a fused call. `axes` says of each
+    axis of the operation's result what it holds."""
+
+    point: Point
+    argument: str | None = None
+    axes: tuple[str | None, ...] = ()
+
+
 @dataclass
 class AttentionStatistics:
     """Running statistics of one attention call: `values` is [measure, head], `energy` [head] the share of the centred
     output energy. `reasons` says of a measure why it is missing. `matrix` is W_O as [mixed, width], as met in the pass: effective,
     with adapters in it and quantised weights expanded; `reasons["matrix"]` says why it is missing. `tokens` are the real ones
     that the projection reads; `sinks` says that the softmax also ran over columns that belong to no key. `deviation` and `row_sums`
-    are what the pass bore out, see `AttentionRows`."""
+    are what the pass bore out, and `forbids` what forbade pairs in each of the sublayer's calls, see `AttentionRows`."""
 
     block: int
     kind: Literal["self", "cross"]
@@ -49,6 +60,7 @@ class AttentionStatistics:
     sinks: bool = False
     deviation: float = 0.0
     row_sums: tuple[float, float] = (math.inf, -math.inf)
+    forbids: dict[int, list[Forbidding]] = field(default_factory=dict)
 
 
 def spread(x: Tensor, mask: Tensor | None) -> Tensor:

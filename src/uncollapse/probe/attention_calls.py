@@ -31,6 +31,7 @@ from uncollapse.anatomy.operands import (
 from uncollapse.anatomy.tracing import operands_of, operation_name
 from uncollapse.anatomy.vocabulary import AttentionCall
 from uncollapse.measures import mixing
+from uncollapse.probe.attention import Forbidding
 
 CHECKED_ROWS = 3  # query rows of every head on which weights times values are computed again
 
@@ -40,7 +41,7 @@ class AttentionRows:
     """One attention call in one pass. rows: of [sequence, head, query]. values [sequence, head, key, width] and mixed
     [sequence, head, query, width] over the keys that are tokens, None where attention stays within windows. `weights` only
     where spectra are wanted. `deviation`: how far weights times values are from the result, over the result's size.
-    `row_sums`: the smallest and the largest sum of a row's weights over the keys that are tokens."""
+    `row_sums`: the smallest and the largest sum of a row's weights over the keys that are tokens. `forbids`: what forbade pairs."""
 
     rows: mixing.RowStatistics
     values: Tensor | None
@@ -48,6 +49,7 @@ class AttentionRows:
     weights: Tensor | None
     deviation: float
     row_sums: tuple[float, float]
+    forbids: tuple[Forbidding, ...]
     reasons: dict[str, str] = field(default_factory=dict)
 
 
@@ -86,6 +88,8 @@ class CallObserver:
                 assert self.call.weight_operand is not None
                 operand = operands_of(operation_name(function), args, kwargs)[self.call.weight_operand]
                 forbidden, logits = self.way.end(operand)
+                forbade = [Forbidding(step.point, None, step.axes) for step in self.way.forbade]
+                self.way.forbade.clear()
 
                 def like_weights(known: Tensor) -> Tensor:
                     """In the canonical order of the weights' axes: the call's own, with this in the weights' place."""
@@ -99,6 +103,7 @@ class CallObserver:
                     mixed,
                     None if forbidden is None else like_weights(forbidden),
                     None if logits is None else like_weights(logits),
+                    forbade,
                 )
         except UnreadableError as error:
             self.refuse(str(error))
@@ -122,7 +127,9 @@ class CallObserver:
         return tensor.flatten(2, 3)
 
     # Calls ----------------------------------------------------------------------------------------------------------
-    def _weights(self, mixed: Mixed, forbidden: Tensor | None, logits: Tensor | None) -> AttentionRows:
+    def _weights(
+        self, mixed: Mixed, forbidden: Tensor | None, logits: Tensor | None, forbade: Sequence[Forbidding]
+    ) -> AttentionRows:
         assert mixed.weights is not None
         deviation = _deviation(mixed.weights, mixed.values, mixed.mixed)
         if not deviation <= _tolerance(mixed.mixed.dtype):
@@ -164,7 +171,8 @@ class CallObserver:
             A, L, allowed=None if barred is None else ~barred, query_mask=queries, susceptibility=self.susceptibility
         )
         full = A / A.sum(-1, keepdim=True) if self.spectra and result.shape[2] == 1 else None
-        return self._found(rows, values, result, full, deviation, (low, high), reasons)
+        forbids = () if barred is None else tuple(forbade)
+        return self._found(rows, values, result, full, deviation, (low, high), forbids, reasons)
 
     def _fused(self, given: Mapping[str, Any], output: Tensor) -> AttentionRows:
         query, key, value = given["query"], given["key"], given["value"]
@@ -183,6 +191,9 @@ class CallObserver:
             allowed = allowed[..., keys]
         bias = None if bias is None else bias[..., keys]
         causal = bool(given.get("is_causal", False))
+        arguments = ["attn_mask"] if allowed is not None and not bool(allowed.all()) else []
+        arguments += ["is_causal"] if causal else []
+        forbids = tuple(Forbidding(self.call.product, argument) for argument in arguments)
         windows = q.shape[2]
         queries, count = q.shape[3], k[..., keys, :].shape[3]
         if causal and (queries != count or windows > 1):
@@ -215,7 +226,7 @@ class CallObserver:
                 causal=causal,
                 scale=given.get("scale"),
             )
-        return self._found(rows, v[..., keys, :], result, weights, deviation, (1.0, 1.0), {})
+        return self._found(rows, v[..., keys, :], result, weights, deviation, (1.0, 1.0), forbids, {})
 
     def _mask_of(
         self, given: Mapping[str, Any], query: Tensor, key: Tensor, is_mask: bool
@@ -256,6 +267,7 @@ class CallObserver:
         weights: Tensor | None,
         deviation: float,
         sums: tuple[float, float],
+        forbids: tuple[Forbidding, ...],
         reasons: dict[str, str],
     ) -> AttentionRows:
         whole = result.shape[2] == 1
@@ -271,6 +283,7 @@ class CallObserver:
             weights,
             deviation,
             sums,
+            forbids,
             reasons,
         )
 
@@ -300,6 +313,7 @@ def in_sequence(parts: Sequence[AttentionRows]) -> AttentionRows:
         joined("weights", 2),
         max(part.deviation for part in parts),
         (min(part.row_sums[0] for part in parts), max(part.row_sums[1] for part in parts)),
+        tuple(dict.fromkeys(one for part in parts for one in part.forbids)),
         {name: reason for part in parts for name, reason in part.reasons.items()},
     )
 

@@ -452,7 +452,9 @@ class _Probe:
         """Add one pass through a sublayer's attention calls, their heads one after the other."""
         statistics.route = found[0].rows.route
         columns: dict[str, list[Tensor]] = {name: [] for name in ATTENTION_MEASURES}
-        for each in found:
+        for number, each in enumerate(found):
+            forbids = statistics.forbids.setdefault(number, [])
+            forbids += [one for one in each.forbids if one not in forbids]
             rows = each.rows
             sequences, count = rows.entropy.shape[:2]
             undefined = torch.full((sequences, count), math.nan, dtype=torch.float64)

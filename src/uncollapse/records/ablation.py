@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from uncollapse.records.anatomy import AnatomyRecord
 from uncollapse.records.common import ModelInfo, Probe, Statistic
 from uncollapse.records.diagnosis import NormRecord, SiteRecord, UpdateRecord
 
@@ -76,3 +77,4 @@ class AblationRecord:
     verdicts: list[VerdictRecord]
     norms: list[NormRecord]
     updates: list[UpdateRecord]
+    anatomy: AnatomyRecord | None = None

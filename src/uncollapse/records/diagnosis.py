@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from uncollapse.records.anatomy import AnatomyRecord
 from uncollapse.records.common import AttentionKind, Finding, ModelInfo, Probe, Stack, Statistic
 from uncollapse.records.symmetries import SymmetryRecord
 
@@ -195,3 +196,4 @@ class DiagnosisRecord:
     updates: list[UpdateRecord]
     symmetries: list[SymmetryRecord]
     findings: list[Finding]
+    anatomy: AnatomyRecord | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from uncollapse.records.anatomy import AnatomyRecord
 from uncollapse.records.common import Finding, ModelInfo, Probe
 from uncollapse.records.diagnosis import HeadsRecord
 
@@ -21,3 +22,4 @@ class IdentifiabilityRecord:
     probe: Probe
     heads: list[HeadsRecord]
     findings: list[Finding]
+    anatomy: AnatomyRecord | None = None

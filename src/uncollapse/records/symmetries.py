@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from uncollapse.records.anatomy import AnatomyRecord
 from uncollapse.records.common import AttentionKind, Finding, ModelInfo, Phenomenon, Probe, Stack, Statistic
 
 SYMMETRIES_SCHEMA: Literal["uncollapse/symmetries/1"] = "uncollapse/symmetries/1"
@@ -89,3 +90,4 @@ class SymmetriesRecord:
     symmetries: list[SymmetryRecord]
     tests: list[SymmetryTest]
     findings: list[Finding]
+    anatomy: AnatomyRecord | None = None

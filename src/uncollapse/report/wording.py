@@ -132,20 +132,74 @@ def severity_counts(findings: Sequence[Finding]) -> list[tuple[str, int]]:
     return [(severity, amount) for severity, amount in counts if amount]
 
 
-def headline(findings: Sequence[Finding]) -> str:
-    """The verdict in one line.
+@dataclass(frozen=True)
+class LookedAt:
+    """What the rules had figures of, and what they had none of."""
 
-    >>> headline([])
-    'No warnings: no rule fired on this model and text.'
+    seen: list[str]
+    missing: list[str]
+
+    @property
+    def left_out(self) -> str:
+        """What was not measured, as a clause; empty if nothing is missing.
+
+        >>> LookedAt([], ["attention"]).left_out, LookedAt([], ["attention", "depth"]).left_out
+        ('attention was not measured', 'attention and depth were not measured')
+        """
+        return (
+            f"{listed(self.missing)} {'was' if len(self.missing) == 1 else 'were'} not measured" if self.missing else ""
+        )
+
+
+def looked_at(record: Any) -> LookedAt:
+    """What the rules could judge in this record: depth at the sites, attention by the head, output projections, and in a record
+    of symmetries each phenomenon that has an order parameter. A record without such a field is not about it."""
+    looked = LookedAt([], [])
+    sites = getattr(record, "trajectory", [])
+    judged = [s for s in sites if s.consensus_after_norm or s.consensus_distance or s.affine_rank]
+    _look("depth", "site", sites, judged, looked)
+    attention = getattr(record, "attention", [])
+    mixed = [a for a in attention if a.key_share or a.value_contraction or a.normalized_entropy or a.entropy]
+    _look("attention", "head", attention, mixed, looked)
+    heads = getattr(record, "heads", [])
+    _look("output projections", "block", heads, [h for h in heads if h.verdict is not None], looked)
+    if not hasattr(record, "trajectory"):
+        for symmetry in getattr(record, "symmetries", []):
+            values = [value for value in symmetry.order_parameter if value is not None]
+            name, asked = PHENOMENON_NAMES[symmetry.phenomenon], symmetry.order_parameter or [None]
+            _look(name, "place", asked, values, looked)
+    elif not attention:
+        looked.missing.append("attention")
+    return looked
+
+
+def _look(what: str, unit: str, asked: Sequence[Any], found: Sequence[Any], looked: LookedAt) -> None:
+    """Note how many of those `asked` about had figures."""
+    if found:
+        looked.seen.append(f"{what} ({count(len(found), unit)})")
+    if len(found) < len(asked):
+        looked.missing.append(f"{what} in {len(asked) - len(found)} of {count(len(asked), unit)}" if found else what)
+
+
+def headline(findings: Sequence[Finding], looked: LookedAt) -> str:
+    """The verdict in one line. That there is no warning is said only of what was looked at.
+
+    >>> headline([], LookedAt(["depth (4 sites)"], ["attention"]))
+    'No warning about depth (4 sites); attention was not measured.'
+    >>> headline([], LookedAt([], ["depth", "attention"]))
+    'Nothing could be judged: depth and attention were not measured.'
     """
     counts = dict(severity_counts(findings))
-    if not counts:
-        return "No warnings: no rule fired on this model and text."
-    if set(counts) == {"info"}:
-        return f"No warnings, {count(counts['info'], 'finding')} for information."
+    if set(counts) <= {"info"}:
+        if not looked.seen:
+            found = f"Nothing could be judged: {looked.left_out}" if looked.missing else "Nothing was judged"
+        else:
+            found = "; ".join(filter(None, [f"No warning about {listed(looked.seen)}", looked.left_out]))
+        return f"{found}; {count(counts['info'], 'finding')} for information." if counts else f"{found}."
     nouns = {"critical": "critical finding", "warning": "warning", "info": "finding"}
     parts = [count(amount, nouns[severity]) for severity, amount in counts.items()]
-    return ", ".join(parts) + (" for information." if "info" in counts else ".")
+    said = ", ".join(parts) + (" for information." if "info" in counts else ".")
+    return f"{said} {looked.left_out[0].upper()}{looked.left_out[1:]}." if looked.missing else said
 
 
 def groups(records: Iterable[Any]) -> dict[tuple[str | None, str | None], list[Any]]:
@@ -200,9 +254,11 @@ def model_sentence(model: ModelInfo) -> str:
     grouped = (
         f" sharing {count(model.key_value_heads, 'key/value head')}" if model.key_value_heads != model.heads else ""
     )
+    heads = f" of {count(model.heads, 'head')}{grouped}" if model.heads else ", no heads found"
+    head_width = f"head width {model.head_width:,}, " if model.heads else ""
     return (
-        f"{model.architecture}: {count(model.blocks, 'block')} of {count(model.heads, 'head')}{grouped}, "
-        f"width {model.width:,}, head width {model.head_width:,}, {model.norm_placement} norm, "
+        f"{model.architecture}: {count(model.blocks, 'block')}{heads}, "
+        f"width {model.width:,}, {head_width}{model.norm_placement} norm, "
         f"{count(model.parameters, 'parameter')}, {model.dtype}, {model.attention_backend} attention."
     )
 
@@ -248,18 +304,27 @@ def blocks_in_words(heads: Sequence[HeadsRecord]) -> str:
     """
     parts = []
     for (stack, kind), records in groups(heads).items():
-        numbers = sorted(record.block for record in records)
-        runs: list[list[int]] = []
-        for block in numbers:
-            if runs and block == runs[-1][-1] + 1:
-                runs[-1].append(block)
-            else:
-                runs.append([block])
-        listed = ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
         words = f"{stack} " if stack else ""
-        words += f"{'block' if len(numbers) == 1 else 'blocks'} {listed}"
+        words += numbers_in_words([record.block for record in records])
         parts.append(f"{words} (cross)" if kind == "cross" else words)
     return "; ".join(parts)
+
+
+def numbers_in_words(blocks: Iterable[int]) -> str:
+    """Blocks by their numbers, consecutive ones as a range.
+
+    >>> numbers_in_words([2, 0, 1, 5]), numbers_in_words([4])
+    ('blocks 0–2, 5', 'block 4')
+    """
+    numbers = sorted(blocks)
+    runs: list[list[int]] = []
+    for block in numbers:
+        if runs and block == runs[-1][-1] + 1:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    said = ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"{'block' if len(numbers) == 1 else 'blocks'} {said}"
 
 
 def percent(share: float) -> str:

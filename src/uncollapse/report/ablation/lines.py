@@ -15,6 +15,7 @@ from uncollapse.records.ablation import AblationRecord, AblationRun, VerdictReco
 from uncollapse.records.diagnosis import followed
 from uncollapse.report import wording
 from uncollapse.report.ablation import wording as say_it
+from uncollapse.report.anatomy import not_measured_sentences
 from uncollapse.report.terminal import plain
 
 STYLES = {"agrees": "green", "disagrees": "bold red", "open": "bold yellow"}
@@ -28,6 +29,8 @@ def print_record(record: AblationRecord, console: Console) -> None:
     say(record.model.name, "bold")
     say(wording.model_sentence(record.model))
     say(f"{wording.probe_sentence(record.probe)} {say_it.scope(record)}")
+    for sentence in not_measured_sentences(record.anatomy, "token cloud", "update"):
+        say(sentence, "bold")
     console.print()
     console.print(_fitting(record, console))
     console.print()

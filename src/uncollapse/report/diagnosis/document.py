@@ -5,6 +5,7 @@ from __future__ import annotations
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.report import wording
+from uncollapse.report.anatomy import kinds_of_blocks
 from uncollapse.report.diagnosis import charts, tables
 from uncollapse.report.diagnosis import wording as say
 from uncollapse.report.diagnosis.charts import trajectory_charts
@@ -29,6 +30,8 @@ def document(record: DiagnosisRecord) -> str:
         say=say,
         tiles=_tiles(record),
         findings=[[(each, _target(each, record)) for each in group] for group in wording.alike(record.findings)],
+        kinds=kinds_of_blocks(record.anatomy),
+        taken=tables.anatomy_table(record.anatomy, "anatomy-table"),
         depth=_depth(record),
         attention=_attention(record),
         heads=_heads(record),

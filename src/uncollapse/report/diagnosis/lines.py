@@ -16,6 +16,7 @@ from rich.text import Text
 from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import DiagnosisRecord, SiteRecord
 from uncollapse.report import wording
+from uncollapse.report.anatomy import kinds_of_blocks, not_measured_sentences
 from uncollapse.report.diagnosis.wording import verdict_sentences
 from uncollapse.report.page import cells
 from uncollapse.report.terminal import plain
@@ -34,6 +35,10 @@ def print_record(record: DiagnosisRecord, console: Console) -> None:
     say(record.model.name, "bold")
     say(wording.model_sentence(record.model))
     say(wording.probe_sentence(record.probe))
+    for sentence in not_measured_sentences(record.anatomy):
+        say(sentence, "bold")
+    for sentence in kinds_of_blocks(record.anatomy):
+        say(sentence, "dim")
     columns = _columns(record)
     left_out: list[str] = []
     table = _table(record, columns, text)
@@ -51,7 +56,7 @@ def print_record(record: DiagnosisRecord, console: Console) -> None:
         for sentence in verdict_sentences(record):
             say(sentence)
     console.print()
-    print_findings(record.findings, console)
+    print_findings(record.findings, wording.looked_at(record), console)
     console.print()
     say(closing(record))
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from uncollapse.records.anatomy import AnatomyRecord, AttentionCallRecord, BlockAnatomy, PartRecord
 from uncollapse.records.common import Finding, Statistic
 from uncollapse.records.diagnosis import AttentionRecord, DiagnosisRecord, HeadsRecord, SiteRecord
+from uncollapse.report import anatomy as taken
 from uncollapse.report import wording
 from uncollapse.report.page.cells import (
     Cell,
@@ -161,6 +163,95 @@ def heads_table(record: DiagnosisRecord, key: str) -> Table:
         record.heads,
         block_key,
         lambda heads: severity_of(record.findings, lambda f: names_heads(f, heads)),
+    )
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """One sublayer, or one attention call of it: a row of the table of what was taken for what."""
+
+    block: BlockAnatomy
+    part: PartRecord
+    call: AttentionCallRecord | None
+    number: int
+    unavailable: dict[str, str]
+
+    def of_call(self, value: Callable[[AttentionCallRecord], str | None]) -> str | None:
+        """A fact of the attention call; empty for a sublayer that has none."""
+        return "" if self.call is None else value(self.call)
+
+
+def anatomy_table(anatomy: AnatomyRecord | None, key: str) -> Table | None:
+    """One row per sublayer and attention call; `None` for a record that was written before this was recorded."""
+    if anatomy is None:
+        return None
+    reasons = {(m.block, m.what): m.reason for m in anatomy.not_measured}
+    rows = []
+    for block in anatomy.blocks:
+        for part in block.parts:
+            why = reasons.get((block.block, taken.PART_NAMES[part.kind]), "the projection was not found")
+            missing = dict.fromkeys(["axes", "deviation", "row_sums"], why)
+            missing |= {"stream": block.axes_reason, "output_projection": "no output projection follows this attention"}
+            missing["softmax"] = "no softmax makes the weights"
+            calls: list[AttentionCallRecord | None] = [*part.attention] or [None]
+            rows += [_Taken(block, part, call, 0, missing) for call in calls]
+    rows = [replace(row, number=number) for number, row in enumerate(rows)]
+    return table(
+        key,
+        "What was taken for what",
+        [
+            (Column("block"), lambda row: Cell(str(row.block.block), sort=float(row.block.block))),
+            (Column("sublayer", numeric=False), lambda row: Cell(taken.PART_NAMES[row.part.kind])),
+        ],
+        [
+            Measure("module", Column("module", numeric=False), lambda row: row.part.module),
+            Measure("stream", Column("stream", "its axes", False), lambda row: taken.stream_axes(row.block) or None),
+            Measure("product", Column("mixes the values", numeric=False), lambda row: row.of_call(lambda c: c.product)),
+            Measure(
+                "axes",
+                Column("weights", "their axes", False),
+                lambda row: row.of_call(lambda c: " × ".join(c.axes) or None),
+            ),
+            Measure("softmax", Column("weights made by", numeric=False), lambda row: row.of_call(lambda c: c.softmax)),
+            Measure("heads", Column("heads", "of keys and values", False), lambda row: row.of_call(_heads_of)),
+            Measure(
+                "forbids",
+                Column("forbids pairs", numeric=False),
+                lambda row: row.of_call(lambda c: ", ".join(taken.forbidding(c)) or "nothing"),
+            ),
+            Measure(
+                "sinks",
+                Column("sink columns", "before + after", False),
+                lambda row: row.of_call(lambda c: f"{c.before} + {c.after}"),
+            ),
+            Measure(
+                "deviation", Column("deviation", "‖AV − result‖"), lambda row: row.part.deviation if row.call else ""
+            ),
+            Measure(
+                "row_sums",
+                Column("row sums", numeric=False),
+                lambda row: taken.row_sums(row.part) or None if row.call else "",
+            ),
+            Measure(
+                "output_projection",
+                Column("output projection", "W_O", False),
+                lambda row: row.of_call(lambda c: c.output_projection),
+            ),
+            Measure("norms", Column("norms of the block", numeric=False), _norms_of),
+        ],
+        rows,
+        lambda row: slug("taken", row.number),
+    )
+
+
+def _heads_of(call: AttentionCallRecord) -> str:
+    return str(call.heads) if call.heads == call.key_value_heads else f"{call.heads}, {call.key_value_heads}"
+
+
+def _norms_of(row: _Taken) -> str:
+    """The norms of the row's own block, with their role; those that cannot be removed are marked."""
+    return "; ".join(
+        f"{norm.norm} ({norm.role}{', cannot be removed' if norm.obstacle else ''})" for norm in row.block.norms
     )
 
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from uncollapse.records.diagnosis import HeadsRecord
 from uncollapse.records.heads import IdentifiabilityRecord
 from uncollapse.report import wording
+from uncollapse.report.anatomy import not_measured_sentences
 from uncollapse.report.heads import tables
 from uncollapse.report.heads import wording as say_it
 from uncollapse.report.page.heads import block_name, largest_overlap
@@ -28,6 +29,8 @@ def print_record(record: IdentifiabilityRecord, console: Console) -> None:
     say(record.model.name, "bold")
     say(wording.model_sentence(record.model))
     say(wording.probe_sentence(record.probe))
+    for sentence in not_measured_sentences(record.anatomy, "projection", "heads of"):
+        say(sentence, "bold")
     console.print()
     say(say_it.headline(record), "bold")
     for answer in say_it.answers(record):

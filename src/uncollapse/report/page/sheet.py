@@ -17,6 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from uncollapse.report import wording
+from uncollapse.report.anatomy import not_measured_sentences
 
 
 def render(template: str, *, styles: Sequence[str], scripts: Sequence[str], **content: Any) -> str:
@@ -52,6 +53,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["data"] = _data
     environment.globals["wording"] = wording
+    environment.globals["not_measured_sentences"] = not_measured_sentences
     return environment
 
 

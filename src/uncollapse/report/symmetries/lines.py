@@ -11,6 +11,7 @@ from rich.table import Table
 
 from uncollapse.records.symmetries import SymmetriesRecord, SymmetryRecord
 from uncollapse.report import wording
+from uncollapse.report.anatomy import not_measured_sentences
 from uncollapse.report.symmetries import wording as say_it
 from uncollapse.report.terminal import plain
 from uncollapse.report.terminal.findings import SIGNS, STYLES, print_findings
@@ -25,6 +26,8 @@ def print_record(record: SymmetriesRecord, console: Console) -> None:
     say(record.model.name, "bold")
     say(wording.model_sentence(record.model))
     say(wording.probe_sentence(record.probe))
+    for sentence in not_measured_sentences(record.anatomy):
+        say(sentence, "bold")
     decoder_from = say_it.first_decoder_block(record.symmetries)
     for symmetry in record.symmetries:
         console.print()
@@ -36,7 +39,7 @@ def print_record(record: SymmetriesRecord, console: Console) -> None:
         console.print(_table(record, outcomes, console))
         _print_notes(record, outcomes, console)
     console.print()
-    print_findings(record.findings, console)
+    print_findings(record.findings, wording.looked_at(record), console)
     console.print()
     say(_closing(record))
 

@@ -312,7 +312,7 @@ def counted(outcomes: Sequence[str]) -> str:
 def headline(record: SymmetriesRecord) -> str:
     """What was found, in a sentence or two."""
     tests = counted(outcomes(record.tests, record.symmetries))
-    return " ".join(filter(None, [wording.headline(record.findings), tests]))
+    return " ".join(filter(None, [wording.headline(record.findings, wording.looked_at(record)), tests]))
 
 
 # Width ----------------------------------------------------------------------------------------------------------------

@@ -18,12 +18,12 @@ STYLES = {"critical": "bold red", "warning": "bold yellow", "info": "blue"}
 SPELLED_OUT = 3  # how many findings of one rule are printed in full; of the rest only the places
 
 
-def print_findings(found: Sequence[Finding], console: Console) -> None:
-    """Print the verdict in one line, then each rule that fired: where, what to do, and which symmetry it is about."""
+def print_findings(found: Sequence[Finding], looked: wording.LookedAt, console: Console) -> None:
+    """Print the verdict on what was looked at, then each rule that fired: where, what to do, and which symmetry it is about."""
     text = functools.partial(plain.plain, console)
     say = functools.partial(plain.say, console)
     findings = wording.worst_first(found)
-    say(wording.headline(findings), "bold")
+    say(wording.headline(findings, looked), "bold")
     for group in wording.alike(findings):
         for finding in group[:SPELLED_OUT]:
             head = text(f"{SIGNS[finding.severity]:<3}{finding.severity}", STYLES[finding.severity])
