@@ -13,6 +13,7 @@ map then; the output projection's own weights may say more.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ from torch import Tensor
 
 from uncollapse.anatomy.interception import Handler
 from uncollapse.anatomy.operands import UnreadableError, arranged, product_operands
+from uncollapse.anatomy.tracing import operands_of, operation_name
 from uncollapse.anatomy.vocabulary import AttentionCall
 
 SCALE = 256.0  # of the unit vectors, a power of two: f(s e) - f(0) then loses no digits of the weights to the bias
-Written = Callable[[Tensor], Tensor]  # mixed values [sequence, head, token, width] to what is written [sequence, token, width]
+Written = Callable[
+    [Tensor], Tensor
+]  # mixed values [sequence, head, token, width] to what is written [sequence, token, width]
 
 
 def giving(pattern: Tensor, call: AttentionCall, sequences: int) -> Handler:
@@ -40,6 +44,25 @@ def giving(pattern: Tensor, call: AttentionCall, sequences: int) -> Handler:
         flat = torch.empty(output.numel(), dtype=output.dtype, device=output.device)
         flat[places.flatten()] = pattern.to(flat).flatten()
         return flat.reshape(output.shape)
+
+    return handler
+
+
+def sounding(speaking: Tensor, call: AttentionCall, sequences: int) -> Handler:
+    """Let a product that mixes values give noise for the heads that are `speaking` [head], and zeros for the others; attention
+    within windows included. Raises `UnreadableError` where its axes were not understood."""
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = function(*args, **kwargs)
+        seen = product_operands(function, args, kwargs, _places(output), call.weight_operand or 0)
+        places = arranged(seen.mixed, call.lead, sequences).long()
+        if places.numel() != output.numel() or places.shape[1] != len(speaking):
+            raise UnreadableError(f"its result is {tuple(output.shape)}, which does not hold {len(speaking)} heads")
+        loud = speaking.to(output.device).view(1, -1, 1, 1, 1).expand(places.shape)
+        mask = torch.empty(output.numel(), dtype=torch.bool, device=output.device)
+        mask[places.flatten()] = loud.flatten()
+        noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+        return torch.where(mask.reshape(output.shape), noise, 0)
 
     return handler
 
@@ -93,7 +116,9 @@ def output_map(written: Written, shape: tuple[int, int, int, int], like: Tensor)
     bias = zero[0]
     slack = 16 * torch.finfo(zero.dtype).eps * max(1.0, float(zero.abs().max().nan_to_num()))
     if not bool(((zero - bias).abs() <= slack).all()):
-        raise UnreadableError("what it adds holds something that does not come from its heads and differs between tokens")
+        raise UnreadableError(
+            "what it adds holds something that does not come from its heads and differs between tokens"
+        )
     units = SCALE * torch.eye(mixed, dtype=like.dtype, device=like.device)
     matrix = (answers(units) - bias) / SCALE
     generator = torch.Generator().manual_seed(0)
@@ -112,3 +137,25 @@ def rounding(mixed: Tensor, matrix: Tensor, bias: Tensor) -> float:
     eps = max(torch.finfo(t.dtype).eps for t in (mixed, matrix))
     size = float((mixed.double().abs() @ matrix.double().abs()).max()) + float(bias.double().abs().max())
     return 16 * eps * size + 1e-30
+
+
+@dataclass(frozen=True)
+class ProductMap:
+    """What a product with a weight reads, and its map: matrix [mixed, width] and bias [width], None where it has none."""
+
+    given: Tensor
+    matrix: Tensor
+    bias: Tensor | None
+
+
+def product_map(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProductMap | None:
+    """The map of a product written in a model's own code; None where it is no product with one matrix."""
+    name = operation_name(function)
+    operands = [t.detach() for t in operands_of(name, args, kwargs)]
+    if name == "linear":
+        return ProductMap(operands[0], operands[1].T, operands[2] if len(operands) > 2 else None)
+    if name in {"matmul", "mm"} and operands[1].ndim == 2 and isinstance(args[0], Tensor):
+        return ProductMap(operands[0], operands[1], None)
+    if name == "addmm" and not {"beta", "alpha"} & kwargs.keys() and operands[0].ndim == 1:
+        return ProductMap(operands[1], operands[2], operands[0])
+    return None

@@ -42,7 +42,7 @@ from uncollapse.anatomy.interception import (
 )
 from uncollapse.anatomy.mixing_proof import Poked, located, placed
 from uncollapse.anatomy.operands import Mixed, UnreadableError, product_operands, replaced
-from uncollapse.anatomy.output_maps import giving, output_map
+from uncollapse.anatomy.output_maps import ProductMap, giving, output_map, product_map, sounding
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.reading import has_own_hooks, read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
@@ -485,6 +485,13 @@ def _observing(observe: Observer) -> Handler:
     return handler
 
 
+def _product_input(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a product with one matrix reads."""
+    found = product_map(function, args, kwargs)
+    assert found is not None
+    return found.given.clone()
+
+
 def _scattering(seed: int) -> Handler:
     """Random signs in place of an operation's result."""
 
@@ -896,10 +903,11 @@ class _BlockProof(BlockAlone):
         return part
 
     def _takes_all(self, number: int, part: Part, projection: ModuleCall | Point) -> bool:
-        """Whether everything that the mixed values do to what the part adds goes through this product, whose result is as wide as
-        the stream: with zeros in place of its result, other mixed values change nothing."""
+        """Whether everything that the mixed values do to what the part adds goes through this product with one matrix, whose result
+        is as wide as the stream: with zeros in place of its result, other mixed values change nothing."""
         width = self.stream.shape[-1 if self.block.axes is None else self.block.axes.width]
         widths: list[int] = []
+        maps: list[ProductMap | None] = []
 
         def updated(seed: int) -> Tensor:
             further: dict[Point, Handler] = {call.product: _scattering(seed) for call in part.attention}
@@ -909,14 +917,18 @@ class _BlockProof(BlockAlone):
                 widths.append(result.shape[-1])
                 return torch.zeros_like(result)
 
+            def silence_product(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                maps.append(product_map(function, args, kwargs))
+                return silence(function(*args, **kwargs))
+
             if isinstance(projection, Point):
-                further[projection] = lambda function, args, kwargs: silence(function(*args, **kwargs))
+                further[projection] = silence_product
             else:
                 actions.append((Place(projection), silence))
             return self.update(number, None, further, actions)
 
         first, second = updated(0), updated(1)
-        return set(widths) == {width} and _difference(first, second) == 0.0
+        return set(widths) == {width} and None not in maps and _difference(first, second) == 0.0
 
     def _features(self, number: int, part: Part, projection: ModuleCall | Point) -> tuple[int, ...]:
         """The head of each feature that an output projection reads; empty where the heads lie side by side, or stay within windows.
@@ -929,54 +941,60 @@ class _BlockProof(BlockAlone):
         if axes is None or len(widths) != 1 or any(c.unreadable for c in part.attention) or heads == 1:
             return ()
         sequences, tokens = axes.cloud(self.stream).shape[:2]
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(sequences, heads, tokens, widths.pop(), generator=generator).to(self.stream)
+        width = widths.pop()
 
-        def read(speaking: Tensor) -> Tensor:
-            """What the projection reads while some heads speak."""
+        def read(made: Callable[[AttentionCall, slice], Handler]) -> Tensor:
+            """What the projection reads when the calls, each with its own heads, give something else."""
             seen: list[Tensor] = []
-            pattern = noise * speaking.to(noise).view(1, -1, 1, 1)
             further: dict[Point, Handler] = {}
             first = 0
             for call in part.attention:
-                further[call.product] = giving(pattern[:, first : first + call.heads], call, sequences)
+                further[call.product] = made(call, slice(first, first + call.heads))
                 first += call.heads
             actions: list[tuple[Place, Action]] = []
             if isinstance(projection, Point):
-                keep = _observing(lambda *call: seen.append(next(tensors_in([call[1], call[2]])).detach().clone()))
+                keep = _observing(lambda *met: seen.append(_product_input(*met[:3])))
                 further[projection] = keep
             else:
                 actions.append((Place(projection, "in", (0,)), lambda given: seen.append(given.detach().clone())))
             self.update(number, None, further, actions)
             return seen[-1]
 
-        silent, all_of_them = read(torch.zeros(heads)), read(torch.ones(heads))
-        if silent.shape[-1] != heads * noise.shape[-1]:
+        def heard(speaking: Tensor) -> Tensor:
+            return read(lambda call, own: sounding(speaking[own], call, sequences))
+
+        silent = heard(torch.zeros(heads, dtype=torch.bool))
+        if silent.shape[-1] != heads * width:
             raise UnreadableError("its output projection does not read the heads side by side")
-        alike = noise.permute(0, 2, 1, 3).flatten(2)
-        if all_of_them.numel() == alike.numel() and any(
-            torch.equal(all_of_them.flatten(), known.flatten()) for known in (alike, alike.transpose(0, 1))
-        ):
-            return ()
+        alike = read_alike = torch.empty(0)
+        if not any("window" in {axis.role, axis.inner} for call in part.attention for axis in call.lead):
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(sequences, heads, tokens, width, generator=generator).to(self.stream)
+            alike = noise.transpose(1, 2).flatten(2)
+            read_alike = read(lambda call, own: giving(noise[:, own], call, sequences))
+            if read_alike.numel() == alike.numel() and any(
+                torch.equal(read_alike.flatten(), known.flatten()) for known in (alike, alike.transpose(0, 1))
+            ):
+                return ()
         owner = torch.zeros(silent.shape[-1], dtype=torch.long)
         numbers = torch.arange(heads)
         for digit in range((heads - 1).bit_length()):
             ones = (numbers >> digit & 1).bool()
-            by_one, by_zero = (_moved_features(silent, read(some)) for some in (ones, ~ones))
+            by_one, by_zero = (_moved_features(silent, heard(some)) for some in (ones, ~ones))
             if bool((by_one == by_zero).any()):
-                return self._alike_features(all_of_them, alike, heads)
+                return self._alike_features(read_alike, alike, heads)
             owner += by_one.long() << digit
-        if not bool((owner.bincount(minlength=heads) == noise.shape[-1]).all()):
-            raise UnreadableError("its heads do not have the same number of features in what the output projection reads")
+        if not bool((owner.bincount(minlength=heads) == width).all()):
+            raise UnreadableError(
+                "its heads do not have the same number of features in what the output projection reads"
+            )
         return () if torch.equal(owner, owner.sort().values) else tuple(owner.tolist())
 
     def _alike_features(self, read: Tensor, spoken: Tensor, heads: int) -> tuple[int, ...]:
         """The same where a norm over all heads lets every head move every feature: the head of the feature it most resembles."""
-        sources = spoken.double().flatten(0, 1)
         best = torch.empty(0)
-        for rows in (spoken, spoken.transpose(0, 1)):
-            if read.numel() != rows.numel():
-                break
+        ways = [spoken, spoken.transpose(0, 1)] if read.numel() and read.numel() == spoken.numel() else []
+        for rows in ways:
             given = read.double().reshape(-1, read.shape[-1])
             sources = rows.double().flatten(0, 1)
             sources, given = sources - sources.mean(0), given - given.mean(0)
@@ -985,7 +1003,9 @@ class _BlockProof(BlockAlone):
             if bool((found > 0.8).all()) and len(place.unique()) == len(place):
                 best = place
         if not len(best):
-            raise UnreadableError("which features of what its output projection reads are of which head could not be told")
+            raise UnreadableError(
+                "which features of what its output projection reads are of which head could not be told"
+            )
         owner = best // (len(best) // heads)
         return () if torch.equal(owner, owner.sort().values) else tuple(owner.tolist())
 

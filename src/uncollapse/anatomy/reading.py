@@ -361,7 +361,10 @@ class _Reader:
                 (
                     c
                     for c in self.t.calls
-                    if c.outputs.get(None) == index and c.inputs and index not in c.inputs.values() and self.norm_kind(c)
+                    if c.outputs.get(None) == index
+                    and c.inputs
+                    and index not in c.inputs.values()
+                    and self.norm_kind(c)
                 ),
                 None,
             )

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from uncollapse.anatomy.interception import Point
-from uncollapse.anatomy.vocabulary import ModuleCall
 from uncollapse.anatomy.probing import full_precision
+from uncollapse.anatomy.vocabulary import ModuleCall
 from uncollapse.measures import heads
 from uncollapse.probe.attention import AttentionStatistics
 from uncollapse.records.common import Statistic

@@ -33,8 +33,8 @@ class AttentionStatistics:
     """Running statistics of one attention call: `values` is [measure, head], `energy` [head] the share of the centred
     output energy. `reasons` says of a measure why it is missing. `matrix` is W_O as [mixed, width], as met in the pass: effective,
     with adapters in it and quantised weights expanded; `reasons["matrix"]` says why it is missing. `tokens` are the real ones
-    that the projection reads; `features` are those of `Part`; `sinks` says that the softmax also ran over columns that belong to no key. `deviation` and `row_sums`
-    are what the pass bore out, see `AttentionRows`."""
+    that the projection reads; `features` are those of `Part`; `sinks` says that the softmax also ran over columns that belong to
+    no key. `deviation` and `row_sums` are what the pass bore out, see `AttentionRows`."""
 
     block: int
     kind: Literal["self", "cross"]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, counted, device_of, in_turn, intercepted, summand
 from uncollapse.anatomy.operands import UnreadableError
-from uncollapse.anatomy.output_maps import laid_out
+from uncollapse.anatomy.output_maps import laid_out, product_map
 from uncollapse.anatomy.probing import full_precision, probing
 from uncollapse.anatomy.proof import BlockAlone, blocks_alone, piece_of, proved_anatomy
 from uncollapse.anatomy.stacks import Padding, paddings
@@ -26,7 +26,7 @@ from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Layout, ModuleCall, Place
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
-from uncollapse.probe.projections import bears_out, product_map, projected_cloud, projection_map, side_by_side
+from uncollapse.probe.projections import bears_out, projected_cloud, projection_map, side_by_side
 from uncollapse.sources import check_batches
 
 
@@ -99,8 +99,8 @@ def head_contributions(
 @dataclass
 class _Reading:
     """One output projection in one pass: what it read, and where that came from. `matrix` and `bias` are those of a product in
-    the attention's own code. Where W_O is the whole map from the mixed values, `calls_output` holds those of each call, as [sequence,
-    head, token, width], or why they are not."""
+    the attention's own code. Where W_O is the whole map from the mixed values, `calls_output` holds those of each call, as
+    [sequence, head, token, width], or why they are missing; `given` is then what the heads write together."""
 
     number: int
     kind: Literal["self", "cross"]
@@ -344,10 +344,15 @@ class _Contributor:
 
     def _mixed(self, reading: _Reading) -> Tensor:
         """The mixed values of all calls, as [batch, token, mixed]."""
-        found = [reading.calls_output.get(i, "it did not run") for i in range(len(reading.block.parts[reading.part].attention))]
+        found = [
+            reading.calls_output.get(i, "it did not run")
+            for i in range(len(reading.block.parts[reading.part].attention))
+        ]
         values = [each for each in found if isinstance(each, Tensor)]
         if len(values) < len(found) or len({v.shape[2:] for v in values}) > 1:
-            reason = next((each for each in found if isinstance(each, str)), "its calls have other sizes than on the example")
+            reason = next(
+                (each for each in found if isinstance(each, str)), "its calls have other sizes than on the example"
+            )
             raise UnsupportedModel(
                 f"head_contributions: expected mixed values of each head and token, got none in {reading.place}: {reason}. "
                 "Choose other blocks."
@@ -361,8 +366,8 @@ class _Contributor:
                 matrix, bias = alone.output_map(reading.part)
         except UncollapseError as error:
             raise UnsupportedModel(
-                f"head_contributions: expected one linear map from the heads to what is added in {reading.place}, got none: {error}. "
-                "Choose other blocks."
+                f"head_contributions: expected one linear map from the heads to what is added in {reading.place}, got none: "
+                f"{error}. Choose other blocks."
             ) from error
         assert reading.block.axes is not None
         assert reading.given is not None

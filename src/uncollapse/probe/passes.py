@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, device_of, in_turn
+from uncollapse.anatomy.output_maps import product_map
 from uncollapse.anatomy.probing import full_precision, probing
 from uncollapse.anatomy.proof import blocks_alone, piece_of
 from uncollapse.anatomy.stacks import Padding, paddings
@@ -45,7 +46,6 @@ from uncollapse.probe.attention_calls import AttentionRows, CallObserver
 from uncollapse.probe.projections import (
     bears_out,
     holds,
-    product_map,
     projected_cloud,
     projection_matrix,
     side_by_side,
@@ -527,7 +527,9 @@ class _Probe:
             return
         found = self._tokens_of(each.block, next(tensors_in(output)), "what its heads write")
         if mixed is None or found is None or mixed.shape[0::2] != found[0].shape[:2]:
-            statistics.reasons["energy_share"] = "the mixed values could not be laid beside the tokens that they are written to"
+            statistics.reasons["energy_share"] = (
+                "the mixed values could not be laid beside the tokens that they are written to"
+            )
             return
         cloud, mask = mixed.transpose(1, 2).flatten(2), found[1]
         if not bears_out(cloud, matrix, each.bias, found[0], mask):

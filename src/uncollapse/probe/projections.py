@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.output_maps import rounding
-from uncollapse.anatomy.tracing import operands_of, operation_name
 from uncollapse.errors import UncollapseError
 
 SCALE = 256.0
@@ -86,28 +83,6 @@ def projection_map(module: nn.Module, given: Tensor) -> tuple[Tensor, Tensor]:
     return matrix, zero
 
 
-@dataclass(frozen=True)
-class ProductMap:
-    """What a product with a weight reads, and its map: matrix [mixed, width] and bias [width], None where it has none."""
-
-    given: Tensor
-    matrix: Tensor
-    bias: Tensor | None
-
-
-def product_map(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProductMap | None:
-    """The map of a product written in a model's own code; None where it is no product with one matrix."""
-    name = operation_name(function)
-    operands = [t.detach() for t in operands_of(name, args, kwargs)]
-    if name == "linear":
-        return ProductMap(operands[0], operands[1].T, operands[2] if len(operands) > 2 else None)
-    if name in {"matmul", "mm"} and operands[1].ndim == 2 and isinstance(args[0], Tensor):
-        return ProductMap(operands[0], operands[1], None)
-    if name == "addmm" and not {"beta", "alpha"} & kwargs.keys() and operands[0].ndim == 1:
-        return ProductMap(operands[1], operands[2], operands[0])
-    return None
-
-
 def side_by_side(tensor: Tensor, features: Sequence[int], axis: int) -> Tensor:
     """`tensor` with the features along an axis in the order of their heads. `features`: the head of each; empty where they are."""
     if not features:
@@ -132,4 +107,6 @@ def bears_out(cloud: Tensor, matrix: Tensor, bias: Tensor, written: Tensor, mask
     eps = max(torch.finfo(t.dtype).eps for t in (written, matrix))
     gap = (again - got.double()).abs().where(seen, 0).max()
     rows, finite = rows.nan_to_num(0, 0, 0), matrix.nan_to_num(0, 0, 0)
-    return bool(gap <= 4 * rounding(rows, finite, bias.nan_to_num(0, 0, 0)) + 16 * eps * got.double().abs().where(seen, 0).max())
+    return bool(
+        gap <= 4 * rounding(rows, finite, bias.nan_to_num(0, 0, 0)) + 16 * eps * got.double().abs().where(seen, 0).max()
+    )
