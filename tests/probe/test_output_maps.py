@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import linear
 
 import uncollapse as uc
 
@@ -79,7 +79,7 @@ def _flat(self: Attention) -> Tensor:
 
 def _low_rank(self: Attention, y: Tensor, _: Tensor) -> Tensor:
     y = y.flatten(2)
-    return F.linear(y, _flat(self).T, self.shift) + self.up(self.down(y)) * 0.5
+    return linear(y, _flat(self).T, self.shift) + self.up(self.down(y)) * 0.5
 
 
 def _adapter_beside_addmm(self: Attention, y: Tensor, _: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ WAYS: dict[str, tuple[Written, Callable[[Attention], Tensor], Callable[[Attentio
         lambda a: a.output,
         lambda a: a.shift,
     ),
-    "F.linear": (lambda a, y, _: F.linear(y.flatten(2), _flat(a).T, a.shift), lambda a: a.output, lambda a: a.shift),
+    "F.linear": (lambda a, y, _: linear(y.flatten(2), _flat(a).T, a.shift), lambda a: a.output, lambda a: a.shift),
     "matmul": (lambda a, y, _: y.flatten(2) @ _flat(a), lambda a: a.output, _none),
     "baddbmm": (
         lambda a, y, _: torch.baddbmm(a.shift.expand(1, 1, -1), y.flatten(2), _flat(a).expand(len(y), -1, -1)),
