@@ -10,7 +10,9 @@ Checked on a few real tokens, block by block; a deviation of 0 means bit for bit
    `mixer`), unless the part is attention;
 6. with an attention removed, what it mixes reaches nothing: it works through its own addition alone. The values that it
    mixes are made from this stream; those of a cross-attention are not;
-7. after all this the model's output is what it was, bit for bit.
+7. everything that an attention's mixed values do to what it adds goes through its output projection, whose features are each one
+   head's; otherwise W_O is the whole map between the two;
+8. after all this the model's output is what it was, bit for bit.
 
 Any failure raises `UnsupportedModel` with the module, the identity, and by how much it failed.
 """
@@ -21,7 +23,7 @@ import contextlib
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -42,6 +44,7 @@ from uncollapse.anatomy.interception import (
 from uncollapse.anatomy.mixing_proof import Poked, located, placed
 from uncollapse.anatomy.module_states import left_as_found
 from uncollapse.anatomy.operands import Mixed, UnreadableError, product_operands, replaced
+from uncollapse.anatomy.output_maps import ProductMap, giving, output_map, product_map, sounding
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.reading import has_own_hooks, read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
@@ -89,6 +92,11 @@ def proved_anatomy(
     anatomy = prove(model, small, layout)
     remember(model, situation, Remembered(anatomy, _one_sequence(model, batch), steers))
     return anatomy
+
+
+def piece_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The small piece of a batch that the anatomy is proved on."""
+    return _piece(model, batch)[0]
 
 
 def _piece(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -494,6 +502,31 @@ def _zeroed(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     return torch.zeros_like(function(*args, **kwargs))
 
 
+def _product_input(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a product with one matrix reads."""
+    found = product_map(function, args, kwargs)
+    assert found is not None
+    return found.given.clone()
+
+
+def _scattering(seed: int) -> Handler:
+    """Random signs in place of an operation's result."""
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = function(*args, **kwargs)
+        generator = torch.Generator().manual_seed(seed)
+        return (torch.randint(2, output.shape, generator=generator) * 2 - 1).to(output)
+
+    return handler
+
+
+def _moved_features(before: Tensor, after: Tensor) -> Tensor:
+    """Which features, along the last axis, differ beyond rounding in any row."""
+    change = (after.double() - before.double()).abs().nan_to_num().flatten(0, -2).amax(0)
+    size = torch.maximum(before.double().abs(), after.double().abs()).nan_to_num().flatten(0, -2).amax(0)
+    return (change > 16 * torch.finfo(before.dtype).eps * size).cpu()
+
+
 def _noting_product(found: list[Mixed | str], number: int, call: AttentionCall) -> Handler:
     """Keep the operands and the result of a product that mixes values, or why they cannot be read."""
 
@@ -531,8 +564,15 @@ class BlockAlone:
         assert run.stream is not None
         self.stream = run.stream
 
-    def update(self, part: int, stream: Tensor) -> Tensor:
-        """What a part adds to the stream, given another stream, with the other parts removed."""
+    def update(
+        self,
+        part: int,
+        stream: Tensor | None,
+        further: Mapping[Point, Handler] | None = None,
+        actions: Sequence[tuple[Place, Action]] = (),
+    ) -> Tensor:
+        """What a part adds to the stream, given another stream, with the other parts removed; with further handlers at
+        operations and actions at places."""
         others = tuple(i for i in range(len(self.block.parts)) if i != part)
         added: list[Tensor] = []
         handlers: dict[Point, Handler] = {}
@@ -540,12 +580,47 @@ class BlockAlone:
             for operand, leaves in enumerate(node.leaves):
                 if leaves == {part}:
                     handlers[node.point] = _adding(added, operand)
-        output = self._replay(others, stream, handlers)
+        for point, handler in (further or {}).items():
+            handlers[point] = in_turn(handlers[point], handler) if point in handlers else handler
+        output = self._replay(others, stream, handlers, actions=actions)
         if not added or any(t.shape != added[0].shape for t in added):
             return output
         if added[0].shape != self.stream.shape == output.shape:  # some of the tokens, or axes in another order
             return output - self._replay(tuple(range(len(self.block.parts))), stream)
         return added[0] if len(added) == 1 else torch.stack(added).sum(0)
+
+    def written(self, number: int, pattern: Tensor, part: Part | None = None) -> Tensor:
+        """What the heads of an attention write together, [sequence, token, width], where `pattern` [sequence, head, token, width]
+        stands in place of their mixed values.
+
+        Raises `UnreadableError` where the axes of a product or of what is written do not hold that."""
+        part, axes = part or self.block.parts[number], self.block.axes
+        others = tuple(i for i in range(len(self.block.parts)) if i != number)
+        seen: list[Tensor] = []
+        handlers: dict[Point, Handler] = {}
+        first = 0
+        for call in part.attention:
+            handlers[call.product] = giving(pattern[:, first : first + call.heads], call, len(pattern))
+            first += call.heads
+        assert part.written is not None
+        keep = _observing(lambda *call: seen.append(next(tensors_in(call[3])).detach().clone()))
+        own = handlers.get(part.written)
+        handlers[part.written] = keep if own is None else in_turn(keep, own)
+        self._replay(others, None, handlers)
+        if axes is None or not seen or seen[-1].shape != self.stream.shape:
+            raise UnreadableError("what its heads write together is not laid out as the stream is")
+        return axes.cloud(seen[-1])
+
+    def output_map(self, number: int, part: Part | None = None) -> tuple[Tensor, Tensor]:
+        """W_O [heads * head width, width] and its bias [width] as they are at this moment: the whole map from the mixed values of
+        an attention to what its heads write together. Raises `UnreadableError` where there is no such map."""
+        part, axes = part or self.block.parts[number], self.block.axes
+        widths = {call.head_width for call in part.attention}
+        if axes is None or len(widths) != 1 or part.written is None:
+            raise UnreadableError("what its heads write together was not found")
+        sequences, tokens = axes.cloud(self.stream).shape[:2]
+        shape = (sequences, part.heads, tokens, widths.pop())
+        return output_map(lambda pattern: self.written(number, pattern, part), shape, self.stream)
 
     @property
     def mixing(self) -> int | None:
@@ -563,6 +638,7 @@ class BlockAlone:
         handlers: Mapping[Point, Handler] | None = None,
         watching: Mapping[Point, Handler] | None = None,
         poke_memory: bool = False,
+        actions: Sequence[tuple[Place, Action]] = (),
     ) -> Tensor:
         """The block's output on its own arguments with some parts removed, optionally with another stream and further handlers
         (the gates on the stream's way and the choice of tokens stay what they were in the model), and handlers that see what
@@ -573,7 +649,8 @@ class BlockAlone:
         given = self.run.stream if stream is None else stream
         assert given is not None
         seen: list[Tensor] = []
-        actions: list[tuple[Place, Action]] = [
+        acted: list[tuple[Place, Action]] = [
+            *((self._alone(place), action) for place, action in actions),
             (self._alone(self.block.entry), lambda _: given.clone()),
             (
                 self._alone(self.block.exit),
@@ -589,7 +666,7 @@ class BlockAlone:
         acting = {p: in_turn(*(layer[p] for layer in layers if p in layer)) for layer in layers for p in layer}
         alone = {replace(p, call=self._run_alone(p.owner, p.call or 0)): h for p, h in acting.items()}
         torch.manual_seed(0)
-        with met(self.model, actions, handlers=alone, within=self.module):
+        with met(self.model, acted, handlers=alone, within=self.module):
             self.module(*args, **kwargs)
         return seen[-1]
 
@@ -641,7 +718,9 @@ class _BlockProof(BlockAlone):
             for number, part in enumerate(parts):
                 if part.attention:
                     parts[number] = replace(part, attention=self._mixes(number, part, stream, axes, reason))
-        self.block = replace(block, parts=tuple(parts), axes=axes, axes_reason=reason)
+            self.block = replace(block, axes=axes, axes_reason=reason)
+            parts = [self._writes(i, part) if part.attention else part for i, part in enumerate(parts)]
+        self.block = replace(self.block, parts=tuple(parts))
 
     def _check(self, statement: str, deviation: float) -> None:
         self.identities.append(Identity(statement, self.where, deviation))
@@ -840,6 +919,135 @@ class _BlockProof(BlockAlone):
             without = axes.cloud(self._replay(others, None, {call.product: _zeroed}))
             taken += (without != plain).any(-1).any(0).nonzero().flatten().tolist()
         return taken == list(range(plain.shape[1]))
+
+    def _writes(self, number: int, part: Part) -> Part:
+        """The part with how its heads write: through an output projection that takes all of them on, with whose features it
+        reads; else by the whole map from the mixed values, or why that is none."""
+        projections = {call.projection for call in part.attention}
+        projection = projections.pop() if len(projections) == 1 else None
+        if projection is not None and self._takes_all(number, part, projection):
+            try:
+                return replace(part, features=self._features(number, part, projection))
+            except UnreadableError as error:
+                return replace(part, no_output_map=str(error))
+            except UncollapseError:  # its input is met in another way: by keyword, say
+                return part
+        part = replace(part, attention=tuple(replace(call, projection=None) for call in part.attention))
+        problem = next((call.unreadable for call in part.attention if call.unreadable), None)
+        if problem is not None:
+            return replace(part, no_output_map=problem)
+        try:
+            self.output_map(number, part)
+        except UnreadableError as error:
+            return replace(part, no_output_map=str(error))
+        return part
+
+    def _takes_all(self, number: int, part: Part, projection: ModuleCall | Point) -> bool:
+        """Whether everything that the mixed values do to what the part adds goes through this product with one matrix, whose result
+        is as wide as the stream: with zeros in place of its result, other mixed values change nothing."""
+        width = self.stream.shape[-1 if self.block.axes is None else self.block.axes.width]
+        widths: list[int] = []
+        maps: list[ProductMap | None] = []
+
+        def updated(seed: int) -> Tensor:
+            further: dict[Point, Handler] = {call.product: _scattering(seed) for call in part.attention}
+            actions: list[tuple[Place, Action]] = []
+
+            def silence(result: Tensor) -> Tensor:
+                widths.append(result.shape[-1])
+                return torch.zeros_like(result)
+
+            def silence_product(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                maps.append(product_map(function, args, kwargs))
+                return silence(function(*args, **kwargs))
+
+            if isinstance(projection, Point):
+                further[projection] = silence_product
+            else:
+                actions.append((Place(projection), silence))
+            return self.update(number, None, further, actions)
+
+        first, second = updated(0), updated(1)
+        return set(widths) == {width} and None not in maps and _difference(first, second) == 0.0
+
+    def _features(self, number: int, part: Part, projection: ModuleCall | Point) -> tuple[int, ...]:
+        """The head of each feature that an output projection reads; empty where the heads lie side by side, or stay within windows.
+
+        Heads speak in turn, numbered in binary: for each digit those that have a 1 there, then those that have a 0. A feature is
+        a head's if it moves with its digits and with nothing else. Raises `UnreadableError` where features are of several heads.
+        """
+        axes, heads = self.block.axes, part.heads
+        widths = {call.head_width for call in part.attention}
+        if axes is None or len(widths) != 1 or any(c.unreadable for c in part.attention) or heads == 1:
+            return ()
+        sequences, tokens = axes.cloud(self.stream).shape[:2]
+        width = widths.pop()
+
+        def read(made: Callable[[AttentionCall, slice], Handler]) -> Tensor:
+            """What the projection reads when the calls, each with its own heads, give something else."""
+            seen: list[Tensor] = []
+            further: dict[Point, Handler] = {}
+            first = 0
+            for call in part.attention:
+                further[call.product] = made(call, slice(first, first + call.heads))
+                first += call.heads
+            actions: list[tuple[Place, Action]] = []
+            if isinstance(projection, Point):
+                keep = _observing(lambda *met: seen.append(_product_input(*met[:3])))
+                further[projection] = keep
+            else:
+                actions.append((Place(projection, "in", (0,)), lambda given: seen.append(given.detach().clone())))
+            self.update(number, None, further, actions)
+            return seen[-1]
+
+        def heard(speaking: Tensor) -> Tensor:
+            return read(lambda call, own: sounding(speaking[own], call, sequences))
+
+        silent = heard(torch.zeros(heads, dtype=torch.bool))
+        if silent.shape[-1] != heads * width:
+            raise UnreadableError("its output projection does not read the heads side by side")
+        alike = read_alike = torch.empty(0)
+        if not any("window" in {axis.role, axis.inner} for call in part.attention for axis in call.lead):
+            generator = torch.Generator().manual_seed(0)
+            noise = torch.randn(sequences, heads, tokens, width, generator=generator).to(self.stream)
+            alike = noise.transpose(1, 2).flatten(2)
+            read_alike = read(lambda call, own: giving(noise[:, own], call, sequences))
+            if read_alike.numel() == alike.numel() and any(
+                torch.equal(read_alike.flatten(), known.flatten()) for known in (alike, alike.transpose(0, 1))
+            ):
+                return ()
+        owner = torch.zeros(silent.shape[-1], dtype=torch.long)
+        numbers = torch.arange(heads)
+        for digit in range((heads - 1).bit_length()):
+            ones = (numbers >> digit & 1).bool()
+            by_one, by_zero = (_moved_features(silent, heard(some)) for some in (ones, ~ones))
+            if bool((by_one == by_zero).any()):
+                return self._alike_features(read_alike, alike, heads)
+            owner += by_one.long() << digit
+        if not bool((owner.bincount(minlength=heads) == width).all()):
+            raise UnreadableError(
+                "its heads do not have the same number of features in what the output projection reads"
+            )
+        return () if torch.equal(owner, owner.sort().values) else tuple(owner.tolist())
+
+    def _alike_features(self, read: Tensor, spoken: Tensor, heads: int) -> tuple[int, ...]:
+        """The same where a norm over all heads lets every head move every feature: the head of the feature it most resembles."""
+        best = torch.empty(0)
+        ways = [spoken, spoken.transpose(0, 1)] if read.numel() and read.numel() == spoken.numel() else []
+        for rows in ways:
+            given = read.double().reshape(-1, read.shape[-1])
+            sources = rows.double().flatten(0, 1)
+            sources, given = sources - sources.mean(0), given - given.mean(0)
+            agreement = (given / given.norm(dim=0)).T @ (sources / sources.norm(dim=0))
+            found, place = agreement.abs().nan_to_num().max(-1)
+            if bool((found > 0.8).all()) and len(place.unique()) == len(place):
+                best = place
+        if not len(best):
+            raise UnreadableError(
+                "which features of what its output projection reads are of which head could not be told"
+            )
+        owner = best // (len(best) // heads)
+        return () if torch.equal(owner, owner.sort().values) else tuple(owner.tolist())
 
     def _masking_axes(self, call: AttentionCall, others: tuple[int, ...], sequences: int) -> tuple[MaskingStep, ...]:
         """The masking steps with what the axes of their results hold, told by where their entries arrive among the weights."""

@@ -42,6 +42,8 @@ from uncollapse.errors import UnsupportedModel
 
 _LONGEST_NORM = 64  # operations in a module that may be a norm
 _MOST_SOURCES = 4  # values that an embedding is summed of, and so many are followed to its norm
+_FACTORS = frozenset(["mul", "rmul", "multiply", "div", "truediv", "true_divide", "neg"])
+_CASTS = frozenset(["to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "dropout"])
 _MOST_PRODUCTS = 24  # products of a part that are followed: of hundreds of experts the first tell as much
 
 
@@ -330,11 +332,16 @@ class _Reader:
             parts.append(self._mlp(rest[0], found))
             part_of |= dict.fromkeys(rest, len(parts) - 1)
         tree: list[AdditionNode] = []
+        added: list[int] = []
         for index in found.nodes:
             terms, inputs = self._terms(index), self.t.nodes[index].inputs
             leaves = tuple(self._under(v, found, part_of) if i in terms else frozenset() for i, v in enumerate(inputs))
             if len(frozenset().union(*leaves)) > 1:  # an addition within one part belongs to that part
                 tree.append(AdditionNode(self._point(index), leaves))
+                added += [v for v, of in zip(inputs, leaves, strict=True) if of == {0}]
+        if attending and len(set(added)) == 1:
+            written = self._written(added[0], [s for leaf in attending for s in inside[leaf]])
+            parts[0] = replace(parts[0], written=self._point(written))
         return parts, tree
 
     def _under(self, index: int, found: _Sum, part_of: Mapping[int, int]) -> frozenset[int]:
@@ -346,6 +353,38 @@ class _Reader:
         terms = self._summands(index)
         behind = terms or self._onward(index, found.is_gated)
         return frozenset().union(*(self._under(value, found, part_of) for value in behind))
+
+    def _written(self, added: int, products: list[int]) -> int:
+        """What the heads write together: the summand `added`, before norms, casts and factors that do not come from the heads."""
+        index = added
+        while not any(index == p for p in products):
+            node = self.t.nodes[index]
+            norm = next(
+                (
+                    c
+                    for c in self.t.calls
+                    if c.outputs.get(None) == index
+                    and c.inputs
+                    and index not in c.inputs.values()
+                    and self.norm_kind(c)
+                ),
+                None,
+            )
+            if norm is not None:
+                index = next(iter(norm.inputs.values()))
+                continue
+            made = [i for i in range(index) if self.t.is_learned_product(i) and self.t.depends(index, i)]
+            source = max((i for i in made if self.t.depends(i, products[-1])), default=products[-1])
+            pieces = [p for p in pieces_between(self.t, source, [index]) if p.target == index]
+            if pieces:
+                index = pieces[0].source
+                continue
+            from_heads = [i for i in node.inputs if any(i == p or self.t.depends(i, p) for p in products)]
+            steps = node.operation in _FACTORS or node.operation in _CASTS
+            if not steps or len(from_heads) != 1 or self.t.nodes[from_heads[0]].shape != node.shape:
+                break
+            index = from_heads[0]
+        return index
 
     def _point(self, index: int) -> Point:
         node = self.t.nodes[index]

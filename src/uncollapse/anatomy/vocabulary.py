@@ -12,7 +12,8 @@ How the graph is read
 * The *parts* of an update are its summands. A part with scaled dot-product attention inside, fused or as
   product → softmax → product, is `attention`; `cross` when its values do not come from this stream; else `mlp`, or
   `mixer` when the proof sees it move information between tokens.
-* The *output projection* is the first learned product after the attention.
+* The *output projection* is the first learned product after the attention, where the proof sees all that the heads write go
+  through it; else the whole map from the mixed values to what is added.
 * *Norms* are told by behaviour, whether modules, functions or written out: a piece of the graph with f(16x) = f(256x) that
   is not constant; `layer` if it also ignores a shift along the features, else `rms` (`norm_reading`). Names lie.
 * A *block* is the deepest module call that holds one self-attention addition and the additions that belong to it. Where the
@@ -184,6 +185,11 @@ class Part:
     For an MLP, `reads` is the run of the module that makes its first learned product and `writes` that of its last: the input
     of `reads` is what the MLP sees, the input of `writes` its hidden layer. `None` where no module of their own makes them.
     `is_causal` says of attention whether a token can only reach later ones; the proof finds out.
+
+    Of an attention, `written` is the operation whose result its heads write together: what it adds, before an output norm and
+    before factors. Where its calls have no `projection`, W_O is the whole map from the mixed values to that result
+    (`output_maps`), unless `no_output_map` says why there is none. Where they have one, `features` gives the head of every
+    feature that it reads; empty where the heads lie side by side.
     """
 
     kind: PartKind
@@ -192,6 +198,14 @@ class Part:
     reads: ModuleCall | None = None
     writes: ModuleCall | None = None
     is_causal: bool = False
+    written: Point | None = None
+    features: tuple[int, ...] = ()
+    no_output_map: str = ""
+
+    @property
+    def heads(self) -> int:
+        """Heads of all its attention calls."""
+        return sum(call.heads for call in self.attention)
 
 
 @dataclass(frozen=True)

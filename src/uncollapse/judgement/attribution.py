@@ -16,6 +16,7 @@ from torch import Tensor
 
 from uncollapse.anatomy.interception import Point
 from uncollapse.anatomy.probing import full_precision
+from uncollapse.anatomy.vocabulary import ModuleCall
 from uncollapse.measures import heads
 from uncollapse.probe.attention import AttentionStatistics
 from uncollapse.records.common import Statistic
@@ -45,14 +46,14 @@ def _heads_record(statistics: AttentionStatistics, known: dict[object, dict[str,
     call, reasons = statistics.call, statistics.reasons
     unavailable: dict[str, str] = {}
     figures: dict[str, Any] = dict.fromkeys(FROM_WEIGHTS) | {"width": 0, "gauge_dimension": None}
-    if call.projection is None or statistics.matrix is None:
-        reason = "no output projection follows this attention"
-        if call.projection is not None:
-            reason = reasons.get("matrix", "the output projection did not run")
+    if statistics.matrix is None:
+        reason = reasons.get("matrix", "the output projection did not run")
         unavailable |= dict.fromkeys([*FROM_WEIGHTS, "gauge_dimension"], reason)
     else:
         projection = call.projection
-        place = replace(projection, call=None) if isinstance(projection, Point) else projection.name
+        place: object = projection.name if isinstance(projection, ModuleCall) else object()
+        if isinstance(projection, Point):
+            place = replace(projection, call=None)
         if place not in known:
             with full_precision(statistics.matrix):
                 known[place] = _weight_figures(statistics.matrix, call.heads)

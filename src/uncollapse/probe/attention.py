@@ -44,8 +44,9 @@ class AttentionStatistics:
     """Running statistics of one attention call: `values` is [measure, head], `energy` [head] the share of the centred
     output energy. `reasons` says of a measure why it is missing. `matrix` is W_O as [mixed, width], as met in the pass: effective,
     with adapters in it and quantised weights expanded; `reasons["matrix"]` says why it is missing. `tokens` are the real ones
-    that the projection reads; `sinks` says that the softmax also ran over columns that belong to no key. `deviation` and `row_sums`
-    are what the pass bore out, and `forbids` what forbade pairs in each of the sublayer's calls, see `AttentionRows`."""
+    that the projection reads; `features` are those of `Part`; `sinks` says that the softmax also ran over columns that belong to
+    no key. `deviation` and `row_sums` are what the pass bore out, and `forbids` what forbade pairs in each of the sublayer's
+    calls, see `AttentionRows`."""
 
     block: int
     kind: Literal["self", "cross"]
@@ -58,6 +59,7 @@ class AttentionStatistics:
     matrix: Tensor | None = None
     tokens: Running = field(default_factory=Running.empty)
     sinks: bool = False
+    features: tuple[int, ...] = ()
     deviation: float = 0.0
     row_sums: tuple[float, float] = (math.inf, -math.inf)
     forbids: dict[int, list[Forbidding]] = field(default_factory=dict)

@@ -16,14 +16,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from uncollapse.anatomy.interception import Handler, Point, counted, device_of, intercepted, summand
+from uncollapse.anatomy.interception import Handler, Point, counted, device_of, in_turn, intercepted, summand
+from uncollapse.anatomy.operands import UnreadableError
+from uncollapse.anatomy.output_maps import laid_out, product_map
 from uncollapse.anatomy.probing import full_precision, probing
-from uncollapse.anatomy.proof import blocks_alone, proved_anatomy
+from uncollapse.anatomy.proof import BlockAlone, blocks_alone, piece_of, proved_anatomy
 from uncollapse.anatomy.stacks import Padding, paddings
-from uncollapse.anatomy.tracing import operation_name, tensors_in
-from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Layout, ModuleCall
+from uncollapse.anatomy.streams import Action, met
+from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Layout, ModuleCall, Place
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
-from uncollapse.probe.projections import projected_cloud, projection_map
+from uncollapse.probe.projections import bears_out, projected_cloud, projection_map, side_by_side
 from uncollapse.sources import check_batches
 
 
@@ -84,6 +87,10 @@ def head_contributions(
     given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
     with probing(model):
         padding = paddings(model, given, anatomy, blocks_alone)
+        whole = {r.number for r in readings if r.call.projection is None}
+        alone = blocks_alone(model, piece_of(model, given), anatomy, whole) if whole else {}
+        for reading in readings:
+            reading.alone = alone.get(reading.number) if reading.call.projection is None else None
         with _installed(model, readings):
             model(**given)
     return map(_Contributor(model, given, anatomy, padding), readings)
@@ -91,18 +98,24 @@ def head_contributions(
 
 @dataclass
 class _Reading:
-    """One output projection in one pass: what it read, and where that came from. `weight` and `bias` are those of a product in
-    the attention's own code."""
+    """One output projection in one pass: what it read, and where that came from. `matrix` and `bias` are those of a product in
+    the attention's own code. Where W_O is the whole map from the mixed values, `calls_output` holds those of each call, as
+    [sequence, head, token, width], or why they are missing; `given` is then what the heads write together."""
 
     number: int
     kind: Literal["self", "cross"]
     block: Block
     part: int
     call: AttentionCall
+    heads: int
+    features: tuple[int, ...] = ()
+    alone: BlockAlone | None = None  # where W_O is the whole map from the mixed values
+    sequences: int = 0
+    calls_output: dict[int, Tensor | str] = field(default_factory=dict)
     given: Tensor | None = None
     heads_output: Tensor | None = None
     output: Tensor | None = None
-    weight: Tensor | None = None
+    matrix: Tensor | None = None
     bias: Tensor | None = None
     added_as_is: bool = False
     thread: int = field(default_factory=threading.get_ident)
@@ -128,14 +141,17 @@ def _readings(model: nn.Module, anatomy: Anatomy, blocks: Collection[int] | None
     for number in wanted:
         block = anatomy.blocks[number]
         for index, part in enumerate(block.parts):
-            for call in {c.projection: c for c in part.attention}.values():
-                if call.projection is None:
-                    raise UnsupportedModel(
-                        f"head_contributions: expected an output projection after each attention, got none with the "
-                        f"width of its heads in block {number} ({part.module}) of {type(model).__name__}. It may mix heads "
-                        "in another way. Choose other blocks."
-                    )
-                found.append(_Reading(number, "cross" if part.kind == "cross" else "self", block, index, call))
+            if not part.attention:
+                continue
+            call = part.attention[0]
+            if part.no_output_map or (call.projection is None and part.written is None):
+                raise UnsupportedModel(
+                    "head_contributions: expected an output projection, or one linear map from the heads to what is added, in "
+                    f"block {number} ({part.module}) of {type(model).__name__}, got none: "
+                    f"{part.no_output_map or 'nothing learned follows the attention'}. Choose other blocks."
+                )
+            kind: Literal["self", "cross"] = "cross" if part.kind == "cross" else "self"
+            found.append(_Reading(number, kind, block, index, call, part.heads, part.features))
     return found
 
 
@@ -144,15 +160,19 @@ def _installed(model: nn.Module, readings: Sequence[_Reading]) -> Iterator[None]
     """Within the block every reading takes note of what its projection reads."""
     handlers: dict[Point, Handler] = {}
     modules: dict[str, dict[int, _Reading]] = {}
+    streams: list[tuple[Place, Action]] = []
     for reading in readings:
         projection = reading.call.projection
+        if projection is None:
+            _note_written(reading, handlers, streams)
+            continue
         handlers[reading.call.product] = _noting_heads(reading)
         if isinstance(projection, ModuleCall):
             modules.setdefault(projection.name, {})[projection.call] = reading
-        elif projection is not None:
+        else:
             handlers[projection] = _noting_product(reading)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(intercepted(model, handlers))
+        stack.enter_context(met(model, streams, handlers=handlers))
         # Not strict: inside a `without` another handler may stand at the same addition, and answer first.
         stack.enter_context(intercepted(model, _noting_additions(readings), strict=False))
         runs = stack.enter_context(counted(model, modules))
@@ -192,13 +212,50 @@ def _noting_heads(reading: _Reading) -> Handler:
     return handler
 
 
+def _note_written(reading: _Reading, handlers: dict[Point, Handler], streams: list[tuple[Place, Action]]) -> None:
+    """Take note of the mixed values of every call of an attention, and of what its heads write together."""
+    part, axes = reading.block.parts[reading.part], reading.block.axes
+    assert part.written is not None
+    assert axes is not None
+
+    def entering(stream: Tensor) -> None:
+        if reading.is_own():
+            reading.sequences = len(axes.cloud(stream))
+
+    def mixing(number: int, call: AttentionCall) -> Handler:
+        def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            output = function(*args, **kwargs)
+            if reading.is_own():
+                try:
+                    found = laid_out(output.detach(), call, function, args, kwargs, reading.sequences)
+                    reading.calls_output[number] = found.clone()
+                except UnreadableError as error:
+                    reading.calls_output[number] = str(error)
+            return output
+
+        return handler
+
+    def writing(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = function(*args, **kwargs)
+        if reading.is_own():
+            reading.output = next(tensors_in(output)).detach().clone()
+            reading.given = reading.output
+        return output
+
+    streams.append((reading.block.entry, entering))
+    for number, call in enumerate(part.attention):
+        handlers[call.product] = mixing(number, call)
+    own = handlers.get(part.written)
+    handlers[part.written] = writing if own is None else in_turn(writing, own)
+
+
 def _noting_product(reading: _Reading) -> Handler:
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = function(*args, **kwargs)
-        operands = list(tensors_in([args, kwargs]))
-        if reading.is_own() and operation_name(function) == "linear":
-            reading.given, reading.weight, reading.output = operands[0].detach(), operands[1].detach(), output.detach()
-            reading.bias = operands[2].detach() if len(operands) > 2 else None
+        found = product_map(function, args, kwargs) if reading.is_own() else None
+        if found is not None:
+            reading.given, reading.matrix, reading.bias = found.given, found.matrix, found.bias
+            reading.output = output.detach()
         return output
 
     return handler
@@ -245,10 +302,11 @@ class _Contributor:
     paddings: Sequence[Padding]
 
     def __call__(self, reading: _Reading) -> HeadContributions:
-        cloud = self._cloud(reading)
+        cloud = self._mixed(reading) if reading.alone is not None else self._cloud(reading)
         matrix, bias = self._map(reading, cloud)
+        cloud, matrix = side_by_side(cloud, reading.features, -1), side_by_side(matrix, reading.features, 0)
         dtype = torch.promote_types(torch.promote_types(cloud.dtype, matrix.dtype), torch.float32)
-        count, width = reading.call.heads, matrix.shape[1]
+        count, width = reading.heads, matrix.shape[1]
         with torch.no_grad(), full_precision(cloud):
             outputs = cloud.to(dtype).flatten(0, 1).unflatten(-1, (count, -1)).transpose(0, 1)
             written = outputs @ matrix.to(cloud.device, dtype).reshape(count, -1, width)
@@ -268,11 +326,14 @@ class _Contributor:
         size = next(v.shape[0] for v in self.batch.values() if isinstance(v, Tensor) and v.ndim)
         if heads_output is not None and heads_output.ndim == 3 and heads_output.shape[0] % size == 0:
             heads_output = heads_output.unflatten(0, (size, -1))
-        width = reading.call.heads * reading.call.head_width
+        width = reading.heads * reading.call.head_width
         cloud = None
         if mixed is not None and mixed.shape[-1] == width:
             known = heads_output if heads_output is not None and heads_output.ndim == 4 else None
             cloud = projected_cloud(mixed, known, size)
+            axes = reading.block.axes
+            if axes is not None and axes.sequence is not None and len(axes.token) == 1 and mixed.ndim == axes.ndim:
+                cloud = axes.cloud(mixed) if cloud is None else cloud
         if cloud is None:
             raise UnsupportedModel(
                 f"head_contributions: expected an output projection that reads [batch, token, {width}], the heads side by "
@@ -281,11 +342,52 @@ class _Contributor:
             )
         return cloud
 
+    def _mixed(self, reading: _Reading) -> Tensor:
+        """The mixed values of all calls, as [batch, token, mixed]."""
+        found = [
+            reading.calls_output.get(i, "it did not run")
+            for i in range(len(reading.block.parts[reading.part].attention))
+        ]
+        values = [each for each in found if isinstance(each, Tensor)]
+        if len(values) < len(found) or len({v.shape[2:] for v in values}) > 1:
+            reason = next(
+                (each for each in found if isinstance(each, str)), "its calls have other sizes than on the example"
+            )
+            raise UnsupportedModel(
+                f"head_contributions: expected mixed values of each head and token, got none in {reading.place}: {reason}. "
+                "Choose other blocks."
+            )
+        return torch.cat(values, 1).transpose(1, 2).flatten(2)
+
+    def _whole_map(self, reading: _Reading, alone: BlockAlone, cloud: Tensor) -> tuple[Tensor, Tensor]:
+        """W_O and the bias from the mixed values to what the heads write, where this batch bears them out."""
+        try:
+            with probing(self.model), full_precision(cloud), torch.random.fork_rng(devices=[]):
+                matrix, bias = alone.output_map(reading.part)
+        except UncollapseError as error:
+            raise UnsupportedModel(
+                f"head_contributions: expected one linear map from the heads to what is added in {reading.place}, got none: "
+                f"{error}. Choose other blocks."
+            ) from error
+        assert reading.block.axes is not None
+        assert reading.given is not None
+        written = reading.block.axes.cloud(reading.given)
+        with full_precision(cloud):
+            holds = written.shape[:2] == cloud.shape[:2] and bears_out(cloud, matrix, bias, written, None)
+        if not holds:
+            raise UnsupportedModel(
+                f"head_contributions: expected the heads to write in {reading.place} what the map found on the example says, got "
+                "something else on this batch. The weights may have changed since the model ran. Call it again."
+            )
+        return matrix, bias
+
     def _map(self, reading: _Reading, cloud: Tensor) -> tuple[Tensor, Tensor]:
         """W_O [mixed, width] and the bias [width]."""
-        if reading.weight is not None:
-            matrix = reading.weight.T
+        if reading.matrix is not None:
+            matrix = reading.matrix
             return matrix, matrix.new_zeros(matrix.shape[1]) if reading.bias is None else reading.bias
+        if reading.alone is not None:
+            return self._whole_map(reading, reading.alone, cloud)
         projection = reading.call.projection
         assert isinstance(projection, ModuleCall)
         try:

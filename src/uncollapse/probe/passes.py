@@ -27,11 +27,12 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.expected_runs import runs_checked
 from uncollapse.anatomy.interception import Handler, Point, device_of, in_turn
+from uncollapse.anatomy.output_maps import product_map
 from uncollapse.anatomy.probing import full_precision, probing
-from uncollapse.anatomy.proof import blocks_alone
+from uncollapse.anatomy.proof import blocks_alone, piece_of
 from uncollapse.anatomy.stacks import Padding, paddings
 from uncollapse.anatomy.streams import Action, met
-from uncollapse.anatomy.tracing import operation_name, tensors_in
+from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Block, Part, Place
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.measures import geometry, heads
@@ -43,7 +44,13 @@ from uncollapse.probe.attention import (
     spread,
 )
 from uncollapse.probe.attention_calls import AttentionRows, CallObserver, in_sequence
-from uncollapse.probe.projections import holds, projected_cloud, projection_matrix
+from uncollapse.probe.projections import (
+    bears_out,
+    holds,
+    projected_cloud,
+    projection_matrix,
+    side_by_side,
+)
 from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, SiteStatistics, distinct_tokens
 from uncollapse.probe.sublayers import NormStatistics, Sublayers, UpdateStatistics
 
@@ -102,6 +109,16 @@ def capture(
     return probe.observations
 
 
+@dataclass
+class _WholeMap:
+    """An attention without an output projection of its own, and the bias of the map from its mixed values to what it writes."""
+
+    statistics: AttentionStatistics
+    block: int
+    part: Part
+    bias: Tensor | None = None
+
+
 class _Probe:
     """The state of one pass: which batch is running, which call of a shared module, and the statistics so far."""
 
@@ -116,6 +133,8 @@ class _Probe:
         self.runs: dict[str, int] = {}
         self.heads_output: Tensor | None = None  # of the attention call whose output projection is still to come
         self.matrices: dict[str, Tensor] = {}
+        self.whole_maps: list[_WholeMap] = []
+        self.have_whole_maps = False
         self.distinct: list[Tensor | None] = []  # by stack: different token ids of each sequence
         # Of a sharded model the whole weights exist only while a block runs, and their memory is freed under whoever kept a view.
         self.lasting = {id(p) for p in model.parameters()}
@@ -238,7 +257,7 @@ class _Probe:
             except UncollapseError as error:
                 statistics.reasons |= {"matrix": str(error), "energy_share": str(error)}
                 return
-        statistics.matrix = self.matrices[name]
+        statistics.matrix = side_by_side(self.matrices[name], statistics.features, 0)
         self._measure_energy(statistics, statistics.matrix, given)
 
     def _attend(
@@ -262,6 +281,7 @@ class _Probe:
             Running.empty(len(ATTENTION_MEASURES), call.heads),
             Running.empty(call.heads),
             sinks=any(c.before or c.after or c.drops_columns for c in part.attention),
+            features=part.features,
         )
         self.observations.attention.append(statistics)
         if isinstance(call.projection, Point):
@@ -269,8 +289,11 @@ class _Probe:
             observers.setdefault(call.projection, []).append(projecting)
         elif call.projection is not None:
             projections.setdefault(call.projection.name, {})[call.projection.call] = statistics
-        else:
-            statistics.reasons["energy_share"] = "no output projection follows this attention"
+        elif part.written is not None and not part.no_output_map:
+            self.whole_maps.append(_WholeMap(statistics, number, part))
+        if part.no_output_map or (call.projection is None and part.written is None):
+            reason = part.no_output_map or "no output projection follows this attention"
+            statistics.reasons |= {"matrix": reason, "energy_share": reason}
         problem = next((c.unreadable for c in part.attention if c.unreadable is not None), None)
         if problem is not None:
             statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, problem)
@@ -313,6 +336,8 @@ class _Probe:
             )
             for point, observe in observer.observers().items():
                 observers.setdefault(point, []).append(observe)
+        if self.whole_maps and self.whole_maps[-1].statistics is statistics and part.written is not None:
+            observers.setdefault(part.written, []).append(functools.partial(self._written, self.whole_maps[-1]))
 
     # Batches ------------------------------------------------------------------------------------------------------
     def begin(self, batch: Mapping[str, Any]) -> None:
@@ -330,6 +355,8 @@ class _Probe:
         ]
         if self.sublayers is not None:
             self.sublayers.begin()
+        if self.whole_maps and not self.have_whole_maps:
+            self._find_whole_maps(batch)
         self.thread = threading.get_ident()
 
     def count(self) -> None:
@@ -503,15 +530,52 @@ class _Probe:
         output: Any,
     ) -> None:
         """An output projection written in the attention's own code: its weight is an operand."""
-        operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        mixed = statistics.call.heads * statistics.call.head_width
-        if operation_name(function) == "linear" and operands[1].shape[-1] == mixed:
-            weight = operands[1].detach()
-            statistics.matrix = (weight if id(operands[1]) in self.lasting else weight.clone()).T
-            self._measure_energy(statistics, statistics.matrix, operands[0])
+        found = product_map(function, args, kwargs)
+        if found is not None and len(found.matrix) == statistics.call.heads * statistics.call.head_width:
+            lasts = any(id(t) in self.lasting for t in tensors_in([args, kwargs]))
+            matrix = found.matrix if lasts else found.matrix.clone()
+            statistics.matrix = side_by_side(matrix, statistics.features, 0)
+            self._measure_energy(statistics, statistics.matrix, found.given)
         else:
             reason = "the output projection is no linear map of the concatenated heads"
             statistics.reasons |= {"matrix": reason, "energy_share": reason}
+
+    def _find_whole_maps(self, batch: Mapping[str, Any]) -> None:
+        """The maps from mixed values to what is written, from the weights as they are, on a few tokens of this batch."""
+        self.have_whole_maps = True
+        with torch.random.fork_rng(devices=[]):
+            piece = piece_of(self.model, batch)
+            alone = blocks_alone(self.model, piece, self.anatomy, {each.block for each in self.whole_maps})
+            for each in self.whole_maps:
+                block = alone[each.block]
+                try:
+                    number = next(i for i, part in enumerate(block.block.parts) if part is each.part)
+                    with full_precision(block.stream):
+                        each.statistics.matrix, each.bias = block.output_map(number)
+                except UncollapseError as error:
+                    each.statistics.reasons |= {"matrix": str(error), "energy_share": str(error)}
+
+    def _written(
+        self, each: _WholeMap, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """What the heads of an attention write together: the energy of each, where the map that was found gives this again."""
+        mixed, self.heads_output = self.heads_output, None
+        statistics, matrix = each.statistics, each.statistics.matrix
+        if "energy_share" in statistics.reasons or matrix is None or each.bias is None:
+            return
+        found = self._tokens_of(each.block, next(tensors_in(output)), "what its heads write")
+        if mixed is None or found is None or mixed.shape[0::2] != found[0].shape[:2]:
+            statistics.reasons["energy_share"] = (
+                "the mixed values could not be laid beside the tokens that they are written to"
+            )
+            return
+        cloud, mask = mixed.transpose(1, 2).flatten(2), found[1]
+        if not bears_out(cloud, matrix, each.bias, found[0], mask):
+            reason = "on this batch its heads do not write what the map found on the example says"
+            statistics.reasons |= {"matrix": reason, "energy_share": reason}
+            statistics.matrix = None
+            return
+        self._add_energy(statistics, matrix, cloud, mask)
 
     def _measure_energy(self, statistics: AttentionStatistics, matrix: Tensor, mixed: Tensor) -> None:
         """The energy of each head's centred contribution. `mixed` is what the projection reads."""
@@ -522,7 +586,11 @@ class _Probe:
         if mixed.shape[-1] != call.heads * call.head_width:
             statistics.reasons["energy_share"] = "the output projection's input is not the concatenated heads"
             return
+        mixed = side_by_side(mixed, statistics.features, -1)
         cloud = projected_cloud(mixed, heads_output, self.batch_size)
+        if cloud is None:
+            laid = self._tokens_of(statistics.block, mixed, "what its output projection reads")
+            cloud = None if laid is None else laid[0]
         is_first = not statistics.tokens.count
         if is_first and heads_output is not None and not holds(mixed, heads_output):
             statistics.reasons["gauge_dimension"] = "something acts between the attention and its output projection"
@@ -533,7 +601,22 @@ class _Probe:
         mask = self._mask(stack, cloud.shape[1], f"the output projection of block {statistics.block}")
         if mask is not None and mask.shape[0] != cloud.shape[0]:
             mask = None
+        self._add_energy(statistics, matrix, cloud, mask)
+
+    def _add_energy(self, statistics: AttentionStatistics, matrix: Tensor, cloud: Tensor, mask: Tensor | None) -> None:
         lengths = torch.full(cloud.shape[:1], cloud.shape[1]) if mask is None else mask.sum(-1)
         statistics.tokens = statistics.tokens.add(lengths)
-        energy = heads.contribution_energy(cloud, matrix, call.heads, mask)
+        energy = heads.contribution_energy(cloud, matrix, statistics.call.heads, mask)
         statistics.energy = statistics.energy.add((energy / energy.sum(-1, keepdim=True)).double())
+
+
+def _one_after_the_other(first: Observer | None, second: Observer) -> Observer:
+    """Two observers of one operation."""
+    if first is None:
+        return second
+
+    def both(*call: Any) -> None:
+        first(*call)
+        second(*call)
+
+    return both

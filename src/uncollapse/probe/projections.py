@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.output_maps import rounding
 from uncollapse.errors import UncollapseError
 
 SCALE = 256.0
@@ -80,3 +83,32 @@ def projection_map(module: nn.Module, given: Tensor) -> tuple[Tensor, Tensor]:
     if bool(image.isfinite().all()) and not bool((got - expected).abs().max() <= allowed):
         raise UncollapseError("the output projection is not an affine map")
     return matrix, zero
+
+
+def side_by_side(tensor: Tensor, features: Sequence[int], axis: int) -> Tensor:
+    """`tensor` with the features along an axis in the order of their heads. `features`: the head of each; empty where they are."""
+    if not features:
+        return tensor
+    order = torch.tensor(features, device=tensor.device).argsort(stable=True)
+    return tensor.index_select(axis, order)
+
+
+def bears_out(cloud: Tensor, matrix: Tensor, bias: Tensor, written: Tensor, mask: Tensor | None) -> bool:
+    """Whether `cloud` [sequence, token, mixed] times the matrix, plus the bias, is what was written [sequence, token, width], to
+    rounding, at a few real tokens of every sequence. What is not finite says nothing."""
+    tokens = cloud.shape[1]
+    some = sorted({0, tokens // 2, tokens - 1})
+    rows, got = cloud[:, some].flatten(0, 1), written[:, some].flatten(0, 1)
+    if mask is not None:
+        real = mask[:, some].flatten().to(rows.device)
+        rows, got = rows[real], got[real]
+    again = rows.double() @ matrix.double() + bias.double()
+    seen = again.isfinite() & got.isfinite()
+    if not bool(seen.any()):
+        return True
+    eps = max(torch.finfo(t.dtype).eps for t in (written, matrix))
+    gap = (again - got.double()).abs().where(seen, 0).max()
+    rows, finite = rows.nan_to_num(0, 0, 0), matrix.nan_to_num(0, 0, 0)
+    return bool(
+        gap <= 4 * rounding(rows, finite, bias.nan_to_num(0, 0, 0)) + 16 * eps * got.double().abs().where(seen, 0).max()
+    )

@@ -1,0 +1,161 @@
+"""W_O as a map that is met at work: what an attention adds for patterns that stand in place of its mixed values.
+
+The block runs by itself. Each product that mixes values gives a pattern of ours instead of its result, laid out as the product
+would have laid it, whichever axes hold sequences, heads and tokens; and what the heads write together is read. Unit vectors
+give the rows of W_O, zeros its bias. A pattern of random numbers, another one at every token, must then be written as those rows
+say: then the map is affine, each token is written by itself, and all tokens by the same map. How the model writes it down (a
+module or an einsum, a product a head, adapters, weights fused with the values) makes no difference.
+
+When not to use it: something that comes from the data acts between the heads and what they write (gates, norms). There is no one
+map then; the output projection's own weights may say more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uncollapse.anatomy.interception import Handler
+from uncollapse.anatomy.operands import UnreadableError, arranged, product_operands
+from uncollapse.anatomy.tracing import operands_of, operation_name
+from uncollapse.anatomy.vocabulary import AttentionCall
+
+SCALE = 256.0  # of the unit vectors, a power of two: f(s e) - f(0) then loses no digits of the weights to the bias
+Written = Callable[
+    [Tensor], Tensor
+]  # mixed values [sequence, head, token, width] to what is written [sequence, token, width]
+
+
+def giving(pattern: Tensor, call: AttentionCall, sequences: int) -> Handler:
+    """Let a product that mixes values give `pattern` [sequence, head, token, width] instead of its result.
+
+    Raises `UnreadableError` where its axes do not hold that.
+    """
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = function(*args, **kwargs)
+        places = laid_out(_places(output), call, function, args, kwargs, sequences).long()
+        if places.shape != pattern.shape or places.numel() != output.numel():
+            raise UnreadableError(f"its result is {tuple(output.shape)}, which does not hold {tuple(pattern.shape)}")
+        flat = torch.empty(output.numel(), dtype=output.dtype, device=output.device)
+        flat[places.flatten()] = pattern.to(flat).flatten()
+        return flat.reshape(output.shape)
+
+    return handler
+
+
+def sounding(speaking: Tensor, call: AttentionCall, sequences: int) -> Handler:
+    """Let a product that mixes values give noise for the heads that are `speaking` [head], and zeros for the others; attention
+    within windows included. Raises `UnreadableError` where its axes were not understood."""
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = function(*args, **kwargs)
+        seen = product_operands(function, args, kwargs, _places(output), call.weight_operand or 0)
+        places = arranged(seen.mixed, call.lead, sequences).long()
+        if places.numel() != output.numel() or places.shape[1] != len(speaking):
+            raise UnreadableError(f"its result is {tuple(output.shape)}, which does not hold {len(speaking)} heads")
+        loud = speaking.to(output.device).view(1, -1, 1, 1, 1).expand(places.shape)
+        mask = torch.empty(output.numel(), dtype=torch.bool, device=output.device)
+        mask[places.flatten()] = loud.flatten()
+        noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+        return torch.where(mask.reshape(output.shape), noise, 0)
+
+    return handler
+
+
+def laid_out(
+    result: Tensor,
+    call: AttentionCall,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sequences: int,
+) -> Tensor:
+    """The result of a product that mixes values as [sequence, head, token, width].
+
+    Raises `UnreadableError` where its axes do not hold that, as where attention stays within windows.
+    """
+    seen = product_operands(function, args, kwargs, result, call.weight_operand or 0)
+    found = arranged(seen.mixed, call.lead, sequences)
+    if found.shape[2] != 1:
+        raise UnreadableError("its attention stays within windows of the sequence")
+    return found[:, :, 0]
+
+
+def _places(output: Tensor) -> Tensor:
+    """The number of every entry, in float64: exact, and a number that products can be laid out with."""
+    kind = torch.float64 if output.device.type != "mps" else torch.float32
+    return torch.arange(output.numel(), dtype=kind, device=output.device).reshape(output.shape)
+
+
+def output_map(written: Written, shape: tuple[int, int, int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """W_O [head * width of a head, width], heads one after the other, and the bias [width]. `shape`: sequences, heads, tokens and
+    the heads' width that `written` takes. `like`: a tensor of the right number format, on the right device.
+
+    Raises `UnreadableError` where what is written is not one affine map of each token's mixed values.
+    """
+    sequences, heads, tokens, width = shape
+    mixed = heads * width
+
+    def laid(rows: Tensor) -> Tensor:
+        return rows.reshape(sequences, tokens, heads, width).transpose(1, 2)
+
+    def answers(rows: Tensor) -> Tensor:
+        """What is written for rows [row, mixed], so many at a time as the example has tokens."""
+        found = []
+        for some in rows.split(sequences * tokens):
+            padded = torch.cat([some, some.new_zeros(sequences * tokens - len(some), mixed)])
+            found.append(written(laid(padded)).flatten(0, 1)[: len(some)])
+        return torch.cat(found)
+
+    zero = answers(torch.zeros(sequences * tokens, mixed, dtype=like.dtype, device=like.device))
+    bias = zero[0]
+    slack = 16 * torch.finfo(zero.dtype).eps * max(1.0, float(zero.abs().max().nan_to_num()))
+    if not bool(((zero - bias).abs() <= slack).all()):
+        raise UnreadableError(
+            "what it adds holds something that does not come from its heads and differs between tokens"
+        )
+    units = SCALE * torch.eye(mixed, dtype=like.dtype, device=like.device)
+    matrix = (answers(units) - bias) / SCALE
+    generator = torch.Generator().manual_seed(0)
+    check = torch.randn(sequences * tokens, mixed, generator=generator).to(like)
+    gap = answers(check) - bias - check.to(matrix.dtype) @ matrix
+    if not bool((gap.abs() <= rounding(check, matrix, bias)).all()):
+        raise UnreadableError(
+            "what it adds is not one affine map of its heads: a gate, a norm or the like acts between them and the projection"
+        )
+    return matrix, bias
+
+
+def rounding(mixed: Tensor, matrix: Tensor, bias: Tensor) -> float:
+    """How far what is written for mixed values [row, mixed] may be from `mixed @ matrix + bias`: the rounding of a few products
+    one after the other (adapters, 8-bit activations excepted)."""
+    eps = max(torch.finfo(t.dtype).eps for t in (mixed, matrix))
+    size = float((mixed.double().abs() @ matrix.double().abs()).max()) + float(bias.double().abs().max())
+    return 16 * eps * size + 1e-30
+
+
+@dataclass(frozen=True)
+class ProductMap:
+    """What a product with a weight reads, and its map: matrix [mixed, width] and bias [width], None where it has none."""
+
+    given: Tensor
+    matrix: Tensor
+    bias: Tensor | None
+
+
+def product_map(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProductMap | None:
+    """The map of a product written in a model's own code; None where it is no product with one matrix."""
+    name = operation_name(function)
+    operands = [t.detach() for t in operands_of(name, args, kwargs)]
+    if name == "linear":
+        return ProductMap(operands[0], operands[1].T, operands[2] if len(operands) > 2 else None)
+    if name in {"matmul", "mm"} and operands[1].ndim == 2 and isinstance(args[0], Tensor):
+        return ProductMap(operands[0], operands[1], None)
+    if name == "addmm" and not {"beta", "alpha"} & kwargs.keys() and operands[0].ndim == 1:
+        return ProductMap(operands[1], operands[2], operands[0])
+    return None
