@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from uncollapse.anatomy.tracing import opened, operation_name
+from uncollapse.anatomy.tracing import is_freed, opened, operation_name
 from uncollapse.anatomy.vocabulary import StreamAxes
 
 Update = Callable[[Tensor], Tensor]  # the stream that enters a block → what its attention adds
@@ -244,6 +244,13 @@ def stream_axes(update: Update, stream: Tensor, where: str) -> tuple[StreamAxes 
     return StreamAxes(apart[0] if apart else None, tokens, width), ""
 
 
+def _changed(before: Tensor, after: Tensor) -> bool:
+    """Whether an operand did; a weight that has been freed meanwhile is one, and did not."""
+    if is_freed(before) or is_freed(after):
+        return False
+    return before.shape != after.shape or not torch.equal(before, after)
+
+
 def _learned_rows(
     plain: Products, other: Products, known: list[tuple[Tensor, int] | None]
 ) -> tuple[list[float], list[tuple[Tensor, int] | None]]:
@@ -251,7 +258,7 @@ def _learned_rows(
     found: list[float] = []
     operands = known or [None] * len(plain.found)
     for number, (before, after) in enumerate(zip(plain.found, other.found, strict=False)):
-        changed = [a.shape != b.shape or not torch.equal(a, b) for (a, _), (b, _) in zip(before, after, strict=True)]
+        changed = [_changed(a, b) for (a, _), (b, _) in zip(before, after, strict=True)]
         share = 0.0
         if sum(changed) == 1:
             side = changed.index(True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uncollapse.anatomy.tracing import Operation, Reference, Trace, tensors_in
+from uncollapse.anatomy.tracing import Operation, Reference, Trace, is_freed, tensors_in
 from uncollapse.errors import UnsupportedModel
 
 _CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double}
@@ -58,6 +58,13 @@ def recorded_tensor(trace: Trace) -> Callable[[int], Tensor]:
 
     def tensor(node: int) -> Tensor:
         found, version = trace.tape.tensors[node]
+        copy = trace.tape.copies.get(node)
+        if copy is not None:
+            return copy
+        if found.numel() and not found.is_meta and is_freed(found):
+            raise NotReplayable(
+                f"a weight beside the path ({trace.nodes[node].operation}) exists only while its block runs"
+            )
         if version is not None and found._version != version:
             raise NotReplayable(f"a value beside the path ({trace.nodes[node].operation}) was overwritten later")
         return found

@@ -209,16 +209,21 @@ class Operation:
     is_exchangeable: bool = True
 
 
+_COPIED = 1 << 20  # numbers in a weight that is copied because it will be freed: norms have no more
+
+
 @dataclass
 class Tape:
     """What is needed to run pieces of a pass again: the operations by node, and each node's tensor with its version.
     `clear` it when the reading is over: it keeps every tensor of the pass alive."""
 
     operations: dict[int, Operation] = field(default_factory=dict)
+    copies: dict[int, Tensor] = field(default_factory=dict)
     tensors: dict[int, tuple[Tensor, int | None]] = field(default_factory=dict)
 
     def clear(self) -> None:
         self.operations.clear()
+        self.copies.clear()
         self.tensors.clear()
 
 
@@ -391,6 +396,10 @@ class _Recorder(TorchFunctionMode):
         self.consumers.append([])
         self._remember(tensor, index)
         self.tape.tensors[index] = (tensor, _version(tensor))
+        if is_parameter and id(tensor) not in self._parameters and tensor.numel() <= _COPIED:
+            self.tape.copies[index] = (
+                tensor.detach().clone()
+            )  # of a sharded model, whose whole weights are freed behind a block
         return index
 
     def _remember(self, tensor: Tensor, index: int) -> None:
@@ -526,6 +535,14 @@ def _version(tensor: Tensor) -> int | None:
         return int(tensor._version)
     except RuntimeError:  # an inference tensor
         return None
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor is gone: of the whole weights of a sharded model, behind the block that used them."""
+    try:
+        return tensor.untyped_storage().nbytes() == 0
+    except (RuntimeError, NotImplementedError):  # a tensor without storage of its own
+        return False
 
 
 def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
