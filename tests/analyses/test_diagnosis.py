@@ -164,6 +164,7 @@ def test_the_record_survives_json_and_satisfies_the_published_schema(healthy: uc
         "updates",
         "symmetries",
         "findings",
+        "anatomy",
     ]
 
 

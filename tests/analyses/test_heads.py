@@ -80,7 +80,7 @@ def test_the_record_survives_json_and_fits_the_published_schema(tmp_path: Path) 
         assert (tmp_path / "heads.json").read_text("utf-8") == text
         jsonschema.validate(json.loads(text), json.loads(SCHEMA.read_text()))
         assert from_json(text, IdentifiabilityRecord) == found.record
-        assert list(json.loads(text)) == ["schema", "versions", "model", "probe", "heads", "findings"]
+        assert list(json.loads(text)) == ["schema", "versions", "model", "probe", "heads", "findings", "anatomy"]
     with pytest.raises(uc.InputError, match="expected a DiagnosisRecord"):
         from_json(text, DiagnosisRecord)
     with pytest.raises(jsonschema.ValidationError):

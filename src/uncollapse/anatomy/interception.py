@@ -277,20 +277,20 @@ def with_operands(
     args: tuple[Any, ...], kwargs: dict[str, Any], changed: Mapping[int, Callable[[Tensor], Tensor]]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a torch call with some of its tensor operands changed; they are counted as by `tensors_in`."""
-    number = -1
+    met = itertools.count()
+    return _walked(args, changed, met), _walked(kwargs, changed, met)
 
-    def walked(value: Any) -> Any:
-        nonlocal number
-        if isinstance(value, Tensor):
-            number += 1
-            return changed[number](value) if number in changed else value
-        if type(value) in (list, tuple):
-            return type(value)(walked(item) for item in value)
-        if type(value) is dict:
-            return {key: walked(item) for key, item in value.items()}
-        return value
 
-    return walked(args), walked(kwargs)
+def _walked(value: Any, changed: Mapping[int, Callable[[Tensor], Tensor]], met: Iterator[int]) -> Any:
+    """No closure that calls itself: it would be a cycle that keeps tensors, and the model, alive."""
+    if isinstance(value, Tensor):
+        number = next(met)
+        return changed[number](value) if number in changed else value
+    if type(value) in (list, tuple):
+        return type(value)(_walked(item, changed, met) for item in value)
+    if type(value) is dict:
+        return {key: _walked(item, changed, met) for key, item in value.items()}
+    return value
 
 
 def in_turn(*handlers: Handler) -> Handler:

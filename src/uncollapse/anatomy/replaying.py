@@ -10,7 +10,7 @@ repeated as it fell. And in an arbitrary memory layout: a piece that reads anoth
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -104,29 +104,35 @@ def _run(
 ) -> dict[int, Tensor]:
     values = {source: value}
 
-    def filled(item: Any) -> Any:
-        if isinstance(item, Reference):
-            if not item.is_whole:
-                raise NotReplayable("another view of a value was written to in place")
-            return values[item.node] if item.node in values else side(item.node)
-        if type(item) in (list, tuple):
-            return type(item)(filled(i) for i in item)
-        if type(item) is dict:
-            return {k: filled(v) for k, v in item.items()}
-        if precise and isinstance(item, torch.dtype) and item.is_floating_point:
-            return _precise(value.device)
-        if precise and isinstance(item, Tensor) and item.is_floating_point():
-            return item.to(_precise(value.device))
-        return item
-
     path = sorted({i for target in targets for i in between(trace, source, target)})
     for index in path:
         operation = trace.tape.operations.get(index)
         if operation is None or operation.kwargs.get("out") is not None:
             raise NotReplayable(f"{trace.nodes[index].operation} writes into a tensor it was given")
-        args, kwargs = filled(operation.args), filled(operation.kwargs)
+        precision = _precise(value.device) if precise else None
+        args, kwargs = (_filled(given, values, side, precision) for given in (operation.args, operation.kwargs))
         values[index] = _done(operation, args, kwargs, precise)
     return {target: values[target] for target in targets}
+
+
+def _filled(
+    item: Any, values: Mapping[int, Tensor], side: Callable[[int], Tensor], precision: torch.dtype | None
+) -> Any:
+    """Recorded arguments with tensors in place of the references. No closure that calls itself: it would be a cycle that keeps
+    tensors, and the model, alive."""
+    if isinstance(item, Reference):
+        if not item.is_whole:
+            raise NotReplayable("another view of a value was written to in place")
+        return values[item.node] if item.node in values else side(item.node)
+    if type(item) in (list, tuple):
+        return type(item)(_filled(i, values, side, precision) for i in item)
+    if type(item) is dict:
+        return {k: _filled(v, values, side, precision) for k, v in item.items()}
+    if precision is not None and isinstance(item, torch.dtype) and item.is_floating_point:
+        return precision
+    if precision is not None and isinstance(item, Tensor) and item.is_floating_point():
+        return item.to(precision)
+    return item
 
 
 def _done(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], precise: bool) -> Tensor:

@@ -129,6 +129,7 @@ class _Probe:
         self.paddings: list[Padding] = []  # by stack
         self.shapes: dict[int, tuple[int, int]] = {}  # by stack: sequences and tokens of its clouds in this batch
         self.entered_shapes: dict[int, tuple[int, int]] = {}  # by block: sequences and tokens of what entered it
+        self.given = (0, 0)  # sequences and tokens of the batch as it was given
         self.real: dict[int, int] = {}  # by stack: real tokens in this batch
         self.runs: dict[str, int] = {}
         self.heads_output: Tensor | None = None  # of the attention call whose output projection is still to come
@@ -348,6 +349,8 @@ class _Probe:
         self.entered_shapes.clear()
         self.real.clear()
         self.batch_size = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
+        ids = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim == 2), None)
+        self.given = (self.batch_size, 0) if ids is None else (ids.shape[0], ids.shape[1])
         self.paddings = paddings(self.model, batch, self.anatomy, blocks_alone)
         self.distinct = [
             distinct_tokens(stack, batch, padding.mask)
@@ -361,9 +364,10 @@ class _Probe:
 
     def count(self) -> None:
         """Count the sequences and tokens of the batch that was run."""
-        sequences, tokens = self.shapes.get(0, (0, 0))
+        # Where the stream's own axes could not be told, the batch is counted as it was given.
+        sequences, tokens = self.shapes.get(0, self.given)
         self.observations.sequences += sequences
-        self.observations.tokens += self.real.get(0, 0)
+        self.observations.tokens += self.real.get(0, sequences * tokens)
         self.observations.max_tokens = max(self.observations.max_tokens, tokens)
 
     def _mask(self, stack: int, tokens: int, what: str) -> Tensor | None:

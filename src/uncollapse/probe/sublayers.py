@@ -253,6 +253,7 @@ class Sublayers:
 
     def let_go(self) -> None:
         """Drop what is bound to this object and would keep it, and the model with it, alive in a cycle."""
+        self.streams.clear()
         for bound in (self.handlers, self._entering, self._leaving):
             bound.clear()
 
