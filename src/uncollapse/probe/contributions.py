@@ -330,10 +330,11 @@ class _Contributor:
         cloud = None
         if mixed is not None and mixed.shape[-1] == width:
             known = heads_output if heads_output is not None and heads_output.ndim == 4 else None
-            cloud = projected_cloud(mixed, known, size)
             axes = reading.block.axes
             if axes is not None and axes.sequence is not None and len(axes.token) == 1 and mixed.ndim == axes.ndim:
-                cloud = axes.cloud(mixed) if cloud is None else cloud
+                cloud = axes.cloud(mixed)  # the stream's own order, which the projection keeps
+            else:
+                cloud = projected_cloud(mixed, known, size)
         if cloud is None:
             raise UnsupportedModel(
                 f"head_contributions: expected an output projection that reads [batch, token, {width}], the heads side by "
