@@ -234,7 +234,9 @@ def forbidden_by_addition(operand: Tensor) -> tuple[Tensor | None, bool]:
         return marked, False
     multiples = (values / nearest).round()
     with_infinity = values.isinf() | (values == torch.finfo(operand.dtype).min)
-    if bool((((values == multiples * nearest) & (multiples <= 4)) | with_infinity).all()):
+    is_sum = ((values == multiples * nearest) & (multiples <= 4)) | with_infinity
+    # The distances of a few tokens are multiples of one number, too: a sum of masks forbids with the least of its values.
+    if nearest <= math.log(LEAST_SHARE) and bool(is_sum.all()):
         return marked, False
     return _far_below(operand), True
 

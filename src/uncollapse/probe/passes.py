@@ -612,15 +612,3 @@ class _Probe:
         statistics.tokens = statistics.tokens.add(lengths)
         energy = heads.contribution_energy(cloud, matrix, statistics.call.heads, mask)
         statistics.energy = statistics.energy.add((energy / energy.sum(-1, keepdim=True)).double())
-
-
-def _one_after_the_other(first: Observer | None, second: Observer) -> Observer:
-    """Two observers of one operation."""
-    if first is None:
-        return second
-
-    def both(*call: Any) -> None:
-        first(*call)
-        second(*call)
-
-    return both

@@ -1,0 +1,36 @@
+"""What an operand that is added to the logits forbids: a mask whatever its number, and no bias however short the text."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from uncollapse.anatomy.operands import forbidden_by_addition
+
+
+@pytest.mark.parametrize("number", [-math.inf, -1e9, -1e4, -100.0, torch.finfo(torch.float32).min])
+def test_one_negative_number_beside_zero_forbids_whatever_it_is(number: float) -> None:
+    later = torch.ones(5, 5).triu(1).bool()
+    forbidden, shifts = forbidden_by_addition(torch.zeros(5, 5).masked_fill(later, number))
+    assert forbidden is not None
+    assert torch.equal(forbidden, later)
+    assert not shifts
+
+
+def test_masks_added_to_each_other_forbid_what_either_does() -> None:
+    later, padded = torch.ones(5, 5).triu(1).bool(), torch.arange(5) > 3
+    mask = torch.zeros(5, 5).masked_fill(later, -1e4) + torch.zeros(5).masked_fill(padded, -1e4)
+    forbidden, shifts = forbidden_by_addition(mask)
+    assert forbidden is not None
+    assert torch.equal(forbidden, later | padded)
+    assert not shifts
+
+
+def test_the_distances_of_a_few_tokens_are_a_bias() -> None:
+    """ALiBi over four tokens takes 0 and the multiples -1/2, -1, -3/2 of one number: it forbids nothing."""
+    distance = (torch.arange(4) - torch.arange(4)[:, None]).abs()
+    forbidden, shifts = forbidden_by_addition(-0.5 * distance)
+    assert forbidden is None
+    assert shifts
