@@ -4,7 +4,8 @@ Checked on a few real tokens, block by block; a deviation of 0 means bit for bit
 
 1. tracing changed no bit of the model's output, and the model gives the same output twice;
 2. the stream that enters a block, plus the updates found, through the post-norms found, *is* the block's output;
-3. with every part removed the block is the identity, or its post-norms alone;
+3. with every part removed the block is the identity, or its post-norms alone; or the stream is carried element by element, by
+   factors and shifts that do not depend on it (then within rounding, told by three streams);
 4. removing any single part changes the block's output (unless its update is exactly zero, or NaN hides the change);
 5. with everything but one part removed, a changed token reaches no other token beyond rounding (else that part is a
    `mixer`), unless the part is attention;
