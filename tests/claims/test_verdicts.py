@@ -41,7 +41,10 @@ LEDGER = {
     ),
     "layernorm-matrix-rank": (REFUTED, [({"where": "ones outside the row space"}, HOLDS)]),
     "rmsnorm-rank": (UNDER, [({"gamma_zeros": True}, REFUTED), ({"formula": lambda one, r: 0}, REFUTED)]),
-    "residual-obstructs-collapse": (GENERIC, [({"residual": False, "patterns": "uniform"}, REFUTED)]),
+    "residual-obstructs-collapse": (
+        GENERIC,
+        [({"residual": False, "patterns": "uniform"}, REFUTED), ({"residual": False}, REFUTED)],
+    ),
     "residual-needs-no-mlp": (GENERIC, [({"residual": False}, REFUTED), ({"measure": "distance"}, REFUTED)]),
     "mlp-leaves-the-span": (REFUTED, [({"values": "scalar"}, HOLDS)]),
     "mlp-leaves-the-reachable-space": (UNDER, [({"activation": "linear"}, REFUTED), ({"norms": True}, REFUTED)]),
@@ -55,7 +58,10 @@ LEDGER = {
             ({"kernel_formula": lambda n, D, rank: n * D - rank}, REFUTED),
         ],
     ),
-    "mlp-cannot-unmix": (HOLDS, [({"reads": "heads"}, REFUTED)]),
+    "mlp-cannot-unmix": (
+        REFUTED,
+        [({"observer": "W_O has a kernel"}, HOLDS), ({"observer": "does not know W_O"}, HOLDS)],
+    ),
     "pgop-overhead": (UNDER, [({"shapes": NARROWER}, REFUTED), ({"limit": fmpq(15, 1000)}, REFUTED)]),
     "pgop-gauge": (
         UNDER,
@@ -93,6 +99,15 @@ LEDGER = {
             ),  # no RoPE
             ({"normed_formula": lambda h, g, k, rope: h + g + k}, REFUTED),
             ({"shift": False}, REFUTED),  # an observer of the logits sees the key bias
+        ],
+    ),
+    "gauge-with-norms": (
+        UNDER,
+        [
+            ({"query_key": lambda h, g, k, biases, centred: 0}, REFUTED),  # the theory before: nothing without biases
+            ({"query_key": lambda h, g, k, biases, centred: (h + g) * k}, REFUTED),  # queries see beta
+            ({"value_output": lambda h, g, k, biases, centred: biases * g * k}, REFUTED),
+            ({"norm": False}, REFUTED),
         ],
     ),
 }

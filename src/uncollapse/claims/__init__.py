@@ -23,6 +23,7 @@ from uncollapse.claims import (
     consensus_is_invariant,
     entropy_floor,
     ffn_width_four,
+    gauge_with_norms,
     head_channel_ambiguity,
     head_observers,
     head_permutation,
@@ -85,6 +86,7 @@ CLAIMS: dict[str, Claim] = {
         head_permutation,
         value_output_gauge,
         query_key_gauge,
+        gauge_with_norms,
     )
 }
 
