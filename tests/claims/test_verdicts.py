@@ -1,6 +1,7 @@
 """Every claim has the verdict its mathematics gives it, and loses it when a hypothesis or the statement changes."""
 
 import pytest
+import torch
 from flint import fmpq
 
 from uncollapse.claims import CLAIMS
@@ -110,6 +111,17 @@ LEDGER = {
             ({"norm": False}, REFUTED),
         ],
     ),
+    "four-symmetries": (REFUTED, [({"collapses": ("depth", "heads")}, HOLDS)]),
+    "layernorm-and-distance": (REFUTED, [({"norm": False}, HOLDS)]),
+    "random-residuals-are-geometric": (UNDER, [({"residual": False}, REFUTED), ({"growth": "1 + alpha"}, REFUTED)]),
+    "dispersion": (HOLDS, [({"share": fmpq(9, 10)}, REFUTED)]),
+    "attention-weights-unidentifiable": (HOLDS, [({"formula": lambda n, rank, with_ones: n - rank}, REFUTED)]),
+    "last-token-collapse": (
+        UNDER,
+        [({"limit": {torch.bfloat16: 256, torch.float16: 4096}}, REFUTED)],  # forgets the tie
+    ),
+    "channel-gates": (UNDER, [({"gates": "of heads"}, REFUTED)]),
+    "sinks-against-overmixing": (UNDER, [({"sink_value": 1}, REFUTED)]),
 }
 
 
