@@ -1,6 +1,7 @@
 """Every claim has the verdict its mathematics gives it, and loses it when a hypothesis or the statement changes."""
 
 import pytest
+import torch
 from flint import fmpq
 
 from uncollapse.claims import CLAIMS
@@ -41,7 +42,10 @@ LEDGER = {
     ),
     "layernorm-matrix-rank": (REFUTED, [({"where": "ones outside the row space"}, HOLDS)]),
     "rmsnorm-rank": (UNDER, [({"gamma_zeros": True}, REFUTED), ({"formula": lambda one, r: 0}, REFUTED)]),
-    "residual-obstructs-collapse": (GENERIC, [({"residual": False, "patterns": "uniform"}, REFUTED)]),
+    "residual-obstructs-collapse": (
+        GENERIC,
+        [({"residual": False, "patterns": "uniform"}, REFUTED), ({"residual": False}, REFUTED)],
+    ),
     "residual-needs-no-mlp": (GENERIC, [({"residual": False}, REFUTED), ({"measure": "distance"}, REFUTED)]),
     "mlp-leaves-the-span": (REFUTED, [({"values": "scalar"}, HOLDS)]),
     "mlp-leaves-the-reachable-space": (UNDER, [({"activation": "linear"}, REFUTED), ({"norms": True}, REFUTED)]),
@@ -55,7 +59,10 @@ LEDGER = {
             ({"kernel_formula": lambda n, D, rank: n * D - rank}, REFUTED),
         ],
     ),
-    "mlp-cannot-unmix": (HOLDS, [({"reads": "heads"}, REFUTED)]),
+    "mlp-cannot-unmix": (
+        REFUTED,
+        [({"observer": "W_O has a kernel"}, HOLDS), ({"observer": "does not know W_O"}, HOLDS)],
+    ),
     "pgop-overhead": (UNDER, [({"shapes": NARROWER}, REFUTED), ({"limit": fmpq(15, 1000)}, REFUTED)]),
     "pgop-gauge": (
         UNDER,
@@ -95,6 +102,26 @@ LEDGER = {
             ({"shift": False}, REFUTED),  # an observer of the logits sees the key bias
         ],
     ),
+    "gauge-with-norms": (
+        UNDER,
+        [
+            ({"query_key": lambda h, g, k, biases, centred: 0}, REFUTED),  # the theory before: nothing without biases
+            ({"query_key": lambda h, g, k, biases, centred: (h + g) * k}, REFUTED),  # queries see beta
+            ({"value_output": lambda h, g, k, biases, centred: biases * g * k}, REFUTED),
+            ({"norm": False}, REFUTED),
+        ],
+    ),
+    "four-symmetries": (REFUTED, [({"collapses": ("depth", "heads")}, HOLDS)]),
+    "layernorm-and-distance": (REFUTED, [({"norm": False}, HOLDS)]),
+    "random-residuals-are-geometric": (UNDER, [({"residual": False}, REFUTED), ({"growth": "1 + alpha"}, REFUTED)]),
+    "dispersion": (HOLDS, [({"share": fmpq(9, 10)}, REFUTED)]),
+    "attention-weights-unidentifiable": (HOLDS, [({"formula": lambda n, rank, with_ones: n - rank}, REFUTED)]),
+    "last-token-collapse": (
+        UNDER,
+        [({"limit": {torch.bfloat16: 256, torch.float16: 4096}}, REFUTED)],  # forgets the tie
+    ),
+    "channel-gates": (UNDER, [({"gates": "of heads"}, REFUTED)]),
+    "sinks-against-overmixing": (UNDER, [({"sink_value": 1}, REFUTED)]),
 }
 
 

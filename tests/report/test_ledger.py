@@ -132,7 +132,7 @@ def made(*, verdict: Verdict = "holds", evidence: list[Evidence] | None = None, 
 
 
 def test_every_claim_stands_there_with_statement_source_verdict_and_hypotheses(ledger: Ledger, read: Read) -> None:
-    assert list(read.rows)[:27] == [claim.id for claim in ledger.claims]
+    assert list(read.rows)[: len(ledger.claims)] == [claim.id for claim in ledger.claims]
     for claim in ledger.claims:
         words = flat(read.words[claim.id])
         assert read.badges[claim.id] == claim.verdict
@@ -202,7 +202,8 @@ def test_the_page_says_with_what_it_was_checked_and_how_to_read_it(ledger: Ledge
     for name, version in ledger.versions.items():
         assert f"{name} {version}" in words
     assert "How to read a verdict: One rule turns the evidence into a verdict" in words
-    assert "27 claims: refuted as stated 3, holds 3, " in words
+    refuted = sum(claim.verdict == "refuted as stated" for claim in ledger.claims)
+    assert f"{len(ledger.claims)} claims: refuted as stated {refuted}, holds " in words
 
 
 def test_the_policy_allows_the_pages_own_parts_and_nothing_else(read: Read) -> None:
@@ -334,7 +335,9 @@ def test_a_person_can_read_it_at_any_width(ledger: Ledger, width: int) -> None:
             for name, rows in claim.counterexample.matrices.items():
                 written = ", ".join("[" + ", ".join(row) + "]" for row in rows)
                 assert f"{name} = [{written}]" in words
-    assert "refuted as stated: layernorm-affine-rank, layernorm-matrix-rank, mlp-leaves-the-span." in flat(text)
+    refuted = [claim.id for claim in ledger.claims if claim.verdict == "refuted as stated"]
+    assert len(refuted) >= 4
+    assert f"refuted as stated: {', '.join(refuted)}." in flat(text)
 
 
 def test_a_terminal_of_few_letters_and_no_colour_is_served(ledger: Ledger) -> None:

@@ -1,4 +1,4 @@
-"""One head cannot raise the rank; two can."""
+"""One head without a value bias cannot raise the rank; with one it can, and two heads can."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample
 
 X = ((1, 0), (0, 0))
+PATTERN = ((2, 1), (3, 3))  # over 3 and 6: softmax of logits 1, 0 and 0, 0 in base two
+BIAS = ((0, 1),)
 LOGIT_FORMS = (((0, 0), (0, 0)), ((1, 0), (0, 0)))  # times ln 2
 VALUES = (((1, 0), (0, 1)), ((0, 1), (1, 0)))
 
@@ -31,11 +33,18 @@ def check(trials: int, seed: int, *, count: int = 1, sinks: bool = False) -> Fin
     patterns = [softmax(x * exact.rational(form) * x.transpose()) for form in LOGIT_FORMS]
     y = heads(x, patterns, [exact.rational(value) for value in VALUES])
     gained = exact.rank(x) == 1 and exact.rank(y) == 2
+    given = [[entry / sum(row) for entry in row] for row in exact.rational(PATTERN).tolist()]
+    with_bias = shifted(exact.from_rows(given, 2) * x, exact.rational(BIAS))
     return [
         tally(f"rank of the output <= rank of X, {count} head(s)", rank),
         tally("affine rank of the output <= affine rank of X", affine),
-        tally("a value bias adds at most 1 to the rank and nothing to the affine rank", bias),
-        tally("three heads reach at most 3 rank X", several),
+        tally("a value bias adds at most 1 to the rank and nothing to the affine rank", bias, role="context"),
+        tally("three heads reach at most 3 rank X", several, role="context"),
+        shown(
+            "one softmax head with a value bias gains rank",
+            f"{exact.rank(x)} -> {exact.rank(with_bias)}",
+            exact.rank(with_bias) == 2,
+        ),
         shown("two softmax heads gain rank", f"{exact.rank(x)} -> {exact.rank(y)}", gained),
     ], Counterexample(
         "attention without a residual never gains rank (two heads)",
@@ -54,8 +63,8 @@ def check(trials: int, seed: int, *, count: int = 1, sinks: bool = False) -> Fin
 
 CLAIM = Claim(
     "attention-never-gains-rank",
-    "Without the residual, attention cannot gain rank or affine rank; H heads reach at most H times the rank.",
+    "Without the residual, one attention head cannot gain rank or affine rank.",
     HERE,
     check,
-    hypotheses=("one head", "every row of A sums to one (for the affine rank)"),
+    hypotheses=("one head", "no value bias (for the rank)", "every row of A sums to one (for the affine rank)"),
 )

@@ -1,4 +1,10 @@
-"""Under a causal mask tokens converge by a factor of two per layer, not doubly exponentially."""
+"""Under a causal mask tokens converge by a factor of two per layer, not doubly exponentially: logits from the tokens alone.
+
+Where positions enter the logits (RoPE, a relative bias), the pattern at consensus is not uniform and sets another rate: for
+two tokens the share that the second gives to itself, 1/(1 + exp(-|x_1|^2 (1 - cos theta))) under a rotation by theta a step.
+That causal masks slow a collapse down to exponential rates is in Wu et al., arXiv 2405.18781, for products of patterns, and in
+Karagodin et al., arXiv 2411.04990, for the dynamics on the sphere.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +20,7 @@ from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample
 
 LAYERS = 50
+ROTATED = ((1, 1), (1, 0))  # two tokens; each position turns queries and keys by one radian more
 SLOWER_START = ((0,), (0,), (1,))  # the second token equals the first: the next eigenvalue, 1/3, sets the pace
 
 
@@ -29,6 +36,23 @@ def last_ratio(x: fmpq_mat, form: fmpq_mat, *, causal: bool) -> Any:
             return last if ratio is None or last < ratio else ratio
         ratio, before = after / before, after
     return ratio
+
+
+def rotated_ratio(x: fmpq_mat) -> tuple[Any, Any]:
+    """(certified last ratio of successive squared distances, its limit) of two tokens under a causal mask and RoPE.
+
+    The logits are x_2 R x_1 and x_2 . x_2 with R a turn by one radian; the first token stays where it is.
+    """
+    (a, b), (c, d) = balls.balls(x)
+    cosine, sine = arb(1).cos(), arb(1).sin()
+    ratio = arb(0)
+    for _ in range(LAYERS):
+        apart = (c * c + d * d) - (c * (cosine * a - sine * b) + d * (sine * a + cosine * b))
+        share = 1 / (1 + (-apart).exp())  # what the second token gives to itself
+        ratio = share * share
+        c, d = a + share * (c - a), b + share * (d - b)
+    limit = 1 / (1 + (-(a * a + b * b) * (1 - cosine)).exp())
+    return ratio, limit * limit
 
 
 def check(trials: int, seed: int, *, causal: bool = True, rate: fmpq | None = None) -> Finding:
@@ -57,11 +81,17 @@ def check(trials: int, seed: int, *, causal: bool = True, rate: fmpq | None = No
         contrast.append(balls.at_most(last_ratio(small, form, causal=False), arb(fmpq(1, 10**6))))
     third = last_ratio(exact.rational(SLOWER_START), exact.identity(1), causal=True)
     slower = balls.near(third, arb(fmpq(1, 9)), fmpq(1, 10**6))
+    turned, expected_turned = rotated_ratio(exact.rational(ROTATED))
     return [
         tally("the pattern at consensus has the eigenvalues 1, 1/2, ..., 1/n (exact)", spectra),
         tally(f"X <- A(X) X: the ratio of successive squared diameters is {limit * limit} within 1e-6", ratios),
         tally("with a full mask it falls below 1e-6 from a small start", contrast, role="context"),
         shown("a second token equal to the first: the ratio of squares is 1/9 instead", _figure(third), slower),
+        shown(
+            "with RoPE, one radian a position, from (1, 1), (1, 0): the ratio of squares is not 1/4 but that of its own pattern",
+            f"{_figure(turned)}, expected {_figure(expected_turned)}",
+            balls.near(turned, expected_turned, fmpq(1, 10**6)),
+        ),
         equal(
             "the first token never moves: entries of its pattern off the diagonal",
             sum(entry != 0 for entry in uniform(4, causal=True).tolist()[0][1:]),
@@ -86,5 +116,9 @@ CLAIM = Claim(
     "exponentially.",
     HERE,
     check,
-    hypotheses=("the second token differs from the first", "the values are the tokens (W_VO = 1), no residual"),
+    hypotheses=(
+        "the logits come from the tokens alone: no RoPE, no relative bias",
+        "the second token differs from the first",
+        "the values are the tokens (W_VO = 1), no residual",
+    ),
 )

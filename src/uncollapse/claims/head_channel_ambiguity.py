@@ -1,7 +1,8 @@
-"""The paper's count of ambiguous degrees of freedom, and the observer it belongs to."""
+"""The paper's count of ambiguous degrees of freedom: what it counts, and the observer it belongs to."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from flint import fmpq_mat
 
 from uncollapse.claims.draws import Draws
 from uncollapse.claims.jacobian import matrices, unseen
-from uncollapse.claims.ledger import PAPER, Claim, Finding, equal, tally
+from uncollapse.claims.ledger import ABSTRACT, Claim, Finding, equal, tally
 from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample
 
@@ -39,15 +40,22 @@ def projected(tokens: int, projection: fmpq_mat) -> Callable[[list[Any]], list[A
 def check(trials: int, seed: int, *, observer: str = "shared channels") -> Finding:
     """`observer="knows W_O"` gives the observer the projection: the hypothesis is gone."""
     draws = Draws("head-channel-ambiguity", seed)
-    counts = []
+    counts, single = [], []
     for _ in range(max(1, trials // 5)):
         n, h, k = draws.randint(1, 3), draws.randint(1, 4), draws.randint(1, 3)
         point = draws.matrix(1, n * h * k).entries()
         sees = sum_of_heads(n, h, k) if observer == "shared channels" else projected(n, draws.invertible(h * k))
         counts.append(unseen(sees, point) == n * (h - 1) * k)
+        if h > 1 and observer == "shared channels":
+            # What is seen together with one head leaves the others of them open: the difference is open for that head.
+            both = unseen(functools.partial(_with_the_first, sees, n * k), point)
+            single.append(unseen(sees, point) - both == n * k)
     swap = exact.rational([[0, 1], [1, 0]])
     return [
-        tally(f"the observer ({observer}) leaves exactly n(H-1)d_k directions of the head outputs open", counts),
+        tally(
+            f"the observer ({observer}) leaves exactly n(H-1)d_k directions of all head outputs together open", counts
+        ),
+        tally("of a single head all n d_k directions are open, if there is another head", single, role="context"),
         equal(
             "H = 2 heads of width 1, one token, W_O invertible and known: directions left open",
             unseen(projected(1, swap), [1, 2]),
@@ -62,10 +70,16 @@ def check(trials: int, seed: int, *, observer: str = "shared channels") -> Findi
     )
 
 
+def _with_the_first(sees: Callable[[list[Any]], list[Any]], entries: int, values: list[Any]) -> list[Any]:
+    """What the observer sees, and the first head's output beside it."""
+    return [*sees(values), *values[:entries]]
+
+
 CLAIM = Claim(
     "head-channel-ambiguity",
-    "n(H-1)d_k degrees of freedom per layer stay ambiguous when a single head is recovered from the mixed signal.",
-    PAPER + ", abstract",
+    "n(H-1)d_k degrees of freedom per layer stay ambiguous when the heads are recovered from the mixed signal (of one "
+    "single head, all n d_k).",
+    ABSTRACT,
     check,
     hypotheses=("the observer sees only the sum of the heads in one shared d_k-wide channel space",),
 )

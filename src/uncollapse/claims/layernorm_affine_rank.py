@@ -5,7 +5,7 @@ from __future__ import annotations
 from flint import fmpq, fmpq_mat
 
 from uncollapse.claims.draws import Draws, shifted
-from uncollapse.claims.ledger import PAPER, Claim, Finding, shown, tally
+from uncollapse.claims.ledger import ABSTRACT, Claim, Finding, shown, tally
 from uncollapse.measures import exact
 from uncollapse.measures.normalization import rank_change
 from uncollapse.records.ledger import Counterexample, Evidence
@@ -86,6 +86,6 @@ def check(trials: int, seed: int, *, regime: str = "any") -> Finding:
 CLAIM = Claim(
     "layernorm-affine-rank",
     "Layer normalisation is precisely affine-rank-neutral: it preserves the affine rank of the token set exactly.",
-    PAPER + ", abstract",
+    ABSTRACT,
     check,
 )

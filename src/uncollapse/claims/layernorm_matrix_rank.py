@@ -6,7 +6,7 @@ from flint import fmpq
 
 from uncollapse.claims.draws import Draws
 from uncollapse.claims.layernorm_rank_formula import clouds, output_ranks
-from uncollapse.claims.ledger import PAPER, Claim, Finding, shown, tally
+from uncollapse.claims.ledger import ABSTRACT, Claim, Finding, shown, tally
 from uncollapse.measures import exact
 from uncollapse.measures.normalization import rank_change
 from uncollapse.records.ledger import Counterexample
@@ -49,6 +49,6 @@ def check(trials: int, seed: int, *, where: str = "anywhere") -> Finding:
 CLAIM = Claim(
     "layernorm-matrix-rank",
     "With zero bias, layer normalisation preserves the matrix rank.",
-    PAPER + ", abstract",
+    ABSTRACT,
     check,
 )

@@ -99,4 +99,5 @@ def shown(what: str, observed: int | float | str, passed: bool | None, *, role: 
 
 
 PAPER = "G. Cirrincione, Rank, Head-Channel Non-Identifiability, and Symmetry Breaking, arXiv 2604.23681 (2026)"
+ABSTRACT = PAPER + ", abstract (only the abstract and the longer one of the arXiv page were at hand, not the body)"
 HERE = "derived and proved in docs/theory.md"

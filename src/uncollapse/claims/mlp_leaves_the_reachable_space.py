@@ -1,4 +1,4 @@
-"""What is true about `mlp_leaves_the_span`: attention stays in the reachable space of its weights, a nonlinear MLP does not."""
+"""What is true about `mlp_leaves_the_span`: attention stays in the reachable space of its weights, a nonlinear MLP can leave it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample
 
 SMALLEST = ((1, -1),)
+STAYS = ((1, 0), (-1, 0))  # ReLU keeps span e_1, although its hidden units see both signs
 
 
 def reachable(x: fmpq_mat, layers: list[list[fmpq_mat]]) -> fmpq_mat:
@@ -54,12 +55,17 @@ def check(trials: int, seed: int, *, activation: str = "relu", norms: bool = Fal
         if mixed:
             leaves.append(not exact.in_row_space(exact.above(both, x), output))
     x = exact.rational(SMALLEST)
-    image, positive = relu(x), exact.ones(1, 2)
+    image, positive, inside = relu(x), exact.ones(1, 2), exact.rational(STAYS)
     return [
         tally("the reachable space of the drawn weights is not the whole width", proper),
         tally("two attention layers with residuals stay in the reachable space, for the patterns drawn", stays),
         tally("a linear MLP whose weights preserve the same space stays in it", linear_stays),
-        found(f"a token-wise {activation} MLP with such weights leaves it", leaves),
+        found(f"some token-wise {activation} MLP with such weights leaves it", leaves),
+        shown(
+            "it need not, although its hidden unit sees both signs: X = (1, 0), (-1, 0)",
+            "inside",
+            exact.in_row_space(inside, relu(inside)),
+        ),
         shown(
             "tokens on which ReLU is the identity stay: x = (1, 1)",
             "inside",
@@ -76,22 +82,26 @@ def check(trials: int, seed: int, *, activation: str = "relu", norms: bool = Fal
             not exact.in_row_space(x, image),
         ),
     ], Counterexample(
-        "a token-wise map with identity weights stays in the span of the embeddings",
-        {"X": exact.text(x), "W_1 = W_2": exact.text(exact.identity(2)), "ReLU(X W_1) W_2": exact.text(image)},
-        "with W_h = c I no attention stack leaves span{(1, -1)}; the ReLU of that token is (1, 0).",
-        "one token of width two with entries of absolute value one",
+        "every ReLU MLP that sees both signs, with weights that preserve the reachable space, leaves it",
+        {
+            "X": exact.text(inside),
+            "W_h = W_1 = W_2": exact.text(exact.identity(2)),
+            "ReLU(X W_1) W_2": exact.text(relu(inside)),
+        },
+        "zeroing coordinates maps span e_1 into itself, so the ReLU of these tokens stays in it.",
+        "two tokens of width two, one non-zero entry each: one token with both signs in one hidden unit does not exist",
     )
 
 
 CLAIM = Claim(
     "mlp-leaves-the-reachable-space",
     "For all patterns at once, attention with residuals keeps every token in the sum over paths of row(X) W_path; a "
-    "token-wise nonlinear MLP whose weights preserve that space leaves it, a linear one does not.",
+    "token-wise nonlinear MLP whose weights preserve that space can leave it (it need not), a linear one cannot.",
     HERE,
     check,
     hypotheses=(
         "no norms and no biases in the attention stack",
         "the reachable space is not the whole width",
-        "some hidden unit of the MLP sees both signs",
+        "for leaving it: zeroing the negative hidden units of some token leads out of that space",
     ),
 )

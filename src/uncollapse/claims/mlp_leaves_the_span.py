@@ -5,7 +5,7 @@ from __future__ import annotations
 from flint import fmpq_mat
 
 from uncollapse.claims.draws import Draws, heads
-from uncollapse.claims.ledger import PAPER, Claim, Finding, shown, tally
+from uncollapse.claims.ledger import ABSTRACT, Claim, Finding, shown, tally
 from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample
 
@@ -47,6 +47,6 @@ CLAIM = Claim(
     "mlp-leaves-the-span",
     "The MLP generates feature directions outside the linear span of the original token embeddings, which no stack of "
     "attention layers can produce.",
-    PAPER + ", abstract (taken literally)",
+    ABSTRACT + ", taken literally",
     check,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from flint import fmpq, fmpq_mat
 
 from uncollapse.claims.draws import Draws, heads, uniform
-from uncollapse.claims.ledger import PAPER, Claim, Finding, shown, tally
+from uncollapse.claims.ledger import ABSTRACT, Claim, Finding, shown, tally
 from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample
 
@@ -76,7 +76,7 @@ def check(trials: int, seed: int, *, residual: bool = True, measure: str = "rank
 CLAIM = Claim(
     "residual-needs-no-mlp",
     "Attention with residual connections and no MLP keeps the exact rank of X at every depth, for almost all weights.",
-    PAPER + ", abstract ('without contribution from the MLP')",
+    ABSTRACT + ": 'without contribution from the MLP'",
     check,
     kind="generic",
 )

@@ -5,6 +5,7 @@ invertible M. Gates that differ from position to position break that symmetry (C
 
     g(i) = 2 sigmoid(W_g phi(i) + b_g),    phi(i) features of position i
 
+This form is our reconstruction: only the abstract was at hand, not the article's body.
 At W_g = b_g = 0 all gates are exactly 1. So the model starts unchanged, but the gradients already differ between heads.
 `PositionGatedProjection` is a module for your own models. `install_gates` puts it around the output projection of every
 attention that the anatomy proves, and `remove_gates` removes it. `gate_report` says how much of the symmetry the gates of a

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,6 +26,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from uncollapse.errors import InputError
+
+LayerNormBefore = Literal["centred", "shifted"]  # what the attention reads: sum_i beta_i / gamma_i is 0, or not
 
 # bfloat16 rounds by 2^-8 = 0.4 %. Ten times that is 4 %: a head's share is still right to a few per cent.
 CARE_GAIN = 10.0
@@ -158,27 +161,55 @@ def factorization_ambiguity(tokens: int, mixed: int, width: int) -> int:
     return tokens * mixed + mixed * width - rank * (tokens + width - rank)
 
 
-def gauge_dimension(groups: int, head_width: int, *, value_bias: bool = False, output_bias: bool = False) -> int:
+def gauge_dimension(
+    groups: int,
+    head_width: int,
+    *,
+    value_bias: bool = False,
+    output_bias: bool = False,
+    width: int | None = None,
+    layer_norm: LayerNormBefore | None = None,
+) -> int:
     """In how many directions value and output weights can move together without changing the function. A count.
 
     G d_k^2 for G key-value groups: W_V,g -> W_V,g M_g, W_h -> M_g^-1 W_h for all heads h of group g. With both biases
     G d_k more: b_V,g -> b_V,g + delta_g, b_O -> b_O - sum_h delta_g(h) W_h, since the weights of a row sum to one.
 
-    Holds for generic weights with G d_k <= d. A value bias without an output bias to take it up has no freedom. On top
-    come finitely many permutations of heads within groups and of groups.
+    A value bias without an output bias to take it up is free only where sum_h delta_g(h) W_h = 0: max(0, G d_k - d)
+    directions, d the `width` of the stream (default: at least G d_k).
+    `layer_norm` says that the attention reads the output of a layer norm (gains gamma without zeros, shift beta). Its tokens lie
+    in a hyperplane, and G d_k more directions W_V,g + (1/gamma) c^T are invisible: where it is `"centred"`, sum_i beta_i /
+    gamma_i = 0 (in particular beta = 0), and where it is `"shifted"` if a value or output bias takes the constant back.
+    These belong to the norm, not to the heads.
+
+    Holds for generic weights. On top come finitely many permutations of heads within groups and of groups.
 
     Attention sinks make the value bias visible: leave `value_bias` off there.
 
     >>> gauge_dimension(groups=2, head_width=64, value_bias=True, output_bias=True)
     8320
+    >>> gauge_dimension(groups=1, head_width=2, layer_norm="centred")
+    6
 
     Derived here, checked by the rank of the Jacobian of attention layers; the question is that of arXiv 2604.23681.
     """
-    return groups * head_width**2 + (groups * head_width if value_bias and output_bias else 0)
+    channels = groups * head_width
+    shifts = 0
+    if value_bias:
+        shifts = channels if output_bias else max(0, channels - (channels if width is None else width))
+    hidden = layer_norm == "centred" or (layer_norm == "shifted" and (value_bias or output_bias))
+    return groups * head_width**2 + shifts + (channels if hidden else 0)
 
 
 def query_key_gauge_dimension(
-    heads: int, groups: int, head_width: int, *, bias: bool = False, rotary_width: int = 0, norm: bool = False
+    heads: int,
+    groups: int,
+    head_width: int,
+    *,
+    bias: bool = False,
+    rotary_width: int = 0,
+    norm: bool = False,
+    layer_norm: LayerNormBefore | None = None,
 ) -> int:
     """In how many directions query and key weights can move together without changing the softmax of the logits. A count.
 
@@ -187,6 +218,10 @@ def query_key_gauge_dimension(
     G (d_k - r) more, since what a key bias adds to the logits of unrotated channels is the same for all keys.
     With `norm`, an RMS norm of queries and keys with one gain each for all heads: H + G + r/2 + (d_k - r), the scales of
     each head's weights, and what passes between the two gains; a bias changes nothing then.
+    `layer_norm` says that the attention reads the output of a layer norm, as in `gauge_dimension`. Then W_K + (1/gamma) e^T adds
+    a constant to each row of logits: G d_k more directions, with or without biases (of rotated channels only where the norm is
+    `"centred"` or the keys have a bias). W_Q + (1/gamma) c^T is invisible where it is `"centred"` or queries have a bias: H d_k
+    more. Not counted with `norm`.
 
     Holds for generic weights and gains with d_k <= d, distinct frequencies, and a norm whose epsilon is negligible. At
     initialisation all gains are 1, and rotations common to a group's queries and keys add to the count.
@@ -195,13 +230,21 @@ def query_key_gauge_dimension(
     (49920, 1024)
     >>> query_key_gauge_dimension(16, 8, 128, rotary_width=128, norm=True)
     88
+    >>> query_key_gauge_dimension(2, 1, 2, layer_norm="centred"), query_key_gauge_dimension(2, 1, 2, layer_norm="shifted")
+    (10, 6)
 
-    Derived here, checked by the rank of the Jacobian of the logits.
+    Derived here, checked by the rank of the Jacobian of the logits (claims `query-key-gauge`, `gauge-with-norms`).
     """
     free = head_width - rotary_width
     if norm:
         return heads + groups + rotary_width // 2 + free
-    return groups * (rotary_width + free**2) + (groups * free if bias else 0)
+    constant = layer_norm == "centred" or (
+        layer_norm == "shifted" and bias
+    )  # nothing is shifted, or a bias takes it back
+    hidden = 0
+    if layer_norm is not None:
+        hidden = groups * (head_width if constant else free) + (heads * head_width if constant else 0)
+    return groups * (rotary_width + free**2) + (groups * free if bias else 0) + hidden
 
 
 def write_space_overlap(

@@ -1,0 +1,63 @@
+"""How many directions of an attention row its output does not show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flint import fmpq
+
+from uncollapse.claims.draws import Draws
+from uncollapse.claims.ledger import Claim, Finding, shown, tally
+from uncollapse.measures import exact
+from uncollapse.records.ledger import Counterexample
+
+VALUES = ((0,), (1,), (2,))  # three keys, values of width one
+ROWS = ((fmpq(1, 3), fmpq(1, 3), fmpq(1, 3)), (fmpq(1, 2), 0, fmpq(1, 2)))
+
+
+def check(
+    trials: int, seed: int, *, formula: Callable[[int, int, int], int] = lambda n, rank, with_ones: n - with_ones
+) -> Finding:
+    """`formula` takes n, rank V and rank [V, 1]."""
+    draws = Draws("attention-weights-unidentifiable", seed)
+    dimensions, others = [], []
+    for _ in range(trials):
+        n, k = draws.randint(2, 6), draws.randint(1, 3)
+        values = draws.matrix(n, k)
+        seen = exact.beside(values, exact.ones(n))  # what a row shows: its output, and that it sums to one
+        open_directions = exact.null_space(seen.transpose())
+        dimensions.append(
+            open_directions.ncols() == formula(n, exact.rank(values), exact.rank(seen))
+            and exact.null_dimension(seen.transpose()) == open_directions.ncols()
+        )
+        if open_directions.ncols():
+            row = exact.part(draws.pattern(n), [0], range(n))
+            along = exact.part(open_directions, range(n), [0]).transpose()
+            step = min(row.entries()) / (2 * max(abs(entry) for entry in along.entries()))
+            moved = row + along * step  # still positive
+            others.append(moved != row and moved * values == row * values and min(moved.entries()) > 0)
+    values, rows = exact.rational(VALUES), exact.rational(ROWS)
+    same = rows * values
+    return [
+        tally("a row of A is open in exactly n - rank [V W_h, 1] directions", dimensions),
+        tally("wherever one is open, another positive row that sums to one gives the same output", others),
+        shown(
+            "weights (1/3, 1/3, 1/3) and (1/2, 0, 1/2) on values 0, 1, 2",
+            str(exact.text(same)),
+            same[0, 0] == same[1, 0],
+        ),
+    ], Counterexample(
+        "the output of attention shows its weights",
+        {"V": exact.text(values), "A": exact.text(rows), "A V": exact.text(same)},
+        "both rows sum to one and give the same output.",
+        "three keys: with two keys of different values the row is determined",
+    )
+
+
+CLAIM = Claim(
+    "attention-weights-unidentifiable",
+    "The output of a head leaves n - rank [V W_h, 1] directions of each row of its attention open: with more keys than d_k + 1, "
+    "attention weights cannot be told from what they do.",
+    "G. Brunner et al., On Identifiability in Transformers, arXiv 1908.04211 (2019), with the row sum as a second observation",
+    check,
+)
