@@ -20,6 +20,7 @@ _HOME = {
     "Identifiability": "analyses.heads",
     "InputError": "errors",
     "Layout": "anatomy.vocabulary",
+    "Monitor": "monitoring.monitor",
     "PositionGatedProjection": "gates.projection",
     "Symmetries": "analyses.symmetries",
     "UncollapseError": "errors",
@@ -48,6 +49,7 @@ __all__ = [
     "Identifiability",
     "InputError",
     "Layout",
+    "Monitor",
     "PositionGatedProjection",
     "Symmetries",
     "UncollapseError",
@@ -89,6 +91,7 @@ if TYPE_CHECKING:
     from uncollapse.interventions.without import without
     from uncollapse.measures import exact, geometry, heads, mixing
     from uncollapse.measures.normalization import rank_change
+    from uncollapse.monitoring.monitor import Monitor
     from uncollapse.probe.contributions import HeadContributions, head_contributions
     from uncollapse.symmetry.channels import channels_of
 

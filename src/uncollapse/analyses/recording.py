@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib import metadata
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from uncollapse import __version__
 from uncollapse.analyses.preparation import Prepared
@@ -31,7 +35,22 @@ def probe_record(prepared: Prepared, observed: Observations) -> Probe:
         device=str(device_of(prepared.loaded.model)),
         command=prepared.command,
         options=prepared.options,
+        fingerprint=fingerprint(prepared.batches),
     )
+
+
+def fingerprint(batches: Sequence[Mapping[str, Any]]) -> str:
+    """What tells these batches from any others: a digest of their names, shapes, formats and bits."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            value = batch[name]
+            if isinstance(value, Tensor):
+                digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                digest.update(f"{name}{value!r}".encode())
+    return digest.hexdigest()[:16]
 
 
 def site_records(observed: Observations) -> list[SiteRecord]:

@@ -53,7 +53,8 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Probe:
-    """Which tokens it was measured on, and how. `tokens` counts real tokens; `options` are the resolved ones."""
+    """Which tokens it was measured on, and how. `tokens` counts real tokens; `options` are the resolved ones. `fingerprint` is the
+    same for the same batches: names, shapes, formats and every bit of their tensors."""
 
     sequences: int
     tokens: int
@@ -64,6 +65,7 @@ class Probe:
     device: str = "cpu"
     command: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import IO, Any
 from pydantic_core import from_json as parsed
 
 from uncollapse.errors import InputError
-from uncollapse.records import ablation, diagnosis, heads, ledger, symmetries
+from uncollapse.records import ablation, diagnosis, heads, ledger, symmetries, trail
 from uncollapse.records.encoding import Record, from_json
 
 AnyRecord = (
@@ -24,6 +24,7 @@ AnyRecord = (
     | heads.IdentifiabilityRecord
     | symmetries.SymmetriesRecord
     | ledger.Ledger
+    | trail.TrailRecord
 )
 SCHEMAS = (
     diagnosis.DIAGNOSIS_SCHEMA,
@@ -31,6 +32,7 @@ SCHEMAS = (
     heads.HEADS_SCHEMA,
     symmetries.SYMMETRIES_SCHEMA,
     ledger.LEDGER_SCHEMA,
+    trail.TRAIL_SCHEMA,
 )
 LIMIT = 512 * 2**20  # bytes: three times the record of 126 blocks with 128 heads, each pair of heads with its angle
 _PIECE = 2**20
@@ -40,6 +42,8 @@ _WRITTEN_BY = "Pass a file that --json or to_json wrote."
 def load(source: str | os.PathLike[str] | IO[bytes]) -> AnyRecord:
     """See `uncollapse.records.load`."""
     name, text = _read(source)
+    if trail.is_trail(text):
+        return trail.from_lines(text, name)
     schema = _schema(name, text)
 
     def as_a(kind: type[Record]) -> Record:
@@ -56,6 +60,8 @@ def load(source: str | os.PathLike[str] | IO[bytes]) -> AnyRecord:
             return as_a(symmetries.SymmetriesRecord)
         case ledger.LEDGER_SCHEMA:
             return as_a(ledger.Ledger)
+        case trail.TRAIL_SCHEMA:
+            return as_a(trail.TrailRecord)
         case _:
             named = "which names no schema" if schema is None else f"whose schema is {reprlib.repr(schema)}"
             raise InputError(

@@ -1,0 +1,108 @@
+"""What is kept of a look: a list of figures for each measure, and the same as a flat dict for whoever draws curves.
+
+The names of the flat dict are stable. `uncollapse/block.3/consensus_distance` is a figure of the stream behind block 3,
+`uncollapse/block.3/rest_entropy` that of the block's worst head, `uncollapse/block.3/head.2/rest_entropy` that of head 2.
+`uncollapse/worst/rest_entropy` is the worst of all, with `.../block` and `.../head` beside it. `uncollapse/margin/ENTROPY-FROZEN`
+is the largest margin of a rule: ln(threshold / distance), above 0 where it fires.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from uncollapse.records.common import Statistic
+from uncollapse.records.diagnosis import AttentionRecord, SiteRecord
+from uncollapse.records.trail import HeadPlace, SitePlace, TrailReading
+
+PREFIX: Final = "uncollapse"
+# Of these the largest is the worst; of all others the smallest.
+WORST_IS_LARGEST: Final = frozenset({"not_finite", "max_logit", "query_key_norm"})
+
+
+def _mean(statistic: Statistic | None) -> float | None:
+    return None if statistic is None else statistic.mean
+
+
+def _share(site: SiteRecord) -> float | None:
+    rank, most = _mean(site.affine_rank), _mean(site.attainable_affine_rank)
+    return rank / most if rank is not None and most else None
+
+
+SITE_FIGURES: Final[Mapping[str, Callable[[SiteRecord], float | None]]] = {
+    "consensus_distance": lambda site: _mean(site.consensus),
+    "consensus_after_norm": lambda site: _mean(site.consensus_after_norm),
+    "affine_rank_share": _share,
+    "effective_rank": lambda site: _mean(site.effective_rank),
+    "stream_carried": lambda site: _mean(site.stream_carried),
+    "not_finite": lambda site: float(site.not_finite),
+}
+HEAD_FIGURES: Final[Mapping[str, Callable[[AttentionRecord], float | None]]] = {
+    name: (lambda record, name=name: _mean(getattr(record, name)))
+    for name in ("normalized_entropy", "rest_entropy", "key_share", "value_contraction", "max_logit")
+}
+
+
+def site_figures(trajectory: Sequence[SiteRecord]) -> dict[str, list[float | None]]:
+    """A list for each measure that some site has."""
+    found = {name: [figure(site) for site in trajectory] for name, figure in SITE_FIGURES.items()}
+    return {name: values for name, values in found.items() if any(v is not None for v in values)}
+
+
+def head_figures(attention: Sequence[AttentionRecord]) -> dict[str, list[float | None]]:
+    """A list for each measure that some head has."""
+    found = {name: [figure(head) for head in attention] for name, figure in HEAD_FIGURES.items()}
+    return {name: values for name, values in found.items() if any(v is not None for v in values)}
+
+
+def places(trajectory: Sequence[SiteRecord]) -> list[SitePlace]:
+    """The places that the lists of `site_figures` belong to."""
+    return [SitePlace(site.site, site.block, site.stack) for site in trajectory]
+
+
+def head_places(attention: Sequence[AttentionRecord]) -> list[HeadPlace]:
+    """The places that the lists of `head_figures` belong to."""
+    return [HeadPlace(r.block, r.head, r.stack, r.kind) for r in attention]
+
+
+def flat(
+    reading: TrailReading, sites: Sequence[SitePlace], heads: Sequence[HeadPlace], *, each_head: bool = True
+) -> dict[str, float]:
+    """A reading as a flat dict of floats; what was not measured is left out."""
+    found: dict[str, float] = {}
+    for measure, values in reading.sites.items():
+        measured = [(v, s) for v, s in zip(values, sites, strict=True) if v is not None]
+        found |= {f"{PREFIX}/{site.site}/{measure}": value for value, site in measured}
+        blocks = [(v, s) for v, s in measured if s.block is not None]
+        if blocks:
+            value, site = _worst(measure)(blocks, key=lambda pair: pair[0])
+            found[f"{PREFIX}/worst/{measure}"] = value
+            found[f"{PREFIX}/worst/{measure}/block"] = float(site.block or 0)
+    for measure, values in reading.heads.items():
+        measured_heads = [(v, h) for v, h in zip(values, heads, strict=True) if v is not None]
+        if not measured_heads:
+            continue
+        worst = _worst(measure)
+        by_block: dict[str, list[tuple[float, HeadPlace]]] = {}
+        for value, head in measured_heads:
+            by_block.setdefault(_attention(head), []).append((value, head))
+            if each_head:
+                found[f"{_attention(head)}/head.{head.head}/{measure}"] = value
+        for name, several in by_block.items():
+            found[f"{name}/{measure}"] = worst(several, key=lambda pair: pair[0])[0]
+        value, head = worst(measured_heads, key=lambda pair: pair[0])
+        found[f"{PREFIX}/worst/{measure}"] = value
+        found[f"{PREFIX}/worst/{measure}/block"] = float(head.block)
+        found[f"{PREFIX}/worst/{measure}/head"] = float(head.head)
+    for key, margin in reading.margins.items():
+        name = f"{PREFIX}/margin/{key.partition('/')[0]}"
+        found[name] = max(margin, found.get(name, margin))
+    return found
+
+
+def _attention(head: HeadPlace) -> str:
+    return f"{PREFIX}/block.{head.block}" + ("/cross" if head.kind == "cross" else "")
+
+
+def _worst(measure: str) -> Callable[..., tuple[float, HeadPlace]] | Callable[..., tuple[float, SitePlace]]:
+    return max if measure in WORST_IS_LARGEST else min

@@ -1,0 +1,258 @@
+"""`Monitor`: while a model trains, look at it every few steps, and say early that it collapses and how.
+
+    monitor = uc.Monitor(model, batches, every=50, log=writer, trail="run.jsonl")
+    for step, batch in enumerate(loader):
+        ...                       # forward, backward, optimizer.step()
+        monitor.step(step)
+    monitor.alarms
+
+A look runs a fixed probe through the model, in evaluation mode and without gradients. Parameters, random state, modes, gradients,
+autocast's kept casts and compiled code are as they were, so training goes on bit for bit as without a monitor.
+
+When not to use it: for one look. `diagnose` measures more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Final, Literal, Unpack
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
+from uncollapse.analyses.recording import attention_records, model_info, probe_record, site_records, versions
+from uncollapse.analyses.result import Recorded
+from uncollapse.errors import InputError
+from uncollapse.judgement import findings
+from uncollapse.judgement.attribution import heads_records
+from uncollapse.monitoring import figures
+from uncollapse.monitoring.alarms import ThresholdAlarms, judged, margins_of
+from uncollapse.monitoring.baselines import BaselineAlarms
+from uncollapse.monitoring.trends import TrendAlarms
+from uncollapse.records import load
+from uncollapse.records.common import Finding
+from uncollapse.records.diagnosis import DiagnosisRecord
+from uncollapse.records.trail import TRAIL_SCHEMA, Alarm, TrailFile, TrailReading, TrailRecord
+
+Log = Callable[[dict[str, float], int], object]
+Watched = Literal["tokens", "attention", "heads"]
+WATCHED: Final[tuple[Watched, ...]] = ("tokens", "attention", "heads")
+PROJECTIONS_EVERY = 10  # looks: output projections are decomposed, and they change slowly
+
+
+class Monitor:
+    """Looks at a model in training every `every` steps. `alarms` holds what was found, `readings` what was measured.
+
+    model: the model that is trained, in whatever wrapper. batches: the fixed probe, as dicts of tensors; a few sequences of data
+    that is not trained on are enough. Instead of it `texts` with a `tokenizer`.
+    every: look when the step is a multiple of it; the first call of `step` always looks.
+    watch: any of `"tokens"` (the stream between blocks), `"attention"` (its heads), `"heads"` (the output projections, at every
+    tenth look). log: called with a flat dict of floats and the step; see `monitoring.figures` for the names. each_head: whether
+    that dict has every head, or only each block's worst.
+    trail: a file that gets one line a look; if it is there, the run goes on in it.
+    baseline: a diagnosis or a trail to compare every head with, as a result, a record or a path. Without it each head is compared
+    with its own history.
+    patience: for how many looks a warning must stand before it is an alarm. false_alarms: the chance of one false alarm about a
+    trend in a thousand looks, if nothing but noise moves the figures.
+    Further options are those of `diagnose`: texts, tokenizer, sequences, max_tokens, batch_size, seed, layout, name.
+
+    The model's parts are proved once, here. With several processes only the first looks, unless the parameters are sharded: then
+    all must, and the first writes.
+
+    Raises `InputError` for input that cannot be used, and `UnsupportedModel` where the anatomy cannot be proved.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, Tensor]] | None = None,
+        *,
+        texts: Iterable[str] | None = None,
+        every: int = 50,
+        watch: Collection[Watched] = WATCHED,
+        log: Log | None = None,
+        each_head: bool = True,
+        trail: str | os.PathLike[str] | None = None,
+        baseline: DiagnosisRecord | TrailRecord | Recorded[Any] | str | os.PathLike[str] | None = None,
+        patience: int = 2,
+        false_alarms: float = 0.01,
+        **probe: Unpack[ProbeOptions],
+    ) -> None:
+        _require_options(model, every, watch, patience, false_alarms)
+        self.every, self.watch, self.patience = every, frozenset(watch), patience
+        self.alarms: list[Alarm] = []
+        self.record: TrailRecord | None = None
+        self._log, self._each_head, self._path = log, each_head, trail
+        self._baseline = _baseline(baseline)
+        self._threshold, self._trend = ThresholdAlarms(patience), TrendAlarms(false_alarms)
+        self._beside = BaselineAlarms([])  # until the heads are known
+        self._looks = 0
+        self._file: TrailFile | None = None
+        self._is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        self._looks_here = self._is_first or _is_sharded(model)
+        self._prepared: Prepared | None = None
+        if self._looks_here:
+            # DDP's own forward exchanges buffers among the processes, and only one of them is here.
+            self._prepared = prepare(Monitor, _inside_ddp(model), texts, {**probe, "batches": batches})
+            own = [{k: _kept(v) for k, v in batch.items()} for batch in self._prepared.batches]
+            self._prepared.batches = own
+
+    @property
+    def readings(self) -> list[TrailReading]:
+        """What was read at each look, also before a restart if there is a trail."""
+        return [] if self.record is None else self.record.readings
+
+    def step(self, step: int, *, loss: float | Tensor | None = None) -> list[Alarm]:
+        """Say that training has done step number `step`; look if it is time to. Returns the alarms that this look raised.
+
+        loss: that of the training step, to be drawn beside the figures. It is read only if there is a look."""
+        if self._prepared is None or (self._looks and step % self.every):
+            return []
+        return self.look(step, loss=loss)
+
+    def look(self, step: int, *, loss: float | Tensor | None = None) -> list[Alarm]:
+        """Look now, whatever the step."""
+        if self._prepared is None:
+            return []
+        has_projections = "heads" in self.watch and self._looks % PROJECTIONS_EVERY == 0
+        observed = self._prepared.captured(level="core")
+        trajectory = site_records(observed)
+        attention = [record for s in observed.attention for record in attention_records(s, "core")]
+        projections = heads_records(observed.attention) if has_projections else []
+        read = judged(findings.readings(trajectory, attention, projections))
+        if self.record is None:
+            self._begin(
+                step,
+                TrailRecord(
+                    schema=TRAIL_SCHEMA,
+                    versions=versions(),
+                    model=model_info(self._prepared, observed),
+                    probe=probe_record(self._prepared, observed),
+                    options={"every": self.every, "watch": sorted(self.watch), "patience": self.patience},
+                    sites=figures.places(trajectory),
+                    heads=figures.head_places(attention),
+                ),
+            )
+        reading = TrailReading(
+            step=step,
+            sites=figures.site_figures(trajectory) if "tokens" in self.watch else {},
+            heads=figures.head_figures(attention) if "attention" in self.watch else {},
+            margins=margins_of(read),
+            loss=_number(loss),
+        )
+        self._judge(reading, {key: r.finding for key, r in read.items()})
+        self._looks += 1
+        self._keep(reading)
+        return reading.alarms
+
+    def _judge(self, reading: TrailReading, found: dict[str, Finding]) -> None:
+        """Put the alarms of this reading, and what is over, into it."""
+        for raised, cleared in (
+            self._threshold.look(reading.step, reading.margins, found),
+            self._trend.look(reading.step, reading.margins, found),
+            self._beside.look(reading.step, reading.heads),
+        ):
+            reading.alarms.extend(raised)
+            reading.cleared.extend(cleared)
+
+    def _begin(self, step: int, record: TrailRecord) -> None:
+        """Before the first reading: the record, and what an earlier part of the run left in the trail."""
+        self.record = record
+        self._beside = BaselineAlarms(record.heads, self._baseline, self.patience)
+        if self._path is None or not self._is_first:
+            return
+        self._file = TrailFile(self._path, record)
+        standing: dict[str, Alarm] = {}
+        for earlier in (r for r in self._file.earlier if r.step < step):
+            record.readings.append(earlier)
+            self.alarms.extend(earlier.alarms)
+            self._judge(replace(earlier, alarms=[], cleared=[]), {})
+            standing |= {alarm.key: alarm for alarm in earlier.alarms}
+            for key in earlier.cleared:
+                standing.pop(key, None)
+        for alarm in standing.values():
+            match alarm.against:
+                case "threshold":
+                    self._threshold.standing(alarm.key, alarm.severity)
+                case "trend":
+                    self._trend.standing(alarm.key)
+                case "baseline":
+                    self._beside.standing(alarm.key)
+
+    def _keep(self, reading: TrailReading) -> None:
+        assert self.record is not None
+        self.record.readings.append(reading)
+        self.alarms.extend(reading.alarms)
+        if not self._is_first:
+            return
+        if self._file is not None:
+            self._file.append(reading)
+        if self._log is not None:
+            named = figures.flat(reading, self.record.sites, self.record.heads, each_head=self._each_head)
+            standing = float(len(self.alarms))
+            self._log({**named, f"{figures.PREFIX}/alarms": standing}, reading.step)
+
+
+def _baseline(
+    given: DiagnosisRecord | TrailRecord | Recorded[Any] | str | os.PathLike[str] | None,
+) -> DiagnosisRecord | TrailRecord | None:
+    """The record to compare with."""
+    record: object = load(given) if isinstance(given, str | os.PathLike) else given
+    record = record.record if isinstance(record, Recorded) else record
+    if record is None or isinstance(record, DiagnosisRecord | TrailRecord):
+        return record
+    raise InputError(
+        f"Monitor: expected a diagnosis or a trail as the baseline, got {type(record).__name__}. Other records do not hold every "
+        "head's figures. Pass what `diagnose` returned, or a path that it was written to."
+    )
+
+
+def _require_options(model: object, every: int, watch: Collection[str], patience: int, false_alarms: float) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"Monitor: expected the nn.Module that is trained, got {type(model).__name__}. A name or a path is no model in training. "
+            "Pass the model itself."
+        )
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise InputError(f"Monitor: expected every=1 or more steps, got {every!r}. Pass for example every=50.")
+    if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
+        raise InputError(f"Monitor: expected patience=1 or more looks, got {patience!r}. Pass for example patience=2.")
+    if not 0 < false_alarms < 1:
+        raise InputError(
+            f"Monitor: expected false_alarms between 0 and 1, got {false_alarms!r}. It is a probability. Pass for example 0.01."
+        )
+    unknown = [watch] if isinstance(watch, str) else sorted(set(watch) - set(WATCHED))
+    if unknown or not watch:
+        raise InputError(
+            f"Monitor: expected watch to be some of {', '.join(WATCHED)}, got {unknown or watch!r}. It may be misspelt. "
+            'Pass for example watch=["tokens", "attention"].'
+        )
+
+
+def _inside_ddp(model: nn.Module) -> nn.Module:
+    inner: Any = model
+    while isinstance(inner, nn.parallel.DistributedDataParallel):
+        inner = inner.module
+    return inner
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether a process holds only a part of some parameter, so that all processes must run the model together."""
+    return any(hasattr(p, "full_tensor") for p in model.parameters())
+
+
+def _kept(value: Any) -> Any:
+    """A copy: the probe stays what it is, whatever the caller does to its tensors."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _number(loss: float | Tensor | None) -> float | None:
+    """The loss as a finite number."""
+    if loss is None:
+        return None
+    value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+    return value if value - value == 0 else None
