@@ -25,10 +25,12 @@ class Styled(nn.Module):
         self.talk = nn.Parameter(torch.eye(HEADS) + 0.1 * torch.rand(HEADS, HEADS))
         self.talk_again = nn.Linear(HEADS, HEADS, bias=False)
         nn.init.uniform_(self.talk_again.weight, 0, 1)
+        self.wide = nn.Linear(WIDTH, HEADS * WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(3 * x).chunk(3, -1))
-        return self.out(self.style(self, q, k, v).transpose(1, 2).flatten(2))
+        mixed = self.style(self, q, k, v)
+        return mixed if mixed.ndim == 3 else self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class StyledBlock(nn.Module):
@@ -77,10 +79,30 @@ def talking(before: bool, after: bool) -> Callable[[Styled, Tensor, Tensor, Tens
     return mix
 
 
+def grouped(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two heads a key, without repeating it, and a column of zeros in front: no axis of the weights is as long as the keys."""
+    q, k, v = q.unflatten(1, (2, 2)), k[:, ::2], v[:, ::2]
+    logits = causal(torch.einsum("bgrqd,bgkd->bgrqk", q, k))
+    logits = torch.cat([torch.zeros_like(logits[..., :1]), logits], -1)
+    weights, values = logits.softmax(-1), nn.functional.pad(v, (0, 0, 1, 0))
+    self.seen.append((weights / weights[..., 1:].sum(-1, keepdim=True))[..., 1:].flatten(1, 2))
+    return torch.einsum("bgrqk,bgkd->bgrqd", weights, values).flatten(1, 2)
+
+
+def into_the_stream(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Values as wide as the stream: one einsum mixes them and adds up the heads."""
+    wide = self.wide(v.transpose(1, 2).flatten(2)).unflatten(-1, (HEADS, WIDTH))
+    weights = causal(q @ k.transpose(-1, -2)).softmax(-1)
+    self.seen.append(weights)
+    return torch.einsum("bhqk,bkhd->bqd", weights, wide)
+
+
 STYLES = {
     "heads talk before the softmax": talking(True, False),
     "heads talk behind the softmax": talking(False, True),
     "heads talk before and behind the softmax": talking(True, True),
+    "grouped, with a column of zeros": grouped,
+    "heads added up by the einsum": into_the_stream,
 }
 
 
@@ -111,3 +133,19 @@ def _normalised(weights: np.ndarray) -> list[float]:
     """Entropy over log T of every row that is allowed T > 1 keys, of weights [sequence, query, key] of a causal head."""
     rows = [row[: i + 1] for one in weights for i, row in enumerate(one) if i]
     return [float(-(r * np.log(r)).sum() / math.log(len(r))) for r in rows]
+
+
+def test_heads_that_an_einsum_adds_up_are_contributions_by_themselves() -> None:
+    model = StyledModel(into_the_stream).eval()
+    batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
+    (first, _) = uc.head_contributions(model, batch)
+    block = model.blocks[0]
+    assert isinstance(block, StyledBlock)
+    with torch.no_grad():
+        model(**batch)
+        added = block.attention(block.norm1(model.embed(batch["idx"])))
+        wide = block.attention.wide(block.attention.qkv(3 * block.norm1(model.embed(batch["idx"]))).chunk(3, -1)[2])
+        weights = block.attention.seen[-1]
+    want = torch.einsum("bhqk,bkhd->bqhd", weights, wide.unflatten(-1, (HEADS, WIDTH)))
+    torch.testing.assert_close(first.contributions, want)
+    torch.testing.assert_close(first.contributions.sum(2) + first.bias, added)
