@@ -110,19 +110,19 @@ def product_operands(
         beta = kwargs.get("beta", 1)
         if beta != 0 and bool(tensors[0].any()):
             raise UnreadableError("the product that mixes the values also adds something to them")
-        pair, weight_operand = tensors[1:3], weight_operand - 1
+        two, weight_operand = tensors[1:3], weight_operand - 1
         scale = kwargs.get("alpha", 1)
         if scale != 1:
-            pair[weight_operand] = pair[weight_operand] * scale
+            two[weight_operand] = two[weight_operand] * scale
     elif name in _PLAIN_PRODUCTS:
-        pair = tensors[:2]
+        two = tensors[:2]
         if name == "rmatmul":
-            pair, weight_operand = pair[::-1], 1 - weight_operand
+            two, weight_operand = two[::-1], 1 - weight_operand
     else:
         raise UnreadableError(f"the values are mixed by {name}, which is no matrix product")
-    if min(t.ndim for t in pair) < 2:
+    if min(t.ndim for t in two) < 2:
         raise UnreadableError("the values are mixed by a product with a vector")
-    weights, values = pair[weight_operand], pair[1 - weight_operand]
+    weights, values = two[weight_operand], two[1 - weight_operand]
     if weight_operand == 1:  # V' A': the transposed product
         weights, values, output = weights.mT, values.mT, output.mT
     return _aligned(weights, values, output)
