@@ -44,7 +44,14 @@ from uncollapse.anatomy.interception import (
 )
 from uncollapse.anatomy.mixing_proof import Poked, located, placed
 from uncollapse.anatomy.module_states import left_as_found
-from uncollapse.anatomy.operands import Mixed, UnreadableError, product_operands, replaced
+from uncollapse.anatomy.operands import (
+    Mixed,
+    SeveralChoicesError,
+    UnreadableError,
+    chosen_pair,
+    product_operands,
+    replaced,
+)
 from uncollapse.anatomy.output_maps import ProductMap, giving, output_map, product_map, sounding
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.reading import has_own_hooks, read
@@ -534,7 +541,7 @@ def _noting_product(found: list[Mixed | str], number: int, call: AttentionCall) 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = function(*args, **kwargs)
         try:
-            seen = product_operands(function, args, kwargs, output, call.weight_operand or 0)
+            seen = product_operands(function, args, kwargs, output, call.weight_operand or 0, call.pair)
             found[number] = Mixed(None, seen.values.detach().clone(), seen.mixed.detach().clone())
         except UnreadableError as error:
             found[number] = str(error)
@@ -864,6 +871,10 @@ class _BlockProof(BlockAlone):
         generator = torch.Generator().manual_seed(POKE_SEED)
         noise = torch.randn(stream.shape, generator=generator).to(stream) * (stream.double().std().to(stream) + 1)
         sequences, tokens = axes.cloud(stream).shape[:2]
+        pairs = {
+            i: self._pair(call, others, stream, noise, axes) for i, call in enumerate(part.attention) if call.is_einsum
+        }
+        part = replace(part, attention=tuple(replace(c, pair=pairs.get(i)) for i, c in enumerate(part.attention)))
 
         def observed(stream: Tensor, memory: bool = False) -> list[Mixed | str]:
             found: list[Mixed | str] = ["it did not run"] * len(part.attention)
@@ -910,6 +921,60 @@ class _BlockProof(BlockAlone):
                 )
                 found = [replace(call, unreadable=call.unreadable or reason) for call in found]
         return tuple(found)
+
+    def _pair(
+        self, call: AttentionCall, others: tuple[int, ...], stream: Tensor, noise: Tensor, axes: StreamAxes
+    ) -> tuple[int, int] | None:
+        """Which axes of the weights hold queries and keys, where the product itself leaves that open: one token moves a single
+        place of the keys, and its query alone a single place of the queries. None where the product says it, or nothing told it."""
+        if call.similarity is None or call.weight_operand is None:
+            return None
+        product: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+
+        def met(stream: Tensor, queries: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+            """The queries, and the operands of the product, with other queries in the place of its own."""
+            seen: list[Tensor] = []
+
+            def comparing(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                operands = operands_of(operation_name(function), args, kwargs)
+                seen.append(operands[call.query_operand].detach().clone())
+                if queries is not None:
+                    args, kwargs = with_operands(args, kwargs, {call.query_operand: lambda _: queries})
+                return function(*args, **kwargs)
+
+            def mixing(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                operands = operands_of(operation_name(function), args, kwargs)
+                seen.extend(t.detach().clone() for t in operands)
+                output = function(*args, **kwargs)
+                product.append((args, kwargs, output))
+                return output
+
+            assert call.similarity is not None
+            self._replay(others, stream, {call.similarity: comparing, call.product: mixing})
+            return seen[0], seen[1:]
+
+        _, plain = met(stream)
+        try:
+            product_operands(torch.einsum, *product[0], call.weight_operand)
+        except SeveralChoicesError:
+            pass
+        except UnreadableError:
+            return None
+        else:
+            return None
+        for token in (-1, 0):  # of causal attention the first token sees itself alone, whatever its query
+            one = stream.clone()
+            places = {axes.sequence: 0} | dict.fromkeys(axes.token, token)
+            index = tuple(places.get(axis, slice(None)) for axis in range(stream.ndim))
+            one[index] += noise[index]
+            other_queries, moved = met(one)
+            _, asked = met(stream, other_queries)
+            of_weights = _single_places(plain[call.weight_operand], asked[call.weight_operand])
+            of_values = _single_places(plain[call.value_operand], moved[call.value_operand])
+            found = chosen_pair(*product[0], call.weight_operand, (of_weights, of_values))
+            if found is not None:
+                return found
+        return None
 
     def _in_turn(self, calls: list[AttentionCall], others: tuple[int, ...], axes: StreamAxes) -> bool:
         """Whether calls that answer for some of the queries each answer for all of them together, one after the other: each is
@@ -1080,7 +1145,7 @@ class _BlockProof(BlockAlone):
             _, numbers = way.end(operand)
             if numbers is not None:
                 swapped = replaced([args, kwargs], operand, numbers.expand(operand.shape))
-                seen = product_operands(function, swapped[0], swapped[1], output, call.weight_operand or 0)
+                seen = product_operands(function, swapped[0], swapped[1], output, call.weight_operand or 0, call.pair)
                 if seen.weights is not None:
                     arrived.append(seen.weights)
             return output
@@ -1127,6 +1192,16 @@ def _differ(before: Mixed | str, after: Mixed | str) -> bool:
     if isinstance(before, str) or isinstance(after, str):
         return False
     return not torch.equal(before.values, after.values)
+
+
+def _single_places(before: Tensor, after: Tensor) -> set[int]:
+    """The axes along which a single place of several differs."""
+    different = before != after
+    return {
+        axis
+        for axis in range(before.ndim)
+        if before.shape[axis] > 1 and int(different.movedim(axis, 0).flatten(1).any(-1).sum()) == 1
+    }
 
 
 def _one_per_term(node: AdditionNode, met: _Addition) -> list[Tensor]:
