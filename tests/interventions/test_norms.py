@@ -74,6 +74,17 @@ def test_a_condition_s_scale_and_shift_belong_to_its_norm(style: str) -> None:
     )
 
 
+def test_the_shift_of_a_conditioned_output_norm_goes_with_its_norm_and_with_its_sublayer() -> None:
+    torch.manual_seed(0)
+    model, batch = Conditioned("behind").eval(), {"input_ids": ids(), "label": torch.tensor([1, 2, 3])}
+    anatomy = checked(model, batch)
+    assert anatomy.norm_placement == "output"
+    assert [len(r.additions) for b in anatomy.blocks for r in b.residuals] == [1, 1] * 2
+    with torch.no_grad(), uc.without(model, "mlp", "attention"):
+        expected = model.embedding(batch["input_ids"]) * (1 - 0.4) ** 2
+        torch.testing.assert_close(model(**batch), model.head(expected))
+
+
 def _parts() -> dict[str, nn.Module]:
     return {"attention": Attention(), "mlp": Mlp()}
 
