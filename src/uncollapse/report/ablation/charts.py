@@ -132,7 +132,7 @@ def _floor_band(sites: int, bottom: float, floor: float, x: alt.X, y: alt.Y) -> 
     return [
         band.mark_rect(color=GREY, opacity=0.2).encode(x=x, x2="to:Q", y=y, y2="top:Q"),
         label.mark_rule(color=GREY, strokeWidth=1).encode(y=y),
-        label.mark_text(align="left", baseline="top", dx=6, dy=5, fontSize=11).encode(
+        label.mark_text(align="left", baseline="top", dx=6, dy=5, fontSize=11, color="currentColor").encode(
             x=alt.X("depth:Q", **shared(x)), y=y, text="words:N"
         ),
     ]

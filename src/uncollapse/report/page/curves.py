@@ -106,7 +106,11 @@ def _level(level: Level, x: alt.X, y: alt.Y) -> list[alt.Chart]:
     if not level.words:
         return [rule]
     text = base.mark_text(
-        align="left", baseline="top" if level.beneath else "bottom", dy=4 if level.beneath else -4, fontSize=11
+        align="left",
+        baseline="top" if level.beneath else "bottom",
+        dy=4 if level.beneath else -4,
+        fontSize=11,
+        color="currentColor",  # the page's, light or dark
     )
     return [rule, text.encode(x=alt.X("depth:Q", **shared(x)), y=y, text="words:N")]
 
