@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 from uncollapse import records
 from uncollapse.analyses.ablation import Ablation
@@ -15,13 +16,32 @@ from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.records.heads import IdentifiabilityRecord
 from uncollapse.records.ledger import Ledger
 from uncollapse.records.symmetries import SymmetriesRecord
+from uncollapse.records.trail import Alarm, TrailReading, TrailRecord
 
 
-def load(path: str | os.PathLike[str]) -> Diagnosis | Ablation | Identifiability | Symmetries | Recorded[Ledger]:
+@dataclass(frozen=True)
+class Trail(Recorded[TrailRecord]):
+    """What a `Monitor` wrote. `record` has all of it, as data."""
+
+    @property
+    def findings(self) -> list[Alarm]:
+        """The alarms, in the order in which they were raised."""
+        return self.record.alarms
+
+    @property
+    def readings(self) -> list[TrailReading]:
+        """What was read, step by step."""
+        return self.record.readings
+
+
+def load(
+    path: str | os.PathLike[str],
+) -> Diagnosis | Ablation | Identifiability | Symmetries | Recorded[Ledger] | Trail:
     """A stored record, as the result that wrote it: it can be shown, drawn as a page and written again.
 
     path: a file that `to_json` or `--json` wrote, by this version or an earlier one. The record's `schema` says what comes back:
-    what `diagnose`, `ablate`, `identify` or `symmetries` return, and for the ledger of `verify` a result of the same kind.
+    what `diagnose`, `ablate`, `identify` or `symmetries` return, and for the ledger of `verify` and the trail of a `Monitor` a
+    result of the same kind.
     Keys that the record's version did not have yet take their defaults; keys that this version does not know are left out.
 
     Raises `InputError` where there is no such file, where it is not JSON in UTF-8 or too large for a record, where its schema is
@@ -38,3 +58,5 @@ def load(path: str | os.PathLike[str]) -> Diagnosis | Ablation | Identifiability
             return Symmetries(record)
         case Ledger() as record:
             return Recorded(record)
+        case TrailRecord() as record:
+            return Trail(record)

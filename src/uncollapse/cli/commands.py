@@ -417,6 +417,10 @@ The table again, of whichever command wrote the record:
 
     uncollapse show grid.json
 
+A run that is being monitored, while it goes on:
+
+    uncollapse show run.jsonl --html run.html
+
 From a pipe, with nothing stored:
 
     ssh cluster uncollapse diagnose ./checkpoint --json - | uncollapse show - --html report.html
@@ -431,7 +435,7 @@ Nothing is measured and no model is loaded: a record is complete in itself. `unc
 """
 )
 def show(record: Record, json: Json = None, html: Html = None, quiet: Quiet = False) -> None:
-    """Show a stored record again, in the terminal, as a page or as JSON, whichever command wrote it."""
+    """Show a stored record or a monitor's trail, in the terminal, as a page or as JSON."""
 
     def found(_: "Progress | None") -> "Recorded[Any]":
         from uncollapse import records

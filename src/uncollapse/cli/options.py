@@ -17,7 +17,10 @@ Model = Annotated[
     str, typer.Argument(help="A hub id, a folder written by save_pretrained, or `demo`: the packaged MiniLM, offline.")
 ]
 Record = Annotated[
-    str, typer.Argument(metavar="RECORD", help="A file that `--json` or `to_json` wrote; `-` reads it from stdin.")
+    str,
+    typer.Argument(
+        metavar="RECORD", help="A file that `--json`, `to_json` or a monitor wrote; `-` reads it from stdin."
+    ),
 ]
 Level = Annotated[
     Literal["core", "full"],

@@ -6,8 +6,8 @@ is above 0. A run is another matter, for three reasons.
 * A fresh model looks collapsed in places: its attention is uniform. What the first look finds is news only if it gets worse by a
   factor of `WORSE`, or comes back after it was over.
 * A fresh model goes through a collapse while it learns how often each token occurs, and comes out again. So a place that has not
-  been *settled* (`FAR` from its threshold at the first look, or away from it for `SETTLED` looks) must stay over its bar for `STANDING` looks without getting
-  better, or be `SEVERE`ly over it: no healthy run of `studies/early_warning` goes so deep.
+  been *settled* (`FAR` from its threshold at the first look, or away from it for `SETTLED` looks) must stay over its bar for
+  `STANDING` looks without getting better, or be `SEVERE`ly over it: no healthy run of `studies/early_warning` goes so deep.
 * What flickers round its threshold is one alarm: it is over when the margin has been `HYSTERESIS` below the bar for `CALM` looks.
   A warning at a settled place must stand for `patience` looks. What is critical there does not wait.
 

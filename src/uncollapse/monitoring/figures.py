@@ -9,7 +9,7 @@ is the largest margin of a rule: ln(threshold / distance), above 0 where it fire
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import AttentionRecord, SiteRecord
@@ -37,10 +37,7 @@ SITE_FIGURES: Final[Mapping[str, Callable[[SiteRecord], float | None]]] = {
     "stream_carried": lambda site: _mean(site.stream_carried),
     "not_finite": lambda site: float(site.not_finite),
 }
-HEAD_FIGURES: Final[Mapping[str, Callable[[AttentionRecord], float | None]]] = {
-    name: (lambda record, name=name: _mean(getattr(record, name)))
-    for name in ("normalized_entropy", "rest_entropy", "key_share", "value_contraction", "max_logit")
-}
+HEAD_FIGURES: Final = ("normalized_entropy", "rest_entropy", "key_share", "value_contraction", "max_logit")
 
 
 def site_figures(trajectory: Sequence[SiteRecord]) -> dict[str, list[float | None]]:
@@ -51,7 +48,7 @@ def site_figures(trajectory: Sequence[SiteRecord]) -> dict[str, list[float | Non
 
 def head_figures(attention: Sequence[AttentionRecord]) -> dict[str, list[float | None]]:
     """A list for each measure that some head has."""
-    found = {name: [figure(head) for head in attention] for name, figure in HEAD_FIGURES.items()}
+    found = {name: [_mean(getattr(head, name)) for head in attention] for name in HEAD_FIGURES}
     return {name: values for name, values in found.items() if any(v is not None for v in values)}
 
 
@@ -104,5 +101,5 @@ def _attention(head: HeadPlace) -> str:
     return f"{PREFIX}/block.{head.block}" + ("/cross" if head.kind == "cross" else "")
 
 
-def _worst(measure: str) -> Callable[..., tuple[float, HeadPlace]] | Callable[..., tuple[float, SitePlace]]:
+def _worst(measure: str) -> Callable[..., Any]:
     return max if measure in WORST_IS_LARGEST else min

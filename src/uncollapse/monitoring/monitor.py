@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Final, Literal, Unpack
+from typing import Any, Final, Literal, TypedDict, Unpack, cast
 
 import torch
 import torch.distributed
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
 from uncollapse.analyses.recording import attention_records, model_info, probe_record, site_records, versions
 from uncollapse.analyses.result import Recorded
+from uncollapse.anatomy.vocabulary import Layout
 from uncollapse.errors import InputError
 from uncollapse.judgement import findings
 from uncollapse.judgement.attribution import heads_records
@@ -42,6 +43,18 @@ Log = Callable[[dict[str, float], int], object]
 Watched = Literal["tokens", "attention", "heads"]
 WATCHED: Final[tuple[Watched, ...]] = ("tokens", "attention", "heads")
 PROJECTIONS_EVERY = 10  # looks: output projections are decomposed, and they change slowly
+
+
+class TextOptions(TypedDict, total=False):
+    """Of the options of `diagnose` those that a model in training still leaves open."""
+
+    tokenizer: Any
+    sequences: int | None
+    max_tokens: int
+    batch_size: int
+    seed: int
+    layout: Layout | None
+    name: str | None
 
 
 class Monitor:
@@ -80,7 +93,7 @@ class Monitor:
         baseline: DiagnosisRecord | TrailRecord | Recorded[Any] | str | os.PathLike[str] | None = None,
         patience: int = 2,
         false_alarms: float = 0.01,
-        **probe: Unpack[ProbeOptions],
+        **probe: Unpack[TextOptions],
     ) -> None:
         _require_options(model, every, watch, patience, false_alarms)
         self.every, self.watch, self.patience = every, frozenset(watch), patience
@@ -97,7 +110,8 @@ class Monitor:
         self._prepared: Prepared | None = None
         if self._looks_here:
             # DDP's own forward exchanges buffers among the processes, and only one of them is here.
-            self._prepared = prepare(Monitor, _inside_ddp(model), texts, {**probe, "batches": batches})
+            options = cast(ProbeOptions, {**probe, "batches": batches})
+            self._prepared = prepare(Monitor, _inside_ddp(model), texts, options)
             own = [{k: _kept(v) for k, v in batch.items()} for batch in self._prepared.batches]
             self._prepared.batches = own
 
@@ -119,7 +133,7 @@ class Monitor:
         if self._prepared is None:
             return []
         has_projections = "heads" in self.watch and self._looks % PROJECTIONS_EVERY == 0
-        observed = self._prepared.captured(level="core")
+        observed = self._prepared.captured(level="core", watch=self._watch(has_projections))
         trajectory = site_records(observed)
         attention = [record for s in observed.attention for record in attention_records(s, "core")]
         projections = heads_records(observed.attention) if has_projections else []
@@ -158,6 +172,15 @@ class Monitor:
         ):
             reading.alarms.extend(raised)
             reading.cleared.extend(cleared)
+
+    def _watch(self, has_projections: bool) -> set[str]:
+        """What the probe pass has to look at."""
+        parts = {
+            "tokens": {"sites"},
+            "attention": {"attention", "rows"},
+            "heads": {"projections"} if has_projections else set(),
+        }
+        return set().union(*(parts[each] for each in self.watch))
 
     def _begin(self, step: int, record: TrailRecord) -> None:
         """Before the first reading: the record, and what an earlier part of the run left in the trail."""
@@ -214,8 +237,8 @@ def _baseline(
 def _require_options(model: object, every: int, watch: Collection[str], patience: int, false_alarms: float) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(
-            f"Monitor: expected the nn.Module that is trained, got {type(model).__name__}. A name or a path is no model in training. "
-            "Pass the model itself."
+            f"Monitor: expected the nn.Module that is trained, got {type(model).__name__}. A name or a path is not "
+            "a model in training. Pass the model itself."
         )
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise InputError(f"Monitor: expected every=1 or more steps, got {every!r}. Pass for example every=50.")

@@ -164,21 +164,17 @@ class TrailFile:
         self.path = Path(path)
         self.earlier: list[TrailReading] = []  # read in an earlier part of the same run
         try:
-            self._stream: IO[bytes] = open(self.path, "ab+", buffering=0)  # noqa: SIM115 - open for as long as the run
+            with open(self.path, "ab+", buffering=0) as stream:
+                self._resume(record, stream)
         except OSError as error:
             raise InputError(
                 f"Monitor: expected a trail that can be written, got {str(path)!r} ({error.strerror or error}). "
                 "The folder may be missing or read-only. Name another path."
             ) from None
-        try:
-            self._resume(record)
-        except BaseException:
-            self._stream.close()
-            raise
 
-    def _resume(self, record: TrailRecord) -> None:
-        self._stream.seek(0)
-        there = self._stream.read()
+    def _resume(self, record: TrailRecord, stream: IO[bytes]) -> None:
+        stream.seek(0)
+        there = stream.read()
         whole = there[: there.rfind(b"\n") + 1]
         if not (there.startswith(_BEGIN) or _BEGIN.startswith(there)):
             raise InputError(
@@ -186,9 +182,9 @@ class TrailFile:
                 "It would be spoilt. Name another path."
             )
         if whole != there:  # the process was killed in the middle of a line
-            self._stream.truncate(len(whole))
+            stream.truncate(len(whole))
         if not whole:
-            self._write(line(record))
+            _write(stream, line(record))
             return
         earlier = from_lines(whole.decode("utf-8", "replace"), repr(str(self.path)))
         if (earlier.sites, earlier.heads) != (record.sites, record.heads):
@@ -204,14 +200,13 @@ class TrailFile:
         self.earlier = earlier.readings
 
     def append(self, reading: TrailReading) -> None:
-        """Add one reading."""
-        self._write(line(reading))
+        """Add one reading. The file is open for that long only, so nothing has to be closed when a run ends or dies."""
+        with open(self.path, "ab", buffering=0) as stream:
+            _write(stream, line(reading))
 
-    def _write(self, text: str) -> None:
-        data = text.encode()
-        while data:
-            data = data[self._stream.write(data) or 0 :]
 
-    def close(self) -> None:
-        """Close the file. It holds every reading already."""
-        self._stream.close()
+def _write(stream: IO[bytes], text: str) -> None:
+    """All of it: a raw write may take only a part."""
+    data = text.encode()
+    while data:
+        data = data[stream.write(data) :]

@@ -22,7 +22,8 @@ from uncollapse.records.diagnosis import DIAGNOSIS_SCHEMA, DiagnosisRecord
 from uncollapse.records.heads import HEADS_SCHEMA, IdentifiabilityRecord
 from uncollapse.records.ledger import LEDGER_SCHEMA, Ledger
 from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord
-from uncollapse.report import ablation, diagnosis, heads, ledger, symmetries
+from uncollapse.records.trail import TRAIL_SCHEMA, TrailRecord
+from uncollapse.report import ablation, diagnosis, heads, ledger, symmetries, trail
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +42,7 @@ def draw(record: AnyRecord) -> str:
 def show(record: AnyRecord, console: Console) -> None:
     """Print a diagnosis (one row per block, then the findings), an ablation (one row per run, then the predictions), the
     heads' identifiability (the answer, then one row per block), symmetries (one paragraph per phenomenon, then one row per
-    test) or a ledger (one paragraph per claim, then the verdicts).
+    test), a ledger (one paragraph per claim, then the verdicts) or a trail (one row per look, then the alarms).
 
     Raises `InputError` if it is not a record of a schema that this version knows.
     """
@@ -65,6 +66,8 @@ def _shown(function: str, record: AnyRecord) -> _Shown:
             shown = _Shown(HEADS_SCHEMA, partial(heads.page, record), partial(heads.printout, record))
         case SymmetriesRecord():
             shown = _Shown(SYMMETRIES_SCHEMA, partial(symmetries.page, record), partial(symmetries.printout, record))
+        case TrailRecord():
+            shown = _Shown(TRAIL_SCHEMA, partial(trail.page, record), partial(trail.printout, record))
         case Ledger():
             shown = _Shown(LEDGER_SCHEMA, partial(ledger.page, record), partial(ledger.printout, record))
         case _:

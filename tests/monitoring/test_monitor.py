@@ -1,0 +1,296 @@
+"""What a monitor reads, logs and keeps."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from torch import Tensor, nn
+
+import uncollapse as uc
+from tests.helpers.own_models import OwnGPT
+from tests.helpers.tiny_models import FAMILIES, text_batch
+from tests.monitoring.test_bit_identical import gpt2, plain, probe
+from uncollapse import records
+from uncollapse.records.trail import TrailRecord, line
+
+
+def test_the_figures_are_those_of_a_diagnosis() -> None:
+    model = gpt2()
+    logged: list[tuple[dict[str, float], int]] = []
+    monitor = uc.Monitor(model, probe(), log=lambda figures, step: logged.append((figures, step)))
+    monitor.step(0)
+    record = uc.diagnose(model, batches=probe()).record
+    [(figures, step)] = logged
+    assert step == 0
+    assert all(isinstance(value, float) for value in figures.values())
+    for site in record.trajectory:
+        assert site.consensus is not None
+        assert figures[f"uncollapse/{site.site}/consensus_distance"] == site.consensus.mean
+    for head in record.attention:
+        assert head.max_logit is not None
+        assert figures[f"uncollapse/block.{head.block}/head.{head.head}/max_logit"] == head.max_logit.mean
+    largest = max(record.attention, key=lambda head: head.max_logit.mean)
+    assert figures["uncollapse/worst/max_logit"] == largest.max_logit.mean
+    assert figures["uncollapse/worst/max_logit/block"] == largest.block
+    assert figures["uncollapse/worst/max_logit/head"] == largest.head
+    assert figures[f"uncollapse/block.{largest.block}/max_logit"] == largest.max_logit.mean
+    assert {"uncollapse/margin/DEPTH-CONSENSUS", "uncollapse/margin/ENTROPY-FROZEN"} <= set(figures)
+
+
+def test_it_looks_at_the_first_call_and_at_multiples_of_every() -> None:
+    monitor = uc.Monitor(gpt2(), probe(), every=3)
+    for step in range(1, 10):
+        monitor.step(step)
+    assert [r.step for r in monitor.readings] == [1, 3, 6, 9]
+
+
+def test_only_what_is_watched_is_measured() -> None:
+    monitor = uc.Monitor(gpt2(), probe(), watch=["tokens"])
+    monitor.step(0)
+    assert not monitor.readings[0].heads
+    assert monitor.readings[0].sites
+    monitor = uc.Monitor(gpt2(), probe(), watch=["attention"], each_head=False)
+    monitor.step(0)
+    assert monitor.readings[0].heads["rest_entropy"]
+    assert "consensus_after_norm" not in monitor.readings[0].sites
+
+
+def test_the_probe_stays_what_it_was() -> None:
+    batch = probe()
+    monitor = uc.Monitor(gpt2(), batch)
+    monitor.step(0)
+    batch[0]["input_ids"].zero_()
+    monitor.look(1)
+    assert monitor.readings[0].sites == monitor.readings[1].sites
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
+def test_a_fresh_model_raises_no_alarm(family: str) -> None:
+    model = FAMILIES[family].build().train()
+    monitor = uc.Monitor(model, [text_batch(4, 24)], every=1)
+    for step in range(4):
+        assert monitor.step(step) == []
+    assert monitor.alarms == []
+
+
+def test_a_head_whose_logits_grow_by_half_is_found_against_a_record(tmp_path: Path) -> None:
+    model = OwnGPT()
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.qkv.weight.mul_(8)  # logits that choose something
+    batch = [{"idx": probe()[0]["input_ids"]}]
+    uc.diagnose(model, batches=batch).to_json(tmp_path / "before.json")
+    monitor = uc.Monitor(model, batch, baseline=tmp_path / "before.json", every=1)
+    assert [monitor.step(step) for step in range(3)] == [[], [], []]
+    with torch.no_grad():
+        model.blocks[1].attention.qkv.weight[8:16].mul_(1.6)  # the queries of head 1
+        model.blocks[1].attention.qkv.bias[8:16].mul_(1.6)
+    for step in range(3, 6):
+        monitor.step(step)
+    found = [a for a in monitor.alarms if a.code == "BASELINE-LOGITS"]
+    assert [(a.block, a.head, a.onset, a.step, a.against) for a in found] == [(1, 1, 3, 4, "baseline")]
+    assert found[0].value == pytest.approx(1.6, rel=0.02)
+
+
+def test_logits_made_large_are_an_alarm_with_its_onset_and_then_over() -> None:
+    model = OwnGPT()
+    kept = model.blocks[2].attention.qkv.weight.detach().clone()
+    monitor = uc.Monitor(model, [{"idx": probe()[0]["input_ids"]}], every=1)
+    for step in range(3):
+        monitor.step(step)
+    with torch.no_grad():
+        model.blocks[2].attention.qkv.weight[:64] *= 60
+    for step in range(3, 6):
+        monitor.step(step)
+    frozen = [a for a in monitor.alarms if a.code == "ENTROPY-FROZEN"]
+    assert [(a.block, a.onset, a.against) for a in frozen] == [(2, 3, "threshold")]
+    assert frozen[0].remedy
+    with torch.no_grad():
+        model.blocks[2].attention.qkv.weight.copy_(kept)
+    for step in range(6, 10):
+        monitor.step(step)
+    assert frozen[0].key in [key for r in monitor.readings for key in r.cleared]
+    assert [a for a in monitor.alarms if a.code == "ENTROPY-FROZEN"] == frozen
+
+
+def test_numbers_that_are_not_finite_are_an_alarm_at_once() -> None:
+    model = OwnGPT()
+    monitor = uc.Monitor(model, [{"idx": probe()[0]["input_ids"]}], every=1)
+    monitor.step(0)
+    with torch.no_grad():
+        model.blocks[1].mlp[0].weight[0, 0] = float("nan")
+    [alarm] = monitor.step(1)
+    assert (alarm.code, alarm.block, alarm.severity) == ("NUMERICS-NOT-FINITE", 1, "critical")
+    assert json.loads(line(monitor.readings[-1]))["alarms"]  # `line` refuses what is not finite
+
+
+def test_the_model_is_freed_with_its_monitor() -> None:
+    model = gpt2()
+    monitor = uc.Monitor(model, probe(), every=1)
+    plain(monitor, model)
+    gc.collect()
+    gc.disable()
+    try:
+        reference = weakref.ref(model)
+        alarms, readings = monitor.alarms, monitor.readings
+        del model, monitor
+        assert reference() is None
+        assert readings
+        assert alarms == []
+    finally:
+        gc.enable()
+
+
+# The trail ------------------------------------------------------------------------------------------------------------
+
+
+def watched(path: Path, steps: range, model: nn.Module | None = None) -> uc.Monitor:
+    monitor = uc.Monitor(model or gpt2(), probe(), every=1, trail=path)
+    for step in steps:
+        monitor.step(step, loss=3.5 - step / 10)
+    return monitor
+
+
+def test_every_reading_is_a_line_that_can_be_read_while_the_file_grows(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    monitor = uc.Monitor(gpt2(), probe(), every=1, trail=path)
+    for step in range(3):
+        monitor.step(step, loss=torch.tensor(2.5))
+        lines = path.read_text("utf-8").splitlines()
+        assert len(lines) == step + 2
+        assert [r.step for r in uc.load(path).readings] == list(range(step + 1))
+    assert all(json.loads(one) for one in lines)
+    trail = records.load(path)
+    assert isinstance(trail, TrailRecord)
+    assert trail.readings[0].loss == 2.5
+    schema = json.loads((Path(uc.__file__).parent / "schemas" / "trail-1.json").read_text("utf-8"))
+    jsonschema.validate(json.loads(uc.load(path).to_json()), schema)
+    again = tmp_path / "again.json"
+    uc.load(path).to_json(again)
+    assert uc.load(again) == uc.load(path)
+
+
+def test_figures_survive_the_file_to_six_digits(tmp_path: Path) -> None:
+    monitor = watched(tmp_path / "run.jsonl", range(2))
+    for here, there in zip(monitor.readings, uc.load(tmp_path / "run.jsonl").readings, strict=True):
+        assert here.margins == pytest.approx(there.margins, rel=1e-5)
+        assert here.heads["max_logit"] == pytest.approx(there.heads["max_logit"], rel=1e-5)
+
+
+def test_a_torn_last_line_is_left_out_and_repaired(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    watched(path, range(3))
+    whole = path.read_bytes()
+    torn = whole[: whole.rindex(b"\n", 0, -1) + 40]
+    path.write_bytes(torn)
+    assert [r.step for r in uc.load(path).readings] == [0, 1]
+    watched(path, range(2, 4))
+    assert [r.step for r in uc.load(path).readings] == [0, 1, 2, 3]
+    path.write_bytes(whole[:20])  # not even the first line came through
+    watched(path, range(1))
+    assert [r.step for r in uc.load(path).readings] == [0]
+
+
+def test_a_run_that_begins_again_at_an_earlier_checkpoint_replaces_what_came_after(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    watched(path, range(5))
+    again = watched(path, range(2, 4))
+    assert [r.step for r in again.readings] == [0, 1, 2, 3]
+    assert [r.step for r in uc.load(path).readings] == [0, 1, 2, 3]
+
+
+def test_a_standing_alarm_is_not_raised_again_after_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    model = OwnGPT()
+    batch = [{"idx": probe()[0]["input_ids"]}]
+    first = uc.Monitor(model, batch, every=1, trail=path)
+    first.step(0)
+    with torch.no_grad():
+        model.blocks[2].attention.qkv.weight[:64] *= 60
+    first.step(1)
+    first.step(2)
+    raised = [a.key for a in first.alarms]
+    assert "ENTROPY-FROZEN/block.2/self" in raised
+    second = uc.Monitor(model, batch, every=1, trail=path)
+    assert second.step(3) == []
+    assert [a.key for a in second.alarms] == raised
+
+
+@pytest.mark.parametrize("content", [b"my notes\n", b'{"schema": "uncollapse/diagnosis/1"}\n', b"\x00\x01"])
+def test_another_file_is_not_spoilt(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_bytes(content)
+    with pytest.raises(uc.InputError, match="another file"):
+        watched(tmp_path / "notes", range(1))
+    assert (tmp_path / "notes").read_bytes() == content
+
+
+def test_another_probe_or_model_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    watched(path, range(1))
+    other = uc.Monitor(gpt2(), [{"input_ids": probe()[0]["input_ids"]}], trail=path, every=1)
+    other.step(1)  # the same batches
+    changed: dict[str, Tensor] = {"input_ids": probe()[0]["input_ids"].flip(0)}
+    with pytest.raises(uc.InputError, match="other batches"):
+        uc.Monitor(gpt2(), [changed], trail=path).step(2)
+    with pytest.raises(uc.InputError, match="blocks or heads"):
+        uc.Monitor(OwnGPT(), [{"idx": probe()[0]["input_ids"]}], trail=path).step(2)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import uncollapse as uc
+from tests.monitoring.test_bit_identical import gpt2, probe
+monitor = uc.Monitor(gpt2(), probe(), every=1, trail=sys.argv[1])
+for step in range(10_000):
+    monitor.step(step)
+"""
+
+
+def test_what_was_read_survives_kill_9(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        begun = time.monotonic()
+        while (not path.exists() or path.read_bytes().count(b"\n") < 4) and time.monotonic() - begun < 120:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.wait()
+    steps = [r.step for r in uc.load(path).readings]
+    assert len(steps) >= 3
+    assert steps == list(range(len(steps)))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"every": 0}, "every=1 or more"),
+        ({"patience": 0}, "patience=1 or more"),
+        ({"false_alarms": 0}, "between 0 and 1"),
+        ({"watch": ["tokns"]}, "tokens, attention, heads"),
+        ({"watch": "tokens"}, "tokens, attention, heads"),
+        ({"baseline": 3}, "a diagnosis or a trail"),
+        ({"trail": "no/such/folder/run.jsonl"}, "a trail that can be written"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(uc.InputError, match=said):
+        uc.Monitor(gpt2(), probe(), **options).step(0)
+
+
+def test_a_name_is_no_model_in_training() -> None:
+    with pytest.raises(uc.InputError, match=r"the nn\.Module that is trained"):
+        uc.Monitor("gpt2", probe())  # type: ignore[arg-type]
