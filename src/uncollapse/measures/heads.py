@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from uncollapse.errors import InputError
+from uncollapse.measures.storage_noise import storage_noise
 
 # bfloat16 rounds by 2^-8 = 0.4 %. Ten times that is 4 %: a head's share is still right to a few per cent.
 CARE_GAIN = 10.0
@@ -541,7 +542,7 @@ def _rank(W: Tensor, dtype: torch.dtype) -> int:
 def _tolerance(W: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
     """What rounding to `dtype` and a decomposition in float64 may leave in the place of a singular value that is 0."""
     rows, columns = W.shape
-    stored: Tensor = torch.finfo(dtype).eps * torch.linalg.matrix_norm(W) * (rows**-0.5 + columns**-0.5)
+    stored = storage_noise(torch.finfo(dtype).eps, torch.linalg.matrix_norm(W), rows, columns)
     return stored + max(rows, columns) * torch.finfo(torch.float64).eps * largest
 
 
