@@ -10,7 +10,6 @@ Everything is pre-norm; `without` names what the model never has: "mlp" (the sub
 from __future__ import annotations
 
 import contextlib
-import statistics
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -32,7 +31,6 @@ SEEDS = (0, 1, 2)
 WIDTH, DEPTH = 68, 4
 WITHOUT: tuple[tuple[str, ...], ...] = ((), ("mlp",), ("residual",), ("norm",))
 SHAPES = ((2, 96), (4, 68), (8, 48))  # 12·width² parameters a block, 221 to 222 thousand in all
-STUDENT = 4.303  # the two-sided 95 % quantile for three seeds
 
 
 class Block(nn.Module):
@@ -170,11 +168,6 @@ def without_context(training: Tensor, held_out: Tensor) -> float:
     """The loss of knowing only how frequent each byte is: what a model scores that sees no context."""
     counts = torch.bincount(training, minlength=BYTES).double() + 1
     return float(-(counts / counts.sum()).log()[held_out].mean())
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of its 95 % interval over the seeds."""
-    return statistics.mean(values), STUDENT * statistics.stdev(values) / len(values) ** 0.5
 
 
 def section() -> dict[str, Any]:

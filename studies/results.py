@@ -24,6 +24,7 @@ from studies import language_models, pictures, pretrained, published
 from studies.position_gates import document as gates_document
 from studies.position_gates import experiments as gates
 from studies.weights import CACHE
+from uncollapse.measures.student import mean_and_half
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVED = CACHE / "results"
@@ -217,7 +218,7 @@ def _three(values: Sequence[float]) -> str:
 
 
 def _plus_minus(values: Sequence[float]) -> str:
-    mean, half = language_models.interval(values)
+    mean, half = mean_and_half(values)
     return f"{mean:.2f} ± " + (f"{half:.2f}" if half >= 0.005 else "<0.01")
 
 

@@ -6,16 +6,16 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 import jinja2
 
 import uncollapse as uc
 from studies.position_gates import large, pictures, planted, recovery, training
+from uncollapse.measures.student import mean_and_half
 
 BEGIN, END = "<!-- position gates: begin -->", "<!-- position gates: end -->"
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 % quantiles, by number of seeds
 NAMES = {
     "plain": "plain",
     "gated": "gated",
@@ -24,13 +24,8 @@ NAMES = {
 }
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean over the seeds and half of its 95 % interval."""
-    return fmean(values), STUDENT[len(values)] * stdev(values) / math.sqrt(len(values))
-
-
 def plus_minus(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
-    mean, half = interval(values)
+    mean, half = mean_and_half(values)
     return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}"
 
 
@@ -44,7 +39,7 @@ def short(value: float) -> str:
 
 def exactly(values: Sequence[float]) -> str:
     """Mean and interval of small numbers, with two figures of the interval."""
-    mean, half = interval(values)
+    mean, half = mean_and_half(values)
     digits = max(0, 1 - math.floor(math.log10(half)))
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
@@ -90,7 +85,7 @@ class Numbers:
 
     def no_difference(self, arm: str, key: str = "held_out") -> bool:
         """Whether the interval of the paired difference from the plain model contains 0."""
-        mean, half = interval(self.difference(arm, key))
+        mean, half = mean_and_half(self.difference(arm, key))
         return abs(mean) <= half
 
     def overall(self) -> str:
@@ -106,7 +101,7 @@ class Numbers:
                 if not self.no_difference(arm, key):
                     which = "lower" if fmean(self.difference(arm, key)) < 0 else "higher"
                     words.append(f"The {name} loss of the arm *{NAMES[arm]}* is {which} than the plain model's.")
-        seen = interval(self.difference("gated"))[1]
+        seen = mean_and_half(self.difference("gated"))[1]
         words = words or [
             "No arm's loss differs from the plain model's, held-out or in training: every interval contains 0."
         ]
@@ -273,7 +268,7 @@ def _geometric(values: Sequence[float]) -> float:
 
 
 def _band(values: Sequence[float]) -> dict[str, float]:
-    mean, half = interval(values)
+    mean, half = mean_and_half(values)
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
@@ -328,7 +323,7 @@ def text(found: dict[str, Any], images: Path) -> str:
         lstrip_blocks=True,
         autoescape=False,  # markdown, from our own numbers
     )
-    given = {"training": training, "planted": planted, "recovery": recovery, "large": large, "interval": interval}
+    given = {"training": training, "planted": planted, "recovery": recovery, "large": large, "interval": mean_and_half}
     given |= {"median": median, "short": short, "spread": spread, "plus_minus": plus_minus, "numbers": numbers}
     return environment.get_template("section.md.j2").render(**given)
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from uncollapse.measures.storage_noise import storage_noise
+
 HELD_OUT_EVERY = 4  # every so-manyth sequence is to score the fit, the others to make it
 _EPS_64 = torch.finfo(torch.float64).eps
 
@@ -76,7 +78,7 @@ class AffineFit:
         squares, directions = torch.linalg.eigh(xx)
         n, width = fitted.n, len(a)
         energy = squares.clamp(min=0).sum() + n * (a + self.origins[0]).square().sum()  # of X as it is, not centred
-        storage = self.eps * energy.sqrt() * (n**-0.5 + width**-0.5)
+        storage = storage_noise(self.eps, energy.sqrt(), n, width)
         kept = squares > torch.maximum(storage.square(), max(n, width) * _EPS_64 * squares[-1])
         slopes = directions[:, kept] @ ((directions[:, kept].mT @ xy) / squares[kept].unsqueeze(-1))
         xx, xy, total = scored.about(a, m)

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from uncollapse.errors import InputError
+from uncollapse.measures.storage_noise import storage_noise
 
 _EPS_64 = torch.finfo(torch.float64).eps
 _MASSIVE_RATIO = 10.0  # a token's norm over the median token norm of its sequence
@@ -719,7 +720,7 @@ def _singular_values(x: Tensor) -> Tensor:
 
 def _tolerance(values: Tensor, tokens: Tensor, width: int, eps: float) -> Tensor:
     tokens = tokens.clamp(min=1).double()
-    storage: Tensor = eps * torch.linalg.vector_norm(values, dim=-1) * (tokens**-0.5 + width**-0.5)
+    storage = storage_noise(eps, torch.linalg.vector_norm(values, dim=-1), tokens, width)
     return storage + tokens.clamp(min=width) * _EPS_64 * values[..., 0]
 
 

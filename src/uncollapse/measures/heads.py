@@ -30,6 +30,7 @@ from uncollapse.errors import InputError
 from uncollapse.measures.random_projections import beside_random
 
 LayerNormBefore = Literal["centred", "shifted"]  # what the attention reads: sum_i beta_i / gamma_i is 0, or not
+from uncollapse.measures.storage_noise import storage_noise
 
 # bfloat16 rounds by 2^-8 = 0.4 %. Ten times that is 4 %: a head's share is still right to a few per cent.
 CARE_GAIN = 10.0
@@ -625,7 +626,7 @@ def _rank(W: Tensor, dtype: torch.dtype) -> int:
 def _tolerance(W: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
     """What rounding to `dtype` and a decomposition in float64 may leave in the place of a singular value that is 0."""
     rows, columns = W.shape
-    stored: Tensor = torch.finfo(dtype).eps * torch.linalg.matrix_norm(W) * (rows**-0.5 + columns**-0.5)
+    stored = storage_noise(torch.finfo(dtype).eps, torch.linalg.matrix_norm(W), rows, columns)
     return stored + max(rows, columns) * torch.finfo(torch.float64).eps * largest
 
 

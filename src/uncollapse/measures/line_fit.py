@@ -9,25 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom; beyond the table its last, which is wider.
-_STUDENT = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-)
+from uncollapse.measures.student import quantile_95
 
 
 class LineFit(NamedTuple):
@@ -57,6 +39,5 @@ def line_fit(x: Sequence[float], y: Sequence[float]) -> LineFit:
     if n < 3:
         return LineFit(slope, None, None)
     residual = sum((b - mean_y - slope * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True))
-    quantile = _STUDENT[min(n - 2, len(_STUDENT)) - 1]
-    half = quantile * math.sqrt(residual / (n - 2) / spread)
+    half = quantile_95(n - 2) * math.sqrt(residual / (n - 2) / spread)
     return LineFit(slope, slope - half, slope + half)

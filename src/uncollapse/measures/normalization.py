@@ -11,7 +11,6 @@ from 9e-4 to 0.94, on tokens with a large common mean.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from uncollapse.errors import InputError
 from uncollapse.measures import exact
+from uncollapse.measures.storage_noise import storage_noise
 
 Kind = Literal["layer", "rms"]
 _EPS_64 = torch.finfo(torch.float64).eps
@@ -269,14 +269,12 @@ def _numerical_change(
 def _tolerance(x: Tensor, origin: Tensor, eps_data: float, roundings: int = 0) -> float:
     """The size up to which a singular value of `x` may be rounding, `origin` being what entry errors are relative to.
 
-    The storage term is that of `geometry.rank_tolerance`: a noise matrix has singular values up to
-    eps ||origin||_F (1/sqrt n + 1/sqrt d). The decomposition adds max(n, d) eps_64 sigma_1, a norm layer `roundings`
+    To `storage_noise` the decomposition adds max(n, d) eps_64 sigma_1, a norm layer `roundings`
     roundings an entry in float64, which may all fall in one direction.
     """
     tokens, width = x.shape
     size, top = float(torch.linalg.matrix_norm(origin)), float(torch.linalg.matrix_norm(x, 2))
-    spread = 1 / math.sqrt(tokens) + 1 / math.sqrt(width)
-    return eps_data * size * spread + _EPS_64 * (max(tokens, width) * top + roundings * size)
+    return storage_noise(eps_data, size, tokens, width) + _EPS_64 * (max(tokens, width) * top + roundings * size)
 
 
 def _above(x: Tensor, cut: float) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from uncollapse.errors import InputError
 from uncollapse.measures import normalization
+from uncollapse.measures.storage_noise import storage_noise
 
 _EPS_64 = torch.finfo(torch.float64).eps
 
@@ -64,7 +65,7 @@ class NormLaw:
         eps = torch.finfo(precision).eps
         size = origin.square().sum().sqrt()
         # Above the cut of `rank_change`, whose doubts about rounding it shares.
-        cut = (eps * (tokens**-0.5 + width**-0.5) + 4 * (tokens + width) * _EPS_64) * size
+        cut = storage_noise(eps, size, tokens, width) + 4 * (tokens + width) * _EPS_64 * size
         least = torch.maximum((2 * cut).square(), 64 * max(tokens, width) * _EPS_64 * normed.square().sum())
         kernel = self._kernel().to(x.device)
         most = width - len(kernel)
