@@ -11,7 +11,7 @@ import os
 import select
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 PATIENCE = 5.0  # seconds in which somebody may begin to write to a named pipe
 PIECE = 2**20  # bytes
@@ -21,7 +21,7 @@ class TooLarge(OSError):  # noqa: N818 - it reads as a statement where it is cau
     """There is more to read than the bound."""
 
 
-def pieces(name: str | os.PathLike[str], *, at_most: int) -> Iterator[bytes]:
+def pieces(name: str | os.PathLike[str], *, at_most: int) -> Generator[bytes, None, None]:
     """The bytes of a file, a pipe or a terminal, about a mebibyte at a time.
 
     Raises `OSError` with the reason where it cannot be read: also where it is a device, which may have no end, and where nobody
