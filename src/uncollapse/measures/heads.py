@@ -28,9 +28,9 @@ from torch.nn.functional import normalize
 
 from uncollapse.errors import InputError
 from uncollapse.measures.random_projections import beside_random
+from uncollapse.measures.storage_noise import storage_noise
 
 LayerNormBefore = Literal["centred", "shifted"]  # what the attention reads: sum_i beta_i / gamma_i is 0, or not
-from uncollapse.measures.storage_noise import storage_noise
 
 # bfloat16 rounds by 2^-8 = 0.4 %. Ten times that is 4 %: a head's share is still right to a few per cent.
 CARE_GAIN = 10.0
