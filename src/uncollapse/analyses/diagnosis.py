@@ -20,6 +20,7 @@ from uncollapse.analyses.result import Recorded
 from uncollapse.judgement import findings
 from uncollapse.judgement.attribution import heads_records
 from uncollapse.judgement.order_parameters import Components, symmetry_records
+from uncollapse.probe.activity import embedding_records, part_records
 from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
 from uncollapse.probe.passes import Level
 from uncollapse.probe.sublayers import norm_records, update_records
@@ -88,6 +89,7 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
     attention = [record for s in observed.attention for record in attention_records(s, prepared.level)]
     head_records = heads_records(observed.attention)
     updates = update_records(observed.updates)
+    parts, embeddings = part_records(observed.parts), embedding_records(observed.embeddings)
     described = probe_record(prepared, observed)
     described.options["context_lengths"] = None if context_lengths is None else list(context_lengths)
     return DiagnosisRecord(
@@ -101,6 +103,8 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
         norms=norm_records(observed.norms),
         updates=updates,
         symmetries=symmetry_records(trajectory, attention, head_records, Components.of(model, anatomy), scaling),
-        findings=findings.findings(trajectory, attention, head_records),
+        findings=findings.findings(trajectory, attention, head_records, parts, embeddings),
         anatomy=anatomy_record(anatomy, observed, updates),
+        parts=parts,
+        embeddings=embeddings,
     )

@@ -20,8 +20,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from uncollapse.judgement.dead_components import dead_components
 from uncollapse.records.common import SEVERITIES, Finding, Severity, Stack
-from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord, stacks
+from uncollapse.records.diagnosis import AttentionRecord, EmbeddingRecord, HeadsRecord, PartRecord, SiteRecord, stacks
 
 # All of these are distances from collapse: half the smallest distance in the healthy runs that thresholds are derived from.
 # docs/validity.md lists those runs, and how near the other models come.
@@ -64,6 +65,8 @@ class Observed:
     trajectory: Sequence[SiteRecord]
     attention: Sequence[AttentionRecord]
     heads: Sequence[HeadsRecord]
+    parts: Sequence[PartRecord] = ()
+    embeddings: Sequence[EmbeddingRecord] = ()
 
 
 @dataclass(frozen=True)
@@ -76,18 +79,27 @@ class Reading:
 
 
 def findings(
-    trajectory: Sequence[SiteRecord], attention: Sequence[AttentionRecord], heads: Sequence[HeadsRecord]
+    trajectory: Sequence[SiteRecord],
+    attention: Sequence[AttentionRecord],
+    heads: Sequence[HeadsRecord],
+    parts: Sequence[PartRecord] = (),
+    embeddings: Sequence[EmbeddingRecord] = (),
 ) -> list[Finding]:
     """The findings of all rules that fire: most severe first, then by depth."""
-    fired = [reading.finding for reading in readings(trajectory, attention, heads) if reading.margin > 0]
+    read = readings(trajectory, attention, heads, parts, embeddings)
+    fired = [reading.finding for reading in read if reading.margin > 0]
     return sorted(fired, key=lambda f: (-SEVERITIES.index(f.severity), f.block if f.block is not None else -1))
 
 
 def readings(
-    trajectory: Sequence[SiteRecord], attention: Sequence[AttentionRecord], heads: Sequence[HeadsRecord]
+    trajectory: Sequence[SiteRecord],
+    attention: Sequence[AttentionRecord],
+    heads: Sequence[HeadsRecord],
+    parts: Sequence[PartRecord] = (),
+    embeddings: Sequence[EmbeddingRecord] = (),
 ) -> list[Reading]:
     """What every rule read: one reading for each stack, attention or output projection that it could judge."""
-    observed = Observed(trajectory, attention, heads)
+    observed = Observed(trajectory, attention, heads, parts, embeddings)
     return [reading for rule in RULES for reading in rule(observed)]
 
 
@@ -408,6 +420,11 @@ def projection_kernel(observed: Observed) -> Iterator[Reading]:
         yield Reading(-_margin(max(lost, 0) / record.head_width, LOST_HEADS), finding)
 
 
+def dead(observed: Observed) -> Iterator[Reading]:
+    for finding in dead_components(observed.parts, observed.embeddings):
+        yield Reading(math.inf, finding)
+
+
 RULES: tuple[Callable[[Observed], Iterator[Reading]], ...] = (
     not_finite,
     consensus,
@@ -417,4 +434,5 @@ RULES: tuple[Callable[[Observed], Iterator[Reading]], ...] = (
     frozen,
     identical_heads,
     projection_kernel,
+    dead,
 )

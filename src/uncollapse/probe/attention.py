@@ -13,6 +13,7 @@ from uncollapse.anatomy.interception import Point
 from uncollapse.anatomy.vocabulary import AttentionCall
 from uncollapse.measures import mixing
 from uncollapse.measures.running import Running
+from uncollapse.probe.activity import PartActivity
 
 ATTENTION_MEASURES = [
     "entropy",
@@ -46,7 +47,7 @@ class AttentionStatistics:
     with adapters in it and quantised weights expanded; `reasons["matrix"]` says why it is missing. `tokens` are the real ones
     that the projection reads; `features` are those of `Part`; `sinks` says that the softmax also ran over columns that belong to
     no key. `deviation` and `row_sums` are what the pass bore out, and `forbids` what forbade pairs in each of the sublayer's
-    calls, see `AttentionRows`."""
+    calls, see `AttentionRows`. `activity` is what the part does."""
 
     block: int
     kind: Literal["self", "cross"]
@@ -63,6 +64,7 @@ class AttentionStatistics:
     deviation: float = 0.0
     row_sums: tuple[float, float] = (math.inf, -math.inf)
     forbids: dict[int, list[Forbidding]] = field(default_factory=dict)
+    activity: PartActivity | None = None
 
 
 def spread(x: Tensor, mask: Tensor | None) -> Tensor:

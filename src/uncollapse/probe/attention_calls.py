@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,7 +41,9 @@ class AttentionRows:
     """One attention call in one pass. rows: of [sequence, head, query]. values [sequence, head, key, width] and mixed
     [sequence, head, query, width] over the keys that are tokens, None where attention stays within windows. `weights` only
     where spectra are wanted. `deviation`: how far weights times values are from the result, over the result's size.
-    `row_sums`: the smallest and the largest sum of a row's weights over the keys that are tokens. `forbids`: what forbade pairs."""
+    `row_sums`: the smallest and the largest sum of a row's weights over the keys that are tokens. `forbids`: what forbade pairs.
+    queries and keys [sequence, head, token, width]: of a fused call. `logit_range` [sequence, head, query]: of other calls, how far
+    the logits of a row's allowed keys lie apart, as a share of the largest."""
 
     rows: mixing.RowStatistics
     values: Tensor | None
@@ -51,6 +53,9 @@ class AttentionRows:
     row_sums: tuple[float, float]
     forbids: tuple[Forbidding, ...]
     reasons: dict[str, str] = field(default_factory=dict)
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    logit_range: Tensor | None = None
 
 
 class CallObserver:
@@ -172,7 +177,8 @@ class CallObserver:
         )
         full = A / A.sum(-1, keepdim=True) if self.spectra and result.shape[2] == 1 else None
         forbids = () if barred is None else tuple(forbade)
-        return self._found(rows, values, result, full, deviation, (low, high), forbids, reasons)
+        found = self._found(rows, values, result, full, deviation, (low, high), forbids, reasons)
+        return found if L is None else replace(found, logit_range=_range(L, barred))
 
     def _fused(self, given: Mapping[str, Any], output: Tensor) -> AttentionRows:
         query, key, value = given["query"], given["key"], given["value"]
@@ -226,7 +232,8 @@ class CallObserver:
                 causal=causal,
                 scale=given.get("scale"),
             )
-        return self._found(rows, v[..., keys, :], result, weights, deviation, (1.0, 1.0), forbids, {})
+        found = self._found(rows, v[..., keys, :], result, weights, deviation, (1.0, 1.0), forbids, {})
+        return found if windows > 1 else replace(found, queries=q[:, :, 0], keys=k[:, :, 0][..., keys, :])
 
     def _mask_of(
         self, given: Mapping[str, Any], query: Tensor, key: Tensor, is_mask: bool
@@ -286,6 +293,17 @@ class CallObserver:
             forbids,
             reasons,
         )
+
+
+def _range(logits: Tensor, barred: Tensor | None) -> Tensor:
+    """How far the logits of each row lie apart over its allowed keys, as a share of the largest: 0 where all are equal."""
+    lowest = torch.finfo(logits.dtype).min / 2
+    gone = ~logits.isfinite() | (logits < lowest)
+    gone = gone if barred is None else gone | barred
+    high = logits.masked_fill(gone, -math.inf).amax(-1).double()
+    low = logits.masked_fill(gone, math.inf).amin(-1).double()
+    apart = (high - low).clamp(min=0)
+    return torch.where(apart > 0, apart / torch.maximum(high.abs(), low.abs()), 0.0)
 
 
 def _joined(parts: Sequence[mixing.RowStatistics]) -> mixing.RowStatistics:

@@ -37,6 +37,7 @@ from uncollapse.anatomy.vocabulary import Anatomy, Block, Part, Place
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.measures import geometry, heads
 from uncollapse.measures.running import Running
+from uncollapse.probe.activity import Activity, EmbeddingActivity, PartActivity
 from uncollapse.probe.attention import (
     ATTENTION_MEASURES,
     AttentionStatistics,
@@ -69,6 +70,8 @@ class Observations:
     attention: list[AttentionStatistics]
     updates: list[UpdateStatistics] = field(default_factory=list)
     norms: list[NormStatistics] = field(default_factory=list)
+    parts: list[PartActivity] = field(default_factory=list)
+    embeddings: list[EmbeddingActivity] = field(default_factory=list)
     sequences: int = 0
     tokens: int = 0
     max_tokens: int = 0
@@ -144,6 +147,8 @@ class _Probe:
         readers = [n for b in anatomy.blocks for n in b.norms if n.role in {"before", "post"}]
         self.is_centred = any(norm.kind == "layer" for norm in readers)
         self.thread: int | None = None  # the thread of the probe's own pass, while one runs
+        self.activity = Activity(model, anatomy, self._tokens_of, self._is_own)
+        self.observations.parts, self.observations.embeddings = self.activity.parts, self.activity.embeddings
         self.sublayers: Sublayers | None = None
         if level == "full":
             self.sublayers = Sublayers(model, anatomy, self._tokens_of, self._is_own)
@@ -151,6 +156,7 @@ class _Probe:
 
     def close(self) -> None:
         """Be no part of a cycle any more: that would keep the model in memory until Python looks for such."""
+        self.activity.let_go()
         if self.sublayers is not None:
             self.sublayers.let_go()
         self.sublayers = None
@@ -173,6 +179,9 @@ class _Probe:
                 if part.kind in {"attention", "cross"}:
                     self._attend(number, block, part, observers, projections)
         handlers = {p: self._observing(several) for p, several in observers.items()}
+        streams += self.activity.streams
+        for point, handler in self.activity.handlers.items():
+            handlers[point] = in_turn(handler, handlers[point]) if point in handlers else handler
         if self.sublayers is not None:
             streams += self.sublayers.streams
             for point, handler in self.sublayers.handlers.items():
@@ -183,6 +192,8 @@ class _Probe:
             stack.enter_context(met(self.model, streams, handlers=handlers))
             if self.sublayers is not None:
                 stack.enter_context(self.sublayers.installed())
+            for module, action in self.activity.hooks():
+                stack.callback(module.register_forward_pre_hook(action, with_kwargs=True).remove)
             for name, calls in projections.items():
                 enter = self._projecting(name, calls)
                 stack.callback(self.model.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True).remove)
@@ -283,7 +294,10 @@ class _Probe:
             Running.empty(call.heads),
             sinks=any(c.before or c.after or c.drops_columns for c in part.attention),
             features=part.features,
+            activity=self.activity.of(number, part),
         )
+        assert statistics.activity is not None
+        statistics.activity.heads, statistics.activity.key_value_heads = call.heads, call.key_value_heads
         self.observations.attention.append(statistics)
         if isinstance(call.projection, Point):
             projecting = functools.partial(self._projection_call, statistics)
@@ -356,6 +370,7 @@ class _Probe:
             distinct_tokens(stack, batch, padding.mask)
             for stack, padding in zip(self.anatomy.stacks, self.paddings, strict=True)
         ]
+        self.activity.begin(batch)
         if self.sublayers is not None:
             self.sublayers.begin()
         if self.whole_maps and not self.have_whole_maps:
@@ -518,11 +533,37 @@ class _Probe:
             )
             for name in ATTENTION_MEASURES:
                 columns[name].append(own[name].to("cpu", torch.float64))
+        self._watch_operands(statistics, found)
         mixed = [each.mixed for each in found if each.mixed is not None]
         same = len(mixed) == len(found) and len({m.shape[2:] for m in mixed}) == 1
         self.heads_output = torch.cat(mixed, 1) if same else None
         statistics.values = statistics.values.add(
             torch.stack([torch.cat(columns[n], 1) for n in ATTENTION_MEASURES], 1)
+        )
+
+    def _watch_operands(self, statistics: AttentionStatistics, found: Sequence[AttentionRows]) -> None:
+        """Hand what an attention reads and mixes to those who ask whether its heads do anything."""
+
+        def joined(name: str) -> Tensor | None:
+            several = [getattr(each, name) for each in found]
+            if any(t is None for t in several) or len({(t.shape[0], *t.shape[2:]) for t in several}) != 1:
+                return None
+            return several[0] if len(several) == 1 else torch.cat(several, 1)
+
+        assert statistics.activity is not None
+        queries, keys, values, mixed = (joined(name) for name in ("queries", "keys", "values", "mixed"))
+        asked, met = (queries if queries is not None else mixed), (keys if keys is not None else values)
+        rows = [[getattr(each.rows, name) for each in found] for name in ("entropy", "max_logit")]
+        self.activity.attend(
+            statistics.activity,
+            queries=queries,
+            keys=keys,
+            values=values,
+            mixed=mixed,
+            logit_range=joined("logit_range"),
+            rows=[torch.cat(figures, 1) for figures in rows if all(f is not None for f in figures)],
+            query_mask=None if asked is None else self._query_mask(statistics, asked.shape[2], asked.shape[0]),
+            key_mask=None if met is None else self._key_mask(statistics, met.shape[2], met.shape[0]),
         )
 
     def _projection_call(
@@ -610,5 +651,7 @@ class _Probe:
     def _add_energy(self, statistics: AttentionStatistics, matrix: Tensor, cloud: Tensor, mask: Tensor | None) -> None:
         lengths = torch.full(cloud.shape[:1], cloud.shape[1]) if mask is None else mask.sum(-1)
         statistics.tokens = statistics.tokens.add(lengths)
+        assert statistics.activity is not None
+        self.activity.contributed(statistics.activity, matrix, cloud, statistics.call.heads, mask)
         energy = heads.contribution_energy(cloud, matrix, statistics.call.heads, mask)
         statistics.energy = statistics.energy.add((energy / energy.sum(-1, keepdim=True)).double())
