@@ -52,6 +52,10 @@ DIFFERENT_TOKENS = 4
 # If the embedded tokens are this much alike, the blocks have nothing to lose: a text that repeats one token looks like that.
 APART_AT_ENTRY = 0.1
 
+# At initialisation the largest logit of a head is several squared entries of a value; a factor of ten is left for scales of
+# another kind, such as 1/d_k. Queries or keys that were made smaller give less.
+SMALLEST_LOGIT = 1 / 16
+
 _DONG = "Dong, Cordonnier, Loukas 2021, arXiv 2103.03404"
 _CIRRINCIONE = "Cirrincione 2026, arXiv 2604.23681"
 _NAIT_SAADA = "Nait Saada, Naderi, Tanner 2025, arXiv 2410.07799"
@@ -282,7 +286,8 @@ def uniform(observed: Observed) -> Iterator[Reading]:
             f"attends to all keys almost equally: even its least uniform head ({least.head}) leaves only {unused:.2g} of them "
             "unused."
         )
-        finding = _width_finding("WIDTH-UNIFORM", least, unused, UNUSED_KEYS, message)
+        initial = _initial(observed, records)
+        finding = _width_finding("WIDTH-UNIFORM", least, unused, UNUSED_KEYS, message, initial)
         yield Reading(_margin(unused, UNUSED_KEYS), finding)
 
 
@@ -305,15 +310,33 @@ def rank_one(observed: Observed) -> Iterator[Reading]:
             f"gives every token almost the same mixture: even the head that keeps most ({most.head}) keeps only {kept:.2g} of "
             "the spread of its values."
         )
-        finding = _width_finding("WIDTH-RANK-ONE", most, distance, CONTRACTION, message)
+        initial = _initial(observed, records)
+        finding = _width_finding("WIDTH-RANK-ONE", most, distance, CONTRACTION, message, initial)
         yield Reading(_margin(distance, CONTRACTION), finding)
 
 
-def _width_finding(code: str, record: AttentionRecord, value: float, threshold: float, message: str) -> Finding:
+def _initial(observed: Observed, records: Sequence[AttentionRecord]) -> str:
+    """Why this attention is as an initialisation makes it; empty if it is not. Its weights must look so, and its logits must
+    have the size that such queries and keys give: drawn like the values, a logit is about as large as a squared entry of a value."""
+    for part in observed.parts:
+        if (part.block, part.kind) != (records[0].block, records[0].kind) or not part.initial:
+            continue
+        largest = max((r.max_logit.mean for r in records if r.max_logit is not None), default=None)
+        expected = None if part.typical_value is None else part.typical_value**2
+        is_small = largest is not None and expected is not None and largest < SMALLEST_LOGIT * expected
+        return "" if is_small else part.initial_evidence
+    return ""
+
+
+def _width_finding(
+    code: str, record: AttentionRecord, value: float, threshold: float, message: str, initial: str = ""
+) -> Finding:
+    if initial:
+        message += f" The block looks as it was initialised ({initial}), and attention starts like this: no fault yet."
     return Finding(
         code=code,
         phenomenon="rank-collapse-width",
-        severity="warning",
+        severity="info" if initial else "warning",
         block=record.block,
         head=record.head,
         value=value,
