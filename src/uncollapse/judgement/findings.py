@@ -316,8 +316,9 @@ def rank_one(observed: Observed) -> Iterator[Reading]:
 
 
 def _initial(observed: Observed, records: Sequence[AttentionRecord]) -> str:
-    """Why this attention is as an initialisation makes it; empty if it is not. Its weights must look so, and its logits must
-    have the size that such queries and keys give: drawn like the values, a logit is about as large as a squared entry of a value."""
+    """Why this attention is as an initialisation makes it; empty if it is not. Its weights must look so, and its logits
+    must have the size that such queries and keys give: drawn like the values, a logit is about as large as a squared entry of
+    a value."""
     for part in observed.parts:
         if (part.block, part.kind) != (records[0].block, records[0].kind) or not part.initial:
             continue

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,11 +29,11 @@ from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Part, Place, Residual, Stack
 from uncollapse.errors import UncollapseError
 from uncollapse.interventions import without
+from uncollapse.probe.attention import AttentionStatistics
+from uncollapse.probe.attention_calls import AttentionRows
+from uncollapse.probe.clouds import Clouds
 from uncollapse.probe.projections import projection_matrix
 from uncollapse.records.diagnosis import EmbeddingRecord, PartRecord
-
-TokensOf = Callable[[int, Tensor, str], tuple[Tensor, Tensor | None] | None]  # block, values, what: cloud, real tokens
-Figures = Tensor  # float64, one figure a head or unit
 
 SKETCH = 8  # random directions in which the directions of an update are counted
 WIDEST_UNITS = 8192  # weights that are no plain parameters are read with one row a hidden unit
@@ -190,17 +190,26 @@ class EmbeddingActivity:
 
 
 class Activity:
-    """Observes what the parts do in one probe pass: `handlers` are for the residual additions, `streams` for the places of the
-    stream. `tokens_of` is the probe's way to tell tokens, `is_own` whether the probe's own pass is running."""
+    """Observes what the parts do in one probe pass; an `Observer`. `sublayers`: each attention part with its statistics. `attend`
+    and `contributed` are told of them, by number, what they read, mix and write."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, tokens_of: TokensOf, is_own: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        sublayers: Sequence[tuple[Part, AttentionStatistics]],
+        clouds: Clouds,
+        is_own: Callable[[], bool],
+    ) -> None:
         self.model, self.anatomy, self.is_own = model, anatomy, is_own
-        self._tokens_of = tokens_of
+        self._tokens_of = clouds.tokens_of
         self.parts: list[PartActivity] = []
         self.embeddings: list[EmbeddingActivity] = []
         self.handlers: dict[Point, Handler] = {}
         self.streams: list[tuple[Place, Action]] = []
-        self.entering: dict[str, dict[int, Callable[..., None]]] = {}  # by module and run: where hidden layers are read
+        self._entering: dict[
+            str, dict[int, Callable[..., None]]
+        ] = {}  # by module and run: where hidden layers are read
         self._of: dict[tuple[int, int], PartActivity] = {}
         self._runs: dict[str, int] = {}
         self._entered: dict[int, Tensor] = {}
@@ -216,7 +225,7 @@ class Activity:
                 self.parts.append(each)
                 if not removed and part.writes is not None and part.kind == "mlp":
                     meet = functools.partial(self._measure_units, each, part)
-                    self.entering.setdefault(part.writes.name, {})[part.writes.call] = meet
+                    self._entering.setdefault(part.writes.name, {})[part.writes.call] = meet
             if number in first:
                 embedding = EmbeddingActivity(block.stack, number)
                 self.embeddings.append(embedding)
@@ -227,11 +236,12 @@ class Activity:
             self.streams.append((block.exit, functools.partial(self._leave, number)))
             for residual in block.residuals:
                 self._watch(number, residual)
-
-    def of(self, block: int, part: Part) -> PartActivity:
-        """The running figures of a part."""
-        index = next(i for i, p in enumerate(self.anatomy.blocks[block].parts) if p is part)
-        return self._of[block, index]
+        self._attending: list[PartActivity] = []  # by the number of the attention sublayer
+        for part, statistics in sublayers:
+            index = next(i for i, p in enumerate(anatomy.blocks[statistics.block].parts) if p is part)
+            each = self._of[statistics.block, index]
+            each.heads, each.key_value_heads = statistics.call.heads, statistics.call.key_value_heads
+            self._attending.append(each)
 
     def _watch(self, number: int, residual: Residual) -> None:
         alone = [leaves for node in residual.additions for leaves in node.leaves if len(leaves) == 1]
@@ -252,18 +262,22 @@ class Activity:
         """Drop what is bound to this object and would keep it, and the model with it, alive in a cycle."""
         self.streams.clear()
         self.handlers.clear()
-        self.entering.clear()
+        self._entering.clear()
         self._batch = {}
         self._looked_up.clear()
 
     # Hooks ----------------------------------------------------------------------------------------------------------
-    def hooks(self) -> Iterable[tuple[nn.Module, Callable[..., None]]]:
-        """The modules before which the probe must call, and what to call."""
-        for module in self.model.modules():
-            if isinstance(module, nn.Embedding):
-                yield module, self._look_up
-        for name in self.entering:
-            yield self.model.get_submodule(name), functools.partial(self._at_module, name)
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Hooks for the passes inside. Install them inside `intercepted`: operations of theirs must not count as the model's."""
+        with contextlib.ExitStack() as stack:
+            for module in self.model.modules():
+                if isinstance(module, nn.Embedding):
+                    stack.callback(module.register_forward_pre_hook(self._look_up, with_kwargs=True).remove)
+            for name in self._entering:
+                module, enter = self.model.get_submodule(name), functools.partial(self._at_module, name)
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            yield
 
     def _look_up(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.is_own():
@@ -276,10 +290,10 @@ class Activity:
             return
         run = self._runs.get(name, 0)
         self._runs[name] = run + 1
-        if run in self.entering[name]:
+        if run in self._entering[name]:
             given = next(tensors_in([args, kwargs]))
             with full_precision(given):
-                self.entering[name][run](module, given)
+                self._entering[name][run](module, given)
 
     # Streams --------------------------------------------------------------------------------------------------------
     def _real(self, number: int, what: str, *several: Tensor) -> list[Tensor] | None:
@@ -410,32 +424,34 @@ class Activity:
 
     # Attention ------------------------------------------------------------------------------------------------------
     def attend(
-        self,
-        each: PartActivity,
-        *,
-        queries: Tensor | None,
-        keys: Tensor | None,
-        values: Tensor | None,
-        mixed: Tensor | None,
-        logit_range: Tensor | None,
-        rows: Sequence[Tensor],
-        query_mask: Tensor | None,
-        key_mask: Tensor | None,
+        self, index: int, calls: Sequence[AttentionRows], query_mask: Tensor | None, key_mask: Tensor | None
     ) -> None:
-        """One pass through an attention's calls: operands [sequence, head, token, width], how far the logits of a row lie apart and
-        figures of its `rows`, both [sequence, head, query]; equal patterns have all of `rows` in common."""
-        for varying, operand, mask in (
-            (each.queries, queries, query_mask),
-            (each.keys, keys, key_mask),
-            (each.values, values, key_mask),
+        """One pass through an attention's calls, their heads one after the other."""
+        each = self._attending[index]
+
+        def joined(name: str) -> Tensor | None:
+            several = [t for call in calls if (t := getattr(call, name)) is not None]
+            if len(several) < len(calls) or len({(t.shape[0], *t.shape[2:]) for t in several}) != 1:
+                return None
+            return several[0] if len(several) == 1 else torch.cat(several, 1)
+
+        for varying, name, mask in (
+            (each.queries, "queries", query_mask),
+            (each.keys, "keys", key_mask),
+            (each.values, "values", key_mask),
         ):
+            operand = joined(name)
             if operand is not None:
                 varying.add(_by_head(operand, mask))
+        logit_range, mixed = joined("logit_range"), joined("mixed")
         if logit_range is not None:
             largest = _by_head(logit_range.unsqueeze(-1), query_mask).nan_to_num(0, 0, 0).amax((-2, -1)).cpu()
             each.logit_range = largest if each.logit_range is None else torch.maximum(each.logit_range, largest)
-        if mixed is None:
+        known = [call.rows for call in calls if call.rows is not None]
+        if mixed is None or len(known) < len(calls):
             return
+        patterns = [[getattr(rows, name) for rows in known] for name in ("entropy", "max_logit")]
+        rows = [torch.cat(figures, 1) for figures in patterns if all(f is not None for f in figures)]
         found = self._equal_heads(_by_head(mixed, query_mask).double(), rows, query_mask)
         each.copies = found if each.copies is None else each.copies & found
 
@@ -461,8 +477,11 @@ class Activity:
                 found.add((g, h))
         return found
 
-    def contributed(self, each: PartActivity, matrix: Tensor, cloud: Tensor, count: int, mask: Tensor | None) -> None:
-        """What each head adds to each token, beside the stream that entered the block. cloud [sequence, token, mixed]."""
+    def contributed(self, index: int, matrix: Tensor, cloud: Tensor, mask: Tensor | None) -> None:
+        """What each head adds to each token, beside the stream that entered the block: W_O [mixed, width] of what it reads
+        [sequence, token, mixed]."""
+        each = self._attending[index]
+        count = each.heads or 1
         entered = self._entered.get(each.block)
         found = None if entered is None else self._tokens_of(each.block, entered, f"block {each.block}")
         if found is None or found[0].shape[:2] != cloud.shape[:2]:
