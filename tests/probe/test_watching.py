@@ -22,7 +22,8 @@ from uncollapse.probe import sites
 from uncollapse.probe.attention import ATTENTION_MEASURES
 from uncollapse.probe.passes import WATCHED, Observations, Watched, capture
 
-ROWS = ["entropy", "normalized_entropy", "entropy_floor", "max_logit", "rest_entropy", "key_share", "susceptibility"]
+ROWS = ["entropy", "normalized_entropy", "entropy_floor", "max_logit", "rest_entropy", "keys_within_reach"]
+ROWS += ["key_share", "susceptibility"]
 SPECTRA = ["contraction", "spectral_gap", "second_singular_value"]
 
 

@@ -36,6 +36,8 @@ UNUSED_KEYS = 0.19
 CONTRACTION = 0.025
 # Normalised entropy of a row without its strongest key, for the most frozen head.
 REST_ENTROPY = 0.044
+# Share of the keys of a row, without its strongest, whose weight beside the strongest of them is not 0 in single precision.
+WITHIN_REACH = 0.5
 # Mean squared sine between two write spaces, relative to two random ones of the same size.
 DISTINCTNESS = 0.09
 # Dimensions that an output projection forgets beyond what its shape forces, in heads. Not a distance: twice the largest healthy
@@ -352,34 +354,51 @@ def _width_finding(
 
 
 def frozen(observed: Observed) -> Iterator[Reading]:
-    """The entropy of the whole row would mislead: a head that looks only at the first token, or at itself, has none and is
-    healthy. Without that token, the rest of its row is spread like any other. Logits that are too large pick a single winner
-    there too."""
+    """A frozen head has put its other keys out of reach: their weights are 0 beside the strongest of them, and so are their
+    gradients. The entropy of the whole row would mislead: a head that looks only at the first token, or at itself, has none and
+    is healthy. So would the entropy of the rest alone: a head that looks at two fixed positions leaves one clear winner there, and
+    every other key within reach. And so would the reach alone: a bias that falls with distance puts far keys out of reach and
+    spreads the near ones. A head is frozen if both say so.
+
+    Records of before have no reach; there the entropy of the rest decides."""
     for records in _with_different_tokens(observed):
-        measured = [(r, r.rest_entropy.mean) for r in records if r.rest_entropy is not None]
-        if not measured:
+        measured = [(r, _thaw(r), r.rest_entropy.mean) for r in records if r.rest_entropy is not None]
+        judged = [(record, thaw, rest) for record, thaw, rest in measured if thaw is not None]
+        if not judged:
             continue
-        hit = sum(value < REST_ENTROPY for _, value in measured)
-        worst, least = min(measured, key=lambda pair: pair[1])
+        hit = sum(thaw < 1 for _, thaw, _ in judged)
+        worst, least, rest = min(judged, key=lambda each: each[1])
         logit = "" if worst.max_logit is None else f", largest logit {worst.max_logit.mean:.3g}"
+        reach = worst.keys_within_reach
+        lost = "" if reach is None else f"{1 - reach.mean:.0%} of the other keys have a weight of 0 beside it, "
         finding = Finding(
             code="ENTROPY-FROZEN",
             phenomenon="entropy-collapse",
             severity="critical" if 2 * hit >= len(records) else "warning",
             block=worst.block,
             head=worst.head,
-            value=least,
-            threshold=REST_ENTROPY,
+            value=rest if reach is None else reach.mean,
+            threshold=REST_ENTROPY if reach is None else WITHIN_REACH,
             message=f"In {_place(worst.block, worst.stack)}, {hit} of {len(records)} heads are frozen onto single keys by their "
             f"logits. The worst is head {worst.head}: even without the strongest key of each row, one key takes nearly all of "
-            f"the weight (normalised entropy {least:.2g}{logit}).",
+            f"the weight ({lost}normalised entropy {rest:.2g}{logit}).",
             remedy="Lower the learning rate, or bound the logits with query-key normalisation, sigma-reparametrisation or "
             "soft-capping.",
             reference=_ZHAI,
             stack=worst.stack,
             kind=worst.kind,
         )
-        yield Reading(_margin(least, REST_ENTROPY), finding)
+        yield Reading(_margin(least, 1.0), finding)
+
+
+def _thaw(record: AttentionRecord) -> float | None:
+    """How far a head is from frozen, 1 at the threshold: by the keys within reach or by the entropy of the rest, whichever is
+    farther. None where the reach is not known though it was asked for."""
+    assert record.rest_entropy is not None
+    spread = record.rest_entropy.mean / REST_ENTROPY
+    if record.keys_within_reach is not None:
+        return max(spread, record.keys_within_reach.mean / WITHIN_REACH)
+    return None if "keys_within_reach" in record.unavailable else spread
 
 
 def identical_heads(observed: Observed) -> Iterator[Reading]:

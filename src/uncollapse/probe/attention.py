@@ -27,6 +27,7 @@ ATTENTION_MEASURES = [
     "entropy_floor",
     "max_logit",
     "rest_entropy",
+    "keys_within_reach",
     "key_share",
     "value_contraction",
     "susceptibility",
@@ -241,7 +242,15 @@ class Attention:
 
 def _means_over_rows(rows: mixing.RowStatistics) -> dict[str, Tensor]:
     """Of each head in each sequence, [sequence, head]: the mean over its rows, and the largest logit."""
-    means = ["entropy", "normalized_entropy", "entropy_floor", "rest_entropy", "key_share", "susceptibility"]
+    means = [
+        "entropy",
+        "normalized_entropy",
+        "entropy_floor",
+        "rest_entropy",
+        "keys_within_reach",
+        "key_share",
+        "susceptibility",
+    ]
     known = {name: figure for name in means if (figure := getattr(rows, name)) is not None}
     found = {name: figure.double().nanmean(-1) for name, figure in known.items()}
     if rows.max_logit is not None:

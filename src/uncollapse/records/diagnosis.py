@@ -87,7 +87,8 @@ def stacks(trajectory: Sequence[SiteRecord]) -> list[list[SiteRecord]]:
 class AttentionRecord:
     """One head of one attention call. Entropies in nats; logits after scaling, bias and mask, as the softmax saw them.
 
-    `rest_entropy` is the normalised entropy of a row without its strongest key. `key_share` = (exp(entropy) - 1)/(T - 1) is the
+    `rest_entropy` is the normalised entropy of a row without its strongest key, `keys_within_reach` the share of those other keys
+    whose weight beside the strongest of them is not 0 in single precision. `key_share` = (exp(entropy) - 1)/(T - 1) is the
     share of the other T - 1 allowed keys that a row uses besides one. `value_contraction` is ||C A V||_F / ||C V||_F on the
     probe: how much of the spread of the values survives the mixing, at most `contraction` = ||C A||_2. `route` says where the
     figures came from: `logits` (recomputed tile by tile from the queries and keys of a fused call and its own mask or bias; never
@@ -111,6 +112,7 @@ class AttentionRecord:
     second_singular_value: Statistic | None = None
     route: str = ""
     unavailable: dict[str, str] = field(default_factory=dict)
+    keys_within_reach: Statistic | None = None
 
 
 @dataclass(frozen=True)
