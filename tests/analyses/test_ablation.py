@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import uncollapse as uc
 from tests.helpers.families import FAMILIES, inputs_for
 from tests.helpers.tiny_models import text_batch
-from uncollapse.judgement.predictions import verdicts
+from uncollapse.judgement.predictions import rate_without_residual, verdicts
 from uncollapse.judgement.rates import rate
 from uncollapse.records.ablation import AblationRecord, AblationRun, RateRecord
 from uncollapse.records.encoding import from_json
@@ -129,6 +130,53 @@ def test_causal_models_are_judged_by_what_causal_masks_do() -> None:
     assert found.record.is_causal
     predicted = {v.measure: v.predicted for v in found.verdicts}
     assert predicted["consensus_distance"] == "falls geometrically"
+
+
+def without_residual(model: nn.Module, batch: dict[str, Any]) -> AblationRecord:
+    return uc.ablate(model, batches=[batch], without=[("residual",)]).record
+
+
+def falls(record: AblationRecord) -> str:
+    return next(v.predicted for v in record.verdicts if v.measure == "consensus_distance")
+
+
+@pytest.mark.parametrize("name", ["t5", "mpnet", "bert"])
+def test_positions_in_the_logits_are_told_by_what_is_left_at_consensus(name: str) -> None:
+    """With the bias table at zero the same model is predicted to collapse doubly exponentially, as BERT is."""
+    family = FAMILIES[name]
+    model, batch = family.build().double(), inputs_for(family)
+    tables = [module for path, module in model.named_modules() if path.endswith("relative_attention_bias")]
+    with torch.no_grad():
+        for table in tables:
+            table.weight.normal_(0, 2)
+    if not tables:
+        assert falls(without_residual(model, batch)) == "falls doubly exponentially"
+        return
+    if name == "mpnet":  # an encoder, whose pattern is that of the table alone
+        found = without_residual(model, batch)
+        assert falls(found) == "falls geometrically"
+        positions = torch.arange(batch["input_ids"].shape[1])
+        bias = model.encoder.compute_position_bias(batch["input_ids"][..., None].float())[0]
+        assert len(positions) == bias.shape[-1]
+        patterns = bias.double().softmax(-1)
+        centred = patterns - patterns.mean(-2, keepdim=True)
+        expected = torch.linalg.matrix_norm(centred, 2).max().item()
+        assert found.contraction_at_consensus == pytest.approx([expected] * len(model.encoder.layer), rel=1e-6)
+    with torch.no_grad():
+        for table in tables:
+            table.weight.zero_()
+    zeroed = without_residual(model, batch)
+    assert zeroed.contraction_at_consensus is not None
+    if zeroed.is_causal:  # the decoder's mask is still there
+        assert falls(zeroed) == "falls geometrically"
+    else:
+        assert max(zeroed.contraction_at_consensus) < 1e-8
+        assert falls(zeroed) == "falls doubly exponentially"
+
+
+def test_a_pattern_too_weak_to_tell_predicts_no_rate() -> None:
+    assert rate_without_residual(False, [0.02], 1e-7) == ""
+    assert rate_without_residual(True, None, 1e-7) == "geometrically"
 
 
 def test_a_language_model_reports_its_loss() -> None:

@@ -45,6 +45,7 @@ from uncollapse.claims import (
     pgop_recovery,
     query_key_gauge,
     random_residuals_are_geometric,
+    relative_bias_collapse_is_geometric,
     residual_needs_no_mlp,
     residual_obstructs_collapse,
     rmsnorm_rank,
@@ -70,6 +71,7 @@ CLAIMS: dict[str, Claim] = {
     for module in (
         attention_only_collapse,
         causal_collapse_is_geometric,
+        relative_bias_collapse_is_geometric,
         attention_never_gains_rank,
         consensus_is_invariant,
         layernorm_affine_rank,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from uncollapse.judgement.rates import consensus
+from uncollapse.judgement.rates import LOST, consensus
 from uncollapse.records.ablation import AblationRun, RateRecord, VerdictRecord
 from uncollapse.records.diagnosis import followed
 
@@ -18,8 +19,28 @@ _DONG = "Dong, Cordonnier, Loukas 2021, arXiv 2103.03404"
 _CIRRINCIONE = "Cirrincione 2026, arXiv 2604.23681"
 
 
-def verdicts(runs: Sequence[AblationRun], *, is_causal: bool) -> list[VerdictRecord]:
-    """Each prediction that these runs can test, compared with them in rank and in distance."""
+def rate_without_residual(is_causal: bool, at_consensus: Sequence[float] | None, epsilon: float) -> str:
+    """How distances should fall without residual connections: `geometrically` where attention has a pattern of its own once all
+    tokens are equal, `doubly exponentially` where its rows are then equal up to the rounding of logits, and empty in between, where
+    the pattern is too weak to tell within a few blocks.
+
+    `at_consensus` is ||CA||_2 of each attention there; without it only the causal mask is known. `epsilon`: that of the format.
+
+    >>> rate_without_residual(False, [0.4, 0.5], 1e-7), rate_without_residual(False, [1e-9], 1e-7)
+    ('geometrically', 'doubly exponentially')
+    """
+    if at_consensus is None:
+        return "geometrically" if is_causal else "doubly exponentially"
+    if max(at_consensus) <= math.sqrt(epsilon):
+        return "doubly exponentially"
+    return "geometrically" if max(at_consensus) >= LOST else ""
+
+
+def verdicts(
+    runs: Sequence[AblationRun], *, is_causal: bool, at_consensus: Sequence[float] | None = None, epsilon: float = 0.0
+) -> list[VerdictRecord]:
+    """Each prediction that these runs can test, compared with them in rank and in distance. The last three are those of
+    `rate_without_residual`."""
     by_combination = {frozenset(r.without): r for r in runs}
     whole = by_combination[frozenset()]
     found: list[VerdictRecord] = []
@@ -31,7 +52,7 @@ def verdicts(runs: Sequence[AblationRun], *, is_causal: bool) -> list[VerdictRec
         )
     without_residual = by_combination.get(frozenset({"residual"}))
     if without_residual is not None:
-        how = "geometrically" if is_causal else "doubly exponentially"
+        how = rate_without_residual(is_causal, at_consensus, epsilon)
         prediction = "Without residual connections the tokens collapse, with or without MLP and norms"
         found += _held(prediction, _CIRRINCIONE, without_residual, whole, collapses=True, how=how)
     without_norm = by_combination.get(frozenset({"norm"}))

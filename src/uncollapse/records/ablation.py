@@ -65,7 +65,11 @@ class VerdictRecord:
 
 @dataclass(frozen=True)
 class AblationRecord:
-    """What happens to one model without its components; the first run is the whole model."""
+    """What happens to one model without its components; the first run is the whole model.
+
+    `contraction_at_consensus` is ||CA||_2 of each self-attention, in order of depth, if all tokens of a sequence are made equal:
+    0 up to rounding where nothing but the tokens tells keys apart. It is measured where a run goes without residual connections.
+    """
 
     schema: Literal["uncollapse/ablation/1"]
     versions: dict[str, str]
@@ -77,4 +81,5 @@ class AblationRecord:
     verdicts: list[VerdictRecord]
     norms: list[NormRecord]
     updates: list[UpdateRecord]
+    contraction_at_consensus: list[float] | None = None
     anatomy: AnatomyRecord | None = None

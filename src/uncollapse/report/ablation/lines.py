@@ -37,8 +37,8 @@ def print_record(record: AblationRecord, console: Console) -> None:
     say(_caption(record), "dim")
     console.print()
     say(say_it.headline(record), "bold")
-    if record.is_causal:
-        say(say_it.CAUSAL)
+    if sentence := say_it.positions_sentence(record):
+        say(sentence)
     for question in say_it.questions(record):
         console.print()
         _print_question(question, record, console)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from uncollapse.records.ablation import AblationRecord, AblationRun, VerdictRecord
 from uncollapse.records.diagnosis import SiteRecord, followed
 from uncollapse.report import wording
-from uncollapse.report.wording import NAMES, listed
+from uncollapse.report.wording import NAMES, listed, number
 
 ALWAYS_MARKED = ("norm", "residual", "mlp")
 MEASURES = {"affine_rank": "exact rank", "consensus_distance": "consensus distance"}
@@ -26,6 +26,23 @@ CAUSAL = (
     "not move. The others approach it geometrically, in the limit by a factor of ½ per block. Under a full mask all tokens would "
     "converge doubly exponentially."
 )
+
+
+def positions_sentence(record: AblationRecord) -> str:
+    """What a causal mask, or positions in the logits, change about the predicted rate; empty where they change nothing."""
+    if record.is_causal:
+        return CAUSAL
+    kept = max(record.contraction_at_consensus or [0.0])
+    predicted = [
+        v.predicted for v in record.verdicts if v.without == ["residual"] and v.measure == "consensus_distance"
+    ]
+    if "falls doubly exponentially" in predicted or not predicted or not kept:
+        return ""
+    return (
+        "Positions act on the logits of this model: with all tokens made equal, attention still tells keys apart (‖CA‖ up to "
+        f"{number(kept)}). Without residual connections its tokens converge geometrically in the end, at a rate that depends on "
+        "this pattern and on the values. Without such positions they would converge doubly exponentially."
+    )
 
 
 @dataclass(frozen=True)
