@@ -26,7 +26,7 @@ from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.stacks import given_mask, hides
 from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, MaskingStep
-from uncollapse.errors import UnsupportedModel
+from uncollapse.errors import UncollapseError, UnsupportedModel
 from uncollapse.wrappers import bound, rebound, takes
 
 
@@ -135,6 +135,11 @@ def require_order_blind(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, 
             f"without: expected a model proved on input_ids, got {type(model).__name__} on {', '.join(batch) or 'nothing'}. "
             "Positions are taken away from token numbers only. Take away another component."
         )
+    if any(stack.ids_transposed for stack in anatomy.stacks):
+        raise UnsupportedModel(
+            f"without: expected token numbers with the axes sequence, token, got {type(model).__name__} with token, sequence. "
+            "Which axes its position_ids have is then not known. Take away another component."
+        )
     every = frozenset(range(len(anatomy.blocks)))
     tokens = batch["input_ids"].shape[1]
     order = torch.arange(tokens).roll(3)
@@ -143,7 +148,15 @@ def require_order_blind(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, 
     with probing(model), mask_removed(model, anatomy, every), positions_removed(model):
         for given in (batch, permuted):
             with met(model, [(anatomy.blocks[-1].exit, lambda stream: streams.append(stream.detach().clone()))]):
-                model(**given)
+                try:
+                    model(**given)
+                except UncollapseError:
+                    raise
+                except Exception as error:  # the model's own code, told positions in a form it may not know
+                    raise UnsupportedModel(
+                        f"without: expected {type(model).__name__} to run with every token at position 0, got "
+                        f"{type(error).__name__}: {error}. Its position_ids mean something else. Take away another component."
+                    ) from error
     axes = anatomy.blocks[-1].axes
     gap = math.inf
     if axes is not None and len(streams) == 2:

@@ -71,6 +71,10 @@ def head_contributions(
     Y is the output of the projection. If `added_as_is` is False, it is not yet what enters the residual stream: a factor after
     it multiplies all contributions equally, but a norm divides by the size of the whole sum.
 
+    Each product that mixes values counts with its own heads. A difference of two softmaxes that is written as two products,
+    A V - c B V, has twice the heads: those of A first, then those of B, with their factor -c. The sum of the two is one head
+    of the model.
+
     Misleading as a measure of importance: contributions cancel, and the energy of their sum is not the sum of their energies.
     With quantised activations they sum to the output only as far as the projection is linear.
 
@@ -335,7 +339,9 @@ class _Contributor:
         if heads_output is not None and heads_output.ndim == 3 and heads_output.shape[0] % size == 0:
             heads_output = heads_output.unflatten(0, (size, -1))
         width = reading.heads * reading.call.head_width
-        unread = next((call.unreadable for call in reading.block.parts[reading.part].attention if call.unreadable), None)
+        unread = next(
+            (call.unreadable for call in reading.block.parts[reading.part].attention if call.unreadable), None
+        )
         if unread is not None and not _is_read(mixed, heads_output):
             raise UnsupportedModel(
                 f"head_contributions: expected an attention whose heads can be told apart in what its output projection reads, got "
