@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from uncollapse.measures.heads import contribution_energy
-from uncollapse.probe.projections import MOST_ROUNDING, rounding_share
+from uncollapse.probe.projections import MOST_ROUNDING, projected_cloud, rounding_share
 
 HEADS, WIDTH, TOKENS = 4, 64, 50
 
@@ -31,3 +31,13 @@ def test_padded_tokens_do_not_count() -> None:
     before = rounding_share(mixed, torch.eye(WIDTH), energy, mask)
     mixed[:, -1] = 1e4
     assert rounding_share(mixed, torch.eye(WIDTH), energy, mask) == before
+
+
+def test_as_many_tokens_as_sequences_are_told_apart_by_the_heads_or_not_at_all() -> None:
+    heads_output = torch.randn(5, 2, 5, 3, generator=torch.Generator().manual_seed(0))
+    laid = heads_output.transpose(1, 2).flatten(2)
+    for given in (laid, laid.transpose(0, 1)):
+        found = projected_cloud(given, heads_output, 5)
+        assert found is not None
+        assert torch.equal(found, laid)
+        assert projected_cloud(0.5 * given, heads_output, 5) is None  # a gate: nothing tells the axes

@@ -15,8 +15,9 @@ MOST_ROUNDING = 1e-3  # of the heads' energy may be rounding: shares are then go
 
 
 def projected_cloud(mixed: Tensor, heads_output: Tensor | None, batch_size: int) -> Tensor | None:
-    """What the output projection reads as [sequence, token, mixed]. Batch-first as it stands; otherwise the order of its rows
-    is taken from the attention's own output [sequence, head, token, head width], which must be found in it."""
+    """What the output projection reads as [sequence, token, mixed]. Batch-first as it stands; otherwise, and where there are as
+    many tokens as sequences, the order of its rows is taken from the attention's own output [sequence, head, token, head width],
+    which must be found in it. None where that does not tell it."""
     if mixed.ndim == 3 and mixed.shape[0] == batch_size != mixed.shape[1]:
         return mixed
     if heads_output is not None:
@@ -28,7 +29,7 @@ def projected_cloud(mixed: Tensor, heads_output: Tensor | None, batch_size: int)
             first = mixed.reshape(tokens, sequences, -1).transpose(0, 1)
             if torch.equal(first, known):
                 return first
-    return mixed if mixed.ndim == 3 and mixed.shape[0] == batch_size else None
+    return None
 
 
 def rounding_share(mixed: Tensor, matrix: Tensor, energy: Tensor, mask: Tensor | None) -> float:
