@@ -97,12 +97,24 @@ def into_the_stream(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,bkhd->bqd", weights, wide)
 
 
+def distances(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Bloom's: slopes that the model keeps make the operand that baddbmm adds, the mask in it."""
+    size = q.shape[2]
+    distance = (torch.arange(size) - torch.arange(size)[:, None]).abs()
+    bias = causal(-self.talk.diagonal()[:, None, None] * distance)[None].expand(len(q), -1, -1, -1)
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    weights = torch.baddbmm(bias.flatten(0, 1), q, k.mT).softmax(-1)
+    self.seen.append(weights.unflatten(0, (-1, HEADS)))
+    return torch.bmm(weights, v).unflatten(0, (-1, HEADS))
+
+
 STYLES = {
     "heads talk before the softmax": talking(True, False),
     "heads talk behind the softmax": talking(False, True),
     "heads talk before and behind the softmax": talking(True, True),
     "grouped, with a column of zeros": grouped,
     "heads added up by the einsum": into_the_stream,
+    "distances with a mask, added by baddbmm": distances,
 }
 
 
@@ -149,3 +161,15 @@ def test_heads_that_an_einsum_adds_up_are_contributions_by_themselves() -> None:
     want = torch.einsum("bhqk,bkhd->bqhd", weights, wide.unflatten(-1, (HEADS, WIDTH)))
     torch.testing.assert_close(first.contributions, want)
     torch.testing.assert_close(first.contributions.sum(2) + first.bias, added)
+
+
+def test_a_mask_that_is_one_operand_with_a_bias_is_not_taken_away_in_silence() -> None:
+    """What the bias of a forbidden pair would be is not known."""
+    model = StyledModel(distances).eval()
+    batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
+    with (
+        torch.no_grad(),
+        uc.without(model, "mask", batch=batch),
+        pytest.raises(uc.UnsupportedModel, match="also adds a bias"),
+    ):
+        model(**batch)

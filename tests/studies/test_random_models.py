@@ -315,9 +315,7 @@ def test_an_exception_that_is_no_refusal_is_wrong(monkeypatch: pytest.MonkeyPatc
 
 
 # Faults that are known and listed in docs/what-is-proved.md. None may be added; mend one, and take it out of both.
-KNOWN_FAULTS = {
-    261: "a rank at its tolerance: 24 from the map between mixed values and stream, 23 from the products of its weights",
-}
+KNOWN_FAULTS: dict[int, str] = {}
 MOST_NOT_READ = 8  # of the models in a chunk that should be read; the aim is one
 
 

@@ -110,7 +110,13 @@ def _similarities(t: Trace, operand: int) -> list[int]:
     """The products of data with data behind an operand, with no matrix product between; the first found on each way back."""
     reached = behind(t, [operand], lambda i: not t.is_matrix_product(i) and t.nodes[i].operation != FUSED)
     products = sorted(i for i in reached if t.is_data_product(i))
-    return [p for p in products if not any(_is_chosen_weight(t, i) for i in t.nodes[p].inputs)]
+    return [p for p in products if not _has_chosen_weight(t, p)]
+
+
+def _has_chosen_weight(t: Trace, product: int) -> bool:
+    """Whether one of the values that a product multiplies is a weight that the data chose. What `baddbmm` adds is none of them."""
+    node = t.nodes[product]
+    return any(_is_chosen_weight(t, i) for i in node.inputs[node.operation in _ADDING :])
 
 
 def _similarities_behind_maps(t: Trace, operand: int, known: Collection[int]) -> list[int]:
@@ -125,7 +131,7 @@ def _similarities_behind_maps(t: Trace, operand: int, known: Collection[int]) ->
             continue
         seen.add((index, is_mapped, is_peaked))
         if t.is_data_product(index):
-            if is_peaked and not any(_is_chosen_weight(t, i) for i in node.inputs):
+            if is_peaked and not _has_chosen_weight(t, index):
                 found.add(index)
             continue
         if t.is_matrix_product(index):
