@@ -469,7 +469,7 @@ def test_names_are_printed_without_markup_or_control_characters() -> None:
     record = record_of("ablation")
     hostile = replace(record.verdicts[0], observed="[b]z[/b] \x1b[31m")
     text = shown(replace(record, model=replace(record.model, name="[red]x\x07"), verdicts=[hostile]))
-    assert text.startswith("[red]x\n")
+    assert text.startswith("[red]x\\x07\n")
     assert "[b]z[/b]" in text
     assert "\x1b" not in text
 
