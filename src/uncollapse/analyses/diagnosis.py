@@ -86,7 +86,7 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
         )
     trajectory = site_records(observed)
     attention = [record for s in observed.attention for record in attention_records(s, prepared.level)]
-    head_records = heads_records(observed.attention)
+    head_records = heads_records(observed.attention, model)
     updates = update_records(observed.updates)
     described = probe_record(prepared, observed)
     described.options["context_lengths"] = None if context_lengths is None else list(context_lengths)

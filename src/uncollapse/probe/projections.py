@@ -56,6 +56,7 @@ class Projections:
         self._runs: dict[str, int] = {}
         self._mixed: dict[int, Tensor] = {}  # by sublayer: what the heads mixed, until the projection comes
         self._matrices: dict[str, Tensor] = {}
+        self._grams: dict[int, Tensor] = {}  # by sublayer, see `heads.write_grams`
         self._whole_maps: list[_WholeMap] = []
         self._have_whole_maps = False
         # Of a sharded model the whole weights exist only while a block runs, and their memory is freed under whoever kept a view.
@@ -181,7 +182,7 @@ class Projections:
             statistics.reasons |= {"matrix": reason, "energy_share": reason}
             statistics.matrix = None
             return
-        _add_energy(statistics, matrix, cloud, mask)
+        self._add_energy(each.index, matrix, cloud, mask)
 
     def _measure_energy(self, index: int, matrix: Tensor, read: Tensor) -> None:
         """The energy of each head's centred contribution. `read` is what the projection reads."""
@@ -207,14 +208,17 @@ class Projections:
         mask = self.clouds.mask(stack, cloud.shape[1], f"the output projection of block {statistics.block}")
         if mask is not None and mask.shape[0] != cloud.shape[0]:
             mask = None
-        _add_energy(statistics, matrix, cloud, mask)
+        self._add_energy(index, matrix, cloud, mask)
 
-
-def _add_energy(statistics: AttentionStatistics, matrix: Tensor, cloud: Tensor, mask: Tensor | None) -> None:
-    lengths = torch.full(cloud.shape[:1], cloud.shape[1]) if mask is None else mask.sum(-1)
-    statistics.tokens = statistics.tokens.add(lengths)
-    energy = heads.contribution_energy(cloud, matrix, statistics.call.heads, mask)
-    statistics.energy = statistics.energy.add((energy / energy.sum(-1, keepdim=True)).double())
+    def _add_energy(self, index: int, matrix: Tensor, cloud: Tensor, mask: Tensor | None) -> None:
+        statistics = self._statistics[index]
+        lengths = torch.full(cloud.shape[:1], cloud.shape[1]) if mask is None else mask.sum(-1)
+        statistics.tokens = statistics.tokens.add(lengths)
+        count = statistics.call.heads
+        if index not in self._grams:
+            self._grams[index] = heads.write_grams(matrix, count)
+        energy = heads.contribution_energy(cloud, matrix, count, mask, grams=self._grams[index])
+        statistics.energy = statistics.energy.add((energy / energy.sum(-1, keepdim=True)).double())
 
 
 def projected_cloud(mixed: Tensor, heads_output: Tensor | None, batch_size: int) -> Tensor | None:
