@@ -65,3 +65,40 @@ def contribution_energy(outputs, W, heads):
     head_width = W.shape[0] // heads
     cuts = [slice(h * head_width, (h + 1) * head_width) for h in range(heads)]
     return [np.sum((centre @ outputs[:, cut] @ W[cut]) ** 2) for cut in cuts]
+
+
+def storage_tolerance(W, eps):
+    """Up to where a singular value may be rounding, of W stored with relative rounding `eps`."""
+    rows, columns = W.shape
+    if not rows:
+        return 0.0
+    sigma = np.linalg.svd(W, compute_uv=False)
+    return eps * np.linalg.norm(W) * (rows**-0.5 + columns**-0.5) + max(rows, columns) * 2.0**-52 * sigma[0]
+
+
+def write_space_figures(W, heads, eps):
+    """Rank of W, condition number, noise gains and overlaps of the write spaces, by singular values alone."""
+    bases = []
+    for block in np.split(W, heads):
+        _, sigma, rows = np.linalg.svd(block, full_matrices=False)
+        bases.append(rows[sigma > storage_tolerance(block, eps)])
+    stack = np.concatenate(bases)
+    left, sigma, _ = np.linalg.svd(stack, full_matrices=False)
+    cut = storage_tolerance(stack, eps)
+    kept = sigma > cut
+    condition = sigma[0] / sigma[-1] if 0 < len(stack) <= W.shape[1] and kept.all() else math.inf
+    gains, start = [], 0
+    for basis in bases:
+        own = left[start : start + len(basis), kept]
+        start += len(basis)
+        if not len(basis):
+            gains.append(0.0)
+        elif len(basis) - np.sum(own**2) > cut and kept.sum() < len(stack):
+            gains.append(math.inf)
+        else:
+            gains.append(np.linalg.norm(own / sigma[kept], 2))
+    overlaps = [
+        [np.sum((a @ b.T) ** 2) / min(len(a), len(b)) if len(a) and len(b) else math.nan for b in bases] for a in bases
+    ]
+    rank = int((np.linalg.svd(W, compute_uv=False) > storage_tolerance(W, eps)).sum())
+    return {"rank": rank, "condition": condition, "gains": np.array(gains), "overlaps": np.array(overlaps)}

@@ -91,7 +91,7 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
         )
     trajectory = site_records(observed)
     attention = [record for s in observed.attention for record in attention_records(s, prepared.level)]
-    head_records = heads_records(observed.attention)
+    head_records = heads_records(observed.attention, model)
     updates = update_records(observed.updates)
     parts, embeddings = part_records(observed.parts), embedding_records(observed.embeddings)
     # Only where something looks as at the start of training are the weights asked whether it is the start.

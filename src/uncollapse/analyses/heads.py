@@ -68,7 +68,7 @@ def identify(
     prepared = prepare(identify, model, texts, probe)
     with float64_kept(prepared.loaded.model):
         observed = prepared.captured(watch={"attention", "projections"}, progress=prepared.progress)
-    heads = heads_records(observed.attention)
+    heads = heads_records(observed.attention, prepared.loaded.model)
     fired = findings.findings(site_records(observed), [], heads)
     return Identifiability(
         IdentifiabilityRecord(

@@ -7,18 +7,22 @@ that computes the same function: the value-output gauge changes none of them. Fo
 
 from __future__ import annotations
 
+import copy
 import math
+import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Point
 from uncollapse.anatomy.probing import full_precision
 from uncollapse.anatomy.vocabulary import ModuleCall
 from uncollapse.measures import heads
 from uncollapse.measures.random_projections import random_noise_gain
+from uncollapse.measures.write_spaces import WriteSpaces
 from uncollapse.probe.attention import AttentionStatistics
 from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import HeadsRecord
@@ -40,13 +44,30 @@ FROM_WEIGHTS = (
 _ROUNDED_SUM = 0.01  # weights in half precision sum to one so far
 
 
-def heads_records(attention: Sequence[AttentionStatistics]) -> list[HeadsRecord]:
-    """One record for each attention call. A projection that several blocks share is decomposed once."""
-    known: dict[object, dict[str, Any]] = {}
+@dataclass(frozen=True)
+class _Known:
+    """What the weights of an output projection said, and by what they are known again."""
+
+    heads: int
+    marks: tuple[Tensor, Tensor]
+    figures: dict[str, Any]
+
+    def is_of(self, heads: int, marks: tuple[Tensor, Tensor]) -> bool:
+        both = zip(self.marks, marks, strict=True)
+        return self.heads == heads and all(a.device == b.device and torch.equal(a, b) for a, b in both)
+
+
+_remembered: weakref.WeakKeyDictionary[nn.Module, dict[object, _Known]] = weakref.WeakKeyDictionary()
+
+
+def heads_records(attention: Sequence[AttentionStatistics], model: nn.Module | None = None) -> list[HeadsRecord]:
+    """One record for each attention call. A projection that several blocks share is decomposed once. What its weights say is
+    remembered for `model` as long as it lives, and computed anew when they have changed."""
+    known = {} if model is None else _remembered.setdefault(model, {})
     return [_heads_record(statistics, known) for statistics in attention]
 
 
-def _heads_record(statistics: AttentionStatistics, known: dict[object, dict[str, Any]]) -> HeadsRecord:
+def _heads_record(statistics: AttentionStatistics, known: dict[object, _Known]) -> HeadsRecord:
     call, reasons = statistics.call, statistics.reasons
     unavailable: dict[str, str] = {}
     figures: dict[str, Any] = dict.fromkeys(FROM_WEIGHTS) | {"width": 0, "gauge_dimension": None}
@@ -55,13 +76,15 @@ def _heads_record(statistics: AttentionStatistics, known: dict[object, dict[str,
         unavailable |= dict.fromkeys([*FROM_WEIGHTS, "gauge_dimension"], reason)
     else:
         projection = call.projection
-        place: object = projection.name if isinstance(projection, ModuleCall) else object()
+        place: object = projection.name if isinstance(projection, ModuleCall) else (statistics.block, statistics.kind)
         if isinstance(projection, Point):
             place = replace(projection, call=None)
-        if place not in known:
-            with full_precision(statistics.matrix):
-                known[place] = _weight_figures(statistics.matrix, call.heads)
-        figures |= known[place]
+        with full_precision(statistics.matrix):
+            marks, last = _marks(statistics.matrix), known.get(place)
+            if last is None or not last.is_of(call.heads, marks):
+                last = _Known(call.heads, marks, _weight_figures(statistics.matrix, call.heads))
+                known[place] = last
+        figures |= copy.deepcopy(last.figures)  # a record's lists are its own
         if figures["kernel_dimension"] is None:
             reason = "NaN or infinity in the output projection"
             unavailable |= dict.fromkeys([*FROM_WEIGHTS, "gauge_dimension"], reason)
@@ -94,11 +117,24 @@ def _heads_record(statistics: AttentionStatistics, known: dict[object, dict[str,
     )
 
 
+def _marks(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """By what a matrix is known again, in two readings of it: the sums of its rows' bits, and a random mixture of its columns.
+
+    No version counter is asked. Writing through `.data` does not move it, and a new tensor may lie where the old one lay.
+    """
+    laid = matrix.T if matrix.T.is_contiguous() else matrix.contiguous()
+    width, size = laid.shape[1], laid.element_size()
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[math.gcd(width * size, laid.storage_offset() * size, 8)]
+    generator = torch.Generator().manual_seed(width)
+    mixing = torch.randn(width, generator=generator, dtype=torch.float64).to(laid.device, laid.dtype)
+    return laid.view(whole).sum(1, dtype=torch.int64), laid @ mixing
+
+
 def _weight_figures(matrix: Tensor, count: int) -> dict[str, Any]:
     """What W_O [mixed, width] alone says about its `count` heads."""
     if not bool(matrix.isfinite().all()):
         return {"width": matrix.shape[1]}
-    spaces = heads.WriteSpaces(matrix, count)
+    spaces = WriteSpaces(matrix, count)
     kernel = matrix.shape[0] - spaces.rank
     conditioning = heads.conditioning(spaces, count)
     gains = [float(gain) for gain in heads.head_noise_gain(spaces, count)]

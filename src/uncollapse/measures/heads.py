@@ -16,7 +16,6 @@ When not to use it: to cut the output of the projection into heads. By then the 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Literal
@@ -28,12 +27,23 @@ from torch.nn.functional import normalize
 
 from uncollapse.errors import InputError
 from uncollapse.measures.random_projections import beside_random
-from uncollapse.measures.storage_noise import storage_noise
+from uncollapse.measures.write_spaces import (
+    WriteSpaces as WriteSpaces,
+)
+from uncollapse.measures.write_spaces import (
+    computed_in,
+    described,
+    float64_matrix,
+    numerical_rank,
+    row_blocks,
+    tolerance,
+)
 
 LayerNormBefore = Literal["centred", "shifted"]  # what the attention reads: sum_i beta_i / gamma_i is 0, or not
 
 # bfloat16 rounds by 2^-8 = 0.4 %. Ten times that is 4 %: a head's share is still right to a few per cent.
 CARE_GAIN = 10.0
+_CLOSE = 0.7  # the cosine from which on an angle is taken from its sine: its own cosine has lost digits
 
 
 def ambiguous_degrees_of_freedom(heads: int, head_width: int, tokens: int = 1) -> int:
@@ -71,48 +81,8 @@ def kernel_dimension(output_projection: Float[Tensor, "mixed width"], tokens: in
 
     Linear algebra; the question is that of arXiv 2604.23681. Raises `InputError` for anything but a finite matrix.
     """
-    W = _matrix("kernel_dimension", output_projection)
-    return tokens * (W.shape[0] - _rank(W, _computed_in(W)))
-
-
-class WriteSpaces:
-    """An output projection, decomposed once. Each of the figures below takes it in place of the matrix.
-
-    `bases` are orthonormal rows [head, direction, width] spanning row(W_h), zero beyond the rank, `ranks` [head] their
-    numbers, `rank` that of W_O, `stack` the singular vectors and values (U, sigma) of all bases on top of each other. All in
-    float64, ranks as in `kernel_dimension`.
-
-    >>> spaces = WriteSpaces(torch.eye(4), heads=2)
-    >>> conditioning(spaces, heads=2), contribution_ambiguity(spaces, heads=2)
-    (1.0, 0)
-
-    Raises `InputError` as `contribution_ambiguity` does.
-    """
-
-    def __init__(
-        self, output_projection: Float[Tensor, "mixed width"], heads: int, *, name: str = "WriteSpaces"
-    ) -> None:
-        self.blocks = _blocks(name, output_projection, heads)
-        self.dtype, self.heads = _computed_in(self.blocks), heads
-        _, sigma, rows = torch.linalg.svd(self.blocks, full_matrices=False)
-        kept = torch.stack([s > _tolerance(b, s[0], self.dtype) for b, s in zip(self.blocks, sigma, strict=True)])
-        self.bases, self.ranks = rows * kept[..., None], kept.sum(-1)
-
-    @functools.cached_property
-    def rank(self) -> int:
-        """The rank of W_O."""
-        return _rank(self.blocks.flatten(0, 1), self.dtype)
-
-    @functools.cached_property
-    def stack(self) -> tuple[Tensor, Tensor]:
-        """U and sigma of the stacked bases, without their zero rows."""
-        left, sigma, _ = torch.linalg.svd(self.stacked, full_matrices=False)
-        return left, sigma
-
-    @property
-    def stacked(self) -> Tensor:
-        """The bases on top of each other [direction, width]."""
-        return torch.cat([basis[: int(rank)] for basis, rank in zip(self.bases, self.ranks, strict=True)])
+    W = float64_matrix("kernel_dimension", output_projection)
+    return tokens * (W.shape[0] - numerical_rank(W, computed_in(W)))
 
 
 def _decomposed(name: str, output_projection: Tensor | WriteSpaces, heads: int) -> WriteSpaces:
@@ -274,10 +244,9 @@ def write_space_overlap(
     Raises `InputError` as `contribution_ambiguity` does.
     """
     spaces = _decomposed("write_space_overlap", output_projection, heads)
-    bases, ranks = spaces.bases, spaces.ranks
-    flat = bases.flatten(0, 1)
-    cosines = (flat @ flat.T).square().view(heads, bases.shape[1], heads, bases.shape[1]).sum((1, 3))
-    return cosines / torch.minimum(ranks[:, None], ranks)
+    size, ranks = spaces.bases.shape[1], spaces.ranks
+    shared = spaces.cosines.square().view(heads, size, heads, size).sum((1, 3))
+    return shared / torch.minimum(ranks[:, None], ranks)
 
 
 def principal_angles(
@@ -331,13 +300,19 @@ def smallest_principal_angle(
     """
     spaces = _decomposed("smallest_principal_angle", output_projection, heads)
     bases, ranks = spaces.bases, spaces.ranks
+    size = bases.shape[1]
+    cosines = spaces.cosines.view(heads, size, heads, size).transpose(1, 2)
     angles = bases.new_zeros(heads, heads)
     for h in range(heads - 1):
-        others = bases[h + 1 :]
-        nearest = torch.linalg.svd(bases[h] @ others.mT).U[..., :1].mT @ bases[h]  # [head, 1, width]
-        inside = nearest @ others.mT @ others
-        sines, cosines = ((x.norm(dim=(-2, -1))) for x in (nearest - inside, inside))
-        angles[h, h + 1 :] = angles[h + 1 :, h] = torch.atan2(sines, cosines)
+        nearest = torch.linalg.svdvals(cosines[h, h + 1 :])[:, 0]
+        found = nearest.clamp(max=1).acos()
+        close = nearest > _CLOSE
+        if bool(close.any()):
+            others = bases[h + 1 :][close]
+            direction = torch.linalg.svd(cosines[h, h + 1 :][close]).U[..., :1].mT @ bases[h]  # [head, 1, width]
+            inside = direction @ others.mT @ others
+            found[close] = torch.atan2((direction - inside).norm(dim=(-2, -1)), inside.norm(dim=(-2, -1)))
+        angles[h, h + 1 :] = angles[h + 1 :, h] = found
     silent = ranks == 0
     return angles.masked_fill(silent[:, None] | silent, math.nan)
 
@@ -364,8 +339,8 @@ def conditioning(output_projection: Float[Tensor, "mixed width"] | WriteSpaces, 
     Singular values as noise gains: any text on least squares, for instance Golub and Van Loan, Matrix Computations.
     Raises `InputError` as `contribution_ambiguity` does.
     """
-    ends = _ends(_decomposed("conditioning", output_projection, heads))
-    return math.inf if ends is None else ends[0] / ends[1]
+    spaces = _decomposed("conditioning", output_projection, heads)
+    return float(spaces.largest / spaces.least) if spaces.are_independent else math.inf
 
 
 def absolute_noise_gain(output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int) -> float:
@@ -383,18 +358,8 @@ def absolute_noise_gain(output_projection: Float[Tensor, "mixed width"] | WriteS
 
     Golub and Van Loan, Matrix Computations. Raises `InputError` as `contribution_ambiguity` does.
     """
-    ends = _ends(_decomposed("absolute_noise_gain", output_projection, heads))
-    return math.inf if ends is None else 1 / ends[1]
-
-
-def _ends(spaces: WriteSpaces) -> tuple[float, float] | None:
-    """The largest and the smallest singular value of the stacked bases; `None` where these are dependent."""
-    stack = spaces.stacked
-    if not 0 < stack.shape[0] <= stack.shape[1]:
-        return None
-    _, sigma = spaces.stack
-    dependent = sigma[-1] <= _tolerance(stack, sigma[0], spaces.dtype)
-    return None if dependent else (float(sigma[0]), float(sigma[-1]))
+    spaces = _decomposed("absolute_noise_gain", output_projection, heads)
+    return float(1 / spaces.least) if spaces.are_independent else math.inf
 
 
 def head_noise_gain(
@@ -419,21 +384,7 @@ def head_noise_gain(
     Ipsen and Meyer, The angle between complementary subspaces, 1995.
     Raises `InputError` as `contribution_ambiguity` does.
     """
-    spaces = _decomposed("head_noise_gain", output_projection, heads)
-    sizes = [int(rank) for rank in spaces.ranks]
-    stack = spaces.stacked
-    gains = stack.new_zeros(heads)
-    if not len(stack):
-        return gains
-    left, sigma = spaces.stack
-    tolerance = _tolerance(stack, sigma[0], spaces.dtype)
-    kept = left[:, sigma > tolerance]
-    scaled = kept / sigma[: kept.shape[1]]
-    for h, (size, directions, amplified) in enumerate(zip(sizes, kept.split(sizes), scaled.split(sizes), strict=True)):
-        if size:
-            cut = size - float(directions.square().sum()) if kept.shape[1] < len(stack) else 0.0  # lies in what was cut
-            gains[h] = math.inf if cut > tolerance else torch.linalg.matrix_norm(amplified, 2)
-    return gains
+    return _decomposed("head_noise_gain", output_projection, heads).gains
 
 
 def write_grams(
@@ -563,7 +514,7 @@ def attribution_verdict(kernel_dimension: int, conditioning: float, random: Sequ
 
 
 def _grams(name: str, output_projection: Tensor, heads: int) -> Tensor:
-    blocks = _blocks(name, output_projection, heads, finite=False)
+    blocks = row_blocks(name, output_projection, heads, finite=False)
     return blocks @ blocks.mT
 
 
@@ -581,14 +532,14 @@ def _energy(
     if head_outputs.ndim < 2 or head_outputs.shape[-1] != grams.shape[0] * grams.shape[1] or grams.shape[0] != heads:
         raise InputError(
             f"{name}: expected head_outputs[..., token, mixed] with mixed = {output_projection.shape[0]} = "
-            f"heads x head_width, heads = {heads}, got {_shape(head_outputs)} and grams {_shape(grams)}. "
+            f"heads x head_width, heads = {heads}, got {described(head_outputs)} and grams {described(grams)}. "
             "These may be the outputs of the projection, or grams of another one. "
             "Pass the projection's input and write_grams(output_projection, heads)."
         )
     if mask is not None and (mask.dtype != torch.bool or mask.shape != head_outputs.shape[:-1]):
         raise InputError(
             f"{name}: expected boolean mask[..., token] = {list(head_outputs.shape[:-1])}, got "
-            f"{_shape(mask)}. It may be an integer attention mask. Pass mask.bool(), True for real tokens."
+            f"{described(mask)}. It may be an integer attention mask. Pass mask.bool(), True for real tokens."
         )
     O = head_outputs.detach().to(torch.promote_types(head_outputs.dtype, torch.float32))
     # centred before the Gram: the common part of the tokens would drown the rest
@@ -605,58 +556,9 @@ def _energy(
 
 def _gate_spectrum(name: str, gates: Tensor, tol: float | None) -> tuple[Tensor, int]:
     """The singular values of the gates, and how many stand above the tolerance."""
-    G = _matrix(name, gates)
+    G = float64_matrix(name, gates)
     sigma = torch.linalg.svdvals(G)
-    return sigma, int((sigma > (_tolerance(G, sigma[0], gates.dtype) if tol is None else tol)).sum())
-
-
-def _computed_in(W: Tensor) -> torch.dtype:
-    """The format whose rounding counts as noise in a computation with these numbers: float32 if it holds all of them exactly.
-
-    Not the format of storage: a model in bfloat16 can be computed with in float32, and its numbers are then the same.
-    """
-    return torch.float32 if bool((W.float().double() == W).all()) else torch.float64
-
-
-def _rank(W: Tensor, dtype: torch.dtype) -> int:
-    sigma = torch.linalg.svdvals(W)
-    return int((sigma > _tolerance(W, sigma[0], dtype)).sum())
-
-
-def _tolerance(W: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """What rounding to `dtype` and a decomposition in float64 may leave in the place of a singular value that is 0."""
-    rows, columns = W.shape
-    stored = storage_noise(torch.finfo(dtype).eps, torch.linalg.matrix_norm(W), rows, columns)
-    return stored + max(rows, columns) * torch.finfo(torch.float64).eps * largest
-
-
-def _matrix(name: str, W: Tensor, finite: bool = True) -> Tensor:
-    if W.ndim != 2 or not W.is_floating_point() or not W.numel():
-        raise InputError(
-            f"{name}: expected a floating-point matrix [row, column], got {_shape(W)}. "
-            "Quantised weights have no such matrix. Pass the dense weight, [mixed, width] for an output projection."
-        )
-    if finite and not bool(W.isfinite().all()):
-        raise InputError(
-            f"{name}: expected finite numbers in {_shape(W)}, got NaN or infinity. "
-            "Training may have diverged. Pass the weights of an earlier checkpoint."
-        )
-    return W.detach().double()
-
-
-def _blocks(name: str, W: Tensor, heads: int, finite: bool = True) -> Tensor:
-    """The row blocks [head, head_width, width] in float64."""
-    matrix = _matrix(name, W, finite)
-    if heads < 1 or matrix.shape[0] % heads:
-        raise InputError(
-            f"{name}: expected output_projection[mixed, width] with mixed a multiple of heads = {heads}, got "
-            f"{_shape(W)}. nn.Linear stores the transpose, [width, mixed]. Pass linear.weight.T."
-        )
-    return matrix.view(heads, -1, matrix.shape[1])
-
-
-def _shape(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+    return sigma, int((sigma > (tolerance(G, sigma[0], gates.dtype) if tol is None else tol)).sum())
 
 
 def gauge_of_gates(gates: Float[Tensor, "position head"], head_width: int, tol: float | None = None) -> int:
@@ -680,7 +582,7 @@ def gauge_of_gates(gates: Float[Tensor, "position head"], head_width: int, tol: 
     """
     if gates.ndim != 2 or not gates.is_floating_point() or not gates.numel():
         raise InputError(
-            f"gauge_of_gates: expected positive gates[position, head] in floating point, got {_shape(gates)}. "
+            f"gauge_of_gates: expected positive gates[position, head] in floating point, got {described(gates)}. "
             "A single position has an axis of its own, too. Pass gates[None].float()."
         )
     if not bool((gates.isfinite() & (gates > 0)).all()):

@@ -60,6 +60,7 @@ class Projections:
         self._runs: dict[str, int] = {}
         self._mixed: dict[int, Tensor] = {}  # by sublayer: what the heads mixed, until the projection comes
         self._matrices: dict[str, Tensor] = {}
+        self._grams: dict[int, Tensor] = {}  # by sublayer, see `heads.write_grams`
         self._whole_maps: list[_WholeMap] = []
         self._have_whole_maps = False
         # Of a sharded model the whole weights exist only while a block runs, and their memory is freed under whoever kept a view.
@@ -217,7 +218,10 @@ class Projections:
         statistics = self._statistics[index]
         lengths = torch.full(cloud.shape[:1], cloud.shape[1]) if mask is None else mask.sum(-1)
         statistics.tokens = statistics.tokens.add(lengths)
-        energy = heads.contribution_energy(cloud, matrix, statistics.call.heads, mask)
+        count = statistics.call.heads
+        if index not in self._grams:
+            self._grams[index] = heads.write_grams(matrix, count)
+        energy = heads.contribution_energy(cloud, matrix, count, mask, grams=self._grams[index])
         if self._contributed is not None:
             self._contributed(index, matrix, cloud, mask)
         if rounding_share(cloud, matrix, energy, mask) > MOST_ROUNDING:

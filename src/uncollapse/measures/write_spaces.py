@@ -1,0 +1,286 @@
+"""The spaces that the heads of an output projection write into, from products instead of a decomposition of the whole matrix.
+
+Each head's rows are orthonormalised by themselves (QR). One more QR, of the bases on top of each other, has an inverse whose rows
+give every noise gain: (S S^T)^-1 = R^-1 R^-T for S^T = Q R, and a head's gain is the norm of its rows of R^-1. This loses
+kappa(S) eps_64, where a Gram matrix would lose kappa(S)^2 eps_64: 1e-9 at the largest condition number that is trusted here,
+`LARGEST_CONDITION`. Ranks are settled by lower bounds with room to spare. Whatever lies near a tolerance, or beyond that
+condition number, is left to the singular value decomposition.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from uncollapse.errors import InputError
+from uncollapse.measures.storage_noise import storage_noise
+
+LARGEST_CONDITION = 1e7
+ROOM = 2.0  # a bound settles a comparison with a tolerance if it holds by this factor
+
+_EPS_64 = torch.finfo(torch.float64).eps
+_SMALL = 512  # up to this size all eigenvalues cost no more than the largest
+_COLUMNS, _STEPS, _CHECKED = (
+    8,
+    60,
+    5,
+)  # of a block Krylov space: columns of a block, blocks, and blocks between two checks
+_CONVERGED = 1e-8  # ||A x - theta x|| / theta
+_LEAST_VECTORS, _ITERATIONS = 16, 6
+
+
+class WriteSpaces:
+    """An output projection, decomposed once. Each of the figures of `heads` takes it in place of the matrix.
+
+    `bases` are orthonormal rows [head, direction, width] spanning row(W_h), zero beyond the rank, `ranks` [head] their
+    numbers, `rank` that of W_O. `cosines` [direction, direction] are the products of all bases, B B^T; `largest` and `least`
+    the ends of the singular values of the bases on top of each other; `gains` [head] the noise gains of `head_noise_gain`. All
+    in float64, ranks as in `kernel_dimension`.
+
+    >>> spaces = WriteSpaces(torch.eye(4), heads=2)
+    >>> spaces.rank, spaces.gains
+    (4, tensor([1., 1.], dtype=torch.float64))
+
+    Raises `InputError` as `contribution_ambiguity` does.
+    """
+
+    def __init__(self, output_projection: Tensor, heads: int, *, name: str = "WriteSpaces") -> None:
+        self.blocks = row_blocks(name, output_projection, heads)
+        self.dtype, self.heads = computed_in(self.blocks), heads
+        columns, corners = torch.linalg.qr(self.blocks.mT)
+        sigma = torch.linalg.svdvals(corners)
+        cuts = torch.stack([tolerance(b, s[0], self.dtype) for b, s in zip(self.blocks, sigma, strict=True)])
+        self.bases, kept = columns.mT.contiguous(), torch.ones_like(sigma, dtype=torch.bool)
+        unclear = (sigma[:, -1] <= ROOM * cuts).nonzero().flatten()
+        if len(unclear):
+            _, found, rows = torch.linalg.svd(self.blocks[unclear], full_matrices=False)
+            kept[unclear] = found > cuts[unclear, None]
+            self.bases[unclear] = rows * kept[unclear, :, None]
+        self.ranks = kept.sum(-1)
+        self._least_of_heads = sigma[:, -1].min()
+
+    # Singular values ----------------------------------------------------------------------------------------------
+    @functools.cached_property
+    def stacked(self) -> Tensor:
+        """The bases on top of each other [direction, width], without their zero rows."""
+        if bool((self.ranks == self.bases.shape[1]).all()):
+            return self.bases.flatten(0, 1)
+        return torch.cat([basis[: int(rank)] for basis, rank in zip(self.bases, self.ranks, strict=True)])
+
+    @functools.cached_property
+    def stack(self) -> tuple[Tensor, Tensor]:
+        """U and sigma of the stacked bases: what everything below falls back on."""
+        left, sigma, _ = torch.linalg.svd(self.stacked, full_matrices=False)
+        return left, sigma
+
+    @functools.cached_property
+    def cosines(self) -> Tensor:
+        flat = self.bases.flatten(0, 1)
+        return flat @ flat.T
+
+    @functools.cached_property
+    def _corner(self) -> Tensor:
+        """The triangle R of the smaller side: S^T = Q R, or S = Q R where the stack is taller than wide."""
+        rows, width = self.stacked.shape
+        return torch.linalg.qr(self.stacked.T if rows <= width else self.stacked, mode="r").R
+
+    @functools.cached_property
+    def _inverse(self) -> Tensor | None:
+        """R^-1; None where R is singular to the last digit."""
+        corner = self._corner
+        eye = torch.eye(len(corner), dtype=corner.dtype, device=corner.device)
+        found = torch.linalg.solve_triangular(corner, eye, upper=True)
+        return found if bool(found.isfinite().all()) else None
+
+    @functools.cached_property
+    def largest(self) -> Tensor:
+        """The largest singular value of the stacked bases."""
+        cosines = self.cosines
+        return _largest_eigenvalue(lambda x: cosines @ x, cosines).sqrt()
+
+    @functools.cached_property
+    def least(self) -> Tensor:
+        """The least singular value of the stacked bases."""
+        inverse = self._inverse
+        if inverse is not None:
+            found = _largest_eigenvalue(lambda x: inverse @ (inverse.T @ x), inverse).rsqrt()
+            if bool(found.isfinite()) and float(self.largest / found) <= LARGEST_CONDITION:
+                return found
+        return self.stack[1][-1]
+
+    @functools.cached_property
+    def tolerance(self) -> Tensor:
+        """Up to where a singular value of the stacked bases may be rounding."""
+        return tolerance(self.stacked, self.largest, self.dtype)
+
+    @functools.cached_property
+    def are_independent(self) -> bool:
+        """Whether the write spaces are linearly independent; not so where no head writes anything."""
+        rows, width = self.stacked.shape
+        if not 0 < rows <= width:
+            return False
+        least, cut = float(self.least), float(self.tolerance)
+        if not cut / ROOM < least < ROOM * cut:
+            return least > cut
+        return float(self.stack[1][-1]) > cut
+
+    @functools.cached_property
+    def rank(self) -> int:
+        """The rank of W_O. sigma_min(W_O) >= min_h sigma_min(W_h) sigma_min(S), which settles full rank."""
+        W = self.blocks.flatten(0, 1)
+        size, full = torch.linalg.matrix_norm(W), min(W.shape)
+        if bool((self.ranks == self.blocks.shape[1]).all()):
+            cut = tolerance(W, size, self.dtype)  # the norm is no less than the largest singular value
+            if bool(self._least_of_heads * self.least > ROOM * cut):
+                return full
+        return numerical_rank(W, self.dtype)
+
+    # Gains --------------------------------------------------------------------------------------------------------
+    @functools.cached_property
+    def gains(self) -> Tensor:
+        """1 / sin of the smallest angle between each head's write space and the sum of all others, see `head_noise_gain`."""
+        if not len(self.stacked):
+            return self.stacked.new_zeros(self.heads)
+        if self.are_independent and float(self.largest / self.least) <= LARGEST_CONDITION and self._inverse is not None:
+            return self._norms_of_heads(self._inverse)
+        if not self.are_independent and bool((self.ranks > 0).all()) and self._all_undetermined():
+            return self.stacked.new_full((self.heads,), math.inf)
+        return self._gains_by_decomposition()
+
+    def _norms_of_heads(self, rows: Tensor) -> Tensor:
+        """The spectral norm of each head's rows; 0 for a head without any."""
+        norms = rows.new_zeros(self.heads)
+        for h, own in enumerate(rows.split(self.ranks.tolist())):
+            if len(own):
+                norms[h] = torch.linalg.eigvalsh(own @ own.T)[-1].sqrt()
+        return norms
+
+    def _all_undetermined(self) -> bool:
+        """Whether every head lies, by more than the tolerance, in directions of the stack that are cut off. False where a lower
+        bound does not show it."""
+        stack, cut = self.stacked, float(self.tolerance)
+        sizes = self.ranks.tolist()
+        rows, width = stack.shape
+        if rows > width:
+            # What is kept lies in the columns of Q, so that at least the rest of a head is cut off.
+            shares = [
+                size - float(q.square().sum())
+                for size, q in zip(sizes, torch.linalg.qr(stack).Q.split(sizes), strict=True)
+            ]
+            return min(shares) > ROOM * cut
+        inverse, corner = self._inverse, self._corner
+        if inverse is None:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(rows, min(_LEAST_VECTORS, rows), generator=generator, dtype=torch.float64).to(stack.device)
+        for _ in range(_ITERATIONS):
+            x = torch.linalg.qr(inverse @ (inverse.T @ torch.linalg.qr(x).Q)).Q
+        image = corner @ x
+        squares, turn = torch.linalg.eigh(image.T @ image)
+        below = squares.clamp(min=0).sqrt() < cut / ROOM
+        x, squares = x @ turn[:, below], squares[below]
+        if not len(squares):
+            return False
+        # A vector u with S S^T u = lambda u + r has at most ||r|| / (cut^2 - lambda) outside of what is cut off.
+        residual = float((corner.T @ (corner @ x) - x * squares).norm())
+        outside = residual / (cut**2 - float(squares.max()))
+        return all((float(u.norm()) - outside) ** 2 > ROOM * cut and float(u.norm()) > outside for u in x.split(sizes))
+
+    def _gains_by_decomposition(self) -> Tensor:
+        gains = self.stacked.new_zeros(self.heads)
+        sizes = self.ranks.tolist()
+        left, sigma = self.stack
+        cut = tolerance(self.stacked, sigma[0], self.dtype)
+        kept = left[:, sigma > cut]
+        scaled = kept / sigma[: kept.shape[1]]
+        for h, (size, directions, amplified) in enumerate(
+            zip(sizes, kept.split(sizes), scaled.split(sizes), strict=True)
+        ):
+            if size:
+                lost = size - float(directions.square().sum()) if kept.shape[1] < len(left) else 0.0
+                gains[h] = math.inf if lost > cut else torch.linalg.matrix_norm(amplified, 2)
+        return gains
+
+
+def _largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """Of a positive semi-definite map of as many dimensions as `like` has rows: by a block Krylov space until the residual is
+    small, which bounds the error."""
+    n = len(like)
+    if n > _SMALL:
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(n, _COLUMNS, generator=generator, dtype=torch.float64).to(like.device)
+        blocks, images = [torch.linalg.qr(start).Q], []
+        for step in range(1, _STEPS + 1):
+            images.append(apply(blocks[-1]))
+            basis = torch.cat(blocks, 1)
+            if step % _CHECKED == 0:
+                image = torch.cat(images, 1)
+                values, vectors = torch.linalg.eigh(basis.T @ image)
+                best = vectors[:, -1]
+                residual = (image @ best - values[-1] * (basis @ best)).norm()
+                if bool(residual <= _CONVERGED * values[-1]):
+                    return values[-1]
+            new = images[-1]
+            for _ in range(2):  # once is not enough in floating point
+                new = new - basis @ (basis.T @ new)
+            blocks.append(torch.linalg.qr(new).Q)
+    whole = apply(torch.eye(n, dtype=torch.float64, device=like.device))
+    return torch.linalg.eigvalsh((whole + whole.T) / 2)[-1]
+
+
+# Matrices -----------------------------------------------------------------------------------------------------------
+
+
+def computed_in(W: Tensor) -> torch.dtype:
+    """The format whose rounding counts as noise in a computation with these numbers: float32 if it holds all of them exactly.
+
+    Not the format of storage: a model in bfloat16 can be computed with in float32, and its numbers are then the same.
+    """
+    return torch.float32 if bool((W.float().double() == W).all()) else torch.float64
+
+
+def numerical_rank(W: Tensor, dtype: torch.dtype) -> int:
+    """How many singular values of W stand above the tolerance of a computation in `dtype`."""
+    sigma = torch.linalg.svdvals(W)
+    return int((sigma > tolerance(W, sigma[0], dtype)).sum())
+
+
+def tolerance(W: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """What rounding to `dtype` and a decomposition in float64 may leave in the place of a singular value that is 0."""
+    rows, columns = W.shape
+    stored = storage_noise(torch.finfo(dtype).eps, torch.linalg.matrix_norm(W), rows, columns)
+    return stored + max(rows, columns) * _EPS_64 * largest
+
+
+def float64_matrix(name: str, W: Tensor, finite: bool = True) -> Tensor:
+    """W in float64. Raises `InputError` in the name of a function for anything but a matrix, finite if wanted."""
+    if W.ndim != 2 or not W.is_floating_point() or not W.numel():
+        raise InputError(
+            f"{name}: expected a floating-point matrix [row, column], got {described(W)}. "
+            "Quantised weights have no such matrix. Pass the dense weight, [mixed, width] for an output projection."
+        )
+    if finite and not bool(W.isfinite().all()):
+        raise InputError(
+            f"{name}: expected finite numbers in {described(W)}, got NaN or infinity. "
+            "Training may have diverged. Pass the weights of an earlier checkpoint."
+        )
+    return W.detach().double()
+
+
+def row_blocks(name: str, W: Tensor, heads: int, finite: bool = True) -> Tensor:
+    """The row blocks [head, head_width, width] in float64."""
+    matrix = float64_matrix(name, W, finite)
+    if heads < 1 or matrix.shape[0] % heads:
+        raise InputError(
+            f"{name}: expected output_projection[mixed, width] with mixed a multiple of heads = {heads}, got "
+            f"{described(W)}. nn.Linear stores the transpose, [width, mixed]. Pass linear.weight.T."
+        )
+    return matrix.reshape(heads, -1, matrix.shape[1])
+
+
+def described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

@@ -1,0 +1,121 @@
+"""Figures by products against those by singular values, where they are easy and where they are near a tolerance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.reference.heads import storage_tolerance, write_space_figures
+from uncollapse.measures import heads, write_spaces
+
+
+def random(mixed: int, width: int, seed: int = 0) -> Tensor:
+    return torch.randn(mixed, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def deficient() -> Tensor:
+    """The second of four heads writes three dimensions fewer than its width."""
+    W = random(32, 48)
+    W[8:16] = random(8, 5, 1) @ random(5, 48, 2)
+    return W
+
+
+def silent() -> Tensor:
+    W = random(32, 48)
+    W[24:] = 0
+    return W
+
+
+def copied() -> Tensor:
+    """Two heads write into one space, in two bases; the others are apart."""
+    W = random(32, 48)
+    W[8:16] = random(8, 8, 3) @ W[:8]
+    return W
+
+
+def nearly(share: float, eps: float = 2.0**-23) -> Callable[[], Tensor]:
+    """The last direction of the last head lies at a multiple of the tolerance from the space of the others."""
+
+    def build() -> Tensor:
+        W = random(32, 48)
+        W[31] = W[0] + W[9] - W[17]
+        apart = random(1, 48, 5)[0]
+        W[31] += share * storage_tolerance(W.numpy(), eps) * apart
+        return W
+
+    return build
+
+
+def steep(least: float) -> Callable[[], Tensor]:
+    """Singular values of W fall to `least`, as those of the stacked bases do."""
+
+    def build() -> Tensor:
+        left, right = torch.linalg.qr(random(32, 32)).Q, torch.linalg.qr(random(48, 32, 1)).Q
+        return left * torch.logspace(0, math.log10(least), 32, dtype=torch.float64) @ right.T
+
+    return build
+
+
+def weak_row(share: float, eps: float = 2.0**-23) -> Callable[[], Tensor]:
+    """A head whose smallest singular value is a multiple of its tolerance."""
+
+    def build() -> Tensor:
+        W = random(32, 48)
+        left, sigma, right = torch.linalg.svd(W[:8], full_matrices=False)
+        sigma[-1] = share * storage_tolerance(W[:8].numpy(), eps)
+        W[:8] = left * sigma @ right
+        return W
+
+    return build
+
+
+CASES: dict[str, Callable[[], Tensor]] = {
+    "wide": lambda: random(32, 48),
+    "square": lambda: random(48, 48),
+    "tall": lambda: random(64, 48),
+    "one direction a head": lambda: random(4, 48),
+    "heads wider than the stream": lambda: random(32, 6),
+    "beyond one Krylov block": lambda: random(576, 640),
+    "square, beyond one Krylov block": lambda: random(576, 576, 4),
+    "deficient": deficient,
+    "silent": silent,
+    "all silent": lambda: torch.zeros(32, 48, dtype=torch.float64),
+    "copied": copied,
+    "deficient and tall": lambda: random(64, 20) @ random(20, 48, 1),
+    **{f"nearly dependent, {share}": nearly(share) for share in (0.0, 0.3, 0.9, 1.1, 3.0, 30.0, 1e3)},
+    **{f"steep, {least}": steep(least) for least in (1e-3, 1e-6, 1e-9)},
+    **{f"weak row, {share}": weak_row(share) for share in (0.0, 0.7, 0.99, 1.01, 1.5, 10.0)},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", list(CASES))
+def test_figures_are_those_of_the_singular_values(case: str, dtype: torch.dtype) -> None:
+    W = CASES[case]().to(dtype)
+    # Numbers stored in bfloat16 are exact in float32, which is what they are computed with.
+    eps = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    expected = write_space_figures(W.double().numpy(), 4, eps)
+    spaces = write_spaces.WriteSpaces(W, 4)
+    assert spaces.rank == expected["rank"]
+    np.testing.assert_allclose(spaces.gains, expected["gains"], rtol=1e-7)
+    np.testing.assert_allclose(heads.conditioning(spaces, 4), expected["condition"], rtol=1e-7)
+    np.testing.assert_allclose(heads.write_space_overlap(spaces, 4), expected["overlaps"], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", ["wide", "square", "square, beyond one Krylov block"])
+def test_easy_projections_are_never_decomposed(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("decomposed")
+
+    W = CASES[case]().float()
+    monkeypatch.setattr(torch.linalg, "svd", refuse)
+    monkeypatch.setattr(write_spaces, "numerical_rank", refuse)
+    spaces = write_spaces.WriteSpaces(W, 4)
+    assert spaces.rank == len(W)
+    assert bool(spaces.gains.isfinite().all())
+    assert math.isfinite(heads.conditioning(spaces, 4))
