@@ -455,23 +455,37 @@ class Pairs(nn.Module):
 
 
 class PostNormLoop(Owned):
-    """Everything in one forward, post-norm."""
+    """Everything in one forward, post-norm; `again`: the embedding comes back before every layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 3, norm: Callable[[], nn.Module] | None = None, *, again: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(64, WIDTH)
-        self.attentions = nn.ModuleList(Attention() for _ in range(3))
-        self.mlps = nn.ModuleList(mlp() for _ in range(3))
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(6))
+        self.attentions = nn.ModuleList(Attention() for _ in range(depth))
+        self.mlps = nn.ModuleList(mlp() for _ in range(depth))
+        made = norm or functools.partial(nn.LayerNorm, WIDTH)
+        self.norms = nn.ModuleList(made() for _ in range(2 * depth))
+        self.again = nn.Parameter(torch.tensor([0.9, 0.3])) if again else None
 
     def forward(self, idx: Tensor) -> Tensor:
-        x = self.keep(self.embed(idx))
+        x = x0 = self.keep(self.embed(idx))
         for i, (attend, think) in enumerate(zip(self.attentions, self.mlps, strict=True)):
+            x = x if self.again is None else self.again[0] * x + self.again[1] * x0
             x = x if "attention" in self.off else self.norms[2 * i](x + attend(x))
             x = x if "mlp" in self.off else self.norms[2 * i + 1](x + think(x))
             self.keep(x)
         return x
+
+
+class GainedRMS(nn.Module):
+    """Llama's RMS norm: the stream, multiplied by what is made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
 
 
 class Residual(nn.Module):
@@ -615,6 +629,8 @@ STRUCTURES: dict[str, Callable[[], Owned]] = {
     "list": lambda: StateStack(lambda x: [x * 0, x], lambda s: s[1], ListBlock),
     "vit-pytorch": ViT,
     "post-norm loop": PostNormLoop,
+    "one block in a post-norm loop": functools.partial(PostNormLoop, 1),
+    "post-norm loop, its own norm, the embedding again": functools.partial(PostNormLoop, 3, GainedRMS, again=True),
     "x-transformers": XTransformers,
     "mixing loop": MixingLoop,
     "one block in a loop": OneBlockLoop,

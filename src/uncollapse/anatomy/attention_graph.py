@@ -4,6 +4,7 @@ A product of data with data is an attention when one of its operands, the *weigh
 with data (queries and keys) by something other than a matrix product, and the other operand, the *values* V, is not. What happens
 to the logits on their way (a softmax, written out or called, a sigmoid, masks before and after it, renormalisation, a sink's
 column) makes no difference to that: the operand that meets the values is what mixes them. A fused call is one such product.
+Heads may also be mixed with each other on that way, by a learned map before the softmax, behind it, or both.
 
 The graph only proposes. Whether the contracted axis is that of the tokens, which slices are heads and which sequences, and
 whether rows sum to one is found on the live model (`proof`, and in each measured pass).
@@ -11,7 +12,7 @@ whether rows sum to one is found on the live model (`proof`, and in each measure
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from uncollapse.anatomy.operands import FUSED
@@ -52,17 +53,19 @@ def mixing_products(t: Trace) -> dict[int, MixingProduct]:
         if node.operation == FUSED and node.is_data and len(node.inputs) >= 3:
             found[node.index] = MixingProduct(node.index, None, node.inputs[2], node.index, None, (node.index,))
         elif t.is_data_product(node.index) and not node.operation.startswith("conv"):
-            product = _mixing(t, node.index)
+            product = _mixing(t, node.index, found)
             if product is not None:
                 found[node.index] = product
     return found
 
 
-def _mixing(t: Trace, product: int) -> MixingProduct | None:
+def _mixing(t: Trace, product: int, known: Collection[int]) -> MixingProduct | None:
     operands = [i for i in t.nodes[product].inputs if t.nodes[i].is_data][-2:]
     if len(operands) < 2 or operands[0] == operands[1] or any(_is_chosen_weight(t, i) for i in operands):
         return None
     made = [_similarities(t, operand) for operand in operands]
+    if not made[0] and not made[1]:
+        made = [_similarities_behind_maps(t, operand, known) for operand in operands]
     if bool(made[0]) == bool(made[1]):
         if not made[0]:
             return None
@@ -107,7 +110,38 @@ def _similarities(t: Trace, operand: int) -> list[int]:
     """The products of data with data behind an operand, with no matrix product between; the first found on each way back."""
     reached = behind(t, [operand], lambda i: not t.is_matrix_product(i) and t.nodes[i].operation != FUSED)
     products = sorted(i for i in reached if t.is_data_product(i))
-    return [p for p in products if not any(_is_chosen_weight(t, i) for i in t.nodes[p].inputs)]
+    return [p for p in products if not _has_chosen_weight(t, p)]
+
+
+def _has_chosen_weight(t: Trace, product: int) -> bool:
+    """Whether one of the values that a product multiplies is a weight that the data chose. What `baddbmm` adds is none of them."""
+    node = t.nodes[product]
+    return any(_is_chosen_weight(t, i) for i in node.inputs[node.operation in _ADDING :])
+
+
+def _similarities_behind_maps(t: Trace, operand: int, known: Collection[int]) -> list[int]:
+    """The same behind a learned map of heads on the one side of a softmax, or on both; attention products already `known` are
+    none, since what they mixed only came here through the stream."""
+    found: set[int] = set()
+    frontier, seen = [(operand, False, False)], set[tuple[int, bool, bool]]()
+    while frontier:
+        index, is_mapped, is_peaked = frontier.pop()
+        node = t.nodes[index]
+        if (index, is_mapped, is_peaked) in seen or not node.is_data or node.operation == FUSED or index in known:
+            continue
+        seen.add((index, is_mapped, is_peaked))
+        if t.is_data_product(index):
+            if is_peaked and not _has_chosen_weight(t, index):
+                found.add(index)
+            continue
+        if t.is_matrix_product(index):
+            if is_mapped:
+                continue
+            is_mapped = True
+        elif not is_peaked and node.operation in _SOFTMAXES | _EXPONENTIALS:
+            is_mapped, is_peaked = False, True
+        frontier.extend((i, is_mapped, is_peaked) for i in node.inputs)
+    return sorted(found)
 
 
 def _is_chosen_weight(t: Trace, index: int) -> bool:
@@ -123,7 +157,7 @@ def _is_chosen_weight(t: Trace, index: int) -> bool:
 def _way(t: Trace, operand: int, similarity: Iterable[int]) -> tuple[int, ...]:
     """The values between the products `similarity` and `operand`, this one included, in the order in which they were made."""
     products = set(similarity)
-    reached = behind(t, [operand], lambda i: i not in products and not t.is_matrix_product(i))
+    reached = behind(t, [operand], lambda i: i not in products and not t.is_data_product(i))
     return tuple(sorted(i for i in reached if i not in products and any(t.depends(i, p) for p in products)))
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from uncollapse.anatomy.operands import LEAST_SHARE
 from uncollapse.anatomy.tracing import is_freed, opened, operation_name
 from uncollapse.anatomy.vocabulary import StreamAxes
 
@@ -332,8 +333,9 @@ def heard_tokens(update: Update, stream: Tensor, axes: StreamAxes) -> Tensor:
             rows = (numbers % 2 == parity).view(1, -1, 1)
             loss = torch.where(rows, added * weights, 0).nan_to_num().sum()
             (gradient,) = torch.autograd.grad(loss, given, retain_graph=parity == 0)
-            back = axes.cloud(gradient).abs().amax(-1) > 0
-            heard |= back & (numbers % 2 != parity)
+            size = axes.cloud(gradient).abs().double().amax(-1)
+            # A mask of -100 leaves a forbidden key 4e-44 of a weight, and a gradient that is not quite zero.
+            heard |= (size > LEAST_SHARE * size.max()) & (numbers % 2 != parity)
     return heard
 
 

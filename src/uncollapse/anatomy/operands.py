@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.anatomy.tracing import operands_of, operation_name
-from uncollapse.errors import UncollapseError
+from uncollapse.errors import UncollapseError, UnsupportedModel
 
 FUSED = "scaled_dot_product_attention"
 _FUSED_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -31,6 +31,10 @@ LeadRole = Literal["sequence", "head", "window", "sequence-major", "sequence-min
 
 class UnreadableError(UncollapseError):
     """A product whose operands cannot be laid out as weights and values; the message is the reason, in words."""
+
+
+class SeveralChoicesError(UnreadableError):
+    """An einsum that leaves open which of its axes are queries or keys: pokes can tell (`chosen_pair`)."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,21 @@ class Lead:
 @dataclass(frozen=True)
 class Mixed:
     """One product as it ran. weights [*lead, query, key] (None for a fused call, which never makes them), values
-    [*lead, key, width], mixed [*lead, query, width]: views where that is possible."""
+    [*lead, key, width], mixed [*lead, query, width]: views where that is possible. `summed` are the axes of lead that the
+    product sums up, such as those of heads that write into the stream by themselves: along these `mixed` is the sum, expanded."""
 
     weights: Tensor | None
     values: Tensor
     mixed: Tensor
+    summed: tuple[int, ...] = ()
+
+    @property
+    def by_head(self) -> Tensor:
+        """The mixed values of each slice by itself, also where the product only gives their sum."""
+        if not self.summed:
+            return self.mixed
+        assert self.weights is not None
+        return self.weights @ self.values
 
 
 def replaced(value: Any, one: Tensor, other: Tensor) -> Any:
@@ -72,9 +86,15 @@ def fused_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str,
 
 
 def product_operands(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor, weight_operand: int
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    output: Tensor,
+    weight_operand: int,
+    pair: tuple[int, int] | None = None,
 ) -> Mixed:
-    """Weights, values and result of one product. `weight_operand` is the number of the weights among the call's tensors.
+    """Weights, values and result of one product. `weight_operand` is the number of the weights among the call's tensors, `pair`
+    the axes of these that hold queries and keys, where the call itself leaves that open.
 
     Raises `UnreadableError` for a call that is no plain product of the two.
     """
@@ -85,24 +105,24 @@ def product_operands(
         return Mixed(None, given["value"], output)
     if name == "einsum":
         equation = args[0] if isinstance(args[0], str) else None
-        return _einsum_operands(equation, tensors, output, weight_operand)
+        return _einsum_operands(equation, tensors, output, weight_operand, pair)
     if name in _ADDING_PRODUCTS:
         beta = kwargs.get("beta", 1)
         if beta != 0 and bool(tensors[0].any()):
             raise UnreadableError("the product that mixes the values also adds something to them")
-        pair, weight_operand = tensors[1:3], weight_operand - 1
+        two, weight_operand = tensors[1:3], weight_operand - 1
         scale = kwargs.get("alpha", 1)
         if scale != 1:
-            pair[weight_operand] = pair[weight_operand] * scale
+            two[weight_operand] = two[weight_operand] * scale
     elif name in _PLAIN_PRODUCTS:
-        pair = tensors[:2]
+        two = tensors[:2]
         if name == "rmatmul":
-            pair, weight_operand = pair[::-1], 1 - weight_operand
+            two, weight_operand = two[::-1], 1 - weight_operand
     else:
         raise UnreadableError(f"the values are mixed by {name}, which is no matrix product")
-    if min(t.ndim for t in pair) < 2:
+    if min(t.ndim for t in two) < 2:
         raise UnreadableError("the values are mixed by a product with a vector")
-    weights, values = pair[weight_operand], pair[1 - weight_operand]
+    weights, values = two[weight_operand], two[1 - weight_operand]
     if weight_operand == 1:  # V' A': the transposed product
         weights, values, output = weights.mT, values.mT, output.mT
     return _aligned(weights, values, output)
@@ -117,7 +137,72 @@ def _aligned(weights: Tensor, values: Tensor, mixed: Tensor) -> Mixed:
     )
 
 
-def _einsum_operands(equation: str | None, tensors: list[Tensor], output: Tensor, weight_operand: int) -> Mixed:
+def _einsum_operands(
+    equation: str | None, tensors: list[Tensor], output: Tensor, weight_operand: int, pair: tuple[int, int] | None
+) -> Mixed:
+    of_weights, of_values, result = _spelled(equation, tensors, output.ndim, weight_operand)
+    weights, values = tensors[weight_operand], tensors[1 - weight_operand]
+    both = [c for c in result if c in of_weights and c in of_values]
+    contracted, only_weights, only_values = _open_axes(of_weights, of_values, result)
+    if pair is not None and max(pair) < len(of_weights):
+        query, key = (of_weights[axis] for axis in pair)
+    elif len(contracted) == len(only_weights) == 1:
+        query, key = only_weights[0], contracted[0]
+    else:
+        raise SeveralChoicesError(f"in the einsum {equation!r} several axes may be the queries or the keys")
+    if query not in only_weights or key not in contracted:
+        raise UnreadableError(f"the einsum {equation!r} is another one than on the example")
+    summed = [c for c in contracted if c != key]
+    lead = both + [c for c in only_weights if c != query] + summed
+    sizes = dict(zip(of_weights, weights.shape, strict=True)) | dict(zip(of_values, values.shape, strict=True))
+    A = _ordered(weights, of_weights, [*lead, query, key], sizes)
+    V = _ordered(values, of_values, [*lead, key, *only_values], sizes)
+    M = _ordered(output, result, [*lead, query, *only_values], sizes)
+    count = len(only_values)
+    return Mixed(
+        A,
+        V.flatten(-count) if count > 1 else V,
+        M.flatten(-count) if count > 1 else M,
+        tuple(range(len(lead) - len(summed), len(lead))),
+    )
+
+
+def chosen_pair(
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    output: Tensor,
+    weight_operand: int,
+    moved: tuple[set[int], set[int]],
+) -> tuple[int, int] | None:
+    """Which axes of the weights of an einsum hold queries and keys, from the axes along which one token moves a single place: of
+    the weights (only the token's query changed) and of the values. None where that leaves several, or none."""
+    tensors = operands_of("einsum", args, kwargs)
+    of_weights, of_values, result = _spelled(
+        args[0] if isinstance(args[0], str) else None, tensors, output.ndim, weight_operand
+    )
+    contracted, only_weights, _ = _open_axes(of_weights, of_values, result)
+    queries = [c for c in only_weights if of_weights.index(c) in moved[0]]
+    keys = [c for c in contracted if of_values.index(c) in moved[1]]
+    if len(queries) != 1 or len(keys) != 1:
+        return None
+    return of_weights.index(queries[0]), of_weights.index(keys[0])
+
+
+def _open_axes(of_weights: str, of_values: str, result: str) -> tuple[list[str], list[str], list[str]]:
+    """The axes that an einsum contracts, those of the weights alone, and those of the values alone."""
+    contracted = [c for c in of_weights if c in of_values and c not in result]
+    only_weights = [c for c in result if c in of_weights and c not in of_values]
+    only_values = [c for c in result if c in of_values and c not in of_weights]
+    lost = [c for c in of_weights + of_values if c not in result and c not in contracted]
+    if not contracted or lost or not only_weights or not only_values:
+        raise UnreadableError(
+            f"the values are mixed by the einsum '{of_weights},{of_values}->{result}', which is no product of weights and values"
+        )
+    return contracted, only_weights, only_values
+
+
+def _spelled(equation: str | None, tensors: list[Tensor], axes: int, weight_operand: int) -> tuple[str, str, str]:
+    """The letters of weights, values and the result, with its `axes`; axes that the equation leaves out are given letters."""
     if equation is None or len(tensors) != 2:
         raise UnreadableError("the values are mixed by an einsum of more than two operands, or one written with lists")
     equation = equation.replace(" ", "")
@@ -132,38 +217,14 @@ def _einsum_operands(equation: str | None, tensors: list[Tensor], output: Tensor
             return term.replace("...", "".join(spare[hidden - own : hidden]))
 
         terms = [spelled(term, t.ndim) for term, t in zip(terms, tensors, strict=True)]
-        result = spelled(result, output.ndim)
+        result = spelled(result, axes)
     if not arrow:
         letters = "".join(terms)
         result = "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
     of_weights, of_values = terms[weight_operand], terms[1 - weight_operand]
-    weights, values = tensors[weight_operand], tensors[1 - weight_operand]
     if any(len(set(term)) != len(term) for term in (of_weights, of_values)):
         raise UnreadableError("the values are mixed by an einsum that takes a diagonal")
-    keys = [c for c in of_weights if c in of_values and c not in result]
-    both = [c for c in result if c in of_weights and c in of_values]
-    only_weights = [c for c in result if c in of_weights and c not in of_values]
-    only_values = [c for c in result if c in of_values and c not in of_weights]
-    lost = [c for c in of_weights + of_values if c not in result and c not in keys]
-    if len(keys) != 1 or lost or not only_weights or not only_values:
-        raise UnreadableError(
-            f"the values are mixed by the einsum {equation!r}, which is no product of weights and values"
-        )
-    query = only_weights[-1]
-    if len(only_weights) > 1:  # values shared by all heads: of the axes of the weights alone, one is the queries
-        size = dict(zip(of_weights, weights.shape, strict=True))
-        square = [c for c in only_weights if size[c] == size[keys[0]]]
-        if len(square) != 1:
-            raise UnreadableError(f"in the einsum {equation!r} several axes may be the queries")
-        query = square[0]
-    heads = [c for c in only_weights if c != query]
-    lead = both + heads
-    A = _ordered(weights, of_weights, [*lead, query, keys[0]], dict(zip(of_weights, weights.shape, strict=True)))
-    sizes = dict(zip(of_weights, weights.shape, strict=True)) | dict(zip(of_values, values.shape, strict=True))
-    V = _ordered(values, of_values, [*lead, keys[0], *only_values], sizes)
-    M = _ordered(output, result, [*lead, query, *only_values], sizes)
-    count = len(only_values)
-    return Mixed(A, V.flatten(-count) if count > 1 else V, M.flatten(-count) if count > 1 else M)
+    return of_weights, of_values, result
 
 
 def _ordered(tensor: Tensor, letters: str, wanted: Sequence[str], sizes: Mapping[str, int]) -> Tensor:
@@ -244,8 +305,8 @@ def forbidden_by_addition(operand: Tensor) -> tuple[Tensor | None, bool]:
 def forbids_and_shifts(
     function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], operand: int
 ) -> bool:
-    """Whether what an operation adds to the logits by its operand number `operand` is a mask and a bias in one: what the bias is at a
-    forbidden pair cannot be told from it."""
+    """Whether what an operation adds to the logits by its operand number `operand` is a mask and a bias in one: what the bias is
+    at a forbidden pair cannot be told from it."""
     name = operation_name(function)
     if name not in _ADDITIONS:
         return False
@@ -318,14 +379,21 @@ def step_without(
     after_softmax: bool | None,
     hidden: Tensor | None,
 ) -> Any:
-    """The result of the same operation when it forbids nothing but the `hidden` pairs (None: nothing at all)."""
+    """The result of the same operation when it forbids nothing but the `hidden` pairs (None: nothing at all).
+
+    Raises `UnsupportedModel` where what it adds holds a bias, too."""
     name = operation_name(function)
     given = dict(kwargs)
     mask = operands_of(name, args, given)[operand]
     if name in _ADDITIONS:
-        forbidden, _ = forbidden_by_addition(-mask if name == "sub" else mask)
+        forbidden, shifts = forbidden_by_addition(-mask if name == "sub" else mask)
         if forbidden is None:
             return function(*args, **given)
+        if shifts:
+            raise UnsupportedModel(
+                "without: expected a mask that only forbids, got one that also adds a bias to the logits. The bias of a "
+                "forbidden pair is not known. Add mask and bias to the logits one after the other."
+            )
         open_mask = mask.masked_fill(forbidden, 0)
         if hidden is not None:
             least = torch.finfo(mask.dtype).min

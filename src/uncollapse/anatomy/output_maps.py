@@ -38,11 +38,15 @@ def giving(pattern: Tensor, call: AttentionCall, sequences: int) -> Handler:
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = function(*args, **kwargs)
-        places = laid_out(_places(output), call, function, args, kwargs, sequences).long()
-        if places.shape != pattern.shape or places.numel() != output.numel():
+        seen = product_operands(function, args, kwargs, _places(output), call.weight_operand or 0, call.pair)
+        places = _without_windows(arranged(seen.mixed, call.lead, sequences)).long()
+        if places.shape != pattern.shape or (places.numel() != output.numel() and not seen.summed):
             raise UnreadableError(f"its result is {tuple(output.shape)}, which does not hold {tuple(pattern.shape)}")
-        flat = torch.empty(output.numel(), dtype=output.dtype, device=output.device)
-        flat[places.flatten()] = pattern.to(flat).flatten()
+        flat = torch.zeros(output.numel(), dtype=output.dtype, device=output.device)
+        if seen.summed:
+            flat.index_add_(0, places.flatten(), pattern.to(flat).flatten())
+        else:
+            flat[places.flatten()] = pattern.to(flat).flatten()
         return flat.reshape(output.shape)
 
     return handler
@@ -54,7 +58,7 @@ def sounding(speaking: Tensor, call: AttentionCall, sequences: int) -> Handler:
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = function(*args, **kwargs)
-        seen = product_operands(function, args, kwargs, _places(output), call.weight_operand or 0)
+        seen = product_operands(function, args, kwargs, _places(output), call.weight_operand or 0, call.pair)
         places = arranged(seen.mixed, call.lead, sequences).long()
         if places.numel() != output.numel() or places.shape[1] != len(speaking):
             raise UnreadableError(f"its result is {tuple(output.shape)}, which does not hold {len(speaking)} heads")
@@ -79,8 +83,11 @@ def laid_out(
 
     Raises `UnreadableError` where its axes do not hold that, as where attention stays within windows.
     """
-    seen = product_operands(function, args, kwargs, result, call.weight_operand or 0)
-    found = arranged(seen.mixed, call.lead, sequences)
+    seen = product_operands(function, args, kwargs, result, call.weight_operand or 0, call.pair)
+    return _without_windows(arranged(seen.by_head, call.lead, sequences))
+
+
+def _without_windows(found: Tensor) -> Tensor:
     if found.shape[2] != 1:
         raise UnreadableError("its attention stays within windows of the sequence")
     return found[:, :, 0]

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.autocast import AutocastState
 from uncollapse.anatomy.carrying import Observer, Way
-from uncollapse.anatomy.influence import EVERY, reaches, stream_axes, without_zeros
+from uncollapse.anatomy.influence import EVERY, moved, poked, reaches, stream_axes, without_zeros
 from uncollapse.anatomy.interception import (
     Handler,
     Point,
@@ -44,14 +44,21 @@ from uncollapse.anatomy.interception import (
 )
 from uncollapse.anatomy.mixing_proof import Poked, located, placed
 from uncollapse.anatomy.module_states import left_as_found
-from uncollapse.anatomy.operands import Mixed, UnreadableError, product_operands, replaced
+from uncollapse.anatomy.operands import (
+    Mixed,
+    SeveralChoicesError,
+    UnreadableError,
+    chosen_pair,
+    product_operands,
+    replaced,
+)
 from uncollapse.anatomy.output_maps import ProductMap, giving, output_map, product_map, sounding
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.reading import has_own_hooks, read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
 from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember
 from uncollapse.anatomy.snapshots import copied
-from uncollapse.anatomy.stacks import find_stacks
+from uncollapse.anatomy.stacks import find_stacks, given_mask
 from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.tracing import Trace, operands_of, operation_name, tensors_in, trace
 from uncollapse.anatomy.vocabulary import (
@@ -289,6 +296,7 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
         anatomy = read(model, recorded, layout)
         runs = _observe(model, batch, anatomy)
         proved: list[Block] = []
+        reached_of: list[dict[int, Tensor]] = []
         known: dict[tuple[int, tuple[int, ...]], StreamAxes] = {}  # by stack and shape of its stream
         for number, (block, run) in enumerate(zip(anatomy.blocks, runs, strict=True)):
             try:
@@ -300,10 +308,15 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
             except Exception as error:  # the model's own code, run in a way it may not expect
                 raise _failure(model, anatomy, _not_alone(block, error), layout) from error
             proved.append(prover.block)
+            reached_of.append(prover.reached)
             proof += prover.identities
         recorded.tape.clear()  # it holds every tensor of the pass
         proved = _shared_axes(proved, runs, anatomy)
         stacks = find_stacks(model, batch, replace(anatomy, blocks=tuple(proved)), blocks_alone)
+        proved = [
+            _with_causality(block, reached, given_mask(stacks[anatomy.stack_of(number)], batch))
+            for number, (block, reached) in enumerate(zip(proved, reached_of, strict=True))
+        ]
         proof.append(
             Identity("the output afterwards is the output before", "model", _deviation(before, _output(model, batch)))
         )
@@ -316,6 +329,15 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
         if not identity.deviation <= 0.0:
             raise _failure(model, anatomy, identity, layout)
     return anatomy
+
+
+def _with_causality(block: Block, reached: Mapping[int, Tensor], real: Tensor | None) -> Block:
+    """The block, its attentions causal where no later token reaches a real one: what padded ones see is nobody's business."""
+    parts = list(block.parts)
+    for number, rows in reached.items():
+        if real is not None and real.shape == rows.shape:
+            parts[number] = replace(parts[number], is_causal=not bool((rows & real.to(rows.device)).any()))
+    return replace(block, parts=tuple(parts))
 
 
 def _shared_axes(blocks: list[Block], runs: list[_Run], anatomy: Anatomy) -> list[Block]:
@@ -534,7 +556,7 @@ def _noting_product(found: list[Mixed | str], number: int, call: AttentionCall) 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = function(*args, **kwargs)
         try:
-            seen = product_operands(function, args, kwargs, output, call.weight_operand or 0)
+            seen = product_operands(function, args, kwargs, output, call.weight_operand or 0, call.pair)
             found[number] = Mixed(None, seen.values.detach().clone(), seen.mixed.detach().clone())
         except UnreadableError as error:
             found[number] = str(error)
@@ -690,6 +712,7 @@ class _BlockProof(BlockAlone):
         self.recorded = recorded
         self.where = block.name + (f"[{block.module.call}]" if block.module.call else "")
         self.identities: list[Identity] = []
+        self.reached: dict[int, Tensor] = {}  # by part: the tokens [sequence, token] that later ones reach
 
     def check(self, known: dict[tuple[int, tuple[int, ...]], StreamAxes], stack: int) -> None:
         """Check every identity. `known` are the axes of streams met so far, by `stack` and shape."""
@@ -864,6 +887,10 @@ class _BlockProof(BlockAlone):
         generator = torch.Generator().manual_seed(POKE_SEED)
         noise = torch.randn(stream.shape, generator=generator).to(stream) * (stream.double().std().to(stream) + 1)
         sequences, tokens = axes.cloud(stream).shape[:2]
+        pairs = {
+            i: self._pair(call, others, stream, noise, axes) for i, call in enumerate(part.attention) if call.is_einsum
+        }
+        part = replace(part, attention=tuple(replace(c, pair=pairs.get(i)) for i, c in enumerate(part.attention)))
 
         def observed(stream: Tensor, memory: bool = False) -> list[Mixed | str]:
             found: list[Mixed | str] = ["it did not run"] * len(part.attention)
@@ -872,11 +899,11 @@ class _BlockProof(BlockAlone):
             return found
 
         plain = observed(stream)
-        poked = []
+        in_turn_poked = []
         for sequence in range(sequences):
             changed = stream.clone()
             changed.select(axes.sequence, sequence).add_(noise.select(axes.sequence, sequence))
-            poked.append(observed(changed))
+            in_turn_poked.append(observed(changed))
         token = plain
         most = stream.shape[axes.token[-1]] if self.block.chooses_tokens else 1  # the first may be none of the chosen
         for at in range(most):
@@ -890,7 +917,7 @@ class _BlockProof(BlockAlone):
         memory = observed(stream, memory=True) if part.kind == "cross" else None
         found = []
         for i, call in enumerate(part.attention):
-            met = [plain[i], token[i], *([memory[i]] if memory is not None else []), *(p[i] for p in poked)]
+            met = [plain[i], token[i], *([memory[i]] if memory is not None else []), *(p[i] for p in in_turn_poked)]
             views = [view for view in met if not isinstance(view, str)]
             if len(views) < len(met):
                 found.append(replace(call, unreadable=next(view for view in met if isinstance(view, str))))
@@ -910,6 +937,60 @@ class _BlockProof(BlockAlone):
                 )
                 found = [replace(call, unreadable=call.unreadable or reason) for call in found]
         return tuple(found)
+
+    def _pair(
+        self, call: AttentionCall, others: tuple[int, ...], stream: Tensor, noise: Tensor, axes: StreamAxes
+    ) -> tuple[int, int] | None:
+        """Which axes of the weights hold queries and keys, where the product itself leaves that open: one token moves a single
+        place of the keys, and its query alone a single place of the queries. None where the product says it, or nothing told it."""
+        if call.similarity is None or call.weight_operand is None:
+            return None
+        product: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+
+        def met(stream: Tensor, queries: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+            """The queries, and the operands of the product, with other queries in the place of its own."""
+            seen: list[Tensor] = []
+
+            def comparing(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                operands = operands_of(operation_name(function), args, kwargs)
+                seen.append(operands[call.query_operand].detach().clone())
+                if queries is not None:
+                    args, kwargs = with_operands(args, kwargs, {call.query_operand: lambda _: queries})
+                return function(*args, **kwargs)
+
+            def mixing(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                operands = operands_of(operation_name(function), args, kwargs)
+                seen.extend(t.detach().clone() for t in operands)
+                output = function(*args, **kwargs)
+                product.append((args, kwargs, output))
+                return output
+
+            assert call.similarity is not None
+            self._replay(others, stream, {call.similarity: comparing, call.product: mixing})
+            return seen[0], seen[1:]
+
+        _, plain = met(stream)
+        try:
+            product_operands(torch.einsum, *product[0], call.weight_operand)
+        except SeveralChoicesError:
+            pass
+        except UnreadableError:
+            return None
+        else:
+            return None
+        for token in (-1, 0):  # of causal attention the first token sees itself alone, whatever its query
+            one = stream.clone()
+            places = {axes.sequence: 0} | dict.fromkeys(axes.token, token)
+            index = tuple(places.get(axis, slice(None)) for axis in range(stream.ndim))
+            one[index] += noise[index]
+            other_queries, changed = met(one)
+            _, asked = met(stream, other_queries)
+            of_weights = _single_places(plain[call.weight_operand], asked[call.weight_operand])
+            of_values = _single_places(plain[call.value_operand], changed[call.value_operand])
+            found = chosen_pair(*product[0], call.weight_operand, (of_weights, of_values))
+            if found is not None:
+                return found
+        return None
 
     def _in_turn(self, calls: list[AttentionCall], others: tuple[int, ...], axes: StreamAxes) -> bool:
         """Whether calls that answer for some of the queries each answer for all of them together, one after the other: each is
@@ -1080,7 +1161,7 @@ class _BlockProof(BlockAlone):
             _, numbers = way.end(operand)
             if numbers is not None:
                 swapped = replaced([args, kwargs], operand, numbers.expand(operand.shape))
-                seen = product_operands(function, swapped[0], swapped[1], output, call.weight_operand or 0)
+                seen = product_operands(function, swapped[0], swapped[1], output, call.weight_operand or 0, call.pair)
                 if seen.weights is not None:
                     arrived.append(seen.weights)
             return output
@@ -1105,10 +1186,29 @@ class _BlockProof(BlockAlone):
     def _moves(self, number: int, part: Part, stream: Tensor, axes: StreamAxes) -> Part:
         """The part, with what was seen of how it moves information between tokens."""
         if part.attention:
-            return replace(part, is_causal=not self._reaches_others(number, stream, axes, last=True))
+            if axes.sequence is None or len(axes.token) > 1:
+                return replace(part, is_causal=not self._reaches_others(number, stream, axes, last=True))
+            self.reached[number] = self._reached_by_later(number, stream, axes)
+            return replace(part, is_causal=not bool(self.reached[number].any()))
         if part.kind == "mlp" and self._reaches_others(number, stream, axes):
             return replace(part, kind="mixer")
         return part
+
+    def _reached_by_later(self, part: int, stream: Tensor, axes: StreamAxes) -> Tensor:
+        """Which tokens [sequence, token] later ones reach, with only this part left: the last alone, then the second half, since
+        the last tokens may be padding."""
+        (axis,), size = axes.token, stream.shape[axes.token[0]]
+        plain, cloud = self.update(part, stream), axes.cloud(stream)
+        found = torch.zeros(cloud.shape[:2], dtype=torch.bool, device=cloud.device)
+        if plain.shape != stream.shape or size < 2:
+            return found
+        for first in {size - 1, size // 2}:
+            other = self.update(part, poked(stream, axis, torch.arange(first, size)))
+            before, after = (axes.cloud(update).flatten(0, 1) for update in (plain, other))
+            rows = moved(before, after, 0).view(found.shape)
+            rows[:, first:] = False
+            found |= rows
+        return found
 
     def _reaches_others(self, part: int, stream: Tensor, axes: StreamAxes, last: bool = False) -> bool:
         """Whether, with only this part left, changed tokens (one in three, or the last) change what it adds to others."""
@@ -1127,6 +1227,16 @@ def _differ(before: Mixed | str, after: Mixed | str) -> bool:
     if isinstance(before, str) or isinstance(after, str):
         return False
     return not torch.equal(before.values, after.values)
+
+
+def _single_places(before: Tensor, after: Tensor) -> set[int]:
+    """The axes along which a single place of several differs."""
+    different = before != after
+    return {
+        axis
+        for axis in range(before.ndim)
+        if before.shape[axis] > 1 and int(different.movedim(axis, 0).flatten(1).any(-1).sum()) == 1
+    }
 
 
 def _one_per_term(node: AdditionNode, met: _Addition) -> list[Tensor]:

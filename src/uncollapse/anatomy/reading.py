@@ -956,7 +956,8 @@ class _Reader:
                 leaving = self._leaving(piece[-1].root, pieces[number + 1][0].stream)
                 behind_norm = leaving != piece[-1].root
             else:
-                leaving = self._leaving_last(piece[-1].root) if behind_norm else piece[-1].root
+                within = [self._leaving(a.root, b.stream) != a.root for a, b in itertools.pairwise(piece)]
+                leaving = self._leaving_last(piece[-1].root) if behind_norm or any(within) else piece[-1].root
             summed = self._summed(leaving)
             named = self._listed_inside(home, next((s for s in piece if s.root in attending), piece[0]))
             label = named or f"block {number} of {call.name or 'the model itself'}"
@@ -980,9 +981,7 @@ class _Reader:
     def _leaving(self, root: int, following: int) -> int:
         """Where a block is left whose last addition is `root`: behind the norms that the sum passes before it is carried on to
         the stream of the following block."""
-        if root in self._carried(following):
-            return root
-        return self._behind_norms(root, [following])
+        return root if root == following else self._behind_norms(root, [following])
 
     def _leaving_last(self, root: int) -> int:
         """The same for the last of several blocks that are left behind a norm: behind the first norm that the sum passes."""

@@ -36,6 +36,8 @@ class Alone(Protocol):
     def update(self, part: int, stream: Tensor) -> Tensor: ...
 
 
+CLEARLY = 1e-3  # of the largest change that a token brings to a row
+
 Blocks = Callable[[nn.Module, Mapping[str, Any], Anatomy, Collection[int]], Mapping[int, Alone]]
 
 
@@ -142,11 +144,11 @@ def _governs(
             other = _changed_at(model, batch, anatomy, blocks_alone, name, place, block)
             if other is None:
                 continue
-            before, after = _heard(plain, axes, token), _heard(other, axes, token)
-            if before != after:
-                real = bool(value[place]) if before else not bool(value[place])
-                return TokenMask(name, real, "token", is_transposed)
-            if before:
+            before, after = _hearing(plain, axes, token), _hearing(other, axes, token)
+            gained, lost = after.more_than(before), before.more_than(after)
+            if gained != lost:
+                return TokenMask(name, bool(value[place]) == lost, "token", is_transposed)
+            if bool(before.rows.any()):
                 return None
     return _governs_otherwise(model, batch, anatomy, blocks_alone, plain, name, block)
 
@@ -219,8 +221,23 @@ def _instead(
         return None
 
 
-def _heard(alone: Alone, axes: StreamAxes, token: int) -> bool:
-    """Whether this token of the first sequence reaches any other one."""
+@dataclass(frozen=True)
+class _Hearing:
+    """The rows of a sequence that one of its tokens reaches, that token left out: beyond rounding, by more than a trace, and in
+    any bit."""
+
+    rows: Tensor
+    clearly: Tensor
+    in_any_bit: Tensor
+
+    def more_than(self, other: _Hearing) -> bool:
+        """Whether it reaches rows where it reaches none in the other case, or clearly one that does not change a bit there."""
+        first = bool(self.rows.any()) and not bool(other.rows.any())
+        return first or bool((self.clearly & ~other.in_any_bit).any())
+
+
+def _hearing(alone: Alone, axes: StreamAxes, token: int) -> _Hearing:
+    """Which rows this token of the first sequence reaches. Padded rows of which every key is forbidden may see each other."""
     part = alone.mixing
     assert part is not None
     assert axes.sequence is not None
@@ -242,7 +259,9 @@ def _heard(alone: Alone, axes: StreamAxes, token: int) -> bool:
     before, after = (axes.cloud(update(stream)) for stream in (other, one))
     rows = moved(before[0], after[0], 0)
     rows[token] = False
-    return bool(rows.any())
+    change = torch.where(rows, (after[0].double() - before[0].double()).abs().nan_to_num().amax(-1), 0.0)
+    in_any_bit = (before[0] != after[0]).any(-1)
+    return _Hearing(rows, rows & (change > CLEARLY * change.max()), in_any_bit)
 
 
 def _embedded(

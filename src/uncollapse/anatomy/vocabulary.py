@@ -133,7 +133,8 @@ class AttentionCall:
     `queries`, `keys` and `values` are the learned products nearest behind the operands of the attention: a module's run, or
     the point of a product in the attention's own code; None where several are met, or none. They may be one and the same.
     `similarity` is the product of queries with keys (the fused call itself; None where several are summed before the
-    softmax), with the numbers of its two operands. `drops_columns`: the softmax also ran over columns that mix no value (a sink).
+    softmax), with the numbers of its two operands. `pair` are the axes of the weights that hold queries and keys, where the
+    product leaves that open and pokes told. `drops_columns`: the softmax also ran over columns that mix no value (a sink).
 
     The proof adds what the leading axes of the product hold (`lead`, in order), how many of the keys stand `before` those that
     are tokens and belong to none (a sink's column), whether there are as many keys as the stream has tokens (`keys_of_tokens`),
@@ -166,10 +167,15 @@ class AttentionCall:
     keys_of_tokens: bool = False
     shares_queries: bool = False
     unreadable: str | None = None
+    pair: tuple[int, int] | None = None
 
     @property
     def is_fused(self) -> bool:
         return self.score == self.product
+
+    @property
+    def is_einsum(self) -> bool:
+        return self.product.operation == "einsum"
 
     @property
     def is_plain(self) -> bool:

@@ -94,11 +94,12 @@ class CallObserver:
                 def like_weights(known: Tensor) -> Tensor:
                     """In the canonical order of the weights' axes: the call's own, with this in the weights' place."""
                     swapped = replaced([args, kwargs], operand, known.expand(operand.shape))
-                    seen = product_operands(function, swapped[0], swapped[1], output, self.call.weight_operand or 0)
+                    weights = self.call.weight_operand or 0
+                    seen = product_operands(function, swapped[0], swapped[1], output, weights, self.call.pair)
                     assert seen.weights is not None
                     return seen.weights
 
-                mixed = product_operands(function, args, kwargs, output, self.call.weight_operand)
+                mixed = product_operands(function, args, kwargs, output, self.call.weight_operand, self.call.pair)
                 found = self._weights(
                     mixed,
                     None if forbidden is None else like_weights(forbidden),
@@ -131,14 +132,14 @@ class CallObserver:
         self, mixed: Mixed, forbidden: Tensor | None, logits: Tensor | None, forbade: Sequence[Forbidding]
     ) -> AttentionRows:
         assert mixed.weights is not None
-        deviation = _deviation(mixed.weights, mixed.values, mixed.mixed)
+        deviation = _deviation(mixed.weights, mixed.values, mixed.mixed, mixed.summed)
         if not deviation <= _tolerance(mixed.mixed.dtype):
             raise UnreadableError(
                 f"its weights times its values are not its result (off by {deviation:.2g} of its size)"
             )
         keys = self._keys(mixed.weights.shape[-1])
         A = self._rows_of(self._laid(mixed.weights))[..., keys]
-        values, result = self._laid(mixed.values)[..., keys, :], self._laid(mixed.mixed)
+        values, result = self._laid(mixed.values)[..., keys, :], self._laid(mixed.by_head)
         barred = None if forbidden is None else self._rows_of(self._laid(forbidden))[..., keys]
         L = None if logits is None else self._rows_of(self._laid(logits))[..., keys]
         queries = None if result.shape[2] > 1 else self.query_mask(A.shape[-2], A.shape[0])
@@ -329,11 +330,13 @@ def _some_rows(queries: int) -> list[int]:
     return sorted({0, queries // 2, queries - 1})[:CHECKED_ROWS]
 
 
-def _deviation(weights: Tensor, values: Tensor, mixed: Tensor) -> float:
-    """How far weights times values are from the result on a few rows of every slice, over the result's size."""
+def _deviation(weights: Tensor, values: Tensor, mixed: Tensor, summed: tuple[int, ...]) -> float:
+    """How far weights times values, added up along `summed`, are from the result on a few rows of every slice, over the result's
+    size."""
     rows = _some_rows(mixed.shape[-2])
     dtype = torch.promote_types(mixed.dtype, torch.float32)
     again = weights[..., rows, :].to(dtype) @ values.to(dtype)
+    again = again.sum(summed, keepdim=True).expand(again.shape) if summed else again
     return _relative(again, mixed[..., rows, :].to(dtype))
 
 

@@ -45,10 +45,12 @@ from uncollapse.probe.attention import (
 )
 from uncollapse.probe.attention_calls import AttentionRows, CallObserver, in_sequence
 from uncollapse.probe.projections import (
+    MOST_ROUNDING,
     bears_out,
     holds,
     projected_cloud,
     projection_matrix,
+    rounding_share,
     side_by_side,
 )
 from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, SiteStatistics, distinct_tokens
@@ -611,4 +613,10 @@ class _Probe:
         lengths = torch.full(cloud.shape[:1], cloud.shape[1]) if mask is None else mask.sum(-1)
         statistics.tokens = statistics.tokens.add(lengths)
         energy = heads.contribution_energy(cloud, matrix, statistics.call.heads, mask)
+        if rounding_share(cloud, matrix, energy, mask) > MOST_ROUNDING:
+            kind = str(cloud.dtype).removeprefix("torch.")
+            statistics.reasons["energy_share"] = (
+                f"what its heads write differs between tokens by little more than {kind} rounds off"
+            )
+            return
         statistics.energy = statistics.energy.add((energy / energy.sum(-1, keepdim=True)).double())

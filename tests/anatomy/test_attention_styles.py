@@ -1,0 +1,175 @@
+"""Ways of writing an attention that are not softmax(Q K') V in one go: the figures are those of what the model itself mixed by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import uncollapse as uc
+
+WIDTH, HEADS = 24, 4
+
+
+class Styled(nn.Module):
+    """Queries, keys and values, and `style`, which mixes them; `seen` are the weights [sequence, head, query, key] it mixed by."""
+
+    def __init__(self, style: Callable[[Styled, Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.style, self.seen = style, list[Tensor]()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.talk = nn.Parameter(torch.eye(HEADS) + 0.1 * torch.rand(HEADS, HEADS))
+        self.talk_again = nn.Linear(HEADS, HEADS, bias=False)
+        nn.init.uniform_(self.talk_again.weight, 0, 1)
+        self.wide = nn.Linear(WIDTH, HEADS * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.qkv(3 * x).chunk(3, -1))
+        mixed = self.style(self, q, k, v)
+        return mixed if mixed.ndim == 3 else self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class StyledBlock(nn.Module):
+    def __init__(self, style: Callable[[Styled, Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.attention = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH), Styled(style)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class StyledModel(nn.Module):
+    def __init__(self, style: Callable[[Styled, Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.blocks = nn.Embedding(32, WIDTH), nn.ModuleList(StyledBlock(style) for _ in range(2))
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.embed(idx)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def causal(logits: Tensor) -> Tensor:
+    later = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1 + logits.shape[-1] - logits.shape[-2])
+    return logits.masked_fill(later, -math.inf)
+
+
+def talking(before: bool, after: bool) -> Callable[[Styled, Tensor, Tensor, Tensor], Tensor]:
+    """Talking heads (Shazeer et al. 2020): a map of the heads in front of the softmax, behind it, or both."""
+
+    def mix(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        if before:
+            logits = torch.einsum("bhqk,hg->bgqk", logits, self.talk)
+        weights = causal(logits).softmax(-1)
+        if after:
+            weights = self.talk_again(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            weights = weights / weights.sum(-1, keepdim=True)
+        self.seen.append(weights)
+        return weights @ v
+
+    return mix
+
+
+def grouped(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two heads a key, without repeating it, and a column of zeros in front: no axis of the weights is as long as the keys."""
+    q, k, v = q.unflatten(1, (2, 2)), k[:, ::2], v[:, ::2]
+    logits = causal(torch.einsum("bgrqd,bgkd->bgrqk", q, k))
+    logits = torch.cat([torch.zeros_like(logits[..., :1]), logits], -1)
+    weights, values = logits.softmax(-1), nn.functional.pad(v, (0, 0, 1, 0))
+    self.seen.append((weights / weights[..., 1:].sum(-1, keepdim=True))[..., 1:].flatten(1, 2))
+    return torch.einsum("bgrqk,bgkd->bgrqd", weights, values).flatten(1, 2)
+
+
+def into_the_stream(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Values as wide as the stream: one einsum mixes them and adds up the heads."""
+    wide = self.wide(v.transpose(1, 2).flatten(2)).unflatten(-1, (HEADS, WIDTH))
+    weights = causal(q @ k.transpose(-1, -2)).softmax(-1)
+    self.seen.append(weights)
+    return torch.einsum("bhqk,bkhd->bqd", weights, wide)
+
+
+def distances(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Bloom's: slopes that the model keeps make the operand that baddbmm adds, the mask in it."""
+    size = q.shape[2]
+    distance = (torch.arange(size) - torch.arange(size)[:, None]).abs()
+    bias = causal(-self.talk.diagonal()[:, None, None] * distance)[None].expand(len(q), -1, -1, -1)
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    weights = torch.baddbmm(bias.flatten(0, 1), q, k.mT).softmax(-1)
+    self.seen.append(weights.unflatten(0, (-1, HEADS)))
+    return torch.bmm(weights, v).unflatten(0, (-1, HEADS))
+
+
+STYLES = {
+    "heads talk before the softmax": talking(True, False),
+    "heads talk behind the softmax": talking(False, True),
+    "heads talk before and behind the softmax": talking(True, True),
+    "grouped, with a column of zeros": grouped,
+    "heads added up by the einsum": into_the_stream,
+    "distances with a mask, added by baddbmm": distances,
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_entropies_are_those_of_what_the_model_mixed_by(style: str) -> None:
+    model = StyledModel(STYLES[style]).eval()
+    batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
+    record = uc.diagnose(model, batches=[batch]).record
+    for number, block in enumerate(model.blocks):
+        assert isinstance(block, StyledBlock)
+        block.attention.seen.clear()
+        with torch.no_grad():
+            model(**batch)
+        weights = block.attention.seen[-1].double().numpy()
+        entropy = -np.where(weights > 0, weights * np.log(np.where(weights > 0, weights, 1)), 0).sum(-1).mean((0, 2))
+        found = {a.head: a for a in record.attention if a.block == number}
+        assert len(found) == HEADS
+        for head in range(HEADS):
+            measured = found[head].entropy
+            assert measured is not None, found[head].unavailable
+            assert measured.mean == pytest.approx(entropy[head], rel=1e-4)
+            share = found[head].normalized_entropy
+            assert share is not None
+            assert share.mean == pytest.approx(np.mean(_normalised(weights[:, head])), rel=1e-4)
+
+
+def _normalised(weights: np.ndarray) -> list[float]:
+    """Entropy over log T of every row that is allowed T > 1 keys, of weights [sequence, query, key] of a causal head."""
+    rows = [row[: i + 1] for one in weights for i, row in enumerate(one) if i]
+    return [float(-(r * np.log(r)).sum() / math.log(len(r))) for r in rows]
+
+
+def test_heads_that_an_einsum_adds_up_are_contributions_by_themselves() -> None:
+    model = StyledModel(into_the_stream).eval()
+    batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
+    (first, _) = uc.head_contributions(model, batch)
+    block = model.blocks[0]
+    assert isinstance(block, StyledBlock)
+    with torch.no_grad():
+        model(**batch)
+        added = block.attention(block.norm1(model.embed(batch["idx"])))
+        wide = block.attention.wide(block.attention.qkv(3 * block.norm1(model.embed(batch["idx"]))).chunk(3, -1)[2])
+        weights = block.attention.seen[-1]
+    want = torch.einsum("bhqk,bkhd->bqhd", weights, wide.unflatten(-1, (HEADS, WIDTH)))
+    torch.testing.assert_close(first.contributions, want)
+    torch.testing.assert_close(first.contributions.sum(2) + first.bias, added)
+
+
+def test_a_mask_that_is_one_operand_with_a_bias_is_not_taken_away_in_silence() -> None:
+    """What the bias of a forbidden pair would be is not known."""
+    model = StyledModel(distances).eval()
+    batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
+    with (
+        torch.no_grad(),
+        uc.without(model, "mask", batch=batch),
+        pytest.raises(uc.UnsupportedModel, match="also adds a bias"),
+    ):
+        model(**batch)

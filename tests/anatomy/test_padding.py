@@ -1,0 +1,68 @@
+"""Padding under names of the user's own: whose tokens are real, and what padded ones see is nobody's business."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import uncollapse as uc
+from uncollapse.anatomy.proof import proved_anatomy
+
+WIDTH = 16
+
+
+class Masked(nn.Module):
+    """One attention whose forbidden pairs are told by `keep` [sequence, token]; `number` is added for each reason to forbid."""
+
+    def __init__(self, number: float, *, is_causal: bool, beginning: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.qkv, self.out = nn.Embedding(32, WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm, self.mlp = (
+            nn.LayerNorm(WIDTH),
+            nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH)),
+        )
+        self.first = nn.Parameter(torch.randn(1, 1, WIDTH)) if beginning else None
+        self.number, self.is_causal = number, is_causal
+
+    def forward(self, words: Tensor, keep: Tensor) -> Tensor:
+        x = self.embed(words)
+        if self.first is not None:
+            x = torch.cat([self.first.expand(len(x), -1, -1), x], 1)
+            keep = nn.functional.pad(keep, (1, 0), value=1)
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        logits = q @ k.mT + self.number * (1 - keep[:, None, None].float())
+        if self.is_causal:
+            logits = logits + self.number * torch.ones(logits.shape[-2:]).triu(1)
+        x = x + self.out((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+def batch(is_left: bool, sequences: int = 3, tokens: int = 9) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    keep = torch.ones(sequences, tokens, dtype=torch.long)
+    for number, row in enumerate(keep):
+        row[: number + 2] = 0
+    return {
+        "words": torch.randint(0, 32, keep.shape, generator=generator),
+        "keep": keep if is_left else keep.flip(-1),
+    }
+
+
+@pytest.mark.parametrize("is_left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_causal_is_what_lets_no_later_token_reach_a_real_one(is_left: bool, is_causal: bool) -> None:
+    """A padded query of which every key is forbidden, each by the same number, sees them all alike: later ones, too."""
+    model = Masked(-1e9, is_causal=is_causal, beginning=False).eval()
+    (block,) = proved_anatomy(model, batch(is_left)).blocks
+    assert [p.is_causal for p in block.parts if p.kind == "attention"] == [is_causal]
+
+
+@pytest.mark.parametrize("number", [-100.0, -1e4])
+def test_padding_beside_a_token_of_the_models_own_is_seen_whatever_number_hides_it(number: float) -> None:
+    """exp(-100) is not quite zero, and neither is the gradient through it."""
+    model = Masked(number, is_causal=False, beginning=True).eval()
+    given = batch(is_left=False)
+    record = uc.diagnose(model, batches=[given]).record
+    assert record.probe.tokens == int(given["keep"].sum()) + len(given["keep"])
