@@ -38,6 +38,7 @@ from studies.random_models.drawing import Drawn, drawn
 from studies.random_models.specification import DIFFERENCES, NO_SOFTMAX, Specification
 from studies.random_models.truth import PARTS, AttentionTruth, Truth
 
+LEAST_WEIGHT = 1e-30  # of a pair that is not forbidden
 FEW_KEYS, FEW_RIVALS = 4, 16  # rows over fewer keys have no key share, no rest entropy (`uncollapse.mixing`)
 VERDICTS = ("right", "unavailable", "refused", "wrong")
 ATTENTION_FIGURES = (
@@ -146,6 +147,12 @@ def head_reference(one: AttentionTruth, real: np.ndarray, sequence: int, head: i
     rows = np.flatnonzero(real[sequence])
     found: dict[str, list[float]] = collections.defaultdict(list)
     weights, allowed, all_values, all_mixed = one.found()
+    # A mask of -100 beside logits in the hundreds (a model without its norms) forbids nothing: as the documentation has it, a
+    # forbidden pair has no weight, or is not forbidden.
+    seen = real[sequence][None, :] & real[sequence][:, None]
+    leaks = np.where(seen & ~allowed[sequence, 0], weights[sequence], 0).max() > LEAST_WEIGHT
+    if leaks:
+        allowed = allowed | seen
     for i in rows:
         keys = np.flatnonzero(allowed[sequence, 0, i])
         row = weights[sequence, head, i, keys]

@@ -169,3 +169,24 @@ def test_positions_of_token_first_numbers_are_refused_in_words() -> None:
         uc.without(TokenFirst().eval(), "positions", batch=batch),
     ):
         pass
+
+
+class MaskAndBias(TokenFirst):
+    """Distances and a causal mask, summed before they are added to the logits."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        x, tokens = self.embed(input_ids.T), torch.arange(input_ids.shape[1])
+        distance = (tokens[:, None] - tokens).float()
+        summed = -0.3 * distance + torch.zeros_like(distance).masked_fill(distance < 0, -math.inf)
+        for block in self.blocks:
+            x = block(x, summed)
+        return x.transpose(0, 1)
+
+
+def test_a_mask_that_is_one_with_a_bias_is_not_taken_for_a_mask_alone() -> None:
+    torch.manual_seed(0)
+    batch = {"input_ids": torch.randint(30, (4, 7), generator=torch.Generator().manual_seed(0))}
+    with pytest.raises(uc.UnsupportedModel, match="also adds a bias"), uc.without(MaskAndBias(), "mask", batch=batch):
+        pass

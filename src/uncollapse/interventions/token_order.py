@@ -21,7 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, intercepted
-from uncollapse.anatomy.operands import forbidden_by_addition, fused_arguments, result_shape, spread_out, step_without
+from uncollapse.anatomy.operands import (
+    forbidden_by_addition,
+    forbids_and_shifts,
+    fused_arguments,
+    result_shape,
+    spread_out,
+    step_without,
+)
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.stacks import given_mask, hides
 from uncollapse.anatomy.streams import met
@@ -72,10 +79,7 @@ def _unmasked_fused(call: AttentionCall, padding: list[Tensor | None]) -> Handle
         given = fused_arguments(args, kwargs)
         query, mask, real = given["query"], given.get("attn_mask"), padding[0]
         if mask is not None and mask.dtype != torch.bool and forbidden_by_addition(mask)[1]:
-            raise UnsupportedModel(
-                "without: expected a mask that only forbids, got one that also adds a bias to the logits. The bias of a "
-                "forbidden pair is not known. Load the model with attn_implementation='eager'."
-            )
+            raise UnsupportedModel(_MASK_AND_BIAS + " Load the model with attn_implementation='eager'.")
         shown = None
         if real is not None:
             axes = [_AXIS[axis.role] for axis in call.lead]
@@ -87,6 +91,10 @@ def _unmasked_fused(call: AttentionCall, padding: list[Tensor | None]) -> Handle
     return handler
 
 
+_MASK_AND_BIAS = (
+    "without: expected a mask that only forbids, got one that also adds a bias to the logits. The bias of a forbidden pair is "
+    "not known."
+)
 _AXIS = {"head": None, "window": None, "sequence": "sequence"} | {s: s for s in ("sequence-major", "sequence-minor")}
 
 
@@ -94,6 +102,8 @@ def _unmasked_step(step: MaskingStep, padding: list[Tensor | None]) -> Handler:
     """An operation between logits and weights that no longer forbids anything but padded keys."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if forbids_and_shifts(function, args, kwargs, step.operand):
+            raise UnsupportedModel(_MASK_AND_BIAS + " Add the two one after the other, or take away another component.")
         real, hidden = padding[0], None
         if real is not None:
             hidden = spread_out(~real, step.axes, result_shape(function, args, kwargs))
