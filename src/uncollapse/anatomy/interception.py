@@ -54,6 +54,35 @@ class Point:
         return f"{self.operation} #{self.ordinal} of {self.owner or 'the model itself'}{run}"
 
 
+class _Handling(threading.local):
+    """Whether this thread is in a handler's own code. Contexts nest (a diagnosis of a model without a part): what one handler
+    computes for itself must not count as the model's own operations in another context."""
+
+    within = False
+
+    @contextlib.contextmanager
+    def set(self, within: bool) -> Iterator[None]:
+        before, self.within = self.within, within
+        try:
+            yield
+        finally:
+            self.within = before
+
+
+_handling = _Handling()
+
+
+def _as_the_models_own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The operation that a handler was called for: where the handler runs it, it is the model's again."""
+
+    @functools.wraps(function)
+    def own(*args: Any, **kwargs: Any) -> Any:
+        with _handling.set(False):
+            return function(*args, **kwargs)
+
+    return own
+
+
 class _Owner(TorchFunctionMode):
     """The handlers of one module while its own forward runs."""
 
@@ -69,7 +98,7 @@ class _Owner(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.depth:
+        if self.depth or _handling.within:
             return func(*args, **kwargs)
         inner = opened(func)
         if inner is not None:
@@ -85,7 +114,8 @@ class _Owner(TorchFunctionMode):
         if handler is None:
             return func(*args, **kwargs)
         self.hits.add((name, ordinal))
-        return handler(func, args, kwargs)
+        with _handling.set(True):
+            return handler(_as_the_models_own(func), args, kwargs)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -302,6 +302,7 @@ class _Probe:
             statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, problem)
             return
         met: dict[int, AttentionRows] = {}
+        chooses = self.anatomy.blocks[number].chooses_tokens
 
         def deliver(index: int, found: AttentionRows) -> None:
             met[index] = found
@@ -311,6 +312,11 @@ class _Probe:
                 answered = sum(rows.rows.entropy.shape[-1] for rows in several)
                 if first.shares_queries and answered != self.entered_shapes.get(number, (0, answered))[1]:
                     refuse("its queries are shared out among another number of calls than on the example")
+                    return
+                tokens = self.entered_shapes.get(number, (0, 0))[1]
+                other = [rows for rows, c in zip(several, part.attention, strict=True) if c.queries_of_tokens]
+                if tokens and not chooses and any(rows.rows.entropy.shape[-1] != tokens for rows in other):
+                    refuse("it answers for some of its queries only, where it answered for all of them on the example")
                     return
                 self._measure_attention(statistics, [in_sequence(several)] if first.shares_queries else several)
 
