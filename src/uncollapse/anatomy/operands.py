@@ -66,7 +66,8 @@ class Mixed:
         if not self.summed:
             return self.mixed
         assert self.weights is not None
-        return self.weights @ self.values
+        dtype = torch.promote_types(self.weights.dtype, self.values.dtype)  # under autocast they may differ
+        return self.weights.to(dtype) @ self.values.to(dtype)
 
 
 def replaced(value: Any, one: Tensor, other: Tensor) -> Any:
