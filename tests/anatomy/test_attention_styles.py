@@ -173,3 +173,21 @@ def test_a_mask_that_is_one_operand_with_a_bias_is_not_taken_away_in_silence() -
         pytest.raises(uc.UnsupportedModel, match="also adds a bias"),
     ):
         model(**batch)
+
+
+def chunked(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Four queries at a time: how many calls that are depends on the text."""
+    causally = causal(q @ k.transpose(-1, -2))
+    weights = [rows.softmax(-1) for rows in causally.split(4, 2)]
+    return torch.cat([some @ v for some in weights], 2)
+
+
+def test_a_longer_text_is_not_measured_by_its_first_queries_alone() -> None:
+    """Proved on three tokens, which are one call; eleven tokens are three, and the first is not all of them."""
+    model = StyledModel(chunked).eval()
+    batches = [
+        {"idx": torch.randint(0, 32, (3, length), generator=torch.Generator().manual_seed(1))} for length in (3, 11)
+    ]
+    for head in uc.diagnose(model, batches=batches).record.attention:
+        assert head.entropy is None
+        assert head.unavailable["entropy"]

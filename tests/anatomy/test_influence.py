@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import uncollapse as uc
 from tests.helpers.observing import observe, site_table
-from uncollapse.anatomy.influence import without_zeros
+from uncollapse.anatomy.influence import stream_axes, without_zeros
 from uncollapse.anatomy.proof import example_batch, proved_anatomy
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import StreamAxes
@@ -406,3 +406,16 @@ def test_token_first_numbers_and_their_mask_are_cut_to_the_same_places() -> None
     mask = torch.arange(5 * 12).reshape(5, 12)
     cut = example_batch({"src": ids, "mask": mask})
     assert cut["src"].shape == cut["mask"].shape[::-1]
+
+
+def test_what_half_precision_rounds_off_in_other_sequences_is_no_influence() -> None:
+    """Autocast: a product of bfloat16, its result in float32, is rounded in another way when another sequence changes."""
+    weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def update(stream: Tensor) -> Tensor:
+        made = (stream.bfloat16() @ weight).float()
+        return made.cumsum(1) * (1 + 2.0**-8 * torch.sin(1e4 * stream.sum()))
+
+    stream = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(1))
+    axes, _ = stream_axes(update, stream, "a block")
+    assert axes == StreamAxes(0, (1,), 2)

@@ -173,3 +173,25 @@ def test_a_model_is_where_its_first_tensor_that_is_somewhere_is() -> None:
         away.register_buffer("frequencies", torch.empty(2, device="cuda:0"))  # accelerate leaves buffers on the device
         assert device_of(away) == torch.device("cuda:0")
     assert device_of(placed("meta")) == device_of(nn.Identity()) == torch.device("cpu")
+
+
+def test_what_a_handler_computes_for_itself_counts_in_no_other_context() -> None:
+    """A part taken away inside a measurement: its handlers run their own additions, and must not shift the model's."""
+    model, x = Model(), torch.tensor([1.0])
+    met: list[Tensor] = []
+
+    def adding(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        zero = torch.zeros(1) + 0  # one of its own
+        return function(args[0] + zero, *args[1:], **kwargs)
+
+    def noting(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        met.append(args[0].clone())
+        return function(*args, **kwargs)
+
+    first, second = (Point("parent", 0, "add of 1 axes", ordinal) for ordinal in range(2))
+    expected = model(x)
+    with intercepted(model, {first: adding}), intercepted(model, {second: noting}):
+        assert torch.equal(model(x), expected)
+    with intercepted(model, {second: noting}), intercepted(model, {first: adding}):
+        assert torch.equal(model(x), expected)
+    assert [float(y) for y in met] == [1102.0] * 2

@@ -556,6 +556,29 @@ class OneBlockLoop(Owned):
         return self.keep(x + self.mlp(x) * ("mlp" not in self.off))
 
 
+class Wrapped(Owned):
+    """A model within another, which hands on to it."""
+
+    def __init__(self, inner: Owned) -> None:
+        super().__init__()
+        self.inner, self.seen = inner, inner.seen
+
+    def forward(self, idx: Tensor) -> Tensor:
+        self.inner.off = self.off
+        return self.inner(idx)
+
+
+class WithHead(Stack):
+    """One block and a head in one forward: what comes out is no stream."""
+
+    def __init__(self) -> None:
+        super().__init__(Block, 1)
+        self.head = nn.Linear(WIDTH, 50)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return self.head(super().forward(idx).transpose(0, 1))
+
+
 # What is refused -------------------------------------------------------------------------------------------------------
 
 
@@ -634,4 +657,6 @@ STRUCTURES: dict[str, Callable[[], Owned]] = {
     "x-transformers": XTransformers,
     "mixing loop": MixingLoop,
     "one block in a loop": OneBlockLoop,
+    "one block in a loop, wrapped": lambda: Wrapped(OneBlockLoop()),
+    "one block with a head, wrapped": lambda: Wrapped(WithHead()),
 }

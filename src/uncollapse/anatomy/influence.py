@@ -93,11 +93,11 @@ def poked(stream: Tensor, axis: int, places: Tensor) -> Tensor:
     return torch.where(mask, noise.to(stream.dtype), stream)
 
 
-def moved(plain: Tensor, other: Tensor, axis: int) -> Tensor:
+def moved(plain: Tensor, other: Tensor, axis: int, coarsest: float = 0.0) -> Tensor:
     """Which places along an axis differ beyond rounding, as [places]: by more than two units in the last place of what was
     there, and by more than a trace of the largest difference. Experts run on groups of tokens, and the size of a group decides
-    how its sums are rounded: that is no influence."""
-    eps = torch.finfo(plain.dtype).eps
+    how its sums are rounded: that is no influence. `coarsest`: the rounding of a coarser number format on the way."""
+    eps = max(torch.finfo(plain.dtype).eps, coarsest)
     change = (other.double() - plain.double()).abs()
     change = change.where(change.isfinite(), 0.0)
     trace = (2 if eps > 1e-4 else 256) * eps * change.max()
@@ -127,6 +127,11 @@ class Products(TorchFunctionMode):
 
     def __post_init__(self) -> None:
         super().__init__()
+
+    def coarsest(self) -> float:
+        """The rounding of the coarsest number format that a product was computed in (autocast)."""
+        given = [t for pair in self.found for t, _ in pair if t.is_floating_point()]
+        return max((torch.finfo(t.dtype).eps for t in given), default=0.0)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -219,7 +224,7 @@ def stream_axes(update: Update, stream: Tensor, where: str) -> tuple[StreamAxes 
         again = Products()
         with again:
             other = update(poked(first, axis, places))
-        others = moved(plain, other, axis)
+        others = moved(plain, other, axis, seen.coarsest())
         others[places.to(others.device)] = False
         if bool(others.any()):
             reaching.add(axis)

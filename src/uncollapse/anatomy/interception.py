@@ -54,6 +54,35 @@ class Point:
         return f"{self.operation} #{self.ordinal} of {self.owner or 'the model itself'}{run}"
 
 
+class _Handling(threading.local):
+    """Whether this thread is in a handler's own code. Contexts nest (a diagnosis of a model without a part): what one handler
+    computes for itself must not count as the model's own operations in another context."""
+
+    within = False
+
+    @contextlib.contextmanager
+    def set(self, within: bool) -> Iterator[None]:
+        before, self.within = self.within, within
+        try:
+            yield
+        finally:
+            self.within = before
+
+
+_handling = _Handling()
+
+
+def _as_the_models_own(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The operation that a handler was called for: where the handler runs it, it is the model's again."""
+
+    @functools.wraps(function)
+    def own(*args: Any, **kwargs: Any) -> Any:
+        with _handling.set(False):
+            return function(*args, **kwargs)
+
+    return own
+
+
 class _Owner(TorchFunctionMode):
     """The handlers of one module while its own forward runs."""
 
@@ -70,7 +99,7 @@ class _Owner(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.depth:
+        if self.depth or _handling.within:
             return func(*args, **kwargs)
         inner = opened(func)
         if inner is not None:
@@ -83,14 +112,16 @@ class _Owner(TorchFunctionMode):
         handler = self._next(name)
         if handler is None:
             return func(*args, **kwargs)
-        if self.around is None or handler not in _putting_another:
-            return handler(func, args, kwargs)
+        own = _as_the_models_own(func)
+        with _handling.set(True):
+            if self.around is None or handler not in _putting_another:
+                return handler(own, args, kwargs)
 
-        @functools.wraps(func)
-        def changed(*given: Any, **named: Any) -> Any:
-            return handler(func, given, named)
+            @functools.wraps(func)
+            def changed(*given: Any, **named: Any) -> Any:
+                return handler(own, given, named)
 
-        return self.around.seeing(name, changed, args, kwargs)
+            return self.around.seeing(name, changed, args, kwargs)
 
     def _next(self, name: str) -> Handler | None:
         """Count one more operation of this name; its handler."""

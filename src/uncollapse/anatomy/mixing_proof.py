@@ -68,6 +68,7 @@ def located(call: AttentionCall, poked: Poked, tokens: int, *, alone: bool) -> A
         before=before,
         after=after,
         keys_of_tokens=not is_cross and of_tokens * windows == tokens,
+        queries_of_tokens=mixed.shape[-2] * windows == tokens,
         shares_queries=not is_cross and not alone and mixed.shape[-2] * windows < tokens,
     )
 

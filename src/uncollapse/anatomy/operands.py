@@ -66,7 +66,8 @@ class Mixed:
         if not self.summed:
             return self.mixed
         assert self.weights is not None
-        return self.weights @ self.values
+        dtype = torch.promote_types(self.weights.dtype, self.values.dtype)  # under autocast they may differ
+        return self.weights.to(dtype) @ self.values.to(dtype)
 
 
 def replaced(value: Any, one: Tensor, other: Tensor) -> Any:
@@ -419,14 +420,13 @@ def step_without(
     if name == "setitem":
         if not _forbids(args[2], after_softmax) or mask.dtype != torch.bool:
             return function(*args, **given)
-        args[0].masked_fill_(nothing, args[2])
-        return None
+        return function(args[0], nothing.expand_as(args[0]), args[2])
     if name == "where":
         first, second = _alternatives(args, given)
         keeps_first = _forbids(second, after_softmax)
         if not keeps_first and not _forbids(first, after_softmax):
             return function(*args, **given)
-        return torch.where(~nothing if keeps_first else nothing, first, second)
+        return _with(function, args, given, mask, ~nothing if keeps_first else nothing)
     return function(*args, **given)
 
 

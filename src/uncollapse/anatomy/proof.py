@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.autocast import AutocastState
 from uncollapse.anatomy.carrying import Observer, Way
-from uncollapse.anatomy.influence import EVERY, moved, poked, reaches, stream_axes, without_zeros
+from uncollapse.anatomy.influence import EVERY, Products, moved, poked, reaches, stream_axes, without_zeros
 from uncollapse.anatomy.interception import (
     Handler,
     Point,
@@ -1198,14 +1198,16 @@ class _BlockProof(BlockAlone):
         """Which tokens [sequence, token] later ones reach, with only this part left: the last alone, then the second half, since
         the last tokens may be padding."""
         (axis,), size = axes.token, stream.shape[axes.token[0]]
-        plain, cloud = self.update(part, stream), axes.cloud(stream)
+        cloud, products = axes.cloud(stream), Products()
+        with products:
+            plain = self.update(part, stream)
         found = torch.zeros(cloud.shape[:2], dtype=torch.bool, device=cloud.device)
         if plain.shape != stream.shape or size < 2:
             return found
         for first in {size - 1, size // 2}:
             other = self.update(part, poked(stream, axis, torch.arange(first, size)))
             before, after = (axes.cloud(update).flatten(0, 1) for update in (plain, other))
-            rows = moved(before, after, 0).view(found.shape)
+            rows = moved(before, after, 0, products.coarsest()).view(found.shape)
             rows[:, first:] = False
             found |= rows
         return found

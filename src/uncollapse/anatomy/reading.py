@@ -868,7 +868,7 @@ class _Reader:
                     members.append(index)
             inside = [s for leaf in found.leaves if leaf != found.stream for s in self._attending(leaf, found.stream)]
             chosen.append(self._deepest(members[-1] if members else outermost, holds, inside))
-            if chosen[-1] == 0:  # one block alone, in the model's own code
+            if not self._enters(chosen[-1], holds):  # one block alone, in the model's own code
                 shared.append(chosen.pop())
         chosen = list(dict.fromkeys(chosen))
         chosen = [c for c in chosen if not any(c != other and self._within(other, c) for other in chosen)]
@@ -1031,7 +1031,8 @@ class _Reader:
                 c
                 for c in self.t.calls[index].children
                 if len(holds[c]) == len(holds[index])
-                and self._sizes(c) & (self._sizes(index) or self._sizes(c))  # not where only some tokens go through it
+                # Not where only some tokens go through it, unless the stream only begins in here.
+                and (self._sizes(c) & (self._sizes(index) or self._sizes(c)) or not self._enters(index, holds))
                 and all(
                     self.t.calls[c].first <= s < self.t.calls[c].last
                     for s in scores
@@ -1041,6 +1042,12 @@ class _Reader:
             if not inside:
                 return index
             index = inside[0]
+
+    def _enters(self, index: int, holds: Mapping[int, list[_Sum]]) -> bool:
+        """Whether the stream of a call's additions comes from outside, among its arguments."""
+        given = tuple(self.t.calls[index].inputs.values())
+        stream = holds[index][0].stream
+        return index > 0 and bool(set(given) & self._carried(stream, given))
 
     def _sizes(self, index: int) -> set[int]:
         call = self.t.calls[index]

@@ -137,9 +137,9 @@ class AttentionCall:
     product leaves that open and pokes told. `drops_columns`: the softmax also ran over columns that mix no value (a sink).
 
     The proof adds what the leading axes of the product hold (`lead`, in order), how many of the keys stand `before` those that
-    are tokens and belong to none (a sink's column), whether there are as many keys as the stream has tokens (`keys_of_tokens`),
-    whether it is one of several that answer for the sublayer's queries in turn, the tokens in order (`shares_queries`),
-    and, where the call is no mixture of tokens that can be measured, why (`unreadable`)."""
+    are tokens and belong to none (a sink's column), whether there are as many keys as the stream has tokens (`keys_of_tokens`)
+    or queries (`queries_of_tokens`), whether it is one of several that answer for the sublayer's queries in turn, the tokens in
+    order (`shares_queries`), and, where the call is no mixture of tokens that can be measured, why (`unreadable`)."""
 
     score: Point | None
     product: Point
@@ -165,6 +165,7 @@ class AttentionCall:
     before: int = 0
     after: int = 0
     keys_of_tokens: bool = False
+    queries_of_tokens: bool = False
     shares_queries: bool = False
     unreadable: str | None = None
     pair: tuple[int, int] | None = None

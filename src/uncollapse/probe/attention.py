@@ -128,6 +128,7 @@ class Attention:
         shares_queries = part.attention[0].shares_queries
         entered, number = self.clouds.entered, statistics.block
         met: dict[int, AttentionRows] = {}
+        chooses = self.anatomy.blocks[number].chooses_tokens
 
         def deliver(call: int, found: AttentionRows) -> None:
             met[call] = found
@@ -137,6 +138,11 @@ class Attention:
                 answered = sum(each.shape[2] for each in several)
                 if shares_queries and answered != entered.get(number, (0, answered))[1]:
                     refuse("its queries are shared out among another number of calls than on the example")
+                    return
+                tokens = entered.get(number, (0, 0))[1]
+                whole = [rows for rows, c in zip(several, part.attention, strict=True) if c.queries_of_tokens]
+                if tokens and not chooses and any(rows.shape[2] != tokens for rows in whole):
+                    refuse("it answers for some of its queries only, where it answered for all of them on the example")
                     return
                 self._measure(index, statistics, [in_sequence(several)] if shares_queries else several)
 

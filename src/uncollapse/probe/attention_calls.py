@@ -163,7 +163,7 @@ class CallObserver:
         queries = None if result.shape[2] > 1 else self.query_mask(A.shape[-2], A.shape[0])
         reasons: dict[str, str] = {}
         if barred is not None and not _is_weightless(A, barred):
-            barred = None  # it lowers these pairs, and forbids none
+            barred = _without_weight(A, barred)  # it lowers some of these pairs, and forbids the others if any
         if L is not None and not _explains(A, L, barred):
             L = None
         if L is None:
@@ -437,6 +437,14 @@ def _is_weightless(weights: Tensor, forbidden: Tensor) -> bool:
     leak = weights.masked_fill(~barred, 0).nan_to_num(0).amax(-1)
     rows = ~barred.all(-1)
     return not bool((leak[rows].double() > LEAST_SHARE * peak[rows].double()).any())
+
+
+def _without_weight(weights: Tensor, forbidden: Tensor) -> Tensor | None:
+    """Those of the pairs that have no weight in any head; None where all have some."""
+    peak = weights.amax(-1, keepdim=True).double()
+    silent = (weights.nan_to_num(0).double() <= LEAST_SHARE * peak).all(1, keepdim=True)
+    found = forbidden & silent
+    return found if bool(found.any()) else None
 
 
 def _explains(weights: Tensor, logits: Tensor, forbidden: Tensor | None) -> bool:
