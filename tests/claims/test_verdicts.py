@@ -27,6 +27,10 @@ LEDGER = {
         ],
     ),
     "causal-collapse-is-geometric": (UNDER, [({"causal": False}, REFUTED), ({"rate": fmpq(2, 5)}, REFUTED)]),
+    "relative-bias-collapse-is-geometric": (
+        UNDER,
+        [({"bias": "none"}, REFUTED), ({"bias": "key"}, REFUTED), ({"rate": fmpq(1, 2)}, REFUTED)],
+    ),
     "attention-never-gains-rank": (UNDER, [({"count": 2}, REFUTED), ({"sinks": True}, REFUTED)]),
     "consensus-is-invariant": (UNDER, [({"sinks": True}, REFUTED)]),
     "layernorm-affine-rank": (REFUTED, [({"regime": "saturated"}, HOLDS)]),

@@ -15,6 +15,7 @@ import torch
 
 from tests.helpers import records_samples as samples
 from tests.reference import identifiability as reference
+from uncollapse.measures.random_projections import beside_random, random_noise_gain
 from uncollapse.records.common import Finding, Statistic
 from uncollapse.records.diagnosis import HeadsRecord
 from uncollapse.records.heads import IdentifiabilityRecord
@@ -35,12 +36,13 @@ COPIES = Finding(
 NO_MATRIX = "the output projection is not an affine map"
 
 
-def verdict(kernel: int, gain: float | None) -> str:
+def verdict(kernel: int, gain: float | None, random: list[float] | None = None) -> str:
     if kernel:
         return f"not attributable (kernel {kernel})"
     if gain is None:
         return "not attributable (write spaces dependent to within rounding)"
-    return "attributable" if gain <= 10 else f"attributable with care (noise gain {gain:.3g})"
+    beside = f", {beside_random(gain, random)}" if random else ""
+    return "attributable" if gain <= 10 else f"attributable with care (noise gain {gain:.3g}{beside})"
 
 
 def heads_record(block: int, W: np.ndarray, heads: int, rng: np.random.Generator, **place: Any) -> HeadsRecord:
@@ -49,12 +51,17 @@ def heads_record(block: int, W: np.ndarray, heads: int, rng: np.random.Generator
     mixed, width = W.shape
     angles = np.arccos(np.clip(found.pop("cosine_of_smallest_angle"), 0, 1))
     gains = found["head_noise_gain"]
-    unavailable = {}
+    unavailable: dict[str, str] = {}
     if found["condition_number"] is None:
-        unavailable["condition_number"] = "the heads' write spaces are linearly dependent: infinite"
+        dependent = "the heads' write spaces are linearly dependent: infinite"
+        unavailable |= dict.fromkeys(["condition_number", "absolute_noise_gain"], dependent)
     if None in gains:
         unavailable["head_noise_gain"] = "infinite: other heads can write part of what this head writes"
     rank = min(57, mixed, width)
+    together, single = ([*p] if np.isfinite(p).all() else None for p in random_noise_gain(heads, mixed // heads, width))
+    if together is None:
+        wider = "the heads are together wider than the stream: infinite for any weights"
+        unavailable |= dict.fromkeys(["random_noise_gain", "random_head_noise_gain"], wider)
     return HeadsRecord(
         block=block,
         stack=place.get("stack"),
@@ -64,11 +71,13 @@ def heads_record(block: int, W: np.ndarray, heads: int, rng: np.random.Generator
         ambiguous_degrees_of_freedom=(heads - 1) * mixed // heads,
         gauge_dimension=mixed * mixed // heads,
         energy_share=[Statistic(s, 0.7 * s, 1.4 * s, 64) for s in rng.dirichlet(np.full(heads, 3.0)).tolist()],
-        verdict=verdict(found["kernel_dimension"], found["condition_number"]),
+        verdict=verdict(found["kernel_dimension"], found["condition_number"], together),
         tokens=57,
         factorization_ambiguity=57 * mixed + mixed * width - rank * (57 + width - rank),
         smallest_principal_angle=angles.tolist(),
-        head_verdict=[verdict(0, gain) for gain in gains],
+        head_verdict=[verdict(0, gain, single) for gain in gains],
+        random_noise_gain=together,
+        random_head_noise_gain=single,
         unavailable=unavailable,
         **found,
     )
@@ -167,15 +176,18 @@ def deep() -> IdentifiabilityRecord:
                 gauge_dimension=32 * 64**2,
                 output_projection_rank=2048,
                 condition_number=gain,
+                absolute_noise_gain=gain / 1.9,
+                random_noise_gain=[*random_noise_gain(32, 64, 2048).together],
+                random_head_noise_gain=[*random_noise_gain(32, 64, 2048).single],
                 write_space_overlap=overlap.tolist(),
                 energy_share=[Statistic(s, 0.7 * s, 1.4 * s, 64) for s in rng.dirichlet(np.full(32, 3.0)).tolist()],
-                verdict=verdict(0, gain),
+                verdict=verdict(0, gain, [*random_noise_gain(32, 64, 2048).together]),
                 tokens=57,
                 contribution_ambiguity=0,
                 factorization_ambiguity=2048**2,
                 smallest_principal_angle=angle.tolist(),
                 head_noise_gain=gains,
-                head_verdict=[verdict(0, one) for one in gains],
+                head_verdict=[verdict(0, one, [*random_noise_gain(32, 64, 2048).single]) for one in gains],
             )
         )
     return identifiability(records)

@@ -56,6 +56,7 @@ def test_every_figure_is_that_of_a_head_by_head_reference(name: str) -> None:
         angles = np.array(record.smallest_principal_angle, dtype=float)
         np.testing.assert_allclose(np.cos(angles), expected["cosine_of_smallest_angle"], atol=1e-9)
         close(record.condition_number, expected["condition_number"])
+        close(record.absolute_noise_gain, expected["absolute_noise_gain"])
         assert record.head_noise_gain is not None
         for found, gain in zip(record.head_noise_gain, expected["head_noise_gain"], strict=True):
             close(found, gain)

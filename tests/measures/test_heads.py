@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.reference import heads as reference
 from uncollapse.errors import InputError
-from uncollapse.measures import heads
+from uncollapse.measures import heads, random_projections
 
 HEADS, HEAD_WIDTH, WIDTH = 4, 3, 16
 MIXED = HEADS * HEAD_WIDTH
@@ -35,8 +35,9 @@ def close(found, expected, tolerance):
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_documented_examples():
-    assert doctest.testmod(heads).failed == 0
+@pytest.mark.parametrize("module", [heads, random_projections])
+def test_documented_examples(module):
+    assert doctest.testmod(module, optionflags=doctest.ELLIPSIS).failed == 0
 
 
 # Counts ---------------------------------------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ def test_conditioning_at_its_extremes():
     assert heads.conditioning(scaled, 4) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_what_rounding_hides_is_not_counted_as_rank(dtype):
     W = projection(24, 64)
     W[6:12] = W[0:6]
@@ -208,6 +209,27 @@ def test_what_rounding_hides_is_not_counted_as_rank(dtype):
     assert heads.conditioning(W, 4) == math.inf
     assert heads.write_space_overlap(W, 4)[0, 1] == pytest.approx(1)
     assert heads.principal_angles(W, 4)[2].isfinite().sum(-1).tolist() == [3, 3, 3, 3]
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_same_numbers_have_the_same_figures_in_every_format(stored):
+    """A sum rounded to half precision is full rank: these numbers are what the model computes with, in any format."""
+    W = projection(24, 64)
+    W[6:12] = W[0:6]
+    W[12:15] = W[0:3] + W[18:21]
+    W = (W / 3).to(stored)
+    figures = [heads.kernel_dimension, lambda w: heads.contribution_ambiguity(w, 4), lambda w: heads.conditioning(w, 4)]
+    for other in (torch.float32, torch.float64):
+        assert [figure(W) for figure in figures] == [figure(W.to(other)) for figure in figures]
+        assert heads.head_noise_gain(W, 4).tolist() == heads.head_noise_gain(W.to(other), 4).tolist()
+    assert heads.kernel_dimension(W) == (6 if stored != torch.float32 else 9)  # copies are exact, the sums are not
+
+
+def test_numbers_that_need_float64_are_judged_by_its_rounding():
+    W = torch.diag(torch.tensor([1.0, 1.0, 1.0, 2.0**-34], dtype=torch.float64))
+    assert heads.kernel_dimension(W) == heads.kernel_dimension(W.float()) == 1
+    W[0, 0] += 2.0**-40  # no float32 holds this
+    assert heads.kernel_dimension(W) == 0
 
 
 @settings(max_examples=30, deadline=None)
@@ -281,7 +303,7 @@ def test_noise_gain_of_two_lines_and_a_bystander(angle):
     close(heads.head_noise_gain(W, 3), [1 / math.sin(angle), 1 / math.sin(angle), 1], 1e-9)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_heads_that_cannot_be_told_apart_leave_the_others_their_gain(dtype):
     W = projection(16, 64)
     W[4:8] = projection(4, 4) @ W[0:4]
@@ -408,3 +430,38 @@ def test_the_verdict_in_words(kernel, gain, verdict):
 def test_unusable_input_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+# Beside random weights --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "size", "width"), [(8, 8, 64), (2, 32, 64), (4, 40, 160), (6, 8, 80), (3, 100, 400)])
+def test_random_projections_have_the_gains_that_are_said_of_them(count, size, width):
+    expected = random_projections.random_noise_gain(count, size, width)
+    drawn = [heads.WriteSpaces(projection(count * size, width), count) for _ in range(100)]
+    together = np.array([heads.conditioning(spaces, count) for spaces in drawn])
+    single = np.array([heads.head_noise_gain(spaces, count).numpy() for spaces in drawn]).ravel()
+    for gains, (low, middle, high), slack in ((together, expected.together, 0.06), (single, expected.single, 0.06)):
+        assert np.mean(gains < low) <= 0.05 + slack
+        assert np.mean(gains > high) <= 0.05 + slack
+        if size < 100:  # the draws of the last are smaller than it
+            assert abs(np.mean(gains < middle) - 0.5) < 0.2
+    absolute = [heads.absolute_noise_gain(spaces, count) for spaces in drawn]
+    assert all(a >= g.max() * (1 - 1e-9) for a, g in zip(absolute, single.reshape(100, -1), strict=True))
+
+
+def test_where_nothing_is_drawn():
+    assert random_projections.random_noise_gain(1, 8, 32).together == (1, 1, 1)
+    assert random_projections.random_noise_gain(4, 16, 32).single == (math.inf,) * 3
+    first = random_projections.random_noise_gain(4, 80, 640)
+    random_projections.random_noise_gain.cache_clear()
+    assert random_projections.random_noise_gain(4, 80, 640) == first  # the seed is fixed
+    with pytest.raises(InputError, match=r"^random_noise_gain: expected sizes of at least 1, got heads=0"):
+        random_projections.random_noise_gain(0, 8, 32)
+
+
+def test_a_verdict_tells_a_gain_from_that_of_random_weights():
+    random = random_projections.random_noise_gain(12, 32, 384).together
+    said = [heads.attribution_verdict(0, gain, random) for gain in (44.0, 1000.0, 692799.0)]
+    assert [words.split(", ")[1] for words in said] == ["better than random)", "as random)", "worse than random)"]
+    assert heads.attribution_verdict(0, 2.0, random) == "attributable"

@@ -12,7 +12,7 @@ def row_basis(W, tol):
 
 
 def tolerance(W, eps):
-    """What storage in a format of that eps may leave in the place of a zero."""
+    """What computing in a format of that eps may leave in the place of a zero."""
     rows, columns = W.shape
     stored = eps * np.linalg.norm(W) * (rows**-0.5 + columns**-0.5)
     return stored + max(rows, columns) * np.finfo(float).eps * np.linalg.norm(W, 2)
@@ -42,6 +42,7 @@ def figures(W_O, heads, eps):
         "kernel_dimension": W.shape[0] - rank,
         "contribution_ambiguity": sum(map(len, bases)) - rank,
         "condition_number": None if len(stack) > W.shape[1] or sigma[-1] <= cut else sigma[0] / sigma[-1],
+        "absolute_noise_gain": None if len(stack) > W.shape[1] or sigma[-1] <= cut else 1 / sigma[-1],
         "write_space_overlap": [[np.sum(p**2) / min(p.shape) for p in row] for row in pairs],
         "cosine_of_smallest_angle": [[np.linalg.norm(p, 2) for p in row] for row in pairs],
         "head_noise_gain": gains,

@@ -57,7 +57,12 @@ HEADLINES = {
 def test_the_answer_comes_first(records: dict[str, IdentifiabilityRecord], pages: dict[str, Page], name: str) -> None:
     assert wording.headline(records[name]) == HEADLINES[name]
     words = pages[name].words
-    assert words.index(HEADLINES[name]) < words.index("What to do.") < words.index("Who sees what, and what stays")
+    assert (
+        words.index(wording.FIRST)
+        < words.index(HEADLINES[name])
+        < words.index("What to do.")
+        < words.index("Who sees what, and what stays")
+    )
 
 
 def test_with_care_everywhere_is_a_yes_with_a_reserve(records: dict[str, IdentifiabilityRecord]) -> None:
@@ -77,12 +82,14 @@ def test_each_verdict_has_its_blocks_its_reason_and_what_to_do(records: dict[str
     ]
     gain = records["mixed"].heads[1].condition_number
     assert gain is not None
-    assert care.why == f"Noise gain {gain:#.3g}."
+    random = records["mixed"].heads[1].random_noise_gain
+    assert random is not None
+    assert care.why == f"Relative noise gain {gain:#.3g}, as random ({wording.random_range(random)})."
     assert no.why == "Per token, the output projection loses 4 of the dimensions that its heads write."
     assert len({a.remedy for a in (yes, care, no)}) == 3
     (only,) = wording.answers(records["healthy"])
     gains = [h.condition_number for h in records["healthy"].heads if h.condition_number is not None]
-    assert only.why == f"Noise gain {min(gains):#.3g} to {max(gains):#.3g}."
+    assert only.why.startswith(f"Relative noise gain {min(gains):#.3g} to {max(gains):#.3g}, ")
 
 
 def test_dependence_without_a_kernel_is_said_as_such(records: dict[str, IdentifiabilityRecord]) -> None:
@@ -105,9 +112,9 @@ def test_single_heads_are_counted_where_they_differ(records: dict[str, Identifia
         f"Head by head, of 24 heads: {yes} attributable, {care} attributable with care, {no} not attributable."
     )
     assert some.startswith("In block 2 some heads can be told from the rest")
-    gain = record.heads[1].condition_number
+    gain = record.heads[1].absolute_noise_gain
     assert gain is not None
-    assert f"becomes {gain * 2**-24:.1e}".replace("e-0", "e-") in scale
+    assert f"an error of {gain * 2**-24:.1e}".replace("e-0", "e-") in scale
     assert scale.endswith("(block 1).")
     assert wording.heads_sentences(records["healthy"]) == []
 
@@ -123,9 +130,9 @@ def test_what_the_shape_forces_is_said(records: dict[str, IdentifiabilityRecord]
 def test_rounding_of_a_half_precision_model_is_put_in_percent(records: dict[str, IdentifiabilityRecord]) -> None:
     record = records["mixed"]
     half = replace(record, model=replace(record.model, dtype="bfloat16"))
-    gain = record.heads[1].condition_number
+    gain = record.heads[1].absolute_noise_gain
     assert gain is not None
-    assert f"becomes {100 * gain / 256:.1f} % of it" in wording.rounding_sentence(half)
+    assert f"an error of {100 * gain / 256:.1f} % of that output’s size" in wording.rounding_sentence(half)
     assert wording.rounding_sentence(replace(record, model=replace(record.model, dtype="int8"))) == ""
 
 
@@ -193,10 +200,17 @@ def test_every_block_stands_in_the_table(
         assert printed(cells[row, "rank W_O"]["text"]) == heads.output_projection_rank
         assert printed(cells[row, "kernel"]["text"]) == heads.kernel_dimension
         assert printed(cells[row, "shared"]["text"]) == heads.contribution_ambiguity
-        gain = cells[row, "noise gain"]
+        gain = cells[row, "relative noise gain"]
+        absolute = cells[row, "absolute noise gain"]["text"]
         if heads.condition_number is None:
             assert (gain["text"], float(gain["v"])) == ("∞", 1e300)
+            assert absolute == "∞"
         else:
+            assert printed(absolute) == pytest.approx(heads.absolute_noise_gain, rel=5.1e-3)
+            assert heads.random_noise_gain is not None
+            beside = wording.beside_random(heads.condition_number, heads.random_noise_gain)
+            assert gain.get("small", "") == (beside if heads.heads > 1 else "")
+            assert cells[row, "random weights"]["text"] == wording.random_range(heads.random_noise_gain)
             assert printed(gain["text"]) == pytest.approx(heads.condition_number, rel=5.1e-3)
         assert heads.head_verdict is not None
         yes = sum(short(v) == "attributable" for v in heads.head_verdict)
@@ -330,7 +344,8 @@ def test_another_schema_is_refused_with_what_to_do(records: dict[str, Identifiab
 
 
 def test_an_old_record_without_the_new_keys_still_makes_a_page(records: dict[str, IdentifiabilityRecord]) -> None:
-    new = "tokens contribution_ambiguity factorization_ambiguity smallest_principal_angle head_noise_gain head_verdict"
+    new = "tokens contribution_ambiguity factorization_ambiguity smallest_principal_angle head_noise_gain head_verdict "
+    new += "absolute_noise_gain random_noise_gain random_head_noise_gain"
     heads = [replace(h, **dict.fromkeys(new.split())) for h in records["mixed"].heads]
     old = replace(records["mixed"], heads=heads)
     shown = Page(draw(old))
@@ -373,7 +388,10 @@ def test_the_terminal_has_one_line_a_block_and_fits(
 def test_the_terminal_answers_first_and_says_what_to_do(records: dict[str, IdentifiabilityRecord]) -> None:
     text = " ".join(shown(records["mixed"], 120).split())
     assert (
-        text.index(HEADLINES["mixed"]) < text.index("✓ attributable in block 0") < text.index("Attribute to heads by")
+        text.index("What each head wrote can always be recorded")
+        < text.index(HEADLINES["mixed"])
+        < text.index("✓ attributable in block 0")
+        < text.index("Attribute to heads by")
     )
     assert text.index("✗ not attributable in block 2") < text.index("! warning HEADS-IDENTICAL (block 2, head 7)")
     assert "Remedy: Attribute to the pair." in text

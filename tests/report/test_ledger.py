@@ -202,7 +202,7 @@ def test_the_page_says_with_what_it_was_checked_and_how_to_read_it(ledger: Ledge
     for name, version in ledger.versions.items():
         assert f"{name} {version}" in words
     assert "How to read a verdict: One rule turns the evidence into a verdict" in words
-    assert "27 claims: refuted as stated 3, holds 3, " in words
+    assert "28 claims: refuted as stated 3, holds 3, " in words
 
 
 def test_the_policy_allows_the_pages_own_parts_and_nothing_else(read: Read) -> None:

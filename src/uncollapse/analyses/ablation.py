@@ -28,12 +28,13 @@ from uncollapse.analyses.recording import model_info, probe_record, site_records
 from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.probing import float64_kept
 from uncollapse.anatomy.tracing import tensors_in
-from uncollapse.errors import InputError, UnsupportedModel
+from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.interventions.without import require_blocks, require_components, require_effect
 from uncollapse.interventions.without import without as taken_away
 from uncollapse.judgement.predictions import verdicts
 from uncollapse.judgement.rates import depth_rate
 from uncollapse.measures.running import Running
+from uncollapse.probe.at_consensus import contraction_at_consensus, few_sequences
 from uncollapse.probe.attention import ATTENTION_MEASURES
 from uncollapse.probe.passes import Level, Observations, Watched
 from uncollapse.probe.sublayers import norm_records, update_records
@@ -118,6 +119,7 @@ def ablate(
     }
     described = probe_record(prepared, first)
     described.options.update(options)
+    at_consensus = _at_consensus(prepared) if any("residual" in run.without for run in runs) else None
     if left_out:
         described.options["left_out"] = left_out
     return Ablation(
@@ -129,9 +131,12 @@ def ablate(
             blocks=sorted(affected),
             is_causal=is_causal,
             runs=runs,
-            verdicts=verdicts(runs, is_causal=is_causal),
+            verdicts=verdicts(
+                runs, is_causal=is_causal, at_consensus=at_consensus, epsilon=_epsilon(prepared.loaded.model)
+            ),
             norms=norm_records(first.norms),
             updates=update_records(first.updates),
+            contraction_at_consensus=at_consensus,
             anatomy=anatomy_record(prepared.anatomy, first),
         )
     )
@@ -165,6 +170,16 @@ def _is_causal(prepared: Prepared) -> bool:
     blocks = [prepared.anatomy.blocks[number] for number in prepared.anatomy.stacks[-1].blocks]
     parts = [p for b in blocks for p in b.parts if p.kind == "attention"]
     return bool(parts) and all(p.is_causal for p in parts)
+
+
+def _at_consensus(prepared: Prepared) -> list[float] | None:
+    """What attention keeps apart by positions alone, in the whole model; `None` where its stream cannot be put there."""
+    model = prepared.loaded.model
+    try:
+        with float64_kept(model):
+            return contraction_at_consensus(model, few_sequences(prepared.batches[0]), prepared.anatomy, prepared.seed)
+    except UncollapseError:  # equal tokens lead the model another way, such as a router with ties
+        return None
 
 
 def _run(

@@ -36,6 +36,7 @@ from uncollapse.claims import (
     pgop_overhead,
     pgop_recovery,
     query_key_gauge,
+    relative_bias_collapse_is_geometric,
     residual_needs_no_mlp,
     residual_obstructs_collapse,
     rmsnorm_rank,
@@ -60,6 +61,7 @@ CLAIMS: dict[str, Claim] = {
     for module in (
         attention_only_collapse,
         causal_collapse_is_geometric,
+        relative_bias_collapse_is_geometric,
         attention_never_gains_rank,
         consensus_is_invariant,
         layernorm_affine_rank,

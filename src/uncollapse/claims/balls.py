@@ -42,23 +42,27 @@ def total(*terms: Rows) -> Rows:
     return [[sum(entries, arb(0)) for entries in zip(*rows, strict=True)] for rows in zip(*terms, strict=True)]
 
 
-def softmax(logits: Rows, *, causal: bool = False) -> Rows:
-    """Row softmax; with `causal` row i sees columns 0..i."""
+def softmax(logits: Rows, *, causal: bool = False, factors: Rows | None = None) -> Rows:
+    """Row softmax; with `causal` row i sees columns 0..i. `factors` are e^B of a bias B that is added to the logits."""
     rows = []
     for i, row in enumerate(logits):
         allowed = row[: i + 1] if causal else row
         weights = [entry.exp() for entry in allowed]
+        if factors is not None:
+            weights = [weight * factor for weight, factor in zip(weights, factors[i], strict=False)]
         mass = sum(weights, arb(0))
         rows.append([weight / mass for weight in weights] + [arb(0)] * (len(row) - len(allowed)))
     return rows
 
 
-def attention(x: Rows, logit_forms: Sequence[Rows], weights: Sequence[Rows], *, causal: bool = False) -> Rows:
-    """The sum over heads of softmax(X M_h X^T) X W_h: self-attention without a residual."""
+def attention(
+    x: Rows, logit_forms: Sequence[Rows], weights: Sequence[Rows], *, causal: bool = False, factors: Rows | None = None
+) -> Rows:
+    """The sum over heads of softmax(X M_h X^T + B) X W_h: self-attention without a residual; `factors` are e^B."""
     across = [list(column) for column in zip(*x, strict=True)]
     terms = []
     for form, weight in zip(logit_forms, weights, strict=True):
-        pattern = softmax(product(product(x, form), across), causal=causal)
+        pattern = softmax(product(product(x, form), across), causal=causal, factors=factors)
         terms.append(product(product(pattern, x), weight))
     return total(*terms)
 

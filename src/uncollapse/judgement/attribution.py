@@ -18,6 +18,7 @@ from uncollapse.anatomy.interception import Point
 from uncollapse.anatomy.probing import full_precision
 from uncollapse.anatomy.vocabulary import ModuleCall
 from uncollapse.measures import heads
+from uncollapse.measures.random_projections import random_noise_gain
 from uncollapse.probe.attention import AttentionStatistics
 from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import HeadsRecord
@@ -32,6 +33,9 @@ FROM_WEIGHTS = (
     "head_noise_gain",
     "head_verdict",
     "verdict",
+    "absolute_noise_gain",
+    "random_noise_gain",
+    "random_head_noise_gain",
 )
 _ROUNDED_SUM = 0.01  # weights in half precision sum to one so far
 
@@ -98,6 +102,8 @@ def _weight_figures(matrix: Tensor, count: int) -> dict[str, Any]:
     kernel = matrix.shape[0] - spaces.rank
     conditioning = heads.conditioning(spaces, count)
     gains = [float(gain) for gain in heads.head_noise_gain(spaces, count)]
+    random = random_noise_gain(count, matrix.shape[0] // count, matrix.shape[1])
+    together, single = ([*points] if math.isfinite(points[0]) else None for points in random)
     overlap = heads.write_space_overlap(spaces, count).nan_to_num(nan=0.0)  # a silent head overlaps with nothing
     return {
         "width": matrix.shape[1],
@@ -110,8 +116,11 @@ def _weight_figures(matrix: Tensor, count: int) -> dict[str, Any]:
             [_finite(angle) for angle in row] for row in heads.smallest_principal_angle(spaces, count).tolist()
         ],
         "head_noise_gain": [_finite(gain) for gain in gains],
-        "head_verdict": [heads.attribution_verdict(0, gain) for gain in gains],
-        "verdict": heads.attribution_verdict(kernel, conditioning),
+        "head_verdict": [heads.attribution_verdict(0, gain, single) for gain in gains],
+        "verdict": heads.attribution_verdict(kernel, conditioning, together),
+        "absolute_noise_gain": _finite(heads.absolute_noise_gain(spaces, count)),
+        "random_noise_gain": together,
+        "random_head_noise_gain": single,
     }
 
 
@@ -121,9 +130,13 @@ def _finite(value: float) -> float | None:
 
 def _infinities(figures: Mapping[str, Any]) -> dict[str, str]:
     """Why a figure is null although it was computed."""
-    unavailable = {}
+    unavailable: dict[str, str] = {}
     if figures["condition_number"] is None:
-        unavailable["condition_number"] = "the heads' write spaces are linearly dependent: infinite"
+        dependent = "the heads' write spaces are linearly dependent: infinite"
+        unavailable |= dict.fromkeys(["condition_number", "absolute_noise_gain"], dependent)
+    if figures["random_noise_gain"] is None:
+        wider = "the heads are together wider than the stream: infinite for any weights"
+        unavailable |= dict.fromkeys(["random_noise_gain", "random_head_noise_gain"], wider)
     if None in figures["head_noise_gain"]:
         unavailable["head_noise_gain"] = "infinite: other heads can write part of what this head writes"
     if any(None in row for row in figures["smallest_principal_angle"]):

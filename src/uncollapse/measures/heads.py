@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from uncollapse.errors import InputError
+from uncollapse.measures.random_projections import beside_random
 
 # bfloat16 rounds by 2^-8 = 0.4 %. Ten times that is 4 %: a head's share is still right to a few per cent.
 CARE_GAIN = 10.0
@@ -51,8 +53,9 @@ def kernel_dimension(output_projection: Float[Tensor, "mixed width"], tokens: in
     """How many numbers of the head outputs do not reach the layer's output, for an observer who knows W_O. A count.
 
     n (D - rank W_O): the dimension of the kernel of O -> O W_O. Rank counts singular values above
-    eps ||W_O||_F (1/sqrt D + 1/sqrt d) + max(D, d) eps_64 sigma_1, eps that of the weights' dtype: below it a singular
-    value may be the rounding of the weights.
+    eps ||W_O||_F (1/sqrt D + 1/sqrt d) + max(D, d) eps_64 sigma_1. eps is that of float32, or that of float64 where the numbers
+    need more digits than float32 has: below it a computation with these numbers cannot tell a singular value from 0. The format
+    that they are stored in does not matter. Numbers in bfloat16 are as exact as the same numbers in float32.
 
     0 (head outputs follow from Y; any W_O of full row rank) to n D. At least n (D - d), so positive wherever the heads
     are wider together than the stream. Invariant under the value-output gauge.
@@ -65,7 +68,7 @@ def kernel_dimension(output_projection: Float[Tensor, "mixed width"], tokens: in
     Linear algebra; the question is that of arXiv 2604.23681. Raises `InputError` for anything but a finite matrix.
     """
     W = _matrix("kernel_dimension", output_projection)
-    return tokens * (W.shape[0] - _rank(W, output_projection.dtype))
+    return tokens * (W.shape[0] - _rank(W, _computed_in(W)))
 
 
 class WriteSpaces:
@@ -86,7 +89,7 @@ class WriteSpaces:
         self, output_projection: Float[Tensor, "mixed width"], heads: int, *, name: str = "WriteSpaces"
     ) -> None:
         self.blocks = _blocks(name, output_projection, heads)
-        self.dtype, self.heads = output_projection.dtype, heads
+        self.dtype, self.heads = _computed_in(self.blocks), heads
         _, sigma, rows = torch.linalg.svd(self.blocks, full_matrices=False)
         kept = torch.stack([s > _tolerance(b, s[0], self.dtype) for b, s in zip(self.blocks, sigma, strict=True)])
         self.bases, self.ranks = rows * kept[..., None], kept.sum(-1)
@@ -300,12 +303,16 @@ def conditioning(output_projection: Float[Tensor, "mixed width"] | WriteSpaces, 
 
     sigma_max / sigma_min of the stacked orthonormal bases [B_1; ...; B_H] of the write spaces row(W_h).
 
+    It bounds the *relative* gain: an error of a share e of the output becomes at most a share sigma_max/sigma_min e of all
+    contributions together. For the absolute gain, 1/sigma_min, see `absolute_noise_gain`.
+
     1 (mutually orthogonal write spaces) to infinity: the bases are linearly dependent, up to
-    eps sqrt(R) (1/sqrt R + 1/sqrt d) + max(R, d) eps_64 sigma_max with R rows in the stack and eps of the weights' dtype,
+    eps sqrt(R) (1/sqrt R + 1/sqrt d) + max(R, d) eps_64 sigma_max with R rows in the stack and eps as in `kernel_dimension`,
     and other heads can undo a change in one head. Always so when R > d. Invariant under the value-output gauge,
     scale of a head, and rotation of the stream; the condition number of W_O itself is not.
 
-    A worst case over directions: most noise is amplified less. Infinite for a projection of zeros.
+    A worst case over directions: most noise is amplified less. Infinite for a projection of zeros. Random projections have a
+    large gain too: see `random_projections.random_noise_gain`.
 
     >>> conditioning(torch.tensor([[2.0, 0.0], [0.0, 5.0]]), heads=2)
     1.0
@@ -313,13 +320,37 @@ def conditioning(output_projection: Float[Tensor, "mixed width"] | WriteSpaces, 
     Singular values as noise gains: any text on least squares, for instance Golub and Van Loan, Matrix Computations.
     Raises `InputError` as `contribution_ambiguity` does.
     """
-    spaces = _decomposed("conditioning", output_projection, heads)
+    ends = _ends(_decomposed("conditioning", output_projection, heads))
+    return math.inf if ends is None else ends[0] / ends[1]
+
+
+def absolute_noise_gain(output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int) -> float:
+    """By how much an error in the layer's output can grow, in units of the stream, when it is attributed to heads. A factor.
+
+    1 / sigma_min of the stacked orthonormal bases of `conditioning`: the norm of the map from the output to all contributions.
+
+    1 (orthogonal write spaces) to infinity, exactly where `conditioning` is. At least the largest `head_noise_gain`.
+    Invariances as in `conditioning`.
+
+    A worst case, too.
+
+    >>> absolute_noise_gain(torch.tensor([[1.0, 0.0], [1.0, 1.0]]), heads=2)  # 45 degrees
+    1.847...
+
+    Golub and Van Loan, Matrix Computations. Raises `InputError` as `contribution_ambiguity` does.
+    """
+    ends = _ends(_decomposed("absolute_noise_gain", output_projection, heads))
+    return math.inf if ends is None else 1 / ends[1]
+
+
+def _ends(spaces: WriteSpaces) -> tuple[float, float] | None:
+    """The largest and the smallest singular value of the stacked bases; `None` where these are dependent."""
     stack = spaces.stacked
     if not 0 < stack.shape[0] <= stack.shape[1]:
-        return math.inf
+        return None
     _, sigma = spaces.stack
     dependent = sigma[-1] <= _tolerance(stack, sigma[0], spaces.dtype)
-    return math.inf if dependent else float(sigma[0] / sigma[-1])
+    return None if dependent else (float(sigma[0]), float(sigma[-1]))
 
 
 def head_noise_gain(
@@ -465,10 +496,11 @@ def gate_conditioning(gates: Float[Tensor, "position head"], tol: float | None =
     return math.inf if rank < gates.shape[1] else float(sigma[0] / sigma[-1])
 
 
-def attribution_verdict(kernel_dimension: int, conditioning: float) -> str:
+def attribution_verdict(kernel_dimension: int, conditioning: float, random: Sequence[float] | None = None) -> str:
     """Can the layer's output be attributed to its heads? In words, from `kernel_dimension` and `conditioning`.
 
-    No, if head outputs are undetermined. With care, if noise is amplified more than `CARE_GAIN` times. Otherwise yes.
+    No, if head outputs are undetermined. With care, if noise is amplified more than `CARE_GAIN` times. Otherwise yes. With
+    `random`, the points of `random_projections.random_noise_gain`, the gain is also put beside that of random weights.
 
     The verdict is for an observer of the layer's output. If you record the heads before the projection, you know their
     contributions in any case; then the question is only what the rest of the model can do with them.
@@ -481,7 +513,8 @@ def attribution_verdict(kernel_dimension: int, conditioning: float) -> str:
     if not math.isfinite(conditioning):
         return "not attributable (write spaces dependent to within rounding)"
     if conditioning > CARE_GAIN:
-        return f"attributable with care (noise gain {conditioning:.3g})"
+        beside = f", {beside_random(conditioning, random)}" if random else ""
+        return f"attributable with care (noise gain {conditioning:.3g}{beside})"
     return "attributable"
 
 
@@ -531,6 +564,14 @@ def _gate_spectrum(name: str, gates: Tensor, tol: float | None) -> tuple[Tensor,
     G = _matrix(name, gates)
     sigma = torch.linalg.svdvals(G)
     return sigma, int((sigma > (_tolerance(G, sigma[0], gates.dtype) if tol is None else tol)).sum())
+
+
+def _computed_in(W: Tensor) -> torch.dtype:
+    """The format whose rounding counts as noise in a computation with these numbers: float32 if it holds all of them exactly.
+
+    Not the format of storage: a model in bfloat16 can be computed with in float32, and its numbers are then the same.
+    """
+    return torch.float32 if bool((W.float().double() == W).all()) else torch.float64
 
 
 def _rank(W: Tensor, dtype: torch.dtype) -> int:

@@ -48,7 +48,9 @@ def _tiles(record: IdentifiabilityRecord) -> list[Tile]:
     gains = [(heads.condition_number, heads) for heads in judged if heads.condition_number is not None]
     if gains:
         gain, where = max(gains, key=lambda pair: pair[0])
-        tiles.append(Tile("largest noise gain", wording.number(gain), wording.blocks_in_words([where])))
+        beside = say.beside_random(gain, where.random_noise_gain) if where.heads > 1 else ""
+        detail = ", ".join(filter(None, [wording.blocks_in_words([where]), beside]))
+        tiles.append(Tile("largest relative noise gain", wording.number(gain), detail))
     kernels = [(heads.kernel_dimension or 0, heads) for heads in judged]
     if kernels:
         kernel, where = max(kernels, key=lambda pair: pair[0])

@@ -32,6 +32,7 @@ def print_record(record: IdentifiabilityRecord, console: Console) -> None:
     for sentence in not_measured_sentences(record.anatomy, "projection", "heads of"):
         say(sentence, "bold")
     console.print()
+    say(say_it.FIRST)
     say(say_it.headline(record), "bold")
     for answer in say_it.answers(record):
         head = plain.plain(console, f"{answer.sign} {answer.verdict}", STYLES.get(answer.verdict, ""))
@@ -87,6 +88,11 @@ def _gain(heads: HeadsRecord) -> str:
     return wording.number(heads.condition_number)
 
 
+def _beside(heads: HeadsRecord) -> str:
+    said = say_it.beside_random(heads.condition_number, heads.random_noise_gain) if heads.heads > 1 else ""
+    return said.removesuffix(" than random").removesuffix(" random") or wording.ABSENT
+
+
 def _overlap(heads: HeadsRecord) -> str:
     pair = largest_overlap(heads)
     return wording.ABSENT if pair is None else f"{wording.number(pair[0])} h{pair[2]},{pair[1]}"
@@ -106,6 +112,7 @@ COLUMNS: tuple[Column[HeadsRecord], ...] = (
     Column("block", block_name),
     Column("verdict", _verdict),
     Column("noise\ngain", _gain),
+    Column("beside\nrandom", _beside, spare=2),
     Column("kernel", lambda heads: wording.number(heads.kernel_dimension)),
     Column("heads\nalone", _singly, spare=1),
     Column("rank\nW_O", _rank, spare=2),
@@ -114,7 +121,8 @@ COLUMNS: tuple[Column[HeadsRecord], ...] = (
     Column("largest\nshare", _share, spare=4),
 )
 CAPTION = (
-    "Noise gain: how much an error in the layer’s output can grow when it is split into heads; up to 10 counts as attributable. "
+    "Noise gain: how much an error in the layer’s output, relative to its size, can grow when it is split into heads; up to 10 "
+    "counts as attributable. Beside random: better, as or worse than random weights of that size (their 5 % to 95 % points). "
     "Kernel: dimensions of the head outputs that the output projection loses, per token. Heads alone: how many single heads are "
     "attributable. Overlap and angle are between the write spaces of two heads (h3,7). Share is the share of the centred energy "
     f"written on this text. {wording.ABSENT} means not measured; the page and the JSON say why."

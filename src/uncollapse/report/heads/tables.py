@@ -53,7 +53,12 @@ class OneHead:
         if self.block.head_noise_gain is None:
             return None
         gain = self.block.head_noise_gain[self.head]
-        return Cell(INFINITE, sort=BEYOND) if gain is None else Cell(wording.number(gain), sort=gain)
+        random = self.block.random_head_noise_gain if self.block.heads > 1 else None
+        return (
+            Cell(INFINITE, sort=BEYOND)
+            if gain is None
+            else Cell(wording.number(gain), say.beside_random(gain, random), gain)
+        )
 
     def overlap(self) -> Cell | None:
         """The other head whose write space is closest on average."""
@@ -112,7 +117,20 @@ def blocks_table(record: IdentifiabilityRecord, key: str) -> Table:
         if heads.kernel_dimension is None:
             return None
         value = heads.condition_number
-        return Cell(INFINITE, sort=BEYOND) if value is None else Cell(wording.number(value), sort=value)
+        beside = say.beside_random(value, heads.random_noise_gain) if heads.heads > 1 else ""
+        return Cell(INFINITE, sort=BEYOND) if value is None else Cell(wording.number(value), beside, value)
+
+    def random(heads: HeadsRecord) -> Cell | None:
+        points = heads.random_noise_gain
+        return (
+            None if points is None else Cell(say.random_range(points), f"median {wording.number(points[1])}", points[1])
+        )
+
+    def absolute(heads: HeadsRecord) -> Cell | None:
+        value = heads.absolute_noise_gain
+        if value is None and heads.condition_number is None and heads.kernel_dimension is not None:
+            return Cell(INFINITE, sort=BEYOND)
+        return None if value is None else Cell(wording.number(value), sort=value)
 
     def overlap(heads: HeadsRecord) -> Cell | None:
         pair = largest_overlap(heads)
@@ -132,7 +150,9 @@ def blocks_table(record: IdentifiabilityRecord, key: str) -> Table:
         Measure("output_projection_rank", Column("rank W_O"), rank),
         field("kernel_dimension", "kernel", "D − rank W_O per token"),
         field("contribution_ambiguity", "shared", "Σ rank W_h − rank W_O"),
-        Measure("condition_number", Column("noise gain", "of all heads"), gain),
+        Measure("condition_number", Column("relative noise gain", "κ of all heads"), gain),
+        Measure("random_noise_gain", Column("random weights", "κ, 5 % to 95 %"), random),
+        Measure("absolute_noise_gain", Column("absolute noise gain", "1/σ_min"), absolute),
     ]
     if any(heads.heads > 1 for heads in record.heads):
         measures.append(Measure("write_space_overlap", Column("largest overlap"), overlap))
@@ -165,7 +185,7 @@ def heads_table(heads: Sequence[HeadsRecord], findings: Sequence[Finding], key: 
         ],
         [
             Measure("head_verdict", Column("verdict", numeric=False), OneHead.verdict),
-            Measure("head_noise_gain", Column("noise gain"), OneHead.noise_gain),
+            Measure("head_noise_gain", Column("noise gain", "absolute"), OneHead.noise_gain),
             field("energy_share", "energy share"),
             Measure("write_space_overlap", Column("largest overlap", "with which head"), OneHead.overlap),
             Measure("smallest_principal_angle", Column("smallest angle", "degrees"), OneHead.angle),

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from uncollapse.measures import random_projections
 from uncollapse.records.diagnosis import HeadsRecord
 from uncollapse.records.heads import IdentifiabilityRecord
 from uncollapse.report import wording
@@ -16,17 +17,22 @@ CLASSES = {YES: "yes", CARE: "care", NO: "no"}
 REMEDIES = {
     YES: "Attribute to heads by what they write: uc.head_contributions(model, batch) gives the vectors of each head. Never cut "
     "the output of the projection into heads; by then they are mixed.",
-    CARE: "Attribute to heads by what they write (uc.head_contributions), and report the noise gain g: an error ε in the layer’s "
-    "output can become g·ε in the part of one head. Average over many tokens, and compare groups of heads rather than single ones.",
+    CARE: "Attribute to heads by what they write (uc.head_contributions), and report its noise gain g: an error ε in the "
+    "layer’s output can become g·ε in the part of that head. Average over many tokens, and compare groups of heads "
+    "rather than single ones.",
     NO: "Attribute to the whole sublayer, or to those heads that the table of heads still calls attributable. What a head writes "
     "can be recorded before the sum (uc.head_contributions). What the model does with that head alone cannot be known. "
     "In your own model, a position-gated output projection separates heads in training.",
 }
 # Half the distance between 1 and the next number of the format: the largest relative error of a single rounding.
 ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+FIRST = (
+    "What each head wrote can always be recorded, before the output projection adds the heads up (uc.head_contributions). If "
+    "that is your question, you need none of the verdicts below."
+)
 CAVEAT = (
-    "The verdict is for an observer who sees the output of the layer, as every later layer does. If you record the heads before "
-    "the output projection, you always know what each one wrote. Whether that matters to the model is another question."
+    "The verdicts are for an observer who sees the output of the layer, as every later layer does. Whether what a head wrote "
+    "matters to the model is another question."
 )
 
 
@@ -63,7 +69,41 @@ class Answer:
             return f"Per token, the output projection loses {_span(kernels)} of the dimensions that its heads write."
         if self.verdict == NO:
             return "Other heads can write what some heads write, up to rounding."
-        return f"Noise gain {_span(gains)}." if gains else ""
+        return f"Relative noise gain {_span(gains)}{_beside(self.heads)}." if gains else ""
+
+
+def beside_random(gain: float | None, random: Sequence[float] | None) -> str:
+    """A gain beside that of random weights, in words; empty where one of them is not known.
+
+    >>> beside_random(44.0, [428.0, 1292.0, 14068.0]), beside_random(None, None)
+    ('better than random', '')
+    """
+    return "" if gain is None or random is None else random_projections.beside_random(gain, random)
+
+
+def random_range(random: Sequence[float] | None) -> str:
+    """What random weights of that size have.
+
+    >>> random_range([428.0, 1292.0, 14068.0])
+    '428 to 14,068'
+    """
+    return "" if random is None else _span([random[0], random[-1]])
+
+
+def _beside(heads: Sequence[HeadsRecord]) -> str:
+    """How many of these blocks do better than random weights, and how many worse."""
+    said = [beside_random(record.condition_number, record.random_noise_gain) for record in heads if record.heads > 1]
+    counts = [(said.count(word), word) for word in ("better than random", "as random", "worse than random")]
+    found = [(amount, word) for amount, word in counts if amount]
+    if not found:
+        return ""
+    ranges = {
+        random_range(record.random_noise_gain) for record in heads if record.random_noise_gain and record.heads > 1
+    }
+    ours = f" ({ranges.pop()})" if len(ranges) == 1 else ""
+    if len(found) == 1:
+        return f", {found[0][1]}{ours}" if len(said) == 1 else f", all {found[0][1]}{ours}"
+    return ", " + ", ".join(f"{amount} {word}" for amount, word in found) + ours
 
 
 def answers(record: IdentifiabilityRecord) -> list[Answer]:
@@ -140,15 +180,15 @@ def heads_sentences(record: IdentifiabilityRecord) -> list[str]:
 
 def rounding_sentence(record: IdentifiabilityRecord) -> str:
     """What the largest noise gain does to the rounding error of the model's own number format; empty if it is not known."""
-    gains = [(h.condition_number, h) for h in record.heads if h.condition_number is not None and h.verdict != YES]
+    gains = [(h.absolute_noise_gain, h) for h in record.heads if h.absolute_noise_gain is not None and h.verdict != YES]
     if not gains or record.model.dtype not in ROUNDING:
         return ""
     gain, where = max(gains, key=lambda pair: pair[0])
     error = gain * ROUNDING[record.model.dtype]
-    amount = f"{wording.percent(error)} of it" if 1e-3 <= error < 1 else f"{wording.number(error, 2)} times its size"
+    amount = f"{wording.percent(error)} of" if 1e-3 <= error < 1 else f"{wording.number(error, 2)} times"
     return (
-        f"For scale: at worst, the error of rounding the layer’s output to {record.model.dtype} becomes {amount} in the part of "
-        f"one head ({wording.blocks_in_words([where])})."
+        f"For scale: rounding the layer’s output to {record.model.dtype} can, at worst, become an error of {amount} that "
+        f"output’s size in the heads’ contributions ({wording.blocks_in_words([where])})."
     )
 
 
