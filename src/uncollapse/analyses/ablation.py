@@ -36,7 +36,7 @@ from uncollapse.judgement.rates import depth_rate
 from uncollapse.measures.running import Running
 from uncollapse.probe.at_consensus import contraction_at_consensus, few_sequences
 from uncollapse.probe.attention import ATTENTION_MEASURES
-from uncollapse.probe.passes import Level, Observations
+from uncollapse.probe.passes import Level, Observations, Watched
 from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.ablation import ABLATION_SCHEMA, AblationRecord, AblationRun, VerdictRecord
 from uncollapse.records.common import Statistic
@@ -196,7 +196,9 @@ def _run(
         if combination:
             stack.enter_context(taken_away(model, *combination, blocks=blocks))
         stack.enter_context(float64_kept(model))
-        observed = prepared.captured(level="core" if combination else prepared.level, on_output=outputs.add)
+        observed = prepared.captured(
+            level=prepared.level, watch=_watched(prepared.level, combination), on_output=outputs.add
+        )
     if not combination:
         whole.extend(outputs.vectors)
     trajectory = site_records(observed)
@@ -221,6 +223,15 @@ def _run(
         unavailable=unavailable,
     )
     return observed, run
+
+
+def _watched(level: Level, combination: tuple[str, ...]) -> set[Watched]:
+    """Of each run the tokens and how much of their spread each head keeps; of the whole model also what its record says about
+    its sublayers."""
+    watched: set[Watched] = {"sites", "attention"}
+    if not combination:
+        watched |= {"projections", "sublayers"} if level == "full" else {"projections"}
+    return watched
 
 
 class _Outputs:

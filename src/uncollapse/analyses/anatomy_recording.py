@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from uncollapse.anatomy.interception import Point
 from uncollapse.anatomy.operands import Lead
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, ModuleCall, Norm, Part, Stack
-from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics, Forbidding
+from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
+from uncollapse.probe.attention_calls import Forbidding
 from uncollapse.probe.passes import Observations
 from uncollapse.records.anatomy import (
     AnatomyRecord,
@@ -138,10 +139,9 @@ def _missing_of(statistics: AttentionStatistics) -> Iterator[NotMeasured]:
     of_attention = {m: reasons[m] for m in ATTENTION_MEASURES if m in reasons}
     if len(of_attention) == len(ATTENTION_MEASURES) and len(set(of_attention.values())) == 1:
         reason = next(iter(of_attention.values()))
-        seen = bool(statistics.values.count.any())
-        yield NotMeasured(statistics.block, name, f"in some of the batches {reason}" if seen else reason)
+        yield NotMeasured(statistics.block, name, f"in some of the batches {reason}" if statistics.seen else reason)
     else:
-        if not statistics.values.count.any():
+        if not statistics.seen:
             yield NotMeasured(statistics.block, name, "it did not run, or nothing finite came of it")
         for measure, reason in of_attention.items():
             yield NotMeasured(statistics.block, f"{name}: {measure}", reason)

@@ -16,10 +16,13 @@ from typing import Unpack
 
 from torch import nn
 
-from uncollapse.analyses.diagnosis import observe
+from uncollapse.analyses.anatomy_recording import anatomy_record
 from uncollapse.analyses.preparation import ProbeOptions, prepare
+from uncollapse.analyses.recording import model_info, probe_record, site_records, versions
 from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.probing import float64_kept
+from uncollapse.judgement import findings
+from uncollapse.judgement.attribution import heads_records
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import HeadsRecord
 from uncollapse.records.heads import HEADS_SCHEMA, IdentifiabilityRecord
@@ -64,15 +67,17 @@ def identify(
     """
     prepared = prepare(identify, model, texts, probe)
     with float64_kept(prepared.loaded.model):
-        diagnosed = observe(prepared)
+        observed = prepared.captured(watch={"attention", "projections"}, progress=prepared.progress)
+    heads = heads_records(observed.attention)
+    fired = findings.findings(site_records(observed), [], heads)
     return Identifiability(
         IdentifiabilityRecord(
             schema=HEADS_SCHEMA,
-            versions=diagnosed.versions,
-            model=diagnosed.model,
-            probe=diagnosed.probe,
-            heads=diagnosed.heads,
-            findings=[finding for finding in diagnosed.findings if finding.phenomenon in ABOUT_HEADS],
-            anatomy=diagnosed.anatomy,
+            versions=versions(),
+            model=model_info(prepared, observed),
+            probe=probe_record(prepared, observed),
+            heads=heads,
+            findings=[finding for finding in fired if finding.phenomenon in ABOUT_HEADS],
+            anatomy=anatomy_record(prepared.anatomy, observed),
         )
     )

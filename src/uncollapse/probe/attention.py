@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from uncollapse.anatomy.interception import Point
-from uncollapse.anatomy.vocabulary import AttentionCall
+from uncollapse.anatomy.interception import Handler, Point
+from uncollapse.anatomy.streams import Action
+from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Part, Place
 from uncollapse.measures import mixing
 from uncollapse.measures.running import Running
+from uncollapse.probe.attention_calls import AttentionRows, CallObserver, Forbidding, in_sequence
+from uncollapse.probe.clouds import Clouds
+from uncollapse.probe.observing import Look, looking
 
 ATTENTION_MEASURES = [
     "entropy",
@@ -20,6 +27,7 @@ ATTENTION_MEASURES = [
     "entropy_floor",
     "max_logit",
     "rest_entropy",
+    "keys_within_reach",
     "key_share",
     "value_contraction",
     "susceptibility",
@@ -28,15 +36,9 @@ ATTENTION_MEASURES = [
     "second_singular_value",
 ]
 
-
-@dataclass(frozen=True)
-class Forbidding:
-    """What forbade pairs in a pass: an operation between logits and weights, or the `argument` of a fused call. `axes` says of each
-    axis of the operation's result what it holds."""
-
-    point: Point
-    argument: str | None = None
-    axes: tuple[str | None, ...] = ()
+Operands = Callable[
+    [int, Sequence[AttentionRows], Tensor | None, Tensor | None], None
+]  # sublayer, calls, queries, keys
 
 
 @dataclass
@@ -45,8 +47,8 @@ class AttentionStatistics:
     output energy. `reasons` says of a measure why it is missing. `matrix` is W_O as [mixed, width], as met in the pass: effective,
     with adapters in it and quantised weights expanded; `reasons["matrix"]` says why it is missing. `tokens` are the real ones
     that the projection reads; `features` are those of `Part`; `sinks` says that the softmax also ran over columns that belong to
-    no key. `deviation` and `row_sums` are what the pass bore out, and `forbids` what forbade pairs in each of the sublayer's
-    calls, see `AttentionRows`."""
+    no key. `deviation`, `row_sums` and `finite` are what the pass bore out, and `forbids` what forbade pairs in each of the
+    sublayer's calls, see `AttentionRows`."""
 
     block: int
     kind: Literal["self", "cross"]
@@ -62,7 +64,198 @@ class AttentionStatistics:
     features: tuple[int, ...] = ()
     deviation: float = 0.0
     row_sums: tuple[float, float] = (math.inf, -math.inf)
+    finite: bool = False
     forbids: dict[int, list[Forbidding]] = field(default_factory=dict)
+
+    @property
+    def seen(self) -> bool:
+        """Whether the attention ran in some pass, and anything finite came of it."""
+        return self.finite or bool(self.values.count.any())
+
+
+def attention_statistics(number: int, block: Block, part: Part) -> AttentionStatistics:
+    """Of the attention `part` of a block, with nothing seen yet."""
+    first = part.attention[0]
+    beside = part.attention[:1] if first.shares_queries else part.attention  # the others are the same heads again
+    call = replace(first, heads=sum(c.heads for c in beside), key_value_heads=sum(c.key_value_heads for c in beside))
+    return AttentionStatistics(
+        number,
+        "cross" if part.kind == "cross" else "self",
+        block.stack,
+        call,
+        Running.empty(len(ATTENTION_MEASURES), call.heads),
+        Running.empty(call.heads),
+        sinks=any(c.before or c.after or c.drops_columns for c in part.attention),
+        features=part.features,
+    )
+
+
+class Attention:
+    """Measures the attention calls of each attention sublayer; an `Observer`. Always: whether the pass bears the reading out,
+    what forbade pairs, and how much of the values' spread each head keeps. With `rows` also every row, with `spectra` the
+    decomposed matrices. `sublayers`: each attention part with its statistics. `hand_on` is given the number of the sublayer and
+    its mixed values [sequence, head, token, width], None where they cannot be had; `operands` is given that number, what its calls
+    read and mixed, and which of their queries and keys are real."""
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        sublayers: Sequence[tuple[Part, AttentionStatistics]],
+        clouds: Clouds,
+        is_own: Callable[[], bool],
+        *,
+        rows: bool = True,
+        susceptibility: bool = False,
+        spectra: bool = False,
+        hand_on: Callable[[int, Tensor | None], None] | None = None,
+        operands: Operands | None = None,
+    ) -> None:
+        self.anatomy, self.clouds = anatomy, clouds
+        self.rows, self.susceptibility, self.spectra = rows, susceptibility, spectra
+        self._hand_on, self._operands = hand_on, operands
+        self.streams: list[tuple[Place, Action]] = []
+        # Calls may share their way: one softmax, and a product for each head.
+        looks: dict[Point, list[Look]] = {}
+        for index, (part, statistics) in enumerate(sublayers):
+            problem = next((c.unreadable for c in part.attention if c.unreadable is not None), None)
+            if problem is not None:
+                statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, problem)
+            else:
+                self._watch(index, part, statistics, looks)
+        self.handlers: dict[Point, Handler] = {p: looking(several, is_own) for p, several in looks.items()}
+
+    def _watch(self, index: int, part: Part, statistics: AttentionStatistics, looks: dict[Point, list[Look]]) -> None:
+        shares_queries = part.attention[0].shares_queries
+        entered, number = self.clouds.entered, statistics.block
+        met: dict[int, AttentionRows] = {}
+
+        def deliver(call: int, found: AttentionRows) -> None:
+            met[call] = found
+            if len(met) == len(part.attention):
+                several = [met[i] for i in range(len(met))]
+                met.clear()
+                answered = sum(each.shape[2] for each in several)
+                if shares_queries and answered != entered.get(number, (0, answered))[1]:
+                    refuse("its queries are shared out among another number of calls than on the example")
+                    return
+                self._measure(index, statistics, [in_sequence(several)] if shares_queries else several)
+
+        def refuse(reason: str) -> None:
+            if self._hand_on is not None:
+                self._hand_on(index, None)
+            met.clear()
+            statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, reason)
+
+        def own_queries(queries: int, sequences: int) -> Tensor | None:
+            """The mask of a call's queries; of one that answers for some of them, of those behind the ones that were met."""
+            total = entered.get(number, (0, queries))[1]
+            mask = self._query_mask(statistics, total, sequences)
+            start = sum(each.shape[2] for each in met.values())
+            return None if mask is None else mask[:, start : start + queries]
+
+        for position, each in enumerate(part.attention):
+            observer = CallObserver(
+                each,
+                sequences=lambda: self.clouds.batch_size,
+                tokens=lambda: entered.get(number, (0, None))[1],
+                query_mask=own_queries if shares_queries else functools.partial(self._query_mask, statistics),
+                rows=self.rows,
+                susceptibility=self.susceptibility,
+                spectra=self.spectra,
+                deliver=functools.partial(deliver, position),
+                refuse=refuse,
+            )
+            for point, look in observer.observers().items():
+                looks.setdefault(point, []).append(look)
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """It needs no hooks: it stands at operations only."""
+        yield
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        """Nothing is kept from one batch to the next."""
+
+    def let_go(self) -> None:
+        self.handlers.clear()
+
+    def _query_mask(self, statistics: AttentionStatistics, queries: int, sequences: int) -> Tensor | None:
+        stack, what = self.anatomy.stack_of(statistics.block), f"the attention of block {statistics.block}"
+        mask = self.clouds.mask(stack, queries, what)
+        return mask if mask is None or mask.shape[0] == sequences else None
+
+    def _key_mask(self, statistics: AttentionStatistics, keys: int, sequences: int) -> Tensor | None:
+        stack = self.anatomy.stack_of(statistics.block)
+        known = self.clouds.paddings[stack].mask
+        if statistics.kind == "self" and known is not None and known.shape[-1] < keys:
+            # A cache that the model fills itself (virtual tokens of prefix tuning) comes before the text; its keys are real.
+            known = torch.cat([known.new_ones(len(known), keys - known.shape[-1]), known], -1)
+            return known if known.shape[0] == sequences else None
+        if statistics.kind == "cross":
+            encoder = next((i for i, s in enumerate(self.anatomy.stacks) if s.name == "encoder"), None)
+            if encoder is None or self.clouds.shapes.get(encoder, (0, keys))[1] != keys:
+                return None
+            stack = encoder
+        mask = self.clouds.mask(stack, keys, f"the keys of block {statistics.block}")
+        return mask if mask is None or mask.shape[0] == sequences else None
+
+    def _measure(self, index: int, statistics: AttentionStatistics, found: Sequence[AttentionRows]) -> None:
+        """Add one pass through a sublayer's attention calls, their heads one after the other."""
+        columns: dict[str, list[Tensor]] = {name: [] for name in ATTENTION_MEASURES}
+        for call, each in enumerate(found):
+            forbids = statistics.forbids.setdefault(call, [])
+            forbids += [one for one in each.forbids if one not in forbids]
+            sequences, count, queries = each.shape
+            own = dict.fromkeys(ATTENTION_MEASURES, torch.full((sequences, count), math.nan, dtype=torch.float64))
+            if each.rows is not None:
+                statistics.route = each.rows.route
+                own |= _means_over_rows(each.rows)
+            query_mask = self._query_mask(statistics, queries, sequences)
+            if each.values is not None and each.mixed is not None:
+                key_mask = self._key_mask(statistics, each.values.shape[-2], sequences)
+                before, after = spread(each.values, key_mask), spread(each.mixed, query_mask)
+                own["value_contraction"] = after / before.repeat_interleave(count // before.shape[1], 1)
+                if each.weights is not None:
+                    own |= pattern_spectra(each.weights, query_mask, key_mask)
+            statistics.reasons |= each.reasons
+            statistics.deviation = max(statistics.deviation, each.deviation)
+            statistics.row_sums = (
+                min(statistics.row_sums[0], each.row_sums[0]),
+                max(statistics.row_sums[1], each.row_sums[1]),
+            )
+            statistics.finite |= each.finite
+            for name in ATTENTION_MEASURES:
+                columns[name].append(own[name].to("cpu", torch.float64))
+        if self._operands is not None:
+            queries, keys = found[0].shape[2], None if found[0].values is None else found[0].values.shape[2]
+            sequences = found[0].shape[0]
+            key_mask = None if keys is None else self._key_mask(statistics, keys, sequences)
+            self._operands(index, found, self._query_mask(statistics, queries, sequences), key_mask)
+        if self._hand_on is not None:
+            mixed = [each.mixed for each in found if each.mixed is not None]
+            same = len(mixed) == len(found) and len({m.shape[2:] for m in mixed}) == 1
+            self._hand_on(index, torch.cat(mixed, 1) if same else None)
+        statistics.values = statistics.values.add(
+            torch.stack([torch.cat(columns[n], 1) for n in ATTENTION_MEASURES], 1)
+        )
+
+
+def _means_over_rows(rows: mixing.RowStatistics) -> dict[str, Tensor]:
+    """Of each head in each sequence, [sequence, head]: the mean over its rows, and the largest logit."""
+    means = [
+        "entropy",
+        "normalized_entropy",
+        "entropy_floor",
+        "rest_entropy",
+        "keys_within_reach",
+        "key_share",
+        "susceptibility",
+    ]
+    known = {name: figure for name in means if (figure := getattr(rows, name)) is not None}
+    found = {name: figure.double().nanmean(-1) for name, figure in known.items()}
+    if rows.max_logit is not None:
+        found["max_logit"] = rows.max_logit.double().nan_to_num(nan=-math.inf).amax(-1)
+    return found
 
 
 def spread(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,26 +31,43 @@ from uncollapse.anatomy.operands import (
 from uncollapse.anatomy.tracing import operands_of, operation_name
 from uncollapse.anatomy.vocabulary import AttentionCall
 from uncollapse.measures import mixing
-from uncollapse.probe.attention import Forbidding
 
 CHECKED_ROWS = 3  # query rows of every head on which weights times values are computed again
 
 
 @dataclass(frozen=True)
-class AttentionRows:
-    """One attention call in one pass. rows: of [sequence, head, query]. values [sequence, head, key, width] and mixed
-    [sequence, head, query, width] over the keys that are tokens, None where attention stays within windows. `weights` only
-    where spectra are wanted. `deviation`: how far weights times values are from the result, over the result's size.
-    `row_sums`: the smallest and the largest sum of a row's weights over the keys that are tokens. `forbids`: what forbade pairs."""
+class Forbidding:
+    """What forbade pairs in a pass: an operation between logits and weights, or the `argument` of a fused call. `axes` says of each
+    axis of the operation's result what it holds."""
 
-    rows: mixing.RowStatistics
+    point: Point
+    argument: str | None = None
+    axes: tuple[str | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """One attention call in one pass. shape: sequences, heads and queries. rows: of [sequence, head, query], where they are
+    wanted. values [sequence, head, key, width] and mixed [sequence, head, query, width] over the keys that are tokens, None
+    where attention stays within windows. `weights` only where spectra are wanted. `deviation`: how far weights times values are
+    from the result, over the result's size. `row_sums`: the smallest and the largest sum of a row's weights over the keys that
+    are tokens. `forbids`: what forbade pairs. `finite`: some row's weights are numbers. queries and keys
+    [sequence, head, token, width]: of a fused call. `logit_range` [sequence, head, query]: of other calls, how far the logits of a
+    row's allowed keys lie apart, as a share of the largest."""
+
+    shape: tuple[int, int, int]
+    rows: mixing.RowStatistics | None
     values: Tensor | None
     mixed: Tensor | None
     weights: Tensor | None
     deviation: float
     row_sums: tuple[float, float]
     forbids: tuple[Forbidding, ...]
+    finite: bool
     reasons: dict[str, str] = field(default_factory=dict)
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    logit_range: Tensor | None = None
 
 
 class CallObserver:
@@ -64,6 +81,7 @@ class CallObserver:
         sequences: Callable[[], int],
         tokens: Callable[[], int | None],
         query_mask: Callable[[int, int], Tensor | None],
+        rows: bool,
         susceptibility: bool,
         spectra: bool,
         deliver: Callable[[AttentionRows], None],
@@ -71,7 +89,7 @@ class CallObserver:
     ) -> None:
         self.call = call
         self.sequences, self.tokens, self.query_mask = sequences, tokens, query_mask
-        self.susceptibility, self.spectra = susceptibility, spectra
+        self.rows, self.susceptibility, self.spectra = rows, susceptibility, spectra
         self.deliver, self.refuse = deliver, refuse
         self.way = Way(call)
 
@@ -167,16 +185,21 @@ class CallObserver:
         slack = 64 * torch.finfo(A.dtype).eps * max(1.0, math.sqrt(A.shape[-1])) if A.dtype.itemsize > 2 else 0.05
         if L is None and finite.numel() and not (abs(low - 1) <= slack and abs(high - 1) <= slack):
             raise UnreadableError(f"its weights are no distribution over the keys: rows sum to {low:.3g} … {high:.3g}")
-        rows = mixing.row_statistics_from_weights(
-            A, L, allowed=None if barred is None else ~barred, query_mask=queries, susceptibility=self.susceptibility
-        )
+        rows = None
+        if self.rows:
+            allowed = None if barred is None else ~barred
+            rows = mixing.row_statistics_from_weights(
+                A, L, allowed=allowed, query_mask=queries, susceptibility=self.susceptibility
+            )
         full = A / A.sum(-1, keepdim=True) if self.spectra and result.shape[2] == 1 else None
         forbids = () if barred is None else tuple(forbade)
-        return self._found(rows, values, result, full, deviation, (low, high), forbids, reasons)
+        borne_out = _BorneOut(deviation, (low, high), bool(finite.numel()))
+        found = self._found(rows, values, result, full, borne_out, forbids, reasons)
+        return found if L is None or not self.rows else replace(found, logit_range=_range(L, barred))
 
     def _fused(self, given: Mapping[str, Any], output: Tensor) -> AttentionRows:
         query, key, value = given["query"], given["key"], given["value"]
-        deviation, is_mask = _fused_deviation(given, output)
+        deviation, is_finite, is_mask = _fused_deviation(given, output)
         if not deviation <= _tolerance(output.dtype):
             raise UnreadableError(
                 f"its weights times its values are not its result (off by {deviation:.2g} of its size)"
@@ -202,7 +225,7 @@ class CallObserver:
             allowed, causal = own if allowed is None else allowed & own, False
         query_mask = None if windows > 1 else self.query_mask(queries, q.shape[0])
         parts = []
-        for w in range(windows):
+        for w in range(windows if self.rows else 0):
             parts.append(
                 mixing.row_statistics(
                     q[:, :, w],
@@ -215,7 +238,7 @@ class CallObserver:
                     susceptibility=self.susceptibility,
                 )
             )
-        rows = parts[0] if windows == 1 else _joined(parts)
+        rows = _joined(parts)
         weights = None
         if self.spectra and windows == 1:
             weights = mixing.attention_weights(
@@ -226,7 +249,9 @@ class CallObserver:
                 causal=causal,
                 scale=given.get("scale"),
             )
-        return self._found(rows, v[..., keys, :], result, weights, deviation, (1.0, 1.0), forbids, {})
+        borne_out = _BorneOut(deviation, (1.0, 1.0), is_finite)
+        found = self._found(rows, v[..., keys, :], result, weights, borne_out, forbids, {})
+        return found if windows > 1 else replace(found, queries=q[:, :, 0], keys=k[:, :, 0][..., keys, :])
 
     def _mask_of(
         self, given: Mapping[str, Any], query: Tensor, key: Tensor, is_mask: bool
@@ -261,12 +286,11 @@ class CallObserver:
 
     def _found(
         self,
-        rows: mixing.RowStatistics,
+        rows: mixing.RowStatistics | None,
         values: Tensor,
         result: Tensor,
         weights: Tensor | None,
-        deviation: float,
-        sums: tuple[float, float],
+        borne_out: _BorneOut,
         forbids: tuple[Forbidding, ...],
         reasons: dict[str, str],
     ) -> AttentionRows:
@@ -277,19 +301,42 @@ class CallObserver:
                 "its attention stays within windows of the sequence",
             )
         return AttentionRows(
+            (result.shape[0], result.shape[1], result.shape[2] * result.shape[3]),
             rows,
             values[:, :, 0] if whole else None,
             result[:, :, 0] if whole else None,
             weights,
-            deviation,
-            sums,
+            borne_out.deviation,
+            borne_out.row_sums,
             forbids,
+            borne_out.finite,
             reasons,
         )
 
 
-def _joined(parts: Sequence[mixing.RowStatistics]) -> mixing.RowStatistics:
-    """The rows of several windows, one after the other."""
+class _BorneOut(NamedTuple):
+    """What the pass bore out, as in `AttentionRows`."""
+
+    deviation: float
+    row_sums: tuple[float, float]
+    finite: bool
+
+
+def _range(logits: Tensor, barred: Tensor | None) -> Tensor:
+    """How far the logits of each row lie apart over its allowed keys, as a share of the largest: 0 where all are equal."""
+    lowest = torch.finfo(logits.dtype).min / 2
+    gone = ~logits.isfinite() | (logits < lowest)
+    gone = gone if barred is None else gone | barred
+    high = logits.masked_fill(gone, -math.inf).amax(-1).double()
+    low = logits.masked_fill(gone, math.inf).amin(-1).double()
+    apart = (high - low).clamp(min=0)
+    return torch.where(apart > 0, apart / torch.maximum(high.abs(), low.abs()), 0.0)
+
+
+def _joined(parts: Sequence[mixing.RowStatistics]) -> mixing.RowStatistics | None:
+    """The rows of several windows or calls, one after the other; None of none."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
 
     def joined(name: str) -> Any:
         found = [getattr(part, name) for part in parts]
@@ -306,14 +353,17 @@ def in_sequence(parts: Sequence[AttentionRows]) -> AttentionRows:
         found = [getattr(part, name) for part in parts]
         return None if any(f is None for f in found) else torch.cat(found, axis)
 
+    sequences, count, _ = parts[0].shape
     return AttentionRows(
-        _joined([part.rows for part in parts]),
+        (sequences, count, sum(part.shape[2] for part in parts)),
+        _joined([part.rows for part in parts if part.rows is not None]),
         parts[0].values,
         joined("mixed", 2),
         joined("weights", 2),
         max(part.deviation for part in parts),
         (min(part.row_sums[0] for part in parts), max(part.row_sums[1] for part in parts)),
         tuple(dict.fromkeys(one for part in parts for one in part.forbids)),
+        any(part.finite for part in parts),
         {name: reason for part in parts for name, reason in part.reasons.items()},
     )
 
@@ -346,8 +396,9 @@ def _relative(again: Tensor, result: Tensor) -> float:
     return float(gap / size) if float(size) else float(gap)
 
 
-def _fused_deviation(given: Mapping[str, Any], output: Tensor) -> tuple[float, bool]:
-    """The same for a fused call, its weights made anew on these rows; and whether an additive mask of it leaves no weight."""
+def _fused_deviation(given: Mapping[str, Any], output: Tensor) -> tuple[float, bool, bool]:
+    """The same for a fused call, its weights made anew on these rows; whether one of the weights is finite; and whether an
+    additive mask of it leaves no weight."""
     query, key, value = given["query"], given["key"], given["value"]
     rows = _some_rows(query.shape[-2])
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -373,7 +424,7 @@ def _fused_deviation(given: Mapping[str, Any], output: Tensor) -> tuple[float, b
     if forbidden is not None:
         barred = forbidden.expand(*forbidden.shape[:-2], query.shape[-2], key.shape[-2])[..., rows, :].expand(S.shape)
         is_mask = _is_weightless(weights, barred)
-    return _relative(weights @ v, output[..., rows, :].to(dtype)), is_mask
+    return _relative(weights @ v, output[..., rows, :].to(dtype)), bool(weights.isfinite().any()), is_mask
 
 
 def _is_weightless(weights: Tensor, forbidden: Tensor) -> bool:

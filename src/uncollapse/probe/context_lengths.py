@@ -67,7 +67,7 @@ def width_scaling(
             progress("context lengths", number, len(lengths))
         windows = {name: _windows(stream, length) for name, stream in streams.items()}
         try:
-            observed = capture(model, [windows], anatomy, seed=seed, spectra=True)
+            observed = capture(model, [windows], anatomy, seed=seed, watch={"attention", "spectra"})
         except UncollapseError:
             raise
         except (IndexError, RuntimeError, ValueError) as error:

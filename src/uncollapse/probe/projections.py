@@ -1,16 +1,225 @@
-"""What an output projection does to the head outputs that it is given."""
+"""What an output projection does to the head outputs that it is given: its matrix, and the energy of each head."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.output_maps import rounding
+from uncollapse.anatomy.interception import Handler, Point
+from uncollapse.anatomy.output_maps import product_map, rounding
+from uncollapse.anatomy.probing import full_precision
+from uncollapse.anatomy.proof import blocks_alone, piece_of
+from uncollapse.anatomy.streams import Action
+from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.vocabulary import Anatomy, Part, Place
 from uncollapse.errors import UncollapseError
+from uncollapse.measures import heads
+from uncollapse.probe.attention import AttentionStatistics
+from uncollapse.probe.clouds import Clouds
+from uncollapse.probe.observing import Look, looking
 
 SCALE = 256.0
+
+
+@dataclass
+class _WholeMap:
+    """An attention without an output projection of its own, and the bias of the map from its mixed values to what it writes."""
+
+    index: int
+    part: Part
+    bias: Tensor | None = None
+
+
+class Projections:
+    """Meets the output projection of each attention sublayer; an `Observer`. Fills in `matrix`, `energy` and `tokens` of their
+    statistics. `sublayers`: each attention part with its statistics. `mixed` takes what its heads mixed. `contributed` is told the
+    number of the sublayer, its W_O, what that reads [sequence, token, mixed], and which tokens are real."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        sublayers: Sequence[tuple[Part, AttentionStatistics]],
+        clouds: Clouds,
+        is_own: Callable[[], bool],
+        *,
+        contributed: Callable[[int, Tensor, Tensor, Tensor | None], None] | None = None,
+    ) -> None:
+        self.model, self.anatomy, self.clouds = model, anatomy, clouds
+        self._is_own, self._contributed = is_own, contributed
+        self._statistics = [statistics for _, statistics in sublayers]
+        self.streams: list[tuple[Place, Action]] = []
+        self._modules: dict[str, dict[int, int]] = {}  # by name and run: the sublayer whose projection it is
+        self._runs: dict[str, int] = {}
+        self._mixed: dict[int, Tensor] = {}  # by sublayer: what the heads mixed, until the projection comes
+        self._matrices: dict[str, Tensor] = {}
+        self._whole_maps: list[_WholeMap] = []
+        self._have_whole_maps = False
+        # Of a sharded model the whole weights exist only while a block runs, and their memory is freed under whoever kept a view.
+        self._lasting = {id(p) for p in model.parameters()}
+        looks: dict[Point, list[Look]] = {}
+        for index, (part, statistics) in enumerate(sublayers):
+            projection = statistics.call.projection
+            if isinstance(projection, Point):
+                looks.setdefault(projection, []).append(functools.partial(self._meet_product, index))
+            elif projection is not None:
+                self._modules.setdefault(projection.name, {})[projection.call] = index
+            elif part.written is not None and not part.no_output_map:
+                whole = _WholeMap(index, part)
+                self._whole_maps.append(whole)
+                if all(each.unreadable is None for each in part.attention):
+                    looks.setdefault(part.written, []).append(functools.partial(self._meet_written, whole))
+            if part.no_output_map or (projection is None and part.written is None):
+                reason = part.no_output_map or "no output projection follows this attention"
+                statistics.reasons |= {"matrix": reason, "energy_share": reason}
+        self.handlers: dict[Point, Handler] = {p: looking(several, is_own) for p, several in looks.items()}
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Hooks for the passes inside. Install them inside `intercepted`: operations of theirs must not count as the model's."""
+        with contextlib.ExitStack() as stack:
+            for name in self._modules:
+                module, enter = self.model.get_submodule(name), functools.partial(self._enter, name)
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            yield
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        self._runs.clear()
+        self._mixed.clear()
+        if self._whole_maps and not self._have_whole_maps:
+            self._find_whole_maps(batch)
+
+    def let_go(self) -> None:
+        self.handlers.clear()
+
+    def mixed(self, index: int, found: Tensor | None) -> None:
+        """What the heads of an attention mixed [sequence, head, token, width], its output projection still to come; None where it
+        is not known."""
+        if found is None:
+            self._mixed.pop(index, None)
+        else:
+            self._mixed[index] = found
+
+    # The matrix ---------------------------------------------------------------------------------------------------
+    def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._is_own():
+            return
+        run = self._runs.get(name, 0)
+        self._runs[name] = run + 1
+        index = self._modules[name].get(run)
+        if index is not None:
+            given = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+            with full_precision(given):
+                self._meet_module(index, name, module, given)
+
+    def _meet_module(self, index: int, name: str, module: nn.Module, given: Tensor) -> None:
+        statistics = self._statistics[index]
+        if name not in self._matrices:
+            try:
+                matrix = projection_matrix(module, given)
+                lasts = all(id(p) in self._lasting for p in module.parameters())
+                self._matrices[name] = matrix if lasts else matrix.clone()
+            except UncollapseError as error:
+                statistics.reasons |= {"matrix": str(error), "energy_share": str(error)}
+                return
+        statistics.matrix = side_by_side(self._matrices[name], statistics.features, 0)
+        self._measure_energy(index, statistics.matrix, given)
+
+    def _meet_product(
+        self, index: int, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """An output projection written in the attention's own code: its weight is an operand."""
+        statistics, found = self._statistics[index], product_map(function, args, kwargs)
+        if found is not None and len(found.matrix) == statistics.call.heads * statistics.call.head_width:
+            lasts = any(id(t) in self._lasting for t in tensors_in([args, kwargs]))
+            matrix = found.matrix if lasts else found.matrix.clone()
+            statistics.matrix = side_by_side(matrix, statistics.features, 0)
+            self._measure_energy(index, statistics.matrix, found.given)
+        else:
+            reason = "the output projection is no linear map of the concatenated heads"
+            statistics.reasons |= {"matrix": reason, "energy_share": reason}
+
+    def _find_whole_maps(self, batch: Mapping[str, Any]) -> None:
+        """The maps from mixed values to what is written, from the weights as they are, on a few tokens of this batch."""
+        self._have_whole_maps = True
+        with torch.random.fork_rng(devices=[]):
+            piece = piece_of(self.model, batch)
+            numbers = {self._statistics[each.index].block for each in self._whole_maps}
+            alone = blocks_alone(self.model, piece, self.anatomy, numbers)
+            for each in self._whole_maps:
+                statistics = self._statistics[each.index]
+                block = alone[statistics.block]
+                try:
+                    number = next(i for i, part in enumerate(block.block.parts) if part is each.part)
+                    with full_precision(block.stream):
+                        statistics.matrix, each.bias = block.output_map(number)
+                except UncollapseError as error:
+                    statistics.reasons |= {"matrix": str(error), "energy_share": str(error)}
+
+    # The energy ---------------------------------------------------------------------------------------------------
+    def _meet_written(
+        self, each: _WholeMap, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """What the heads of an attention write together: the energy of each, where the map that was found gives this again."""
+        mixed = self._mixed.pop(each.index, None)
+        statistics = self._statistics[each.index]
+        matrix = statistics.matrix
+        if "energy_share" in statistics.reasons or matrix is None or each.bias is None:
+            return
+        found = self.clouds.tokens_of(statistics.block, next(tensors_in(output)), "what its heads write")
+        if mixed is None or found is None or mixed.shape[0::2] != found[0].shape[:2]:
+            statistics.reasons["energy_share"] = (
+                "the mixed values could not be laid beside the tokens that they are written to"
+            )
+            return
+        cloud, mask = mixed.transpose(1, 2).flatten(2), found[1]
+        if not bears_out(cloud, matrix, each.bias, found[0], mask):
+            reason = "on this batch its heads do not write what the map found on the example says"
+            statistics.reasons |= {"matrix": reason, "energy_share": reason}
+            statistics.matrix = None
+            return
+        self._add_energy(each.index, matrix, cloud, mask)
+
+    def _measure_energy(self, index: int, matrix: Tensor, read: Tensor) -> None:
+        """The energy of each head's centred contribution. `read` is what the projection reads."""
+        statistics, mixed = self._statistics[index], self._mixed.pop(index, None)
+        call = statistics.call
+        if "energy_share" in statistics.reasons:
+            return
+        if read.shape[-1] != call.heads * call.head_width:
+            statistics.reasons["energy_share"] = "the output projection's input is not the concatenated heads"
+            return
+        read = side_by_side(read, statistics.features, -1)
+        cloud = projected_cloud(read, mixed, self.clouds.batch_size)
+        if cloud is None:
+            laid = self.clouds.tokens_of(statistics.block, read, "what its output projection reads")
+            cloud = None if laid is None else laid[0]
+        is_first = not statistics.tokens.count
+        if is_first and mixed is not None and not holds(read, mixed):
+            statistics.reasons["gauge_dimension"] = "something acts between the attention and its output projection"
+        if cloud is None:
+            statistics.reasons["energy_share"] = "the tokens of the output projection's input cannot be told apart"
+            return
+        stack = self.anatomy.stack_of(statistics.block)
+        mask = self.clouds.mask(stack, cloud.shape[1], f"the output projection of block {statistics.block}")
+        if mask is not None and mask.shape[0] != cloud.shape[0]:
+            mask = None
+        self._add_energy(index, matrix, cloud, mask)
+
+    def _add_energy(self, index: int, matrix: Tensor, cloud: Tensor, mask: Tensor | None) -> None:
+        statistics = self._statistics[index]
+        lengths = torch.full(cloud.shape[:1], cloud.shape[1]) if mask is None else mask.sum(-1)
+        statistics.tokens = statistics.tokens.add(lengths)
+        energy = heads.contribution_energy(cloud, matrix, statistics.call.heads, mask)
+        statistics.energy = statistics.energy.add((energy / energy.sum(-1, keepdim=True)).double())
+        if self._contributed is not None:
+            self._contributed(index, matrix, cloud, mask)
 
 
 def projected_cloud(mixed: Tensor, heads_output: Tensor | None, batch_size: int) -> Tensor | None:

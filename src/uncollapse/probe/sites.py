@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from uncollapse.anatomy.vocabulary import Stack
+from uncollapse.anatomy.interception import Handler, Point
+from uncollapse.anatomy.probing import full_precision
+from uncollapse.anatomy.streams import Action
+from uncollapse.anatomy.vocabulary import Anatomy, Place, Stack
+from uncollapse.measures import geometry
 from uncollapse.measures.running import Running
+from uncollapse.probe.clouds import Clouds
 
 PLAIN_MEASURES = [
     "rank",
@@ -59,3 +67,99 @@ def distinct_tokens(stack: Stack, batch: Mapping[str, Any], mask: Tensor | None)
     ids = ids.T if stack.ids_transposed else ids
     real = mask.to(ids.device) if mask is not None and mask.shape == ids.shape else torch.ones_like(ids).bool()
     return torch.tensor([len(row[kept].unique()) for row, kept in zip(ids, real, strict=True)])
+
+
+class Sites:
+    """Measures the token cloud at the entry of each stack and after each block; an `Observer`. Without `measures` it only counts
+    the sequences that are not finite, which costs one sum over the stream."""
+
+    def __init__(self, anatomy: Anatomy, clouds: Clouds, is_own: Callable[[], bool], *, measures: bool = True) -> None:
+        self.anatomy, self.clouds, self.measures = anatomy, clouds, measures
+        self._is_own = is_own
+        self.statistics: list[SiteStatistics] = []
+        self.handlers: dict[Point, Handler] = {}
+        self.streams: list[tuple[Place, Action]] = []
+        self._entered: dict[int, Tensor] = {}  # by block: the cloud that entered it, while it runs
+        self._distinct: list[Tensor | None] = []  # by stack: different token ids of each sequence
+        # What reads the stream takes each token's mean away, if it is a layer norm.
+        readers = [n for b in anatomy.blocks for n in b.norms if n.role in {"before", "post"}]
+        self._is_centred = any(norm.kind == "layer" for norm in readers)
+        named: dict[str, int] = {}
+        for stack in anatomy.stacks:
+            name = "embedding" if stack.name != "decoder" else "decoder.embedding"
+            named[name] = named.get(name, 0) + 1
+            embedding = SiteStatistics(name if named[name] == 1 else f"{name}.{named[name]}", None, stack.name)
+            self.statistics.append(embedding)
+            first = stack.blocks[0]
+            self.streams.append((anatomy.blocks[first].entry, functools.partial(self._meet, embedding, first)))
+            for number in stack.blocks:
+                site = SiteStatistics(f"block.{number}", number, stack.name)
+                self.statistics.append(site)
+                if measures:
+                    self.streams.append((anatomy.blocks[number].entry, functools.partial(self._keep, number)))
+                self.streams.append((anatomy.blocks[number].exit, functools.partial(self._meet, site, number)))
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """It needs no hooks: it stands at places of the stream only."""
+        yield
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        self._entered.clear()
+        if self.measures:
+            both = zip(self.anatomy.stacks, self.clouds.paddings, strict=True)
+            self._distinct = [distinct_tokens(stack, batch, padding.mask) for stack, padding in both]
+
+    def let_go(self) -> None:
+        self.streams.clear()
+
+    def _keep(self, number: int, stream: Tensor) -> None:
+        if self._is_own():
+            cloud = self.clouds.cloud(number, stream)
+            if cloud is not None:
+                self._entered[number] = cloud.clone()  # a copy: a block may add to its stream in place
+
+    def _meet(self, site: SiteStatistics, number: int, stream: Tensor) -> None:
+        if self._is_own():
+            with full_precision(stream):
+                cloud = self.clouds.cloud(number, stream)
+                if cloud is None:
+                    site.width, site.reason = stream.shape[-1], self.clouds.why_not(number)
+                    return
+                mask = self.clouds.cloud_mask(self.anatomy.stack_of(number), cloud, site.site)
+                site.width = cloud.shape[-1]
+                site.not_finite += count_not_finite(cloud, mask)
+                if self.measures:
+                    self._measure(site, number, cloud, mask)
+
+    def _measure(self, site: SiteStatistics, number: int, cloud: Tensor, mask: Tensor | None) -> None:
+        measured = geometry.cloud_measures(cloud, mask)
+        gap = measured.rank_gap.masked_fill(measured.rank_gap.isinf(), math.nan)
+        plain = [gap if name == "rank_gap" else getattr(measured, name) for name in PLAIN_MEASURES]
+        site.plain = site.plain.add(torch.stack([p.double() for p in plain], -1))
+        massive = [getattr(measured.without_massive, name).double() for name in MASSIVE_MEASURES]
+        site.massive = site.massive.add(torch.stack(massive, -1))
+        apart = geometry.consensus_after_norm(cloud, mask, centred=self._is_centred)
+        carried = distinct = torch.full_like(apart, math.nan)
+        if site.block is None:
+            counted = self._distinct[self.anatomy.stack_of(number)]
+            if counted is not None and len(counted) == len(apart):
+                distinct = counted.to(apart)
+        else:
+            before = self._entered.pop(number, None)
+            if before is not None and before.shape == cloud.shape:
+                is_normalized = self.anatomy.blocks[number].placement == "post"
+                carried = geometry.stream_carried(before, cloud, mask, is_normalized=is_normalized)
+        site.stream = site.stream.add(torch.stack([apart, carried, distinct], -1))
+
+
+def count_not_finite(cloud: Tensor, mask: Tensor | None) -> int:
+    """How many sequences have NaN or infinity in a real token."""
+    finite = cloud.sum(-1).isfinite()  # no value but a finite one leaves the sum finite
+    if mask is not None:
+        finite |= ~mask
+    if not bool(finite.all()):  # the sum may have overflowed by itself
+        finite = cloud.isfinite().all(-1)
+        if mask is not None:
+            finite |= ~mask
+    return int((~finite.all(-1)).sum())

@@ -16,7 +16,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -111,9 +111,8 @@ class _Batch:
 
 
 class Sublayers:
-    """Observes the updates and norms of one probe pass: `handlers` are for the residual additions, `streams` for the places of
-    the stream, `installed()` holds the hooks; `begin` comes before each batch. `tokens_of` is the probe's way to tell
-    tokens, `is_own` whether a hook was reached by the probe's own pass."""
+    """Observes the updates and norms of one probe pass; an `Observer`. `tokens_of` is the probe's way to tell tokens, `is_own`
+    whether a hook was reached by the probe's own pass."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, tokens_of: TokensOf, is_own: Callable[[], bool]) -> None:
         self.model, self.is_own = model, is_own
@@ -245,14 +244,12 @@ class Sublayers:
                 stack.callback(module.register_forward_hook(leave, prepend=True, with_kwargs=True).remove)
             yield
 
-    def begin(self) -> None:
-        """A batch comes."""
+    def begin(self, batch: Mapping[str, Any]) -> None:
         self._before, self._size = self._before + self._size, 0
         self._runs.clear()
         self._batch = _Batch()
 
     def let_go(self) -> None:
-        """Drop what is bound to this object and would keep it, and the model with it, alive in a cycle."""
         self.streams.clear()
         for bound in (self.handlers, self._entering, self._leaving):
             bound.clear()

@@ -1,0 +1,130 @@
+"""Which rows of what a block computes are its tokens, in the batch that is running."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse.anatomy.proof import blocks_alone
+from uncollapse.anatomy.stacks import Padding, paddings
+from uncollapse.anatomy.streams import Action
+from uncollapse.anatomy.vocabulary import Anatomy, Place
+from uncollapse.errors import InputError
+
+
+class Clouds:
+    """Lays tensors out as token clouds [sequence, token, width] and says which rows are real. It notes at `streams` what enters
+    each block; `begin` comes before each batch. `batch_size`: sequences in the stream of the block that is running."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, is_own: Callable[[], bool]) -> None:
+        self.model, self.anatomy, self._is_own = model, anatomy, is_own
+        self.batch_size = 0
+        self.paddings: list[Padding] = []  # by stack
+        self.entered: dict[int, tuple[int, int]] = {}  # by block: sequences and tokens of what entered it
+        self.shapes: dict[int, tuple[int, int]] = {}  # by stack: the same of its embedding
+        self._real: dict[int, int] = {}  # by stack: real tokens in this batch
+        self._given = (0, 0)  # sequences and tokens of the batch as it was given
+        self._begins = {stack.blocks[0]: number for number, stack in enumerate(anatomy.stacks)}
+        self.streams: list[tuple[Place, Action]] = [
+            (block.entry, functools.partial(self._note, number)) for number, block in enumerate(anatomy.blocks)
+        ]
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        """Note the batch's masks before the model runs on it."""
+        for noted in (self.entered, self.shapes, self._real):
+            noted.clear()
+        self.batch_size = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
+        ids = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim == 2), None)
+        self._given = (self.batch_size, 0) if ids is None else (ids.shape[0], ids.shape[1])
+        self.paddings = paddings(self.model, batch, self.anatomy, blocks_alone)
+
+    def let_go(self) -> None:
+        """Drop what is bound to this object and would keep it, and the model with it, alive in a cycle."""
+        self.streams.clear()
+
+    def counted(self) -> tuple[int, int, int]:
+        """Sequences, real tokens, and tokens of a sequence, in the batch that was run."""
+        # Where the stream's own axes could not be told, the batch is counted as it was given.
+        sequences, tokens = self.shapes.get(0, self._given)
+        return sequences, self._real.get(0, sequences * tokens), tokens
+
+    def _note(self, number: int, stream: Tensor) -> None:
+        if not self._is_own():
+            return
+        cloud = self.cloud(number, stream)
+        if cloud is None:
+            return
+        self.batch_size = len(cloud)
+        self.entered[number] = (cloud.shape[0], cloud.shape[1])
+        stack = self._begins.get(number)
+        if stack is not None:
+            mask = self.cloud_mask(stack, cloud, "the embedding")
+            self.shapes[stack] = self.entered[number]
+            self._real[stack] = cloud.shape[0] * cloud.shape[1] if mask is None else int(mask.sum())
+
+    def why_not(self, number: int) -> str:
+        """Why the tokens of a block's stream cannot be told."""
+        return self.paddings[self.anatomy.stack_of(number)].reason or self.anatomy.blocks[number].axes_reason
+
+    def cloud(self, number: int, stream: Tensor) -> Tensor | None:
+        """The stream of a block as [sequence, token, width], whatever axes the model uses; rows that belong to no sequence are
+        zero. None where its tokens cannot be told."""
+        axes, padding = self.anatomy.blocks[number].axes, self.paddings[self.anatomy.stack_of(number)]
+        if axes is None or padding.reason or stream.ndim != axes.ndim:
+            return None
+        cloud = axes.cloud(stream)
+        if axes.sequence is not None or padding.segments is None:
+            return cloud
+        rows = [cloud[0][own.to(cloud.device)] for own in padding.segments]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    def mask(self, stack: int, tokens: int, what: str) -> Tensor | None:
+        """The token mask of a stack, by its number, for a cloud of `tokens` rows; `None` when every row is real.
+
+        Raises `InputError` where the mask has another number of tokens."""
+        mask = self.paddings[stack].mask
+        if mask is None or mask.shape[-1] == tokens:
+            return mask
+        raise InputError(
+            f"capture: expected {mask.shape[-1]} tokens at {what}, as in the mask of its stack, got {tokens}. "
+            "This model changes the number of tokens, so padding cannot be told apart inside it. "
+            "Pass batches without padding (batch_size=1 for texts)."
+        )
+
+    def cloud_mask(self, stack: int, cloud: Tensor, what: str) -> Tensor | None:
+        """Which rows of a cloud are real tokens; `None` when all are."""
+        parts = self.paddings[stack].segments
+        if parts is None:
+            return self.mask(stack, cloud.shape[1], what)
+        lengths = torch.tensor([len(rows) for rows in parts], device=cloud.device)
+        mask = torch.arange(cloud.shape[1], device=cloud.device) < lengths[:, None]
+        return None if bool(mask.all()) else mask
+
+    def tokens_of(self, number: int, x: Tensor, what: str) -> tuple[Tensor, Tensor | None] | None:
+        """What a block with this number computes for its tokens, as [sequence, token, width], and which are real; None where the
+        tokens cannot be told, or are not those of its stream."""
+        block, shape = self.anatomy.blocks[number], self.entered.get(number)
+        axes = block.axes
+        if axes is None:
+            return None
+        if x.ndim == axes.ndim:
+            cloud = self.cloud(number, x)
+            # The stream itself may come before it was noted.
+            shape = shape or (None if cloud is None else (cloud.shape[0], cloud.shape[1]))
+        elif x.ndim == 2 and shape is not None and axes.sequence == 0 and len(x) == math.prod(shape):
+            cloud = x.reshape(*shape, -1)  # rows of all sequences, one after another
+        else:
+            cloud = None
+        if cloud is not None and shape is not None and block.chooses_tokens and cloud.shape[1] < shape[1]:
+            shape = shape[0], cloud.shape[1]  # the chosen ones; a mask does not say which of them are padding
+        if cloud is None or tuple(cloud.shape[:2]) != shape:
+            return None
+        try:
+            return cloud, self.cloud_mask(self.anatomy.stack_of(number), cloud, what)
+        except InputError:  # another number of tokens than the mask has
+            return None

@@ -1,0 +1,72 @@
+"""The one shape of everything that watches a probe pass, and whose pass it is."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from uncollapse.anatomy.interception import Handler, Point, in_turn
+from uncollapse.anatomy.probing import full_precision
+from uncollapse.anatomy.streams import Action
+from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.vocabulary import Place
+
+Look = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]  # function, operands, result
+
+
+class Observer(Protocol):
+    """Watches one kind of thing: `handlers` stand at operations, `streams` at places of the residual stream, `installed()` holds
+    module hooks, `begin` comes before each batch, and `let_go` afterwards drops what is bound to the observer: it would keep it,
+    and the model with it, alive in a cycle."""
+
+    handlers: dict[Point, Handler]
+    streams: list[tuple[Place, Action]]
+
+    def installed(self) -> contextlib.AbstractContextManager[None]: ...
+
+    def begin(self, batch: Mapping[str, Any]) -> None: ...
+
+    def let_go(self) -> None: ...
+
+
+class OwnPass:
+    """Whether a hook was reached by the probe's own pass: not by another thread, nor by a model that shares a module."""
+
+    def __init__(self) -> None:
+        self._thread: int | None = None
+
+    def begin(self) -> None:
+        self._thread = threading.get_ident()
+
+    def end(self, *_: Any) -> None:
+        """A forward hook: the pass is over."""
+        if self.is_own():
+            self._thread = None
+
+    def is_own(self) -> bool:
+        return self._thread == threading.get_ident()
+
+
+def looking(looks: Sequence[Look], is_own: Callable[[], bool]) -> Handler:
+    """A handler that lets the operation happen and then looks, in the probe's own pass."""
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = function(*args, **kwargs)
+        if is_own():
+            with full_precision(next(tensors_in([output, args, kwargs]))):
+                for look in looks:
+                    look(function, args, kwargs, output)
+        return output
+
+    return handler
+
+
+def all_handlers(observers: Sequence[Observer]) -> dict[Point, Handler]:
+    """The handlers of all of them. At an operation where several stand, the earlier one looks first."""
+    at: dict[Point, list[Handler]] = {}
+    for observer in observers:
+        for point, handler in observer.handlers.items():
+            at.setdefault(point, []).insert(0, handler)
+    return {point: in_turn(*several) for point, several in at.items()}
