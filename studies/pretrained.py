@@ -147,6 +147,74 @@ def each_alone(key: str) -> list[dict[str, float]] | None:
     return found
 
 
+# What positions in the logits do to the rate ---------------------------------------------------------------------------------
+
+
+def _t5() -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    """T5-small's encoder as it starts its training, but with a bias table as large as trained ones are (standard deviation 1)."""
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.T5EncoderModel(transformers.T5Config(num_layers=8)).double().eval()
+    table = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+    with torch.no_grad():
+        table.normal_()
+    return model, [{"input_ids": torch.randint(2, 32000, (4, 96))}]
+
+
+def _mpnet_and_text() -> tuple[nn.Module, list[dict[str, Tensor]]]:
+    given = _mpnet()
+    loaded = sources.load_model(str(given["model"]), dtype="float64")
+    return loaded.model, sources.tokenize(given["texts"], loaded.tokenizer, max_tokens=96, batch_size=4)
+
+
+BIASED: dict[str, Callable[[], tuple[nn.Module, list[dict[str, Tensor]]]]] = {
+    "all-mpnet-base-v2, trained": _mpnet_and_text,
+    "T5-small's encoder, initialisation": _t5,
+}
+
+
+def positions() -> list[dict[str, Any]]:
+    """Without residuals, with the relative bias as it is and with its table at zero: distances along depth, what attention keeps at
+    consensus, and the second eigenvalue of each head's own pattern softmax(B)."""
+    found = []
+    for name, opened in BIASED.items():
+        model, batches = opened()
+        for table in ("as it is", "zero"):
+            weights_of = [m.weight for path, m in model.named_modules() if path.endswith("relative_attention_bias")]
+            if table == "zero":
+                with torch.no_grad():
+                    for weight in weights_of:
+                        weight.zero_()
+            record = uc.ablate(model, batches=batches, without=[("residual",)]).record
+            run = json.loads(uc.Ablation(record).to_json())["runs"][1]
+            found.append(
+                {
+                    "model": name,
+                    "table": table,
+                    "run": run,
+                    "contraction_at_consensus": record.contraction_at_consensus,
+                    "second_eigenvalues": _second_eigenvalues(model, batches[0]["input_ids"]),
+                }
+            )
+    return found
+
+
+def _second_eigenvalues(model: nn.Module, ids: Tensor) -> list[float]:
+    """|lambda_2| of P = softmax(B) of each head, at the length of these sequences: the largest eigenvalue of CP."""
+    encoder: Any = model.encoder
+    if hasattr(encoder, "compute_position_bias"):
+        bias = encoder.compute_position_bias(ids[..., None].double())[0]
+    else:
+        bias = encoder.block[0].layer[0].SelfAttention.compute_bias(ids.shape[1], ids.shape[1])[0]
+    patterns = bias.double().softmax(-1).detach()
+    centred = patterns - patterns.mean(-2, keepdim=True)
+    alive = centred.norm(dim=(-2, -1)) > 1e-12  # else equal rows, and no eigenvalues to look for in rounding
+    return [
+        float(torch.linalg.eigvals(one).abs().max()) if some else 0.0 for one, some in zip(centred, alive, strict=True)
+    ]
+
+
 # Dong et al.'s four variants -------------------------------------------------------------------------------------------
 
 VARIANTS: dict[str, tuple[str, ...]] = {

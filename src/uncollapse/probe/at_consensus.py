@@ -36,7 +36,7 @@ def contraction_at_consensus(
     """
     actions = [(block.entry, _equal(block.axes)) for block in anatomy.blocks]
     with met(model, actions):
-        observed = capture(model, [batch], anatomy, seed=seed, watch={"attention", "spectra"})
+        observed = capture(model, [batch], anatomy, watch={"attention", "spectra"}, seed=seed)
     followed = set(anatomy.stacks[-1].blocks)
     row = ATTENTION_MEASURES.index("contraction")
     found = []
