@@ -49,9 +49,10 @@ class Run:
 
 
 def decaying(model: LanguageModel, step: int) -> None:
-    """From step 80 on the residual connections of block 1 keep 2 % less of the stream at every step."""
+    """From step 80 on all residual connections keep 2 % less of the stream at every step."""
     if step >= 80:
-        model.get_buffer("blocks.1.kept").mul_(0.98)
+        for number in range(len(model.blocks)):
+            model.get_buffer(f"blocks.{number}.kept").mul_(0.98)
 
 
 def growing(model: LanguageModel, step: int) -> None:
@@ -74,7 +75,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("learning rate 2e-3", SMALL, 2e-3, 20, 300),
     Scenario("learning rate 1e-2, bounded logits", Shape(bounded=True), 1e-2, 20, 300),
     Scenario(
-        "residual decays", SMALL, 2e-3, 20, 300, "rank-collapse-depth", "learning rate 2e-3", 1, decaying, 80
+        "residual decays", SMALL, 2e-3, 20, 300, "rank-collapse-depth", "learning rate 2e-3", None, decaying, 80
     ),
     Scenario("logits grow", SMALL, 2e-3, 20, 300, "entropy-collapse", "learning rate 2e-3", 1, growing, 80),
 )  # fmt: skip

@@ -280,7 +280,7 @@ def test_what_was_read_survives_kill_9(tmp_path: Path) -> None:
         ({"every": 0}, "every=1 or more"),
         ({"patience": 0}, "patience=1 or more"),
         ({"false_alarms": 0}, "between 0 and 1"),
-        ({"watch": ["tokns"]}, "tokens, attention, heads"),
+        ({"watch": ["tokns"]}, "tokens, attention, heads, weights"),
         ({"watch": "tokens"}, "tokens, attention, heads"),
         ({"baseline": 3}, "a diagnosis or a trail"),
         ({"trail": "no/such/folder/run.jsonl"}, "a trail that can be written"),

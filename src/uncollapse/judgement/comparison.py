@@ -46,6 +46,14 @@ HEAD_COURSES: Final[Mapping[str, Course]] = {
         "If the loss does not need it, bound the logits (query-key normalisation, soft-capping) or lower the learning rate.",
         _ZHAI,
     ),
+    "query_key_norm": Course(
+        "BASELINE-LOGIT-SCALE",
+        "entropy-collapse",
+        1,
+        "The size of its query-key product, which its logits are proportional to,",
+        "If the loss does not need it, bound the logits (query-key normalisation, soft-capping) or lower the learning rate.",
+        _ZHAI,
+    ),
     "rest_entropy": Course(
         "BASELINE-ENTROPY",
         "entropy-collapse",

@@ -131,6 +131,7 @@ def _recorded(
         known = {(h.block, h.head, h.kind): v for h, v in zip(record.heads, last, strict=bool(last))}
     else:
         known = {
-            (r.block, r.head, r.kind): None if (s := getattr(r, measure)) is None else s.mean for r in record.attention
+            (r.block, r.head, r.kind): None if (s := getattr(r, measure, None)) is None else s.mean
+            for r in record.attention
         }
     return [known.get((h.block, h.head, h.kind)) for h in heads]
