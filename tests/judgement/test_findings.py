@@ -50,7 +50,13 @@ def trajectory(*consensus: float, carried: tuple[float, ...] = (), tokens: int =
 
 
 def head(
-    number: int, block: int = 0, *, share: float = 0.3, contraction: float = 0.6, rest: float = 0.7
+    number: int,
+    block: int = 0,
+    *,
+    share: float = 0.3,
+    contraction: float = 0.6,
+    rest: float = 0.7,
+    reach: float | None = None,
 ) -> AttentionRecord:
     return AttentionRecord(
         block=block,
@@ -64,6 +70,7 @@ def head(
         rest_entropy=measured(rest),
         key_share=measured(share),
         value_contraction=measured(contraction),
+        keys_within_reach=None if reach is None else measured(reach),
     )
 
 
@@ -273,3 +280,20 @@ def test_the_most_severe_comes_first_then_along_depth() -> None:
     attention = [head(0, 2, rest=0.0), head(0, 1, rest=0.0), head(1, 1), head(2, 1)]
     order = [(f.severity, f.block) for f in found(attention=attention)]
     assert order == [("critical", 2), ("warning", 1)]
+
+
+@pytest.mark.parametrize(
+    ("rest", "reach", "is_frozen"),
+    [
+        (0.02, 1.0, False),  # two peaks at fixed offsets
+        (0.2, 0.1, False),  # a bias that falls with distance
+        (0.02, 0.1, True),
+        (0.02, None, True),  # a record of before
+    ],
+)
+def test_a_head_is_frozen_if_its_other_keys_are_out_of_reach_and_one_of_them_wins(
+    rest: float, reach: float | None, is_frozen: bool
+) -> None:
+    attention = [head(0), head(1, rest=rest, reach=reach), head(2)]
+    hit = rules.findings(trajectory(0.95, 0.9), attention, [])
+    assert [(f.code, f.head) for f in hit] == ([("ENTROPY-FROZEN", 1)] if is_frozen else [])

@@ -570,6 +570,33 @@ def test_rest_entropy_and_key_share_are_those_of_numpy(scale: float, route: str)
         assert rows.key_share[index].item() == pytest.approx(share, abs=2e-5, nan_ok=True)
 
 
+@pytest.mark.parametrize("scale", [1.0, 25.0, 200.0])
+@pytest.mark.parametrize("route", ["logits", "weights"])
+def test_keys_within_reach_are_counted_from_the_strongest_of_the_others(scale: float, route: str) -> None:
+    q, k = (torch.randn(1, 2, 24, 16, generator=torch.Generator().manual_seed(3)) for _ in range(2))
+    logits = (q * scale).double() @ k.double().mT / 4
+    if route == "logits":
+        rows = mixing.row_statistics(q * scale, k, causal=True)
+    else:
+        masked = logits.float().masked_fill(torch.ones(24, 24).triu(1).bool(), torch.finfo(torch.float32).min)
+        rows = mixing.row_statistics_from_weights(masked.softmax(-1), masked)
+    for head, query in itertools.product(range(2), range(24)):
+        others = sorted(logits[0, head, query, : query + 1].tolist())[:-1]
+        expected = sum(o > others[-1] - mixing.UNDERFLOW for o in others) / len(others) if query >= 15 else math.nan
+        assert rows.keys_within_reach[0, head, query].item() == pytest.approx(expected, nan_ok=True)
+
+
+def test_weights_that_underflowed_do_not_say_what_is_within_reach() -> None:
+    """The logits do: the others are spread, however far they are below the strongest."""
+    logits = torch.cat([torch.tensor([200.0]), torch.linspace(0, 1, 20)]).view(1, 1, 1, 21)
+    weights = logits.softmax(-1)
+    assert weights[..., 1:].sum() == 0
+    assert mixing.row_statistics_from_weights(weights).keys_within_reach.isnan().all()
+    known = mixing.row_statistics_from_weights(weights, logits)
+    assert known.keys_within_reach.item() == 1
+    assert known.rest_entropy.item() == pytest.approx(0.97, abs=0.03)
+
+
 def test_a_sink_takes_the_entropy_and_leaves_the_rest() -> None:
     """Any strength that single precision can still look behind."""
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 30, 8)

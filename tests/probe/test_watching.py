@@ -22,7 +22,8 @@ from uncollapse.probe import sites
 from uncollapse.probe.attention import ATTENTION_MEASURES
 from uncollapse.probe.passes import WATCHED, Observations, Watched, capture
 
-ROWS = ["entropy", "normalized_entropy", "entropy_floor", "max_logit", "rest_entropy", "key_share", "susceptibility"]
+ROWS = ["entropy", "normalized_entropy", "entropy_floor", "max_logit", "rest_entropy", "keys_within_reach"]
+ROWS += ["key_share", "susceptibility"]
 SPECTRA = ["contraction", "spectral_gap", "second_singular_value"]
 
 
@@ -48,6 +49,8 @@ def figures(observed: Observations) -> dict[str, Any]:
         "rows": [],
         "spectra": [],
         "projections": [told(a.energy) + told(a.tokens) for a in observed.attention],
+        # What it says about heads comes by way of "attention" and "projections".
+        "parts": [(p.update_size, p.update.share(), p.block_change, p.units.dead(p.epsilon)) for p in observed.parts],
         "sublayers": [told(u.values) for u in observed.updates] + [told(n.values) for n in observed.norms],
     }
     for statistics in observed.attention:

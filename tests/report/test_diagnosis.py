@@ -61,6 +61,7 @@ HEAD_TITLES = {
     "entropy_floor": "entropy floor",
     "max_logit": "largest logit",
     "rest_entropy": "entropy without the strongest key",
+    "keys_within_reach": "keys within reach",
     "key_share": "share of keys used",
     "value_contraction": "value contraction",
     "susceptibility": "susceptibility",

@@ -18,9 +18,10 @@ from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import ModuleCall
-from uncollapse.symmetry import channels as channels_module
+from uncollapse.symmetry import patterns
 from uncollapse.symmetry.acting import head_weights
-from uncollapse.symmetry.channels import Channels, Rows, channels_of
+from uncollapse.symmetry.channels import Channels, channels_of
+from uncollapse.symmetry.studied_calls import Rows
 from uncollapse.symmetry.weight_groups import QueryKeyGauge, ValueOutputGauge
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -233,7 +234,7 @@ def test_looking_changes_nothing(family: str) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "qwen3", "bloom", "gpt_oss"])
 def test_one_pattern_at_a_time_gives_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, together = of_family(family)
-    monkeypatch.setattr(channels_module, "PATTERNS", 1)
+    monkeypatch.setattr(patterns, "PATTERNS", 1)
     assert found(FAMILIES[family].build(), inputs_for(FAMILIES[family])) == together
 
 

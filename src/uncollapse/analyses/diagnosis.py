@@ -7,7 +7,7 @@ judge. The result is a `Diagnosis` that can be shown, written to a file, and rea
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
 
@@ -20,11 +20,16 @@ from uncollapse.analyses.result import Recorded
 from uncollapse.judgement import findings
 from uncollapse.judgement.attribution import heads_records
 from uncollapse.judgement.order_parameters import Components, symmetry_records
+from uncollapse.probe.activity import embedding_records, part_records
 from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
+from uncollapse.probe.initialisation import evidence
 from uncollapse.probe.passes import Level
 from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import DIAGNOSIS_SCHEMA, DiagnosisRecord, SiteRecord
+
+# Uniform attention, and sublayers that start at zero.
+AS_AT_THE_START = ("rank-collapse-width", "dead-component")
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,20 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
     attention = [record for s in observed.attention for record in attention_records(s, prepared.level)]
     head_records = heads_records(observed.attention)
     updates = update_records(observed.updates)
+    parts, embeddings = part_records(observed.parts), embedding_records(observed.embeddings)
+    # Only where something looks as at the start of training are the weights asked whether it is the start.
+    doubtful = [
+        f.block
+        for f in findings.findings(trajectory, attention, head_records, parts, embeddings)
+        if f.block is not None and f.phenomenon in AS_AT_THE_START
+    ]
+    seen = evidence(model, anatomy, doubtful)
+    parts = [
+        replace(part, initial=seen[part.block].initial, initial_evidence=seen[part.block].reason)
+        if part.block in seen
+        else part
+        for part in parts
+    ]
     described = probe_record(prepared, observed)
     described.options["context_lengths"] = None if context_lengths is None else list(context_lengths)
     return DiagnosisRecord(
@@ -101,6 +120,8 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
         norms=norm_records(observed.norms),
         updates=updates,
         symmetries=symmetry_records(trajectory, attention, head_records, Components.of(model, anatomy), scaling),
-        findings=findings.findings(trajectory, attention, head_records),
+        findings=findings.findings(trajectory, attention, head_records, parts, embeddings),
         anatomy=anatomy_record(anatomy, observed, updates),
+        parts=parts,
+        embeddings=embeddings,
     )

@@ -41,9 +41,11 @@ def located(call: AttentionCall, poked: Poked, tokens: int, *, alone: bool) -> A
     lead = _sequences(moved, count)
     is_cross = poked.memory is not None
     token = _inner(_moved(mixed, poked.token.mixed) if is_cross else _moved(values, poked.token.values), lead, count)
-    lead = _heads_and_windows(token.any(-1), lead)
+    one = poked.sequences[0]
+    alive = _inner(_moved(mixed, one.mixed) if is_cross else _moved(values, one.values), lead, count).any(-1)
+    lead = _heads_and_windows(token.any(-1), lead, alive)
     rows = token.reshape(-1, token.shape[-1]).any(0)  # of one sequence: the keys (cross: queries) that one token moves
-    whole = poked.memory if is_cross else poked.sequences[0]
+    whole = poked.memory if is_cross else one
     assert whole is not None
     keys = _inner(_moved(values, whole.values), lead, count)
     keys = keys.reshape(-1, keys.shape[-1]).any(0)
@@ -90,29 +92,36 @@ def _moved(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _sequences(moved: Tensor, count: int) -> tuple[Lead, ...]:
-    """Which leading axis holds the sequences, from the slices [sequence, *lead] that move with each."""
+    """Which leading axis holds the sequences, from the slices [sequence, *lead] that move with each. Slices that nothing moves,
+    those of dead heads, have no say."""
     axes = moved.ndim - 1
     if count == 1:
         return (Lead("head"),) * axes
     owners = moved.sum(0)
     if bool((owners > 1).any()):
         raise UnreadableError("it mixes several sequences of the batch")
-    if bool((owners == 0).any()):
-        raise UnreadableError("some of it does not depend on the tokens")
-    owner = moved.int().argmax(0)
-    if len(owner.unique()) < count:
+    owner, known = moved.int().argmax(0), owners == 1
+    if not bool(known.any()):
+        raise UnreadableError("none of it depends on the tokens")
+    if len(owner[known].unique()) < count:
         raise UnreadableError("each sequence is mixed by a call of its own")
     found: list[Lead] = []
     for axis in range(axes):
         along = owner.movedim(axis, 0).flatten(1) if axes > 1 else owner[:, None]
-        index = torch.arange(len(along))
-        if not bool((along == along[:, :1]).all()):
+        said = known.movedim(axis, 0).flatten(1) if axes > 1 else known[:, None]
+        index = torch.arange(len(along), device=along.device)[:, None]
+
+        def agrees(expected: Tensor, along: Tensor = along, said: Tensor = said) -> bool:
+            return bool(((along == expected) | ~said).all())
+
+        first = along.gather(1, said.int().argmax(1, keepdim=True))
+        if not agrees(first):
             found.append(Lead("head"))
-        elif torch.equal(along[:, 0], index) and len(index) == count:
+        elif len(index) == count and agrees(index):
             found.append(Lead("sequence"))
-        elif len(index) % count == 0 and torch.equal(along[:, 0], index // (len(index) // count)):
+        elif len(index) % count == 0 and agrees(index // (len(index) // count)):
             found.append(Lead("sequence-major"))
-        elif torch.equal(along[:, 0], index % count):
+        elif agrees(index % count):
             found.append(Lead("sequence-minor"))
         else:
             raise UnreadableError("its sequences lie in an order that was not understood")
@@ -141,12 +150,14 @@ def _inner(moved: Tensor, lead: tuple[Lead, ...], count: int) -> Tensor:
     return parts if position is None else parts.select(position, 0)
 
 
-def _heads_and_windows(token: Tensor, lead: tuple[Lead, ...]) -> tuple[Lead, ...]:
-    """Heads are slices that all see a token; of windows one does. `token` [*inner]: what one token moved."""
+def _heads_and_windows(token: Tensor, lead: tuple[Lead, ...], alive: Tensor) -> tuple[Lead, ...]:
+    """Heads are slices that all see a token; of windows one does. `token` [*inner]: what one token moved; `alive` [*inner]: what
+    moves at all. A dead head sees nothing."""
     kinds: list[Literal["head", "window"]] = []
     for axis in range(token.ndim):
         seen = token.movedim(axis, 0).flatten(1).any(-1) if token.ndim > 1 else token
-        if bool(seen.all()):
+        able = alive.movedim(axis, 0).flatten(1).any(-1) if alive.ndim > 1 else alive
+        if bool(seen[able].all()) and bool(able.any()):
             kinds.append("head")
         elif int(seen.sum()) == 1:
             kinds.append("window")
@@ -174,13 +185,22 @@ def _sizes(mixed: Tensor, lead: Sequence[Lead], count: int, kind: str) -> list[i
 
 
 def _distinct(values: Tensor) -> int:
-    """How many different value matrices the heads of the first sequence have. values [sequence, head, window, key, width]"""
+    """How many different value matrices the heads of the first sequence have. values [sequence, head, window, key, width]
+
+    Values that do not vary are equal for another reason: the heads that are alive say how many share one matrix."""
     heads = values[0]
     kept: list[Tensor] = []
+    shared: list[int] = []
     for head in heads:
-        if not any(torch.equal(head, other) for other in kept):
+        same = next((i for i, other in enumerate(kept) if torch.equal(head, other)), None)
+        if same is None:
             kept.append(head)
-    return len(kept)
+            shared.append(1)
+        else:
+            shared[same] += 1
+    alive = {n for n, head in zip(shared, kept, strict=True) if not bool((head == head[..., :1, :]).all())}
+    size = next(iter(alive)) if len(alive) == 1 else 0
+    return len(heads) // size if size and len(heads) % size == 0 else len(kept)
 
 
 def placed(numbers: Tensor, shape: Sequence[int], call: AttentionCall, count: int) -> tuple[str | None, ...]:

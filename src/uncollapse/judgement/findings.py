@@ -20,8 +20,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from uncollapse.judgement.dead_components import dead_components
 from uncollapse.records.common import SEVERITIES, Finding, Severity, Stack
-from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord, stacks
+from uncollapse.records.diagnosis import AttentionRecord, EmbeddingRecord, HeadsRecord, PartRecord, SiteRecord, stacks
 
 # All of these are distances from collapse: half the smallest distance in the healthy runs that thresholds are derived from.
 # docs/validity.md lists those runs, and how near the other models come.
@@ -35,6 +36,8 @@ UNUSED_KEYS = 0.19
 CONTRACTION = 0.025
 # Normalised entropy of a row without its strongest key, for the most frozen head.
 REST_ENTROPY = 0.044
+# Share of the keys of a row, without its strongest, whose weight beside the strongest of them is not 0 in single precision.
+WITHIN_REACH = 0.5
 # Mean squared sine between two write spaces, relative to two random ones of the same size.
 DISTINCTNESS = 0.09
 # Dimensions that an output projection forgets beyond what its shape forces, in heads. Not a distance: twice the largest healthy
@@ -51,6 +54,10 @@ DIFFERENT_TOKENS = 4
 # If the embedded tokens are this much alike, the blocks have nothing to lose: a text that repeats one token looks like that.
 APART_AT_ENTRY = 0.1
 
+# At initialisation the largest logit of a head is several squared entries of a value; a factor of ten is left for scales of
+# another kind, such as 1/d_k. Queries or keys that were made smaller give less.
+SMALLEST_LOGIT = 1 / 16
+
 _DONG = "Dong, Cordonnier, Loukas 2021, arXiv 2103.03404"
 _CIRRINCIONE = "Cirrincione 2026, arXiv 2604.23681"
 _NAIT_SAADA = "Nait Saada, Naderi, Tanner 2025, arXiv 2410.07799"
@@ -64,6 +71,8 @@ class Observed:
     trajectory: Sequence[SiteRecord]
     attention: Sequence[AttentionRecord]
     heads: Sequence[HeadsRecord]
+    parts: Sequence[PartRecord] = ()
+    embeddings: Sequence[EmbeddingRecord] = ()
 
 
 @dataclass(frozen=True)
@@ -76,18 +85,27 @@ class Reading:
 
 
 def findings(
-    trajectory: Sequence[SiteRecord], attention: Sequence[AttentionRecord], heads: Sequence[HeadsRecord]
+    trajectory: Sequence[SiteRecord],
+    attention: Sequence[AttentionRecord],
+    heads: Sequence[HeadsRecord],
+    parts: Sequence[PartRecord] = (),
+    embeddings: Sequence[EmbeddingRecord] = (),
 ) -> list[Finding]:
     """The findings of all rules that fire: most severe first, then by depth."""
-    fired = [reading.finding for reading in readings(trajectory, attention, heads) if reading.margin > 0]
+    read = readings(trajectory, attention, heads, parts, embeddings)
+    fired = [reading.finding for reading in read if reading.margin > 0]
     return sorted(fired, key=lambda f: (-SEVERITIES.index(f.severity), f.block if f.block is not None else -1))
 
 
 def readings(
-    trajectory: Sequence[SiteRecord], attention: Sequence[AttentionRecord], heads: Sequence[HeadsRecord]
+    trajectory: Sequence[SiteRecord],
+    attention: Sequence[AttentionRecord],
+    heads: Sequence[HeadsRecord],
+    parts: Sequence[PartRecord] = (),
+    embeddings: Sequence[EmbeddingRecord] = (),
 ) -> list[Reading]:
     """What every rule read: one reading for each stack, attention or output projection that it could judge."""
-    observed = Observed(trajectory, attention, heads)
+    observed = Observed(trajectory, attention, heads, parts, embeddings)
     return [reading for rule in RULES for reading in rule(observed)]
 
 
@@ -270,7 +288,8 @@ def uniform(observed: Observed) -> Iterator[Reading]:
             f"attends to all keys almost equally: even its least uniform head ({least.head}) leaves only {unused:.2g} of them "
             "unused."
         )
-        finding = _width_finding("WIDTH-UNIFORM", least, unused, UNUSED_KEYS, message)
+        initial = _initial(observed, records)
+        finding = _width_finding("WIDTH-UNIFORM", least, unused, UNUSED_KEYS, message, initial)
         yield Reading(_margin(unused, UNUSED_KEYS), finding)
 
 
@@ -293,15 +312,34 @@ def rank_one(observed: Observed) -> Iterator[Reading]:
             f"gives every token almost the same mixture: even the head that keeps most ({most.head}) keeps only {kept:.2g} of "
             "the spread of its values."
         )
-        finding = _width_finding("WIDTH-RANK-ONE", most, distance, CONTRACTION, message)
+        initial = _initial(observed, records)
+        finding = _width_finding("WIDTH-RANK-ONE", most, distance, CONTRACTION, message, initial)
         yield Reading(_margin(distance, CONTRACTION), finding)
 
 
-def _width_finding(code: str, record: AttentionRecord, value: float, threshold: float, message: str) -> Finding:
+def _initial(observed: Observed, records: Sequence[AttentionRecord]) -> str:
+    """Why this attention is as an initialisation makes it; empty if it is not. Its weights must look so, and its logits
+    must have the size that such queries and keys give: drawn like the values, a logit is about as large as a squared entry of
+    a value."""
+    for part in observed.parts:
+        if (part.block, part.kind) != (records[0].block, records[0].kind) or not part.initial:
+            continue
+        largest = max((r.max_logit.mean for r in records if r.max_logit is not None), default=None)
+        expected = None if part.typical_value is None else part.typical_value**2
+        is_small = largest is not None and expected is not None and largest < SMALLEST_LOGIT * expected
+        return "" if is_small else part.initial_evidence
+    return ""
+
+
+def _width_finding(
+    code: str, record: AttentionRecord, value: float, threshold: float, message: str, initial: str = ""
+) -> Finding:
+    if initial:
+        message += f" The block looks as it was initialised ({initial}), and attention starts like this: no fault yet."
     return Finding(
         code=code,
         phenomenon="rank-collapse-width",
-        severity="warning",
+        severity="info" if initial else "warning",
         block=record.block,
         head=record.head,
         value=value,
@@ -316,34 +354,51 @@ def _width_finding(code: str, record: AttentionRecord, value: float, threshold: 
 
 
 def frozen(observed: Observed) -> Iterator[Reading]:
-    """The entropy of the whole row would mislead: a head that looks only at the first token, or at itself, has none and is
-    healthy. Without that token, the rest of its row is spread like any other. Logits that are too large pick a single winner
-    there too."""
+    """A frozen head has put its other keys out of reach: their weights are 0 beside the strongest of them, and so are their
+    gradients. The entropy of the whole row would mislead: a head that looks only at the first token, or at itself, has none and
+    is healthy. So would the entropy of the rest alone: a head that looks at two fixed positions leaves one clear winner there, and
+    every other key within reach. And so would the reach alone: a bias that falls with distance puts far keys out of reach and
+    spreads the near ones. A head is frozen if both say so.
+
+    Records of before have no reach; there the entropy of the rest decides."""
     for records in _with_different_tokens(observed):
-        measured = [(r, r.rest_entropy.mean) for r in records if r.rest_entropy is not None]
-        if not measured:
+        measured = [(r, _thaw(r), r.rest_entropy.mean) for r in records if r.rest_entropy is not None]
+        judged = [(record, thaw, rest) for record, thaw, rest in measured if thaw is not None]
+        if not judged:
             continue
-        hit = sum(value < REST_ENTROPY for _, value in measured)
-        worst, least = min(measured, key=lambda pair: pair[1])
+        hit = sum(thaw < 1 for _, thaw, _ in judged)
+        worst, least, rest = min(judged, key=lambda each: each[1])
         logit = "" if worst.max_logit is None else f", largest logit {worst.max_logit.mean:.3g}"
+        reach = worst.keys_within_reach
+        lost = "" if reach is None else f"{1 - reach.mean:.0%} of the other keys have a weight of 0 beside it, "
         finding = Finding(
             code="ENTROPY-FROZEN",
             phenomenon="entropy-collapse",
             severity="critical" if 2 * hit >= len(records) else "warning",
             block=worst.block,
             head=worst.head,
-            value=least,
-            threshold=REST_ENTROPY,
+            value=rest if reach is None else reach.mean,
+            threshold=REST_ENTROPY if reach is None else WITHIN_REACH,
             message=f"In {_place(worst.block, worst.stack)}, {hit} of {len(records)} heads are frozen onto single keys by their "
             f"logits. The worst is head {worst.head}: even without the strongest key of each row, one key takes nearly all of "
-            f"the weight (normalised entropy {least:.2g}{logit}).",
+            f"the weight ({lost}normalised entropy {rest:.2g}{logit}).",
             remedy="Lower the learning rate, or bound the logits with query-key normalisation, sigma-reparametrisation or "
             "soft-capping.",
             reference=_ZHAI,
             stack=worst.stack,
             kind=worst.kind,
         )
-        yield Reading(_margin(least, REST_ENTROPY), finding)
+        yield Reading(_margin(least, 1.0), finding)
+
+
+def _thaw(record: AttentionRecord) -> float | None:
+    """How far a head is from frozen, 1 at the threshold: by the keys within reach or by the entropy of the rest, whichever is
+    farther. None where the reach is not known though it was asked for."""
+    assert record.rest_entropy is not None
+    spread = record.rest_entropy.mean / REST_ENTROPY
+    if record.keys_within_reach is not None:
+        return max(spread, record.keys_within_reach.mean / WITHIN_REACH)
+    return None if "keys_within_reach" in record.unavailable else spread
 
 
 def identical_heads(observed: Observed) -> Iterator[Reading]:
@@ -408,6 +463,11 @@ def projection_kernel(observed: Observed) -> Iterator[Reading]:
         yield Reading(-_margin(max(lost, 0) / record.head_width, LOST_HEADS), finding)
 
 
+def dead(observed: Observed) -> Iterator[Reading]:
+    for finding in dead_components(observed.parts, observed.embeddings):
+        yield Reading(math.inf, finding)
+
+
 RULES: tuple[Callable[[Observed], Iterator[Reading]], ...] = (
     not_finite,
     consensus,
@@ -417,4 +477,5 @@ RULES: tuple[Callable[[Observed], Iterator[Reading]], ...] = (
     frozen,
     identical_heads,
     projection_kernel,
+    dead,
 )

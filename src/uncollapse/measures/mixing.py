@@ -32,6 +32,7 @@ DEVICE_TILE_BYTES = 64 << 20  # accelerators want few large launches
 CAUSAL_ROWS = 128  # rows of a causal tile: its keys end with its last row, so that half of all pairs are never computed
 FEW_KEYS = 4  # rows over fewer keys have no key share: two keys leave little to be uniform about
 FEW_RIVALS = 16  # rows over fewer keys have no rest entropy: with few others, one of them wins by chance
+UNDERFLOW = 88.0  # exp(-88) is where single precision, and bfloat16 with it, ends
 FORBIDDEN = -1e37  # the logit of a forbidden pair. Finite, since 0 * FORBIDDEN is 0 where 0 * -inf would be NaN
 
 
@@ -47,11 +48,14 @@ class RowStatistics:
     `rest_entropy` is the normalised entropy of what is left of the row when its strongest key is taken out: of
     a_ij / (1 - a_i*) over the other T_i - 1 keys, divided by ln(T_i - 1). 0 to 1. A head that looks at one key for a reason (the
     first token, itself) keeps an ordinary distribution over the others, however little weight they have; where the logits as a
-    whole are too large, there is a winner among the others too, and it falls to 0. It is 0 as well where the others have no
-    weight at all in the precision at hand (all of them 88 and more below the strongest, in float32).
+    whole are too large, there is a winner among the others too, and it falls to 0. From logits it does not matter how far the
+    others are below the strongest; from weights it is NaN where all others have underflowed.
+    `keys_within_reach` is the share of these T_i - 1 keys whose weight beside the strongest *of them* is not 0 in single precision:
+    whose logit is less than `UNDERFLOW` below. A key out of reach gets neither weight nor gradient. 1 where every key can still
+    win or lose, also for a head that a position decides; NaN where weights alone are known and have underflowed.
     `key_share` is (exp(H_i) - 1) / (T_i - 1), the share of the other keys that a row uses beside one: 1 for uniform, 0 for a
     single key. For random logits of small variance v it is 1 - v/2 whatever T_i is, where the normalised entropy depends on it.
-    They are NaN in rows of fewer than `FEW_RIVALS` and `FEW_KEYS` keys: whether the few others of a short row are spread or
+    The three are NaN in rows of fewer than `FEW_RIVALS` and `FEW_KEYS` keys: whether the few others of a short row are spread or
     not is chance (SmolLM2 goes down to 0.03 over 5 keys, to 0.06 over 8, and to 0.16 over 64).
     """
 
@@ -63,6 +67,7 @@ class RowStatistics:
     susceptibility: Float[Tensor, "batch head query"] | None
     sink_mass: Float[Tensor, "batch head query"] | None
     rest_entropy: Float[Tensor, "batch head query"]
+    keys_within_reach: Float[Tensor, "batch head query"]
     key_share: Float[Tensor, "batch head query"]
     route: Literal["logits", "weights"]
 
@@ -396,6 +401,7 @@ def row_statistics(
         susceptibility=rows.variance if susceptibility else None,
         sink_mass=None if sink is None else torch.sigmoid(sink.detach().to(log_sum)[:, None] - log_sum),
         rest_entropy=_rest(rows),
+        keys_within_reach=_reach(rows),
         key_share=_key_share(rows),
         route="logits",
     )
@@ -415,7 +421,8 @@ def row_statistics_from_weights(
     """`row_statistics` of a softmax that the model ran itself, from its weights and, where they were seen, its logits.
 
     Entropy and susceptibility are those of the weights, each row scaled to sum to one over its allowed keys (s_ij is
-    ln a_ij up to a constant of the row). Maximum and floor need `logits`, the softmax's input, where a pair at or below
+    ln a_ij up to a constant of the row). The rest entropy comes from the `logits` if they are given: weights underflow.
+    Maximum and floor need `logits`, the softmax's input, where a pair at or below
     half the lowest number of the dtype is forbidden; without them both are `None`. Weights of a sink are left out by
     the caller, as the columns that are no keys.
 
@@ -464,7 +471,8 @@ def row_statistics_from_weights(
         max_logit=None if given is None else given.maximum,
         susceptibility=rows.variance if susceptibility else None,
         sink_mass=None,
-        rest_entropy=_rest(rows),
+        rest_entropy=_rest(rows if given is None else given),
+        keys_within_reach=_reach(rows, weights.dtype) if given is None else _reach(given),
         key_share=_key_share(rows),
         route="weights",
     )
@@ -525,10 +533,12 @@ class _Scores:
 @dataclass(frozen=True)
 class _Rows:
     """What the pass leaves, [batch, head, query] each: `peak` is the row's largest weight, `rest` the entropy in nats of what
-    is left without it."""
+    is left without it, `second` the largest logit there, relative to the row's largest, `reach` how many keys are near it."""
 
     entropy: Tensor
     rest: Tensor
+    reach: Tensor
+    second: Tensor
     maximum: Tensor
     peak: Tensor
     floor: Tensor
@@ -624,7 +634,7 @@ def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, Tensor | No
 def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
     found = {
         name: torch.zeros(scores.sizes[:4], dtype=scores.dtype, device=scores.device)
-        for name in ("entropy", "rest", "maximum", "peak", "floor", "variance")
+        for name in ("entropy", "rest", "reach", "second", "maximum", "peak", "floor", "variance")
     }
     allowed_keys = torch.zeros(scores.sizes[:4], dtype=torch.int64, device=scores.device)
     for tile, S, P, keep in _tiles(scores):
@@ -634,21 +644,27 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
         S.sub_(maximum)
         torch.softmax(S, -1, out=P)  # not torch.exp: it is ten times slower where a result underflows
         peak = P.gather(-1, strongest)[..., 0]
-        # Summed without the strongest: 1 - peak has no digits left where a head looks at one key.
-        others = P.scatter_(-1, strongest, 0).sum(-1)
         mean = P.mul_(S).sum(-1)  # the strongest adds nothing here: its S is 0
         allowed_keys[rows] = T
         found["maximum"][rows], found["peak"][rows] = maximum[..., 0], peak
         found["entropy"][rows] = (0 - peak.log() - mean).clamp_(min=0)
-        rest = (others / peak).log() - mean / others
-        found["rest"][rows] = torch.where(others == 0, 0, rest).clamp_(min=0)
         if susceptibility:
             found["variance"][rows] = (P.mul_(S).sum(-1) - mean.square()).clamp_(min=0)
         if floor:
+            P.copy_(S)
             if keep is not None:
-                S.mul_(keep)
-            square_norm = torch.mul(S, S, out=P).sum(-1) - S.sum(-1).square() / T
+                P.mul_(keep)
+            total = P.sum(-1)
+            square_norm = P.mul_(P).sum(-1) - total.square() / T
             found["floor"][rows] = torch.maximum(-peak.log(), _floor_from_norm(square_norm, T))
+        # The others by themselves, relative to the strongest of them: far below the strongest of all they have no digits left.
+        S.scatter_(-1, strongest, 2 * FORBIDDEN)
+        second = S.amax(-1, keepdim=True)
+        S.sub_(second)
+        found["second"][rows] = second[..., 0]
+        found["reach"][rows] = (S > -UNDERFLOW).sum(-1).to(S.dtype)
+        torch.softmax(S, -1, out=P)
+        found["rest"][rows] = (0 - P.amax(-1).log() - P.mul_(S).sum(-1)).clamp_(min=0)
     dead = allowed_keys == 0
     if scores.query_mask is not None:
         dead |= ~scores.query_mask[:, None, None]
@@ -666,7 +682,20 @@ def _floor_from_norm(square_norm: Tensor, T: Tensor) -> Tensor:
 
 def _rest(rows: _Rows) -> Tensor:
     T = rows.allowed_keys
-    return (rows.rest / (T - 1).clamp(min=2).to(rows.rest.dtype).log()).where(T >= FEW_RIVALS, math.nan)
+    known = (T >= FEW_RIVALS) & ~(rows.second < FORBIDDEN / 2)  # weights of 0 say nothing about each other
+    return (rows.rest / (T - 1).clamp(min=2).to(rows.rest.dtype).log()).where(known, math.nan)
+
+
+def _reach(rows: _Rows, weights: torch.dtype | None = None) -> Tensor:
+    """`weights`: the dtype of the weights, where the rows are known by nothing else. What is 0 there may be out of reach or not,
+    unless the strongest of the others is large."""
+    T = rows.allowed_keys
+    share = rows.reach / (T - 1).clamp(min=1)
+    known = (T >= FEW_RIVALS) & ~(rows.second < FORBIDDEN / 2)
+    if weights is not None:
+        smallest = math.log(torch.finfo(weights).smallest_normal)
+        known &= (share == 1) | (rows.second + rows.peak.log() > smallest + UNDERFLOW)
+    return share.where(known, math.nan)
 
 
 def _key_share(rows: _Rows) -> Tensor:

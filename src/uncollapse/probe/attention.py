@@ -27,6 +27,7 @@ ATTENTION_MEASURES = [
     "entropy_floor",
     "max_logit",
     "rest_entropy",
+    "keys_within_reach",
     "key_share",
     "value_contraction",
     "susceptibility",
@@ -34,6 +35,10 @@ ATTENTION_MEASURES = [
     "spectral_gap",
     "second_singular_value",
 ]
+
+Operands = Callable[
+    [int, Sequence[AttentionRows], Tensor | None, Tensor | None], None
+]  # sublayer, calls, queries, keys
 
 
 @dataclass
@@ -89,7 +94,8 @@ class Attention:
     """Measures the attention calls of each attention sublayer; an `Observer`. Always: whether the pass bears the reading out,
     what forbade pairs, and how much of the values' spread each head keeps. With `rows` also every row, with `spectra` the
     decomposed matrices. `sublayers`: each attention part with its statistics. `hand_on` is given the number of the sublayer and
-    its mixed values [sequence, head, token, width], None where they cannot be had."""
+    its mixed values [sequence, head, token, width], None where they cannot be had; `operands` is given that number, what its calls
+    read and mixed, and which of their queries and keys are real."""
 
     def __init__(
         self,
@@ -102,10 +108,11 @@ class Attention:
         susceptibility: bool = False,
         spectra: bool = False,
         hand_on: Callable[[int, Tensor | None], None] | None = None,
+        operands: Operands | None = None,
     ) -> None:
         self.anatomy, self.clouds = anatomy, clouds
         self.rows, self.susceptibility, self.spectra = rows, susceptibility, spectra
-        self._hand_on = hand_on
+        self._hand_on, self._operands = hand_on, operands
         self.streams: list[tuple[Place, Action]] = []
         # Calls may share their way: one softmax, and a product for each head.
         looks: dict[Point, list[Look]] = {}
@@ -219,6 +226,11 @@ class Attention:
             statistics.finite |= each.finite
             for name in ATTENTION_MEASURES:
                 columns[name].append(own[name].to("cpu", torch.float64))
+        if self._operands is not None:
+            queries, keys = found[0].shape[2], None if found[0].values is None else found[0].values.shape[2]
+            sequences = found[0].shape[0]
+            key_mask = None if keys is None else self._key_mask(statistics, keys, sequences)
+            self._operands(index, found, self._query_mask(statistics, queries, sequences), key_mask)
         if self._hand_on is not None:
             mixed = [each.mixed for each in found if each.mixed is not None]
             same = len(mixed) == len(found) and len({m.shape[2:] for m in mixed}) == 1
@@ -230,7 +242,15 @@ class Attention:
 
 def _means_over_rows(rows: mixing.RowStatistics) -> dict[str, Tensor]:
     """Of each head in each sequence, [sequence, head]: the mean over its rows, and the largest logit."""
-    means = ["entropy", "normalized_entropy", "entropy_floor", "rest_entropy", "key_share", "susceptibility"]
+    means = [
+        "entropy",
+        "normalized_entropy",
+        "entropy_floor",
+        "rest_entropy",
+        "keys_within_reach",
+        "key_share",
+        "susceptibility",
+    ]
     known = {name: figure for name in means if (figure := getattr(rows, name)) is not None}
     found = {name: figure.double().nanmean(-1) for name, figure in known.items()}
     if rows.max_logit is not None:

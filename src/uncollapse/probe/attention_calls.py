@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +51,9 @@ class AttentionRows:
     wanted. values [sequence, head, key, width] and mixed [sequence, head, query, width] over the keys that are tokens, None
     where attention stays within windows. `weights` only where spectra are wanted. `deviation`: how far weights times values are
     from the result, over the result's size. `row_sums`: the smallest and the largest sum of a row's weights over the keys that
-    are tokens. `forbids`: what forbade pairs. `finite`: some row's weights are numbers."""
+    are tokens. `forbids`: what forbade pairs. `finite`: some row's weights are numbers. queries and keys
+    [sequence, head, token, width]: of a fused call. `logit_range` [sequence, head, query]: of other calls, how far the logits of a
+    row's allowed keys lie apart, as a share of the largest."""
 
     shape: tuple[int, int, int]
     rows: mixing.RowStatistics | None
@@ -63,6 +65,9 @@ class AttentionRows:
     forbids: tuple[Forbidding, ...]
     finite: bool
     reasons: dict[str, str] = field(default_factory=dict)
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+    logit_range: Tensor | None = None
 
 
 class CallObserver:
@@ -189,7 +194,8 @@ class CallObserver:
         full = A / A.sum(-1, keepdim=True) if self.spectra and result.shape[2] == 1 else None
         forbids = () if barred is None else tuple(forbade)
         borne_out = _BorneOut(deviation, (low, high), bool(finite.numel()))
-        return self._found(rows, values, result, full, borne_out, forbids, reasons)
+        found = self._found(rows, values, result, full, borne_out, forbids, reasons)
+        return found if L is None or not self.rows else replace(found, logit_range=_range(L, barred))
 
     def _fused(self, given: Mapping[str, Any], output: Tensor) -> AttentionRows:
         query, key, value = given["query"], given["key"], given["value"]
@@ -244,7 +250,8 @@ class CallObserver:
                 scale=given.get("scale"),
             )
         borne_out = _BorneOut(deviation, (1.0, 1.0), is_finite)
-        return self._found(rows, v[..., keys, :], result, weights, borne_out, forbids, {})
+        found = self._found(rows, v[..., keys, :], result, weights, borne_out, forbids, {})
+        return found if windows > 1 else replace(found, queries=q[:, :, 0], keys=k[:, :, 0][..., keys, :])
 
     def _mask_of(
         self, given: Mapping[str, Any], query: Tensor, key: Tensor, is_mask: bool
@@ -313,6 +320,17 @@ class _BorneOut(NamedTuple):
     deviation: float
     row_sums: tuple[float, float]
     finite: bool
+
+
+def _range(logits: Tensor, barred: Tensor | None) -> Tensor:
+    """How far the logits of each row lie apart over its allowed keys, as a share of the largest: 0 where all are equal."""
+    lowest = torch.finfo(logits.dtype).min / 2
+    gone = ~logits.isfinite() | (logits < lowest)
+    gone = gone if barred is None else gone | barred
+    high = logits.masked_fill(gone, -math.inf).amax(-1).double()
+    low = logits.masked_fill(gone, math.inf).amin(-1).double()
+    apart = (high - low).clamp(min=0)
+    return torch.where(apart > 0, apart / torch.maximum(high.abs(), low.abs()), 0.0)
 
 
 def _joined(parts: Sequence[mixing.RowStatistics]) -> mixing.RowStatistics | None:

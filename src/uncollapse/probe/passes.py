@@ -26,6 +26,7 @@ from uncollapse.anatomy.interception import device_of
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.vocabulary import Anatomy
+from uncollapse.probe.activity import Activity, EmbeddingActivity, PartActivity
 from uncollapse.probe.attention import Attention, AttentionStatistics, attention_statistics
 from uncollapse.probe.clouds import Clouds
 from uncollapse.probe.observing import Observer, OwnPass, all_handlers
@@ -35,24 +36,27 @@ from uncollapse.probe.sublayers import NormStatistics, Sublayers, UpdateStatisti
 
 Progress = Callable[[str, int, int], None]
 Level = Literal["core", "full"]
-Watched = Literal["sites", "attention", "rows", "spectra", "projections", "sublayers"]
+Watched = Literal["sites", "attention", "rows", "spectra", "projections", "sublayers", "parts"]
 
 WATCHED: Final[Mapping[Level, frozenset[Watched]]] = {
-    "core": frozenset({"sites", "attention", "rows", "projections"}),
-    "full": frozenset({"sites", "attention", "rows", "spectra", "projections", "sublayers"}),
+    "core": frozenset({"sites", "attention", "rows", "projections", "parts"}),
+    "full": frozenset({"sites", "attention", "rows", "spectra", "projections", "sublayers", "parts"}),
 }
 
 
 @dataclass
 class Observations:
     """What one probe pass saw: a site for each stack's embedding and each of its blocks, stack after stack, and an entry for
-    each attention call; at level `full` also one for each update and for each norm call inside a block. `sequences`, `tokens`
+    each attention call, for each part and for each embedding; at level `full` also one for each update and for each norm call
+    inside a block. `sequences`, `tokens`
     (real ones) and `max_tokens` are those of the first stack's stream."""
 
     sites: list[SiteStatistics]
     attention: list[AttentionStatistics]
     updates: list[UpdateStatistics] = field(default_factory=list)
     norms: list[NormStatistics] = field(default_factory=list)
+    parts: list[PartActivity] = field(default_factory=list)
+    embeddings: list[EmbeddingActivity] = field(default_factory=list)
     sequences: int = 0
     tokens: int = 0
     max_tokens: int = 0
@@ -75,8 +79,9 @@ def capture(
     watch: what to observe, by default all that belongs to the level (`WATCHED`). `"sites"`: the token clouds between blocks;
     without it they are only counted where they are not finite. `"attention"`: whether the pass bears the reading out, and the
     spread that each head keeps; with `"rows"` also every row, with `"spectra"` also the decomposed matrices. `"projections"`:
-    matrix and energy of the output projections. `"sublayers"`: what each adds and what each norm does. What is not watched
-    leaves its statistics empty and changes no other figure.
+    matrix and energy of the output projections. `"sublayers"`: what each adds and what each norm does. `"parts"`: whether each
+    part does anything; of heads, as far as their attention and projections are watched. What is not watched leaves its
+    statistics empty and changes no other figure.
 
     Raises `InputError` where a padded batch meets a model whose token axis does not match the mask, `ChangedPath` where the
     model takes another path on a batch than the one that was proved.
@@ -115,9 +120,21 @@ class _Probe:
         sites = Sites(anatomy, self.clouds, self.own.is_own, measures="sites" in watch)
         self.observations = Observations(sites.statistics, [statistics for _, statistics in attending])
         self.observers: list[Observer] = [sites]
+        activity = None
+        if "parts" in watch:
+            activity = Activity(model, anatomy, attending, self.clouds, self.own.is_own)
+            self.observations.parts, self.observations.embeddings = activity.parts, activity.embeddings
+            self.observers.append(activity)
         projections = None
         if "projections" in watch:
-            projections = Projections(model, anatomy, attending, self.clouds, self.own.is_own)
+            projections = Projections(
+                model,
+                anatomy,
+                attending,
+                self.clouds,
+                self.own.is_own,
+                contributed=None if activity is None else activity.contributed,
+            )
         if watch & {"attention", "rows", "spectra"}:
             attention = Attention(
                 anatomy,
@@ -128,6 +145,7 @@ class _Probe:
                 susceptibility=level == "full",
                 spectra="spectra" in watch,
                 hand_on=None if projections is None else projections.mixed,
+                operands=None if activity is None else activity.attend,
             )
             self.observers.append(attention)
         if projections is not None:

@@ -38,7 +38,8 @@ class _WholeMap:
 
 class Projections:
     """Meets the output projection of each attention sublayer; an `Observer`. Fills in `matrix`, `energy` and `tokens` of their
-    statistics. `sublayers`: each attention part with its statistics. `mixed` takes what its heads mixed."""
+    statistics. `sublayers`: each attention part with its statistics. `mixed` takes what its heads mixed. `contributed` is told the
+    number of the sublayer, its W_O, what that reads [sequence, token, mixed], and which tokens are real."""
 
     def __init__(
         self,
@@ -47,9 +48,11 @@ class Projections:
         sublayers: Sequence[tuple[Part, AttentionStatistics]],
         clouds: Clouds,
         is_own: Callable[[], bool],
+        *,
+        contributed: Callable[[int, Tensor, Tensor, Tensor | None], None] | None = None,
     ) -> None:
         self.model, self.anatomy, self.clouds = model, anatomy, clouds
-        self._is_own = is_own
+        self._is_own, self._contributed = is_own, contributed
         self._statistics = [statistics for _, statistics in sublayers]
         self.streams: list[tuple[Place, Action]] = []
         self._modules: dict[str, dict[int, int]] = {}  # by name and run: the sublayer whose projection it is
@@ -181,7 +184,7 @@ class Projections:
             statistics.reasons |= {"matrix": reason, "energy_share": reason}
             statistics.matrix = None
             return
-        _add_energy(statistics, matrix, cloud, mask)
+        self._add_energy(each.index, matrix, cloud, mask)
 
     def _measure_energy(self, index: int, matrix: Tensor, read: Tensor) -> None:
         """The energy of each head's centred contribution. `read` is what the projection reads."""
@@ -207,14 +210,16 @@ class Projections:
         mask = self.clouds.mask(stack, cloud.shape[1], f"the output projection of block {statistics.block}")
         if mask is not None and mask.shape[0] != cloud.shape[0]:
             mask = None
-        _add_energy(statistics, matrix, cloud, mask)
+        self._add_energy(index, matrix, cloud, mask)
 
-
-def _add_energy(statistics: AttentionStatistics, matrix: Tensor, cloud: Tensor, mask: Tensor | None) -> None:
-    lengths = torch.full(cloud.shape[:1], cloud.shape[1]) if mask is None else mask.sum(-1)
-    statistics.tokens = statistics.tokens.add(lengths)
-    energy = heads.contribution_energy(cloud, matrix, statistics.call.heads, mask)
-    statistics.energy = statistics.energy.add((energy / energy.sum(-1, keepdim=True)).double())
+    def _add_energy(self, index: int, matrix: Tensor, cloud: Tensor, mask: Tensor | None) -> None:
+        statistics = self._statistics[index]
+        lengths = torch.full(cloud.shape[:1], cloud.shape[1]) if mask is None else mask.sum(-1)
+        statistics.tokens = statistics.tokens.add(lengths)
+        energy = heads.contribution_energy(cloud, matrix, statistics.call.heads, mask)
+        statistics.energy = statistics.energy.add((energy / energy.sum(-1, keepdim=True)).double())
+        if self._contributed is not None:
+            self._contributed(index, matrix, cloud, mask)
 
 
 def projected_cloud(mixed: Tensor, heads_output: Tensor | None, batch_size: int) -> Tensor | None:

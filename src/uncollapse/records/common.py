@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Phenomenon = Literal[
-    "rank-collapse-depth", "rank-collapse-width", "head-channel-non-identifiability", "entropy-collapse", "numerics"
+    "rank-collapse-depth",
+    "rank-collapse-width",
+    "head-channel-non-identifiability",
+    "entropy-collapse",
+    "numerics",
+    "dead-component",
 ]
 Severity = Literal["info", "warning", "critical"]
 Stack = Literal["encoder", "decoder"]

@@ -87,7 +87,8 @@ def stacks(trajectory: Sequence[SiteRecord]) -> list[list[SiteRecord]]:
 class AttentionRecord:
     """One head of one attention call. Entropies in nats; logits after scaling, bias and mask, as the softmax saw them.
 
-    `rest_entropy` is the normalised entropy of a row without its strongest key. `key_share` = (exp(entropy) - 1)/(T - 1) is the
+    `rest_entropy` is the normalised entropy of a row without its strongest key, `keys_within_reach` the share of those other keys
+    whose weight beside the strongest of them is not 0 in single precision. `key_share` = (exp(entropy) - 1)/(T - 1) is the
     share of the other T - 1 allowed keys that a row uses besides one. `value_contraction` is ||C A V||_F / ||C V||_F on the
     probe: how much of the spread of the values survives the mixing, at most `contraction` = ||C A||_2. `route` says where the
     figures came from: `logits` (recomputed tile by tile from the queries and keys of a fused call and its own mask or bias; never
@@ -111,6 +112,7 @@ class AttentionRecord:
     second_singular_value: Statistic | None = None
     route: str = ""
     unavailable: dict[str, str] = field(default_factory=dict)
+    keys_within_reach: Statistic | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,61 @@ class UpdateRecord:
 
 
 @dataclass(frozen=True)
+class PartRecord:
+    """What one sublayer does at all. Every figure is the largest over all real tokens of all sequences; null where it was not met.
+
+    `update_size` is ||u|| / ||x + u|| of its update u and the stream x. The variations are the largest distance from the first
+    vector seen, over the largest size: 0 for vectors that are zero or all equal; for queries, keys and values one per head of
+    that operand. `update_directions` is sigma_3 / sigma_1 of the vectors (1, u), and 0 if the updates lie on a straight line.
+    `head_output` is the size of what each head writes beside that of the stream, `logit_range` how far the logits of a row
+    lie apart beside the largest of them, `value_size` the largest norm of a value vector, `typical_value` the root mean
+    square of its entries. `copied_heads` are pairs with equal outputs and equal patterns. `dead_units` are hidden units that carry
+    nothing. `epsilon` is that of the number format. `initial` says whether the block's weights look as an initialisation makes
+    them; null where nothing asked.
+    """
+
+    block: int
+    sublayer: Literal["attention", "mlp"]
+    stack: Stack | None
+    kind: AttentionKind | None
+    heads: int | None = None
+    key_value_heads: int | None = None
+    epsilon: float = 0.0
+    tokens: int = 0
+    update_size: float | None = None
+    update_variation: float | None = None
+    update_directions: float | None = None
+    stream_variation: float | None = None
+    stream_directions: float | None = None
+    block_change: float | None = None
+    query_variation: list[float] | None = None
+    key_variation: list[float] | None = None
+    value_variation: list[float] | None = None
+    value_size: list[float] | None = None
+    typical_value: float | None = None
+    logit_range: list[float] | None = None
+    head_output: list[float] | None = None
+    copied_heads: list[list[int]] | None = None
+    hidden_units: int | None = None
+    dead_units: list[int] | None = None
+    initial: bool | None = None
+    initial_evidence: str = ""
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EmbeddingRecord:
+    """What enters a stack: `apart` is the largest distance between two tokens at one position with different ids, over their
+    size, over `pairs` such pairs; null where no such pair was met."""
+
+    stack: Stack | None
+    block: int
+    apart: float | None
+    pairs: int
+    epsilon: float
+
+
+@dataclass(frozen=True)
 class DiagnosisRecord:
     """One diagnosis, complete."""
 
@@ -197,3 +254,5 @@ class DiagnosisRecord:
     symmetries: list[SymmetryRecord]
     findings: list[Finding]
     anatomy: AnatomyRecord | None = None
+    parts: list[PartRecord] = field(default_factory=list)
+    embeddings: list[EmbeddingRecord] = field(default_factory=list)

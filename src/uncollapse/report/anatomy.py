@@ -12,6 +12,7 @@ PART_NAMES = {"attention": "attention", "cross": "cross-attention", "mlp": "MLP"
 MEASURE_NAMES = {
     "max_logit": "largest logit",
     "rest_entropy": "entropy without the strongest key",
+    "keys_within_reach": "keys within reach",
     "key_share": "share of keys used",
     "gauge_dimension": "gauge dimension",
     "energy_share": "energy share",

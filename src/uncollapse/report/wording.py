@@ -21,6 +21,7 @@ PHENOMENON_NAMES = {
     "head-channel-non-identifiability": "head-channel non-identifiability",
     "entropy-collapse": "entropy collapse",
     "numerics": "numerics",
+    "dead-component": "a part that does nothing",
 }
 SYMMETRY_NAMES = {
     "rank-collapse-depth": "reordering the tokens",

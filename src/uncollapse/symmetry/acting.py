@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from uncollapse.anatomy.interception import Handler, Point, intercepted
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.errors import InputError
-from uncollapse.symmetry.channels import Channels, Rows
+from uncollapse.symmetry.channels import Channels
 from uncollapse.symmetry.pass_groups import PassElement
+from uncollapse.symmetry.studied_calls import Rows
 from uncollapse.symmetry.weight_groups import HeadWeights, WeightElement, refusal, rows_of
 
 Group = TypeVar("Group", bound=WeightElement)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from uncollapse.errors import InputError
 from uncollapse.measures import heads
-from uncollapse.symmetry.channels import Channels, Rows
+from uncollapse.symmetry.channels import Channels
 from uncollapse.symmetry.draws import scales, shuffled, well_conditioned
+from uncollapse.symmetry.studied_calls import Rows
 
 
 @dataclass(frozen=True)

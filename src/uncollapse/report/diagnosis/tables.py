@@ -44,6 +44,7 @@ ATTENTION = [
     field("entropy_floor", "entropy floor", "nats"),
     field("max_logit", "largest logit"),
     field("rest_entropy", "entropy without the strongest key"),
+    field("keys_within_reach", "keys within reach"),
     field("key_share", "share of keys used"),
     field("value_contraction", "value contraction", "‖CAV‖/‖CV‖"),
     field("susceptibility", "susceptibility", "Var s"),

@@ -1,0 +1,562 @@
+"""What every part does in a probe pass: enough to tell a part that does nothing from one that does little.
+
+At each residual addition: how large the update is beside the stream, how far it varies over tokens and sequences, and how many
+directions it has. At each attention call: how far queries, keys and values vary, what each head adds, and which heads are copies.
+At each MLP: which hidden units never vary. At each embedding: whether other token ids make other tokens.
+
+Everything is the *largest* over all real tokens of all sequences, so that one token at which a part acts is enough to clear it.
+Only a few numbers a part are kept.
+
+When not to use it: to ask how much a part matters. A small update can matter, and a large one need not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse.anatomy.interception import Handler, Point, summand
+from uncollapse.anatomy.probing import full_precision
+from uncollapse.anatomy.streams import Action
+from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Part, Place, Residual, Stack
+from uncollapse.errors import UncollapseError
+from uncollapse.interventions import without
+from uncollapse.probe.attention import AttentionStatistics
+from uncollapse.probe.attention_calls import AttentionRows
+from uncollapse.probe.clouds import Clouds
+from uncollapse.probe.projections import projection_matrix
+from uncollapse.records.diagnosis import EmbeddingRecord, PartRecord
+
+SKETCH = 8  # random directions in which the directions of an update are counted
+WIDEST_UNITS = 8192  # weights that are no plain parameters are read with one row a hidden unit
+FEWEST_TOKENS = 4
+MASK_VALUES = 2  # integers with no more values are masks or segments, and no ids
+
+
+@dataclass
+class Varying:
+    """How far vectors differ from the first one that was seen, and how large they are: running maxima of norms, [part]."""
+
+    first: Tensor | None = None
+    apart: Tensor | None = None
+    size: Tensor | None = None
+    energy: Tensor | None = None
+    entries: int = 0
+    tokens: int = 0
+
+    def add(self, vectors: Tensor) -> None:
+        """vectors: [part, token, width], real tokens only."""
+        if not vectors.shape[1]:
+            return
+        vectors = vectors.double()
+        if self.first is None or self.apart is None or self.size is None:
+            self.first = vectors[:, :1].clone()
+            self.apart = self.size = self.energy = vectors.new_zeros(len(vectors))
+        if self.first.shape != vectors[:, :1].shape:
+            return
+        self.apart = torch.maximum(self.apart, (vectors - self.first.to(vectors)).norm(dim=-1).amax(-1))
+        self.size = torch.maximum(self.size, vectors.norm(dim=-1).amax(-1))
+        self.energy = vectors.square().sum((-2, -1)) + (0 if self.energy is None else self.energy)
+        self.entries += vectors.shape[1] * vectors.shape[2]
+        self.tokens += vectors.shape[1]
+
+    def typical(self) -> float | None:
+        """The root mean square of an entry, over all parts."""
+        return None if self.energy is None or not self.entries else float((self.energy.mean() / self.entries).sqrt())
+
+    def share(self) -> list[float] | None:
+        """The largest distance over the largest size, part by part; 0 for vectors that are zero. None if nothing was seen."""
+        if self.apart is None or self.size is None or self.tokens < FEWEST_TOKENS:
+            return None
+        share = torch.where(self.size > 0, self.apart / self.size, 0.0)
+        return share.tolist()
+
+
+@dataclass
+class Directions:
+    """In how many directions vectors vary: the Gram matrix of their random projections, with 1 beside each vector."""
+
+    random: Tensor | None = None
+    gram: Tensor | None = None
+    tokens: int = 0
+
+    def add(self, vectors: Tensor) -> None:
+        """vectors: [token, width]."""
+        sizes = vectors.double().norm(dim=-1)
+        usual = sizes[sizes > 0].median() if bool((sizes > 0).any()) else None
+        if usual is None or not bool(sizes.isfinite().all()):
+            return
+        if self.random is None:
+            generator = torch.Generator().manual_seed(0)
+            drawn = torch.randn(vectors.shape[-1], SKETCH, generator=generator, dtype=torch.float64)
+            self.random = (drawn / math.sqrt(SKETCH)).to(vectors.device)
+        rows = torch.cat([usual.expand(len(vectors), 1), vectors.double() @ self.random.to(vectors.device)], -1)
+        rows = rows / torch.maximum(sizes, usual).unsqueeze(-1)  # one huge token must not hide the others
+        gram = (rows.mT @ rows).cpu()
+        self.gram = gram if self.gram is None else self.gram + gram
+        self.tokens += len(vectors)
+
+    def beyond_one(self) -> float | None:
+        """sigma_3 / sigma_1 of (1, x): 0 where the vectors lie on one straight line, so that one number says all of each."""
+        if self.gram is None or self.tokens < FEWEST_TOKENS:
+            return None
+        values = torch.linalg.eigvalsh(self.gram).clamp(min=0)
+        return float((values[-3] / values[-1]).sqrt()) if values[-1] > 0 else None
+
+
+@dataclass
+class Units:
+    """The hidden units of an MLP: smallest and largest activation of each, and how often it is exactly 0."""
+
+    least: Tensor | None = None
+    most: Tensor | None = None
+    zeros: Tensor | None = None
+    unread: Tensor | None = None  # no weight of the output map reads them
+    tokens: int = 0
+
+    def add(self, hidden: Tensor) -> None:
+        """hidden: [token, unit]."""
+        if not len(hidden):
+            return
+        hidden = hidden.double()
+        low, high, zeros = hidden.amin(0), hidden.amax(0), (hidden == 0).sum(0)
+        if self.least is None or self.most is None or self.zeros is None:
+            self.least, self.most, self.zeros = low, high, zeros
+        elif self.least.shape == low.shape:
+            self.least, self.most = torch.minimum(self.least, low), torch.maximum(self.most, high)
+            self.zeros = self.zeros + zeros
+        self.tokens += len(hidden)
+
+    def dead(self, epsilon: float) -> list[int] | None:
+        """The units that carry nothing: constant at another value than 0, or read by no weight. A unit that is always 0 counts
+        only where no other unit is ever 0: a ReLU cuts units off for a text that another text wakes."""
+        if self.least is None or self.most is None or self.zeros is None or self.tokens < FEWEST_TOKENS:
+            return None
+        size = torch.maximum(self.least.abs(), self.most.abs())
+        constant = (self.most - self.least <= 4 * epsilon * size) & (size > 0)
+        silent = size == 0
+        alive = self.zeros[~silent]
+        gone = constant | silent if alive.numel() and not bool(alive.any()) else constant
+        if self.unread is not None and self.unread.shape == gone.shape:
+            gone = gone | self.unread.to(gone.device)
+        return gone.nonzero().flatten().tolist()
+
+
+@dataclass
+class PartActivity:
+    """Running figures of one part. `update_size` and `head_output` are relative to the stream, `block_change` is how much the
+    whole block changes it. `copies` are pairs of heads that were equal in every batch so far (None: no batch yet)."""
+
+    block: int
+    kind: str
+    stack: Literal["encoder", "decoder"] | None
+    heads: int | None = None
+    key_value_heads: int | None = None
+    update_size: float | None = None
+    update: Varying = field(default_factory=Varying)
+    directions: Directions = field(default_factory=Directions)
+    stream: Varying = field(default_factory=Varying)
+    stream_directions: Directions = field(default_factory=Directions)
+    block_change: float | None = None
+    queries: Varying = field(default_factory=Varying)
+    keys: Varying = field(default_factory=Varying)
+    values: Varying = field(default_factory=Varying)
+    logit_range: Tensor | None = None  # [head]
+    head_output: Tensor | None = None  # [head]
+    copies: set[tuple[int, int]] | None = None
+    units: Units = field(default_factory=Units)
+    epsilon: float = 0.0
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class EmbeddingActivity:
+    """Whether the tokens that enter a stack differ where their ids do: `apart` is the largest distance between two tokens at one
+    position with different ids, over their size. None where no such pair was met."""
+
+    stack: Literal["encoder", "decoder"] | None
+    block: int
+    apart: float | None = None
+    pairs: int = 0
+    epsilon: float = 0.0
+
+
+class Activity:
+    """Observes what the parts do in one probe pass; an `Observer`. `sublayers`: each attention part with its statistics. `attend`
+    and `contributed` are told of them, by number, what they read, mix and write."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        sublayers: Sequence[tuple[Part, AttentionStatistics]],
+        clouds: Clouds,
+        is_own: Callable[[], bool],
+    ) -> None:
+        self.model, self.anatomy, self.is_own = model, anatomy, is_own
+        self._tokens_of = clouds.tokens_of
+        self.parts: list[PartActivity] = []
+        self.embeddings: list[EmbeddingActivity] = []
+        self.handlers: dict[Point, Handler] = {}
+        self.streams: list[tuple[Place, Action]] = []
+        self._entering: dict[
+            str, dict[int, Callable[..., None]]
+        ] = {}  # by module and run: where hidden layers are read
+        self._of: dict[tuple[int, int], PartActivity] = {}
+        self._runs: dict[str, int] = {}
+        self._entered: dict[int, Tensor] = {}
+        self._updates: dict[tuple[int, int], tuple[int, Tensor]] = {}
+        self._batch: Mapping[str, Any] = {}
+        self._looked_up: list[Tensor] = []  # what embedding tables were given in this batch
+        removed = without.is_ablated(model)
+        first = {stack.blocks[0]: stack for stack in anatomy.stacks}
+        for number, block in enumerate(anatomy.blocks):
+            for index, part in enumerate(block.parts):
+                each = PartActivity(number, part.kind, block.stack)
+                self._of[number, index] = each
+                self.parts.append(each)
+                if not removed and part.writes is not None and part.kind == "mlp":
+                    meet = functools.partial(self._measure_units, each, part)
+                    self._entering.setdefault(part.writes.name, {})[part.writes.call] = meet
+            if number in first:
+                embedding = EmbeddingActivity(block.stack, number)
+                self.embeddings.append(embedding)
+                self.streams.append((block.entry, functools.partial(self._embedded, embedding, number)))
+            if removed:
+                continue
+            self.streams.append((block.entry, functools.partial(self._enter, number)))
+            self.streams.append((block.exit, functools.partial(self._leave, number)))
+            for residual in block.residuals:
+                self._watch(number, residual)
+        self._attending: list[PartActivity] = []  # by the number of the attention sublayer
+        for part, statistics in sublayers:
+            index = next(i for i, p in enumerate(anatomy.blocks[statistics.block].parts) if p is part)
+            each = self._of[statistics.block, index]
+            each.heads, each.key_value_heads = statistics.call.heads, statistics.call.key_value_heads
+            self._attending.append(each)
+
+    def _watch(self, number: int, residual: Residual) -> None:
+        alone = [leaves for node in residual.additions for leaves in node.leaves if len(leaves) == 1]
+        summands = {part: alone.count(frozenset({part})) for part in residual.parts}
+        for node in residual.additions:
+            sides = [next(iter(leaves)) if len(leaves) == 1 else None for leaves in node.leaves]
+            self.handlers[node.point] = functools.partial(self._add, number, sides, summands)
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        """A batch comes."""
+        self._batch = batch
+        self._looked_up.clear()
+        self._runs.clear()
+        self._entered.clear()
+        self._updates.clear()
+
+    def let_go(self) -> None:
+        """Drop what is bound to this object and would keep it, and the model with it, alive in a cycle."""
+        self.streams.clear()
+        self.handlers.clear()
+        self._entering.clear()
+        self._batch = {}
+        self._looked_up.clear()
+
+    # Hooks ----------------------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Hooks for the passes inside. Install them inside `intercepted`: operations of theirs must not count as the model's."""
+        with contextlib.ExitStack() as stack:
+            for module in self.model.modules():
+                if isinstance(module, nn.Embedding):
+                    stack.callback(module.register_forward_pre_hook(self._look_up, with_kwargs=True).remove)
+            for name in self._entering:
+                module, enter = self.model.get_submodule(name), functools.partial(self._at_module, name)
+                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            yield
+
+    def _look_up(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.is_own():
+            given = next(tensors_in([args, kwargs]), None)
+            if given is not None and given.ndim == 2:
+                self._looked_up.append(given)
+
+    def _at_module(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.is_own():
+            return
+        run = self._runs.get(name, 0)
+        self._runs[name] = run + 1
+        if run in self._entering[name]:
+            given = next(tensors_in([args, kwargs]))
+            with full_precision(given):
+                self._entering[name][run](module, given)
+
+    # Streams --------------------------------------------------------------------------------------------------------
+    def _real(self, number: int, what: str, *several: Tensor) -> list[Tensor] | None:
+        """The real tokens [token, width] of tensors with the same tokens, where all of them are finite; None where the tokens
+        cannot be told."""
+        clouds: list[Tensor] = []
+        mask = None
+        for x in several:
+            found = self._tokens_of(number, x, what)
+            if found is None or (clouds and found[0].shape[:2] != clouds[0].shape[:2]):
+                return None
+            clouds.append(found[0])
+            mask = found[1]
+        sound = torch.stack([cloud.isfinite().all(-1) for cloud in clouds]).all(0)
+        if mask is not None:
+            sound &= mask.to(sound.device)
+        return [cloud[sound].double() for cloud in clouds]
+
+    def _enter(self, number: int, stream: Tensor) -> None:
+        if self.is_own():
+            self._entered[number] = stream.detach().clone()  # a copy: a block may add to its stream in place
+
+    def _leave(self, number: int, stream: Tensor) -> None:
+        before = self._entered.pop(number, None)
+        if not self.is_own() or before is None or before.shape != stream.shape:
+            return
+        with full_precision(stream):
+            rows = self._real(number, f"block {number}", before, stream)
+            if rows is None:
+                return
+            change = _largest((rows[1] - rows[0]).norm(dim=-1), rows[0].norm(dim=-1))
+        for each in self.parts:
+            if each.block == number:
+                each.block_change = _greater(each.block_change, change)
+
+    def _embedded(self, embedding: EmbeddingActivity, number: int, stream: Tensor) -> None:
+        """Compare the tokens at one position of two sequences, where their ids differ."""
+        if not self.is_own():
+            return
+        stack = self.anatomy.stacks[self.anatomy.stack_of(number)]
+        with full_precision(stream):
+            found = self._tokens_of(number, stream, "the embedding")
+            if found is None:
+                return
+            cloud, mask = found
+            ids = self._ids(stack, cloud.shape[:2])
+            if ids is None:
+                return
+            ids = ids.to(cloud.device)
+            real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.to(cloud.device)
+            differ = (ids != ids.roll(1, 0)) & real & real.roll(1, 0)
+            if not bool(differ.any()):
+                return
+            gap = (cloud - cloud.roll(1, 0))[differ].double().norm(dim=-1)
+            size = torch.maximum(cloud, cloud.roll(1, 0)).abs()[differ].double().norm(dim=-1)
+            embedding.apart = _greater(embedding.apart, _largest(gap, size))
+            embedding.pairs += int(differ.sum())
+            embedding.epsilon = torch.finfo(stream.dtype).eps
+
+    def _ids(self, stack: Stack, shape: Sequence[int]) -> Tensor | None:
+        """The token ids [sequence, token] of a stack. The proof finds them by their influence, and ids without any influence are
+        what is looked for here: then it is what an embedding table was given, unless that counts positions."""
+        ids = self._batch.get(stack.ids or "")
+        if isinstance(ids, Tensor) and ids.ndim == 2:
+            ids = ids.T if stack.ids_transposed else ids
+            return ids if ids.shape == tuple(shape) else None
+        for given in self._looked_up:
+            if given.shape == tuple(shape) and len(given.unique()) > MASK_VALUES:
+                steps = given.diff(dim=-1)
+                if not bool(((steps == 0) | (steps == 1)).all()):
+                    return given
+        return None
+
+    # Updates --------------------------------------------------------------------------------------------------------
+    def _add(
+        self,
+        number: int,
+        sides: list[int | None],
+        summands: dict[int, int],
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Look at the operands of one addition before one of them is overwritten; then let it happen."""
+        if self.is_own():
+            with full_precision(next(tensors_in([args, kwargs]))):
+                brought = {s: summand(function, args, kwargs, i) for i, s in enumerate(sides) if s is not None}
+                for side in brought.keys() - {STREAM}:
+                    self._meet(number, side, brought[side], brought.get(STREAM), summands[side])
+        return function(*args, **kwargs)
+
+    def _meet(self, number: int, side: int, update: Tensor, stream: Tensor | None, summands: int) -> None:
+        each = self._of[number, side]
+        each.epsilon = torch.finfo(update.dtype).eps
+        seen, total = self._updates.pop((number, side), (0, torch.zeros_like(update)))
+        if total.shape != update.shape:
+            return
+        total = total + update
+        if seen + 1 < summands:
+            self._updates[number, side] = (seen + 1, total)
+            return
+        beside = self._entered.get(number) if stream is None else stream
+        if beside is None or beside.shape != total.shape:
+            each.reasons["update"] = "the stream that it is added to was not met"
+            return
+        both = self._real(number, f"block {number}", beside, total)
+        if both is None:
+            each.reasons["update"] = "the tokens here cannot be told apart, or they are not those of the stream"
+            return
+        x, u = both
+        each.update_size = _greater(each.update_size, _largest(u.norm(dim=-1), (x + u).norm(dim=-1)))
+        each.update.add(u.unsqueeze(0))
+        each.stream.add(x.unsqueeze(0))
+        if each.kind == "mlp" and x.shape[-1] > 2:
+            each.directions.add(u)
+            each.stream_directions.add(x)
+
+    def _measure_units(self, each: PartActivity, part: Part, module: nn.Module, given: Tensor) -> None:
+        rows = self._real(each.block, "the hidden layer", given)
+        if rows is None:
+            each.reasons["dead_units"] = "the tokens of its hidden layer cannot be told apart"
+            return
+        is_first = each.units.least is None
+        each.units.add(rows[0])
+        if is_first and (given.shape[-1] <= WIDEST_UNITS or hasattr(module, "weight")):
+            with contextlib.suppress(UncollapseError):  # then it is not known which units are read, only what they do
+                each.units.unread = (projection_matrix(module, given) == 0).all(-1).cpu()
+
+    # Attention ------------------------------------------------------------------------------------------------------
+    def attend(
+        self, index: int, calls: Sequence[AttentionRows], query_mask: Tensor | None, key_mask: Tensor | None
+    ) -> None:
+        """One pass through an attention's calls, their heads one after the other."""
+        each = self._attending[index]
+
+        def joined(name: str) -> Tensor | None:
+            several = [t for call in calls if (t := getattr(call, name)) is not None]
+            if len(several) < len(calls) or len({(t.shape[0], *t.shape[2:]) for t in several}) != 1:
+                return None
+            return several[0] if len(several) == 1 else torch.cat(several, 1)
+
+        for varying, name, mask in (
+            (each.queries, "queries", query_mask),
+            (each.keys, "keys", key_mask),
+            (each.values, "values", key_mask),
+        ):
+            operand = joined(name)
+            if operand is not None:
+                varying.add(_by_head(operand, mask))
+        logit_range, mixed = joined("logit_range"), joined("mixed")
+        if logit_range is not None:
+            largest = _by_head(logit_range.unsqueeze(-1), query_mask).nan_to_num(0, 0, 0).amax((-2, -1)).cpu()
+            each.logit_range = largest if each.logit_range is None else torch.maximum(each.logit_range, largest)
+        known = [call.rows for call in calls if call.rows is not None]
+        if mixed is None or len(known) < len(calls):
+            return
+        patterns = [[getattr(rows, name) for rows in known] for name in ("entropy", "max_logit")]
+        rows = [torch.cat(figures, 1) for figures in patterns if all(f is not None for f in figures)]
+        found = self._equal_heads(_by_head(mixed, query_mask).double(), rows, query_mask)
+        each.copies = found if each.copies is None else each.copies & found
+
+    @staticmethod
+    def _equal_heads(mixed: Tensor, rows: Sequence[Tensor], mask: Tensor | None) -> set[tuple[int, int]]:
+        """The pairs of heads with the same output and the same pattern, to rounding, at every token."""
+        close = 64 * torch.finfo(torch.float32).eps
+        size = mixed.abs().amax((-2, -1))
+        energy = mixed.square().sum((-2, -1))
+        flat = mixed.flatten(1)
+        gram = flat @ flat.mT
+        gap = (energy[:, None] + energy - 2 * gram).clamp(min=0)
+        near = (gap <= 1e-8 * energy[:, None]) & (energy > 0)[:, None]  # a first look; each pair is compared below
+        found = set()
+        for g, h in near.triu(1).nonzero().tolist():
+            if not bool((mixed[g] - mixed[h]).abs().max() <= close * size[g]):
+                continue
+            same = True
+            for figure in rows:
+                a, b = _by_head(figure.unsqueeze(-1)[:, [g, h]], mask).double().nan_to_num(0, 0, 0)
+                same &= bool(((a - b).abs() <= close * (1 + a.abs())).all())
+            if same:
+                found.add((g, h))
+        return found
+
+    def contributed(self, index: int, matrix: Tensor, cloud: Tensor, mask: Tensor | None) -> None:
+        """What each head adds to each token, beside the stream that entered the block: W_O [mixed, width] of what it reads
+        [sequence, token, mixed]."""
+        each = self._attending[index]
+        count = each.heads or 1
+        entered = self._entered.get(each.block)
+        found = None if entered is None else self._tokens_of(each.block, entered, f"block {each.block}")
+        if found is None or found[0].shape[:2] != cloud.shape[:2]:
+            return
+        size = found[0].double().norm(dim=-1)
+        real = torch.ones_like(size, dtype=torch.bool) if mask is None else mask.to(size.device)
+        W = matrix.double().unflatten(0, (count, -1))
+        heads = cloud.double().unflatten(-1, (count, -1))
+        energy = (
+            ((heads.transpose(1, 2) @ (W @ W.mT)) * heads.transpose(1, 2)).sum(-1).clamp(min=0)
+        )  # [sequence, head, token]
+        ratio = torch.where(energy > 0, energy.sqrt() / size[:, None], 0.0).transpose(1, 2)[real]
+        largest = ratio[ratio.isfinite().all(-1)].amax(0) if bool(ratio.isfinite().all(-1).any()) else None
+        if largest is not None:
+            largest = largest.cpu()
+            each.head_output = largest if each.head_output is None else torch.maximum(each.head_output, largest)
+
+
+def _by_head(operand: Tensor, mask: Tensor | None) -> Tensor:
+    """[sequence, head, token, width] as [head, real token, width]."""
+    x = operand.transpose(0, 1)
+    return x.flatten(1, 2) if mask is None else x[:, mask.to(x.device)]
+
+
+def _largest(part: Tensor, whole: Tensor) -> float | None:
+    """The largest ratio over the tokens; a part of nothing is nothing."""
+    ratio = torch.where(part > 0, part / whole, 0.0)
+    return float(ratio.max()) if ratio.numel() and not bool(ratio.isnan().any()) else None
+
+
+def _greater(known: float | None, new: float | None) -> float | None:
+    return new if known is None else known if new is None else max(known, new)
+
+
+# Records ------------------------------------------------------------------------------------------------------------
+
+
+def part_records(parts: Sequence[PartActivity]) -> list[PartRecord]:
+    """One record for each part, in the order of blocks and parts."""
+    return [_part_record(each) for each in parts]
+
+
+def _part_record(each: PartActivity) -> PartRecord:
+    attends = each.kind in {"attention", "cross"}
+    kind: Literal["self", "cross"] = "cross" if each.kind == "cross" else "self"
+    update, stream = each.update.share(), each.stream.share()
+    return PartRecord(
+        block=each.block,
+        sublayer="attention" if attends else "mlp",
+        stack=each.stack,
+        kind=kind if attends else None,
+        heads=each.heads,
+        key_value_heads=each.key_value_heads,
+        epsilon=each.epsilon,
+        tokens=each.update.tokens,
+        update_size=each.update_size,
+        update_variation=None if update is None else update[0],
+        update_directions=each.directions.beyond_one(),
+        stream_variation=None if stream is None else stream[0],
+        stream_directions=each.stream_directions.beyond_one(),
+        block_change=each.block_change,
+        query_variation=each.queries.share(),
+        key_variation=each.keys.share(),
+        value_variation=each.values.share(),
+        value_size=None if each.values.size is None else each.values.size.tolist(),
+        typical_value=each.values.typical(),
+        logit_range=None if each.logit_range is None else each.logit_range.tolist(),
+        head_output=None if each.head_output is None else each.head_output.tolist(),
+        copied_heads=None if each.copies is None else [list(pair) for pair in sorted(each.copies)],
+        hidden_units=None if each.units.least is None else len(each.units.least),
+        dead_units=each.units.dead(max(each.epsilon, torch.finfo(torch.float64).eps)),
+        unavailable=dict(each.reasons),
+    )
+
+
+def embedding_records(embeddings: Sequence[EmbeddingActivity]) -> list[EmbeddingRecord]:
+    """One record for each stack."""
+    return [EmbeddingRecord(e.stack, e.block, e.apart, e.pairs, e.epsilon) for e in embeddings]

@@ -1,0 +1,274 @@
+"""Parts that do nothing are named, with block and head; parts that do little are not.
+
+Each plant changes the weights of one part of a random model. The healthy models of the same families raise nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import uncollapse as uc
+from tests.helpers.tiny_models import FAMILIES, batch_for
+from uncollapse.records.common import Finding
+
+Plant = Callable[[Any], None]
+WIDTH, HEADS, HEAD = 32, 4, 8
+
+
+class Attention(nn.Module):
+    """Grouped-query attention as people write it themselves: einsums and a softmax of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.kv, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (HEADS, HEAD))
+        k, v = (t.unflatten(-1, (2, HEAD)).repeat_interleave(2, 2) for t in self.kv(x).chunk(2, -1))
+        weights = (torch.einsum("bthd,bshd->bhts", q, k) / HEAD**0.5).softmax(-1)
+        mixed: Tensor = self.o(torch.einsum("bhts,bshd->bthd", weights, v).flatten(2))
+        return mixed
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.n1, self.n2, self.attention = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH), Attention()
+        self.up, self.down = nn.Linear(WIDTH, 64), nn.Linear(64, WIDTH)
+        self.scale = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.scale[0] * self.attention(self.n1(x))
+        return x + self.scale[1] * self.down(nn.functional.gelu(self.up(self.n2(x))))
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(64, WIDTH), nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def own() -> nn.Module:
+    torch.manual_seed(0)
+    return Own().eval()
+
+
+@functools.cache
+def batches(family: str) -> tuple[dict[str, Tensor], ...]:
+    found = batch_for(FAMILIES[family], 3, 12) if family in FAMILIES else {"input_ids": torch.arange(48).view(4, 12)}
+    return (found,)
+
+
+def found(family: str, plant: Plant | None = None, *, dtype: torch.dtype = torch.float32) -> list[Finding]:
+    """The findings about dead components."""
+    model = (own() if family == "own" else FAMILIES[family].build()).eval().to(dtype)
+    with torch.no_grad():
+        if plant is not None:
+            plant(model)
+    given = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in b.items()} for b in batches(family)]
+    return [f for f in uc.diagnose(model, batches=given).findings if f.phenomenon == "dead-component"]
+
+
+def zero(*tensors: Tensor | None, rows: slice = slice(None)) -> None:
+    for tensor in tensors:
+        if tensor is not None:
+            tensor[rows] = 0
+
+
+def linear(module: Any, rows: slice = slice(None)) -> None:
+    zero(module.weight, module.bias, rows=rows)
+
+
+def rows_of_output(module: Any, head: int, width: int = HEAD) -> None:
+    module.weight[:, head * width : (head + 1) * width] = 0
+
+
+def constant(module: Any) -> None:
+    module.weight.zero_()
+    module.bias.normal_()
+
+
+def rank_one(module: Any) -> None:
+    """The output map of an MLP has one direction left."""
+    module.weight.copy_(torch.outer(module.weight[:, 0], module.weight[0]))
+
+
+def copied(*modules: Any, source: int = 0, target: int = 2) -> None:
+    for module in modules:
+        for tensor in (module.weight, module.bias):
+            if tensor is not None:
+                tensor[target * HEAD : (target + 1) * HEAD] = tensor[source * HEAD : (source + 1) * HEAD]
+
+
+def equal_rows(module: Any) -> None:
+    module.weight.copy_(module.weight[5].expand_as(module.weight).clone())
+
+
+def several(*plants: Callable[[], None]) -> None:
+    for plant in plants:
+        plant()
+
+
+GPT2_HEAD = slice(64 + 1 * HEAD, 64 + 2 * HEAD)  # of the values, in one matrix with queries and keys
+HEAD_1, HEAD_2 = slice(HEAD, 2 * HEAD), slice(2 * HEAD, 3 * HEAD)
+PLANTS: dict[str, tuple[str, Plant, tuple[str, int | None, int | None]]] = {
+    "gpt2: values of a head": (
+        "gpt2",
+        lambda m: several(lambda: m.h[1].attn.c_attn.weight[:, GPT2_HEAD].zero_()),
+        ("DEAD-HEAD", 1, 1),
+    ),
+    "gpt2: rows of W_O": ("gpt2", lambda m: zero(m.h[2].attn.c_proj.weight, rows=slice(24, 32)), ("DEAD-HEAD", 2, 3)),
+    "gpt2: attention": ("gpt2", lambda m: linear(m.h[2].attn.c_proj), ("DEAD-ATTENTION", 2, None)),
+    "gpt2: MLP": ("gpt2", lambda m: linear(m.h[0].mlp.c_proj), ("DEAD-MLP", 0, None)),
+    "gpt2: constant MLP": ("gpt2", lambda m: constant(m.h[1].mlp.c_proj), ("CONSTANT-UPDATE", 1, None)),
+    "gpt2: constant attention": ("gpt2", lambda m: constant(m.h[1].attn.c_proj), ("CONSTANT-UPDATE", 1, None)),
+    "gpt2: bias dominates": (
+        "gpt2",
+        lambda m: m.h[1].mlp.c_proj.bias.normal_(0, 300),
+        ("CONSTANT-UPDATE", 1, None),
+    ),
+    "gpt2: block": (
+        "gpt2",
+        lambda m: several(lambda: linear(m.h[1].mlp.c_proj), lambda: linear(m.h[1].attn.c_proj)),
+        ("DEAD-BLOCK", 1, None),
+    ),
+    "gpt2: MLP of rank one": ("gpt2", lambda m: rank_one(m.h[1].mlp.c_proj), ("MLP-RANK-ONE", 1, None)),
+    "gpt2: hidden units": (
+        "gpt2",
+        lambda m: several(lambda: m.h[1].mlp.c_fc.weight[:, :7].zero_(), lambda: m.h[1].mlp.c_fc.bias[:7].fill_(0.5)),
+        ("DEAD-UNITS", 1, None),
+    ),
+    "gpt2: embeddings": ("gpt2", lambda m: equal_rows(m.wte), ("EMBEDDINGS-EQUAL", None, None)),
+    "gpt2: queries": ("gpt2", lambda m: zero(m.h[1].attn.c_attn.weight.T, rows=HEAD_2), ("HEAD-BLIND", 1, 2)),
+    "bert: values of a head": (
+        "bert",
+        lambda m: linear(m.encoder.layer[1].attention.self.value, HEAD_1),
+        ("DEAD-HEAD", 1, 1),
+    ),
+    "bert: constant values": (
+        "bert",
+        lambda m: several(
+            lambda: zero(m.encoder.layer[1].attention.self.value.weight, rows=HEAD_1),
+            lambda: m.encoder.layer[1].attention.self.value.bias[HEAD_1].fill_(1.0),
+        ),
+        ("DEAD-HEAD", 1, 1),
+    ),
+    "bert: rows of W_O": (
+        "bert",
+        lambda m: rows_of_output(m.encoder.layer[2].attention.output.dense, 2),
+        ("DEAD-HEAD", 2, 2),
+    ),
+    "bert: MLP": ("bert", lambda m: linear(m.encoder.layer[1].output.dense), ("DEAD-MLP", 1, None)),
+    "bert: block": (
+        "bert",
+        lambda m: several(
+            lambda: linear(m.encoder.layer[1].output.dense), lambda: linear(m.encoder.layer[1].attention.output.dense)
+        ),
+        ("DEAD-BLOCK", 1, None),
+    ),
+    "bert: head copied": (
+        "bert",
+        lambda m: copied(*(getattr(m.encoder.layer[1].attention.self, n) for n in ("query", "key", "value"))),
+        ("HEAD-COPIED", 1, 2),
+    ),
+    "bert: keys": ("bert", lambda m: linear(m.encoder.layer[0].attention.self.key, HEAD_1), ("HEAD-BLIND", 0, 1)),
+    "llama: key-value group": (
+        "llama",
+        lambda m: several(lambda: linear(m.layers[1].self_attn.v_proj, HEAD_1)),
+        ("DEAD-KEY-VALUE-GROUP", 1, 2),
+    ),
+    "llama: queries": ("llama", lambda m: linear(m.layers[2].self_attn.q_proj, HEAD_1), ("HEAD-BLIND", 2, 1)),
+    "llama: head copied within its group": (
+        "llama",
+        lambda m: copied(m.layers[1].self_attn.q_proj, source=2, target=3),
+        ("HEAD-COPIED", 1, 3),
+    ),
+    "llama: MLP by its gate": ("llama", lambda m: linear(m.layers[0].mlp.gate_proj), ("DEAD-MLP", 0, None)),
+    "llama: hidden units": (
+        "llama",
+        lambda m: linear(m.layers[1].mlp.gate_proj, slice(40)),
+        ("DEAD-UNITS", 1, None),
+    ),
+    "llama: embeddings": ("llama", lambda m: equal_rows(m.embed_tokens), ("EMBEDDINGS-EQUAL", None, None)),
+    "t5: attention": (
+        "t5_encoder",
+        lambda m: linear_t5(m.encoder.block[1].layer[0].SelfAttention.o),
+        ("DEAD-ATTENTION", 1, None),
+    ),
+    "t5: rows of W_O": (
+        "t5_encoder",
+        lambda m: rows_of_output(m.encoder.block[1].layer[0].SelfAttention.o, 3),
+        ("DEAD-HEAD", 1, 3),
+    ),
+    "t5: MLP": (
+        "t5_encoder",
+        lambda m: linear_t5(m.encoder.block[2].layer[1].DenseReluDense.wo),
+        ("DEAD-MLP", 2, None),
+    ),
+    "vit: MLP": ("vit", lambda m: linear(vit_layer(m, 1)["down"]), ("DEAD-MLP", 1, None)),
+    "vit: values of a head": ("vit", lambda m: linear(vit_layer(m, 1)["value"], HEAD_1), ("DEAD-HEAD", 1, 1)),
+    "own: key-value group": (
+        "own",
+        lambda m: linear(m.blocks[1].attention.kv, slice(16, 24)),
+        ("DEAD-KEY-VALUE-GROUP", 1, 0),
+    ),
+    "own: rows of W_O": ("own", lambda m: rows_of_output(m.blocks[1].attention.o, 2), ("DEAD-HEAD", 1, 2)),
+    "own: queries": ("own", lambda m: linear(m.blocks[1].attention.q, HEAD_1), ("HEAD-BLIND", 1, 1)),
+    "own: scale of a sublayer": (
+        "own",
+        lambda m: zero(m.blocks[1].scale, rows=slice(0, 1)),
+        ("DEAD-ATTENTION", 1, None),
+    ),
+    "own: block": ("own", lambda m: zero(m.blocks[2].scale), ("DEAD-BLOCK", 2, None)),
+    "own: MLP of rank one": ("own", lambda m: rank_one(m.blocks[1].down), ("MLP-RANK-ONE", 1, None)),
+    "own: hidden units that nothing reads": (
+        "own",
+        lambda m: several(lambda: m.blocks[1].down.weight[:, :5].zero_()),
+        ("DEAD-UNITS", 1, None),
+    ),
+}
+
+
+def linear_t5(module: Any) -> None:
+    module.weight.zero_()
+
+
+def vit_layer(model: Any, number: int) -> dict[str, nn.Linear]:
+    """The linear maps of a block, in the order in which they run: queries, keys, values, output, up, down."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == 3]
+    maps = [m for m in lists[0][number].modules() if isinstance(m, nn.Linear)]
+    names = [n for n, m in lists[0][number].named_modules() if isinstance(m, nn.Linear)]
+    by_name = dict(zip(names, maps, strict=True))
+    return {"value": next(m for n, m in by_name.items() if "value" in n or n.endswith("v_proj")), "down": maps[-1]}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "own"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_healthy_model_has_no_dead_part(family: str, dtype: torch.dtype) -> None:
+    assert found(family, dtype=dtype) == []
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_planted_part_that_does_nothing_is_named_and_nothing_else_is(name: str) -> None:
+    family, plant, expected = PLANTS[name]
+    assert [(f.code, f.block, f.head) for f in found(family, plant)] == [expected]
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2: values of a head", "bert: rows of W_O", "bert: MLP", "llama: key-value group", "own: block"]
+)
+def test_half_precision_names_the_same(name: str) -> None:
+    family, plant, expected = PLANTS[name]
+    assert [(f.code, f.block, f.head) for f in found(family, plant, dtype=torch.bfloat16)] == [expected]

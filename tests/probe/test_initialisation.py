@@ -1,0 +1,114 @@
+"""Nearly uniform attention is expected of a model that was just made, and a fault where something made it so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import uncollapse as uc
+from uncollapse.records.common import Finding
+
+Make = Callable[[], Any]
+_TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
+
+
+class Encoder(nn.Module):
+    """torch's own layers: Xavier-uniform queries and keys, biases drawn from a range."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, norm_first=True)
+        self.embed, self.blocks = nn.Embedding(64, 64), nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        found: Tensor = self.blocks(self.embed(input_ids))
+        return found
+
+
+FRESH: dict[str, Make] = {
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=64, n_layer=3, n_head=4)),
+    "bert": lambda: hf.BertModel(hf.BertConfig(**_TEXT)),
+    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_TEXT, num_key_value_heads=2)),
+    "encoder": Encoder,
+}
+
+
+def model(name: str) -> Any:
+    torch.manual_seed(0)
+    return FRESH[name]().eval()
+
+
+def width(given: Any) -> list[Finding]:
+    """The findings about attention that gives every token the same."""
+    ids = torch.randint(64, (4, 32), generator=torch.Generator().manual_seed(1))
+    return [
+        f for f in uc.diagnose(given, batches=[{"input_ids": ids}]).findings if f.phenomenon == "rank-collapse-width"
+    ]
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_a_fresh_model_is_told_with_the_reason_and_no_warning(name: str) -> None:
+    found = width(model(name))
+    assert {f.block for f in found} >= {0, 1, 2} or name == "encoder"
+    assert found
+    assert {f.severity for f in found} == {"info"}
+    assert all("as it was initialised" in f.message for f in found)
+
+
+def smaller(given: Any, blocks: list[int], factor: float) -> None:
+    with torch.no_grad():
+        for block in blocks:
+            given.encoder.layer[block].attention.self.query.weight.mul_(factor)
+            given.encoder.layer[block].attention.self.key.weight.mul_(factor)
+
+
+def test_one_block_with_smaller_queries_and_keys_is_a_warning_and_the_others_are_not() -> None:
+    given = model("bert")
+    smaller(given, [1], 0.3)
+    assert {f.block: f.severity for f in width(given)} == {0: "info", 1: "warning", 2: "info"}
+
+
+def test_queries_and_keys_that_are_too_small_for_their_values_everywhere_are_a_warning() -> None:
+    given = model("bert")
+    smaller(given, [0, 1, 2], 0.1)
+    assert {f.severity for f in width(given)} == {"warning"}
+
+
+def test_attention_that_stayed_uniform_while_the_rest_was_trained_is_a_warning() -> None:
+    given = model("llama")
+    moving = [p for name, p in given.named_parameters() if "q_proj" not in name and "k_proj" not in name]
+    optimiser = torch.optim.Adam(moving, 1e-3)
+    ids = torch.randint(64, (4, 32))
+    for _ in range(3):
+        given(input_ids=ids, labels=ids).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert {f.severity for f in width(given)} == {"warning"}
+
+
+@pytest.mark.parametrize(
+    "learn",
+    [
+        lambda w: w.add_(torch.outer(torch.randn(w.shape[0]), torch.randn(w.shape[1])), alpha=0.01),  # a direction
+        lambda w: w.mul_(torch.linspace(0.5, 1.5, w.shape[1])),  # gains folded into it
+        lambda w: w.mul_(torch.randn_like(w).abs() ** 0.7),  # heavy tails
+    ],
+)
+def test_folded_gains_do_not_hide_what_training_did_to_a_matrix(learn: Callable[[Tensor], Tensor]) -> None:
+    """All gains are 1 and there is no bias: only the matrix shows it."""
+    given = model("llama")
+    with torch.no_grad():
+        for layer in given.model.layers:
+            learn(layer.mlp.down_proj.weight)
+    assert {f.severity for f in width(given)} == {"warning"}
