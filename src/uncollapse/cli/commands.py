@@ -64,6 +64,7 @@ from uncollapse.records.common import Severity
 
 if TYPE_CHECKING:
     from uncollapse.analyses.ablation import Ablation
+    from uncollapse.analyses.comparison import Comparison
     from uncollapse.analyses.diagnosis import Diagnosis
     from uncollapse.analyses.heads import Identifiability
     from uncollapse.analyses.preparation import ProbeOptions
@@ -445,6 +446,47 @@ def verify(
         return Recorded(ledger)
 
     carry_out(found, json=json, html=html, quiet=quiet)
+
+
+@app.command(
+    epilog="""
+**Examples**
+
+What did fine-tuning do to the heads? With a page to read:
+
+    uncollapse diagnose org/base --text corpus.txt --json base.json
+    uncollapse diagnose ./tuned --text corpus.txt --json tuned.json
+    uncollapse compare base.json tuned.json --html comparison.html
+
+In a training script: exit with code 1 if something got worse by half or more:
+
+    uncollapse compare last.json this.json --quiet --fail-on warning
+
+The figures that moved, for another program:
+
+    uncollapse compare base.json tuned.json --json - | jq '.heads[] | select(.moved)'
+
+Diagnose both on the same text: only then can single heads be compared.
+
+**Exit codes**: 0 done; 1 done, with a finding at or above --fail-on; 2 the records cannot be used; 130 interrupted.
+"""
+)
+def compare(
+    before: Record,
+    after: Record,
+    fail_on: FailOn = None,
+    json: Json = None,
+    html: Html = None,
+    quiet: Quiet = False,
+) -> None:
+    """Lay two diagnoses beside each other: what changed, block by block and head by head?"""
+
+    def found(_: "Progress | None") -> "Comparison":
+        from uncollapse.analyses.comparison import compare as comparison
+
+        return comparison(before, after)
+
+    carry_out(found, json=json, html=html, quiet=quiet, fail_on=fail_on)
 
 
 @app.command(

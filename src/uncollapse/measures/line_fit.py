@@ -31,7 +31,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
         return None
     mean = sum(values) / n
     deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    half = _STUDENT[min(n - 1, len(_STUDENT)) - 1] * deviation / math.sqrt(n)
+    half = quantile_95(n - 1) * deviation / math.sqrt(n)
     return mean - half, mean + half
 
 

@@ -1,15 +1,15 @@
 """When does a reading become an alarm? Once, when it is news, and not again until it has been over.
 
 A rule of the diagnosis gives at every look and for each place ln(threshold / distance), its *margin*. A snapshot reports whatever
-is above 0. A run is another matter, for three reasons.
+is above 0. A run is another matter, for a fresh model looks collapsed and is not. Its attention is uniform for hundreds of steps.
+While it learns how often each token occurs, its tokens come together and part again (docs/early-warning.md shows how far). So:
 
-* A fresh model looks collapsed in places: its attention is uniform. What the first look finds is news only if it gets worse by a
-  factor of `WORSE`, or comes back after it was over.
-* A fresh model goes through a collapse while it learns how often each token occurs, and comes out again. So a place that has not
-  been *settled* (`FAR` from its threshold at the first look, or away from it for `SETTLED` looks) must stay over its bar for
-  `STANDING` looks without getting better, or be `SEVERE`ly over it: no healthy run of `studies/early_warning` goes so deep.
-* What flickers round its threshold is one alarm: it is over when the margin has been `HYSTERESIS` below the bar for `CALM` looks.
-  A warning at a settled place must stand for `patience` looks. What is critical there does not wait.
+* A place is *settled* once it is healthy: `FAR` from its threshold at the first look, or `HEALTHY` away for `SETTLED` looks.
+  There a warning must stand for `patience` looks, and what is critical does not wait.
+* A place that is not settled raises an alarm only if its stream has all but collapsed (`SEVERE`, and worse than at the first look),
+  which no healthy run does, or if it stays over its threshold for `STANDING` looks without getting better. Uniform attention that
+  was never anything else raises none.
+* What flickers round its threshold is one alarm: it is over when the margin has been `HYSTERESIS` below for `CALM` looks.
 
 When not to use it: to judge one record. `findings` does that.
 """
@@ -26,10 +26,11 @@ from uncollapse.records.trail import Against, Alarm
 
 HYSTERESIS = math.log(1.25)
 WORSE = math.log(2.0)
+HEALTHY = 0.95 * math.log(2.0)  # thresholds are half the smallest healthy distance
+FAR = math.log(4.0)
 SEVERE = math.log(30.0)
 MOST = math.log(1000.0)  # beyond, a distance is rounding error or as good as none
-FAR = math.log(4.0)
-CALM, SETTLED, STANDING = 3, 5, 12
+CALM, SETTLED, STANDING = 3, 5, 40
 
 
 def key_of(finding: Finding) -> str:
@@ -55,15 +56,17 @@ def margins_of(readings: Mapping[str, Reading]) -> dict[str, float]:
 
 @dataclass
 class _Place:
-    """What is known of one rule at one place. It is over its `bar` if the margin is: 0, or what the first look found and more."""
+    """What is known of one rule at one place: its margin at the first look, for how many looks it has been over the threshold or
+    away from it, and how severe the alarm is that stands (an index into SEVERITIES)."""
 
-    bar: float
+    first: float
+    is_settled: bool
     over: int = 0
     calm: int = 0
+    healthy: int = 0
     onset: int = 0
     least: float = math.inf  # margin since it was first over
-    is_settled: bool = False
-    raised: int = -1  # how severe the standing alarm is, as an index into SEVERITIES
+    raised: int = -1
 
 
 @dataclass
@@ -77,31 +80,26 @@ class ThresholdAlarms:
         self, step: int, margins: Mapping[str, float], found: Mapping[str, Finding]
     ) -> tuple[list[Alarm], list[str]]:
         """The alarms that this look raises, and the keys of those that are over. `found` holds the finding of each key; without
-        it (a reading of an earlier run) nothing is raised anew, and what stood then is taken to stand."""
+        it (a reading of an earlier part of the run) nothing is raised."""
         raised, cleared = [], []
         for key, margin in margins.items():
-            place = self._places.get(key)
-            if place is None:
-                is_expected = margin > 0 and not key.startswith("NUMERICS")
-                place = _Place(margin + WORSE if is_expected else 0.0, is_settled=margin < -FAR)
-                self._places[key] = place
-            if margin > place.bar:
+            place = self._places.setdefault(key, _Place(margin, margin < -FAR))
+            place.healthy = place.healthy + 1 if margin < -HEALTHY else 0
+            place.is_settled |= place.healthy >= SETTLED
+            if margin > 0:
                 if not place.over:
                     place.onset, place.least = step, margin
-                place.over, place.calm = place.over + 1, 0
+                place.over, place.calm, place.least = place.over + 1, 0, min(place.least, margin)
                 finding = found.get(key)
                 if finding is not None and self._is_news(place, margin, finding):
                     place.raised = SEVERITIES.index(finding.severity)
                     raised.append(alarm(finding, step, place.onset, "threshold", key))
-            elif margin <= place.bar - HYSTERESIS:
+            elif margin < -HYSTERESIS:
                 place.calm += 1
                 if place.calm >= CALM:
                     if place.raised >= 0:
                         cleared.append(key)
                     place.over, place.raised = 0, -1
-                    if margin < -HYSTERESIS:
-                        place.bar = 0.0
-                place.is_settled |= place.calm >= SETTLED and margin < -HYSTERESIS
         return raised, cleared
 
     def _is_news(self, place: _Place, margin: float, finding: Finding) -> bool:
@@ -111,10 +109,11 @@ class ThresholdAlarms:
             return True
         if place.is_settled:
             return place.over >= self.patience or finding.severity == "critical"
-        if margin > SEVERE:
+        if finding.phenomenon == "rank-collapse-width":
+            return False
+        if margin > max(SEVERE, place.first + WORSE):
             return True
-        place.least = min(place.least, margin)
-        return place.over >= STANDING and margin > place.least - HYSTERESIS and margin > WORSE
+        return place.over >= STANDING and margin > place.least - HYSTERESIS
 
     def standing(self, key: str, severity: str) -> None:
         """Take an alarm of an earlier part of the run as raised."""

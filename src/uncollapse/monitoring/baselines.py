@@ -15,41 +15,15 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from uncollapse.judgement.comparison import GROWN, HEAD_COURSES, LEAST_LOGIT, head_finding
 from uncollapse.monitoring.alarms import CALM, alarm
-from uncollapse.records.common import Finding, Phenomenon
 from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.records.trail import Alarm, HeadPlace, TrailRecord
 
-GROWN = 1.5
 HISTORY = 8
 SIGMAS = 8.0
-LEAST_LOGIT = 1.0  # below, logits choose nothing, and their ratios are noise
 
 Figures = Mapping[str, Sequence[float | None]]
-_WATCHED: Mapping[str, tuple[str, Phenomenon, float, str, str]] = {
-    "max_logit": (
-        "BASELINE-LOGITS",
-        "entropy-collapse",
-        1.0,
-        "Its largest logit",
-        "If the loss does not need it, bound the logits (query-key normalisation, soft-capping) or lower the learning rate.",
-    ),
-    "rest_entropy": (
-        "BASELINE-ENTROPY",
-        "entropy-collapse",
-        -1.0,
-        "The entropy of its rows without their strongest key",
-        "Look at what the head attends to before and after, and at its query and key updates.",
-    ),
-    "value_contraction": (
-        "BASELINE-MIXING",
-        "rank-collapse-width",
-        -1.0,
-        "The spread of the values that its mixing keeps",
-        "Look at what the head attends to before and after, and at its query and key updates.",
-    ),
-}
-_REFERENCE = "Zhai et al. 2023, arXiv 2303.06296"
 
 
 @dataclass
@@ -75,7 +49,7 @@ class BaselineAlarms:
     def look(self, step: int, figures: Figures) -> tuple[list[Alarm], list[str]]:
         """The alarms that this look raises, and the keys of those that are over."""
         raised, cleared = [], []
-        for measure, (_, _, sign, _, _) in _WATCHED.items():
+        for measure, course in HEAD_COURSES.items():
             values = figures.get(measure)
             if values is None:
                 continue
@@ -87,13 +61,17 @@ class BaselineAlarms:
                 reference = standing.before if standing.over else there
                 if math.isnan(here) or math.isnan(reference):
                     continue
-                if sign * (here - reference) > least:
+                if course.worse * (here - reference) > least:
                     if not standing.over:
                         standing.onset, standing.before = step, there
                     standing.over, standing.calm = standing.over + 1, 0
                     if standing.over >= self.patience and not standing.is_raised:
                         standing.is_raised = True
-                        finding = self._finding(measure, place, here, reference)
+                        beside = (
+                            "the baseline says" if self.given is not None else "its own history and the other heads say"
+                        )
+                        then_and_now = math.exp(reference), math.exp(here)
+                        finding = head_finding(course, self.heads[place], *then_and_now, beside)
                         raised.append(alarm(finding, step, standing.onset, "baseline", name))
                 else:
                     standing.calm += 1
@@ -110,7 +88,7 @@ class BaselineAlarms:
 
     def _key(self, measure: str, place: int) -> str:
         head = self.heads[place]
-        return f"{_WATCHED[measure][0]}/block.{head.block}/{head.kind}/head.{head.head}"
+        return f"{HEAD_COURSES[measure].code}/block.{head.block}/{head.kind}/head.{head.head}"
 
     def _before(self, measure: str, now: list[float]) -> tuple[list[float], float]:
         """The logarithm of what each head is compared with, and how far it may be from there."""
@@ -131,28 +109,6 @@ class BaselineAlarms:
                 moves.append(statistics.median(away))
         history.append(now)
         return before if math.isfinite(least) else unknown, least
-
-    def _finding(self, measure: str, place: int, here: float, reference: float) -> Finding:
-        code, phenomenon, _, what, remedy = _WATCHED[measure]
-        head, factor = self.heads[place], math.exp(here - reference)
-        beside = (
-            "the baseline" if self.given is not None else "its own history, the common course of all heads taken away"
-        )
-        return Finding(
-            code=code,
-            phenomenon=phenomenon,
-            severity="warning",
-            block=head.block,
-            head=head.head,
-            value=factor,
-            threshold=GROWN if factor > 1 else 1 / GROWN,
-            message=f"Head {head.head} of block {head.block} has changed. {what} is {factor:.2g} times what {beside} says "
-            f"({math.exp(reference):.3g} became {math.exp(here):.3g}).",
-            remedy=remedy,
-            reference=_REFERENCE,
-            stack=head.stack,
-            kind=head.kind,
-        )
 
 
 def _log(measure: str, value: float | None) -> float:
@@ -175,6 +131,7 @@ def _recorded(
         known = {(h.block, h.head, h.kind): v for h, v in zip(record.heads, last, strict=bool(last))}
     else:
         known = {
-            (r.block, r.head, r.kind): None if (s := getattr(r, measure)) is None else s.mean for r in record.attention
+            (r.block, r.head, r.kind): None if (s := getattr(r, measure, None)) is None else s.mean
+            for r in record.attention
         }
     return [known.get((h.block, h.head, h.kind)) for h in heads]

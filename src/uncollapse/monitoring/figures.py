@@ -17,7 +17,18 @@ from uncollapse.records.trail import HeadPlace, SitePlace, TrailReading
 
 PREFIX: Final = "uncollapse"
 # Of these the largest is the worst; of all others the smallest.
-WORST_IS_LARGEST: Final = frozenset({"not_finite", "max_logit", "query_key_norm"})
+WORST_IS_LARGEST: Final = frozenset(
+    {
+        "not_finite",
+        "max_logit",
+        "query_key_norm",
+        "update_queries",
+        "update_keys",
+        "update_values",
+        "update_projection",
+        "update_gains",
+    }
+)
 
 
 def _mean(statistic: Statistic | None) -> float | None:

@@ -34,15 +34,16 @@ from uncollapse.monitoring import figures
 from uncollapse.monitoring.alarms import ThresholdAlarms, judged, margins_of
 from uncollapse.monitoring.baselines import BaselineAlarms
 from uncollapse.monitoring.trends import TrendAlarms
+from uncollapse.monitoring.weights import Figures, Weights
 from uncollapse.records import load
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.records.trail import TRAIL_SCHEMA, Alarm, TrailFile, TrailReading, TrailRecord
 
 Log = Callable[[dict[str, float], int], object]
-Watched = Literal["tokens", "attention", "heads"]
-WATCHED: Final[tuple[Watched, ...]] = ("tokens", "attention", "heads")
-PROJECTIONS_EVERY = 10  # looks: output projections are decomposed, and they change slowly
+Watched = Literal["tokens", "attention", "heads", "weights"]
+WATCHED: Final[tuple[Watched, ...]] = ("tokens", "attention", "heads", "weights")
+DECOMPOSED_EVERY = 10  # looks: output projections and updates are decomposed, which takes longer
 
 
 class TextOptions(TypedDict, total=False):
@@ -64,8 +65,9 @@ class Monitor:
     that is not trained on are enough. Instead of it `texts` with a `tokenizer`.
     every: look when the step is a multiple of it; the first call of `step` always looks.
     watch: any of `"tokens"` (the stream between blocks), `"attention"` (its heads), `"heads"` (the output projections, at every
-    tenth look). log: called with a flat dict of floats and the step; see `monitoring.figures` for the names. each_head: whether
-    that dict has every head, or only each block's worst.
+    tenth look), `"weights"` (how far each head's matrices moved since the last look; keeps one copy of them).
+    log: called with a flat dict of floats and the step; see `monitoring.figures` for the names. each_head: whether that dict has
+    every head, or only each block's worst.
     trail: a file that gets one line a look; if it is there, the run goes on in it.
     baseline: a diagnosis or a trail to compare every head with, as a result, a record or a path. Without it each head is compared
     with its own history.
@@ -106,7 +108,9 @@ class Monitor:
         self._looks = 0
         self._file: TrailFile | None = None
         self._is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        self._looks_here = self._is_first or _is_sharded(model)
+        self._is_sharded = _is_sharded(model)
+        self._looks_here = self._is_first or self._is_sharded
+        self._weights: Weights | None = None
         self._prepared: Prepared | None = None
         if self._looks_here:
             # DDP's own forward exchanges buffers among the processes, and only one of them is here.
@@ -132,7 +136,8 @@ class Monitor:
         """Look now, whatever the step."""
         if self._prepared is None:
             return []
-        has_projections = "heads" in self.watch and self._looks % PROJECTIONS_EVERY == 0
+        decomposes = self._looks % DECOMPOSED_EVERY == 0
+        has_projections = "heads" in self.watch and decomposes
         observed = self._prepared.captured(level="core", watch=self._watch(has_projections))
         trajectory = site_records(observed)
         attention = [record for s in observed.attention for record in attention_records(s, "core")]
@@ -151,10 +156,12 @@ class Monitor:
                     heads=figures.head_places(attention),
                 ),
             )
+        assert self.record is not None
+        of_heads, of_sites = self._weight_figures(self.record, spectra=decomposes)
         reading = TrailReading(
             step=step,
-            sites=figures.site_figures(trajectory) if "tokens" in self.watch else {},
-            heads=figures.head_figures(attention) if "attention" in self.watch else {},
+            sites=(figures.site_figures(trajectory) if "tokens" in self.watch else {}) | of_sites,
+            heads=(figures.head_figures(attention) if "attention" in self.watch else {}) | of_heads,
             margins=margins_of(read),
             loss=_number(loss),
         )
@@ -162,6 +169,15 @@ class Monitor:
         self._looks += 1
         self._keep(reading)
         return reading.alarms
+
+    def _weight_figures(self, record: TrailRecord, *, spectra: bool) -> tuple[Figures, Figures]:
+        """What the weights say of the heads and of the sites."""
+        if "weights" not in self.watch or self._is_sharded or self._prepared is None:
+            return {}, {}
+        model = self._prepared.loaded.model
+        if self._weights is None:
+            self._weights = Weights.of(model, self._prepared.anatomy, self._prepared.batches[0])
+        return self._weights.look(model, record.heads, record.sites, spectra=spectra)
 
     def _judge(self, reading: TrailReading, found: dict[str, Finding]) -> None:
         """Put the alarms of this reading, and what is over, into it."""
@@ -180,7 +196,7 @@ class Monitor:
             "attention": {"attention", "rows"},
             "heads": {"projections"} if has_projections else set(),
         }
-        return set().union(*(parts[each] for each in self.watch))
+        return set().union(*(parts.get(each, set()) for each in self.watch))
 
     def _begin(self, step: int, record: TrailRecord) -> None:
         """Before the first reading: the record, and what an earlier part of the run left in the trail."""

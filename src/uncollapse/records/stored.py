@@ -18,7 +18,7 @@ from pydantic_core import from_json as parsed
 
 from uncollapse.errors import InputError
 from uncollapse.files import reading
-from uncollapse.records import ablation, diagnosis, heads, ledger, symmetries, trail
+from uncollapse.records import ablation, comparison, diagnosis, heads, ledger, symmetries, trail
 from uncollapse.records.encoding import Record, from_json
 
 AnyRecord = (
@@ -28,6 +28,7 @@ AnyRecord = (
     | symmetries.SymmetriesRecord
     | ledger.Ledger
     | trail.TrailRecord
+    | comparison.ComparisonRecord
 )
 SCHEMAS = (
     diagnosis.DIAGNOSIS_SCHEMA,
@@ -36,6 +37,7 @@ SCHEMAS = (
     symmetries.SYMMETRIES_SCHEMA,
     ledger.LEDGER_SCHEMA,
     trail.TRAIL_SCHEMA,
+    comparison.COMPARISON_SCHEMA,
 )
 LIMIT = 512 * 2**20  # bytes: three times the record of 126 blocks with 128 heads, each pair of heads with its angle
 _PIECE = 2**20
@@ -65,6 +67,8 @@ def load(source: str | os.PathLike[str] | IO[bytes]) -> AnyRecord:
             return as_a(ledger.Ledger)
         case trail.TRAIL_SCHEMA:
             return as_a(trail.TrailRecord)
+        case comparison.COMPARISON_SCHEMA:
+            return as_a(comparison.ComparisonRecord)
         case _:
             named = "which names no schema" if schema is None else f"whose schema is {reprlib.repr(schema)}"
             raise InputError(

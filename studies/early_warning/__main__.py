@@ -1,0 +1,50 @@
+"""Train, and write docs/early-warning.md.
+
+python -m studies.early_warning --seeds 3          about a quarter of an hour on one core
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from studies.early_warning.document import document
+from studies.early_warning.runs import SCENARIOS, Run, run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default="", help="scenarios whose name contains this")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("build/early-warning.jsonl"), help="finished runs are kept here"
+    )
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    given.runs.parent.mkdir(parents=True, exist_ok=True)
+    lines = given.runs.read_text("utf-8").splitlines() if given.runs.exists() else []
+    done = {(r.scenario, r.seed): r for r in (Run(**json.loads(line)) for line in lines)}
+    for seed in range(given.seeds):
+        for scenario in SCENARIOS:
+            if given.only not in scenario.name or (scenario.name, seed) in done:
+                continue
+            begun = time.monotonic()
+            found = done[scenario.name, seed] = run(scenario, seed)
+            with given.runs.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(asdict(found)) + "\n")
+            said = [f"{step} {code} {block} {against}" for step, _, code, _, block, against in found.alarms]
+            took = time.monotonic() - begun
+            print(f"{scenario.name}, seed {seed} ({took:.0f} s): {said or 'no alarm'} {found.others}", file=sys.stderr)
+    if given.out is not None:
+        given.out.write_text(document(list(done.values())), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
