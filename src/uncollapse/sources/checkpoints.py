@@ -27,7 +27,7 @@ from uncollapse.errors import InputError
 # What transformers may open in a folder. Only such files are looked at; others may lie beside them.
 READ = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab", "*.py", "*.bin")
 LIMIT = 64 * 2**20  # bytes of a configuration; the largest known has a few hundred kilobytes
-MANY = 1_000_000  # layers, heads, experts, labels: a configuration makes lists of as many items before anything can count them
+MANY = 100_000  # layers, heads, experts, labels: a configuration makes lists of as many items before anything can count them
 LARGE = 2**53
 _COUNT = re.compile(r"layer|block|depth|head|expert|label|stage|group")
 # A compressed checkpoint holds several weights in one stored number, and a loader may split one tensor into several.
@@ -58,12 +58,15 @@ def require_sound_configuration(name: str, folder: Path) -> None:
             f"load_model: expected a config.json of at most {LIMIT // 2**20} MiB in {name!r}, got {file.stat().st_size} bytes. "
             "It may be another file. Save the model again with save_pretrained."
         )
-    with contextlib.suppress(ValueError, RecursionError, OSError):
-        require_sound_sizes(name, json.loads(file.read_bytes()))
+    try:
+        configuration = json.loads(file.read_bytes())
+    except (ValueError, RecursionError, OSError):
+        return
+    require_sound_sizes(name, configuration)
 
 
 def require_sound_sizes(name: str, configuration: Any) -> None:
-    """Refuse whole numbers that are absurd: above 2^53 anywhere, above a million where something is counted that is built."""
+    """Refuse absurd whole numbers: above 2^53 anywhere, above a hundred thousand where they count what is built."""
     for key, value in _numbers(configuration):
         most = MANY if _COUNT.search(key) and "size" not in key else LARGE
         if abs(value) > most:
