@@ -300,7 +300,7 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
         known: dict[tuple[int, tuple[int, ...]], StreamAxes] = {}  # by stack and shape of its stream
         for number, (block, run) in enumerate(zip(anatomy.blocks, runs, strict=True)):
             try:
-                with run.entered():  # every replay of the block happens in here
+                with run.entered():  # the norms that the proof repeats by themselves, too
                     prover = _BlockProof(model, block, run, recorded)
                     prover.check(known, anatomy.stack_of(number))
             except UncollapseError:
@@ -689,7 +689,7 @@ class BlockAlone:
         acting = {p: in_turn(*(layer[p] for layer in layers if p in layer)) for layer in layers for p in layer}
         alone = {replace(p, call=self._run_alone(p.owner, p.call or 0)): h for p, h in acting.items()}
         torch.manual_seed(0)
-        with met(self.model, acted, handlers=alone, within=self.module):
+        with self.run.entered(), met(self.model, acted, handlers=alone, within=self.module):
             self.module(*args, **kwargs)
         return seen[-1]
 
