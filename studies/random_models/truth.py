@@ -10,6 +10,8 @@ What counts as the truth, where that could be asked:
   without renormalisation, a sink, a column of zeros: rows of A then do not sum to one. Entropy, normalised entropy and key
   share are those of the row scaled to sum to one over its *allowed* keys, as `uncollapse.mixing` defines them. A sink's column
   is no key, even where the model keeps it and gives it a value of zeros.
+* **Differences.** Two softmaxes with a product each may count as heads of their own, as `uc.head_contributions` says; then the
+  contributions of the two add up to those of one head.
 * **Signs.** A difference of two softmaxes, or heads that are mixed after the softmax, give weights of either sign and no
   entropy. Attention over channels has no weights of tokens at all. Sigmoid and linear attention have an A, but no softmax:
   `max_logit` and `entropy_floor` do not exist.

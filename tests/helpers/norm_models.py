@@ -191,6 +191,9 @@ class AdaptiveBlock(nn.Module):
         if self.style == "module":
             x = x + self.attention(x if off else self.first(x, condition))
             return x + self.mlp(x if off else self.second(x, condition))
+        if self.style == "behind":
+            x = x + (self.attention(x) if off else self.first(self.attention(x), condition))
+            return torch.lerp(x, self.mlp(x) if off else self.second(self.mlp(x), condition), 0.4)
         made = self.made(F.silu(condition))[:, None].chunk(6, -1)
         x = x + made[2] * self.attention(x if off else self._normed(x, made[0], made[1]))
         return x + made[5] * self.mlp(x if off else self._normed(x, made[3], made[4]))

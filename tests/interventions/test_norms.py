@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
@@ -72,6 +73,69 @@ def test_a_condition_s_scale_and_shift_belong_to_its_norm(style: str) -> None:
     assert [n.module.name for n in anatomy.blocks[0].norms] == (
         ["blocks.0.first", "blocks.0.second"] if style == "module" else ["blocks.0"] * 2
     )
+
+
+def test_the_shift_of_a_conditioned_output_norm_goes_with_its_norm_and_with_its_sublayer() -> None:
+    torch.manual_seed(0)
+    model, batch = Conditioned("behind").eval(), {"input_ids": ids(), "label": torch.tensor([1, 2, 3])}
+    anatomy = checked(model, batch)
+    assert anatomy.norm_placement == "output"
+    assert [len(r.additions) for b in anatomy.blocks for r in b.residuals] == [1, 1] * 2
+    with torch.no_grad(), uc.without(model, "mlp", "attention"):
+        expected = model.embedding(batch["input_ids"]) * (1 - 0.4) ** 2
+        torch.testing.assert_close(model(**batch), model.head(expected))
+
+
+class MixedAgain(nn.Module):
+    """Post-norm blocks in the model's own loop, each of which takes the embedding in again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.off, self.without_mlp, self.left = False, False, list[Tensor]()
+        self.embedding = nn.Embedding(50, D)
+        self.layers = nn.ModuleList(nn.ModuleDict(_parts()) for _ in range(2))
+        self.share = nn.Parameter(torch.tensor([0.9, 0.3]))
+
+    def norm(self, x: Tensor) -> Tensor:
+        if self.off:
+            return x
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = embedded = self.embedding(input_ids)
+        self.left.clear()
+        for layer in self.layers:
+            x = self.share[0] * x + self.share[1] * embedded
+            x = self.norm(x + layer["attention"](x))
+            if not self.without_mlp:
+                x = self.norm(x + layer["mlp"](x))
+            self.left.append(x.detach().clone())
+        return x
+
+
+def test_the_share_of_a_norm_s_result_in_a_later_sum_is_no_gain_of_it() -> None:
+    torch.manual_seed(0)
+    model, batch = MixedAgain(), {"input_ids": ids()}
+    anatomy = checked(model, batch)
+    assert anatomy.norm_placement == "post"
+    with torch.no_grad(), uc.without(model, "mlp"):
+        got = model(**batch)
+    model.without_mlp = True
+    assert torch.equal(got, model(**batch))
+
+
+def test_a_diagnosis_without_norms_sees_what_stands_in_their_place() -> None:
+    """The blocks end with a norm of the model's own code: their last operation gives what the identity puts there."""
+    torch.manual_seed(0)
+    model, batch = MixedAgain().eval(), {"input_ids": ids()}
+    with uc.without(model, "norm", batch=batch):
+        found = uc.diagnose(model, batches=[batch]).record.trajectory
+    model.off = True
+    model(**batch)
+    expected = [float(uc.geometry.effective_rank(x.double()).mean()) for x in model.left]
+    got = [site.effective_rank.mean for site in found if site.effective_rank is not None][1:]
+    assert got == pytest.approx(expected, rel=1e-4)
 
 
 def _parts() -> dict[str, nn.Module]:
@@ -391,3 +455,22 @@ def test_oddness_tells_a_norm_from_a_softmax() -> None:
     assert seen(lambda v: F.rms_norm(v, (6,))) == "rms"
     assert seen(lambda v: v.softmax(-1)) is None
     assert seen(torch.sign) is None
+
+
+@pytest.mark.parametrize(
+    ("placement", "overlooked"), [("pre", 0), ("pre", 1), ("post", 0), ("post", 1), ("sandwich", 2)]
+)
+def test_a_norm_that_was_overlooked_is_not_left_in_silence(
+    placement: str, overlooked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, batch = Stack(placement, WRITTEN["rms by hand"][1]).eval(), {"input_ids": ids()}
+    anatomy = proved_anatomy(model, batch)
+    first, second = anatomy.blocks
+    left = tuple(norm for i, norm in enumerate(second.norms) if i != overlooked)
+    wrong = dataclasses.replace(anatomy, blocks=(first, dataclasses.replace(second, norms=left)))
+    monkeypatch.setattr(interventions, "anatomy_for", lambda *_: wrong)
+    with pytest.raises(uc.UnsupportedModel, match="a norm that was overlooked"), uc.without(model, "norm"):
+        pass
+    with uc.without(model, "norm", blocks=[0]):
+        pass

@@ -128,3 +128,65 @@ def test_without_positions_a_token_still_hears_the_first_also_when_no_mask_is_gi
         told = states(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     assert not torch.equal(plain[:, 2], changed[:, 2])
     assert torch.allclose(plain, told, atol=1e-6)
+
+
+class TokenFirst(nn.Module):
+    """Token numbers and stream with the axes token, sequence; positions are told as [sequence, token] all the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(30, 16), nn.ModuleList(TokenFirstBlock() for _ in range(2))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        x = self.embed(input_ids)
+        hidden = torch.zeros(x.shape[1], 1, 1, x.shape[0])
+        if attention_mask is not None:
+            hidden = (1 - attention_mask[:, None, None].float()) * -1e9
+        for block in self.blocks:
+            x = block(x, hidden)
+        return x
+
+
+class TokenFirstBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out, self.mlp = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 1, 3, 0, 4)
+        y = ((q @ k.mT + hidden).softmax(-1) @ v).permute(2, 0, 1, 3).flatten(2)
+        x = x + self.out(y)
+        return x + self.mlp(x).relu()
+
+
+def test_positions_of_token_first_numbers_are_refused_in_words() -> None:
+    torch.manual_seed(0)
+    batch = {"input_ids": torch.randint(30, (7, 4), generator=torch.Generator().manual_seed(0))}
+    with (
+        pytest.raises(uc.UnsupportedModel, match="with token, sequence"),
+        uc.without(TokenFirst().eval(), "positions", batch=batch),
+    ):
+        pass
+
+
+class MaskAndBias(TokenFirst):
+    """Distances and a causal mask, summed before they are added to the logits."""
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        x, tokens = self.embed(input_ids.T), torch.arange(input_ids.shape[1])
+        distance = (tokens[:, None] - tokens).float()
+        summed = -0.3 * distance + torch.zeros_like(distance).masked_fill(distance < 0, -math.inf)
+        for block in self.blocks:
+            x = block(x, summed)
+        return x.transpose(0, 1)
+
+
+def test_a_mask_that_is_one_with_a_bias_is_not_taken_for_a_mask_alone() -> None:
+    torch.manual_seed(0)
+    batch = {"input_ids": torch.randint(30, (4, 7), generator=torch.Generator().manual_seed(0))}
+    with pytest.raises(uc.UnsupportedModel, match="also adds a bias"), uc.without(MaskAndBias(), "mask", batch=batch):
+        pass

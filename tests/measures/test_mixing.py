@@ -393,6 +393,15 @@ def random_weights(queries=6, keys=6, mask=None):
     return torch.softmax(logits if mask is None else logits.masked_fill(~mask[:, None, None], -math.inf), -1)
 
 
+def test_a_row_without_any_weight_has_no_entropy() -> None:
+    weights = torch.tensor([[[[0.0, 0.0], [0.5, 0.5]]]])  # a sink took the first row to the last bit
+    found = mixing.row_statistics_from_weights(weights, susceptibility=True)
+    for figure in (found.entropy, found.normalized_entropy, found.susceptibility):
+        assert figure is not None
+        assert figure.isnan().flatten().tolist() == [True, False]
+    assert float(found.entropy[0, 0, 1]) == pytest.approx(math.log(2))
+
+
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 def test_matrix_measures_on_the_real_tokens(side):
     mask = padding(side)

@@ -331,6 +331,46 @@ def test_a_projection_that_is_no_linear_map_is_refused() -> None:
         next(found)
 
 
+class GatedChannels(nn.Module):
+    """Attention over channels (XCiT), a gate for each head, one projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.gate, self.out = nn.Linear(12, 36), nn.Linear(12, 2), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 6)).permute(2, 0, 3, 4, 1)
+        y = ((q @ k.mT).softmax(-1) @ v).permute(0, 3, 1, 2)
+        return self.out((y * self.gate(x).sigmoid().unsqueeze(-1)).flatten(2))
+
+
+def test_heads_of_an_attention_that_was_not_read_are_refused_behind_a_gate() -> None:
+    torch.manual_seed(0)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.mlp = GatedChannels(), nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.attention(x)
+            return x + self.mlp(x)
+
+    class Channels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.blocks = nn.Embedding(20, 12), nn.ModuleList(Block() for _ in range(2))
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.embed(input_ids)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    with pytest.raises(uc.UnsupportedModel, match="was not read: it mixes features, not tokens"):
+        list(head_contributions(Channels().eval(), {"input_ids": torch.arange(18).view(3, 6)}))
+
+
 def test_it_is_a_public_name() -> None:
     assert uc.head_contributions is contributions.head_contributions
     assert uc.HeadContributions is HeadContributions

@@ -93,6 +93,7 @@ class _Owner(TorchFunctionMode):
         self.hits = hits
         self.depth = 0
         self.counts: dict[str, int] = {}
+        self.around: _Owner | None = None  # that of whoever stood at this module before
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -108,14 +109,53 @@ class _Owner(TorchFunctionMode):
         name = counted_name(operation_name(func), operands)
         if name not in self.operations or not operands:
             return func(*args, **kwargs)
+        handler = self._next(name)
+        if handler is None:
+            return func(*args, **kwargs)
+        own = _as_the_models_own(func)
+        if self.around is None or handler not in _putting_another:
+            with _handling.set(True):
+                return handler(own, args, kwargs)
+
+        @functools.wraps(func)
+        def changed(*given: Any, **named: Any) -> Any:
+            with _handling.set(True):
+                return handler(own, given, named)
+
+        return self.around.seeing(name, changed, args, kwargs)
+
+    def _next(self, name: str) -> Handler | None:
+        """Count one more operation of this name; its handler."""
         ordinal = self.counts.get(name, 0)
         self.counts[name] = ordinal + 1
         handler = self.handlers.get((name, ordinal))
-        if handler is None:
-            return func(*args, **kwargs)
-        self.hits.add((name, ordinal))
-        with _handling.set(True):
-            return handler(_as_the_models_own(func), args, kwargs)
+        if handler is not None:
+            self.hits.add((name, ordinal))
+        return handler
+
+    def seeing(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An operation in whose place another handler puts `function`, as those see it who stood here before."""
+        handler = self._next(name) if not self.depth and name in self.operations else None
+        self.depth += 1  # what the handlers themselves do is none of the module's operations
+        try:
+            if handler is not None:
+                with _handling.set(True):
+                    return handler(function, args, kwargs)
+            return (
+                function(*args, **kwargs) if self.around is None else self.around.seeing(name, function, args, kwargs)
+            )
+        finally:
+            self.depth -= 1
+
+
+_putting_another: weakref.WeakSet[Handler] = weakref.WeakSet()
+
+
+def putting_another(handler: Handler) -> Handler:
+    """Mark a handler that puts another value in the place of an operation's result: whoever stood at the same operation before
+    sees that value, and not the operation's own."""
+    _putting_another.add(handler)
+    return handler
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -191,6 +231,14 @@ def intercepted(
         yield
 
 
+class _Standing(threading.local):
+    """The handlers in force in the runs of modules that the present thread is in, by module, the latest last."""
+
+    def __init__(self) -> None:
+        self.modes: dict[int, list[_Owner]] = {}
+
+
+_standing = _Standing()
 _own_wrappings: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -233,11 +281,17 @@ def _wrapped(
         mode = _Owner(wanted, hits)
         modes = runs.modes.setdefault(name, [])
         modes.append(mode)
+        standing = _standing.modes.setdefault(id(module), [])
+        mode.around = standing[-1] if standing else None
+        standing.append(mode)
         try:
             with mode:
                 output = original(*args, **kwargs)
         finally:
             modes.pop()
+            standing.pop()
+            if not standing:
+                del _standing.modes[id(module)]
         missed = set(wanted) - hits
         if missed and strict:
             operation, ordinal = sorted(missed)[0]
@@ -337,4 +391,4 @@ def in_turn(*handlers: Handler) -> Handler:
 
         return first(inner, args, kwargs)
 
-    return handler
+    return putting_another(handler) if any(each in _putting_another for each in handlers) else handler

@@ -241,9 +241,21 @@ def _tail(trace: Trace, chain: list[int]) -> list[int]:
         if not all(_belongs(trace, bare, index, side) for side in beside) or (
             not beside and node.call != trace.nodes[bare].call
         ):
+            if any(trace.nodes[side].is_data and trace.nodes[side].size == node.size for side in beside):
+                # a norm(x) + b x0: one number for all features, and a sum with another value, is the sum's factor, not a gain
+                while found and _is_one_number(trace, found[-1]):
+                    found.pop()
             break
         found.append(index)
     return found
+
+
+def _is_one_number(trace: Trace, index: int) -> bool:
+    """Whether a scale or shift is the same for all features: a number, or a tensor of one."""
+    node = trace.nodes[index]
+    return sum(trace.nodes[i].size == node.size for i in node.inputs) == 1 and all(
+        trace.nodes[i].size in {1, node.size} for i in node.inputs
+    )
 
 
 def _belongs(trace: Trace, bare: int, index: int, side: int) -> bool:

@@ -303,6 +303,19 @@ def forbidden_by_addition(operand: Tensor) -> tuple[Tensor | None, bool]:
     return _far_below(operand), True
 
 
+def forbids_and_shifts(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], operand: int
+) -> bool:
+    """Whether what an operation adds to the logits by its operand number `operand` is a mask and a bias in one: what the bias is
+    at a forbidden pair cannot be told from it."""
+    name = operation_name(function)
+    if name not in _ADDITIONS:
+        return False
+    mask = operands_of(name, tuple(args), kwargs)[operand]
+    forbidden, shifts = forbidden_by_addition(-mask if name == "sub" else mask)
+    return forbidden is not None and shifts
+
+
 def _far_below(operand: Tensor) -> Tensor | None:
     """Pairs that a bias of many values puts out of reach: 69 nats below the row's best, in every head."""
     if operand.ndim < 2 or operand.shape[-1] < 2:

@@ -290,10 +290,19 @@ class _Reader:
                 self._descend(value, stream, is_gated, internal, leaves)
             if onward and set(leaves[before:]) == {stream}:  # the stream twice, as in a x + b x0 where x is x0
                 del leaves[before + 1 :]
+            elif terms and self._shifts(index, terms, leaves[before:], stream):
+                leaves[before:] = [index]
             elif terms:
                 internal.append(index)
             elif not onward:
                 leaves.append(index)
+
+    def _shifts(self, index: int, terms: list[int], leaves: list[int], stream: int) -> bool:
+        """Whether a sum under a residual addition shifts one update by what is alike for several of its entries: the shift of an
+        adaptive output norm, or a bias made from a condition. It is the update's own and leaves with it."""
+        fixed = [i for i in terms if not self.t.depends(i, stream)]
+        smaller = all(self.t.nodes[i].size < self.t.nodes[index].size for i in fixed)
+        return len(leaves) == 1 and leaves[0] != stream and bool(fixed) and smaller
 
     def _onward(self, index: int, is_gated: bool) -> list[int]:
         passed = self._passes(index)

@@ -21,12 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, intercepted
-from uncollapse.anatomy.operands import forbidden_by_addition, fused_arguments, result_shape, spread_out, step_without
+from uncollapse.anatomy.operands import (
+    forbidden_by_addition,
+    forbids_and_shifts,
+    fused_arguments,
+    result_shape,
+    spread_out,
+    step_without,
+)
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.stacks import given_mask, hides
 from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, MaskingStep
-from uncollapse.errors import UnsupportedModel
+from uncollapse.errors import UncollapseError, UnsupportedModel
 from uncollapse.wrappers import bound, rebound, takes
 
 
@@ -72,10 +79,7 @@ def _unmasked_fused(call: AttentionCall, padding: list[Tensor | None]) -> Handle
         given = fused_arguments(args, kwargs)
         query, mask, real = given["query"], given.get("attn_mask"), padding[0]
         if mask is not None and mask.dtype != torch.bool and forbidden_by_addition(mask)[1]:
-            raise UnsupportedModel(
-                "without: expected a mask that only forbids, got one that also adds a bias to the logits. The bias of a "
-                "forbidden pair is not known. Load the model with attn_implementation='eager'."
-            )
+            raise UnsupportedModel(_MASK_AND_BIAS + " Load the model with attn_implementation='eager'.")
         shown = None
         if real is not None:
             axes = [_AXIS[axis.role] for axis in call.lead]
@@ -87,6 +91,10 @@ def _unmasked_fused(call: AttentionCall, padding: list[Tensor | None]) -> Handle
     return handler
 
 
+_MASK_AND_BIAS = (
+    "without: expected a mask that only forbids, got one that also adds a bias to the logits. The bias of a forbidden pair is "
+    "not known."
+)
 _AXIS = {"head": None, "window": None, "sequence": "sequence"} | {s: s for s in ("sequence-major", "sequence-minor")}
 
 
@@ -94,6 +102,8 @@ def _unmasked_step(step: MaskingStep, padding: list[Tensor | None]) -> Handler:
     """An operation between logits and weights that no longer forbids anything but padded keys."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if forbids_and_shifts(function, args, kwargs, step.operand):
+            raise UnsupportedModel(_MASK_AND_BIAS + " Add the two one after the other, or take away another component.")
         real, hidden = padding[0], None
         if real is not None:
             hidden = spread_out(~real, step.axes, result_shape(function, args, kwargs))
@@ -135,6 +145,11 @@ def require_order_blind(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, 
             f"without: expected a model proved on input_ids, got {type(model).__name__} on {', '.join(batch) or 'nothing'}. "
             "Positions are taken away from token numbers only. Take away another component."
         )
+    if any(stack.ids_transposed for stack in anatomy.stacks):
+        raise UnsupportedModel(
+            f"without: expected token numbers with the axes sequence, token, got {type(model).__name__} with token, sequence. "
+            "Which axes its position_ids have is then not known. Take away another component."
+        )
     every = frozenset(range(len(anatomy.blocks)))
     tokens = batch["input_ids"].shape[1]
     order = torch.arange(tokens).roll(3)
@@ -143,7 +158,15 @@ def require_order_blind(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, 
     with probing(model), mask_removed(model, anatomy, every), positions_removed(model):
         for given in (batch, permuted):
             with met(model, [(anatomy.blocks[-1].exit, lambda stream: streams.append(stream.detach().clone()))]):
-                model(**given)
+                try:
+                    model(**given)
+                except UncollapseError:
+                    raise
+                except Exception as error:  # the model's own code, told positions in a form it may not know
+                    raise UnsupportedModel(
+                        f"without: expected {type(model).__name__} to run with every token at position 0, got "
+                        f"{type(error).__name__}: {error}. Its position_ids mean something else. Take away another component."
+                    ) from error
     axes = anatomy.blocks[-1].axes
     gap = math.inf
     if axes is not None and len(streams) == 2:

@@ -10,6 +10,9 @@ What is left of a block, at the additions themselves (nothing is subtracted, so 
   `"mlp-residual"` do so around that sublayer only (the former is the skip that Dong et al. 2021 take away);
 * a removed `"norm"` is the identity: the norms on the way into, out of and behind a sublayer. Query-key norms inside the
   attention bound its logits and stay. The embedding's and the final norm stay too, unless `blocks="all+outer"`;
+* where an addition scales what it adds, a x + b f(x), the scales stay: without the sublayer a x is left, without the residual
+  b f(x). `torch.lerp(x, f, w)` is (1 - w) x + w f. What a condition adds to an update alone belongs to the update, and to the
+  norm behind which it stands;
 * without the `"mask"` every real token may attend to every real token (padding stays hidden);
 * without `"positions"` every token stands at position 0, in all blocks. Where a model knows positions in another way as well, it
   is refused (`token_order`).
@@ -32,13 +35,14 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.influence import without_zeros
-from uncollapse.anatomy.interception import Handler, Point, counted, in_turn, intercepted
+from uncollapse.anatomy.interception import Handler, Point, counted, in_turn, intercepted, putting_another
 from uncollapse.anatomy.probing import going_as_steered, in_the_open, probing
 from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
 from uncollapse.anatomy.situations import held
 from uncollapse.anatomy.tracing import tensors_in, writes_in_place
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall, NormPiece, removal
 from uncollapse.errors import InputError, UnsupportedModel
+from uncollapse.interventions.overlooked_norms import require_no_norm_left
 from uncollapse.interventions.token_order import mask_removed, positions_removed, require_order_blind
 from uncollapse.wrappers import seen_through
 
@@ -79,12 +83,9 @@ def without(
     there is nothing of the kind to take away or the output would be the same in every bit, or where gradient checkpointing is
     on.
     """
-    require_components(components)
-    _refuse_checkpointing(model)
-    anatomy = anatomy_for(model, batch)
-    wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
+    anatomy, wanted = _asked(model, components, blocks, batch)
     _require_effect(model, anatomy, wanted, _active.get(model, []))
-    with removed(model, *components, blocks=blocks, batch=batch):
+    with _in_force(model, anatomy, wanted):
         yield model
 
 
@@ -96,17 +97,35 @@ def removed(
     batch: Mapping[str, Any] | None = None,
 ) -> Iterator[nn.Module]:
     """`without`, also where there is nothing to take away: for those who ask of any model what holds without a component."""
+    anatomy, wanted = _asked(model, components, blocks, batch)
+    with _in_force(model, anatomy, wanted):
+        yield model
+
+
+def _asked(
+    model: nn.Module,
+    components: tuple[str, ...],
+    blocks: Collection[int] | Literal["all", "all+outer"] | None,
+    batch: Mapping[str, Any] | None,
+) -> tuple[Anatomy, _Removal]:
+    """The anatomy, and the removal that is asked for, where the model and the components allow it."""
     require_components(components)
     _refuse_checkpointing(model)
     anatomy = anatomy_for(model, batch)
+    wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
     if "positions" in components:
         require_order_blind(model, anatomy, known_example(model) or {})
+    return anatomy, wanted
+
+
+@contextlib.contextmanager
+def _in_force(model: nn.Module, anatomy: Anatomy, wanted: _Removal) -> Iterator[None]:
     stack = _active.setdefault(model, [])
     with held(model), going_as_steered(model):
-        stack.append(_Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer"))
+        stack.append(wanted)
         try:
             _install(model, anatomy, stack)
-            yield model
+            yield
         finally:
             stack.pop()
             _install(model, anatomy, stack)
@@ -158,8 +177,16 @@ def _require_effect(
             + ("Norms stand outside: pass blocks='all+outer'." if outside else "Take away another component."),
             found=anatomy.describe(),
         )
-    # A removal acts at proved places and says so where it misses one. What mask and positions do shows on a run only.
+    # A removal acts at proved places and says so where it misses one. What mask and positions do shows on a run only, and so
+    # does a norm that was overlooked.
     example = known_example(model)
+    if example is not None and "norm" in wanted.components:
+        everything = _Removal(frozenset({"norm", "mlp", "attention"}), wanted.blocks, False)
+        try:
+            _install(model, anatomy, [everything])
+            require_no_norm_left(model, anatomy, wanted.blocks, example)
+        finally:
+            _install(model, anatomy, active)
     if example is None or not (thorough or wanted.components & {"mask", "positions"}):
         return
     try:
@@ -305,7 +332,7 @@ def _identity_of_piece(piece: NormPiece) -> dict[Point, Handler]:
         passed = given.pop().to(piece.result(output).dtype)
         return passed if piece.member is None else (*output[: piece.member], passed, *output[piece.member + 1 :])
 
-    return {piece.reads: reading, piece.gives: giving}
+    return {piece.reads: reading, piece.gives: putting_another(giving)}
 
 
 def require_components(components: tuple[str, ...]) -> None:

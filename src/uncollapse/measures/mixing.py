@@ -419,8 +419,8 @@ def row_statistics_from_weights(
     half the lowest number of the dtype is forbidden; without them both are `None`. Weights of a sink are left out by
     the caller, as the columns that are no keys.
 
-    Ranges, masks and NaN as in `row_statistics`. Weights in half precision are coarse: bfloat16 keeps 8 bits, and
-    susceptibility feels every weight that underflowed to 0.
+    Ranges, masks and NaN as in `row_statistics`; a row whose weights are all 0 is NaN, too. Weights in half precision are
+    coarse: bfloat16 keeps 8 bits, and susceptibility feels every weight that underflowed to 0.
 
     >>> rows = row_statistics_from_weights(torch.tensor([[[[0.25, 0.75]]]]))
     >>> rows.entropy, rows.entropy_floor, rows.max_logit
@@ -455,6 +455,9 @@ def row_statistics_from_weights(
     pairs = _pairs(name, sizes, allowed, key_mask, query_mask, causal)
     scores = _Scores(sizes, _accumulation(weights.dtype), weights.device, from_weights, *pairs)
     rows = _measure(scores, False, susceptibility)
+    nothing = rows.maximum <= FORBIDDEN  # a sink took the whole row, to the last bit: no distribution over keys is left
+    for figure in (rows.entropy, rows.rest, rows.peak, rows.variance):
+        figure.masked_fill_(nothing, math.nan)
     given = None if L is None else _measure(replace(scores, fill=from_logits), floor, False)
     return RowStatistics(
         entropy=rows.entropy,

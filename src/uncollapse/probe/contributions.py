@@ -26,7 +26,7 @@ from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Layout, ModuleCall, Place
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
-from uncollapse.probe.projections import bears_out, projected_cloud, projection_map, side_by_side
+from uncollapse.probe.projections import bears_out, holds, projected_cloud, projection_map, side_by_side
 from uncollapse.sources import check_batches
 
 
@@ -70,6 +70,10 @@ def head_contributions(
 
     Y is the output of the projection. If `added_as_is` is False, it is not yet what enters the residual stream: a factor after
     it multiplies all contributions equally, but a norm divides by the size of the whole sum.
+
+    Each product that mixes values counts with its own heads. A difference of two softmaxes that is written as two products,
+    A V - c B V, has twice the heads: those of A first, then those of B, with their factor -c. The sum of the two is one head
+    of the model.
 
     Misleading as a measure of importance: contributions cancel, and the energy of their sum is not the sum of their energies.
     With quantised activations they sum to the output only as far as the projection is linear.
@@ -292,6 +296,14 @@ def _same_tokens(update: Tensor, output: Tensor) -> bool:
     return any(torch.equal(each.flatten(), output.flatten()) for each in (update, swapped))
 
 
+def _is_read(mixed: Tensor | None, heads_output: Tensor | None) -> bool:
+    """Whether the projection reads, bit for bit, what the product gave, the heads side by side: then they are told apart without
+    knowing what the product's other axes hold."""
+    if mixed is None or heads_output is None or heads_output.ndim not in {3, 4}:
+        return False
+    return holds(mixed, heads_output if heads_output.ndim == 4 else heads_output.unsqueeze(0))
+
+
 @dataclass(frozen=True)
 class _Contributor:
     """Turns what a projection read into contributions, when it is asked."""
@@ -327,6 +339,14 @@ class _Contributor:
         if heads_output is not None and heads_output.ndim == 3 and heads_output.shape[0] % size == 0:
             heads_output = heads_output.unflatten(0, (size, -1))
         width = reading.heads * reading.call.head_width
+        unread = next(
+            (call.unreadable for call in reading.block.parts[reading.part].attention if call.unreadable), None
+        )
+        if unread is not None and not _is_read(mixed, heads_output):
+            raise UnsupportedModel(
+                f"head_contributions: expected an attention whose heads can be told apart in what its output projection reads, got "
+                f"one in {reading.place} that was not read: {unread}. Choose other blocks."
+            )
         cloud = None
         if mixed is not None and mixed.shape[-1] == width:
             known = heads_output if heads_output is not None and heads_output.ndim == 4 else None
