@@ -98,7 +98,14 @@ def proved_anatomy(
         return known.anatomy
     small, steers = (dict(batch), _steers(model, batch)) if anew else _piece(model, batch)
     anatomy = prove(model, small, layout)
-    remember(model, situation, Remembered(anatomy, _one_sequence(model, batch), steers))
+    few = _one_sequence(model, batch)
+    ids = next((stack.ids for stack in anatomy.stacks if stack.ids is not None and stack.ids_transposed), None)
+    if ids is not None:  # its first row is a token of every sequence
+        shape = batch[ids].shape
+        piece = example_batch(_turned(batch, shape))
+        few = _turned(piece, piece[ids].shape)
+        few = few if _runs_on(model, few) else small
+    remember(model, situation, Remembered(anatomy, few, steers))
     return anatomy
 
 
@@ -120,6 +127,14 @@ def _piece(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], 
 def _one_sequence(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     piece = example(batch)
     return piece if _runs_on(model, piece) else dict(batch)
+
+
+def _turned(batch: Mapping[str, Any], shape: Sequence[int]) -> dict[str, Any]:
+    """A batch whose tensors with axes of these sizes have them in the other order."""
+    return {
+        name: value.transpose(0, 1) if isinstance(value, Tensor) and value.shape[:2] == tuple(shape) else value
+        for name, value in batch.items()
+    }
 
 
 def _runs_on(model: nn.Module, piece: Mapping[str, Any]) -> bool:
