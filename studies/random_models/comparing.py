@@ -142,7 +142,9 @@ def entropy(row: np.ndarray) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def head_reference(one: AttentionTruth, real: np.ndarray, sequence: int, head: int) -> dict[str, float]:
+def head_reference(
+    one: AttentionTruth, real: np.ndarray, sequence: int, head: int, spec: Specification | None = None
+) -> dict[str, float]:
     """One head on one sequence, by the definitions in `mixing`: per row first, then over the rows."""
     rows = np.flatnonzero(real[sequence])
     found: dict[str, list[float]] = collections.defaultdict(list)
@@ -150,14 +152,19 @@ def head_reference(one: AttentionTruth, real: np.ndarray, sequence: int, head: i
     # A mask of -100 beside logits in the hundreds (a model without its norms) forbids nothing: as the documentation has it, a
     # forbidden pair has no weight, or is not forbidden.
     seen = real[sequence][None, :] & real[sequence][:, None]
-    leaks = np.where(seen & ~allowed[sequence, 0], weights[sequence], 0).max() > LEAST_WEIGHT
+    is_soft = spec is None or spec.forbidden in {"-100", "-1e4", "-1e9"}
+    leaks = is_soft and np.where(seen & ~allowed[sequence, 0], weights[sequence], 0).max() > LEAST_WEIGHT
+    logits = one.logits
     if leaks:
+        if logits is not None and spec is not None:  # what the softmax saw of such a pair
+            number = float(spec.forbidden)
+            logits = np.where(allowed, logits, logits + number if spec.masking.startswith("added") else number)
         allowed = allowed | seen
     for i in rows:
         keys = np.flatnonzero(allowed[sequence, 0, i])
         row = weights[sequence, head, i, keys]
-        if one.logits is not None:
-            found["max_logit"].append(one.logits[sequence, head, i, keys].max())
+        if logits is not None:
+            found["max_logit"].append(logits[sequence, head, i, keys].max())
         if (row < 0).any() or not row.sum() > 0:
             continue
         H, T = entropy(row), len(keys)
@@ -559,7 +566,7 @@ def _compare_attention(
             continue
         for head, entry in enumerate(entries):
             every, others = (
-                [head_reference(t.attention[block], t.real, i, head) for t in of for i in range(len(t.real))]
+                [head_reference(t.attention[block], t.real, i, head, spec) for t in of for i in range(len(t.real))]
                 for of in (truths, twins or [])
             )
             full = record.probe.level == "full"

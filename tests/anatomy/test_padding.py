@@ -66,3 +66,39 @@ def test_padding_beside_a_token_of_the_models_own_is_seen_whatever_number_hides_
     given = batch(is_left=False)
     record = uc.diagnose(model, batches=[given]).record
     assert record.probe.tokens == int(given["keep"].sum()) + len(given["keep"])
+
+
+class MaskedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        logits = q @ k.mT - 1e4 * (1 - keep[:, None, None].float())
+        x = x + self.out((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+class Halved(nn.Module):
+    """Autocast in the model's own forward, over a stream that begins in half precision: alone, no block runs without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.start, self.blocks = nn.Linear(8, WIDTH), nn.ModuleList(MaskedBlock() for _ in range(2))
+
+    def forward(self, features: Tensor, keep: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.start(features)
+            for block in self.blocks:
+                x = block(x, keep)
+            return x
+
+
+def test_the_mask_of_a_model_in_autocast_is_found_under_autocast() -> None:
+    given = batch(is_left=False)
+    features = torch.randn(*given["keep"].shape, 8, generator=torch.Generator().manual_seed(0))
+    record = uc.diagnose(Halved().eval(), batches=[{"features": features, "keep": given["keep"]}]).record
+    assert record.probe.tokens == int(given["keep"].sum())

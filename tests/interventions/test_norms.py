@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable
@@ -454,3 +455,22 @@ def test_oddness_tells_a_norm_from_a_softmax() -> None:
     assert seen(lambda v: F.rms_norm(v, (6,))) == "rms"
     assert seen(lambda v: v.softmax(-1)) is None
     assert seen(torch.sign) is None
+
+
+@pytest.mark.parametrize(
+    ("placement", "overlooked"), [("pre", 0), ("pre", 1), ("post", 0), ("post", 1), ("sandwich", 2)]
+)
+def test_a_norm_that_was_overlooked_is_not_left_in_silence(
+    placement: str, overlooked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, batch = Stack(placement, WRITTEN["rms by hand"][1]).eval(), {"input_ids": ids()}
+    anatomy = proved_anatomy(model, batch)
+    first, second = anatomy.blocks
+    left = tuple(norm for i, norm in enumerate(second.norms) if i != overlooked)
+    wrong = dataclasses.replace(anatomy, blocks=(first, dataclasses.replace(second, norms=left)))
+    monkeypatch.setattr(interventions, "anatomy_for", lambda *_: wrong)
+    with pytest.raises(uc.UnsupportedModel, match="a norm that was overlooked"), uc.without(model, "norm"):
+        pass
+    with uc.without(model, "norm", blocks=[0]):
+        pass

@@ -190,3 +190,25 @@ def test_a_mask_that_is_one_with_a_bias_is_not_taken_for_a_mask_alone() -> None:
     batch = {"input_ids": torch.randint(30, (4, 7), generator=torch.Generator().manual_seed(0))}
     with pytest.raises(uc.UnsupportedModel, match="also adds a bias"), uc.without(MaskAndBias(), "mask", batch=batch):
         pass
+
+
+class Windowed(TokenFirst):
+    """Token-first, and no token sees one that is more than three away: on a piece of three tokens that forbids nothing."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
+        x, places = self.embed(input_ids), torch.arange(len(input_ids))
+        hidden = -1e9 * ((places - places[:, None]).abs() > 3).float()
+        return self.blocks[0](x, hidden)
+
+
+def test_a_mask_over_token_first_numbers_is_taken_away() -> None:
+    """The first row of such a batch is one token of every sequence: nothing that is asked of it alone has a mask."""
+    torch.manual_seed(0)
+    model = Windowed().eval()
+    batch = {"input_ids": torch.randint(30, (9, 4), generator=torch.Generator().manual_seed(0))}
+    other = {"input_ids": batch["input_ids"].clone()}
+    other["input_ids"][-1] = (other["input_ids"][-1] + 1) % 30
+    with torch.no_grad(), uc.without(model, "mask", batch=batch):
+        assert not torch.equal(model(**batch)[0], model(**other)[0])
+    with torch.no_grad():
+        assert torch.equal(model(**batch)[0], model(**other)[0])

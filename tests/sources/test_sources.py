@@ -839,3 +839,10 @@ def test_token_mask_is_boolean_or_none() -> None:
     fractional = torch.tensor([[1.0, 0.5]])
     with pytest.raises(InputError, match=r"values from 0\.5 to 1"):
         token_mask({"attention_mask": fractional})
+
+
+def test_token_first_numbers_may_come_with_a_mask_that_is_batch_first() -> None:
+    mask = torch.ones(3, 5, dtype=torch.long)
+    mask[0, 3:] = 0
+    (batch,) = check_batches([{"input_ids": torch.ones(5, 3, dtype=torch.long), "attention_mask": mask}])
+    assert torch.equal(batch["attention_mask"], mask)

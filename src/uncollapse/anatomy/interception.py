@@ -113,15 +113,16 @@ class _Owner(TorchFunctionMode):
         if handler is None:
             return func(*args, **kwargs)
         own = _as_the_models_own(func)
-        with _handling.set(True):
-            if self.around is None or handler not in _putting_another:
+        if self.around is None or handler not in _putting_another:
+            with _handling.set(True):
                 return handler(own, args, kwargs)
 
-            @functools.wraps(func)
-            def changed(*given: Any, **named: Any) -> Any:
+        @functools.wraps(func)
+        def changed(*given: Any, **named: Any) -> Any:
+            with _handling.set(True):
                 return handler(own, given, named)
 
-            return self.around.seeing(name, changed, args, kwargs)
+        return self.around.seeing(name, changed, args, kwargs)
 
     def _next(self, name: str) -> Handler | None:
         """Count one more operation of this name; its handler."""
@@ -138,7 +139,8 @@ class _Owner(TorchFunctionMode):
         self.depth += 1  # what the handlers themselves do is none of the module's operations
         try:
             if handler is not None:
-                return handler(function, args, kwargs)
+                with _handling.set(True):
+                    return handler(function, args, kwargs)
             return (
                 function(*args, **kwargs) if self.around is None else self.around.seeing(name, function, args, kwargs)
             )

@@ -98,7 +98,14 @@ def proved_anatomy(
         return known.anatomy
     small, steers = (dict(batch), _steers(model, batch)) if anew else _piece(model, batch)
     anatomy = prove(model, small, layout)
-    remember(model, situation, Remembered(anatomy, _one_sequence(model, batch), steers))
+    few = _one_sequence(model, batch)
+    ids = next((stack.ids for stack in anatomy.stacks if stack.ids is not None and stack.ids_transposed), None)
+    if ids is not None:  # its first row is a token of every sequence
+        shape = batch[ids].shape
+        piece = example_batch(_turned(batch, shape))
+        few = _turned(piece, piece[ids].shape)
+        few = few if _runs_on(model, few) else small
+    remember(model, situation, Remembered(anatomy, few, steers))
     return anatomy
 
 
@@ -120,6 +127,14 @@ def _piece(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], 
 def _one_sequence(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     piece = example(batch)
     return piece if _runs_on(model, piece) else dict(batch)
+
+
+def _turned(batch: Mapping[str, Any], shape: Sequence[int]) -> dict[str, Any]:
+    """A batch whose tensors with axes of these sizes have them in the other order."""
+    return {
+        name: value.transpose(0, 1) if isinstance(value, Tensor) and value.shape[:2] == tuple(shape) else value
+        for name, value in batch.items()
+    }
 
 
 def _runs_on(model: nn.Module, piece: Mapping[str, Any]) -> bool:
@@ -300,7 +315,7 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
         known: dict[tuple[int, tuple[int, ...]], StreamAxes] = {}  # by stack and shape of its stream
         for number, (block, run) in enumerate(zip(anatomy.blocks, runs, strict=True)):
             try:
-                with run.entered():  # every replay of the block happens in here
+                with run.entered():  # the norms that the proof repeats by themselves, too
                     prover = _BlockProof(model, block, run, recorded)
                     prover.check(known, anatomy.stack_of(number))
             except UncollapseError:
@@ -689,7 +704,7 @@ class BlockAlone:
         acting = {p: in_turn(*(layer[p] for layer in layers if p in layer)) for layer in layers for p in layer}
         alone = {replace(p, call=self._run_alone(p.owner, p.call or 0)): h for p, h in acting.items()}
         torch.manual_seed(0)
-        with met(self.model, acted, handlers=alone, within=self.module):
+        with self.run.entered(), met(self.model, acted, handlers=alone, within=self.module):
             self.module(*args, **kwargs)
         return seen[-1]
 

@@ -42,6 +42,7 @@ from uncollapse.anatomy.situations import held
 from uncollapse.anatomy.tracing import tensors_in, writes_in_place
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall, NormPiece, removal
 from uncollapse.errors import InputError, UnsupportedModel
+from uncollapse.interventions.overlooked_norms import require_no_norm_left
 from uncollapse.interventions.token_order import mask_removed, positions_removed, require_order_blind
 from uncollapse.wrappers import seen_through
 
@@ -176,8 +177,16 @@ def _require_effect(
             + ("Norms stand outside: pass blocks='all+outer'." if outside else "Take away another component."),
             found=anatomy.describe(),
         )
-    # A removal acts at proved places and says so where it misses one. What mask and positions do shows on a run only.
+    # A removal acts at proved places and says so where it misses one. What mask and positions do shows on a run only, and so
+    # does a norm that was overlooked.
     example = known_example(model)
+    if example is not None and "norm" in wanted.components:
+        everything = _Removal(frozenset({"norm", "mlp", "attention"}), wanted.blocks, False)
+        try:
+            _install(model, anatomy, [everything])
+            require_no_norm_left(model, anatomy, wanted.blocks, example)
+        finally:
+            _install(model, anatomy, active)
     if example is None or not (thorough or wanted.components & {"mask", "positions"}):
         return
     try:

@@ -215,7 +215,9 @@ def _checked(given: Any, where: str, model: nn.Module | None) -> dict[str, Tenso
         mask = token_mask(batch, key)
         if mask is None:
             continue
-        if key == "attention_mask" and tokens is not None and mask.shape != tokens:
+        # Token numbers [token, sequence] beside a mask [sequence, token]: fairseq's, and torch's own layers without batch_first.
+        turned = None if tokens is None else tokens[::-1]
+        if key == "attention_mask" and tokens is not None and mask.shape not in {tokens, turned}:
             raise InputError(
                 f"check_batches: expected {where}[{key!r}] of shape (batch token) {tuple(tokens)}, got "
                 f"{tuple(mask.shape)}. They may come from two batches. Pass the mask made with these tokens."
