@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.vocabulary import Anatomy, ModuleCall
 from uncollapse.records.trail import HeadPlace, SitePlace
-from uncollapse.symmetry.channels import Channels, Rows, channels_of
+from uncollapse.symmetry.channels import Channels, channels_of
+from uncollapse.symmetry.studied_calls import Rows
 
 ROLES = ("queries", "keys", "values", "projection")
 Figures = dict[str, list[float | None]]
