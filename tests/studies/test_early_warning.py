@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from studies.early_warning.document import BY_NAME, document, first_alarm, shown_by_the_loss
 from studies.early_warning.runs import NormRule, Run, SpikeRule
 
