@@ -105,8 +105,8 @@ def document(runs: Sequence[Run]) -> str:
         "## What is missing",
         "",
         "The constants of the alarms (how deep, how long) were chosen on seed 0 of these runs; the other seeds had no part in it.",
-        "There are few of them, the models are small, and the planted growth of logits does not hurt the loss within the run. No run",
-        "fails through a numeric fault alone. `trainscope` and `arc-vigil` were not run beside the monitor.",
+        "There are few of them, the models are small, and the planted growth of logits does not hurt the loss within the run.",
+        "No run fails through a numeric fault alone. `trainscope` and `arc-vigil` were not run beside the monitor.",
         "",
     ]
     return "\n".join(lines)
