@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest check bench results validity results-gates random-models browser schema constraints clean help
+.PHONY: demo test test-all test-oldest check bench results validity results-gates early-warning random-models browser schema constraints clean help
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -62,6 +62,9 @@ validity: $(INSTALLED) ## docs/validity.md anew: known damage planted into healt
 
 families: $(INSTALLED) ## try every model type of transformers; writes docs/families.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.families --out docs/families.md
+
+early-warning: $(INSTALLED) ## train small models into failure, beside their healthy twins; writes docs/early-warning.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.early_warning --out docs/early-warning.md
 
 random-models: $(INSTALLED) ## ten thousand random small Transformers against the truth they record (an hour; goes on where it stopped)
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.random_models --count 10000

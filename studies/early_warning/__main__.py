@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from studies.early_warning.document import document
+from studies.early_warning.document import document, picture
 from studies.early_warning.runs import SCENARIOS, Run, run
 
 
@@ -44,6 +44,7 @@ def main() -> None:
             print(f"{scenario.name}, seed {seed} ({took:.0f} s): {said or 'no alarm'} {found.others}", file=sys.stderr)
     if given.out is not None:
         given.out.write_text(document(list(done.values())), "utf-8")
+        picture(list(done.values()), given.out.parent / "images" / "early-warning.svg")
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("learning rate 2e-3", SMALL, 2e-3, 20, 300),
     Scenario("learning rate 1e-2, bounded logits", Shape(bounded=True), 1e-2, 20, 300),
     Scenario(
-        "residual decays", SMALL, 2e-3, 20, 300, "rank-collapse-depth", "learning rate 2e-3", None, decaying, 80
+        "residual decays", SMALL, 2e-3, 20, 300, "", "learning rate 2e-3", None, decaying, 80
     ),
     Scenario("logits grow", SMALL, 2e-3, 20, 300, "entropy-collapse", "learning rate 2e-3", 1, growing, 80),
 )  # fmt: skip

@@ -20,7 +20,8 @@ def test_an_example_imports_the_package_and_nothing_inside_it(page: Path) -> Non
     imports = [
         line for block in _examples(page) for line in block.splitlines() if re.match(r"\s*(from|import) unc", line)
     ]
-    assert set(imports) <= {"import uncollapse as uc"}
+    adapters = {f"from uncollapse.{name} import MonitorCallback" for name in ("huggingface", "lightning")}
+    assert set(imports) <= {"import uncollapse as uc", *adapters}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
