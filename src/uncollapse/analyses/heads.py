@@ -23,6 +23,7 @@ from uncollapse.anatomy.probing import float64_kept
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import HeadsRecord
 from uncollapse.records.heads import HEADS_SCHEMA, IdentifiabilityRecord
+from uncollapse.restoring import leaves_no_trace
 
 ABOUT_HEADS = ("head-channel-non-identifiability", "numerics")
 
@@ -42,6 +43,7 @@ class Identifiability(Recorded[IdentifiabilityRecord]):
         return self.record.findings
 
 
+@leaves_no_trace
 def identify(
     model: nn.Module | str | Path = "demo",
     texts: Iterable[str] | None = None,

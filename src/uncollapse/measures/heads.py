@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from uncollapse.errors import InputError
+from uncollapse.measures.admission import admitting, at_size_one, is_ordinary, require_plain, times_power_of_two
 
 # bfloat16 rounds by 2^-8 = 0.4 %. Ten times that is 4 %: a head's share is still right to a few per cent.
 CARE_GAIN = 10.0
@@ -47,6 +48,7 @@ def ambiguous_degrees_of_freedom(heads: int, head_width: int, tokens: int = 1) -
     return tokens * (heads - 1) * head_width
 
 
+@admitting
 def kernel_dimension(output_projection: Float[Tensor, "mixed width"], tokens: int = 1) -> int:
     """How many numbers of the head outputs do not reach the layer's output, for an observer who knows W_O. A count.
 
@@ -64,7 +66,7 @@ def kernel_dimension(output_projection: Float[Tensor, "mixed width"], tokens: in
 
     Linear algebra; the question is that of arXiv 2604.23681. Raises `InputError` for anything but a finite matrix.
     """
-    W = _matrix("kernel_dimension", output_projection)
+    W = at_size_one(_matrix("kernel_dimension", output_projection), (0, 1))[0]
     return tokens * (W.shape[0] - _rank(W, output_projection.dtype))
 
 
@@ -85,7 +87,15 @@ class WriteSpaces:
     def __init__(
         self, output_projection: Float[Tensor, "mixed width"], heads: int, *, name: str = "WriteSpaces"
     ) -> None:
-        self.blocks = _blocks(name, output_projection, heads)
+        if not isinstance(output_projection, Tensor):
+            raise InputError(
+                f"{name}: expected a tensor as output_projection, got {type(output_projection).__name__}. "
+                "It may be an array or a list. Pass torch.as_tensor(...) of it."
+            )
+        require_plain(name, "output_projection", output_projection)
+        self.blocks = at_size_one(_blocks(name, output_projection, heads), (0, 1, 2))[
+            0
+        ]  # no figure depends on its scale
         self.dtype, self.heads = output_projection.dtype, heads
         _, sigma, rows = torch.linalg.svd(self.blocks, full_matrices=False)
         kept = torch.stack([s > _tolerance(b, s[0], self.dtype) for b, s in zip(self.blocks, sigma, strict=True)])
@@ -119,6 +129,7 @@ def _decomposed(name: str, output_projection: Tensor | WriteSpaces, heads: int) 
     return output_projection
 
 
+@admitting
 def contribution_ambiguity(
     output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int, tokens: int = 1
 ) -> int:
@@ -204,6 +215,7 @@ def query_key_gauge_dimension(
     return groups * (rotary_width + free**2) + (groups * free if bias else 0)
 
 
+@admitting
 def write_space_overlap(
     output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int
 ) -> Float[Tensor, "head head"]:
@@ -233,6 +245,7 @@ def write_space_overlap(
     return cosines / torch.minimum(ranks[:, None], ranks)
 
 
+@admitting
 def principal_angles(
     output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int
 ) -> Float[Tensor, "head head head_width"]:
@@ -263,6 +276,7 @@ def principal_angles(
     return angles
 
 
+@admitting
 def smallest_principal_angle(
     output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int
 ) -> Float[Tensor, "head head"]:
@@ -295,6 +309,7 @@ def smallest_principal_angle(
     return angles.masked_fill(silent[:, None] | silent, math.nan)
 
 
+@admitting
 def conditioning(output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int) -> float:
     """By how much noise in the layer's output is amplified, at worst, when it is attributed to heads. A factor.
 
@@ -322,6 +337,7 @@ def conditioning(output_projection: Float[Tensor, "mixed width"] | WriteSpaces, 
     return math.inf if dependent else float(sigma[0] / sigma[-1])
 
 
+@admitting
 def head_noise_gain(
     output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int
 ) -> Float[Tensor, " head"]:
@@ -361,6 +377,7 @@ def head_noise_gain(
     return gains
 
 
+@admitting
 def write_grams(
     output_projection: Float[Tensor, "mixed width"], heads: int
 ) -> Float[Tensor, "head head_width head_width"]:
@@ -376,6 +393,7 @@ def write_grams(
     return _grams("write_grams", output_projection, heads)
 
 
+@admitting
 def contribution_energy(
     head_outputs: Float[Tensor, "*batch token mixed"],
     output_projection: Float[Tensor, "mixed width"],
@@ -403,6 +421,7 @@ def contribution_energy(
     return _energy("contribution_energy", head_outputs, output_projection, heads, mask, grams)
 
 
+@admitting
 def energy_share(
     head_outputs: Float[Tensor, "*batch token mixed"],
     output_projection: Float[Tensor, "mixed width"],
@@ -424,10 +443,11 @@ def energy_share(
 
     Derived here. Raises `InputError` as `contribution_energy` does.
     """
-    energy = _energy("energy_share", head_outputs, output_projection, heads, mask, grams)
+    energy = _energy("energy_share", head_outputs, output_projection, heads, mask, grams, is_share=True)
     return energy / energy.sum(-1, keepdim=True)
 
 
+@admitting
 def gate_rank(gates: Float[Tensor, "position head"], tol: float | None = None) -> int:
     """How many of the heads become separable by gates that differ from position to position. A count.
 
@@ -448,6 +468,7 @@ def gate_rank(gates: Float[Tensor, "position head"], tol: float | None = None) -
     return _gate_spectrum("gate_rank", gates, tol)[1]
 
 
+@admitting
 def gate_conditioning(gates: Float[Tensor, "position head"], tol: float | None = None) -> float:
     """By how much noise is amplified, at worst, when heads are recovered from their position gates. A factor.
 
@@ -497,8 +518,9 @@ def _energy(
     heads: int,
     mask: Tensor | None,
     grams: Tensor | None,
+    is_share: bool = False,
 ) -> Tensor:
-    """`contribution_energy`, refusing under the name of the function that was called."""
+    """`contribution_energy`, refusing under the name of the function that was called; `is_share`: in any unit."""
     if grams is None:
         grams = _grams(name, output_projection, heads)
     if head_outputs.ndim < 2 or head_outputs.shape[-1] != grams.shape[0] * grams.shape[1] or grams.shape[0] != heads:
@@ -514,6 +536,17 @@ def _energy(
             f"{_shape(mask)}. It may be an integer attention mask. Pass mask.bool(), True for real tokens."
         )
     O = head_outputs.detach().to(torch.promote_types(head_outputs.dtype, torch.float32))
+    if not O.is_floating_point():
+        raise InputError(
+            f"{name}: expected floating-point head_outputs, got {_shape(head_outputs)}. They may be token ids. "
+            "Pass the projection's input."
+        )
+    dtype, sizes = O.dtype, torch.zeros((), dtype=torch.int32, device=O.device)
+    if not (is_ordinary(O, 50) and is_ordinary(grams, 100)):  # squares would leave the range
+        O = O.double() if mask is None else torch.where(mask[..., None], O, 0).double()
+        O, of_outputs = at_size_one(O, (-2, -1))
+        grams, of_weights = at_size_one(grams.double(), (0, 1, 2))
+        sizes = 2 * of_outputs[..., 0] + of_weights.flatten()
     # centred before the Gram: the common part of the tokens would drown the rest
     if mask is None:
         O = O - O.mean(-2, keepdim=True)
@@ -523,14 +556,17 @@ def _energy(
     O = O.unflatten(-1, (heads, -1)).transpose(-2, -3)
     with torch.autocast(O.device.type, enabled=False):
         energy = (O.mT @ O * grams.to(O)).sum((-1, -2))
-    return energy.clamp(min=0)
+    energy = energy.clamp(min=0)
+    return (energy if is_share else times_power_of_two(energy, sizes)).to(dtype)
 
 
 def _gate_spectrum(name: str, gates: Tensor, tol: float | None) -> tuple[Tensor, int]:
     """The singular values of the gates, and how many stand above the tolerance."""
-    G = _matrix(name, gates)
+    G, exponent = at_size_one(_matrix(name, gates), (0, 1))
     sigma = torch.linalg.svdvals(G)
-    return sigma, int((sigma > (_tolerance(G, sigma[0], gates.dtype) if tol is None else tol)).sum())
+    if tol is None:
+        return sigma, int((sigma > _tolerance(G, sigma[0], gates.dtype)).sum())
+    return sigma, int((times_power_of_two(sigma, exponent[0]) > tol).sum())
 
 
 def _rank(W: Tensor, dtype: torch.dtype) -> int:
@@ -574,6 +610,7 @@ def _shape(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
 
 
+@admitting
 def gauge_of_gates(gates: Float[Tensor, "position head"], head_width: int, tol: float | None = None) -> int:
     """In how many directions heads can still be mixed unseen, given their gates at some positions. A count.
 
@@ -604,7 +641,7 @@ def gauge_of_gates(gates: Float[Tensor, "position head"], head_width: int, tol: 
             "finite. A closed head mixes with nothing. Leave it out, or pass the gates of fewer positions."
         )
     tol = 16 * torch.finfo(gates.dtype).eps if tol is None else tol
-    profiles = normalize(gates.detach().double(), dim=0)
+    profiles = normalize(at_size_one(gates.detach().double(), (0,))[0], dim=0)
     alike = torch.cdist(profiles.T, profiles.T, compute_mode="donot_use_mm_for_euclid_dist") <= tol
     reached = alike.double()
     for _ in range(max(1, math.ceil(math.log2(gates.shape[1])))):  # chains of pairs, doubled in length each time

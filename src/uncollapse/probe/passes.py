@@ -53,6 +53,7 @@ from uncollapse.probe.projections import (
 )
 from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, SiteStatistics, distinct_tokens
 from uncollapse.probe.sublayers import NormStatistics, Sublayers, UpdateStatistics
+from uncollapse.restoring import restoring
 
 Progress = Callable[[str, int, int], None]
 Level = Literal["core", "full"]
@@ -177,15 +178,15 @@ class _Probe:
             streams += self.sublayers.streams
             for point, handler in self.sublayers.handlers.items():
                 handlers[point] = in_turn(handler, handlers[point]) if point in handlers else handler
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.model.register_forward_hook(self._end, always_call=True).remove)
+        with restoring() as changes:
+            changes.hook(self.model, "forward", self._end, always_call=True)
             # Before the hooks: what they compute must not count as operations of the module that calls theirs.
-            stack.enter_context(met(self.model, streams, handlers=handlers))
+            changes.enter(met(self.model, streams, handlers=handlers))
             if self.sublayers is not None:
-                stack.enter_context(self.sublayers.installed())
+                changes.enter(self.sublayers.installed())
             for name, calls in projections.items():
                 enter = self._projecting(name, calls)
-                stack.callback(self.model.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True).remove)
+                changes.hook(self.model.get_submodule(name), "forward_pre", enter, with_kwargs=True)
             yield
 
     def _sites(self) -> dict[int, tuple[SiteStatistics | None, SiteStatistics]]:

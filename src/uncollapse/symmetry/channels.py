@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -35,6 +36,7 @@ from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import example, known_example
 from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, ModuleCall
+from uncollapse.restoring import leaves_no_trace, restoring
 from uncollapse.symmetry.layouts import are_rows_of, is_exponential, is_over_last_axis, refused_layout
 from uncollapse.symmetry.parameters import Parameters, is_part_of, output_axis
 from uncollapse.symmetry.patterns import (
@@ -123,6 +125,7 @@ class Channels:
         return tuple(c for c in range(width) if c not in turned)
 
 
+@leaves_no_trace
 def channels_of(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> list[Channels]:
     """The channels of every attention call of `anatomy`, in the order of the blocks. `batch` is an input of the model; the
     few tokens on which the anatomy was proved are taken instead where they are known.
@@ -301,11 +304,14 @@ class _Probe:
             else:
                 modules.setdefault(place.name, set()).add(place.call)
         projections = {s.call.projection.name for _, s in self.usual if isinstance(s.call.projection, ModuleCall)}
-        with contextlib.ExitStack() as stack:
-            runs = stack.enter_context(counted(self.model, {*modules, *projections}))
+        thread = threading.get_ident()
+        with restoring() as changes:
+            runs = changes.enter(counted(self.model, {*modules, *projections}))
 
             def leave(name: str) -> Callable[..., Tensor | None]:
                 def hook(_: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+                    if threading.get_ident() != thread:
+                        return None
                     run = runs.begin(name)
                     self.runs[name] = run + 1
                     return at_source(ModuleCall(name, run), output) if run in modules.get(name, ()) else None
@@ -314,8 +320,8 @@ class _Probe:
 
             # Before the handlers are put up: what a hook computes must not count as the surrounding module's own.
             for name in {*modules, *projections}:
-                stack.callback(self.model.get_submodule(name).register_forward_hook(leave(name)).remove)
-            stack.enter_context(intercepted(self.model, handlers))
+                changes.hook(self.model.get_submodule(name), "forward", leave(name))
+            changes.enter(intercepted(self.model, handlers))
             yield
 
     @staticmethod
@@ -372,24 +378,26 @@ class _Probe:
             )
             if isinstance(call.projection, Point):
                 handlers[call.projection] = self._projecting(number, found)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._standing(filled, handlers))
+        thread = threading.get_ident()
+        with restoring() as changes:
+            changes.enter(self._standing(filled, handlers))
             by_name: dict[str, dict[int, int]] = {}
             for number, site in self.usual:
                 if isinstance(site.call.projection, ModuleCall):
                     by_name.setdefault(site.call.projection.name, {})[site.call.projection.call] = number
-            runs = stack.enter_context(counted(self.model, by_name))
+            runs = changes.enter(counted(self.model, by_name))
             for name, calls in by_name.items():
 
                 def enter(
                     _: nn.Module, args: Any, kwargs: Any, name: str = name, calls: dict[int, int] = calls
                 ) -> None:
+                    if threading.get_ident() != thread:
+                        return
                     run = runs.begin(name)
                     if run in calls:
                         self._keep(found, calls[run], "projection", next(tensors_in([args, kwargs])))
 
-                hook = self.model.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True)
-                stack.callback(hook.remove)
+                changes.hook(self.model.get_submodule(name), "forward_pre", enter, with_kwargs=True)
             self.model(**self.batch)
         return found
 
