@@ -138,16 +138,25 @@ def _each(name: str, matrix: Any, mask: Tensor | None, measure: Any) -> int | Te
     if mask is None and not (isinstance(matrix, Tensor) and matrix.ndim > 2):
         answer: int = measure(rational(matrix, name=name))
         return answer
-    if not isinstance(matrix, Tensor) or matrix.ndim < 2 or (mask is not None and mask.shape != matrix.shape[:-1]):
+    if (
+        not isinstance(matrix, Tensor)
+        or matrix.ndim < 2
+        or (isinstance(mask, Tensor) and mask.shape != matrix.shape[:-1])
+    ):
         shapes = [tuple(getattr(given, "shape", ())) for given in (matrix, mask)]
         raise InputError(
             f"{name}: expected a tensor with axes (batch, token, width) and a mask with axes (batch, token), got "
             f"shapes {shapes[0]} and {shapes[1]}. The mask may belong to another batch. "
             "Pass one boolean for each token."
         )
-    for label, given in (("matrix", matrix), ("mask", mask)):
-        if given is not None:
-            require_plain(name, label, given)
+    require_plain(name, "matrix", matrix)
+    if mask is not None and not isinstance(mask, Tensor):
+        raise InputError(
+            f"{name}: expected a tensor as mask, got {type(mask).__name__}. It may be an array or a list. "
+            "Pass torch.as_tensor(...) of it."
+        )
+    if mask is not None:
+        require_plain(name, "mask", mask)
     if mask is not None and mask.dtype != torch.bool:
         raise InputError(
             f"{name}: expected a boolean mask, got {mask.dtype}. An additive or 0/1 attention mask reads differently. "

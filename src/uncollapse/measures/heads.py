@@ -521,8 +521,10 @@ def _energy(
     is_share: bool = False,
 ) -> Tensor:
     """`contribution_energy`, refusing under the name of the function that was called; `is_share`: in any unit."""
+    of_weights = torch.zeros((), dtype=torch.int32, device=head_outputs.device)
     if grams is None:
-        grams = _grams(name, output_projection, heads)
+        blocks, exponent = at_size_one(_blocks(name, output_projection, heads, finite=False), (0, 1, 2))
+        grams, of_weights = blocks @ blocks.mT, 2 * exponent.flatten()
     if head_outputs.ndim < 2 or head_outputs.shape[-1] != grams.shape[0] * grams.shape[1] or grams.shape[0] != heads:
         raise InputError(
             f"{name}: expected head_outputs[..., token, mixed] with mixed = {output_projection.shape[0]} = "
@@ -541,12 +543,12 @@ def _energy(
             f"{name}: expected floating-point head_outputs, got {_shape(head_outputs)}. They may be token ids. "
             "Pass the projection's input."
         )
-    dtype, sizes = O.dtype, torch.zeros((), dtype=torch.int32, device=O.device)
-    if not (is_ordinary(O, 50) and is_ordinary(grams, 100)):  # squares would leave the range
+    dtype, sizes = O.dtype, of_weights
+    if not (is_ordinary(O, 50) and is_ordinary(grams, 20)):  # squares would leave the range
         O = O.double() if mask is None else torch.where(mask[..., None], O, 0).double()
         O, of_outputs = at_size_one(O, (-2, -1))
-        grams, of_weights = at_size_one(grams.double(), (0, 1, 2))
-        sizes = 2 * of_outputs[..., 0] + of_weights.flatten()
+        grams, of_grams = at_size_one(grams.double(), (0, 1, 2))
+        sizes = 2 * of_outputs[..., 0] + of_grams.flatten() + of_weights
     # centred before the Gram: the common part of the tokens would drown the rest
     if mask is None:
         O = O - O.mean(-2, keepdim=True)
