@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from torch import Tensor, nn
 
 import uncollapse as uc
-from tests.helpers.interrupted import interruptions, standing
+from tests.helpers.interrupted import BATCH, interruptions, llama, standing
 from tests.helpers.own_models import OwnGPT, tokens
 from uncollapse import restoring as restoring_module
 from uncollapse.analyses import symmetries as symmetries_module
@@ -34,24 +33,8 @@ from uncollapse.symmetry.channels import channels_of
 from uncollapse.symmetry.weight_groups import HeadPermutation, ValueOutputGauge
 
 Operation = Callable[[nn.Module, dict[str, Tensor]], object]
-BATCH = {"input_ids": torch.randint(3, 32, (2, 6), generator=torch.Generator().manual_seed(0))}
 BASIS = [restoring_module, turns]
 PROBE = [*BASIS, probing, module_states, autocast, interception, streams, situations]
-
-
-def llama() -> nn.Module:
-    """One block in training mode, which keeps a cache: both have to come back."""
-    torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=32,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-    )
-    return hf.LlamaModel(config).train()
 
 
 def outputs(model: nn.Module, batch: dict[str, Tensor] = BATCH) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import transformers as hf
 from torch import nn
 
 Line = tuple[str, int]
@@ -18,6 +20,24 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
+
+
+BATCH = {"input_ids": torch.randint(3, 32, (2, 6), generator=torch.Generator().manual_seed(0))}
+
+
+def llama() -> nn.Module:
+    """One block in training mode, which keeps a cache: both have to come back."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=32,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+    )
+    return hf.LlamaModel(config).train()
 
 
 def standing(model: nn.Module) -> dict[str, Any]:
@@ -106,3 +126,17 @@ class _traced:  # noqa: N801 - reads as a verb; a class, for a generator of `con
         if event == "line":
             self.at((frame.f_code.co_filename, frame.f_lineno))
         return self.line
+
+
+def interrupted_at(modules: list[types.ModuleType], operation: Callable[[], object], number: int) -> None:
+    """Run the operation, with Ctrl-C at the line of this number, counted over all lines of the modules that run."""
+    met = 0
+
+    def at(_: Line) -> None:
+        nonlocal met
+        met += 1
+        if met == number:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt), _traced(modules, at):
+        operation()
