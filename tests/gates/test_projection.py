@@ -8,6 +8,7 @@ import itertools
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -454,3 +455,26 @@ def test_the_page_runs_top_to_bottom() -> None:
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"position_width": 1.5},
+        {"seed": 2**70},
+        {"seed": 0.5},
+        {"max_positions": 2.0, "positions": "learned"},
+        {"heads": 2.0},
+    ],
+)
+def test_numbers_that_are_none_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(uc.InputError, match=r"^PositionGatedProjection: expected"):
+        uc.PositionGatedProjection(nn.Linear(4, 3), **{"heads": 2, **options})
+
+
+def test_another_number_format_than_the_projection_s_is_refused_outside_autocast() -> None:
+    gated = uc.PositionGatedProjection(nn.Linear(4, 3), 2)
+    with pytest.raises(uc.InputError, match="expected x in float32, as the projection, got float64"):
+        gated(torch.randn(1, 2, 4).double())
+    with torch.autocast("cpu"):
+        assert gated(torch.randn(1, 2, 4).bfloat16()).dtype == torch.bfloat16

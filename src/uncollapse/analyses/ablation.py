@@ -40,6 +40,7 @@ from uncollapse.probe.passes import Level, Observations, Watched
 from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.ablation import ABLATION_SCHEMA, AblationRecord, AblationRun, VerdictRecord
 from uncollapse.records.common import Statistic
+from uncollapse.restoring import leaves_no_trace
 
 GRID = ("norm", "residual", "mlp")
 
@@ -59,6 +60,7 @@ class Ablation(Recorded[AblationRecord]):
         return self.record.verdicts
 
 
+@leaves_no_trace
 def ablate(
     model: nn.Module | str | Path = "demo",
     texts: Iterable[str] | None = None,

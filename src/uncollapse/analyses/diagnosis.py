@@ -27,6 +27,7 @@ from uncollapse.probe.passes import Level
 from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import DIAGNOSIS_SCHEMA, DiagnosisRecord, SiteRecord
+from uncollapse.restoring import leaves_no_trace
 
 # Uniform attention, and sublayers that start at zero.
 AS_AT_THE_START = ("rank-collapse-width", "dead-component")
@@ -47,6 +48,7 @@ class Diagnosis(Recorded[DiagnosisRecord]):
         return self.record.trajectory
 
 
+@leaves_no_trace
 def diagnose(
     model: nn.Module | str | Path = "demo",
     texts: Iterable[str] | None = None,

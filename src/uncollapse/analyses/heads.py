@@ -26,6 +26,7 @@ from uncollapse.judgement.attribution import heads_records
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import HeadsRecord
 from uncollapse.records.heads import HEADS_SCHEMA, IdentifiabilityRecord
+from uncollapse.restoring import leaves_no_trace
 
 ABOUT_HEADS = ("head-channel-non-identifiability", "numerics")
 
@@ -45,6 +46,7 @@ class Identifiability(Recorded[IdentifiabilityRecord]):
         return self.record.findings
 
 
+@leaves_no_trace
 def identify(
     model: nn.Module | str | Path = "demo",
     texts: Iterable[str] | None = None,

@@ -37,6 +37,7 @@ from uncollapse.interventions.without import removed as taken_away
 from uncollapse.probe.context_lengths import require_context_lengths
 from uncollapse.records.common import Finding, Phenomenon, Statistic
 from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord, SymmetryRecord, SymmetryTest
+from uncollapse.restoring import leaves_no_trace
 from uncollapse.symmetry.acting import acting, drawn, transformed
 from uncollapse.symmetry.channels import Channels, channels_of
 from uncollapse.symmetry.pass_groups import KeyPermutation, LogitScaling, LogitShift, TokenPermutation
@@ -71,6 +72,7 @@ class Symmetries(Recorded[SymmetriesRecord]):
         return self.record.findings
 
 
+@leaves_no_trace
 def symmetries(
     model: nn.Module | str | Path = "demo",
     texts: Iterable[str] | None = None,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from uncollapse.restoring import restoring
+
 
 @dataclass(frozen=True)
 class AutocastState:
@@ -38,9 +40,6 @@ class AutocastState:
 @contextlib.contextmanager
 def no_casts_kept() -> Iterator[None]:
     """Keep no cast weight meanwhile: within an autocast of the user's it would be met again after its weight was changed."""
-    kept = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
+    with restoring() as changes:
+        changes.switch(torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled, False)
         yield
-    finally:
-        torch.set_autocast_cache_enabled(kept)

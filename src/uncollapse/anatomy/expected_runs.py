@@ -16,6 +16,7 @@ from torch import nn
 
 from uncollapse.anatomy.interception import ChangedPath
 from uncollapse.anatomy.vocabulary import Anatomy
+from uncollapse.restoring import restoring
 
 Check = Callable[[Mapping[str, Any]], contextlib.AbstractContextManager[None]]
 
@@ -42,12 +43,12 @@ def runs_checked(model: nn.Module, anatomy: Anatomy) -> Iterator[Check]:
             changed.batch = dict(batch)
             raise
 
-    with contextlib.ExitStack() as stack:
+    with restoring() as changes:
         for name, _ in anatomy.runs:
 
             def count(_: nn.Module, _args: Any, name: str = name) -> None:
                 if threading.get_ident() == thread:
                     met[name] += 1
 
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(count).remove)
+            changes.hook(model.get_submodule(name), "forward_pre", count)
         yield check

@@ -25,7 +25,9 @@ from torch.overrides import TorchFunctionMode
 
 from uncollapse.anatomy.operands import LEAST_SHARE
 from uncollapse.anatomy.tracing import is_freed, opened, operation_name
+from uncollapse.anatomy.turns import closed_to_others
 from uncollapse.anatomy.vocabulary import StreamAxes
+from uncollapse.restoring import restoring
 
 Update = Callable[[Tensor], Tensor]  # the stream that enters a block → what its attention adds
 
@@ -45,23 +47,23 @@ def without_zeros(module: nn.Module, *, without_nan: bool = False) -> Iterator[N
     """
     generator = torch.Generator().manual_seed(0)
     copies: dict[int, nn.Parameter] = {}
-    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
-    try:
-        for owner in module.modules():
-            for name, parameter in list(owner._parameters.items()):
-                if parameter is None or not _says_nothing(parameter, without_nan):
-                    continue
-                if id(parameter) not in copies:
-                    noise = torch.randn(parameter.shape, generator=generator)
-                    # Biases are among them: a large one would hide in half precision what moves beside it.
-                    noise = noise / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.02 + 0.004 * noise
-                    copies[id(parameter)] = nn.Parameter(noise.to(parameter), requires_grad=False)
-                owner._parameters[name] = copies[id(parameter)]
-                replaced.append((owner, name, parameter))
+    silent = [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None and _says_nothing(parameter, without_nan)
+    ]
+    with restoring() as changes:
+        if silent:
+            changes.enter(closed_to_others())
+        for owner, name, parameter in silent:
+            if id(parameter) not in copies:
+                noise = torch.randn(parameter.shape, generator=generator)
+                # Biases are among them: a large one would hide in half precision what moves beside it.
+                noise = noise / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.02 + 0.004 * noise
+                copies[id(parameter)] = nn.Parameter(noise.to(parameter), requires_grad=False)
+            changes.place(owner._parameters, name, copies[id(parameter)])
         yield
-    finally:
-        for owner, name, parameter in replaced:
-            owner._parameters[name] = parameter
 
 
 def _says_nothing(parameter: Tensor, without_nan: bool) -> bool:

@@ -6,7 +6,7 @@ what its children do does not count. A handler gets the torch function and its o
 
 Each owner's `forward` is wrapped for the duration and put back (accelerate and others replace `forward` on the instance:
 that one is wrapped and restored). A module's own code sees the handlers, nothing else in the process does. Handlers act in
-whatever thread runs the model; each thread counts the runs of its own passes.
+the thread that put them up, those of a removal in whatever thread runs the model; each thread counts the runs of its own passes.
 Under `torch.compile` the wrapped forward runs eagerly; gradient checkpointing would run it twice and is refused by
 those who change values.
 """
@@ -17,7 +17,6 @@ import contextlib
 import functools
 import itertools
 import threading
-import types
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from uncollapse.anatomy.tracing import counted_name, opened, operation_name, tensors_in, writes_in_place
 from uncollapse.errors import UncollapseError
+from uncollapse.restoring import Changes, restoring, run_eagerly
 
 
 class ChangedPath(UncollapseError):  # noqa: N818 - what is found, as in the other errors
@@ -203,18 +203,24 @@ def counted(model: nn.Module, owners: Iterable[str], within: nn.Module | None = 
     def leave(*_: Any) -> None:
         runs.depth -= 1
 
-    with contextlib.ExitStack() as stack:
+    with restoring() as changes:
         for module in modules.values():
-            stack.callback(module.register_forward_pre_hook(enter).remove)
-            stack.callback(module.register_forward_hook(leave, always_call=True).remove)
+            changes.hook(module, "forward_pre", enter)
+            changes.hook(module, "forward", leave, always_call=True)
         yield runs
 
 
 @contextlib.contextmanager
 def intercepted(
-    model: nn.Module, handlers: Mapping[Point, Handler], *, within: nn.Module | None = None, strict: bool = True
+    model: nn.Module,
+    handlers: Mapping[Point, Handler],
+    *,
+    within: nn.Module | None = None,
+    strict: bool = True,
+    everywhere: bool = False,
 ) -> Iterator[None]:
-    """Within the block the handlers act in every pass of `model`, or of its module `within`, run by itself; see `counted`.
+    """Within the block the handlers act in every pass of `model`, or of its module `within`, run by itself; see `counted`. They
+    act in the thread that entered the block; `everywhere`: in whatever thread runs the model.
 
     With `strict`, a run of an owner that misses one of its points raises `UncollapseError`: nothing is measured or
     changed at a wrong place without a word.
@@ -222,12 +228,13 @@ def intercepted(
     by_owner: dict[str, dict[int | None, dict[tuple[str, int], Handler]]] = {}
     for point, handler in handlers.items():
         by_owner.setdefault(point.owner, {}).setdefault(point.call, {})[point.operation, point.ordinal] = handler
-    with contextlib.ExitStack() as stack:
+    thread = None if everywhere else threading.get_ident()
+    with restoring() as changes:
         # A compiled model would not notice what is put up here, or compile it: both were seen to go wrong.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        runs = stack.enter_context(counted(model, by_owner, within))
+        run_eagerly.hold(changes)
+        runs = changes.enter(counted(model, by_owner, within))
         for owner, by_call in by_owner.items():
-            stack.enter_context(_wrapped(model.get_submodule(owner), owner, by_call, runs, strict))
+            _wrap(changes, model.get_submodule(owner), owner, by_call, runs, strict, thread)
         yield
 
 
@@ -239,30 +246,17 @@ class _Standing(threading.local):
 
 
 _standing = _Standing()
-_own_wrappings: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def mark_own_wrapping(function: Any) -> None:
-    """Note that this `forward` is put around a module's own by this package, for the time being."""
-    _own_wrappings.add(function)
-
-
-def is_own_wrapping(function: Any) -> bool:
-    """Whether this `forward` was put around a module's own by this package."""
-    return isinstance(function, types.FunctionType) and function in _own_wrappings
-
-
-@contextlib.contextmanager
-def _wrapped(
+def _wrap(
+    changes: Changes,
     module: nn.Module,
     name: str,
     by_call: Mapping[int | None, Mapping[tuple[str, int], Handler]],
     runs: Runs,
     strict: bool,
-) -> Iterator[None]:
-    original = module.forward
-    own = "forward" in module.__dict__
-
+    thread: int | None,
+) -> None:
     def down(*_: Any) -> None:
         for mode in runs.modes.get(name, [])[-1:]:
             mode.depth += 1
@@ -271,50 +265,46 @@ def _wrapped(
         for mode in runs.modes.get(name, [])[-1:]:
             mode.depth -= 1
 
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        run = runs.begin(name)
-        wanted = {**by_call.get(None, {}), **by_call.get(run, {})}
-        if not wanted:
-            return original(*args, **kwargs)
-        hits: set[tuple[str, int]] = set()
-        mode = _Owner(wanted, hits)
-        modes = runs.modes.setdefault(name, [])
-        modes.append(mode)
-        standing = _standing.modes.setdefault(id(module), [])
-        mode.around = standing[-1] if standing else None
-        standing.append(mode)
-        try:
-            with mode:
-                output = original(*args, **kwargs)
-        finally:
-            modes.pop()
-            standing.pop()
-            if not standing:
-                del _standing.modes[id(module)]
-        missed = set(wanted) - hits
-        if missed and strict:
-            operation, ordinal = sorted(missed)[0]
-            raise ChangedPath(
-                f"intercept: expected {Point(name, run, operation, ordinal)}, got a run without it. "
-                "The model took another path than when it was traced. Diagnose it on inputs of one kind."
-            )
-        return output
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if thread not in (None, threading.get_ident()):
+                return original(*args, **kwargs)
+            run = runs.begin(name)
+            wanted = {**by_call.get(None, {}), **by_call.get(run, {})}
+            if not wanted:
+                return original(*args, **kwargs)
+            hits: set[tuple[str, int]] = set()
+            mode = _Owner(wanted, hits)
+            modes = runs.modes.setdefault(name, [])
+            modes.append(mode)
+            standing = _standing.modes.setdefault(id(module), [])
+            mode.around = standing[-1] if standing else None
+            standing.append(mode)
+            try:
+                with mode:
+                    output = original(*args, **kwargs)
+            finally:
+                modes.pop()
+                standing.pop()
+                if not standing:
+                    del _standing.modes[id(module)]
+            missed = set(wanted) - hits
+            if missed and strict:
+                operation, ordinal = sorted(missed)[0]
+                raise ChangedPath(
+                    f"intercept: expected {Point(name, run, operation, ordinal)}, got a run without it. "
+                    "The model took another path than when it was traced. Diagnose it on inputs of one kind."
+                )
+            return output
 
-    with contextlib.ExitStack() as stack:
-        for child in module.modules():
-            if child is not module:
-                stack.callback(child.register_forward_pre_hook(down).remove)
-                stack.callback(child.register_forward_hook(up, always_call=True).remove)
-        mark_own_wrapping(forward)
-        module.forward = forward
-        try:
-            yield
-        finally:
-            if own:
-                module.forward = original
-            else:
-                del module.forward
+        return forward
+
+    for child in module.modules():
+        if child is not module:
+            changes.hook(child, "forward_pre", down)
+            changes.hook(child, "forward", up, always_call=True)
+    changes.wrap(module, around)
 
 
 def left_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], gone: Collection[int]) -> Any:

@@ -20,7 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-_OWN = frozenset(vars(nn.Module())) | {"forward", "_compiled_call_impl"}  # hooks, mode, forward: others put those back
+from uncollapse.anatomy.turns import closed_to_others
+from uncollapse.restoring import restoring
+
+# Hooks, mode, `forward`, how it is copied: others put those back.
+_OWN = frozenset(vars(nn.Module())) | {"forward", "_compiled_call_impl", "__reduce_ex__", "__deepcopy__"}
 PLAIN = (bool, int, float, complex, str, type(None))
 
 
@@ -63,7 +67,7 @@ class ModuleStates:
             if type(state.module) is not state.kind:
                 continue
             for name in _attributes(state.module).keys() - state.attributes.keys():
-                del state.module.__dict__[name]
+                state.module.__dict__.pop(name, None)
             own = state.module.__dict__
             own.update({k: v for k, v in state.attributes.items() if own.get(k, self) is not v})
             for now, before in ((state.module._buffers, state.buffers), (state.module._modules, state.submodules)):
@@ -86,10 +90,14 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 def left_as_found(model: nn.Module) -> Iterator[ModuleStates]:
     """Whatever runs inside leaves no trace in the modules of `model`."""
     states = ModuleStates(model)
-    try:
+
+    def put_back() -> None:
+        with closed_to_others():
+            states.put_back()
+
+    with restoring() as changes:
+        changes.undo(put_back)
         yield states
-    finally:
-        states.put_back()
 
 
 _steering: weakref.WeakKeyDictionary[nn.Module, Mapping[str, Any]] = weakref.WeakKeyDictionary()

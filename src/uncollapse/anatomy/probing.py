@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from uncollapse.anatomy.autocast import no_casts_kept
-from uncollapse.anatomy.interception import mark_own_wrapping
 from uncollapse.anatomy.module_states import is_steered, left_as_found, steered_there
+from uncollapse.anatomy.turns import closed_to_others, watch
+from uncollapse.restoring import restoring, run_eagerly, run_layers_openly, turn
 
 
 @contextlib.contextmanager
@@ -25,33 +27,56 @@ def probing(model: nn.Module, seed: int = 0, *, leaves_traces: bool = False) -> 
     never fire. torch's own `nn.TransformerEncoderLayer` fuses the whole layer into one kernel in evaluation mode; nobody
     can look inside it, so it takes its ordinary path here, which differs from the fused one in the last digit.
     """
-    training = [m for m in model.modules() if m.training]
-    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    caching = [c for c in configs.values() if getattr(c, "use_cache", False) is True]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+    with turn, restoring(gathers=True) as changes:
+        watch(model, _caches)
+        if _is_another_when_probed(model):
+            changes.enter(closed_to_others())
+        for device in devices:
+            state = torch.cuda.get_rng_state(device)
+            changes.undo(functools.partial(torch.cuda.set_rng_state, state, device))
+        changes.undo(functools.partial(torch.set_rng_state, torch.get_rng_state()))
         torch.manual_seed(seed)
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(no_casts_kept())
+        changes.switch(torch.is_grad_enabled, torch.set_grad_enabled, False)
+        changes.enter(no_casts_kept())
         if not leaves_traces:
-            stack.enter_context(left_as_found(model))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(in_the_open(model))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)
-        for module in training:
-            module.training = False
-        for config in caching:  # a block run twice on its own arguments would find its own keys in the cache
-            config.use_cache = False
-        try:
-            steered_there(model)
-            yield
-        finally:
-            for module in training:
-                module.training = True
-            for config in caching:
-                config.use_cache = True
+            changes.enter(left_as_found(model))
+        run_eagerly.hold(changes)
+        run_layers_openly.hold(changes)
+        changes.enter(in_the_open(model))
+        for module in model.modules():
+            if module.training:
+                changes.set(module, "training", False)
+        for config in configurations(
+            model
+        ):  # a block run twice on its own arguments would find its own keys in the cache
+            if getattr(config, "use_cache", False) is True:
+                changes.set(config, "use_cache", False)
+        steered_there(model)
+        yield
+
+
+def _caches(module: nn.Module) -> bool:
+    """Whether calls of a module keep a cache because its configuration says so."""
+    return getattr(getattr(module, "config", None), "use_cache", False) is True
+
+
+def _is_another_when_probed(model: nn.Module) -> bool:
+    """Whether a pass of another thread would give other outputs, or other bits, while `probing` has the model: it would be out
+    of training mode, out of compiled code, or out of code that a probe cannot look into."""
+    fuses = torch.backends.mha.get_fastpath_enabled()
+    return bool(hidden(model)) or any(
+        m.training
+        or "_orig_mod" in m._modules
+        or m._compiled_call_impl is not None
+        or (fuses and isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoderLayer)))
+        for m in model.modules()
+    )
+
+
+def configurations(model: nn.Module) -> list[Any]:
+    """The configurations of a model's modules, each once."""
+    return list({id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values())
 
 
 @contextlib.contextmanager
@@ -59,30 +84,30 @@ def in_the_open(model: nn.Module) -> Iterator[None]:
     """Within the block a model computes the same function where it can be seen: a feed-forward that runs on a few tokens at a
     time to save memory (`chunk_size_feed_forward`) runs on all at once, so that it adds to the stream in one place, and
     `flex_attention`, one opaque call, becomes the model's own eager attention."""
-    changed: list[tuple[Any, str, Any]] = []
-    for module in model.modules():
-        if getattr(module, "chunk_size_feed_forward", 0):
-            changed.append((module, "chunk_size_feed_forward", 0))
-    for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
-        if getattr(config, "_attn_implementation", None) == "flex_attention":
-            changed.append((config, "_attn_implementation", "eager"))
-    before = [getattr(owner, name) for owner, name, _ in changed]
-    for owner, name, value in changed:
-        setattr(owner, name, value)
-    try:
+    with restoring() as changes:
+        for owner, name, value in hidden(model):
+            changes.set(owner, name, value)
         yield
-    finally:
-        for (owner, name, _), value in zip(changed, before, strict=True):
-            setattr(owner, name, value)
+
+
+def hidden(model: nn.Module) -> list[tuple[Any, str, Any]]:
+    """What `in_the_open` changes: on which object, which attribute, and to what."""
+    found: list[tuple[Any, str, Any]] = [
+        (m, "chunk_size_feed_forward", 0) for m in model.modules() if getattr(m, "chunk_size_feed_forward", 0)
+    ]
+    for config in configurations(model):
+        if getattr(config, "_attn_implementation", None) == "flex_attention":
+            found.append((config, "_attn_implementation", "eager"))
+    return found
 
 
 @contextlib.contextmanager
 def going_as_steered(model: nn.Module) -> Iterator[None]:
     """Within the block the model goes where the batch that it was proved on sends it, so that the modules that will run are the
     ones met here. Does nothing where running a batch changes nothing."""
-    with contextlib.ExitStack() as stack:
+    with restoring() as changes:
         if is_steered(model):
-            stack.enter_context(left_as_found(model))
+            changes.enter(left_as_found(model))
             with probing(model, leaves_traces=True):
                 pass
         yield
@@ -113,19 +138,18 @@ def float64_kept(model: nn.Module) -> Iterator[None]:
     if dtypes != {torch.float64}:
         yield
         return
-    original, own = model.forward, "forward" in model.__dict__
+    thread = threading.get_ident()
 
-    @functools.wraps(original)  # others read the signature: does it take position_ids?
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        with _Float64Kept():
-            return original(*args, **kwargs)
+    def around(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)  # others read the signature: does it take position_ids?
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return original(*args, **kwargs)
+            with _Float64Kept():
+                return original(*args, **kwargs)
 
-    mark_own_wrapping(forward)
-    model.forward = forward
-    try:
+        return forward
+
+    with restoring() as changes:
+        changes.wrap(model, around)
         yield
-    finally:
-        if own:
-            model.forward = original
-        else:
-            del model.forward

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -78,6 +79,7 @@ from uncollapse.anatomy.vocabulary import (
     removal,
 )
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
+from uncollapse.restoring import restoring
 
 EXAMPLE_TOKENS = 8
 # Not a seed that models are made with: noise that equals an embedding, drawn from the same seed, leaves its direction as it is.
@@ -431,7 +433,8 @@ def _observe(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, *, to
         for point, handler in _recording(block, run).items():
             handlers.setdefault(point, []).append(handler)
     devices = {p.device.type for p in model.parameters()} - {"meta"}
-    with contextlib.ExitStack() as stack:
+    thread = threading.get_ident()
+    with restoring() as changes:
         counts: dict[str, int] = {}
         by_module: dict[str, list[tuple[int, _Run]]] = {}
         for block, run in zip(anatomy.blocks, runs, strict=True):
@@ -439,15 +442,17 @@ def _observe(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, *, to
         for name, module in model.named_modules():
 
             def enter(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                if threading.get_ident() != thread:
+                    return
                 for call, run in by_module.get(name, ()):
                     if call == counts.get(name, 0):
                         run.args, run.kwargs, run.earlier = copied(args, model), copied(kwargs, model), dict(counts)
                         run.precision = AutocastState.here(*devices)
                 counts[name] = counts.get(name, 0) + 1
 
-            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            changes.hook(module, "forward_pre", enter, with_kwargs=True)
         together = {point: in_turn(*several) for point, several in handlers.items()}
-        stack.enter_context(met(model, actions, handlers=together))
+        changes.enter(met(model, actions, handlers=together))
         with contextlib.suppress(_AllSeenError):
             _output(model, batch)
     return runs
@@ -1189,9 +1194,9 @@ class _BlockProof(BlockAlone):
         reason = f"{self.where} has no attention by which its tokens could be told"
         for part in range(len(self.block.parts)) if self.mixing is None else [self.mixing]:
             update = functools.partial(self.update, part)
-            with contextlib.ExitStack() as stack:
+            with restoring() as changes:
                 if not bool(update(stream).isfinite().all()):
-                    stack.enter_context(without_zeros(self.module, without_nan=True))
+                    changes.enter(without_zeros(self.module, without_nan=True))
                 axes, found = stream_axes(update, stream, self.where)
             if axes is not None:
                 return axes, ""

@@ -39,6 +39,7 @@ from uncollapse.anatomy.vocabulary import (
     Stack,
 )
 from uncollapse.errors import UnsupportedModel
+from uncollapse.restoring import is_own
 
 _LONGEST_NORM = 64  # operations in a module that may be a norm
 _MOST_SOURCES = 4  # values that an embedding is summed of, and so many are followed to its norm
@@ -1354,8 +1355,8 @@ class _Reader:
 
 
 def has_own_hooks(module: nn.Module) -> bool:
-    """Whether somebody else's forward hooks stand on a module; this package's own are gone after each of its passes."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether somebody else's forward hooks stand on a module."""
+    return not all(map(is_own, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
 
 
 def _block_candidates(model: nn.Module, attention: Iterable[str]) -> tuple[str, ...]:

@@ -139,7 +139,7 @@ def _done(operation: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], p
     if precise and operation.function in _CASTS:
         first: Tensor = args[0]
         return first.to(_precise(first.device))
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:  # states of this thread, which the probe around it puts back as well
         stack.enter_context(torch.no_grad())
         device = next(tensors_in([args, kwargs])).device.type
         if not precise and operation.autocast is not None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -25,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.autocast import AutocastState
-from uncollapse.anatomy.interception import is_own_wrapping
 from uncollapse.anatomy.module_states import PLAIN, steer_by
+from uncollapse.restoring import is_own, restoring
 
 REMEMBERED = 8  # situations of one model
 LONGEST = 256  # entries of a list or mapping that is looked into
@@ -107,14 +108,11 @@ def held(model: nn.Module) -> Iterator[None]:
     """Within the block the model's anatomy is what it was proved to be last, whatever its situation: parts are away from it, and
     of what is left nothing could be proved."""
     found = latest(model)
-    if found is None or model in _held:
+    with restoring() as changes:
+        if found is not None and model not in _held:
+            changes.undo(functools.partial(_held.pop, model, None))
+            _held[model] = found
         yield
-        return
-    _held[model] = found
-    try:
-        yield
-    finally:
-        del _held[model]
 
 
 def forget(model: nn.Module) -> None:
@@ -178,7 +176,7 @@ def _codes(module: nn.Module) -> tuple[object, ...]:
 def _chain(function: Callable[..., Any] | None) -> tuple[object, ...]:
     found: list[object] = []
     while function is not None:
-        if not is_own_wrapping(function):
+        if not is_own(function):
             found.append(getattr(function, "__code__", type(function)))
         function = getattr(function, "__wrapped__", None)
     return tuple(found)

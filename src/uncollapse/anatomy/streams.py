@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from uncollapse.anatomy.interception import Handler, Point, counted, in_turn, in
 from uncollapse.anatomy.tracing import Path, tensors_at
 from uncollapse.anatomy.vocabulary import ModuleCall, Place
 from uncollapse.errors import UncollapseError
+from uncollapse.restoring import restoring
 
 Action = Callable[[Tensor], Tensor | None]
 
@@ -99,8 +101,9 @@ def met(
     within: nn.Module | None = None,
     strict: bool = True,
 ) -> Iterator[None]:
-    """Within the block each action is given the stream at its place in every pass, and may return another one. `handlers` act at
-    operations besides; at one and the same operation the action sees what the handler makes of it."""
+    """Within the block, and in the thread that entered it, each action is given the stream at its place in every pass, and may
+    return another one. `handlers` act at operations besides; at one and the same operation the action sees what the handler
+    makes of it."""
     at_points: dict[Point, list[Handler]] = {}
     at_modules: dict[str, list[tuple[Place, Action]]] = {}
     for place, action in actions:
@@ -110,10 +113,10 @@ def met(
             at_points.setdefault(place.at, []).append(_acting(place.path, action))
     for point, handler in (handlers or {}).items():
         at_points.setdefault(point, []).append(handler)
-    with contextlib.ExitStack() as stack:
+    with restoring() as changes:
         together = {point: in_turn(*several) for point, several in at_points.items()}
-        stack.enter_context(intercepted(model, together, within=within, strict=strict))
-        stack.enter_context(_at_modules(model, at_modules, within))
+        changes.enter(intercepted(model, together, within=within, strict=strict))
+        changes.enter(_at_modules(model, at_modules, within))
         yield
 
 
@@ -130,19 +133,22 @@ def _acting(path: Path, action: Action) -> Handler:
 def _at_modules(
     model: nn.Module, actions: Mapping[str, list[tuple[Place, Action]]], within: nn.Module | None
 ) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        runs = stack.enter_context(counted(model, actions, within))
+    thread = threading.get_ident()
+    with restoring() as changes:
+        runs = changes.enter(counted(model, actions, within))
         for name, wanted in actions.items():
 
             def enter(
                 _: nn.Module, args: Any, kwargs: Any, name: str = name, wanted: list[tuple[Place, Action]] = wanted
             ) -> Any:
-                run, given, changes = runs.begin(name), (args, kwargs), False
+                if threading.get_ident() != thread:
+                    return None
+                run, given, is_changed = runs.begin(name), (args, kwargs), False
                 for place, action in _of_run(wanted, run, {"in"}):
                     changed = _act(action, _argument(*given, place.path))
                     if changed is not None:
-                        given, changes = _with_argument(*given, place.path, changed), True
-                return given if changes else None
+                        given, is_changed = _with_argument(*given, place.path, changed), True
+                return given if is_changed else None
 
             def leave(
                 _: nn.Module,
@@ -152,21 +158,23 @@ def _at_modules(
                 name: str = name,
                 wanted: list[tuple[Place, Action]] = wanted,
             ) -> Any:
-                changes = False
+                if threading.get_ident() != thread:
+                    return None
+                is_changed = False
                 for place, action in _of_run(wanted, runs.counts.get(name, 0) - 1, {"out", "written"}):
                     if place.side == "out":
                         changed = _act(action, tensor_at(output, place.path))
                         if changed is not None:
-                            output, changes = with_tensor(output, place.path, changed), True
+                            output, is_changed = with_tensor(output, place.path, changed), True
                     else:
                         changed = _act(action, _argument(args, kwargs, place.path))
                         if changed is not None:
                             _with_argument(args, kwargs, place.path, changed)
-                return output if changes else None
+                return output if is_changed else None
 
             module = model.get_submodule(name)
-            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
+            changes.hook(module, "forward_pre", enter, with_kwargs=True)
+            changes.hook(module, "forward", leave, with_kwargs=True)
         yield
 
 

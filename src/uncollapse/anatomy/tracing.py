@@ -10,7 +10,6 @@ tokens tell as much about the wiring as eight thousand.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import threading
 import types
@@ -21,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from uncollapse.restoring import restoring
 
 # The way to a tensor inside a module's arguments or its output: keys, numbers and names of attributes, outermost first.
 Path = tuple[Any, ...]
@@ -552,7 +553,7 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
     """
     recorder = _Recorder(model, tensors_in(batch))
     thread = threading.get_ident()  # hooks fire for every thread that runs the model; only this one is recorded
-    with contextlib.ExitStack() as stack:
+    with restoring() as changes:
         for name, module in model.named_modules():
             if name == "":
                 continue
@@ -569,9 +570,9 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
                 if threading.get_ident() == thread:
                     recorder.leave(args, kwargs, output)
 
-            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(done, prepend=True).remove)
-            stack.callback(module.register_forward_hook(leave, with_kwargs=True, always_call=True).remove)
+            changes.hook(module, "forward_pre", enter, with_kwargs=True)
+            changes.hook(module, "forward", done, prepend=True)
+            changes.hook(module, "forward", leave, with_kwargs=True, always_call=True)
         with torch.no_grad(), recorder:
             recorder.calls[0].inputs = recorder._values_at((), dict(batch))
             output = model(**batch)

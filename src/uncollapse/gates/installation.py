@@ -14,7 +14,8 @@ laid end to end without a token axis. Such models are refused. In your own model
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +26,12 @@ from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
 from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.turns import refuse_running
 from uncollapse.anatomy.vocabulary import Anatomy, Block, Layout, ModuleCall
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.gates.projection import Features, Installed, PositionGatedProjection, dense_projection
 from uncollapse.gates.token_positions import TokenPositions
+from uncollapse.restoring import in_this_thread, leaves_no_trace, restoring
 from uncollapse.wrappers import seen_through, takes
 
 
@@ -68,6 +71,34 @@ def install_gates(
     Raises `UnsupportedModel` if the anatomy cannot be proved, a projection is not a module of its own, or tokens cannot be told
     apart in its input; `InputError` if the model already has gates. The model is then left unchanged.
     """
+    gated: dict[str, PositionGatedProjection] = {}
+    told = TokenPositions()
+    options = {
+        "position_width": position_width,
+        "positions": positions,
+        "max_positions": max_positions,
+        "perturbation": perturbation,
+    }
+    try:
+        return _installed(model, batch, layout, blocks, options, seed, gated, told)
+    except BaseException:  # Ctrl-C, too
+        with restoring() as changes:
+            changes.undo(functools.partial(_uninstalled, model, gated, told))
+        raise
+
+
+@leaves_no_trace
+def _installed(
+    model: nn.Module,
+    batch: Mapping[str, Any] | None,
+    layout: Layout | None,
+    blocks: Collection[int] | None,
+    options: Mapping[str, Any],
+    seed: int,
+    gated: dict[str, PositionGatedProjection],
+    told: TokenPositions,
+) -> dict[str, PositionGatedProjection]:
+    """Fill `gated` and put it in place; `told` listens."""
     found = next((name for name, m in model.named_modules() if isinstance(m, PositionGatedProjection)), None)
     if found is not None:
         raise InputError(
@@ -80,37 +111,39 @@ def install_gates(
         _observe_shapes(model, example, anatomy, places)
         axes = {name: _token_axis(name, place) for name, place in places.items()}
         before = _outputs(model, example)
-        told = TokenPositions(_position_offset(model, example))
-    gated: dict[str, PositionGatedProjection] = {}
+        told.offset = _position_offset(model, example)
     for number, (name, place) in enumerate(places.items()):
         gated[name] = PositionGatedProjection(
             model.get_submodule(name),
             place.heads,
-            position_width=position_width,
-            positions=positions,
-            max_positions=max_positions,
-            perturbation=perturbation,
             seed=seed + number,
+            **options,
         )
         gated[name].installed = Installed(told, place.stack, axes[name], tuple(place.calls))
     _replace(model, {module.projection: module for module in gated.values()})
     told.attach(model, _stacks(anatomy))
-    try:
-        with probing(model):
-            after = _outputs(model, example)
-        same = len(before) == len(after) and all(map(torch.equal, before, after))
-        if perturbation == 0 and not same:
-            raise UnsupportedModel(
-                f"install_gates: expected {type(model).__name__} with gates of 1 to give the outputs it gave, got others. It may "
-                "look inside its output projections. Use PositionGatedProjection in the model's own code."
-            )
-        proved_anatomy(model, example, layout)
-    except Exception:
-        remove_gates(model)
-        raise
+    with probing(model):
+        after = _outputs(model, example)
+    same = len(before) == len(after) and all(map(torch.equal, before, after))
+    if options["perturbation"] == 0 and not same:
+        raise UnsupportedModel(
+            f"install_gates: expected {type(model).__name__} with gates of 1 to give the outputs it gave, got others. It may "
+            "look inside its output projections. Use PositionGatedProjection in the model's own code."
+        )
+    proved_anatomy(model, example, layout)
     return gated
 
 
+def _uninstalled(model: nn.Module, gated: Mapping[str, PositionGatedProjection], *told: TokenPositions) -> None:
+    """Put the original modules where gates were put, and take the hooks off."""
+    _replace(model, {module: module.projection for module in gated.values()})
+    for positions in told:
+        positions.detach(model)
+    for module in gated.values():
+        module.installed = None
+
+
+@leaves_no_trace
 def remove_gates(model: nn.Module, *, fold: bool = False) -> None:
     """Remove the gates of `install_gates`. The original modules return, with their present weights.
 
@@ -125,16 +158,27 @@ def remove_gates(model: nn.Module, *, fold: bool = False) -> None:
             f"remove_gates: expected a model that install_gates was applied to, got {type(model).__name__} without gates. "
             "Gates in the model's own code are not removed. There is nothing to do."
         )
-    if fold:
-        scales = {name: _constant_gates(model, name, module) for name, module in gated.items()}
+    refuse_running("remove_gates", model)
+    scales = {name: _constant_gates(model, name, module) for name, module in gated.items()} if fold else {}
+    told = {id(m.installed.positions): m.installed.positions for m in gated.values() if m.installed is not None}
+    weights = [dense_projection(gated[name].projection) for name in scales]
+    before = [weight.detach().clone() for weight in weights]
+    is_folded: list[bool] = []
+
+    def end() -> None:
+        if is_folded:
+            _uninstalled(model, gated, *told.values())
+            return
         with torch.no_grad():
-            for name, module in gated.items():
-                dense_projection(module.projection).mul_(scales[name].repeat_interleave(module.head_width)[:, None])
-    _replace(model, {module: module.projection for module in gated.values()})
-    for module in gated.values():
-        if module.installed is not None:
-            module.installed.positions.detach(model)
-        module.installed = None
+            for weight, original in zip(weights, before, strict=True):
+                weight.copy_(original)
+
+    with restoring() as changes:
+        changes.undo(end)
+        with torch.no_grad():
+            for weight, (name, scale) in zip(weights, scales.items(), strict=True):
+                weight.mul_(scale.repeat_interleave(gated[name].head_width)[:, None])
+        is_folded.append(True)  # from here on the gates go, whatever comes
 
 
 def _proved(
@@ -210,7 +254,7 @@ def _observe_shapes(
 ) -> None:
     """Note, in one pass, what shape each output projection's input has, beside that of the stream of its block."""
     stream: list[tuple[int, ...]] = [()]
-    handles = []
+    hooks: list[tuple[nn.Module, Callable[..., Any]]] = []
 
     def enter(found: Tensor) -> None:
         stream[0] = tuple(found.shape)
@@ -220,13 +264,12 @@ def _observe_shapes(
         def note(_: nn.Module, args: Any, kwargs: Any, place: _Place = place) -> None:
             place.shapes.append((tuple(next(tensors_in([args, kwargs])).shape), stream[0]))
 
-        handles.append(model.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True))
-    try:
+        hooks.append((model.get_submodule(name), in_this_thread(note)))
+    with restoring() as changes:
+        for module, hook in hooks:
+            changes.hook(module, "forward_pre", hook, with_kwargs=True)
         with met(model, [(block.entry, enter) for block in anatomy.blocks]):
             model(**example)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _token_axis(name: str, place: _Place) -> int:
@@ -268,8 +311,8 @@ def _outputs(model: nn.Module, example: Mapping[str, Any]) -> list[Tensor]:
 def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put each value wherever its key stands."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in new:
-            around, _, last = name.rpartition(".")
+        around, _, last = name.rpartition(".")
+        if module in new and model.get_submodule(around) is not new[module]:
             setattr(model.get_submodule(around), last, new[module])
 
 

@@ -73,6 +73,12 @@ class PositionGatedProjection(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        numbers = {"heads": heads, "position_width": position_width, "max_positions": max_positions, "seed": seed}
+        for name, number in numbers.items():
+            if not isinstance(number, int) and not (name == "position_width" and number is None):
+                raise _unfit(f"a whole number as {name}", repr(number), "Pass an int.")
+        if not -(2**63) <= seed < 2**63:
+            raise _unfit("a seed of at most 64 bits", f"{seed}", "Pass a smaller number.")
         mixed, width = _widths(projection)
         shared = positions if isinstance(positions, nn.Embedding) else None
         rows = max_positions if positions == "learned" else 0
@@ -143,6 +149,10 @@ class PositionGatedProjection(nn.Module):
         if x.ndim < 2 or x.shape[-1] != self.heads * self.head_width:
             expected = f"x[..., token, mixed = {self.heads} heads x {self.head_width}]"
             raise _unfit(expected, f"{list(x.shape)}", "Pass the concatenated heads.", "forward")
+        dtype = self.projection.weight.dtype if type(self.projection) is nn.Linear else x.dtype
+        if dtype.is_floating_point and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+            names = [str(each).removeprefix("torch.") for each in (dtype, x.dtype)]
+            raise _unfit(f"x in {names[0]}, as the projection", names[1], f"Pass x.to(torch.{names[0]}).", "forward")
         installed = self.installed
         axis = x.ndim - 2
         if positions is not None:

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from uncollapse.errors import UnsupportedModel
 from uncollapse.gates.position_features import Positions
+from uncollapse.restoring import remove_hook
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,6 @@ class TokenPositions:
         self.offset = offset
         self.is_plain = True  # no pass that can be repeated by a backward pass had other positions than 0, 1, 2, …
         self._pass = _Pass()
-        self._handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_pass"}
@@ -99,8 +99,8 @@ class TokenPositions:
                 holds = [s for s, blocks in stacks.items() if any(_is_around(path, b) for b in blocks)]
                 readings = [self._reading(stack, holds) for stack in holds]
             enter = _Entering(self, tuple(readings), _positional(module), is_model=not path)
-            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+            module.register_forward_pre_hook(enter, with_kwargs=True)
+            module.register_forward_hook(self._leave, always_call=True)
 
     @staticmethod
     def _reading(stack: str, holds: Sequence[str]) -> _Reading:
@@ -111,10 +111,10 @@ class TokenPositions:
 
     def detach(self, model: nn.Module) -> None:
         """Take the hooks off, and what carries positions into checkpointed blocks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
         for module in model.modules():
+            for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+                if hook == self._leave or (isinstance(hook, _Entering) and hook.positions is self):
+                    remove_hook(module, hook)
             checkpoint = vars(module).get("_gradient_checkpointing_func")
             if isinstance(checkpoint, _Carrying) and checkpoint.positions is self:
                 vars(module)["_gradient_checkpointing_func"] = checkpoint.checkpoint

@@ -24,6 +24,7 @@ from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall, Part, Place
 from uncollapse.errors import UnsupportedModel
+from uncollapse.restoring import restoring
 
 _Read = dict[tuple[int, str], Tensor]  # by block, and by the place that reads
 
@@ -95,7 +96,8 @@ def _noting(found: _Read, key: tuple[int, str]) -> Handler:
 @contextlib.contextmanager
 def _entering(model: nn.Module, modules: Mapping[str, Mapping[int, tuple[int, str]]], found: _Read) -> Iterator[None]:
     """Within the block what the given runs of modules are given is kept."""
-    with counted(model, modules) as runs, contextlib.ExitStack() as stack:
+    with restoring() as changes:
+        runs = changes.enter(counted(model, modules))
         for name, by_call in modules.items():
 
             def enter(
@@ -109,7 +111,7 @@ def _entering(model: nn.Module, modules: Mapping[str, Mapping[int, tuple[int, st
                 if key is not None:
                     found[key] = next(tensors_in([args, kwargs])).detach().clone()
 
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True).remove)
+            changes.hook(model.get_submodule(name), "forward_pre", enter, with_kwargs=True)
         yield
 
 

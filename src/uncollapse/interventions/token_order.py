@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -34,19 +35,22 @@ from uncollapse.anatomy.stacks import given_mask, hides
 from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, MaskingStep
 from uncollapse.errors import UncollapseError, UnsupportedModel
+from uncollapse.restoring import in_this_thread, restoring
 from uncollapse.wrappers import bound, rebound, takes
 
 
 @contextlib.contextmanager
-def mask_removed(model: nn.Module, anatomy: Anatomy, blocks: frozenset[int]) -> Iterator[None]:
-    """Within the context, self-attention in the given blocks sees every real token."""
-    paddings: list[list[Tensor | None]] = [[None] for _ in anatomy.stacks]
+def mask_removed(
+    model: nn.Module, anatomy: Anatomy, blocks: frozenset[int], *, everywhere: bool = False
+) -> Iterator[None]:
+    """Within the context, self-attention in the given blocks sees every real token, in this thread or `everywhere`."""
+    paddings = [_Padding() for _ in anatomy.stacks]
 
     def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = bound(model, args, kwargs)
         for stack, padding in zip(anatomy.stacks, paddings, strict=True):
             mask = given_mask(stack, given)
-            padding[0] = mask
+            padding.real = mask
             if any(m.unit == "other" and hides(m, given) for m in stack.masks):
                 raise UnsupportedModel(
                     f"without: expected padding that is told token by token, got {stack.masks[0].tensor!r} in another unit. Which "
@@ -66,18 +70,23 @@ def mask_removed(model: nn.Module, anatomy: Anatomy, blocks: frozenset[int]) -> 
                 handlers[call.product] = _unmasked_fused(call, padding)
             for step in call.masking:
                 handlers[step.point] = _unmasked_step(step, padding)
-    hook = model.register_forward_pre_hook(remember, with_kwargs=True)
-    try:
-        with intercepted(model, handlers):
-            yield
-    finally:
-        hook.remove()
+    with restoring() as changes:
+        changes.hook(model, "forward_pre", remember if everywhere else in_this_thread(remember), with_kwargs=True)
+        changes.enter(intercepted(model, handlers, everywhere=everywhere))
+        yield
 
 
-def _unmasked_fused(call: AttentionCall, padding: list[Tensor | None]) -> Handler:
+class _Padding(threading.local):
+    """Which tokens of a stack are real in the pass that this thread is in; `None`: all."""
+
+    def __init__(self) -> None:
+        self.real: Tensor | None = None
+
+
+def _unmasked_fused(call: AttentionCall, padding: _Padding) -> Handler:
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = fused_arguments(args, kwargs)
-        query, mask, real = given["query"], given.get("attn_mask"), padding[0]
+        query, mask, real = given["query"], given.get("attn_mask"), padding.real
         if mask is not None and mask.dtype != torch.bool and forbidden_by_addition(mask)[1]:
             raise UnsupportedModel(_MASK_AND_BIAS + " Load the model with attn_implementation='eager'.")
         shown = None
@@ -98,13 +107,13 @@ _MASK_AND_BIAS = (
 _AXIS = {"head": None, "window": None, "sequence": "sequence"} | {s: s for s in ("sequence-major", "sequence-minor")}
 
 
-def _unmasked_step(step: MaskingStep, padding: list[Tensor | None]) -> Handler:
+def _unmasked_step(step: MaskingStep, padding: _Padding) -> Handler:
     """An operation between logits and weights that no longer forbids anything but padded keys."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if forbids_and_shifts(function, args, kwargs, step.operand):
             raise UnsupportedModel(_MASK_AND_BIAS + " Add the two one after the other, or take away another component.")
-        real, hidden = padding[0], None
+        real, hidden = padding.real, None
         if real is not None:
             hidden = spread_out(~real, step.axes, result_shape(function, args, kwargs))
         return step_without(function, args, kwargs, step.operand, step.after_softmax, hidden)
@@ -113,8 +122,8 @@ def _unmasked_step(step: MaskingStep, padding: list[Tensor | None]) -> Handler:
 
 
 @contextlib.contextmanager
-def positions_removed(model: nn.Module) -> Iterator[None]:
-    """Within the context every token stands at position 0."""
+def positions_removed(model: nn.Module, *, everywhere: bool = False) -> Iterator[None]:
+    """Within the context every token stands at position 0, in this thread or `everywhere`."""
     if not takes(model, "position_ids"):
         raise UnsupportedModel(
             f"without: expected a model that takes position_ids, got {type(model).__name__}. Its positions cannot be told "
@@ -131,11 +140,10 @@ def positions_removed(model: nn.Module) -> Iterator[None]:
             changed["attention_mask"] = torch.ones_like(changed["position_ids"])
         return rebound(model, args, kwargs, changed)
 
-    hook = model.register_forward_pre_hook(at_zero, with_kwargs=True, prepend=True)  # position gates listen, too
-    try:
+    with restoring() as changes:
+        hook = at_zero if everywhere else in_this_thread(at_zero)
+        changes.hook(model, "forward_pre", hook, with_kwargs=True, prepend=True)  # position gates listen, too
         yield
-    finally:
-        hook.remove()
 
 
 def require_order_blind(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Tensor]) -> None:

@@ -17,8 +17,10 @@ What is left of a block, at the additions themselves (nothing is subtracted, so 
 * without `"positions"` every token stands at position 0, in all blocks. Where a model knows positions in another way as well, it
   is refused (`token_order`).
 
-Contexts nest: what is missing is the union. On leaving, also by an exception, the model's outputs are what they were, bit
-for bit. Under gradient checkpointing a removed part would give silently wrong gradients, so it is refused.
+Contexts nest, and may be left in any order: what is missing is the union of those in force. On leaving, also by an exception or
+Ctrl-C at whatever line, the model's outputs are what they were, bit for bit. A removal acts in every thread that runs the model; a
+thread that is running it when the context is entered makes it refuse. A copy of the model made meanwhile, or a pickle, is one of
+the whole model. Under gradient checkpointing a removed part would give silently wrong gradients, so it is refused.
 
 When not to use this: to claim what a model *trained without* the part would do. This one was trained with it.
 """
@@ -26,24 +28,28 @@ When not to use this: to claim what a model *trained without* the part would do.
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, NoReturn, SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.influence import without_zeros
 from uncollapse.anatomy.interception import Handler, Point, counted, in_turn, intercepted, putting_another
-from uncollapse.anatomy.probing import going_as_steered, in_the_open, probing
+from uncollapse.anatomy.probing import going_as_steered, hidden, in_the_open, probing
 from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
 from uncollapse.anatomy.situations import held
 from uncollapse.anatomy.tracing import tensors_in, writes_in_place
+from uncollapse.anatomy.turns import closed_to_others, refuse_running
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall, NormPiece, removal
 from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.interventions.overlooked_norms import require_no_norm_left
 from uncollapse.interventions.token_order import mask_removed, positions_removed, require_order_blind
+from uncollapse.restoring import Changes, found_state, in_this_thread, restoring, turn
 from uncollapse.wrappers import seen_through
 
 Component = Literal["mlp", "attention", "residual", "attention-residual", "mlp-residual", "norm", "positions", "mask"]
@@ -53,17 +59,30 @@ _RESIDUALS = {f"{name}-residual": kinds for name, kinds in _PARTS.items()}
 _RESIDUALS["residual"] = {kind for kinds in _PARTS.values() for kind in kinds}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Removal:
     """One `without` in force: components, block numbers, and whether the outer norms go too."""
 
     components: frozenset[str]
     blocks: frozenset[int]
     outer: bool
+    everywhere: bool = False  # in whatever thread runs the model, not only in the one that took it away
 
 
-_active: weakref.WeakKeyDictionary[nn.Module, list[_Removal]] = weakref.WeakKeyDictionary()
-_installed: weakref.WeakKeyDictionary[nn.Module, contextlib.ExitStack] = weakref.WeakKeyDictionary()
+@dataclass
+class _InForce:
+    """What is away from one model: the removals, what their union put up, and what holds from the first of them to the last."""
+
+    removals: list[_Removal] = field(default_factory=list)
+    installed: Changes = field(default_factory=Changes)
+    throughout: Changes = field(default_factory=Changes)
+
+
+_in_force: weakref.WeakKeyDictionary[nn.Module, _InForce] = weakref.WeakKeyDictionary()
+
+
+def _removals(model: nn.Module) -> list[_Removal]:
+    return list(_in_force[model].removals) if model in _in_force else []
 
 
 @contextlib.contextmanager
@@ -83,9 +102,15 @@ def without(
     there is nothing of the kind to take away or the output would be the same in every bit, or where gradient checkpointing is
     on.
     """
-    anatomy, wanted = _asked(model, components, blocks, batch)
-    _require_effect(model, anatomy, wanted, _active.get(model, []))
-    with _in_force(model, anatomy, wanted):
+    require_components(components)
+    _refuse_checkpointing(model)
+    with restoring() as changes:
+        with turn, restoring(gathers=True):
+            refuse_running("without", model)
+            anatomy = anatomy_for(model, batch)
+            wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
+            _require_effect(model, anatomy, wanted)
+        changes.enter(removed(model, *components, blocks=blocks, batch=batch, everywhere=True))
         yield model
 
 
@@ -95,45 +120,73 @@ def removed(
     *components: str,
     blocks: Collection[int] | Literal["all", "all+outer"] | None = None,
     batch: Mapping[str, Any] | None = None,
+    everywhere: bool = False,
 ) -> Iterator[nn.Module]:
-    """`without`, also where there is nothing to take away: for those who ask of any model what holds without a component."""
-    anatomy, wanted = _asked(model, components, blocks, batch)
-    with _in_force(model, anatomy, wanted):
-        yield model
-
-
-def _asked(
-    model: nn.Module,
-    components: tuple[str, ...],
-    blocks: Collection[int] | Literal["all", "all+outer"] | None,
-    batch: Mapping[str, Any] | None,
-) -> tuple[Anatomy, _Removal]:
-    """The anatomy, and the removal that is asked for, where the model and the components allow it."""
+    """`without`, also where there is nothing to take away: for those who ask of any model what holds without a component. Passes
+    of other threads are whole, unless it is taken away `everywhere`."""
     require_components(components)
     _refuse_checkpointing(model)
     anatomy = anatomy_for(model, batch)
-    wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
     if "positions" in components:
         require_order_blind(model, anatomy, known_example(model) or {})
-    return anatomy, wanted
+    wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer", everywhere)
+    with restoring() as changes:
+        with turn:
+            refuse_running("without", model)
+            changes.undo(functools.partial(_give_back, model, anatomy, wanted))
+            force = _in_force.setdefault(model, _InForce())
+            if not force.removals:
+                force.throughout.enter(held(model))
+                force.throughout.enter(going_as_steered(model))
+                _copied_whole(model, force.throughout)
+            force.removals.append(wanted)
+            _install(model, anatomy, force.removals)
+        yield model
 
 
-@contextlib.contextmanager
-def _in_force(model: nn.Module, anatomy: Anatomy, wanted: _Removal) -> Iterator[None]:
-    stack = _active.setdefault(model, [])
-    with held(model), going_as_steered(model):
-        stack.append(wanted)
-        try:
-            _install(model, anatomy, stack)
-            yield
-        finally:
-            stack.pop()
-            _install(model, anatomy, stack)
+def _give_back(model: nn.Module, anatomy: Anatomy, removal: _Removal) -> None:
+    """End one removal, whichever was begun last."""
+    with turn:
+        force = _in_force.get(model)
+        if force is None:
+            return
+        force.removals[:] = [each for each in force.removals if each is not removal]
+        _install(model, anatomy, force.removals)
+        if not force.removals:
+            force.throughout.put_back()
+            _in_force.pop(model, None)
+
+
+def _copied_whole(model: nn.Module, changes: Changes) -> None:
+    """Let a copy that is made meanwhile, or a pickle, be one of the whole model: what is put up here would go on acting on this
+    model, and not on the copy."""
+    reduced = _refuse_copy if hidden(model) else _reduced  # a configuration is changed as well
+    for module in model.modules():
+        if hasattr(type(module), "__deepcopy__"):
+            changes.place(vars(module), "__deepcopy__", functools.partial(_refuse_copy, weakref.ref(module)))
+        changes.place(vars(module), "__reduce_ex__", functools.partial(reduced, weakref.ref(module)))
+
+
+def _reduced(reference: weakref.ref[nn.Module], protocol: SupportsIndex) -> Any:
+    """What `copy` and `pickle` ask of a module, without what is put up for a while."""
+    module = reference()
+    assert module is not None
+    reduced: Any = type(module).__reduce_ex__(module, protocol)
+    made, given, state, *rest = reduced
+    return made, given, found_state(state) if isinstance(state, dict) else state, *rest
+
+
+def _refuse_copy(reference: weakref.ref[nn.Module], _: object) -> NoReturn:
+    name = type(reference()).__name__
+    raise UnsupportedModel(
+        f"without: expected a model that is copied whole, got {name} while something is away from it that a copy would keep. "
+        "Its code says how it is copied, or a configuration is changed. Copy the model outside the context."
+    )
 
 
 def is_ablated(model: nn.Module) -> bool:
     """Whether the model is inside a `without` right now."""
-    return bool(_active.get(model))
+    return bool(_removals(model))
 
 
 def anatomy_for(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Anatomy:
@@ -158,12 +211,10 @@ def require_effect(
     output the same in every bit. Runs the model a few times on the example that its anatomy was proved on."""
     anatomy = anatomy_for(model)
     wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
-    _require_effect(model, anatomy, wanted, _active.get(model, []), thorough=True)
+    _require_effect(model, anatomy, wanted, thorough=True)
 
 
-def _require_effect(
-    model: nn.Module, anatomy: Anatomy, wanted: _Removal, active: list[_Removal], *, thorough: bool = False
-) -> None:
+def _require_effect(model: nn.Module, anatomy: Anatomy, wanted: _Removal, *, thorough: bool = False) -> None:
     """Raise where a component is not there, or where taking it away changes nothing: the mask and positions, `thorough` all."""
     blocks = [anatomy.blocks[number] for number in sorted(wanted.blocks)]
     for component in sorted(wanted.components):
@@ -182,27 +233,32 @@ def _require_effect(
     example = known_example(model)
     if example is not None and "norm" in wanted.components:
         everything = _Removal(frozenset({"norm", "mlp", "attention"}), wanted.blocks, False)
-        try:
-            _install(model, anatomy, [everything])
+        with restoring() as changes:
+            _set_aside(model, anatomy, changes)
+            _put_up(model, anatomy, [everything], changes, everywhere=False)
             require_no_norm_left(model, anatomy, wanted.blocks, example)
-        finally:
-            _install(model, anatomy, active)
     if example is None or not (thorough or wanted.components & {"mask", "positions"}):
         return
-    try:
-        with probing(model):
+    with probing(model), restoring() as changes:
+        _set_aside(model, anatomy, changes)
+        if _changes(model, anatomy, wanted, example):
+            return
+        with without_zeros(model):
             if _changes(model, anatomy, wanted, example):
                 return
-            with without_zeros(model):
-                if _changes(model, anatomy, wanted, example):
-                    return
-    finally:
-        _install(model, anatomy, active)
     names = " and ".join(repr(component) for component in sorted(wanted.components))
     raise UnsupportedModel(
         f"without: expected the output of {type(model).__name__} to depend on its {names}, got the same in every bit without. "
         "On the example it was proved on, nothing is taken away. Take away another component."
     )
+
+
+def _set_aside(model: nn.Module, anatomy: Anatomy, changes: Changes) -> None:
+    """Take down what is in force, until `changes` are undone."""
+    if _removals(model):
+        changes.enter(closed_to_others())
+        changes.undo(lambda: _install(model, anatomy, _removals(model)))
+        _install(model, anatomy, [])
 
 
 def _holds(component: str, blocks: Collection[Block], anatomy: Anatomy, outer: bool) -> bool:
@@ -219,12 +275,13 @@ def _changes(model: nn.Module, anatomy: Anatomy, removal: _Removal, example: Map
     the component goes only together with others."""
     found = []
     for removals in ([], [removal]):
-        try:
-            _install(model, anatomy, removals)
-        except InputError:
-            return True
-        torch.manual_seed(0)
-        found.append([t.detach().clone() for t in tensors_in(model(**example)) if t.is_floating_point()])
+        with restoring() as changes:
+            try:
+                _put_up(model, anatomy, removals, changes, everywhere=False)
+            except InputError:
+                return True
+            torch.manual_seed(0)
+            found.append([t.detach().clone() for t in tensors_in(model(**example)) if t.is_floating_point()])
     plain, changed = found
     return len(plain) != len(changed) or not all(
         a.shape == b.shape and torch.equal(a, b) for a, b in zip(plain, changed, strict=True)
@@ -233,13 +290,22 @@ def _changes(model: nn.Module, anatomy: Anatomy, removal: _Removal, example: Map
 
 def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> None:
     """Take down what is in force and put up the union of `removals`."""
-    previous = _installed.pop(model, None)
-    if previous is not None:
-        previous.close()
+    installed = _in_force[model].installed
+    installed.put_back()
+    try:
+        _put_up(model, anatomy, removals, installed, everywhere=all(each.everywhere for each in removals))
+    except BaseException:
+        installed.put_back()
+        raise
+
+
+def _put_up(
+    model: nn.Module, anatomy: Anatomy, removals: list[_Removal], changes: Changes, *, everywhere: bool
+) -> None:
+    """Put up the union of `removals`, in this thread or `everywhere`."""
     if not removals:
         return
-    stack = contextlib.ExitStack()
-    stack.enter_context(in_the_open(model))
+    changes.enter(in_the_open(model))
     handlers: dict[Point, Handler] = {}
     norms: set[ModuleCall | NormPiece] = set()
     for number, block in enumerate(anatomy.blocks):
@@ -261,14 +327,13 @@ def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> No
         else:
             runs.setdefault(where.name, set()).add(where.call)
     for name, calls in runs.items():
-        stack.enter_context(_identity(model, name, calls))
+        changes.enter(_identity(model, name, calls, everywhere))
     unmasked = frozenset(b for r in removals if "mask" in r.components for b in r.blocks)
     if unmasked:
-        stack.enter_context(mask_removed(model, anatomy, unmasked))
+        changes.enter(mask_removed(model, anatomy, unmasked, everywhere=everywhere))
     if any("positions" in r.components for r in removals):
-        stack.enter_context(positions_removed(model))
-    stack.enter_context(intercepted(model, handlers))
-    _installed[model] = stack
+        changes.enter(positions_removed(model, everywhere=everywhere))
+    changes.enter(intercepted(model, handlers, everywhere=everywhere))
 
 
 def _parts(block: Block, gone: Collection[str], meant: Mapping[str, Collection[str]]) -> set[int]:
@@ -289,9 +354,10 @@ def _refuse_shared(block: Block, parts: Collection[int], alone: Collection[int])
 
 
 @contextlib.contextmanager
-def _identity(model: nn.Module, name: str, calls: set[int]) -> Iterator[None]:
+def _identity(model: nn.Module, name: str, calls: set[int], everywhere: bool) -> Iterator[None]:
     """Let the given runs of a norm return their input, in the dtype the norm would have returned."""
-    with counted(model, [name]) as runs:
+    with restoring() as changes:
+        runs = changes.enter(counted(model, [name]))
 
         def passing(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if runs.begin(name) not in calls:
@@ -299,11 +365,16 @@ def _identity(model: nn.Module, name: str, calls: set[int]) -> Iterator[None]:
             (given, *_rest) = tensors_in([args, kwargs])
             return given.to(output.dtype) if isinstance(output, Tensor) else None
 
-        hook = model.get_submodule(name).register_forward_hook(passing, with_kwargs=True)
-        try:
-            yield
-        finally:
-            hook.remove()
+        hook = passing if everywhere else in_this_thread(passing)
+        changes.hook(model.get_submodule(name), "forward", hook, with_kwargs=True)
+        yield
+
+
+class _Given(threading.local):
+    """What a norm that is no module was given, in the pass that this thread is in."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
 
 
 def _identity_of_piece(piece: NormPiece) -> dict[Point, Handler]:
@@ -313,10 +384,10 @@ def _identity_of_piece(piece: NormPiece) -> dict[Point, Handler]:
             f"without: expected a norm that can be taken out, got {piece}: {piece.obstacle}. "
             "It is measured where it stands. Take away another component, or leave its block out with blocks=[...]."
         )
-    given: list[Tensor] = []
+    met = _Given()  # each thread's own
 
     def keep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given[:] = [list(tensors_in([args, kwargs]))[piece.operand].clone()]  # the norm may overwrite it
+        met.tensors[:] = [list(tensors_in([args, kwargs]))[piece.operand].clone()]  # the norm may overwrite it
 
     def reading(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         keep(args, kwargs)
@@ -327,9 +398,9 @@ def _identity_of_piece(piece: NormPiece) -> dict[Point, Handler]:
             keep(args, kwargs)
         output = function(*args, **kwargs)
         if writes_in_place(function):
-            args[0].copy_(given.pop())
+            args[0].copy_(met.tensors.pop())
             return output
-        passed = given.pop().to(piece.result(output).dtype)
+        passed = met.tensors.pop().to(piece.result(output).dtype)
         return passed if piece.member is None else (*output[: piece.member], passed, *output[piece.member + 1 :])
 
     return {piece.reads: reading, piece.gives: putting_another(giving)}

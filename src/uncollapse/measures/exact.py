@@ -21,6 +21,7 @@ from flint import fmpq, fmpq_mat, fmpz_mat, nmod_mat
 from torch import Tensor
 
 from uncollapse.errors import InputError
+from uncollapse.measures.admission import require_plain
 
 # 2^61 - 1 is prime: a rank modulo it never exceeds the rational rank, so a full one settles the question at once.
 _PRIME = (1 << 61) - 1
@@ -44,6 +45,8 @@ def rational(matrix: Any, *, name: str = "exact.rational") -> fmpq_mat:
     if isinstance(matrix, fmpz_mat):
         return fmpq_mat(matrix)
     if isinstance(matrix, Tensor):
+        if matrix.ndim:
+            require_plain(name, "matrix", matrix)
         if matrix.ndim != 2 or matrix.is_complex():
             raise InputError(
                 f"{name}: expected a real tensor with axes (token, width), got shape {tuple(matrix.shape)} of "
@@ -52,7 +55,13 @@ def rational(matrix: Any, *, name: str = "exact.rational") -> fmpq_mat:
         width = matrix.shape[1]
         rows = matrix.detach().cpu().to(torch.float64 if matrix.is_floating_point() else torch.int64).tolist()
     else:
-        rows = [list(row) for row in matrix]
+        try:
+            rows = [list(row) for row in matrix]
+        except TypeError:
+            raise InputError(
+                f"{name}: expected rows of numbers, got {type(matrix).__name__}. It may be a single row, or one number. "
+                "Pass a list with a list for each token."
+            ) from None
         width = len(rows[0]) if rows else 0
         if any(len(row) != width for row in rows):
             raise InputError(
@@ -129,15 +138,32 @@ def _each(name: str, matrix: Any, mask: Tensor | None, measure: Any) -> int | Te
     if mask is None and not (isinstance(matrix, Tensor) and matrix.ndim > 2):
         answer: int = measure(rational(matrix, name=name))
         return answer
-    if not isinstance(matrix, Tensor) or matrix.ndim < 2 or (mask is not None and mask.shape != matrix.shape[:-1]):
+    if (
+        not isinstance(matrix, Tensor)
+        or matrix.ndim < 2
+        or (isinstance(mask, Tensor) and mask.shape != matrix.shape[:-1])
+    ):
         shapes = [tuple(getattr(given, "shape", ())) for given in (matrix, mask)]
         raise InputError(
             f"{name}: expected a tensor with axes (batch, token, width) and a mask with axes (batch, token), got "
             f"shapes {shapes[0]} and {shapes[1]}. The mask may belong to another batch. "
             "Pass one boolean for each token."
         )
+    require_plain(name, "matrix", matrix)
+    if mask is not None and not isinstance(mask, Tensor):
+        raise InputError(
+            f"{name}: expected a tensor as mask, got {type(mask).__name__}. It may be an array or a list. "
+            "Pass torch.as_tensor(...) of it."
+        )
+    if mask is not None:
+        require_plain(name, "mask", mask)
+    if mask is not None and mask.dtype != torch.bool:
+        raise InputError(
+            f"{name}: expected a boolean mask, got {mask.dtype}. An additive or 0/1 attention mask reads differently. "
+            "Pass attention_mask.bool() of the 0/1 mask."
+        )
     batch, (tokens, width) = matrix.shape[:-2], matrix.shape[-2:]
-    clouds = matrix.reshape(-1, tokens, width)
+    clouds = matrix.reshape(math.prod(batch), tokens, width)
     keep = torch.ones(clouds.shape[:2], dtype=torch.bool) if mask is None else mask.reshape(-1, tokens).bool().cpu()
     counts = [measure(rational(cloud.cpu()[kept], name=name)) for cloud, kept in zip(clouds, keep, strict=True)]
     return int(counts[0]) if not batch else torch.tensor(counts, dtype=torch.int64).reshape(batch)
@@ -155,6 +181,8 @@ def _rank(matrix: fmpq_mat) -> int:
 
 def _affine_rank(matrix: fmpq_mat) -> int:
     rows = matrix.tolist()
+    if not rows:
+        return 0
     return _rank(from_rows([[a - b for a, b in zip(row, rows[0], strict=True)] for row in rows[1:]], matrix.ncols()))
 
 

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from uncollapse.errors import InputError
+from uncollapse.measures.admission import admitting, at_size_one, is_ordinary, times_power_of_two
 from uncollapse.measures.storage_noise import storage_noise
 
 _EPS_64 = torch.finfo(torch.float64).eps
@@ -32,6 +33,7 @@ _MASSIVE_RATIO = 10.0  # a token's norm over the median token norm of its sequen
 _HELD_OUT_SHARE = 0.25
 
 
+@admitting
 def rank(
     x: Float[Tensor, "*batch token width"],
     mask: Bool[Tensor, "*batch token"] | None = None,
@@ -59,6 +61,7 @@ def rank(
     return _rank("rank", x, mask, precision, affine=False)
 
 
+@admitting
 def affine_rank(
     x: Float[Tensor, "*batch token width"],
     mask: Bool[Tensor, "*batch token"] | None = None,
@@ -86,6 +89,7 @@ def affine_rank(
     return _rank("affine_rank", x, mask, precision, affine=True)
 
 
+@admitting
 def attainable_rank(
     x: Float[Tensor, "*batch token width"], mask: Bool[Tensor, "*batch token"] | None = None, *, affine: bool = False
 ) -> Int[Tensor, "*batch"]:
@@ -106,6 +110,7 @@ def attainable_rank(
     return (cloud.tokens - int(affine)).clamp(0, x.shape[-1])
 
 
+@admitting
 def rank_tolerance(
     x: Float[Tensor, "*batch token width"],
     mask: Bool[Tensor, "*batch token"] | None = None,
@@ -131,9 +136,11 @@ def rank_tolerance(
     Raises `InputError` for another shape or dtype. NaN where a real token is NaN or infinite.
     """
     cloud = _cloud("rank_tolerance", x, mask, precision)
-    return _tolerance(_singular_values(cloud.x), cloud.tokens, x.shape[-1], cloud.eps)
+    tolerance = _tolerance(_singular_values(cloud.x), cloud.tokens, x.shape[-1], cloud.eps)
+    return times_power_of_two(tolerance, cloud.exponent)
 
 
+@admitting
 def rank_gap(
     x: Float[Tensor, "*batch token width"],
     mask: Bool[Tensor, "*batch token"] | None = None,
@@ -162,6 +169,7 @@ def rank_gap(
     return _gap(values, ranks, cloud.tokens.clamp(max=x.shape[-1]))
 
 
+@admitting
 def effective_rank(
     x: Float[Tensor, "*batch token width"], mask: Bool[Tensor, "*batch token"] | None = None
 ) -> Float[Tensor, "*batch"]:
@@ -186,6 +194,7 @@ def effective_rank(
     return _entropy_rank(_singular_values(_cloud("effective_rank", x, mask).x))
 
 
+@admitting
 def stable_rank(
     x: Float[Tensor, "*batch token width"], mask: Bool[Tensor, "*batch token"] | None = None
 ) -> Float[Tensor, "*batch"]:
@@ -209,6 +218,7 @@ def stable_rank(
     return (values / values.amax(-1, keepdim=True)).square().sum(-1)
 
 
+@admitting
 def participation_ratio(
     x: Float[Tensor, "*batch token width"], mask: Bool[Tensor, "*batch token"] | None = None
 ) -> Float[Tensor, "*batch"]:
@@ -233,6 +243,7 @@ def participation_ratio(
     return _participation_ratio(cloud.x.mT @ cloud.x if x.shape[-2] > x.shape[-1] else cloud.x @ cloud.x.mT)
 
 
+@admitting
 def consensus_distance(
     x: Float[Tensor, "*batch token width"], mask: Bool[Tensor, "*batch token"] | None = None
 ) -> Float[Tensor, "*batch"]:
@@ -259,6 +270,7 @@ def consensus_distance(
     return distance.where(cloud.tokens > 1, math.nan)
 
 
+@admitting
 def consensus_after_norm(
     x: Float[Tensor, "*batch token width"],
     mask: Bool[Tensor, "*batch token"] | None = None,
@@ -289,6 +301,8 @@ def consensus_after_norm(
     x, real = cloud.x, cloud.real
     if centred:
         x = x - x.mean(-1, keepdim=True)
+    if x.dtype == torch.float64 and x.numel():
+        x, _ = at_size_one(x, (-1,))
     norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     real = real & (norms[..., 0] > 0)
     unit = x * torch.where(real.unsqueeze(-1), _reciprocal(norms), 0)  # padded rows are zero already
@@ -299,6 +313,7 @@ def consensus_after_norm(
     return (apart.sqrt() + 0 * norms.sum((-2, -1))).where(count > 1, math.nan)  # NaN where a real token is not finite
 
 
+@admitting
 def stream_carried(
     before: Float[Tensor, "*batch token width"],
     after: Float[Tensor, "*batch token width"],
@@ -331,13 +346,19 @@ def stream_carried(
         before.dtype, torch.float32
     )  # a median factor needs no double, nor a copy to be made
     x, y = before.to(precision), after.to(precision)
+    exponent = torch.zeros((), dtype=torch.int32, device=x.device)
+    if not (is_ordinary(x, 40) and is_ordinary(y, 40)):
+        (x, small), (y, large) = (at_size_one(part.double(), (-2, -1)) for part in (x, y))
+        exponent = (large - small)[..., 0, 0] * (not is_normalized)
     real = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
     product, size = (x * y).sum(-1), torch.linalg.vector_norm(x, dim=-1)
     share = product / (size * (torch.linalg.vector_norm(y, dim=-1) if is_normalized else size))
     middle: Tensor = share.where(real, math.nan).nanmedian(-1).values
-    return middle + 0 * product.where(real, 0).sum(-1)  # NaN where a real token is not finite
+    middle = times_power_of_two(middle, exponent).to(precision)
+    return middle + 0 * product.where(real, 0).sum(-1).to(precision)  # NaN where a real token is not finite
 
 
+@admitting
 def token_similarity(
     x: Float[Tensor, "*batch token width"], mask: Bool[Tensor, "*batch token"] | None = None
 ) -> Float[Tensor, "*batch"]:
@@ -359,11 +380,13 @@ def token_similarity(
     Raises `InputError` for another shape or dtype.
     """
     cloud = _cloud("token_similarity", x, mask)
-    norms = torch.linalg.vector_norm(cloud.x, dim=-1)
-    summed = (_reciprocal(norms).unsqueeze(-2) @ cloud.x).squeeze(-2)
+    rows = at_size_one(cloud.x, (-1,))[0]  # a scale per token changes nothing, and a small one must not vanish
+    norms = torch.linalg.vector_norm(rows, dim=-1)
+    summed = (_reciprocal(norms).unsqueeze(-2) @ rows).squeeze(-2)
     return _mean_cosine(summed.square().sum(-1), norms)
 
 
+@admitting
 def row_space(
     x: Float[Tensor, "*batch token width"],
     mask: Bool[Tensor, "*batch token"] | None = None,
@@ -388,6 +411,7 @@ def row_space(
     return _row_space("row_space", x, mask, precision)
 
 
+@admitting
 def out_of_span_energy(
     update: Float[Tensor, "*batch token width"],
     embeddings: Float[Tensor, "*batch token width"] | None = None,
@@ -421,12 +445,13 @@ def out_of_span_energy(
     delta = _cloud(name, update, mask).x
     if embeddings is not None and embeddings_mask is None and embeddings.shape[:-1] == update.shape[:-1]:
         embeddings_mask = mask
-    basis = _basis(name, embeddings, embeddings_mask, basis, precision, update)
+    basis = _basis(name, embeddings, embeddings_mask, basis, precision, update).double()
     outside = delta - (delta @ basis.mT) @ basis
     energy = outside.square().sum((-2, -1)) / delta.square().sum((-2, -1))
     return energy.where(~_spans_all(basis), math.nan)
 
 
+@admitting
 def null_out_of_span_energy(
     second_moment: Float[Tensor, "*#batch width width"],
     embeddings: Float[Tensor, "*batch token width"] | None = None,
@@ -459,13 +484,15 @@ def null_out_of_span_energy(
             f"{name}: expected second_moment with axes (*batch, width, width), got shape {tuple(second_moment.shape)}. "
             "It may hold the updates themselves. Pass updates.mT @ updates."
         )
-    basis = _basis(name, embeddings, mask, basis, precision, second_moment)
-    moment = second_moment.double()
+    _check(name, second_moment, None, None)
+    basis = _basis(name, embeddings, mask, basis, precision, second_moment).double()
+    moment = at_size_one(second_moment.double(), (-2, -1))[0]
     inside = ((basis @ moment) * basis).sum((-2, -1))
     energy = (1 - inside / moment.diagonal(dim1=-2, dim2=-1).sum(-1)).clamp(min=0)
     return energy.where(~_spans_all(basis), math.nan)
 
 
+@admitting
 def nonlinear_innovation(
     inputs: Float[Tensor, "*batch token feature"],
     outputs: Float[Tensor, "*batch token width"],
@@ -553,6 +580,7 @@ class CloudMeasures:
     without_massive: WithoutMassiveTokens
 
 
+@admitting
 @torch.no_grad()
 def cloud_measures(
     x: Float[Tensor, "*batch token width"],
@@ -571,8 +599,8 @@ def cloud_measures(
 
     A token is massive if its norm exceeds 10 times the (lower) median token norm of its sequence, a rule of ours; with
     `massive_tokens=k` the k of largest norm are. `without_massive` leaves them out; where none is, it repeats the
-    figures. A sequence with NaN or infinity in a real token, or too large to be squared in float64, is NaN throughout
-    (except `tokens`); nothing is raised for it. A fully masked one has rank 0 and NaN for the rest.
+    figures. A sequence with NaN or infinity in a real token is NaN throughout (except `tokens`); nothing is raised for it. A
+    fully masked one has rank 0 and NaN for the rest.
 
     Misleads where the single measures do. The rule for massive tokens is blind if they are more than half of all.
 
@@ -602,6 +630,8 @@ def cloud_measures(
         real, places = real.sort(dim=-1, descending=True, stable=True)
         x = x.gather(-2, places.unsqueeze(-1).expand_as(x))
     eps = torch.finfo(precision or x.dtype).eps
+    if x.dtype == torch.float64 and x.numel():
+        x = at_size_one(_float64(x, real), (-2, -1))[0]
     if x.shape[-2] > x.shape[-1]:
         x = _float64(x, real)
     measured, without = _measured(x, real, eps, massive_tokens)
@@ -610,12 +640,14 @@ def cloud_measures(
 
 
 class _Cloud(NamedTuple):
-    """A checked cloud: float64 with padded rows zero, which rows are real, how many, and the precision's epsilon."""
+    """A checked cloud: float64 with padded rows zero, which rows are real, how many, and the precision's epsilon. It is `x`
+    times 2^exponent: numbers whose squares are out of range are brought to size one."""
 
     x: Tensor
     real: Tensor
     tokens: Tensor
     eps: float
+    exponent: Tensor
 
 
 def _check(function: str, x: Tensor, mask: Tensor | None, precision: torch.dtype | None) -> None:
@@ -646,10 +678,13 @@ def _check(function: str, x: Tensor, mask: Tensor | None, precision: torch.dtype
 def _cloud(function: str, x: Tensor, mask: Tensor | None, precision: torch.dtype | None = None) -> _Cloud:
     _check(function, x, mask, precision)
     eps = torch.finfo(precision or x.dtype).eps
-    if mask is None:
-        real = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-        return _Cloud(x.double(), real, real.sum(-1), eps)
-    return _Cloud(_float64(x, mask), mask, mask.sum(-1), eps)
+    real = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
+    double = x.double() if mask is None else _float64(x, mask)
+    exponent = torch.zeros(x.shape[:-2], dtype=torch.int32, device=x.device)
+    if x.dtype == torch.float64 and x.numel():  # squares of the other formats stay within float64
+        double, found = at_size_one(double, (-2, -1))
+        exponent = found[..., 0, 0]
+    return _Cloud(double, real, real.sum(-1), eps, exponent)
 
 
 def _float64(x: Tensor, real: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from uncollapse.errors import InputError
+from uncollapse.measures.admission import admitting, at_size_one, is_ordinary, times_power_of_two
 from uncollapse.measures.random_projections import beside_random
 from uncollapse.measures.write_spaces import (
     WriteSpaces as WriteSpaces,
@@ -63,6 +64,7 @@ def ambiguous_degrees_of_freedom(heads: int, head_width: int, tokens: int = 1) -
     return tokens * (heads - 1) * head_width
 
 
+@admitting
 def kernel_dimension(output_projection: Float[Tensor, "mixed width"], tokens: int = 1) -> int:
     """How many numbers of the head outputs do not reach the layer's output, for an observer who knows W_O. A count.
 
@@ -81,7 +83,7 @@ def kernel_dimension(output_projection: Float[Tensor, "mixed width"], tokens: in
 
     Linear algebra; the question is that of arXiv 2604.23681. Raises `InputError` for anything but a finite matrix.
     """
-    W = float64_matrix("kernel_dimension", output_projection)
+    W = at_size_one(float64_matrix("kernel_dimension", output_projection), (0, 1))[0]
     return tokens * (W.shape[0] - numerical_rank(W, computed_in(W)))
 
 
@@ -96,6 +98,7 @@ def _decomposed(name: str, output_projection: Tensor | WriteSpaces, heads: int) 
     return output_projection
 
 
+@admitting
 def contribution_ambiguity(
     output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int, tokens: int = 1
 ) -> int:
@@ -221,6 +224,7 @@ def query_key_gauge_dimension(
     return groups * (rotary_width + free**2) + (groups * free if bias else 0) + hidden
 
 
+@admitting
 def write_space_overlap(
     output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int
 ) -> Float[Tensor, "head head"]:
@@ -249,6 +253,7 @@ def write_space_overlap(
     return shared / torch.minimum(ranks[:, None], ranks)
 
 
+@admitting
 def principal_angles(
     output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int
 ) -> Float[Tensor, "head head head_width"]:
@@ -279,6 +284,7 @@ def principal_angles(
     return angles
 
 
+@admitting
 def smallest_principal_angle(
     output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int
 ) -> Float[Tensor, "head head"]:
@@ -317,6 +323,7 @@ def smallest_principal_angle(
     return angles.masked_fill(silent[:, None] | silent, math.nan)
 
 
+@admitting
 def conditioning(output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int) -> float:
     """By how much noise in the layer's output is amplified, at worst, when it is attributed to heads. A factor.
 
@@ -362,6 +369,7 @@ def absolute_noise_gain(output_projection: Float[Tensor, "mixed width"] | WriteS
     return float(1 / spaces.least) if spaces.are_independent else math.inf
 
 
+@admitting
 def head_noise_gain(
     output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int
 ) -> Float[Tensor, " head"]:
@@ -387,6 +395,7 @@ def head_noise_gain(
     return _decomposed("head_noise_gain", output_projection, heads).gains
 
 
+@admitting
 def write_grams(
     output_projection: Float[Tensor, "mixed width"], heads: int
 ) -> Float[Tensor, "head head_width head_width"]:
@@ -402,6 +411,7 @@ def write_grams(
     return _grams("write_grams", output_projection, heads)
 
 
+@admitting
 def contribution_energy(
     head_outputs: Float[Tensor, "*batch token mixed"],
     output_projection: Float[Tensor, "mixed width"],
@@ -429,6 +439,7 @@ def contribution_energy(
     return _energy("contribution_energy", head_outputs, output_projection, heads, mask, grams)
 
 
+@admitting
 def energy_share(
     head_outputs: Float[Tensor, "*batch token mixed"],
     output_projection: Float[Tensor, "mixed width"],
@@ -450,10 +461,11 @@ def energy_share(
 
     Derived here. Raises `InputError` as `contribution_energy` does.
     """
-    energy = _energy("energy_share", head_outputs, output_projection, heads, mask, grams)
+    energy = _energy("energy_share", head_outputs, output_projection, heads, mask, grams, is_share=True)
     return energy / energy.sum(-1, keepdim=True)
 
 
+@admitting
 def gate_rank(gates: Float[Tensor, "position head"], tol: float | None = None) -> int:
     """How many of the heads become separable by gates that differ from position to position. A count.
 
@@ -474,6 +486,7 @@ def gate_rank(gates: Float[Tensor, "position head"], tol: float | None = None) -
     return _gate_spectrum("gate_rank", gates, tol)[1]
 
 
+@admitting
 def gate_conditioning(gates: Float[Tensor, "position head"], tol: float | None = None) -> float:
     """By how much noise is amplified, at worst, when heads are recovered from their position gates. A factor.
 
@@ -525,10 +538,13 @@ def _energy(
     heads: int,
     mask: Tensor | None,
     grams: Tensor | None,
+    is_share: bool = False,
 ) -> Tensor:
-    """`contribution_energy`, refusing under the name of the function that was called."""
+    """`contribution_energy`, refusing under the name of the function that was called; `is_share`: in any unit."""
+    of_weights = torch.zeros((), dtype=torch.int32, device=head_outputs.device)
     if grams is None:
-        grams = _grams(name, output_projection, heads)
+        blocks, exponent = at_size_one(row_blocks(name, output_projection, heads, finite=False), (0, 1, 2))
+        grams, of_weights = blocks @ blocks.mT, 2 * exponent.flatten()
     if head_outputs.ndim < 2 or head_outputs.shape[-1] != grams.shape[0] * grams.shape[1] or grams.shape[0] != heads:
         raise InputError(
             f"{name}: expected head_outputs[..., token, mixed] with mixed = {output_projection.shape[0]} = "
@@ -542,6 +558,17 @@ def _energy(
             f"{described(mask)}. It may be an integer attention mask. Pass mask.bool(), True for real tokens."
         )
     O = head_outputs.detach().to(torch.promote_types(head_outputs.dtype, torch.float32))
+    if not O.is_floating_point():
+        raise InputError(
+            f"{name}: expected floating-point head_outputs, got {described(head_outputs)}. They may be token ids. "
+            "Pass the projection's input."
+        )
+    dtype, sizes = O.dtype, of_weights
+    if not (is_ordinary(O, 50) and is_ordinary(grams, 20)):  # squares would leave the range
+        O = O.double() if mask is None else torch.where(mask[..., None], O, 0).double()
+        O, of_outputs = at_size_one(O, (-2, -1))
+        grams, of_grams = at_size_one(grams.double(), (0, 1, 2))
+        sizes = 2 * of_outputs[..., 0] + of_grams.flatten() + of_weights
     # centred before the Gram: the common part of the tokens would drown the rest
     if mask is None:
         O = O - O.mean(-2, keepdim=True)
@@ -551,16 +578,20 @@ def _energy(
     O = O.unflatten(-1, (heads, -1)).transpose(-2, -3)
     with torch.autocast(O.device.type, enabled=False):
         energy = (O.mT @ O * grams.to(O)).sum((-1, -2))
-    return energy.clamp(min=0)
+    energy = energy.clamp(min=0)
+    return (energy if is_share else times_power_of_two(energy, sizes)).to(dtype)
 
 
 def _gate_spectrum(name: str, gates: Tensor, tol: float | None) -> tuple[Tensor, int]:
     """The singular values of the gates, and how many stand above the tolerance."""
-    G = float64_matrix(name, gates)
+    G, exponent = at_size_one(float64_matrix(name, gates), (0, 1))
     sigma = torch.linalg.svdvals(G)
-    return sigma, int((sigma > (tolerance(G, sigma[0], gates.dtype) if tol is None else tol)).sum())
+    if tol is None:
+        return sigma, int((sigma > tolerance(G, sigma[0], gates.dtype)).sum())
+    return sigma, int((times_power_of_two(sigma, exponent[0]) > tol).sum())
 
 
+@admitting
 def gauge_of_gates(gates: Float[Tensor, "position head"], head_width: int, tol: float | None = None) -> int:
     """In how many directions heads can still be mixed unseen, given their gates at some positions. A count.
 
@@ -591,7 +622,7 @@ def gauge_of_gates(gates: Float[Tensor, "position head"], head_width: int, tol: 
             "finite. A closed head mixes with nothing. Leave it out, or pass the gates of fewer positions."
         )
     tol = 16 * torch.finfo(gates.dtype).eps if tol is None else tol
-    profiles = normalize(gates.detach().double(), dim=0)
+    profiles = normalize(at_size_one(gates.detach().double(), (0,))[0], dim=0)
     alike = torch.cdist(profiles.T, profiles.T, compute_mode="donot_use_mm_for_euclid_dist") <= tol
     reached = alike.double()
     for _ in range(max(1, math.ceil(math.log2(gates.shape[1])))):  # chains of pairs, doubled in length each time

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from uncollapse.errors import InputError
+from uncollapse.measures.admission import admitting, at_size_one, is_ordinary, times_power_of_two
 
 TILE_BYTES = 2 << 20  # measured: 1 to 4 MiB are equal, from 8 MiB on the tile leaves the cache and costs double
 DEVICE_TILE_BYTES = 64 << 20  # accelerators want few large launches
@@ -72,6 +73,7 @@ class RowStatistics:
     route: Literal["logits", "weights"]
 
 
+@admitting
 def entropy(
     weights: Float[Tensor, "*batch query key"], mask: Bool[Tensor, "*batch_ token"] | None = None
 ) -> Float[Tensor, "*batch query"]:
@@ -94,10 +96,13 @@ def entropy(
     Raises `InputError` for weights that are no floating-point matrix or a mask that does not fit.
     """
     A, _, _ = _real_part("entropy", weights, mask, _accumulation(weights.dtype))
+    if not is_ordinary(A):
+        A = at_size_one(A.double(), (-1,))[0].to(A.dtype)
     A = A / A.sum(-1, keepdim=True)  # padded rows are 0: NaN from here on
     return (0 - torch.xlogy(A, A).sum(-1)).clamp(min=0)
 
 
+@admitting
 def normalized_entropy(
     weights: Float[Tensor, "*batch query key"],
     mask: Bool[Tensor, "*batch_ token"] | None = None,
@@ -126,6 +131,7 @@ def normalized_entropy(
     return _normalized(entropy(weights, mask), T)
 
 
+@admitting
 def fused_entropy(
     q: Float[Tensor, "batch head query width"],
     k: Float[Tensor, "batch group key width"],
@@ -155,6 +161,7 @@ def fused_entropy(
     return _measure(_self_scores("fused_entropy", q, k, mask, causal, scale), False, False).entropy
 
 
+@admitting
 def susceptibility(
     q: Float[Tensor, "batch head query width"],
     k: Float[Tensor, "batch group key width"],
@@ -183,6 +190,7 @@ def susceptibility(
     return _measure(_self_scores("susceptibility", q, k, mask, causal, scale), False, True).variance
 
 
+@admitting
 def entropy_floor(
     q: Float[Tensor, "batch head query width"],
     k: Float[Tensor, "batch group key width"],
@@ -248,6 +256,7 @@ def _prefix_square_norm(
     return (torch.cat(squares, -1) - T[:, None, None] * centre.square()).clamp(min=0)
 
 
+@admitting
 def contraction(
     weights: Float[Tensor, "*batch query key"], mask: Bool[Tensor, "*batch_ token"] | None = None
 ) -> Float[Tensor, "*batch"]:
@@ -270,12 +279,14 @@ def contraction(
     Raises `InputError` as `entropy` does.
     """
     A, rows, keys = _real_part("contraction", weights, mask, torch.float64)
+    A, exponent = at_size_one(A, (-2, -1))
     A = torch.where(rows[..., None], A - A.sum(-2, keepdim=True) / rows.sum(-1)[..., None, None], 0)
     A = torch.where(keys[..., None, :], A - A.sum(-1, keepdim=True) / keys.sum(-1)[..., None, None], 0)
     empty = ~(rows.any(-1) & keys.any(-1))
-    return _singular_values(A)[..., 0].masked_fill(empty, math.nan)
+    return times_power_of_two(_singular_values(A)[..., 0], exponent[..., 0, 0]).masked_fill(empty, math.nan)
 
 
+@admitting
 def spectral_gap(
     weights: Float[Tensor, "*batch query key"], mask: Bool[Tensor, "*batch_ token"] | None = None
 ) -> Float[Tensor, "*batch"]:
@@ -299,6 +310,7 @@ def spectral_gap(
     return 1 - second / first
 
 
+@admitting
 def leading_singular_values(
     weights: Float[Tensor, "*batch query key"], mask: Bool[Tensor, "*batch_ token"] | None = None
 ) -> Float[Tensor, "*batch 2"]:
@@ -320,6 +332,7 @@ def leading_singular_values(
     return _leading("leading_singular_values", weights, mask)
 
 
+@admitting
 def dobrushin(
     weights: Float[Tensor, "*batch query key"], mask: Bool[Tensor, "*batch_ token"] | None = None
 ) -> Float[Tensor, "*batch"]:
@@ -344,6 +357,7 @@ def dobrushin(
     return (distances.amax((-2, -1)) / 2).masked_fill(~rows.any(-1), math.nan)
 
 
+@admitting
 def row_statistics(
     q: Float[Tensor, "batch head query width"],
     k: Float[Tensor, "batch group key width"],
@@ -407,6 +421,7 @@ def row_statistics(
     )
 
 
+@admitting
 def row_statistics_from_weights(
     weights: Float[Tensor, "batch head query key"],
     logits: Float[Tensor, "batch head query key"] | None = None,
@@ -436,7 +451,12 @@ def row_statistics_from_weights(
     Sources as in `row_statistics`. Raises `InputError` where the tensors do not fit together.
     """
     name = "row_statistics_from_weights"
-    if weights.ndim != 4 or not weights.is_floating_point() or (logits is not None and logits.shape != weights.shape):
+    if (
+        weights.ndim != 4
+        or not weights.is_floating_point()
+        or not weights.numel()
+        or (logits is not None and logits.shape != weights.shape)
+    ):
         raise InputError(
             f"{name}: expected floating-point weights[batch, head, query, key] and logits of the same shape, got "
             f"{_shape(weights)} and {'no logits' if logits is None else _shape(logits)}. "
@@ -481,6 +501,7 @@ def row_statistics_from_weights(
     )
 
 
+@admitting
 def attention_weights(
     q: Float[Tensor, "batch head query width"],
     k: Float[Tensor, "batch group key width"],
@@ -531,6 +552,7 @@ class _Scores:
     allowed: Tensor | None
     query_mask: Tensor | None
     causal: bool
+    shrunk: int = 0  # the logits are divided by this power of two
 
 
 @dataclass(frozen=True)
@@ -563,7 +585,13 @@ def _scores(
 ) -> _Scores:
     sizes = _sizes(name, q, k)
     dtype = _accumulation(torch.promote_types(q.dtype, k.dtype))
-    Q = q.detach().to(dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    shrunk = 0
+    if not (is_ordinary(q, 40) and is_ordinary(k, 40) and abs(scale) < 1e6):
+        dtype, shrunk = torch.float64, _shrinking(q, k, scale, key_mask, softcap)
+    Q = q.detach().to(dtype) * scale
+    if shrunk:
+        Q = times_power_of_two(q.detach().double() * scale, torch.tensor(-shrunk, device=q.device))
     Q = Q.view(*sizes[:4], -1)
     K = k.detach().to(dtype).contiguous()
     pairs = _pairs(name, sizes, allowed, key_mask, query_mask, causal)
@@ -585,11 +613,26 @@ def _scores(
         S.add_(torch.where(possible, part, 0).to(dtype))
         return possible
 
-    return _Scores(sizes, dtype, q.device, fill, *pairs)
+    return _Scores(sizes, dtype, q.device, fill, *pairs, shrunk=shrunk)
+
+
+def _shrinking(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None, softcap: float | None) -> int:
+    """The power of two that logits are divided by so that they stay far above `FORBIDDEN`. Logits that large have one winner, or
+    an exact tie, at any size: neither entropy nor weights change."""
+    if softcap is not None:
+        return 0
+    real = k.detach() if key_mask is None else torch.where(key_mask[:, None, :, None], k.detach(), 0)
+    size = 0.0
+    for tensor in (q.detach(), real):
+        largest = float(tensor.double().abs().max())
+        size += math.log2(largest) if 0 < largest < math.inf else 0.0
+    size += math.log2(q.shape[-1]) + (math.log2(abs(scale)) if scale else 0.0)
+    return max(0, math.ceil(size) - 100)
 
 
 def _self_scores(name: str, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> _Scores:
     """`_scores` of the plain measures: in a square call the mask of the keys is that of the queries too."""
+    _sizes(name, q, k)
     if causal:
         _require_square(name, q.shape[-2], k.shape[-2])
     query_mask = mask if q.shape[-2] == k.shape[-2] else None
@@ -671,6 +714,9 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
     dead = allowed_keys == 0
     if scores.query_mask is not None:
         dead |= ~scores.query_mask[:, None, None]
+    if scores.shrunk:
+        for name, power in (("maximum", 1), ("variance", 2)):
+            found[name] = times_power_of_two(found[name], torch.tensor(power * scores.shrunk, device=scores.device))
     results = {name: value.masked_fill_(dead, math.nan).flatten(1, 2) for name, value in found.items()}
     return _Rows(allowed_keys=allowed_keys.masked_fill_(dead, 0).flatten(1, 2), **results)
 
@@ -760,7 +806,7 @@ def _pairwise(name: str, label: str, pairs: Tensor, sizes: tuple[int, int, int, 
     kind = "boolean" if label == "allowed" else "floating-point"
     given = (1,) * (4 - pairs.ndim) + tuple(pairs.shape)
     fits = len(given) == 4 and all(size in {1, whole} for size, whole in zip(given, full, strict=True))
-    if not fits or (pairs.dtype == torch.bool) != (label == "allowed"):
+    if not fits or not (pairs.dtype == torch.bool if label == "allowed" else pairs.is_floating_point()):
         raise InputError(
             f"{name}: expected {kind} {label}, broadcastable to [batch, head, query, key] = {list(full)}, got "
             f"{_shape(pairs)}. A boolean mask is passed as allowed (True: may look), an additive one as bias. "

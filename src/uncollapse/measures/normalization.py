@@ -11,6 +11,7 @@ from 9e-4 to 0.94, on tokens with a large common mean.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from uncollapse.errors import InputError
 from uncollapse.measures import exact
+from uncollapse.measures.admission import admitting, described, require_plain, times_power_of_two
 from uncollapse.measures.storage_noise import storage_noise
 
 Kind = Literal["layer", "rms"]
@@ -47,6 +49,7 @@ class RankChange:
     after: Ranks
 
 
+@admitting
 def rank_change(
     x: Float[Tensor, "*batch token width"] | Any,
     *,
@@ -100,7 +103,25 @@ def rank_change(
                 "matrices contain only real tokens. Leave the others out of the rows."
             )
         return _exact_change(exact.rational(x, name="rank_change"), gamma, beta, exact.number(eps), kind)
-    if x.ndim < 2 or not x.is_floating_point() or (mask is not None and mask.shape != x.shape[:-1]):
+    for name, given in (("x", x), ("mask", mask), ("gamma", gamma), ("beta", beta)):
+        if isinstance(given, Tensor):
+            require_plain("rank_change", name, given)
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dtype != torch.bool):
+        raise InputError(
+            f"rank_change: expected a boolean mask, got {described(mask) if isinstance(mask, Tensor) else type(mask).__name__}. "
+            "An additive or 0/1 attention mask reads differently. Pass attention_mask.bool() of the 0/1 mask."
+        )
+    if precision is not None and not precision.is_floating_point:
+        raise InputError(
+            f"rank_change: expected a floating-point precision, got {precision}. Quantised weights are computed with in another "
+            "dtype. Pass the dtype of the hidden states."
+        )
+    if (
+        x.ndim < 2
+        or 0 in x.shape[-2:]
+        or not x.is_floating_point()
+        or (mask is not None and mask.shape != x.shape[:-1])
+    ):
         raise InputError(
             f"rank_change: expected floats with axes (batch, token, width) and a mask with axes (batch, token), got "
             f"{x.dtype} of shape {tuple(x.shape)} and mask {None if mask is None else tuple(mask.shape)}. A token axis "
@@ -245,6 +266,9 @@ def _numerical_change(
         )
     if tokens == 0:
         return _assembled(Ranks(0, 0), Ranks(0, 0), 0)
+    size = max(float(x.abs().max()), math.sqrt(eps))  # squares of what is much larger or smaller would leave the range
+    exponent = torch.tensor(-math.frexp(size)[1] if size else 0)
+    x, eps = times_power_of_two(x, exponent), eps * 2.0 ** (2 * int(exponent)) if eps else 0.0
     centred = x - x.mean(1, keepdim=True) if kind == "layer" else x
     if eps == 0:  # decided on the entries: a rounded mean would leave a constant token a deviation of 1e-17
         constant = (x == x[:, :1]).all(1) if kind == "layer" else (x == 0).all(1)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.errors import InputError
+from uncollapse.measures.admission import at_size_one, require_plain
 from uncollapse.measures.storage_noise import storage_noise
 
 LARGEST_CONDITION = 1e7
@@ -49,7 +50,14 @@ class WriteSpaces:
     """
 
     def __init__(self, output_projection: Tensor, heads: int, *, name: str = "WriteSpaces") -> None:
-        self.blocks = row_blocks(name, output_projection, heads)
+        if not isinstance(output_projection, Tensor):
+            raise InputError(
+                f"{name}: expected a tensor as output_projection, got {type(output_projection).__name__}. "
+                "It may be an array or a list. Pass torch.as_tensor(...) of it."
+            )
+        require_plain(name, "output_projection", output_projection)
+        # No figure depends on the scale of the whole.
+        self.blocks = at_size_one(row_blocks(name, output_projection, heads), (0, 1, 2))[0]
         self.dtype, self.heads = computed_in(self.blocks), heads
         columns, corners = torch.linalg.qr(self.blocks.mT)
         sigma = torch.linalg.svdvals(corners)

@@ -34,6 +34,7 @@ from uncollapse.probe.attention_calls import AttentionRows
 from uncollapse.probe.clouds import Clouds
 from uncollapse.probe.projections import projection_matrix
 from uncollapse.records.diagnosis import EmbeddingRecord, PartRecord
+from uncollapse.restoring import restoring
 
 SKETCH = 8  # random directions in which the directions of an update are counted
 WIDEST_UNITS = 8192  # weights that are no plain parameters are read with one row a hidden unit
@@ -270,13 +271,13 @@ class Activity:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Hooks for the passes inside. Install them inside `intercepted`: operations of theirs must not count as the model's."""
-        with contextlib.ExitStack() as stack:
+        with restoring() as changes:
             for module in self.model.modules():
                 if isinstance(module, nn.Embedding):
-                    stack.callback(module.register_forward_pre_hook(self._look_up, with_kwargs=True).remove)
+                    changes.hook(module, "forward_pre", self._look_up, with_kwargs=True)
             for name in self._entering:
                 module, enter = self.model.get_submodule(name), functools.partial(self._at_module, name)
-                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                changes.hook(module, "forward_pre", enter, with_kwargs=True)
             yield
 
     def _look_up(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Layout, ModuleCall, Place
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.probe.projections import bears_out, holds, projected_cloud, projection_map, side_by_side
+from uncollapse.restoring import leaves_no_trace, restoring
 from uncollapse.sources import check_batches
 
 
@@ -49,6 +50,7 @@ class HeadContributions:
     added_as_is: bool
 
 
+@leaves_no_trace
 def head_contributions(
     model: nn.Module,
     batch: Mapping[str, Any],
@@ -175,11 +177,11 @@ def _installed(model: nn.Module, readings: Sequence[_Reading]) -> Iterator[None]
             modules.setdefault(projection.name, {})[projection.call] = reading
         else:
             handlers[projection] = _noting_product(reading)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(met(model, streams, handlers=handlers))
+    with restoring() as changes:
+        changes.enter(met(model, streams, handlers=handlers))
         # Not strict: inside a `without` another handler may stand at the same addition, and answer first.
-        stack.enter_context(intercepted(model, _noting_additions(readings), strict=False))
-        runs = stack.enter_context(counted(model, modules))
+        changes.enter(intercepted(model, _noting_additions(readings), strict=False))
+        runs = changes.enter(counted(model, modules))
         for name, by_call in modules.items():
             module = model.get_submodule(name)
 
@@ -201,8 +203,8 @@ def _installed(model: nn.Module, readings: Sequence[_Reading]) -> Iterator[None]
                 if reading is not None and reading.is_own():
                     reading.output = next(tensors_in(output)).detach()
 
-            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(leave).remove)
+            changes.hook(module, "forward_pre", enter, with_kwargs=True)
+            changes.hook(module, "forward", leave)
         yield
 
 

@@ -34,6 +34,7 @@ from uncollapse.probe.projections import Projections
 from uncollapse.probe.readers import Readers
 from uncollapse.probe.sites import Sites, SiteStatistics
 from uncollapse.probe.sublayers import NormStatistics, Sublayers, UpdateStatistics
+from uncollapse.restoring import restoring
 
 Progress = Callable[[str, int, int], None]
 Level = Literal["core", "full"]
@@ -161,12 +162,12 @@ class _Probe:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         streams = [*self.clouds.streams, *(action for observer in self.observers for action in observer.streams)]
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.model.register_forward_hook(self.own.end, always_call=True).remove)
+        with restoring() as changes:
+            changes.hook(self.model, "forward", self.own.end, always_call=True)
             # Before the hooks: what they compute must not count as operations of the module that calls theirs.
-            stack.enter_context(met(self.model, streams, handlers=all_handlers(self.observers)))
+            changes.enter(met(self.model, streams, handlers=all_handlers(self.observers)))
             for observer in self.observers:
-                stack.enter_context(observer.installed())
+                changes.enter(observer.installed())
             yield
 
     def begin(self, batch: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from uncollapse.measures import heads
 from uncollapse.probe.attention import AttentionStatistics
 from uncollapse.probe.clouds import Clouds
 from uncollapse.probe.observing import Look, looking
+from uncollapse.restoring import restoring
 
 SCALE = 256.0
 MOST_ROUNDING = 1e-3  # of the heads' energy may be rounding: shares are then good to a percent
@@ -85,10 +86,10 @@ class Projections:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Hooks for the passes inside. Install them inside `intercepted`: operations of theirs must not count as the model's."""
-        with contextlib.ExitStack() as stack:
+        with restoring() as changes:
             for name in self._modules:
                 module, enter = self.model.get_submodule(name), functools.partial(self._enter, name)
-                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                changes.hook(module, "forward_pre", enter, with_kwargs=True)
             yield
 
     def begin(self, batch: Mapping[str, Any]) -> None:

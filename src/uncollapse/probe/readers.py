@@ -27,6 +27,7 @@ from uncollapse.measures import geometry
 from uncollapse.measures.running import Running
 from uncollapse.probe.clouds import Clouds
 from uncollapse.probe.sites import SiteStatistics
+from uncollapse.restoring import restoring
 
 Meets = Callable[[Tensor, Tensor], None]  # a norm's input and output
 
@@ -92,10 +93,10 @@ class Readers:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Hooks for the passes inside. Install them inside `intercepted`: operations of theirs must not count as the model's."""
-        with contextlib.ExitStack() as stack:
+        with restoring() as changes:
             for name in self._modules:
                 module, leave = self.model.get_submodule(name), functools.partial(self._leave, name)
-                stack.callback(module.register_forward_hook(leave, prepend=True, with_kwargs=True).remove)
+                changes.hook(module, "forward", leave, prepend=True, with_kwargs=True)
             yield
 
     def begin(self, batch: Mapping[str, Any]) -> None:

@@ -36,6 +36,7 @@ from uncollapse.measures.running import Running
 from uncollapse.probe.norm_law import NormLaw, norm_law
 from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import NormRecord, UpdateRecord
+from uncollapse.restoring import restoring
 
 Stack = Literal["encoder", "decoder"] | None
 TokensOf = Callable[[int, Tensor, str], tuple[Tensor, Tensor | None] | None]  # block, values, what: cloud, real tokens
@@ -236,12 +237,12 @@ class Sublayers:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Hooks for the passes inside. Install them inside `intercepted`: operations of theirs must not count as the model's."""
-        with contextlib.ExitStack() as stack:
+        with restoring() as changes:
             for name in {*self._entering, *self._leaving}:
                 module = self.model.get_submodule(name)
                 enter, leave = functools.partial(self._enter, name), functools.partial(self._leave, name)
-                stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(leave, prepend=True, with_kwargs=True).remove)
+                changes.hook(module, "forward_pre", enter, with_kwargs=True)
+                changes.hook(module, "forward", leave, prepend=True, with_kwargs=True)
             yield
 
     def begin(self, batch: Mapping[str, Any]) -> None:

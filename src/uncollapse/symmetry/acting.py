@@ -23,15 +23,20 @@ When not to use it: in training. Gradients computed inside `transformed` belong 
 from __future__ import annotations
 
 import contextlib
+import functools
+import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, intercepted
+from uncollapse.anatomy.turns import closed_to_others, refuse_running
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.errors import InputError
+from uncollapse.restoring import restoring, turn
 from uncollapse.symmetry.channels import Channels
 from uncollapse.symmetry.pass_groups import PassElement
 from uncollapse.symmetry.studied_calls import Rows
@@ -45,23 +50,61 @@ def transformed(model: nn.Module, elements: Sequence[tuple[Channels, WeightEleme
     """Within the context the elements have acted on the weights of their attention calls, one after the other.
 
     Parameters keep their identity and their storage; on leaving, also by an exception, they have their bits again. Contexts
-    nest. Of calls that share their weights, as in ALBERT, name one only, as `drawn` does: the element acts on all of them.
+    nest, and may be left in any order. Of calls that share their weights, as in ALBERT, name one only, as `drawn` does: the
+    element acts on all of them.
 
     Raises `InputError` where an element needs weights that were not found, or that are not of its size.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    originals: dict[str, Tensor] = {}
-    try:
-        with torch.no_grad():
-            for channels, element in elements:
-                for name, data in _changed(parameters, channels, element).items():
-                    originals.setdefault(name, parameters[name].detach().clone())
-                    parameters[name].copy_(data)
+    mine = (list(elements),)
+    with restoring() as changes:
+        with turn:
+            refuse_running("transformed", model)
+            changes.enter(closed_to_others())
+            changes.undo(functools.partial(_taken_off, model, parameters, mine))
+            _in_force.setdefault(model, _InForce()).elements.append(mine)
+            _transform(parameters, _in_force[model].originals, elements)
         yield model
-    finally:
+
+
+@dataclass
+class _InForce:
+    """What has acted on the weights of one model, in turn, and the parameters as they were before."""
+
+    elements: list[tuple[list[tuple[Channels, WeightElement]]]] = field(default_factory=list)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+
+
+_in_force: weakref.WeakKeyDictionary[nn.Module, _InForce] = weakref.WeakKeyDictionary()
+
+
+def _transform(
+    parameters: Mapping[str, Tensor], originals: dict[str, Tensor], elements: Sequence[tuple[Channels, WeightElement]]
+) -> None:
+    with torch.no_grad():
+        for channels, element in elements:
+            for name, data in _changed(parameters, channels, element).items():
+                if name not in originals:
+                    originals[name] = parameters[name].detach().clone()
+                parameters[name].copy_(data)
+
+
+def _taken_off(
+    model: nn.Module, parameters: Mapping[str, Tensor], mine: tuple[list[tuple[Channels, WeightElement]]]
+) -> None:
+    """End one transformation, whichever was begun last: the weights have their bits again, then the others act anew."""
+    with turn:
+        force = _in_force.get(model)
+        if force is None:
+            return
+        force.elements[:] = [each for each in force.elements if each is not mine]
         with torch.no_grad():
-            for name, original in originals.items():
+            for name, original in force.originals.items():
                 parameters[name].copy_(original)
+        if not force.elements:
+            _in_force.pop(model, None)
+        for (elements,) in force.elements:
+            _transform(parameters, force.originals, elements)
 
 
 @contextlib.contextmanager
@@ -84,7 +127,8 @@ def acting(
         for part in anatomy.blocks[number].parts:
             for call in part.attention:
                 handlers |= element.handlers(call, part.kind)
-    with intercepted(model, handlers):
+    with restoring() as changes:
+        changes.enter(intercepted(model, handlers))
         yield model
 
 

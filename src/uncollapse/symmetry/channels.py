@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import example, known_example
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, ModuleCall
+from uncollapse.restoring import leaves_no_trace
 from uncollapse.symmetry.layouts import refused_layout
 from uncollapse.symmetry.parameters import refuse_shared, rows_of
 from uncollapse.symmetry.patterns import CODES, LOUD, PatternPasses, sign_codes, stacked
@@ -83,6 +84,7 @@ class Channels:
         return tuple(c for c in range(width) if c not in turned)
 
 
+@leaves_no_trace
 def channels_of(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> list[Channels]:
     """The channels of every attention call of `anatomy`, in the order of the blocks. `batch` is an input of the model; the
     few tokens on which the anatomy was proved are taken instead where they are known.

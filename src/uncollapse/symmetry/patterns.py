@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from uncollapse.anatomy.interception import Handler, Point, counted, intercepted
 from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import ModuleCall
+from uncollapse.restoring import restoring
 from uncollapse.symmetry.layouts import are_rows_of, is_exponential, is_over_last_axis
 from uncollapse.symmetry.studied_calls import ROLES, Place, StudiedCall
 
@@ -198,11 +200,14 @@ class PatternPasses:
             else:
                 modules.setdefault(place.name, set()).add(place.call)
         projections = {s.call.projection.name for _, s in self.usual if isinstance(s.call.projection, ModuleCall)}
-        with contextlib.ExitStack() as stack:
-            runs = stack.enter_context(counted(self.model, {*modules, *projections}))
+        thread = threading.get_ident()
+        with restoring() as changes:
+            runs = changes.enter(counted(self.model, {*modules, *projections}))
 
             def leave(name: str) -> Callable[..., Tensor | None]:
                 def hook(_: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+                    if threading.get_ident() != thread:
+                        return None
                     run = runs.begin(name)
                     self.runs[name] = run + 1
                     return at_source(ModuleCall(name, run), output) if run in modules.get(name, ()) else None
@@ -211,8 +216,8 @@ class PatternPasses:
 
             # Before the handlers are put up: what a hook computes must not count as the surrounding module's own.
             for name in {*modules, *projections}:
-                stack.callback(self.model.get_submodule(name).register_forward_hook(leave(name)).remove)
-            stack.enter_context(intercepted(self.model, handlers))
+                changes.hook(self.model.get_submodule(name), "forward", leave(name))
+            changes.enter(intercepted(self.model, handlers))
             yield
 
     @staticmethod
@@ -269,24 +274,26 @@ class PatternPasses:
             )
             if isinstance(call.projection, Point):
                 handlers[call.projection] = self._projecting(number, found)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._standing(filled, handlers))
+        thread = threading.get_ident()
+        with restoring() as changes:
+            changes.enter(self._standing(filled, handlers))
             by_name: dict[str, dict[int, int]] = {}
             for number, site in self.usual:
                 if isinstance(site.call.projection, ModuleCall):
                     by_name.setdefault(site.call.projection.name, {})[site.call.projection.call] = number
-            runs = stack.enter_context(counted(self.model, by_name))
+            runs = changes.enter(counted(self.model, by_name))
             for name, calls in by_name.items():
 
                 def enter(
                     _: nn.Module, args: Any, kwargs: Any, name: str = name, calls: dict[int, int] = calls
                 ) -> None:
+                    if threading.get_ident() != thread:
+                        return
                     run = runs.begin(name)
                     if run in calls:
                         self._keep(found, calls[run], "projection", next(tensors_in([args, kwargs])))
 
-                hook = self.model.get_submodule(name).register_forward_pre_hook(enter, with_kwargs=True)
-                stack.callback(hook.remove)
+                changes.hook(self.model.get_submodule(name), "forward_pre", enter, with_kwargs=True)
             self.model(**self.batch)
         return found
 
