@@ -4,7 +4,8 @@
     python -m bench.calls --help    other models and sizes
 
 Every call is timed between two plain passes, and its ratio is to their mean, so that a machine whose speed drifts slows both;
-the median of the ratios is reported. *Cold* is the first call for a model object: its anatomy is proved, and what its weights
+the median of the ratios is reported, of wall time and, with one thread, of processor time (`_cpu`), which other processes on the
+machine disturb less. *Cold* is the first call for a model object: its anatomy is proved, and what its weights
 say is computed. *Warm* is any later one. The models other than MiniLM have random weights in the published shape.
 """
 
@@ -16,6 +17,7 @@ import functools
 import json
 import platform
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +25,7 @@ import torch
 import transformers
 
 import uncollapse as uc
-from bench.diagnose import plain, seconds
+from bench.diagnose import plain
 from uncollapse import sources
 
 Batches = list[dict[str, torch.Tensor]]
@@ -71,28 +73,30 @@ MODELS = {"minilm": (minilm, 64, 128), "gpt2": (gpt2, 4, 1024), "llama": (llama,
 
 
 def measured(model: Any, batches: Batches, calls: list[str], rounds: int) -> dict[str, Any]:
-    plain(model, batches)
-    forward = [seconds(lambda: plain(model, batches))]
-    cold: dict[str, float] = {}
-    ratios: dict[str, list[float]] = {call: [] for call in calls}
+    clocks = {"": time.perf_counter, "_cpu": time.process_time}
     CALLS[calls[0]](model, batches=batches)  # its anatomy and its weights are known from here on
+    forward = [_took(functools.partial(plain, model, batches), clocks)]
+    found: dict[str, list[float]] = {}
     for number in range(rounds + 1):
         for call in calls:
             subject = model if number else copy.deepcopy(model)  # of which nothing is known yet
-            took = seconds(functools.partial(CALLS[call], subject, batches=batches))
-            forward.append(seconds(lambda: plain(model, batches)))
-            ratio = 2 * took / (forward[-2] + forward[-1])
-            if number:
-                ratios[call].append(ratio)
-            else:
-                cold[call] = ratio
-    found: dict[str, Any] = {"forward_seconds": round(statistics.median(forward), 3)}
-    for call in calls:
-        found[f"{call}_cold"] = round(cold[call], 2)
-        if ratios[call]:
-            found[call] = round(statistics.median(ratios[call]), 3)
-            found[f"{call}_range"] = [round(min(ratios[call]), 3), round(max(ratios[call]), 3)]
-    return found
+            took = _took(functools.partial(CALLS[call], subject, batches=batches), clocks)
+            forward.append(_took(functools.partial(plain, model, batches), clocks))
+            for clock in clocks:
+                ratio = 2 * took[clock] / (forward[-2][clock] + forward[-1][clock])
+                found.setdefault(f"{call}{clock}" if number else f"{call}_cold{clock}", []).append(ratio)
+    said: dict[str, Any] = {"forward_seconds": round(statistics.median(f[""] for f in forward), 3)}
+    for name, ratios in found.items():
+        said[name] = round(statistics.median(ratios), 3)
+        if len(ratios) > 1:
+            said[f"{name}_range"] = [round(min(ratios), 3), round(max(ratios), 3)]
+    return said
+
+
+def _took(action: Callable[[], Any], clocks: dict[str, Callable[[], float]]) -> dict[str, float]:
+    start = {name: clock() for name, clock in clocks.items()}
+    action()
+    return {name: clock() - start[name] for name, clock in clocks.items()}
 
 
 def main() -> None:

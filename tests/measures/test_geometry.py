@@ -803,3 +803,19 @@ def test_stream_carried_is_the_factor_of_the_residual_whatever_one_massive_token
     assert geometry.stream_carried(x, y).item() == pytest.approx(0.3, abs=0.03)
     x[0, 0, 0] = math.nan
     assert geometry.stream_carried(x, y).isnan()
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("level", [0.0, 30.0, 1e5])
+@pytest.mark.parametrize("spread", [1.0, 1e-3, 1e-8])
+def test_consensus_after_norm_of_the_gram_is_that_of_the_cloud(spread: float, level: float, centred: bool) -> None:
+    """Also where differences of the Gram keep no digit: a common level, or tokens that are nearly one."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 1, 24, generator=generator) + spread * torch.randn(3, 9, 24, generator=generator) + level
+    x[1, 4] = 1e4 * x[1, 3]
+    mask = torch.ones(3, 9, dtype=torch.bool)
+    mask[0, :2] = mask[2, 5:] = False
+    x[~mask] = math.nan
+    found = cloud_measures(x, mask, read_centred=centred).consensus_after_norm
+    expected = geometry.consensus_after_norm(x, mask, centred=centred)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-15, equal_nan=True)

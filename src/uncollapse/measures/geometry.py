@@ -577,6 +577,7 @@ class CloudMeasures:
     participation_ratio: Float[Tensor, "*batch"]
     consensus_distance: Float[Tensor, "*batch"]
     token_similarity: Float[Tensor, "*batch"]
+    consensus_after_norm: Float[Tensor, "*batch"]
     without_massive: WithoutMassiveTokens
 
 
@@ -588,6 +589,7 @@ def cloud_measures(
     *,
     precision: torch.dtype | None = None,
     massive_tokens: int | None = None,
+    read_centred: bool = True,
 ) -> CloudMeasures:
     """All measures of a token cloud from one Gram matrix and one decomposition: what a probe pass calls at each site.
 
@@ -599,8 +601,10 @@ def cloud_measures(
 
     A token is massive if its norm exceeds 10 times the (lower) median token norm of its sequence, a rule of ours; with
     `massive_tokens=k` the k of largest norm are. `without_massive` leaves them out; where none is, it repeats the
-    figures. A sequence with NaN or infinity in a real token is NaN throughout (except `tokens`); nothing is raised for it. A
-    fully masked one has rank 0 and NaN for the rest.
+    figures. `read_centred` is the `centred` of `consensus_after_norm`.
+
+    A sequence with NaN or infinity in a real token is NaN throughout (except `tokens`); nothing is raised for it. A fully masked
+    one has rank 0 and NaN for the rest.
 
     Misleads where the single measures do. The rule for massive tokens is blind if they are more than half of all.
 
@@ -634,7 +638,8 @@ def cloud_measures(
         x = at_size_one(_float64(x, real), (-2, -1))[0]
     if x.shape[-2] > x.shape[-1]:
         x = _float64(x, real)
-    measured, without = _measured(x, real, eps, massive_tokens)
+    measured, without, gram = _measured(x, real, eps, massive_tokens)
+    measured["consensus_after_norm"] = _consensus_after_norm(x, real, gram, read_centred)
     measured, without = ({key: value.reshape(batch) for key, value in part.items()} for part in (measured, without))
     return CloudMeasures(**measured, without_massive=WithoutMassiveTokens(**without))
 
@@ -851,11 +856,11 @@ def _length_step(device: torch.device) -> int:
 
 def _measured(
     x: Tensor, real: Tensor, eps: float, massive_tokens: int | None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The fields of `CloudMeasures` and those of `WithoutMassiveTokens`."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """The fields of `CloudMeasures` and those of `WithoutMassiveTokens`, and the Gram matrices."""
     tokens, width = real.sum(-1), x.shape[-1]
     groups = _groups(x, tokens)
-    gram = _gram(x, real, groups)
+    found = gram = _gram(x, real, groups)
     finite = gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
     if not finite.all():  # measured as zero clouds, for LAPACK refuses the whole batch; NaN is put back at the end
         gram = gram.where(finite[:, None, None], 0)
@@ -885,7 +890,29 @@ def _measured(
     measured, without = (
         {key: value.double().where(finite, math.nan) for key, value in part.items()} for part in (measured, without)
     )
-    return {"tokens": tokens.double(), **measured}, without
+    return {"tokens": tokens.double(), **measured}, without, found
+
+
+def _consensus_after_norm(x: Tensor, real: Tensor, gram: Tensor, centred: bool) -> Tensor:
+    """From the Gram where its differences keep their digits, else from the cloud itself.
+
+    With weights w_i = 1 / ||x_i|| the unit rows sum to a vector of the squared length w^T G w, and freed of their means m_i
+    over d features ||x_i||^2 is G_ii - d m_i^2, the squared length w^T G w - d <w, m>^2.
+    """
+    if x.shape[-2] > x.shape[-1]:
+        return consensus_after_norm(x, real, centred=centred)
+    count, squares = real.sum(-1), gram.diagonal(dim1=-2, dim2=-1)
+    mean = torch.where(real, x.mean(-1, dtype=torch.float64), 0) if centred else torch.zeros_like(squares)
+    freed = squares - x.shape[-1] * mean.square()
+    weights = torch.where(real, freed.clamp(min=0).rsqrt(), 0)
+    summed = (weights.unsqueeze(-2) @ gram @ weights.unsqueeze(-1)).sum((-2, -1))
+    apart = 1 - (summed - x.shape[-1] * (weights * mean).sum(-1).square()) / count.square().clamp(min=1)
+    kept = torch.where(real, freed > 1e-6 * squares, True).all(-1) & (apart > 1e-4)  # false for NaN
+    apart = apart.clamp(min=0).sqrt().where(count > 1, math.nan)
+    rows = (~kept & (count > 1)).nonzero().squeeze(-1)
+    if len(rows):
+        apart[rows] = consensus_after_norm(x[rows], real[rows], centred=centred)
+    return apart.where(squares.sum(-1).isfinite(), math.nan)
 
 
 def _gram(x: Tensor, real: Tensor, groups: _Groups) -> Tensor:

@@ -268,11 +268,11 @@ def spread(x: Tensor, mask: Tensor | None) -> Tensor:
     """||C X||_F over real tokens for x [batch, head, token, width], as [batch, head] in float64."""
     x = x.float() if x.dtype != torch.float64 else x
     if mask is None:
-        return (x - x.mean(-2, keepdim=True)).square().sum((-2, -1)).sqrt().double()
-    real = mask[:, None, :, None]
-    x = torch.where(real, x, 0.0)
-    mean = x.sum(-2, keepdim=True) / real.sum(-2, keepdim=True)
-    return torch.where(real, x - mean, 0.0).square().sum((-2, -1)).sqrt().double()
+        return torch.linalg.vector_norm(x - x.mean(-2, keepdim=True), dim=(-2, -1)).double()
+    clean = torch.where(mask[:, None, :, None], x, 0.0)
+    mean = clean.sum(-2, keepdim=True) / mask[:, None, :, None].sum(-2, keepdim=True)
+    sizes = torch.linalg.vector_norm(clean.sub_(mean), dim=-1)  # in place: one tensor less to write
+    return torch.where(mask[:, None], sizes, 0).square().sum(-1).sqrt().double()
 
 
 def pattern_spectra(weights: Tensor, query_mask: Tensor | None, key_mask: Tensor | None) -> dict[str, Tensor]:

@@ -135,13 +135,13 @@ class Sites:
                     self._measure(site, number, cloud, mask)
 
     def _measure(self, site: SiteStatistics, number: int, cloud: Tensor, mask: Tensor | None) -> None:
-        measured = geometry.cloud_measures(cloud, mask)
+        measured = geometry.cloud_measures(cloud, mask, read_centred=self._is_centred)
         gap = measured.rank_gap.masked_fill(measured.rank_gap.isinf(), math.nan)
         plain = [gap if name == "rank_gap" else getattr(measured, name) for name in PLAIN_MEASURES]
         site.plain = site.plain.add(torch.stack([p.double() for p in plain], -1))
         massive = [getattr(measured.without_massive, name).double() for name in MASSIVE_MEASURES]
         site.massive = site.massive.add(torch.stack(massive, -1))
-        apart = geometry.consensus_after_norm(cloud, mask, centred=self._is_centred)
+        apart = measured.consensus_after_norm
         carried = distinct = torch.full_like(apart, math.nan)
         if site.block is None:
             counted = self._distinct[self.anatomy.stack_of(number)]
