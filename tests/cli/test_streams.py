@@ -122,3 +122,7 @@ def test_a_usage_error_is_one_line_and_2(given: str) -> None:
     assert err.startswith(b"uncollapse: ")
     assert b"--help`." in err
     assert b"\x1b" not in err
+
+
+def test_a_variable_that_would_ask_for_completions_changes_nothing() -> None:
+    assert sh(f"{COMMAND} --version", _UNCOLLAPSE_COMPLETE="bash_source")[0] == 0

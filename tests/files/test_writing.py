@@ -91,6 +91,7 @@ def test_every_name_that_a_file_can_have(tmp_path: Path, name: bytes) -> None:
         ("/dev/zero", "a device"),
         ("/dev/fd/97", "Bad file descriptor"),
         ("/proc/self/comm", "file of the system"),
+        ("/dev/no-such-device", "No such file"),
         ("zero\0byte", "zero byte"),
         ("x" * 256, "File name too long"),
     ],

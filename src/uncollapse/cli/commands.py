@@ -97,7 +97,14 @@ def _ended(given: list[str]) -> int:
     """Run a command and say how it ended: as an exit code, and where that is 2 as one line on stderr."""
     try:
         # Not in its own standalone mode: that draws boxes around usage errors, and ends a broken pipe with 1, which is a finding.
-        code = app(args=given, prog_name="uncollapse", obj=shlex.join(["uncollapse", *given]), standalone_mode=False)
+        # Without a variable of the environment that would ask for shell completions, which are not offered.
+        code = app(
+            args=given,
+            prog_name="uncollapse",
+            obj=shlex.join(["uncollapse", *given]),
+            standalone_mode=False,
+            complete_var="-",
+        )
         sys.stdout.flush()
     except UsageError as error:
         context = getattr(error, "ctx", None)

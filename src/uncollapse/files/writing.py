@@ -20,6 +20,8 @@ from dataclasses import dataclass
 
 _LINKS = 40  # as many as the system follows
 _PRIVATE = 0o700
+# Files there are the system's. A device that is not there would become a file in memory, and be gone with the next start.
+_OF_THE_SYSTEM = re.compile(r"/(proc|sys|dev)/(?!shm/)")
 # A folder in which no file can be made, or a file that cannot be exchanged: the file itself may still be writable.
 _NOT_EXCHANGED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
 
@@ -71,9 +73,11 @@ def destination(name: str | os.PathLike[str]) -> Destination:
         try:
             found = os.lstat(path)
         except FileNotFoundError:
+            if _OF_THE_SYSTEM.match(path):
+                raise
             return Destination(path, None, None)
         if not stat.S_ISLNK(found.st_mode):
-            return _file(path, folder, found)
+            return _file(path, found)
         path = os.path.join(folder, os.readlink(path))
     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
 
@@ -94,7 +98,7 @@ def _descriptor(folder: str, last: str) -> int | None:
     return int(last) if re.fullmatch(own, folder) and re.fullmatch(r"[0-9]{1,9}", last) else None
 
 
-def _file(path: str, folder: str, found: os.stat_result) -> Destination:
+def _file(path: str, found: os.stat_result) -> Destination:
     mode = found.st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "that is not a file")
@@ -102,7 +106,7 @@ def _file(path: str, folder: str, found: os.stat_result) -> Destination:
         raise OSError(errno.ENODEV, "that is a pipe or a socket, and nobody may be reading it")
     if not stat.S_ISREG(mode) and not _is_null(found) and not _is_terminal(path, found):
         raise OSError(errno.ENODEV, "that is a device")
-    if stat.S_ISREG(mode) and re.match(r"/(proc|sys)/", folder + "/"):
+    if stat.S_ISREG(mode) and _OF_THE_SYSTEM.match(path):
         raise OSError(errno.EPERM, "that is a file of the system")
     if not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

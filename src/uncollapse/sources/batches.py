@@ -115,7 +115,7 @@ class _TooFewTokens(Exception):  # noqa: N818 - a signal between two functions o
 
 
 def _most(max_tokens: int) -> int:
-    return max(2**24, 256 * max_tokens)
+    return max(2**22, 256 * max_tokens)
 
 
 def _deciding(text: str, tokenizer: Any, max_tokens: int) -> str:
@@ -134,11 +134,13 @@ def _deciding(text: str, tokenizer: Any, max_tokens: int) -> str:
     def ids(length: int, tokens: int) -> list[int]:
         return list(tokenizer(part(length), truncation=True, max_length=tokens)["input_ids"])
 
-    while 8 * size < len(text):
+    if len(text) <= 8 * size:
+        return text
+    while 2 * size + 1 < len(text):
         enough = len(ids(size, 2 * max_tokens)) == 2 * max_tokens
         if enough and ids(size, max_tokens) == ids(2 * size, max_tokens) == ids(2 * size + 1, max_tokens):
             return part(size)
-        if size > _most(max_tokens):
+        if size >= _most(max_tokens):
             if not enough:
                 raise _TooFewTokens
             return text
