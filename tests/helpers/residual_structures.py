@@ -294,6 +294,61 @@ class SquaredReLU(nn.Module):
         return nn.functional.relu(x).square()
 
 
+def plain_rms(x: Tensor) -> Tensor:
+    return nn.functional.rms_norm(x, (x.shape[-1],))
+
+
+class NanochatBlock(Block):
+    """nanochat: norms without gains as functions, rotary positions and then a norm of queries and keys, fewer keys than queries,
+    a value embedding let in by a gate that reads some of the features, ReLU²."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.norm1, self.norm2, self.attention
+        self.q, self.kv = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.out, self.gate = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(8, HEADS // 2, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 64, bias=False), SquaredReLU(), nn.Linear(64, WIDTH, bias=False))
+
+    def forward(self, x: Tensor, values: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
+        given = plain_rms(x)
+        q, (k, v) = (
+            self.q(given).unflatten(-1, (HEADS, -1)),
+            self.kv(given).unflatten(-1, (2, HEADS // 2, -1)).unbind(2),
+        )
+        v = v + 2 * torch.sigmoid(self.gate(given[..., :8])).unsqueeze(-1) * values.view_as(v)
+        cos, sin = rotation
+        turned = []
+        for t in (q, k):
+            first, second = t.chunk(2, -1)
+            turned.append(plain_rms(torch.cat([first * cos + second * sin, second * cos - first * sin], -1)))
+        q, k, v = (t.transpose(1, 2) for t in (*turned, v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        update = self.out(mixed.transpose(1, 2).flatten(2))
+        x = x + (torch.zeros_like(update) if "attention" in self.owner[0].off else update)
+        update = self.mlp(plain_rms(x))
+        return x + (torch.zeros_like(update) if "mlp" in self.owner[0].off else update)
+
+
+class Nanochat(Stack):
+    """With scales of the stream and of the embedding for every layer, in the model's own loop, and a soft cap on the logits."""
+
+    def __init__(self) -> None:
+        super().__init__(NanochatBlock)
+        self.stream_scales, self.x0_scales = (
+            nn.Parameter(torch.tensor([1.0, 0.9, 1.1])),
+            nn.Parameter(torch.full((3,), 0.1)),
+        )
+        self.values, self.head = nn.Embedding(64, WIDTH // 2), nn.Linear(WIDTH, 64, bias=False)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        angle = torch.arange(idx.shape[1])[:, None] / 100.0 ** (torch.arange(4) / 4)
+        rotation = angle.cos()[:, None], angle.sin()[:, None]
+        x = x0 = self.keep(plain_rms(self.embed(idx)))
+        for i, block in enumerate(self.blocks):
+            x = self.keep(block(self.stream_scales[i] * x + self.x0_scales[i] * x0, self.values(idx), rotation))
+        return 20 * torch.tanh(self.head(plain_rms(x)) / 20)
+
+
 class MixesInTheAddition(Block):
     def forward(self, x: Tensor, x0: Tensor) -> Tensor:  # type: ignore[override]
         x = 0.2 * x0 + 0.9 * x + self.attend(x)
@@ -643,6 +698,7 @@ STRUCTURES: dict[str, Callable[[], Owned]] = {
         )
     },
     "modded-nanoGPT": ModdedNanoGPT,
+    "nanochat": Nanochat,
     "mixing in the addition": MixingStack,
     "dict": lambda: StateStack(lambda x: {"depth": 0, "x": x}, lambda s: s["x"], DictBlock),
     "nested": lambda: StateStack(lambda x: {"inner": (None, [x])}, lambda s: s["inner"][1][0], NestedBlock),
