@@ -210,7 +210,9 @@ def _second_eigenvalues(model: nn.Module, ids: Tensor) -> list[float]:
     patterns = bias.double().softmax(-1).detach()
     centred = patterns - patterns.mean(-2, keepdim=True)
     alive = centred.norm(dim=(-2, -1)) > 1e-12  # else equal rows, and no eigenvalues to look for in rounding
-    return [float(torch.linalg.eigvals(one).abs().max()) if some else 0.0 for one, some in zip(centred, alive, strict=True)]
+    return [
+        float(torch.linalg.eigvals(one).abs().max()) if some else 0.0 for one, some in zip(centred, alive, strict=True)
+    ]
 
 
 # Dong et al.'s four variants -------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,9 +25,10 @@ from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.judgement.attribution import heads_records
 from uncollapse.measures import heads
-from uncollapse.probe.passes import capture
+from uncollapse.probe.activity import embedding_records, part_records
+from uncollapse.probe.passes import Watched, capture
 from uncollapse.records.common import Phenomenon
-from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
+from uncollapse.records.diagnosis import AttentionRecord, EmbeddingRecord, HeadsRecord, PartRecord, SiteRecord
 
 RESIDUAL = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 LOGITS_UP = (1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)
@@ -47,6 +49,8 @@ class Run:
     trajectory: list[SiteRecord] | None
     attention: list[AttentionRecord] | None
     heads: list[HeadsRecord]
+    parts: list[PartRecord] = field(default_factory=list)
+    embeddings: list[EmbeddingRecord] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -97,14 +101,20 @@ class Bench:
         batches: Batches | None = None,
         orders: Callable[[list[SiteRecord], list[AttentionRecord]], dict[str, float]] = lambda *_: {},
         heads_too: bool = False,
+        parts_too: bool = False,
     ) -> Run:
+        """`heads_too` also looks at the projections, `parts_too` at what each part does."""
         anatomy: Anatomy = self.anatomy
+        watch: list[Watched] = ["sites", "attention", "rows"]
+        watch += ["projections"] * heads_too + ["parts"] * parts_too  # type: ignore[list-item]
         with context or contextlib.nullcontext():
-            observed = capture(model or self.model, self.batches if batches is None else batches, anatomy)
+            given = self.batches if batches is None else batches
+            observed = capture(model or self.model, given, anatomy, watch=watch)
         trajectory = site_records(observed)
         attention = [record for s in observed.attention for record in attention_records(s, "core")]
         found = heads_records(observed.attention) if heads_too else []
-        return Run(orders(trajectory, attention), trajectory, attention, found)
+        parts, embeddings = part_records(observed.parts), embedding_records(observed.embeddings)
+        return Run(orders(trajectory, attention), trajectory, attention, found, parts, embeddings)
 
     def case(
         self, plant: str, phenomenon: Phenomenon | None, block: int | None, head: list[int] | None, ladder: Any
@@ -114,9 +124,13 @@ class Bench:
 
 
 def measured(subject: Subject, name: str, fingerprint: str, scale: float = 1.0) -> Measured:
-    """Every case of one model. `scale` shrinks the number of places, for a quick look."""
+    """Every case of one model. `scale` shrinks the number of places, for a quick look, on top of the subject's own."""
     bench = Bench(subject, name)
-    every = [*confounded(bench), *damaged(bench, scale)] if subject.is_healthy else [next(confounded(bench))]
+    every = (
+        [*confounded(bench), *damaged(bench, scale * subject.scale)]
+        if subject.is_healthy
+        else [next(confounded(bench))]
+    )
     parameters = sum(p.numel() for p in bench.model.parameters())
     return Measured(fingerprint, name, parameters, bench.healthy, every)
 
@@ -149,7 +163,12 @@ def _depth(bench: Bench, first: int) -> Case:
 
     def orders(trajectory: list[SiteRecord], _: Any) -> dict[str, float]:
         values = [s.consensus_after_norm.mean if s.consensus_after_norm else 0.0 for s in trajectory]
-        return {"consensus after a norm": min(values[first + 1 :]) / values[0]}
+        # Beside it one that no rule reads: in how many directions the tokens lie, beyond the one that they share.
+        spread = [s.participation_ratio.mean - 1 if s.participation_ratio else 0.0 for s in trajectory]
+        return {
+            "consensus after a norm": min(values[first + 1 :]) / values[0],
+            "directions": min(spread[first + 1 :]) / spread[0],
+        }
 
     for factor in RESIDUAL:
         context = planting.residual_scaled(bench.model, bench.anatomy, first, factor)
@@ -213,24 +232,31 @@ def _width(bench: Bench, block: int | None, plant: str) -> Case:
     ladder = LOGITS_DOWN if plant == "logits to zero" else ALIKE
     case = bench.case(plant, "rank-collapse-width", block, None, ladder)
     places = list(range(len(bench.anatomy.blocks))) if block is None else [block]
+    real: list[Tensor] = []
+    apart: list[Tensor] = []
 
     def orders(_: Any, attention: list[AttentionRecord]) -> dict[str, float]:
+        alone = {"rows apart": float(torch.stack(apart).nanmean())}
         by_block = [[a for a in attention if a.block == place] for place in places]
         if plant == "logits to zero":
-            return {"unused keys": _mean(max(1 - a.key_share.mean for a in b if a.key_share) for b in by_block)}
+            unused = _mean(max(1 - a.key_share.mean for a in b if a.key_share) for b in by_block)
+            return {"unused keys": unused, **alone}
         kept = _mean(max(a.value_contraction.mean for a in b if a.value_contraction) for b in by_block)
-        return {"value contraction": kept}
+        return {"value contraction": kept, **alone}
 
     for step in ladder:
+        apart.clear()
 
         def change(given: planting.Given, _: int, step: float = step) -> None:
             if plant == "logits to zero":
                 planting.logits_scaled(given, None, step)
             else:
                 planting.queries_alike(given, step)
+            apart.append(planting.rows_apart(given, real[0]).nanmean())
 
-        context = planting.at_attention(bench.model, bench.anatomy, places, change)
-        case.runs.append(bench.observe(context, orders=orders))
+        with _masks(bench.model, real):
+            context = planting.at_attention(bench.model, bench.anatomy, places, change)
+            case.runs.append(bench.observe(context, orders=orders))
     return case
 
 
@@ -267,17 +293,21 @@ def _weights_run(bench: Bench, block: int, change: Callable[[Tensor], Tensor], p
     context = planting.projection_changed(bench.model, bench.anatomy, block, change)
     call = planting.attention_call(bench.anatomy, block)
     with context:
-        observed = capture(bench.model, _few(bench.batches), bench.anatomy)
-        there = [s for s in observed.attention if s.block == block]
+        observed = capture(bench.model, _few(bench.batches), bench.anatomy, watch={"attention", "projections"})
+        there = [s for s in observed.attention if s.block == block and s.kind == "self"]
         (record,) = heads_records(there)
         matrix = there[0].matrix
         assert matrix is not None
         rank = int(torch.linalg.matrix_rank(matrix.double(), rtol=1e-5))
         overlap = heads.write_space_overlap(matrix, call.heads)
-    orders = {"rank": rank / min(matrix.shape)}
+    values = torch.linalg.svdvals(matrix.double())
+    shares = values / values.sum()
+    effective = float(torch.special.entr(shares).sum().exp())
+    orders = {"rank": rank / min(matrix.shape), "effective rank": effective / min(matrix.shape)}
     if pair is not None:
         sine = (1 - float(overlap[pair])) / (1 - call.head_width / matrix.shape[1])
-        orders = {"distinctness": sine}
+        angle = float(heads.smallest_principal_angle(matrix, call.heads)[pair])
+        orders = {"distinctness": sine, "smallest angle": math.sin(angle)}
     return Run(orders, None, None, [record])
 
 
@@ -289,7 +319,7 @@ def confounded(bench: Bench) -> Iterator[Case]:
 
     def one(name: str, **options: Any) -> Case:
         case = bench.case(name, None, None, None, [0.0])
-        case.runs.append(bench.observe(**options))
+        case.runs.append(bench.observe(parts_too=True, **options))
         return case
 
     def sinking(heads: list[int]) -> Callable[[planting.Given, int], None]:
@@ -316,6 +346,19 @@ def confounded(bench: Bench) -> Iterator[Case]:
         model, anatomy, range(blocks), lambda g, _: planting.sink(g, range(0, g["query"].shape[1], 2), 15.0)
     )
     yield one("attention sinks in half of all heads", context=everywhere)
+    ids = batches[0]["input_ids"]
+    odd: dict[str, Callable[[planting.Given, int], None]] = {
+        "half of all heads on the token before": lambda given, _: planting.on_offsets(given, (1,)),
+        "half of all heads on two fixed offsets": lambda given, _: planting.on_offsets(given, (2, 5)),
+        "half of all heads on what followed the same token": lambda given, _: planting.inducing(given, ids),
+    }
+    for name, change in odd.items():
+        yield one(name, context=planting.at_attention(model, anatomy, range(blocks), change))
+    if gains := planting.gains_before_readers(model, anatomy):
+        yield one(
+            "a feature that holds nearly all of the energy",
+            context=planting.massive_feature(model, anatomy, gains, batches),
+        )
     for size in (16, 8):
         window = planting.at_attention(model, anatomy, range(blocks), windowed(size))
         yield one(f"a window of {size} tokens", context=window)
