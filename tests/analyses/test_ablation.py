@@ -16,6 +16,8 @@ from tests.helpers.tiny_models import text_batch
 from uncollapse.judgement.predictions import rate_without_residual, verdicts
 from uncollapse.judgement.rates import rate
 from uncollapse.records.ablation import AblationRecord, AblationRun, RateRecord
+from uncollapse.records.common import Statistic
+from uncollapse.records.diagnosis import SiteRecord
 from uncollapse.records.encoding import from_json
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -42,6 +44,20 @@ def test_known_sequences_have_their_rate(
         assert found.slope == pytest.approx(slope)
         assert found.slope_low == pytest.approx(slope)
         assert found.slope_high == pytest.approx(slope)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([0.98, 0.95, 0.9, 0.3, 0.02], "open"),  # the slope's interval reaches below 1 and beyond 3
+        ([0.9, 0.67, 0.2, 0.06, 0.06, 0.06, 0.06, 0.06], "open"),  # it stops
+        ([0.9, 1e-16], "open"),  # one step
+        ([0.9, 0.5, 0.02], "open"),  # two steps of different size
+        ([0.98, 0.83, 0.66, 0.53, 0.37, 0.3, 0.2, 0.16, 0.11, 0.08], "geometric"),
+    ],
+)
+def test_a_rate_is_said_only_where_the_figures_support_it(values: list[float], kind: str) -> None:
+    assert rate(values, EPSILON).kind == kind
 
 
 def test_the_rounding_floor_is_no_level() -> None:
@@ -254,3 +270,44 @@ def test_a_run_that_is_not_finite_says_so() -> None:
     assert found.runs[0].unavailable["rate"] == "the consensus distance is not finite"
     assert isinstance(found.runs[1].rate, RateRecord)
     assert isinstance(found.runs[1], AblationRun)
+
+
+def test_three_blocks_that_are_falling_decide_nothing() -> None:
+    def run(without: list[str], *distances: float, rank: float = 10.0) -> AblationRun:
+        sites = [site(i - 1 if i else None, d, rank=rank if i else 7.9) for i, d in enumerate(distances)]
+        return AblationRun(without, sites, rate(list(distances), EPSILON), None, None, [])
+
+    whole, falling = run([], 0.9, 0.9, 0.9, 0.9), run(["residual"], 0.9, 0.6, 0.35, 0.2, rank=7.9)
+    by_measure = {v.measure: v for v in verdicts([whole, falling], is_causal=True)}
+    assert by_measure["consensus_distance"].agrees is None
+    level = verdicts([whole, run(["residual"], 0.9, 0.88, 0.87, 0.9)], is_causal=True)
+    assert [v.agrees for v in level if v.measure == "consensus_distance"] == [False]
+
+
+def test_ranks_are_relative_to_the_best_by_the_first_block() -> None:
+    """Repeated ids make the embedding poor; the first attention tells them apart."""
+    ranks = [7.9, 10.0, 10.0, 7.9]
+    sites = [site(i - 1 if i else None, 0.9, rank=rank) for i, rank in enumerate(ranks)]
+    whole = AblationRun([], sites, rate([0.9] * 4, EPSILON), None, None, [])
+    found = verdicts([whole, replace(whole, without=["mlp"])], is_causal=False)
+    assert any("79%" in v.observed for v in found if v.measure == "affine_rank")
+
+
+def site(block: int | None, distance: float, *, rank: float) -> SiteRecord:
+    def one(value: float) -> Statistic:
+        return Statistic(value, value, value, 4)
+
+    return SiteRecord(
+        site="embedding" if block is None else f"block.{block}",
+        block=block,
+        stack=None,
+        rank=one(rank),
+        affine_rank=one(rank),
+        attainable_rank=one(10),
+        attainable_affine_rank=one(10),
+        effective_rank=None,
+        stable_rank=None,
+        participation_ratio=None,
+        consensus_distance=one(distance),
+        token_similarity=None,
+    )

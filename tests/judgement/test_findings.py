@@ -11,6 +11,7 @@ import pytest
 from uncollapse.judgement import findings as rules
 from uncollapse.records.common import Finding, Statistic
 from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
+from uncollapse.report.page.cells import names_head
 
 TOKENS = 40
 
@@ -182,7 +183,7 @@ def test_rank_is_held_against_the_embedding(start: float, share: float, fires: b
 def test_uniformity_is_judged_by_the_least_uniform_head(unused: float, fires: bool) -> None:
     attention = [head(0, share=1.0), head(1, share=1 - rules.UNUSED_KEYS * unused)]
     hit = found(attention=attention, code="WIDTH-UNIFORM")
-    assert [(f.block, f.head) for f in hit] == ([(0, 1)] if fires else [])
+    assert [(f.block, f.head, "(1)" in f.message) for f in hit] == ([(0, None, True)] if fires else [])
 
 
 def test_no_width_finding_behind_tokens_that_have_come_together() -> None:
@@ -207,7 +208,7 @@ def test_rank_one_is_judged_by_the_most_alive_head_and_by_length(tokens: int, ke
     limit = rules.CONTRACTION * min(1, tokens / 16)
     attention = [head(0, contraction=0.0), head(1, contraction=limit * kept)]
     hit = found(trajectory(0.95, 0.9, tokens=tokens), attention, code="WIDTH-RANK-ONE")
-    assert [f.head for f in hit] == ([1] if fires else [])
+    assert [(f.head, "(1)" in f.message) for f in hit] == ([(None, True)] if fires else [])
 
 
 @pytest.mark.parametrize(("factor", "fires"), [(1.02, False), (0.98, True)])
@@ -297,3 +298,13 @@ def test_a_head_is_frozen_if_its_other_keys_are_out_of_reach_and_one_of_them_win
     attention = [head(0), head(1, rest=rest, reach=reach), head(2)]
     hit = rules.findings(trajectory(0.95, 0.9), attention, [])
     assert [(f.code, f.head) for f in hit] == ([("ENTROPY-FROZEN", 1)] if is_frozen else [])
+
+
+def test_a_finding_marks_what_is_at_fault() -> None:
+    """Of a whole attention all its heads, not the best of them; of a head that head; of an MLP none."""
+    attention = [head(0, share=1.0), head(1, share=0.99), head(2, block=1)]
+    (whole,) = found(attention=attention, code="WIDTH-UNIFORM")
+    assert [names_head(whole, each) for each in attention] == [True, True, False]
+    one = replace(whole, phenomenon="dead-component", head=1)
+    assert [names_head(one, each) for each in attention] == [False, True, False]
+    assert not any(names_head(replace(one, head=None, kind=None), each) for each in attention)

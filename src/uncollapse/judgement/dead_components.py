@@ -272,5 +272,5 @@ def _finding(
         remedy=remedy,
         reference=_REFERENCE,
         stack=part.stack,
-        kind=part.kind,
+        kind=None if whole else part.kind,
     )

@@ -334,6 +334,7 @@ def _initial(observed: Observed, records: Sequence[AttentionRecord]) -> str:
 def _width_finding(
     code: str, record: AttentionRecord, value: float, threshold: float, message: str, initial: str = ""
 ) -> Finding:
+    """About all heads of an attention: the one that was read is the best of them, and is not at fault more than the others."""
     if initial:
         message += f" The block looks as it was initialised ({initial}), and attention starts like this: no fault yet."
     return Finding(
@@ -341,7 +342,7 @@ def _width_finding(
         phenomenon="rank-collapse-width",
         severity="info" if initial else "warning",
         block=record.block,
-        head=record.head,
+        head=None,
         value=value,
         threshold=threshold,
         message=f"The {record.kind}-attention of {_place(record.block, record.stack)} {message}",

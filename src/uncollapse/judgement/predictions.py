@@ -9,14 +9,17 @@ from uncollapse.judgement.rates import LOST, consensus
 from uncollapse.records.ablation import AblationRun, RateRecord, VerdictRecord
 from uncollapse.records.diagnosis import followed
 
-# Dimensions are lost if the share of the attainable affine rank falls below half of that at the embedding.
+# Dimensions are lost if the share of the attainable affine rank falls below half of its best by the first block.
 RANK_LOST = 0.5
+# A run that keeps less than this of its consensus distance is falling, though a decade is not lost yet.
+FALLING = 0.5
 
 
 _RATES = {"geometrically": "geometric", "doubly exponentially": "doubly exponential"}
 
-_DONG = "Dong, Cordonnier, Loukas 2021, arXiv 2103.03404"
-_CIRRINCIONE = "Cirrincione 2026, arXiv 2604.23681"
+# Dong et al. speak of networks without skip connections *and* MLPs. That the MLP alone prevents the collapse is a later reading.
+_AFTER_DONG = "a later reading of Dong, Cordonnier, Loukas 2021, arXiv 2103.03404, who leave out skip connections and MLPs together"
+_CIRRINCIONE = "Cirrincione 2026, arXiv 2604.23681 (abstract)"
 
 
 def rate_without_residual(is_causal: bool, at_consensus: Sequence[float] | None, epsilon: float) -> str:
@@ -46,7 +49,7 @@ def verdicts(
     found: list[VerdictRecord] = []
     without_mlp = by_combination.get(frozenset({"mlp"}))
     if without_mlp is not None:
-        found += _held("The MLP prevents the collapse", _DONG, without_mlp, whole, collapses=True)
+        found += _held("The MLP prevents the collapse", _AFTER_DONG, without_mlp, whole, collapses=True)
         found += _held(
             "Residual connections prevent it without the MLP", _CIRRINCIONE, without_mlp, whole, collapses=False
         )
@@ -77,16 +80,15 @@ def _held(
                 run.without,
                 "affine_rank",
                 "dimensions are lost" if collapses else "no dimensions are lost",
-                f"at its lowest, the share of the attainable affine rank is {share:.0%} of that at the embedding",
+                f"at its lowest, the share of the attainable affine rank is {share:.0%} of its best by the first block",
                 lost == collapses,
                 None,
                 block,
             )
         )
     if run.rate is not None:
-        gone = run.rate.kind != "none"
-        as_predicted = gone == collapses and (not how or run.rate.kind == _RATES[how])
         values = consensus(run.trajectory)
+        as_predicted = _as_predicted(run.rate, values, collapses, how)
         lowest = min(range(len(values)), key=values.__getitem__)
         observed = f"consensus distance {values[0]:.2g} → {values[lowest]:.2g}: {_in_words(run.rate)}"
         records.append(
@@ -105,31 +107,51 @@ def _held(
     return records
 
 
+def _as_predicted(rate: RateRecord, values: Sequence[float], collapses: bool, how: str) -> bool | None:
+    """Whether distances fall as predicted; `None` if the run does not decide it. A run that is falling when its blocks end, and has
+    not lost a decade, decides nothing: three blocks at a factor of 1/2 cannot."""
+    if rate.kind == "none":
+        is_falling = values[-1] <= FALLING * values[0]
+        return None if is_falling else not collapses
+    if not collapses:
+        return False
+    if not how:
+        return True
+    return None if rate.kind == "open" else rate.kind == _RATES[how]
+
+
 def _rank_share(run: AblationRun, whole: AblationRun) -> tuple[float, int | None] | None:
-    """The lowest share of the attainable affine rank along depth, relative to that of the embedding, and its block; None where
-    the ranks were not measured."""
-    shares = [
+    """The lowest share of the attainable affine rank from the first block on, relative to the best by the first block, and its
+    block; None where the ranks were not measured. The embedding alone would not do: repeated tokens make it poor, and what
+    positions or the first attention then tell apart is no gain that a later block could lose unseen."""
+    own, unchanged = _rank_shares(run), _rank_shares(whole)
+    if len(own) < 2 or not unchanged:
+        return None
+    best = max(share for share, _ in [*own[:2], unchanged[0]])
+    lowest, block = min(own[1:], key=lambda pair: pair[0])
+    return lowest / best if best else 0.0, block
+
+
+def _rank_shares(run: AblationRun) -> list[tuple[float, int | None]]:
+    """The shares of the attainable affine rank along the stack that is followed, each with its block."""
+    return [
         (s.affine_rank.mean / s.attainable_affine_rank.mean, s.block)
-        for s in run.trajectory
+        for s in followed(run.trajectory)
         if s.affine_rank is not None and s.attainable_affine_rank is not None and s.attainable_affine_rank.mean
     ]
-    start = next(
-        (
-            s.affine_rank.mean / s.attainable_affine_rank.mean
-            for s in whole.trajectory
-            if s.affine_rank is not None and s.attainable_affine_rank is not None and s.attainable_affine_rank.mean
-        ),
-        None,
-    )
-    if not shares or start is None:
-        return None
-    lowest, block = min(shares, key=lambda pair: pair[0])
-    return lowest / start if start else 0.0, block
 
 
 def _in_words(found: RateRecord) -> str:
     if found.kind == "none":
         return "it does not collapse"
+    if found.kind == "open":
+        between = (
+            f", slope {found.slope:.2g} [{found.slope_low:.2g}, {found.slope_high:.2g}]"
+            if found.slope is not None and found.slope_low is not None and found.slope_high is not None
+            else ""
+        )
+        reached = "" if found.floor_block is None else f", at the rounding floor from block {found.floor_block}"
+        return f"it falls, and the figures do not say at what rate{between}{reached}"
     figure = (
         f", ln r grows by a factor of {found.slope:.2g} per block"
         if found.kind == "doubly exponential" and found.slope is not None
@@ -142,7 +164,9 @@ def _in_words(found: RateRecord) -> str:
 
 
 def _norm_neutrality(run: AblationRun, whole: AblationRun) -> VerdictRecord:
-    """Norms are rank-neutral: is the affine rank along depth the same without them?"""
+    """Is the affine rank along depth the same without the norms? Were it so, they would be rank-neutral in effect. That it differs
+    refutes nothing: without norms everything behind them reads another stream. The claim itself, that a norm keeps the rank of what
+    it is given, is checked at each norm call of a diagnosis."""
     gaps = [
         (abs(a.affine_rank.mean - b.affine_rank.mean), a.block)
         for a, b in zip(run.trajectory, whole.trajectory, strict=True)
@@ -150,14 +174,14 @@ def _norm_neutrality(run: AblationRun, whole: AblationRun) -> VerdictRecord:
     ]
     gap, block = max(gaps, key=lambda pair: pair[0])
     return VerdictRecord(
-        "Layer normalisation is rank-neutral",
-        _CIRRINCIONE,
+        "Layer normalisation is rank-neutral, and its removal changes no rank",
+        f"a test of our own, after {_CIRRINCIONE}, who speaks of single norms",
         run.without,
         "affine_rank",
         "the affine rank is the same without the norms",
         (f"it differs by at most {gap:.3g}" if gap else "it is the same in every block")
         + (" whose values stay finite" if len(gaps) < len(whole.trajectory) else ""),
-        gap == 0,
+        True if gap == 0 else None,
         None,
         block,
     )

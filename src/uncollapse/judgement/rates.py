@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
-from uncollapse.measures.line_fit import line_fit
-from uncollapse.records.ablation import RateRecord
+from uncollapse.measures.line_fit import LineFit, line_fit, mean_interval
+from uncollapse.records.ablation import Kind, RateRecord
 from uncollapse.records.diagnosis import SiteRecord, followed
 
 LOST = 0.1  # a run collapses in distance if less than a tenth of the consensus distance at the embedding is left
 
 
-# Slope of ln r_{l+1} against ln r_l above which a fall counts as doubly exponential. The geometric mean of 1 (a geometric fall)
-# and 3 (the cubic law) is 1.7, rounded down.
-DOUBLY_EXPONENTIAL = 1.5
+CUBIC = 3.0  # the slope of ln r_{l+1} against ln r_l under the cubic law; a geometric fall has 1
+# A step that reaches the floor fell at least that far. If that is so many times the step before, the fall grows.
+GROWING = 2.0
 # Rounding floor of a consensus distance, in units of the number format's epsilon. In float64 it was measured as 2 to 5.
 FLOOR = 16
 
@@ -52,17 +52,26 @@ def rate(values: Sequence[float], epsilon: float) -> RateRecord:
     floor_block = next((i - 1 for i, v in enumerate(values) if v <= floor and i), None)
     above = values if floor_block is None else values[: floor_block + 1]
     logs = [math.log(v) for v in above if v > 0]
-    steps = len(logs) - 1
-    factor = math.exp((logs[-1] - logs[0]) / steps) if steps else None
+    steps = [after - before for before, after in itertools.pairwise(logs)]
+    factor = math.exp((logs[-1] - logs[0]) / len(steps)) if steps else None
+    between = mean_interval(steps)
+    low, high = (None, None) if between is None else (math.exp(between[0]), math.exp(between[1]))
     fit = line_fit(logs[:-1], logs[1:])
-    slope, low, high = fit.slope, fit.low, fit.high
-    kind: Literal["none", "geometric", "doubly exponential"] = "none"
+    kind: Kind = "none"
     if floor_block is not None or min(values) < LOST * values[0]:
-        kind = "doubly exponential" if _accelerates(logs, slope) else "geometric"
-    return RateRecord(kind, factor, slope, low, high, floor, floor_block)
+        last = None if floor_block is None or not logs else math.log(floor) - logs[-1]
+        kind = _kind(steps, last, fit, high)
+    return RateRecord(kind, factor, fit.slope, fit.low, fit.high, floor, floor_block, low, high)
 
 
-def _accelerates(logs: Sequence[float], slope: float | None) -> bool:
-    """Whether ln r falls by more at each block. The slope decides if there are enough points; otherwise too few blocks above
-    the floor do."""
-    return slope > DOUBLY_EXPONENTIAL if slope is not None else len(logs) < 3
+def _kind(steps: Sequence[float], last: float | None, fit: LineFit, factor_high: float | None) -> Kind:
+    """What the figures support of a fall. `steps` are the changes of ln r above the floor, and `last` what the step onto the floor
+    lost at least. Doubly exponential: the slope's interval lies above 1. Geometric: it does not reach the cubic law, and the
+    interval of the factor says that every block takes its share. Open: neither, as where a fall stops half way."""
+    if fit.low is not None and fit.low > 1 + 1e-9:
+        return "doubly exponential"
+    if last is not None and steps and last < GROWING * min(0.0, steps[-1]) and (fit.low is None or fit.low > 1):
+        return "doubly exponential"
+    if factor_high is not None and factor_high < 1 and (fit.high is None or fit.high < CUBIC):
+        return "geometric"
+    return "open"

@@ -38,6 +38,21 @@ class LineFit(NamedTuple):
     high: float | None
 
 
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean (Student's t); `None` with fewer than two values.
+
+    >>> mean_interval([1.0, 1.0, 1.0])
+    (1.0, 1.0)
+    """
+    n = len(values)
+    if n < 2:
+        return None
+    mean = sum(values) / n
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    half = _STUDENT[min(n - 1, len(_STUDENT)) - 1] * deviation / math.sqrt(n)
+    return mean - half, mean + half
+
+
 def line_fit(x: Sequence[float], y: Sequence[float]) -> LineFit:
     """The least-squares slope of `y` on `x` and its 95 % interval (Student's t, independent errors of one size).
 

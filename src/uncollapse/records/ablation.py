@@ -12,23 +12,29 @@ from uncollapse.records.diagnosis import NormRecord, SiteRecord, UpdateRecord
 ABLATION_SCHEMA: Literal["uncollapse/ablation/1"] = "uncollapse/ablation/1"
 
 
+Kind = Literal["none", "geometric", "doubly exponential", "open"]
+
+
 @dataclass(frozen=True)
 class RateRecord:
     """How fast the consensus distance r_l falls along depth. Only values above the rounding `floor` are used.
 
     kind: `none` (r loses less than a factor of ten), `geometric` (ln r falls by a constant per block; `factor` is the ratio of
-    r) or `doubly exponential` (ln r itself grows by a factor per block). `slope` is that of ln r_{l+1} against ln r_l: 1 is
-    geometric, 3 is cubic (Dong et al.). `slope_low` and `slope_high` are its 95 % interval, null with fewer than three pairs
-    above the floor. `floor_block` is the first block at the floor: from there on, values are rounding error.
+    r), `doubly exponential` (ln r itself grows by a factor per block) or `open` (it falls, and the figures do not say how).
+    `slope` is that of ln r_{l+1} against ln r_l: 1 is geometric, 3 is cubic (Dong et al.). `slope_low` and `slope_high` are its
+    95 % interval, null with fewer than three pairs above the floor; `factor_low` and `factor_high` that of the factor, null with
+    fewer than two steps. `floor_block` is the first block at the floor: from there on, values are rounding error.
     """
 
-    kind: Literal["none", "geometric", "doubly exponential"]
+    kind: Kind
     factor: float | None
     slope: float | None
     slope_low: float | None
     slope_high: float | None
     floor: float
     floor_block: int | None
+    factor_low: float | None = None
+    factor_high: float | None = None
 
 
 @dataclass(frozen=True)

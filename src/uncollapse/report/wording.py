@@ -103,7 +103,7 @@ def site_name(site: SiteRecord, *, with_stack: bool = True) -> str:
 
 def finding_place(finding: Finding) -> str:
     """The place where the rule fired."""
-    if finding.block is None and finding.phenomenon in TOKEN_CLOUD:
+    if finding.block is None and finding.phenomenon in (*TOKEN_CLOUD, "dead-component"):
         return f"{finding.stack} embedding" if finding.stack else "embedding"
     return place(block=finding.block, head=finding.head, stack=finding.stack)
 

@@ -120,7 +120,7 @@ def _fall(run: AblationRun) -> list[str]:
     """The rate, its figure and where the floor is reached, one line each."""
     met = say_it.floor_position(run)
     floor = "" if met is None else f"floor from {say_it.place(followed(run.trajectory)[met])}"
-    kind = wording.ABSENT if run.rate is None else run.rate.kind
+    kind = wording.ABSENT if run.rate is None else say_it.KINDS.get(run.rate.kind, run.rate.kind)
     return [line for line in (kind, say_it.rate_figure(run), floor) if line]
 
 

@@ -17,6 +17,7 @@ from uncollapse.report.wording import NAMES, listed, number
 ALWAYS_MARKED = ("norm", "residual", "mlp")
 MEASURES = {"affine_rank": "exact rank", "consensus_distance": "consensus distance"}
 SIGNS = {"agrees": "✓", "disagrees": "✗", "open": "?"}
+KINDS = {"open": "rate open"}
 CAVEAT = "Removing a part from a trained model is not the same as training without it."
 DIFFERENT_ANSWERS = (
     "The two measures disagree. One counts the dimensions that the tokens span, the other says how far apart they are."
@@ -160,7 +161,7 @@ def rate_figure(run: AblationRun) -> str:
     if rate is None or rate.kind == "none":
         return ""
     if rate.kind == "geometric":
-        return f"×{wording.number(rate.factor, 2)} per block"
+        return f"×{wording.number(rate.factor, 2)} per block{_between(rate.factor_low, rate.factor_high)}"
     if rate.slope is None:
         return "too few points"
     return f"slope {wording.number(rate.slope, 2)}{interval(run)}"
@@ -169,16 +170,18 @@ def rate_figure(run: AblationRun) -> str:
 def interval(run: AblationRun) -> str:
     """The 95 % interval of the slope in brackets; empty if there are too few points."""
     rate = run.rate
-    if rate is None or rate.slope_low is None or rate.slope_high is None:
-        return ""
-    return f" [{wording.number(rate.slope_low, 2)}, {wording.number(rate.slope_high, 2)}]"
+    return "" if rate is None else _between(rate.slope_low, rate.slope_high)
+
+
+def _between(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f" [{wording.number(low, 2)}, {wording.number(high, 2)}]"
 
 
 def rate(run: AblationRun) -> str:
     """How the consensus distance falls, in words."""
     if run.rate is None:
         return wording.ABSENT
-    return ", ".join(filter(None, [run.rate.kind, rate_figure(run)]))
+    return ", ".join(filter(None, [KINDS.get(run.rate.kind, run.rate.kind), rate_figure(run)]))
 
 
 def answer(verdict: VerdictRecord) -> str:
@@ -198,9 +201,8 @@ def questions(record: AblationRecord) -> list[Question]:
 def headline(record: AblationRecord) -> str:
     """What the runs show, in a sentence or two: which components make the tokens collapse when removed, alone or together."""
     whole, *others = record.runs
-    before = (
-        f"The tokens collapse even in the whole model ({whole.rate.kind}). " if whole.rate and collapses(whole) else ""
-    )
+    fast = "" if whole.rate is None else KINDS.get(whole.rate.kind, whole.rate.kind)
+    before = f"The tokens collapse even in the whole model ({fast}). " if collapses(whole) else ""
     rated = [run for run in others if run.rate is not None]
     alone = [run for run in rated if len(run.without) == 1]
     compared = alone or rated
@@ -210,7 +212,8 @@ def headline(record: AblationRecord) -> str:
     only = " alone" if alone else ""
     parts = []
     if fall:
-        kinds = listed(list(dict.fromkeys(run.rate.kind for run in fall if run.rate)), "or")
+        rates = dict.fromkeys(KINDS.get(run.rate.kind, run.rate.kind) for run in fall if run.rate)
+        kinds = listed(list(rates), "or")
         parts.append(f"Removing {listed([taken(run) for run in fall], 'or')}{only} makes the tokens collapse ({kinds})")
     if stay:
         words = f"emoving {listed([taken(run) for run in stay], 'or')}{only} does not"

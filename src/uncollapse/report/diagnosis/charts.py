@@ -56,8 +56,9 @@ def entropy_map(heads: Sequence[AttentionRecord], findings: Sequence[Finding], k
     if labelled:
         ink = alt.condition("isValid(datum.value) && datum.value < 0.6", alt.value("#ffffff"), alt.value("#10151a"))
         layers.append(base.mark_text(fontSize=10).encode(text="label:N", color=ink, tooltip="row:N"))
+    faults = [finding for finding in findings if finding.severity != "info"]  # what is only told is not at fault
     marked = [
-        cell for cell, record in zip(drawn, heads, strict=True) if any(cells.names_head(f, record) for f in findings)
+        cell for cell, record in zip(drawn, heads, strict=True) if any(cells.names_head(f, record) for f in faults)
     ]
     legend = []
     if marked:

@@ -166,11 +166,14 @@ def severity_of(findings: Sequence[Finding], names: Callable[[Finding], bool]) -
 
 
 def names_head(finding: Finding, record: AttentionRecord) -> bool:
-    """Whether the finding is about this head's attention."""
+    """Whether the finding is about this head's attention: about the head itself, or, if it names none, about a whole attention.
+    What is wrong with an MLP, or with a block as a whole, marks no head."""
+    if finding.phenomenon == "dead-component" and finding.kind is None:
+        return False
     return (
-        finding.phenomenon in ("entropy-collapse", "rank-collapse-width")
-        and finding.head is not None
-        and (finding.block, finding.head, finding.stack) == (record.block, record.head, record.stack)
+        finding.phenomenon in ("entropy-collapse", "rank-collapse-width", "dead-component")
+        and finding.head in (None, record.head)
+        and (finding.block, finding.stack) == (record.block, record.stack)
         and finding.kind in (None, record.kind)
     )
 
