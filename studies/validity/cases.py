@@ -86,6 +86,9 @@ class Bench:
         self.name = name
         self.model, self.batches = subject.open()
         self.anatomy = proved_anatomy(self.model, self.batches[0])
+        # Where the model forms its logits itself, as MPNet does, nothing is planted at the attention.
+        product = planting.attention_call(self.anatomy, 0).product
+        self.has_operands = product.operation.startswith("scaled_dot_product_attention")
         self.random = random.Random(name)
         self.healthy = self.observe(heads_too=True)
         self.number = 0
@@ -106,7 +109,10 @@ class Bench:
         """`heads_too` also looks at the projections, `parts_too` at what each part does."""
         anatomy: Anatomy = self.anatomy
         watch: list[Watched] = ["sites", "attention", "rows"]
-        watch += ["projections"] * heads_too + ["parts"] * parts_too  # type: ignore[list-item]
+        if heads_too:
+            watch.append("projections")
+        if parts_too:
+            watch.append("parts")
         with context or contextlib.nullcontext():
             given = self.batches if batches is None else batches
             observed = capture(model or self.model, given, anatomy, watch=watch)
@@ -146,13 +152,16 @@ def damaged(bench: Bench, scale: float) -> Iterator[Case]:
         return max(1, round(n * scale))
 
     yield from (_depth(bench, first) for first in bench.draw(count(12), blocks))
-    for _ in range(count(8)):
-        yield _entropy(bench, bench.random.randrange(blocks), True)
-    yield from (_entropy(bench, block, False) for block in bench.draw(count(2), blocks))
-    yield _entropy(bench, None, False)
-    yield from (_width(bench, block, "logits to zero") for block in bench.draw(count(4), blocks))
-    yield _width(bench, None, "logits to zero")
-    if not all(p.is_causal for b in bench.anatomy.blocks for p in b.parts if p.kind == "attention"):
+    if bench.has_operands:
+        for _ in range(count(8)):
+            yield _entropy(bench, bench.random.randrange(blocks), True)
+        yield from (_entropy(bench, block, False) for block in bench.draw(count(2), blocks))
+        yield _entropy(bench, None, False)
+        yield from (_width(bench, block, "logits to zero") for block in bench.draw(count(4), blocks))
+        yield _width(bench, None, "logits to zero")
+    if bench.has_operands and not all(
+        p.is_causal for b in bench.anatomy.blocks for p in b.parts if p.kind == "attention"
+    ):
         yield from (_width(bench, block, "queries alike") for block in bench.draw(count(2), blocks))
     yield from (_copies(bench) for _ in range(count(5)))
     yield from (_rank(bench, block) for block in bench.draw(count(2), blocks))
@@ -163,14 +172,12 @@ def _depth(bench: Bench, first: int) -> Case:
 
     def orders(trajectory: list[SiteRecord], _: Any) -> dict[str, float]:
         values = [s.consensus_after_norm.mean if s.consensus_after_norm else 0.0 for s in trajectory]
-        # Beside it one that no rule reads: in how many directions the tokens lie, beyond the one that they share.
-        spread = [s.participation_ratio.mean - 1 if s.participation_ratio else 0.0 for s in trajectory]
-        return {
-            "consensus after a norm": min(values[first + 1 :]) / values[0],
-            "directions": min(spread[first + 1 :]) / spread[0],
-        }
+        return {"consensus after a norm": min(values[first + 1 :]) / values[0], "own share of a change": own[-1]}
 
+    own: list[float] = []
     for factor in RESIDUAL:
+        with planting.residual_scaled(bench.model, bench.anatomy, first, factor):
+            own.append(planting.own_share(bench.model, bench.batches))
         context = planting.residual_scaled(bench.model, bench.anatomy, first, factor)
         case.runs.append(bench.observe(context, orders=orders))
     return case
@@ -292,23 +299,22 @@ def _weights_run(bench: Bench, block: int, change: Callable[[Tensor], Tensor], p
     """Only the changed projection is decomposed again: the others' records are those of the healthy model."""
     context = planting.projection_changed(bench.model, bench.anatomy, block, change)
     call = planting.attention_call(bench.anatomy, block)
-    with context:
+    with context:  # the matrix is a view of the weights, which are themselves again behind this
         observed = capture(bench.model, _few(bench.batches), bench.anatomy, watch={"attention", "projections"})
         there = [s for s in observed.attention if s.block == block and s.kind == "self"]
         (record,) = heads_records(there)
-        matrix = there[0].matrix
-        assert matrix is not None
-        rank = int(torch.linalg.matrix_rank(matrix.double(), rtol=1e-5))
-        overlap = heads.write_space_overlap(matrix, call.heads)
-    values = torch.linalg.svdvals(matrix.double())
-    shares = values / values.sum()
-    effective = float(torch.special.entr(shares).sum().exp())
-    orders = {"rank": rank / min(matrix.shape), "effective rank": effective / min(matrix.shape)}
+        assert there[0].matrix is not None
+        matrix = there[0].matrix.double().clone()
     if pair is not None:
-        sine = (1 - float(overlap[pair])) / (1 - call.head_width / matrix.shape[1])
-        angle = float(heads.smallest_principal_angle(matrix, call.heads)[pair])
-        orders = {"distinctness": sine, "smallest angle": math.sin(angle)}
-    return Run(orders, None, None, [record])
+        overlap = float(heads.write_space_overlap(matrix, call.heads)[pair[0], pair[1]])
+        angle = float(heads.smallest_principal_angle(matrix, call.heads)[pair[0], pair[1]])
+        sine = (1 - overlap) / (1 - call.head_width / matrix.shape[1])
+        return Run({"distinctness": sine, "smallest angle": math.sin(angle)}, None, None, [record])
+    values = torch.linalg.svdvals(matrix)
+    rank = int((values > 1e-5 * values[0]).sum())
+    effective = float(torch.special.entr(values / values.sum()).sum().exp())
+    attainable = min(matrix.shape)
+    return Run({"rank": rank / attainable, "effective rank": effective / attainable}, None, None, [record])
 
 
 # Confounders ----------------------------------------------------------------------------------------------------------
@@ -336,7 +342,7 @@ def confounded(bench: Bench) -> Iterator[Case]:
     yield one("padding", batches=[_padded(b, bench.random) for b in batches])
     for period, name in ((1, "one token repeated"), (2, "two tokens in turn"), (8, "eight tokens repeated")):
         yield one(name, batches=[_repeated(b, period) for b in batches])
-    for place in bench.draw(2, blocks):
+    for place in bench.draw(2 * bench.has_operands, blocks):
         some = bench.draw(
             planting.attention_call(anatomy, place).heads // 2, planting.attention_call(anatomy, place).heads
         )
@@ -345,21 +351,22 @@ def confounded(bench: Bench) -> Iterator[Case]:
     everywhere = planting.at_attention(
         model, anatomy, range(blocks), lambda g, _: planting.sink(g, range(0, g["query"].shape[1], 2), 15.0)
     )
-    yield one("attention sinks in half of all heads", context=everywhere)
+    if bench.has_operands:
+        yield one("attention sinks in half of all heads", context=everywhere)
     ids = batches[0]["input_ids"]
     odd: dict[str, Callable[[planting.Given, int], None]] = {
         "half of all heads on the token before": lambda given, _: planting.on_offsets(given, (1,)),
         "half of all heads on two fixed offsets": lambda given, _: planting.on_offsets(given, (2, 5)),
         "half of all heads on what followed the same token": lambda given, _: planting.inducing(given, ids),
     }
-    for name, change in odd.items():
+    for name, change in odd.items() if bench.has_operands else ():
         yield one(name, context=planting.at_attention(model, anatomy, range(blocks), change))
     if gains := planting.gains_before_readers(model, anatomy):
         yield one(
             "a feature that holds nearly all of the energy",
             context=planting.massive_feature(model, anatomy, gains, batches),
         )
-    for size in (16, 8):
+    for size in (16, 8) if bench.has_operands else ():
         window = planting.at_attention(model, anatomy, range(blocks), windowed(size))
         yield one(f"a window of {size} tokens", context=window)
     yield one(

@@ -263,6 +263,25 @@ def low_rank(stream: Tensor) -> Tensor:
 # What was planted, measured by its own means ----------------------------------------------------------------------------
 
 
+def own_share(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:
+    """Where a changed token shows in the output: the share of the whole change that is at its own position, less the 1/n of
+    tokens that all move alike, 1 where nothing else moves. The token in the middle of each sequence becomes an earlier one."""
+    shares = []
+    with torch.no_grad():
+        for batch in batches:
+            ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+            middle, rows = mask.sum(-1) // 2, torch.arange(len(ids))
+            changed = ids.clone()
+            earlier = (ids != ids[rows, middle][:, None]) & (torch.arange(ids.shape[1]) < middle[:, None])
+            changed[rows, middle] = ids[rows, (earlier * torch.arange(1, ids.shape[1] + 1)).argmax(-1)]
+            before, after = (model(**{**batch, "input_ids": i}).last_hidden_state.double() for i in (ids, changed))
+            moved = torch.where(mask, (after - before).square().sum(-1), 0)
+            reached = torch.where(mask, moved > 0, False).sum(-1).clamp(min=2)
+            share = moved[rows, middle] / moved.sum(-1).clamp(min=1e-300)
+            shares.append((share - 1 / reached) / (1 - 1 / reached))
+    return float(torch.cat(shares).mean())
+
+
 def attention_weights(given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """The weights of a fused call and its allowed pairs, both [batch, head, query, key], formed from its operands."""
     logits, allowed = _logits(given, None)

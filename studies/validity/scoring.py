@@ -31,7 +31,7 @@ ORDER = {
 }
 # For the same plants one that no rule holds against a threshold, nor a function of it.
 INDEPENDENT = {
-    "residual scaled down": "directions",
+    "residual scaled down": "own share of a change",
     "logits to zero": "rows apart",
     "queries alike": "rows apart",
     "one head made a copy of another": "smallest angle",
