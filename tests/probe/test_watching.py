@@ -126,11 +126,20 @@ def test_ablate_measures_no_row_and_no_energy_but_of_the_whole_model(monkeypatch
         return energy(cloud, matrix, heads, mask)
 
     monkeypatch.setattr(head_measures, "contribution_energy", counted)
-    for measure in ("row_statistics", "row_statistics_from_weights", "leading_singular_values"):
+    decomposed: list[int] = []
+    decompose = mixing.leading_singular_values
+
+    def noted(weights: torch.Tensor) -> torch.Tensor:
+        decomposed.append(1)
+        return decompose(weights)
+
+    monkeypatch.setattr(mixing, "leading_singular_values", noted)
+    for measure in ("row_statistics", "row_statistics_from_weights"):
         monkeypatch.setattr(mixing, measure, refuse)
     runs = uc.ablate(model, batches=batches, level="full").runs
     assert all(c is not None and c.n for run in runs for c in run.attention_contraction)
     assert len(energies) == len(batches) * 3  # one pass, three blocks
+    assert len(decomposed) <= 3 * len(batches[0]["input_ids"])  # once, with all tokens made equal, on one batch
 
 
 def test_a_probe_keeps_no_model_alive() -> None:

@@ -15,7 +15,7 @@ from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
 from uncollapse.probe.passes import Level, Observations
 from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, STREAM_MEASURES, SiteStatistics
 from uncollapse.records.common import ModelInfo, Probe, Statistic
-from uncollapse.records.diagnosis import AttentionRecord, MassiveTokensLeftOut, SiteRecord
+from uncollapse.records.diagnosis import AttentionRecord, MassiveTokensLeftOut, ReaderRecord, SiteRecord
 from uncollapse.wrappers import seen_through
 
 
@@ -62,6 +62,7 @@ def _site_record(site: SiteStatistics) -> SiteRecord:
         stack=site.stack,
         massive_tokens_left_out=MassiveTokensLeftOut(**massive),
         not_finite=site.not_finite,
+        readers=[ReaderRecord(name, Statistic.of(*running.summary(0))) for name, running in site.readers.items()],
         unavailable=unavailable,
         **plain,
         **stream,

@@ -16,6 +16,7 @@ tokens, the width, the mask and the precision. The measure or the rule corrects 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,6 +95,9 @@ def findings(
     """The findings of all rules that fire: most severe first, then by depth."""
     read = readings(trajectory, attention, heads, parts, embeddings)
     fired = [reading.finding for reading in read if reading.margin > 0]
+    # Attention that no token steers is said once: where its rows are alike already, by those.
+    alike = {(f.block, f.kind) for f in fired if f.phenomenon == "rank-collapse-width"}
+    fired = [f for f in fired if f.code != "HEAD-BLIND" or f.head is not None or (f.block, f.kind) not in alike]
     return sorted(fired, key=lambda f: (-SEVERITIES.index(f.severity), f.block if f.block is not None else -1))
 
 
@@ -151,38 +155,73 @@ def consensus(observed: Observed) -> Iterator[Reading]:
     """Measured after a norm, where neither the size of the stream nor a massive token counts. And relative to the embedding:
     if a text repeats its tokens, they are alike from the start, which is not the model's doing."""
     for sites in stacks(observed.trajectory):
-        measured = [(s, s.consensus_after_norm.mean) for s in sites if s.consensus_after_norm is not None]
-        if not measured or measured[0][0].block is not None:
+        measured = _read(sites)
+        if not measured or measured[0].site.block is not None:
             continue
-        (embedding, start), *after = measured
+        first, *after = measured
+        start = first.distance
         if start < APART_AT_ENTRY:
-            yield _alike_from_the_start(embedding, start)
+            yield _alike_from_the_start(first.site, start)
             continue
         if not after:
             continue
-        crossed = next((i for i, (_, value) in enumerate(after) if value < CONSENSUS * start), None)
-        worst, least = min(after, key=lambda pair: pair[1])
-        end = after.index((worst, least)) if crossed is None else crossed
-        at, began = after[end][0], _onset([site for site, _ in after[: end + 1]])
-        share = least / start
-        severity: Severity = "critical" if share < CONSENSUS / 10 else "warning"
+        crossed = next((i for i, read in enumerate(after) if read.share < CONSENSUS), None)
+        worst = min(after, key=lambda read: read.share)
+        end = after.index(worst) if crossed is None else crossed
+        at, began = after[end].site, _onset([read.site for read in after[: end + 1]])
+        severity: Severity = "critical" if worst.share < CONSENSUS / 10 else "warning"
         finding = Finding(
             code="DEPTH-CONSENSUS",
             phenomenon="rank-collapse-depth",
             severity=severity,
             block=began.block,
             head=None,
-            value=share,
+            value=worst.share,
             threshold=CONSENSUS,
             message=f"Tokens converge from {_place(began.block, began.stack)} on. After normalisation their consensus distance is "
             f"{start:.2g} at the embedding, under {CONSENSUS:.0%} of that from {_place(at.block, at.stack)} on, and lowest "
-            f"({least:.2g}) at {_place(worst.block, worst.stack)}.",
+            f"({worst.distance:.2g}) at {_place(worst.site.block, worst.site.stack)}{worst.by}.",
             remedy="Run `uncollapse ablate` to see what keeps the tokens apart. From this block on, check that the residual "
             "connections are intact and not scaled down.",
             reference=_DONG,
             stack=began.stack,
         )
-        yield Reading(_margin(share, CONSENSUS), finding)
+        yield Reading(_margin(worst.share, CONSENSUS), finding)
+
+
+@dataclass(frozen=True)
+class Read:
+    """How far apart the tokens of a site are to whoever reads them: the consensus distance, its share of that at the embedding, and
+    the norm that was asked, as the end of a sentence."""
+
+    site: SiteRecord
+    distance: float
+    share: float
+    by: str = ""
+
+
+def _read(sites: Sequence[SiteRecord]) -> list[Read]:
+    """The sites of a stack as their readers see them: after the norm that sees the tokens farthest apart, with its gain and shift,
+    wherever norms were met. Elsewhere every token is scaled to unit length, as a norm without a gain would.
+
+    Behind the last block of a stack that norms read otherwise there may be none. Then the tokens count as apart if they are in
+    either way, scaled or as they stand: it is not known what comes after."""
+    seen = [(s, s.clearest_reader) for s in sites]
+    is_read = bool(seen) and seen[0][1] is not None
+    found: list[Read] = []
+    for site, reader in seen:
+        scaled = None if site.consensus_after_norm is None else site.consensus_after_norm.mean
+        if is_read and reader is not None and reader.consensus is not None:
+            distance = reader.consensus.mean
+            start = found[0].distance if found else distance
+            found.append(Read(site, distance, distance / max(start, 1e-12), f", as {reader.norm} gives them on"))
+        elif scaled is not None and not (is_read and reader is not None):
+            first = sites[0].consensus_after_norm
+            shares = [scaled / max(first.mean, 1e-12)] if first is not None else [1.0]
+            if is_read and site.consensus is not None and sites[0].consensus is not None:
+                shares.append(site.consensus.mean / max(sites[0].consensus.mean, 1e-12))
+            found.append(Read(site, scaled, max(shares)))
+    return found
 
 
 def _onset(sites: Sequence[SiteRecord]) -> SiteRecord:
@@ -266,11 +305,11 @@ def _with_tokens_apart(observed: Observed) -> Iterator[list[AttentionRecord]]:
     reports tokens that have converged."""
     entering: dict[int, float] = {}
     for sites in stacks(observed.trajectory):
-        values = [None if s.consensus_after_norm is None else s.consensus_after_norm.mean for s in sites]
-        start = values[0]
-        for before, site in zip(values, sites[1:], strict=False):
-            if site.block is not None and before is not None and start is not None:
-                entering[site.block] = min(before / max(CONSENSUS * start, 1e-12), before / APART_AT_ENTRY)
+        read = {id(each.site): each for each in _read(sites)}
+        for before, site in itertools.pairwise(sites):
+            known = read.get(id(before))
+            if site.block is not None and known is not None and id(sites[0]) in read:
+                entering[site.block] = min(known.share / CONSENSUS, known.distance / APART_AT_ENTRY)
     for records in _with_different_tokens(observed):
         if entering.get(records[0].block, math.inf) >= 1:
             yield records

@@ -31,6 +31,7 @@ from uncollapse.probe.attention import Attention, AttentionStatistics, attention
 from uncollapse.probe.clouds import Clouds
 from uncollapse.probe.observing import Observer, OwnPass, all_handlers
 from uncollapse.probe.projections import Projections
+from uncollapse.probe.readers import Readers
 from uncollapse.probe.sites import Sites, SiteStatistics
 from uncollapse.probe.sublayers import NormStatistics, Sublayers, UpdateStatistics
 
@@ -121,6 +122,8 @@ class _Probe:
         self.observations = Observations(sites.statistics, [statistics for _, statistics in attending])
         self.observers: list[Observer] = [sites]
         activity = None
+        if "sites" in watch:
+            self.observers.append(Readers(model, anatomy, sites.statistics, self.clouds, self.own.is_own))
         if "parts" in watch:
             activity = Activity(model, anatomy, attending, self.clouds, self.own.is_own)
             self.observations.parts, self.observations.embeddings = activity.parts, activity.embeddings

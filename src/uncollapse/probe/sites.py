@@ -46,7 +46,8 @@ STREAM_MEASURES = ["consensus_after_norm", "stream_carried", "distinct_tokens"]
 @dataclass
 class SiteStatistics:
     """Running statistics of the token cloud at one site. `not_finite` counts sequences with NaN or infinity in a real
-    token; `reason` says why there are none."""
+    token; `reason` says why there are none. `readers` has the consensus distance after each norm that reads the stream here, by
+    name."""
 
     site: str
     block: int | None
@@ -57,6 +58,7 @@ class SiteStatistics:
     not_finite: int = 0
     width: int = 0
     reason: str = ""
+    readers: dict[str, Running] = field(default_factory=dict)
 
 
 def distinct_tokens(stack: Stack, batch: Mapping[str, Any], mask: Tensor | None) -> Tensor | None:

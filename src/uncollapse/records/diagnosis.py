@@ -30,6 +30,14 @@ class MassiveTokensLeftOut:
 
 
 @dataclass(frozen=True)
+class ReaderRecord:
+    """A norm that reads the stream at a site, and the consensus distance of what it makes of it, with its own gain and shift."""
+
+    norm: str
+    consensus: Statistic | None
+
+
+@dataclass(frozen=True)
 class SiteRecord:
     """The token cloud at one site: `embedding` (what enters the first block) or the output of `block.<i>`.
 
@@ -37,7 +45,8 @@ class SiteRecord:
     `consensus_after_norm` is the consensus distance after normalisation, with every token scaled to unit length;
     `stream_carried` is the factor by which the block carries each token's stream on (null at an embedding);
     `distinct_tokens` counts the different token ids of a sequence (at embeddings, if the model is given ids);
-    `not_finite` counts the sequences with NaN or infinity in a real token.
+    `not_finite` counts the sequences with NaN or infinity in a real token. `readers` are the norms that read the stream here: those
+    before the sublayers of the next block, or the last one. Empty where none was met.
     """
 
     site: str
@@ -59,6 +68,13 @@ class SiteRecord:
     distinct_tokens: Statistic | None = None
     not_finite: int = 0
     unavailable: dict[str, str] = field(default_factory=dict)
+    readers: list[ReaderRecord] = field(default_factory=list)
+
+    @property
+    def clearest_reader(self) -> ReaderRecord | None:
+        """The norm that sees the tokens farthest apart; None where none was met."""
+        met = [(each.consensus.mean, each) for each in self.readers if each.consensus is not None]
+        return max(met, key=lambda pair: pair[0])[1] if met else None
 
     @property
     def consensus(self) -> Statistic | None:
