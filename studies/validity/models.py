@@ -1,4 +1,4 @@
-"""The healthy models of the validity benchmark: three real ones, and small ones of seven kinds trained here on real text.
+"""The healthy models of the validity benchmark: real ones, and small ones of seven kinds trained here on real text.
 
 A model at its initialisation is no healthy model: its attention is nearly uniform, which is one of the collapses. So the
 small ones are trained, byte by byte, on Python's own documentation, and kept under `.cache/validity`; between them they
@@ -46,6 +46,7 @@ class Subject:
     open: Callable[[], tuple[nn.Module, Batches]]
     is_real: bool = False
     is_healthy: bool = True
+    scale: float = 1.0  # of the number of damaged places
 
 
 def _trained(
@@ -153,7 +154,57 @@ def _molecules() -> list[str]:
     return list(sources.read_texts([MOLECULES]))
 
 
+ANTIBODIES = (
+    "EVQLVESGGGLVQPGGSLRLSCAASGFTFSSYAMSWVRQAPGKGLEWVSAISGSGGSTYYADSVKGRFTISRDNSKNTLYLQMNSLRAEDTAVYYCAKWGQGTLVTVSS",
+    "QVQLVQSGAEVKKPGASVKVSCKASGYTFTSYGISWVRQAPGQGLEWMGWISAYNGNTNYAQKLQGRVTMTTDTSTSTAYMELRSLRSDDTAVYYCARDYWGQGTLVTVSS",
+    "QVQLQESGPGLVKPSETLSLTCTVSGGSISSYYWSWIRQPPGKGLEWIGYIYYSGSTNYNPSLKSRVTISVDTSKNQFSLKLSSVTAADTAVYYCARGFDYWGQGTLVTVSS",
+    "QVQLVESGGGVVQPGRSLRLSCAASGFTFSSYGMHWVRQAPGKGLEWVAVIWYDGSNKYYADSVKGRFTISRDNSKNTLYLQMNSLRAEDTAVYYCARDLDYWGQGTLVTVSS",
+)
+
+
+def _iglm(size: str) -> Callable[[], tuple[nn.Module, Batches]]:
+    """On heavy chains of human germlines (IGHV3-23, 1-18, 4-59, 3-33, each with a short third loop), one token a residue,
+    behind the tokens of chain and species."""
+
+    def opened() -> tuple[nn.Module, Batches]:
+        import transformers
+
+        place = weights.iglm(size)
+        model = transformers.GPT2Model.from_pretrained(place).eval()
+        words = {word: i for i, word in enumerate((place / "vocab.txt").read_text(encoding="utf-8").split())}
+        texts = [["[HEAVY]", "[HUMAN]", *sequence][:TOKENS] for sequence in ANTIBODIES]
+        ids = torch.tensor([[words[word] for word in text] for text in texts])
+        return model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+
+    return opened
+
+
 SUBJECTS: dict[str, Subject] = {
+    "gemma3": Subject(
+        "Gemma-3-270M: 18 blocks, RMS norms before and after each sublayer, query-key norms, causal, partly windowed, one "
+        "key-value head, English",
+        _real(lambda: str(weights.gemma3()), 2, lambda: None),
+        is_real=True,
+        scale=0.5,
+    ),
+    "iglm": Subject(
+        "IgLM: 4 blocks of width 512, pre-norm, causal, learned positions, antibodies", _iglm("IgLM"), is_real=True
+    ),
+    "iglm-s": Subject(
+        "IgLM-S: 3 blocks of width 192, pre-norm, causal, learned positions, antibodies", _iglm("IgLM-S"), is_real=True
+    ),
+    "mpnet": Subject(
+        "all-mpnet-base-v2: 12 blocks, post-norm, full mask, relative position bias, English",
+        _real(lambda: str(weights.mpnet()), 2, lambda: None),
+        is_real=True,
+        scale=0.5,
+    ),
+    "rxnfp": Subject(
+        "rxnfp's BERT: 12 blocks of width 256, post-norm, full mask, chemical reactions",
+        _real(lambda: str(weights.rxnfp()), 4, _molecules),
+        is_real=True,
+        scale=0.5,
+    ),
     "albert": Subject(
         "RXNMapper's ALBERT: 12 blocks, post-norm, full mask, chemical reactions", _untied_albert, is_real=True
     ),

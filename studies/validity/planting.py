@@ -7,6 +7,7 @@ fits every architecture, and a model is itself again afterwards. Copied heads an
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -145,6 +146,26 @@ def sink(given: Given, heads: Sequence[int], strength: float) -> None:
     bias_added(given, bias)
 
 
+def on_offsets(given: Given, offsets: Sequence[int]) -> None:
+    """Every other head looks at the tokens so many places before its own: 12 nats for each, and nothing for the others."""
+    queries, keys = given["query"].shape[-2], given["key"].shape[-2]
+    distance = torch.arange(queries)[:, None] - torch.arange(keys)
+    there = torch.stack([distance == offset for offset in offsets]).any(0)
+    bias = torch.zeros(1, given["query"].shape[1], queries, keys)
+    bias[:, ::2, there] = 12.0
+    bias_added(given, bias)
+
+
+def inducing(given: Given, ids: Tensor) -> None:
+    """Every other head looks at the keys whose token before is the query's own token, as induction heads do."""
+    heads, queries = given["query"].shape[1], given["query"].shape[-2]
+    same = torch.zeros(len(ids), queries, queries, dtype=torch.bool)
+    same[:, :, 1:] = ids[:, :, None] == ids[:, None, :-1]
+    bias = torch.zeros(len(ids), heads, queries, queries)
+    bias[:, ::2] = 12.0 * same[:, None]
+    bias_added(given, bias)
+
+
 def windowed(given: Given, size: int) -> None:
     """Only keys less than `size` tokens away are allowed."""
     positions = torch.arange(given["key"].shape[-2])
@@ -168,6 +189,68 @@ def first_token_massive(stream: Tensor) -> Tensor:
     return stream
 
 
+def gains_before_readers(model: nn.Module, anatomy: Anatomy) -> list[nn.Module]:
+    """The norms that read the stream, where all are RMS norms that multiply by their weight and the stream itself is not normed;
+    otherwise none."""
+    norms = [norm for block in anatomy.blocks for norm in block.norms if norm.role == "before"]
+    if "post" in anatomy.norm_placement or not norms or any(norm.kind != "rms" for norm in norms):
+        return []
+    modules = [model.get_submodule(norm.module.name) for norm in norms if norm.piece is None]
+    return modules if len(modules) == len(norms) and all(map(_multiplies, modules)) else []
+
+
+def _multiplies(norm: nn.Module) -> bool:
+    """Whether the result is 0 where the weight is. Gemma's gain is one more than its weight."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, Tensor):
+        return False
+    zero = torch.func.functional_call(norm, {"weight": torch.zeros_like(weight)}, torch.ones(1, len(weight)))
+    return not bool(zero.any())
+
+
+@contextlib.contextmanager
+def massive_feature(
+    model: nn.Module, anatomy: Anatomy, gains: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]
+) -> Iterator[None]:
+    """Feature 0 of the stream at a level that holds 99 % of the energy of a token at the entry, and gains that leave what is read
+    as it was up to the differences between tokens: 0 for that feature, larger for the others."""
+    level: list[float] = []
+    squares: dict[nn.Module, float] = {}
+
+    def reading(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        squares[module] = float(args[0][..., 1:].square().mean())
+
+    def note(stream: Tensor) -> None:
+        level[:] = [10.0 * float(stream.square().sum(-1).mean().sqrt())]
+
+    hooks = [module.register_forward_pre_hook(reading) for module in gains]
+    try:
+        with torch.no_grad(), met(model, [(anatomy.blocks[0].entry, note)]):
+            model(**batches[0])
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    def raised(stream: Tensor) -> Tensor:
+        stream = stream.clone()
+        stream[..., 0] = level[0]
+        return stream
+
+    weights = [module.get_parameter("weight") for module in gains]
+    kept = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for module, weight in zip(gains, weights, strict=True):
+            weight.mul_(math.sqrt(1 + level[0] ** 2 / len(weight) / squares[module]))
+            weight[0] = 0
+    try:
+        with stream_changed(model, anatomy, 0, raised):
+            yield
+    finally:
+        with torch.no_grad():
+            for weight, old in zip(weights, kept, strict=True):
+                weight.copy_(old)
+
+
 def low_rank(stream: Tensor) -> Tensor:
     """The cloud of all tokens in a quarter of its directions, the strongest."""
     tokens = stream.flatten(0, 1)
@@ -180,9 +263,56 @@ def low_rank(stream: Tensor) -> Tensor:
 # What was planted, measured by its own means ----------------------------------------------------------------------------
 
 
+def own_share(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:
+    """Where a changed token shows in the output: the share of the whole change that is at its own position, less the 1/n of
+    tokens that all move alike, 1 where nothing else moves. The token in the middle of each sequence becomes an earlier one."""
+    shares = []
+    with torch.no_grad():
+        for batch in batches:
+            ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+            middle, rows = mask.sum(-1) // 2, torch.arange(len(ids))
+            changed = ids.clone()
+            earlier = (ids != ids[rows, middle][:, None]) & (torch.arange(ids.shape[1]) < middle[:, None])
+            changed[rows, middle] = ids[rows, (earlier * torch.arange(1, ids.shape[1] + 1)).argmax(-1)]
+            before, after = (model(**{**batch, "input_ids": i}).last_hidden_state.double() for i in (ids, changed))
+            moved = torch.where(mask, (after - before).square().sum(-1), 0)
+            reached = torch.where(mask, moved > 0, False).sum(-1).clamp(min=2)
+            share = moved[rows, middle] / moved.sum(-1).clamp(min=1e-300)
+            shares.append((share - 1 / reached) / (1 - 1 / reached))
+    return float(torch.cat(shares).mean())
+
+
+def attention_weights(given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The weights of a fused call and its allowed pairs, both [batch, head, query, key], formed from its operands."""
+    logits, allowed = _logits(given, None)
+    return logits.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0), allowed
+
+
+def rows_apart(given: Mapping[str, Any], real: Tensor) -> Tensor:
+    """How differently two tokens in a row attend: the total variation between their weights on the keys that both may see, in the
+    head where it is largest. 0 where all rows say the same. [sequence]"""
+    weights, allowed = attention_weights(given)
+    shared = allowed[..., 1:, :] & allowed[..., :-1, :]
+    one, other = (torch.where(shared, rows, 0) for rows in (weights[..., 1:, :], weights[..., :-1, :]))
+    one, other = (rows / rows.sum(-1, keepdim=True).clamp(min=1e-30) for rows in (one, other))
+    counted = (real[:, 1:] & real[:, :-1])[:, None] & (shared.sum(-1) >= 4)
+    distance = torch.where(counted, (one - other).abs().sum(-1) / 2, 0)
+    return (distance.sum(-1) / counted.sum(-1)).amax(-1)
+
+
 def keys_within_reach(given: Mapping[str, Any], heads: Sequence[int] | None, real: Tensor) -> Tensor:
     """The share of keys, the strongest of each row left out, whose weight beside the strongest of the others is not zero in
     single precision: 1 where every key can still win or lose, 0 where the logits leave none. [sequence]"""
+    logits, allowed = _logits(given, heads)
+    logits = logits.masked_fill(~allowed, -torch.inf)
+    others = logits.scatter(-1, logits.argmax(-1, keepdim=True), -torch.inf)
+    within = (others > others.amax(-1, keepdim=True) - UNDERFLOW).sum(-1).double() / (allowed.sum(-1) - 1)
+    rows = (allowed.sum(-1) >= 4) & real[:, None]
+    return torch.where(rows, within, 0).sum((1, 2)) / rows.sum((1, 2))
+
+
+def _logits(given: Mapping[str, Any], heads: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """The logits of some heads, a bias in the mask included, and which pairs are allowed."""
     q, k = given["query"].float(), given["key"].float()
     if k.shape[1] != q.shape[1]:
         k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
@@ -193,9 +323,9 @@ def keys_within_reach(given: Mapping[str, Any], heads: Sequence[int] | None, rea
         allowed = allowed.tril()
     mask = given.get("attn_mask")
     if mask is not None:
+        if mask.ndim == 4 and mask.shape[1] > 1:
+            mask = mask[:, chosen]
         allowed = allowed & (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)
-    logits = logits.masked_fill(~allowed, -torch.inf)
-    others = logits.scatter(-1, logits.argmax(-1, keepdim=True), -torch.inf)
-    within = (others > others.amax(-1, keepdim=True) - UNDERFLOW).sum(-1).double() / (allowed.sum(-1) - 1)
-    rows = (allowed.sum(-1) >= 4) & real[:, None]
-    return torch.where(rows, within, 0).sum((1, 2)) / rows.sum((1, 2))
+        if mask.dtype != torch.bool:
+            logits = logits + mask.float().clamp(min=-1e30)
+    return logits, allowed

@@ -26,6 +26,7 @@ JUDGING = (
     "src/uncollapse/report",
     "studies/validity/__main__.py",
     "studies/validity/document.py",
+    "studies/validity/fresh.py",
     "studies/validity/scoring.py",
 )
 LIBRARIES = ("torch", "transformers")

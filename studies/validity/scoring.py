@@ -29,12 +29,20 @@ ORDER = {
     "one head made a copy of another": "distinctness",
     "rank of the projection reduced": "rank",
 }
+# For the same plants one that no rule holds against a threshold, nor a function of it.
+INDEPENDENT = {
+    "residual scaled down": "own share of a change",
+    "logits to zero": "rows apart",
+    "queries alike": "rows apart",
+    "one head made a copy of another": "smallest angle",
+    "rank of the projection reduced": "effective rank",
+}
 THRESHOLDS = {
     "DEPTH-CONSENSUS": findings.CONSENSUS,
     "DEPTH-RANK": findings.RANK,
     "WIDTH-UNIFORM": findings.UNUSED_KEYS,
     "WIDTH-RANK-ONE": findings.CONTRACTION,
-    "ENTROPY-FROZEN": findings.REST_ENTROPY,
+    "ENTROPY-FROZEN": 1.0,
     "HEADS-IDENTICAL": findings.DISTINCTNESS,
     "HEADS-KERNEL": findings.LOST_HEADS,
 }
@@ -45,6 +53,7 @@ RESOLVED = {
     "value contraction": "WIDTH-RANK-ONE",
     "distinctness": "HEADS-IDENTICAL",
 }
+DEAD: Phenomenon = "dead-component"
 HEALTHY_SHARE = 0.8  # of a resolved order parameter, which every healthy run of the deriving half must have
 GROWS = {"HEADS-KERNEL"}  # counts what is lost, so that more is worse
 
@@ -67,7 +76,7 @@ class Judged:
         return max(of_it, key=lambda r: r.margin, default=None)
 
     def found(self) -> list[Phenomenon]:
-        return [p for p in PHENOMENA if self.score(p) > 0]
+        return [p for p in (*PHENOMENA, DEAD) if self.score(p) > 0]
 
     def distance(self, code: str) -> float | None:
         """The least distance from collapse that this rule read (the kernel's count, the most)."""
@@ -115,6 +124,19 @@ class Scores:
         return self.extremes(self.is_deriving)
 
     @functools.cached_property
+    def independent_resolutions(self) -> dict[str, float]:
+        """As `resolutions`, from what the independent quantities are in healthy places of the deriving half."""
+        found = {}
+        for order in dict.fromkeys(INDEPENDENT.values()):
+            starts = [
+                case.runs[0].orders[order]
+                for case, _ in self.cases(self.is_deriving)
+                if INDEPENDENT.get(case.plant) == order
+            ]
+            found[order] = resolution(min(starts)) if starts else math.nan
+        return found
+
+    @functools.cached_property
     def resolutions(self) -> dict[str, float]:
         """By order parameter: the coarsest power of ten beside which all healthy runs of the deriving half agree."""
         return {order: resolution(self.derived[code][0]) for order, code in RESOLVED.items()}
@@ -139,7 +161,14 @@ def judged(measured: Measured, case: Case, run: Run) -> Judged:
     assert healthy.attention is not None
     changed = {(h.block, h.kind): h for h in run.heads}
     heads = [changed.get((h.block, h.kind), h) for h in healthy.heads]
-    found = findings.readings(run.trajectory or healthy.trajectory, run.attention or healthy.attention, heads)
+    is_healthy = case.phenomenon is None
+    found = findings.readings(
+        run.trajectory or healthy.trajectory,
+        run.attention or healthy.attention,
+        heads,
+        run.parts if is_healthy else [],
+        run.embeddings if is_healthy else [],
+    )
     return Judged(case, run, tuple(r for r in found if r.finding.severity != "info"))
 
 
@@ -197,10 +226,16 @@ class AtHalf:
 
 
 def at_half(
-    scores: Scores, phenomenon: Phenomenon, keep: Callable[[Case], bool], plain: Mapping[str, str] | None = None
+    scores: Scores,
+    phenomenon: Phenomenon,
+    keep: Callable[[Case], bool],
+    plain: Mapping[str, str] | None = None,
+    resolutions: Mapping[str, float] | None = None,
 ) -> AtHalf:
-    """By the resolved order parameters; `plain` names others of the plants, taken as they are. Plants without are left out."""
-    orders, resolutions = (ORDER, scores.resolutions) if plain is None else (plain, {})
+    """By the resolved order parameters; `plain` names others of the plants, taken as they are or beside `resolutions`. Plants
+    without are left out."""
+    orders = ORDER if plain is None else plain
+    resolutions = (scores.resolutions if plain is None else {}) if resolutions is None else resolutions
     reached: list[tuple[Case, Judged]] = []
     never = 0
     for case, runs in scores.cases(keep):

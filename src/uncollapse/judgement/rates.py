@@ -15,6 +15,9 @@ LOST = 0.1  # a run collapses in distance if less than a tenth of the consensus 
 
 
 CUBIC = 3.0  # the slope of ln r_{l+1} against ln r_l under the cubic law; a geometric fall has 1
+# Half way, as a factor, from a geometric fall to the cubic law, rounded down. Below it an interval that leaves out 1 says that the
+# factor drifts, not that the law is another one: 1.08 [1.04, 1.12] over twelve blocks is a geometric fall.
+ACCELERATING = 1.5
 # A step that reaches the floor fell at least that far. If that is so many times the step before, the fall grows.
 GROWING = 2.0
 # Rounding floor of a consensus distance, in units of the number format's epsilon. In float64 it was measured as 2 to 5.
@@ -68,7 +71,7 @@ def _kind(steps: Sequence[float], last: float | None, fit: LineFit, factor_high:
     """What the figures support of a fall. `steps` are the changes of ln r above the floor, and `last` what the step onto the floor
     lost at least. Doubly exponential: the slope's interval lies above 1. Geometric: it does not reach the cubic law, and the
     interval of the factor says that every block takes its share. Open: neither, as where a fall stops half way."""
-    if fit.low is not None and fit.low > 1 + 1e-9:
+    if fit.low is not None and fit.low > 1 and fit.slope is not None and fit.slope > ACCELERATING:
         return "doubly exponential"
     if last is not None and steps and last < GROWING * min(0.0, steps[-1]) and (fit.low is None or fit.low > 1):
         return "doubly exponential"

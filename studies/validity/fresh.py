@@ -1,0 +1,104 @@
+"""Models that no threshold can be derived from, and that must not be accused all the same: as initialised, and two towers of
+which one is given pictures of one colour. Diagnosed whole, through the public function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import uncollapse as uc
+
+WIDTH, HEADS, VOCABULARY = 64, 4, 64
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.joint, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in self.joint(x).chunk(3, -1))
+        return self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(WIDTH), _Attention()
+        self.second = nn.LayerNorm(WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm(x))
+        return x + self.mlp(self.second(x))
+
+
+class _Collapsing(nn.Module):
+    """Nearly no residual: the tokens are averaged in every block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(WIDTH), _Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e-3 * x + self.attention(self.norm(x))
+
+
+class _Towers(nn.Module):
+    """A tower for patches of pictures beside one for text; each has the other's tokens only in the product of their means."""
+
+    def __init__(self, text: type[nn.Module]) -> None:
+        super().__init__()
+        self.patches, self.words = nn.Linear(8, WIDTH), nn.Embedding(VOCABULARY, WIDTH)
+        self.seeing = nn.ModuleList(_Block() for _ in range(3))
+        self.reading = nn.ModuleList(text() for _ in range(4))
+
+    def forward(self, picture: Tensor, ids: Tensor) -> Tensor:
+        x, y = self.patches(picture), self.words(ids)
+        for block in self.seeing:
+            x = block(x)
+        for block in self.reading:
+            y = block(y)
+        return x.mean(1) @ y.mean(1).T
+
+
+def _configured(kind: str, **settings: Any) -> Callable[[], tuple[nn.Module, dict[str, Tensor]]]:
+    def made() -> tuple[nn.Module, dict[str, Tensor]]:
+        import transformers
+
+        model: nn.Module = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**settings))
+        return model, {"input_ids": torch.randint(500, (4, 48))}
+
+    return made
+
+
+def _towers(text: type[nn.Module]) -> Callable[[], tuple[nn.Module, dict[str, Tensor]]]:
+    return lambda: (_Towers(text), {"picture": torch.ones(4, 9, 8), "ids": torch.randint(VOCABULARY, (4, 24))})
+
+
+_SIZES = {"vocab_size": 500, "hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4}
+MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
+    "GPT-2 as initialised": _configured("GPT2", vocab_size=500, n_embd=128, n_layer=6, n_head=4),
+    "BERT as initialised": _configured("Bert", **_SIZES, intermediate_size=256),
+    "Llama as initialised": _configured("Llama", **_SIZES, intermediate_size=256),
+    "ViT-like and text tower as initialised, pictures of one colour": _towers(_Block),
+    "the same, and the text tower collapses": _towers(_Collapsing),
+}
+
+
+def diagnosed() -> list[dict[str, Any]]:
+    """The warnings on each, and what is only said as information: codes, each once."""
+    found = []
+    for name, made in MODELS.items():
+        torch.manual_seed(0)
+        model, batch = made()
+        findings = uc.diagnose(model.eval(), batches=[batch]).findings
+        warned = sorted({f.code for f in findings if f.severity != "info"})
+        told = sorted({f.code for f in findings if f.severity == "info"})
+        found.append({"model": name, "warned": warned, "told": told})
+    return found
