@@ -110,7 +110,7 @@ def test_global_settings_are_put_back():
 def test_unknown_claims_and_no_trials_are_refused():
     with pytest.raises(InputError, match=r"got 'layernorm-affinerank'\. The nearest is 'layernorm-affine-rank'"):
         verify(["layernorm-affinerank"])
-    with pytest.raises(InputError, match="at least 1 trial, got 0"):
+    with pytest.raises(InputError, match="expected trials as a whole number from 1 to 100000, got 0"):
         verify(trials=0)
     assert [claim.id for claim in verify("pgop-overhead", trials=1).claims] == ["pgop-overhead"]
 

@@ -17,6 +17,7 @@ import torch
 import uncollapse as uc
 from tests.helpers.command_line import Ablated, refused
 from tests.helpers.tiny_models import FAMILIES, text_batch
+from uncollapse.bounds import PARAMETERS
 from uncollapse.cli import commands, options
 from uncollapse.cli.options import block_numbers
 from uncollapse.interventions.without import Component
@@ -69,6 +70,7 @@ DEFAULTS: dict[str, Any] = {
     "device": None,
     "dtype": None,
     "device_map": None,
+    "max_parameters": PARAMETERS,
     "trust_remote_code": False,
     "command": "uncollapse ablate",
     "progress": None,
@@ -84,7 +86,7 @@ def test_every_option_arrives(calls: list[Any], run: Run, tmp_path: Path) -> Non
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     given = """
         --without mlp --without residual,mlp --blocks 3-5,1 --level full --sequences 8 --max-tokens 32 --batch-size 4 --seed 7
-        --device cpu --dtype float64 --device-map auto --trust-remote-code
+        --device cpu --dtype float64 --device-map auto --max-parameters 1000000000 --trust-remote-code
     """
     assert run("org/model", "--text", tmp_path / "a.txt", *given.split())[0] == 0
     ((positional, options),) = calls
@@ -102,6 +104,7 @@ def test_every_option_arrives(calls: list[Any], run: Run, tmp_path: Path) -> Non
         "device": "cpu",
         "dtype": "float64",
         "device_map": "auto",
+        "max_parameters": 10**9,
         "trust_remote_code": True,
         "progress": None,
     }

@@ -20,6 +20,7 @@ from rich.console import Console
 from tests.helpers.command_line import drawn_on_a_terminal, refused
 from uncollapse import __version__
 from uncollapse.analyses.preparation import DEFAULTS
+from uncollapse.bounds import PARAMETERS
 from uncollapse.cli.commands import app, main
 from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.sources import load_model, tokenize
@@ -105,6 +106,7 @@ def test_everything_left_out_has_its_default(diagnose: Diagnose, run: Run) -> No
                 "device": None,
                 "dtype": None,
                 "device_map": None,
+                "max_parameters": PARAMETERS,
                 "trust_remote_code": False,
                 "command": "uncollapse diagnose",
                 "progress": None,  # nobody is watching a bar
@@ -119,7 +121,7 @@ def test_every_option_arrives(diagnose: Diagnose, run: Run, tmp_path: Path) -> N
     texts = ["--text", str(tmp_path / "a b.txt"), "--text", str(tmp_path / "c.txt")]
     given = """
         --level full --sequences 8 --max-tokens 32 --batch-size 4 --seed 7 --context-lengths 64,16
-        --device cpu --dtype float64 --device-map auto --trust-remote-code
+        --device cpu --dtype float64 --device-map auto --max-parameters 1000000000 --trust-remote-code
     """
     assert run("diagnose", "org/model", *texts, *given.split())[0] == 0
     ((positional, options),) = diagnose.calls
@@ -135,6 +137,7 @@ def test_every_option_arrives(diagnose: Diagnose, run: Run, tmp_path: Path) -> N
         "device": "cpu",
         "dtype": "float64",
         "device_map": "auto",
+        "max_parameters": 10**9,
         "trust_remote_code": True,
         "progress": None,
     }
@@ -244,9 +247,8 @@ def test_exit_code_says_whether_a_finding_reaches_the_severity(
         ("folder", "not a file"),
         ("file/r.out", "Not a directory"),
         ("x" * 300, "File name too long"),
-        ("x" * 250, "File name too long"),  # it would exist, but not the temporary file it is written through
         ("/proc/r.out", ""),
-        ("/dev/null", "a device"),
+        ("/dev/full", "a device"),
         ("", "not a file"),
     ],
 )
@@ -423,6 +425,7 @@ def test_the_shared_options_are_the_same_everywhere_with_the_defaults_of_python(
         "dtype",
         "device_map",
         "batch_size",
+        "max_parameters",
         "trust_remote_code",
     ]
     here, there = options_of(command), options_of("diagnose")

@@ -16,6 +16,7 @@ from rich.console import Console
 import uncollapse as uc
 from tests.helpers.command_line import refused
 from tests.helpers.heads_samples import COPIES
+from uncollapse.bounds import PARAMETERS
 from uncollapse.cli import commands
 from uncollapse.records.common import Finding
 from uncollapse.records.encoding import from_json
@@ -80,6 +81,7 @@ DEFAULTS: dict[str, Any] = {
     "device": None,
     "dtype": None,
     "device_map": None,
+    "max_parameters": PARAMETERS,
     "trust_remote_code": False,
     "command": "uncollapse heads",
     "progress": None,
@@ -95,7 +97,7 @@ def test_every_option_arrives(calls: list[Any], run: Run, tmp_path: Path) -> Non
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     given = """
         --sequences 8 --max-tokens 32 --batch-size 4 --seed 7 --device cpu --dtype float64 --device-map auto
-        --trust-remote-code
+        --max-parameters 1000000000 --trust-remote-code
     """
     assert run("org/model", "--text", tmp_path / "a.txt", *given.split())[0] == 0
     ((positional, options),) = calls
@@ -109,6 +111,7 @@ def test_every_option_arrives(calls: list[Any], run: Run, tmp_path: Path) -> Non
         "device": "cpu",
         "dtype": "float64",
         "device_map": "auto",
+        "max_parameters": 10**9,
         "trust_remote_code": True,
         "progress": None,
     }

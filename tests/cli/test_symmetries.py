@@ -13,6 +13,7 @@ import pytest
 
 import uncollapse as uc
 from tests.helpers.command_line import Ablated, refused
+from uncollapse.bounds import PARAMETERS
 from uncollapse.cli import commands
 from uncollapse.records.encoding import from_json
 from uncollapse.records.symmetries import SymmetriesRecord
@@ -53,6 +54,7 @@ DEFAULTS: dict[str, Any] = {
     "device": None,
     "dtype": None,
     "device_map": None,
+    "max_parameters": PARAMETERS,
     "trust_remote_code": False,
     "command": "uncollapse symmetries",
     "progress": None,
@@ -68,7 +70,7 @@ def test_every_option_arrives(calls: list[Any], capfd: pytest.CaptureFixture[str
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     given = """
         --context-lengths 16,32 --sequences 8 --max-tokens 32 --batch-size 4 --seed 7
-        --device cpu --dtype float64 --device-map auto --trust-remote-code
+        --device cpu --dtype float64 --device-map auto --max-parameters 1000000000 --trust-remote-code
     """
     assert run(capfd, "org/model", "--text", tmp_path / "a.txt", *given.split())[0] == 0
     ((positional, options),) = calls
@@ -83,6 +85,7 @@ def test_every_option_arrives(calls: list[Any], capfd: pytest.CaptureFixture[str
         "device": "cpu",
         "dtype": "float64",
         "device_map": "auto",
+        "max_parameters": 10**9,
         "trust_remote_code": True,
         "progress": None,
     }

@@ -549,12 +549,12 @@ def test_one_sequence_has_no_worst_sequence() -> None:
     assert "worst" not in shown(record_of("single_block"), 120)
 
 
-def test_names_are_printed_as_they_are_without_markup_or_control_characters() -> None:
+def test_names_are_printed_as_they_are_without_markup_and_control_characters_spelled_out() -> None:
     record = replace(
         samples.encoder("[red]x[/red] \x1b[31my\x07"), findings=[replace(samples.SHARP_HEAD, message="[b]z")]
     )
     text = shown(record)
-    assert text.startswith("[red]x[/red]  [31my\n")
+    assert text.startswith(r"[red]x[/red] \x1b[31my\x07" + "\n")
     assert "   [b]z\n" in text
     assert "\x1b[1;33m! " in shown(samples.encoder(), force_terminal=True, color_system="standard")
 

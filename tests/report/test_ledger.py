@@ -232,6 +232,7 @@ def test_the_page_is_small_and_needs_no_drawing_library(ledger: Ledger) -> None:
 
 
 HOSTILE = "</script><script>alert(1)</script>\"'&\x1b[31m\u202e"
+SPELLED_OUT = HOSTILE.replace("\x1b", r"\x1b").replace("\u202e", r"\u202e")
 
 
 def test_what_came_from_outside_stays_text() -> None:
@@ -242,12 +243,14 @@ def test_what_came_from_outside_stays_text() -> None:
         evidence=[Evidence(HOSTILE, HOSTILE, HOSTILE, True)],
         counterexample=Counterexample(HOSTILE, {HOSTILE: [[HOSTILE]]}, HOSTILE, HOSTILE),
     )
-    read = Read(draw(hostile))
+    page = draw(hostile)
+    assert not {"\x1b", "\u202e"} & set(page)
+    read = Read(page)
     assert len(read.scripts) == 1
     assert "alert" not in read.scripts[0]
-    shown, copied = read.matrices["an-id"][HOSTILE]
-    assert shown == [[HOSTILE]]
-    assert eval(copied, {}) == [[HOSTILE]]
+    shown, copied = read.matrices["an-id"][SPELLED_OUT]
+    assert shown == [[SPELLED_OUT]]
+    assert eval(copied, {}) == [[SPELLED_OUT]]
     text = printed(hostile, force_terminal=True, color_system=None)
     assert "\x1b" not in text
     assert "\u202e" not in text

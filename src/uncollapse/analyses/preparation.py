@@ -13,7 +13,7 @@ from typing import Any, Final, TypedDict
 import torch
 from torch import Tensor, nn
 
-from uncollapse import sources
+from uncollapse import bounds, sources
 from uncollapse.anatomy.interception import ChangedPath, device_of
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import example, proved_anatomy
@@ -41,6 +41,7 @@ class ProbeOptions(TypedDict, total=False):
     device, dtype, device_map: for a model loaded by name, where it runs, in which number format, and over which devices it is
     spread (default `None`: CUDA if available, the checkpoint's own format, one device).
     trust_remote_code: run the Python code that comes with a model loaded by name (default `False`).
+    max_parameters: refuse a model loaded by name that has more, before its weights are read (default 2,000,000,000,000).
     command: the command line, for the record (default `""`).
     progress: called with (what, done, total) as the work proceeds (default `None`).
     """
@@ -57,6 +58,7 @@ class ProbeOptions(TypedDict, total=False):
     dtype: str | None
     device_map: str | None
     trust_remote_code: bool
+    max_parameters: int
     command: str
     progress: Progress | None
 
@@ -74,6 +76,7 @@ DEFAULTS: Final[ProbeOptions] = {
     "dtype": None,
     "device_map": None,
     "trust_remote_code": False,
+    "max_parameters": bounds.PARAMETERS,
     "command": "",
     "progress": None,
 }
@@ -131,6 +134,7 @@ def prepare(
     chosen: ProbeOptions = {**DEFAULTS, **probe}
     if level not in ("core", "full"):
         raise InputError(f"{caller}: expected level 'core' or 'full', got {level!r}. Pass one of the two.")
+    _require_in_bounds(caller, chosen)
     progress, layout = chosen["progress"], chosen["layout"]
     loaded = _loaded(caller, model, chosen, head)
     if chosen["batches"] is not None:
@@ -167,6 +171,15 @@ def _require_known(function: Callable[..., object], probe: ProbeOptions) -> None
             )
 
 
+def _require_in_bounds(caller: str, chosen: ProbeOptions) -> None:
+    """Refuse numbers that no run can mean, before a model is loaded for them."""
+    bounds.require_between(caller, "seed", chosen["seed"], 0, bounds.SEED)
+    bounds.require_between(caller, "max_tokens", chosen["max_tokens"], 2, bounds.TOKENS)
+    bounds.require_between(caller, "batch_size", chosen["batch_size"], 1, bounds.SEQUENCES)
+    if chosen["sequences"] is not None:
+        bounds.require_between(caller, "sequences", chosen["sequences"], 1, bounds.SEQUENCES)
+
+
 def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, head: bool) -> sources.LoadedModel:
     """The model with its tokenizer and its name; a model given by name is loaded here."""
     tokenizer, name, progress = chosen["tokenizer"], chosen["name"], chosen["progress"]
@@ -193,6 +206,7 @@ def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, he
         dtype=dtype,
         device_map=device_map,
         trust_remote_code=chosen["trust_remote_code"],
+        max_parameters=chosen["max_parameters"],
         head=head,
     )
     if progress is not None:
@@ -214,10 +228,6 @@ def _text_batches(
 ) -> tuple[str, list[dict[str, Tensor]]]:
     """Where the texts come from, and the batches made of them."""
     sequences = chosen["sequences"]
-    if sequences is not None and sequences < 1:
-        raise InputError(
-            f"{caller}: expected at least one sequence, got sequences={sequences}. Pass a positive number."
-        )
     source = "texts"
     if texts is None:
         source = "English prose from Python's own documentation (pydoc_data.topics)"

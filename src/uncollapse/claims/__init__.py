@@ -15,6 +15,7 @@ import flint
 import torch
 
 from uncollapse import __version__
+from uncollapse.bounds import SEED, TRIALS, require_between
 from uncollapse.claims import (
     attention_is_affine_given_patterns,
     attention_never_gains_rank,
@@ -104,7 +105,7 @@ def verify(
     >>> verify(["layernorm-affine-rank"], trials=20).claims[0].verdict
     'refuted as stated'
 
-    Raises `InputError` for an unknown claim and for fewer than one trial.
+    Raises `InputError` for an unknown claim, for `trials` outside 1 to 100,000 and for a seed outside 0 to 2^32 - 1.
     """
     names = list(CLAIMS) if claims is None else ([claims] if isinstance(claims, str) else list(claims))
     for name in names:
@@ -114,10 +115,8 @@ def verify(
                 f"verify: expected the id of a claim, got {name!r}. The nearest is {close!r}. Ask for that one, or name "
                 "no claim to check all of them."
             )
-    if trials < 1:
-        raise InputError(
-            f"verify: expected at least 1 trial, got {trials}. Without trials nothing can be decided. Pass trials=200 or more."
-        )
+    require_between("verify", "trials", trials, 1, TRIALS)
+    require_between("verify", "seed", seed, 0, SEED)
     threads, results = torch.get_num_threads(), []
     torch.set_num_threads(1)  # sums in one order: the measured figures do not depend on the machine's cores
     try:

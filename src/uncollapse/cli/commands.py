@@ -3,7 +3,7 @@
 Nothing heavy is imported until the arguments have been checked, so `--help` answers at once.
 
 Exit codes: 0 done; 1 done, with a finding at or above `--fail-on`; 2 the input cannot be used (one line on stderr);
-130 interrupted. A traceback means a bug.
+130 interrupted; 141 whoever read the output has left. A traceback means a bug.
 """
 
 # Annotations are evaluated here, unlike elsewhere: typer reads options from them. Those for the type checker alone are strings.
@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 import typer
 
+from uncollapse.bounds import PARAMETERS
+from uncollapse.cli import streams
 from uncollapse.cli.options import (
     BatchSize,
     Blocks,
@@ -32,6 +34,7 @@ from uncollapse.cli.options import (
     Html,
     Json,
     Level,
+    MaxParameters,
     MaxTokens,
     Model,
     Quiet,
@@ -47,12 +50,15 @@ from uncollapse.cli.options import (
 )
 from uncollapse.cli.output import (
     FOUND,
+    REFUSED,
     STDIN,
+    Reads,
     deliver,
     progress_on_stderr,
     reaches,
     refusals_in_one_line,
     require_writable,
+    say,
 )
 from uncollapse.records.common import Severity
 
@@ -66,6 +72,8 @@ if TYPE_CHECKING:
     from uncollapse.analyses.symmetries import Symmetries
     from uncollapse.probe.passes import Progress
 
+# Every error of the command line. Newer versions of typer bring a click of their own, so it is reached through typer's name.
+UsageError: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="uncollapse",
@@ -77,11 +85,40 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console script. Always ends in SystemExit."""
+    """The console script. Always ends in SystemExit, unless there is a bug."""
     for name in ("torchao", "torch.utils._pytree"):  # what of theirs does not load here is not the user's concern
         logging.getLogger(name).setLevel(logging.ERROR)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    app(args=given, prog_name="uncollapse", obj=shlex.join(["uncollapse", *given]))
+    with streams.standard_streams():
+        raise SystemExit(_ended(given))
+
+
+def _ended(given: list[str]) -> int:
+    """Run a command and say how it ended: as an exit code, and where that is 2 as one line on stderr."""
+    try:
+        # Not in its own standalone mode: that draws boxes around usage errors, and ends a broken pipe with 1, which is a finding.
+        code = app(args=given, prog_name="uncollapse", obj=shlex.join(["uncollapse", *given]), standalone_mode=False)
+        sys.stdout.flush()
+    except UsageError as error:
+        context = getattr(error, "ctx", None)
+        at = "uncollapse" if context is None else context.command_path
+        say(f"uncollapse: {' '.join(error.format_message().split()).rstrip('.')}. See `{at} --help`.")
+        return REFUSED
+    except BrokenPipeError:
+        streams.let_go_of_stdout()
+        return streams.BROKEN_PIPE
+    except SystemExit as ended:
+        if isinstance(ended.__context__, BrokenPipeError):  # typer ends it with 1, which is the code of a finding
+            streams.let_go_of_stdout()
+            return streams.BROKEN_PIPE
+        raise
+    except OSError as error:
+        if not streams.is_refused_write(error):
+            raise
+        streams.let_go_of_stdout()
+        say(f"uncollapse: {streams.stdout_refused(error)}")
+        return REFUSED
+    return code if isinstance(code, int) else 0
 
 
 @app.callback(invoke_without_command=True, epilog="Start here: `uncollapse diagnose` looks at a small packaged model.")
@@ -122,6 +159,7 @@ def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., 
             dtype: Dtype = None,
             device_map: DeviceMap = None,
             batch_size: BatchSize = 16,
+            max_parameters: MaxParameters = PARAMETERS,
             trust_remote_code: TrustRemoteCode = False,
             **own: Any,
         ) -> None:
@@ -137,12 +175,14 @@ def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., 
                     device=device,
                     dtype=dtype,
                     device_map=device_map,
+                    max_parameters=max_parameters,
                     trust_remote_code=trust_remote_code,
                     command=context.obj or "",
                     progress=progress,
                 )
 
-            carry_out(found, json=json, html=html, quiet=quiet, fail_on=fail_on)
+            reads = Reads([("--text", str(file)) for file in text or ()], model)
+            carry_out(found, reads=reads, json=json, html=html, quiet=quiet, fail_on=fail_on)
 
         first, *rest = (p for p in inspect.signature(run).parameters.values() if p.kind is not p.VAR_KEYWORD)
         own_options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -164,11 +204,12 @@ def carry_out(
     json: str | None,
     html: str | None,
     quiet: bool,
+    reads: Reads | None = None,
     fail_on: Severity | None = None,
 ) -> None:
     """The body of every command: check the outputs, do the work with progress bars, deliver the result, set the exit code."""
     with refusals_in_one_line():
-        require_writable(json=json, html=html)
+        require_writable(json=json, html=html, quiet=quiet, reads=reads)
         with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
             # stdout is kept for the result: whatever a library or a model's own code prints meanwhile goes to stderr.
             result = found(progress)
@@ -485,4 +526,4 @@ def show(record: Record, json: Json = None, html: Html = None, quiet: Quiet = Fa
 
         return Recorded(records.load(sys.stdin.buffer if record == STDIN else record))
 
-    carry_out(found, json=json, html=html, quiet=quiet)
+    carry_out(found, reads=Reads([("RECORD", record)]), json=json, html=html, quiet=quiet)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from uncollapse import bounds
 from uncollapse.errors import InputError
 from uncollapse.records.common import Severity
 
@@ -45,13 +46,20 @@ SequenceLimit = Annotated[
     int | None,
     typer.Option(
         min=1,
+        max=bounds.SEQUENCES,
         help="Use at most this many sequences. Default: all of your text, or 64 of the built-in prose.",
         rich_help_panel=TEXT,
     ),
 ]
-MaxTokens = Annotated[int, typer.Option(min=2, help="Cut each sequence after this many tokens.", rich_help_panel=TEXT)]
+MaxTokens = Annotated[
+    int,
+    typer.Option(min=2, max=bounds.TOKENS, help="Cut each sequence after this many tokens.", rich_help_panel=TEXT),
+]
 Seed = Annotated[
-    int, typer.Option(min=0, help="Selects which paragraphs of the built-in prose are used.", rich_help_panel=TEXT)
+    int,
+    typer.Option(
+        min=0, max=bounds.SEED, help="Selects which paragraphs of the built-in prose are used.", rich_help_panel=TEXT
+    ),
 ]
 Json = Annotated[
     str | None,
@@ -90,13 +98,25 @@ DeviceMap = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int, typer.Option(min=1, help="How many sequences go through the model together.", rich_help_panel=MACHINE)
+    int,
+    typer.Option(
+        min=1, max=bounds.SEQUENCES, help="How many sequences go through the model together.", rich_help_panel=MACHINE
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code",
         help="Run the Python code that comes with the model. Use it only if you trust the author.",
+        rich_help_panel=MACHINE,
+    ),
+]
+
+MaxParameters = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Refuse a model with more parameters than this, before its weights are read.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -181,12 +201,19 @@ Claims = Annotated[
 Trials = Annotated[
     int,
     typer.Option(
-        min=1, help="How many random cases to draw; each check scales its own number by it.", rich_help_panel=MEASURE
+        min=1,
+        max=bounds.TRIALS,
+        help="How many random cases to draw; each check scales its own number by it.",
+        rich_help_panel=MEASURE,
     ),
 ]
 Draws = Annotated[
     int,
     typer.Option(
-        "--seed", min=0, help="Fixes the random cases: the same seed draws the same ones.", rich_help_panel=MEASURE
+        "--seed",
+        min=0,
+        max=bounds.SEED,
+        help="Fixes the random cases: the same seed draws the same ones.",
+        rich_help_panel=MEASURE,
     ),
 ]

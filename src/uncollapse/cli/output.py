@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fnmatch
+import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from uncollapse.cli import streams
 from uncollapse.errors import InputError, UncollapseError
+from uncollapse.files import writing
+from uncollapse.legible import legible
 from uncollapse.records.common import SEVERITIES, Finding, Severity
 
 if TYPE_CHECKING:
@@ -22,42 +27,165 @@ FOUND, REFUSED, INTERRUPTED = 1, 2, 130
 STDIN = STDOUT = "-"
 
 
+def say(line: str) -> None:
+    """One line on stderr."""
+    print(legible(line), file=sys.stderr)
+
+
 @contextlib.contextmanager
 def refusals_in_one_line() -> Iterator[None]:
     """Errors that the user can fix end in one line and exit code 2. Anything else is a bug and keeps its traceback."""
     try:
         yield
     except UncollapseError as error:
-        typer.echo(f"uncollapse: {' '.join(str(error).split())}", err=True)
+        say(f"uncollapse: {' '.join(str(error).split())}")
         raise typer.Exit(REFUSED) from None
     except KeyboardInterrupt:
-        typer.echo("uncollapse: interrupted", err=True)
+        say("uncollapse: interrupted")
         raise typer.Exit(INTERRUPTED) from None
 
 
-def require_writable(*, json: str | None, html: str | None) -> None:
-    """Before the model is loaded, refuse outputs that cannot be written. Tries what the writer will do later."""
-    targets = {"--json": None if json == STDOUT else json, "--html": html}
-    for option, name in targets.items():
+@dataclass(frozen=True)
+class Reads:
+    """What a command reads: files by the argument that names them, and a model by its name."""
+
+    files: Sequence[tuple[str, str]] = ()
+    model: str | None = None
+
+
+def require_writable(*, json: str | None, html: str | None, quiet: bool = False, reads: Reads | None = None) -> None:
+    """Before the model is loaded, refuse outputs that cannot be written, or that would overwrite what is read, one another, or
+    what stdout and stderr were redirected to. Tries what the writer will do later.
+    """
+    places: dict[str, writing.Destination] = {}
+    for option, name in {"--json": json, "--html": html}.items():
         if name is None:
             continue
-        target = Path(name)
         try:
-            if name == STDOUT or target.is_dir():
+            if name == STDOUT and option == "--html":
                 raise OSError("that is not a file")
-            if target.exists() and not target.is_file():
-                raise OSError("that is a device or a pipe; writing would replace it with a file")
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}."):
-                pass
+            place = writing.stream(1) if name == STDOUT else writing.destination(name)
+            writing.try_out(place)
         except OSError as error:
+            if name == STDOUT and option == "--json":
+                raise streams.stdout_refused(error, "the record") from None
             raise InputError(
                 f"{option}: expected a file that can be written, got {name!r} ({error.strerror or error}). "
-                "The folder may be missing or read-only. Name another file."
+                f"{_LIKELY.get(error.errno or 0, 'The result would be lost there.')} Name another file."
             ) from None
-    if json and html and Path(json).resolve() == Path(html).resolve():
+        _require_not_read(option, name, place, reads or Reads())
+        if place.descriptor is None:
+            _require_not_a_stream(option, name, place)
+        places[option] = place
+    if len(places) == 2 and places["--json"].is_same_as(places["--html"]):
         raise InputError(
-            f"--json, --html: expected two files, got {json!r} for both. One would overwrite the other. Name another."
+            f"--json, --html: expected two files, got {json!r} and {html!r}, which are the same. One would overwrite the other. "
+            "Name another."
         )
+    if not quiet and not any(place.descriptor == 1 for place in places.values()):
+        streams.require_stdout("the table")
+
+
+_LIKELY = dict.fromkeys(
+    (errno.ENOENT, errno.EACCES, errno.EROFS, errno.EPERM), "The folder may be missing or read-only."
+)
+
+
+def _require_not_a_stream(option: str, name: str, place: writing.Destination) -> None:
+    for descriptor, stream in ((1, "stdout"), (2, "stderr")):
+        with contextlib.suppress(OSError):
+            there = writing.stream(descriptor)
+            if there.is_file and place.is_same_as(there):
+                raise InputError(
+                    f"{option}: expected a file of its own, got {name!r}, to which {stream} was redirected. What stands there "
+                    "would be lost. Name another file, or /dev/stdout to write in line."
+                )
+
+
+def _require_not_read(option: str, name: str, place: writing.Destination, reads: Reads) -> None:
+    if not place.is_file:
+        return
+    for argument, file in reads.files:
+        if place.existing is not None and _is_same(file, place.existing):
+            raise InputError(
+                f"{option}: expected a file that is not read, got {name!r}, which {argument} names, too. "
+                "It would be overwritten. Name another file."
+            )
+    if reads.model is not None and _is_of_model(place, reads.model):
+        raise InputError(
+            f"{option}: expected a file that is not read, got {name!r}, which belongs to the model {reads.model!r}. "
+            "The checkpoint would be damaged. Name a file in another folder."
+        )
+
+
+def _is_same(file: str, existing: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.fstat(0) if file == STDIN else os.stat(file), existing)
+    except (OSError, ValueError):  # what cannot be found cannot be read either, which its reader says
+        return False
+
+
+# What a checkpoint may hold. A new file of such a name beside the weights would be read with them the next time.
+_OF_A_CHECKPOINT = (
+    *(
+        "*config*.json",
+        "*tokenizer*",
+        "*.index.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab*",
+        "merges.txt",
+    ),
+    *(
+        "chat_template*",
+        "adapter_*",
+        "*.safetensors",
+        "*.bin",
+        "*.pt",
+        "*.pth",
+        "*.ckpt",
+        "*.h5",
+        "*.msgpack",
+        "*.gguf",
+    ),
+    *("*.model", "*.tiktoken", "*.jinja", "*.py"),
+)
+# How a record and a page of this program begin. They may lie in the folder of their model, and be written again.
+_OWN = (b'{\n "schema": "uncollapse/', b"<!doctype html>")
+
+
+def _is_of_model(place: writing.Destination, model: str) -> bool:
+    folder = _checkpoint(model)
+    if folder is None:
+        return False
+    real = os.path.realpath(folder)
+    inside = place.path is not None and os.path.commonpath([real, place.path]) == real
+    if place.existing is None:
+        assert place.path is not None
+        return inside and any(fnmatch.fnmatch(os.path.basename(place.path).lower(), each) for each in _OF_A_CHECKPOINT)
+    for above, _, files in os.walk(folder):
+        for file in files:
+            if _is_same(os.path.join(above, file), place.existing):
+                return not (inside and _is_own(place))
+    return False
+
+
+def _is_own(place: writing.Destination) -> bool:
+    if place.path is None:
+        return False
+    with contextlib.suppress(OSError), open(place.path, "rb") as stream:
+        return stream.read(64).startswith(_OWN)
+    return False
+
+
+def _checkpoint(model: str) -> str | None:
+    """The folder that a model is read from, None where there is none yet."""
+    path = os.path.expanduser(model)
+    if os.path.isdir(path):
+        return path
+    from uncollapse.sources import checkpoint_folder  # the packaged model, and those of the hub: known further down
+
+    return checkpoint_folder(model)
 
 
 @contextlib.contextmanager
@@ -84,21 +212,45 @@ def progress_on_stderr(quiet: bool) -> Iterator[Callable[[str, int, int], None] 
 
 
 def deliver(result: "Recorded[Any]", *, json: str | None, html: str | None, quiet: bool) -> None:
-    """Write the page and the record, and show the table on the stream that carries no JSON."""
+    """Write the page and the record, and show the table on the stream that carries neither."""
     from rich.console import Console
 
-    if html is not None:
+    in_line = [name for name in (json, html) if name is not None and _is_stdout(name)]
+    if html is not None and html not in in_line:
         result.to_html(html)
-    if json is not None and json != STDOUT:
+    if json is not None and json not in in_line:
         result.to_json(json)
-    if not quiet:
-        result.show(Console(stderr=json == STDOUT))
-        for name in (html, json):
-            if name is not None and name != STDOUT:
-                typer.echo(f"wrote {name}", err=True)
-    if json == STDOUT:
-        # As bytes, because JSON is UTF-8 whatever encoding the terminal or pipe was set to.
-        typer.echo(result.to_json().encode(), nl=False)
+    try:
+        if not quiet:
+            result.show(Console(stderr=bool(in_line)))
+            sys.stdout.flush()
+            for name in (html, json):
+                if name is not None and _is_written_alone(name):
+                    say(f"wrote {name}")
+        if html in in_line:
+            result.to_html(html)
+        if json is not None and json in in_line:
+            # As bytes, because JSON is UTF-8 whatever encoding the terminal or pipe was set to.
+            typer.echo(result.to_json().encode(), nl=False)
+            sys.stdout.flush()
+    except OSError as error:
+        if not streams.is_refused_write(error):
+            raise
+        streams.let_go_of_stdout()
+        raise streams.stdout_refused(error) from None
+
+
+def _is_stdout(name: str) -> bool:
+    with contextlib.suppress(OSError):
+        return name == STDOUT or writing.destination(name).descriptor == 1
+    return False
+
+
+def _is_written_alone(name: str) -> bool:
+    """Whether a line about it on stderr is news, and no part of the output itself."""
+    with contextlib.suppress(OSError):
+        return name != STDOUT and writing.destination(name).is_file and writing.destination(name).descriptor is None
+    return False
 
 
 def reaches(findings: Sequence[Finding], fail_on: Severity) -> bool:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from pathlib import Path
+import re
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
 from uncollapse.errors import InputError
+from uncollapse.files import writing
+from uncollapse.legible import legible
 
 Record = TypeVar("Record")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def to_json(record: object) -> str:
-    """The record as JSON, keys in the order of the dataclass, non-ASCII kept, ends with a newline."""
-    return (
-        json.dumps(
-            TypeAdapter(type(record)).dump_python(record, mode="json"), indent=1, ensure_ascii=False, allow_nan=False
-        )
-        + "\n"
+    """The record as JSON, keys in the order of the dataclass, non-ASCII kept, ends with a newline.
+
+    Bytes of a file name that is not UTF-8 are written as `\\xff`: JSON has no other way to hold them.
+    """
+    text = json.dumps(
+        TypeAdapter(type(record)).dump_python(record, mode="json"), indent=1, ensure_ascii=False, allow_nan=False
     )
+    return _SURROGATE.sub(lambda found: json.dumps(legible(found[0]))[1:-1], text) + "\n"
 
 
 def from_json(text: str, kind: type[Record], *, function: str = "from_json", source: str = "a JSON text") -> Record:
@@ -52,26 +55,18 @@ def json_schema(kind: type[Any]) -> dict[str, Any]:
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` to `path` as UTF-8 so that a reader sees either the old file or the complete new one.
 
+    Links are followed, and the permissions and the owner of an existing file are kept. A stream of this process, such as
+    `/dev/stdout`, is written to where it stands.
+
     Raises `InputError` if the path cannot be written; no temporary file remains.
     """
-    target = Path(path).resolve()
     try:
-        if target.exists() and not target.is_file():
-            raise OSError("that is not a file")
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(text)
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)
-            temporary.replace(target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
+        # Record and page hold no lone surrogates, but what a caller passes may.
+        writing.write(writing.destination(path), text.encode("utf-8", "backslashreplace"))
+    except BrokenPipeError:
+        raise  # whoever read our output has seen enough, which is no fault of the path
+    except (OSError, TypeError) as error:
         raise InputError(
-            f"write: expected a path that can be written, got {str(target)!r} ({error.strerror or error}). "
+            f"write: expected a path that can be written, got {path!r} ({getattr(error, 'strerror', None) or error}). "
             "The folder may be missing or read-only. Name another path."
         ) from None

@@ -7,14 +7,17 @@ A record may come from another machine, another version or another program. So n
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import os
 import reprlib
+from collections.abc import Iterator
 from typing import IO, Any
 
 from pydantic_core import from_json as parsed
 
 from uncollapse.errors import InputError
+from uncollapse.files import reading
 from uncollapse.records import ablation, comparison, diagnosis, heads, ledger, symmetries, trail
 from uncollapse.records.encoding import Record, from_json
 
@@ -82,48 +85,48 @@ def _read(source: str | os.PathLike[str] | IO[bytes]) -> tuple[str, str]:
                 f"load: expected a path, got {type(source).__name__}. What is in memory need not be read. {_WRITTEN_BY}"
             )
         name = "standard input" if getattr(source, "name", None) == "<stdin>" else "a stream"
-        return name, _text(name, source)
+        return name, _text(name, _pieces(source))
     path = os.fspath(source)
-    try:
-        stream = open(path, "rb")  # noqa: SIM115 - closed below; what reading raises is worded elsewhere
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
-        raise InputError(
-            f"load: expected a file that can be read, got {path!r} ({getattr(error, 'strerror', None) or error}). "
-            f"The name may be misspelt. {_WRITTEN_BY}"
-        ) from None
-    with stream:
-        return repr(path), _text(repr(path), stream)
+    with contextlib.closing(reading.pieces(path, at_most=LIMIT)) as pieces:
+        return repr(path), _text(repr(path), pieces)
 
 
-def _text(name: str, stream: IO[bytes]) -> str:
-    """The stream's text, piece by piece: what is endless, or begins like no record, is not read to its end."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # some editors add a byte-order mark; it is no content
+def _pieces(stream: IO[bytes]) -> Iterator[bytes]:
     read = 0
-    pieces: list[str] = []
+    while piece := stream.read(_PIECE):
+        read += len(piece)
+        if read > LIMIT:
+            raise reading.TooLarge
+        yield piece
+
+
+def _text(name: str, pieces: Iterator[bytes]) -> str:
+    """The text, piece by piece: what is endless, or begins like no record, is not read to its end."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # some editors add a byte-order mark; it is no content
+    parts: list[str] = []
     try:
-        while data := stream.read(_PIECE):
-            read += len(data)
-            if read > LIMIT:
-                raise InputError(
-                    f"load: expected a record of at most {LIMIT // 2**20} MiB, got {name}, which is larger. "
-                    f"No model's record is. {_WRITTEN_BY}"
-                )
-            pieces.append(decoder.decode(data))
-            if not pieces[0].lstrip().startswith("{"):
+        for piece in pieces:
+            parts.append(decoder.decode(piece))
+            if not parts[0].lstrip().startswith("{"):
                 break
         else:
-            pieces.append(decoder.decode(b"", final=True))
+            parts.append(decoder.decode(b"", final=True))
     except UnicodeDecodeError as error:
         raise InputError(
             f"load: expected JSON in UTF-8, got {name}, which is not UTF-8 ({error.reason}). "
             f"A shell or an editor may have converted it, or it is no text. {_WRITTEN_BY}"
         ) from None
+    except reading.TooLarge:
+        raise InputError(
+            f"load: expected a record of at most {LIMIT // 2**20} MiB, got {name}, which is larger. "
+            f"No model's record is. {_WRITTEN_BY}"
+        ) from None
     except OSError as error:
         raise InputError(
             f"load: expected a file that can be read, got {name} ({error.strerror or error}). "
-            f"The device may be gone. {_WRITTEN_BY}"
+            f"The name may be misspelt, or the device gone. {_WRITTEN_BY}"
         ) from None
-    text = "".join(pieces)
+    text = "".join(parts)
     begin = text.lstrip()[:12]
     if not begin.startswith("{"):
         cause = "A page holds no record." if begin.startswith("<") else "It may be another file."

@@ -12,11 +12,14 @@ Importing this package loads no drawing library. The first call of `draw` loads 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import operator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from uncollapse.errors import InputError
+from uncollapse.legible import legible
 from uncollapse.records.ablation import ABLATION_SCHEMA, AblationRecord
 from uncollapse.records.comparison import COMPARISON_SCHEMA, ComparisonRecord
 from uncollapse.records.diagnosis import DIAGNOSIS_SCHEMA, DiagnosisRecord
@@ -58,7 +61,8 @@ class _Shown(NamedTuple):
 
 
 def _shown(function: str, record: AnyRecord) -> _Shown:
-    """The two functions for this kind of record, with the record filled in."""
+    """The two functions for this kind of record, with the record filled in and its texts made safe to show."""
+    record = _legible(record)
     match record:
         case DiagnosisRecord():
             shown = _Shown(DIAGNOSIS_SCHEMA, partial(diagnosis.page, record), partial(diagnosis.printout, record))
@@ -85,3 +89,27 @@ def _shown(function: str, record: AnyRecord) -> _Shown:
             "It may come from another version. Run the command again, or read the file with `load`."
         )
     return shown
+
+
+def _legible(held: Any) -> Any:
+    """A record, or a part of one, with every text in it legible. A part in which all texts are is itself what comes back."""
+    if isinstance(held, str):
+        return legible(held)
+    if isinstance(held, list):
+        parts = [part if isinstance(part, float) else _legible(part) for part in held]
+        return held if all(map(operator.is_, parts, held)) else parts
+    if isinstance(held, dict):
+        pairs = {_legible(key): _legible(value) for key, value in held.items()}
+        return held if all(map(operator.is_, pairs.values(), held.values())) and list(pairs) == list(held) else pairs
+    if dataclasses.is_dataclass(held) and not isinstance(held, type):
+        changed = dict(_changed(held))
+        return dataclasses.replace(held, **changed) if changed else held
+    return held
+
+
+def _changed(held: Any) -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(held):
+        value = getattr(held, field.name)
+        shown = _legible(value)
+        if shown is not value:
+            yield field.name, shown

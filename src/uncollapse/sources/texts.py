@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from uncollapse.errors import InputError
+from uncollapse.files import reading
 
 # Their prose is the same, to the letter, in Python 3.10 to 3.13; it fills the default probe before other topics do.
 STABLE_TOPICS = tuple(
@@ -21,6 +22,7 @@ STABLE_TOPICS = tuple(
     """.split()  # noqa: SIM905 - a list literal of forty names would take forty lines
 )
 PARAGRAPH_WORDS = range(15, 121)
+LIMIT = 512 * 2**20  # bytes of one file: a hundred million words
 
 _QUOTED_OR_EMPHASISED = re.compile(r'[‘’]?("[^"]*")[‘’]?|\*\*([^*]+)\*\*|\*([^*\s][^*]*)\*')
 _NOTE = re.compile(r"(Changed|New|Deprecated|Added) (in|since) version|See |CPython implementation detail")
@@ -32,7 +34,8 @@ def read_texts(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
 
     Line breaks stay because poems and programs need them, and so that what is measured is what the file says.
 
-    Raises `InputError` naming the file where it is missing, empty or not UTF-8 text (with the byte offset).
+    Raises `InputError` naming the file where it is missing, empty, larger than `LIMIT` or not UTF-8 text (with the byte offset),
+    and where it is a device or a pipe that nobody writes to.
     """
     texts: list[str] = []
     for path in paths:
@@ -41,32 +44,57 @@ def read_texts(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
 
 
 def _file_texts(name: str) -> list[str]:
-    try:
-        data = Path(name).read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"read_texts: expected a text file, got {name!r} ({error.strerror or error}). "
-            "The path may be misspelt, or name a folder. Name a UTF-8 text file."
-        ) from None
-    text, wrong = "", data.find(b"\0")  # UTF-16 without a mark is valid UTF-8, full of zero bytes
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        wrong = error.start if wrong < 0 else min(wrong, error.start)
-    if wrong >= 0:
-        raise InputError(
-            f"read_texts: expected UTF-8 text, got {name!r} with byte 0x{data[wrong]:02x} at offset {wrong}. "
-            "It may be in another encoding, or not a text file. Save it as UTF-8, for instance with iconv."
-        )
+    text, size = _file_text(name)
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     by_blankness = itertools.groupby(text.split("\n"), key=lambda line: not line.strip())
     texts = ["\n".join(lines) for blank, lines in by_blankness if not blank]
     if not texts:
         raise InputError(
-            f"read_texts: expected text, got {name!r} with {len(data)} bytes and no words. "
+            f"read_texts: expected text, got {name!r} with {size} bytes and no words. "
             "It may not have been written yet. Write one sequence per paragraph, with blank lines between them."
         )
     return texts
+
+
+def _file_text(name: str) -> tuple[str, int]:
+    """The text in a file and how many bytes it has there. Decoded piece by piece: what is no text is not read to its end."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    parts: list[str] = []
+    read = 0
+    try:
+        for piece in reading.pieces(name, at_most=LIMIT):
+            zero = piece.find(b"\0")  # UTF-16 without a mark is valid UTF-8, full of zero bytes
+            parts.append(_decoded(decoder, piece if zero < 0 else piece[:zero], read, name))
+            if zero >= 0:
+                raise _not_utf_8(name, 0, read + zero)
+            read += len(piece)
+        _decoded(decoder, b"", read, name, final=True)
+    except reading.TooLarge:
+        raise InputError(
+            f"read_texts: expected a text of at most {LIMIT // 2**20} MiB, got {name!r}, which is larger. "
+            "It may have no end, or be another kind of file. Pass a part of it, or several files."
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"read_texts: expected a text file, got {name!r} ({error.strerror or error}). "
+            "The path may be misspelt, or name a folder. Name a UTF-8 text file."
+        ) from None
+    return "".join(parts), read
+
+
+def _decoded(decoder: codecs.IncrementalDecoder, piece: bytes, read: int, name: str, *, final: bool = False) -> str:
+    begun = decoder.getstate()[0]  # the first bytes of a character that the last piece ended in
+    try:
+        return decoder.decode(piece, final)
+    except UnicodeDecodeError as error:
+        raise _not_utf_8(name, (begun + piece)[error.start], read - len(begun) + error.start) from None
+
+
+def _not_utf_8(name: str, byte: int, offset: int) -> InputError:
+    return InputError(
+        f"read_texts: expected UTF-8 text, got {name!r} with byte 0x{byte:02x} at offset {offset}. "
+        "It may be in another encoding, or not a text file. Save it as UTF-8, for instance with iconv."
+    )
 
 
 def default_texts(count: int, seed: int) -> list[str]:

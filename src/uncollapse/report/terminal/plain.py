@@ -1,5 +1,5 @@
-"""Lines for a terminal. Text from outside is printed as plain text: no markup, no control characters, nothing that the
-terminal cannot encode.
+"""Lines for a terminal. Text from outside is printed as plain text: no markup, what cannot be seen spelled out, and nothing that
+the terminal cannot encode.
 """
 
 from __future__ import annotations
@@ -7,11 +7,12 @@ from __future__ import annotations
 from rich.console import Console
 from rich.text import Text
 
+from uncollapse.legible import encodable, legible
+
 
 def plain(console: Console, words: str, style: str = "") -> Text:
     """`words` as this console can show them."""
-    printable = "".join(letter if letter.isprintable() else " " for letter in words)
-    return Text(printable.encode(console.encoding, "replace").decode(console.encoding), style)
+    return Text(encodable(legible(words), console.encoding), style)
 
 
 def say(console: Console, words: str, style: str = "", indent: int = 0) -> None:
