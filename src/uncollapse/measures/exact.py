@@ -164,7 +164,11 @@ def _each(name: str, matrix: Any, mask: Tensor | None, measure: Any) -> int | Te
         )
     batch, (tokens, width) = matrix.shape[:-2], matrix.shape[-2:]
     clouds = matrix.reshape(math.prod(batch), tokens, width)
-    keep = torch.ones(clouds.shape[:2], dtype=torch.bool) if mask is None else mask.reshape(-1, tokens).bool().cpu()
+    keep = (
+        torch.ones(clouds.shape[:2], dtype=torch.bool)
+        if mask is None
+        else mask.reshape(math.prod(batch), tokens).bool().cpu()
+    )
     counts = [measure(rational(cloud.cpu()[kept], name=name)) for cloud, kept in zip(clouds, keep, strict=True)]
     return int(counts[0]) if not batch else torch.tensor(counts, dtype=torch.int64).reshape(batch)
 

@@ -342,6 +342,11 @@ def stream_carried(
     """
     _check("stream_carried", before, mask, None)
     _check("stream_carried", after, mask, None)
+    if before.shape != after.shape:
+        raise InputError(
+            f"stream_carried: expected before and after with the same axes, got {tuple(before.shape)} and {tuple(after.shape)}. "
+            "They may come from different batches. Pass both of one pass."
+        )
     precision = torch.promote_types(
         before.dtype, torch.float32
     )  # a median factor needs no double, nor a copy to be made

@@ -455,7 +455,7 @@ def row_statistics_from_weights(
         weights.ndim != 4
         or not weights.is_floating_point()
         or not weights.numel()
-        or (logits is not None and logits.shape != weights.shape)
+        or (logits is not None and (logits.shape != weights.shape or not logits.is_floating_point()))
     ):
         raise InputError(
             f"{name}: expected floating-point weights[batch, head, query, key] and logits of the same shape, got "
@@ -585,6 +585,7 @@ def _scores(
 ) -> _Scores:
     sizes = _sizes(name, q, k)
     dtype = _accumulation(torch.promote_types(q.dtype, k.dtype))
+    pairs = _pairs(name, sizes, allowed, key_mask, query_mask, causal)  # first, for what follows reads the masks
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     shrunk = 0
     if not (is_ordinary(q, 40) and is_ordinary(k, 40) and abs(scale) < 1e6):
@@ -594,7 +595,6 @@ def _scores(
         Q = times_power_of_two(q.detach().double() * scale, torch.tensor(-shrunk, device=q.device))
     Q = Q.view(*sizes[:4], -1)
     K = k.detach().to(dtype).contiguous()
-    pairs = _pairs(name, sizes, allowed, key_mask, query_mask, causal)
     if key_mask is not None:
         K = torch.where(key_mask[:, None, :, None], K, 0)  # whatever padding holds: NaN + FORBIDDEN would stay NaN
     B = None if bias is None else _pairwise(name, "bias", bias.detach(), sizes)

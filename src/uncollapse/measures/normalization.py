@@ -128,8 +128,12 @@ def rank_change(
             "may be missing. Pass one cloud as (token, width)."
         )
     batch, (tokens, width) = x.shape[:-2], x.shape[-2:]
-    clouds = x.detach().reshape(-1, tokens, width).to("cpu", torch.float64)
-    keep = torch.ones(clouds.shape[:2], dtype=torch.bool) if mask is None else mask.reshape(-1, tokens).bool().cpu()
+    clouds = x.detach().reshape(math.prod(batch), tokens, width).to("cpu", torch.float64)
+    keep = (
+        torch.ones(clouds.shape[:2], dtype=torch.bool)
+        if mask is None
+        else mask.reshape(math.prod(batch), tokens).bool().cpu()
+    )
     scale, shift = (_features(name, value, width) for name, value in (("gamma", gamma), ("beta", beta)))
     eps_data = torch.finfo(precision or x.dtype).eps
     changes = [
@@ -245,6 +249,11 @@ def _features(name: str, values: Any, width: int) -> Tensor | None:
     )
     if tensor.shape != (width,):
         raise _unfit_features(name, width, tuple(tensor.shape))
+    if not bool(tensor.isfinite().all()):
+        raise InputError(
+            f"rank_change: expected finite numbers in {name}, got NaN or infinity. Training may have diverged. Pass the "
+            "parameters of an earlier checkpoint."
+        )
     return tensor.to("cpu", torch.float64)
 
 
