@@ -50,6 +50,7 @@ bench: $(INSTALLED) ## speed and memory, as ratios taken in one run
 	$(BIN)/python -m bench.ablate
 	$(BIN)/python -m bench.calls
 	$(BIN)/python -m bench.gates
+	$(BIN)/python -m bench.monitor
 
 results: $(INSTALLED) ## docs/results.md anew: real models without norms, residuals, MLPs (a quarter of an hour)
 	$(BIN)/python -m studies.results
