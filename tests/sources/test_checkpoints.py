@@ -208,3 +208,10 @@ def test_names_that_would_act_on_a_terminal_are_spelled_out(checkpoint: Path, tm
     assert r"a\x1b[2J\u202eb\n" in page
     assert not {"\x1b", "\u202e"} & set(page)
     assert found.record.model.name == str(folder)  # the record says what it is
+
+
+def test_a_folder_whose_name_is_no_utf_8_loads_and_is_recorded(checkpoint: Path, tmp_path: Path) -> None:
+    folder = checkpoint.rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    found = uc.diagnose(str(folder), [WORDS])
+    assert json.loads(found.to_json(tmp_path / "r.json"))["model"]["name"] == rf"{tmp_path}/caf\xe9"
+    assert uc.load(tmp_path / "r.json").record.model.name.endswith(r"caf\xe9")

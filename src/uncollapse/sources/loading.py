@@ -105,7 +105,9 @@ def load_model(
 
     import transformers  # takes seconds to import, so only when a model is really opened
 
-    with _transformers_silenced():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_transformers_silenced())
+        place = stack.enter_context(_in_utf_8(place))
         try:
             config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
         except Exception as error:  # transformers raises a dozen unrelated types for the same bad folder
@@ -150,6 +152,21 @@ def load_model(
         tokenizer, problem = _tokenizer(place, trust_remote_code=trust_remote_code)
     revision = package or getattr(config, "_commit_hash", None)
     return LoadedModel(model.eval(), tokenizer, label, revision, source, problem)
+
+
+@contextlib.contextmanager
+def _in_utf_8(place: str) -> Iterator[str]:
+    """The place under a name that is UTF-8: safetensors and tokenizers can open no other."""
+    try:
+        place.encode()
+    except UnicodeEncodeError:
+        folder = os.open(place, os.O_RDONLY)
+        try:
+            yield f"/proc/self/fd/{folder}" if os.path.isdir("/proc/self/fd") else place
+        finally:
+            os.close(folder)
+    else:
+        yield place
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:
