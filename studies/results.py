@@ -249,7 +249,8 @@ def answer(found: dict[str, Any]) -> str:
         f"**Are production models degraded without their MLP blocks?** Of the {len(there)} trained models here {in_rank}, but in "
         f"consensus distance all but MiniLM fall to about a tenth or less ({'; '.join(distances)}). The output is degraded in all "
         f"of them: the mean output vector turns by 1 − cosine = {min(shifts):.2f} to {max(shifts):.2f}, and "
-        f"the language models do no better than a uniform guess over their tokens ({', '.join(losses)}; a uniform guess has {UNIFORM})."
+        f"the language models do no better than a uniform guess over their tokens ({', '.join(losses)}; a uniform guess has "
+        f"{UNIFORM})."
     )
 
 
