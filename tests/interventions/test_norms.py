@@ -125,6 +125,30 @@ def test_the_share_of_a_norm_s_result_in_a_later_sum_is_no_gain_of_it() -> None:
     assert torch.equal(got, model(**batch))
 
 
+class MixedAgainConditioned(MixedAgain):
+    """The same with norm modules whose scale and shift a condition makes in the model's own code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bare, self.made = nn.LayerNorm(D, elementwise_affine=False), nn.Linear(D, 2 * D)
+
+    def norm(self, x: Tensor) -> Tensor:
+        if self.off:
+            return x
+        gain, shift = self.made(self.embedding.weight[:1])[None].expand(len(x), -1, -1).chunk(2, -1)
+        return self.bare(x) * (1 + gain * self.first) + shift * self.first
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        self.first = (input_ids[:, :1, None] + 1.0) / 50
+        return super().forward(input_ids)
+
+
+def test_a_block_ends_behind_the_scale_and_shift_that_a_condition_gives_its_norm() -> None:
+    torch.manual_seed(0)
+    anatomy = checked(MixedAgainConditioned(), {"input_ids": ids()})
+    assert [norm.piece is not None for block in anatomy.blocks for norm in block.norms] == [True] * 4
+
+
 def test_a_diagnosis_without_norms_sees_what_stands_in_their_place() -> None:
     """The blocks end with a norm of the model's own code: their last operation gives what the identity puts there."""
     torch.manual_seed(0)

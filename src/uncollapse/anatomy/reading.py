@@ -1000,7 +1000,7 @@ class _Reader:
             if (
                 result is not None
                 and root < call.first <= piece.bare < call.last
-                and piece.bare <= result <= piece.target
+                and self._only_moved(piece.target, result)
             ):
                 return result
         return piece.target
