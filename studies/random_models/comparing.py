@@ -474,7 +474,8 @@ def _compare_heads(spec: Specification, truths: list[Truth], record: Any, result
             rank = int(np.linalg.matrix_rank(ones[0].matrix, tol=None if spec.dtype == "float64" else 1e-4))
             # Between what rounding makes of a zero (adapters are products) and the tolerance, a singular value may count or not.
             sigma = np.linalg.svd(ones[0].matrix, compute_uv=False)
-            surely_not_zero = int((sigma > max(ones[0].matrix.shape) * np.finfo(np.float32).eps * sigma[0] / 4).sum())
+            rounded_off = np.linalg.norm(sigma) * sum(n**-0.5 for n in ones[0].matrix.shape) * np.finfo(np.float32).eps
+            surely_not_zero = int((sigma > rounded_off).sum())
             if spec.dtype != "float64" and rank < entry.output_projection_rank <= surely_not_zero:
                 rank = entry.output_projection_rank
             if tolerance(spec).output > 1e-3 and 0.8 * rank <= entry.output_projection_rank <= rank:
