@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from uncollapse import report
+from uncollapse.errors import InputError
 from uncollapse.records.encoding import to_json, write_atomically
 from uncollapse.records.stored import AnyRecord
 
@@ -30,11 +33,14 @@ class Recorded(Generic[Held]):
         """Print it. In a notebook the object also shows its page when it is evaluated."""
         from rich.console import Console
 
-        report.show(self.record, console or Console())
+        with _held_together("show"):
+            report.show(self.record, console or Console())
 
     def to_html(self, path: str | Path) -> None:
         """Write the page: one file, no network. Raises `InputError` where the path cannot be written."""
-        write_atomically(path, report.draw(self.record))
+        with _held_together("to_html"):
+            page = report.draw(self.record)
+        write_atomically(path, page)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The record as JSON; also written to `path` if given."""
@@ -46,3 +52,15 @@ class Recorded(Generic[Held]):
     def _repr_html_(self) -> str:
         page = html.escape(report.draw(self.record), quote=True)
         return f'<iframe srcdoc="{page}" style="width:100%;height:800px;border:0" title="uncollapse report"></iframe>'
+
+
+@contextlib.contextmanager
+def _held_together(function: str) -> Iterator[None]:
+    """A record may fit its schema and still name a run or a block that it does not hold: somebody has edited it."""
+    try:
+        yield
+    except LookupError as error:
+        raise InputError(
+            f"{function}: expected a record whose parts belong together, got one that names {error} and does not hold it. It may "
+            "have been edited. Write the record again."
+        ) from error
