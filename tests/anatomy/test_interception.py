@@ -176,7 +176,7 @@ def test_a_model_is_where_its_first_tensor_that_is_somewhere_is() -> None:
 
 
 def test_what_a_handler_computes_for_itself_counts_in_no_other_context() -> None:
-    """A part taken away inside a measurement: its handlers run their own additions, and must not shift the model's."""
+    """A part removed inside a measurement: its handlers run their own additions, and must not shift the model's."""
     model, x = Model(), torch.tensor([1.0])
     met: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""Residual streams as people write them: read, proved, measured and taken away, against what each model records itself."""
+"""Residual streams as people write them: read, proved, measured and removed, against what each model records itself."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 What is expected of each (placement, heads, head width, stacks) is written from the architecture's paper or code, never
 from what the anatomy said. All parameters are drawn anew, so that no norm is neutral, no LayerScale tiny, no bias zero and
-no attention uniform: a part that is taken away must show.
+no attention uniform: a part that is removed must show.
 """
 
 from __future__ import annotations

@@ -369,7 +369,7 @@ def test_a_mask_that_masks_nothing_cannot_be_taken_away() -> None:
 
 
 def test_parts_that_start_at_zero_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fresh model's updates are zero: taking them away changes nothing today, and is no reason to refuse."""
+    """A fresh model's updates are zero: removing them changes nothing today, and is no reason to refuse."""
     torch.manual_seed(0)
     model = Stack("pre", WRITTEN["rms_norm"][1]).eval()
     batch = {"input_ids": ids()}

@@ -1,4 +1,4 @@
-"""Mask and positions taken away: a Transformer without them is a function on sets, tried on every family that can be told."""
+"""Mask and positions removed: a Transformer without them is a function on sets, tried on every family that can be told."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_positions_that_cannot_be_taken_away_are_refused(name: str) -> None:
     family = FAMILIES[name]
     model = family.build()
     proved_anatomy(model, inputs_for(family))
-    with pytest.raises(uc.UnsupportedModel, match="Take away another component"), uc.without(model, "positions"):
+    with pytest.raises(uc.UnsupportedModel, match="Remove another component"), uc.without(model, "positions"):
         pass
 
 

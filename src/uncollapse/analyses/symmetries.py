@@ -197,7 +197,7 @@ class _Acting:
 
     # Token and key permutations -----------------------------------------------------------------------------------
     def _token_permutations(self) -> Iterator[SymmetryTest]:
-        """Without positions, where they cannot be taken away, the tokens are permuted where they enter the blocks: each brings
+        """Without positions, where they cannot be removed, the tokens are permuted where they enter the blocks: each brings
         along what it was told of its position. A model that knows order in another way as well is still found out."""
         for away in _combinations("positions", "mask"):
             free = len(away) == 2

@@ -2,7 +2,7 @@
 
 A forward may leave things behind: BigBird replaces its sparse attention by a full one on a short batch and keeps it; rotary
 embeddings note the longest sequence they met; caches and counters fill up. A probe runs the model on other batches than the
-user does, so whatever its runs leave behind is taken away again.
+user does, so whatever its runs leave behind is removed again.
 
 Put back are the attributes of every module, its submodules and its buffers, by identity. Parameters are not: sharded and
 offloaded models exchange them on their own account. Neither are attributes of torch's own modules, whose wrappers for several

@@ -1,4 +1,4 @@
-"""Whether a norm is left when the norms of a model's blocks are taken away: asked of the live model, not of its picture.
+"""Whether a norm is left when the norms of a model's blocks are removed: asked of the live model, not of its picture.
 
 Without its norms, a sublayer reads the stream itself: sixteen times the stream is sixteen times as large for it. With a norm in
 between it reads the same. So the stream of every block is replaced by noise of two sizes, with all sublayers left out so that
@@ -44,8 +44,8 @@ def require_no_norm_left(
         number, place = key
         raise UnsupportedModel(
             f"without: expected {anatomy.blocks[number].name} of {type(model).__name__} to read its stream as it is when its norms "
-            f"are taken away, got a norm that was overlooked: {place} reads the same of a stream sixteen times as large. "
-            "Take away another component, or leave this block out with blocks=[...]."
+            f"are removed, got a norm that was overlooked: {place} reads the same of a stream sixteen times as large. "
+            "Remove another component, or leave this block out with blocks=[...]."
         )
 
 

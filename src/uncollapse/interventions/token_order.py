@@ -1,11 +1,11 @@
-"""What tells a model the order of its tokens, its mask and its positions, and how to take that away.
+"""What tells a model the order of its tokens, its mask and its positions, and how to remove that.
 
 Without both, a Transformer is a function on sets: permuting the tokens permutes the outputs. That is how each removal is
 checked before it is believed.
 
 * The *mask*: every real token may attend to every real token. Padding stays hidden, as the batch's `attention_mask` says. At
   a fused call the mask operand is replaced; before a softmax of the model's own, nothing is forbidden any more.
-* *Positions*: every token is told that it stands at position 0, through `position_ids`. That takes away learned tables and
+* *Positions*: every token is told that it stands at position 0, through `position_ids`. That removes learned tables and
   rotary embeddings. A model that does not take `position_ids`, or that knows positions in another way as well (relative
   biases, convolutions), is refused.
 """
@@ -64,7 +64,7 @@ def mask_removed(
             if call.shares_queries:
                 raise UnsupportedModel(
                     f"without: expected an attention that answers for its queries at once, got several calls in {block.name}. "
-                    "How many there are depends on the input. Take away another component."
+                    "How many there are depends on the input. Remove another component."
                 )
             if call.is_fused:
                 handlers[call.product] = _unmasked_fused(call, padding)
@@ -112,7 +112,7 @@ def _unmasked_step(step: MaskingStep, padding: _Padding) -> Handler:
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if forbids_and_shifts(function, args, kwargs, step.operand):
-            raise UnsupportedModel(_MASK_AND_BIAS + " Add the two one after the other, or take away another component.")
+            raise UnsupportedModel(_MASK_AND_BIAS + " Add the two one after the other, or remove another component.")
         real, hidden = padding.real, None
         if real is not None:
             hidden = spread_out(~real, step.axes, result_shape(function, args, kwargs))
@@ -127,7 +127,7 @@ def positions_removed(model: nn.Module, *, everywhere: bool = False) -> Iterator
     if not takes(model, "position_ids"):
         raise UnsupportedModel(
             f"without: expected a model that takes position_ids, got {type(model).__name__}. Its positions cannot be told "
-            "from outside. Take away another component."
+            "from outside. Remove another component."
         )
 
     def at_zero(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -151,12 +151,12 @@ def require_order_blind(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, 
     if "input_ids" not in batch:
         raise UnsupportedModel(
             f"without: expected a model proved on input_ids, got {type(model).__name__} on {', '.join(batch) or 'nothing'}. "
-            "Positions are taken away from token numbers only. Take away another component."
+            "Positions are removed from token numbers only. Remove another component."
         )
     if any(stack.ids_transposed for stack in anatomy.stacks):
         raise UnsupportedModel(
             f"without: expected token numbers with the axes sequence, token, got {type(model).__name__} with token, sequence. "
-            "Which axes its position_ids have is then not known. Take away another component."
+            "Which axes its position_ids have is then not known. Remove another component."
         )
     every = frozenset(range(len(anatomy.blocks)))
     tokens = batch["input_ids"].shape[1]
@@ -173,7 +173,7 @@ def require_order_blind(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, 
                 except Exception as error:  # the model's own code, told positions in a form it may not know
                     raise UnsupportedModel(
                         f"without: expected {type(model).__name__} to run with every token at position 0, got "
-                        f"{type(error).__name__}: {error}. Its position_ids mean something else. Take away another component."
+                        f"{type(error).__name__}: {error}. Its position_ids mean something else. Remove another component."
                     ) from error
     axes = anatomy.blocks[-1].axes
     gap = math.inf
@@ -185,5 +185,5 @@ def require_order_blind(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, 
         raise UnsupportedModel(
             f"without: expected {type(model).__name__} without mask and positions to treat its tokens as a set, got outputs that "
             f"still depend on their order (relative difference {gap:.2g}). It knows positions in another way, such as a "
-            "relative bias or a convolution. Take away another component."
+            "relative bias or a convolution. Remove another component."
         )

@@ -7,7 +7,7 @@ What is left of a block, at the additions themselves (nothing is subtracted, so 
 
 * a removed sublayer (`"mlp"`, `"attention"`) is skipped with its own norm and residual: the stream passes;
 * a removed `"residual"` lets the sublayer's output alone go on, where the sublayer is still there; `"attention-residual"` and
-  `"mlp-residual"` do so around that sublayer only (the former is the skip that Dong et al. 2021 take away);
+  `"mlp-residual"` do so around that sublayer only (the former is the skip that Dong et al. 2021 remove);
 * a removed `"norm"` is the identity: the norms on the way into, out of and behind a sublayer. Query-key norms inside the
   attention bound its logits and stay. The embedding's and the final norm stay too, unless `blocks="all+outer"`;
 * where an addition scales what it adds, a x + b f(x), the scales stay: without the sublayer a x is left, without the residual
@@ -99,7 +99,7 @@ def without(
     dummy inputs of its own.
 
     Raises `InputError` for an unknown component or block, `UnsupportedModel` where the anatomy cannot be proved, where
-    there is nothing of the kind to take away or the output would be the same in every bit, or where gradient checkpointing is
+    there is nothing of the kind to remove or the output would be the same in every bit, or where gradient checkpointing is
     on.
     """
     require_components(components)
@@ -122,8 +122,8 @@ def removed(
     batch: Mapping[str, Any] | None = None,
     everywhere: bool = False,
 ) -> Iterator[nn.Module]:
-    """`without`, also where there is nothing to take away: for those who ask of any model what holds without a component. Passes
-    of other threads are whole, unless it is taken away `everywhere`."""
+    """`without`, also where there is nothing to remove: for those who ask of any model what holds without a component. Passes
+    of other threads are whole, unless it is removed `everywhere`."""
     require_components(components)
     _refuse_checkpointing(model)
     anatomy = anatomy_for(model, batch)
@@ -207,7 +207,7 @@ def anatomy_for(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Ana
 def require_effect(
     model: nn.Module, components: Collection[str], blocks: Collection[int] | Literal["all", "all+outer"] | None
 ) -> None:
-    """Raise `UnsupportedModel` where one of the components is not there to be taken away, or taking it away leaves the model's
+    """Raise `UnsupportedModel` where one of the components is not there to be removed, or removing it leaves the model's
     output the same in every bit. Runs the model a few times on the example that its anatomy was proved on."""
     anatomy = anatomy_for(model)
     wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
@@ -215,7 +215,7 @@ def require_effect(
 
 
 def _require_effect(model: nn.Module, anatomy: Anatomy, wanted: _Removal, *, thorough: bool = False) -> None:
-    """Raise where a component is not there, or where taking it away changes nothing: the mask and positions, `thorough` all."""
+    """Raise where a component is not there, or where removing it changes nothing: the mask and positions, `thorough` all."""
     blocks = [anatomy.blocks[number] for number in sorted(wanted.blocks)]
     for component in sorted(wanted.components):
         if component in {"positions", "mask"} or _holds(component, blocks, anatomy, wanted.outer):
@@ -223,9 +223,9 @@ def _require_effect(model: nn.Module, anatomy: Anatomy, wanted: _Removal, *, tho
         where = f"its {len(blocks)} blocks" if len(blocks) == len(anatomy.blocks) else f"blocks {sorted(wanted.blocks)}"
         outside = component == "norm" and anatomy.outer_norms
         raise UnsupportedModel(
-            f"without: expected a model with a component {component!r} to take away, got {type(model).__name__}: nothing of the "
+            f"without: expected a model with a component {component!r} to remove, got {type(model).__name__}: nothing of the "
             f"kind was found in {where}. "
-            + ("Norms stand outside: pass blocks='all+outer'." if outside else "Take away another component."),
+            + ("Norms stand outside: pass blocks='all+outer'." if outside else "Remove another component."),
             found=anatomy.describe(),
         )
     # A removal acts at proved places and says so where it misses one. What mask and positions do shows on a run only, and so
@@ -249,7 +249,7 @@ def _require_effect(model: nn.Module, anatomy: Anatomy, wanted: _Removal, *, tho
     names = " and ".join(repr(component) for component in sorted(wanted.components))
     raise UnsupportedModel(
         f"without: expected the output of {type(model).__name__} to depend on its {names}, got the same in every bit without. "
-        "On the example it was proved on, nothing is taken away. Take away another component."
+        "On the example it was proved on, nothing is removed. Remove another component."
     )
 
 
@@ -349,7 +349,7 @@ def _refuse_shared(block: Block, parts: Collection[int], alone: Collection[int])
             kinds = " and ".join(block.parts[i].kind for i in sorted(left))
             raise InputError(
                 f"without: expected a residual for each sublayer alone, got {block.name} with one addition for its {kinds}. "
-                "They run in parallel and share the residual. Take away 'residual', or one of them and the other's residual."
+                "They run in parallel and share the residual. Remove 'residual', or one of them and the other's residual."
             )
 
 
@@ -382,7 +382,7 @@ def _identity_of_piece(piece: NormPiece) -> dict[Point, Handler]:
     if piece.obstacle:
         raise UnsupportedModel(
             f"without: expected a norm that can be taken out, got {piece}: {piece.obstacle}. "
-            "It is measured where it stands. Take away another component, or leave its block out with blocks=[...]."
+            "It is measured where it stands. Remove another component, or leave its block out with blocks=[...]."
         )
     met = _Given()  # each thread's own
 
@@ -407,9 +407,9 @@ def _identity_of_piece(piece: NormPiece) -> dict[Point, Handler]:
 
 
 def require_components(components: tuple[str, ...]) -> None:
-    """Raise `InputError` unless each is a component that can be taken away."""
+    """Raise `InputError` unless each is a component that can be removed."""
     if not components:
-        raise InputError(f"without: expected one or more of {', '.join(COMPONENTS)}, got none. Name what to take away.")
+        raise InputError(f"without: expected one or more of {', '.join(COMPONENTS)}, got none. Name what to remove.")
     for component in components:
         if component not in COMPONENTS:
             raise InputError(

@@ -286,7 +286,7 @@ def _numerical_change(
     deviation = (centred.square().mean(1, keepdim=True) + eps).sqrt()
     scale = torch.ones(width, dtype=torch.float64) if gamma is None else gamma
     normed = centred / deviation * scale
-    # What an entry's error is relative to: the entry before the mean was taken away, and the mean.
+    # What an entry's error is relative to: the entry before the mean was removed, and the mean.
     origin = x.abs() + (x.abs().mean(1, keepdim=True) if kind == "layer" else 0)
     origin = origin / deviation * scale
     cut = _tolerance(x, x, eps_data)

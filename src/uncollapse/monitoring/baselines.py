@@ -1,7 +1,7 @@
 """Alarms against a baseline: a head whose logits grew by half, which no snapshot can see.
 
 Two baselines. A *record* that was given (a diagnosis, or the end of an earlier trail): a head is compared with itself there. Its
-*own history*: the median of its last `HISTORY` looks. There the common course of all heads is taken away, for training moves
+*own history*: the median of its last `HISTORY` looks. There the common course of all heads is removed, for training moves
 them all, and what is left must exceed `SIGMAS` times what the heads have done until now (median absolute deviation).
 
 When not to use it: with a record of another probe for anything finer than a factor. `compare` says how much two probes differ.

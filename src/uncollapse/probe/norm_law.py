@@ -34,7 +34,7 @@ class NormLaw:
 
     def normed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's output without beta in float64, and what the error of an entry is relative to: the entry before the
-        mean was taken away, and the mean."""
+        mean was removed, and the mean."""
         x = x.double()
         gamma = self.gamma.to(x.device)
         centred = x - x.mean(-1, keepdim=True) if self.kind == "layer" else x
