@@ -14,6 +14,7 @@ from studies.position_gates import document, experiments, large, planted, recove
 from torch.nn import functional
 
 import uncollapse as uc
+from uncollapse.measures.student import mean_and_half
 
 
 def few_windows() -> tuple[torch.Tensor, torch.Tensor]:
