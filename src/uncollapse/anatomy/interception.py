@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from uncollapse.anatomy.tracing import counted_name, opened, operation_name, tensors_in, writes_in_place
 from uncollapse.errors import UncollapseError
@@ -230,6 +230,7 @@ def intercepted(
         by_owner.setdefault(point.owner, {}).setdefault(point.call, {})[point.operation, point.ordinal] = handler
     thread = None if everywhere else threading.get_ident()
     with restoring() as changes:
+        changes.undo(_as_found())
         # A compiled model would not notice what is put up here, or compile it: both were seen to go wrong.
         run_eagerly.hold(changes)
         runs = changes.enter(counted(model, by_owner, within))
@@ -246,6 +247,27 @@ class _Standing(threading.local):
 
 
 _standing = _Standing()
+
+
+def _as_found() -> Callable[[], None]:
+    """Puts back what this thread notes about handlers while they run: Ctrl-C may come where a handler's own way out does so."""
+    thread, within = threading.get_ident(), _handling.within
+    found = {key: (modes, list(modes)) for key, modes in _standing.modes.items()}
+    length = torch._C._len_torch_function_stack()
+
+    def put_back() -> None:
+        if threading.get_ident() != thread:
+            return
+        while torch._C._len_torch_function_stack() > length and isinstance(_get_current_function_mode(), _Owner):
+            torch._C._pop_torch_function_stack()
+        _handling.within = within
+        for key in [key for key in _standing.modes if key not in found]:
+            _standing.modes.pop(key, None)
+        for key, (modes, before) in found.items():
+            modes[:] = before
+            _standing.modes[key] = modes
+
+    return put_back
 
 
 def _wrap(
@@ -288,7 +310,7 @@ def _wrap(
                 modes.pop()
                 standing.pop()
                 if not standing:
-                    del _standing.modes[id(module)]
+                    _standing.modes.pop(id(module), None)
             missed = set(wanted) - hits
             if missed and strict:
                 operation, ordinal = sorted(missed)[0]

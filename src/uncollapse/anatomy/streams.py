@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -135,6 +136,7 @@ def _at_modules(
 ) -> Iterator[None]:
     thread = threading.get_ident()
     with restoring() as changes:
+        changes.undo(functools.partial(torch._C._set_torch_function_state, torch._C._get_torch_function_state()))
         runs = changes.enter(counted(model, actions, within))
         for name, wanted in actions.items():
 
