@@ -73,23 +73,24 @@ def sounding(speaking: Tensor, call: AttentionCall, sequences: int) -> Handler:
     return handler
 
 
-def replacing(call: AttentionCall, heads: Sequence[int], made: Callable[[Tensor], Tensor]) -> Handler:
+def replacing(
+    call: AttentionCall, heads: Sequence[int], made: Callable[[Tensor], Tensor], *, strict: bool = True
+) -> Handler:
     """Let a product that mixes values give what `made` makes of the mixed values [sequence, head, token, width] of some of its
     heads in place of them, windows one after the other along the tokens. What other heads mix stays, bit for bit.
 
-    Raises `UnreadableError` where its axes do not hold that."""
+    Where its axes do not hold that, it raises `UnreadableError` if it is `strict`, and else changes nothing."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = function(*args, **kwargs)
-        seen = product_operands(function, args, kwargs, _places(output), call.weight_operand or 0, call.pair)
-        if seen.summed:
-            raise UnreadableError("the product that mixes its values adds the heads up in the same step")
-        places = arranged(seen.mixed, call.lead, _sequences(seen.mixed, call)).long()
-        if places.numel() != output.numel() or places.shape[1] <= max(heads):
-            raise UnreadableError(f"its result is {tuple(output.shape)}, which does not hold {call.heads} heads")
-        own = places[:, list(heads)].flatten(2, 3)
+        try:
+            places = _places_of_heads(call, function, args, kwargs, output)[:, list(heads)].flatten(2, 3)
+        except UnreadableError:
+            if strict:
+                raise
+            return output
         flat = output.flatten()
-        changed = flat.scatter(0, own.flatten(), made(flat[own]).to(flat).flatten()).reshape(output.shape)
+        changed = flat.scatter(0, places.flatten(), made(flat[places]).to(flat).flatten()).reshape(output.shape)
         if writes_in_place(function):
             output.copy_(changed)
             return output
@@ -99,6 +100,19 @@ def replacing(call: AttentionCall, heads: Sequence[int], made: Callable[[Tensor]
         return result
 
     return putting_another(handler)
+
+
+def _places_of_heads(
+    call: AttentionCall, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor:
+    """The number of every entry of a product's result, as [sequence, head, window, token, width]."""
+    seen = product_operands(function, args, kwargs, _places(output), call.weight_operand or 0, call.pair)
+    if seen.summed:
+        raise UnreadableError("the product that mixes its values adds the heads up in the same step")
+    places = arranged(seen.mixed, call.lead, _sequences(seen.mixed, call)).long()
+    if places.numel() != output.numel() or places.shape[1] != call.heads:
+        raise UnreadableError(f"its result is {tuple(output.shape)}, which does not hold {call.heads} heads")
+    return places
 
 
 def unreplaced(result: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Take single heads out of an attention: other values in the place of what a head mixed, before the output projection.
 
-A head's mixed values are replaced where the attention mixes them, for all tokens: by zeros, by their mean over the tokens of a
-batch, or by another sequence's. The projection's bias stays, and so does every bit of the other heads' values. With zeros, what
-leaves the projection's output is the head's contribution O_h W_h (`head_contributions`).
+A head's mixed values are replaced for all tokens: by zeros, by their mean over the tokens of a batch, or by those of another
+sequence. The projection's bias stays, and so does every bit of the other heads' values. With zeros, what leaves the projection's
+output is the head's contribution O_h W_h (`head_contributions`).
 
 That holds only where the heads stay apart on the way to the projection. It is checked on the live model, on the example that the
 anatomy was proved on: without a head's values its own features are zero in what the projection reads, and all others are what
@@ -13,9 +13,10 @@ When not to use it: to claim what the model does with the head when all is whole
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -23,16 +24,25 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.influence import without_zeros
-from uncollapse.anatomy.interception import Handler, Point, device_of, intercepted
-from uncollapse.anatomy.operands import UnreadableError, arranged, product_operands
+from uncollapse.anatomy.interception import (
+    Handler,
+    Point,
+    counted,
+    device_of,
+    intercepted,
+    putting_another,
+    with_operands,
+)
+from uncollapse.anatomy.operands import UnreadableError, arranged, product_operands, replaced
 from uncollapse.anatomy.output_maps import laid_out, product_map, replacing
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import BlockAlone, blocks_alone
 from uncollapse.anatomy.stacks import given_mask, hides, paddings
 from uncollapse.anatomy.streams import Action
+from uncollapse.anatomy.tracing import operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, ModuleCall, Part, Place
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
-from uncollapse.restoring import Changes, in_this_thread
+from uncollapse.restoring import Changes, in_this_thread, restoring
 from uncollapse.wrappers import bound
 
 HeadsAs = Literal["zero", "mean", "resample"]
@@ -170,8 +180,11 @@ def _groups_of(alone: BlockAlone, part: Part) -> list[list[int]]:
 # Whether they can be told apart -----------------------------------------------------------------------------------------
 
 
-def require_apart(model: nn.Module, anatomy: Anatomy, heads: Heads, example: Mapping[str, Any]) -> None:
-    """Raise `UnsupportedModel`, with the reason, where the given heads cannot be removed by themselves."""
+def require_apart(
+    model: nn.Module, anatomy: Anatomy, heads: Heads, example: Mapping[str, Any], heads_as: HeadsAs = "zero"
+) -> None:
+    """Raise `UnsupportedModel`, with the reason, where the given heads cannot be removed by themselves, or where other values than
+    zeros could not be put in the place of theirs."""
     for number in sorted(heads):
         _refuse_static(model, number, _part(anatomy.blocks[number]))
     with probing(model), without_zeros(model):
@@ -179,7 +192,7 @@ def require_apart(model: nn.Module, anatomy: Anatomy, heads: Heads, example: Map
         for number, own in sorted(heads.items()):
             part = _part(anatomy.blocks[number])
             try:
-                reason = _acts_between(alone[number], part, sorted(own))
+                reason = _acts_between(alone[number], part, sorted(own), is_zero=heads_as == "zero")
             except UnreadableError as error:
                 reason = str(error)
             if reason:
@@ -204,27 +217,55 @@ def _not_apart(model: nn.Module, number: int, part: Part, reason: str, instead: 
     )
 
 
-def _acts_between(alone: BlockAlone, part: Part, heads: Sequence[int]) -> str:
+def _acts_between(alone: BlockAlone, part: Part, heads: Sequence[int], *, is_zero: bool) -> str:
     """Why the heads are not removed by themselves where the attention mixes; empty where they are."""
     number, projection = alone.block.parts.index(part), part.attention[0].projection
-    away = handlers(alone.block, heads, Filling(), None)
+    away = _at_products(part, heads, Filling(), None, 0)
     if projection is None:  # the proof found one affine map from the mixed values to what is added
         same = torch.equal(alone.update(number, None), alone.update(number, None, away))
         return "what it adds is the same in every bit without them" if same else ""
     before, after = (_read(alone, number, projection, further) for further in ({}, away))
-    if before.shape != after.shape:
-        return "its output projection reads something of another shape without them"
+    if before.shape != after.shape or before.shape[-1] != len(_columns(part, range(part.heads))):
+        return "its output projection does not read the heads side by side"
     moved = ~((after == before) | (after.isnan() & before.isnan()))
-    features = int(moved.flatten(0, -2).any(0).sum())
-    if not features:
+    if not moved.any():
         return "its output projection reads the same in every bit without them"
-    width = sum(call.head_width * len(own) for call, own in _by_call(part, heads))
-    if bool(after[moved].any()) or features > width:
+    own = torch.zeros(before.shape[-1], dtype=torch.bool, device=before.device)
+    own[_columns(part, heads)] = True
+    if bool(after[..., own].any()) or bool(moved[..., ~own].any()):
         return (
             "something acts between mixing and output projection that joins them: without their mixed values the projection "
             "reads other features differently, too, or theirs are not zero"
         )
+    if not is_zero and not _reads_as_mixed(alone, part, before):
+        return (
+            "something acts between mixing and output projection, such as a gate, so that it reads other values than were mixed "
+            "(heads_as='zero' is possible there)"
+        )
     return ""
+
+
+def _reads_as_mixed(alone: BlockAlone, part: Part, read: Tensor) -> bool:
+    """Whether the projection reads what was mixed, feature by feature, bit for bit, in whatever order of its rows."""
+    seen: dict[int, Tensor] = {}
+
+    def noting(index: int, call: AttentionCall) -> Handler:
+        def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            output = function(*args, **kwargs)
+            seen[index] = laid_out(output.detach(), call, function, args, kwargs).clone()
+            return output
+
+        return handler
+
+    acting = {call.product: noting(index, call) for index, call in enumerate(part.attention)}
+    alone.update(alone.block.parts.index(part), None, acting)
+    mixed = torch.cat([seen[index] for index in range(len(part.attention))], 1)
+    rows = mixed.transpose(0, 1).flatten(1, 2)  # [head, sequence and token, width]
+    for head, values in enumerate(rows):
+        given = read[..., _columns(part, [head])].flatten(0, -2)
+        if given.shape != values.shape or not torch.equal(given.sort(0).values, values.to(given).sort(0).values):
+            return False
+    return True
 
 
 def _read(alone: BlockAlone, number: int, projection: ModuleCall | Point, further: Mapping[Point, Handler]) -> Tensor:
@@ -344,13 +385,69 @@ class _Real(threading.local):
         self.masks: list[Tensor | None] = []
 
 
-def handlers(
-    block: Block, heads: Collection[int], filling: Filling, real: Callable[[], Tensor | None] | None, number: int = 0
+@dataclass
+class Standing:
+    """What stands where in a pass without some heads: at operations, and at what modules read."""
+
+    handlers: dict[Point, Handler] = field(default_factory=dict)
+    reads: dict[ModuleCall, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+
+def standing(
+    block: Block, heads: Collection[int], filling: Filling, real: Callable[[], Tensor | None] | None, number: int
+) -> Standing:
+    """What takes some heads away from the block with this number. `real` tells which tokens [sequence, token] of the pass are: for
+    `"resample"`.
+
+    Zeros and means stand at the output projection, at the features that are the heads': what an attention mixes may be laid out
+    otherwise while it reads from a cache. Where it is laid out as proved they stand at the products that mix the values, too, so
+    that the projection still reads what was mixed. Where sequences have to be told apart, or no projection is known, the products
+    alone are the place."""
+    part = _part(block)
+    projection = part.attention[0].projection
+    if projection is None or filling.kind == "resample":
+        return Standing(_at_products(part, heads, filling, real, number))
+    acting = _at_products(part, heads, filling, real, number, strict=False)
+    columns, values = _columns(part, heads), torch.zeros(0)
+    if filling.kind == "mean":
+        means = torch.cat([filling.means[number, index] for index in range(len(part.attention))])
+        values = torch.cat([means[head] for head in sorted(heads)])
+        columns = [column for head in sorted(heads) for column in _columns(part, [head])]
+
+    def read(given: Tensor) -> Tensor:
+        places = torch.tensor(columns, device=given.device)
+        filled = values.to(given) if len(values) else given.new_zeros(len(columns))
+        return given.index_copy(-1, places, filled.expand(*given.shape[:-1], -1))
+
+    if isinstance(projection, ModuleCall):
+        return Standing(acting, {projection: read})
+
+    def multiplying(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        operand = 1 if operation_name(function) == "addmm" else 0
+        args, kwargs = with_operands(args, kwargs, {operand: read})
+        return function(*args, **kwargs)
+
+    return Standing({**acting, projection: multiplying})
+
+
+def _columns(part: Part, heads: Collection[int]) -> list[int]:
+    """The features of some heads in what the output projection reads."""
+    width = part.attention[0].head_width
+    owners = part.features or [head for head in range(part.heads) for _ in range(width)]
+    return [column for column, head in enumerate(owners) if head in heads]
+
+
+def _at_products(
+    part: Part,
+    heads: Collection[int],
+    filling: Filling,
+    real: Callable[[], Tensor | None] | None,
+    number: int,
+    *,
+    strict: bool = True,
 ) -> dict[Point, Handler]:
-    """What stands at the products of an attention without some of its heads. `real` tells which tokens [sequence, token] of the
-    pass are: for `"resample"`. `number`: of the block."""
     found: dict[Point, Handler] = {}
-    for index, (call, own) in enumerate(_by_call(_part(block), heads)):
+    for index, (call, own) in enumerate(_by_call(part, heads)):
         if not own:
             continue
         if filling.kind == "zero":
@@ -359,8 +456,23 @@ def handlers(
             made = _mean(filling.means[number, index][own])
         else:
             made = _of_another(filling.seed, real)
-        found[call.product] = replacing(call, own, made)
+        found[call.product] = putting_another(_readable(replacing(call, own, made, strict=strict), number, part))
     return found
+
+
+def _readable(handler: Handler, number: int, part: Part) -> Handler:
+    """The handler, with what it cannot read in a pass of the user's as a refusal."""
+
+    def readable(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return handler(function, args, kwargs)
+        except UnreadableError as error:
+            raise UnsupportedModel(
+                f"without: expected the heads of block {number} ({part.module}) laid out as on the example, got another layout: "
+                f"{error}. With a cache the attention may run in another way. Run the model with use_cache=False."
+            ) from error
+
+    return readable
 
 
 def _by_call(part: Part, heads: Collection[int]) -> list[tuple[AttentionCall, list[int]]]:
@@ -441,3 +553,24 @@ def real_tokens(
         return lambda: met.masks[stack] if met.masks else None
 
     return of_block
+
+
+@contextlib.contextmanager
+def reading(
+    model: nn.Module, name: str, by_call: Mapping[int, Callable[[Tensor], Tensor]], *, everywhere: bool
+) -> Iterator[None]:
+    """Within the block the given runs of a module read what `by_call` makes of the tensor that they are given first."""
+    with restoring() as changes:
+        runs = changes.enter(counted(model, [name]))
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            made = by_call.get(runs.begin(name))
+            if made is None:
+                return None
+            given = next(tensors_in([args, kwargs]))
+            return replaced(args, given, made(given)), kwargs
+
+        changes.hook(
+            model.get_submodule(name), "forward_pre", enter if everywhere else in_this_thread(enter), with_kwargs=True
+        )
+        yield

@@ -139,7 +139,7 @@ def without(
                     f"without: expected heads to put the {heads_as!r} in the place of, got none. "
                     "Pass 'attention' and heads={block: [head]}, or leave heads_as out."
                 )
-            _require_effect(model, anatomy, wanted)
+            _require_effect(model, anatomy, wanted, heads_as)
             if heads_as != "zero":
                 filling = _filling(model, anatomy, wanted.heads, heads_as, batch, seed)
                 wanted = replace(wanted, filling=filling)
@@ -342,7 +342,9 @@ def require_effect(
     _require_effect(model, anatomy, _wanted(model, anatomy, components, blocks), thorough=True)
 
 
-def _require_effect(model: nn.Module, anatomy: Anatomy, wanted: _Removal, *, thorough: bool = False) -> None:
+def _require_effect(
+    model: nn.Module, anatomy: Anatomy, wanted: _Removal, heads_as: HeadsAs = "zero", *, thorough: bool = False
+) -> None:
     """Raise where a component is not there, or where removing it changes nothing: the mask and positions, `thorough` all."""
     blocks = [anatomy.blocks[number] for number in sorted(wanted.blocks)]
     for component in sorted(wanted.components):
@@ -360,7 +362,7 @@ def _require_effect(model: nn.Module, anatomy: Anatomy, wanted: _Removal, *, tho
     if wanted.heads and example is not None:
         with restoring() as changes:
             _set_aside(model, anatomy, changes)
-            single_heads.require_apart(model, anatomy, wanted.heads, example)
+            single_heads.require_apart(model, anatomy, wanted.heads, example, heads_as)
     # A removal acts at proved places and says so where it misses one. What mask and positions do shows on a run only, and so
     # does a norm that was overlooked.
     if example is not None and "norm" in wanted.components:
@@ -472,9 +474,11 @@ def _put_up(
     for each in removals:
         for number, own in each.heads.items():
             told = None if real is None else real(number)
-            away = single_heads.handlers(anatomy.blocks[number], own, each.filling, told, number)
-            for point, handler in away.items():  # of one head the latest removal holds
+            away = single_heads.standing(anatomy.blocks[number], own, each.filling, told, number)
+            for point, handler in away.handlers.items():  # of one head the latest removal holds
                 handlers[point] = in_turn(handler, handlers[point]) if point in handlers else handler
+            for where, read in away.reads.items():
+                changes.enter(single_heads.reading(model, where.name, {where.call: read}, everywhere=everywhere))
     changes.enter(intercepted(model, handlers, everywhere=everywhere))
 
 
