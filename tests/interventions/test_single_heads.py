@@ -485,6 +485,51 @@ def test_a_gate_or_one_more_linear_map_of_the_heads_is_no_obstacle(attention: Ca
         assert torch.equal(got, by_hand(model, {1: [3]}))
 
 
+@pytest.mark.parametrize("heads_as", ["mean", "resample"])
+def test_behind_a_gate_only_zeros_are_known_to_be_what_the_projection_would_read(heads_as: str) -> None:
+    model = Model(Gated).eval()
+    with (
+        pytest.raises(uc.UnsupportedModel, match="such as a gate"),
+        uc.without(model, "head:1.3", heads_as=heads_as, batch=BATCH),
+    ):
+        pass
+
+
+class Interleaved(Fused):
+    """The heads' features lie in turn in what the projection reads: feature i belongs to head i % 4."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = map(split, self.qkv(x).chunk(3, -1))
+        z = F.scaled_dot_product_attention(q, k, v)
+        z = self.replaced(z) if self.heads else z
+        return self.o(z.permute(0, 2, 3, 1).reshape(x.shape))
+
+
+@pytest.mark.parametrize("heads_as", ["zero", "mean"])
+def test_features_that_lie_in_turn_are_each_their_own_heads(heads_as: str) -> None:
+    model = Model(Interleaved).eval()
+    with torch.no_grad():
+        with uc.without(model, "head:1.3", "head:1.1", heads_as=heads_as, batch=BATCH):
+            got = model(**BATCH)
+        mean: Made = lambda row: row.mean((0, 1), keepdim=True).expand(row.shape)  # noqa: E731
+        expected = by_hand(model, {1: [1, 3]}, torch.zeros_like if heads_as == "zero" else mean)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_of_token_numbers_needs_no_batch_and_one_of_vectors_does() -> None:
+    class Vectors(Model):
+        def forward(self, idx: Tensor) -> Tensor:
+            x = idx
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    with uc.without(Model(Fused).eval(), "head:1.3"):
+        pass
+    with pytest.raises(uc.InputError, match="Pass batch="), uc.without(Vectors(Fused).eval(), "head:1.3"):
+        pass
+
+
 @pytest.mark.parametrize(
     ("components", "options", "message"),
     [

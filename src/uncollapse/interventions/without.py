@@ -114,8 +114,8 @@ def without(
     """Within the block, `model` runs without the named components in the given blocks (all of them by default).
 
     components: see the module, or `COMPONENTS`. blocks: block numbers from 0, `"all"`, or `"all+outer"` to take the norms
-    outside the blocks as well. batch: a batch to prove the anatomy on, for a model that was not diagnosed before and has no
-    dummy inputs of its own.
+    outside the blocks as well. batch: a batch to prove the anatomy on, for a model that was not diagnosed before, has no dummy
+    inputs of its own, and is not given token numbers alone.
 
     heads: with `"attention"`, only these heads, by block: `heads={5: [3]}`. Of a block with self- and cross-attention, those of the
     self-attention. key_value_heads: the same for grouped queries: all heads that read this key-value head. heads_as: what comes in
