@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from tests.reference.heads import storage_tolerance, write_space_figures
+from uncollapse.errors import InputError
 from uncollapse.measures import heads, write_spaces
+from uncollapse.measures.random_projections import random_write_space_overlap
 
 
 def random(mixed: int, width: int, seed: int = 0) -> Tensor:
@@ -119,3 +121,21 @@ def test_easy_projections_are_never_decomposed(case: str, monkeypatch: pytest.Mo
     assert spaces.rank == len(W)
     assert bool(spaces.gains.isfinite().all())
     assert math.isfinite(heads.conditioning(spaces, 4))
+
+
+@pytest.mark.parametrize(("head_width", "width"), [(8, 64), (1, 12), (5, 9), (20, 12)])
+def test_the_overlap_of_random_write_spaces_is_that_of_draws(head_width: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = [
+        float(heads.write_space_overlap(torch.randn(2 * head_width, width, generator=generator).double(), 2)[0, 1])
+        for _ in range(2000)
+    ]
+    mean, spread = random_write_space_overlap(head_width, width)
+    drawn = torch.tensor(draws, dtype=torch.float64)
+    assert float(drawn.mean()) == pytest.approx(mean, abs=5 * spread / len(draws) ** 0.5 + 1e-12)
+    assert float(drawn.std()) == pytest.approx(spread, rel=0.1, abs=1e-12)
+
+
+def test_a_random_overlap_needs_sizes() -> None:
+    with pytest.raises(InputError, match="sizes of at least 1"):
+        random_write_space_overlap(0, 12)

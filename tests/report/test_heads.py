@@ -6,6 +6,7 @@ import doctest
 import io
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from uncollapse.records.encoding import from_json, to_json
 from uncollapse.records.heads import IdentifiabilityRecord
 from uncollapse.report import draw, show
 from uncollapse.report.heads import tables, wording
+from uncollapse.report.wording import number
 
 RECORDS = ("mixed", "healthy", "forced", "single", "crossed", "deep")
 
@@ -428,3 +430,31 @@ def test_names_are_printed_without_markup_and_control_characters_spelled_out(
 @pytest.mark.parametrize("module", [wording, tables])
 def test_the_examples_of_the_docstrings(module: object) -> None:
     assert doctest.testmod(module).failed == 0  # type: ignore[arg-type]
+
+
+# The maps -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in RECORDS if n != "single"])
+def test_the_maps_say_where_their_colours_end_and_no_more(
+    records: dict[str, IdentifiabilityRecord], pages: dict[str, Page], name: str
+) -> None:
+    found = [
+        line[g]
+        for heads in records[name].heads
+        for h, line in enumerate(heads.write_space_overlap or [])
+        for g in range(len(line))
+        if g != h
+    ]
+    words = " ".join(pages[name].words.split())
+    end = re.search(r"The colours run from 0 to ([0-9.]+), the largest overlap of two heads here", words)
+    assert end is not None
+    assert float(end[1]) == pytest.approx(max(found), rel=0.06)
+    assert "nearly the same space" not in words
+    sizes = {(h.head_width, h.width) for h in records[name].heads if h.write_space_overlap}
+    for head_width, width in sizes:
+        assert f"{number(head_width / width, 2)} ±" in words
+
+
+def test_no_map_no_words_about_its_colours(records: dict[str, IdentifiabilityRecord]) -> None:
+    assert wording.overlap_scale(records["single"]) == ""

@@ -12,16 +12,18 @@ map then; the output projection's own weights may say more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from uncollapse.anatomy.interception import Handler
+from uncollapse.anatomy.interception import Handler, putting_another
 from uncollapse.anatomy.operands import UnreadableError, arranged, product_operands
-from uncollapse.anatomy.tracing import operands_of, operation_name
+from uncollapse.anatomy.tracing import operands_of, operation_name, writes_in_place
 from uncollapse.anatomy.vocabulary import AttentionCall
 
 SCALE = 256.0  # of the unit vectors, a power of two: f(s e) - f(0) then loses no digits of the weights to the bias
@@ -71,20 +73,83 @@ def sounding(speaking: Tensor, call: AttentionCall, sequences: int) -> Handler:
     return handler
 
 
+def replacing(
+    call: AttentionCall, heads: Sequence[int], made: Callable[[Tensor], Tensor], *, strict: bool = True
+) -> Handler:
+    """Let a product that mixes values give what `made` makes of the mixed values [sequence, head, token, width] of some of its
+    heads in place of them, windows one after the other along the tokens. What other heads mix stays, bit for bit.
+
+    Where its axes do not hold that, it raises `UnreadableError` if it is `strict`, and else changes nothing."""
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = function(*args, **kwargs)
+        try:
+            places = _places_of_heads(call, function, args, kwargs, output)[:, list(heads)].flatten(2, 3)
+        except UnreadableError:
+            if strict:
+                raise
+            return output
+        flat = output.flatten()
+        changed = flat.scatter(0, places.flatten(), made(flat[places]).to(flat).flatten()).reshape(output.shape)
+        if writes_in_place(function):
+            output.copy_(changed)
+            return output
+        # Laid out in memory as the product's own result: some models go on with `view`.
+        result = torch.empty_like(output).copy_(changed)
+        _before[result] = output
+        return result
+
+    return putting_another(handler)
+
+
+def _places_of_heads(
+    call: AttentionCall, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+) -> Tensor:
+    """The number of every entry of a product's result, as [sequence, head, window, token, width]."""
+    seen = product_operands(function, args, kwargs, _places(output), call.weight_operand or 0, call.pair)
+    if seen.summed:
+        raise UnreadableError("the product that mixes its values adds the heads up in the same step")
+    places = arranged(seen.mixed, call.lead, _sequences(seen.mixed, call)).long()
+    if places.numel() != output.numel() or places.shape[1] != call.heads:
+        raise UnreadableError(f"its result is {tuple(output.shape)}, which does not hold {call.heads} heads")
+    return places
+
+
+def unreplaced(result: Tensor) -> Tensor:
+    """What a product gave before `replacing` put other values in the place of some of its heads'; else `result` itself."""
+    return _before.get(result, result)
+
+
+_before = WeakTensorKeyDictionary()
+
+
+def _sequences(mixed: Tensor, call: AttentionCall) -> int:
+    """The sequences that a product's leading axes hold. Where they are folded together with windows, whose number the example does
+    not tell, 1: heads are apart all the same."""
+    sizes = list(zip(mixed.shape, call.lead, strict=False))
+    apart = math.prod(size for size, axis in sizes if axis.role == "head")
+    for size, axis in sizes:
+        if axis.role == "sequence":
+            return size
+        if axis.role in {"sequence-major", "sequence-minor"} and axis.inner == "head":
+            return size * apart // call.heads
+    return 1
+
+
 def laid_out(
     result: Tensor,
     call: AttentionCall,
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    sequences: int,
+    sequences: int | None = None,
 ) -> Tensor:
-    """The result of a product that mixes values as [sequence, head, token, width].
+    """The result of a product that mixes values as [sequence, head, token, width]. sequences: their number, where it is known.
 
     Raises `UnreadableError` where its axes do not hold that, as where attention stays within windows.
     """
     seen = product_operands(function, args, kwargs, result, call.weight_operand or 0, call.pair)
-    return _without_windows(arranged(seen.by_head, call.lead, sequences))
+    return _without_windows(arranged(seen.by_head, call.lead, sequences or _sequences(seen.mixed, call)))
 
 
 def _without_windows(found: Tensor) -> Tensor:

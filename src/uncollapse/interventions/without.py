@@ -13,6 +13,8 @@ What is left of a block, at the additions themselves (nothing is subtracted, so 
 * where an addition scales what it adds, a x + b f(x), the scales stay: without the sublayer a x is left, without the residual
   b f(x). `torch.lerp(x, f, w)` is (1 - w) x + w f. What a condition adds to an update alone belongs to the update, and to the
   norm behind which it stands;
+* without a `"head"` its mixed values are replaced before the output projection (`single_heads`): `"head:5.3"` is head 3 of block
+  5, and so is `"attention"` with `heads={5: [3]}`; `"head"` by itself means all heads of the blocks. The projection's bias stays;
 * without the `"mask"` every real token may attend to every real token (padding stays hidden);
 * without `"positions"` every token stands at position 0, in all blocks. Where a model knows positions in another way as well, it
   is refused (`token_order`).
@@ -29,30 +31,35 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn, SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.influence import without_zeros
-from uncollapse.anatomy.interception import Handler, Point, counted, in_turn, intercepted, putting_another
+from uncollapse.anatomy.interception import Handler, Point, counted, device_of, in_turn, intercepted, putting_another
 from uncollapse.anatomy.probing import going_as_steered, hidden, in_the_open, probing
 from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
 from uncollapse.anatomy.situations import held
 from uncollapse.anatomy.tracing import tensors_in, writes_in_place
 from uncollapse.anatomy.turns import closed_to_others, refuse_running
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall, NormPiece, removal
-from uncollapse.errors import InputError, UnsupportedModel
+from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
+from uncollapse.interventions import single_heads
 from uncollapse.interventions.overlooked_norms import require_no_norm_left
+from uncollapse.interventions.single_heads import Filling, Heads, HeadsAs
 from uncollapse.interventions.token_order import mask_removed, positions_removed, require_order_blind
 from uncollapse.restoring import Changes, found_state, in_this_thread, restoring, turn
 from uncollapse.wrappers import seen_through
 
-Component = Literal["mlp", "attention", "residual", "attention-residual", "mlp-residual", "norm", "positions", "mask"]
+Component = Literal[
+    "mlp", "attention", "head", "residual", "attention-residual", "mlp-residual", "norm", "positions", "mask"
+]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 _PARTS = {"mlp": {"mlp", "mixer"}, "attention": {"attention", "cross"}}
 _RESIDUALS = {f"{name}-residual": kinds for name, kinds in _PARTS.items()}
@@ -61,13 +68,21 @@ _RESIDUALS["residual"] = {kind for kinds in _PARTS.values() for kind in kinds}
 
 @dataclass(frozen=True, eq=False)
 class _Removal:
-    """One `without` in force: components, block numbers, and whether the outer norms go too."""
+    """One `without` in force: components, block numbers, whether the outer norms go too, and single heads by block."""
 
     components: frozenset[str]
     blocks: frozenset[int]
     outer: bool
     everywhere: bool = False  # in whatever thread runs the model, not only in the one that took it away
     inner: bool = False  # the norms inside sublayers too, where they can be: to look at what is left without any
+    heads: Mapping[int, frozenset[int]] = field(default_factory=dict)
+    filling: Filling = field(default_factory=Filling)
+
+    @property
+    def names(self) -> str:
+        """What is removed, for messages."""
+        single = [f"head:{number}.{head}" for number in sorted(self.heads) for head in sorted(self.heads[number])]
+        return " and ".join(repr(name) for name in [*sorted(self.components), *single])
 
 
 @dataclass
@@ -91,29 +106,47 @@ def without(
     model: nn.Module,
     *components: str,
     blocks: Collection[int] | Literal["all", "all+outer"] | None = None,
+    heads: Heads | None = None,
+    key_value_heads: Heads | None = None,
+    heads_as: HeadsAs = "zero",
     batch: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> Iterator[nn.Module]:
     """Within the block, `model` runs without the named components in the given blocks (all of them by default).
 
     components: see the module, or `COMPONENTS`. blocks: block numbers from 0, `"all"`, or `"all+outer"` to take the norms
-    outside the blocks as well. batch: a batch to prove the anatomy on, for a model that was not diagnosed before and has no
-    dummy inputs of its own.
+    outside the blocks as well. batch: a batch to prove the anatomy on, for a model that was not diagnosed before, has no dummy
+    inputs of its own, and is not given token numbers alone.
 
-    Raises `InputError` for an unknown component or block, `UnsupportedModel` where the anatomy cannot be proved, where
-    there is nothing of the kind to remove or the output would be the same in every bit, or where gradient checkpointing is
-    on.
+    heads: with `"attention"`, only these heads, by block: `heads={5: [3]}`. Of a block with self- and cross-attention, those of the
+    self-attention. key_value_heads: the same for grouped queries: all heads that read this key-value head. heads_as: what comes in
+    the place of a head's mixed values: `"zero"`, `"mean"` (over the real tokens of `batch`, in the whole model) or `"resample"`
+    (those of another sequence of the batch that is running, drawn by `seed`).
+
+    Raises `InputError` for an unknown component, block or head, `UnsupportedModel` where the anatomy cannot be proved, where
+    there is nothing of the kind to remove or the output would be the same in every bit, where a head cannot be told from others,
+    or where gradient checkpointing is on.
     """
     require_components(components)
+    single_heads.require_filling(heads_as)
     _refuse_checkpointing(model)
     with restoring() as changes:
         with turn, restoring(gathers=True):
             refuse_running("without", model)
             anatomy = anatomy_for(model, batch)
-            wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
+            wanted = _wanted(model, anatomy, components, blocks, heads, key_value_heads, everywhere=True)
+            if heads_as != "zero" and not wanted.heads:
+                raise InputError(
+                    f"without: expected heads to put the {heads_as!r} in the place of, got none. "
+                    "Pass 'attention' and heads={block: [head]}, or leave heads_as out."
+                )
             if "positions" in components:
                 require_order_blind(model, anatomy, known_example(model) or {})
-            _require_effect(model, anatomy, wanted)
-        changes.enter(removed(model, *components, blocks=blocks, batch=batch, everywhere=True))
+            _require_effect(model, anatomy, wanted, heads_as)
+            if heads_as != "zero":
+                filling = _filling(model, anatomy, wanted.heads, heads_as, batch, seed)
+                wanted = replace(wanted, filling=filling)
+        changes.enter(_away(model, anatomy, wanted))
         yield model
 
 
@@ -130,9 +163,16 @@ def removed(
     require_components(components)
     _refuse_checkpointing(model)
     anatomy = anatomy_for(model, batch)
-    if "positions" in components:
+    with restoring() as changes:
+        changes.enter(_away(model, anatomy, _wanted(model, anatomy, components, blocks, everywhere=everywhere)))
+        yield model
+
+
+@contextlib.contextmanager
+def _away(model: nn.Module, anatomy: Anatomy, wanted: _Removal) -> Iterator[None]:
+    """Within the block what is wanted away from the model is away."""
+    if "positions" in wanted.components:
         require_order_blind(model, anatomy, known_example(model) or {})
-    wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer", everywhere)
     with restoring() as changes:
         with turn:
             refuse_running("without", model)
@@ -144,7 +184,80 @@ def removed(
                 _copied_whole(model, force.throughout)
             force.removals.append(wanted)
             _install(model, anatomy, force.removals)
-        yield model
+        yield
+
+
+def _wanted(
+    model: nn.Module,
+    anatomy: Anatomy,
+    components: Collection[str],
+    blocks: Collection[int] | Literal["all", "all+outer"] | None,
+    heads: Heads | None = None,
+    key_value_heads: Heads | None = None,
+    *,
+    everywhere: bool = False,
+) -> _Removal:
+    """What is meant: whole components in blocks, and single heads. Raises `InputError` for a block or head that does not exist."""
+    numbers = require_blocks(blocks, anatomy)
+    single: dict[int, set[int]] = {}
+    whole = {name for name in components if name != "head" and single_heads.spelled_head(name) is None}
+    named: dict[int, set[int]] = {}
+    for number, head in filter(None, map(single_heads.spelled_head, components)):
+        named.setdefault(number, set()).add(head)
+    found = [single_heads.require_heads(named, anatomy)] if named else []
+    if heads is not None or key_value_heads is not None:
+        if not {"attention", "head"} & set(components):
+            raise InputError(
+                "without: expected 'attention' beside heads, got heads of nothing that is removed. "
+                "Pass without(model, 'attention', heads={block: [head]})."
+            )
+        whole.discard("attention")
+        found += [single_heads.require_heads(heads, anatomy)] if heads is not None else []
+        if key_value_heads is not None:
+            groups = single_heads.require_heads(key_value_heads, anatomy, "key_value_heads")
+            with restoring() as changes:
+                _set_aside(model, anatomy, changes)
+                found.append(single_heads.heads_of_groups(model, anatomy, groups, known_example(model) or {}))
+    elif "head" in components:
+        every = {number: single_heads.heads_of(number, anatomy) for number in numbers}
+        found.append({number: own for number, own in every.items() if own})
+        if not found[-1]:
+            whole.add("head")  # there is none to remove
+    for each in found:
+        for number, own in each.items():
+            if blocks is not None and number not in numbers:
+                raise InputError(
+                    f"without: expected heads of the given blocks {sorted(numbers)}, got block {number}. "
+                    "A head names its own block. Leave blocks out."
+                )
+            single.setdefault(number, set()).update(own)
+    return _Removal(
+        frozenset(whole),
+        numbers,
+        blocks == "all+outer",
+        everywhere,
+        {number: frozenset(own) for number, own in single.items()},
+    )
+
+
+def _filling(
+    model: nn.Module,
+    anatomy: Anatomy,
+    heads: Heads,
+    heads_as: HeadsAs,
+    batch: Mapping[str, Any] | None,
+    seed: int,
+) -> Filling:
+    single_heads.require_sequences_apart(model, anatomy, heads)
+    if heads_as == "resample":
+        return Filling(heads_as, seed)
+    if batch is None:
+        raise InputError(
+            "without: expected a batch to take the mean of a head over, got none. Pass batch={...}, or heads_as='zero'."
+        )
+    with restoring() as changes:
+        _set_aside(model, anatomy, changes)
+        return Filling(heads_as, seed, single_heads.means_of(model, anatomy, heads, batch))
 
 
 def _give_back(model: nn.Module, anatomy: Anatomy, removal: _Removal) -> None:
@@ -193,12 +306,15 @@ def is_ablated(model: nn.Module) -> bool:
 
 
 def anatomy_for(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Anatomy:
-    """The proved anatomy: the remembered one, else proved on `batch`, else on the model's own dummy inputs."""
+    """The proved anatomy: the remembered one, else proved on `batch`, on the model's own dummy inputs, or on token numbers."""
     known = known_anatomy(model, batch)
     if known is not None:
         return known
     if batch is None:
         batch = getattr(seen_through(model), "dummy_inputs", None)
+    if batch is None and (numbers := _token_numbers(model)) is not None:
+        with contextlib.suppress(UncollapseError):  # it may want another input: the user's own will do
+            return proved_anatomy(model, numbers)
     if batch is None:
         raise InputError(
             f"without: expected a model whose anatomy is known, got a {type(model).__name__} that was never diagnosed and "
@@ -207,17 +323,31 @@ def anatomy_for(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Ana
     return proved_anatomy(model, batch)
 
 
+def _token_numbers(model: nn.Module) -> dict[str, Tensor] | None:
+    """Random token numbers as the one input that a model with an embedding needs; None where it needs more. Whether it takes them
+    shows when it is run on them, and an input of another kind that leads it another way is noticed in the pass."""
+    given = inspect.signature(seen_through(model).forward).parameters.values()
+    plain = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+    needed = [each for each in given if each.default is each.empty and each.kind in plain]
+    sizes = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    if len(needed) != 1 or not sizes:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    return {needed[0].name: torch.randint(min(sizes), (3, 7), generator=generator).to(device_of(model))}
+
+
 def require_effect(
     model: nn.Module, components: Collection[str], blocks: Collection[int] | Literal["all", "all+outer"] | None
 ) -> None:
     """Raise `UnsupportedModel` where one of the components is not there to be removed, or removing it leaves the model's
     output the same in every bit. Runs the model a few times on the example that its anatomy was proved on."""
     anatomy = anatomy_for(model)
-    wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
-    _require_effect(model, anatomy, wanted, thorough=True)
+    _require_effect(model, anatomy, _wanted(model, anatomy, components, blocks), thorough=True)
 
 
-def _require_effect(model: nn.Module, anatomy: Anatomy, wanted: _Removal, *, thorough: bool = False) -> None:
+def _require_effect(
+    model: nn.Module, anatomy: Anatomy, wanted: _Removal, heads_as: HeadsAs = "zero", *, thorough: bool = False
+) -> None:
     """Raise where a component is not there, or where removing it changes nothing: the mask and positions, `thorough` all."""
     blocks = [anatomy.blocks[number] for number in sorted(wanted.blocks)]
     for component in sorted(wanted.components):
@@ -231,9 +361,13 @@ def _require_effect(model: nn.Module, anatomy: Anatomy, wanted: _Removal, *, tho
             + ("Norms stand outside: pass blocks='all+outer'." if outside else "Remove another component."),
             found=anatomy.describe(),
         )
+    example = known_example(model)
+    if wanted.heads and example is not None:
+        with restoring() as changes:
+            _set_aside(model, anatomy, changes)
+            single_heads.require_apart(model, anatomy, wanted.heads, example, heads_as)
     # A removal acts at proved places and says so where it misses one. What mask and positions do shows on a run only, and so
     # does a norm that was overlooked.
-    example = known_example(model)
     if example is not None and "norm" in wanted.components:
         everything = _Removal(frozenset({"norm", "mlp", "attention"}), wanted.blocks, False, inner=True)
         with restoring() as changes:
@@ -249,10 +383,9 @@ def _require_effect(model: nn.Module, anatomy: Anatomy, wanted: _Removal, *, tho
         with without_zeros(model):
             if _changes(model, anatomy, wanted, example):
                 return
-    names = " and ".join(repr(component) for component in sorted(wanted.components))
     raise UnsupportedModel(
-        f"without: expected the output of {type(model).__name__} to depend on its {names}, got the same in every bit without. "
-        "On the example it was proved on, nothing is removed. Remove another component."
+        f"without: expected the output of {type(model).__name__} to depend on its {wanted.names}, got the same in every bit "
+        "without. On the example it was proved on, nothing is removed. Remove another component."
     )
 
 
@@ -269,6 +402,8 @@ def _holds(component: str, blocks: Collection[Block], anatomy: Anatomy, outer: b
     if component == "norm":
         inside = any(norm.role != "inner" for block in blocks for norm in block.norms)
         return inside or (outer and bool(anatomy.outer_norms))
+    if component == "head":
+        return any(single_heads.attention_of(block) is not None for block in blocks)
     kinds = _PARTS.get(component) or _RESIDUALS[component]
     return any(part.kind in kinds for block in blocks for part in block.parts)
 
@@ -338,6 +473,17 @@ def _put_up(
         changes.enter(mask_removed(model, anatomy, unmasked, everywhere=everywhere))
     if any("positions" in r.components for r in removals):
         changes.enter(positions_removed(model, everywhere=everywhere))
+    real = None
+    if any(r.filling.kind == "resample" for r in removals):
+        real = single_heads.real_tokens(model, anatomy, changes, everywhere=everywhere)
+    for each in removals:
+        for number, own in each.heads.items():
+            told = None if real is None else real(number)
+            away = single_heads.standing(anatomy.blocks[number], own, each.filling, told, number)
+            for point, handler in away.handlers.items():  # of one head the latest removal holds
+                handlers[point] = in_turn(handler, handlers[point]) if point in handlers else handler
+            for where, read in away.reads.items():
+                changes.enter(single_heads.reading(model, where.name, {where.call: read}, everywhere=everywhere))
     changes.enter(intercepted(model, handlers, everywhere=everywhere))
 
 
@@ -416,10 +562,9 @@ def require_components(components: tuple[str, ...]) -> None:
     if not components:
         raise InputError(f"without: expected one or more of {', '.join(COMPONENTS)}, got none. Name what to remove.")
     for component in components:
-        if component not in COMPONENTS:
-            raise InputError(
-                f"without: expected components among {', '.join(COMPONENTS)}, got {component!r}. Check the spelling."
-            )
+        if component not in COMPONENTS and single_heads.spelled_head(component) is None:
+            among = f"{', '.join(COMPONENTS)}, or a head such as head:5.3 (block 5, head 3)"
+            raise InputError(f"without: expected components among {among}, got {component!r}. Check the spelling.")
 
 
 def _refuse_checkpointing(model: nn.Module) -> None:

@@ -75,6 +75,26 @@ def random_noise_gain(heads: int, head_width: int, width: int) -> RandomGain:
     return RandomGain((together_low, together_middle, together_high), (low, middle, high))
 
 
+def random_write_space_overlap(head_width: int, width: int) -> tuple[float, float]:
+    """Mean and standard deviation of the overlap of two heads' write spaces (`heads.write_space_overlap`) under random weights.
+
+    r = min(d_k, d) dimensions of d in random position: mean r/d, variance 2 (d - r)^2 / (d^2 (d - 1)(d + 2)), exact. That is
+    ||P Q||_F^2 / r for two random projections of rank r, of which one may be fixed: the second moment of a Grassmannian.
+
+    >>> random_write_space_overlap(64, 768)[0]
+    0.08333333333333333
+
+    Raises `InputError` for sizes below 1.
+    """
+    if min(head_width, width) < 1:
+        raise InputError(
+            f"random_write_space_overlap: expected sizes of at least 1, got head_width={head_width}, width={width}. "
+            "The projection may not have been read. Pass the sizes of the output projection."
+        )
+    share = min(head_width, width) / width
+    return share, 0.0 if share == 1 else (1 - share) * math.sqrt(2 / ((width - 1) * (width + 2)))
+
+
 def beside_random(gain: float, random: Sequence[float]) -> str:
     """A noise gain beside that of random projections, in words: below the 5 % point, between, or above the 95 % point.
 

@@ -28,6 +28,7 @@ from uncollapse.anatomy.operands import (
     product_operands,
     replaced,
 )
+from uncollapse.anatomy.output_maps import laid_out, unreplaced
 from uncollapse.anatomy.tracing import operands_of, operation_name
 from uncollapse.anatomy.vocabulary import AttentionCall
 from uncollapse.measures import mixing
@@ -99,6 +100,7 @@ class CallObserver:
     def _at_product(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
+        given, output = output, unreplaced(output)  # a head that is away still has its weights and values
         try:
             if self.call.is_fused:
                 found = self._fused(fused_arguments(args, kwargs), output)
@@ -127,6 +129,8 @@ class CallObserver:
         except UnreadableError as error:
             self.refuse(str(error))
             return
+        if output is not given and found.mixed is not None:
+            found = replace(found, mixed=laid_out(given, self.call, function, args, kwargs, self.sequences()))
         self.deliver(found)
 
     # Shapes ---------------------------------------------------------------------------------------------------------

@@ -192,6 +192,28 @@ def rounding_sentence(record: IdentifiabilityRecord) -> str:
     )
 
 
+def overlap_scale(record: IdentifiabilityRecord) -> str:
+    """What the ends of the colour scale of the overlap maps mean: figures, beside those of random weights. The scale ends at the
+    largest overlap there is, which need not be large."""
+    found = [
+        (line[g], heads, g, h)
+        for heads in record.heads
+        for h, line in enumerate(heads.write_space_overlap or [])
+        for g in range(h)
+    ]
+    if not found:
+        return ""
+    top, where, g, h = max(found, key=lambda each: each[0])
+    sizes = {(heads.head_width, heads.width) for heads in record.heads if heads.write_space_overlap}
+    known = [random_projections.random_write_space_overlap(*size) for size in sorted(sizes) if min(size) > 0]
+    random = " or ".join(f"{wording.number(mean, 2)} ± {wording.number(spread, 1)}" for mean, spread in known[:3])
+    beside = f" Between two heads of random weights it would be {random} (mean ± standard deviation)." if random else ""
+    return (
+        f"The colours run from 0 to {wording.number(top, 2)}, the largest overlap of two heads here (heads {g} and {h} in "
+        f"{wording.blocks_in_words([where])}). An overlap of 1 would be one and the same space.{beside}"
+    )
+
+
 # Who sees what --------------------------------------------------------------------------------------------------------
 
 
