@@ -10,7 +10,7 @@ import contextlib
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,11 +24,12 @@ from uncollapse.analyses.recording import attention_records, site_records
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.judgement.attribution import heads_records
+from uncollapse.judgement.reading import as_read
 from uncollapse.measures import heads
 from uncollapse.probe.activity import embedding_records, part_records
 from uncollapse.probe.passes import Watched, capture
 from uncollapse.records.common import Phenomenon
-from uncollapse.records.diagnosis import AttentionRecord, EmbeddingRecord, HeadsRecord, PartRecord, SiteRecord
+from uncollapse.records.diagnosis import AttentionRecord, EmbeddingRecord, HeadsRecord, PartRecord, SiteRecord, stacks
 
 RESIDUAL = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 LOGITS_UP = (1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)
@@ -171,8 +172,7 @@ def _depth(bench: Bench, first: int) -> Case:
     case = bench.case("residual scaled down", "rank-collapse-depth", first, None, RESIDUAL)
 
     def orders(trajectory: list[SiteRecord], _: Any) -> dict[str, float]:
-        values = [s.consensus_after_norm.mean if s.consensus_after_norm else 0.0 for s in trajectory]
-        return {"consensus after a norm": min(values[first + 1 :]) / values[0], "own share of a change": own[-1]}
+        return {"consensus as read": consensus_as_read(trajectory, first), "own share of a change": own[-1]}
 
     own: list[float] = []
     for factor in RESIDUAL:
@@ -181,6 +181,12 @@ def _depth(bench: Bench, first: int) -> Case:
         context = planting.residual_scaled(bench.model, bench.anatomy, first, factor)
         case.runs.append(bench.observe(context, orders=orders))
     return case
+
+
+def consensus_as_read(trajectory: Sequence[SiteRecord], first: int) -> float:
+    """What `DEPTH-CONSENSUS` holds against its threshold, at the worst place from block `first` on; 0 where nothing is finite."""
+    read = as_read(stacks(trajectory)[0])
+    return min((each.share for each in read if each.site.block is not None and each.site.block >= first), default=0.0)
 
 
 def _entropy(bench: Bench, block: int | None, is_one_head: bool) -> Case:

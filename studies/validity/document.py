@@ -36,7 +36,7 @@ MEASURED = {
 LOGITS_UP = [plant for plant in ORDER if plant.startswith("logits scaled up")]
 # Order parameters taken as they stand, without a resolution.
 PLAIN: list[tuple[Phenomenon, dict[str, str]]] = [
-    ("rank-collapse-depth", {"residual scaled down": "consensus after a norm"}),
+    ("rank-collapse-depth", {"residual scaled down": "consensus as read"}),
     ("rank-collapse-width", {"logits to zero": "unused keys"}),
     ("rank-collapse-width", {"queries alike": "value contraction"}),
     ("head-channel-non-identifiability", {"one head made a copy of another": "distinctness"}),

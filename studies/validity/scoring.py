@@ -20,7 +20,7 @@ from uncollapse.records.common import PHENOMENA, Phenomenon
 
 # The order parameter by which each plant is graded.
 ORDER = {
-    "residual scaled down": "consensus after a norm",
+    "residual scaled down": "consensus as read",
     "logits scaled up in one head": "keys within reach",
     "logits scaled up in one block": "keys within reach",
     "logits scaled up in all blocks": "keys within reach",
@@ -48,7 +48,7 @@ THRESHOLDS = {
 }
 # Order parameters that healthy models have in different size, and the rule that reads them: graded beside a resolution.
 RESOLVED = {
-    "consensus after a norm": "DEPTH-CONSENSUS",
+    "consensus as read": "DEPTH-CONSENSUS",
     "unused keys": "WIDTH-UNIFORM",
     "value contraction": "WIDTH-RANK-ONE",
     "distinctness": "HEADS-IDENTICAL",
