@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from studies.validity.cases import Case, Measured, Run
+from studies.validity.cases import OUTPUT_KEPT, Case, Measured, Run
 from studies.validity.models import SUBJECTS
 from uncollapse.judgement import findings
 from uncollapse.judgement.findings import Reading
@@ -55,6 +55,7 @@ RESOLVED = {
 }
 DEAD: Phenomenon = "dead-component"
 HEALTHY_SHARE = 0.8  # of a resolved order parameter, which every healthy run of the deriving half must have
+HARMED = 0.5  # of the output, which a change that is meant to be harmless must leave
 GROWS = {"HEADS-KERNEL"}  # counts what is lost, so that more is worse
 
 
@@ -77,6 +78,11 @@ class Judged:
 
     def found(self) -> list[Phenomenon]:
         return [p for p in (*PHENOMENA, DEAD) if self.score(p) > 0]
+
+    @property
+    def is_harmed(self) -> bool:
+        """Whether a change that was meant to be harmless took more of the model's output than it left."""
+        return self.case.phenomenon is None and self.run.orders.get(OUTPUT_KEPT, 1.0) < HARMED
 
     def distance(self, code: str) -> float | None:
         """The least distance from collapse that this rule read (the kernel's count, the most)."""
