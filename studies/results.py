@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -238,24 +238,53 @@ def answer(found: dict[str, Any]) -> str:
     there = {key: name for key, name in names.items() if key in found}
     runs = {key: _run(found, key, ("mlp",)) for key in there}
     ranks = [rank_share(run) for run in runs.values()]
-    distances = [
-        f"{there[key]} {number(consensus(run)[0])} → {number(min(v for v in consensus(run) if v is not None))}"
-        for key, run in runs.items()
-    ]
+    ends: dict[str, tuple[float, float]] = {}
+    for key, run in runs.items():
+        values = [v for v in consensus(run) if v is not None]
+        ends[there[key]] = (values[0], min(values))
+    distances = [f"{name} {number(start)} → {number(low)}" for name, (start, low) in ends.items()]
     shifts = [run["output_shift"]["mean"] for run in runs.values()]
-    losses = [f"{there[key]} {run['loss']['mean']:.1f} nats" for key, run in runs.items() if run["loss"] is not None]
+    losses = {key: run["loss"]["mean"] for key, run in runs.items() if run["loss"] is not None}
     lost = sum(share != "100%" for share in ranks)
     in_rank = "none of them loses a dimension" if not lost else f"{lost} lose dimensions"
     return (
         f"**Are production models degraded without their MLP blocks?** Of the {len(there)} trained models here {in_rank}, but in "
-        f"consensus distance all but MiniLM fall to about a tenth or less ({'; '.join(distances)}). The output is degraded in all "
-        f"of them: the mean output vector turns by 1 − cosine = {min(shifts):.2f} to {max(shifts):.2f}, and "
-        f"the language models do no better than a uniform guess over their tokens ({', '.join(losses)}; a uniform guess has "
-        f"{UNIFORM})."
+        f"consensus distance {fallen(ends)} ({'; '.join(distances)}). Their output changes: the mean output vector turns by "
+        f"1 − cosine = {min(shifts):.2f} to {max(shifts):.2f}, and {against_a_guess(losses, there)}."
     )
 
 
-UNIFORM = "12.5 for Gemma's 262,144 tokens and 10.8 for SmolLM2's 49,152"
+def fallen(ends: Mapping[str, tuple[float, float]]) -> str:
+    """Which models fall to a tenth of their distance at the embedding or less, and what the others keep."""
+    kept = {name: low / start for name, (start, low) in ends.items()}
+    others = [f"{name} keeps {share:.1f} of it" for name, share in kept.items() if share > FALLEN]
+    count = len(kept) - len(others)
+    if not others:
+        return "all of them fall to a tenth of the embedding's or less"
+    if not count:
+        return f"none falls to a tenth of the embedding's: {', '.join(others)}"
+    return f"{count} of them {'falls' if count == 1 else 'fall'} to a tenth of the embedding's or less, while {', '.join(others)}"
+
+
+def against_a_guess(losses: Mapping[str, float], names: Mapping[str, str]) -> str:
+    """The losses beside that of a uniform guess over the model's tokens, ln of their number."""
+    guesses = {key: math.log(VOCABULARY[key]) for key in losses}
+    listed = ", ".join(
+        f"{names[key]} {loss:.1f} nats, where a uniform guess over {VOCABULARY[key]:,} tokens has {guesses[key]:.1f}"
+        for key, loss in losses.items()
+    )
+    better = sum(loss < guesses[key] for key, loss in losses.items())
+    if not better:
+        said = "the language models do no better than a uniform guess"
+    elif better < len(losses):
+        said = f"of the {len(losses)} language models {better} still {'does' if better == 1 else 'do'} better than a uniform guess"
+    else:
+        said = "the language models still do better than a uniform guess"
+    return f"{said} ({listed})"
+
+
+FALLEN = 0.1
+VOCABULARY = {"gemma3": 262_144, "smollm2": 49_152}
 
 
 def dong_table(found: dict[str, Any]) -> str:

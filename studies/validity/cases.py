@@ -10,7 +10,7 @@ import contextlib
 import copy
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,11 +24,12 @@ from uncollapse.analyses.recording import attention_records, site_records
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.judgement.attribution import heads_records
+from uncollapse.judgement.reading import as_read
 from uncollapse.measures import heads
 from uncollapse.probe.activity import embedding_records, part_records
 from uncollapse.probe.passes import Watched, capture
 from uncollapse.records.common import Phenomenon
-from uncollapse.records.diagnosis import AttentionRecord, EmbeddingRecord, HeadsRecord, PartRecord, SiteRecord
+from uncollapse.records.diagnosis import AttentionRecord, EmbeddingRecord, HeadsRecord, PartRecord, SiteRecord, stacks
 
 RESIDUAL = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
 LOGITS_UP = (1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)
@@ -37,6 +38,7 @@ ALIKE = (0.0, 0.3, 0.5, 0.65, 0.75, 0.85, 0.9, 0.95, 1.0)
 COPIED = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 LOST = (0.0, 0.02, 0.1, 0.25, 0.5, 0.75)
 LENGTHS = (2, 3, 5, 8, 16, 32)
+OUTPUT_KEPT = "output kept"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Run:
 @dataclass(frozen=True)
 class Case:
     """One place of one model. `block` and `head` are where the damage is (None: everywhere, or no head), `head` two of a pair;
-    `runs` belong to `severities`. A confounder has no phenomenon, no ladder and no order parameter."""
+    `runs` belong to `severities`. A confounder has no phenomenon and no ladder; its one
+    order parameter, where the model was changed, is what is left of the output."""
 
     subject: str
     number: int
@@ -91,6 +94,7 @@ class Bench:
         self.has_operands = product.operation.startswith("scaled_dot_product_attention")
         self.random = random.Random(name)
         self.healthy = self.observe(heads_too=True)
+        self.intact = planting.outputs(self.model, self.batches)
         self.number = 0
 
     def draw(self, count: int, of: int) -> list[int]:
@@ -105,8 +109,9 @@ class Bench:
         orders: Callable[[list[SiteRecord], list[AttentionRecord]], dict[str, float]] = lambda *_: {},
         heads_too: bool = False,
         parts_too: bool = False,
+        kept_too: bool = False,
     ) -> Run:
-        """`heads_too` also looks at the projections, `parts_too` at what each part does."""
+        """`heads_too` also looks at the projections, `parts_too` at what each part does, `kept_too` at what the output has left."""
         anatomy: Anatomy = self.anatomy
         watch: list[Watched] = ["sites", "attention", "rows"]
         if heads_too:
@@ -116,11 +121,13 @@ class Bench:
         with context or contextlib.nullcontext():
             given = self.batches if batches is None else batches
             observed = capture(model or self.model, given, anatomy, watch=watch)
+            outputs = planting.outputs(model or self.model, given) if kept_too else []
+        kept = {OUTPUT_KEPT: planting.output_kept(self.intact, outputs, given)} if kept_too else {}
         trajectory = site_records(observed)
         attention = [record for s in observed.attention for record in attention_records(s, "core")]
         found = heads_records(observed.attention) if heads_too else []
         parts, embeddings = part_records(observed.parts), embedding_records(observed.embeddings)
-        return Run(orders(trajectory, attention), trajectory, attention, found, parts, embeddings)
+        return Run({**orders(trajectory, attention), **kept}, trajectory, attention, found, parts, embeddings)
 
     def case(
         self, plant: str, phenomenon: Phenomenon | None, block: int | None, head: list[int] | None, ladder: Any
@@ -171,8 +178,7 @@ def _depth(bench: Bench, first: int) -> Case:
     case = bench.case("residual scaled down", "rank-collapse-depth", first, None, RESIDUAL)
 
     def orders(trajectory: list[SiteRecord], _: Any) -> dict[str, float]:
-        values = [s.consensus_after_norm.mean if s.consensus_after_norm else 0.0 for s in trajectory]
-        return {"consensus after a norm": min(values[first + 1 :]) / values[0], "own share of a change": own[-1]}
+        return {"consensus as read": consensus_as_read(trajectory, first), "own share of a change": own[-1]}
 
     own: list[float] = []
     for factor in RESIDUAL:
@@ -181,6 +187,12 @@ def _depth(bench: Bench, first: int) -> Case:
         context = planting.residual_scaled(bench.model, bench.anatomy, first, factor)
         case.runs.append(bench.observe(context, orders=orders))
     return case
+
+
+def consensus_as_read(trajectory: Sequence[SiteRecord], first: int) -> float:
+    """What `DEPTH-CONSENSUS` holds against its threshold, at the worst place from block `first` on; 0 where nothing is finite."""
+    read = as_read(stacks(trajectory)[0])
+    return min((each.share for each in read if each.site.block is not None and each.site.block >= first), default=0.0)
 
 
 def _entropy(bench: Bench, block: int | None, is_one_head: bool) -> Case:
@@ -321,11 +333,13 @@ def _weights_run(bench: Bench, block: int, change: Callable[[Tensor], Tensor], p
 
 
 def confounded(bench: Bench) -> Iterator[Case]:
-    """What is healthy and looks unusual. The first is the model as it is."""
+    """What is healthy and looks unusual. The first is the model as it is. Where the model itself is changed, what is left of its
+    output says whether that was as harmless as it is meant to be."""
 
     def one(name: str, **options: Any) -> Case:
         case = bench.case(name, None, None, None, [0.0])
-        case.runs.append(bench.observe(parts_too=True, **options))
+        is_changed = "context" in options or "model" in options
+        case.runs.append(bench.observe(parts_too=True, kept_too=is_changed, **options))
         return case
 
     def sinking(heads: list[int]) -> Callable[[planting.Given, int], None]:

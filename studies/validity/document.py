@@ -10,7 +10,7 @@ import jinja2
 import torch
 
 from studies.validity import fresh, scoring
-from studies.validity.cases import Case, Measured
+from studies.validity.cases import OUTPUT_KEPT, Case, Measured
 from studies.validity.models import SUBJECTS
 from studies.validity.planting import UNDERFLOW
 from studies.validity.scoring import GROWS, ORDER, THRESHOLDS, AtHalf, Judged, Scores
@@ -36,7 +36,7 @@ MEASURED = {
 LOGITS_UP = [plant for plant in ORDER if plant.startswith("logits scaled up")]
 # Order parameters taken as they stand, without a resolution.
 PLAIN: list[tuple[Phenomenon, dict[str, str]]] = [
-    ("rank-collapse-depth", {"residual scaled down": "consensus after a norm"}),
+    ("rank-collapse-depth", {"residual scaled down": "consensus as read"}),
     ("rank-collapse-width", {"logits to zero": "unused keys"}),
     ("rank-collapse-width", {"queries alike": "value contraction"}),
     ("head-channel-non-identifiability", {"one head made a copy of another": "distinctness"}),
@@ -82,10 +82,9 @@ def context(measured: Mapping[str, Measured]) -> dict[str, object]:
         "confusion_complete": confusion(scores, lambda case, _: len(case.runs) - 1),
         "missed": missed(scores),
         "confounders": confounders(scores),
-        "alarms": [
-            f"{j.case.subject}, {j.case.plant}: {', '.join(r.finding.code for r in j.readings if r.margin > 0)}"
-            for j in alarms
-        ],
+        "alarms": [_alarm(j) for j in alarms if not j.is_harmed],
+        "harmed_alarms": [_alarm(j) for j in alarms if j.is_harmed],
+        "harmed": sum(j.is_harmed for j in scores.healthy(lambda _: True)),
         "single": single_key_heads(scores),
         "stuck": stuck(measured),
         "nearest_pair": nearest_pair(scores),
@@ -145,6 +144,13 @@ def in_force(code: str, derived: float) -> bool:
 
 def _where(judged: Judged) -> str:
     return f"{judged.case.subject}, {judged.case.plant}"
+
+
+def _alarm(judged: Judged) -> str:
+    kept = judged.run.orders.get(OUTPUT_KEPT)
+    left = "" if kept is None else f" (output kept: {figure(kept)})"
+    codes = dict.fromkeys(r.finding.code for r in judged.readings if r.margin > 0)
+    return f"{_where(judged)}{left}: {', '.join(codes)}"
 
 
 def thresholds(scores: Scores) -> str:
@@ -349,8 +355,12 @@ def confounders(scores: Scores) -> str:
             top = max(j.score(p) for j in runs)
             nearest.append("–" if top == -math.inf else f"× {math.exp(-top):.2g}" if top > -7 else "far")
         alarms = sum(bool(j.found()) for j in runs)
-        rows.append([name, str(len(runs)), str(alarms), *nearest])
-    return table(["healthy, but", "runs", "alarms", *NAMES.values(), "dead"], rows)
+        kept = [j.run.orders[OUTPUT_KEPT] for j in runs if OUTPUT_KEPT in j.run.orders]
+        least = figure(min(kept)) if kept else "–"
+        harmed = str(sum(j.is_harmed for j in runs)) if kept else "–"
+        rows.append([name, str(len(runs)), least, harmed, str(alarms), *nearest])
+    header = ["healthy, but", "runs", "least output kept", "harmed", "alarms"]
+    return table([*header, *NAMES.values(), "dead"], rows)
 
 
 def single_key_heads(scores: Scores) -> dict[str, object]:

@@ -282,6 +282,29 @@ def own_share(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> float:
     return float(torch.cat(shares).mean())
 
 
+def outputs(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """The last hidden states of each batch, in double precision."""
+    with torch.no_grad():
+        return [model(**batch).last_hidden_state.double() for batch in batches]
+
+
+def output_kept(intact: Sequence[Tensor], changed: Sequence[Tensor], batches: Sequence[Mapping[str, Any]]) -> float:
+    """How much a changed model's output still says of its tokens what the intact one said: the correlation of the two over all
+    real tokens of a sequence, each feature without its mean over them. 1 where nothing but a scale and a level changed, 0 where
+    what remains has nothing to do with what was there. The mean over sequences."""
+    found = []
+    for before, after, batch in zip(intact, changed, batches, strict=True):
+        mask = batch["attention_mask"].bool()[..., None]
+        one, other = (_without_mean(output, mask) for output in (before, after))
+        found.append((one * other).sum((1, 2)) / (one.norm(dim=(1, 2)) * other.norm(dim=(1, 2))).clamp(min=1e-300))
+    return float(torch.cat(found).mean())
+
+
+def _without_mean(output: Tensor, mask: Tensor) -> Tensor:
+    real = torch.where(mask, output, 0)
+    return torch.where(mask, output - real.sum(1, keepdim=True) / mask.sum(1, keepdim=True), 0)
+
+
 def attention_weights(given: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """The weights of a fused call and its allowed pairs, both [batch, head, query, key], formed from its operands."""
     logits, allowed = _logits(given, None)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from studies.validity.cases import Case, Measured, Run
+from studies.validity.cases import OUTPUT_KEPT, Case, Measured, Run
 from studies.validity.models import SUBJECTS
 from uncollapse.judgement import findings
 from uncollapse.judgement.findings import Reading
@@ -20,7 +20,7 @@ from uncollapse.records.common import PHENOMENA, Phenomenon
 
 # The order parameter by which each plant is graded.
 ORDER = {
-    "residual scaled down": "consensus after a norm",
+    "residual scaled down": "consensus as read",
     "logits scaled up in one head": "keys within reach",
     "logits scaled up in one block": "keys within reach",
     "logits scaled up in all blocks": "keys within reach",
@@ -48,13 +48,14 @@ THRESHOLDS = {
 }
 # Order parameters that healthy models have in different size, and the rule that reads them: graded beside a resolution.
 RESOLVED = {
-    "consensus after a norm": "DEPTH-CONSENSUS",
+    "consensus as read": "DEPTH-CONSENSUS",
     "unused keys": "WIDTH-UNIFORM",
     "value contraction": "WIDTH-RANK-ONE",
     "distinctness": "HEADS-IDENTICAL",
 }
 DEAD: Phenomenon = "dead-component"
 HEALTHY_SHARE = 0.8  # of a resolved order parameter, which every healthy run of the deriving half must have
+HARMED = 0.5  # of the output, which a change that is meant to be harmless must leave
 GROWS = {"HEADS-KERNEL"}  # counts what is lost, so that more is worse
 
 
@@ -77,6 +78,11 @@ class Judged:
 
     def found(self) -> list[Phenomenon]:
         return [p for p in (*PHENOMENA, DEAD) if self.score(p) > 0]
+
+    @property
+    def is_harmed(self) -> bool:
+        """Whether a change that was meant to be harmless took more of the model's output than it left."""
+        return self.case.phenomenon is None and self.run.orders.get(OUTPUT_KEPT, 1.0) < HARMED
 
     def distance(self, code: str) -> float | None:
         """The least distance from collapse that this rule read (the kernel's count, the most)."""

@@ -199,7 +199,59 @@ def test_a_text_of_a_few_tokens_repeated_says_nothing_of_attention(different: in
     first = replace(first, distinct_tokens=None if different is None else measured(different))
     hit = found([first, *rest], [head(0, share=1.0, contraction=0.0, rest=0.0)])
     expected = {"WIDTH-UNIFORM", "WIDTH-RANK-ONE", "ENTROPY-FROZEN"} if different in (4, None) else set()
-    assert {f.code for f in hit} == expected
+    assert {f.code for f in hit if f.severity != "info"} == expected
+
+
+@pytest.mark.parametrize(
+    ("tokens", "different", "is_judged"),
+    [(2, 2, False), (3, 3, True), (TOKENS, 1, False), (TOKENS, 2, True), (2, None, False), (TOKENS, None, True)],
+)
+def test_a_pair_of_tokens_and_one_token_repeated_have_nothing_to_lose(
+    tokens: int, different: int | None, is_judged: bool
+) -> None:
+    first, *rest = trajectory(0.95, 0.5, 0.01, carried=(0.9, 0.2), tokens=tokens)
+    first = replace(first, distinct_tokens=None if different is None else measured(different))
+    (finding,) = found([first, *rest], code="DEPTH-CONSENSUS")
+    assert (finding.severity, finding.block) == (("critical", 1) if is_judged else ("info", None))
+
+
+def test_one_sequence_with_something_to_lose_is_enough() -> None:
+    first, *rest = trajectory(0.95, 0.5, 0.01, carried=(0.9, 0.2))
+    (finding,) = found([replace(first, distinct_tokens=Statistic(1.2, 1, 2, 5)), *rest], code="DEPTH-CONSENSUS")
+    assert finding.severity == "critical"
+    short = [
+        replace(s, attainable_rank=Statistic(2.2, 2, 3, 5), attainable_affine_rank=Statistic(1.2, 1, 2, 5))
+        for s in rest
+    ]
+    first = replace(
+        first, attainable_rank=short[0].attainable_rank, attainable_affine_rank=short[0].attainable_affine_rank
+    )
+    (finding,) = found([first, *short], code="DEPTH-CONSENSUS")
+    assert finding.severity == "critical"
+
+
+def test_a_stream_of_two_dimensions_does_not_hide_how_many_tokens_there_are() -> None:
+    narrow = [
+        replace(
+            s,
+            attainable_rank=measured(2),
+            attainable_affine_rank=measured(2),
+            rank=measured(2),
+            affine_rank=measured(2),
+        )
+        for s in trajectory(0.95, 0.5, 0.01, carried=(0.9, 0.2))
+    ]
+    assert [f.severity for f in found(narrow, code="DEPTH-CONSENSUS")] == ["critical"]
+
+
+@pytest.mark.parametrize(("apart", "is_explained"), [(0.3, True), (0.9, False), (1.0, False)])
+def test_uniform_attention_says_if_the_tokens_that_enter_explain_it(apart: float, is_explained: bool) -> None:
+    """Logits are linear in the keys' differences, and the unused share is quadratic in small logits."""
+    attention = [head(0, block=1, share=0.95), head(1, block=1, share=0.97)]
+    (finding,) = found(trajectory(0.9, 0.9 * apart, 0.9 * apart), attention, code="WIDTH-UNIFORM")
+    assert ("The tokens that enter it" in finding.message) == is_explained
+    assert finding.remedy.startswith("Look before this block") == is_explained
+    assert finding.severity == "warning"
 
 
 @pytest.mark.parametrize(("kept", "fires"), [(1.02, False), (0.98, True)])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +24,8 @@ from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.judgement import findings
 from uncollapse.measures import heads
 from uncollapse.probe.passes import capture
+from uncollapse.records.common import Statistic
+from uncollapse.records.diagnosis import ReaderRecord, SiteRecord
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "validity.md"
 
@@ -204,6 +207,53 @@ def test_a_place_is_right_with_its_block_and_its_heads(planted: Any, found: Any,
     given = {"code": "C", "phenomenon": "entropy-collapse", "severity": "warning", "value": 0.0, "threshold": 0.0}
     given |= {"message": "", "remedy": "", "reference": ""} | found
     assert scoring.is_located(case(**planted), findings.Reading(1.0, findings.Finding(**given))) == right
+
+
+def test_depth_is_graded_by_what_the_rule_reads() -> None:
+    """Behind the norms that read the stream, not behind one without a gain: here those say the opposite."""
+    one = Statistic(1.0, 1.0, 1.0, 8)
+    nothing = dict.fromkeys(
+        ["rank", "affine_rank", "effective_rank", "stable_rank", "participation_ratio", "token_similarity"]
+    )
+    scaled, read = (0.9, 0.05, 0.04, 0.03), (0.8, 0.7, 0.2, 0.4)
+    sites = [
+        SiteRecord(
+            site="embedding" if i == 0 else f"block.{i - 1}",
+            block=i - 1 if i else None,
+            stack=None,
+            attainable_rank=replace(one, mean=40.0, max=40.0),
+            attainable_affine_rank=replace(one, mean=39.0, max=39.0),
+            consensus_distance=one,
+            consensus_after_norm=replace(one, mean=scaled[i]),
+            readers=[ReaderRecord("norm", replace(one, mean=read[i]))],
+            **nothing,
+        )
+        for i in range(4)
+    ]
+    (reading,) = [r for r in findings.readings(sites, [], []) if r.finding.code == "DEPTH-CONSENSUS"]
+    assert cases.consensus_as_read(sites, 0) == pytest.approx(reading.finding.value) == pytest.approx(0.25)
+    assert cases.consensus_as_read(sites, 2) == pytest.approx(0.5)
+    assert cases.consensus_as_read([replace(s, consensus_after_norm=None, readers=[]) for s in sites], 0) == 0
+
+
+def test_what_is_kept_of_an_output_is_its_differences_between_tokens() -> None:
+    torch.manual_seed(0)
+    output, other = torch.randn(2, 3, 40, 16, dtype=torch.float64)
+    batch = {"attention_mask": torch.ones(3, 40)}
+    batch["attention_mask"][1, 25:] = 0
+    padded = output.clone()
+    padded[1, 25:] = 1e6
+    kept = planting.output_kept([output], [7 * padded + torch.randn(16, dtype=torch.float64)], [batch])
+    assert kept == pytest.approx(1)
+    assert abs(planting.output_kept([output], [other], [batch])) < 0.1
+    assert planting.output_kept([output], [output + other], [batch]) == pytest.approx(0.5**0.5, abs=0.05)
+
+
+@pytest.mark.parametrize(("kept", "is_harmed"), [(0.51, False), (0.49, True), (None, False)])
+def test_a_change_that_takes_half_of_the_output_was_not_harmless(kept: float | None, is_harmed: bool) -> None:
+    run = cases.Run({} if kept is None else {cases.OUTPUT_KEPT: kept}, None, None, [])
+    assert scoring.Judged(case(phenomenon=None, runs=[run]), run, ()).is_harmed == is_harmed
+    assert not scoring.Judged(case(runs=[run]), run, ()).is_harmed  # planted damage is meant to harm
 
 
 # From the plants to the document ----------------------------------------------------------------------------------------

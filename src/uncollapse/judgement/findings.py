@@ -19,9 +19,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from uncollapse.judgement.dead_components import dead_components
+from uncollapse.judgement.reading import Read, as_read
 from uncollapse.records.common import SEVERITIES, Finding, Severity, Stack
 from uncollapse.records.diagnosis import AttentionRecord, EmbeddingRecord, HeadsRecord, PartRecord, SiteRecord, stacks
 
@@ -155,11 +156,14 @@ def consensus(observed: Observed) -> Iterator[Reading]:
     """Measured after a norm, where neither the size of the stream nor a massive token counts. And relative to the embedding:
     if a text repeats its tokens, they are alike from the start, which is not the model's doing."""
     for sites in stacks(observed.trajectory):
-        measured = _read(sites)
+        measured = as_read(sites)
         if not measured or measured[0].site.block is not None:
             continue
         first, *after = measured
         start = first.distance
+        if (said := _too_little_text(first.site)) is not None:
+            yield said
+            continue
         if start < APART_AT_ENTRY:
             yield _alike_from_the_start(first.site, start)
             continue
@@ -187,41 +191,6 @@ def consensus(observed: Observed) -> Iterator[Reading]:
             stack=began.stack,
         )
         yield Reading(_margin(worst.share, CONSENSUS), finding)
-
-
-@dataclass(frozen=True)
-class Read:
-    """How far apart the tokens of a site are to whoever reads them: the consensus distance, its share of that at the embedding, and
-    the norm that was asked, as the end of a sentence."""
-
-    site: SiteRecord
-    distance: float
-    share: float
-    by: str = ""
-
-
-def _read(sites: Sequence[SiteRecord]) -> list[Read]:
-    """The sites of a stack as their readers see them: after the norm that sees the tokens farthest apart, with its gain and shift,
-    wherever norms were met. Elsewhere every token is scaled to unit length, as a norm without a gain would.
-
-    Behind the last block of a stack that norms read otherwise there may be none. Then the tokens count as apart if they are in
-    either way, scaled or as they stand: it is not known what comes after."""
-    seen = [(s, s.clearest_reader) for s in sites]
-    is_read = bool(seen) and seen[0][1] is not None
-    found: list[Read] = []
-    for site, reader in seen:
-        scaled = None if site.consensus_after_norm is None else site.consensus_after_norm.mean
-        if is_read and reader is not None and reader.consensus is not None:
-            distance = reader.consensus.mean
-            start = found[0].distance if found else distance
-            found.append(Read(site, distance, distance / max(start, 1e-12), f", as {reader.norm} gives them on"))
-        elif scaled is not None and not (is_read and reader is not None):
-            first = sites[0].consensus_after_norm
-            shares = [scaled / max(first.mean, 1e-12)] if first is not None else [1.0]
-            if is_read and site.consensus is not None and sites[0].consensus is not None:
-                shares.append(site.consensus.mean / max(sites[0].consensus.mean, 1e-12))
-            found.append(Read(site, scaled, max(shares)))
-    return found
 
 
 def _onset(sites: Sequence[SiteRecord]) -> SiteRecord:
@@ -255,6 +224,41 @@ def _alike_from_the_start(embedding: SiteRecord, value: float) -> Reading:
         stack=embedding.stack,
     )
     return Reading(_margin(value, APART_AT_ENTRY), finding)
+
+
+def _too_little_text(embedding: SiteRecord) -> Reading | None:
+    """That the text has nothing to lose; None if it has. One token repeated differs by its position alone, and a model may let go
+    of that. Two tokens are one pair, and a model may take two tokens for the same."""
+    different, most = embedding.distinct_tokens, _most_tokens(embedding)
+    if different is not None and different.max == 1:
+        value, threshold, what = 1, 2, "is one token repeated, so its tokens differ by their position alone"
+    elif most <= 2:
+        value, threshold, what = 2, 3, "has at most two tokens, and one pair may mean the same"
+    else:
+        return None
+    finding = Finding(
+        code="DEPTH-CONSENSUS",
+        phenomenon="rank-collapse-depth",
+        severity="info",
+        block=None,
+        head=None,
+        value=float(value),
+        threshold=float(threshold),
+        message=f"No text here can show whether tokens converge: each {what}. That they come together is not judged.",
+        remedy="Use a text with more tokens that differ.",
+        reference=_DONG,
+        stack=embedding.stack,
+    )
+    return Reading(_margin(value, threshold), finding)
+
+
+def _most_tokens(site: SiteRecord) -> float:
+    """The tokens of the longest sequence; infinite where the width hides it. A cloud of n tokens attains rank min(n, d) and affine
+    rank min(n - 1, d), which differ by 1 in every sequence just if none has more tokens than the stream has dimensions."""
+    attainable, affine = site.attainable_rank, site.attainable_affine_rank
+    if attainable is None or affine is None or attainable.mean - affine.mean < 1:
+        return math.inf
+    return attainable.max
 
 
 def rank_lost(observed: Observed) -> Iterator[Reading]:
@@ -300,25 +304,32 @@ def _with_different_tokens(observed: Observed) -> Iterator[list[AttentionRecord]
             yield records
 
 
-def _with_tokens_apart(observed: Observed) -> Iterator[list[AttentionRecord]]:
-    """Those of them whose input tokens can be told apart. No attention can choose among equal keys, and `consensus` already
-    reports tokens that have converged."""
-    entering: dict[int, float] = {}
+def _with_tokens_apart(observed: Observed) -> Iterator[tuple[list[AttentionRecord], float | None]]:
+    """Those of them whose input tokens can be told apart, and how far apart those are as a share of the embedding's distance, if
+    that is known. No attention can choose among equal keys, and `consensus` already reports tokens that have converged."""
+    entering: dict[int, Read] = {}
     for sites in stacks(observed.trajectory):
-        read = {id(each.site): each for each in _read(sites)}
+        read = {id(each.site): each for each in as_read(sites)}
         for before, site in itertools.pairwise(sites):
             known = read.get(id(before))
             if site.block is not None and known is not None and id(sites[0]) in read:
-                entering[site.block] = min(known.share / CONSENSUS, known.distance / APART_AT_ENTRY)
+                entering[site.block] = known
     for records in _with_different_tokens(observed):
-        if entering.get(records[0].block, math.inf) >= 1:
-            yield records
+        enters = entering.get(records[0].block)
+        if enters is None:
+            yield records, None
+        elif enters.share >= CONSENSUS and enters.distance >= APART_AT_ENTRY:
+            yield records, enters.share
 
 
 def uniform(observed: Observed) -> Iterator[Reading]:
     """The share of unused keys rather than the entropy: at a given variance of the logits it does not depend on how many keys
-    there are."""
-    for records in _with_tokens_apart(observed):
+    there are.
+
+    If the tokens that enter are only a share s as far apart as at the embedding, so are the keys, and so are the logits of a row.
+    Of small logits of variance v, v/2 of the keys are left unused, so it is s^2 times what it would be. Where that alone
+    explains the finding, the finding says so: the attention is uniform, but the cause lies before it."""
+    for records, apart in _with_tokens_apart(observed):
         measured = [(r, 1 - r.key_share.mean) for r in records if r.key_share is not None]
         if not measured:
             continue
@@ -329,6 +340,13 @@ def uniform(observed: Observed) -> Iterator[Reading]:
         )
         initial = _initial(observed, records)
         finding = _width_finding("WIDTH-UNIFORM", least, unused, UNUSED_KEYS, message, initial)
+        if apart is not None and apart < 1 and unused >= UNUSED_KEYS * apart**2:
+            finding = replace(
+                finding,
+                message=f"{finding.message} The tokens that enter it are at {apart:.0%} of their distance at the "
+                "embedding; were they as far apart as there, it would not be uniform.",
+                remedy="Look before this block first: what brings the tokens together there also makes this attention uniform.",
+            )
         yield Reading(_margin(unused, UNUSED_KEYS), finding)
 
 
@@ -341,7 +359,7 @@ def rank_one(observed: Observed) -> Iterator[Reading]:
     for sites in stacks(observed.trajectory):
         known = next((s.attainable_rank.mean for s in sites if s.attainable_rank is not None), math.inf)
         tokens |= dict.fromkeys([site.block for site in sites], known)
-    for records in _with_tokens_apart(observed):
+    for records, _ in _with_tokens_apart(observed):
         measured = [(r, r.value_contraction.mean) for r in records if r.value_contraction is not None]
         if not measured:
             continue
