@@ -654,6 +654,20 @@ class BlockAlone:
             raise UnreadableError("what its heads write together is not laid out as the stream is")
         return axes.cloud(seen[-1])
 
+    def heads_write(self, number: int, stream: Tensor) -> Tensor:
+        """What the heads of an attention write together, given another stream, whether or not it is then added: a removal acts at
+        the addition. As the stream is laid out.
+
+        Raises `UnreadableError` where it is not laid out so, or was not found."""
+        written, seen = self.block.parts[number].written, list[Tensor]()
+        if written is not None:
+            others = tuple(i for i in range(len(self.block.parts)) if i != number)
+            keep = _observing(lambda *call: seen.append(next(tensors_in(call[3])).clone()))
+            self._replay(others, stream, {written: keep})
+        if not seen or seen[-1].shape != self.stream.shape:
+            raise UnreadableError("what its heads write together is not laid out as the stream is")
+        return seen[-1]
+
     def output_map(self, number: int, part: Part | None = None) -> tuple[Tensor, Tensor]:
         """W_O [heads * head width, width] and its bias [width] as they are at this moment: the whole map from the mixed values of
         an attention to what its heads write together. Raises `UnreadableError` where there is no such map."""
