@@ -210,6 +210,32 @@ def test_a_gate_on_the_mixed_values_leaves_the_projection_its_own_weights() -> N
     torch.testing.assert_close(found.contributions, expected, rtol=0, atol=2e-5)
 
 
+class Differential(Attention):
+    """Two softmaxes, subtracted as two products before one projection reads them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        first, second = ((one @ other.mT).softmax(-1) @ v for one, other in ((q, k), (k, q)))
+        self.mixed = torch.cat([first, second], 1).transpose(1, 2).detach()
+        return self.write(self, (first - 0.3 * second).transpose(1, 2), x)
+
+
+@pytest.mark.parametrize("way", ["a plain module", "matmul", "a module a head, summed"])
+def test_two_products_that_are_subtracted_before_the_projection_write_each_with_its_factor(way: str) -> None:
+    write, by_hand, bias = WAYS[way]
+    model, batch = Model(write).eval(), _batch()
+    model.blocks[0].attention = Differential(write)  # type: ignore[union-attr]
+    found = next(iter(uc.head_contributions(model, batch)))
+    attention = model.blocks[0].attention
+    assert isinstance(attention, Differential)
+    with torch.no_grad():
+        model(**batch)
+        W = torch.cat([by_hand(attention), -0.3 * by_hand(attention)])
+        expected = torch.einsum("bqhd,hde->bqhe", attention.mixed, W)
+        torch.testing.assert_close(found.contributions, expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(found.bias, bias(attention), rtol=0, atol=2e-5)
+
+
 def test_heads_that_are_multiplied_with_each_other_have_no_output_map() -> None:
     def write(self: Attention, y: Tensor, _: Tensor) -> Tensor:
         return torch.einsum("bqhd,hde->bqe", y * y.roll(1, 2), self.output)

@@ -75,6 +75,7 @@ from uncollapse.anatomy.vocabulary import (
     NormPiece,
     Part,
     Place,
+    Stack,
     StreamAxes,
     removal,
 )
@@ -107,8 +108,16 @@ def proved_anatomy(
         piece = example_batch(_turned(batch, shape))
         few = _turned(piece, piece[ids].shape)
         few = few if _runs_on(model, few) else small
+    elif any(_may_be_token_first(anatomy, stack) for stack in anatomy.stacks):
+        few = small  # one row of its vectors may be one token, which no mask and no order is seen on
     remember(model, situation, Remembered(anatomy, few, steers))
     return anatomy
+
+
+def _may_be_token_first(anatomy: Anatomy, stack: Stack) -> bool:
+    """Whether a stack whose embedding is made of no token numbers has its tokens along an axis before that of the sequences."""
+    axes = anatomy.blocks[stack.blocks[0]].axes
+    return stack.ids is None and axes is not None and axes.sequence is not None and min(axes.token) < axes.sequence
 
 
 def piece_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -1044,10 +1053,17 @@ class _BlockProof(BlockAlone):
         if projection is not None and self._takes_all(number, part, projection):
             try:
                 return replace(part, features=self._features(number, part, projection))
-            except UnreadableError as error:
-                return replace(part, no_output_map=str(error))
+            except (
+                UnreadableError
+            ) as error:  # it reads a sum of several products' heads, perhaps: then these are told before it
+                alone = self._writes_at_once(number, part)
+                return replace(part, no_output_map=str(error)) if alone.no_output_map else alone
             except UncollapseError:  # its input is met in another way: by keyword, say
                 return part
+        return self._writes_at_once(number, part)
+
+    def _writes_at_once(self, number: int, part: Part) -> Part:
+        """The part with the whole map from its mixed values to what they write as its W_O, or why there is none."""
         part = replace(part, attention=tuple(replace(call, projection=None) for call in part.attention))
         problem = next((call.unreadable for call in part.attention if call.unreadable), None)
         if problem is not None:
