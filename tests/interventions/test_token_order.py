@@ -212,3 +212,33 @@ def test_a_mask_over_token_first_numbers_is_taken_away() -> None:
         assert not torch.equal(model(**batch)[0], model(**other)[0])
     with torch.no_grad():
         assert torch.equal(model(**batch)[0], model(**other)[0])
+
+
+class InChunks(nn.Module):
+    """Causal attention that answers for four of its queries at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm = nn.Embedding(20, 16), nn.LayerNorm(16)
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        mask = torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1)
+        pairs = zip(q.split(4, 2), mask.split(4), strict=True)
+        y = torch.cat([(some @ k.mT + own).softmax(-1) @ v for some, own in pairs], 2)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+def test_a_mask_is_not_removed_from_the_first_chunk_of_queries_alone() -> None:
+    """The batch it was proved on was one chunk long."""
+    model = InChunks().eval()
+    short, longer = ({"input_ids": torch.arange(n)[None]} for n in (4, 10))
+    with uc.without(model, "mask", batch=short):
+        model(**short)
+        with pytest.raises(uc.UncollapseError, match="answers for its 10 tokens at once"):
+            model(**longer)

@@ -236,6 +236,77 @@ def test_two_products_that_are_subtracted_before_the_projection_write_each_with_
         torch.testing.assert_close(found.bias, bias(attention), rtol=0, atol=2e-5)
 
 
+def _gate(self: Attention, x: Tensor) -> Tensor:
+    """[batch, token, head, width], different at every place."""
+    return self.gate(x).unflatten(-1, (HEADS, -1)).sigmoid()
+
+
+def _gated(way: str, form: str) -> tuple[Written, Callable[[Attention], Tensor]]:
+    """A way to write, of mixed values behind a gate, and the map of what has passed the gate."""
+    write, by_hand, _ = WAYS[way]
+
+    def gated(self: Attention, y: Tensor, x: Tensor) -> Tensor:
+        gate = _gate(self, x)
+        if form == "a factor a head":
+            gate = gate.mean(-1, keepdim=True)
+        if form == "heads first":
+            y = (y.transpose(1, 2) * gate.transpose(1, 2)).transpose(1, 2)
+        elif form == "flattened":
+            y = (y.flatten(2) * gate.flatten(2)).unflatten(-1, (HEADS, -1))
+        else:
+            y = y * gate
+        self.mixed = y.detach()
+        return write(self, y, x)
+
+    return gated, by_hand
+
+
+@pytest.mark.parametrize("form", ["a factor a channel", "a factor a head", "heads first", "flattened"])
+@pytest.mark.parametrize("way", ["einsum over heads", "a module a head, summed", "a low-rank update beside F.linear"])
+def test_a_gate_before_a_map_that_is_not_one_matrix_is_held_open_while_it_is_found(way: str, form: str) -> None:
+    write, by_hand = _gated(way, form)
+    model, batch = Model(write).eval(), _batch()
+    found = list(uc.head_contributions(model, batch))
+    record = uc.diagnose(model, batches=[batch]).record
+    with torch.no_grad():
+        model(**batch)
+        for each, entry, attention in zip(found, record.heads, _attentions(model), strict=True):
+            W = by_hand(attention)
+            expected = torch.einsum("bqhd,hde->bqhe", attention.mixed, W)
+            torch.testing.assert_close(each.contributions, expected, rtol=0, atol=2e-5)
+            assert entry.output_projection_rank == int(np.linalg.matrix_rank(W.flatten(0, 1).numpy(), tol=1e-4))
+            energy = (expected - expected.mean(1, keepdim=True)).double().square().sum((1, 3))
+            assert entry.energy_share is not None
+            share = (energy / energy.sum(-1, keepdim=True)).mean(0)
+            np.testing.assert_allclose([s.mean for s in entry.energy_share], share, rtol=1e-4)
+            assert entry.gauge_dimension is None
+            assert "something acts between" in entry.unavailable["gauge_dimension"]
+
+
+def test_a_gate_on_the_difference_of_two_products_acts_on_both() -> None:
+    def write(self: Attention, y: Tensor, x: Tensor) -> Tensor:
+        self.mixed = self.mixed * torch.cat([_gate(self, x)] * 2, 2).detach()
+        return self.whole((y * _gate(self, x)).flatten(2))
+
+    model, batch = Model(write).eval(), _batch()
+    attention = model.blocks[0].attention = Differential(write)  # type: ignore[union-attr]
+    found = next(iter(uc.head_contributions(model, batch)))
+    with torch.no_grad():
+        model(**batch)
+        W = attention.whole.weight.T.unflatten(0, (HEADS, -1))
+        expected = torch.einsum("bqhd,hde->bqhe", attention.mixed, torch.cat([W, -0.3 * W]))
+    torch.testing.assert_close(found.contributions, expected, rtol=0, atol=2e-5)
+
+
+def test_a_factor_that_the_heads_make_themselves_is_no_gate() -> None:
+    def write(self: Attention, y: Tensor, _: Tensor) -> Tensor:
+        return torch.einsum("bqhd,hde->bqe", y * y.sum(-1, keepdim=True).sigmoid(), self.output)
+
+    model, batch = Model(write).eval(), _batch()
+    with pytest.raises(uc.UnsupportedModel, match="not one affine map of its heads"):
+        list(uc.head_contributions(model, batch))
+
+
 def test_heads_that_are_multiplied_with_each_other_have_no_output_map() -> None:
     def write(self: Attention, y: Tensor, _: Tensor) -> Tensor:
         return torch.einsum("bqhd,hde->bqe", y * y.roll(1, 2), self.output)

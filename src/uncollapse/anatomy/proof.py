@@ -53,7 +53,15 @@ from uncollapse.anatomy.operands import (
     product_operands,
     replaced,
 )
-from uncollapse.anatomy.output_maps import ProductMap, giving, output_map, product_map, sounding
+from uncollapse.anatomy.output_maps import (
+    ProductMap,
+    axes_order,
+    giving,
+    opening,
+    output_map,
+    product_map,
+    sounding,
+)
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.reading import has_own_hooks, read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
@@ -68,6 +76,7 @@ from uncollapse.anatomy.vocabulary import (
     Anatomy,
     AttentionCall,
     Block,
+    Gate,
     Identity,
     Layout,
     MaskingStep,
@@ -649,11 +658,7 @@ class BlockAlone:
         part, axes = part or self.block.parts[number], self.block.axes
         others = tuple(i for i in range(len(self.block.parts)) if i != number)
         seen: list[Tensor] = []
-        handlers: dict[Point, Handler] = {}
-        first = 0
-        for call in part.attention:
-            handlers[call.product] = giving(pattern[:, first : first + call.heads], call, len(pattern))
-            first += call.heads
+        handlers = self._giving(part, pattern) | {gate.point: opening(gate) for gate in part.gates}
         assert part.written is not None
         keep = _observing(lambda *call: seen.append(next(tensors_in(call[3])).detach().clone()))
         own = handlers.get(part.written)
@@ -662,6 +667,15 @@ class BlockAlone:
         if axes is None or not seen or seen[-1].shape != self.stream.shape:
             raise UnreadableError("what its heads write together is not laid out as the stream is")
         return axes.cloud(seen[-1])
+
+    @staticmethod
+    def _giving(part: Part, pattern: Tensor) -> dict[Point, Handler]:
+        """Let the products of an attention give `pattern` [sequence, head, token, width] instead of their mixed values."""
+        handlers, first = {}, 0
+        for call in part.attention:
+            handlers[call.product] = giving(pattern[:, first : first + call.heads], call, len(pattern))
+            first += call.heads
+        return handlers
 
     def heads_write(self, number: int, stream: Tensor) -> Tensor:
         """What the heads of an attention write together, given another stream, whether or not it is then added: a removal acts at
@@ -1064,6 +1078,7 @@ class _BlockProof(BlockAlone):
 
     def _writes_at_once(self, number: int, part: Part) -> Part:
         """The part with the whole map from its mixed values to what they write as its W_O, or why there is none."""
+        part, gates = replace(part, gates=()), part.gates
         part = replace(part, attention=tuple(replace(call, projection=None) for call in part.attention))
         problem = next((call.unreadable for call in part.attention if call.unreadable), None)
         if problem is not None:
@@ -1071,8 +1086,49 @@ class _BlockProof(BlockAlone):
         try:
             self.output_map(number, part)
         except UnreadableError as error:
+            try:
+                laid = tuple(self._laid_gate(number, replace(part, gates=gates), gate) for gate in gates)
+                opened = replace(part, gates=laid)
+                if gates:
+                    self.output_map(number, opened)
+                    return opened
+            except UnreadableError:
+                pass  # what acts there is no gate, or not only gates: the first reason holds
             return replace(part, no_output_map=str(error))
         return part
+
+    def _laid_gate(self, number: int, part: Part, gate: Gate) -> Gate:
+        """A gate with how it lies on the mixed values: of all heads together, or of those of one call after the other.
+
+        Raises `UnreadableError` where that cannot be told."""
+        axes, widths = self.block.axes, {call.head_width for call in part.attention}
+        if axes is None or len(widths) != 1:
+            raise UnreadableError("what its heads mix was not found")
+        shape = (*axes.cloud(self.stream).shape[:2], widths.pop())
+        others = tuple(i for i in range(len(self.block.parts)) if i != number)
+
+        def order(own: slice) -> tuple[int, ...] | None:
+            pattern = torch.zeros(shape[0], part.heads, *shape[1:], dtype=self.stream.dtype, device=self.stream.device)
+            numbers = torch.arange(1, pattern[:, own].numel() + 1, dtype=torch.float64).reshape(pattern[:, own].shape)
+            pattern[:, own] = numbers.to(pattern)
+            seen: list[Tensor] = []
+            look = _observing(lambda *met: seen.append(met[3].detach().clone()))
+            handlers = self._giving(part, pattern) | {each.point: opening(each) for each in part.gates}
+            handlers[gate.point] = in_turn(look, handlers[gate.point])
+            self._replay(others, None, handlers)
+            return axes_order(seen[-1], pattern[:, own]) if seen else None
+
+        whole = order(slice(0, part.heads))
+        orders, first = [whole], 0
+        if whole is None:
+            orders = []
+            for call in part.attention:
+                orders.append(order(slice(first, first + call.heads)))
+                first += call.heads
+        known = tuple(each for each in orders if each is not None)
+        if len(known) < len(orders):
+            raise UnreadableError("how a gate lies on the mixed values of its heads could not be told")
+        return replace(gate, orders=known)
 
     def _takes_all(self, number: int, part: Part, projection: ModuleCall | Point) -> bool:
         """Whether everything that the mixed values do to what the part adds goes through this product with one matrix, whose result
