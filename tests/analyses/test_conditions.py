@@ -379,7 +379,9 @@ def test_quantised_projections_are_met_as_they_act(name: str, dtype: torch.dtype
     plain = replaced(built(name)[0], ("query", "value", "dense", "_proj"), lambda m: Int8(m).expanded())
     expected = [h.write_space_overlap for h in diagnosed(plain, batch).record.heads]
     assert np.array(own) == pytest.approx(np.array(expected), abs=1e-4 if dtype == torch.float32 else 0.02)
-    assert all(h.energy_share is not None for h in found.record.heads)
+    # In half precision a fresh model's heads may write what differs between tokens by no more than rounding. Then it says so.
+    said = [h.unavailable.get("energy_share", "") for h in found.record.heads if h.energy_share is None]
+    assert not said or (dtype == torch.bfloat16 and all("rounds off" in reason for reason in said))
 
 
 # Several at once -------------------------------------------------------------------------------------------------------

@@ -165,6 +165,8 @@ def test_the_record_survives_json_and_satisfies_the_published_schema(healthy: uc
         "symmetries",
         "findings",
         "anatomy",
+        "parts",
+        "embeddings",
     ]
 
 
@@ -241,7 +243,7 @@ def test_progress_is_reported_to_the_end(minilm: sources.LoadedModel) -> None:
         ({"texts": ["one two three"]}, "expected a tokenizer"),
         ({"batches": []}, "expected at least one batch"),
         ({"batches": [text_batch()], "dtype": "float16"}, "expected no dtype with a loaded model"),
-        ({"sequences": 0}, "expected at least one sequence"),
+        ({"sequences": 0}, "expected sequences as a whole number"),
     ],
 )
 def test_bad_arguments_are_refused_in_words(arguments: dict[str, Any], message: str) -> None:
@@ -259,7 +261,7 @@ on_each = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name_
     [
         ({"texts": ["one two"], "batches": [text_batch()]}, "expected texts or batches, got both"),
         ({"batches": [text_batch()], "device_map": "auto"}, "expected no device_map with a loaded model"),
-        ({"sequences": 0}, "expected at least one sequence"),
+        ({"sequences": 0}, "expected sequences as a whole number"),
         ({"model": {}}, "expected a model, a name or a path, got dict"),
     ],
 )

@@ -117,6 +117,7 @@ HEADS: Calls = {
             heads.smallest_principal_angle,
             heads.conditioning,
             heads.head_noise_gain,
+            heads.absolute_noise_gain,
         ],
         (W[0], 2),
         (W * NAN, 2),

@@ -222,6 +222,7 @@ def test_a_record_of_the_grid_satisfies_the_schema_and_survives_json(tmp_path: P
         "verdicts",
         "norms",
         "updates",
+        "contraction_at_consensus",
         "anatomy",
     ]
     with pytest.raises(jsonschema.ValidationError):

@@ -89,6 +89,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
             "smallest_principal_angle",
             "conditioning",
             "head_noise_gain",
+            "absolute_noise_gain",
             "write_grams",
         )
     },

@@ -81,6 +81,8 @@ def interruptions(
 ) -> Iterator[tuple[Line, BaseException | None]]:
     """Run the operation again and again, each time with Ctrl-C at another line of the modules: where it runs first, and last.
     `reverse` takes back what the operation does when it is not interrupted."""
+    operation()  # the first time is another: what is proved then is remembered
+    reverse()
     counts = lines_of(modules, operation)
     reverse()
     for line, count in counts.items():

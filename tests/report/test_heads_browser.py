@@ -139,9 +139,9 @@ def test_heads_sort_by_what_is_clicked_with_infinite_ones_at_the_end(browser: Br
 
 def test_blocks_sort_by_what_is_clicked_and_unread_ones_stay_last(browser: Browser, folder: Path) -> None:
     browser.open(folder / "crossed.html")
-    at = clicked(browser, "blocks-table", "noise gain")
+    at = clicked(browser, "blocks-table", "relative noise gain")
     once = column(browser, "blocks-table", at)
-    clicked(browser, "blocks-table", "noise gain")
+    clicked(browser, "blocks-table", "relative noise gain")
     twice = column(browser, "blocks-table", at)
     assert once[-1] == twice[-1] == "–"
     assert [float(v) for v in once[:-1]] == sorted(float(v) for v in once[:-1])

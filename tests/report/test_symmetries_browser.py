@@ -53,7 +53,7 @@ def test_it_fits_a_phone_and_follows_light_and_dark(browser: Browser, folder: Pa
         assert spilt == 0
         ground = browser.value("getComputedStyle(document.body).backgroundColor")
         assert ground == ("rgb(17, 21, 24)" if dark else "rgb(247, 246, 243)")
-    ink = browser.value("getComputedStyle(document.querySelector('.chart .mark-text.role-mark text')).fill")
+    ink = browser.value("getComputedStyle(document.querySelector('#symmetries .mark-text.role-mark text')).fill")
     assert ink == ("rgb(158, 171, 181)" if dark else "rgb(86, 97, 107)")
 
 

@@ -14,6 +14,7 @@ from studies.position_gates import document, experiments, large, planted, recove
 from torch.nn import functional
 
 import uncollapse as uc
+from uncollapse.measures.student import mean_and_half
 
 
 def few_windows() -> tuple[torch.Tensor, torch.Tensor]:
@@ -274,7 +275,7 @@ def test_given_files_are_read_as_bytes(tmp_path: Path) -> None:
 
 
 def test_interval_is_students() -> None:
-    mean, half = document.interval([1.0, 2.0, 3.0])
+    mean, half = mean_and_half([1.0, 2.0, 3.0])
     assert (mean, half) == pytest.approx((2.0, 4.303 / 3**0.5), rel=1e-3)
 
 

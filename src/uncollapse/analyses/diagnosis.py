@@ -66,7 +66,7 @@ def diagnose(
 
     Options shared with `ablate`, `identify` and `symmetries` (`help(uncollapse.analyses.preparation.ProbeOptions)`):
     text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
-    model: layout, name, device, dtype, device_map, trust_remote_code=False;
+    model: layout, name, device, dtype, device_map, trust_remote_code=False, max_parameters=2000000000000;
     run: command, progress.
 
     The model is left unchanged: its hooks, its mode, every bit of its output.

@@ -410,18 +410,20 @@ Which claims are refuted, for another program:
 
 **Collapse in depth**: attention-only-collapse, causal-collapse-is-geometric,
 relative-bias-collapse-is-geometric, attention-never-gains-rank, consensus-is-invariant,
-residual-obstructs-collapse, residual-needs-no-mlp
+residual-obstructs-collapse, residual-needs-no-mlp, random-residuals-are-geometric
 
-**Norms**: layernorm-affine-rank, layernorm-rank-formula, layernorm-matrix-rank, rmsnorm-rank
+**Norms**: layernorm-affine-rank, layernorm-rank-formula, layernorm-matrix-rank, rmsnorm-rank, layernorm-and-distance
 
 **What an MLP adds**: mlp-leaves-the-span, mlp-leaves-the-reachable-space, attention-is-affine-given-patterns,
 ffn-width-four
 
-**Heads and gates**: head-channel-ambiguity, head-observers, mlp-cannot-unmix, pgop-overhead, pgop-gauge, pgop-recovery
+**Heads and gates**: head-channel-ambiguity, head-observers, mlp-cannot-unmix, pgop-overhead, pgop-gauge, pgop-recovery,
+channel-gates, attention-weights-unidentifiable
 
-**Width and entropy**: width-collapse, entropy-floor, scaling-fixed-points
+**Width and entropy**: width-collapse, last-token-collapse, entropy-floor, dispersion, scaling-fixed-points,
+sinks-against-overmixing
 
-**Symmetries**: token-permutation, head-permutation, value-output-gauge, query-key-gauge
+**Symmetries**: four-symmetries, token-permutation, head-permutation, value-output-gauge, query-key-gauge, gauge-with-norms
 
 **Verdicts**: holds; holds generically; holds under hypotheses; refuted as stated; measured; undecided. Every one of them is
 a result; none is a failure of the run.

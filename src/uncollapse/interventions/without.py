@@ -67,6 +67,7 @@ class _Removal:
     blocks: frozenset[int]
     outer: bool
     everywhere: bool = False  # in whatever thread runs the model, not only in the one that took it away
+    inner: bool = False  # the norms inside sublayers too, where they can be: to look at what is left without any
 
 
 @dataclass
@@ -109,6 +110,8 @@ def without(
             refuse_running("without", model)
             anatomy = anatomy_for(model, batch)
             wanted = _Removal(frozenset(components), require_blocks(blocks, anatomy), blocks == "all+outer")
+            if "positions" in components:
+                require_order_blind(model, anatomy, known_example(model) or {})
             _require_effect(model, anatomy, wanted)
         changes.enter(removed(model, *components, blocks=blocks, batch=batch, everywhere=True))
         yield model
@@ -232,7 +235,7 @@ def _require_effect(model: nn.Module, anatomy: Anatomy, wanted: _Removal, *, tho
     # does a norm that was overlooked.
     example = known_example(model)
     if example is not None and "norm" in wanted.components:
-        everything = _Removal(frozenset({"norm", "mlp", "attention"}), wanted.blocks, False)
+        everything = _Removal(frozenset({"norm", "mlp", "attention"}), wanted.blocks, False, inner=True)
         with restoring() as changes:
             _set_aside(model, anatomy, changes)
             _put_up(model, anatomy, [everything], changes, everywhere=False)
@@ -315,7 +318,9 @@ def _put_up(
         handlers |= removal(block, parts, residual=alone)
         for norm in block.norms:
             skipped = norm.role == "post" and parts >= set(block.residuals[norm.place or 0].parts)
-            if skipped or ("norm" in gone and norm.role != "inner"):
+            fixed = isinstance(norm.where, NormPiece) and norm.where.obstacle
+            inside = norm.role == "inner" and (fixed or not any(r.inner and number in r.blocks for r in removals))
+            if skipped or ("norm" in gone and not inside):
                 norms.add(norm.where)
     if any(r.outer and "norm" in r.components for r in removals):
         norms |= set(anatomy.outer_norms)

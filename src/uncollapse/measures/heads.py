@@ -350,6 +350,7 @@ def conditioning(output_projection: Float[Tensor, "mixed width"] | WriteSpaces, 
     return float(spaces.largest / spaces.least) if spaces.are_independent else math.inf
 
 
+@admitting
 def absolute_noise_gain(output_projection: Float[Tensor, "mixed width"] | WriteSpaces, heads: int) -> float:
     """By how much an error in the layer's output can grow, in units of the stream, when it is attributed to heads. A factor.
 
