@@ -285,7 +285,7 @@ def test_a_gate_before_a_map_that_is_not_one_matrix_is_held_open_while_it_is_fou
 
 def test_a_gate_on_the_difference_of_two_products_acts_on_both() -> None:
     def write(self: Attention, y: Tensor, x: Tensor) -> Tensor:
-        self.mixed = self.mixed * torch.cat([_gate(self, x)] * 2, 2).detach()
+        self.mixed = self.mixed * torch.cat([_gate(self, x)] * (self.mixed.shape[2] // HEADS), 2).detach()
         return self.whole((y * _gate(self, x)).flatten(2))
 
     model, batch = Model(write).eval(), _batch()
