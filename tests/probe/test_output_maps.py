@@ -236,6 +236,31 @@ def test_two_products_that_are_subtracted_before_the_projection_write_each_with_
         torch.testing.assert_close(found.bias, bias(attention), rtol=0, atol=2e-5)
 
 
+class InChunks(Attention):
+    """Four queries at a time: the same heads again, not further ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        y = torch.cat([(some @ k.mT).softmax(-1) @ v for some in q.split(4, 2)], 2).transpose(1, 2)
+        self.mixed = y.detach()
+        return self.write(self, y, x)
+
+
+@pytest.mark.parametrize("way", ["a plain module", "channels before heads", "a module a head, summed"])
+def test_heads_that_answer_for_some_queries_at_a_time_are_counted_once(way: str) -> None:
+    write, by_hand, bias = WAYS[way]
+    model, batch = Model(write).eval(), {"input_ids": _batch()["input_ids"][:, :7]}
+    attention = model.blocks[0].attention = InChunks(write)  # type: ignore[union-attr]
+    found = next(iter(uc.head_contributions(model, batch)))
+    (entry, *_) = uc.diagnose(model, batches=[batch]).record.heads
+    with torch.no_grad():
+        model(**batch)
+        expected = torch.einsum("bqhd,hde->bqhe", attention.mixed, by_hand(attention))
+        torch.testing.assert_close(found.contributions, expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(found.bias, bias(attention), rtol=0, atol=2e-5)
+    assert (entry.heads, entry.output_projection_rank) == (HEADS, HEADS * HEAD_WIDTH)
+
+
 def _gate(self: Attention, x: Tensor) -> Tensor:
     """[batch, token, head, width], different at every place."""
     return self.gate(x).unflatten(-1, (HEADS, -1)).sigmoid()

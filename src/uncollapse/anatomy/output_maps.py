@@ -35,8 +35,9 @@ Written = Callable[
 ]  # mixed values [sequence, head, token, width] to what is written [sequence, token, width]
 
 
-def giving(pattern: Tensor, call: AttentionCall, sequences: int) -> Handler:
-    """Let a product that mixes values give `pattern` [sequence, head, token, width] instead of its result.
+def giving(pattern: Tensor, call: AttentionCall, sequences: int, answered: list[int] | None = None) -> Handler:
+    """Let a product that mixes values give `pattern` [sequence, head, token, width] instead of its result. Where several answer for
+    the tokens in turn, `answered` holds how many were answered for, and is kept up to date.
 
     Raises `UnreadableError` where its axes do not hold that.
     """
@@ -45,13 +46,17 @@ def giving(pattern: Tensor, call: AttentionCall, sequences: int) -> Handler:
         output = function(*args, **kwargs)
         seen = product_operands(function, args, kwargs, _places(output), call.weight_operand or 0, call.pair)
         places = _without_windows(arranged(seen.mixed, call.lead, sequences)).long()
-        if places.shape != pattern.shape or (places.numel() != output.numel() and not seen.summed):
-            raise UnreadableError(f"its result is {tuple(output.shape)}, which does not hold {tuple(pattern.shape)}")
+        own = pattern
+        if answered is not None:
+            own = pattern[:, :, answered[0] : answered[0] + places.shape[2]]
+            answered[0] += places.shape[2]
+        if places.shape != own.shape or (places.numel() != output.numel() and not seen.summed):
+            raise UnreadableError(f"its result is {tuple(output.shape)}, which does not hold {tuple(own.shape)}")
         flat = torch.zeros(output.numel(), dtype=output.dtype, device=output.device)
         if seen.summed:
-            flat.index_add_(0, places.flatten(), pattern.to(flat).flatten())
+            flat.index_add_(0, places.flatten(), own.to(flat).flatten())
         else:
-            flat[places.flatten()] = pattern.to(flat).flatten()
+            flat[places.flatten()] = own.to(flat).flatten()
         return flat.reshape(output.shape)
 
     return handler

@@ -671,8 +671,11 @@ class BlockAlone:
     @staticmethod
     def _giving(part: Part, pattern: Tensor) -> dict[Point, Handler]:
         """Let the products of an attention give `pattern` [sequence, head, token, width] instead of their mixed values."""
-        handlers, first = {}, 0
+        handlers, first, answered = {}, 0, [0]
         for call in part.attention:
+            if part.shares_queries:
+                handlers[call.product] = giving(pattern, call, len(pattern), answered)
+                continue
             handlers[call.product] = giving(pattern[:, first : first + call.heads], call, len(pattern))
             first += call.heads
         return handlers
@@ -1171,14 +1174,9 @@ class _BlockProof(BlockAlone):
         sequences, tokens = axes.cloud(self.stream).shape[:2]
         width = widths.pop()
 
-        def read(made: Callable[[AttentionCall, slice], Handler]) -> Tensor:
-            """What the projection reads when the calls, each with its own heads, give something else."""
+        def read(further: dict[Point, Handler]) -> Tensor:
+            """What the projection reads when the calls give something else."""
             seen: list[Tensor] = []
-            further: dict[Point, Handler] = {}
-            first = 0
-            for call in part.attention:
-                further[call.product] = made(call, slice(first, first + call.heads))
-                first += call.heads
             actions: list[tuple[Place, Action]] = []
             if isinstance(projection, Point):
                 keep = _observing(lambda *met: seen.append(_product_input(*met[:3])))
@@ -1189,7 +1187,12 @@ class _BlockProof(BlockAlone):
             return seen[-1]
 
         def heard(speaking: Tensor) -> Tensor:
-            return read(lambda call, own: sounding(speaking[own], call, sequences))
+            further: dict[Point, Handler] = {}
+            first = 0
+            for call in part.attention:
+                further[call.product] = sounding(speaking[first : first + call.heads], call, sequences)
+                first += 0 if part.shares_queries else call.heads
+            return read(further)
 
         silent = heard(torch.zeros(heads, dtype=torch.bool))
         if silent.shape[-1] != heads * width:
@@ -1199,7 +1202,7 @@ class _BlockProof(BlockAlone):
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(sequences, heads, tokens, width, generator=generator).to(self.stream)
             alike = noise.transpose(1, 2).flatten(2)
-            read_alike = read(lambda call, own: giving(noise[:, own], call, sequences))
+            read_alike = read(self._giving(part, noise))
             if read_alike.numel() == alike.numel() and any(
                 torch.equal(read_alike.flatten(), known.flatten()) for known in (alike, alike.transpose(0, 1))
             ):

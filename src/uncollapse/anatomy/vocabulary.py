@@ -223,8 +223,13 @@ class Part:
 
     @property
     def heads(self) -> int:
-        """Heads of all its attention calls."""
-        return sum(call.heads for call in self.attention)
+        """Heads of all its attention calls; of calls that answer for the queries in turn, which are the same heads again, once."""
+        return sum(call.heads for call in (self.attention[:1] if self.shares_queries else self.attention))
+
+    @property
+    def shares_queries(self) -> bool:
+        """Whether its calls answer for its queries in turn."""
+        return any(call.shares_queries for call in self.attention)
 
 
 @dataclass(frozen=True)

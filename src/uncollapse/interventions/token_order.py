@@ -16,7 +16,7 @@ import contextlib
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,18 +66,17 @@ def mask_removed(
     entered = _Entered()
     for number, block in enumerate(anatomy.blocks):
         padding = paddings[anatomy.stack_of(number)]
-        for call in (c for p in block.parts if p.kind == "attention" for c in p.attention if number in blocks):
-            if call.shares_queries:
-                raise UnsupportedModel(
-                    f"without: expected an attention that answers for its queries at once, got several calls in {block.name}. "
-                    "How many there are depends on the input. Remove another component."
-                )
+        for part, call in (
+            (p, c) for p in block.parts if p.kind == "attention" for c in p.attention if number in blocks
+        ):
             if call.is_fused:
                 handlers[call.product] = _unmasked_fused(call, padding)
             for step in call.masking:
                 handlers[step.point] = _unmasked_step(step, padding)
-            if call.queries_of_tokens and call.unreadable is None and not block.chooses_tokens:
-                check, own = _answering(call, block, entered), handlers.get(call.product)
+            in_turn_with = part.attention if call.shares_queries else (call,)
+            counts = call.queries_of_tokens or call.shares_queries
+            if counts and call.unreadable is None and not block.chooses_tokens:
+                check, own = _answering(call, in_turn_with, block, entered), handlers.get(call.product)
                 handlers[call.product] = check if own is None else in_turn(check, own)
         if number in blocks and block.axes is not None:
             streams.append((block.entry, functools.partial(_note_entering, block.axes, entered)))
@@ -96,10 +95,12 @@ class _Padding(threading.local):
 
 
 class _Entered(threading.local):
-    """Sequences and tokens of the stream that last entered a block in this thread; `None`: not known."""
+    """Sequences and tokens of the stream that last entered a block in this thread, `None` where that is not known, and how many
+    of its tokens were answered for by calls that do so in turn."""
 
     def __init__(self) -> None:
         self.sizes: tuple[int, int] | None = None
+        self.answered = 0
 
 
 def _note_entering(axes: StreamAxes, entered: _Entered, stream: Tensor) -> None:
@@ -107,25 +108,28 @@ def _note_entering(axes: StreamAxes, entered: _Entered, stream: Tensor) -> None:
     entered.sizes = None if cloud is None else (cloud.shape[0], cloud.shape[1])
 
 
-def _answering(call: AttentionCall, block: Block, entered: _Entered) -> Handler:
-    """Refuse a pass in which a call that answered for every token of the example answers for some: others follow, unseen, and
-    their mask would stay."""
+def _answering(call: AttentionCall, several: Sequence[AttentionCall], block: Block, entered: _Entered) -> Handler:
+    """Refuse a pass in which the calls that answered for every token of the example, `several` in turn, answer for some: others
+    follow, unseen, and their mask would stay."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = function(*args, **kwargs)
-        if entered.sizes is not None and isinstance(output, Tensor):
-            sequences, tokens = entered.sizes
-            try:
-                seen = product_operands(function, args, kwargs, output, call.weight_operand or 0, call.pair)
-                found = arranged(seen.mixed, call.lead, sequences)
-            except UnreadableError:  # other axes than on the example: what they hold is not known
-                return output
-            if found.shape[2] * found.shape[3] != tokens:
-                raise ChangedPath(
-                    f"without: expected an attention in {block.name} that answers for its {tokens} tokens at once, as on the "
-                    f"example, got one for {found.shape[2] * found.shape[3]}. It works in chunks, of which the example had one. "
-                    "Remove another component."
-                )
+        if entered.sizes is None or not isinstance(output, Tensor):
+            return output
+        sequences, tokens = entered.sizes
+        try:
+            seen = product_operands(function, args, kwargs, output, call.weight_operand or 0, call.pair)
+            found = arranged(seen.mixed, call.lead, sequences)
+        except UnreadableError:  # other axes than on the example: what they hold is not known
+            return output
+        before = 0 if call == several[0] else entered.answered
+        entered.answered = before + found.shape[2] * found.shape[3]
+        if call == several[-1] and entered.answered != tokens:
+            raise ChangedPath(
+                f"without: expected an attention in {block.name} that answers for its {tokens} tokens in as many calls as on the "
+                f"example ({len(several)}), got answers for {entered.answered} of them. How many calls there are depends on the "
+                "input. Pass a batch of this length as batch=, or remove another component."
+            )
         return output
 
     return handler

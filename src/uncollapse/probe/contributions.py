@@ -383,7 +383,8 @@ class _Contributor:
             for i in range(len(reading.block.parts[reading.part].attention))
         ]
         values = [each for each in found if isinstance(each, Tensor)]
-        if len(values) < len(found) or len({v.shape[2:] for v in values}) > 1:
+        axis = 2 if reading.block.parts[reading.part].shares_queries else 1
+        if len(values) < len(found) or len({(*v.shape[:axis], *v.shape[axis + 1 :]) for v in values}) > 1:
             reason = next(
                 (each for each in found if isinstance(each, str)), "its calls have other sizes than on the example"
             )
@@ -392,7 +393,7 @@ class _Contributor:
                 "Choose other blocks."
             )
         try:
-            mixed = gated(torch.cat(values, 1), reading.block.parts[reading.part], reading.factors)
+            mixed = gated(torch.cat(values, axis), reading.block.parts[reading.part], reading.factors)
         except UnreadableError as error:
             raise UnsupportedModel(
                 f"head_contributions: expected mixed values of each head and token, got others in {reading.place}: {error}. "
