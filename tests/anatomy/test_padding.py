@@ -102,3 +102,92 @@ def test_the_mask_of_a_model_in_autocast_is_found_under_autocast() -> None:
     features = torch.randn(*given["keep"].shape, 8, generator=torch.Generator().manual_seed(0))
     record = uc.diagnose(Halved().eval(), batches=[{"features": features, "keep": given["keep"]}]).record
     assert record.probe.tokens == int(given["keep"].sum())
+
+
+class Renormalised(Masked):
+    """Weights are hidden after the softmax, and scaled to sum to one again: what a hidden key does in the softmax cancels, up to
+    rounding."""
+
+    def forward(self, words: Tensor, keep: Tensor) -> Tensor:
+        x = self.embed(words)
+        if self.first is not None:
+            x = torch.cat([self.first.expand(len(x), -1, -1), x], 1)
+            keep = nn.functional.pad(keep, (1, 0), value=1)
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        weights = (q @ k.mT).softmax(-1) * keep[:, None, None]
+        weights = weights * torch.ones(weights.shape[-2:]).tril() if self.is_causal else weights
+        x = x + self.out((weights / weights.sum(-1, keepdim=True) @ v).transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_padding_beside_a_token_of_the_models_own_is_seen_where_hidden_keys_cancel(is_causal: bool) -> None:
+    model = Renormalised(0.0, is_causal=is_causal, beginning=True).eval()
+    given = batch(is_left=False)
+    record = uc.diagnose(model, batches=[given]).record
+    assert record.probe.tokens == int(given["keep"].sum()) + len(given["keep"])
+
+
+def test_padding_that_only_later_batches_have_is_seen_in_those() -> None:
+    model = Renormalised(0.0, is_causal=True, beginning=True).eval()
+    whole, given = (
+        {"words": torch.tensor([[3, 1, 4]]), "keep": torch.ones(1, 3, dtype=torch.long)},
+        batch(is_left=False),
+    )
+    record = uc.diagnose(model, batches=[whole, given]).record
+    assert record.probe.tokens == 4 + int(given["keep"].sum()) + len(given["keep"])
+
+
+def test_padding_in_another_unit_is_told_while_the_attention_is_away() -> None:
+    """What tells it is what the heads write, added or not."""
+    model = Masked(-1e9, is_causal=False, beginning=True).eval()
+    given = batch(is_left=False)
+    with uc.without(model, "attention", batch=given):
+        record = uc.diagnose(model, batches=[given]).record
+    assert record.probe.tokens == int(given["keep"].sum()) + len(given["keep"])
+
+
+class Skipping(Masked):
+    """The usual shortcut: where a batch has no padding, the mask is not applied at all."""
+
+    def forward(self, words: Tensor, keep: Tensor) -> Tensor:
+        x = self.embed(words)
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        logits = q @ k.mT
+        if self.is_causal:
+            logits = logits + torch.full(logits.shape[-2:], self.number).triu(1)
+        if not bool(keep.all()):
+            logits = logits.masked_fill(keep[:, None, None] == 0, self.number)
+        x = x + self.out((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("is_padded_first", [False, True])
+def test_a_mask_that_is_only_applied_where_there_is_padding(is_padded_first: bool) -> None:
+    """What was proved on a batch without padding has no mask in it."""
+    model = Skipping(-1e9, is_causal=False, beginning=False).eval()
+    given = batch(is_left=False)
+    whole = {"words": given["words"], "keep": torch.ones_like(given["keep"])}
+    several = [given, whole] if is_padded_first else [whole, given]
+    record = uc.diagnose(model, batches=several).record
+    alone = [uc.diagnose(model, batches=[one]).record for one in several]
+    assert (
+        record.probe.tokens
+        == sum(one.probe.tokens for one in alone)
+        == given["keep"].numel() + int(given["keep"].sum())
+    )
+    for number, head in enumerate(record.attention):
+        for name in ("entropy", "normalized_entropy", "key_share", "value_contraction"):
+            found, parts = getattr(head, name), [getattr(one.attention[number], name) for one in alone]
+            assert found.mean == pytest.approx(sum(p.mean * p.n for p in parts) / sum(p.n for p in parts), rel=1e-5)
+
+
+def test_a_removed_mask_is_away_from_batches_with_padding_too() -> None:
+    """Padding stays hidden, by an operation that the batch it was proved on does not have."""
+    causal, other = (Skipping(-1e9, is_causal=c, beginning=False).eval() for c in (True, False))
+    given = batch(is_left=False)
+    whole = {"words": given["words"], "keep": torch.ones_like(given["keep"])}
+    with uc.without(causal, "mask", batch=whole):
+        for one in (whole, given):
+            real = one["keep"].bool()
+            torch.testing.assert_close(causal(**one)[real], other(**one)[real], rtol=1e-5, atol=1e-5)

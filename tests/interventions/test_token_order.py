@@ -212,3 +212,60 @@ def test_a_mask_over_token_first_numbers_is_taken_away() -> None:
         assert not torch.equal(model(**batch)[0], model(**other)[0])
     with torch.no_grad():
         assert torch.equal(model(**batch)[0], model(**other)[0])
+
+
+class InChunks(nn.Module):
+    """Causal attention that answers for four of its queries at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm = nn.Embedding(20, 16), nn.LayerNorm(16)
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.mlp = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+        self.is_causal = True
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        mask = (
+            torch.full((x.shape[1], x.shape[1]), -torch.inf).triu(1) if self.is_causal else torch.zeros(x.shape[1], 1)
+        )
+        pairs = zip(q.split(4, 2), mask.split(4), strict=True)
+        y = torch.cat([(some @ k.mT + own).softmax(-1) @ v for some, own in pairs], 2)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+def test_a_mask_is_not_removed_from_the_first_chunk_of_queries_alone() -> None:
+    """The batch it was proved on was one chunk long."""
+    model = InChunks().eval()
+    short, longer = ({"input_ids": torch.arange(n)[None]} for n in (4, 10))
+    with uc.without(model, "mask", batch=short):
+        model(**short)
+        with pytest.raises(uc.UncollapseError, match="got answers for 4 of them"):
+            model(**longer)
+
+
+def test_a_mask_is_removed_from_every_chunk_of_queries() -> None:
+    model = InChunks().eval()
+    batch = {"input_ids": torch.arange(7)[None]}
+    with uc.without(model, "mask", batch=batch):
+        found = model(**batch)
+        with pytest.raises(
+            uc.UncollapseError, match=r"as many calls as on the example \(2\), got answers for 8 of them"
+        ):
+            model(input_ids=torch.arange(10)[None])
+    model.is_causal = False
+    torch.testing.assert_close(found, model(**batch))
+
+
+def test_three_tokens_are_put_in_another_order_too() -> None:
+    """Turning three tokens by three is no other order, and whatever a model knows of it passes for nothing."""
+    family = FAMILIES["mpnet"]  # learned positions, and a relative bias besides
+    model = family.build()
+    batch = {k: v[:, :3] if v.ndim == 2 else v for k, v in inputs_for(family).items()}
+    proved_anatomy(model, batch)
+    with pytest.raises(uc.UnsupportedModel, match="still depend on their order"), uc.without(model, "positions"):
+        pass

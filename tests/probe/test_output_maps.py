@@ -210,6 +210,128 @@ def test_a_gate_on_the_mixed_values_leaves_the_projection_its_own_weights() -> N
     torch.testing.assert_close(found.contributions, expected, rtol=0, atol=2e-5)
 
 
+class Differential(Attention):
+    """Two softmaxes, subtracted as two products before one projection reads them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        first, second = ((one @ other.mT).softmax(-1) @ v for one, other in ((q, k), (k, q)))
+        self.mixed = torch.cat([first, second], 1).transpose(1, 2).detach()
+        return self.write(self, (first - 0.3 * second).transpose(1, 2), x)
+
+
+@pytest.mark.parametrize("way", ["a plain module", "matmul", "a module a head, summed"])
+def test_two_products_that_are_subtracted_before_the_projection_write_each_with_its_factor(way: str) -> None:
+    write, by_hand, bias = WAYS[way]
+    model, batch = Model(write).eval(), _batch()
+    model.blocks[0].attention = Differential(write)  # type: ignore[union-attr]
+    found = next(iter(uc.head_contributions(model, batch)))
+    attention = model.blocks[0].attention
+    assert isinstance(attention, Differential)
+    with torch.no_grad():
+        model(**batch)
+        W = torch.cat([by_hand(attention), -0.3 * by_hand(attention)])
+        expected = torch.einsum("bqhd,hde->bqhe", attention.mixed, W)
+        torch.testing.assert_close(found.contributions, expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(found.bias, bias(attention), rtol=0, atol=2e-5)
+
+
+class InChunks(Attention):
+    """Four queries at a time: the same heads again, not further ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        y = torch.cat([(some @ k.mT).softmax(-1) @ v for some in q.split(4, 2)], 2).transpose(1, 2)
+        self.mixed = y.detach()
+        return self.write(self, y, x)
+
+
+@pytest.mark.parametrize("way", ["a plain module", "channels before heads", "a module a head, summed"])
+def test_heads_that_answer_for_some_queries_at_a_time_are_counted_once(way: str) -> None:
+    write, by_hand, bias = WAYS[way]
+    model, batch = Model(write).eval(), {"input_ids": _batch()["input_ids"][:, :7]}
+    attention = model.blocks[0].attention = InChunks(write)  # type: ignore[union-attr]
+    found = next(iter(uc.head_contributions(model, batch)))
+    (entry, *_) = uc.diagnose(model, batches=[batch]).record.heads
+    with torch.no_grad():
+        model(**batch)
+        expected = torch.einsum("bqhd,hde->bqhe", attention.mixed, by_hand(attention))
+        torch.testing.assert_close(found.contributions, expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(found.bias, bias(attention), rtol=0, atol=2e-5)
+    assert (entry.heads, entry.output_projection_rank) == (HEADS, HEADS * HEAD_WIDTH)
+
+
+def _gate(self: Attention, x: Tensor) -> Tensor:
+    """[batch, token, head, width], different at every place."""
+    return self.gate(x).unflatten(-1, (HEADS, -1)).sigmoid()
+
+
+def _gated(way: str, form: str) -> tuple[Written, Callable[[Attention], Tensor]]:
+    """A way to write, of mixed values behind a gate, and the map of what has passed the gate."""
+    write, by_hand, _ = WAYS[way]
+
+    def gated(self: Attention, y: Tensor, x: Tensor) -> Tensor:
+        gate = _gate(self, x)
+        if form == "a factor a head":
+            gate = gate.mean(-1, keepdim=True)
+        if form == "heads first":
+            y = (y.transpose(1, 2) * gate.transpose(1, 2)).transpose(1, 2)
+        elif form == "flattened":
+            y = (y.flatten(2) * gate.flatten(2)).unflatten(-1, (HEADS, -1))
+        else:
+            y = y * gate
+        self.mixed = y.detach()
+        return write(self, y, x)
+
+    return gated, by_hand
+
+
+@pytest.mark.parametrize("form", ["a factor a channel", "a factor a head", "heads first", "flattened"])
+@pytest.mark.parametrize("way", ["einsum over heads", "a module a head, summed", "a low-rank update beside F.linear"])
+def test_a_gate_before_a_map_that_is_not_one_matrix_is_held_open_while_it_is_found(way: str, form: str) -> None:
+    write, by_hand = _gated(way, form)
+    model, batch = Model(write).eval(), _batch()
+    found = list(uc.head_contributions(model, batch))
+    record = uc.diagnose(model, batches=[batch]).record
+    with torch.no_grad():
+        model(**batch)
+        for each, entry, attention in zip(found, record.heads, _attentions(model), strict=True):
+            W = by_hand(attention)
+            expected = torch.einsum("bqhd,hde->bqhe", attention.mixed, W)
+            torch.testing.assert_close(each.contributions, expected, rtol=0, atol=2e-5)
+            assert entry.output_projection_rank == int(np.linalg.matrix_rank(W.flatten(0, 1).numpy(), tol=1e-4))
+            energy = (expected - expected.mean(1, keepdim=True)).double().square().sum((1, 3))
+            assert entry.energy_share is not None
+            share = (energy / energy.sum(-1, keepdim=True)).mean(0)
+            np.testing.assert_allclose([s.mean for s in entry.energy_share], share, rtol=1e-4)
+            assert entry.gauge_dimension is None
+            assert "something acts between" in entry.unavailable["gauge_dimension"]
+
+
+def test_a_gate_on_the_difference_of_two_products_acts_on_both() -> None:
+    def write(self: Attention, y: Tensor, x: Tensor) -> Tensor:
+        self.mixed = self.mixed * torch.cat([_gate(self, x)] * (self.mixed.shape[2] // HEADS), 2).detach()
+        return self.whole((y * _gate(self, x)).flatten(2))
+
+    model, batch = Model(write).eval(), _batch()
+    attention = model.blocks[0].attention = Differential(write)  # type: ignore[union-attr]
+    found = next(iter(uc.head_contributions(model, batch)))
+    with torch.no_grad():
+        model(**batch)
+        W = attention.whole.weight.T.unflatten(0, (HEADS, -1))
+        expected = torch.einsum("bqhd,hde->bqhe", attention.mixed, torch.cat([W, -0.3 * W]))
+    torch.testing.assert_close(found.contributions, expected, rtol=0, atol=2e-5)
+
+
+def test_a_factor_that_the_heads_make_themselves_is_no_gate() -> None:
+    def write(self: Attention, y: Tensor, _: Tensor) -> Tensor:
+        return torch.einsum("bqhd,hde->bqe", y * y.sum(-1, keepdim=True).sigmoid(), self.output)
+
+    model, batch = Model(write).eval(), _batch()
+    with pytest.raises(uc.UnsupportedModel, match="not one affine map of its heads"):
+        list(uc.head_contributions(model, batch))
+
+
 def test_heads_that_are_multiplied_with_each_other_have_no_output_map() -> None:
     def write(self: Attention, y: Tensor, _: Tensor) -> Tensor:
         return torch.einsum("bqhd,hde->bqe", y * y.roll(1, 2), self.output)

@@ -324,8 +324,8 @@ def segments(update: Update, rows: Tensor, axis: int) -> list[Tensor] | None:
     return found
 
 
-def heard_tokens(update: Update, stream: Tensor, axes: StreamAxes) -> Tensor:
-    """Which rows of the stream reach any other row, as [sequence, token]: a padded row reaches none.
+def hearing(update: Update, stream: Tensor, axes: StreamAxes) -> Tensor:
+    """How much each row of the stream reaches any other row, as [sequence, token]: a padded row reaches none.
 
     By two gradients: of what is added at the even rows with respect to the odd ones, and the other way round.
     """
@@ -335,27 +335,37 @@ def heard_tokens(update: Update, stream: Tensor, axes: StreamAxes) -> Tensor:
         numbers = torch.arange(added.shape[1], device=added.device)
         generator = torch.Generator().manual_seed(2)
         weights = torch.randn(added.shape, generator=generator).to(added)
-        heard = torch.zeros(added.shape[:2], dtype=torch.bool, device=added.device)
+        found = torch.zeros(added.shape[:2], dtype=torch.float64, device=added.device)
         for parity in (0, 1):
             rows = (numbers % 2 == parity).view(1, -1, 1)
             loss = torch.where(rows, added * weights, 0).nan_to_num().sum()
             (gradient,) = torch.autograd.grad(loss, given, retain_graph=parity == 0)
             size = axes.cloud(gradient).abs().double().amax(-1)
             # A mask of -100 leaves a forbidden key 4e-44 of a weight, and a gradient that is not quite zero.
-            heard |= (size > LEAST_SHARE * size.max()) & (numbers % 2 != parity)
-    return heard
+            found += torch.where((size > LEAST_SHARE * size.max()) & (numbers % 2 != parity), size, 0.0)
+    return found
 
 
-def heard_tokens_one_by_one(update: Update, stream: Tensor, axes: StreamAxes) -> Tensor | None:
+def is_heard(size: Tensor, open_size: Tensor, precision: float) -> Tensor:
+    """Which rows reach others, [sequence, token], by how much they do (`hearing`) and how much they would with nothing hidden.
+
+    Weights that are renormalised after the softmax cancel what a hidden key does in the softmax's own sum, up to rounding: what
+    hiding leaves of a row must be more than that. A row that is faint by itself is as faint with nothing hidden.
+    `precision`: the machine epsilon of the number format."""
+    rounding = (2 if precision > 1e-4 else 256) * precision
+    return (size > 0) & (size > rounding * open_size)
+
+
+def hearing_one_by_one(update: Update, stream: Tensor, axes: StreamAxes) -> Tensor | None:
     """The same by poking one token after another, for a block that cannot be differentiated; None where there are too many."""
     cloud = axes.cloud(stream)
     if cloud.shape[1] > MOST_SEGMENTS or axes.sequence is None or len(axes.token) != 1:
         return None
-    heard = torch.zeros(cloud.shape[:2], dtype=torch.bool, device=stream.device)
+    found = torch.zeros(cloud.shape[:2], dtype=torch.float64, device=stream.device)
     plain = axes.cloud(update(stream))
     for token in range(cloud.shape[1]):
         other = axes.cloud(update(poked(stream, axes.token[0], torch.tensor([token]))))
-        rows = (other != plain) & ~(plain.isnan() & other.isnan())
-        rows[:, token] = False
-        heard[:, token] = rows.flatten(1).any(-1)
-    return heard
+        change = (other.double() - plain.double()).abs().nan_to_num()
+        change[:, token] = 0
+        found[:, token] = change.flatten(1).amax(-1)
+    return found

@@ -6,14 +6,18 @@ give the rows of W_O, zeros its bias. A pattern of random numbers, another one a
 say: then the map is affine, each token is written by itself, and all tokens by the same map. How the model writes it down (a
 module or an einsum, a product a head, adapters, weights fused with the values) makes no difference.
 
-When not to use it: something that comes from the data acts between the heads and what they write (gates, norms). There is no one
+Where factors from elsewhere in the data act on the mixed values (gates), they are ones meanwhile: the map is that of the gated
+values, and how each factor lies on these is told by numbers that the products give instead of their results.
+
+When not to use it: something else that comes from the data acts between the heads and what they write (norms). There is no one
 map then; the output projection's own weights may say more.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +25,21 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from uncollapse.anatomy.interception import Handler, putting_another
+from uncollapse.anatomy.interception import Handler, Point, putting_another, with_operands
 from uncollapse.anatomy.operands import UnreadableError, arranged, product_operands
-from uncollapse.anatomy.tracing import operands_of, operation_name, writes_in_place
-from uncollapse.anatomy.vocabulary import AttentionCall
+from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in, writes_in_place
+from uncollapse.anatomy.vocabulary import AttentionCall, Gate, Part
 
 SCALE = 256.0  # of the unit vectors, a power of two: f(s e) - f(0) then loses no digits of the weights to the bias
+SAME_RATIO = 0.02  # of numbers that lie elsewhere by more: half precision rounds each by less
 Written = Callable[
     [Tensor], Tensor
 ]  # mixed values [sequence, head, token, width] to what is written [sequence, token, width]
 
 
-def giving(pattern: Tensor, call: AttentionCall, sequences: int) -> Handler:
-    """Let a product that mixes values give `pattern` [sequence, head, token, width] instead of its result.
+def giving(pattern: Tensor, call: AttentionCall, sequences: int, answered: list[int] | None = None) -> Handler:
+    """Let a product that mixes values give `pattern` [sequence, head, token, width] instead of its result. Where several answer for
+    the tokens in turn, `answered` holds how many were answered for, and is kept up to date.
 
     Raises `UnreadableError` where its axes do not hold that.
     """
@@ -42,16 +48,67 @@ def giving(pattern: Tensor, call: AttentionCall, sequences: int) -> Handler:
         output = function(*args, **kwargs)
         seen = product_operands(function, args, kwargs, _places(output), call.weight_operand or 0, call.pair)
         places = _without_windows(arranged(seen.mixed, call.lead, sequences)).long()
-        if places.shape != pattern.shape or (places.numel() != output.numel() and not seen.summed):
-            raise UnreadableError(f"its result is {tuple(output.shape)}, which does not hold {tuple(pattern.shape)}")
+        own = pattern
+        if answered is not None:
+            own = pattern[:, :, answered[0] : answered[0] + places.shape[2]]
+            answered[0] += places.shape[2]
+        if places.shape != own.shape or (places.numel() != output.numel() and not seen.summed):
+            raise UnreadableError(f"its result is {tuple(output.shape)}, which does not hold {tuple(own.shape)}")
         flat = torch.zeros(output.numel(), dtype=output.dtype, device=output.device)
         if seen.summed:
-            flat.index_add_(0, places.flatten(), pattern.to(flat).flatten())
+            flat.index_add_(0, places.flatten(), own.to(flat).flatten())
         else:
-            flat[places.flatten()] = pattern.to(flat).flatten()
+            flat[places.flatten()] = own.to(flat).flatten()
         return flat.reshape(output.shape)
 
     return handler
+
+
+def opening(gate: Gate) -> Handler:
+    """Let an operation run with ones in place of a gate."""
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given, named = with_operands(args, kwargs, {gate.operand: torch.ones_like})
+        return function(*given, **named)
+
+    return handler
+
+
+def axes_order(numbered: Tensor, pattern: Tensor) -> tuple[int, ...] | None:
+    """In which order the axes of `pattern` [sequence, head, token, width], entries that all differ, lie in a tensor that holds them
+    times one number; None where it holds something else."""
+    if numbered.numel() != pattern.numel():
+        return None
+    flat = numbered.double().flatten()
+    for order in itertools.permutations(range(4)):
+        ratio = flat / pattern.double().permute(order).flatten()
+        if bool(((ratio - ratio[0]).abs() <= SAME_RATIO * ratio[0].abs()).all()) and bool(ratio[0]):
+            return order
+    return None
+
+
+def gated(mixed: Tensor, part: Part, factors: Mapping[Point, Tensor]) -> Tensor:
+    """The mixed values of all heads [sequence, head, token, width] behind the gates of their part. `factors`: what each gate was in
+    this pass, as large as the result of its operation.
+
+    Raises `UnreadableError` where one was not met, or has another size than the mixed values."""
+    for gate in part.gates:
+        factor = factors.get(gate.point)
+        sizes = [mixed.shape[1]] if len(gate.orders) == 1 else [call.heads for call in part.attention]
+        some = list(mixed.split(sizes, 1))
+        if factor is None or any(each.numel() != factor.numel() for each in some):
+            raise UnreadableError("a gate on its mixed values is not laid out as it was on the example")
+        for number, order in enumerate(gate.orders):
+            each = some[number]
+            laid = factor.reshape([each.shape[axis] for axis in order])
+            some[number] = each * laid.permute([order.index(axis) for axis in range(4)])
+        mixed = torch.cat(some, 1)
+    return mixed
+
+
+def gate_noted(gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    """What a gate was in this run of its operation, as large as the result."""
+    return list(tensors_in([args, kwargs]))[gate.operand].detach().expand(output.shape).clone()
 
 
 def sounding(speaking: Tensor, call: AttentionCall, sequences: int) -> Handler:

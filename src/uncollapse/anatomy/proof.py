@@ -53,7 +53,15 @@ from uncollapse.anatomy.operands import (
     product_operands,
     replaced,
 )
-from uncollapse.anatomy.output_maps import ProductMap, giving, output_map, product_map, sounding
+from uncollapse.anatomy.output_maps import (
+    ProductMap,
+    axes_order,
+    giving,
+    opening,
+    output_map,
+    product_map,
+    sounding,
+)
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.reading import has_own_hooks, read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
@@ -68,6 +76,7 @@ from uncollapse.anatomy.vocabulary import (
     Anatomy,
     AttentionCall,
     Block,
+    Gate,
     Identity,
     Layout,
     MaskingStep,
@@ -75,6 +84,7 @@ from uncollapse.anatomy.vocabulary import (
     NormPiece,
     Part,
     Place,
+    Stack,
     StreamAxes,
     removal,
 )
@@ -107,8 +117,16 @@ def proved_anatomy(
         piece = example_batch(_turned(batch, shape))
         few = _turned(piece, piece[ids].shape)
         few = few if _runs_on(model, few) else small
+    elif any(_may_be_token_first(anatomy, stack) for stack in anatomy.stacks):
+        few = small  # one row of its vectors may be one token, which no mask and no order is seen on
     remember(model, situation, Remembered(anatomy, few, steers))
     return anatomy
+
+
+def _may_be_token_first(anatomy: Anatomy, stack: Stack) -> bool:
+    """Whether a stack whose embedding is made of no token numbers has its tokens along an axis before that of the sequences."""
+    axes = anatomy.blocks[stack.blocks[0]].axes
+    return stack.ids is None and axes is not None and axes.sequence is not None and min(axes.token) < axes.sequence
 
 
 def piece_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -640,11 +658,7 @@ class BlockAlone:
         part, axes = part or self.block.parts[number], self.block.axes
         others = tuple(i for i in range(len(self.block.parts)) if i != number)
         seen: list[Tensor] = []
-        handlers: dict[Point, Handler] = {}
-        first = 0
-        for call in part.attention:
-            handlers[call.product] = giving(pattern[:, first : first + call.heads], call, len(pattern))
-            first += call.heads
+        handlers = self._giving(part, pattern) | {gate.point: opening(gate) for gate in part.gates}
         assert part.written is not None
         keep = _observing(lambda *call: seen.append(next(tensors_in(call[3])).detach().clone()))
         own = handlers.get(part.written)
@@ -653,6 +667,32 @@ class BlockAlone:
         if axes is None or not seen or seen[-1].shape != self.stream.shape:
             raise UnreadableError("what its heads write together is not laid out as the stream is")
         return axes.cloud(seen[-1])
+
+    @staticmethod
+    def _giving(part: Part, pattern: Tensor) -> dict[Point, Handler]:
+        """Let the products of an attention give `pattern` [sequence, head, token, width] instead of their mixed values."""
+        handlers, first, answered = {}, 0, [0]
+        for call in part.attention:
+            if part.shares_queries:
+                handlers[call.product] = giving(pattern, call, len(pattern), answered)
+                continue
+            handlers[call.product] = giving(pattern[:, first : first + call.heads], call, len(pattern))
+            first += call.heads
+        return handlers
+
+    def heads_write(self, number: int, stream: Tensor) -> Tensor:
+        """What the heads of an attention write together, given another stream, whether or not it is then added: a removal acts at
+        the addition. As the stream is laid out.
+
+        Raises `UnreadableError` where it is not laid out so, or was not found."""
+        written, seen = self.block.parts[number].written, list[Tensor]()
+        if written is not None:
+            others = tuple(i for i in range(len(self.block.parts)) if i != number)
+            keep = _observing(lambda *call: seen.append(next(tensors_in(call[3])).clone()))
+            self._replay(others, stream, {written: keep})
+        if not seen or seen[-1].shape != self.stream.shape:
+            raise UnreadableError("what its heads write together is not laid out as the stream is")
+        return seen[-1]
 
     def output_map(self, number: int, part: Part | None = None) -> tuple[Tensor, Tensor]:
         """W_O [heads * head width, width] and its bias [width] as they are at this moment: the whole map from the mixed values of
@@ -1030,10 +1070,18 @@ class _BlockProof(BlockAlone):
         if projection is not None and self._takes_all(number, part, projection):
             try:
                 return replace(part, features=self._features(number, part, projection))
-            except UnreadableError as error:
-                return replace(part, no_output_map=str(error))
+            except (
+                UnreadableError
+            ) as error:  # it reads a sum of several products' heads, perhaps: then these are told before it
+                alone = self._writes_at_once(number, part)
+                return replace(part, no_output_map=str(error)) if alone.no_output_map else alone
             except UncollapseError:  # its input is met in another way: by keyword, say
                 return part
+        return self._writes_at_once(number, part)
+
+    def _writes_at_once(self, number: int, part: Part) -> Part:
+        """The part with the whole map from its mixed values to what they write as its W_O, or why there is none."""
+        part, gates = replace(part, gates=()), part.gates
         part = replace(part, attention=tuple(replace(call, projection=None) for call in part.attention))
         problem = next((call.unreadable for call in part.attention if call.unreadable), None)
         if problem is not None:
@@ -1041,8 +1089,49 @@ class _BlockProof(BlockAlone):
         try:
             self.output_map(number, part)
         except UnreadableError as error:
+            try:
+                laid = tuple(self._laid_gate(number, replace(part, gates=gates), gate) for gate in gates)
+                opened = replace(part, gates=laid)
+                if gates:
+                    self.output_map(number, opened)
+                    return opened
+            except UnreadableError:
+                pass  # what acts there is no gate, or not only gates: the first reason holds
             return replace(part, no_output_map=str(error))
         return part
+
+    def _laid_gate(self, number: int, part: Part, gate: Gate) -> Gate:
+        """A gate with how it lies on the mixed values: of all heads together, or of those of one call after the other.
+
+        Raises `UnreadableError` where that cannot be told."""
+        axes, widths = self.block.axes, {call.head_width for call in part.attention}
+        if axes is None or len(widths) != 1:
+            raise UnreadableError("what its heads mix was not found")
+        shape = (*axes.cloud(self.stream).shape[:2], widths.pop())
+        others = tuple(i for i in range(len(self.block.parts)) if i != number)
+
+        def order(own: slice) -> tuple[int, ...] | None:
+            pattern = torch.zeros(shape[0], part.heads, *shape[1:], dtype=self.stream.dtype, device=self.stream.device)
+            numbers = torch.arange(1, pattern[:, own].numel() + 1, dtype=torch.float64).reshape(pattern[:, own].shape)
+            pattern[:, own] = numbers.to(pattern)
+            seen: list[Tensor] = []
+            look = _observing(lambda *met: seen.append(met[3].detach().clone()))
+            handlers = self._giving(part, pattern) | {each.point: opening(each) for each in part.gates}
+            handlers[gate.point] = in_turn(look, handlers[gate.point])
+            self._replay(others, None, handlers)
+            return axes_order(seen[-1], pattern[:, own]) if seen else None
+
+        whole = order(slice(0, part.heads))
+        orders, first = [whole], 0
+        if whole is None:
+            orders = []
+            for call in part.attention:
+                orders.append(order(slice(first, first + call.heads)))
+                first += call.heads
+        known = tuple(each for each in orders if each is not None)
+        if len(known) < len(orders):
+            raise UnreadableError("how a gate lies on the mixed values of its heads could not be told")
+        return replace(gate, orders=known)
 
     def _takes_all(self, number: int, part: Part, projection: ModuleCall | Point) -> bool:
         """Whether everything that the mixed values do to what the part adds goes through this product with one matrix, whose result
@@ -1085,14 +1174,9 @@ class _BlockProof(BlockAlone):
         sequences, tokens = axes.cloud(self.stream).shape[:2]
         width = widths.pop()
 
-        def read(made: Callable[[AttentionCall, slice], Handler]) -> Tensor:
-            """What the projection reads when the calls, each with its own heads, give something else."""
+        def read(further: dict[Point, Handler]) -> Tensor:
+            """What the projection reads when the calls give something else."""
             seen: list[Tensor] = []
-            further: dict[Point, Handler] = {}
-            first = 0
-            for call in part.attention:
-                further[call.product] = made(call, slice(first, first + call.heads))
-                first += call.heads
             actions: list[tuple[Place, Action]] = []
             if isinstance(projection, Point):
                 keep = _observing(lambda *met: seen.append(_product_input(*met[:3])))
@@ -1103,7 +1187,12 @@ class _BlockProof(BlockAlone):
             return seen[-1]
 
         def heard(speaking: Tensor) -> Tensor:
-            return read(lambda call, own: sounding(speaking[own], call, sequences))
+            further: dict[Point, Handler] = {}
+            first = 0
+            for call in part.attention:
+                further[call.product] = sounding(speaking[first : first + call.heads], call, sequences)
+                first += 0 if part.shares_queries else call.heads
+            return read(further)
 
         silent = heard(torch.zeros(heads, dtype=torch.bool))
         if silent.shape[-1] != heads * width:
@@ -1113,7 +1202,7 @@ class _BlockProof(BlockAlone):
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(sequences, heads, tokens, width, generator=generator).to(self.stream)
             alike = noise.transpose(1, 2).flatten(2)
-            read_alike = read(lambda call, own: giving(noise[:, own], call, sequences))
+            read_alike = read(self._giving(part, noise))
             if read_alike.numel() == alike.numel() and any(
                 torch.equal(read_alike.flatten(), known.flatten()) for known in (alike, alike.transpose(0, 1))
             ):

@@ -26,6 +26,7 @@ from uncollapse.anatomy.vocabulary import (
     Anatomy,
     AttentionCall,
     Block,
+    Gate,
     Layout,
     MaskingStep,
     ModuleCall,
@@ -43,6 +44,7 @@ from uncollapse.restoring import is_own
 
 _LONGEST_NORM = 64  # operations in a module that may be a norm
 _MOST_SOURCES = 4  # values that an embedding is summed of, and so many are followed to its norm
+_GATINGS = frozenset(["mul", "rmul", "multiply"])
 _FACTORS = frozenset(["mul", "rmul", "multiply", "div", "truediv", "true_divide", "neg"])
 _CASTS = frozenset(["to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone", "dropout"])
 _MOST_PRODUCTS = 24  # products of a part that are followed: of hundreds of experts the first tell as much
@@ -350,8 +352,9 @@ class _Reader:
                 tree.append(AdditionNode(self._point(index), leaves))
                 added += [v for v, of in zip(inputs, leaves, strict=True) if of == {0}]
         if attending and len(set(added)) == 1:
-            written = self._written(added[0], [s for leaf in attending for s in inside[leaf]])
-            parts[0] = replace(parts[0], written=self._point(written))
+            products = [s for leaf in attending for s in inside[leaf]]
+            written = self._written(added[0], products)
+            parts[0] = replace(parts[0], written=self._point(written), gates=self._gates_on(products, written))
         return parts, tree
 
     def _under(self, index: int, found: _Sum, part_of: Mapping[int, int]) -> frozenset[int]:
@@ -395,6 +398,22 @@ class _Reader:
                 break
             index = from_heads[0]
         return index
+
+    def _gates_on(self, products: Collection[int], written: int) -> tuple[Gate, ...]:
+        """The factors from elsewhere in the data on what these products mix, before anything learned."""
+        found = []
+        for index in range(min(products) + 1, written + 1):
+            node = self.t.nodes[index]
+            if node.operation not in _GATINGS or not (index == written or self.t.depends(written, index)):
+                continue
+            from_heads = [any(i == p or self.t.depends(i, p) for p in products) for i in node.inputs]
+            if len(from_heads) != 2 or sum(from_heads) != 1:
+                continue
+            gate = from_heads.index(False)
+            mixed = node.inputs[1 - gate]
+            if self.t.nodes[node.inputs[gate]].is_data and not any(self.t.learned(mixed, p) for p in products):
+                found.append(Gate(self._point(index), gate))
+        return tuple(found)
 
     def _point(self, index: int) -> Point:
         node = self.t.nodes[index]

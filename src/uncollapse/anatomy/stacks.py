@@ -19,7 +19,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.influence import heard_tokens, heard_tokens_one_by_one, moved, poked, segments, without_zeros
+from uncollapse.anatomy.influence import (
+    hearing,
+    hearing_one_by_one,
+    is_heard,
+    moved,
+    poked,
+    segments,
+    without_zeros,
+)
+from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.vocabulary import Anatomy, Block, Stack, StreamAxes, TokenMask
 
 
@@ -34,6 +43,8 @@ class Alone(Protocol):
     def mixing(self) -> int | None: ...
 
     def update(self, part: int, stream: Tensor) -> Tensor: ...
+
+    def heads_write(self, number: int, stream: Tensor) -> Tensor: ...
 
 
 CLEARLY = 1e-3  # of the largest change that a token brings to a row
@@ -173,22 +184,40 @@ def _governs_otherwise(
     other = _instead(model, batch, anatomy, blocks_alone, name, with_less.view(value.shape), block)
     if other is None or other.stream.shape != plain.stream.shape:
         return None
-    before, after = (_heard_tokens(alone) for alone in (plain, other))
-    if before is None or after is None or torch.equal(before, after):
+    sizes = [_sizes_of_hearing(alone) for alone in (plain, other)]
+    if sizes[0] is None or sizes[1] is None:
+        return None
+    most = torch.maximum(sizes[0], sizes[1])
+    before, after = (is_heard(size, most, _precision(plain)) for size in (sizes[0], sizes[1]))
+    if torch.equal(before, after):
         return None
     is_real = int(after.sum()) < int(before.sum())
     return TokenMask(name, is_real == bool(value.flatten(1)[0, half:].double().mean() >= 0.5), "other")
 
 
-def _heard_tokens(alone: Alone) -> Tensor | None:
+def _sizes_of_hearing(alone: Alone) -> Tensor | None:
+    """How much each row of the stream reaches other rows, [sequence, token]; None where that cannot be found, or none does."""
     axes = alone.block.axes
     if axes is None or alone.mixing is None:
         return None
-    update = functools.partial(alone.update, alone.mixing)
-    try:
-        return heard_tokens(update, alone.stream, axes)
-    except RuntimeError:  # a block that cannot be differentiated: it writes in place, or has a kernel of its own
-        return heard_tokens_one_by_one(update, alone.stream, axes)
+    updates = [functools.partial(alone.update, alone.mixing)]
+    if alone.block.parts[alone.mixing].written is not None:  # it may be away from the model, and then nothing is added
+        updates.append(functools.partial(alone.heads_write, alone.mixing))
+    for update in updates:
+        found: Tensor | None
+        try:
+            found = hearing(update, alone.stream, axes)
+        except UnreadableError:
+            return None
+        except RuntimeError:  # a block that cannot be differentiated: it writes in place, or has a kernel of its own
+            found = hearing_one_by_one(update, alone.stream, axes)
+        if found is None or bool(found.any()):
+            return found
+    return None
+
+
+def _precision(alone: Alone) -> float:
+    return torch.finfo(alone.stream.dtype).eps
 
 
 def _changed_at(
@@ -338,32 +367,54 @@ def paddings(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, block
     with without_zeros(model):
         alone = blocks_alone(model, batch, anatomy, list(asked.values()))
         for number, block in asked.items():
-            found[number] = _told_by_influence(alone[block], anatomy.stacks[number], found[number], batch)
+            stack = anatomy.stacks[number]
+            if stack.segments_block is not None:
+                found[number] = _told_apart(alone[block])
+                continue
+            try:
+                opened = blocks_alone(model, {**batch, **_hiding_nothing(stack, batch)}, anatomy, [block])[block]
+            except Exception:  # the model's own code, on masks it may not take
+                opened = None
+            found[number] = _told_by_influence(alone[block], opened, stack, found[number], batch)
     return found
 
 
-def _told_by_influence(alone: Alone, stack: Stack, known: Padding, batch: Mapping[str, Any]) -> Padding:
+def _hiding_nothing(stack: Stack, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The masks of a stack with all their tokens real."""
+    return {m.tensor: torch.full_like(batch[m.tensor], m.real) for m in stack.masks if hides(m, batch)}
+
+
+def _told_apart(alone: Alone) -> Padding:
+    """Sequences laid end to end, by which rows reach each other."""
     axes, part = alone.block.axes, alone.mixing
     assert axes is not None
     assert part is not None
-    if stack.segments_block is None:
-        heard = _heard_tokens(alone)
-        if heard is None:
-            return Padding(
-                reason="padding in another unit than tokens, and a block that cannot be differentiated to find it"
-            )
-        if alone.block.parts[
-            part
-        ].is_causal:  # nothing hears the last token: it is real unless padding must have ended there
-            hiding = (
-                torch.stack([_hiding_rows(m, batch) for m in stack.masks if hides(m, batch)]).any(0).to(heard.device)
-            )
-            heard[:, -1] = heard[:, -2] & ~(hiding & heard[:, :-1].all(-1))
-        return Padding(heard if known.mask is None else heard & known.mask.to(heard.device))
     parts = segments(functools.partial(alone.update, part), alone.stream, axes.token[0])
     if parts is None:
         return Padding(reason="sequences laid end to end, too many of them to be told apart")
     return Padding(segments=tuple(parts))
+
+
+def _told_by_influence(
+    alone: Alone, opened: Alone | None, stack: Stack, known: Padding, batch: Mapping[str, Any]
+) -> Padding:
+    """The rows that reach others. `opened`: the block in a pass whose masks hide nothing, None where there is no such pass."""
+    axes, part = alone.block.axes, alone.mixing
+    assert axes is not None
+    assert part is not None
+    size = _sizes_of_hearing(alone)
+    if size is None:
+        return Padding(
+            reason="padding in another unit than tokens, and no block whose tokens are seen to reach others to find it"
+        )
+    open_size = None if opened is None or opened.stream.shape != alone.stream.shape else _sizes_of_hearing(opened)
+    heard = is_heard(size, size if open_size is None else open_size, _precision(alone))
+    if alone.block.parts[
+        part
+    ].is_causal:  # nothing hears the last token: it is real unless padding must have ended there
+        hiding = torch.stack([_hiding_rows(m, batch) for m in stack.masks if hides(m, batch)]).any(0).to(heard.device)
+        heard[:, -1] = heard[:, -2] & ~(hiding & heard[:, :-1].all(-1))
+    return Padding(heard if known.mask is None else heard & known.mask.to(heard.device))
 
 
 def given_mask(stack: Stack, batch: Mapping[str, Any]) -> Tensor | None:

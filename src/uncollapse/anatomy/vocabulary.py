@@ -186,6 +186,17 @@ class AttentionCall:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """A factor on what the heads of an attention mixed, made from data and not from that: tensor `operand` of the operation at
+    `point`, before anything learned. The proof adds `orders`: in which order the axes sequence, head, token and width lie in its
+    result; one for all heads together, or one for those of each call where the calls lie on each other."""
+
+    point: Point
+    operand: int
+    orders: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
 class Part:
     """One sublayer: what it is, its attention calls (none for an MLP) and the module that runs it, for messages.
 
@@ -195,8 +206,8 @@ class Part:
 
     Of an attention, `written` is the operation whose result its heads write together: what it adds, before an output norm and
     before factors. Where its calls have no `projection`, W_O is the whole map from the mixed values to that result
-    (`output_maps`), unless `no_output_map` says why there is none. Where they have one, `features` gives the head of every
-    feature that it reads; empty where the heads lie side by side.
+    (`output_maps`), unless `no_output_map` says why there is none; of mixed values that have passed the `gates`, if any. Where
+    they have one, `features` gives the head of every feature that it reads; empty where the heads lie side by side.
     """
 
     kind: PartKind
@@ -208,11 +219,17 @@ class Part:
     written: Point | None = None
     features: tuple[int, ...] = ()
     no_output_map: str = ""
+    gates: tuple[Gate, ...] = ()
 
     @property
     def heads(self) -> int:
-        """Heads of all its attention calls."""
-        return sum(call.heads for call in self.attention)
+        """Heads of all its attention calls; of calls that answer for the queries in turn, which are the same heads again, once."""
+        return sum(call.heads for call in (self.attention[:1] if self.shares_queries else self.attention))
+
+    @property
+    def shares_queries(self) -> bool:
+        """Whether its calls answer for its queries in turn."""
+        return any(call.shares_queries for call in self.attention)
 
 
 @dataclass(frozen=True)

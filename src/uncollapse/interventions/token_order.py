@@ -13,27 +13,31 @@ checked before it is believed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.interception import Handler, Point, intercepted
+from uncollapse.anatomy.interception import ChangedPath, Handler, Point, in_turn, intercepted
 from uncollapse.anatomy.operands import (
+    UnreadableError,
+    arranged,
     forbidden_by_addition,
     forbids_and_shifts,
     fused_arguments,
+    product_operands,
     result_shape,
     spread_out,
     step_without,
 )
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.stacks import given_mask, hides
-from uncollapse.anatomy.streams import met
-from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, MaskingStep
+from uncollapse.anatomy.streams import Action, met
+from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, MaskingStep, Place, StreamAxes
 from uncollapse.errors import UncollapseError, UnsupportedModel
 from uncollapse.restoring import in_this_thread, restoring
 from uncollapse.wrappers import bound, rebound, takes
@@ -58,20 +62,27 @@ def mask_removed(
                 )
 
     handlers: dict[Point, Handler] = {}
+    streams: list[tuple[Place, Action]] = []
+    entered = _Entered()
     for number, block in enumerate(anatomy.blocks):
         padding = paddings[anatomy.stack_of(number)]
-        for call in (c for p in block.parts if p.kind == "attention" for c in p.attention if number in blocks):
-            if call.shares_queries:
-                raise UnsupportedModel(
-                    f"without: expected an attention that answers for its queries at once, got several calls in {block.name}. "
-                    "How many there are depends on the input. Remove another component."
-                )
+        for part, call in (
+            (p, c) for p in block.parts if p.kind == "attention" for c in p.attention if number in blocks
+        ):
             if call.is_fused:
                 handlers[call.product] = _unmasked_fused(call, padding)
             for step in call.masking:
                 handlers[step.point] = _unmasked_step(step, padding)
+            in_turn_with = part.attention if call.shares_queries else (call,)
+            counts = call.queries_of_tokens or call.shares_queries
+            if counts and call.unreadable is None and not block.chooses_tokens:
+                check, own = _answering(call, in_turn_with, block, entered), handlers.get(call.product)
+                handlers[call.product] = check if own is None else in_turn(check, own)
+        if number in blocks and block.axes is not None:
+            streams.append((block.entry, functools.partial(_note_entering, block.axes, entered)))
     with restoring() as changes:
         changes.hook(model, "forward_pre", remember if everywhere else in_this_thread(remember), with_kwargs=True)
+        changes.enter(met(model, streams, strict=False))
         changes.enter(intercepted(model, handlers, everywhere=everywhere))
         yield
 
@@ -81,6 +92,47 @@ class _Padding(threading.local):
 
     def __init__(self) -> None:
         self.real: Tensor | None = None
+
+
+class _Entered(threading.local):
+    """Sequences and tokens of the stream that last entered a block in this thread, `None` where that is not known, and how many
+    of its tokens were answered for by calls that do so in turn."""
+
+    def __init__(self) -> None:
+        self.sizes: tuple[int, int] | None = None
+        self.answered = 0
+
+
+def _note_entering(axes: StreamAxes, entered: _Entered, stream: Tensor) -> None:
+    cloud = axes.cloud(stream) if stream.ndim == axes.ndim else None
+    entered.sizes = None if cloud is None else (cloud.shape[0], cloud.shape[1])
+
+
+def _answering(call: AttentionCall, several: Sequence[AttentionCall], block: Block, entered: _Entered) -> Handler:
+    """Refuse a pass in which the calls that answered for every token of the example, `several` in turn, answer for some: others
+    follow, unseen, and their mask would stay."""
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = function(*args, **kwargs)
+        if entered.sizes is None or not isinstance(output, Tensor):
+            return output
+        sequences, tokens = entered.sizes
+        try:
+            seen = product_operands(function, args, kwargs, output, call.weight_operand or 0, call.pair)
+            found = arranged(seen.mixed, call.lead, sequences)
+        except UnreadableError:  # other axes than on the example: what they hold is not known
+            return output
+        before = 0 if call == several[0] else entered.answered
+        entered.answered = before + found.shape[2] * found.shape[3]
+        if call == several[-1] and entered.answered != tokens:
+            raise ChangedPath(
+                f"without: expected an attention in {block.name} that answers for its {tokens} tokens in as many calls as on the "
+                f"example ({len(several)}), got answers for {entered.answered} of them. How many calls there are depends on the "
+                "input. Pass a batch of this length as batch=, or remove another component."
+            )
+        return output
+
+    return handler
 
 
 def _unmasked_fused(call: AttentionCall, padding: _Padding) -> Handler:
@@ -160,7 +212,7 @@ def require_order_blind(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, 
         )
     every = frozenset(range(len(anatomy.blocks)))
     tokens = batch["input_ids"].shape[1]
-    order = torch.arange(tokens).roll(3)
+    order = torch.arange(tokens).roll(tokens // 2)  # another one than they had, however few
     permuted = {k: v[:, order] if v.ndim == 2 and v.shape[1] == tokens else v for k, v in batch.items()}
     streams: list[Tensor] = []
     with probing(model), mask_removed(model, anatomy, every), positions_removed(model):

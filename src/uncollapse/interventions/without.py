@@ -236,7 +236,7 @@ def _wanted(
         numbers,
         blocks == "all+outer",
         everywhere,
-        {number: frozenset(own) for number, own in single.items()},
+        heads={number: frozenset(own) for number, own in single.items()},
     )
 
 

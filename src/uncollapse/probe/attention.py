@@ -165,6 +165,7 @@ class Attention:
                 sequences=lambda: self.clouds.batch_size,
                 tokens=lambda: entered.get(number, (0, None))[1],
                 query_mask=own_queries if shares_queries else functools.partial(self._query_mask, statistics),
+                key_mask=functools.partial(self._key_mask, statistics),
                 rows=self.rows,
                 susceptibility=self.susceptibility,
                 spectra=self.spectra,

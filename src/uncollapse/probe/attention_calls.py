@@ -82,6 +82,7 @@ class CallObserver:
         sequences: Callable[[], int],
         tokens: Callable[[], int | None],
         query_mask: Callable[[int, int], Tensor | None],
+        key_mask: Callable[[int, int], Tensor | None],
         rows: bool,
         susceptibility: bool,
         spectra: bool,
@@ -89,7 +90,8 @@ class CallObserver:
         refuse: Callable[[str], None],
     ) -> None:
         self.call = call
-        self.sequences, self.tokens, self.query_mask = sequences, tokens, query_mask
+        self.sequences, self.tokens = sequences, tokens
+        self.query_mask, self.key_mask = query_mask, key_mask
         self.rows, self.susceptibility, self.spectra = rows, susceptibility, spectra
         self.deliver, self.refuse = deliver, refuse
         self.way = Way(call)
@@ -168,6 +170,7 @@ class CallObserver:
         reasons: dict[str, str] = {}
         if barred is not None and not _is_weightless(A, barred):
             barred = _without_weight(A, barred)  # it lowers some of these pairs, and forbids the others if any
+        barred = self._with_padding(A, barred, queries) if result.shape[2] == 1 else barred
         if L is not None and not _explains(A, L, barred):
             L = None
         if L is None:
@@ -201,6 +204,18 @@ class CallObserver:
         borne_out = _BorneOut(deviation, (low, high), bool(finite.numel()))
         found = self._found(rows, values, result, full, borne_out, forbids, reasons)
         return found if L is None or not self.rows else replace(found, logit_range=_range(L, barred))
+
+    def _with_padding(self, A: Tensor, barred: Tensor | None, queries: Tensor | None) -> Tensor | None:
+        """The forbidden pairs, those of padded keys among them that no real query of the sequence gives any weight. Models skip
+        what hides padding where a batch has none: proved on such a one, the operation that forbids it is not known."""
+        real = self.key_mask(A.shape[-1], A.shape[0])
+        if real is None or bool(real.all()):
+            return barred
+        weighty = A.nan_to_num(0).double() > LEAST_SHARE * A.nan_to_num(0).amax(-1, keepdim=True).double()
+        if queries is not None:
+            weighty &= queries[:, None, :, None]
+        hidden = (~real & ~weighty.any(1).any(1))[:, None, None, :]
+        return hidden if barred is None else barred | hidden
 
     def _fused(self, given: Mapping[str, Any], output: Tensor) -> AttentionRows:
         query, key, value = given["query"], given["key"], given["value"]

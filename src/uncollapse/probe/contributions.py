@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, counted, device_of, in_turn, intercepted, summand
 from uncollapse.anatomy.operands import UnreadableError
-from uncollapse.anatomy.output_maps import laid_out, product_map
+from uncollapse.anatomy.output_maps import gate_noted, gated, laid_out, product_map
 from uncollapse.anatomy.probing import full_precision, probing
 from uncollapse.anatomy.proof import BlockAlone, blocks_alone, piece_of, proved_anatomy
 from uncollapse.anatomy.stacks import Padding, paddings
 from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.tracing import tensors_in
-from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Layout, ModuleCall, Place
+from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Gate, Layout, ModuleCall, Place
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.probe.projections import bears_out, holds, projected_cloud, projection_map, side_by_side
 from uncollapse.restoring import leaves_no_trace, restoring
@@ -118,6 +118,7 @@ class _Reading:
     alone: BlockAlone | None = None  # where W_O is the whole map from the mixed values
     sequences: int = 0
     calls_output: dict[int, Tensor | str] = field(default_factory=dict)
+    factors: dict[Point, Tensor] = field(default_factory=dict)  # what the gates on the mixed values were
     given: Tensor | None = None
     heads_output: Tensor | None = None
     output: Tensor | None = None
@@ -248,7 +249,17 @@ def _note_written(reading: _Reading, handlers: dict[Point, Handler], streams: li
             reading.given = reading.output
         return output
 
+    def gating(gate: Gate) -> Handler:
+        def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            output = function(*args, **kwargs)
+            if reading.is_own():
+                reading.factors[gate.point] = gate_noted(gate, args, kwargs, output)
+            return output
+
+        return handler
+
     streams.append((reading.block.entry, entering))
+    handlers |= {gate.point: gating(gate) for gate in part.gates}
     for number, call in enumerate(part.attention):
         handlers[call.product] = mixing(number, call)
     own = handlers.get(part.written)
@@ -372,7 +383,8 @@ class _Contributor:
             for i in range(len(reading.block.parts[reading.part].attention))
         ]
         values = [each for each in found if isinstance(each, Tensor)]
-        if len(values) < len(found) or len({v.shape[2:] for v in values}) > 1:
+        axis = 2 if reading.block.parts[reading.part].shares_queries else 1
+        if len(values) < len(found) or len({(*v.shape[:axis], *v.shape[axis + 1 :]) for v in values}) > 1:
             reason = next(
                 (each for each in found if isinstance(each, str)), "its calls have other sizes than on the example"
             )
@@ -380,7 +392,14 @@ class _Contributor:
                 f"head_contributions: expected mixed values of each head and token, got none in {reading.place}: {reason}. "
                 "Choose other blocks."
             )
-        return torch.cat(values, 1).transpose(1, 2).flatten(2)
+        try:
+            mixed = gated(torch.cat(values, axis), reading.block.parts[reading.part], reading.factors)
+        except UnreadableError as error:
+            raise UnsupportedModel(
+                f"head_contributions: expected mixed values of each head and token, got others in {reading.place}: {error}. "
+                "Choose other blocks."
+            ) from error
+        return mixed.transpose(1, 2).flatten(2)
 
     def _whole_map(self, reading: _Reading, alone: BlockAlone, cloud: Tensor) -> tuple[Tensor, Tensor]:
         """W_O and the bias from the mixed values to what the heads write, where this batch bears them out."""

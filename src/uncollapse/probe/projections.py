@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point
-from uncollapse.anatomy.output_maps import product_map, rounding
+from uncollapse.anatomy.operands import UnreadableError
+from uncollapse.anatomy.output_maps import gate_noted, gated, product_map, rounding
 from uncollapse.anatomy.probing import full_precision
 from uncollapse.anatomy.proof import blocks_alone, piece_of
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.tracing import tensors_in
-from uncollapse.anatomy.vocabulary import Anatomy, Part, Place
+from uncollapse.anatomy.vocabulary import Anatomy, Gate, Part, Place
 from uncollapse.errors import UncollapseError
 from uncollapse.measures import heads
 from uncollapse.probe.attention import AttentionStatistics
@@ -26,16 +27,19 @@ from uncollapse.probe.observing import Look, looking
 from uncollapse.restoring import restoring
 
 SCALE = 256.0
+SOMETHING_BETWEEN = "something acts between the attention and its output projection"
 MOST_ROUNDING = 1e-3  # of the heads' energy may be rounding: shares are then good to a percent
 
 
 @dataclass
 class _WholeMap:
-    """An attention without an output projection of its own, and the bias of the map from its mixed values to what it writes."""
+    """An attention without an output projection of its own, the bias of the map from its mixed values to what it writes, and what
+    the gates on these were in this pass."""
 
     index: int
     part: Part
     bias: Tensor | None = None
+    factors: dict[Point, Tensor] = field(default_factory=dict)
 
 
 class Projections:
@@ -77,7 +81,13 @@ class Projections:
                 whole = _WholeMap(index, part)
                 self._whole_maps.append(whole)
                 if all(each.unreadable is None for each in part.attention):
+                    for gate in part.gates:
+                        looks.setdefault(gate.point, []).append(functools.partial(_note_gate, whole, gate))
                     looks.setdefault(part.written, []).append(functools.partial(self._meet_written, whole))
+                if part.gates:
+                    statistics.reasons["gauge_dimension"] = SOMETHING_BETWEEN
+                elif len(part.attention) > 1 and not part.attention[0].shares_queries:
+                    statistics.reasons["gauge_dimension"] = "several products mix values, which may be the same ones"
             if part.no_output_map or (projection is None and part.written is None):
                 reason = part.no_output_map or "no output projection follows this attention"
                 statistics.reasons |= {"matrix": reason, "energy_share": reason}
@@ -95,6 +105,8 @@ class Projections:
     def begin(self, batch: Mapping[str, Any]) -> None:
         self._runs.clear()
         self._mixed.clear()
+        for whole in self._whole_maps:
+            whole.factors.clear()
         if self._whole_maps and not self._have_whole_maps:
             self._find_whole_maps(batch)
 
@@ -181,6 +193,11 @@ class Projections:
                 "the mixed values could not be laid beside the tokens that they are written to"
             )
             return
+        try:
+            mixed = gated(mixed, each.part, each.factors)
+        except UnreadableError as error:
+            statistics.reasons["energy_share"] = str(error)
+            return
         cloud, mask = mixed.transpose(1, 2).flatten(2), found[1]
         if not bears_out(cloud, matrix, each.bias, found[0], mask):
             reason = "on this batch its heads do not write what the map found on the example says"
@@ -205,7 +222,7 @@ class Projections:
             cloud = None if laid is None else laid[0]
         is_first = not statistics.tokens.count
         if is_first and mixed is not None and not holds(read, mixed):
-            statistics.reasons["gauge_dimension"] = "something acts between the attention and its output projection"
+            statistics.reasons["gauge_dimension"] = SOMETHING_BETWEEN
         if cloud is None:
             statistics.reasons["energy_share"] = "the tokens of the output projection's input cannot be told apart"
             return
@@ -232,6 +249,17 @@ class Projections:
             )
             return
         statistics.energy = statistics.energy.add((energy / energy.sum(-1, keepdim=True)).double())
+
+
+def _note_gate(
+    whole: _WholeMap,
+    gate: Gate,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
+) -> None:
+    whole.factors[gate.point] = gate_noted(gate, args, kwargs, output)
 
 
 def projected_cloud(mixed: Tensor, heads_output: Tensor | None, batch_size: int) -> Tensor | None:
