@@ -63,7 +63,7 @@ def standing(model: nn.Module) -> dict[str, Any]:
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_cache_enabled(),
         torch._C._len_torch_function_stack(),
-        torch._C._get_torch_function_state(),
+        torch._C._is_torch_function_mode_enabled(),
         torch.get_rng_state().tolist(),
     )
     return found

@@ -136,7 +136,7 @@ def _at_modules(
 ) -> Iterator[None]:
     thread = threading.get_ident()
     with restoring() as changes:
-        changes.undo(functools.partial(torch._C._set_torch_function_state, torch._C._get_torch_function_state()))
+        changes.undo(_functions_as_found())
         runs = changes.enter(counted(model, actions, within))
         for name, wanted in actions.items():
 
@@ -178,6 +178,14 @@ def _at_modules(
             changes.hook(module, "forward_pre", enter, with_kwargs=True)
             changes.hook(module, "forward", leave, with_kwargs=True)
         yield
+
+
+def _functions_as_found() -> Callable[[], object]:
+    """Lets function modes act again as they do now: Ctrl-C may come on the way out of `DisableTorchFunction`."""
+    read, write = (
+        getattr(torch._C, f"_{verb}_torch_function_state") for verb in ("get", "set")
+    )  # unknown to the stubs
+    return functools.partial(write, read())
 
 
 def _of_run(actions: list[tuple[Place, Action]], run: int, sides: set[str]) -> Iterator[tuple[Place, Action]]:
