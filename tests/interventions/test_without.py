@@ -199,7 +199,7 @@ def test_the_final_norm_goes_only_with_all_plus_outer() -> None:
     assert torch.equal(outer, seen[1][0])
 
 
-def test_a_model_never_seen_is_proved_on_its_own_dummy_inputs_or_on_the_batch_given() -> None:
+def test_a_model_never_seen_is_proved_on_its_dummy_inputs_on_token_numbers_or_on_the_batch_given() -> None:
     model = FAMILIES["gpt2"].build()
     with uc.without(model, "mlp"):
         pass
@@ -212,9 +212,17 @@ def test_a_model_never_seen_is_proved_on_its_own_dummy_inputs_or_on_the_batch_gi
         def forward(self, tokens: Tensor) -> Tensor:
             return self.body(tokens).last_hidden_state
 
-    with pytest.raises(uc.InputError, match="Pass batch="), uc.without(Plain(), "mlp"):
+    class OfVectors(Plain):
+        def forward(self, vectors: Tensor) -> Tensor:
+            return self.body(inputs_embeds=vectors).last_hidden_state
+
+    with uc.without(Plain(), "mlp"):  # any token numbers will do
         pass
     with uc.without(Plain(), "mlp", batch={"tokens": text_batch()["input_ids"]}):
+        pass
+    with pytest.raises(uc.InputError, match="Pass batch="), uc.without(OfVectors(), "mlp"):
+        pass
+    with uc.without(OfVectors(), "mlp", batch={"vectors": torch.randn(2, 5, model.config.hidden_size)}):
         pass
 
 

@@ -140,36 +140,43 @@ def replacing(
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = function(*args, **kwargs)
+        # Laid out in memory as the product's own result: some models go on with `view`.
+        result = torch.empty_like(output).copy_(output)
         try:
-            places = _places_of_heads(call, function, args, kwargs, output)[:, list(heads)].flatten(2, 3)
+            laid = _heads_apart(call, function, args, kwargs, result)
+            if laid.untyped_storage().data_ptr() == result.untyped_storage().data_ptr():
+                own = laid[:, list(heads)]
+                laid[:, list(heads)] = made(own.flatten(2, 3)).to(own).reshape(own.shape)
+            else:  # laying it out takes a copy: the places of the entries go there instead
+                places = (
+                    _heads_apart(call, function, args, kwargs, _places(output))[:, list(heads)].flatten(2, 3).long()
+                )
+                flat = output.flatten()
+                filled = flat.scatter(0, places.flatten(), made(flat[places]).to(flat).flatten())
+                result.copy_(filled.reshape(output.shape))
         except UnreadableError:
             if strict:
                 raise
             return output
-        flat = output.flatten()
-        changed = flat.scatter(0, places.flatten(), made(flat[places]).to(flat).flatten()).reshape(output.shape)
         if writes_in_place(function):
-            output.copy_(changed)
-            return output
-        # Laid out in memory as the product's own result: some models go on with `view`.
-        result = torch.empty_like(output).copy_(changed)
+            return output.copy_(result)
         _before[result] = output
         return result
 
     return putting_another(handler)
 
 
-def _places_of_heads(
-    call: AttentionCall, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+def _heads_apart(
+    call: AttentionCall, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor
 ) -> Tensor:
-    """The number of every entry of a product's result, as [sequence, head, window, token, width]."""
-    seen = product_operands(function, args, kwargs, _places(output), call.weight_operand or 0, call.pair)
+    """The result of a product that mixes values, or what is laid out as it is, as [sequence, head, window, token, width]."""
+    seen = product_operands(function, args, kwargs, result, call.weight_operand or 0, call.pair)
     if seen.summed:
         raise UnreadableError("the product that mixes its values adds the heads up in the same step")
-    places = arranged(seen.mixed, call.lead, _sequences(seen.mixed, call)).long()
-    if places.numel() != output.numel() or places.shape[1] != call.heads:
-        raise UnreadableError(f"its result is {tuple(output.shape)}, which does not hold {call.heads} heads")
-    return places
+    laid = arranged(seen.mixed, call.lead, _sequences(seen.mixed, call))
+    if laid.numel() != result.numel() or laid.shape[1] != call.heads:
+        raise UnreadableError(f"its result is {tuple(result.shape)}, which does not hold {call.heads} heads")
+    return laid
 
 
 def unreplaced(result: Tensor) -> Tensor:
