@@ -25,7 +25,7 @@ NAMES: dict[Phenomenon, str] = {
     "entropy-collapse": "entropy",
 }
 MEASURED = {
-    "DEPTH-CONSENSUS": "consensus distance after a norm, relative to the embedding's",
+    "DEPTH-CONSENSUS": "consensus distance behind the norms that read the stream, relative to the embedding's",
     "DEPTH-RANK": "share of the attainable affine rank, relative to the embedding's",
     "WIDTH-UNIFORM": "share of the keys left unused by the least uniform head",
     "WIDTH-RANK-ONE": "‖CAV‖/‖CV‖ of the head that keeps most, relative to min(1, n/16)",

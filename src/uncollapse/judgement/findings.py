@@ -344,7 +344,7 @@ def uniform(observed: Observed) -> Iterator[Reading]:
             finding = replace(
                 finding,
                 message=f"{finding.message} The tokens that enter it are at {apart:.0%} of their distance at the "
-                "embedding; were they as far apart as there, it would not be uniform.",
+                "embedding; were they as far apart as there, it should not be uniform.",
                 remedy="Look before this block first: what brings the tokens together there also makes this attention uniform.",
             )
         yield Reading(_margin(unused, UNUSED_KEYS), finding)
