@@ -7,9 +7,10 @@ has checked it on the live model.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,9 @@ _CUTS = frozenset(["getitem", "split", "chunk", "narrow", "tensor_split", "unbin
 _PUTS = frozenset(["scatter", "index_copy", "index_put", "setitem"])  # tokens in the place of others
 
 
+_At = TypeVar("_At", bound=Hashable)  # a value of the graph, or one with what was met on the way
+
+
 @dataclass
 class _Sum:
     """A residual addition as found in the graph: the outermost node, its stream value, its internal additions, and its
@@ -88,6 +92,19 @@ def read(model: nn.Module, recorded: Trace, layout: Layout | None = None) -> Ana
     reader = _Reader(model, recorded)
     blocks = tuple(reader.blocks(layout))
     return Anatomy(blocks, reader.outer_norms(blocks), stacks=reader.stacks(blocks))
+
+
+def _walked(
+    starts: Iterable[_At], onward: Callable[[_At], Iterable[_At]], *, nearest_first: bool = False
+) -> Iterator[_At]:
+    """Each value that a way through the graph comes to, once: from `starts`, and from each to those that `onward` gives."""
+    frontier, seen = deque(starts), set[_At]()
+    while frontier:
+        at = frontier.popleft() if nearest_first else frontier.pop()
+        if at not in seen:
+            seen.add(at)
+            yield at
+            frontier.extend(onward(at))
 
 
 class _Reader:
@@ -159,13 +176,7 @@ class _Reader:
 
     def _carried(self, index: int, ends: Collection[int] = ()) -> set[int]:
         """Every value on the way back from `index`, no further than `ends`, that it may carry."""
-        frontier, seen = [index], set()
-        while frontier:
-            index = frontier.pop()
-            if index not in seen:
-                seen.add(index)
-                frontier.extend(() if index in ends else self._behind(index))
-        return seen
+        return set(_walked([index], lambda i: () if i in ends else self._behind(i)))
 
     def _gates(self, index: int, stream: int, norms: Collection[tuple[int, int]]) -> tuple[tuple[Point, int], ...]:
         """The factors made from data, and the choices of tokens, that the stream meets from value `stream` to value `index`.
@@ -201,20 +212,16 @@ class _Reader:
     def _stream_value(self, operand: int, update: int, size: int, gated: bool) -> int | None:
         """The latest value behind `operand`, through sums, casts and scalings (`gated`: and products with data), that `update`
         is learned from."""
-        frontier, seen, found = [operand], set(), []
-        while frontier:
-            index = frontier.pop()
-            if index in seen:
-                continue
-            seen.add(index)
-            if self.t.learned(update, index) and self._carries_tokens(index, size):
-                found.append(index)
-            elif gated or not self._gated(index):
-                is_statistic = (
-                    self.t.depends(update, index) and self.t.nodes[update].size < size
-                )  # as of x in x - mean(x)
-                frontier.extend(() if is_statistic else self._behind(index))
-        return max(found, default=None)
+
+        def is_found(index: int) -> bool:
+            return self.t.learned(update, index) and self._carries_tokens(index, size)
+
+        def onward(index: int) -> Iterable[int]:
+            is_statistic = self.t.depends(update, index) and self.t.nodes[update].size < size  # as of x in x - mean(x)
+            ends = is_statistic or is_found(index) or not (gated or not self._gated(index))
+            return () if ends else self._behind(index)
+
+        return max(filter(is_found, _walked([operand], onward)), default=None)
 
     def _sums(self) -> list[_Sum]:
         roots: list[_Sum] = []
@@ -556,17 +563,13 @@ class _Reader:
 
     def _learned_behind(self, value: int) -> list[int]:
         """The learned products that a value comes from, an adapter's beside the layer's own."""
-        found, frontier, seen = [], [value], set()
-        while frontier:
-            index = frontier.pop()
-            if index in seen or not self.t.nodes[index].is_data:
-                continue
-            seen.add(index)
-            if self.t.is_learned_product(index):
-                found.append(index)
-            else:
-                frontier.extend(self.t.nodes[index].inputs)
-        return found
+        learned = self.t.is_learned_product
+        behind = _walked(self._data([value]), lambda i: () if learned(i) else self._data(self.t.nodes[i].inputs))
+        return list(filter(learned, behind))
+
+    def _data(self, values: Iterable[int]) -> list[int]:
+        """Those that come of the batch."""
+        return [i for i in values if self.t.nodes[i].is_data]
 
     def _key_value_heads(self, value: int, heads: int) -> int:
         """Heads over the factor by which the values were repeated between their learned product and the attention."""
@@ -585,17 +588,8 @@ class _Reader:
 
     def _projection(self, product: int) -> int | None:
         """The first learned product downstream of the attention."""
-        frontier, seen = [product], set()
-        while frontier:
-            index = frontier.pop(0)
-            for consumer in self.t.consumers[index]:
-                if consumer in seen:
-                    continue
-                seen.add(consumer)
-                if self.t.is_learned_product(consumer):
-                    return consumer
-                frontier.append(consumer)
-        return None
+        ahead = _walked([product], lambda i: self.t.consumers[i], nearest_first=True)
+        return next((i for i in ahead if i != product and self.t.is_learned_product(i)), None)
 
     def _projection_place(self, projection: int, product: int, mixed: int) -> ModuleCall | Point | None:
         """The run of the module that is the output projection, or the point of a product in the attention's own code."""
@@ -702,19 +696,17 @@ class _Reader:
 
     def _makers(self, index: int) -> list[int]:
         """The values that a value is made of without a matrix product: products, looked-up rows, what was given."""
-        found, frontier, seen = [], [index], set()
-        while frontier:
-            at = frontier.pop()
-            if at in seen or not self.t.nodes[at].is_floating:
-                continue
-            seen.add(at)
-            node = self.t.nodes[at]
-            data = [i for i in node.inputs if self.t.nodes[i].is_data and self.t.nodes[i].is_floating]
-            if at != index and (self.t.is_matrix_product(at) or node.operation == "embedding" or not data):
-                found.append(at)
-            elif not self.t.is_matrix_product(at):
-                frontier.extend(data)
-        return sorted(found)[:_MOST_SOURCES]
+        nodes = self.t.nodes
+
+        def data(at: int) -> list[int]:
+            return [i for i in self._data(nodes[at].inputs) if nodes[i].is_floating]
+
+        def is_maker(at: int) -> bool:
+            return at != index and (self.t.is_matrix_product(at) or nodes[at].operation == "embedding" or not data(at))
+
+        start = [index] if nodes[index].is_floating else []
+        behind = _walked(start, lambda at: () if is_maker(at) or self.t.is_matrix_product(at) else data(at))
+        return sorted(filter(is_maker, behind))[:_MOST_SOURCES]
 
     def _norms(self, sums: list[_Sum], parts_of: list[list[int]], stream_out: int, block: Call) -> list[Norm]:
         """The norms of a block: pieces of the graph first, then modules that behave as norms and were met in no such piece."""
@@ -1140,19 +1132,17 @@ class _Reader:
         if left != entered and not self.t.depends(entered, left):
             return False
         dominates, carries = True, False
-        frontier, seen = [(entered, False)], set[tuple[int, bool]]()
-        while frontier:
-            index, is_learned = frontier.pop()
-            if (index, is_learned) in seen or not self.t.nodes[index].is_data:
-                continue
-            seen.add((index, is_learned))
+
+        def onward(at: tuple[int, bool]) -> list[tuple[int, bool]]:
+            index, is_learned = at
+            behind = [] if index == left else self._data(self.t.nodes[index].inputs)
+            return [(i, is_learned or self.t.is_matrix_product(index)) for i in behind]
+
+        for index, is_learned in _walked([(i, False) for i in self._data([entered])], onward):
             if index == left:
                 carries |= not is_learned
-                continue
-            node = self.t.nodes[index]
-            data = [i for i in node.inputs if self.t.nodes[i].is_data]
-            dominates &= bool(data)
-            frontier.extend((i, is_learned or self.t.is_matrix_product(index)) for i in data)
+            else:
+                dominates &= bool(self._data(self.t.nodes[index].inputs))
         return dominates or carries
 
     def _block(self, stretch: _Stretch, stack: Literal["encoder", "decoder"] | None) -> Block:
@@ -1332,17 +1322,16 @@ class _Reader:
         """Where what an attention makes is added to more than one value, or to one of more axes: streams side by side."""
         for product in self.attentions:
             made = self._projection(product)
-            frontier = [] if made is None else [made]
-            seen: set[int] = set()
             sums: set[int] = set()
-            while frontier:
-                index = frontier.pop()
-                for consumer in set(self.t.consumers[index]) - seen:
-                    seen.add(consumer)
-                    if self.t.nodes[consumer].operation == "add" and len(self.t.nodes[consumer].inputs) > 1:
-                        sums.add(consumer)
-                    elif self._passes(consumer) == index:
-                        frontier.append(consumer)
+
+            def moved_on(index: int, sums: set[int] = sums) -> list[int]:
+                consumers = set(self.t.consumers[index])
+                added = {i for i in consumers if self.t.nodes[i].operation == "add" and len(self.t.nodes[i].inputs) > 1}
+                sums |= added
+                return [i for i in consumers - added if self._passes(i) == index]
+
+            for _ in _walked([] if made is None else [made], moved_on):
+                pass
             if len(sums) > 1 or any(self.t.nodes[i].size > self.t.nodes[made].size for i in sums if made is not None):
                 return self.t.calls[self.t.nodes[product].call].name or "the model itself"
         return None
