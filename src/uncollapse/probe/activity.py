@@ -308,10 +308,11 @@ class Activity:
                 return None
             clouds.append(found[0])
             mask = found[1]
-        sound = torch.stack([cloud.isfinite().all(-1) for cloud in clouds]).all(0)
+        sound = torch.stack([_finite_tokens(cloud) for cloud in clouds]).all(0)
         if mask is not None:
             sound &= mask.to(sound.device)
-        return [cloud[sound].double() for cloud in clouds]
+        rows = [cloud.flatten(0, 1) if bool(sound.all()) else cloud[sound] for cloud in clouds]
+        return [each.double() for each in rows]
 
     def _enter(self, number: int, stream: Tensor) -> None:
         if self.is_own():
@@ -561,3 +562,9 @@ def _part_record(each: PartActivity) -> PartRecord:
 def embedding_records(embeddings: Sequence[EmbeddingActivity]) -> list[EmbeddingRecord]:
     """One record for each stack."""
     return [EmbeddingRecord(e.stack, e.block, e.apart, e.pairs, e.epsilon) for e in embeddings]
+
+
+def _finite_tokens(cloud: Tensor) -> Tensor:
+    """Which tokens [sequence, token] have no NaN or infinity. The sum of a row shows it at less cost, unless it overflows."""
+    finite = cloud.sum(-1).isfinite()
+    return finite if bool(finite.all()) else cloud.isfinite().all(-1)
