@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import uncollapse as uc
@@ -311,3 +312,25 @@ def site(block: int | None, distance: float, *, rank: float) -> SiteRecord:
         consensus_distance=one(distance),
         token_similarity=None,
     )
+
+
+def test_the_loss_of_an_encoder_decoder_is_that_of_the_decoders_tokens() -> None:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=40,
+        d_model=16,
+        d_kv=4,
+        d_ff=32,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    batch = {"input_ids": torch.randint(1, 40, (3, 9)), "decoder_input_ids": torch.randint(1, 40, (3, 6))}
+    found = uc.ablate(model, batches=[batch], without=[("mlp",)]).record.runs[0].loss
+    with torch.no_grad():
+        log_shares = model(**batch).logits.double().log_softmax(-1)[:, :-1]
+    expected = -log_shares.gather(-1, batch["decoder_input_ids"][:, 1:, None]).mean()
+    assert found is not None
+    assert found.mean == pytest.approx(float(expected), rel=1e-5)

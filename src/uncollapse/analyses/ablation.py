@@ -193,7 +193,8 @@ def _run(
 ) -> tuple[Observations, AblationRun]:
     """One probe pass without `combination`. `whole` collects the mean output vectors of the whole model for the later runs."""
     model = prepared.loaded.model
-    outputs = _Outputs(is_causal, whole if combination else None)
+    decodes = any(block.stack == "decoder" for block in prepared.anatomy.blocks)
+    outputs = _Outputs(is_causal, whole if combination else None, "decoder_" if decodes else "")
     with contextlib.ExitStack() as stack:
         if combination:
             stack.enter_context(taken_away(model, *combination, blocks=blocks))
@@ -239,19 +240,20 @@ def _watched(level: Level, combination: tuple[str, ...]) -> set[Watched]:
 class _Outputs:
     """What is kept of the model's outputs: one mean vector per sequence, and running statistics of loss and shift."""
 
-    def __init__(self, is_causal: bool, whole: list[Tensor] | None) -> None:
-        self.is_causal, self.whole = is_causal, whole
+    def __init__(self, is_causal: bool, whole: list[Tensor] | None, side: str) -> None:
+        """side: what the names of the ids and the mask of the stack that gives the output begin with."""
+        self.is_causal, self.whole, self.side = is_causal, whole, side
         self.vectors: list[Tensor] = []
         self.has_logits = self.has_vectors = False
         self.loss, self.shift = Running.empty(), Running.empty()
 
     def add(self, batch: Mapping[str, Any], output: Any) -> None:
         """Called by the capture with each batch and the model's output on it."""
-        mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
+        mask, ids = batch.get(f"{self.side}attention_mask"), batch.get(f"{self.side}input_ids")
         logits = getattr(output, "logits", None)
-        if self.is_causal and logits is not None and logits.ndim == 3 and "input_ids" in batch:
+        if self.is_causal and logits is not None and ids is not None and logits.shape[:-1] == ids.shape:
             self.has_logits = True
-            self.loss = self.loss.add(_next_token_loss(logits, batch["input_ids"], mask))
+            self.loss = self.loss.add(_next_token_loss(logits, ids, mask))
         vectors = next((t for t in tensors_in(output) if t.is_floating_point() and t.ndim >= 2), None)
         if vectors is None:
             return
