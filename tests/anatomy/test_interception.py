@@ -158,6 +158,20 @@ def test_probing_restores_mode_gradients_and_random_state() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_probing_restores_the_random_state_of_every_gpu_not_only_of_those_the_model_is_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A seed is given to all of them at once, also for a model that is offloaded or stands elsewhere."""
+    states = {device: torch.tensor([device]) for device in range(3)}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(states))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: states[device])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    with probing(nn.Linear(2, 2)):
+        states.update({device: torch.tensor([-1]) for device in states})
+    assert [int(state) for state in states.values()] == [0, 1, 2]
+
+
 # Where a model is --------------------------------------------------------------------------------------------------------
 
 

@@ -191,3 +191,23 @@ def test_a_removed_mask_is_away_from_batches_with_padding_too() -> None:
         for one in (whole, given):
             real = one["keep"].bool()
             torch.testing.assert_close(causal(**one)[real], other(**one)[real], rtol=1e-5, atol=1e-5)
+
+
+class TrueForPadding(nn.Module):
+    """The same, where a 1 in a mask of the usual name stands for padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Masked(-1e9, is_causal=False, beginning=False)
+
+    def forward(self, words: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden: Tensor = self.inner(words, 1 - attention_mask)
+        return hidden
+
+
+def test_a_mask_of_the_usual_name_may_be_true_for_padding() -> None:
+    """A batch without padding then has a mask without any 1."""
+    words = batch(is_left=False)["words"]
+    given = {"words": words, "attention_mask": torch.zeros_like(words)}
+    (stack,) = proved_anatomy(TrueForPadding().eval(), given).stacks
+    assert [(mask.tensor, mask.real) for mask in stack.masks] == [("attention_mask", False)]

@@ -74,7 +74,7 @@ def _says_nothing(parameter: Tensor, without_nan: bool) -> bool:
             return True
         first = float(parameter.detach().flatten()[0])  # not zero in most: nothing more is read of them
         return first == 0 and not bool(parameter.any())
-    except (RuntimeError, NotImplementedError, TypeError):  # a quantised weight of a class of its own
+    except (RuntimeError, NotImplementedError, TypeError):  # a quantised weight: float8, or of a class of its own
         return False
 
 
@@ -258,7 +258,7 @@ def _changed(before: Tensor, after: Tensor) -> bool:
         return False
     try:
         return before.shape != after.shape or not torch.equal(before, after)
-    except NotImplementedError:  # a quantised weight of a class of its own
+    except NotImplementedError:  # a quantised weight: float8, or of a class of its own
         return False
 
 

@@ -84,9 +84,8 @@ def _moved(before: Tensor, after: Tensor) -> Tensor:
     """Which rows [*lead, row] differ beyond rounding."""
     if before.shape != after.shape:
         raise UnreadableError("its sizes depend on what the tokens are")
-    if (
-        before.dtype.itemsize <= 2
-    ):  # a poke that half precision hardly shows; what it does not reach is the same, bit for bit
+    if before.dtype.itemsize <= 2:
+        # A poke that half precision hardly shows; what it does not reach is the same, bit for bit.
         return ((after != before) & (before == before)).any(-1)
     rounding = 8 * torch.finfo(before.dtype).eps * before.abs().nan_to_num(0, 0, 0).max()
     return ((after - before).abs() > rounding).any(-1)

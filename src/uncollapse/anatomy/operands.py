@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.anatomy.tracing import operands_of, operation_name
-from uncollapse.errors import UncollapseError, UnsupportedModel
+from uncollapse.errors import UncollapseError
 
 FUSED = "scaled_dot_product_attention"
 _FUSED_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -380,21 +380,15 @@ def step_without(
     after_softmax: bool | None,
     hidden: Tensor | None,
 ) -> Any:
-    """The result of the same operation when it forbids nothing but the `hidden` pairs (None: nothing at all).
-
-    Raises `UnsupportedModel` where what it adds holds a bias, too."""
+    """The result of the same operation when it forbids nothing but the `hidden` pairs (None: nothing at all). Not for what adds a
+    mask and a bias in one: see `forbids_and_shifts`."""
     name = operation_name(function)
     given = dict(kwargs)
     mask = operands_of(name, args, given)[operand]
     if name in _ADDITIONS:
-        forbidden, shifts = forbidden_by_addition(-mask if name == "sub" else mask)
+        forbidden, _ = forbidden_by_addition(-mask if name == "sub" else mask)
         if forbidden is None:
             return function(*args, **given)
-        if shifts:
-            raise UnsupportedModel(
-                "without: expected a mask that only forbids, got one that also adds a bias to the logits. The bias of a "
-                "forbidden pair is not known. Add mask and bias to the logits one after the other."
-            )
         open_mask = mask.masked_fill(forbidden, 0)
         if hidden is not None:
             least = torch.finfo(mask.dtype).min

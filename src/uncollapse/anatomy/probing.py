@@ -27,7 +27,8 @@ def probing(model: nn.Module, seed: int = 0, *, leaves_traces: bool = False) -> 
     never fire. torch's own `nn.TransformerEncoderLayer` fuses the whole layer into one kernel in evaluation mode; nobody
     can look inside it, so it takes its ordinary path here, which differs from the fused one in the last digit.
     """
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    # A seed is given to all of them, whichever the model is on.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with turn, restoring(gathers=True) as changes:
         watch(model, _caches)
         if _is_another_when_probed(model):
@@ -47,9 +48,8 @@ def probing(model: nn.Module, seed: int = 0, *, leaves_traces: bool = False) -> 
         for module in model.modules():
             if module.training:
                 changes.set(module, "training", False)
-        for config in configurations(
-            model
-        ):  # a block run twice on its own arguments would find its own keys in the cache
+        # A block run twice on its own arguments would find its own keys in the cache.
+        for config in configurations(model):
             if getattr(config, "use_cache", False) is True:
                 changes.set(config, "use_cache", False)
         steered_there(model)

@@ -197,8 +197,9 @@ def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS) -> dict[str,
     for name in ("attention_mask", "decoder_attention_mask"):
         mask = batch.get(name)
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            row = int(mask.sum(-1).argmax()) if name == "attention_mask" else row
-            keep[name.removesuffix("attention_mask")] = mask[row].nonzero().flatten()[:tokens]
+            real = _marked_real(mask)
+            row = int(real.sum(-1).argmax()) if name == "attention_mask" else row
+            keep[name.removesuffix("attention_mask")] = real[row].nonzero().flatten()[:tokens]
     cut: dict[str, Any] = {}
     for name, value in batch.items():
         if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != size:
@@ -208,7 +209,7 @@ def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS) -> dict[str,
         stack = "decoder_" if name.startswith("decoder_") else ""
         if value.ndim == 2 and not value.is_floating_point():
             columns = keep.get(stack, torch.arange(min(tokens, value.shape[1]), device=value.device))
-            if int(columns.max()) < value.shape[1]:
+            if len(columns) and int(columns.max()) < value.shape[1]:
                 one = one[:, columns]
         cut[name] = one.clone()
     return cut
@@ -246,9 +247,8 @@ def example_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
                 columns = real[row].nonzero().flatten()
                 if not len(columns):
                     columns = torch.arange(length)
-                columns = columns.repeat(-(-length // len(columns)))[
-                    :length
-                ]  # too few real tokens are gone through again
+                # Too few real tokens are gone through again.
+                columns = columns.repeat(-(-length // len(columns)))[:length]
                 taken.append(value[row, columns.to(value.device)])
             if len(taken) == 1:
                 taken.append(taken[0].roll(1, 0))
@@ -273,8 +273,14 @@ def _real(numbers: Mapping[str, Tensor], stack: str, shape: tuple[int, ...]) -> 
     """Which tokens of tensors of this shape are real, as far as the batch's masks of this stack say so."""
     mask = numbers.get(f"{stack}attention_mask")
     if mask is not None and tuple(mask.shape) == shape:
-        return mask.bool().cpu()
+        return _marked_real(mask).cpu()
     return torch.ones(shape, dtype=torch.bool)
+
+
+def _marked_real(mask: Tensor) -> Tensor:
+    """Which tokens a mask over tokens says are real: those with a 1. Without any 1 all are: there a 1 stands for padding."""
+    marked = mask.bool()
+    return marked if bool(marked.any()) else ~marked
 
 
 def _first_sequences(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -321,7 +327,7 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
     with probing(model):
         try:
             before = _output(model, batch)
-        except Exception as error:
+        except Exception as error:  # whatever it is, the model does not run on this batch: the refusal says so
             raise _not_run(model, batch, error) from error
         torch.manual_seed(0)
         recorded = trace(model, batch)
@@ -1070,9 +1076,8 @@ class _BlockProof(BlockAlone):
         if projection is not None and self._takes_all(number, part, projection):
             try:
                 return replace(part, features=self._features(number, part, projection))
-            except (
-                UnreadableError
-            ) as error:  # it reads a sum of several products' heads, perhaps: then these are told before it
+            except UnreadableError as error:
+                # It reads a sum of several products' heads, perhaps: then these are told before it.
                 alone = self._writes_at_once(number, part)
                 return replace(part, no_output_map=str(error)) if alone.no_output_map else alone
             except UncollapseError:  # its input is met in another way: by keyword, say

@@ -1154,9 +1154,8 @@ class _Reader:
         parts: list[Part] = []
         residuals: list[Residual] = []
         parts_of: list[list[int]] = []
-        carried: list[
-            list[tuple[int, int]]
-        ] = []  # by addition: the ways of the stream, from their ends to their beginnings
+        # By addition: the ways of the stream, from their ends to their beginnings.
+        carried: list[list[tuple[int, int]]] = []
         entry, entry_value = self._entry(stretch)
         exit_place, exit_value = self._exit(stretch)
         before = entry_value
@@ -1267,9 +1266,8 @@ class _Reader:
         for path, given in around.inputs.items():
             if given == index:
                 return Place(ModuleCall(around.name, around.ordinal), "in", path)
-        for (
-            call
-        ) in self.t.calls:  # what a module makes is met where it leaves it: hooks may put another value in its place
+        # What a module makes is met where it leaves it: hooks may put another value in its place.
+        for call in self.t.calls:
             inside = around.first <= call.first and call.index != around.index and call.first <= index < call.last
             if inside and call.outputs.get(None) == index:
                 return Place(ModuleCall(call.name, call.ordinal), "out")
@@ -1396,7 +1394,7 @@ def behaves_as_norm(module: nn.Module, shape: tuple[int, ...]) -> Literal["layer
     try:
         with torch.no_grad():
             plain, large, other, shifted = (module(v) for v in (16 * x, 256 * x, 16 * y, 16 * x + 16))
-    except Exception:
+    except Exception:  # a module of whatever kind, given one tensor alone: one that does not take it is no norm here
         return None
     if not all(isinstance(v, Tensor) and v.shape == x.shape for v in (plain, large, other, shifted)):
         return None

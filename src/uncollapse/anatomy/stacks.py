@@ -3,8 +3,9 @@
 A mask of two values governs a stack if the value at a token decides whether that token's row of the stream reaches any other
 row in the stack's first attention. One that changes which rows are heard without having the stream's axes (samples of sound,
 the words of a stream that also holds patches) governs it in another unit: there the padded rows are found on each batch, again
-by what they reach. A stack that nothing governs has no padding. Names decide nothing: masks may be called anything, be given by
-position, and be true for padding.
+by what they reach. A stack that nothing governs has no padding. Names decide nothing here: masks may be called anything, be given
+by position, and be true for padding. But a mask called `attention_mask` is taken at its word, a 1 for a real token, where a few
+real tokens are chosen for the proof (`proof.example_batch`).
 
 Token numbers belong to a stack if another number at a token moves that row of the stream that enters, and no other.
 """
@@ -130,7 +131,8 @@ def _least_like_ids(batch: Mapping[str, Any], name: str) -> tuple[bool, bool, in
 
 def _sizes(alone: Alone, axes: StreamAxes) -> tuple[int, int]:
     """Sequences and tokens of the stream."""
-    return tuple(axes.cloud(alone.stream).shape[:2])  # type: ignore[return-value]
+    sequences, tokens = axes.cloud(alone.stream).shape[:2]
+    return sequences, tokens
 
 
 def _governs(
@@ -409,9 +411,8 @@ def _told_by_influence(
         )
     open_size = None if opened is None or opened.stream.shape != alone.stream.shape else _sizes_of_hearing(opened)
     heard = is_heard(size, size if open_size is None else open_size, _precision(alone))
-    if alone.block.parts[
-        part
-    ].is_causal:  # nothing hears the last token: it is real unless padding must have ended there
+    if alone.block.parts[part].is_causal:
+        # Nothing hears the last token: it is real unless padding must have ended there.
         hiding = torch.stack([_hiding_rows(m, batch) for m in stack.masks if hides(m, batch)]).any(0).to(heard.device)
         heard[:, -1] = heard[:, -2] & ~(hiding & heard[:, :-1].all(-1))
     return Padding(heard if known.mask is None else heard & known.mask.to(heard.device))

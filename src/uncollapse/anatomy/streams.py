@@ -182,9 +182,8 @@ def _at_modules(
 
 def _functions_as_found() -> Callable[[], object]:
     """Lets function modes act again as they do now: Ctrl-C may come on the way out of `DisableTorchFunction`."""
-    read, write = (
-        getattr(torch._C, f"_{verb}_torch_function_state") for verb in ("get", "set")
-    )  # unknown to the stubs
+    # By name: they are unknown to the stubs.
+    read, write = (getattr(torch._C, f"_{verb}_torch_function_state") for verb in ("get", "set"))
     return functools.partial(write, read())
 
 

@@ -398,9 +398,8 @@ class _Recorder(TorchFunctionMode):
         self._remember(tensor, index)
         self.tape.tensors[index] = (tensor, _version(tensor))
         if is_parameter and id(tensor) not in self._parameters and tensor.numel() <= _COPIED:
-            self.tape.copies[index] = (
-                tensor.detach().clone()
-            )  # of a sharded model, whose whole weights are freed behind a block
+            # Of a sharded model, whose whole weights are freed behind a block.
+            self.tape.copies[index] = tensor.detach().clone()
         return index
 
     def _remember(self, tensor: Tensor, index: int) -> None:

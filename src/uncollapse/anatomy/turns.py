@@ -36,9 +36,8 @@ class _Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self.thread = threading.get_ident()
-        self.modules = {
-            id(module) for module in model.modules()
-        }  # not the copies that `DataParallel` runs for the probe
+        # Not the copies that `DataParallel` runs for the probe.
+        self.modules = {id(module) for module in model.modules()}
         self.caching: set[int] = set()  # modules whose calls keep a cache unless told otherwise, but for the probe
         self._depth = threading.local()
         self._passes = 0

@@ -279,6 +279,6 @@ def _positional(module: nn.Module) -> tuple[str, ...]:
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
         parameters = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError):  # a forward written in C++
         return ()
     return tuple(p.name for p in parameters if p.kind in kinds)

@@ -301,13 +301,12 @@ def _read(alone: BlockAlone, number: int, projection: ModuleCall | Point, furthe
 # What comes in their place ----------------------------------------------------------------------------------------------
 
 
-def require_filling(heads_as: str) -> HeadsAs:
-    """The way to fill a head's place. Raises `InputError` unless it is one."""
+def require_filling(heads_as: str) -> None:
+    """Raise `InputError` unless it is a way to fill a head's place."""
     if heads_as not in get_args(HeadsAs):
         raise InputError(
             f"without: expected heads_as among {', '.join(get_args(HeadsAs))}, got {heads_as!r}. Check the spelling."
         )
-    return heads_as  # type: ignore[return-value]
 
 
 def require_sequences_apart(model: nn.Module, anatomy: Anatomy, heads: Heads) -> None:

@@ -432,7 +432,7 @@ def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> No
     installed.put_back()
     try:
         _put_up(model, anatomy, removals, installed, everywhere=all(each.everywhere for each in removals))
-    except BaseException:
+    except BaseException:  # Ctrl-C, too: the half that is up comes down
         installed.put_back()
         raise
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.interception import Handler, Point, counted, intercepted
+from uncollapse.anatomy.interception import Handler, Point, counted, in_turn, intercepted
 from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import ModuleCall
 from uncollapse.restoring import restoring
@@ -23,10 +22,6 @@ CODES = 128  # signs in the code of a feature: of 2^26 wrong ones, the nearest a
 
 LOUD = 16.0
 _MATRIX_OPERANDS = {"matmul", "bmm", "baddbmm", "mm"}  # their second matrix comes transposed: keys as [channel, token]
-
-
-def unchanged(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return function(*args, **kwargs)
 
 
 def repeated(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
@@ -143,17 +138,7 @@ class PatternPasses:
     @staticmethod
     def _joined(first: Handler | None, second: Handler) -> Handler:
         """Both, one after the other: two things may be asked at the same operation."""
-        if first is None:
-            return second
-
-        def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            @functools.wraps(function)
-            def after(*a: Any, **k: Any) -> Any:
-                return second(function, a, k)
-
-            return first(after, args, kwargs)
-
-        return handler
+        return second if first is None else in_turn(first, second)
 
     def _scores(self, site: StudiedCall) -> Handler:
         """Whether a softmax has more columns than keys, and whether a fused call's mask tells heads apart."""
@@ -196,7 +181,8 @@ class PatternPasses:
         handlers = dict(handlers)
         for place in self.sources:
             if isinstance(place, Point):
-                handlers[place] = self._joined(self._replacing(place, at_source), handlers.get(place) or unchanged)
+                asked = [handlers[place]] if place in handlers else []
+                handlers[place] = in_turn(self._replacing(place, at_source), *asked)
             else:
                 modules.setdefault(place.name, set()).add(place.call)
         projections = {s.call.projection.name for _, s in self.usual if isinstance(s.call.projection, ModuleCall)}
