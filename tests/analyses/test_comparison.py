@@ -106,6 +106,19 @@ def test_a_finding_that_appeared_and_one_that_is_gone(before: uc.Diagnosis) -> N
     assert "ENTROPY-FROZEN" not in [f.code for f in back.findings]
 
 
+def test_a_head_that_died_beside_a_dead_one_has_appeared(before: uc.Diagnosis) -> None:
+    def dead(*heads: int) -> uc.Diagnosis:
+        built = model()
+        with torch.no_grad():
+            for head in heads:
+                built.blocks[1].attention.out.weight[:, 8 * head : 8 * head + 8] = 0
+        return uc.diagnose(built, batches=batch())
+
+    one, two = dead(2), dead(2, 3)
+    appeared = uc.compare(one, two).record.appeared
+    assert [(f.code, f.block, f.head) for f in appeared] == [("DEAD-HEAD", 1, 3)]
+
+
 def test_models_of_another_shape_and_other_records_are_refused(before: uc.Diagnosis) -> None:
     with pytest.raises(uc.InputError, match="two models of the same shape"):
         uc.compare(before, uc.diagnose(OwnGPT(blocks=2), batches=batch()))
@@ -113,6 +126,13 @@ def test_models_of_another_shape_and_other_records_are_refused(before: uc.Diagno
         uc.compare(before, uc.compare(before, before))  # type: ignore[arg-type]
     with pytest.raises(uc.InputError, match="can be read"):
         uc.compare(before, "nothing.json")
+
+
+def test_a_record_of_one_model_is_refused_where_it_is_shown(before: uc.Diagnosis) -> None:
+    whole = uc.compare(before, before)
+    edited = replace(whole, record=replace(whole.record, models=whole.record.models[:1]))
+    with pytest.raises(uc.InputError, match=r"^show: expected a record whose parts belong together"):
+        edited.show(Console(file=io.StringIO()))
 
 
 def test_the_command_writes_the_record_and_the_page(

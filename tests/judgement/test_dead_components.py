@@ -272,3 +272,14 @@ def test_a_planted_part_that_does_nothing_is_named_and_nothing_else_is(name: str
 def test_half_precision_names_the_same(name: str) -> None:
     family, plant, expected = PLANTS[name]
     assert [(f.code, f.block, f.head) for f in found(family, plant, dtype=torch.bfloat16)] == [expected]
+
+
+def test_how_far_embeddings_lie_apart_does_not_depend_on_their_sign() -> None:
+    """A token of zeros beside one of negative numbers: what is between them is as large as the larger one."""
+    model = Own().eval()
+    with torch.no_grad():
+        model.embed.weight.abs_().neg_()
+        model.embed.weight[3] = 0
+    ids = torch.tensor([[3, 5, 7, 9, 11, 13], [5, 3, 9, 7, 13, 11]])
+    embedding = uc.diagnose(model, batches=[{"input_ids": ids}]).record.embeddings[0]
+    assert embedding.apart == pytest.approx(1.0)

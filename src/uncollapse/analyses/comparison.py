@@ -106,9 +106,13 @@ def _require_alike(before: DiagnosisRecord, after: DiagnosisRecord) -> None:
 
 def _only(here: DiagnosisRecord, there: DiagnosisRecord) -> list[Finding]:
     """The findings of one that the other does not have at this place, or has less severely."""
-    known = {(f.code, f.block, f.stack, f.kind): SEVERITIES.index(f.severity) for f in there.findings}
+    known = {_place(f): SEVERITIES.index(f.severity) for f in there.findings}
     return [
-        f
-        for f in here.findings
-        if f.severity != "info" and known.get((f.code, f.block, f.stack, f.kind), -1) < SEVERITIES.index(f.severity)
+        f for f in here.findings if f.severity != "info" and known.get(_place(f), -1) < SEVERITIES.index(f.severity)
     ]
+
+
+def _place(finding: Finding) -> tuple[object, ...]:
+    """What a finding is about. Of most, the head is only the worst of its block; each dead one has a finding of its own."""
+    head = finding.head if finding.phenomenon == "dead-component" else None
+    return finding.code, finding.block, finding.stack, finding.kind, head

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, median
 from typing import Final
 
-from uncollapse.records.common import Finding, Phenomenon, Statistic
+from uncollapse.records.common import AttentionKind, Finding, Phenomenon, Stack, Statistic
 from uncollapse.records.comparison import Change
 from uncollapse.records.diagnosis import AttentionRecord, SiteRecord
 from uncollapse.records.trail import HeadPlace
@@ -166,13 +166,13 @@ def _change(
     *,
     site: str,
     block: int | None,
-    stack: object,
+    stack: Stack | None,
     head: int | None = None,
-    kind: object = None,
+    kind: AttentionKind | None = None,
 ) -> Change:
     error = noise(old, new, same_probe=same_probe)
     moved = has_moved(old.mean, new.mean, error)
-    return Change(measure, site, block, head, stack, kind, old.mean, new.mean, error, moved)  # type: ignore[arg-type]
+    return Change(measure, site, block, head, stack, kind, old.mean, new.mean, error, moved)
 
 
 def smallest(changes: Sequence[Change]) -> dict[str, float]:
@@ -218,8 +218,8 @@ def finding(
     *,
     block: int | None,
     head: int | None = None,
-    stack: object = None,
-    kind: object = None,
+    stack: Stack | None = None,
+    kind: AttentionKind | None = None,
 ) -> Finding:
     """The finding that a figure has changed."""
     factor = after / before
@@ -235,6 +235,6 @@ def finding(
         message=f"{where} has changed. {course.what} is {factor:.2g} times what {beside} ({before:.3g} became {after:.3g}).",
         remedy=course.remedy,
         reference=course.reference,
-        stack=stack,  # type: ignore[arg-type]
-        kind=kind,  # type: ignore[arg-type]
+        stack=stack,
+        kind=kind,
     )

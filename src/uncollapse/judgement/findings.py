@@ -209,21 +209,14 @@ def _onset(sites: Sequence[SiteRecord]) -> SiteRecord:
 
 
 def _alike_from_the_start(embedding: SiteRecord, value: float) -> Reading:
-    finding = Finding(
-        code="DEPTH-CONSENSUS",
-        phenomenon="rank-collapse-depth",
-        severity="info",
-        block=None,
-        head=None,
-        value=value,
-        threshold=APART_AT_ENTRY,
-        message=f"The tokens are already alike when they enter the first block (consensus distance {value:.2g} after "
+    return _not_judged(
+        embedding,
+        value,
+        APART_AT_ENTRY,
+        f"The tokens are already alike when they enter the first block (consensus distance {value:.2g} after "
         "normalisation). The blocks have nothing to lose, so collapse in depth and width is not judged.",
-        remedy="Use a text with different tokens. If this text has them, the embedding itself has collapsed.",
-        reference=_DONG,
-        stack=embedding.stack,
+        "Use a text with different tokens. If this text has them, the embedding itself has collapsed.",
     )
-    return Reading(_margin(value, APART_AT_ENTRY), finding)
 
 
 def _too_little_text(embedding: SiteRecord) -> Reading | None:
@@ -231,21 +224,32 @@ def _too_little_text(embedding: SiteRecord) -> Reading | None:
     of that. Two tokens are one pair, and a model may take two tokens for the same."""
     different, most = embedding.distinct_tokens, _most_tokens(embedding)
     if different is not None and different.max == 1:
-        value, threshold, what = 1, 2, "is one token repeated, so its tokens differ by their position alone"
+        value, threshold, what = 1.0, 2.0, "is one token repeated, so its tokens differ by their position alone"
     elif most <= 2:
-        value, threshold, what = 2, 3, "has at most two tokens, and one pair may mean the same"
+        value, threshold, what = 2.0, 3.0, "has at most two tokens, and one pair may mean the same"
     else:
         return None
+    return _not_judged(
+        embedding,
+        value,
+        threshold,
+        f"No text here can show whether tokens converge: each {what}. That they come together is not judged.",
+        "Use a text with more tokens that differ.",
+    )
+
+
+def _not_judged(embedding: SiteRecord, value: float, threshold: float, message: str, remedy: str) -> Reading:
+    """A text that gives the tokens of this stack nothing to lose."""
     finding = Finding(
         code="DEPTH-CONSENSUS",
         phenomenon="rank-collapse-depth",
         severity="info",
         block=None,
         head=None,
-        value=float(value),
-        threshold=float(threshold),
-        message=f"No text here can show whether tokens converge: each {what}. That they come together is not judged.",
-        remedy="Use a text with more tokens that differ.",
+        value=value,
+        threshold=threshold,
+        message=message,
+        remedy=remedy,
         reference=_DONG,
         stack=embedding.stack,
     )

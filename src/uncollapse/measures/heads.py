@@ -26,14 +26,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from uncollapse.errors import InputError
-from uncollapse.measures.admission import admitting, at_size_one, is_ordinary, times_power_of_two
+from uncollapse.measures.admission import admitting, at_size_one, described, is_ordinary, times_power_of_two
 from uncollapse.measures.random_projections import beside_random
 from uncollapse.measures.write_spaces import (
     WriteSpaces as WriteSpaces,
 )
 from uncollapse.measures.write_spaces import (
     computed_in,
-    described,
     float64_matrix,
     numerical_rank,
     row_blocks,

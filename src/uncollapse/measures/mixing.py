@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from uncollapse.errors import InputError
-from uncollapse.measures.admission import admitting, at_size_one, is_ordinary, times_power_of_two
+from uncollapse.measures.admission import admitting, at_size_one, described, is_ordinary, times_power_of_two
 
 TILE_BYTES = 2 << 20  # measured: 1 to 4 MiB are equal, from 8 MiB on the tile leaves the cache and costs double
 DEVICE_TILE_BYTES = 64 << 20  # accelerators want few large launches
@@ -401,7 +401,7 @@ def row_statistics(
     scores = _scores("row_statistics", q, k, allowed, bias, key_mask, query_mask, causal, scale, softcap)
     if sink is not None and sink.shape != q.shape[1:2]:
         raise InputError(
-            f"row_statistics: expected sink[head] with head = {q.shape[1]}, got {_shape(sink)}. "
+            f"row_statistics: expected sink[head] with head = {q.shape[1]}, got {described(sink)}. "
             "A sink is one logit a query head. Pass the layer's own parameter."
         )
     rows = _measure(scores, floor, susceptibility)
@@ -459,7 +459,7 @@ def row_statistics_from_weights(
     ):
         raise InputError(
             f"{name}: expected floating-point weights[batch, head, query, key] and logits of the same shape, got "
-            f"{_shape(weights)} and {'no logits' if logits is None else _shape(logits)}. "
+            f"{described(weights)} and {'no logits' if logits is None else described(logits)}. "
             "Heads may be folded into the batch, or the logits have a column for a sink. Reshape, or cut that off."
         )
     batch, heads, queries, keys = weights.shape
@@ -773,7 +773,7 @@ def _sizes(name: str, q: Tensor, k: Tensor) -> tuple[int, int, int, int, int]:
     if not fits:
         raise InputError(
             f"{name}: expected floating-point q[batch, head, query, width] and k[batch, group, key, width] with head a "
-            f"multiple of group, got q {_shape(q)} and k {_shape(k)}. "
+            f"multiple of group, got q {described(q)} and k {described(k)}. "
             "Heads may still be folded into the width. Use view(batch, token, head, width).transpose(1, 2)."
         )
     return q.shape[0], k.shape[1], q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
@@ -809,7 +809,7 @@ def _pairwise(name: str, label: str, pairs: Tensor, sizes: tuple[int, int, int, 
     if not fits or not (pairs.dtype == torch.bool if label == "allowed" else pairs.is_floating_point()):
         raise InputError(
             f"{name}: expected {kind} {label}, broadcastable to [batch, head, query, key] = {list(full)}, got "
-            f"{_shape(pairs)}. A boolean mask is passed as allowed (True: may look), an additive one as bias. "
+            f"{described(pairs)}. A boolean mask is passed as allowed (True: may look), an additive one as bias. "
             "Pass it under its own name, with the layer's own axes."
         )
     pairs = pairs.view(given)
@@ -828,7 +828,7 @@ def _and(left: Tensor | None, right: Tensor) -> Tensor:
 def _real_tokens(name: str, label: str, mask: Tensor, batch: int, tokens: int) -> Tensor:
     if mask.dtype != torch.bool or mask.shape != (batch, tokens):
         raise InputError(
-            f"{name}: expected boolean {label}[batch, token] = {[batch, tokens]}, got {_shape(mask)}. "
+            f"{name}: expected boolean {label}[batch, token] = {[batch, tokens]}, got {described(mask)}. "
             "It may be an integer attention mask or one for other tokens. Pass mask.bool(), True for real tokens."
         )
     return mask
@@ -847,7 +847,7 @@ def _real_queries_and_keys(name: str, weights: Tensor, mask: Tensor | None) -> t
     """Which rows and columns of `weights` are real, [*batch, query] and [*batch, key]."""
     if weights.ndim < 2 or not weights.is_floating_point() or not weights.numel():
         raise InputError(
-            f"{name}: expected floating-point weights[..., query, key], got {_shape(weights)}. "
+            f"{name}: expected floating-point weights[..., query, key], got {described(weights)}. "
             "These may be logits' arguments or a single row. Pass the softmax's output."
         )
     *leading, queries, keys = weights.shape
@@ -858,7 +858,7 @@ def _real_queries_and_keys(name: str, weights: Tensor, mask: Tensor | None) -> t
     if not fits or list(mask.shape[:-1]) != leading[:outer]:
         raise InputError(
             f"{name}: expected boolean mask[..., token] with token = {keys} and leading axes among the first of "
-            f"{leading}, got {_shape(mask)}. It may be an integer attention mask. "
+            f"{leading}, got {described(mask)}. It may be an integer attention mask. "
             "Pass mask.bool(), [batch, token] for weights[batch, head, query, key]."
         )
     real = mask.view(*leading[:outer], *(1,) * (len(leading) - outer), keys).expand(*leading, keys)
@@ -891,7 +891,3 @@ def _singular_values(A: Tensor) -> Tensor:
 
 def _accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _shape(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

@@ -18,4 +18,4 @@ def storage_noise(eps: float, size: Size, rows: float | Tensor, columns: float |
     >>> storage_noise(0.01, 2.0, 4, 4)
     0.02
     """
-    return eps * size * (rows**-0.5 + columns**-0.5)  # type: ignore[return-value]
+    return eps * size * (rows**-0.5 + columns**-0.5)  # type: ignore[return-value]  # a number as size comes with numbers as rows

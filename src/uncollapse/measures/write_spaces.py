@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.errors import InputError
-from uncollapse.measures.admission import at_size_one, require_plain
+from uncollapse.measures.admission import at_size_one, described, require_plain
 from uncollapse.measures.storage_noise import storage_noise
 
 LARGEST_CONDITION = 1e7
@@ -288,7 +288,3 @@ def row_blocks(name: str, W: Tensor, heads: int, finite: bool = True) -> Tensor:
             f"{described(W)}. nn.Linear stores the transpose, [width, mixed]. Pass linear.weight.T."
         )
     return matrix.reshape(heads, -1, matrix.shape[1])
-
-
-def described(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

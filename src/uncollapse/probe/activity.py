@@ -63,9 +63,10 @@ class Varying:
             self.apart = self.size = self.energy = vectors.new_zeros(len(vectors))
         if self.first.shape != vectors[:, :1].shape:
             return
+        sizes = vectors.norm(dim=-1)
         self.apart = torch.maximum(self.apart, (vectors - self.first.to(vectors)).norm(dim=-1).amax(-1))
-        self.size = torch.maximum(self.size, vectors.norm(dim=-1).amax(-1))
-        self.energy = vectors.square().sum((-2, -1)) + (0 if self.energy is None else self.energy)
+        self.size = torch.maximum(self.size, sizes.amax(-1))
+        self.energy = sizes.square().sum(-1) + (0 if self.energy is None else self.energy)
         self.entries += vectors.shape[1] * vectors.shape[2]
         self.tokens += vectors.shape[1]
 
@@ -91,7 +92,8 @@ class Directions:
 
     def add(self, vectors: Tensor) -> None:
         """vectors: [token, width]."""
-        sizes = vectors.double().norm(dim=-1)
+        vectors = vectors.double()
+        sizes = vectors.norm(dim=-1)
         usual = sizes[sizes > 0].median() if bool((sizes > 0).any()) else None
         if usual is None or not bool(sizes.isfinite().all()):
             return
@@ -99,7 +101,7 @@ class Directions:
             generator = torch.Generator().manual_seed(0)
             drawn = torch.randn(vectors.shape[-1], SKETCH, generator=generator, dtype=torch.float64)
             self.random = (drawn / math.sqrt(SKETCH)).to(vectors.device)
-        rows = torch.cat([usual.expand(len(vectors), 1), vectors.double() @ self.random.to(vectors.device)], -1)
+        rows = torch.cat([usual.expand(len(vectors), 1), vectors @ self.random.to(vectors.device)], -1)
         rows = rows / torch.maximum(sizes, usual).unsqueeze(-1)  # one huge token must not hide the others
         gram = (rows.mT @ rows).cpu()
         self.gram = gram if self.gram is None else self.gram + gram
@@ -115,7 +117,7 @@ class Directions:
 
 @dataclass
 class Units:
-    """The hidden units of an MLP: smallest and largest activation of each, and how often it is exactly 0."""
+    """The hidden units of an MLP: smallest and largest activation of each, and whether it is ever exactly 0."""
 
     least: Tensor | None = None
     most: Tensor | None = None
@@ -127,13 +129,12 @@ class Units:
         """hidden: [token, unit]."""
         if not len(hidden):
             return
-        hidden = hidden.double()
-        low, high, zeros = hidden.amin(0), hidden.amax(0), (hidden == 0).sum(0)
+        low, high, zeros = hidden.amin(0).double(), hidden.amax(0).double(), hidden.abs().amin(0) == 0
         if self.least is None or self.most is None or self.zeros is None:
             self.least, self.most, self.zeros = low, high, zeros
         elif self.least.shape == low.shape:
             self.least, self.most = torch.minimum(self.least, low), torch.maximum(self.most, high)
-            self.zeros = self.zeros + zeros
+            self.zeros = self.zeros | zeros
         self.tokens += len(hidden)
 
     def dead(self, epsilon: float) -> list[int] | None:
@@ -311,8 +312,7 @@ class Activity:
         sound = torch.stack([_finite_tokens(cloud) for cloud in clouds]).all(0)
         if mask is not None:
             sound &= mask.to(sound.device)
-        rows = [cloud.flatten(0, 1) if bool(sound.all()) else cloud[sound] for cloud in clouds]
-        return [each.double() for each in rows]
+        return [cloud.flatten(0, 1) if bool(sound.all()) else cloud[sound] for cloud in clouds]
 
     def _enter(self, number: int, stream: Tensor) -> None:
         if self.is_own():
@@ -326,7 +326,8 @@ class Activity:
             rows = self._real(number, f"block {number}", before, stream)
             if rows is None:
                 return
-            change = _largest((rows[1] - rows[0]).norm(dim=-1), rows[0].norm(dim=-1))
+            x, y = (each.double() for each in rows)
+            change = _largest((y - x).norm(dim=-1), x.norm(dim=-1))
         for each in self.parts:
             if each.block == number:
                 each.block_change = _greater(each.block_change, change)
@@ -350,7 +351,7 @@ class Activity:
             if not bool(differ.any()):
                 return
             gap = (cloud - cloud.roll(1, 0))[differ].double().norm(dim=-1)
-            size = torch.maximum(cloud, cloud.roll(1, 0)).abs()[differ].double().norm(dim=-1)
+            size = torch.maximum(cloud.abs(), cloud.abs().roll(1, 0))[differ].double().norm(dim=-1)
             embedding.apart = _greater(embedding.apart, _largest(gap, size))
             embedding.pairs += int(differ.sum())
             embedding.epsilon = torch.finfo(stream.dtype).eps
@@ -390,12 +391,14 @@ class Activity:
     def _meet(self, number: int, side: int, update: Tensor, stream: Tensor | None, summands: int) -> None:
         each = self._of[number, side]
         each.epsilon = torch.finfo(update.dtype).eps
-        seen, total = self._updates.pop((number, side), (0, torch.zeros_like(update)))
-        if total.shape != update.shape:
-            return
-        total = total + update
-        if seen + 1 < summands:
-            self._updates[number, side] = (seen + 1, total)
+        seen, total = 1, update
+        if (number, side) in self._updates:
+            before, known = self._updates.pop((number, side))
+            if known.shape != update.shape:
+                return
+            seen, total = before + 1, known + update
+        if seen < summands:
+            self._updates[number, side] = (seen, total.clone())
             return
         beside = self._entered.get(number) if stream is None else stream
         if beside is None or beside.shape != total.shape:
@@ -405,7 +408,7 @@ class Activity:
         if both is None:
             each.reasons["update"] = "the tokens here cannot be told apart, or they are not those of the stream"
             return
-        x, u = both
+        x, u = (rows.double() for rows in both)
         each.update_size = _greater(each.update_size, _largest(u.norm(dim=-1), (x + u).norm(dim=-1)))
         each.update.add(u.unsqueeze(0))
         each.stream.add(x.unsqueeze(0))
@@ -462,9 +465,9 @@ class Activity:
         """The pairs of heads with the same output and the same pattern, to rounding, at every token."""
         close = 64 * torch.finfo(torch.float32).eps
         size = mixed.abs().amax((-2, -1))
-        energy = mixed.square().sum((-2, -1))
         flat = mixed.flatten(1)
         gram = flat @ flat.mT
+        energy = gram.diagonal()
         gap = (energy[:, None] + energy - 2 * gram).clamp(min=0)
         near = (gap <= 1e-8 * energy[:, None]) & (energy > 0)[:, None]  # a first look; each pair is compared below
         found = set()
@@ -479,22 +482,18 @@ class Activity:
                 found.add((g, h))
         return found
 
-    def contributed(self, index: int, matrix: Tensor, cloud: Tensor, mask: Tensor | None) -> None:
-        """What each head adds to each token, beside the stream that entered the block: W_O [mixed, width] of what it reads
-        [sequence, token, mixed]."""
+    def contributed(self, index: int, grams: Tensor, cloud: Tensor, mask: Tensor | None) -> None:
+        """What each head adds to each token, beside the stream that entered the block: by the Gram matrices of W_O
+        (`heads.write_grams`) and what it reads [sequence, token, mixed]."""
         each = self._attending[index]
-        count = each.heads or 1
         entered = self._entered.get(each.block)
         found = None if entered is None else self._tokens_of(each.block, entered, f"block {each.block}")
         if found is None or found[0].shape[:2] != cloud.shape[:2]:
             return
         size = found[0].double().norm(dim=-1)
         real = torch.ones_like(size, dtype=torch.bool) if mask is None else mask.to(size.device)
-        W = matrix.double().unflatten(0, (count, -1))
-        heads = cloud.double().unflatten(-1, (count, -1))
-        energy = (
-            ((heads.transpose(1, 2) @ (W @ W.mT)) * heads.transpose(1, 2)).sum(-1).clamp(min=0)
-        )  # [sequence, head, token]
+        outputs = cloud.double().unflatten(-1, (len(grams), -1)).transpose(1, 2)
+        energy = ((outputs @ grams) * outputs).sum(-1).clamp(min=0)  # [sequence, head, token]
         ratio = torch.where(energy > 0, energy.sqrt() / size[:, None], 0.0).transpose(1, 2)[real]
         largest = ratio[ratio.isfinite().all(-1)].amax(0) if bool(ratio.isfinite().all(-1).any()) else None
         if largest is not None:

@@ -30,7 +30,7 @@ def contraction_at_consensus(
     """||CA||_2 of each self-attention of the followed stack (the largest of its heads) with every stream that enters a block
     replaced by its mean token. `None` where an attention is not decomposed.
 
-    0 up to rounding: the rows of A are equal there. The pass is one more of the model, on `batch` as it is.
+    0 up to rounding where positions and mask leave the rows of A equal. The pass is one more of the model, on `batch` as it is.
 
     Raises what `capture` raises.
     """

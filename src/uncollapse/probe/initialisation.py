@@ -16,8 +16,9 @@ When not to use it: to ask how far training went. It says whether anything was t
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,8 @@ UNIFORM, GAUSSIAN = 1.8, 3.0  # fourth moments over the squared variance
 FEWEST_ENTRIES = 256  # of a matrix that says anything about its distribution
 POWER_STEPS = 24
 
+Sizes = Callable[[int], list[tuple[torch.Size, float]]]  # by block: shape and size of its query and key weights
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -41,10 +44,15 @@ class Evidence:
 
 def evidence(model: nn.Module, anatomy: Anatomy, numbers: Iterable[int]) -> dict[int, Evidence]:
     """What the weights of each of these blocks say, by block."""
-    return {number: _of_block(model, anatomy, number) for number in dict.fromkeys(numbers)}
+
+    @functools.cache  # each block is compared with all others
+    def sizes(number: int) -> list[tuple[torch.Size, float]]:
+        return [(w.shape, _size(w)) for w in _query_key_weights(model, anatomy.blocks[number])]
+
+    return {number: _of_block(model, anatomy, number, sizes) for number in dict.fromkeys(numbers)}
 
 
-def _of_block(model: nn.Module, anatomy: Anatomy, number: int) -> Evidence:
+def _of_block(model: nn.Module, anatomy: Anatomy, number: int, sizes: Sizes) -> Evidence:
     block = anatomy.blocks[number]
     vectors = matrices = 0
     for module in _modules(model, anatomy, block):
@@ -63,7 +71,7 @@ def _of_block(model: nn.Module, anatomy: Anatomy, number: int) -> Evidence:
                 return Evidence(False, f"{type(module).__name__}.{name} of this block {against}")
     if not matrices:
         return Evidence(False, "it has too few weights to tell")
-    against = _against_alike(model, anatomy, number)
+    against = _against_alike([sizes(other) for other in range(len(anatomy.blocks)) if other != number], sizes(number))
     if against is not None:
         return Evidence(False, against)
     still = f"{vectors} gains and biases are where they start, " if vectors else ""
@@ -142,16 +150,13 @@ def _largest_singular_value(w: Tensor) -> float:
     return float((w @ v).norm())
 
 
-def _against_alike(model: nn.Module, anatomy: Anatomy, number: int) -> str | None:
+def _against_alike(others: list[list[tuple[torch.Size, float]]], mine: list[tuple[torch.Size, float]]) -> str | None:
     """Whether the query and key weights of a block are of another size than the same ones of most other blocks."""
-    mine = _query_key_weights(model, anatomy.blocks[number])
-    others = [_query_key_weights(model, block) for other, block in enumerate(anatomy.blocks) if other != number]
-    others = [theirs for theirs in others if [w.shape for w in theirs] == [w.shape for w in mine]]
-    for place, weight in enumerate(mine):
-        chance = DEVIATIONS * math.sqrt((GAUSSIAN - 1) / (2 * weight.numel()))
-        size, sizes = _size(weight), [_size(theirs[place]) for theirs in others]
-        differ = sum(abs(size - other) > chance * max(size, other) for other in sizes)
-        if 2 * differ > len(sizes):
+    others = [theirs for theirs in others if [shape for shape, _ in theirs] == [shape for shape, _ in mine]]
+    for place, (shape, size) in enumerate(mine):
+        chance = DEVIATIONS * math.sqrt((GAUSSIAN - 1) / (2 * shape.numel()))
+        differ = sum(abs(size - theirs[place][1]) > chance * max(size, theirs[place][1]) for theirs in others)
+        if 2 * differ > len(others):
             return "its query and key weights are of another size than those of other blocks"
     return None
 

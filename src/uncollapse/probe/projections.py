@@ -45,7 +45,8 @@ class _WholeMap:
 class Projections:
     """Meets the output projection of each attention sublayer; an `Observer`. Fills in `matrix`, `energy` and `tokens` of their
     statistics. `sublayers`: each attention part with its statistics. `mixed` takes what its heads mixed. `contributed` is told the
-    number of the sublayer, its W_O, what that reads [sequence, token, mixed], and which tokens are real."""
+    number of the sublayer, the Gram matrices of its W_O (`heads.write_grams`), what that reads [sequence, token, mixed], and which
+    tokens are real."""
 
     def __init__(
         self,
@@ -241,7 +242,7 @@ class Projections:
             self._grams[index] = heads.write_grams(matrix, count)
         energy = heads.contribution_energy(cloud, matrix, count, mask, grams=self._grams[index])
         if self._contributed is not None:
-            self._contributed(index, matrix, cloud, mask)
+            self._contributed(index, self._grams[index], cloud, mask)
         if rounding_share(cloud, matrix, energy, mask) > MOST_ROUNDING:
             kind = str(cloud.dtype).removeprefix("torch.")
             statistics.reasons["energy_share"] = (
@@ -335,7 +336,7 @@ def projection_map(module: nn.Module, given: Tensor) -> tuple[Tensor, Tensor]:
     try:
         with torch.no_grad():  # `forward`: no hook on this module, ours nor the user's, should meet the unit vectors
             image = module.forward(rows.reshape(*(1,) * (given.ndim - 2), *rows.shape)).reshape(len(rows), -1)
-    except Exception as error:
+    except Exception as error:  # a module of the user's may raise anything
         raise UncollapseError("the output projection cannot be run on its own") from error
     zero = image[mixed]
     matrix, got = (image[:mixed] - zero) / SCALE, image[mixed + 1] - zero

@@ -48,8 +48,8 @@ class Readers:
         self.streams: list[tuple[Place, Action]] = []
         self._modules: dict[str, dict[int, Meets]] = {}
         self._runs: dict[str, int] = {}
-        self._given: dict[Point, Tensor] = {}
-        self._reading: dict[Point, list[int]] = {}
+        self._given: dict[tuple[Point, int], Tensor] = {}  # by operation and operand
+        self._reading: dict[Point, set[int]] = {}
         self._giving: dict[Point, list[tuple[NormPiece, Meets]]] = {}
         self._kept: dict[int, Tensor] = {}  # by site: the stream there, until its readers were met
         self._sites = statistics
@@ -86,7 +86,7 @@ class Readers:
             known = self._modules.setdefault(where.name, {})
             known[where.call] = _both(known[where.call], meets) if where.call in known else meets
         else:
-            self._reading.setdefault(where.reads, []).append(where.operand)
+            self._reading.setdefault(where.reads, set()).add(where.operand)
             self._giving.setdefault(where.gives, []).append((where, meets))
 
     # The pass -----------------------------------------------------------------------------------------------------
@@ -129,12 +129,12 @@ class Readers:
 
         def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if self._is_own():
-                for operand in self._reading.get(point, ())[:1]:
-                    self._given[point] = list(tensors_in([args, kwargs]))[operand].detach().clone()
+                for operand in self._reading.get(point, ()):
+                    self._given[point, operand] = list(tensors_in([args, kwargs]))[operand].detach().clone()
             output = function(*args, **kwargs)
             if self._is_own():
                 for piece, meets in self._giving.get(point, ()):
-                    given = self._given.get(piece.reads)
+                    given = self._given.get((piece.reads, piece.operand))
                     if given is not None:
                         meets(given, piece.result(output))
             return output
