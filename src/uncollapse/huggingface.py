@@ -21,7 +21,8 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
     """Looks at the model before training and after every `every` optimizer steps. `monitor` is the `Monitor`, once training began.
 
     trainer: the one that it is added to. batches and options: those of `Monitor`. With `texts` the trainer's own tokenizer is used
-    unless another is given. `each_head` is off here: some reporters print whatever is logged.
+    unless another is given. `each_head` is off here: some reporters print whatever is logged. The loss beside the figures is the
+    last one that the trainer logged, which is a mean over its `logging_steps`.
     """
 
     def __init__(self, trainer: Trainer, batches: Iterable[Mapping[str, Tensor]] | None = None, **options: Any) -> None:

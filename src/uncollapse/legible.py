@@ -22,6 +22,8 @@ _PLAIN = str.maketrans(
         "≠": "!=",
         "√": "sqrt",
         "∞": "inf",
+        "±": "+-",
+        "‖": "||",
         "✓": "+",
         "✗": "-",
         "°": " deg",
@@ -68,7 +70,9 @@ def encodable(text: str, encoding: str) -> str:
     """`text` in letters that `encoding` has: typographic ones become plain ones, and the rest is spelled out.
 
     >>> encodable("2 × 3 … σ☃é", "latin-1")
-    '2 x 3 ... sigma\\\\u2603é'
+    '2 × 3 ... sigma\\\\u2603é'
+    >>> encodable("‖CA‖ ± 1", "ascii")
+    '||CA|| +- 1'
     """
     try:
         text.encode(encoding)

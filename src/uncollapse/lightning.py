@@ -52,5 +52,7 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not type-
         if self.monitor is None or trainer.global_step == self._seen:  # a batch of several that make one step
             return
         self._seen = trainer.global_step
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        self.monitor.step(trainer.global_step, loss=loss if isinstance(loss, Tensor) else None)
+        given = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        # Lightning has divided it by the number of batches that make a step.
+        loss = given.detach() * trainer.accumulate_grad_batches if isinstance(given, Tensor) else None
+        self.monitor.step(trainer.global_step, loss=loss)

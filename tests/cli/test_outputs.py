@@ -144,6 +144,17 @@ def test_a_record_is_not_written_over_itself(run: Run, tmp_path: Path) -> None:
     refused(run("show", record, "--json", record), "--json: expected a file that is not read", "RECORD")
     refused(run("show", record, "--html", record), "--html: expected a file that is not read", "RECORD")
     assert record.read_bytes() == (GOLDEN / "heads.json").read_bytes()
+    before, after = (Path(shutil.copy(GOLDEN / "diagnosis.json", tmp_path / name)) for name in ("a.json", "b.json"))
+    refused(run("compare", before, after, "--json", before), "--json: expected a file that is not read", "BEFORE")
+    refused(run("compare", before, after, "--html", after), "--html: expected a file that is not read", "AFTER")
+    assert before.read_bytes() == after.read_bytes() == (GOLDEN / "diagnosis.json").read_bytes()
+
+
+def test_one_of_two_records_may_come_from_stdin(tmp_path: Path) -> None:
+    record = GOLDEN / "diagnosis.json"
+    command = [sys.executable, "-m", "uncollapse", "compare", "-", str(record), "--json", "-", "--quiet"]
+    done = subprocess.run(command, input=record.read_bytes(), capture_output=True, check=True)
+    assert b'"schema": "uncollapse/comparison/1"' in done.stdout
 
 
 def test_two_outputs_that_are_one_file_are_refused(run: Run, tmp_path: Path) -> None:

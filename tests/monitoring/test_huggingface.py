@@ -65,7 +65,7 @@ def test_the_trainer_gives_the_same_weights_and_logs_the_figures(bf16: bool, tmp
     assert readings[-1].loss is not None
 
 
-def test_the_model_is_freed_with_its_trainer(tmp_path: Path) -> None:
+def test_the_monitor_is_freed_with_its_callback(tmp_path: Path) -> None:
     own = trainer(tmp_path)
     callback = MonitorCallback(own, probe(), every=3)
     own.add_callback(callback)

@@ -44,12 +44,13 @@ class Module(nn.Module):
 
 def test_it_looks_once_a_step_and_tells_every_logger(adapter: Any) -> None:
     loggers = [Logger(), Logger()]
-    trainer, module = SimpleNamespace(global_step=0, loggers=loggers), Module()
+    trainer, module = SimpleNamespace(global_step=0, loggers=loggers, accumulate_grad_batches=2), Module()
     callback = adapter.MonitorCallback(probe(), model="net", every=2, each_head=False)
     callback.on_train_start(trainer, module)
     for batch in range(8):  # two batches make one step
         trainer.global_step = (batch + 1) // 2
-        callback.on_train_batch_end(trainer, module, {"loss": torch.tensor(2.5)}, None, batch)
+        halved = torch.tensor(2.5) / 2  # Lightning divides the loss of a batch by their number
+        callback.on_train_batch_end(trainer, module, {"loss": halved}, None, batch)
     for logger in loggers:
         assert [step for step, _ in logger.seen] == [0, 2, 4]
         assert "uncollapse/worst/max_logit" in logger.seen[0][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -10,7 +11,9 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import jsonschema
 import pytest
@@ -22,6 +25,7 @@ from tests.helpers.own_models import OwnGPT
 from tests.helpers.tiny_models import FAMILIES, text_batch
 from tests.monitoring.test_bit_identical import gpt2, plain, probe
 from uncollapse import records
+from uncollapse.records import trail
 from uncollapse.records.trail import TrailRecord, line
 
 
@@ -102,6 +106,14 @@ def test_a_head_whose_logits_grow_by_half_is_found_against_a_record(tmp_path: Pa
     found = [a for a in monitor.alarms if a.code == "BASELINE-LOGITS"]
     assert [(a.block, a.head, a.onset, a.step, a.against) for a in found] == [(1, 1, 3, 4, "baseline")]
     assert found[0].value == pytest.approx(1.6, rel=0.02)
+
+
+def test_a_baseline_that_has_none_of_the_heads_is_refused() -> None:
+    model, batch = OwnGPT(), [{"idx": probe()[0]["input_ids"]}]
+    record = uc.diagnose(model, batches=batch).record
+    strange = replace(record, attention=[replace(head, block=head.block + 10) for head in record.attention])
+    with pytest.raises(uc.InputError, match=r"^Monitor: expected a baseline of this model"):
+        uc.Monitor(model, batch, baseline=strange).step(0)
 
 
 def test_logits_made_large_are_an_alarm_with_its_onset_and_then_over() -> None:
@@ -187,6 +199,37 @@ def test_figures_survive_the_file_to_six_digits(tmp_path: Path) -> None:
     for here, there in zip(monitor.readings, uc.load(tmp_path / "run.jsonl").readings, strict=True):
         assert here.margins == pytest.approx(there.margins, rel=1e-5)
         assert here.heads["max_logit"] == pytest.approx(there.heads["max_logit"], rel=1e-5)
+
+
+def test_a_trail_that_cannot_be_written_or_is_spoilt_is_refused_at_every_look(tmp_path: Path) -> None:
+    model, batch = OwnGPT(), [{"idx": probe()[0]["input_ids"]}]
+    nowhere = uc.Monitor(model, batch, trail=tmp_path / "no folder" / "run.jsonl")
+    for step in (0, 50):
+        with pytest.raises(uc.InputError, match=r"^Monitor: expected a trail that can be written"):
+            nowhere.step(step)
+    uc.Monitor(model, batch, trail=tmp_path / "run.jsonl").step(0)
+    with open(tmp_path / "run.jsonl", "a") as stream:
+        stream.write("{}\n")
+    with pytest.raises(uc.InputError, match=r"^Monitor: expected a TrailReading, got line 3 of"):
+        uc.Monitor(model, batch, trail=tmp_path / "run.jsonl").step(0)
+
+
+def test_a_line_that_did_not_fit_on_the_disk_spoils_none_that_comes_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = uc.Monitor(gpt2(), probe(), every=1, trail=tmp_path / "run.jsonl")
+    monitor.step(0)
+
+    def full(stream: IO[bytes], text: str) -> None:
+        stream.write(text.encode()[:20])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trail, "_write", full)
+        with pytest.raises(OSError, match="No space"):
+            monitor.step(1)
+    monitor.step(2)
+    assert [r.step for r in uc.load(tmp_path / "run.jsonl").readings] == [0, 2]
 
 
 def test_a_torn_last_line_is_left_out_and_repaired(tmp_path: Path) -> None:

@@ -133,6 +133,7 @@ REFUSED: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "cut short": (HEADS[: len(HEADS) // 2], ("EOF", "cut short")),
     "two in one": (HEADS + HEADS, ("trailing characters",)),
     "nested without end": (b'{"schema":' + b"[" * 100_000, ("recursion",)),
+    "nested without end, on a line": (b'{"schema":' + b"[" * 100_000 + b"\n", ("recursion",)),
     "not UTF-8": (HEADS.replace(b"tiny-llama", b"caf\xe9"), ("not UTF-8",)),
     "UTF-16": (HEADS.decode().encode("utf-16"), ("not UTF-8",)),
     "UTF-8 cut inside a letter": ('{"schema": "é'.encode()[:-1], ("not UTF-8",)),

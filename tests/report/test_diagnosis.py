@@ -27,10 +27,13 @@ from tests.helpers.pages import (
     printed,
     well_formed_and_accessible,
 )
+from uncollapse import legible
 from uncollapse.errors import InputError
 from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.records.encoding import from_json, to_json
-from uncollapse.report import draw, show, wording
+from uncollapse.report import anatomy, draw, show, wording
+from uncollapse.report.comparison import wording as say_of_comparisons
+from uncollapse.report.heads import wording as say_of_heads
 from uncollapse.report.page import cells
 
 QUIET = "No warning about depth (7 sites), attention (72 heads) and output projections (6 blocks)."
@@ -569,7 +572,7 @@ def test_a_terminal_that_knows_only_ascii_gets_ascii() -> None:
 # Wording --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [wording, cells])
+@pytest.mark.parametrize("module", [wording, cells, anatomy, legible, say_of_comparisons, say_of_heads])
 def test_the_examples_of_the_docstrings(module: Any) -> None:
     done = doctest.testmod(module)
     assert done.attempted > 0

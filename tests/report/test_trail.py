@@ -19,6 +19,7 @@ from tests.monitoring.test_bit_identical import probe
 from uncollapse import report
 from uncollapse.cli.commands import main
 from uncollapse.records.trail import TrailRecord
+from uncollapse.report.trail import charts
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,13 @@ def test_the_page_has_curves_and_maps_with_the_alarms_marked(trail: Path) -> Non
     assert len(_values(loss, -1)) == 12
 
 
+def test_an_alarm_marks_the_attention_that_it_is_about(trail: Path) -> None:
+    run = record(trail)
+    both = replace(run, heads=[*run.heads, *(replace(head, kind="cross") for head in run.heads)])
+    (chart,) = (chart for chart in charts.head_maps(both) if chart.key == "heads-rest-entropy")
+    assert [cell["row"] for cell in _values(chart.spec, 1)] == [8 + run.alarms[0].head]
+
+
 def _values(spec: dict[str, Any], layer: int) -> list[dict[str, Any]]:
     data = spec["layer"][layer].get("data") or spec["data"]
     return list(data["values"] if "values" in data else spec["datasets"][data["name"]])
@@ -114,4 +122,12 @@ def test_a_spoilt_line_is_named(trail: Path, tmp_path: Path) -> None:
     lines[4] = "not a reading\n"
     (tmp_path / "spoilt.jsonl").write_text("".join(lines), "utf-8")
     with pytest.raises(uc.InputError, match=r"line 5 of .*spoilt\.jsonl"):
+        uc.load(tmp_path / "spoilt.jsonl")
+
+
+@pytest.mark.parametrize("loss", ["NaN", "1e999"])
+def test_a_number_that_is_not_finite_is_refused(loss: str, trail: Path, tmp_path: Path) -> None:
+    spoilt = re.sub(r'"loss":[\d.]+', f'"loss":{loss}', trail.read_text("utf-8"))
+    (tmp_path / "spoilt.jsonl").write_text(spoilt, "utf-8")
+    with pytest.raises(uc.InputError, match=r"finite numbers, got line 2 of .*spoilt\.jsonl"):
         uc.load(tmp_path / "spoilt.jsonl")

@@ -215,3 +215,11 @@ def test_a_folder_whose_name_is_no_utf_8_loads_and_is_recorded(checkpoint: Path,
     found = uc.diagnose(str(folder), [WORDS])
     assert json.loads(found.to_json(tmp_path / "r.json"))["model"]["name"] == rf"{tmp_path}/caf\xe9"
     assert uc.load(tmp_path / "r.json").record.model.name.endswith(r"caf\xe9")
+
+
+def test_a_configuration_nested_without_end_is_looked_through() -> None:
+    configuration: Any = {"layers": 10**6}
+    for _ in range(5000):
+        configuration = [configuration]
+    with pytest.raises(InputError, match="expected layers up to 100000"):
+        checkpoints.require_sound_sizes("a model", configuration)

@@ -493,9 +493,10 @@ def compare(
     def found(_: "Progress | None") -> "Comparison":
         from uncollapse.analyses.comparison import compare as comparison
 
-        return comparison(before, after)
+        return comparison(_stored(before), _stored(after))
 
-    carry_out(found, json=json, html=html, quiet=quiet, fail_on=fail_on)
+    reads = Reads([("BEFORE", before), ("AFTER", after)])
+    carry_out(found, reads=reads, json=json, html=html, quiet=quiet, fail_on=fail_on)
 
 
 @app.command(
@@ -531,9 +532,15 @@ def show(record: Record, json: Json = None, html: Html = None, quiet: Quiet = Fa
     """Show a stored record or a monitor's trail, in the terminal, as a page or as JSON."""
 
     def found(_: "Progress | None") -> "Recorded[Any]":
-        from uncollapse import records
         from uncollapse.analyses.result import Recorded
 
-        return Recorded(records.load(sys.stdin.buffer if record == STDIN else record))
+        return Recorded(_stored(record))
 
     carry_out(found, reads=Reads([("RECORD", record)]), json=json, html=html, quiet=quiet)
+
+
+def _stored(name: str) -> Any:
+    """The record in a file, or the one on stdin."""
+    from uncollapse import records
+
+    return records.load(sys.stdin.buffer if name == STDIN else name)

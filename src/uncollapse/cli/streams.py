@@ -53,11 +53,11 @@ class _Lossy(io.TextIOBase):
         return getattr(self._stream, name)
 
     @property
-    def encoding(self) -> str:  # type: ignore[override]
+    def encoding(self) -> str:  # type: ignore[override]  # typeshed has an attribute here; this one follows the stream's
         return self._stream.encoding
 
     @property
-    def errors(self) -> str | None:  # type: ignore[override]
+    def errors(self) -> str | None:  # type: ignore[override]  # likewise
         return self._stream.errors
 
 

@@ -9,6 +9,7 @@ While it learns how often each token occurs, its tokens come together and part a
 * A place that is not settled raises an alarm only if its stream has all but collapsed (`SEVERE`, and worse than at the first look),
   which no healthy run does, or if it stays over its threshold for `STANDING` looks without getting better. Uniform attention that
   was never anything else raises none.
+* NaN and infinity are an alarm at once, at any place.
 * What flickers round its threshold is one alarm: it is over when the margin has been `HYSTERESIS` below for `CALM` looks.
 
 When not to use it: to judge one record. `findings` does that.

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from uncollapse.errors import InputError
 from uncollapse.judgement.comparison import GROWN, HEAD_COURSES, LEAST_LOGIT, head_finding
 from uncollapse.monitoring.alarms import CALM, alarm
 from uncollapse.records.diagnosis import DiagnosisRecord
@@ -45,6 +46,18 @@ class BaselineAlarms:
     _history: dict[str, deque[list[float]]] = field(default_factory=dict)
     _moves: dict[str, deque[float]] = field(default_factory=dict)
     _places: dict[str, _Standing] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse a baseline that has none of these heads: it could never raise an alarm."""
+        if self.given is None or not self.heads:
+            return
+        there = self.given.heads if isinstance(self.given, TrailRecord) else self.given.attention
+        known = {(h.block, h.head, h.kind) for h in there}
+        if not any((h.block, h.head, h.kind) in known for h in self.heads):
+            raise InputError(
+                "Monitor: expected a baseline of this model, got one that has none of its heads. It may belong to another "
+                "model, or hold no attention. Pass a diagnosis of this model."
+            )
 
     def look(self, step: int, figures: Figures) -> tuple[list[Alarm], list[str]]:
         """The alarms that this look raises, and the keys of those that are over."""
@@ -128,7 +141,7 @@ def _recorded(
     """What a record says of each head."""
     if isinstance(record, TrailRecord):
         last = record.readings[-1].heads.get(measure, []) if record.readings else []
-        known = {(h.block, h.head, h.kind): v for h, v in zip(record.heads, last, strict=bool(last))}
+        known = {(h.block, h.head, h.kind): v for h, v in zip(record.heads, last, strict=False)}
     else:
         known = {
             (r.block, r.head, r.kind): None if (s := getattr(r, measure, None)) is None else s.mean

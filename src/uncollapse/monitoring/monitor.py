@@ -200,11 +200,12 @@ class Monitor:
 
     def _begin(self, step: int, record: TrailRecord) -> None:
         """Before the first reading: the record, and what an earlier part of the run left in the trail."""
-        self.record = record
-        self._beside = BaselineAlarms(record.heads, self._baseline, self.patience)
-        if self._path is None or not self._is_first:
+        beside = BaselineAlarms(record.heads, self._baseline, self.patience)
+        if self._path is not None and self._is_first:
+            self._file = TrailFile(self._path, record)
+        self.record, self._beside = record, beside
+        if self._file is None:
             return
-        self._file = TrailFile(self._path, record)
         standing: dict[str, Alarm] = {}
         for earlier in (r for r in self._file.earlier if r.step < step):
             record.readings.append(earlier)

@@ -85,6 +85,8 @@ class TrendAlarms:
         looks = window(self.rate, len(margins))
         for key, margin in margins.items():
             seen = self._seen.setdefault(key, deque(maxlen=LONGEST))
+            while seen and seen[-1][0] >= step:  # looked at twice, or back at an earlier checkpoint
+                seen.pop()
             seen.append((step, margin))
             name = f"{key}/trend"
             if margin < -NEAR - HYSTERESIS and name in self._standing:

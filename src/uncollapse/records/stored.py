@@ -40,7 +40,6 @@ SCHEMAS = (
     comparison.COMPARISON_SCHEMA,
 )
 LIMIT = 512 * 2**20  # bytes: three times the record of 126 blocks with 128 heads, each pair of heads with its angle
-_PIECE = 2**20
 _WRITTEN_BY = "Pass a file that --json or to_json wrote."
 
 
@@ -48,8 +47,10 @@ def load(source: str | os.PathLike[str] | IO[bytes]) -> AnyRecord:
     """See `uncollapse.records.load`."""
     name, text = _read(source)
     if trail.is_trail(text):
+        for number, line in enumerate(text.split("\n")[:-1], 1):  # the last one may be in flight
+            _document(f"line {number} of {name}", line)
         return trail.from_lines(text, name)
-    schema = _schema(name, text)
+    schema = _document(name, text).get("schema")
 
     def as_a(kind: type[Record]) -> Record:
         return from_json(text, kind, function="load", source=name)
@@ -93,7 +94,7 @@ def _read(source: str | os.PathLike[str] | IO[bytes]) -> tuple[str, str]:
 
 def _pieces(stream: IO[bytes]) -> Iterator[bytes]:
     read = 0
-    while piece := stream.read(_PIECE):
+    while piece := stream.read(reading.PIECE):
         read += len(piece)
         if read > LIMIT:
             raise reading.TooLarge
@@ -137,8 +138,8 @@ def _text(name: str, pieces: Iterator[bytes]) -> str:
     return text
 
 
-def _schema(name: str, text: str) -> Any:
-    """What the document gives as its schema, None where it gives none."""
+def _document(name: str, text: str) -> Any:
+    """The JSON in a text, once every number in it is known to be finite."""
     try:
         document = parsed(text, allow_inf_nan=False)
         json.dumps(document, allow_nan=False)  # 1e999 is good JSON and no finite number
@@ -146,4 +147,4 @@ def _schema(name: str, text: str) -> Any:
         raise InputError(
             f"load: expected JSON with finite numbers, got {name} ({error}). The file may have been cut short. {_WRITTEN_BY}"
         ) from None
-    return document.get("schema")
+    return document

@@ -121,26 +121,26 @@ def _rounded(value: Any) -> Any:
 def is_trail(text: str) -> bool:
     """Whether a text is a trail as a monitor writes it, line by line."""
     first, newline, _ = text.partition("\n")
-    if not newline or not first.lstrip("\ufeff").startswith('{"schema"'):
+    if not newline or not first.startswith('{"schema"'):
         return False
     try:
-        return json.loads(first.lstrip("\ufeff")).get("schema") == TRAIL_SCHEMA
-    except ValueError:
+        return json.loads(first).get("schema") == TRAIL_SCHEMA
+    except (ValueError, RecursionError):  # no JSON, or nested without end
         return False
 
 
-def from_lines(text: str, source: str) -> TrailRecord:
+def from_lines(text: str, source: str, *, function: str = "load") -> TrailRecord:
     """The trail that a text holds. A last line without its end is one in flight, and is left out.
 
-    Raises `InputError` for any other line that is no reading, naming it.
+    Raises `InputError` for any other line that is no reading, naming it and `function`.
     """
     from uncollapse.records.encoding import from_json
 
     first, *lines = text.split("\n")
-    record = from_json(first.lstrip("\ufeff"), TrailRecord, function="load", source=f"line 1 of {source}")
+    record = from_json(first, TrailRecord, function=function, source=f"line 1 of {source}")
     lines.pop()  # behind the last newline: nothing, or a line in flight
     readings = [
-        from_json(one, TrailReading, function="load", source=f"line {number} of {source}")
+        from_json(one, TrailReading, function=function, source=f"line {number} of {source}")
         for number, one in enumerate(lines, 2)
     ]
     return replace(record, readings=continued(readings))
@@ -186,7 +186,7 @@ class TrailFile:
         if not whole:
             _write(stream, line(record))
             return
-        earlier = from_lines(whole.decode("utf-8", "replace"), repr(str(self.path)))
+        earlier = from_lines(whole.decode("utf-8", "replace"), repr(str(self.path)), function="Monitor")
         if (earlier.sites, earlier.heads) != (record.sites, record.heads):
             raise InputError(
                 f"Monitor: expected the trail of this model, got {str(self.path)!r}, whose blocks or heads are others. "
@@ -202,7 +202,12 @@ class TrailFile:
     def append(self, reading: TrailReading) -> None:
         """Add one reading. The file is open for that long only, so nothing has to be closed when a run ends or dies."""
         with open(self.path, "ab", buffering=0) as stream:
-            _write(stream, line(reading))
+            end = stream.seek(0, os.SEEK_END)
+            try:
+                _write(stream, line(reading))
+            except OSError:
+                stream.truncate(end)  # the part that fitted on the disk would spoil the next line
+                raise
 
 
 def _write(stream: IO[bytes], text: str) -> None:

@@ -76,15 +76,17 @@ def require_sound_sizes(name: str, configuration: Any) -> None:
             )
 
 
-def _numbers(held: Any, key: str = "") -> Iterator[tuple[str, int]]:
-    if isinstance(held, dict):
-        for name, value in held.items():
-            yield from _numbers(value, str(name))
-    elif isinstance(held, list):
-        for value in held:
-            yield from _numbers(value, key)
-    elif isinstance(held, int) and not isinstance(held, bool):
-        yield key, held
+def _numbers(configuration: Any) -> Iterator[tuple[str, int]]:
+    """The whole numbers in it, each with the name that it stands under. Without recursion: it may be nested without end."""
+    waiting = [("", configuration)]
+    while waiting:
+        key, held = waiting.pop()
+        if isinstance(held, dict):
+            waiting += [(str(name), value) for name, value in reversed(held.items())]
+        elif isinstance(held, list):
+            waiting += [(key, value) for value in reversed(held)]
+        elif isinstance(held, int) and not isinstance(held, bool):
+            yield key, held
 
 
 def architecture_of(name: str, config: Any) -> str:

@@ -23,7 +23,7 @@ TITLES = {
 
 def names(record: ComparisonRecord) -> list[str]:
     """What the two are called: before and after, if they bear the same name."""
-    one, other = (model.name for model in record.models)
+    one, other = record.models[0].name, record.models[1].name
     return [f"{one} (before)", f"{other} (after)"] if one == other else [one, other]
 
 

@@ -14,7 +14,6 @@ from uncollapse.report.trail.wording import HEAD_TITLES, SITE_TITLES
 
 COLORS = (BLUE, ORANGE, PURPLE, TEAL)
 COLUMNS = 240  # of a map: more looks than this are shown by every second, third, …
-MAPPED_SITES, MAPPED_HEADS = ("consensus_after_norm", "stream_carried"), ("rest_entropy", "max_logit")
 IN_ALARMS = "The alarms of this run are listed above; the trail holds every figure."
 
 
@@ -83,18 +82,18 @@ def worst_charts(record: TrailRecord) -> list[Chart]:
 def block_maps(record: TrailRecord) -> list[Chart]:
     """One map for each measure of the stream: a row for each site, a column for each look."""
     names = [site.site for site in record.sites]
-    return [_map(record, measure, names, is_heads=False) for measure in _known(record, SITE_TITLES, MAPPED_SITES)]
+    return [_map(record, measure, names, is_heads=False) for measure in _known(record, SITE_TITLES)]
 
 
 def head_maps(record: TrailRecord) -> list[Chart]:
     """One map for each measure of the heads: a row for each head, a column for each look."""
     names = [f"{head.block}.{head.head}" + (" cross" if head.kind == "cross" else "") for head in record.heads]
-    return [_map(record, measure, names, is_heads=True) for measure in _known(record, HEAD_TITLES, MAPPED_HEADS)]
+    return [_map(record, measure, names, is_heads=True) for measure in _known(record, HEAD_TITLES)]
 
 
-def _known(record: TrailRecord, titles: Mapping[str, str], mapped: Sequence[str]) -> list[str]:
+def _known(record: TrailRecord, titles: Mapping[str, str]) -> list[str]:
     there = {measure for reading in record.readings for measure in (*reading.sites, *reading.heads)}
-    return [measure for measure in titles if measure in mapped and measure in there]
+    return [measure for measure in titles if measure in there]
 
 
 def _map(record: TrailRecord, measure: str, names: Sequence[str], *, is_heads: bool) -> Chart:
@@ -132,7 +131,9 @@ def _marked(record: TrailRecord, shown: Sequence[TrailReading], is_heads: bool) 
     found = []
     for alarm in record.alarms:
         if is_heads:
-            at = [i for i, h in enumerate(record.heads) if (h.block, h.head) == (alarm.block, alarm.head)]
+            about = (alarm.block, alarm.head)
+            alike = [i for i, h in enumerate(record.heads) if (h.block, h.head) == about]
+            at = [i for i in alike if alarm.kind in (None, record.heads[i].kind)]
         elif alarm.head is None:
             at = [i for i, s in enumerate(record.sites) if (s.block, s.stack) == (alarm.block, alarm.stack)]
         else:

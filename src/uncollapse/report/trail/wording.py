@@ -14,17 +14,11 @@ AGAINST = {
 }
 SITE_TITLES = {
     "consensus_after_norm": "Consensus distance after normalisation",
-    "consensus_distance": "Consensus distance",
-    "affine_rank_share": "Share of the attainable rank",
-    "effective_rank": "Effective rank",
     "stream_carried": "Share of the stream carried on",
 }
 HEAD_TITLES = {
     "rest_entropy": "Normalised entropy without the strongest key",
-    "normalized_entropy": "Normalised entropy",
     "max_logit": "Largest logit",
-    "key_share": "Share of the keys used",
-    "value_contraction": "Spread of the values kept",
 }
 
 

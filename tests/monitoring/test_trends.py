@@ -1,0 +1,42 @@
+"""Trends: a margin on its way to its threshold, and looks that come again."""
+
+from __future__ import annotations
+
+import doctest
+
+from uncollapse.monitoring import trends
+from uncollapse.monitoring.trends import TrendAlarms
+from uncollapse.records.common import Finding
+from uncollapse.records.trail import Alarm
+
+FOUND = {"ENTROPY-FROZEN": Finding("ENTROPY-FROZEN", "entropy-collapse", "info", 0, 0, 0.5, 0.2, "It is.", "", "")}
+
+
+def raised(looks: list[tuple[int, float]]) -> list[Alarm]:
+    rises = TrendAlarms(0.01)
+    return [alarm for step, margin in looks for alarm in rises.look(step, {"ENTROPY-FROZEN": margin}, FOUND)[0]]
+
+
+def test_a_steady_rise_is_an_alarm_once_with_the_steps_that_are_left() -> None:
+    (alarm,) = raised([(10 * look, -1.3 + 0.05 * look) for look in range(20)])
+    assert (alarm.code, alarm.against, alarm.severity, alarm.onset) == ("ENTROPY-FROZEN", "trend", "warning", 0)
+    assert alarm.step < 200
+    left = round((1.3 - 0.05 * alarm.step / 10) / 0.005, -2)  # to one digit
+    assert f"about {left:.0f} steps" in alarm.message
+
+
+def test_what_goes_up_and_down_is_none() -> None:
+    assert raised([(10 * look, -1.0 + 0.2 * (look % 2)) for look in range(40)]) == []
+
+
+def test_a_step_that_comes_again_replaces_what_was_seen_from_there() -> None:
+    once = [(10 * look, -1.3 + 0.05 * look) for look in range(20)]
+    twice = [each for each in once for _ in range(2)]
+    back = [*once[:9], *((step, margin + 0.3) for step, margin in once[4:9]), *once[4:]]
+    assert raised(twice) == raised(once)
+    assert [alarm.step for alarm in raised(back)] == [alarm.step for alarm in raised(once)]
+
+
+def test_the_examples_of_the_docstrings() -> None:
+    done = doctest.testmod(trends)
+    assert (done.attempted > 0, done.failed) == (True, 0)
