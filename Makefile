@@ -70,7 +70,7 @@ early-warning: $(INSTALLED) ## train small models into failure, beside their hea
 random-models: $(INSTALLED) ## ten thousand random small Transformers against the truth they record (an hour; goes on where it stopped)
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.random_models --count 10000
 
-fuzz: $(INSTALLED) ## 100,000 drawn cases of what nobody expects; writes their figures into docs/reliability.md (ten minutes)
+fuzz: $(INSTALLED) ## 100,000 drawn cases of what nobody expects; writes their figures into docs/reliability.md (two minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --count 100000 --write docs/reliability.md
 
 schema: $(INSTALLED) ## write the published JSON Schemas anew from the record dataclasses

@@ -3,9 +3,9 @@
     make bench                     a decoder of MiniLM's size, training batch 64 x 128, probe 8 x 128
     python -m bench.monitor --help other sizes
 
-Each look is held against the mean of the training steps before and after it; the median of these ratios is reported, and what a
-look costs if it comes every 50 steps. Time is that of the process, so that other processes on the machine count less.
-Bounds: a monitored step takes 1.10 steps, and 1.005 on average at every=50.
+The time of each look is divided by the mean of the training steps before and after it. The median of these ratios is reported, and
+what a look costs on average if it comes every 50 steps. Time is that of the process, so that other processes on the machine count
+less. The aim, which nothing enforces: a monitored step takes at most 1.10 steps, and 1.005 on average at every=50.
 """
 
 from __future__ import annotations

@@ -246,9 +246,9 @@ def answer(found: dict[str, Any]) -> str:
     shifts = [run["output_shift"]["mean"] for run in runs.values()]
     losses = {key: run["loss"]["mean"] for key, run in runs.items() if run["loss"] is not None}
     lost = sum(share != "100%" for share in ranks)
-    in_rank = "none of them loses a dimension" if not lost else f"{lost} lose dimensions"
+    in_rank = "none loses a dimension" if not lost else f"{lost} lose dimensions"
     return (
-        f"**Are production models degraded without their MLP blocks?** Of the {len(there)} trained models here {in_rank}, but in "
+        f"**Are production models degraded without their MLP blocks?** Of the {len(there)} trained models here, {in_rank}, but in "
         f"consensus distance {fallen(ends)} ({'; '.join(distances)}). Their output changes: the mean output vector turns by "
         f"1 − cosine = {min(shifts):.2f} to {max(shifts):.2f}, and {against_a_guess(losses, there)}."
     )

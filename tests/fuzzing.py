@@ -174,7 +174,7 @@ def main() -> None:
         for seed in range(chosen.seed, chosen.seed + cases):
             try:
                 counts[target(seed)] += 1
-            except Exception as error:
+            except Exception as error:  # whatever it is: that is what is looked for
                 counts["fault"] += 1
                 faults.append(f"{name}, seed {seed}: {type(error).__name__}: {str(error)[:150]}")
         lines.append(

@@ -21,8 +21,8 @@ Fault = Callable[[LanguageModel, int], None]
 
 @dataclass(frozen=True)
 class Scenario:
-    """A way of training. `phenomenon`: what it fails of, empty for a healthy twin. `block`: where, if it is planted there.
-    `fault`: what is done to the model after each step."""
+    """A way of training. `phenomenon`: what it fails of, empty for a healthy twin. `fault`: what is done to the model after each
+    step, which changes something from step `begins` on."""
 
     name: str
     shape: Shape
@@ -31,7 +31,6 @@ class Scenario:
     steps: int
     phenomenon: str = ""
     twin: str = ""
-    block: int | None = None
     fault: Fault | None = None
     begins: int = 0
 
@@ -75,9 +74,9 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("learning rate 2e-3", SMALL, 2e-3, 20, 300),
     Scenario("learning rate 1e-2, bounded logits", Shape(bounded=True), 1e-2, 20, 300),
     Scenario(
-        "residual decays", SMALL, 2e-3, 20, 300, "", "learning rate 2e-3", None, decaying, 80
+        "residual decays", SMALL, 2e-3, 20, 300, "", "learning rate 2e-3", decaying, 80
     ),
-    Scenario("logits grow", SMALL, 2e-3, 20, 300, "entropy-collapse", "learning rate 2e-3", 1, growing, 80),
+    Scenario("logits grow", SMALL, 2e-3, 20, 300, "entropy-collapse", "learning rate 2e-3", growing, 80),
 )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
     "GPT-2 as initialised": _configured("GPT2", vocab_size=500, n_embd=128, n_layer=6, n_head=4),
     "BERT as initialised": _configured("Bert", **_SIZES, intermediate_size=256),
     "Llama as initialised": _configured("Llama", **_SIZES, intermediate_size=256),
-    "ViT-like and text tower as initialised, pictures of one colour": _towers(_Block),
+    "two towers as initialised, pictures of one colour": _towers(_Block),
     "the same, and the text tower collapses": _towers(_Collapsing),
 }
 

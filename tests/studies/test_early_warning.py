@@ -36,6 +36,12 @@ def test_the_page_counts_what_was_found_and_every_alarm_on_a_healthy_run() -> No
     failing = run(FAILING, [3.0] * 200 + [4.0] * 100, [right])
     page = document([failing, run(TWIN, [3.0] * 300, [right])])
     assert "1 of 1 failing runs" in page
+    assert "were chosen: 0 of 0" in page  # both runs have the seed on which they were
+    assert "1 of the 1 found runs whose loss shows it" in page
+    never = document([run(FAILING, [3.0] * 300, [right]), run(TWIN, [3.0] * 300)])
+    assert "0 of the 0 found runs whose loss shows it" in never
+    assert "| not within the run |" in never
+    assert "| no twin was run |" in document([failing, run(FAILING, [4.0] * 300, [right])])  # its loss says nothing
     assert "Median lead where the loss shows it within the run: 82 steps" in page
     assert "1 on 1 of 1 runs" in page
     assert "| logits grow | 0 | 120 | BASELINE-ENTROPY (baseline), block 1 | 202 | silent | silent |" in page

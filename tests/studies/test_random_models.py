@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from studies.random_models import counting
+from studies.random_models import comparing, counting
 from studies.random_models.comparing import Comparison, compared, site_reference, tolerance
 from studies.random_models.describing import described, odd_pieces
 from studies.random_models.drawing import CHOICES, Drawn, drawn, reconciled, specification
@@ -314,9 +314,19 @@ def test_an_exception_that_is_no_refusal_is_wrong(monkeypatch: pytest.MonkeyPatc
     assert compared(plain().spec).verdict == "wrong"
 
 
+@pytest.mark.parametrize("seed", [0, 30, 110])  # float32, autocast, bfloat16: in the last two roundings grow most
+def test_a_removal_that_removed_nothing_is_found_however_wide_the_tolerance(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    truths = comparing._truths_twice
+    monkeypatch.setattr(comparing, "_truths_twice", lambda subject, _: truths(subject, ()))
+    inside = [item for item in compared(seed).items if item.name.startswith(("inside without", "ablate"))]
+    assert sum(item.verdict == "wrong" for item in inside) > len(inside) / 4
+
+
 # Faults that are known, each with its cause; they would be listed in docs/what-is-proved.md too. None may be added.
 KNOWN_FAULTS: dict[int, str] = {}
-MOST_NOT_READ = 8  # of the models in a chunk that should be read; the aim is one
+MOST_NOT_READ = 5  # of the 9 to 15 models in a chunk that should be read: one more than any chunk has; the aim is one
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))

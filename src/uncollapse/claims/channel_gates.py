@@ -16,7 +16,7 @@ def check(trials: int, seed: int, *, gates: str = "of channels") -> Finding:
     draws = Draws("channel-gates", seed)
     left, by_heads = [], []
     for _ in range(max(1, trials // 5)):
-        h, k = draws.randint(2, 3), draws.randint(2, 2)
+        h, k = draws.randint(2, 3), 2
         size = h * k
         projection = draws.of_rank(size, size, size)
         distinct = exact.rational([[1] * size, draws.sample(range(1, 3 * size), size)])

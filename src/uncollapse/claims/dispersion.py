@@ -37,7 +37,7 @@ def check(trials: int, seed: int, *, share: fmpq | int = 1) -> Finding:
         wanted = fmpq(draws.randint(1, 9), 10)
         length = 1 + 2**bits * (1 - wanted) / wanted
         longer = int(length.p // length.q) + 1
-        reach.append(fmpq(2**bits, longer - 1 + 2**bits) <= wanted)
+        reach.append(max(softmax(exact.rational([[bits, *([0] * (longer - 1))]])).entries()) <= wanted)
     return [
         tally("the largest weight is at most e^delta/(n - 1 + e^delta), rows of every other kind", weights),
         tally("one key at the top, all others at the bottom attains it (to 1e-60)", attained),

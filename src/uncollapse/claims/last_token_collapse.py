@@ -46,7 +46,11 @@ def check(trials: int, seed: int, *, limit: dict[torch.dtype, int] | None = None
         ),
     ], Counterexample(
         "different prompts have different last states",
-        {"n": [["512"]], "exact difference": [[str(fmpq(1, 512))]], "half the spacing below 1": [[str(fmpq(1, 512))]]},
+        {
+            "n": [[str(LIMIT[torch.bfloat16])]],
+            "exact difference": [[str(fmpq(1, LIMIT[torch.bfloat16]))]],
+            "half the spacing below 1": [[str(fmpq(1, 2 ** (BITS[torch.bfloat16] + 2)))]],
+        },
         "1 - 1/512 lies half way between 1 and the next smaller bfloat16, and rounds to 1.",
         "one differing token, values 0 and 1; no shorter prompt does it",
     )
