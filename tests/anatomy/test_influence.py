@@ -14,8 +14,9 @@ from torch.nn import functional
 
 import uncollapse as uc
 from tests.helpers.observing import observe, site_table
+from uncollapse.anatomy.examples import example_batch
 from uncollapse.anatomy.influence import stream_axes, without_zeros
-from uncollapse.anatomy.proof import example_batch, proved_anatomy
+from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import StreamAxes
 from uncollapse.probe.passes import Observations
@@ -419,3 +420,44 @@ def test_what_half_precision_rounds_off_in_other_sequences_is_no_influence() -> 
     stream = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(1))
     axes, _ = stream_axes(update, stream, "a block")
     assert axes == StreamAxes(0, (1,), 2)
+
+
+class Torchs(nn.Module):
+    """torch's own layers behind a mask that the caller gives, as in torch's documentation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(30, 24)
+        layer = nn.TransformerEncoderLayer(24, 3, 48, 0.0, batch_first=True)
+        self.layers = nn.ModuleList(type(layer)(24, 3, 48, 0.0, batch_first=True) for _ in range(2))
+
+    def forward(self, src_mask: Tensor, src: Tensor) -> Tensor:
+        x = self.embed(src)
+        for layer in self.layers:
+            x = layer(x, src_mask=src_mask)
+        return x
+
+
+def test_a_square_mask_that_comes_first_is_not_taken_for_the_sequences() -> None:
+    torch.manual_seed(0)
+    model = Torchs().eval()
+    one, five = (
+        {"src_mask": torch.ones(n, n).triu(1).bool(), "src": torch.randint(30, (sequences, n))}
+        for sequences, n in ((1, 13), (5, 8))
+    )
+    assert {name: tuple(value.shape) for name, value in example_batch(one).items()} == {
+        "src_mask": (7, 7),
+        "src": (2, 7),
+    }
+    together = uc.diagnose(model, batches=[one, five]).record.heads
+    fresh = Torchs().eval()
+    fresh.load_state_dict(model.state_dict())
+    apart = [uc.diagnose(fresh, batches=[five]).record.heads, uc.diagnose(model, batches=[one]).record.heads]
+    for both, (first, second) in zip(together, zip(*apart, strict=True), strict=True):
+        assert both.energy_share is not None
+        assert first.energy_share is not None
+        assert second.energy_share is not None
+        for share, of_five, of_one in zip(
+            both.energy_share, first.energy_share or [], second.energy_share or [], strict=True
+        ):
+            assert share.mean == pytest.approx((5 * of_five.mean + of_one.mean) / 6, rel=1e-5)

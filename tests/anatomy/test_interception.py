@@ -10,14 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from uncollapse.anatomy.interception import (
-    Point,
-    device_of,
-    intercepted,
-    left_of,
-    summand,
-)
+from uncollapse.anatomy.interception import Point, device_of, intercepted
 from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.summands import left_of, summand
 from uncollapse.errors import UncollapseError
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 import uncollapse as uc
 from tests.helpers.families import FAMILIES, Family, inputs_for
 from uncollapse.anatomy import proof
-from uncollapse.anatomy.proof import example, prove
+from uncollapse.anatomy.examples import example
+from uncollapse.anatomy.proof import prove
 from uncollapse.anatomy.vocabulary import Anatomy, Block, Part, Residual
 
 families = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

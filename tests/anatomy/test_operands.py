@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from uncollapse.anatomy.operands import forbidden_by_addition
+from uncollapse.anatomy.masking import forbidden_by_addition
 
 
 @pytest.mark.parametrize("number", [-math.inf, -1e9, -1e4, -100.0, torch.finfo(torch.float32).min])

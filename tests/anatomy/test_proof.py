@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import uncollapse as uc
 from tests.helpers.tiny_models import FAMILIES, batch_for, text_batch
 from uncollapse.anatomy import proof
-from uncollapse.anatomy.proof import example, prove, proved_anatomy
+from uncollapse.anatomy.examples import example
+from uncollapse.anatomy.proof import prove, proved_anatomy
 from uncollapse.anatomy.reading import behaves_as_norm
 from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Block
 

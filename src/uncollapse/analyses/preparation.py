@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse import bounds, sources
+from uncollapse.anatomy.examples import example
 from uncollapse.anatomy.interception import ChangedPath, device_of
 from uncollapse.anatomy.probing import probing
-from uncollapse.anatomy.proof import example, proved_anatomy
+from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Layout
 from uncollapse.errors import InputError

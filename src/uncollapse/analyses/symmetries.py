@@ -27,9 +27,9 @@ from torch.overrides import TorchFunctionMode
 from uncollapse.analyses.diagnosis import observe
 from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
 from uncollapse.analyses.result import Recorded
+from uncollapse.anatomy.examples import example
 from uncollapse.anatomy.interception import device_of
 from uncollapse.anatomy.probing import float64_kept, probing
-from uncollapse.anatomy.proof import example
 from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.vocabulary import Block, StreamAxes
 from uncollapse.errors import InputError, UncollapseError

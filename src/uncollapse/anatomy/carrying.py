@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.anatomy.interception import Point
-from uncollapse.anatomy.operands import forbidden_by_step
+from uncollapse.anatomy.masking import forbidden_by_step
 from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import AttentionCall, MaskingStep
 

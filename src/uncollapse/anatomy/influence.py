@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from uncollapse.anatomy.operands import LEAST_SHARE
+from uncollapse.anatomy.masking import LEAST_SHARE
 from uncollapse.anatomy.tracing import is_freed, opened, operation_name
 from uncollapse.anatomy.turns import closed_to_others
 from uncollapse.anatomy.vocabulary import StreamAxes

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from uncollapse.anatomy.interception import Handler, Point, putting_another, with_operands
+from uncollapse.anatomy.interception import Handler, Point, putting_another
 from uncollapse.anatomy.operands import UnreadableError, arranged, product_operands
+from uncollapse.anatomy.summands import with_operands
 from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in, writes_in_place
 from uncollapse.anatomy.vocabulary import AttentionCall, Gate, Part
 

@@ -20,31 +20,33 @@ Any failure raises `UnsupportedModel` with the module, the identity, and by how 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
-import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.autocast import AutocastState
-from uncollapse.anatomy.carrying import Observer, Way
-from uncollapse.anatomy.influence import EVERY, Products, moved, poked, reaches, stream_axes, without_zeros
-from uncollapse.anatomy.interception import (
-    Handler,
-    Point,
-    in_turn,
-    same_term,
-    summand,
-    with_operands,
+from uncollapse.anatomy.block_alone import (
+    POKE_SEED,
+    BlockAlone,
+    BlockRun,
+    MetAddition,
+    blocks_alone,
+    observe_blocks,
+    observing,
+    output_of,
+    recorders,
+    tensors_of,
 )
+from uncollapse.anatomy.carrying import Way
+from uncollapse.anatomy.examples import example_batch, fitting_piece, one_sequence, runs_on, sends_elsewhere, turned
+from uncollapse.anatomy.influence import EVERY, Products, moved, poked, reaches, stream_axes, without_zeros
+from uncollapse.anatomy.interception import Handler, Point, in_turn
 from uncollapse.anatomy.mixing_proof import Poked, located, placed
-from uncollapse.anatomy.module_states import left_as_found
 from uncollapse.anatomy.operands import (
     Mixed,
     SeveralChoicesError,
@@ -56,9 +58,7 @@ from uncollapse.anatomy.operands import (
 from uncollapse.anatomy.output_maps import (
     ProductMap,
     axes_order,
-    giving,
     opening,
-    output_map,
     product_map,
     sounding,
 )
@@ -66,10 +66,10 @@ from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.reading import has_own_hooks, read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
 from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember
-from uncollapse.anatomy.snapshots import copied
 from uncollapse.anatomy.stacks import find_stacks, given_mask
-from uncollapse.anatomy.streams import Action, met
-from uncollapse.anatomy.tracing import Trace, operands_of, operation_name, tensors_in, trace
+from uncollapse.anatomy.streams import Action
+from uncollapse.anatomy.summands import same_term, with_operands
+from uncollapse.anatomy.tracing import Trace, operands_of, operation_name, trace
 from uncollapse.anatomy.vocabulary import (
     STREAM,
     AdditionNode,
@@ -86,15 +86,9 @@ from uncollapse.anatomy.vocabulary import (
     Place,
     Stack,
     StreamAxes,
-    removal,
 )
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.restoring import restoring
-
-EXAMPLE_TOKENS = 8
-# Not a seed that models are made with: noise that equals an embedding, drawn from the same seed, leaves its direction as it is.
-POKE_SEED = 2_604_236_810
-SEQUENCES, TOKENS, DECODER_TOKENS = 3, 7, 5  # of the proof: pairwise different, so that no axis passes for another
 
 
 def proved_anatomy(
@@ -108,15 +102,15 @@ def proved_anatomy(
     known = None if anew else recalled(model, situation)
     if known is not None:
         return known.anatomy
-    small, steers = (dict(batch), _steers(model, batch)) if anew else _piece(model, batch)
+    small, steers = (dict(batch), sends_elsewhere(model, batch)) if anew else fitting_piece(model, batch)
     anatomy = prove(model, small, layout)
-    few = _one_sequence(model, batch)
+    few = one_sequence(model, batch)
     ids = next((stack.ids for stack in anatomy.stacks if stack.ids is not None and stack.ids_transposed), None)
     if ids is not None:  # its first row is a token of every sequence
         shape = batch[ids].shape
-        piece = example_batch(_turned(batch, shape))
-        few = _turned(piece, piece[ids].shape)
-        few = few if _runs_on(model, few) else small
+        piece = example_batch(turned(batch, shape))
+        few = turned(piece, piece[ids].shape)
+        few = few if runs_on(model, few) else small
     elif any(_may_be_token_first(anatomy, stack) for stack in anatomy.stacks):
         few = small  # one row of its vectors may be one token, which no mask and no order is seen on
     remember(model, situation, Remembered(anatomy, few, steers))
@@ -127,54 +121,6 @@ def _may_be_token_first(anatomy: Anatomy, stack: Stack) -> bool:
     """Whether a stack whose embedding is made of no token numbers has its tokens along an axis before that of the sequences."""
     axes = anatomy.blocks[stack.blocks[0]].axes
     return stack.ids is None and axes is not None and axes.sequence is not None and min(axes.token) < axes.sequence
-
-
-def piece_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The small piece of a batch that the anatomy is proved on."""
-    return _piece(model, batch)[0]
-
-
-def _piece(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The first of several pieces that the model runs on: `example_batch`, one cut along its first axis alone, the whole batch
-    (patches laid end to end, fixed lengths); also the whole batch for a model that would not be the same model afterwards
-    (BigBird gives up its sparse attention on a short text). Then also whether the whole batch makes another model of it, too."""
-    for piece in (example_batch(batch), _first_sequences(batch)):
-        if _runs_on(model, piece):
-            return piece, False
-    return dict(batch), _steers(model, batch)
-
-
-def _one_sequence(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    piece = example(batch)
-    return piece if _runs_on(model, piece) else dict(batch)
-
-
-def _turned(batch: Mapping[str, Any], shape: Sequence[int]) -> dict[str, Any]:
-    """A batch whose tensors with axes of these sizes have them in the other order."""
-    return {
-        name: value.transpose(0, 1) if isinstance(value, Tensor) and value.shape[:2] == tuple(shape) else value
-        for name, value in batch.items()
-    }
-
-
-def _runs_on(model: nn.Module, piece: Mapping[str, Any]) -> bool:
-    """Whether the model runs on a piece, and is the same model afterwards."""
-    try:
-        with probing(model), left_as_found(model) as states:
-            model(**piece)
-            return not states.steered()
-    except Exception:  # whatever it is, the piece does not fit; the next one is closer to the user's own batch
-        return False
-
-
-def _steers(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    """Whether running `batch` sends later runs of the model another way."""
-    try:
-        with probing(model), left_as_found(model) as states:
-            model(**batch)
-            return states.steered()
-    except Exception:  # `prove` says what is wrong with the batch
-        return False
 
 
 def known_anatomy(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Anatomy | None:
@@ -189,153 +135,20 @@ def known_example(model: nn.Module) -> dict[str, Any] | None:
     return None if known is None else known.example
 
 
-def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS) -> dict[str, Any]:
-    """One sequence of a batch, cut to at most `tokens` real tokens where it is made of token numbers."""
-    size = next((t.shape[0] for t in batch.values() if isinstance(t, Tensor) and t.ndim), 1)
-    keep: dict[str, Tensor] = {}
-    row = 0
-    for name in ("attention_mask", "decoder_attention_mask"):
-        mask = batch.get(name)
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            real = _marked_real(mask)
-            row = int(real.sum(-1).argmax()) if name == "attention_mask" else row
-            keep[name.removesuffix("attention_mask")] = real[row].nonzero().flatten()[:tokens]
-    cut: dict[str, Any] = {}
-    for name, value in batch.items():
-        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != size:
-            cut[name] = value
-            continue
-        one = value[row : row + 1]
-        stack = "decoder_" if name.startswith("decoder_") else ""
-        if value.ndim == 2 and not value.is_floating_point():
-            columns = keep.get(stack, torch.arange(min(tokens, value.shape[1]), device=value.device))
-            if len(columns) and int(columns.max()) < value.shape[1]:
-                one = one[:, columns]
-        cut[name] = one.clone()
-    return cut
-
-
-def example_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Up to 3 sequences of a batch with 7 tokens each, so that no two axes have one length and none passes for another.
-
-    What is made of token numbers is cut to real tokens; a single sequence is repeated with its tokens in another order. Other
-    tensors are cut along the axes that have the lengths of the token numbers. The decoder's are cut to 5 tokens.
-    """
-    numbers = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point()}
-    if not numbers:
-        return _first_sequences(batch)
-    shape = tuple(next(iter(numbers.values())).shape)
-    tokens = TOKENS if shape[1] > SEQUENCES else shape[1]
-    cut = {shape[1]: min(shape[1], tokens)}
-    rows = [int(row) for row in _real(numbers, "", shape).sum(-1).argsort(descending=True, stable=True)]
-    wanted = min(shape[0], SEQUENCES if shape[1] > SEQUENCES else TOKENS)
-    if wanted == tokens and wanted > 2:
-        wanted -= 1
-    found: dict[str, Any] = {}
-    for name, value in batch.items():
-        if not isinstance(value, Tensor) or not value.ndim:
-            found[name] = value
-            continue
-        is_decoder = name.startswith("decoder_") or (name == "labels" and any(n.startswith("decoder_") for n in batch))
-        stack = "decoder_" if is_decoder else ""
-        piece = value
-        if value.ndim >= 2 and value.shape[0] == shape[0] and (name in numbers or value.shape[1] == shape[1]):
-            length = min(value.shape[1], DECODER_TOKENS if is_decoder else tokens)
-            real = _real(numbers, stack, tuple(value.shape[:2]))
-            taken = []
-            for row in rows[:wanted]:
-                columns = real[row].nonzero().flatten()
-                if not len(columns):
-                    columns = torch.arange(length)
-                # Too few real tokens are gone through again.
-                columns = columns.repeat(-(-length // len(columns)))[:length]
-                taken.append(value[row, columns.to(value.device)])
-            if len(taken) == 1:
-                taken.append(taken[0].roll(1, 0))
-            piece = torch.stack(taken)
-        else:
-            if value.shape[0] == shape[0]:
-                piece = value[torch.tensor(rows[:wanted], device=value.device)]
-                piece = torch.cat([piece, piece]) if wanted == 1 else piece
-            elif value.shape[0] in cut:
-                piece = piece[: cut[value.shape[0]]]
-            if value.ndim == 2 and value.shape == shape[::-1]:
-                piece = piece[:, : max(wanted, 2)]
-        if value.ndim > 2 and value.shape[0] == shape[0]:
-            for axis in range(2, value.ndim):
-                if value.shape[axis] == shape[1] and value.shape[1] in {1, shape[1]}:  # over pairs of tokens
-                    piece = piece.narrow(axis, 0, tokens)
-        found[name] = piece.clone()
-    return found
-
-
-def _real(numbers: Mapping[str, Tensor], stack: str, shape: tuple[int, ...]) -> Tensor:
-    """Which tokens of tensors of this shape are real, as far as the batch's masks of this stack say so."""
-    mask = numbers.get(f"{stack}attention_mask")
-    if mask is not None and tuple(mask.shape) == shape:
-        return _marked_real(mask).cpu()
-    return torch.ones(shape, dtype=torch.bool)
-
-
-def _marked_real(mask: Tensor) -> Tensor:
-    """Which tokens a mask over tokens says are real: those with a 1. Without any 1 all are: there a 1 stands for padding."""
-    marked = mask.bool()
-    return marked if bool(marked.any()) else ~marked
-
-
-def _first_sequences(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The first 3 sequences of a batch: what has the length of the first tensor is cut along its first axis."""
-    size = next((t.shape[0] for t in batch.values() if isinstance(t, Tensor) and t.ndim), 1)
-
-    def first(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != size:
-            return value
-        return torch.cat([value, value]) if size == 1 else value[:SEQUENCES].clone()
-
-    return {name: first(value) for name, value in batch.items()}
-
-
-@dataclass
-class _Run:
-    """What one block saw: the arguments of the module in whose code it stands, the stream at its entry and exit, its additions,
-    and the gates on the stream's way. `earlier` counts the runs of every module before it in the pass."""
-
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    stream: Tensor | None = None
-    precision: AutocastState | None = None
-    output: Tensor | None = None
-    sums: dict[Point, _Addition] = field(default_factory=dict)
-    gates: dict[tuple[Point, int], Tensor] = field(default_factory=dict)
-    earlier: dict[str, int] = field(default_factory=dict)
-
-    def entered(self) -> contextlib.AbstractContextManager[Any]:
-        """The autocast state in which the block ran."""
-        return contextlib.nullcontext() if self.precision is None else self.precision.entered()
-
-
-@dataclass(frozen=True)
-class _Addition:
-    """One addition as it was met: what each summand brought, by the number of the operand, and the sum."""
-
-    summands: dict[int, Tensor]
-    result: Tensor
-
-
 def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None) -> Anatomy:
     """Read and prove the anatomy on `batch`, which should be small. Nothing is remembered."""
     with probing(model):
         try:
-            before = _output(model, batch)
+            before = output_of(model, batch)
         except Exception as error:  # whatever it is, the model does not run on this batch: the refusal says so
             raise _not_run(model, batch, error) from error
         torch.manual_seed(0)
         recorded = trace(model, batch)
         proof = [
-            Identity("tracing changes no bit of the output", "model", _deviation(before, _tensors(recorded.output)))
+            Identity("tracing changes no bit of the output", "model", _deviation(before, tensors_of(recorded.output)))
         ]
         anatomy = read(model, recorded, layout)
-        runs = _observe(model, batch, anatomy)
+        runs = observe_blocks(model, batch, anatomy)
         proved: list[Block] = []
         reached_of: list[dict[int, Tensor]] = []
         known: dict[tuple[int, tuple[int, ...]], StreamAxes] = {}  # by stack and shape of its stream
@@ -359,7 +172,7 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
             for number, (block, reached) in enumerate(zip(proved, reached_of, strict=True))
         ]
         proof.append(
-            Identity("the output afterwards is the output before", "model", _deviation(before, _output(model, batch)))
+            Identity("the output afterwards is the output before", "model", _deviation(before, output_of(model, batch)))
         )
     names = {b.module.name for b in anatomy.blocks}
     runs_of = Counter(call.name for call in recorded.calls if call.name in names)
@@ -381,7 +194,7 @@ def _with_causality(block: Block, reached: Mapping[int, Tensor], real: Tensor | 
     return replace(block, parts=tuple(parts))
 
 
-def _shared_axes(blocks: list[Block], runs: list[_Run], anatomy: Anatomy) -> list[Block]:
+def _shared_axes(blocks: list[Block], runs: list[BlockRun], anatomy: Anatomy) -> list[Block]:
     """Give blocks whose own axes could not be told those of another block of their stack with a stream of the same shape."""
     shapes = [() if run.stream is None else tuple(run.stream.shape) for run in runs]
     found = list(blocks)
@@ -393,31 +206,11 @@ def _shared_axes(blocks: list[Block], runs: list[_Run], anatomy: Anatomy) -> lis
     return found
 
 
-def blocks_alone(
-    model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, numbers: Collection[int]
-) -> dict[int, BlockAlone]:
-    """The blocks with the given numbers as they run by themselves on the arguments they have in one pass over `batch`. Within
-    `probing` only."""
-    wanted = sorted(set(numbers))
-    chosen = replace(anatomy, blocks=tuple(anatomy.blocks[i] for i in wanted))
-    runs = _observe(model, batch, chosen, to_the_end=False)
-    return {i: BlockAlone(model, anatomy.blocks[i], run) for i, run in zip(wanted, runs, strict=True)}
-
-
 def _not_run(model: nn.Module, batch: Mapping[str, Any], error: Exception) -> InputError:
     return InputError(
         f"anatomy: expected a batch that {type(model).__name__} runs on, got {type(error).__name__}: {error}. "
         f"It was given {', '.join(batch)}. Try model(**batch) first."
     )
-
-
-def _output(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
-    torch.manual_seed(0)
-    return _tensors(model(**batch))
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [t.detach().clone() for t in tensors_in(output) if t.is_floating_point()]
 
 
 def _deviation(expected: list[Tensor], got: list[Tensor]) -> float:
@@ -441,125 +234,12 @@ def _difference(expected: Tensor, got: Tensor) -> float:
     return float((expected.double() - got.double()).nan_to_num(nan=float("inf")).abs().max())
 
 
-class _AllSeenError(Exception):
-    """Ends a pass behind the last block that was asked for."""
-
-
-def _observe(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, *, to_the_end: bool = True) -> list[_Run]:
-    """One pass that records each block's arguments, stream and additions; everything is cloned where it is met."""
-    runs = [_Run() for _ in anatomy.blocks]
-    handlers: dict[Point, list[Handler]] = {}
-    actions: list[tuple[Place, Action]] = []
-    for block, run in zip(anatomy.blocks, runs, strict=True):
-        actions += [(block.entry, _keeping(run, "stream")), (block.exit, _keeping(run, "output"))]
-        if not to_the_end:
-            actions.append((block.exit, lambda _: _end_where_all(runs)))
-        for point, handler in _recording(block, run).items():
-            handlers.setdefault(point, []).append(handler)
-    devices = {p.device.type for p in model.parameters()} - {"meta"}
-    thread = threading.get_ident()
-    with restoring() as changes:
-        counts: dict[str, int] = {}
-        by_module: dict[str, list[tuple[int, _Run]]] = {}
-        for block, run in zip(anatomy.blocks, runs, strict=True):
-            by_module.setdefault(block.module.name, []).append((block.module.call, run))
-        for name, module in model.named_modules():
-
-            def enter(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                if threading.get_ident() != thread:
-                    return
-                for call, run in by_module.get(name, ()):
-                    if call == counts.get(name, 0):
-                        run.args, run.kwargs, run.earlier = copied(args, model), copied(kwargs, model), dict(counts)
-                        run.precision = AutocastState.here(*devices)
-                counts[name] = counts.get(name, 0) + 1
-
-            changes.hook(module, "forward_pre", enter, with_kwargs=True)
-        together = {point: in_turn(*several) for point, several in handlers.items()}
-        changes.enter(met(model, actions, handlers=together))
-        with contextlib.suppress(_AllSeenError):
-            _output(model, batch)
-    return runs
-
-
-def _end_where_all(runs: list[_Run]) -> None:
-    if all(run.output is not None for run in runs):
-        raise _AllSeenError
-
-
-def _keeping(run: _Run, name: Literal["stream", "output"]) -> Action:
-    def keep(stream: Tensor) -> None:
-        setattr(run, name, stream.detach().clone())
-
-    return keep
-
-
-def _recording(block: Block, run: _Run) -> dict[Point, Handler]:
-    """Handlers that take note of a block's additions, and of the gates on the stream's way, into `run`."""
-    handlers: dict[Point, list[Handler]] = {}
-
-    def adding(node: AdditionNode) -> Handler:
-        def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            numbers = [i for i, leaves in enumerate(node.leaves) if leaves]
-            met = {i: summand(function, args, kwargs, i).detach().clone() for i in numbers}
-            result = function(*args, **kwargs)
-            axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-            total = result.sum(axis) if operation_name(function) == "stack" else result
-            run.sums[node.point] = _Addition(met, total.detach().clone())
-            return result
-
-        return handler
-
-    def passing(point: Point, number: int) -> Handler:
-        def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            run.gates[point, number] = list(tensors_in([args, kwargs]))[number].detach().clone()
-            return function(*args, **kwargs)
-
-        return handler
-
-    for residual in block.residuals:
-        for node in residual.additions:
-            handlers.setdefault(node.point, []).append(adding(node))
-        for point, number in residual.gates:
-            handlers.setdefault(point, []).append(passing(point, number))
-    return {point: in_turn(*several) for point, several in handlers.items()}
-
-
-def _holding(value: Tensor, number: int) -> Handler:
-    """Let an operation run with one of its operands held at a value."""
-
-    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given, named = with_operands(args, kwargs, {number: lambda _: value.clone()})
-        return function(*given, **named)
-
-    return handler
-
-
-def _adding(added: list[Tensor], operand: int) -> Handler:
-    """Take note of what an operand brings to an addition."""
-
-    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        added.append(summand(function, args, kwargs, operand).clone())
-        return function(*args, **kwargs)
-
-    return handler
-
-
 def _blanking(values: list[Tensor], number: int, value_operand: int) -> Handler:
     """Keep the values an attention mixes, and let zeros come out of it."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         values[number] = operands_of(operation_name(function), args, kwargs)[value_operand].detach().clone()
         return torch.zeros_like(function(*args, **kwargs))
-
-    return handler
-
-
-def _observing(observe: Observer) -> Handler:
-    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = function(*args, **kwargs)
-        observe(function, args, kwargs, output)
-        return output
 
     return handler
 
@@ -609,171 +289,10 @@ def _noting_product(found: list[Mixed | str], number: int, call: AttentionCall) 
     return handler
 
 
-def _shaken(value: Any) -> Any:
-    """Nested arguments with noise on every floating-point tensor."""
-    if isinstance(value, Tensor):
-        generator = torch.Generator().manual_seed(POKE_SEED + 1)
-        noise = torch.randn(value.shape, generator=generator)
-        return value + noise.to(value) if value.is_floating_point() else value
-    if type(value) in (list, tuple):
-        return type(value)(_shaken(v) for v in value)
-    if type(value) is dict:
-        return {k: _shaken(v) for k, v in value.items()}
-    return value
-
-
-class BlockAlone:
-    """One block, run by itself on the arguments it had in a pass of the model."""
-
-    def __init__(self, model: nn.Module, block: Block, run: _Run) -> None:
-        self.model, self.block, self.run = model, block, run
-        self.module = model.get_submodule(block.module.name)
-        assert run.stream is not None
-        self.stream = run.stream
-
-    def update(
-        self,
-        part: int,
-        stream: Tensor | None,
-        further: Mapping[Point, Handler] | None = None,
-        actions: Sequence[tuple[Place, Action]] = (),
-    ) -> Tensor:
-        """What a part adds to the stream, given another stream, with the other parts removed; with further handlers at
-        operations and actions at places."""
-        others = tuple(i for i in range(len(self.block.parts)) if i != part)
-        added: list[Tensor] = []
-        handlers: dict[Point, Handler] = {}
-        for node in (node for residual in self.block.residuals for node in residual.additions):
-            for operand, leaves in enumerate(node.leaves):
-                if leaves == {part}:
-                    handlers[node.point] = _adding(added, operand)
-        for point, handler in (further or {}).items():
-            handlers[point] = in_turn(handlers[point], handler) if point in handlers else handler
-        output = self._replay(others, stream, handlers, actions=actions)
-        if not added or any(t.shape != added[0].shape for t in added):
-            return output
-        if added[0].shape != self.stream.shape == output.shape:  # some of the tokens, or axes in another order
-            return output - self._replay(tuple(range(len(self.block.parts))), stream)
-        return added[0] if len(added) == 1 else torch.stack(added).sum(0)
-
-    def written(self, number: int, pattern: Tensor, part: Part | None = None) -> Tensor:
-        """What the heads of an attention write together, [sequence, token, width], where `pattern` [sequence, head, token, width]
-        stands in place of their mixed values.
-
-        Raises `UnreadableError` where the axes of a product or of what is written do not hold that."""
-        part, axes = part or self.block.parts[number], self.block.axes
-        others = tuple(i for i in range(len(self.block.parts)) if i != number)
-        seen: list[Tensor] = []
-        handlers = self._giving(part, pattern) | {gate.point: opening(gate) for gate in part.gates}
-        assert part.written is not None
-        keep = _observing(lambda *call: seen.append(next(tensors_in(call[3])).detach().clone()))
-        own = handlers.get(part.written)
-        handlers[part.written] = keep if own is None else in_turn(keep, own)
-        self._replay(others, None, handlers)
-        if axes is None or not seen or seen[-1].shape != self.stream.shape:
-            raise UnreadableError("what its heads write together is not laid out as the stream is")
-        return axes.cloud(seen[-1])
-
-    @staticmethod
-    def _giving(part: Part, pattern: Tensor) -> dict[Point, Handler]:
-        """Let the products of an attention give `pattern` [sequence, head, token, width] instead of their mixed values."""
-        handlers, first, answered = {}, 0, [0]
-        for call in part.attention:
-            if part.shares_queries:
-                handlers[call.product] = giving(pattern, call, len(pattern), answered)
-                continue
-            handlers[call.product] = giving(pattern[:, first : first + call.heads], call, len(pattern))
-            first += call.heads
-        return handlers
-
-    def heads_write(self, number: int, stream: Tensor) -> Tensor:
-        """What the heads of an attention write together, given another stream, whether or not it is then added: a removal acts at
-        the addition. As the stream is laid out.
-
-        Raises `UnreadableError` where it is not laid out so, or was not found."""
-        written, seen = self.block.parts[number].written, list[Tensor]()
-        if written is not None:
-            others = tuple(i for i in range(len(self.block.parts)) if i != number)
-            keep = _observing(lambda *call: seen.append(next(tensors_in(call[3])).clone()))
-            self._replay(others, stream, {written: keep})
-        if not seen or seen[-1].shape != self.stream.shape:
-            raise UnreadableError("what its heads write together is not laid out as the stream is")
-        return seen[-1]
-
-    def output_map(self, number: int, part: Part | None = None) -> tuple[Tensor, Tensor]:
-        """W_O [heads * head width, width] and its bias [width] as they are at this moment: the whole map from the mixed values of
-        an attention to what its heads write together. Raises `UnreadableError` where there is no such map."""
-        part, axes = part or self.block.parts[number], self.block.axes
-        widths = {call.head_width for call in part.attention}
-        if axes is None or len(widths) != 1 or part.written is None:
-            raise UnreadableError("what its heads write together was not found")
-        sequences, tokens = axes.cloud(self.stream).shape[:2]
-        shape = (sequences, part.heads, tokens, widths.pop())
-        return output_map(lambda pattern: self.written(number, pattern, part), shape, self.stream)
-
-    @property
-    def mixing(self) -> int | None:
-        """The part by which tokens are told apart: the self-attention, else a mixer, else the only part."""
-        kinds = [part.kind for part in self.block.parts]
-        for kind in ("attention", "mixer"):
-            if kind in kinds:
-                return kinds.index(kind)
-        return 0 if len(kinds) == 1 else None
-
-    def _replay(
-        self,
-        parts: tuple[int, ...],
-        stream: Tensor | None = None,
-        handlers: Mapping[Point, Handler] | None = None,
-        watching: Mapping[Point, Handler] | None = None,
-        poke_memory: bool = False,
-        actions: Sequence[tuple[Place, Action]] = (),
-    ) -> Tensor:
-        """The block's output on its own arguments with some parts removed, optionally with another stream and further handlers
-        (the gates on the stream's way and the choice of tokens stay what they were in the model), and handlers that see what
-        all of these make of an operation. `poke_memory` changes whatever else the block is given."""
-        args, kwargs = list(copied(self.run.args, self.model)), copied(self.run.kwargs, self.model)
-        if poke_memory:
-            args, kwargs = _shaken(args), _shaken(kwargs)
-        given = self.run.stream if stream is None else stream
-        assert given is not None
-        seen: list[Tensor] = []
-        acted: list[tuple[Place, Action]] = [
-            *((self._alone(place), action) for place, action in actions),
-            (self._alone(self.block.entry), lambda _: given.clone()),
-            (
-                self._alone(self.block.exit),
-                lambda found: seen.append(found if torch.is_grad_enabled() else found.detach().clone()),
-            ),
-        ]
-        held = {
-            point: _holding(self.run.gates[point, number], number)
-            for residual in self.block.residuals
-            for point, number in (residual.gates if parts or stream is not None else ())
-        }
-        layers = (watching or {}, handlers or {}, held, removal(self.block, parts))
-        acting = {p: in_turn(*(layer[p] for layer in layers if p in layer)) for layer in layers for p in layer}
-        alone = {replace(p, call=self._run_alone(p.owner, p.call or 0)): h for p, h in acting.items()}
-        torch.manual_seed(0)
-        with self.run.entered(), met(self.model, acted, handlers=alone, within=self.module):
-            self.module(*args, **kwargs)
-        return seen[-1]
-
-    def _run_alone(self, owner: str, call: int) -> int:
-        """The number of a module's run when the block's module is run by itself."""
-        return call - self.run.earlier.get(owner, 0)
-
-    def _alone(self, place: Place) -> Place:
-        at = place.at
-        if isinstance(at, ModuleCall):
-            return replace(place, at=replace(at, call=self._run_alone(at.name, at.call)))
-        return replace(place, at=replace(at, call=self._run_alone(at.owner, at.call or 0)))
-
-
 class _BlockProof(BlockAlone):
     """The identities of one block, checked on its own arguments."""
 
-    def __init__(self, model: nn.Module, block: Block, run: _Run, recorded: Trace) -> None:
+    def __init__(self, model: nn.Module, block: Block, run: BlockRun, recorded: Trace) -> None:
         super().__init__(model, block, run)
         self.recorded = recorded
         self.where = block.name + (f"[{block.module.call}]" if block.module.call else "")
@@ -861,14 +380,14 @@ class _BlockProof(BlockAlone):
             return ""
         return f". A forward hook of yours changes what passes {', '.join(hooked)}"
 
-    def _rerun(self, parts: tuple[int, ...], stream: Tensor | None) -> _Run:
+    def _rerun(self, parts: tuple[int, ...], stream: Tensor | None) -> BlockRun:
         """The block alone with some parts removed, its additions recorded."""
-        run = _Run(stream=self.run.stream if stream is None else stream)
-        recording = _recording(self.block, run)
+        run = BlockRun(stream=self.run.stream if stream is None else stream)
+        recording = recorders(self.block, run)
         run.output = self._replay(parts, stream, watching=recording)
         return run
 
-    def _operands(self, run: _Run) -> list[tuple[Tensor, Tensor]]:
+    def _operands(self, run: BlockRun) -> list[tuple[Tensor, Tensor]]:
         """The stream where it begins (at the entry, or behind an addition and its post-norms), and where it arrives: as the
         operand of the next addition, and at the exit."""
         found = []
@@ -883,12 +402,12 @@ class _BlockProof(BlockAlone):
         assert run.output is not None
         return [*found, (self._begins(run)[-1], run.output)]
 
-    def _sums(self, run: _Run) -> list[tuple[Tensor, Tensor]]:
+    def _sums(self, run: BlockRun) -> list[tuple[Tensor, Tensor]]:
         """The stream before and after each addition, in a run without any part."""
         results = [run.sums[residual.additions[-1].point].result for residual in self.block.residuals]
         return list(zip(self._begins(run), results, strict=False))
 
-    def _begins(self, run: _Run) -> list[Tensor]:
+    def _begins(self, run: BlockRun) -> list[Tensor]:
         assert run.stream is not None
         found = [run.stream]
         for residual in self.block.residuals:
@@ -1120,7 +639,7 @@ class _BlockProof(BlockAlone):
             numbers = torch.arange(1, pattern[:, own].numel() + 1, dtype=torch.float64).reshape(pattern[:, own].shape)
             pattern[:, own] = numbers.to(pattern)
             seen: list[Tensor] = []
-            look = _observing(lambda *met: seen.append(met[3].detach().clone()))
+            look = observing(lambda *met: seen.append(met[3].detach().clone()))
             handlers = self._giving(part, pattern) | {each.point: opening(each) for each in part.gates}
             handlers[gate.point] = in_turn(look, handlers[gate.point])
             self._replay(others, None, handlers)
@@ -1184,7 +703,7 @@ class _BlockProof(BlockAlone):
             seen: list[Tensor] = []
             actions: list[tuple[Place, Action]] = []
             if isinstance(projection, Point):
-                keep = _observing(lambda *met: seen.append(_product_input(*met[:3])))
+                keep = observing(lambda *met: seen.append(_product_input(*met[:3])))
                 further[projection] = keep
             else:
                 actions.append((Place(projection, "in", (0,)), lambda given: seen.append(given.detach().clone())))
@@ -1260,7 +779,7 @@ class _BlockProof(BlockAlone):
     ) -> tuple[Tensor | None, tuple[int, ...]]:
         """Which entry of a masking step's result every weight was, [*lead, query, key], and the shape of that result."""
         way, shapes, arrived = Way(call, step), list[tuple[int, ...]](), list[Tensor]()
-        handlers = {point: _observing(observe) for point, observe in way.observers().items()}
+        handlers = {point: observing(observe) for point, observe in way.observers().items()}
 
         within = handlers[step.point]
 
@@ -1355,7 +874,7 @@ def _single_places(before: Tensor, after: Tensor) -> set[int]:
     }
 
 
-def _one_per_term(node: AdditionNode, met: _Addition) -> list[Tensor]:
+def _one_per_term(node: AdditionNode, met: MetAddition) -> list[Tensor]:
     """What the summands brought: once for two operands that are factors of one."""
     operation = node.point.operation.split(" ")[0]
     numbers = sorted(met.summands)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.attention_graph import MixingProduct, mixing_products
-from uncollapse.anatomy.interception import Point, device_of, same_term, summands_of
+from uncollapse.anatomy.interception import Point, device_of
 from uncollapse.anatomy.norm_reading import Piece, cuts, kind_between, next_products, pieces_between
 from uncollapse.anatomy.replaying import between
+from uncollapse.anatomy.summands import same_term, summands_of
 from uncollapse.anatomy.tracing import PASSES, Call, Trace
 from uncollapse.anatomy.vocabulary import (
     PICKS,

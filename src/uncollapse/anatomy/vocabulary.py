@@ -32,8 +32,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from uncollapse.anatomy.interception import Handler, Point, left_of
+from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.operands import Lead
+from uncollapse.anatomy.summands import left_of
 from uncollapse.anatomy.tracing import Path
 from uncollapse.errors import UnsupportedModel
 

@@ -23,22 +23,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.block_alone import BlockAlone, blocks_alone
 from uncollapse.anatomy.influence import without_zeros
-from uncollapse.anatomy.interception import (
-    Handler,
-    Point,
-    counted,
-    device_of,
-    intercepted,
-    putting_another,
-    with_operands,
-)
+from uncollapse.anatomy.interception import Handler, Point, counted, device_of, intercepted, putting_another
 from uncollapse.anatomy.operands import UnreadableError, arranged, product_operands, replaced
 from uncollapse.anatomy.output_maps import laid_out, product_map, replacing
 from uncollapse.anatomy.probing import probing
-from uncollapse.anatomy.proof import BlockAlone, blocks_alone
 from uncollapse.anatomy.stacks import given_mask, hides, paddings
 from uncollapse.anatomy.streams import Action
+from uncollapse.anatomy.summands import with_operands
 from uncollapse.anatomy.tracing import operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, ModuleCall, Part, Place
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel

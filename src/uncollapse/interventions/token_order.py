@@ -23,17 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import ChangedPath, Handler, Point, in_turn, intercepted
-from uncollapse.anatomy.operands import (
-    UnreadableError,
-    arranged,
-    forbidden_by_addition,
-    forbids_and_shifts,
-    fused_arguments,
-    product_operands,
-    result_shape,
-    spread_out,
-    step_without,
-)
+from uncollapse.anatomy.masking import forbidden_by_addition, forbids_and_shifts, result_shape, spread_out, step_without
+from uncollapse.anatomy.operands import UnreadableError, arranged, fused_arguments, product_operands
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.stacks import given_mask, hides
 from uncollapse.anatomy.streams import Action, met

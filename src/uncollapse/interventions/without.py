@@ -163,6 +163,8 @@ def removed(
     require_components(components)
     _refuse_checkpointing(model)
     anatomy = anatomy_for(model, batch)
+    if "positions" in components:
+        require_order_blind(model, anatomy, known_example(model) or {})
     with restoring() as changes:
         changes.enter(_away(model, anatomy, _wanted(model, anatomy, components, blocks, everywhere=everywhere)))
         yield model
@@ -171,8 +173,6 @@ def removed(
 @contextlib.contextmanager
 def _away(model: nn.Module, anatomy: Anatomy, wanted: _Removal) -> Iterator[None]:
     """Within the block what is wanted away from the model is away."""
-    if "positions" in wanted.components:
-        require_order_blind(model, anatomy, known_example(model) or {})
     with restoring() as changes:
         with turn:
             refuse_running("without", model)

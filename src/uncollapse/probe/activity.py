@@ -22,9 +22,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.interception import Handler, Point, summand
+from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.probing import full_precision
 from uncollapse.anatomy.streams import Action
+from uncollapse.anatomy.summands import summand
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Part, Place, Residual, Stack
 from uncollapse.errors import UncollapseError

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.proof import blocks_alone
+from uncollapse.anatomy.block_alone import blocks_alone
 from uncollapse.anatomy.stacks import Padding, paddings
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.vocabulary import Anatomy, Place

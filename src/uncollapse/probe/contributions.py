@@ -16,13 +16,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from uncollapse.anatomy.interception import Handler, Point, counted, device_of, in_turn, intercepted, summand
+from uncollapse.anatomy.block_alone import BlockAlone, blocks_alone
+from uncollapse.anatomy.examples import piece_of
+from uncollapse.anatomy.interception import Handler, Point, counted, device_of, in_turn, intercepted
 from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.output_maps import gate_noted, gated, laid_out, product_map
 from uncollapse.anatomy.probing import full_precision, probing
-from uncollapse.anatomy.proof import BlockAlone, blocks_alone, piece_of, proved_anatomy
+from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.stacks import Padding, paddings
 from uncollapse.anatomy.streams import Action, met
+from uncollapse.anatomy.summands import summand
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Gate, Layout, ModuleCall, Place
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel

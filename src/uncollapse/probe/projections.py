@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.block_alone import blocks_alone
+from uncollapse.anatomy.examples import piece_of
 from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.output_maps import gate_noted, gated, product_map, rounding
 from uncollapse.anatomy.probing import full_precision
-from uncollapse.anatomy.proof import blocks_alone, piece_of
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Gate, Part, Place

@@ -23,9 +23,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.interception import Handler, Point, in_turn, summand
+from uncollapse.anatomy.interception import Handler, Point, in_turn
 from uncollapse.anatomy.probing import full_precision
 from uncollapse.anatomy.streams import Action
+from uncollapse.anatomy.summands import summand
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Block, ModuleCall, Norm, NormPiece, Part, Place, Residual
 from uncollapse.interventions import without

@@ -28,8 +28,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.examples import example
 from uncollapse.anatomy.probing import probing
-from uncollapse.anatomy.proof import example, known_example
+from uncollapse.anatomy.proof import known_example
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, ModuleCall
 from uncollapse.restoring import leaves_no_trace
 from uncollapse.symmetry.layouts import refused_layout

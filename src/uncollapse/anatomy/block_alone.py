@@ -1,0 +1,370 @@
+"""One block of a model, run by itself on what it was given in a pass of the model.
+
+`blocks_alone` gives blocks by their numbers. `BlockAlone` runs one: with parts removed, with another stream, with patterns in the
+place of its heads' mixed values. `observe_blocks` is the pass in which it is seen what each block is given.
+
+When not to use it: to change what a model computes. Nothing here outlasts the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse.anatomy.autocast import AutocastState
+from uncollapse.anatomy.carrying import Observer
+from uncollapse.anatomy.interception import Handler, Point, in_turn
+from uncollapse.anatomy.operands import (
+    UnreadableError,
+)
+from uncollapse.anatomy.output_maps import (
+    giving,
+    opening,
+    output_map,
+)
+from uncollapse.anatomy.snapshots import copied
+from uncollapse.anatomy.streams import Action, met
+from uncollapse.anatomy.summands import summand, with_operands
+from uncollapse.anatomy.tracing import operation_name, tensors_in
+from uncollapse.anatomy.vocabulary import (
+    AdditionNode,
+    Anatomy,
+    Block,
+    ModuleCall,
+    Part,
+    Place,
+    removal,
+)
+from uncollapse.restoring import restoring
+
+# Not a seed that models are made with: noise that equals an embedding, drawn from the same seed, leaves its direction as it is.
+POKE_SEED = 2_604_236_810
+
+
+@dataclass
+class BlockRun:
+    """What one block saw: the arguments of the module in whose code it stands, the stream at its entry and exit, its additions,
+    and the gates on the stream's way. `earlier` counts the runs of every module before it in the pass."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    stream: Tensor | None = None
+    precision: AutocastState | None = None
+    output: Tensor | None = None
+    sums: dict[Point, MetAddition] = field(default_factory=dict)
+    gates: dict[tuple[Point, int], Tensor] = field(default_factory=dict)
+    earlier: dict[str, int] = field(default_factory=dict)
+
+    def entered(self) -> contextlib.AbstractContextManager[Any]:
+        """The autocast state in which the block ran."""
+        return contextlib.nullcontext() if self.precision is None else self.precision.entered()
+
+
+@dataclass(frozen=True)
+class MetAddition:
+    """One addition as it was met: what each summand brought, by the number of the operand, and the sum."""
+
+    summands: dict[int, Tensor]
+    result: Tensor
+
+
+def blocks_alone(
+    model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, numbers: Collection[int]
+) -> dict[int, BlockAlone]:
+    """The blocks with the given numbers as they run by themselves on the arguments they have in one pass over `batch`. Within
+    `probing` only."""
+    wanted = sorted(set(numbers))
+    chosen = replace(anatomy, blocks=tuple(anatomy.blocks[i] for i in wanted))
+    runs = observe_blocks(model, batch, chosen, to_the_end=False)
+    return {i: BlockAlone(model, anatomy.blocks[i], run) for i, run in zip(wanted, runs, strict=True)}
+
+
+def output_of(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
+    torch.manual_seed(0)
+    return tensors_of(model(**batch))
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    return [t.detach().clone() for t in tensors_in(output) if t.is_floating_point()]
+
+
+class _AllSeenError(Exception):
+    """Ends a pass behind the last block that was asked for."""
+
+
+def observe_blocks(
+    model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, *, to_the_end: bool = True
+) -> list[BlockRun]:
+    """One pass that records each block's arguments, stream and additions; everything is cloned where it is met."""
+    runs = [BlockRun() for _ in anatomy.blocks]
+    handlers: dict[Point, list[Handler]] = {}
+    actions: list[tuple[Place, Action]] = []
+    for block, run in zip(anatomy.blocks, runs, strict=True):
+        actions += [(block.entry, _keeping(run, "stream")), (block.exit, _keeping(run, "output"))]
+        if not to_the_end:
+            actions.append((block.exit, lambda _: _end_where_all(runs)))
+        for point, handler in recorders(block, run).items():
+            handlers.setdefault(point, []).append(handler)
+    devices = {p.device.type for p in model.parameters()} - {"meta"}
+    thread = threading.get_ident()
+    with restoring() as changes:
+        counts: dict[str, int] = {}
+        by_module: dict[str, list[tuple[int, BlockRun]]] = {}
+        for block, run in zip(anatomy.blocks, runs, strict=True):
+            by_module.setdefault(block.module.name, []).append((block.module.call, run))
+        for name, module in model.named_modules():
+
+            def enter(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                if threading.get_ident() != thread:
+                    return
+                for call, run in by_module.get(name, ()):
+                    if call == counts.get(name, 0):
+                        run.args, run.kwargs, run.earlier = copied(args, model), copied(kwargs, model), dict(counts)
+                        run.precision = AutocastState.here(*devices)
+                counts[name] = counts.get(name, 0) + 1
+
+            changes.hook(module, "forward_pre", enter, with_kwargs=True)
+        together = {point: in_turn(*several) for point, several in handlers.items()}
+        changes.enter(met(model, actions, handlers=together))
+        with contextlib.suppress(_AllSeenError):
+            output_of(model, batch)
+    return runs
+
+
+def _end_where_all(runs: list[BlockRun]) -> None:
+    if all(run.output is not None for run in runs):
+        raise _AllSeenError
+
+
+def _keeping(run: BlockRun, name: Literal["stream", "output"]) -> Action:
+    def keep(stream: Tensor) -> None:
+        setattr(run, name, stream.detach().clone())
+
+    return keep
+
+
+def recorders(block: Block, run: BlockRun) -> dict[Point, Handler]:
+    """Handlers that take note of a block's additions, and of the gates on the stream's way, into `run`."""
+    handlers: dict[Point, list[Handler]] = {}
+
+    def adding(node: AdditionNode) -> Handler:
+        def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            numbers = [i for i, leaves in enumerate(node.leaves) if leaves]
+            met = {i: summand(function, args, kwargs, i).detach().clone() for i in numbers}
+            result = function(*args, **kwargs)
+            axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            total = result.sum(axis) if operation_name(function) == "stack" else result
+            run.sums[node.point] = MetAddition(met, total.detach().clone())
+            return result
+
+        return handler
+
+    def passing(point: Point, number: int) -> Handler:
+        def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            run.gates[point, number] = list(tensors_in([args, kwargs]))[number].detach().clone()
+            return function(*args, **kwargs)
+
+        return handler
+
+    for residual in block.residuals:
+        for node in residual.additions:
+            handlers.setdefault(node.point, []).append(adding(node))
+        for point, number in residual.gates:
+            handlers.setdefault(point, []).append(passing(point, number))
+    return {point: in_turn(*several) for point, several in handlers.items()}
+
+
+def holding(value: Tensor, number: int) -> Handler:
+    """Let an operation run with one of its operands held at a value."""
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given, named = with_operands(args, kwargs, {number: lambda _: value.clone()})
+        return function(*given, **named)
+
+    return handler
+
+
+def adding(added: list[Tensor], operand: int) -> Handler:
+    """Take note of what an operand brings to an addition."""
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        added.append(summand(function, args, kwargs, operand).clone())
+        return function(*args, **kwargs)
+
+    return handler
+
+
+def observing(observe: Observer) -> Handler:
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = function(*args, **kwargs)
+        observe(function, args, kwargs, output)
+        return output
+
+    return handler
+
+
+def _shaken(value: Any) -> Any:
+    """Nested arguments with noise on every floating-point tensor."""
+    if isinstance(value, Tensor):
+        generator = torch.Generator().manual_seed(POKE_SEED + 1)
+        noise = torch.randn(value.shape, generator=generator)
+        return value + noise.to(value) if value.is_floating_point() else value
+    if type(value) in (list, tuple):
+        return type(value)(_shaken(v) for v in value)
+    if type(value) is dict:
+        return {k: _shaken(v) for k, v in value.items()}
+    return value
+
+
+class BlockAlone:
+    """One block, run by itself on the arguments it had in a pass of the model."""
+
+    def __init__(self, model: nn.Module, block: Block, run: BlockRun) -> None:
+        self.model, self.block, self.run = model, block, run
+        self.module = model.get_submodule(block.module.name)
+        assert run.stream is not None
+        self.stream = run.stream
+
+    def update(
+        self,
+        part: int,
+        stream: Tensor | None,
+        further: Mapping[Point, Handler] | None = None,
+        actions: Sequence[tuple[Place, Action]] = (),
+    ) -> Tensor:
+        """What a part adds to the stream, given another stream, with the other parts removed; with further handlers at
+        operations and actions at places."""
+        others = tuple(i for i in range(len(self.block.parts)) if i != part)
+        added: list[Tensor] = []
+        handlers: dict[Point, Handler] = {}
+        for node in (node for residual in self.block.residuals for node in residual.additions):
+            for operand, leaves in enumerate(node.leaves):
+                if leaves == {part}:
+                    handlers[node.point] = adding(added, operand)
+        for point, handler in (further or {}).items():
+            handlers[point] = in_turn(handlers[point], handler) if point in handlers else handler
+        output = self._replay(others, stream, handlers, actions=actions)
+        if not added or any(t.shape != added[0].shape for t in added):
+            return output
+        if added[0].shape != self.stream.shape == output.shape:  # some of the tokens, or axes in another order
+            return output - self._replay(tuple(range(len(self.block.parts))), stream)
+        return added[0] if len(added) == 1 else torch.stack(added).sum(0)
+
+    def written(self, number: int, pattern: Tensor, part: Part | None = None) -> Tensor:
+        """What the heads of an attention write together, [sequence, token, width], where `pattern` [sequence, head, token, width]
+        stands in place of their mixed values.
+
+        Raises `UnreadableError` where the axes of a product or of what is written do not hold that."""
+        part, axes = part or self.block.parts[number], self.block.axes
+        others = tuple(i for i in range(len(self.block.parts)) if i != number)
+        seen: list[Tensor] = []
+        handlers = self._giving(part, pattern) | {gate.point: opening(gate) for gate in part.gates}
+        assert part.written is not None
+        keep = observing(lambda *call: seen.append(next(tensors_in(call[3])).detach().clone()))
+        own = handlers.get(part.written)
+        handlers[part.written] = keep if own is None else in_turn(keep, own)
+        self._replay(others, None, handlers)
+        if axes is None or not seen or seen[-1].shape != self.stream.shape:
+            raise UnreadableError("what its heads write together is not laid out as the stream is")
+        return axes.cloud(seen[-1])
+
+    @staticmethod
+    def _giving(part: Part, pattern: Tensor) -> dict[Point, Handler]:
+        """Let the products of an attention give `pattern` [sequence, head, token, width] instead of their mixed values."""
+        handlers, first, answered = {}, 0, [0]
+        for call in part.attention:
+            if part.shares_queries:
+                handlers[call.product] = giving(pattern, call, len(pattern), answered)
+                continue
+            handlers[call.product] = giving(pattern[:, first : first + call.heads], call, len(pattern))
+            first += call.heads
+        return handlers
+
+    def heads_write(self, number: int, stream: Tensor) -> Tensor:
+        """What the heads of an attention write together, given another stream, whether or not it is then added: a removal acts at
+        the addition. As the stream is laid out.
+
+        Raises `UnreadableError` where it is not laid out so, or was not found."""
+        written, seen = self.block.parts[number].written, list[Tensor]()
+        if written is not None:
+            others = tuple(i for i in range(len(self.block.parts)) if i != number)
+            keep = observing(lambda *call: seen.append(next(tensors_in(call[3])).clone()))
+            self._replay(others, stream, {written: keep})
+        if not seen or seen[-1].shape != self.stream.shape:
+            raise UnreadableError("what its heads write together is not laid out as the stream is")
+        return seen[-1]
+
+    def output_map(self, number: int, part: Part | None = None) -> tuple[Tensor, Tensor]:
+        """W_O [heads * head width, width] and its bias [width] as they are at this moment: the whole map from the mixed values of
+        an attention to what its heads write together. Raises `UnreadableError` where there is no such map."""
+        part, axes = part or self.block.parts[number], self.block.axes
+        widths = {call.head_width for call in part.attention}
+        if axes is None or len(widths) != 1 or part.written is None:
+            raise UnreadableError("what its heads write together was not found")
+        sequences, tokens = axes.cloud(self.stream).shape[:2]
+        shape = (sequences, part.heads, tokens, widths.pop())
+        return output_map(lambda pattern: self.written(number, pattern, part), shape, self.stream)
+
+    @property
+    def mixing(self) -> int | None:
+        """The part by which tokens are told apart: the self-attention, else a mixer, else the only part."""
+        kinds = [part.kind for part in self.block.parts]
+        for kind in ("attention", "mixer"):
+            if kind in kinds:
+                return kinds.index(kind)
+        return 0 if len(kinds) == 1 else None
+
+    def _replay(
+        self,
+        parts: tuple[int, ...],
+        stream: Tensor | None = None,
+        handlers: Mapping[Point, Handler] | None = None,
+        watching: Mapping[Point, Handler] | None = None,
+        poke_memory: bool = False,
+        actions: Sequence[tuple[Place, Action]] = (),
+    ) -> Tensor:
+        """The block's output on its own arguments with some parts removed, optionally with another stream and further handlers
+        (the gates on the stream's way and the choice of tokens stay what they were in the model), and handlers that see what
+        all of these make of an operation. `poke_memory` changes whatever else the block is given."""
+        args, kwargs = list(copied(self.run.args, self.model)), copied(self.run.kwargs, self.model)
+        if poke_memory:
+            args, kwargs = _shaken(args), _shaken(kwargs)
+        given = self.run.stream if stream is None else stream
+        assert given is not None
+        seen: list[Tensor] = []
+        acted: list[tuple[Place, Action]] = [
+            *((self._alone(place), action) for place, action in actions),
+            (self._alone(self.block.entry), lambda _: given.clone()),
+            (
+                self._alone(self.block.exit),
+                lambda found: seen.append(found if torch.is_grad_enabled() else found.detach().clone()),
+            ),
+        ]
+        held = {
+            point: holding(self.run.gates[point, number], number)
+            for residual in self.block.residuals
+            for point, number in (residual.gates if parts or stream is not None else ())
+        }
+        layers = (watching or {}, handlers or {}, held, removal(self.block, parts))
+        acting = {p: in_turn(*(layer[p] for layer in layers if p in layer)) for layer in layers for p in layer}
+        alone = {replace(p, call=self._run_alone(p.owner, p.call or 0)): h for p, h in acting.items()}
+        torch.manual_seed(0)
+        with self.run.entered(), met(self.model, acted, handlers=alone, within=self.module):
+            self.module(*args, **kwargs)
+        return seen[-1]
+
+    def _run_alone(self, owner: str, call: int) -> int:
+        """The number of a module's run when the block's module is run by itself."""
+        return call - self.run.earlier.get(owner, 0)
+
+    def _alone(self, place: Place) -> Place:
+        at = place.at
+        if isinstance(at, ModuleCall):
+            return replace(place, at=replace(at, call=self._run_alone(at.name, at.call)))
+        return replace(place, at=replace(at, call=self._run_alone(at.owner, at.call or 0)))

@@ -1,0 +1,175 @@
+"""The few tokens of a batch that a model is proved on: real ones, on axes that all have another length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse.anatomy.module_states import left_as_found
+from uncollapse.anatomy.probing import probing
+
+EXAMPLE_TOKENS = 8
+
+
+SEQUENCES, TOKENS, DECODER_TOKENS = 3, 7, 5  # of the proof: pairwise different, so that no axis passes for another
+
+
+def piece_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The small piece of a batch that the anatomy is proved on."""
+    return fitting_piece(model, batch)[0]
+
+
+def fitting_piece(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The first of several pieces that the model runs on: `example_batch`, one cut along its first axis alone, the whole batch
+    (patches laid end to end, fixed lengths); also the whole batch for a model that would not be the same model afterwards
+    (BigBird gives up its sparse attention on a short text). Then also whether the whole batch makes another model of it, too."""
+    for piece in (example_batch(batch), _first_sequences(batch)):
+        if runs_on(model, piece):
+            return piece, False
+    return dict(batch), sends_elsewhere(model, batch)
+
+
+def one_sequence(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    piece = example(batch)
+    return piece if runs_on(model, piece) else dict(batch)
+
+
+def turned(batch: Mapping[str, Any], shape: Sequence[int]) -> dict[str, Any]:
+    """A batch whose tensors with axes of these sizes have them in the other order."""
+    return {
+        name: value.transpose(0, 1) if isinstance(value, Tensor) and value.shape[:2] == tuple(shape) else value
+        for name, value in batch.items()
+    }
+
+
+def runs_on(model: nn.Module, piece: Mapping[str, Any]) -> bool:
+    """Whether the model runs on a piece, and is the same model afterwards."""
+    try:
+        with probing(model), left_as_found(model) as states:
+            model(**piece)
+            return not states.steered()
+    except Exception:  # whatever it is, the piece does not fit; the next one is closer to the user's own batch
+        return False
+
+
+def sends_elsewhere(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Whether running `batch` sends later runs of the model another way."""
+    try:
+        with probing(model), left_as_found(model) as states:
+            model(**batch)
+            return states.steered()
+    except Exception:  # `prove` says what is wrong with the batch
+        return False
+
+
+def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS) -> dict[str, Any]:
+    """One sequence of a batch, cut to at most `tokens` real tokens where it is made of token numbers."""
+    size = next((t.shape[0] for t in batch.values() if isinstance(t, Tensor) and t.ndim), 1)
+    keep: dict[str, Tensor] = {}
+    row = 0
+    for name in ("attention_mask", "decoder_attention_mask"):
+        mask = batch.get(name)
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            real = _marked_real(mask)
+            row = int(real.sum(-1).argmax()) if name == "attention_mask" else row
+            keep[name.removesuffix("attention_mask")] = real[row].nonzero().flatten()[:tokens]
+    cut: dict[str, Any] = {}
+    for name, value in batch.items():
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != size:
+            cut[name] = value
+            continue
+        one = value[row : row + 1]
+        stack = "decoder_" if name.startswith("decoder_") else ""
+        if value.ndim == 2 and not value.is_floating_point():
+            columns = keep.get(stack, torch.arange(min(tokens, value.shape[1]), device=value.device))
+            if len(columns) and int(columns.max()) < value.shape[1]:
+                one = one[:, columns]
+        cut[name] = one.clone()
+    return cut
+
+
+def example_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Up to 3 sequences of a batch with 7 tokens each, so that no two axes have one length and none passes for another.
+
+    What is made of token numbers is cut to real tokens; a single sequence is repeated with its tokens in another order. Other
+    tensors are cut along the axes that have the lengths of the token numbers. The decoder's are cut to 5 tokens.
+    """
+    numbers = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point()}
+    if not numbers:
+        return _first_sequences(batch)
+    # A square mask over pairs of tokens may come first, and has no axis of sequences: token ids are whole numbers.
+    reference = min(numbers.values(), key=lambda t: t.dtype == torch.bool)
+    shape = tuple(reference.shape)
+    tokens = TOKENS if shape[1] > SEQUENCES else shape[1]
+    cut = {shape[1]: min(shape[1], tokens)}
+    rows = [int(row) for row in _real(numbers, "", shape).sum(-1).argsort(descending=True, stable=True)]
+    wanted = min(shape[0], SEQUENCES if shape[1] > SEQUENCES else TOKENS)
+    if wanted == tokens and wanted > 2:
+        wanted -= 1
+    found: dict[str, Any] = {}
+    for name, value in batch.items():
+        if not isinstance(value, Tensor) or not value.ndim:
+            found[name] = value
+            continue
+        is_decoder = name.startswith("decoder_") or (name == "labels" and any(n.startswith("decoder_") for n in batch))
+        stack = "decoder_" if is_decoder else ""
+        piece = value
+        if value.ndim >= 2 and value.shape[0] == shape[0] and (name in numbers or value.shape[1] == shape[1]):
+            length = min(value.shape[1], DECODER_TOKENS if is_decoder else tokens)
+            real = _real(numbers, stack, tuple(value.shape[:2]))
+            taken = []
+            for row in rows[:wanted]:
+                columns = real[row].nonzero().flatten()
+                if not len(columns):
+                    columns = torch.arange(length)
+                # Too few real tokens are gone through again.
+                columns = columns.repeat(-(-length // len(columns)))[:length]
+                taken.append(value[row, columns.to(value.device)])
+            if len(taken) == 1:
+                taken.append(taken[0].roll(1, 0))
+            piece = torch.stack(taken)
+        else:
+            if value.shape[0] == shape[0]:
+                piece = value[torch.tensor(rows[:wanted], device=value.device)]
+                piece = torch.cat([piece, piece]) if wanted == 1 else piece
+            elif value.shape[0] in cut:
+                piece = piece[: cut[value.shape[0]]]
+                if value.ndim == 2 and value.shape[1] == value.shape[0]:  # over pairs of tokens
+                    piece = piece[:, : cut[value.shape[0]]]
+            if value.ndim == 2 and value.shape == shape[::-1]:
+                piece = piece[:, : max(wanted, 2)]
+        if value.ndim > 2 and value.shape[0] == shape[0]:
+            for axis in range(2, value.ndim):
+                if value.shape[axis] == shape[1] and value.shape[1] in {1, shape[1]}:  # over pairs of tokens
+                    piece = piece.narrow(axis, 0, tokens)
+        found[name] = piece.clone()
+    return found
+
+
+def _real(numbers: Mapping[str, Tensor], stack: str, shape: tuple[int, ...]) -> Tensor:
+    """Which tokens of tensors of this shape are real, as far as the batch's masks of this stack say so."""
+    mask = numbers.get(f"{stack}attention_mask")
+    if mask is not None and tuple(mask.shape) == shape:
+        return _marked_real(mask).cpu()
+    return torch.ones(shape, dtype=torch.bool)
+
+
+def _marked_real(mask: Tensor) -> Tensor:
+    """Which tokens a mask over tokens says are real: those with a 1. Without any 1 all are: there a 1 stands for padding."""
+    marked = mask.bool()
+    return marked if bool(marked.any()) else ~marked
+
+
+def _first_sequences(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The first 3 sequences of a batch: what has the length of the first tensor is cut along its first axis."""
+    size = next((t.shape[0] for t in batch.values() if isinstance(t, Tensor) and t.ndim), 1)
+
+    def first(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != size:
+            return value
+        return torch.cat([value, value]) if size == 1 else value[:SEQUENCES].clone()
+
+    return {name: first(value) for name, value in batch.items()}

@@ -1,0 +1,218 @@
+"""Pairs that may not look at each other: which operand of an operation forbids them, and the operation without it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uncollapse.anatomy.operands import ADDING_PRODUCTS, UnreadableError, replaced
+from uncollapse.anatomy.tracing import operands_of, operation_name
+
+_ADDITIONS = {"add", "sub"} | ADDING_PRODUCTS  # the first operand of an adding product may be a mask on its logits
+
+
+LEAST_SHARE = 1e-30  # a weight below this share of its row's largest is the weight of a forbidden pair
+
+
+def forbidden_by_addition(operand: Tensor) -> tuple[Tensor | None, bool]:
+    """Which pairs an operand that is added to the logits forbids, and whether it also shifts logits of allowed pairs.
+
+    It forbids where it takes one negative number and is 0 elsewhere, whatever that number is (sums of such masks hold a few
+    multiples of it, or minus infinity). An operand of many values is a bias; of that only what leaves a pair below
+    `LEAST_SHARE` of the row in every head is forbidden.
+    """
+    if operand.numel() <= 1 or not operand.is_floating_point():
+        return None, bool(operand.numel() and (operand != 0).any())
+    marked = operand != 0
+    if not bool(marked.any()):
+        return None, False
+    values = operand[marked]
+    if bool((values > 0).any()) or bool(values.isnan().any()):
+        return _far_below(operand), True
+    nearest = float(values.max())
+    if bool((values == nearest).all()):
+        return marked, False
+    multiples = (values / nearest).round()
+    with_infinity = values.isinf() | (values == torch.finfo(operand.dtype).min)
+    is_sum = ((values == multiples * nearest) & (multiples <= 4)) | with_infinity
+    # The distances of a few tokens are multiples of one number, too: a sum of masks forbids with the least of its values.
+    if nearest <= math.log(LEAST_SHARE) and bool(is_sum.all()):
+        return marked, False
+    return _far_below(operand), True
+
+
+def forbids_and_shifts(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], operand: int
+) -> bool:
+    """Whether what an operation adds to the logits by its operand number `operand` is a mask and a bias in one: what the bias is
+    at a forbidden pair cannot be told from it."""
+    name = operation_name(function)
+    if name not in _ADDITIONS:
+        return False
+    mask = operands_of(name, tuple(args), kwargs)[operand]
+    forbidden, shifts = forbidden_by_addition(-mask if name == "sub" else mask)
+    return forbidden is not None and shifts
+
+
+def _far_below(operand: Tensor) -> Tensor | None:
+    """Pairs that a bias of many values puts out of reach: 69 nats below the row's best, in every head."""
+    if operand.ndim < 2 or operand.shape[-1] < 2:
+        return None
+    best = operand.amax(-1, keepdim=True)
+    below = (operand - best.nan_to_num(neginf=0.0)) <= math.log(LEAST_SHARE)
+    if operand.ndim >= 3:
+        below = below.all(-3, keepdim=True)
+    return below if bool(below.any()) else None
+
+
+def forbidden_by_step(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    operand: int,
+    result: Tensor,
+    after_softmax: bool | None,
+) -> Tensor | None:
+    """The pairs, broadcastable to `result`, that an operation between logits and weights forbids by its operand number `operand`:
+    an addition of 0 and one negative number, a replacement by a negative logit or by no weight, a product with 0 and 1. None
+    where it forbids none. `after_softmax` is None where no softmax makes the weights: then it may be either."""
+    name = operation_name(function)
+    mask = operands_of(name, tuple(args), kwargs)[operand]
+    found: Tensor | None = None
+    if name in _ADDITIONS and after_softmax is not True:
+        found, _ = forbidden_by_addition(-mask if name == "sub" else mask)
+    elif name == "mul":
+        if after_softmax is not False and mask.numel() > 1 and bool(((mask == 0) | (mask == 1)).all()):
+            found = mask == 0
+    elif name in {"masked_fill", "setitem"} and mask.dtype == torch.bool:
+        if _forbids(args[2] if len(args) > 2 else kwargs.get("value"), after_softmax):
+            found = mask
+    elif name == "where" and mask.dtype == torch.bool and operand == 0:
+        first, second = _alternatives(args, kwargs)
+        if isinstance(first, Tensor) and first.shape == result.shape and _forbids(second, after_softmax):
+            found = ~mask
+        elif isinstance(second, Tensor) and second.shape == result.shape and _forbids(first, after_softmax):
+            found = mask
+    if found is None or found.ndim > result.ndim or not bool(found.any()):
+        return None
+    fits = all(a in {1, b} for a, b in zip(found.shape[::-1], result.shape[::-1], strict=False))
+    return found if fits else None
+
+
+def result_shape(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of what an operation between logits and weights will return."""
+    name = operation_name(function)
+    given = operands_of(name, args, kwargs)
+    if name in ADDING_PRODUCTS:
+        return (*given[1].shape[:-1], given[2].shape[-1])
+    if name == "setitem":
+        return tuple(given[0].shape)
+    return tuple(torch.broadcast_shapes(*(t.shape for t in given)))
+
+
+def step_without(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    operand: int,
+    after_softmax: bool | None,
+    hidden: Tensor | None,
+) -> Any:
+    """The result of the same operation when it forbids nothing but the `hidden` pairs (None: nothing at all). Not for what adds a
+    mask and a bias in one: see `forbids_and_shifts`."""
+    name = operation_name(function)
+    given = dict(kwargs)
+    mask = operands_of(name, args, given)[operand]
+    if name in _ADDITIONS:
+        forbidden, _ = forbidden_by_addition(-mask if name == "sub" else mask)
+        if forbidden is None:
+            return function(*args, **given)
+        open_mask = mask.masked_fill(forbidden, 0)
+        if hidden is not None:
+            least = torch.finfo(mask.dtype).min
+            open_mask = torch.where(hidden, -least if name == "sub" else least, open_mask)
+        return function(
+            *(open_mask if a is mask else a for a in args),
+            **{k: open_mask if v is mask else v for k, v in given.items()},
+        )
+    if name == "mul":
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            return function(*args, **given)
+        kept = torch.ones_like(mask)
+        if hidden is not None and after_softmax is not False:
+            kept = torch.where(hidden, torch.zeros((), dtype=kept.dtype), kept)
+        return function(
+            *(kept if a is mask else a for a in args), **{k: kept if v is mask else v for k, v in given.items()}
+        )
+    nothing = torch.zeros(1, dtype=torch.bool, device=mask.device) if hidden is None else hidden
+    if name == "masked_fill":
+        if not _forbids(args[2] if len(args) > 2 else given.get("value"), after_softmax):
+            return function(*args, **given)
+        return function(args[0], nothing, args[2] if len(args) > 2 else given["value"])
+    if name == "setitem":
+        if not _forbids(args[2], after_softmax) or mask.dtype != torch.bool:
+            return function(*args, **given)
+        return function(args[0], nothing.expand_as(args[0]), args[2])
+    if name == "where":
+        first, second = _alternatives(args, given)
+        keeps_first = _forbids(second, after_softmax)
+        if not keeps_first and not _forbids(first, after_softmax):
+            return function(*args, **given)
+        return _with(function, args, given, mask, ~nothing if keeps_first else nothing)
+    return function(*args, **given)
+
+
+def _with(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], one: Tensor, other: Tensor
+) -> Any:
+    args, kwargs = replaced(args, one, other), replaced(dict(kwargs), one, other)
+    return function(*args, **kwargs)
+
+
+def _alternatives(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What a `where` chooses from. Of `x.where(condition, other)` the first is x itself."""
+    if len(args) and isinstance(args[0], Tensor) and args[0].dtype != torch.bool:
+        return args[0], args[2] if len(args) > 2 else kwargs.get("other")
+    first = args[1] if len(args) > 1 else kwargs.get("input", kwargs.get("self"))
+    return first, args[2] if len(args) > 2 else kwargs.get("other")
+
+
+def _forbids(value: Any, after_softmax: bool | None) -> bool:
+    """Whether a pair that is given this value is meant to be left out: a negative logit, or no weight."""
+    if value is None:
+        return False
+    tensor = torch.as_tensor(value)
+    if tensor.numel() != 1:
+        return False
+    number = float(tensor)
+    return (number == 0 and after_softmax is not False) or (number < 0 and after_softmax is not True)
+
+
+def spread_out(mask: Tensor, axes: Sequence[str | None], shape: Sequence[int]) -> Tensor:
+    """mask [sequence, key] laid out over a tensor whose axes are known: broadcastable to `shape`. `axes` says of each axis what it
+    holds (None: something else, or nothing).
+
+    Raises `UnreadableError` where sequences or keys have no axis of their own.
+    """
+    sequences = mask.shape[0]
+    key = [i for i, role in enumerate(axes) if role == "key"]
+    held = [i for i, role in enumerate(axes) if role is not None and role.startswith("sequence")]
+    if len(key) != 1 or (len(held) != 1 and sequences > 1) or shape[key[0]] != mask.shape[1]:
+        raise UnreadableError("where padded keys stand among the masked pairs was not found")
+    if not held:
+        laid = mask[0]
+        return laid.reshape([mask.shape[1] if i == key[0] else 1 for i in range(len(shape))])
+    size, role = shape[held[0]], axes[held[0]]
+    if role == "sequence-major":
+        mask = mask.repeat_interleave(size // sequences, 0)
+    elif role == "sequence-minor":
+        mask = mask.repeat(size // sequences, 1)
+    if mask.shape[0] != size:
+        raise UnreadableError("where padded keys stand among the masked pairs was not found")
+    if held[0] > key[0]:
+        mask = mask.T
+    return mask.reshape([size if i == held[0] else shape[key[0]] if i == key[0] else 1 for i in range(len(shape))])
