@@ -340,3 +340,18 @@ def test_no_figure_and_no_removal_is_silently_wrong(chunk: int) -> None:
     to_be_read = [r for r in results if specification(r.seed).is_to_be_read]
     not_read = [r.seed for r in to_be_read if r.verdict != "right"]
     assert len(not_read) <= MOST_NOT_READ, f"refused, or not wholly measured: seeds {not_read}"
+
+
+@pytest.mark.parametrize(
+    ("seed", "class_of_fault"),
+    [
+        (
+            4315,
+            "a square mask that comes first was taken for the sequences, so that one sequence hid which axis holds them",
+        ),
+        (4941, "a gate that hardly varies was one matrix to the rounding of half precision"),
+        (4947, "the same, with a sink and an adapter"),
+    ],
+)
+def test_what_was_silently_wrong_once_is_right(seed: int, class_of_fault: str) -> None:
+    assert compared(seed).verdict == "right", class_of_fault

@@ -610,18 +610,24 @@ class _BlockProof(BlockAlone):
         problem = next((call.unreadable for call in part.attention if call.unreadable), None)
         if problem is not None:
             return replace(part, no_output_map=problem)
-        try:
-            self.output_map(number, part)
-        except UnreadableError as error:
+        # Gates first: with one that hardly varies the map is one matrix to the rounding of half precision, and is not.
+        if gates:
             try:
                 laid = tuple(self._laid_gate(number, replace(part, gates=gates), gate) for gate in gates)
                 opened = replace(part, gates=laid)
-                if gates:
-                    self.output_map(number, opened)
-                    return opened
+                self.output_map(number, opened)
             except UnreadableError:
-                pass  # what acts there is no gate, or not only gates: the first reason holds
+                pass  # what acts there is no gate, or not only gates
+            else:
+                return opened
+        try:
+            matrix, _ = self.output_map(number, part)
+        except UnreadableError as error:
             return replace(part, no_output_map=str(error))
+        if gates and torch.finfo(matrix.dtype).eps > torch.finfo(torch.float32).eps:
+            return replace(
+                part, no_output_map="whether a gate acts between its heads and the projection is lost to rounding"
+            )
         return part
 
     def _laid_gate(self, number: int, part: Part, gate: Gate) -> Gate:
