@@ -409,6 +409,8 @@ def passed(
 
     if embedded is not None:
         x = parts.embedding_again[0] * x + parts.embedding_again[1] * embedded
+        if parts.switches.recorder is not None and parts.switches.block == 0:
+            parts.switches.recorder.begin(x, spec.token_first)
     if spec.is_parallel:
         shared = parts.norm("mlp_norm", x, condition) if spec.placement == "parallel, one norm" else x
         f = None if is_off("attention") else update("attention", shared)
