@@ -1,9 +1,9 @@
 """Which tensors of a batch govern which stack of blocks: found by poking at the proof, read on every batch of a probe.
 
 A mask of two values governs a stack if the value at a token decides whether that token's row of the stream reaches any other
-row in the stack's first attention. One that changes which rows are heard without having the stream's axes (samples of sound,
-the words of a stream that also holds patches) governs it in another unit: there the padded rows are found on each batch, again
-by what they reach. A stack that nothing governs has no padding. Names decide nothing here: masks may be called anything, be given
+row in the stack's first attention. The stream may begin with rows of the model's own (a learned beginning, virtual tokens), which
+a mask says nothing of. One that changes which rows are heard without having the stream's axes (samples of sound, the words of a
+stream that ends with patches) governs it in another unit: there the padded rows are found on each batch, again by what they reach. A stack that nothing governs has no padding. Names decide nothing here: masks may be called anything, be given
 by position, and be true for padding. But a mask called `attention_mask` is taken at its word, a 1 for a real token, where a few
 real tokens are chosen for the proof (`proof.example_batch`).
 
@@ -149,20 +149,24 @@ def _governs(
         return None
     sequences, tokens = _sizes(plain, axes)
     shape = tuple(value.shape)
-    for is_transposed in (False, True) if shape in {(sequences, tokens), (tokens, sequences)} else ():
-        if shape != ((tokens, sequences) if is_transposed else (sequences, tokens)):
+    for is_transposed in (False, True) if value.ndim == 2 else ():
+        of_sequences, counted = shape[::-1] if is_transposed else shape
+        first = tokens - counted  # the row of the stream that the mask's first token is, if its last one is the stream's
+        if of_sequences != sequences or first < 0:
             continue
-        for token in (0, tokens - 1):  # the first reaches none that come before it, the last none that come after
+        for token in (0, counted - 1):  # the first reaches none that come before it, the last none that come after
             place = (token, 0) if is_transposed else (0, token)
             other = _changed_at(model, batch, anatomy, blocks_alone, name, place, block)
-            if other is None:
+            if other is None or other.stream.shape != plain.stream.shape:
                 continue
-            before, after = _hearing(plain, axes, token), _hearing(other, axes, token)
+            before, after = (_hearing(alone, axes, first + token) for alone in (plain, other))
             gained, lost = after.more_than(before), before.more_than(after)
             if gained != lost:
-                return TokenMask(name, bool(value[place]) == lost, "token", is_transposed)
+                return TokenMask(name, bool(value[place]) == lost, "token", is_transposed, first)
             if bool(before.rows.any()):
-                return None
+                if not first:
+                    return None
+                break
     return _governs_otherwise(model, batch, anatomy, blocks_alone, plain, name, block)
 
 
@@ -427,6 +431,7 @@ def given_mask(stack: Stack, batch: Mapping[str, Any]) -> Tensor | None:
         if mask.unit == "token" and isinstance(value, Tensor) and value.ndim == 2:
             one = value.bool() == mask.real
             one = one.T if mask.is_transposed else one
+            one = torch.cat([one.new_ones(len(one), mask.before), one], 1) if mask.before else one
             real = one if real is None or real.shape != one.shape else real & one.to(real.device)
     return None if real is None or bool(real.all()) else real
 

@@ -281,13 +281,15 @@ class StreamAxes:
 class TokenMask:
     """A tensor of the batch that hides tokens from a stack: `tensor` is its name, `real` the value it has at a real token.
 
-    `unit` is `token` where it has the stream's sequence and token axes (the other way round if `is_transposed`), `other` where
-    it counts something else (samples of sound, the words of a stream that also holds patches)."""
+    `unit` is `token` where it has the stream's sequence and token axes (the other way round if `is_transposed`), but for as many
+    rows of the model's own as come `before` the first; `other` where it counts something else (samples of sound, the words of a
+    stream that ends with patches)."""
 
     tensor: str
     real: bool
     unit: Literal["token", "other"] = "token"
     is_transposed: bool = False
+    before: int = 0
 
 
 @dataclass(frozen=True)
