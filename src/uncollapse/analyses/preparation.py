@@ -18,6 +18,7 @@ from uncollapse.anatomy.examples import example
 from uncollapse.anatomy.interception import ChangedPath, device_of
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.anatomy.situations import sizes_of
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Layout
 from uncollapse.errors import InputError
@@ -105,14 +106,15 @@ class Prepared:
 
     def captured(self, **options: Any) -> Observations:
         """One probe pass, with the options of `capture`. Where the model takes another way than was proved, on account of
-        something that cannot be seen from outside, it is proved anew on the very batch, once."""
+        something that cannot be seen from outside, it is proved anew on the very batch: once, or once for each size of batch."""
         model = self.loaded.model
-        try:
-            return capture(model, self.batches, self.anatomy, seed=self.seed, **options)
-        except ChangedPath as changed:
-            if changed.batch is None or is_ablated(model):
-                raise
-            self.anatomy = proved_anatomy(model, changed.batch, self.layout, anew=True)
+        for _ in {sizes_of(batch) for batch in self.batches}:
+            try:
+                return capture(model, self.batches, self.anatomy, seed=self.seed, **options)
+            except ChangedPath as changed:
+                if changed.batch is None or is_ablated(model):
+                    raise
+                self.anatomy = proved_anatomy(model, changed.batch, self.layout, anew=True)
         return capture(model, self.batches, self.anatomy, seed=self.seed, **options)
 
 

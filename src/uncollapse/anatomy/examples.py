@@ -32,6 +32,14 @@ def fitting_piece(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str,
     return dict(batch), sends_elsewhere(model, batch)
 
 
+def as_long_a_piece(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A few sequences of a batch with as many tokens as it has, for a model whose way depends on that; None where it does not run
+    on them."""
+    longest = max((max(t.shape[:2]) for t in batch.values() if isinstance(t, Tensor) and t.ndim > 1), default=TOKENS)
+    piece = example_batch(batch, longest)
+    return piece if runs_on(model, piece) else None
+
+
 def one_sequence(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     piece = example(batch)
     return piece if runs_on(model, piece) else dict(batch)
@@ -91,8 +99,8 @@ def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS) -> dict[str,
     return cut
 
 
-def example_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Up to 3 sequences of a batch with 7 tokens each, so that no two axes have one length and none passes for another.
+def example_batch(batch: Mapping[str, Any], most: int = TOKENS) -> dict[str, Any]:
+    """Up to 3 sequences of a batch with 7 tokens each (`most`), so that no two axes have one length and none passes for another.
 
     What is made of token numbers is cut to real tokens; a single sequence is repeated with its tokens in another order. Other
     tensors are cut along the axes that have the lengths of the token numbers. The decoder's are cut to 5 tokens.
@@ -103,7 +111,7 @@ def example_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
     # A square mask over pairs of tokens may come first, and has no axis of sequences: token ids are whole numbers.
     reference = min(numbers.values(), key=lambda t: t.dtype == torch.bool)
     shape = tuple(reference.shape)
-    tokens = TOKENS if shape[1] > SEQUENCES else shape[1]
+    tokens = most if shape[1] > SEQUENCES else shape[1]
     cut = {shape[1]: min(shape[1], tokens)}
     rows = [int(row) for row in _real(numbers, "", shape).sum(-1).argsort(descending=True, stable=True)]
     wanted = min(shape[0], SEQUENCES if shape[1] > SEQUENCES else TOKENS)
@@ -144,7 +152,7 @@ def example_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
         if value.ndim > 2 and value.shape[0] == shape[0]:
             for axis in range(2, value.ndim):
                 if value.shape[axis] == shape[1] and value.shape[1] in {1, shape[1]}:  # over pairs of tokens
-                    piece = piece.narrow(axis, 0, tokens)
+                    piece = piece.narrow(axis, 0, min(tokens, shape[1]))
         found[name] = piece.clone()
     return found
 

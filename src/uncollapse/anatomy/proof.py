@@ -43,7 +43,15 @@ from uncollapse.anatomy.block_alone import (
     tensors_of,
 )
 from uncollapse.anatomy.carrying import Way
-from uncollapse.anatomy.examples import example_batch, fitting_piece, one_sequence, runs_on, sends_elsewhere, turned
+from uncollapse.anatomy.examples import (
+    as_long_a_piece,
+    example_batch,
+    fitting_piece,
+    one_sequence,
+    runs_on,
+    sends_elsewhere,
+    turned,
+)
 from uncollapse.anatomy.influence import EVERY, Products, moved, poked, reaches, stream_axes, without_zeros
 from uncollapse.anatomy.interception import Handler, Point, in_turn
 from uncollapse.anatomy.mixing_proof import Poked, located, placed
@@ -65,7 +73,7 @@ from uncollapse.anatomy.output_maps import (
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.reading import has_own_hooks, read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
-from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember
+from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember, sizes_of
 from uncollapse.anatomy.stacks import find_stacks, given_mask
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.summands import same_term, with_operands
@@ -95,7 +103,8 @@ def proved_anatomy(
     model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None, *, anew: bool = False
 ) -> Anatomy:
     """The anatomy of `model`, read off a trace of a small piece of `batch` and proved. It is remembered for this model object in
-    this situation (`situations`). anew: prove it again, on the whole batch: on a piece the model went another way.
+    this situation (`situations`), for batches of this size alone where an attention takes its queries in turn. anew: prove it
+    again, on the whole batch: on a piece the model went another way.
 
     Raises `UnsupportedModel` where the model cannot be read or the proof fails."""
     situation = Situation.of(model, batch, layout)
@@ -113,7 +122,15 @@ def proved_anatomy(
         few = few if runs_on(model, few) else small
     elif any(_may_be_token_first(anatomy, stack) for stack in anatomy.stacks):
         few = small  # one row of its vectors may be one token, which no mask and no order is seen on
-    remember(model, situation, Remembered(anatomy, few, steers))
+    sizes = None
+    if any(part.shares_queries for block in anatomy.blocks for part in block.parts):
+        # How many calls share its queries may depend on how many there are.
+        sizes, longer = situation.sizes, None if anew else as_long_a_piece(model, batch)
+        if longer is not None and sizes_of(longer) != sizes_of(small):
+            anatomy, few = prove(model, longer, layout), longer
+        else:
+            few = small
+    remember(model, situation, Remembered(anatomy, few, steers, sizes))
     return anatomy
 
 
