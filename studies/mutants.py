@@ -97,15 +97,14 @@ def stages(path: str) -> list[list[str]]:
     """
     package, _, name = path.partition("/")
     stem = name.removesuffix(".py")
-    doctest = ["tests/docs/test_examples.py", "-k", f"uncollapse.{package}.{stem}"]
     if package == "claims":
         claim = stem.replace("_", "-")
         if f'"{claim}",' in (PACKAGE / path).read_text("utf-8"):  # the tests of other claims do not run this one
-            return [["tests/claims/test_verdicts.py", "-k", claim], doctest, ["tests/claims", "-k", f"{claim} or {OTHERS}"]]
-        return [doctest, ["tests/claims"]]
+            return [["tests/claims/test_verdicts.py", "-k", claim], ["tests/claims", "-k", f"{claim} or {OTHERS}"]]
+        return [["tests/claims"]]
     mirror = ROOT / "tests" / package / f"test_{stem}.py"
     rest = [f"tests/{package}", *(["tests/claims/test_verdicts.py"] if package == "measures" else [])]
-    return [*([[str(mirror.relative_to(ROOT))]] if mirror.exists() else []), doctest, rest]
+    return [*([[str(mirror.relative_to(ROOT))]] if mirror.exists() else []), rest]
 
 
 def places(path: Path) -> list[Mutant]:
