@@ -272,7 +272,6 @@ def _read(path: Path | None) -> Iterator[Verdict]:
 def _preload() -> None:
     """The slow imports, once, and nothing of the package itself."""
     import flint  # noqa: F401
-    import hypothesis  # noqa: F401
     import numpy  # noqa: F401  # type: ignore[unused-ignore]
     import torch
     import transformers  # noqa: F401
