@@ -37,6 +37,7 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "uncollapse"
 PACKAGES = ("measures", "claims", "judgement")  # mathematics, claims, findings
+IMPORTED = ("-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning")  # that was the point of it
 # Tests that start another process, which imports the module as it is on the disk: they cannot see the change.
 ELSEWHERE = (
     "--deselect=tests/claims/test_claims_ledger.py::test_the_seed_fixes_every_figure_in_another_process_too",
@@ -208,7 +209,7 @@ def _tested(path: str) -> int:
     import pytest
 
     for arguments in stages(path):
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *ELSEWHERE, *arguments])
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *IMPORTED, *ELSEWHERE, *arguments])
         if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             return 1
     return 0
