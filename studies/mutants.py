@@ -216,9 +216,10 @@ def _tested(path: str) -> int:
 
 
 def drawn(paths: Sequence[Path], count: int, seed: int) -> tuple[list[Mutant], int]:
-    """A sample of `count` mutants without replacement, and how many there are."""
+    """A sample of `count` mutants without replacement, and how many there are. A longer sample begins with the shorter one."""
     every = [mutant for path in paths for mutant in places(path)]
-    return random.Random(seed).sample(every, min(count, len(every))), len(every)
+    random.Random(seed).shuffle(every)
+    return every[:count], len(every)
 
 
 def modules(only: Sequence[str]) -> list[Path]:
