@@ -44,7 +44,9 @@ ELSEWHERE = (
     "--deselect=tests/claims/test_claims_ledger.py::test_the_claims_load_no_transformers",
     "--deselect=tests/measures/test_running.py::test_two_processes_agree_on_the_statistics_of_both",
 )
-OTHERS = "smallest or gain or intervals or jacobian or closed_form or ball"  # tests of pieces that belong to several claims
+OTHERS = (
+    "smallest or gain or intervals or jacobian or closed_form or ball"  # tests of pieces that belong to several claims
+)
 LIMIT = 300.0  # seconds for all tests of one mutant: a loop without end is noticed, too
 OPERATORS = (
     "NumberReplacer",
@@ -61,7 +63,10 @@ OPERATORS = (
     *(f"ReplaceBinaryOperator_{a}_{b}" for a, b in (("Add", "Sub"), ("Sub", "Add"), ("Mul", "Div"), ("Div", "Mul"))),
     *(f"ReplaceBinaryOperator_{a}_{b}" for a, b in (("FloorDiv", "Mul"), ("Pow", "Mul"), ("Mod", "Add"))),
     *(f"ReplaceComparisonOperator_{a}_{b}" for a, b in (("Lt", "LtE"), ("LtE", "Lt"), ("Gt", "GtE"), ("GtE", "Gt"))),
-    *(f"ReplaceComparisonOperator_{a}_{b}" for a, b in (("Lt", "GtE"), ("Gt", "LtE"), ("Eq", "NotEq"), ("NotEq", "Eq"))),
+    *(
+        f"ReplaceComparisonOperator_{a}_{b}"
+        for a, b in (("Lt", "GtE"), ("Gt", "LtE"), ("Eq", "NotEq"), ("NotEq", "Eq"))
+    ),
 )
 Outcome = Literal["killed", "survived", "timeout"]
 
@@ -242,7 +247,9 @@ def main() -> None:
     _preload()
     clean = next(iter(sample))
     if passes(clean, (PACKAGE / clean.path).read_text("utf-8")) != "survived":
-        sys.exit(f"mutants: the tests of {clean.path} fail without any change. Run them first: pytest {stages(clean.path)}")
+        sys.exit(
+            f"mutants: the tests of {clean.path} fail without any change. Run them first: pytest {stages(clean.path)}"
+        )
     verdicts = []
     for number, mutant in enumerate(sample, 1):
         verdict = known.get(mutant)
@@ -259,7 +266,9 @@ def main() -> None:
         elif number % 20 == 0:
             print(f"{number} of {len(sample)}", file=sys.stderr, flush=True)
     dead = sum(v.outcome != "survived" for v in verdicts)
-    print(f"{dead} of {len(verdicts)} mutants die ({dead / len(verdicts):.1%}), drawn from {total} with seed {given.seed}.")
+    print(
+        f"{dead} of {len(verdicts)} mutants die ({dead / len(verdicts):.1%}), drawn from {total} with seed {given.seed}."
+    )
 
 
 def _read(path: Path | None) -> Iterator[Verdict]:

@@ -89,9 +89,7 @@ def check(
         *(tally(words[c], outcomes[c], role="statement" if c in collapses else "context") for c in COLLAPSES),
         tally("exact instead: (a W_Q, W_K/a) changes no logit", scales, role="context"),
         tally("exact instead: a constant added to a row of logits changes no weight", shifts, role="context"),
-        found(
-            "an M that mixes two heads is none: the sum changes", [not same for same in mixed], role="context"
-        ),
+        found("an M that mixes two heads is none: the sum changes", [not same for same in mixed], role="context"),
         shown("the weights (1/3, 2/3) become (1/5, 4/5) when the logits double", str(exact.text(twice)), once != twice),
     ], Counterexample(
         "scaling the logits is a symmetry of the forward pass",

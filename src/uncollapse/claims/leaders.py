@@ -38,9 +38,7 @@ def strongest(x: fmpq_mat, form: fmpq_mat, *, causal: bool = False) -> list[list
 
 def hard_max(x: fmpq_mat, form: fmpq_mat, *, causal: bool = False) -> fmpq_mat:
     """The pattern of softmax(t X M X^T) for t to infinity: uniform on the strongest keys of each row."""
-    rows = [
-        [fmpq(int(j in best), len(best)) for j in range(x.nrows())] for best in strongest(x, form, causal=causal)
-    ]
+    rows = [[fmpq(int(j in best), len(best)) for j in range(x.nrows())] for best in strongest(x, form, causal=causal)]
     return exact.from_rows(rows, x.nrows())
 
 
@@ -79,7 +77,9 @@ def check(
         form = root * root.transpose() if definite else draws.matrix(d, d)
         value = exact.identity(d) if values == "the tokens" else draws.invertible(d)
         first = leaders(x, form, causal=causal)
-        norms = [(exact.part(x, [i], range(d)) * form * exact.part(x, [i], range(d)).transpose())[0, 0] for i in range(n)]
+        norms = [
+            (exact.part(x, [i], range(d)) * form * exact.part(x, [i], range(d)).transpose())[0, 0] for i in range(n)
+        ]
         largest.append(norms.index(max(norms)) in first)
         y, kept, tied = x, True, False
         for _ in range(n - 1 if layers is None else layers):
@@ -125,7 +125,9 @@ def _at_finite_temperature() -> list[Evidence]:
     x = exact.rational(OPPOSITE)
     after = [(softmax(x * x.transpose() * t) * x)[0, 0] for t in (1, 5, 20)]
     return [
-        equal("softmax with logits (1, -1) ln 2: where 1 and -1 are after a layer", str(after[0]), "3/5", role="boundary"),
+        equal(
+            "softmax with logits (1, -1) ln 2: where 1 and -1 are after a layer", str(after[0]), "3/5", role="boundary"
+        ),
         shown(
             "the same with logits 5 and 20 times as large: they still approach, ever more slowly",
             ", ".join(f"1 - {float(1 - each):.1e}" for each in after[1:]),

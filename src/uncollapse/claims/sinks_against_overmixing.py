@@ -48,7 +48,10 @@ def check(trials: int, seed: int, *, sink_value: int = 0, shares: Literal["equal
     equal_tokens = exact.rational([[0], [1], [1]])
     after = pattern * equal_tokens
     return [
-        tally("a softmax with a sink of value 0 and share s gives (1 - s) times the output of the softmax without it", outputs),
+        tally(
+            "a softmax with a sink of value 0 and share s gives (1 - s) times the output of the softmax without it",
+            outputs,
+        ),
         tally("a change of one other token's value moves every row 1 - s times as much", influence),
         tally("shares that differ scale each row by its own 1 - s_i", by_row, role="context"),
         shown(
