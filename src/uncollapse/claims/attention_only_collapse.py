@@ -158,6 +158,9 @@ CLAIM = Claim(
     "Y. Dong, J.-B. Cordonnier, A. Loukas, Attention is not all you need, arXiv 2103.03404 (2021), on attention alone; "
     "this version, with its constant, derived and proved in docs/theory.md",
     check,
+    title="Attention alone collapses doubly exponentially",
+    formula=r"D_1 \le \frac{\beta}{4} D_0^3,\quad \beta = \sum_h \lVert M_h \rVert \lVert W_h \rVert",
+    theory="4. Attention alone collapses, and how fast",
     hypotheses=(
         "softmax over all keys (no causal mask), rows sum to one",
         "for the collapse: (beta/4) D^2 < 1; the inequality itself needs no smallness",

@@ -63,4 +63,7 @@ CLAIM = Claim(
     "attention weights cannot be told from what they do.",
     "G. Brunner et al., On Identifiability in Transformers, arXiv 1908.04211 (2019), with the row sum as a second observation",
     check,
+    title="Attention weights cannot be read off the output",
+    formula=r"\dim \{ z : z V = 0,\; z \mathbf{1} = 0 \} = n - \mathrm{rank}\, [V, \mathbf{1}]",
+    theory="10. Entropy",
 )

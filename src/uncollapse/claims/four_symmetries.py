@@ -108,4 +108,6 @@ CLAIM = Claim(
     "The four collapses (rank in depth, rank in width, head channels, entropy) are each a distinct symmetry of the forward pass.",
     PAPER + ", title and abstract",
     check,
+    title="Four collapses, four distinct symmetries",
+    theory="11. Symmetries",
 )

@@ -143,6 +143,9 @@ CLAIM = Claim(
     "after A. Alcalde, G. Fantuzzi, E. Zuazua, Clustering in pure-attention hardmax transformers, arXiv 2407.01602 (2024), who have "
     "a residual and a norm, and N. Karagodin et al., arXiv 2411.04990 (2024), on causal masks; this version is proved in docs/theory.md",
     check,
+    title="Sharp attention keeps as many groups as it has leaders",
+    formula=r"x_i M x_i > x_i M x_j \;\; (x_j \ne x_i) \;\Rightarrow\; (A X)_i = x_i",
+    theory="4. Attention alone collapses, and how fast",
     hypotheses=(
         "the limit of infinite logits: at any finite temperature two such tokens approach each other",
         "the values are the tokens (W_VO = 1), no residual; full or causal mask",

@@ -115,5 +115,8 @@ CLAIM = Claim(
     "almost every choice of weights keeps the rank of X (post-norm: the rank that the norms leave).",
     ABSTRACT + ", in the measure-theoretic sense",
     check,
+    title="Residual connections keep the rank for almost all weights",
+    formula=r"\mathrm{rank}(X + \sum_h A_h X W_h) \ge \mathrm{rank}\, X",
+    theory="5. Residual connections",
     kind="generic",
 )

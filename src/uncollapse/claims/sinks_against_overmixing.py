@@ -73,5 +73,8 @@ CLAIM = Claim(
     "influence of every other token's value on it, are multiplied by 1 - s.",
     "after F. Barbero et al., Why do LLMs attend to the first token?, arXiv 2504.02732 (2025)",
     check,
+    title="A sink mixes less",
+    formula=r"Y = (1 - s)\, Y_{\mathrm{without}}",
+    theory="10. Entropy",
     hypotheses=("the sink's value is zero", "the same share in every row"),
 )
