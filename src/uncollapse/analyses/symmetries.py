@@ -35,11 +35,13 @@ from uncollapse.anatomy.vocabulary import Block, StreamAxes
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.interventions.without import removed as taken_away
 from uncollapse.probe.context_lengths import require_context_lengths
+from uncollapse.probe.norms_before import with_norms_before
 from uncollapse.records.common import Finding, Phenomenon, Statistic
 from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord, SymmetryRecord, SymmetryTest
 from uncollapse.restoring import leaves_no_trace
 from uncollapse.symmetry.acting import acting, drawn, transformed
 from uncollapse.symmetry.channels import Channels, channels_of
+from uncollapse.symmetry.norm_gauge import NormGauge
 from uncollapse.symmetry.pass_groups import KeyPermutation, LogitScaling, LogitShift, TokenPermutation
 from uncollapse.symmetry.weight_groups import HeadPermutation, QueryKeyGauge, ValueOutputGauge, WeightElement
 
@@ -175,7 +177,9 @@ class _Acting:
             {k: v.to(device) if isinstance(v, Tensor) else v for k, v in piece.items()}
             for piece in _pieces(prepared.batches)
         ]
-        self.channels = channels_of(self.model, self.anatomy, self.pieces[0])
+        self.channels = with_norms_before(
+            self.model, self.anatomy, channels_of(self.model, self.anatomy, self.pieces[0]), self.pieces[0]
+        )
         self.done = 0
 
     def tests(self) -> list[SymmetryTest]:
@@ -430,6 +434,7 @@ _GAUGES: tuple[tuple[type[WeightElement], str], ...] = (
     (ValueOutputGauge, "value-output gauge"),
     (HeadPermutation, "head permutation"),
     (QueryKeyGauge, "query-key gauge"),
+    (NormGauge, "layer-norm gauge"),
 )
 _TESTS = 4 + 4 + len(_GAUGES) + 3
 

@@ -409,7 +409,7 @@ Which claims are refuted, for another program:
     uncollapse verify --json - | jq -r '.claims[] | select(.verdict == "refuted as stated") | .id'
 
 **Collapse in depth**: attention-only-collapse, causal-collapse-is-geometric,
-relative-bias-collapse-is-geometric, attention-never-gains-rank, consensus-is-invariant,
+relative-bias-collapse-is-geometric, leaders, attention-never-gains-rank, consensus-is-invariant,
 residual-obstructs-collapse, residual-needs-no-mlp, random-residuals-are-geometric
 
 **Norms**: layernorm-affine-rank, layernorm-rank-formula, layernorm-matrix-rank, rmsnorm-rank, layernorm-and-distance
