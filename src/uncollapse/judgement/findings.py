@@ -397,7 +397,9 @@ def _width_finding(
 ) -> Finding:
     """About all heads of an attention: the one that was read is the best of them, and is not at fault more than the others."""
     if initial:
-        message += f" The block looks as it was initialised ({initial}), and attention starts like this: no fault yet."
+        message += (
+            f" The block looks as it was initialised, or nearly so ({initial}), and attention starts like this: no fault yet."
+        )
     return Finding(
         code=code,
         phenomenon="rank-collapse-width",
