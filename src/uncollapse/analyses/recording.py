@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 from collections import Counter
@@ -146,11 +147,14 @@ def model_info(prepared: Prepared, observed: Observations) -> ModelInfo:
     )
 
 
+_version = functools.cache(metadata.version)  # it reads a file
+
+
 def versions() -> dict[str, str]:
     """The versions of everything that a figure depends on."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "uncollapse": __version__}
     try:
-        found["transformers"] = metadata.version("transformers")
+        found["transformers"] = _version("transformers")
     except (
         metadata.PackageNotFoundError
     ):  # vendored or frozen into a program: a finished measurement is not lost for that

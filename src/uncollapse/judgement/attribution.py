@@ -7,7 +7,6 @@ that computes the same function: the value-output gauge changes none of them. Fo
 
 from __future__ import annotations
 
-import copy
 import math
 import weakref
 from collections.abc import Mapping, Sequence
@@ -84,7 +83,7 @@ def _heads_record(statistics: AttentionStatistics, known: dict[object, _Known]) 
             if last is None or not last.is_of(call.heads, marks):
                 last = _Known(call.heads, marks, _weight_figures(statistics.matrix, call.heads))
                 known[place] = last
-        figures |= copy.deepcopy(last.figures)  # a record's lists are its own
+        figures |= {name: _own(value) for name, value in last.figures.items()}
         if figures["kernel_dimension"] is None:
             reason = "NaN or infinity in the output projection"
             unavailable |= dict.fromkeys([*FROM_WEIGHTS, "gauge_dimension"], reason)
@@ -115,6 +114,11 @@ def _heads_record(statistics: AttentionStatistics, known: dict[object, _Known]) 
         unavailable=unavailable,
         **figures,
     )
+
+
+def _own(figure: Any) -> Any:
+    """A record's lists are its own."""
+    return [_own(each) for each in figure] if isinstance(figure, list) else figure
 
 
 def _marks(matrix: Tensor) -> tuple[Tensor, Tensor]:

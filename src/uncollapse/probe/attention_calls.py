@@ -405,6 +405,9 @@ def _deviation(weights: Tensor, values: Tensor, mixed: Tensor, summed: tuple[int
 
 
 def _relative(again: Tensor, result: Tensor) -> float:
+    apart, largest = (again - result).abs().amax(), result.abs().amax()
+    if math.isfinite(apart) and math.isfinite(largest):
+        return float(apart / largest) if float(largest) else float(apart)
     seen = again.isfinite() & result.isfinite()
     if not bool(seen.any()):
         return 0.0

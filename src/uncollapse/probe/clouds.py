@@ -19,14 +19,16 @@ from uncollapse.errors import InputError
 
 class Clouds:
     """Lays tensors out as token clouds [sequence, token, width] and says which rows are real. It notes at `streams` what enters
-    each block; `begin` comes before each batch. `batch_size`: sequences in the stream of the block that is running."""
+    each block; `begin` comes before each batch. `batch_size`: sequences in the stream of the block that is running. With `keeps` it
+    also holds a copy of what entered the block."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, is_own: Callable[[], bool]) -> None:
-        self.model, self.anatomy, self._is_own = model, anatomy, is_own
+    def __init__(self, model: nn.Module, anatomy: Anatomy, is_own: Callable[[], bool], *, keeps: bool = True) -> None:
+        self.model, self.anatomy, self._is_own, self._keeps = model, anatomy, is_own, keeps
         self.batch_size = 0
         self.paddings: list[Padding] = []  # by stack
         self.entered: dict[int, tuple[int, int]] = {}  # by block: sequences and tokens of what entered it
         self.shapes: dict[int, tuple[int, int]] = {}  # by stack: the same of its embedding
+        self._entering: dict[int, list[tuple[int, Tensor]]] = {}  # by stack: the last two blocks, and what entered them
         self._real: dict[int, int] = {}  # by stack: real tokens in this batch
         self._given = (0, 0)  # sequences and tokens of the batch as it was given
         self._begins = {stack.blocks[0]: number for number, stack in enumerate(anatomy.stacks)}
@@ -36,7 +38,7 @@ class Clouds:
 
     def begin(self, batch: Mapping[str, Any]) -> None:
         """Note the batch's masks before the model runs on it."""
-        for noted in (self.entered, self.shapes, self._real):
+        for noted in (self.entered, self.shapes, self._real, self._entering):
             noted.clear()
         self.batch_size = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
         ids = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim == 2), None)
@@ -46,6 +48,12 @@ class Clouds:
     def let_go(self) -> None:
         """Drop what is bound to this object and would keep it, and the model with it, alive in a cycle."""
         self.streams.clear()
+        self._entering.clear()
+
+    def entering(self, number: int) -> Tensor | None:
+        """What entered a block, until the one after the next runs. A copy: a block may add to its stream in place."""
+        kept = self._entering.get(self.anatomy.stack_of(number), [])
+        return next((stream for block, stream in kept if block == number), None)
 
     def counted(self) -> tuple[int, int, int]:
         """Sequences, real tokens, and tokens of a sequence, in the batch that was run."""
@@ -56,6 +64,10 @@ class Clouds:
     def _note(self, number: int, stream: Tensor) -> None:
         if not self._is_own():
             return
+        if self._keeps:
+            kept = self._entering.setdefault(self.anatomy.stack_of(number), [])
+            # The next block's stream may be met before this one's end.
+            kept[:] = [*kept[-1:], (number, stream.detach().clone())]
         cloud = self.cloud(number, stream)
         if cloud is None:
             return

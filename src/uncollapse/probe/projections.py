@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,11 +25,13 @@ from uncollapse.errors import UncollapseError
 from uncollapse.measures import heads
 from uncollapse.probe.attention import AttentionStatistics
 from uncollapse.probe.clouds import Clouds
-from uncollapse.probe.observing import Look, looking
+from uncollapse.probe.observing import Look, looking, unasked
+from uncollapse.probe.sizes import norms, single
 from uncollapse.restoring import restoring
 
 SCALE = 256.0
 SOMETHING_BETWEEN = "something acts between the attention and its output projection"
+LEAST_APART = 0.1  # share of the heads' energy that must be centred for a difference to say it
 MOST_ROUNDING = 1e-3  # of the heads' energy may be rounding: shares are then good to a percent
 
 
@@ -46,8 +49,7 @@ class _WholeMap:
 class Projections:
     """Meets the output projection of each attention sublayer; an `Observer`. Fills in `matrix`, `energy` and `tokens` of their
     statistics. `sublayers`: each attention part with its statistics. `mixed` takes what its heads mixed. `contributed` is told the
-    number of the sublayer, the Gram matrices of its W_O (`heads.write_grams`), what that reads [sequence, token, mixed], and which
-    tokens are real."""
+    number of the sublayer, the size of what each head writes [sequence, head, token], and which tokens are real."""
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class Projections:
         clouds: Clouds,
         is_own: Callable[[], bool],
         *,
-        contributed: Callable[[int, Tensor, Tensor, Tensor | None], None] | None = None,
+        contributed: Callable[[int, Tensor, Tensor | None], None] | None = None,
     ) -> None:
         self.model, self.anatomy, self.clouds = model, anatomy, clouds
         self._is_own, self._contributed = is_own, contributed
@@ -68,6 +70,7 @@ class Projections:
         self._mixed: dict[int, Tensor] = {}  # by sublayer: what the heads mixed, until the projection comes
         self._matrices: dict[str, Tensor] = {}
         self._grams: dict[int, Tensor] = {}  # by sublayer, see `heads.write_grams`
+        self._roots: dict[int, Tensor] = {}  # by sublayer: L with L L^T the Gram matrix, for each head
         self._whole_maps: list[_WholeMap] = []
         self._have_whole_maps = False
         # Of a sharded model the whole weights exist only while a block runs, and their memory is freed under whoever kept a view.
@@ -132,7 +135,7 @@ class Projections:
         index = self._modules[name].get(run)
         if index is not None:
             given = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-            with full_precision(given):
+            with unasked([given, *module.parameters()]), full_precision(given):
                 self._meet_module(index, name, module, given)
 
     def _meet_module(self, index: int, name: str, module: nn.Module, given: Tensor) -> None:
@@ -241,9 +244,15 @@ class Projections:
         count = statistics.call.heads
         if index not in self._grams:
             self._grams[index] = heads.write_grams(matrix, count)
-        energy = heads.contribution_energy(cloud, matrix, count, mask, grams=self._grams[index])
+        energy = None
         if self._contributed is not None:
-            self._contributed(index, self._grams[index], cloud, mask)
+            if index not in self._roots:
+                self._roots[index] = roots(self._grams[index])
+            sizes = written_sizes(cloud, self._roots[index])
+            self._contributed(index, sizes, mask)
+            energy = centred_energy(cloud, self._roots[index], sizes, mask)
+        if energy is None:
+            energy = heads.contribution_energy(cloud, matrix, count, mask, grams=self._grams[index])
         if rounding_share(cloud, matrix, energy, mask) > MOST_ROUNDING:
             kind = str(cloud.dtype).removeprefix("torch.")
             statistics.reasons["energy_share"] = (
@@ -251,6 +260,44 @@ class Projections:
             )
             return
         statistics.energy = statistics.energy.add((energy / energy.sum(-1, keepdim=True)).double())
+
+
+def roots(grams: Tensor) -> Tensor:
+    """L [head, feature, direction] with L L^T = W_h W_h^T: what a head writes is as large as what it mixed times L."""
+    root, info = torch.linalg.cholesky_ex(grams)
+    if bool((info == 0).all()):
+        return root
+    if not bool(grams.isfinite().all()):
+        return torch.full_like(grams, math.nan)
+    values, vectors = torch.linalg.eigh(grams)
+    return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+
+
+def written_sizes(cloud: Tensor, root: Tensor) -> Tensor:
+    """The size of what each head writes for each token, [sequence, head, token] in float64, from what the projection reads
+    [sequence, token, mixed]."""
+    sequences, tokens = cloud.shape[:2]
+    by_head = single(cloud).reshape(sequences * tokens, len(root), -1).transpose(0, 1)
+    sizes = norms(torch.bmm(by_head, root.to(by_head)))
+    return sizes.unflatten(1, (sequences, tokens)).transpose(0, 1)
+
+
+def centred_energy(cloud: Tensor, root: Tensor, sizes: Tensor, mask: Tensor | None) -> Tensor | None:
+    """`heads.contribution_energy` [sequence, head] from the sizes [sequence, head, token] of what the heads write: the sum of their
+    squares less that of the mean, n times. None where this difference has lost digits."""
+    x = single(cloud)
+    if mask is None:
+        count = torch.tensor(float(x.shape[1]), dtype=torch.float64, device=x.device)
+        total, mean = sizes.square().sum(-1), x.mean(1, dtype=torch.float64)
+    else:
+        real = mask.to(x.device)
+        count = real.sum(-1, keepdim=True).double()
+        total = sizes.where(real[:, None], 0).square().sum(-1)
+        kept = x if bool(total.isfinite().all()) else torch.where(real.unsqueeze(-1), x, 0)
+        mean = (real.to(x).unsqueeze(-2) @ kept).squeeze(-2).double() / count
+    common = torch.einsum("shf,hfd->shd", mean.unflatten(-1, (len(root), -1)), root.double())
+    energy = total - count * common.square().sum(-1)
+    return energy if bool((energy > LEAST_APART * total).all()) else None
 
 
 def _note_gate(
@@ -285,11 +332,16 @@ def projected_cloud(mixed: Tensor, heads_output: Tensor | None, batch_size: int)
 def rounding_share(mixed: Tensor, matrix: Tensor, energy: Tensor, mask: Tensor | None) -> float:
     """The part of the heads' energy [sequence, head] that is only the rounding of what they mixed, `mixed` [sequence, token,
     feature], in the worst sequence: every feature is off by up to half a unit in its last place, eps^2/24 of its square on
-    average."""
+    average. Where a bound is small enough, it is that."""
+    eps = torch.finfo(mixed.dtype).eps ** 2 / 24
+    most = matrix.abs().amax().double().square() * matrix.shape[-1]  # no feature writes more
+    bound = torch.linalg.vector_norm(single(mixed), dim=(-2, -1)).double().square() * most * eps / energy.double().sum(-1)
+    if bound.numel() and bool((bound <= MOST_ROUNDING).all()):  # padding only adds to it
+        return float(bound.max())
     squares = mixed.double().square()
     if mask is not None:
         squares = squares.where(mask[..., None].to(squares.device), 0)
-    rounding = (squares.sum(-2) @ matrix.double().square().sum(-1)) * torch.finfo(mixed.dtype).eps ** 2 / 24
+    rounding = (squares.sum(-2) @ matrix.double().square().sum(-1)) * eps
     shares = (rounding / energy.double().sum(-1)).nan_to_num(0.0, 0.0, 0.0)
     return float(shares.max()) if shares.numel() else 0.0
 

@@ -81,7 +81,6 @@ class Sites:
         self.statistics: list[SiteStatistics] = []
         self.handlers: dict[Point, Handler] = {}
         self.streams: list[tuple[Place, Action]] = []
-        self._entered: dict[int, Tensor] = {}  # by block: the cloud that entered it, while it runs
         self._distinct: list[Tensor | None] = []  # by stack: different token ids of each sequence
         # What reads the stream takes each token's mean away, if it is a layer norm.
         readers = [n for b in anatomy.blocks for n in b.norms if n.role in {"before", "post"}]
@@ -97,8 +96,6 @@ class Sites:
             for number in stack.blocks:
                 site = SiteStatistics(f"block.{number}", number, stack.name)
                 self.statistics.append(site)
-                if measures:
-                    self.streams.append((anatomy.blocks[number].entry, functools.partial(self._keep, number)))
                 self.streams.append((anatomy.blocks[number].exit, functools.partial(self._meet, site, number)))
 
     @contextlib.contextmanager
@@ -107,19 +104,12 @@ class Sites:
         yield
 
     def begin(self, batch: Mapping[str, Any]) -> None:
-        self._entered.clear()
         if self.measures:
             both = zip(self.anatomy.stacks, self.clouds.paddings, strict=True)
             self._distinct = [distinct_tokens(stack, batch, padding.mask) for stack, padding in both]
 
     def let_go(self) -> None:
         self.streams.clear()
-
-    def _keep(self, number: int, stream: Tensor) -> None:
-        if self._is_own():
-            cloud = self.clouds.cloud(number, stream)
-            if cloud is not None:
-                self._entered[number] = cloud.clone()  # a copy: a block may add to its stream in place
 
     def _meet(self, site: SiteStatistics, number: int, stream: Tensor) -> None:
         if self._is_own():
@@ -148,7 +138,8 @@ class Sites:
             if counted is not None and len(counted) == len(apart):
                 distinct = counted.to(apart)
         else:
-            before = self._entered.pop(number, None)
+            entered = self.clouds.entering(number)
+            before = None if entered is None else self.clouds.cloud(number, entered)
             if before is not None and before.shape == cloud.shape:
                 is_normalized = self.anatomy.blocks[number].placement == "post"
                 carried = geometry.stream_carried(before, cloud, mask, is_normalized=is_normalized)
