@@ -64,7 +64,7 @@ from uncollapse.anatomy.output_maps import (
     sounding,
 )
 from uncollapse.anatomy.probing import probing
-from uncollapse.anatomy.reading import has_own_hooks, read
+from uncollapse.anatomy.reading import SIDE_BY_SIDE, has_own_hooks, read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
 from uncollapse.anatomy.side_by_side import laid_out, mixing_gap
 from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember
@@ -140,14 +140,27 @@ def known_example(model: nn.Module) -> dict[str, Any] | None:
 
 def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None) -> Anatomy:
     """Read and prove the anatomy on `batch`, which should be small. Nothing is remembered. A model that is none with one stream is
-    looked at as one with several side by side."""
+    looked at as one with several side by side; so is one whose stream seems to be a grid of tokens."""
     try:
-        return _prove(model, batch, layout)
+        single = _prove(model, batch, layout)
     except UnsupportedModel as refusal:
         try:
             return _prove(model, batch, layout, several=True)
-        except UnsupportedModel:
+        except UnsupportedModel as other:
+            if SIDE_BY_SIDE in refusal.identity and SIDE_BY_SIDE not in other.identity:
+                raise UnsupportedModel(
+                    f"{refusal} Looked at as such: {other.identity}.",
+                    found=refusal.found,
+                    identity=f"{refusal.identity}, and not so that it can be measured: {other.identity}",
+                    layout=refusal.layout,
+                ) from None
             raise refusal from None
+    if all(block.axes is None or len(block.axes.token) < 2 for block in single.blocks):
+        return single
+    try:
+        return _prove(model, batch, layout, several=True)
+    except UnsupportedModel:
+        return single
 
 
 def _prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None, *, several: bool = False) -> Anatomy:
@@ -315,7 +328,7 @@ class _BlockProof(BlockAlone):
 
     def check(self, known: dict[tuple[int, tuple[int, ...]], StreamAxes], stack: int) -> None:
         """Check every identity. `known` are the axes of streams met so far, by `stack` and shape."""
-        axes, reason = self._lay_side_by_side() if self._reads_several else (None, "")
+        axes, reason = self._lay_side_by_side(known, stack) if self._reads_several else (None, "")
         block, run, stream = self.block, self.run, self.stream
         assert run.output is not None
         self._check(
@@ -357,9 +370,11 @@ class _BlockProof(BlockAlone):
     def _reads_several(self) -> bool:
         return any(part.read is not None for part in self.block.parts)
 
-    def _lay_side_by_side(self) -> tuple[StreamAxes | None, str]:
-        """Tell along which axis several streams lie, by what a sublayer reads of them, and its axes by what it makes of that. From
-        here on the streams have an axis of their own wherever this block is met."""
+    def _lay_side_by_side(
+        self, known: Mapping[tuple[int, tuple[int, ...]], StreamAxes], stack: int
+    ) -> tuple[StreamAxes | None, str]:
+        """Tell along which axis several streams lie, by what a sublayer reads of them, and its axes by what it makes of that; without
+        attention, by another block of the stack. From here on the streams have an axis of their own wherever this block is met."""
         number = self.mixing or 0
         place = self.block.parts[number].read
         statement = "along which axis its streams lie side by side is told by what its sublayers read of them"
@@ -384,6 +399,9 @@ class _BlockProof(BlockAlone):
                 return None, ""
             if fold is not None:
                 self._open(fold)
+            alike = known.get((stack, tuple(self.stream.shape)))
+            if self.block.parts[number].kind not in {"attention", "cross"} and alike is not None and alike.streams == axis:
+                return alike, ""
             given = read(self.stream)
 
             def made(given: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ from uncollapse.anatomy.vocabulary import (
 from uncollapse.errors import UnsupportedModel
 from uncollapse.restoring import is_own
 
+SIDE_BY_SIDE = "several streams side by side"  # as messages call them
 _LONGEST_NORM = 64  # operations in a module that may be a norm
 _MOST_SOURCES = 4  # values that an embedding is summed of, and so many are followed to its norm
 _GATINGS = frozenset(["mul", "rmul", "multiply"])
@@ -102,7 +103,7 @@ def read(model: nn.Module, recorded: Trace, layout: Layout | None = None, *, sev
     write together. Raises `UnsupportedModel` where no blocks can be made out."""
     reader = _Reader(model, recorded, several=several)
     if several and not any(found.read is not None for found in reader.sums):
-        raise reader._refusal("no sublayer reads several streams side by side")
+        raise reader._refusal(f"no sublayer reads {SIDE_BY_SIDE}")
     blocks = tuple(reader.blocks(layout))
     return Anatomy(blocks, reader.outer_norms(blocks), stacks=reader.stacks(blocks))
 
@@ -1034,6 +1035,8 @@ class _Reader:
         group, left, behind_norm = 0, None, False
         for number, piece in enumerate(pieces):
             entry = self._beginning(call, piece[0].stream, left)
+            if piece[0].read is not None:
+                entry = self._laid_like(entry, piece[0].root)
             group += left is not None and entry != left
             if number + 1 < len(pieces):
                 leaving = self._leaving(piece[-1].root, pieces[number + 1][0].stream)
@@ -1060,6 +1063,13 @@ class _Reader:
             return left
         given = [i for i in call.inputs.values() if i in carried and self.t.nodes[i].size == self.t.nodes[stream].size]
         return max(given) if given else stream
+
+    def _laid_like(self, stream: int, root: int) -> int:
+        """Several streams as they lie in a sum: where a view of them was found, the value that it is a view of."""
+        index: int | None = stream
+        while index is not None and self.t.nodes[index].shape != self.t.nodes[root].shape:
+            index = self.t.passes_through(index) if self.t.nodes[index].operation in PASSES else None
+        return stream if index is None else index
 
     def _leaving(self, root: int, following: int) -> int:
         """Where a block is left whose last addition is `root`: behind the norms that the sum passes before it is carried on to
@@ -1146,11 +1156,21 @@ class _Reader:
             by_name = dict(zip(layout.blocks, layout.stacks, strict=True))
             stacks = [by_name[s.name] for s in stretches]
         blocks = [self._block(stretch, s) for stretch, s in zip(stretches, stacks, strict=True)]
+        self._require_own_attention(blocks)
         if layout is None:
             self._require_every_attention(blocks)
         if layout is None or not layout.stacks:
             blocks = self._with_stacks(blocks, stretches)
         return blocks
+
+    def _require_own_attention(self, blocks: list[Block]) -> None:
+        """Refuse a picture in which several blocks hold one and the same attention: it is added to several streams."""
+        met: dict[Point, str] = {}
+        for block in blocks:
+            for product in {c.product for p in block.parts for c in p.attention}:
+                if product in met:
+                    raise self._refusal(f"the attention in {product.owner} is that of {met[product]} and of {block.name}")
+                met[product] = block.name
 
     def _require_every_attention(self, blocks: list[Block]) -> None:
         """Refuse a picture that leaves out a block: attention inside a module of a class that is a block elsewhere, or, of a
@@ -1421,9 +1441,9 @@ class _Reader:
             layout, advice = "", "Load the model with attn_implementation='sdpa' or 'eager'."
         elif (several := self._several_streams()) is not None:
             reason = (
-                f"what the attention in {several} makes is added to several streams side by side (hyper-connections)"
+                f"what the attention in {several} makes is added to {SIDE_BY_SIDE} (hyper-connections)"
             )
-            layout, advice = "", "Streams that are mixed from block to block are not measured yet, and no layout helps."
+            layout, advice = "", "They are measured where they are one tensor and are mixed by products; no layout helps."
         return UnsupportedModel(
             f"anatomy: expected a Transformer whose blocks can be told apart, got {type(self.model).__name__}: {reason}. "
             f"Found {found}. {advice}",

@@ -59,6 +59,9 @@ class Readers:
             norms = [norm for norm in block.norms if norm.role == "before"]
             if norms:
                 self.streams.append((block.entry, functools.partial(self._keep, site)))
+                # Of several streams side by side a norm reads what the first sublayer reads of them.
+                first = [block.parts[part].read for part in block.residuals[0].parts]
+                self.streams += [(read, functools.partial(self._keep, site)) for read in first if read is not None]
             for norm in norms:
                 self._watch(norm.where, functools.partial(self._read, site, number, str(norm)))
         for stack, site in zip(anatomy.stacks, at_end, strict=True):

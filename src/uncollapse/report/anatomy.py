@@ -115,6 +115,8 @@ def stream_axes(block: BlockAnatomy) -> str:
     named = {block.axes.width: "width"} | dict.fromkeys(block.axes.token, "token")
     if block.axes.sequence is not None:
         named[block.axes.sequence] = "sequence"
+    if block.axes.streams is not None:
+        named[block.axes.streams] = "stream"
     return " × ".join(named[axis] for axis in sorted(named))
 
 
