@@ -10,7 +10,7 @@ from torch import Tensor
 
 import uncollapse as uc
 from tests.helpers.observing import observe
-from tests.helpers.residual_structures import STRUCTURES, HyperConnected, InPieces, ModdedNanoGPT, Owned, Stack, ViT
+from tests.helpers.residual_structures import STRUCTURES, InPieces, ModdedNanoGPT, Owned, Stack, ViT
 from tests.reference.geometry import consensus_distance, effective_rank
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.probe.sites import PLAIN_MEASURES
@@ -71,10 +71,9 @@ def test_a_full_diagnosis_runs(name: str) -> None:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (HyperConnected(), "added to several streams side by side"),
         (Stack(InPieces), "a sublayer of blocks.0 runs on some of the tokens at a time"),
     ],
-    ids=["hyper-connections", "in pieces"],
+    ids=["in pieces"],
 )
 def test_what_cannot_be_read_is_refused_with_its_reason(model: Owned, reason: str) -> None:
     with pytest.raises(uc.UnsupportedModel) as caught:
