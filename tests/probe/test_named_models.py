@@ -209,3 +209,40 @@ def test_figures_are_those_of_what_the_models_modules_return(name: str) -> None:
         row = ATTENTION_MEASURES.index("entropy")
         got = [statistics.values.summary(row, head)[0] for head in range(statistics.call.heads)]
         assert got == pytest.approx(expected, abs=1e-5), attention
+
+
+def test_images_laid_end_to_end_are_told_apart_and_their_attention_is_not_guessed() -> None:
+    """Qwen2-VL: the patches of all images of a batch in one row, each image attended to by a call of its own."""
+    config = hf.Qwen2VLConfig(
+        text_config={**SMALL, **SPECIAL, "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}},
+        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4, "temporal_patch_size": 1},
+        image_token_id=60, vision_start_token_id=61, vision_end_token_id=62, video_token_id=63,
+    )  # fmt: skip
+    ids = tokens(2, 9).clamp(max=55)
+    ids[:, 1], ids[:, 2:6] = 61, 60
+    named = Named(
+        lambda: hf.Qwen2VLModel(config),
+        {
+            "input_ids": ids,
+            "pixel_values": draws(32, 48),
+            "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
+            "mm_token_type_ids": (ids == 60).int(),
+        },
+        [*(f"visual.blocks.{i}" for i in range(2)), *(f"language_model.layers.{i}" for i in range(2))],
+        [f"language_model.layers.{i}.self_attn" for i in range(2)],
+    )
+    model = built(named)
+    streams, weights = returned(model, named)
+    observed = observe(model, [named.batch])
+    sites = [s for s in observed.sites if s.block is not None]
+    for site, block in zip(sites, named.blocks, strict=True):
+        cloud = streams[block].double().numpy()
+        rows = np.split(cloud, 2) if block.startswith("visual") else list(cloud)
+        got = site.plain.summary(PLAIN_MEASURES.index("consensus_distance"))[0]
+        assert got == pytest.approx(np.mean([consensus_distance(x, 2.0**-23) for x in rows]), rel=1e-4), block
+    row = ATTENTION_MEASURES.index("entropy")
+    seeing, reading = observed.attention[:2], observed.attention[2:]
+    assert {a.reasons["entropy"] for a in seeing} == {"its sequences are laid end to end"}
+    for statistics, own in zip(reading, weights.values(), strict=True):
+        got = [statistics.values.summary(row, head)[0] for head in range(4)]
+        assert got == pytest.approx(entropies(own, None)[0], abs=1e-5)
