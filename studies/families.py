@@ -131,7 +131,12 @@ def _compared(model: Any, batch: dict[str, Any], measured: list[Any]) -> dict[st
     sublayers only (Swin: of the last in a stage): what is left when all of them were found has nothing to be compared with."""
     from uncollapse.probe.attention import ATTENTION_MEASURES
 
-    counts: dict[str, Any] = {"equal": 0, "unequal": 0, "null": 0, "reason": NO_REFERENCE.get(model.config.model_type, "")}
+    counts: dict[str, Any] = {
+        "equal": 0,
+        "unequal": 0,
+        "null": 0,
+        "reason": NO_REFERENCE.get(model.config.model_type, ""),
+    }
     if counts["reason"]:
         return counts
     references, counts["reason"] = _own_entropies(model, batch)
@@ -345,8 +350,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "its parts are read and proved, and a capture is run. *Attention calls* are the calls that belong to a proved block, of",
         "all calls in one forward pass. *Placement* says where the norms stand. *Bit-identical* means that the output under",
         "capture is the output without it, in every bit. *Entropy* says for how many attention sublayers the mean entropy of every",
-        "head is that of the weights the model itself returns, within 1e-3 nats. A type that could not be built or run here is not a",
-        "refusal: nothing is known about it. A dash means that the model makes no attention calls.",
+        "head is that of the weights the model itself returns, within 1e-3 nats. A type that could not be built or run here is not",
+        "a refusal: nothing is known about it. A dash means that the model makes no attention calls.",
         "",
         "| " + " | ".join(counts) + " |",
         "|" + "---|" * len(counts),

@@ -1,4 +1,4 @@
-"""Several residual streams side by side, as people write them: each measured, and all together, against what the model keeps itself."""
+"""Several residual streams side by side, as people write them: each and all together, against what the model keeps itself."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_terminal_and_page_show_each_stream(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=120, color_system=None)
     found.show(console)
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "stream sequence × stream × token × width" in " ".join(said.split())
+    assert "several streams side by side, sequence × stream × token × width" in " ".join(said.split())
     site = found.record.trajectory[2]
     second = site.streams[1].consensus_distance
     assert second is not None

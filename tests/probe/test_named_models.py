@@ -1,5 +1,5 @@
-"""Models with a peculiarity each: windows, samples of sound, two towers, sequences laid end to end, labels in the place of a decoder's
-tokens, a short prompt. Figures equal those of the weights and the streams that the models' own modules return."""
+"""Models with a peculiarity each: windows, samples of sound, two towers, sequences laid end to end, labels in the place of a
+decoder's tokens, a short prompt. Figures equal those of the weights and the streams that the models' own modules return."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ SMALL: dict[str, Any] = {
 
 @dataclass
 class Named:
-    """A model, a batch, and by the names of its blocks: the modules that return attention weights, and which rows of the streams are
-    real (None: all). `attentions` and `blocks` are in the order in which the blocks run."""
+    """A model, a batch, the names of its blocks and of the modules that return attention weights, and which rows of the streams
+    are real (None: all). `attentions` and `blocks` are in the order in which the blocks run."""
 
     model: Callable[[], nn.Module]
     batch: dict[str, Any]
@@ -213,9 +213,11 @@ def test_figures_are_those_of_what_the_models_modules_return(name: str) -> None:
 
 def test_images_laid_end_to_end_are_told_apart_and_their_attention_is_not_guessed() -> None:
     """Qwen2-VL: the patches of all images of a batch in one row, each image attended to by a call of its own."""
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32}
     config = hf.Qwen2VLConfig(
-        text_config={**SMALL, **SPECIAL, "num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}},
-        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4, "temporal_patch_size": 1},
+        text_config={**SMALL, **SPECIAL, "num_key_value_heads": 2, "rope_parameters": rope},
+        vision_config={**vision, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4, "temporal_patch_size": 1},
         image_token_id=60, vision_start_token_id=61, vision_end_token_id=62, video_token_id=63,
     )  # fmt: skip
     ids = tokens(2, 9).clamp(max=55)

@@ -15,8 +15,8 @@ from torch import Tensor
 from uncollapse import __version__
 from uncollapse.analyses.preparation import Prepared
 from uncollapse.anatomy.interception import device_of
-from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
 from uncollapse.measures.running import Running
+from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
 from uncollapse.probe.passes import Level, Observations
 from uncollapse.probe.sites import (
     MASSIVE_MEASURES,

@@ -351,8 +351,8 @@ class BlockAlone:
     ) -> Tensor:
         """The block's output on its own arguments with some parts removed, optionally with another stream and further handlers
         (the gates on the stream's way and the choice of tokens stay what they were in the model), and handlers that see what
-        all of these make of an operation. `poke_memory` changes whatever else the block is given; with `hold` off the gates are made
-        from the stream that is given."""
+        all of these make of an operation. `poke_memory` changes whatever else the block is given; with `hold` off the gates are
+        made from the stream that is given."""
         args, kwargs = list(copied(self.run.args, self.model)), copied(self.run.kwargs, self.model)
         if poke_memory:
             args, kwargs = _shaken(args), _shaken(kwargs)

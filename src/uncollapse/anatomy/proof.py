@@ -374,7 +374,7 @@ class _BlockProof(BlockAlone):
         self, known: Mapping[tuple[int, tuple[int, ...]], StreamAxes], stack: int
     ) -> tuple[StreamAxes | None, str]:
         """Tell along which axis several streams lie, by what a sublayer reads of them, and its axes by what it makes of that; without
-        attention, by another block of the stack. From here on the streams have an axis of their own wherever this block is met."""
+        attention, by another block of the stack. From here on the streams have an axis of their own in this block."""
         number = self.mixing or 0
         place = self.block.parts[number].read
         statement = "along which axis its streams lie side by side is told by what its sublayers read of them"
@@ -400,7 +400,11 @@ class _BlockProof(BlockAlone):
             if fold is not None:
                 self._open(fold)
             alike = known.get((stack, tuple(self.stream.shape)))
-            if self.block.parts[number].kind not in {"attention", "cross"} and alike is not None and alike.streams == axis:
+            if (
+                self.block.parts[number].kind not in {"attention", "cross"}
+                and alike is not None
+                and alike.streams == axis
+            ):
                 return alike, ""
             given = read(self.stream)
 

@@ -1169,7 +1169,9 @@ class _Reader:
         for block in blocks:
             for product in {c.product for p in block.parts for c in p.attention}:
                 if product in met:
-                    raise self._refusal(f"the attention in {product.owner} is that of {met[product]} and of {block.name}")
+                    raise self._refusal(
+                        f"the attention in {product.owner} is that of {met[product]} and of {block.name}"
+                    )
                 met[product] = block.name
 
     def _require_every_attention(self, blocks: list[Block]) -> None:
@@ -1440,10 +1442,11 @@ class _Reader:
             reason = f"{opaque} is one opaque call, and what it mixes by cannot be seen"
             layout, advice = "", "Load the model with attn_implementation='sdpa' or 'eager'."
         elif (several := self._several_streams()) is not None:
-            reason = (
-                f"what the attention in {several} makes is added to {SIDE_BY_SIDE} (hyper-connections)"
+            reason = f"what the attention in {several} makes is added to {SIDE_BY_SIDE} (hyper-connections)"
+            layout, advice = (
+                "",
+                "They are measured where they are one tensor and are mixed by products; no layout helps.",
             )
-            layout, advice = "", "They are measured where they are one tensor and are mixed by products; no layout helps."
         return UnsupportedModel(
             f"anatomy: expected a Transformer whose blocks can be told apart, got {type(self.model).__name__}: {reason}. "
             f"Found {found}. {advice}",

@@ -42,7 +42,8 @@ def laid_out(read: Callable[[Tensor], Tensor], streams: Tensor) -> tuple[int, Fo
             if fold is not None:
                 return axis + fold.is_minor, fold
     raise UnreadableError(
-        f"of streams of sizes {tuple(streams.shape)} a sublayer reads {tuple(plain.shape)}, and along which axis they lie was not told"
+        f"of streams of sizes {tuple(streams.shape)} a sublayer reads {tuple(plain.shape)}, and along which axis they lie was not "
+        "told"
     )
 
 
@@ -56,7 +57,9 @@ def _moved(
     for place in sorted({*range(min(size, MOST_PLACES)), size - 1}):
         different = read(poked(streams, axis, torch.tensor([place]))) != plain
         if bool(different.any()):
-            along = [set(different.movedim(a, 0).flatten(1).any(-1).nonzero().flatten().tolist()) for a in range(plain.ndim)]
+            along = [
+                set(different.movedim(a, 0).flatten(1).any(-1).nonzero().flatten().tolist()) for a in range(plain.ndim)
+            ]
             found.append((place, along))
     return found
 
@@ -79,8 +82,8 @@ def _fold(moved: list[tuple[int, list[set[int]]]], together: int, sequences: int
 
 def mixing_gap(axes: StreamAxes, runs: Sequence[tuple[Tensor, Tensor]]) -> float:
     """How far a way of the streams is from a law after = M before + b, with one M [stream, stream] and b for each token, the same M
-    for all of its features, as seen in several runs: 0 within rounding, else the part of the change that does not obey it. The first
-    run is the one that the others are compared with; in the second and third the streams were shaken at random."""
+    for all of its features, as seen in several runs: 0 within rounding, else the part of the change that does not obey it. The
+    first run is the one that the others are compared with; in the second and third the streams were shaken at random."""
     if any(before.shape != after.shape or before.ndim != axes.ndim for before, after in runs):
         return float("inf")
     if any(not bool(tensor.isfinite().all()) for run in runs for tensor in run):
@@ -94,5 +97,7 @@ def mixing_gap(axes: StreamAxes, runs: Sequence[tuple[Tensor, Tensor]]) -> float
     known, told = (torch.cat(several[:2], -1) for several in (shifts, answers))
     mixture = told @ torch.linalg.pinv(known)
     size = max(float(tensor.abs().max()) for run in laid for tensor in run) or 1.0
-    gap = max(float((answer - mixture @ shift).abs().max()) for shift, answer in zip(shifts, answers, strict=True)) / size
+    gap = (
+        max(float((answer - mixture @ shift).abs().max()) for shift, answer in zip(shifts, answers, strict=True)) / size
+    )
     return gap if gap > (16 if precision > 1e-4 else 256) * precision else 0.0

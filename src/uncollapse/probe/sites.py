@@ -160,7 +160,6 @@ class Sites:
                 carried = geometry.stream_carried(before, cloud, mask, is_normalized=is_normalized)
         site.stream = site.stream.add(torch.stack([apart, carried, distinct], -1))
 
-
     def _measure_each(self, site: SiteStatistics, streams: Tensor, mask: Tensor | None) -> None:
         """Each of several streams, [sequence, token, stream, width], by itself."""
         count = streams.shape[2]

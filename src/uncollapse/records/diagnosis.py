@@ -62,8 +62,8 @@ class SiteRecord:
     `stream_carried` is the factor by which the block carries each token's stream on (null at an embedding);
     `distinct_tokens` counts the different token ids of a sequence (at embeddings, if the model is given ids);
     `not_finite` counts the sequences with NaN or infinity in a real token. `readers` are the norms that read the stream here: those
-    before the sublayers of the next block, or the last one. Empty where none was met. `streams`: where several run side by side, the
-    figures of the site are those of all together, with what they hold of a token side by side; here is each by itself.
+    before the sublayers of the next block, or the last one. Empty where none was met. `streams`: where several run side by side,
+    the figures of the site are those of all together, with what they hold of a token side by side; here is each by itself.
     """
 
     site: str
