@@ -16,11 +16,18 @@ from torch import Tensor
 from uncollapse import __version__
 from uncollapse.analyses.preparation import Prepared
 from uncollapse.anatomy.interception import device_of
+from uncollapse.measures.running import Running
 from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
 from uncollapse.probe.passes import Level, Observations
-from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, STREAM_MEASURES, SiteStatistics
+from uncollapse.probe.sites import (
+    MASSIVE_MEASURES,
+    PLAIN_MEASURES,
+    SIDE_BY_SIDE_MEASURES,
+    STREAM_MEASURES,
+    SiteStatistics,
+)
 from uncollapse.records.common import ModelInfo, Probe, Statistic
-from uncollapse.records.diagnosis import AttentionRecord, MassiveTokensLeftOut, ReaderRecord, SiteRecord
+from uncollapse.records.diagnosis import AttentionRecord, MassiveTokensLeftOut, ReaderRecord, SiteRecord, StreamRecord
 from uncollapse.wrappers import seen_through
 
 
@@ -82,11 +89,17 @@ def _site_record(site: SiteStatistics) -> SiteRecord:
         stack=site.stack,
         massive_tokens_left_out=MassiveTokensLeftOut(**massive),
         not_finite=site.not_finite,
+        streams=[_stream_record(number, running) for number, running in enumerate(site.side_by_side)],
         readers=[ReaderRecord(name, Statistic.of(*running.summary(0))) for name, running in site.readers.items()],
         unavailable=unavailable,
         **plain,
         **stream,
     )
+
+
+def _stream_record(number: int, running: Running) -> StreamRecord:
+    measures = {name: Statistic.of(*running.summary(i)) for i, name in enumerate(SIDE_BY_SIDE_MEASURES)}
+    return StreamRecord(number, **measures)
 
 
 def attention_records(statistics: AttentionStatistics, level: Level) -> list[AttentionRecord]:

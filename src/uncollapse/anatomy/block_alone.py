@@ -39,6 +39,7 @@ from uncollapse.anatomy.vocabulary import (
     ModuleCall,
     Part,
     Place,
+    StreamAxes,
     removal,
 )
 from uncollapse.restoring import restoring
@@ -250,11 +251,24 @@ class BlockAlone:
         for point, handler in (further or {}).items():
             handlers[point] = in_turn(handlers[point], handler) if point in handlers else handler
         output = self._replay(others, stream, handlers, actions=actions)
+        added = [self._as_streams(each) for each in added]
         if not added or any(t.shape != added[0].shape for t in added):
             return output
         if added[0].shape != self.stream.shape == output.shape:  # some of the tokens, or axes in another order
             return output - self._replay(tuple(range(len(self.block.parts))), stream)
         return added[0] if len(added) == 1 else torch.stack(added).sum(0)
+
+    def _as_streams(self, value: Tensor) -> Tensor:
+        """A summand of an addition, laid out as several streams are: with an axis of their own, and for each of them."""
+        if not any(part.read for part in self.block.parts):
+            return value
+        fold = self.block.entry.fold
+        if fold is not None and value.ndim == self.stream.ndim - 1 and not value.shape[fold.axis] % fold.streams:
+            value = fold.opened(value)
+        fits = value.ndim == self.stream.ndim and all(
+            a in {1, b} for a, b in zip(value.shape, self.stream.shape, strict=True)
+        )
+        return value.expand(self.stream.shape) if fits else value
 
     def written(self, number: int, pattern: Tensor, part: Part | None = None) -> Tensor:
         """What the heads of an attention write together, [sequence, token, width], where `pattern` [sequence, head, token, width]
@@ -270,9 +284,14 @@ class BlockAlone:
         own = handlers.get(part.written)
         handlers[part.written] = keep if own is None else in_turn(keep, own)
         self._replay(others, None, handlers)
-        if axes is None or not seen or seen[-1].shape != self.stream.shape:
+        if axes is None or not seen or not self._is_laid(seen[-1], axes):
             raise UnreadableError("what its heads write together is not laid out as the stream is")
-        return axes.cloud(seen[-1])
+        return axes.within.cloud(seen[-1])
+
+    def _is_laid(self, made: Tensor, axes: StreamAxes) -> bool:
+        """Whether what a sublayer makes is laid out as its stream is; of several side by side, as one of them."""
+        shape = [size for axis, size in enumerate(self.stream.shape) if axis != axes.streams]
+        return list(made.shape) == shape
 
     @staticmethod
     def _giving(part: Part, pattern: Tensor) -> dict[Point, Handler]:
@@ -328,10 +347,12 @@ class BlockAlone:
         watching: Mapping[Point, Handler] | None = None,
         poke_memory: bool = False,
         actions: Sequence[tuple[Place, Action]] = (),
+        hold: bool = True,
     ) -> Tensor:
         """The block's output on its own arguments with some parts removed, optionally with another stream and further handlers
         (the gates on the stream's way and the choice of tokens stay what they were in the model), and handlers that see what
-        all of these make of an operation. `poke_memory` changes whatever else the block is given."""
+        all of these make of an operation. `poke_memory` changes whatever else the block is given; with `hold` off the gates are
+        made from the stream that is given."""
         args, kwargs = list(copied(self.run.args, self.model)), copied(self.run.kwargs, self.model)
         if poke_memory:
             args, kwargs = _shaken(args), _shaken(kwargs)
@@ -349,7 +370,7 @@ class BlockAlone:
         held = {
             point: holding(self.run.gates[point, number], number)
             for residual in self.block.residuals
-            for point, number in (residual.gates if parts or stream is not None else ())
+            for point, number in (residual.gates if hold and (parts or stream is not None) else ())
         }
         layers = (watching or {}, handlers or {}, held, removal(self.block, parts))
         acting = {p: in_turn(*(layer[p] for layer in layers if p in layer)) for layer in layers for p in layer}

@@ -5,7 +5,8 @@ Checked on a few real tokens, block by block; a deviation of 0 means bit for bit
 1. tracing changed no bit of the model's output, and the model gives the same output twice;
 2. the stream that enters a block, plus the updates found, through the post-norms found, *is* the block's output;
 3. with every part removed the block is the identity, or its post-norms alone; or the stream is carried element by element, by
-   factors and shifts that do not depend on it (then within rounding, told by three streams);
+   factors and shifts that do not depend on it (then within rounding, told by three streams); or several streams side by side are
+   mixed with each other, token by token, by the same weights for every feature;
 4. removing any single part changes the block's output (unless its update is exactly zero, or NaN hides the change);
 5. with everything but one part removed, a changed token reaches no other token beyond rounding (else that part is a
    `mixer`), unless the part is attention;
@@ -71,19 +72,21 @@ from uncollapse.anatomy.output_maps import (
     sounding,
 )
 from uncollapse.anatomy.probing import probing
-from uncollapse.anatomy.reading import has_own_hooks, read
+from uncollapse.anatomy.reading import SIDE_BY_SIDE, has_own_hooks, read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
+from uncollapse.anatomy.side_by_side import laid_out, mixing_gap
 from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember, sizes_of
 from uncollapse.anatomy.stacks import find_stacks, given_mask
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.summands import same_term, with_operands
-from uncollapse.anatomy.tracing import Trace, operands_of, operation_name, trace
+from uncollapse.anatomy.tracing import Trace, operands_of, operation_name, trace, writes_in_place
 from uncollapse.anatomy.vocabulary import (
     STREAM,
     AdditionNode,
     Anatomy,
     AttentionCall,
     Block,
+    Fold,
     Gate,
     Identity,
     Layout,
@@ -153,7 +156,31 @@ def known_example(model: nn.Module) -> dict[str, Any] | None:
 
 
 def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None) -> Anatomy:
-    """Read and prove the anatomy on `batch`, which should be small. Nothing is remembered."""
+    """Read and prove the anatomy on `batch`, which should be small. Nothing is remembered. A model that is none with one stream is
+    looked at as one with several side by side; so is one whose stream seems to be a grid of tokens."""
+    try:
+        single = _prove(model, batch, layout)
+    except UnsupportedModel as refusal:
+        try:
+            return _prove(model, batch, layout, several=True)
+        except UnsupportedModel as other:
+            if SIDE_BY_SIDE in refusal.identity and SIDE_BY_SIDE not in other.identity:
+                raise UnsupportedModel(
+                    f"{refusal} Looked at as such: {other.identity}.",
+                    found=refusal.found,
+                    identity=f"{refusal.identity}, and not so that it can be measured: {other.identity}",
+                    layout=refusal.layout,
+                ) from None
+            raise refusal from None
+    if all(block.axes is None or len(block.axes.token) < 2 for block in single.blocks):
+        return single
+    try:
+        return _prove(model, batch, layout, several=True)
+    except UnsupportedModel:
+        return single
+
+
+def _prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None, *, several: bool = False) -> Anatomy:
     with probing(model):
         try:
             before = output_of(model, batch)
@@ -164,7 +191,7 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
         proof = [
             Identity("tracing changes no bit of the output", "model", _deviation(before, tensors_of(recorded.output)))
         ]
-        anatomy = read(model, recorded, layout)
+        anatomy = read(model, recorded, layout, several=several)
         runs = observe_blocks(model, batch, anatomy)
         proved: list[Block] = []
         reached_of: list[dict[int, Tensor]] = []
@@ -318,13 +345,17 @@ class _BlockProof(BlockAlone):
 
     def check(self, known: dict[tuple[int, tuple[int, ...]], StreamAxes], stack: int) -> None:
         """Check every identity. `known` are the axes of streams met so far, by `stack` and shape."""
+        axes, reason = self._lay_side_by_side(known, stack) if self._reads_several else (None, "")
         block, run, stream = self.block, self.run, self.stream
         assert run.output is not None
         self._check(
             "run alone, the block gives the output it gave in the model", _difference(run.output, self._replay(()))
         )
         self._adds_up()
-        self._carries(tuple(range(len(block.parts))))
+        if axes is not None:
+            self._mixes_streams(axes)
+        else:
+            self._carries(tuple(range(len(block.parts))))
         parts = list(block.parts)
         for number, part in enumerate(block.parts):
             without = self._replay((number,))
@@ -337,7 +368,8 @@ class _BlockProof(BlockAlone):
                 self._attends(number, part, stream, without, silent)
         key = (stack, tuple(stream.shape))
         with without_zeros(self.module):
-            axes, reason = (known[key], "") if key in known else self._axes(stream)
+            if axes is None:
+                axes, reason = (known[key], "") if key in known else self._axes(stream)
             if axes is not None:
                 known[key] = axes
                 parts = [self._moves(number, part, stream, axes) for number, part in enumerate(parts)]
@@ -350,6 +382,118 @@ class _BlockProof(BlockAlone):
 
     def _check(self, statement: str, deviation: float) -> None:
         self.identities.append(Identity(statement, self.where, deviation))
+
+    @property
+    def _reads_several(self) -> bool:
+        return any(part.read is not None for part in self.block.parts)
+
+    def _lay_side_by_side(
+        self, known: Mapping[tuple[int, tuple[int, ...]], StreamAxes], stack: int
+    ) -> tuple[StreamAxes | None, str]:
+        """Tell along which axis several streams lie, by what a sublayer reads of them, and its axes by what it makes of that; without
+        attention, by another block of the stack. From here on the streams have an axis of their own in this block."""
+        number = self.mixing or 0
+        place = self.block.parts[number].read
+        statement = "along which axis its streams lie side by side is told by what its sublayers read of them"
+        if place is None or any(part.read is None for part in self.block.parts):
+            self._check(statement, float("inf"))
+            return None, ""
+        others = tuple(i for i in range(len(self.block.parts)) if i != number)
+        seen: list[Tensor] = []
+
+        def keep(found: Tensor) -> None:
+            seen.append(found.detach().clone())
+
+        def read(streams: Tensor) -> Tensor:
+            self._replay(others, streams, actions=[(place, keep)])
+            return seen[-1]
+
+        with without_zeros(self.module):
+            try:
+                axis, fold = laid_out(read, self.stream)
+            except UnreadableError as error:
+                self._check(f"{statement} ({error})", float("inf"))
+                return None, ""
+            if fold is not None:
+                self._open(fold)
+            alike = known.get((stack, tuple(self.stream.shape)))
+            if (
+                self.block.parts[number].kind not in {"attention", "cross"}
+                and alike is not None
+                and alike.streams == axis
+            ):
+                return alike, ""
+            given = read(self.stream)
+
+            def made(given: Tensor) -> Tensor:
+                return self.update(number, None, actions=[(place, lambda _: given.clone())]).sum(axis)
+
+            found, reason = stream_axes(made, given, self.where)
+        if found is None or found.sequence is None:
+            self._check(f"{statement} ({reason or 'its sequences are laid end to end'})", float("inf"))
+            return None, ""
+
+        def behind(own: int) -> int:
+            return own + (own >= axis)
+
+        return StreamAxes(behind(found.sequence), tuple(map(behind, found.token)), behind(found.width), axis), ""
+
+    def _open(self, fold: Fold) -> None:
+        """Meet the streams of this block with an axis of their own."""
+        run, block = self.run, self.block
+        assert run.output is not None
+        run.stream, run.output, self.stream = (fold.opened(t) for t in (self.stream, run.output, self.stream))
+        self.block = replace(block, entry=replace(block.entry, fold=fold), exit=replace(block.exit, fold=fold))
+
+    def _mixes_streams(self, axes: StreamAxes) -> None:
+        """With every part removed, and noise where the streams begin and behind each addition, they pass from addition to addition,
+        and to the exit, mixed with each other only."""
+        stream, generator = self.stream, torch.Generator().manual_seed(0)
+        spread = float(stream.double().std().nan_to_num()) or 1.0
+        everything = tuple(range(len(self.block.parts)))
+
+        def noise(shape: torch.Size) -> Tensor:
+            return torch.randn(shape, generator=generator).to(stream) * spread
+
+        def shaking(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            result = function(*args, **kwargs)
+            return result.add_(noise(result.shape)) if writes_in_place(function) else result + noise(result.shape)
+
+        shaken: dict[Point, Handler] = {r.additions[-1].point: shaking for r in self.block.residuals}
+        runs = [self._rerun(everything, stream)]
+        runs += [self._rerun(everything, stream + noise(stream.shape), shaken) for _ in range(2)]
+        ways = [self._ways(run) for run in [*runs, self.run]]
+        gap = max(mixing_gap(axes, way) for way in zip(*ways, strict=True))
+        self._check(
+            "with every part removed, the streams side by side are mixed with each other, token by token, by the same weights for "
+            "every feature",
+            gap if not any(r.norms_post for r in self.block.residuals) else float("inf"),
+        )
+        (first, *_), cloud = axes.token, axes.cloud(stream)
+        plain = axes.cloud(self._replay(everything, stream, hold=False)).flatten(0, 1)
+        poke = poked(stream, first, torch.arange(0, stream.shape[first], EVERY))
+        changed = (axes.cloud(poke) != cloud).any(-1).flatten()
+        other = axes.cloud(self._replay(everything, poke, hold=False)).flatten(0, 1)
+        self._check(
+            "with every part removed, no token's streams reach those of another",
+            float(bool((moved(plain, other, 0) & ~changed).any())),
+        )
+
+    def _ways(self, run: BlockRun) -> list[tuple[Tensor, Tensor]]:
+        """Several streams where they begin (at the entry, or behind an addition), and where they arrive."""
+        begins, found = run.stream, []
+        assert begins is not None
+        for residual in self.block.residuals:
+            alone = [
+                run.sums[node.point].summands[i]
+                for node in residual.additions
+                for i, leaves in enumerate(node.leaves)
+                if leaves == {STREAM}
+            ]
+            found += [(begins, self._as_streams(operand)) for operand in alone[:1]]
+            begins = self._as_streams(run.sums[residual.additions[-1].point].result)
+        assert run.output is not None
+        return [*found, (begins, run.output)]
 
     def _adds_up(self) -> None:
         """Every addition is the sum of what its operands bring."""
@@ -397,11 +541,13 @@ class _BlockProof(BlockAlone):
             return ""
         return f". A forward hook of yours changes what passes {', '.join(hooked)}"
 
-    def _rerun(self, parts: tuple[int, ...], stream: Tensor | None) -> BlockRun:
+    def _rerun(
+        self, parts: tuple[int, ...], stream: Tensor | None, handlers: Mapping[Point, Handler] | None = None
+    ) -> BlockRun:
         """The block alone with some parts removed, its additions recorded."""
         run = BlockRun(stream=self.run.stream if stream is None else stream)
         recording = recorders(self.block, run)
-        run.output = self._replay(parts, stream, watching=recording)
+        run.output = self._replay(parts, stream, handlers, watching=recording)
         return run
 
     def _operands(self, run: BlockRun) -> list[tuple[Tensor, Tensor]]:

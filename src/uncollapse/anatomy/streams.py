@@ -107,7 +107,8 @@ def met(
     makes of it."""
     at_points: dict[Point, list[Handler]] = {}
     at_modules: dict[str, list[tuple[Place, Action]]] = {}
-    for place, action in actions:
+    for place, given in actions:
+        action = _opening(place, given)
         if isinstance(place.at, ModuleCall):
             at_modules.setdefault(place.at.name, []).append((place, action))
         else:
@@ -119,6 +120,20 @@ def met(
         changes.enter(intercepted(model, together, within=within, strict=strict))
         changes.enter(_at_modules(model, at_modules, within))
         yield
+
+
+def _opening(place: Place, action: Action) -> Action:
+    """An action on streams that the model has folded into one axis with the sequences: it is given them with an axis of their
+    own, and what it returns is folded again."""
+    fold = place.fold
+    if fold is None:
+        return action
+
+    def acting(tensor: Tensor) -> Tensor | None:
+        changed = action(fold.opened(tensor))
+        return None if changed is None else fold.closed(changed)
+
+    return acting
 
 
 def _acting(path: Path, action: Action) -> Handler:

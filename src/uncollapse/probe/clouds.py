@@ -121,17 +121,23 @@ class Clouds:
         """What a block with this number computes for its tokens, as [sequence, token, width], and which are real; None where the
         tokens cannot be told, or are not those of its stream."""
         block, shape = self.anatomy.blocks[number], self.entered.get(number)
-        axes = block.axes
+        axes, cloud = block.axes, None
         if axes is None:
             return None
-        if x.ndim == axes.ndim:
+        fold = block.entry.fold
+        if fold is not None and shape is not None and x.ndim == axes.ndim - 1 and x.shape[fold.axis] != shape[0]:
+            # A sublayer's own values are those of one stream; what is written to all of them is folded as they are.
+            if x.shape[fold.axis] != shape[0] * fold.streams:
+                return None
+            x = fold.opened(x)
+        if axes.streams is not None and x.ndim == axes.ndim - 1:
+            cloud = axes.within.cloud(x)
+        elif x.ndim == axes.ndim:
             cloud = self.cloud(number, x)
             # The stream itself may come before it was noted.
             shape = shape or (None if cloud is None else (cloud.shape[0], cloud.shape[1]))
         elif x.ndim == 2 and shape is not None and axes.sequence == 0 and len(x) == math.prod(shape):
             cloud = x.reshape(*shape, -1)  # rows of all sequences, one after another
-        else:
-            cloud = None
         if cloud is not None and shape is not None and block.chooses_tokens and cloud.shape[1] < shape[1]:
             shape = shape[0], cloud.shape[1]  # the chosen ones; a mask does not say which of them are padding
         if cloud is None or tuple(cloud.shape[:2]) != shape:

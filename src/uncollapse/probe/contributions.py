@@ -366,7 +366,7 @@ class _Contributor:
         cloud = None
         if mixed is not None and mixed.shape[-1] == width:
             known = heads_output if heads_output is not None and heads_output.ndim == 4 else None
-            axes = reading.block.axes
+            axes = None if reading.block.axes is None else reading.block.axes.within
             if axes is not None and axes.sequence is not None and len(axes.token) == 1 and mixed.ndim == axes.ndim:
                 cloud = axes.cloud(mixed)  # the stream's own order, which the projection keeps
             else:
@@ -416,7 +416,7 @@ class _Contributor:
             ) from error
         assert reading.block.axes is not None
         assert reading.given is not None
-        written = reading.block.axes.cloud(reading.given)
+        written = reading.block.axes.within.cloud(reading.given)
         with full_precision(cloud):
             holds = written.shape[:2] == cloud.shape[:2] and bears_out(cloud, matrix, bias, written, None)
         if not holds:

@@ -51,12 +51,16 @@ class Readers:
         self._given: dict[tuple[Point, int], Tensor] = {}  # by operation and operand
         self._reading: dict[Point, set[int]] = {}
         self._giving: dict[Point, list[tuple[NormPiece, Meets]]] = {}
-        self._kept: dict[int, Tensor] = {}  # by site at the end of a stack: the stream there
+        self._kept: dict[int, Tensor] = {}  # by site at the end of a stack, or read of several streams: the stream there
         self._sites = statistics
         at_entry, at_end = self._places()
         for number, block in enumerate(anatomy.blocks):
             site = at_entry[number]
             norms = [norm for norm in block.norms if norm.role == "before"]
+            if norms:
+                # Of several streams side by side a norm reads what the first sublayer reads of them.
+                first = [block.parts[part].read for part in block.residuals[0].parts]
+                self.streams += [(read, functools.partial(self._keep, site)) for read in first if read is not None]
             for norm in norms:
                 self._watch(norm.where, functools.partial(self._read, site, number, str(norm), at_end=False))
         for stack, site in zip(anatomy.stacks, at_end, strict=True):
@@ -141,7 +145,9 @@ class Readers:
 
     def _read(self, site: int, number: int, name: str, given: Tensor, got: Tensor, *, at_end: bool) -> None:
         """Measure the norm's result, if it was given the stream of this site: what enters the block, or `at_end` leaves it."""
-        kept = self._kept.get(site) if at_end else self.clouds.entering(number)
+        kept = self._kept.get(site)
+        if kept is None and not at_end:
+            kept = self.clouds.entering(number)
         if kept is None or kept.shape != given.shape or not torch.equal(kept.to(given.dtype), given):
             return
         with full_precision(got):

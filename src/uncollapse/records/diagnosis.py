@@ -38,6 +38,22 @@ class ReaderRecord:
 
 
 @dataclass(frozen=True)
+class StreamRecord:
+    """One of several streams side by side at a site (hyper-connections): its own token cloud."""
+
+    stream: int
+    rank: Statistic | None
+    affine_rank: Statistic | None
+    attainable_rank: Statistic | None
+    attainable_affine_rank: Statistic | None
+    effective_rank: Statistic | None
+    stable_rank: Statistic | None
+    participation_ratio: Statistic | None
+    consensus_distance: Statistic | None
+    token_similarity: Statistic | None
+
+
+@dataclass(frozen=True)
 class SiteRecord:
     """The token cloud at one site: `embedding` (what enters the first block) or the output of `block.<i>`.
 
@@ -46,7 +62,8 @@ class SiteRecord:
     `stream_carried` is the factor by which the block carries each token's stream on (null at an embedding);
     `distinct_tokens` counts the different token ids of a sequence (at embeddings, if the model is given ids);
     `not_finite` counts the sequences with NaN or infinity in a real token. `readers` are the norms that read the stream here: those
-    before the sublayers of the next block, or the last one. Empty where none was met.
+    before the sublayers of the next block, or the last one. Empty where none was met. `streams`: where several run side by side,
+    the figures of the site are those of all together, with what they hold of a token side by side; here is each by itself.
     """
 
     site: str
@@ -69,6 +86,7 @@ class SiteRecord:
     not_finite: int = 0
     unavailable: dict[str, str] = field(default_factory=dict)
     readers: list[ReaderRecord] = field(default_factory=list)
+    streams: list[StreamRecord] = field(default_factory=list)
 
     @property
     def clearest_reader(self) -> ReaderRecord | None:
