@@ -20,6 +20,7 @@ Any failure raises `UnsupportedModel` with the module, the identity, and by how 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections import Counter
@@ -66,7 +67,7 @@ from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.reading import has_own_hooks, read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
 from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember
-from uncollapse.anatomy.stacks import find_stacks, given_mask
+from uncollapse.anatomy.stacks import find_stacks, given_mask, masks_not_told
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.summands import same_term, with_operands
 from uncollapse.anatomy.tracing import Trace, operands_of, operation_name, trace
@@ -102,9 +103,12 @@ def proved_anatomy(
     known = None if anew else recalled(model, situation)
     if known is not None:
         return known.anatomy
-    small, steers = (dict(batch), sends_elsewhere(model, batch)) if anew else fitting_piece(model, batch)
-    anatomy = prove(model, small, layout)
-    few = one_sequence(model, batch)
+    if anew:
+        small, steers, real = dict(batch), sends_elsewhere(model, batch), None
+        anatomy = prove(model, small, layout)
+    else:
+        anatomy, small, steers, real = _proved_on_real_tokens(model, batch, layout)
+    few = one_sequence(model, batch, real)
     ids = next((stack.ids for stack in anatomy.stacks if stack.ids is not None and stack.ids_transposed), None)
     if ids is not None:  # its first row is a token of every sequence
         shape = batch[ids].shape
@@ -115,6 +119,32 @@ def proved_anatomy(
         few = small  # one row of its vectors may be one token, which no mask and no order is seen on
     remember(model, situation, Remembered(anatomy, few, steers))
     return anatomy
+
+
+def _proved_on_real_tokens(
+    model: nn.Module, batch: Mapping[str, Any], layout: Layout | None
+) -> tuple[Anatomy, dict[str, Any], bool, Tensor | None]:
+    """The anatomy, the piece it was proved on, whether the batch sends the model elsewhere, and which tokens are real, where that
+    is not what the name `attention_mask` says: the piece is chosen anew where a mask was not seen to hide what it should."""
+    small, steers = fitting_piece(model, batch)
+    anatomy: Anatomy | None = None
+    refusal: UncollapseError | None = None
+    try:
+        anatomy = prove(model, small, layout)
+    except UncollapseError as error:  # a piece of nothing but padding may keep a sound model from being read
+        refusal = error
+    for name, value in masks_not_told(batch, anatomy):
+        real = batch[name].bool() == value
+        piece, elsewhere = fitting_piece(model, batch, real)
+        with contextlib.suppress(UncollapseError):
+            other = prove(model, piece, layout)
+            found = [mask for stack in other.stacks for mask in stack.masks if mask.tensor == name]
+            if any(mask.real == value and mask.unit == "token" for mask in found):
+                return other, piece, elsewhere, real
+    if refusal is not None:
+        raise refusal
+    assert anatomy is not None
+    return anatomy, small, steers, None
 
 
 def _may_be_token_first(anatomy: Anatomy, stack: Stack) -> bool:
