@@ -74,9 +74,7 @@ def test_ctrl_c_at_any_line_of_loading_leaves_every_setting_as_it_was(
     monkeypatch.setattr(loading, "_tokenizer", _tokenizer)
     load_model(folder, device="cpu")
     found, count, left = settings(), 0, []
-    for line, raised in interruptions(
-        [loading, checkpoints, restoring], lambda: load_model(folder, device="cpu")
-    ):
+    for line, raised in interruptions([loading, checkpoints, restoring], lambda: load_model(folder, device="cpu")):
         count += raised is not None
         if settings() != found:
             left.append(line)
@@ -103,4 +101,3 @@ def test_two_threads_that_load_leave_the_settings_as_they_were(folder: str, monk
         thread.join()
     assert not failed
     assert settings() == before
-

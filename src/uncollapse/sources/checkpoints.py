@@ -242,7 +242,11 @@ def counted(*, max_parameters: int, held: tuple[int, int] | None = None) -> Iter
                 registration.register_module_parameter_registration_hook,
                 parameter,
             ),
-            (registration._global_buffer_registration_hooks, registration.register_module_buffer_registration_hook, buffer),
+            (
+                registration._global_buffer_registration_hooks,
+                registration.register_module_buffer_registration_hook,
+                buffer,
+            ),
         ):
             changes.undo(functools.partial(_take_off, hooks, hook))
             register(hook)
