@@ -21,6 +21,7 @@ Any failure raises `UnsupportedModel` with the module, the identity, and by how 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections import Counter
@@ -76,7 +77,7 @@ from uncollapse.anatomy.reading import SIDE_BY_SIDE, has_own_hooks, read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
 from uncollapse.anatomy.side_by_side import laid_out, mixing_gap
 from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember, sizes_of
-from uncollapse.anatomy.stacks import find_stacks, given_mask
+from uncollapse.anatomy.stacks import find_stacks, given_mask, masks_not_told
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.summands import same_term, with_operands
 from uncollapse.anatomy.tracing import Trace, operands_of, operation_name, trace, writes_in_place
@@ -114,9 +115,12 @@ def proved_anatomy(
     known = None if anew else recalled(model, situation)
     if known is not None:
         return known.anatomy
-    small, steers = (dict(batch), sends_elsewhere(model, batch)) if anew else fitting_piece(model, batch)
-    anatomy = prove(model, small, layout)
-    few = one_sequence(model, batch)
+    if anew:
+        small, steers, real = dict(batch), sends_elsewhere(model, batch), None
+        anatomy = prove(model, small, layout)
+    else:
+        anatomy, small, steers, real = _proved_on_real_tokens(model, batch, layout)
+    few = one_sequence(model, batch, real)
     ids = next((stack.ids for stack in anatomy.stacks if stack.ids is not None and stack.ids_transposed), None)
     if ids is not None:  # its first row is a token of every sequence
         shape = batch[ids].shape
@@ -128,13 +132,39 @@ def proved_anatomy(
     sizes = None
     if any(part.shares_queries for block in anatomy.blocks for part in block.parts):
         # How many calls share its queries may depend on how many there are.
-        sizes, longer = situation.sizes, None if anew else as_long_a_piece(model, batch)
+        sizes, longer = situation.sizes, None if anew else as_long_a_piece(model, batch, real)
         if longer is not None and sizes_of(longer) != sizes_of(small):
             anatomy, few = prove(model, longer, layout), longer
         else:
             few = small
     remember(model, situation, Remembered(anatomy, few, steers, sizes))
     return anatomy
+
+
+def _proved_on_real_tokens(
+    model: nn.Module, batch: Mapping[str, Any], layout: Layout | None
+) -> tuple[Anatomy, dict[str, Any], bool, Tensor | None]:
+    """The anatomy, the piece it was proved on, whether the batch sends the model elsewhere, and which tokens are real, where that
+    is not what the name `attention_mask` says: the piece is chosen anew where a mask was not seen to hide what it should."""
+    small, steers = fitting_piece(model, batch)
+    anatomy: Anatomy | None = None
+    refusal: UncollapseError | None = None
+    try:
+        anatomy = prove(model, small, layout)
+    except UncollapseError as error:  # a piece of nothing but padding may keep a sound model from being read
+        refusal = error
+    for name, value in masks_not_told(batch, anatomy):
+        real = batch[name].bool() == value
+        piece, elsewhere = fitting_piece(model, batch, real)
+        with contextlib.suppress(UncollapseError):
+            other = prove(model, piece, layout)
+            found = [mask for stack in other.stacks for mask in stack.masks if mask.tensor == name]
+            if any(mask.real == value and mask.unit == "token" for mask in found):
+                return other, piece, elsewhere, real
+    if refusal is not None:
+        raise refusal
+    assert anatomy is not None
+    return anatomy, small, steers, None
 
 
 def _may_be_token_first(anatomy: Anatomy, stack: Stack) -> bool:

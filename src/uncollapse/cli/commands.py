@@ -9,7 +9,6 @@ Exit codes: 0 done; 1 done, with a finding at or above `--fail-on`; 2 the input 
 # Annotations are evaluated here, unlike elsewhere: typer reads options from them. Those for the type checker alone are strings.
 import contextlib
 import inspect
-import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -86,10 +85,8 @@ app = typer.Typer(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Always ends in SystemExit, unless there is a bug."""
-    for name in ("torchao", "torch.utils._pytree"):  # what of theirs does not load here is not the user's concern
-        logging.getLogger(name).setLevel(logging.ERROR)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with streams.standard_streams():
+    with streams.standard_streams(), streams.quiet_libraries():
         raise SystemExit(_ended(given))
 
 
