@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS_A_TYPE = 60
+SECONDS_A_START = 600  # imports, on a machine that has other things to do
 WORKERS = 2
 MEMORY = 7 * 2**30
 CLOSE = 1e-3  # two entropies, in nats, that are one: float32, and in some models half precision inside
@@ -260,11 +261,22 @@ class _Worker:
         self.process.wait()
 
 
-def sweep(kinds: list[str], workers: int = WORKERS) -> list[dict[str, Any]]:
-    """All types over a few workers; a type that hangs or takes its worker down costs that worker, not the sweep."""
-    waiting = list(reversed(kinds))
+def sweep(kinds: list[str], workers: int = WORKERS, kept: Path | None = None) -> list[dict[str, Any]]:
+    """All types over a few workers; a type that hangs or takes its worker down costs that worker, not the sweep. Rows are added to
+    the file `kept` as they come, and those that are in it are not swept again."""
     rows: list[dict[str, Any]] = []
+    if kept is not None and kept.exists():
+        rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    known = {row["type"] for row in rows}
+    waiting = [kind for kind in reversed(kinds) if kind not in known]
     selector = selectors.DefaultSelector()
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if kept is not None:
+            with kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        _progress(row, len(rows), len(kinds))
 
     def start() -> None:
         worker = _Worker()
@@ -274,11 +286,11 @@ def sweep(kinds: list[str], workers: int = WORKERS) -> list[dict[str, Any]]:
         selector.unregister(worker.answers)
         worker.end()
         if worker.kind:
-            rows.append({"type": worker.kind, "built": False, "crash": True, "reason": reason})
+            add({"type": worker.kind, "built": False, "crash": True, "reason": reason})
         if waiting:
             start()
 
-    for _ in range(min(workers, len(kinds))):
+    for _ in range(min(workers, len(waiting))):
         start()
     while selector.get_map():
         for key, _ in selector.select(timeout=1):
@@ -288,8 +300,7 @@ def sweep(kinds: list[str], workers: int = WORKERS) -> list[dict[str, Any]]:
                 replace(worker, "the process died (out of memory, or a crash in native code)")
                 continue
             if line.strip() != "ready":
-                rows.append(json.loads(line))
-                _progress(rows[-1], len(rows), len(kinds))
+                add(json.loads(line))
             if waiting:
                 worker.give(waiting.pop())
             else:
@@ -298,7 +309,7 @@ def sweep(kinds: list[str], workers: int = WORKERS) -> list[dict[str, Any]]:
                 worker.end()
         for key in list(selector.get_map().values()):
             worker = key.data
-            if time.monotonic() - worker.since > SECONDS_A_TYPE:
+            if time.monotonic() - worker.since > (SECONDS_A_TYPE if worker.kind else SECONDS_A_START):
                 replace(worker, f"more than {SECONDS_A_TYPE} seconds")
     return sorted(rows, key=lambda row: row["type"])
 
@@ -387,7 +398,7 @@ def main() -> None:
         "--only", nargs="+", metavar="TYPE", help="sweep these types in this process, and say everything"
     )
     parser.add_argument("--out", type=Path, help="where to write the table (Markdown)")
-    parser.add_argument("--json", type=Path, help="where to write the raw rows")
+    parser.add_argument("--json", type=Path, help="where to keep the raw rows, a line each: goes on where it stopped")
     parser.add_argument("--workers", type=int, default=WORKERS, help="processes at a time, one thread each")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -401,9 +412,7 @@ def main() -> None:
         return
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-    rows = sweep(list(MODEL_MAPPING_NAMES), options.workers)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+    rows = sweep(list(MODEL_MAPPING_NAMES), options.workers, options.json)
     if options.out:
         options.out.write_text(table(rows), encoding="utf-8")
     print(json.dumps(summary(rows), indent=1))

@@ -791,12 +791,34 @@ class StreamsFirstStack(HyperConnected):
         return h.movedim(0, 2)
 
 
+class FlatHyperConnections(HyperConnections):
+    """The streams of a token one after another along the features."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h.unflatten(-1, (STREAMS, WIDTH))).flatten(2)
+
+
+class FlatHyperConnected(HyperConnected):
+    def __init__(self) -> None:
+        super().__init__(FlatHyperConnections)
+
+    def expanded(self, x: Tensor) -> Tensor:
+        return super().expanded(x).flatten(2)
+
+    def reduced(self, h: Tensor) -> Tensor:
+        return h.unflatten(-1, (STREAMS, WIDTH)).sum(2)
+
+    def side_by_side(self, h: Tensor) -> Tensor:
+        return h.unflatten(-1, (STREAMS, WIDTH))
+
+
 HYPER_CONNECTED: dict[str, Callable[[], HyperConnected]] = {
     "fixed": HyperConnected,
     "dynamic": functools.partial(HyperConnected, DynamicHyperConnections),
     "folded": FoldedHyperConnected,
     "manifold-constrained": functools.partial(HyperConnected, ManifoldConstrained),
     "streams first": StreamsFirstStack,
+    "flat": FlatHyperConnected,
 }
 
 

@@ -420,8 +420,8 @@ class _BlockProof(BlockAlone):
     def _lay_side_by_side(
         self, known: Mapping[tuple[int, tuple[int, ...]], StreamAxes], stack: int
     ) -> tuple[StreamAxes | None, str]:
-        """Tell along which axis several streams lie, by what a sublayer reads of them, and its axes by what it makes of that; without
-        attention, by another block of the stack. From here on the streams have an axis of their own in this block."""
+        """Tell along which axis several streams lie, by what a sublayer reads of them, and its axes by what it makes of that, or,
+        without attention, by another block of the stack. From here on the streams have an axis of their own in this block."""
         number = self.mixing or 0
         place = self.block.parts[number].read
         statement = "along which axis its streams lie side by side is told by what its sublayers read of them"

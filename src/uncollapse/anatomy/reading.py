@@ -198,7 +198,8 @@ class _Reader:
         return []
 
     def _read_of(self, found: _Sum) -> int | None:
-        """What a sublayer reads of several streams: behind the last product or sum that mixes them."""
+        """What a sublayer reads of several streams: behind the last product or sum that mixes them; None where it
+        reads none, or more than one mixture of them."""
         wanted = [leaf for leaf in found.leaves if leaf != found.stream]
         onward: set[int] = {found.stream}  # the streams, moved or mixed
         mixed: set[int] = set()
@@ -206,7 +207,7 @@ class _Reader:
             behind = [i for i in (self._passes(index), *self._picked(index)[:1], *self._mixed(index)) if i in onward]
             if behind:
                 onward.add(index)
-                if self._mixed(index) or mixed & set(behind):
+                if self._mixed(index) or self._picked(index) or mixed & set(behind):
                     mixed.add(index)
         read = [
             i
@@ -214,7 +215,11 @@ class _Reader:
             for consumer in self.t.consumers[i]
             if consumer not in onward and any(self._feeds(consumer, leaf) for leaf in wanted)
         ]
-        return max(read, key=lambda i: (self.t.nodes[i].size, i), default=None)
+        largest = max((self.t.nodes[i].size for i in read), default=0)
+        found_last = max((i for i in read if self.t.nodes[i].size == largest), default=None)
+        if found_last is None or any(not self._feeds(i, found_last) for i in read if self.t.nodes[i].size == largest):
+            return None  # nothing, or several mixtures
+        return found_last
 
     def _unwritten(self, leaf: int, found: _Sum) -> int:
         """What a sublayer makes, before it is written to several streams."""

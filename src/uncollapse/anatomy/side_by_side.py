@@ -1,7 +1,8 @@
 """Several residual streams side by side (hyper-connections): which axis they lie along, and how a block mixes them.
 
 A sublayer reads a mixture of the streams, and writes to each of them. What it reads tells where they are: a place along the axis
-of the streams moves all of it, a place along any other axis moves one place. Streams may also share an axis with the sequences.
+of the streams moves all of it, a place along any other axis moves one place. Streams may also share an axis with the sequences, or
+with the features.
 On its way past the sublayers each token's streams may be mixed with each other, by the same weights for every feature.
 
 When not to use it: where every stream is a tensor of its own, or mixing is anything else than a product with weights.

@@ -79,8 +79,8 @@ class NormPiece:
 
 @dataclass(frozen=True)
 class Fold:
-    """Several streams that share axis number `axis` of their tensor with the sequences: `streams` of them, beside each other where
-    `is_minor`, else one after the other."""
+    """Several streams that share axis number `axis` of their tensor with the sequences, or another axis: `streams` of them, beside
+    each other where `is_minor`, else one after the other."""
 
     axis: int
     streams: int
@@ -99,8 +99,8 @@ class Fold:
 class Place:
     """Where a stream can be met: among the arguments of a module's run (`side="in"`), in what it returns (`"out"`), in its
     arguments after it ran (`"written"`: a state that blocks change), or in the result of an operation. `path` leads to the
-    tensor inside nested containers and objects (`tracing.tensors_at`). Where several streams are folded into one axis with the
-    sequences, `fold` says how, and what is met here has an axis of its own for them."""
+    tensor inside nested containers and objects (`tracing.tensors_at`). Where several streams are folded into one axis with
+    another, `fold` says how, and what is met here has an axis of its own for them."""
 
     at: ModuleCall | Point
     side: Literal["in", "out", "written"] = "out"

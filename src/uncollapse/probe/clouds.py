@@ -30,6 +30,7 @@ class Clouds:
         self.shapes: dict[int, tuple[int, int]] = {}  # by stack: the same of its embedding
         self._entering: dict[int, list[tuple[int, Tensor]]] = {}  # by stack: the last two blocks, and what entered them
         self._real: dict[int, int] = {}  # by stack: real tokens in this batch
+        self._sizes: dict[int, int] = {}  # by block: the size of the axis that its streams share with another
         self._given = (0, 0)  # sequences and tokens of the batch as it was given
         self._begins = {stack.blocks[0]: number for number, stack in enumerate(anatomy.stacks)}
         self.streams: list[tuple[Place, Action]] = [
@@ -38,7 +39,7 @@ class Clouds:
 
     def begin(self, batch: Mapping[str, Any]) -> None:
         """Note the batch's masks before the model runs on it."""
-        for noted in (self.entered, self.shapes, self._real, self._entering):
+        for noted in (self.entered, self.shapes, self._real, self._sizes, self._entering):
             noted.clear()
         self.batch_size = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
         ids = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim == 2), None)
@@ -73,6 +74,9 @@ class Clouds:
             return
         self.batch_size = len(cloud)
         self.entered[number] = (cloud.shape[0], cloud.shape[1])
+        fold = self.anatomy.blocks[number].entry.fold
+        if fold is not None:
+            self._sizes[number] = stream.shape[fold.axis] * stream.shape[fold.axis + 1]
         stack = self._begins.get(number)
         if stack is not None:
             mask = self.cloud_mask(stack, cloud, "the embedding")
@@ -124,12 +128,9 @@ class Clouds:
         axes, cloud = block.axes, None
         if axes is None:
             return None
-        fold = block.entry.fold
-        if fold is not None and shape is not None and x.ndim == axes.ndim - 1 and x.shape[fold.axis] != shape[0]:
-            # A sublayer's own values are those of one stream; what is written to all of them is folded as they are.
-            if x.shape[fold.axis] != shape[0] * fold.streams:
-                return None
-            x = fold.opened(x)
+        fold, sizes = block.entry.fold, self._sizes.get(number)
+        if fold is not None and sizes is not None and x.ndim == axes.ndim - 1 and x.shape[fold.axis] == sizes:
+            x = fold.opened(x)  # what is written to all of the streams; a sublayer's own values are those of one
         if axes.streams is not None and x.ndim == axes.ndim - 1:
             cloud = axes.within.cloud(x)
         elif x.ndim == axes.ndim:
