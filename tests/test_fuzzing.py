@@ -18,10 +18,10 @@ from tests.fuzzing.records import stored_record
 seeds = st.integers(0, 2**32)
 Target = Callable[[int], str]
 TARGETS: dict[Target, tuple[int, int]] = {
-    pure_function: (1500, 30_000),
-    stored_record: (40, 400),
+    pure_function: (1000, 30_000),
+    stored_record: (15, 400),
     text_file: (40, 600),
-    command_line: (15, 150),
+    command_line: (10, 150),
     checkpoint: (15, 150),
     borrowed_model: (25, 300),
 }

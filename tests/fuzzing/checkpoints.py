@@ -164,8 +164,8 @@ def _pickle(folder: Path, draw: random.Random) -> None:
         }
         beside = draw.choice(["model.safetensors.index.json", "pytorch_model.bin.index.json"])
         (folder / beside).write_text(json.dumps(index))
-    if draw.random() < 0.5:
-        (folder / "model.safetensors").unlink(missing_ok=True)
+    if draw.random() < 0.5 and (weights := folder / "model.safetensors") in _files(folder):
+        weights.unlink()
     if draw.random() < 0.2:
         (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
 

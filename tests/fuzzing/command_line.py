@@ -73,7 +73,7 @@ def command_line(seed: int) -> str:
                 and not written.read_bytes().endswith((b"}\n", b"</html>\n"))
             ):
                 raise AssertionError(f"{arguments}: {name} is half-written")
-        if [f for f in folder.rglob(".uncollapse-*")]:
+        if list(folder.rglob(".uncollapse-*")):
             raise AssertionError(f"{arguments}: a temporary file is left")
     return REFUSED if code == 2 else COMPUTED
 
@@ -228,12 +228,15 @@ def _open_streams(folder: Path, streams: dict[int, str], encoding: str) -> None:
     for number in (1, 2):  # at last: what is opened takes the lowest number that is free
         if streams[number] == "closed":
             os.close(number)
-    sys.stdin = open(0, closefd=False)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - the process ends with it
     for number, name in ((1, "stdout"), (2, "stderr")):
         stream = None
         if streams[number] != "closed":
             stream = io.TextIOWrapper(
-                open(number, "wb", closefd=False), encoding=encoding, errors="strict", line_buffering=number == 2
+                open(number, "wb", closefd=False),  # noqa: SIM115
+                encoding=encoding,
+                errors="strict",
+                line_buffering=number == 2,
             )
         setattr(sys, name, stream)
 

@@ -242,7 +242,7 @@ class Monitor:
             self._log({**named, f"{figures.PREFIX}/alarms": standing}, reading.step)
 
     def _write_trail(self, file: TrailFile, reading: TrailReading) -> None:
-        """Add a reading to the trail, after those that could not be written before. Training does not end because a disk is full."""
+        """Add a reading to the trail, after those that could not be written before. A full disk does not end a training run."""
         self._unwritten.append(reading)
         try:
             while self._unwritten:
@@ -252,8 +252,8 @@ class Monitor:
             if not self._has_warned:
                 self._has_warned = True
                 _logger.warning(
-                    "Monitor: expected a trail that takes more, got %r (%s). The disk may be full, or the file gone. Looks go on, and "
-                    "what is missing from step %d is written once it can be.",
+                    "Monitor: expected a trail that takes more, got %r (%s). The disk may be full, or the file gone. Looks go on, "
+                    "and what is missing from step %d is written once it can be.",
                     str(file.path),
                     error.strerror or error,
                     reading.step,
