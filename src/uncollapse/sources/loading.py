@@ -392,14 +392,14 @@ def _set_filters(filters: list[Any]) -> None:
 
 def _bars() -> tuple[bool, bool]:
     """Whether transformers and the hub show progress bars."""
-    from huggingface_hub.utils import are_progress_bars_disabled
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
     from transformers.utils import logging
 
     return logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
 
 
 def _show_bars(shown: tuple[bool, bool]) -> None:
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
     own, of_the_hub = shown
