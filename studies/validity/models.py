@@ -249,8 +249,8 @@ SUBJECTS: dict[str, Subject] = {
         is_real=True,
     ),
     "smart-turn": Subject(
-        "Smart Turn 3.2, speech: Whisper-tiny's encoder trained on, 4 blocks of width 384, pre-norm, full mask, sinusoids, 8 seconds in "
-        "400 frames",
+        "Smart Turn 3.2, speech: Whisper-tiny's encoder trained on, 4 blocks of width 384, pre-norm, full mask, sinusoids, 8 "
+        "seconds in 400 frames",
         _smart_turn,
         is_real=True,
         scale=0.5,

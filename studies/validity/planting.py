@@ -266,8 +266,8 @@ def low_rank(stream: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reader:
-    """Somebody who learnt to tell tokens from a model's output: linear, one class a token of the vocabulary that occurs (for speech,
-    which has none, a stretch of eight frames)."""
+    """Somebody who learnt to tell tokens from a model's output: linear, one class a token of the vocabulary that occurs (for
+    speech, which has none, a stretch of eight frames)."""
 
     mean: Tensor
     scale: Tensor
