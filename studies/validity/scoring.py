@@ -62,6 +62,7 @@ DEAD: Phenomenon = "dead-component"
 HEALTHY_SHARE = 0.8  # of a resolved order parameter, which every healthy run that derives must have
 HARMED = 0.5  # of the output, which a change that is meant to be harmless must leave
 GROWS = {"HEADS-KERNEL"}  # counts what is lost, so that more is worse
+LEAST_LOST = 0.5  # of a head: where healthy projections lose nothing, twice nothing would be no threshold
 # Where to look for the constants that say where a fall began.
 CARRIED = tuple(n / 10 for n in range(1, 10))
 CARRIED_BEFORE = tuple(n / 10 for n in range(5, 11))
@@ -226,7 +227,7 @@ class Scores:
 
 def threshold(code: str, extreme: float) -> float:
     """Half of the way from the worst healthy value to the collapse."""
-    return 2 * extreme if code in GROWS else extreme / 2
+    return max(2 * extreme, LEAST_LOST) if code in GROWS else extreme / 2
 
 
 def judged(measured: Measured, case: Case, run: Run, thresholds: Thresholds = IN_FORCE) -> Judged:

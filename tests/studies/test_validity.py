@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from studies.validity import cases, document, planting, saved, scoring
+from studies.validity import cases, document, fresh, planting, saved, scoring
 from studies.validity.models import SUBJECTS, Subject
 from torch import Tensor, nn
 
@@ -273,7 +273,12 @@ def test_a_few_cases_go_through_to_the_document(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setitem(SUBJECTS, name, subject)
         measured[name] = cases.measured(subject, name, "", 0.1)
     scores = scoring.Scores(measured)
-    assert (scores.deriving_models, scores.scoring_models) == (["bert"], ["gpt2"])
+    assert list(scores.measured) == ["gpt2", "bert"]
+    for name, other in (("gpt2", "bert"), ("bert", "gpt2")):  # each judged by what the other gives
+        nearest = min(
+            d for j in scores.healthy(as_shipped=True) if j.case.subject == other and (d := j.distance("WIDTH-UNIFORM"))
+        )
+        assert scores.left_out[name].unused_keys == pytest.approx(nearest / 2)
     judged = {c.plant: runs for c, runs in scores.cases(lambda c: c.subject == "gpt2")}
     copied = judged["one head made a copy of another"]
     assert (
@@ -284,6 +289,8 @@ def test_a_few_cases_go_through_to_the_document(monkeypatch: pytest.MonkeyPatch)
     assert uniform[-1].score("rank-collapse-width") > 10
     frozen = judged["logits scaled up in all blocks"]
     assert frozen[-1].score("entropy-collapse") > max(0, frozen[0].score("entropy-collapse"))
+    for name in list(fresh.MODELS)[1:]:
+        monkeypatch.delitem(fresh.MODELS, name)
     written: list[str] = []
     monkeypatch.setattr(Path, "write_text", lambda _, text, **__: written.append(text))
     document.write(measured)
