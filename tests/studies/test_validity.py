@@ -3,6 +3,7 @@ cases goes through to a document."""
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import sys
@@ -247,6 +248,27 @@ def test_what_is_kept_of_an_output_is_its_differences_between_tokens() -> None:
     assert kept == pytest.approx(1)
     assert abs(planting.output_kept([output], [other], [batch])) < 0.1
     assert planting.output_kept([output], [output + other], [batch]) == pytest.approx(0.5**0.5, abs=0.05)
+
+
+def test_a_reader_tells_apart_what_lies_apart_and_not_what_came_together() -> None:
+    """Eight tokens, each somewhere of its own with a little noise: all ln 8 nats. Shrunk to a hundredth they are lost to whoever
+    reads in the old scale, and turned they are lost to whoever does not learn anew."""
+    torch.manual_seed(0)
+    ids = torch.arange(8).repeat(2, 3)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    healthy = torch.randn(8, 16, dtype=torch.float64)[ids] + 0.05 * torch.randn(2, 24, 16, dtype=torch.float64)
+    learnt = planting.reader([healthy], [batch])
+    whole = learnt.told_apart([healthy], [batch])
+    assert 0.8 * math.log(8) < whole < math.log(8)
+    together = healthy.mean() + 0.01 * (healthy - healthy.mean())
+    anew = planting.reader([together], [batch], learnt.scale)
+    assert anew.told_apart([together], [batch]) < 0.1 * whole
+    turned = healthy @ torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0]
+    again = planting.reader([turned], [batch], learnt.scale)
+    assert again.told_apart([turned], [batch]) > 0.8 * whole
+    equal = torch.ones_like(healthy)
+    assert learnt.told_apart([equal], [batch]) == pytest.approx(0, abs=1e-12)
+    assert planting.reader([equal / 0], [batch]).told_apart([equal / 0], [batch]) == 0
 
 
 @pytest.mark.parametrize(("kept", "is_harmed"), [(0.51, False), (0.49, True), (None, False)])

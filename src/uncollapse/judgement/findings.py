@@ -24,7 +24,15 @@ from dataclasses import dataclass, replace
 from uncollapse.judgement.dead_components import dead_components
 from uncollapse.judgement.reading import Read, as_read
 from uncollapse.records.common import SEVERITIES, Finding, Severity, Stack
-from uncollapse.records.diagnosis import AttentionRecord, EmbeddingRecord, HeadsRecord, PartRecord, SiteRecord, stacks
+from uncollapse.records.diagnosis import (
+    HARDLY_TRAINED,
+    AttentionRecord,
+    EmbeddingRecord,
+    HeadsRecord,
+    PartRecord,
+    SiteRecord,
+    stacks,
+)
 
 # All of these are distances from collapse: half the smallest distance in the healthy runs that thresholds are derived from.
 # docs/validity.md lists those runs, and how near the other models come.
@@ -195,8 +203,10 @@ def consensus(observed: Observed) -> Iterator[Reading]:
         crossed = next((i for i, read in enumerate(after) if read.share < limit), None)
         worst = min(after, key=lambda read: read.share)
         end = after.index(worst) if crossed is None else crossed
-        at, began = after[end].site, _onset([read.site for read in after[: end + 1]], observed.thresholds)
-        severity: Severity = "critical" if worst.share < limit / 10 else "warning"
+        sites_until = [read.site for read in after[: end + 1]]
+        at, began = after[end].site, _onset(sites_until, observed.thresholds)
+        only_common = _only_a_common_part_grew(sites_until, began, observed.parts)
+        severity: Severity = "info" if only_common else "critical" if worst.share < limit / 10 else "warning"
         finding = Finding(
             code="DEPTH-CONSENSUS",
             phenomenon="rank-collapse-depth",
@@ -207,13 +217,27 @@ def consensus(observed: Observed) -> Iterator[Reading]:
             threshold=limit,
             message=f"Tokens converge from {_place(began.block, began.stack)} on. After normalisation their consensus distance is "
             f"{start:.2g} at the embedding, under {limit:.0%} of that from {_place(at.block, at.stack)} on, and lowest "
-            f"({worst.distance:.2g}) at {_place(worst.site.block, worst.site.stack)}{worst.by}.",
+            f"({worst.distance:.2g}) at {_place(worst.site.block, worst.site.stack)}{worst.by}.{only_common}",
             remedy="Run `uncollapse ablate` to see what keeps the tokens apart. From this block on, check that the residual "
             "connections are intact and not scaled down.",
             reference=_DONG,
             stack=began.stack,
         )
         yield Reading(_margin(worst.share, limit), finding)
+
+
+def _only_a_common_part_grew(sites: Sequence[SiteRecord], began: SiteRecord, parts: Sequence[PartRecord]) -> str:
+    """Why tokens that come together are no fault yet; empty if they may be one. The first that training learns is what all tokens
+    share, and for some steps that outgrows the rest. Then the block is hardly trained, and every block carries on all of its
+    stream. Where less is carried on, tokens come together for want of a residual, however young the model is."""
+    evidence = next((p.initial_evidence for p in parts if p.block == began.block and p.initial), "")
+    carried = [1.0 if site.stream_carried is None else site.stream_carried.mean for site in sites]
+    if not evidence.startswith(HARDLY_TRAINED) or min(carried) < 1:
+        return ""
+    return (
+        f" Every block carries on all of its stream, and the block is young ({evidence}): what grew is a part that all tokens "
+        "share, which is what training learns first. No fault yet."
+    )
 
 
 def _onset(sites: Sequence[SiteRecord], thresholds: Thresholds) -> SiteRecord:
