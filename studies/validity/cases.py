@@ -163,7 +163,9 @@ def measured(subject: Subject, name: str, fingerprint: str, scale: float = 1.0) 
 
 
 def damaged(bench: Bench, scale: float) -> Iterator[Case]:
-    """Every planted case of one model, with its runs."""
+    """Every planted case of one model, with its runs; none for a scale of 0."""
+    if not scale:
+        return
     blocks = len(bench.anatomy.blocks)
 
     def count(n: int) -> int:
