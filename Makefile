@@ -52,13 +52,13 @@ bench: $(INSTALLED) ## speed and memory, as ratios taken in one run
 	$(BIN)/python -m bench.gates
 	$(BIN)/python -m bench.monitor
 
-results: $(INSTALLED) ## docs/results.md anew: real models without norms, residuals, MLPs (a quarter of an hour)
+results: $(INSTALLED) ## docs/results.md anew: real models without norms, residuals, MLPs (half an hour; goes on where it was broken off)
 	$(BIN)/python -m studies.results
 
 results-gates: $(INSTALLED) ## the section of docs/results.md on position gates anew (five to ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.position_gates
 
-validity: $(INSTALLED) ## docs/validity.md anew: known damage planted into healthy models, and scored (minutes; trains small models once)
+validity: $(INSTALLED) ## docs/validity.md anew: known damage planted into healthy models, and scored (an hour; goes on where it was broken off)
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.validity
 
 families: $(INSTALLED) ## try every model type of transformers; writes docs/families.md

@@ -10,7 +10,7 @@ import pytest
 
 from uncollapse.judgement import findings as rules
 from uncollapse.records.common import Finding, Statistic
-from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
+from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, PartRecord, SiteRecord
 from uncollapse.report.page.cells import names_head
 
 TOKENS = 40
@@ -120,6 +120,38 @@ def test_a_healthy_record_has_no_finding_and_every_rule_was_read() -> None:
         "HEADS-IDENTICAL",
         "HEADS-KERNEL",
     }
+
+
+@pytest.mark.parametrize(
+    ("carried", "evidence", "severity"),
+    [
+        ((1.4, 1.2), "hardly trained: gains and biases have moved by at most 0.01 of their scale", "info"),
+        ((1.4, 0.9), "hardly trained: gains and biases have moved by at most 0.01 of their scale", "warning"),
+        ((1.4, 1.2), "12 gains and biases are where they start", "warning"),  # made so: no step explains it
+        ((1.4, 1.2), "", "warning"),
+    ],
+)
+def test_a_common_part_that_outgrows_a_whole_stream_in_the_first_steps_is_no_fault_yet(
+    carried: tuple[float, float], evidence: str, severity: str
+) -> None:
+    sites = trajectory(1.0, 0.5, rules.CONSENSUS * 0.9, carried=carried)
+    part = PartRecord(
+        block=1, stack=None, sublayer="attention", kind="self", initial=bool(evidence), initial_evidence=evidence
+    )
+    part = replace(part, block_change=0.5)
+    (finding,) = [f for f in rules.findings(sites, [], [], [part]) if f.code == "DEPTH-CONSENSUS"]
+    assert finding.severity == severity
+
+
+def test_other_thresholds_than_those_in_force_judge_the_same_records() -> None:
+    limits = rules.Thresholds(unused_keys=0.8, rest_entropy=0.9, within_reach=0.9)
+    attention = [head(0, reach=0.8)]
+    of = {r.finding.code: r for r in rules.readings(HEALTHY, attention, [], thresholds=limits)}
+    now = {r.finding.code: r for r in rules.readings(HEALTHY, attention, [])}
+    assert of["WIDTH-UNIFORM"].margin == pytest.approx(math.log(0.8 / 0.7))
+    assert now["WIDTH-UNIFORM"].margin < 0
+    assert of["ENTROPY-FROZEN"].margin == pytest.approx(math.log(0.9 / 0.8))
+    assert now["ENTROPY-FROZEN"].margin < 0
 
 
 @pytest.mark.parametrize(("factor", "fires"), [(1.01, False), (0.99, True)])

@@ -148,7 +148,9 @@ def test_attention_that_stayed_uniform_through_a_training_is_a_warning(rate: flo
 @pytest.mark.parametrize(
     "learn",
     [
-        lambda w: w.add_(torch.outer(torch.randn(w.shape[0]), torch.randn(w.shape[1])), alpha=0.03),  # a direction, with two thirds of the energy
+        lambda w: w.add_(
+            torch.outer(torch.randn(w.shape[0]), torch.randn(w.shape[1])), alpha=0.03
+        ),  # a direction, with two thirds of the energy
         lambda w: w.mul_(torch.linspace(0.5, 1.5, w.shape[1])),  # gains folded into it
         lambda w: w.mul_(torch.randn_like(w).abs() ** 0.7),  # heavy tails
     ],

@@ -30,7 +30,7 @@ from uncollapse.records.diagnosis import DIAGNOSIS_SCHEMA, DiagnosisRecord, Site
 from uncollapse.restoring import leaves_no_trace
 
 # Uniform attention, and sublayers that start at zero.
-AS_AT_THE_START = ("rank-collapse-width", "dead-component")
+AS_AT_THE_START = ("rank-collapse-depth", "rank-collapse-width", "dead-component")
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall
+from uncollapse.records.diagnosis import HARDLY_TRAINED
 
 DEVIATIONS = 5  # chance moves a figure by so many standard deviations once in a million
 UNIFORM, GAUSSIAN = 1.8, 3.0  # fourth moments over the squared variance
@@ -110,7 +111,7 @@ def _of_block(
         in_matrices = max((t.moved for t, is_matrix in traces if is_matrix), default=0.0)
         return Evidence(
             True,
-            f"hardly trained: gains and biases have moved by at most {in_vectors:.2g} of their scale, and at most "
+            f"{HARDLY_TRAINED}: gains and biases have moved by at most {in_vectors:.2g} of their scale, and at most "
             f"{in_matrices:.2g} of a weight matrix is more than a random draw",
         )
     still = f"{vectors} gains and biases are where they start, " if vectors else ""

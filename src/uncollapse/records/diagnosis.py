@@ -13,6 +13,9 @@ from uncollapse.records.symmetries import SymmetryRecord
 DIAGNOSIS_SCHEMA: Literal["uncollapse/diagnosis/1"] = "uncollapse/diagnosis/1"
 
 
+HARDLY_TRAINED = "hardly trained"  # what the evidence begins with where the start was left, but not far behind
+
+
 @dataclass(frozen=True)
 class MassiveTokensLeftOut:
     """The norm-sensitive measures of a site, without the largest-norm tokens of each sequence (`tokens_left_out` of them).
