@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall
+from uncollapse.measures.weight_marks import Marks, are_alike, weight_marks
 
 DEVIATIONS = 5  # chance moves a figure by so many standard deviations once in a million
 UNIFORM, GAUSSIAN = 1.8, 3.0  # fourth moments over the squared variance
@@ -62,7 +64,7 @@ def _of_block(model: nn.Module, anatomy: Anatomy, number: int, sizes: Sizes) -> 
         large = [p for _, p in own if _is_matrix(p)]
         for name, p in own:
             if _is_matrix(p):
-                against = _against_drawn(p)
+                against = _drawn(module, name, p)
                 matrices += p.numel() >= FEWEST_ENTRIES
             else:
                 against = _against_start(p, large)
@@ -112,6 +114,22 @@ def _against_start(p: Tensor, beside: list[Tensor]) -> str | None:
         if close and float(p.abs().max()) <= math.sqrt(3) * scale * (1 + DEVIATIONS * 0.45 / math.sqrt(w.numel())):
             return None
     return "was moved from where such a vector starts"
+
+
+_remembered: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[torch.Size, Marks, str | None]]] = (
+    weakref.WeakKeyDictionary()
+)  # by module and name of the weight
+
+
+def _drawn(module: nn.Module, name: str, p: Tensor) -> str | None:
+    """`_against_drawn`, once for each state of the weight."""
+    if p.element_size() < 2:  # in eight bits nothing can be marked
+        return _against_drawn(p)
+    known, marks = _remembered.setdefault(module, {}), weight_marks(p.flatten(1))
+    last = known.get(name)
+    if last is None or last[0] != p.shape or not are_alike(last[1], marks):
+        last = known[name] = p.shape, marks, _against_drawn(p)
+    return last[2]
 
 
 def _against_drawn(p: Tensor) -> str | None:
