@@ -48,7 +48,7 @@ browser: # Debian's chromium, where it is missing and may be installed
 bench: $(INSTALLED) ## speed and memory, as ratios taken in one run
 	$(BIN)/python -m bench.diagnose
 	$(BIN)/python -m bench.ablate
-	$(BIN)/python -m bench.calls
+	$(BIN)/python -m bench.table
 	$(BIN)/python -m bench.gates
 	$(BIN)/python -m bench.monitor
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import uncollapse as uc
 from tests.helpers.tiny_models import FAMILIES, text_batch
 from uncollapse.judgement import attribution
+from uncollapse.measures.weight_marks import weight_marks
 from uncollapse.records.diagnosis import HeadsRecord
 
 GIVEN = [text_batch()]
@@ -99,10 +100,10 @@ def test_a_cut_of_a_larger_parameter_is_known_again() -> None:
     """Its bits begin in the middle of a word."""
     whole = torch.randn(1 + 8 * 3, dtype=torch.bfloat16)
     cut = whole[1:].view(8, 3)
-    marks = attribution._marks(cut)
-    assert all(map(torch.equal, marks, attribution._marks(cut.clone().as_strided((8, 3), (3, 1)))))
+    marks = weight_marks(cut)
+    assert all(map(torch.equal, marks, weight_marks(cut.clone().as_strided((8, 3), (3, 1)))))
     whole[7] += 1
-    assert not torch.equal(marks[0], attribution._marks(cut)[0])
+    assert not torch.equal(marks[0], weight_marks(cut)[0])
 
 
 def test_what_is_remembered_keeps_no_model_alive() -> None:

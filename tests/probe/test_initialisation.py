@@ -158,6 +158,7 @@ def test_attention_that_stayed_uniform_through_a_training_is_a_warning(rate: flo
 def test_folded_gains_do_not_hide_what_training_did_to_a_matrix(learn: Callable[[Tensor], Tensor]) -> None:
     """All gains are 1 and there is no bias: only the matrix shows it."""
     given = model("llama")
+    assert {f.severity for f in width(given)} == {"info"}  # remembered of the weights as they are now
     with torch.no_grad():
         for layer in given.model.layers:
             learn(layer.mlp.down_proj.weight)

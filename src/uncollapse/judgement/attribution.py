@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Point
@@ -21,6 +20,7 @@ from uncollapse.anatomy.probing import full_precision
 from uncollapse.anatomy.vocabulary import ModuleCall
 from uncollapse.measures import heads
 from uncollapse.measures.random_projections import random_noise_gain
+from uncollapse.measures.weight_marks import are_alike, weight_marks
 from uncollapse.measures.write_spaces import WriteSpaces
 from uncollapse.probe.attention import AttentionStatistics
 from uncollapse.records.common import Statistic
@@ -52,8 +52,7 @@ class _Known:
     figures: dict[str, Any]
 
     def is_of(self, heads: int, marks: tuple[Tensor, Tensor]) -> bool:
-        both = zip(self.marks, marks, strict=True)
-        return self.heads == heads and all(a.device == b.device and torch.equal(a, b) for a, b in both)
+        return self.heads == heads and are_alike(self.marks, marks)
 
 
 _remembered: weakref.WeakKeyDictionary[nn.Module, dict[object, _Known]] = weakref.WeakKeyDictionary()
@@ -79,7 +78,7 @@ def _heads_record(statistics: AttentionStatistics, known: dict[object, _Known]) 
         if isinstance(projection, Point):
             place = replace(projection, call=None)
         with full_precision(statistics.matrix):
-            marks, last = _marks(statistics.matrix), known.get(place)
+            marks, last = weight_marks(statistics.matrix), known.get(place)
             if last is None or not last.is_of(call.heads, marks):
                 last = _Known(call.heads, marks, _weight_figures(statistics.matrix, call.heads))
                 known[place] = last
@@ -119,19 +118,6 @@ def _heads_record(statistics: AttentionStatistics, known: dict[object, _Known]) 
 def _own(figure: Any) -> Any:
     """A record's lists are its own."""
     return [_own(each) for each in figure] if isinstance(figure, list) else figure
-
-
-def _marks(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """By what a matrix is known again, in two readings of it: the sums of its rows' bits, and a random mixture of its columns.
-
-    No version counter is asked. Writing through `.data` does not move it, and a new tensor may lie where the old one lay.
-    """
-    laid = matrix.T if matrix.T.is_contiguous() else matrix.contiguous()
-    width, size = laid.shape[1], laid.element_size()
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[math.gcd(width * size, laid.storage_offset() * size, 8)]
-    generator = torch.Generator().manual_seed(width)
-    mixing = torch.randn(width, generator=generator, dtype=torch.float64).to(laid.device, laid.dtype)
-    return laid.view(whole).sum(1, dtype=torch.int64), laid @ mixing
 
 
 def _weight_figures(matrix: Tensor, count: int) -> dict[str, Any]:

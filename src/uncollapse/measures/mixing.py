@@ -560,8 +560,8 @@ class _Scores:
 @dataclass(frozen=True)
 class _Rows:
     """What the pass leaves, [batch, head, query] each: `peak` is the row's largest weight, `rest` the entropy in nats of what
-    is left without it, `reach` how many keys are within reach of the largest logit there. `second` is that logit relative to the row's
-    largest, where not all keys are within reach."""
+    is left without it, `reach` how many keys are within reach of the largest logit there. `second` is that logit relative to the
+    row's largest, where not all keys are within reach."""
 
     entropy: Tensor
     rest: Tensor
@@ -708,7 +708,7 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
             found["floor"][rows] = torch.maximum(-peak.log(), _floor_from_norm(square_norm, T))
         found["rest"][rows] = (others.log() - (peak.log() + mean / others)).clamp_(min=0)
         found["reach"][rows] = T - 1
-        # There the others have to be looked at by themselves: one of them may be out of reach, or all are lost beside the strongest.
+        # There one of the others may be out of reach, or all are lost beside the strongest: they are looked at by themselves.
         apart = ~((lowest > -UNDERFLOW) & (others > LEAST_REST)) & (T >= FEW_RIVALS)
         if bool(apart.any()):
             for name, figure in _beside_strongest(S[apart]).items():

@@ -153,7 +153,11 @@ class Units:
         elif self.least.shape == low.shape:
             self.least, self.most = torch.minimum(self.least, low), torch.maximum(self.most, high)
         # Which units are ever 0 matters only as long as one of them always is.
-        if self.zeros is not None and self.zeros.shape == low.shape and not bool((self.least.abs() + self.most.abs()).all()):
+        if (
+            self.zeros is not None
+            and self.zeros.shape == low.shape
+            and not bool((self.least.abs() + self.most.abs()).all())
+        ):
             self.zeros = self.zeros | (hidden.abs().amin(0) == 0)
         self.tokens += len(hidden)
         return True

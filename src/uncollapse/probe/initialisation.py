@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall
+from uncollapse.measures.weight_marks import Marks, are_alike, weight_marks
 from uncollapse.records.diagnosis import HARDLY_TRAINED
 
 DEVIATIONS = 5  # chance moves a figure by so many standard deviations once in a million
@@ -89,7 +91,7 @@ def _of_block(
             return Evidence(False, "some of its weights could not be read")
         for name, p in own:
             if _is_matrix(p):
-                found = _against_drawn(p)
+                found: Iterable[_Trace] = _drawn(module, name, p)
                 matrices += p.numel() >= FEWEST_ENTRIES
             else:
                 found = _against_start(p, [q for _, q in own if q is not p])
@@ -180,6 +182,31 @@ def _against_start(p: Tensor, beside: list[Tensor]) -> Iterator[_Trace]:
             return
     moved = float(p.std(correction=0)) / max(*scales, 1e-300)
     yield _Trace(moved / MOVED, moved, f"was moved from where such a vector starts, by {moved:.2g} of its scale")
+
+
+_remembered: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[torch.Size, Marks, list[_Trace]]]] = (
+    weakref.WeakKeyDictionary()
+)  # by module and name of the weight
+
+
+def _drawn(module: nn.Module, name: str, p: Tensor) -> list[_Trace]:
+    """`_against_drawn` up to the first that settles it, once for each state of the weight."""
+    if p.element_size() < 2:  # in eight bits nothing can be marked
+        return _until_settled(_against_drawn(p))
+    known, marks = _remembered.setdefault(module, {}), weight_marks(p.flatten(1))
+    last = known.get(name)
+    if last is None or last[0] != p.shape or not are_alike(last[1], marks):
+        last = known[name] = p.shape, marks, _until_settled(_against_drawn(p))
+    return last[2]
+
+
+def _until_settled(traces: Iterator[_Trace]) -> list[_Trace]:
+    found = []
+    for trace in traces:
+        found.append(trace)
+        if trace.share >= 1:
+            break
+    return found
 
 
 def _against_drawn(p: Tensor) -> Iterator[_Trace]:

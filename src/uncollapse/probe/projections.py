@@ -244,16 +244,14 @@ class Projections:
         count = statistics.call.heads
         if index not in self._grams:
             self._grams[index] = heads.write_grams(matrix, count)
-        energy = None
+            self._roots[index] = roots(self._grams[index])
+        sizes = written_sizes(cloud, self._roots[index])
         if self._contributed is not None:
-            if index not in self._roots:
-                self._roots[index] = roots(self._grams[index])
-            sizes = written_sizes(cloud, self._roots[index])
             self._contributed(index, sizes, mask)
-            energy = centred_energy(cloud, self._roots[index], sizes, mask)
+        energy = centred_energy(cloud, self._roots[index], sizes, mask)
         if energy is None:
             energy = heads.contribution_energy(cloud, matrix, count, mask, grams=self._grams[index])
-        if rounding_share(cloud, matrix, energy, mask) > MOST_ROUNDING:
+        if is_rounding(cloud, matrix, energy, mask):
             kind = str(cloud.dtype).removeprefix("torch.")
             statistics.reasons["energy_share"] = (
                 f"what its heads write differs between tokens by little more than {kind} rounds off"
@@ -329,19 +327,24 @@ def projected_cloud(mixed: Tensor, heads_output: Tensor | None, batch_size: int)
     return None
 
 
+def is_rounding(mixed: Tensor, matrix: Tensor, energy: Tensor, mask: Tensor | None) -> bool:
+    """Whether more than `MOST_ROUNDING` of the heads' energy is rounding: see `rounding_share`. Mostly a bound on it will do, as if
+    every feature wrote as much as the strongest might and padding counted."""
+    size = torch.linalg.vector_norm(single(mixed), dim=(-2, -1)).double()
+    most = matrix.abs().amax().double() * math.sqrt(matrix.shape[-1]) * torch.finfo(mixed.dtype).eps
+    if bool(((size * most).square() / 24 <= MOST_ROUNDING * energy.double().sum(-1)).all()):
+        return False
+    return rounding_share(mixed, matrix, energy, mask) > MOST_ROUNDING
+
+
 def rounding_share(mixed: Tensor, matrix: Tensor, energy: Tensor, mask: Tensor | None) -> float:
     """The part of the heads' energy [sequence, head] that is only the rounding of what they mixed, `mixed` [sequence, token,
     feature], in the worst sequence: every feature is off by up to half a unit in its last place, eps^2/24 of its square on
-    average. Where a bound is small enough, it is that."""
-    eps = torch.finfo(mixed.dtype).eps ** 2 / 24
-    most = matrix.abs().amax().double().square() * matrix.shape[-1]  # no feature writes more
-    bound = torch.linalg.vector_norm(single(mixed), dim=(-2, -1)).double().square() * most * eps / energy.double().sum(-1)
-    if bound.numel() and bool((bound <= MOST_ROUNDING).all()):  # padding only adds to it
-        return float(bound.max())
+    average."""
     squares = mixed.double().square()
     if mask is not None:
         squares = squares.where(mask[..., None].to(squares.device), 0)
-    rounding = (squares.sum(-2) @ matrix.double().square().sum(-1)) * eps
+    rounding = (squares.sum(-2) @ matrix.double().square().sum(-1)) * torch.finfo(mixed.dtype).eps ** 2 / 24
     shares = (rounding / energy.double().sum(-1)).nan_to_num(0.0, 0.0, 0.0)
     return float(shares.max()) if shares.numel() else 0.0
 
