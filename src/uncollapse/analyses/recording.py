@@ -15,7 +15,9 @@ from torch import Tensor
 from uncollapse import __version__
 from uncollapse.analyses.preparation import Prepared
 from uncollapse.anatomy.interception import device_of
+from uncollapse.measures import mixing
 from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
+from uncollapse.probe.logit_bounds import LogitBound
 from uncollapse.probe.passes import Level, Observations
 from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, STREAM_MEASURES, SiteStatistics
 from uncollapse.records.common import ModelInfo, Probe, Statistic
@@ -88,9 +90,12 @@ def _site_record(site: SiteStatistics) -> SiteRecord:
     )
 
 
-def attention_records(statistics: AttentionStatistics, level: Level) -> list[AttentionRecord]:
-    """One attention call, head by head."""
+def attention_records(
+    statistics: AttentionStatistics, level: Level, bound: LogitBound | None = None
+) -> list[AttentionRecord]:
+    """One attention call, head by head. `bound`: of its logits, where somebody looked."""
     records = []
+    known = None if bound is None else bound.range
     for head in range(statistics.call.heads):
         values = {name: Statistic.of(*statistics.values.summary(i, head)) for i, name in enumerate(ATTENTION_MEASURES)}
         # A figure that one batch did not bear out is none of the whole text.
@@ -108,6 +113,9 @@ def attention_records(statistics: AttentionStatistics, level: Level) -> list[Att
                 kind=statistics.kind,
                 route=statistics.route,
                 unavailable=unavailable,
+                logit_range_bound=known,
+                disperses_beyond=None if known is None else mixing.dispersion_length(known),
+                bounded_by="" if bound is None else bound.because,
                 **values,
             )
         )
