@@ -21,9 +21,9 @@ from uncollapse.judgement import findings
 from uncollapse.judgement.attribution import heads_records
 from uncollapse.judgement.order_parameters import Components, symmetry_records
 from uncollapse.probe.activity import embedding_records, part_records
-from uncollapse.probe.logit_bounds import logit_bounds
 from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
 from uncollapse.probe.initialisation import evidence
+from uncollapse.probe.logit_bounds import logit_bounds
 from uncollapse.probe.passes import Level
 from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.common import Finding

@@ -155,7 +155,9 @@ def _capped(one: _Seen) -> LogitBound | None:
     cap = float(torch.maximum(first.max(), second.max()))
     if not cap or not bool((torch.cat([first, second]) >= (1 - _CLOSE) * cap).all()):
         return None
-    return LogitBound(2 * cap * (1 + _CLOSE), f"if the model keeps its soft cap of {cap:.3g} on the logits, on any text")
+    return LogitBound(
+        2 * cap * (1 + _CLOSE), f"if the model keeps its soft cap of {cap:.3g} on the logits, on any text"
+    )
 
 
 def _normed(
@@ -195,15 +197,16 @@ def _length(
 ) -> float | None:
     """The most that a norm's output can be long, where all rows of the operand are as long as outputs of one norm."""
     width = operand.shape[-1]
-    found = torch.linalg.vector_norm(operand, dim=-1).flatten()
+    found = torch.linalg.vector_norm(operand, dim=-1).flatten().sort().values
     for name, norm in norms.items():
         for given, output in outputs.get(name, []):
             if output.shape[-1] != width:
                 continue  # a norm over all heads together bounds no single head well
             made = torch.linalg.vector_norm(output.double(), dim=-1).flatten().sort().values
-            at = torch.searchsorted(made, found.contiguous()).clamp(1, max(1, len(made) - 1))
-            near = torch.minimum((made[at - 1] - found).abs(), (made[at.clamp(max=len(made) - 1)] - found).abs())
-            if not bool((near <= _CLOSE * (1 + found)).all()):
+            if len(found) % len(made):  # keys may be repeated for the queries that share them
+                continue
+            again = made.repeat_interleave(len(found) // len(made))
+            if not bool(((found - again).abs() <= _CLOSE * (1 + found)).all()):
                 continue
             law = norm_law(model.get_submodule(name), norm.kind, given.shape, given.dtype, given.device)
             precision = max(given.dtype, output.dtype, key=lambda dtype: torch.finfo(dtype).eps)

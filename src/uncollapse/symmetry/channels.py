@@ -45,8 +45,9 @@ AGREEMENT = 0.8  # a copy agrees to 1, behind a layer norm over d_k channels to 
 
 @dataclass(frozen=True)
 class NormBefore:
-    """A layer norm whose output alone some weights read: u.x = u.beta for all that it gives, u = 1/gamma. `normal` is u at root mean
-    square 1, `shift` u.beta at that scale (0 where it is 0 but for rounding), `weight_size` the root mean square of the weights."""
+    """A layer norm whose output alone some weights read: u.x = u.beta for all that it gives, u = 1/gamma. `normal` is u at root
+    mean square 1, `shift` u.beta at that scale (0 where it is 0 but for rounding), `weight_size` the root mean square of the
+    weights."""
 
     normal: Tensor
     shift: float
