@@ -147,7 +147,7 @@ class _Study:
         rows = [rows_of(self.model, site, self.passes.operands) for site in self.sites]
         refuse_shared(self.model, self.sites, [site for _, site in self.passes.usual], rows, self.passes.runs)
         return [
-            Channels(
+            Channels(  # type: ignore[arg-type]  # the roles come by name
                 site.block,
                 site.kind,
                 site.call,
