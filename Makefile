@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest check bench results validity results-gates early-warning random-models fuzz browser schema constraints clean help
+.PHONY: demo test test-all test-oldest check bench results validity results-gates early-warning random-models fuzz mutants formulas browser schema constraints clean help
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -72,6 +72,14 @@ random-models: $(INSTALLED) ## ten thousand random small Transformers against th
 
 fuzz: $(INSTALLED) ## 100,000 drawn cases of what nobody expects; writes their figures into docs/reliability.md (two minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --count 100000 --write docs/reliability.md
+
+mutants: $(INSTALLED) ## change numbers and signs of the mathematics, claims and findings; list what no test notices (an hour; MUTANTS=N)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group mutants
+	$(BIN)/python -m studies.mutants --count $(or $(MUTANTS),200)
+
+formulas: $(INSTALLED) ## the claims' formulas as MathML, after one has changed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group formulas
+	@$(BIN)/python -m studies.formulas
 
 schema: $(INSTALLED) ## write the published JSON Schemas anew from the record dataclasses
 	@$(BIN)/python -c 'import json; from uncollapse.records.diagnosis import DiagnosisRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(DiagnosisRecord), indent=1, ensure_ascii=False))' \

@@ -1,10 +1,10 @@
-"""Do leaders explain the ALBERT sequences that keep several groups? RXNMapper's layer without norm, residual and MLP, run on and on.
+"""Do leaders explain the ALBERT sequences that keep several groups? Its layer without norm, residual and MLP, run on and on.
 
     python -m studies.leaders
 
-For each sequence: the groups of tokens after 12, 21 and 40 layers, with the softmax and with its hard maximum, and how far the logits
-of a row lie apart after nine layers. The layer is computed here from its weights, not through the package. docs/theory.md, section 4,
-says what it shows.
+For each sequence: the groups of tokens after 12, 21 and 40 layers, with the softmax and with its hard maximum, and how far the
+logits of a row lie apart in the ninth layer. The layer is computed here from its weights, not through the package.
+docs/theory.md, section 4, says what it shows.
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ def main() -> None:
     """Print one line a sequence."""
     loaded = sources.load_model(str(weights.rxnmapper()), dtype="float64")
     model: Any = loaded.model
+    tokenizer: Any = loaded.tokenizer
     attention = model.encoder.albert_layer_groups[0].albert_layers[0].attention
     print(
         f"{'sequence':>8} {'tokens':>6}  groups after {AFTER}: softmax, hard maximum; logits apart in the ninth layer"
     )
     for number, text in enumerate(sources.read_texts([MOLECULES])):
-        ids = loaded.tokenizer(text, return_tensors="pt", truncation=True, max_length=128)["input_ids"]
+        ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=128)["input_ids"]
         start = model.encoder.embedding_hidden_mapping_in(model.embeddings(ids))[0]
         found = []
         for hard in (False, True):

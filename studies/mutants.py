@@ -4,8 +4,9 @@
     python -m studies.mutants --count 40 --only measures/exact.py
 
 Cosmic Ray's operators change one place of one module: a number by one, + to -, < to <=, a condition to its negation, True to
-False, a loop to none. The mutants are drawn at random, every place with the same chance, so that the share that dies is an estimate for
-all of them. Each runs in a process of its own that was forked after the slow imports: no file is changed. First the tests that
+False, a loop to none. The mutants are drawn at random, every place with the same chance, so that the share that dies is an
+estimate for all of them. Each runs in a process of its own that was forked after the slow imports: no file is changed. First
+the tests that
 mirror the module, then those of what rests on it (`stages`); the first failure kills. Tests of other packages are not asked, so a
 survivor of this run may still be noticed by `make test`.
 
@@ -131,11 +132,12 @@ def places(path: Path) -> list[Mutant]:
 def silent(source: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     """Spans (line, column) where a change says nothing about the mathematics: the words of a refusal, `strict=` of a zip, and how
     large the matrices are that a claim draws."""
-    spans = []
+    spans: list[ast.expr | ast.stmt | ast.keyword] = []
     for node in ast.walk(ast.parse(source)):
-        drawing = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-        if drawing and isinstance(node.func.value, ast.Name) and node.func.value.id == "draws":
-            spans += [each for each in node.args]
+        called = node.func if isinstance(node, ast.Call) else None
+        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "draws":
+            assert isinstance(node, ast.Call)
+            spans += list(node.args)
         elif isinstance(node, ast.Raise) or (isinstance(node, ast.keyword) and node.arg == "strict"):
             spans.append(node)
     return [((n.lineno, n.col_offset), (n.end_lineno or 0, n.end_col_offset or 0)) for n in spans]

@@ -23,6 +23,7 @@ from uncollapse.judgement.order_parameters import Components, symmetry_records
 from uncollapse.probe.activity import embedding_records, part_records
 from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
 from uncollapse.probe.initialisation import evidence
+from uncollapse.probe.logit_bounds import logit_bounds
 from uncollapse.probe.passes import Level
 from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.common import Finding
@@ -92,7 +93,12 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
             model, anatomy, prepared.batches, context_lengths, seed=prepared.seed, progress=progress
         )
     trajectory = site_records(observed)
-    attention = [record for s in observed.attention for record in attention_records(s, prepared.level)]
+    bounds = logit_bounds(model, anatomy, prepared.batches[0])
+    attention = [
+        record
+        for s in observed.attention
+        for record in attention_records(s, prepared.level, bounds.get((s.block, s.call.product)))
+    ]
     head_records = heads_records(observed.attention, model)
     updates = update_records(observed.updates)
     parts, embeddings = part_records(observed.parts), embedding_records(observed.embeddings)

@@ -16,8 +16,10 @@ from torch import Tensor
 from uncollapse import __version__
 from uncollapse.analyses.preparation import Prepared
 from uncollapse.anatomy.interception import device_of
+from uncollapse.measures import mixing
 from uncollapse.measures.running import Running
 from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
+from uncollapse.probe.logit_bounds import LogitBound
 from uncollapse.probe.passes import Level, Observations
 from uncollapse.probe.sites import (
     MASSIVE_MEASURES,
@@ -102,9 +104,12 @@ def _stream_record(number: int, running: Running) -> StreamRecord:
     return StreamRecord(number, **measures)
 
 
-def attention_records(statistics: AttentionStatistics, level: Level) -> list[AttentionRecord]:
-    """One attention call, head by head."""
+def attention_records(
+    statistics: AttentionStatistics, level: Level, bound: LogitBound | None = None
+) -> list[AttentionRecord]:
+    """One attention call, head by head. `bound`: of its logits, where somebody looked."""
     records = []
+    known = None if bound is None else bound.range
     for head in range(statistics.call.heads):
         values = {name: Statistic.of(*statistics.values.summary(i, head)) for i, name in enumerate(ATTENTION_MEASURES)}
         # A figure that one batch did not bear out is none of the whole text.
@@ -122,6 +127,9 @@ def attention_records(statistics: AttentionStatistics, level: Level) -> list[Att
                 kind=statistics.kind,
                 route=statistics.route,
                 unavailable=unavailable,
+                logit_range_bound=known,
+                disperses_beyond=None if known is None else mixing.dispersion_length(known),
+                bounded_by="" if bound is None else bound.because,
                 **values,
             )
         )

@@ -1,7 +1,8 @@
 """The paper's main thesis: four collapses, each a distinct symmetry of the forward pass. Two of the four are symmetries.
 
 Depth: permutations of the tokens. Heads: W_V -> W_V M, W_O -> M^-1 W_O with M acting within each head. Both are exact. (An M that
-mixes heads leaves the product O W_O as it is too, but no weights do that: heads have patterns of their own.) Width: permuting the columns of A alone,
+mixes heads leaves the product O W_O as it is too, but no weights do that: heads have patterns of their own.) Width: permuting
+the columns of A alone,
 A -> A Pi, changes what is mixed at every finite n. Entropy: multiplying the logits by t changes the weights. What is exact there
 is something else: (a W_Q, W_K/a), and a constant added to a row of logits. `scaling-fixed-points` says what the scaling does.
 """

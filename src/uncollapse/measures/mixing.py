@@ -75,6 +75,32 @@ class RowStatistics:
     route: Literal["logits", "weights"]
 
 
+def dispersion_length(logit_range: float, weight: float = 0.5) -> float:
+    """Over how many keys a head cannot be sharp any more, if the logits of a row differ by at most `logit_range`. A count of keys.
+
+    n = 1 + e^delta (1 - w)/w: the largest weight is at most e^delta/(n - 1 + e^delta), so over more than n allowed keys none
+    has more
+    than the share w = `weight`.
+
+    From 1 (w = 1) to infinity; 2 for delta = 0 and w = 1/2. Rises with the range, falls with the weight.
+
+    It says what a head *cannot* do. Below n nothing follows: the head may be spread all the same.
+
+    >>> dispersion_length(math.log(3)), dispersion_length(math.log(3), weight=0.75)  # weights 3/4 and 1/4 over two keys
+    (4.0, 2.0)
+
+    Velickovic et al., softmax is not enough, arXiv 2410.01104; the claim `dispersion`. Raises `InputError` for a negative or
+    infinite
+    range and a weight outside of (0, 1].
+    """
+    if not 0 <= logit_range < math.inf or not 0 < weight <= 1:
+        raise InputError(
+            f"dispersion_length: expected a finite logit_range of at least 0 and a weight above 0 and at most 1, got {logit_range} "
+            f"and {weight}. A range of logits is their maximum less their minimum. Pass for example logit_range=8.0, weight=0.5."
+        )
+    return 1 + math.exp(min(logit_range, 700.0)) * (1 - weight) / weight
+
+
 @admitting
 def entropy(
     weights: Float[Tensor, "*batch query key"], mask: Bool[Tensor, "*batch_ token"] | None = None

@@ -130,6 +130,11 @@ class AttentionRecord:
     probe: how much of the spread of the values survives the mixing, at most `contraction` = ||C A||_2. `route` says where the
     figures came from: `logits` (recomputed tile by tile from the queries and keys of a fused call and its own mask or bias; never
     n x n) or `weights` (the softmax that the model ran itself).
+
+    `logit_range_bound` is the most that the logits of a row can differ on *any* text, where a soft cap or a norm on queries
+    and keys was
+    shown to bound them; null where not: what a text shows is no bound. Over more than `disperses_beyond` = 1 + e^range allowed keys
+    this head can then give no key more than half of a row's weight. `bounded_by` says on what condition, or that nothing was shown.
     """
 
     block: int
@@ -150,6 +155,9 @@ class AttentionRecord:
     route: str = ""
     unavailable: dict[str, str] = field(default_factory=dict)
     keys_within_reach: Statistic | None = None
+    logit_range_bound: float | None = None
+    disperses_beyond: float | None = None
+    bounded_by: str = ""
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,9 @@ AGREEMENT = 0.8  # a copy agrees to 1, behind a layer norm over d_k channels to 
 
 @dataclass(frozen=True)
 class NormBefore:
-    """A layer norm whose output alone some weights read: u.x = u.beta for all that it gives, u = 1/gamma. `normal` is u at root mean
-    square 1, `shift` u.beta at that scale (0 where it is 0 but for rounding), `weight_size` the root mean square of the weights."""
+    """A layer norm whose output alone some weights read: u.x = u.beta for all that it gives, u = 1/gamma. `normal` is u at root
+    mean square 1, `shift` u.beta at that scale (0 where it is 0 but for rounding), `weight_size` the root mean square of the
+    weights."""
 
     normal: Tensor
     shift: float
@@ -146,7 +147,7 @@ class _Study:
         rows = [rows_of(self.model, site, self.passes.operands) for site in self.sites]
         refuse_shared(self.model, self.sites, [site for _, site in self.passes.usual], rows, self.passes.runs)
         return [
-            Channels(
+            Channels(  # type: ignore[arg-type]  # the roles come by name
                 site.block,
                 site.kind,
                 site.call,

@@ -105,7 +105,7 @@ class NormGauge:
 
 def hidden_channels(channels: Channels) -> dict[str, tuple[int, ...]]:
     """Of queries, keys and values the channels, in every head, whose weights have a direction that nothing shows."""
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for role in ("queries", "keys", "values"):
         before, rows = channels.norms_before.get(role), rows_of(channels, role)
         every = tuple(range(len(rows.features[0])))
