@@ -1,6 +1,6 @@
 """What each head of an attention writes: the vectors O_h W_h that its output projection adds up, from a live model.
 
-When not to use this: to say what the model does with a head. Whatever comes after the sum sees only the sum. `attribution`
+When not to use this: to say what the model does with a head. Whatever comes after the sum sees only the sum. `identify`
 answers whether one head can be told from the others there.
 """
 
