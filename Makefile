@@ -88,6 +88,8 @@ schema: $(INSTALLED) ## write the published JSON Schemas anew from the record da
 		> src/uncollapse/schemas/trail-1.json
 	@$(BIN)/python -c 'import json; from uncollapse.records.comparison import ComparisonRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(ComparisonRecord), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/comparison-1.json
+	@$(BIN)/python -c 'import json; from uncollapse.records.attribution import AttributionRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(AttributionRecord), indent=1, ensure_ascii=False))' \
+		> src/uncollapse/schemas/attribution-1.json
 
 constraints: $(INSTALLED) ## write constraints.txt anew from what is installed
 	@{ grep '^#' constraints.txt; $(BIN)/pip freeze | grep '==' | sed 's/+cpu//'; } > constraints.new && mv constraints.new constraints.txt

@@ -63,6 +63,7 @@ class Effect:
     direct: Tensor | None = None
     exact: Tensor | None = None
     first_order: Tensor | None = None
+    total: Tensor | None = None
     reach: Tensor | None = None
     reasons: dict[str, str] = field(default_factory=dict)
 
