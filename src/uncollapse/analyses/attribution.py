@@ -1,12 +1,12 @@
 """Which part of a model does it? The effects of heads, MLPs, embedding and biases on one number of its output, each beside what
 may be said of a single head.
 
-Three effects answer three questions. The *direct* effect is what a component does on the stream's own way to the output. The *total*
-effect is what is lost when it is taken away and later layers answer. The *first-order* effect stands for the total one, by gradients.
-Where later layers make up for a missing head (self-repair), its total effect is smaller than its direct one.
+Three effects answer three questions. The *direct* effect is what a component does on the stream's own way to the output. The
+*total* effect is what is lost when it is taken away and later layers answer. The *first-order* effect stands for the total one,
+by gradients. Where later layers make up for a missing head (self-repair), its total effect is smaller than its direct one.
 
-An effect of a head is a statement about a part of a sum. Whoever records the heads before the output projection knows the part. Whoever
-sees the sum has to take it apart, and an error in it grows by the layer's noise gain. Both are said of every head.
+An effect of a head is a statement about a part of a sum. Whoever records the heads before the output projection knows the part.
+Whoever sees the sum has to take it apart, and an error in it grows by the layer's noise gain. Both are said of every head.
 
 What this cannot say: what would be lost if the component had never been there.
 """
@@ -61,8 +61,8 @@ class Attribution(Recorded[AttributionRecord]):
 
     @property
     def direct(self) -> list[EffectRecord]:
-        """One entry for each component, with `kind`, `block`, `head` and `value`. The values add up to the metric where it is affine
-        in what the components add (`record.metric.is_affine`)."""
+        """One entry for each component, with `kind`, `block`, `head` and `value`. The values add up to the metric where it is
+        affine in what the components add (`record.metric.is_affine`)."""
         return self.record.effects
 
     @property
@@ -88,25 +88,27 @@ def attribute(
 ) -> Attribution:
     """What each part of a model does to a number of its output.
 
-    batch: one dictionary of tensors or a list of them, passed to the model as they are; or prompts, with a tokenizer. metric: called
-    with the model's output, it gives one number for each sequence (or one number): `uc.logit_difference(" Mary", " John")`,
+    batch: one dictionary of tensors or a list of them, passed to the model as they are; or prompts, with a tokenizer. metric:
+    called with the model's output, it gives one number for each sequence (or one number): `uc.logit_difference(" Mary", " John")`,
     `uc.next_token_loss()`, or any function. ablated_as: what stands in the place of a component for its total effect, `"zero"`,
     `"mean"` (over the batch) or `"resample"` (another sequence's); None leaves total effects out. They take one pass for each head
     and MLP. exact: also measure exact direct effects, one more pass for each. noise: the error that an observer behind the output
     projection has, as a share of what the layer writes.
 
-    `attribution.direct` is a list of entries with `kind`, `block`, `head`, `value`. With several sequences every figure has the half
-    width of its 95 % interval over them.
+    `attribution.direct` is a list of entries with `kind`, `block`, `head`, `value`. With several sequences every figure has the
+    half width of its 95 % interval over them.
 
-    Options shared with `diagnose`, as far as they apply (`help(uncollapse.analyses.preparation.ProbeOptions)`): tokenizer, max_tokens,
-    seed, layout, name, device, dtype, device_map, trust_remote_code, max_parameters, command, progress.
+    Options shared with `diagnose`, as far as they apply (`help(uncollapse.analyses.preparation.ProbeOptions)`): tokenizer,
+    max_tokens, seed, layout, name, device, dtype, device_map, trust_remote_code, max_parameters, command, progress.
 
     Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the anatomy
     cannot be proved or the model cannot be differentiated.
     """
     _require(metric, ablated_as, noise)
     prompts = _prompts(batch)
-    given: list[Any] = [] if prompts is not None else ([batch] if isinstance(batch, Mapping) else list(batch))  # type: ignore[list-item]
+    given: list[Any] = []
+    if prompts is None:
+        given = [batch] if isinstance(batch, Mapping) else list(batch)
     if probe.get("batches") is not None:
         raise InputError("attribute: expected the batch as second argument, got batches, too. Leave batches out.")
     prepared = _prepared(model, prompts, given, probe)
@@ -152,7 +154,8 @@ def _require(metric: AnyMetric, ablated_as: HeadsAs | None, noise: float) -> Non
         )
     if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 < noise < 1:
         raise InputError(
-            f"attribute: expected noise as a share between 0 and 1, got {noise!r}. It is relative to what a layer writes. Pass 0.01."
+            f"attribute: expected noise as a share between 0 and 1, got {noise!r}. It is relative to what a layer writes. "
+            "Pass 0.01."
         )
 
 
@@ -200,9 +203,7 @@ def _effects(
         if prepared.progress is not None:
             prepared.progress(what, number * total + done, batches * total)
 
-    found = effects_of(
-        model, batch, made, prepared.anatomy, layout=prepared.layout, exact=exact, progress=progress
-    )
+    found = effects_of(model, batch, made, prepared.anatomy, layout=prepared.layout, exact=exact, progress=progress)
     if ablated_as is not None:
         add_total_effects(
             model, batch, made, prepared.anatomy, found.effects, ablated_as, seed=prepared.seed, progress=progress
@@ -323,7 +324,9 @@ def _of_a_head(
     behind = ("noise_gain", "behind", "behind_random")
     if record is None or record.head_noise_gain is None:
         reason = "what its output projection says was not measured"
-        unavailable |= dict.fromkeys(behind, reason if record is None else record.unavailable.get("head_noise_gain", reason))
+        unavailable |= dict.fromkeys(
+            behind, reason if record is None else record.unavailable.get("head_noise_gain", reason)
+        )
         return {}
     reach = _estimate(effect.reach for effect in effects)
     gain, random = record.head_noise_gain[head], record.random_head_noise_gain

@@ -64,7 +64,7 @@ def load(
             return Recorded(record)
         case ComparisonRecord() as record:
             return Comparison(record)
-        case AttributionRecord():
+        case AttributionRecord() as record:
             return Attribution(record)
         case TrailRecord() as record:
             return Trail(record)

@@ -45,8 +45,8 @@ _SPELLED = re.compile(r"head:(\d+)\.(\d+)")
 
 @dataclass(frozen=True)
 class Filling:
-    """What comes in the place of a head's mixed values, or of what a whole sublayer adds (`whole_sublayers`). means: of `"mean"`, of
-    heads by block and attention call, [head, width]."""
+    """What comes in the place of a head's mixed values, or of what a whole sublayer adds (`whole_sublayers`). means: of `"mean"`,
+    of heads by block and attention call, [head, width]."""
 
     kind: HeadsAs = "zero"
     seed: int = 0

@@ -124,8 +124,8 @@ def without(
     heads: with `"attention"`, only these heads, by block: `heads={5: [3]}`. Of a block with self- and cross-attention, those of the
     self-attention. key_value_heads: the same for grouped queries: all heads that read this key-value head. heads_as: what comes in
     the place of a head's mixed values: `"zero"`, `"mean"` (over the real tokens of `batch`, in the whole model) or `"resample"`
-    (those of another sequence of the batch that is running, drawn by `seed`). parts_as: the same for what whole sublayers add, those
-    of `"mlp"`, `"attention"` and `"block"`; with `"zero"` they are skipped.
+    (those of another sequence of the batch that is running, drawn by `seed`). parts_as: the same for what whole sublayers add,
+    those of `"mlp"`, `"attention"` and `"block"`; with `"zero"` they are skipped.
 
     Raises `InputError` for an unknown component, block or head, `UnsupportedModel` where the anatomy cannot be proved, where
     there is nothing of the kind to remove or the output would be the same in every bit, where a head cannot be told from others,
@@ -500,9 +500,7 @@ def _put_up(
     norms: set[ModuleCall | NormPiece] = set()
     for number, block in enumerate(anatomy.blocks):
         gone = {c for r in removals if number in r.blocks for c in r.components}
-        skips = {
-            c for r in removals if number in r.blocks and r.parts_filling.kind == "zero" for c in r.components
-        }
+        skips = {c for r in removals if number in r.blocks and r.parts_filling.kind == "zero" for c in r.components}
         parts, alone = _parts(block, skips, _PARTS), _parts(block, gone, _RESIDUALS)
         _refuse_shared(block, parts, alone)
         handlers |= removal(block, parts, residual=alone)

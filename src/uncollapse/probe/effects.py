@@ -118,9 +118,9 @@ def effects_of(
     remainder = full.metric - given_sum - constant
     size = full.metric.abs() + constant.abs() + sum(e.direct.abs() for e in found if e.direct is not None)
     affine = bool((remainder.abs() <= ROUNDINGS * passes.eps * size).all())
-    if affine:
+    if affine and bool(constant.any()):
         found.append(Effect("output_bias", direct=constant, reasons={"first_order": "it passes nothing that is later"}))
-    else:
+    elif not affine:
         remainder = remainder + constant
     if exact:
         with probing(model):
@@ -190,7 +190,7 @@ class _Passes:
             known = norms.maps.get(where)
             return None if known is None else known(given).to(result.dtype)
 
-        zero = {key: torch.zeros_like for key in self._keys()}
+        zero = dict.fromkeys(self._keys(), torch.zeros_like)
         return self._run(self._updating(zero), dict.fromkeys(self.firsts, nothing), frozen).detach()
 
     def held(
@@ -523,13 +523,15 @@ def _of_part(
         kind: Literal["self", "cross"] = "cross" if part.kind == "cross" else "self"
         found, reason = heads.effects(key, block, kind, direct, full, sequences)
         if not reason:
-            return [*found, _bias("attention_bias", number, block, whole, found, kind)]
+            rest = _bias("attention_bias", number, block, whole, found, kind)
+            return [*found, rest] if _is_more_than_rounding(rest, found, direct, key) else found
         return [Effect("attention", number, None, block.stack, kind, **whole, reasons={"heads": reason})]
     name: Kind = "mixer" if part.kind == "mixer" else "mlp"
     bias = _mlp_bias(key, block, part, direct, full, sequences)
     if isinstance(bias, str):
         return [Effect(name, number, None, block.stack, **whole, reasons={"mlp_bias": bias})]
-    return [_bias(name, number, block, whole, [bias], None), bias]
+    rest = _bias(name, number, block, whole, [bias], None)
+    return [rest, bias] if bool(direct.zeros[key].any()) else [rest]
 
 
 def _bias(
@@ -545,6 +547,14 @@ def _bias(
     rest.direct = whole["direct"] - sum(e.direct for e in found if e.direct is not None)
     rest.first_order = whole["first_order"] - sum(e.first_order for e in found if e.first_order is not None)
     return rest
+
+
+def _is_more_than_rounding(rest: Effect, heads: Sequence[Effect], direct: _Met, key: Key) -> bool:
+    """Whether what an attention adds beside its heads is anything."""
+    assert rest.direct is not None
+    size = sum(effect.direct.abs() for effect in heads if effect.direct is not None)
+    eps = torch.finfo(direct.written[key].value.dtype).eps
+    return bool((rest.direct.abs() > ROUNDINGS * eps * size).any())
 
 
 def _mlp_bias(key: Key, block: Block, part: Part, direct: _Met, full: _Met, sequences: int) -> Effect | str:
@@ -587,17 +597,21 @@ def _of_norms(anatomy: Anatomy, direct: _Met, sequences: int) -> list[Effect]:
 class _Heads:
     """What the heads of each attention write on one batch, and whether that is what the passes met."""
 
-    def __init__(
-        self, model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, layout: Layout | None
-    ) -> None:
+    def __init__(self, model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, layout: Layout | None) -> None:
         self.model, self.batch, self.anatomy, self.layout = model, batch, anatomy, layout
 
     def contributions(self, key: Key, kind: Literal["self", "cross"]) -> Tensor | str:
         """What the heads of one attention write [sequence, token, head, width], or why they cannot be told."""
         block = self.anatomy.blocks[key[0]]
-        same = [i for i, p in enumerate(block.parts) if p.attention and ("cross" if p.kind == "cross" else "self") == kind]
+        same = [
+            i for i, p in enumerate(block.parts) if p.attention and ("cross" if p.kind == "cross" else "self") == kind
+        ]
         try:
-            made = [c for c in head_contributions(self.model, self.batch, blocks=[key[0]], layout=self.layout) if c.kind == kind]
+            made = [
+                c
+                for c in head_contributions(self.model, self.batch, blocks=[key[0]], layout=self.layout)
+                if c.kind == kind
+            ]
         except UncollapseError as error:
             return str(error).partition(", got ")[2].partition(". ")[0] or str(error)
         return made[same.index(key[1])].contributions

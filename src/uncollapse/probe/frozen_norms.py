@@ -113,7 +113,9 @@ def _affine(
     direction = odd / centred * _centred(y, is_centred, axis)
     rest = out - shift
     # A row of zeros is written as its shift, whatever its scale.
-    scale = ((rest * direction).sum(axis, keepdim=True) / direction.square().sum(axis, keepdim=True)).nan_to_num(0, 0, 0)
+    scale = ((rest * direction).sum(axis, keepdim=True) / direction.square().sum(axis, keepdim=True)).nan_to_num(
+        0, 0, 0
+    )
     gap = (rest - scale * direction).abs()
     most = torch.maximum(rest.abs().amax(axis, keepdim=True), shift.abs().amax(axis, keepdim=True))
     if not bool((gap <= ROUNDINGS * eps * most + 1e-30).all()):

@@ -35,7 +35,8 @@ class LogitDifference:
     def of(self, sequences: int, mask: Tensor | None, tokenizer: Any) -> Callable[[Any], Tensor]:
         """The metric for a batch of so many sequences. mask [sequence, token]: True for a real token, None where all are."""
         columns = [
-            _ids(each, sequences, tokenizer, what) for each, what in ((self.target, "target"), (self.against, "against"))
+            _ids(each, sequences, tokenizer, what)
+            for each, what in ((self.target, "target"), (self.against, "against"))
         ]
 
         def metric(output: Any) -> Tensor:
@@ -70,7 +71,9 @@ class NextTokenLoss:
             logits = _logits(output)[:, :-1]
             ids = batch[self.ids][:, 1:].to(logits.device)
             losses = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), ids.flatten(), reduction="none"
+                logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
+                ids.flatten(),
+                reduction="none",
             ).view(ids.shape)
             real = torch.ones_like(losses) if mask is None else (mask[:, 1:] & mask[:, :-1]).to(losses)
             return (losses * real).sum(-1) / real.sum(-1).clamp(min=1)

@@ -1,7 +1,7 @@
 """What a number made of a model's output loses when a component is taken away, and later layers may answer: one pass for each.
 
-Heads are taken out before the output projection, MLPs where they are added (`interventions`). What comes in their place is zero, the
-mean over the batch, or what another sequence of the batch has there.
+Heads are taken out before the output projection, MLPs where they are added (`interventions`). What comes in their place is zero,
+the mean over the batch, or what another sequence of the batch has there.
 
 When not to use this: to add the effects up. They do not sum to anything.
 """
@@ -72,7 +72,9 @@ def add_total_effects(
         if effect.kind == "head":
             head = effect.head or 0
             if head not in heads.get(number, ()):
-                effect.reasons["total"] = "of a block with self- and cross-attention only heads of the former are taken away"
+                effect.reasons["total"] = (
+                    "of a block with self- and cross-attention only heads of the former are taken away"
+                )
                 continue
             if number in reasons or filling is None:
                 effect.reasons["total"] = reasons.get(number, "it cannot be taken away by itself")

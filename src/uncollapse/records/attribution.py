@@ -20,7 +20,8 @@ EffectKind = Literal[
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over sequences, with half of its 95 % interval (Student's t; null for one sequence), the extremes, and their number."""
+    """A mean over sequences, with half of its 95 % interval (Student's t; null for one sequence), the extremes, and their
+    number."""
 
     mean: float
     half_width: float | None
@@ -39,9 +40,9 @@ class Estimate:
 
 @dataclass(frozen=True)
 class MetricRecord:
-    """The number that is attributed. `sum` is that of all direct effects, `remainder` the metric less that. `is_affine`: the metric is
-    affine in what is added to the stream, so that the remainder is rounding; otherwise the direct effects are those of its
-    linearisation, and `sum_of` says so. `left` names the norms on the stream's way that are passed by their derivative."""
+    """The number that is attributed. `sum` is that of all direct effects, `remainder` the metric less that. `is_affine`: the
+    metric is affine in what is added to the stream, so that the remainder is rounding; otherwise the direct effects are those of
+    its linearisation, and `sum_of` says so. `left` names the norms on the stream's way that are passed by their derivative."""
 
     name: str
     value: Estimate
@@ -54,8 +55,8 @@ class MetricRecord:
 
 @dataclass(frozen=True)
 class EffectRecord:
-    """One component. `direct` is its effect on the stream's own way to the output, norms at frozen scale; `exact` the same by a pass
-    without it there, norms scaling anew; `first_order` through everything later, by gradients; `total` by taking it away.
+    """One component. `direct` is its effect on the stream's own way to the output, norms at frozen scale; `exact` the same by a
+    pass without it there, norms scaling anew; `first_order` through everything later, by gradients; `total` by taking it away.
 
     Of heads: an observer of the heads before W_O knows `direct` as it stands. One who sees the sum behind W_O, with an error of the
     share `noise` of its size, knows it to within `behind`; with random weights of that size it would be `behind_random` (median).

@@ -54,7 +54,9 @@ def _row(record: Any, kind: type[Any]) -> dict[str, Any]:
 
 def _backend(backend: str | None, function: str) -> str:
     if backend is not None and backend not in BACKENDS:
-        raise InputError(f"{function}: expected a backend among {', '.join(BACKENDS)}, got {backend!r}. Check the spelling.")
+        raise InputError(
+            f"{function}: expected a backend among {', '.join(BACKENDS)}, got {backend!r}. Check the spelling."
+        )
     wanted = BACKENDS if backend is None else (backend,)
     found = next((name for name in wanted if importlib.util.find_spec(name) is not None), None)
     if found is None:
@@ -63,5 +65,3 @@ def _backend(backend: str | None, function: str) -> str:
             "Install pandas, or use the record itself."
         )
     return found
-
-

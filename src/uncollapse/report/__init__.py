@@ -28,7 +28,7 @@ from uncollapse.records.heads import HEADS_SCHEMA, IdentifiabilityRecord
 from uncollapse.records.ledger import LEDGER_SCHEMA, Ledger
 from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord
 from uncollapse.records.trail import TRAIL_SCHEMA, TrailRecord
-from uncollapse.report import ablation, comparison, diagnosis, heads, ledger, symmetries, trail
+from uncollapse.report import ablation, attribution, comparison, diagnosis, heads, ledger, symmetries, trail
 
 if TYPE_CHECKING:
     from rich.console import Console
