@@ -34,7 +34,7 @@ def _map(record: AttributionRecord, stack: str | None, attention: str | None, se
     )
     color = alt.Color(
         "value:Q",
-        scale=alt.Scale(domain=[-most, 0, most], range=[NEGATIVE, NONE, POSITIVE], clamp=True),
+        scale=alt.Scale(domain=[-most, 0, most], range=[NEGATIVE, NONE, POSITIVE], interpolate="rgb", clamp=True),
         legend=alt.Legend(title=None, orient="bottom", gradientLength=220, tickCount=5),
     )
     step = max(9, min(26, 520 // max(1, blocks)))

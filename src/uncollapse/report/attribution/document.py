@@ -12,12 +12,13 @@ from uncollapse.report.page.panels import Panel, Tile, bundle
 
 def document(record: AttributionRecord) -> str:
     """The page of one attribution."""
-    heads = [effect for effect in record.effects if effect.kind == "head"]
-    rest = [effect for effect in record.effects if effect.kind != "head"]
+    largest = sorted(record.effects, key=lambda effect: 0.0 if effect.direct is None else -abs(effect.value))
+    heads = [effect for effect in largest if effect.kind == "head"]
+    rest = [effect for effect in largest if effect.kind != "head"]
     drawn = [*charts.heads_maps(record), charts.along_depth(record), charts.direct_against_total(record)]
     return sheet.render(
         "attribution/page.html.j2",
-        styles=["page/page.css"],
+        styles=["page/page.css", "attribution/page.css"],
         scripts=[bundle(), sheet.source("page/page.js")],
         title=record.model.name,
         record=record,
