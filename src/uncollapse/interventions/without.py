@@ -56,7 +56,7 @@ from uncollapse.interventions.overlooked_norms import require_no_norm_left
 from uncollapse.interventions.single_heads import Filling, Heads, HeadsAs
 from uncollapse.interventions.token_order import mask_removed, positions_removed, require_order_blind
 from uncollapse.restoring import Changes, found_state, in_this_thread, restoring, turn
-from uncollapse.wrappers import seen_through
+from uncollapse.wrappers import module_of, seen_through
 
 Component = Literal[
     "mlp", "attention", "block", "head", "residual", "attention-residual", "mlp-residual", "norm", "positions", "mask"
@@ -131,6 +131,7 @@ def without(
     there is nothing of the kind to remove or the output would be the same in every bit, where a head cannot be told from others,
     or where gradient checkpointing is on.
     """
+    model = module_of(model)
     require_components(components)
     single_heads.require_filling(heads_as)
     single_heads.require_filling(parts_as, "parts_as")

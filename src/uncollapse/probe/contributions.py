@@ -32,6 +32,7 @@ from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.probe.projections import bears_out, holds, projected_cloud, projection_map, side_by_side
 from uncollapse.restoring import leaves_no_trace, restoring
 from uncollapse.sources import check_batches
+from uncollapse.wrappers import module_of
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ def head_contributions(
     Raises `InputError` for a batch or block that cannot be used, `UnsupportedModel` if the anatomy cannot be proved or an
     attention has no output projection that is a linear map of its heads.
     """
+    model = module_of(model)
     (given,) = check_batches([batch], model=model)
     anatomy = proved_anatomy(model, given, layout)
     readings = _readings(model, anatomy, blocks)
