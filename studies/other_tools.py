@@ -62,7 +62,15 @@ def bridged() -> float:
     import transformers
     from transformer_lens.model_bridge.bridge import TransformerBridge
 
-    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
+    shape = {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "vocab_size": 64,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
     tokens, worst = torch.randint(64, (3, 9)), 0.0
     plain = uc.attribute(model, {"input_ids": tokens}, uc.logit_difference(5, 7)).heads

@@ -1,7 +1,7 @@
 """Does attribution name the head that was planted? The layers of `planted`, with gates and without, by who observes.
 
-At every position one of two heads is asked for, so the truth is known. The number that is attributed is <y_i, t_i>, how far the layer's
-output at a token lies along what was asked for there. A head's direct effect is <O_h W_h g_h(i), t_i>. Three observers:
+At every position one of two heads is asked for, so the truth is known. The number that is attributed is <y_i, t_i>, how far the
+layer's output at a token lies along what was asked for there. A head's direct effect is <O_h W_h g_h(i), t_i>. Three observers:
 
 before       records the heads before the projection: the effects themselves
 behind       sees y, with an error of 1 % of its size, knows W_O and the gates, and takes the least-norm heads that give y
@@ -80,7 +80,11 @@ def judged(made: nn.Module, task: str, seed: int) -> dict[str, dict[str, float]]
     first, second = torch.arange(TOKENS // 2), torch.arange(TOKENS // 2) + TOKENS // 2
     both = torch.cat([maps[first], maps[second]], -1)
     told = torch.einsum("btd,tdm->btm", torch.cat([y[:, first], y[:, second]], -1), torch.linalg.pinv(both, rtol=1e-3))
-    seen = {"before": heads, "behind": alone.unflatten(-1, (HEADS, -1)), "recurring": told[:, half].unflatten(-1, (HEADS, -1))}
+    seen = {
+        "before": heads,
+        "behind": alone.unflatten(-1, (HEADS, -1)),
+        "recurring": told[:, half].unflatten(-1, (HEADS, -1)),
+    }
 
     def effects(known: Tensor) -> Tensor:
         written = torch.einsum("bthk,hkd->bthd", known, blocks) * gates[:, :, None]

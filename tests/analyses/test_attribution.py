@@ -142,7 +142,12 @@ def _bert_by_hand(model: Any, seen: Seen) -> dict[tuple[str, int | None, int | N
 
 
 def _past(
-    alive: dict[tuple[str, int | None, int | None], Tensor], norm: nn.Module, seen: Seen, name: str, block: int, which: int
+    alive: dict[tuple[str, int | None, int | None], Tensor],
+    norm: nn.Module,
+    seen: Seen,
+    name: str,
+    block: int,
+    which: int,
 ) -> dict[tuple[str, int | None, int | None], Tensor]:
     linear, shift = frozen(norm, seen.read[name])
     return {key: linear(vector) for key, vector in alive.items()} | {(f"norm_bias {which}", block, None): shift}
@@ -301,6 +306,9 @@ def test_copies_of_a_head_are_named() -> None:
     with torch.no_grad():
         matrix = model.transformer.h[0].attn.c_proj.weight
         matrix[2 * width : 3 * width] = 3 * matrix[:width]
+        matrix[3 * width : 3 * width + width // 2] = matrix[
+            width : width + width // 2
+        ]  # half of what head 1 writes into
     result = uc.attribute(model, text_batch(), last, ablated_as=None)
     named = {e.head: e.indistinguishable_from for e in result.heads if e.block == 0}
     assert named == {0: [2], 1: [], 2: [0], 3: []}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import uncollapse as uc
+from tests.helpers import tiny_models
 from tests.helpers.families import FAMILIES, Family, inputs_for
 from tests.helpers.projections import PROJECTIONS, hooked, projections, weight_of
 from tests.reference import identifiability as reference
@@ -379,7 +380,7 @@ def test_it_is_a_public_name() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_contributions_carry_gradients_when_asked(family: str) -> None:
     """The derivative of what a head writes, by the values' own weights, against a difference of two passes."""
-    model, batch = FAMILIES[family].build().double().eval(), text_batch()
+    model, batch = tiny_models.FAMILIES[family].build().double().eval(), tiny_models.text_batch()
     (plain,) = uc.head_contributions(model, batch, blocks=[1])
     assert not plain.contributions.requires_grad
     (found,) = uc.head_contributions(model, batch, blocks=[1], grad=True)
