@@ -307,7 +307,10 @@ def _effect_record(
         first.head,
         first.stack,
         first.attention,
-        **figures,
+        figures["direct"],
+        figures["exact"],
+        figures["first_order"],
+        figures["total"],
         **said,
         unavailable=unavailable,
     )

@@ -40,7 +40,7 @@ class Trail(Recorded[TrailRecord]):
 
 def load(
     path: str | os.PathLike[str],
-) -> Diagnosis | Ablation | Identifiability | Symmetries | Recorded[Ledger] | Comparison | Trail:
+) -> Diagnosis | Ablation | Identifiability | Symmetries | Recorded[Ledger] | Attribution | Comparison | Trail:
     """A stored record, as the result that wrote it: it can be shown, drawn as a page and written again.
 
     path: a file that `to_json` or `--json` wrote, by this version or an earlier one. The record's `schema` says what comes back:

@@ -525,13 +525,27 @@ def _of_part(
         if not reason:
             rest = _bias("attention_bias", number, block, whole, found, kind)
             return [*found, rest] if _is_more_than_rounding(rest, found, direct, key) else found
-        return [Effect("attention", number, None, block.stack, kind, **whole, reasons={"heads": reason})]
+        return [_whole("attention", number, block, kind, whole, {"heads": reason})]
     name: Kind = "mixer" if part.kind == "mixer" else "mlp"
     bias = _mlp_bias(key, block, part, direct, full, sequences)
     if isinstance(bias, str):
-        return [Effect(name, number, None, block.stack, **whole, reasons={"mlp_bias": bias})]
+        return [_whole(name, number, block, None, whole, {"mlp_bias": bias})]
     rest = _bias(name, number, block, whole, [bias], None)
     return [rest, bias] if bool(direct.zeros[key].any()) else [rest]
+
+
+def _whole(
+    kind: Kind,
+    number: int,
+    block: Block,
+    attention: Literal["self", "cross"] | None,
+    whole: Mapping[str, Tensor],
+    reasons: dict[str, str],
+) -> Effect:
+    """The effects of a sublayer of which no parts can be told."""
+    found = Effect(kind, number, None, block.stack, attention, reasons=reasons)
+    found.direct, found.first_order = whole["direct"], whole["first_order"]
+    return found
 
 
 def _bias(

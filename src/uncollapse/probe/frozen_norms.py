@@ -152,7 +152,7 @@ def _run(
         found[where] = given.detach().clone(), result.detach().clone()
 
     def gives(given: Tensor) -> Tensor:
-        return sign * poke(given, given.ndim - 1)
+        return (sign or 1.0) * poke(given, given.ndim - 1)
 
     standing = NormHandlers(wheres, meets, None if sign is None else lambda _, given: gives(given))
     handlers, actions = standing.handlers, list[tuple[Place, Action]]()

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from uncollapse.errors import InputError
 
-BACKENDS = ("pandas", "polars", "pyarrow")
+Backend = Literal["pandas", "polars", "pyarrow"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 def frame(records: Sequence[Any], kind: type[Any], *, backend: str | None = None, function: str = "to_frame") -> Any:
@@ -43,21 +44,20 @@ def _row(record: Any, kind: type[Any]) -> dict[str, Any]:
         if field.name == "unavailable":
             continue
         value = None if record is None else getattr(record, field.name)
-        nested = type(value) if dataclasses.is_dataclass(value) else None
-        if nested is None:
+        if not dataclasses.is_dataclass(value) or isinstance(value, type):
             row[field.name] = ", ".join(map(str, value)) if isinstance(value, list) else value
             continue
-        for inner in dataclasses.fields(nested):
+        for inner in dataclasses.fields(value):
             row[field.name if inner.name == "mean" else f"{field.name}_{inner.name}"] = getattr(value, inner.name)
     return row
 
 
-def _backend(backend: str | None, function: str) -> str:
+def _backend(backend: str | None, function: str) -> Backend:
     if backend is not None and backend not in BACKENDS:
         raise InputError(
             f"{function}: expected a backend among {', '.join(BACKENDS)}, got {backend!r}. Check the spelling."
         )
-    wanted = BACKENDS if backend is None else (backend,)
+    wanted = [name for name in BACKENDS if backend in (None, name)]
     found = next((name for name in wanted if importlib.util.find_spec(name) is not None), None)
     if found is None:
         raise InputError(
