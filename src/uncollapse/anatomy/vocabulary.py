@@ -272,6 +272,12 @@ class StreamAxes:
             return stream.permute(*self.token, self.width).flatten(0, -2).unsqueeze(0)
         return stream.permute(self.sequence, *self.token, self.width).flatten(1, -2)
 
+    def stream(self, cloud: Tensor, like: Tensor) -> Tensor:
+        """[sequence, token, width] laid out as the stream `like`: the reverse of `cloud`."""
+        order = (*(() if self.sequence is None else (self.sequence,)), *self.token, self.width)
+        laid = cloud.reshape([like.shape[axis] for axis in order])
+        return laid.permute([order.index(axis) for axis in range(like.ndim)])
+
     @property
     def ndim(self) -> int:
         return (self.sequence is not None) + len(self.token) + 1

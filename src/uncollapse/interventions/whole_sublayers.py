@@ -42,7 +42,7 @@ def standing(
                 made = filling.means[place].to(laid).expand(laid.shape)
             else:
                 made = of_another(filling.seed, real, "parts_as")(laid[:, None])[:, 0]
-            return back(made, update, axes)
+            return axes.stream(made, update)
 
         handler = _replacing(operand, filled)
         handlers[node.point] = in_turn(handlers[node.point], handler) if node.point in handlers else handler
@@ -118,13 +118,6 @@ def _laid(update: Tensor, axes: StreamAxes, block: Block, number: int) -> Tensor
     if update.ndim != axes.ndim:
         raise _not_filled(block, number, f"what is added there is laid out as {list(update.shape)}")
     return axes.cloud(update)
-
-
-def back(cloud: Tensor, like: Tensor, axes: StreamAxes) -> Tensor:
-    """[sequence, token, width] laid out as a stream is: the reverse of `StreamAxes.cloud`."""
-    order = (*(() if axes.sequence is None else (axes.sequence,)), *axes.token, axes.width)
-    laid = cloud.reshape([like.shape[axis] for axis in order])
-    return laid.permute([order.index(axis) for axis in range(like.ndim)])
 
 
 def _not_filled(block: Block, number: int, reason: str) -> UnsupportedModel:

@@ -38,7 +38,7 @@ from uncollapse.anatomy.summands import same_term, with_operands
 from uncollapse.anatomy.tracing import tensors_in, writes_in_place
 from uncollapse.anatomy.vocabulary import Anatomy, Block, Layout, Part, Place, StreamAxes
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
-from uncollapse.probe.contributions import head_contributions
+from uncollapse.probe.contributions import HeadContributions, head_contributions
 from uncollapse.probe.frozen_norms import FrozenNorms, NormHandlers, Where, frozen_norms, norms_on_the_way
 
 Metric = Callable[[Any], Tensor]  # a model's output to one number for each sequence, or to one number
@@ -613,6 +613,26 @@ class _Heads:
 
     def __init__(self, model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, layout: Layout | None) -> None:
         self.model, self.batch, self.anatomy, self.layout = model, batch, anatomy, layout
+        self._coming: Iterator[HeadContributions] | None = None
+        self._tellable = {
+            number
+            for number, block in enumerate(anatomy.blocks)
+            if all(p.written is not None and not p.no_output_map for p in block.parts if p.attention)
+        }
+
+    def _next(self, key: Key, kind: Literal["self", "cross"]) -> Tensor | str:
+        """The same as `contributions`, asked in order of depth: one pass serves all."""
+        if key[0] not in self._tellable:
+            return self.contributions(key, kind)
+        try:
+            if self._coming is None:
+                numbers = sorted(self._tellable)
+                self._coming = head_contributions(self.model, self.batch, blocks=numbers, layout=self.layout)
+            found = next(self._coming)
+        except UncollapseError as error:
+            return _reason(error)
+        assert (found.block, found.kind) == (key[0], kind)
+        return found.contributions
 
     def contributions(self, key: Key, kind: Literal["self", "cross"]) -> Tensor | str:
         """What the heads of one attention write [sequence, token, head, width], or why they cannot be told."""
@@ -627,7 +647,7 @@ class _Heads:
                 if c.kind == kind
             ]
         except UncollapseError as error:
-            return str(error).partition(", got ")[2].partition(". ")[0] or str(error)
+            return _reason(error)
         return made[same.index(key[1])].contributions
 
     def effects(
@@ -640,9 +660,9 @@ class _Heads:
         sequences: int,
     ) -> tuple[list[Effect], str]:
         """The effects of each head, or why they cannot be told."""
+        made = self._next(key, kind)
         if key not in direct.written or key not in full.written or block.axes is None:
             return [], "what its heads write together is not met at one place"
-        made = self.contributions(key, kind)
         if isinstance(made, str):
             return [], made
         written = block.axes.cloud(full.written[key].value)
@@ -672,6 +692,11 @@ class _Heads:
             for h, effect in enumerate(found):
                 setattr(effect, name, values[:, h])
         return found, ""
+
+
+def _reason(error: UncollapseError) -> str:
+    """What a refusal got, without what to do."""
+    return str(error).partition(", got ")[2].partition(". ")[0] or str(error)
 
 
 # Exact ----------------------------------------------------------------------------------------------------------------
@@ -721,11 +746,11 @@ def _exact(
 
 
 def _laid_off(part: Tensor, axes: StreamAxes, written: Tensor) -> Tensor:
-    return written - laid_as(part, written, axes).to(written)
+    return written - axes.stream(part, written).to(written)
 
 
 def _laid_instead(part: Tensor, axes: StreamAxes, written: Tensor) -> Tensor:
-    return laid_as(part, written, axes).to(written)
+    return axes.stream(part, written).to(written)
 
 
 def _less(zero: Tensor, written: Tensor) -> Tensor:
@@ -740,11 +765,3 @@ def _key_of(effect: Effect, anatomy: Anatomy) -> Key | None:
         wanted = {"cross"} if effect.attention == "cross" else {"attention"}
     parts = anatomy.blocks[effect.block].parts
     return next(((effect.block, i) for i, part in enumerate(parts) if part.kind in wanted), None)
-
-
-def laid_as(cloud: Tensor, like: Tensor, axes: StreamAxes) -> Tensor:
-    """[sequence, token, width] laid out as a stream is: what `axes.cloud` made of it."""
-    order = (*(() if axes.sequence is None else (axes.sequence,)), *axes.token, axes.width)
-    shape = [like.shape[axis] for axis in order]
-    back = [order.index(axis) for axis in range(like.ndim)]
-    return cloud.reshape(shape).permute(back)
