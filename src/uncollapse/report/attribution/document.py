@@ -15,7 +15,7 @@ def document(record: AttributionRecord) -> str:
     largest = sorted(record.effects, key=lambda effect: 0.0 if effect.direct is None else -abs(effect.value))
     heads = [effect for effect in largest if effect.kind == "head"]
     rest = [effect for effect in largest if effect.kind != "head"]
-    drawn = [*charts.heads_maps(record), charts.along_depth(record), charts.direct_against_total(record)]
+    beside = [charts.along_depth(record), charts.direct_against_total(record)]
     return sheet.render(
         "attribution/page.html.j2",
         styles=["page/page.css", "attribution/page.css"],
@@ -24,7 +24,7 @@ def document(record: AttributionRecord) -> str:
         record=record,
         say=say,
         tiles=_tiles(record),
-        panel=Panel("", [chart for chart in drawn if chart], []),
+        panels=[Panel("", charts.heads_maps(record), []), Panel("", [chart for chart in beside if chart], [])],
         heads=tables.effects_table(record, heads, "heads-table", "Every head") if heads else None,
         rest=tables.effects_table(record, rest, "rest-table", "Everything else"),
     )
