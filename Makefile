@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest check bench results validity results-gates early-warning random-models fuzz mutants formulas browser schema constraints clean help
+.PHONY: demo test test-all test-oldest check bench results validity results-gates early-warning random-models other-tools fuzz mutants formulas browser schema constraints clean help
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -70,6 +70,12 @@ early-warning: $(INSTALLED) ## train small models into failure, beside their hea
 random-models: $(INSTALLED) ## ten thousand random small Transformers against the truth they record (an hour; goes on where it stopped)
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.random_models --count 10000
 
+other-tools: $(INSTALLED) ## what docs/with-other-tools.md says, with TransformerLens 2.x and 3.x and nnsight, each in an environment of its own
+	@for lens in 'transformer-lens<3' 'transformer-lens>=3,<4'; do \
+		rm -rf .venv-tools && $(PYTHON) -m venv .venv-tools && .venv-tools/bin/pip install --quiet --upgrade 'pip>=25.1'; \
+		.venv-tools/bin/pip install --quiet "torch==2.13.0" && .venv-tools/bin/pip install --quiet "$$lens" nnsight; \
+		.venv-tools/bin/pip install --quiet -e . && .venv-tools/bin/python -m studies.other_tools || exit 1; done
+
 fuzz: $(INSTALLED) ## 100,000 drawn cases of what nobody expects; writes their figures into docs/reliability.md (two minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --count 100000 --write docs/reliability.md
 
@@ -96,6 +102,8 @@ schema: $(INSTALLED) ## write the published JSON Schemas anew from the record da
 		> src/uncollapse/schemas/trail-1.json
 	@$(BIN)/python -c 'import json; from uncollapse.records.comparison import ComparisonRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(ComparisonRecord), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/comparison-1.json
+	@$(BIN)/python -c 'import json; from uncollapse.records.attribution import AttributionRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(AttributionRecord), indent=1, ensure_ascii=False))' \
+		> src/uncollapse/schemas/attribution-1.json
 
 constraints: $(INSTALLED) ## write constraints.txt anew from what is installed
 	@{ grep '^#' constraints.txt; $(BIN)/pip freeze | grep '==' | sed 's/+cpu//'; } > constraints.new && mv constraints.new constraints.txt

@@ -23,7 +23,7 @@ from studies.validity.models import OTHER_SOUNDS, Batches, Subject, features
 from uncollapse.analyses.recording import attention_records, site_records
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.vocabulary import Anatomy
-from uncollapse.judgement.attribution import heads_records
+from uncollapse.judgement.identifiability import heads_records
 from uncollapse.judgement.reading import as_read
 from uncollapse.measures import heads
 from uncollapse.probe.activity import embedding_records, part_records

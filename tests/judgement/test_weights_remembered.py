@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import uncollapse as uc
 from tests.helpers.tiny_models import FAMILIES, text_batch
-from uncollapse.judgement import attribution
+from uncollapse.judgement import identifiability
 from uncollapse.measures.weight_marks import weight_marks
 from uncollapse.records.diagnosis import HeadsRecord
 
@@ -28,20 +28,20 @@ def weight(model: nn.Module) -> nn.Parameter:
 
 
 def from_weights(records: list[HeadsRecord]) -> list[tuple[object, ...]]:
-    return [tuple(getattr(r, name) for name in attribution.FROM_WEIGHTS) for r in records]
+    return [tuple(getattr(r, name) for name in identifiability.FROM_WEIGHTS) for r in records]
 
 
 @pytest.fixture
 def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Every matrix whose figures are computed."""
     met: list[Tensor] = []
-    compute = attribution._weight_figures
+    compute = identifiability._weight_figures
 
     def counted(matrix: Tensor, count: int) -> dict[str, object]:
         met.append(matrix)
         return compute(matrix, count)
 
-    monkeypatch.setattr(attribution, "_weight_figures", counted)
+    monkeypatch.setattr(identifiability, "_weight_figures", counted)
     return met
 
 
@@ -82,7 +82,7 @@ def test_changed_weights_are_looked_into_anew(change: str, decomposed: list[Tens
     CHANGES[change](weight(model))
     changed = uc.identify(model, batches=GIVEN).heads
     assert len(decomposed) == 1
-    attribution._remembered.clear()
+    identifiability._remembered.clear()
     assert from_weights(uc.identify(model, batches=GIVEN).heads) == from_weights(changed)
 
 
@@ -110,7 +110,7 @@ def test_what_is_remembered_keeps_no_model_alive() -> None:
     model = built()
     uc.identify(model, batches=GIVEN)
     alive = weakref.ref(model)
-    assert model in attribution._remembered
+    assert model in identifiability._remembered
     del model
     gc.collect()
     assert alive() is None

@@ -18,7 +18,7 @@ from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
 from uncollapse.analyses.recording import attention_records, model_info, probe_record, site_records, versions
 from uncollapse.analyses.result import Recorded
 from uncollapse.judgement import findings
-from uncollapse.judgement.attribution import heads_records
+from uncollapse.judgement.identifiability import heads_records
 from uncollapse.judgement.order_parameters import Components, symmetry_records
 from uncollapse.probe.activity import embedding_records, part_records
 from uncollapse.probe.context_lengths import require_context_lengths, width_scaling

@@ -24,7 +24,7 @@ from uncollapse.anatomy.vocabulary import Anatomy, Layout
 from uncollapse.errors import InputError
 from uncollapse.interventions.without import is_ablated
 from uncollapse.probe.passes import Level, Observations, Progress, capture
-from uncollapse.wrappers import seen_through, takes
+from uncollapse.wrappers import module_of, seen_through, takes
 
 DEFAULT_SEQUENCES = 64
 
@@ -187,6 +187,7 @@ def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, he
     """The model with its tokenizer and its name; a model given by name is loaded here."""
     tokenizer, name, progress = chosen["tokenizer"], chosen["name"], chosen["progress"]
     device, dtype, device_map = chosen["device"], chosen["dtype"], chosen["device_map"]
+    model = module_of(model)
     if isinstance(model, nn.Module):
         for option, value in {"device": device, "dtype": dtype, "device_map": device_map}.items():
             if value is not None:

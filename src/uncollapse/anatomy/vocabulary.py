@@ -321,6 +321,12 @@ class StreamAxes:
         assert self.sequence is not None
         return StreamAxes(without(self.sequence), tuple(map(without, self.token)), without(self.width))
 
+    def stream(self, cloud: Tensor, like: Tensor) -> Tensor:
+        """[sequence, token, width] laid out as the stream `like`: the reverse of `cloud`."""
+        order = (*(() if self.sequence is None else (self.sequence,)), *self.token, self.width)
+        laid = cloud.reshape([like.shape[axis] for axis in order])
+        return laid.permute([order.index(axis) for axis in range(like.ndim)])
+
     @property
     def ndim(self) -> int:
         return (self.sequence is not None) + len(self.token) + 1 + (self.streams is not None)

@@ -195,6 +195,61 @@ def block_numbers(text: str | None) -> list[int] | Literal["all", "all+outer"] |
     return sorted(numbers)
 
 
+Subject = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A language model: a hub id, or a folder written by save_pretrained, with its tokenizer."
+    ),
+]
+Prompt = Annotated[
+    list[str],
+    typer.Option(
+        "--prompt", metavar="TEXT", help="What the model reads. Give it again for another prompt.", rich_help_panel=TEXT
+    ),
+]
+Target = Annotated[
+    list[str],
+    typer.Option(
+        "--target",
+        metavar="TOKEN",
+        help="The continuation that is asked about, one token (mind the space: ' Mary'). One for all prompts, or one for each.",
+        rich_help_panel=TEXT,
+    ),
+]
+Against = Annotated[
+    list[str],
+    typer.Option(
+        "--against",
+        metavar="TOKEN",
+        help="The continuation it is compared with. One for all prompts, or one for each.",
+        rich_help_panel=TEXT,
+    ),
+]
+AblatedAs = Annotated[
+    Literal["zero", "mean", "resample", "none"],
+    typer.Option(
+        help="What stands in the place of a component that is taken away for its total effect. `none` leaves these out.",
+        rich_help_panel=MEASURE,
+    ),
+]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="Also measure direct effects with all norms scaling anew. It takes longer.",
+        rich_help_panel=MEASURE,
+    ),
+]
+Noise = Annotated[
+    float,
+    typer.Option(
+        min=1e-6,
+        max=0.999,
+        help="The error of an observer behind the output projection, as a share of what the layer writes.",
+        rich_help_panel=MEASURE,
+    ),
+]
+
 Claims = Annotated[
     list[str] | None,
     typer.Argument(metavar="CLAIM", help="Ids of the claims to check, listed below. Default: all of them."),

@@ -30,7 +30,7 @@ from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.vocabulary import Layout
 from uncollapse.errors import InputError
 from uncollapse.judgement import findings
-from uncollapse.judgement.attribution import heads_records
+from uncollapse.judgement.identifiability import heads_records
 from uncollapse.monitoring import figures
 from uncollapse.monitoring.alarms import ThresholdAlarms, judged, margins_of
 from uncollapse.monitoring.baselines import BaselineAlarms
