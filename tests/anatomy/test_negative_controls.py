@@ -34,8 +34,8 @@ def spoiled(monkeypatch: pytest.MonkeyPatch, family: Family, spoil: Spoil) -> An
     """The proof's answer to the family's anatomy with every block spoiled."""
     honest = proof.read
 
-    def dishonest(*args: Any) -> Anatomy:
-        anatomy = honest(*args)
+    def dishonest(*args: Any, **options: Any) -> Anatomy:
+        anatomy = honest(*args, **options)
         blocks = tuple(spoil(b) for b in anatomy.blocks)
         assert blocks != anatomy.blocks
         return replace(anatomy, blocks=blocks)

@@ -144,8 +144,8 @@ def test_the_example_is_one_sequence_of_a_few_real_tokens() -> None:
 def _tampered(monkeypatch: pytest.MonkeyPatch, change: object, family: str) -> None:
     honest = proof.read
 
-    def dishonest(*args: object) -> Anatomy:
-        anatomy = honest(*args)  # type: ignore[arg-type]
+    def dishonest(*args: object, several: bool = False) -> Anatomy:
+        anatomy = honest(*args, several=several)  # type: ignore[arg-type]
         return replace(anatomy, blocks=tuple(change(b) for b in anatomy.blocks))  # type: ignore[operator]
 
     monkeypatch.setattr(proof, "read", dishonest)
