@@ -51,7 +51,9 @@ class Readers:
         self._given: dict[tuple[Point, int], Tensor] = {}  # by operation and operand
         self._reading: dict[Point, set[int]] = {}
         self._giving: dict[Point, list[tuple[NormPiece, Meets]]] = {}
-        self._kept: dict[int, Tensor] = {}  # by site at the end of a stack, or read of several streams: the stream there
+        self._kept: dict[
+            int, Tensor
+        ] = {}  # by site at the end of a stack, or read of several streams: the stream there
         self._sites = statistics
         at_entry, at_end = self._places()
         for number, block in enumerate(anatomy.blocks):
