@@ -698,6 +698,8 @@ def _cloud(function: str, x: Tensor, mask: Tensor | None, precision: torch.dtype
 
 
 def _float64(x: Tensor, real: Tensor) -> Tensor:
+    if bool(real.all()):
+        return x.double()
     # `where`, not a product: 0 times NaN in a padded row would be NaN.
     return torch.where(real.unsqueeze(-1), x, 0).double()
 
