@@ -20,7 +20,6 @@ import copy
 import functools
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,7 @@ import torch
 import transformers
 
 import uncollapse as uc
-from bench.diagnose import plain
+from bench.diagnose import highest_resident, plain
 from uncollapse import sources
 
 Batches = list[dict[str, torch.Tensor]]
@@ -96,7 +95,7 @@ def peak(model: Any, batches: Batches, what: str) -> float:
         run(model, batches) if what == "plain" else run(model, batches=batches)
     if on_cuda:
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return highest_resident()
 
 
 def _peak_apart(what: str) -> float:

@@ -61,7 +61,7 @@ def test_how_far_vectors_vary_is_that_of_the_real_tokens(common: float, spread: 
 
 @pytest.mark.parametrize("second", [1.0, 1e-3, 1e-6, 0.0])
 def test_directions_are_told_down_to_a_straight_line(second: float) -> None:
-    line, other = drawn(2, 40, seed=1)
+    line, other = drawn(2, 2048, seed=1)
     x = drawn(3, 30, 1) * line + second * drawn(3, 30, 1, seed=2) * other
     real = torch.ones(3, 30, dtype=torch.bool)
     coarse, fine = Directions(), Directions()
@@ -70,7 +70,7 @@ def test_directions_are_told_down_to_a_straight_line(second: float) -> None:
     told, exact = coarse.beyond_one(), fine.beyond_one()
     assert told is not None
     assert exact is not None
-    assert abs(told - exact) <= 1e-6 * exact + 1e-7
+    assert abs(told - exact) <= 1e-6 * exact + 3e-9  # a sketch in single precision is off by 1e-7
     assert (told < 1e-6) == (second == 0.0) or second == 1e-6
 
 
