@@ -1,11 +1,12 @@
 """Which tensors of a batch govern which stack of blocks: found by poking at the proof, read on every batch of a probe.
 
 A mask of two values governs a stack if the value at a token decides whether that token's row of the stream reaches any other
-row in the stack's first attention. The stream may begin with rows of the model's own (a learned beginning, virtual tokens), which
-a mask says nothing of. One that changes which rows are heard without having the stream's axes (samples of sound, the words of a
-stream that ends with patches) governs it in another unit: there the padded rows are found on each batch, again by what they reach. A stack that nothing governs has no padding. Names decide nothing here: masks may be called anything, be given
-by position, and be true for padding. But a mask called `attention_mask` is taken at its word, a 1 for a real token, where a few
-real tokens are chosen for the proof (`proof.example_batch`).
+row in the stack's first attention. The stream may begin with rows of the model's own (a learned beginning, virtual tokens), of
+which a mask says nothing. One that changes which rows are heard without having the stream's axes (samples of sound, the words of
+a stream that ends with patches) governs it in another unit: there the padded rows are found on each batch, again by what they
+reach. A stack that nothing governs has no padding. Names decide nothing here: masks may be called anything, be given by position,
+and be true for padding. But a mask called `attention_mask` is taken at its word, a 1 for a real token, where a few real tokens are
+chosen for the proof (`proof.example_batch`).
 
 Token numbers belong to a stack if another number at a token moves that row of the stream that enters, and no other.
 """
@@ -151,7 +152,7 @@ def _governs(
     shape = tuple(value.shape)
     for is_transposed in (False, True) if value.ndim == 2 else ():
         of_sequences, counted = shape[::-1] if is_transposed else shape
-        first = tokens - counted  # the row of the stream that the mask's first token is, if its last one is the stream's
+        first = tokens - counted  # the mask's first token, as a row of the stream, if both end with the same one
         if of_sequences != sequences or first < 0:
             continue
         for token in (0, counted - 1):  # the first reaches none that come before it, the last none that come after
