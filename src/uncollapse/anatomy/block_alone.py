@@ -9,6 +9,7 @@ When not to use it: to change what a model computes. Nothing here outlasts the c
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,7 +43,7 @@ from uncollapse.anatomy.vocabulary import (
     Place,
     removal,
 )
-from uncollapse.restoring import restoring
+from uncollapse.restoring import is_own, restoring
 
 # Not a seed that models are made with: noise that equals an embedding, drawn from the same seed, leaves its direction as it is.
 POKE_SEED = 2_604_236_810
@@ -350,8 +351,8 @@ class BlockAlone:
     ) -> Tensor:
         """The block's output on its own arguments with some parts removed, optionally with another stream and further handlers
         (the gates on the stream's way and the choice of tokens stay what they were in the model), and handlers that see what
-        all of these make of an operation. `poke_memory` changes whatever else the block is given. The run ends where after one of
-        the further handlers `is_all` that was wanted of it: then the stream that entered is returned."""
+        all of these make of an operation. `poke_memory` changes whatever else the block is given. The run may end where after one
+        of the further handlers `is_all` that was wanted of it: then the stream that entered is returned."""
         args, kwargs = list(copied(self.run.args, self.model)), copied(self.run.kwargs, self.model)
         if poke_memory:
             args, kwargs = _shaken(args), _shaken(kwargs)
@@ -371,7 +372,7 @@ class BlockAlone:
             for residual in self.block.residuals
             for point, number in (residual.gates if parts or stream is not None else ())
         }
-        if is_all is not None:
+        if is_all is not None and self._may_end_early:
             handlers = {point: _ending(handler, is_all) for point, handler in (handlers or {}).items()}
         layers = (watching or {}, handlers or {}, held, removal(self.block, parts))
         acting = {p: in_turn(*(layer[p] for layer in layers if p in layer)) for layer in layers for p in layer}
@@ -385,6 +386,15 @@ class BlockAlone:
             self.module(*args, **kwargs)
             return seen[-1]
         return given
+
+    @functools.cached_property
+    def _may_end_early(self) -> bool:
+        """Whether nobody's code waits for the block's modules to return: sharding and offloading put their weights away then."""
+        for module in self.module.modules():
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if not all(map(is_own, hooks)) or "forward" in vars(module):
+                return False
+        return True
 
     def _run_alone(self, owner: str, call: int) -> int:
         """The number of a module's run when the block's module is run by itself."""

@@ -468,7 +468,7 @@ class _BlockProof(BlockAlone):
         if not inside:
             return
         seen = {c.product: _blanking(other, i, c.value_operand) for i, c in enumerate(part.attention)}
-        self._replay((number,), stream.flip(-1) + 1, seen)
+        self._replay((number,), stream.flip(-1) + 1, seen, is_all=lambda: all(v.numel() for v in other))
         for before, after in zip(values, other, strict=True):
             if part.kind == "cross":
                 statement, gap = "is not mixed from this stream", _difference(before, after)
