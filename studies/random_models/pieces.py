@@ -672,7 +672,7 @@ def _chunked(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _: 
     values = with_zero_value(spec, v, 2)
     for start in range(0, q.shape[2], 4):
         rows = slice(start, start + 4)
-        mask, bias = (None if p is None else p[:, :, rows] for p in (pairs.mask, pairs.bias))
+        mask, bias = (p if p is None or p.shape[2] == 1 else p[:, :, rows] for p in (pairs.mask, pairs.bias))
         L = q[:, :, rows] @ k.transpose(-1, -2) * self.scale
         A, seen = weigh(spec, L, WHOLE[0], Pairs(mask, bias, pairs.batch), getattr(self, "sink", None))
         outputs.append(A @ values)
