@@ -683,7 +683,9 @@ def _contributions(spec: Specification, one: AttentionTruth, real: np.ndarray, f
     scale = max(float(np.sqrt((want[real] ** 2).mean())), 1e-12)
     gap = float(np.sqrt(((got - want)[real] ** 2).mean())) / scale
     assert one.bias is not None
-    biased = float(np.abs(found.bias.double().numpy() - one.bias).max()) / max(float(np.abs(one.bias).max()), scale)
+    # NaN where the truth is (logits whose exponential overflows): then it is the size itself that is compared.
+    size = max(float(np.abs(one.bias).max()), scale if math.isfinite(scale) else 0.0, 1e-12)
+    biased = float(np.abs(found.bias.double().numpy() - one.bias).max()) / size
     near = tolerance(spec).output
     if not want[real].any():
         gap = float(np.abs(got[real]).max())

@@ -230,8 +230,10 @@ def reconciled(spec: Specification) -> Specification:
     if s["masking"] == "added, padding apart":
         if s["padding"] == "none" or s["mask"] == "none":
             s["masking"] = "added"
+        elif s["softmax"] == "exp over sum":
+            s["masking"] = "added"  # a padded query that sees nothing would be 0 / 0
         elif s["forbidden"] in {"minus infinity", "dtype minimum"}:
-            s["forbidden"] = "-1e9"  # a padded query that sees nothing would become NaN
+            s["forbidden"] = "-1e9"  # here it would become NaN
     if s["state"] != "tensor" or s["residuals"] == "in the model's loop":
         s["route"] = "by keyword" if s["route"] == "made in the attention" else s["route"]
     if s["residuals"] == "in the model's loop":

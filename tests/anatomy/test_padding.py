@@ -275,3 +275,23 @@ def test_a_mask_of_which_nothing_is_known_keeps_the_causal_one_where_it_is() -> 
     model = Inverted(is_fused=True).eval()
     with pytest.raises(uc.UnsupportedModel), uc.without(model, "mask", batch=given):
         model(**given)
+
+
+@pytest.mark.parametrize("is_left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_mask_that_says_nothing_of_the_models_own_beginning_is_told_token_by_token(
+    is_left: bool, is_causal: bool
+) -> None:
+    model = Masked(-1e9, is_causal=is_causal, beginning=True).eval()
+    given = batch(is_left)
+    (stack,) = proved_anatomy(model, given).stacks
+    assert [(m.tensor, m.real, m.unit, m.before) for m in stack.masks] == [("keep", True, "token", 1)]
+    record = uc.diagnose(model, batches=[given]).record
+    assert record.probe.tokens == int(given["keep"].sum()) + len(given["keep"])
+    if is_causal:  # what is left is the model that hides padded keys and nothing else
+        open_model = Masked(-1e9, is_causal=False, beginning=True).eval()
+        with torch.no_grad(), uc.without(model, "mask", batch=given):
+            without = model(**given)
+        real = torch.nn.functional.pad(given["keep"], (1, 0), value=1).bool()
+        with torch.no_grad():
+            torch.testing.assert_close(without[real], open_model(**given)[real])

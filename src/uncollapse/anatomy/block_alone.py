@@ -9,6 +9,7 @@ When not to use it: to change what a model computes. Nothing here outlasts the c
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.autocast import AutocastState
 from uncollapse.anatomy.carrying import Observer
-from uncollapse.anatomy.interception import Handler, Point, in_turn
+from uncollapse.anatomy.interception import Handler, Point, in_turn, is_putting_another, putting_another
 from uncollapse.anatomy.operands import (
     UnreadableError,
 )
@@ -28,6 +29,7 @@ from uncollapse.anatomy.output_maps import (
     opening,
     output_map,
 )
+from uncollapse.anatomy.probing import seed_all
 from uncollapse.anatomy.snapshots import copied
 from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.summands import summand, with_operands
@@ -42,7 +44,7 @@ from uncollapse.anatomy.vocabulary import (
     StreamAxes,
     removal,
 )
-from uncollapse.restoring import restoring
+from uncollapse.restoring import is_own, restoring
 
 # Not a seed that models are made with: noise that equals an embedding, drawn from the same seed, leaves its direction as it is.
 POKE_SEED = 2_604_236_810
@@ -87,7 +89,7 @@ def blocks_alone(
 
 
 def output_of(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
-    torch.manual_seed(0)
+    seed_all(0)
     return tensors_of(model(**batch))
 
 
@@ -96,7 +98,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 class _AllSeenError(Exception):
-    """Ends a pass behind the last block that was asked for."""
+    """Ends a pass, or a block's run, behind the last thing that was asked for."""
 
 
 def observe_blocks(
@@ -210,6 +212,18 @@ def observing(observe: Observer) -> Handler:
     return handler
 
 
+def _ending(handler: Handler, is_all: Callable[[], bool]) -> Handler:
+    """A handler that ends the run where behind it nothing is wanted any more."""
+
+    def ending(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = handler(function, args, kwargs)
+        if is_all():
+            raise _AllSeenError
+        return output
+
+    return putting_another(ending) if is_putting_another(handler) else ending
+
+
 def _shaken(value: Any) -> Any:
     """Nested arguments with noise on every floating-point tensor."""
     if isinstance(value, Tensor):
@@ -248,9 +262,14 @@ class BlockAlone:
             for operand, leaves in enumerate(node.leaves):
                 if leaves == {part}:
                     handlers[node.point] = adding(added, operand)
+        wanted = len(handlers)
         for point, handler in (further or {}).items():
             handlers[point] = in_turn(handlers[point], handler) if point in handlers else handler
-        output = self._replay(others, stream, handlers, actions=actions)
+
+        def is_all() -> bool:
+            return len(added) == wanted and all(t.shape == self.stream.shape for t in added)
+
+        output = self._replay(others, stream, handlers, actions=actions, is_all=is_all)
         added = [self._as_streams(each) for each in added]
         if not added or any(t.shape != added[0].shape for t in added):
             return output
@@ -283,7 +302,7 @@ class BlockAlone:
         keep = observing(lambda *call: seen.append(next(tensors_in(call[3])).detach().clone()))
         own = handlers.get(part.written)
         handlers[part.written] = keep if own is None else in_turn(keep, own)
-        self._replay(others, None, handlers)
+        self._replay(others, None, handlers, is_all=lambda: bool(seen))
         if axes is None or not seen or not self._is_laid(seen[-1], axes):
             raise UnreadableError("what its heads write together is not laid out as the stream is")
         return axes.within.cloud(seen[-1])
@@ -314,7 +333,7 @@ class BlockAlone:
         if written is not None:
             others = tuple(i for i in range(len(self.block.parts)) if i != number)
             keep = observing(lambda *call: seen.append(next(tensors_in(call[3])).clone()))
-            self._replay(others, stream, {written: keep})
+            self._replay(others, stream, {written: keep}, is_all=lambda: bool(seen))
         if not seen or seen[-1].shape != self.stream.shape:
             raise UnreadableError("what its heads write together is not laid out as the stream is")
         return seen[-1]
@@ -348,11 +367,13 @@ class BlockAlone:
         poke_memory: bool = False,
         actions: Sequence[tuple[Place, Action]] = (),
         hold: bool = True,
+        is_all: Callable[[], bool] | None = None,
     ) -> Tensor:
         """The block's output on its own arguments with some parts removed, optionally with another stream and further handlers
         (the gates on the stream's way and the choice of tokens stay what they were in the model), and handlers that see what
         all of these make of an operation. `poke_memory` changes whatever else the block is given; with `hold` off the gates are
-        made from the stream that is given."""
+        made from the stream that is given. The run may end where after one of the further handlers `is_all` that was wanted of
+        it: then the stream that entered is returned."""
         args, kwargs = list(copied(self.run.args, self.model)), copied(self.run.kwargs, self.model)
         if poke_memory:
             args, kwargs = _shaken(args), _shaken(kwargs)
@@ -372,13 +393,29 @@ class BlockAlone:
             for residual in self.block.residuals
             for point, number in (residual.gates if hold and (parts or stream is not None) else ())
         }
+        if is_all is not None and self._may_end_early:
+            handlers = {point: _ending(handler, is_all) for point, handler in (handlers or {}).items()}
         layers = (watching or {}, handlers or {}, held, removal(self.block, parts))
         acting = {p: in_turn(*(layer[p] for layer in layers if p in layer)) for layer in layers for p in layer}
         alone = {replace(p, call=self._run_alone(p.owner, p.call or 0)): h for p, h in acting.items()}
-        torch.manual_seed(0)
-        with self.run.entered(), met(self.model, acted, handlers=alone, within=self.module):
+        seed_all(0)
+        with (
+            contextlib.suppress(_AllSeenError),
+            self.run.entered(),
+            met(self.model, acted, handlers=alone, within=self.module),
+        ):
             self.module(*args, **kwargs)
-        return seen[-1]
+            return seen[-1]
+        return given
+
+    @functools.cached_property
+    def _may_end_early(self) -> bool:
+        """Whether nobody's code waits for the block's modules to return: sharding and offloading put their weights away then."""
+        for module in self.module.modules():
+            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            if not all(map(is_own, hooks)) or "forward" in vars(module):
+                return False
+        return True
 
     def _run_alone(self, owner: str, call: int) -> int:
         """The number of a module's run when the block's module is run by itself."""

@@ -72,7 +72,7 @@ from uncollapse.anatomy.output_maps import (
     product_map,
     sounding,
 )
-from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.probing import probing, seed_all
 from uncollapse.anatomy.reading import SIDE_BY_SIDE, has_own_hooks, read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
 from uncollapse.anatomy.side_by_side import laid_out, mixing_gap
@@ -216,7 +216,7 @@ def _prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None, *,
             before = output_of(model, batch)
         except Exception as error:  # whatever it is, the model does not run on this batch: the refusal says so
             raise _not_run(model, batch, error) from error
-        torch.manual_seed(0)
+        seed_all(0)
         recorded = trace(model, batch)
         proof = [
             Identity("tracing changes no bit of the output", "model", _deviation(before, tensors_of(recorded.output)))
@@ -644,7 +644,7 @@ class _BlockProof(BlockAlone):
         if not inside:
             return
         seen = {c.product: _blanking(other, i, c.value_operand) for i, c in enumerate(part.attention)}
-        self._replay((number,), stream.flip(-1) + 1, seen)
+        self._replay((number,), stream.flip(-1) + 1, seen, is_all=lambda: all(v.numel() for v in other))
         for before, after in zip(values, other, strict=True):
             if part.kind == "cross":
                 statement, gap = "is not mixed from this stream", _difference(before, after)
@@ -673,7 +673,11 @@ class _BlockProof(BlockAlone):
         def observed(stream: Tensor, memory: bool = False) -> list[Mixed | str]:
             found: list[Mixed | str] = ["it did not run"] * len(part.attention)
             handlers = {c.product: _noting_product(found, i, c) for i, c in enumerate(part.attention)}
-            self._replay(others, stream, handlers, poke_memory=memory)
+
+            def is_all() -> bool:
+                return "it did not run" not in found
+
+            self._replay(others, stream, handlers, poke_memory=memory, is_all=is_all)
             return found
 
         plain = observed(stream)
@@ -917,19 +921,19 @@ class _BlockProof(BlockAlone):
                 first += 0 if part.shares_queries else call.heads
             return read(further)
 
-        silent = heard(torch.zeros(heads, dtype=torch.bool))
-        if silent.shape[-1] != heads * width:
-            raise UnreadableError("its output projection does not read the heads side by side")
         alike = read_alike = torch.empty(0)
         if not any("window" in {axis.role, axis.inner} for call in part.attention for axis in call.lead):
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(sequences, heads, tokens, width, generator=generator).to(self.stream)
             alike = noise.transpose(1, 2).flatten(2)
             read_alike = read(self._giving(part, noise))
-            if read_alike.numel() == alike.numel() and any(
+            if read_alike.shape[-1] == alike.shape[-1] and any(
                 torch.equal(read_alike.flatten(), known.flatten()) for known in (alike, alike.transpose(0, 1))
             ):
                 return ()
+        silent = heard(torch.zeros(heads, dtype=torch.bool))
+        if silent.shape[-1] != heads * width:
+            raise UnreadableError("its output projection does not read the heads side by side")
         owner = torch.zeros(silent.shape[-1], dtype=torch.long)
         numbers = torch.arange(heads)
         for digit in range((heads - 1).bit_length()):

@@ -172,9 +172,7 @@ def _governs(
     shape = tuple(value.shape)
     for is_transposed in (False, True) if value.ndim == 2 else ():
         of_sequences, counted = shape[::-1] if is_transposed else shape
-        first = (
-            tokens - counted
-        )  # the row of the stream that the mask's first token is, if its last one is the stream's
+        first = tokens - counted  # the mask's first token, as a row of the stream, if both end with the same one
         if of_sequences != sequences or first < 0:
             continue
         for token in (0, counted - 1):  # the first reaches none that come before it, the last none that come after
