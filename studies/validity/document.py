@@ -78,6 +78,8 @@ def context(measured: Mapping[str, Measured]) -> dict[str, object]:
         "places_right": places_right(scores),
         "independent": independent(scores),
         "independent_places": independent_places(scores),
+        "warned_places": warned_places(scores),
+        "depth_by_model": depth_by_model(scores),
         "when": when(scores),
         "depth_ladder": depth_ladder(scores),
         "not_derived": not_derived(),
@@ -259,6 +261,38 @@ def places_right(scores: Scores) -> str:
 def independent_places(scores: Scores) -> str:
     """Over the three collapses that have an independent quantity."""
     return _over_all(scores, independently(scores), INDEPENDENT)
+
+
+def warned_places(scores: Scores) -> str:
+    """Right places over the cases that were warned of at the independent half."""
+    moved = independently(scores)
+    right = []
+    for case, runs in scores.cases(lambda case: case.phenomenon is not None and case.block is not None):
+        index = moved(case)
+        if index is not None and case.phenomenon is not None and runs[index].score(case.phenomenon) > 0:
+            right.append(scoring.is_located(case, runs[index].top(case.phenomenon)))
+    return f"{sum(right)} of {len(right)} cases ({scoring.share(right):.1%})" if right else "–"
+
+
+def depth_by_model(scores: Scores) -> str:
+    """Where tokens can be told apart half as well: how far apart they are, the alarms, and the area among all healthy runs."""
+    negative = [j.score("rank-collapse-depth") for j in scores.healthy()]
+    rows = []
+    for name in scores.measured:
+        cases = list(scores.cases(lambda c, name=name: c.phenomenon == "rank-collapse-depth" and c.subject == name))  # type: ignore[misc]
+        at = [(case, runs[i]) for case, runs in cases if (i := scoring.moved_by_half(case, TOLD_APART)) is not None]
+        if not cases:
+            continue
+        margins = [j.score("rank-collapse-depth") for _, j in at]
+        shares = sorted(j.run.orders["consensus as read"] for _, j in at)
+        placement = "after" if "post-norm" in SUBJECTS[name].about else "before"
+        spread = f"{figure(shares[0])} to {figure(shares[-1])}" if shares else "–"
+        area = scoring.area(margins, negative)
+        found = "–" if math.isnan(area) else f"{area:.3f}"
+        warned = percent(scoring.share(m > 0 for m in margins))
+        rows.append([name, placement, str(len(at)), str(len(cases) - len(at)), spread, found, warned])
+    header = ["model", "norms", "cases", "never moved by half", "share of the distance", "area under the ROC", "alarm"]
+    return table(header, rows)
 
 
 def when(scores: Scores) -> str:
