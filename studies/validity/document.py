@@ -33,6 +33,7 @@ MEASURED = {
     "HEADS-IDENTICAL": "mean squared sine between two write spaces, relative to random ones",
     "HEADS-KERNEL": "dimensions lost beyond what the shape forces, in units of a head",
 }
+GOAL = 0.95  # for the area under the ROC and the share of right places, by the independent quantities
 LOGITS_UP = [plant for plant in ORDER if plant.startswith("logits scaled up")]
 # Order parameters taken as they stand, without a resolution.
 PLAIN: list[tuple[Phenomenon, dict[str, str]]] = [
@@ -80,6 +81,8 @@ def context(measured: Mapping[str, Measured]) -> dict[str, object]:
         "independent_places": independent_places(scores),
         "warned_places": warned_places(scores),
         "depth_by_model": depth_by_model(scores),
+        "missed_goals": missed_goals(scores),
+        "goal": GOAL,
         "when": when(scores),
         "depth_ladder": depth_ladder(scores),
         "not_derived": not_derived(),
@@ -276,23 +279,39 @@ def warned_places(scores: Scores) -> str:
 
 def depth_by_model(scores: Scores) -> str:
     """Where tokens can be told apart half as well: how far apart they are, the alarms, and the area among all healthy runs."""
-    negative = [j.score("rank-collapse-depth") for j in scores.healthy()]
-    rows = []
-    for name in scores.measured:
-        cases = list(scores.cases(lambda c, name=name: c.phenomenon == "rank-collapse-depth" and c.subject == name))  # type: ignore[misc]
-        at = [(case, runs[i]) for case, runs in cases if (i := scoring.moved_by_half(case, TOLD_APART)) is not None]
-        if not cases:
-            continue
-        margins = [j.score("rank-collapse-depth") for _, j in at]
-        shares = sorted(j.run.orders["consensus as read"] for _, j in at)
-        placement = "after" if "post-norm" in SUBJECTS[name].about else "before"
-        spread = f"{figure(shares[0])} to {figure(shares[-1])}" if shares else "–"
-        area = scoring.area(margins, negative)
-        found = "–" if math.isnan(area) else f"{area:.3f}"
-        warned = percent(scoring.share(m > 0 for m in margins))
-        rows.append([name, placement, str(len(at)), str(len(cases) - len(at)), spread, found, warned])
+    placed = {name: "after" if "post-norm" in SUBJECTS[name].about else "before" for name in scores.measured}
+    rows = [_depth_row(scores, f"`{name}`", placed[name], [name]) for name in scores.measured]
+    for placement in ("after", "before"):
+        names = [name for name in scores.measured if placed[name] == placement]
+        rows.append(_depth_row(scores, "**all**", placement, names))
     header = ["model", "norms", "cases", "never moved by half", "share of the distance", "area under the ROC", "alarm"]
     return table(header, rows)
+
+
+def _depth_row(scores: Scores, title: str, placement: str, names: Sequence[str]) -> list[str]:
+    cases = list(scores.cases(lambda c: c.phenomenon == "rank-collapse-depth" and c.subject in names))
+    at = [(case, runs[i]) for case, runs in cases if (i := scoring.moved_by_half(case, TOLD_APART)) is not None]
+    margins = [j.score("rank-collapse-depth") for _, j in at]
+    shares = sorted(j.run.orders["consensus as read"] for _, j in at)
+    area = scoring.area(margins, [j.score("rank-collapse-depth") for j in scores.healthy()])
+    spread = f"{figure(shares[0])} to {figure(shares[-1])}" if shares else "–"
+    found = "–" if math.isnan(area) else f"{area:.3f}"
+    warned = percent(scoring.share(m > 0 for m in margins))
+    return [title, placement, str(len(at)), str(len(cases) - len(at)), spread, found, warned]
+
+
+def missed_goals(scores: Scores) -> list[str]:
+    """What was to be reached by the independent quantities, and was not."""
+    found = []
+    for p in PHENOMENA:
+        at = scoring.at_half(
+            scores, p, independently(scores), [plant for plant in INDEPENDENT if _planted(scores, plant) == p]
+        )
+        if at.cases and at.area < GOAL:
+            found.append(f"{NAMES[p]} has an area of {at.area:.3f} under the ROC")
+        if at.locatable and at.located < GOAL:
+            found.append(f"{NAMES[p]} has {at.located:.0%} of its places right")
+    return found
 
 
 def when(scores: Scores) -> str:
