@@ -246,9 +246,11 @@ def smart_turn() -> Path:
     place = WEIGHTS / "smart-turn"
     if not (place / "model.safetensors").is_file():
         sys.path += [str(package(requirement)) for requirement in ONNX]
-        import onnx
+        import importlib
+
         import torch
 
+        onnx: Any = importlib.import_module("onnx")
         transformers = _quiet_transformers()
         (found,) = package(SMART_TURN).glob("**/smart-turn-v3.2-cpu.onnx")
         graph = onnx.load(str(found)).graph
@@ -265,7 +267,7 @@ def smart_turn() -> Path:
             shape = [-1 if i == axis % q.ndim else 1 for i in range(q.ndim)] if scale.ndim else []
             return (q - zero.reshape(shape)) * scale.reshape(shape)
 
-        def product(name: str) -> onnx.NodeProto:
+        def product(name: str) -> Any:
             """The product behind a value that was only rounded since."""
             while made[name].op_type in ("QuantizeLinear", "DequantizeLinear"):
                 name = made[name].input[0]

@@ -388,10 +388,9 @@ def confounded(bench: Bench) -> Iterator[Case]:
     odd: dict[str, Callable[[planting.Given, int], None]] = {
         "half of all heads on the token before": lambda given, _: planting.on_offsets(given, (1,)),
         "half of all heads on two fixed offsets": lambda given, _: planting.on_offsets(given, (2, 5)),
-        "half of all heads on what followed the same token": lambda given, _: planting.inducing(given, ids),
     }
-    if ids is None:
-        del odd["half of all heads on what followed the same token"]
+    if ids is not None:
+        odd["half of all heads on what followed the same token"] = partial(_inducing, ids)
     for name, change in odd.items() if bench.has_operands else ():
         yield one(name, context=planting.at_attention(model, anatomy, range(blocks), change))
     if gains := planting.gains_before_readers(model, anatomy):
@@ -416,6 +415,10 @@ def confounded(bench: Bench) -> Iterator[Case]:
             level = planting.stream_changed(model, anatomy, behind[0], lambda x: x + 30 * x.std())
             yield one("a large common mean", context=level)
     yield one("bfloat16", model=copy.deepcopy(model).to(torch.bfloat16), batches=_halved(batches), heads_too=True)
+
+
+def _inducing(ids: Tensor, given: planting.Given, _: int) -> None:
+    planting.inducing(given, ids)
 
 
 def _halved(batches: Batches) -> Batches:

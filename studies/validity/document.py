@@ -33,6 +33,7 @@ MEASURED = {
     "HEADS-IDENTICAL": "mean squared sine between two write spaces, relative to random ones",
     "HEADS-KERNEL": "dimensions lost beyond what the shape forces, in units of a head",
 }
+GOAL = 0.95  # for the area under the ROC and the share of right places, by the independent quantities
 LOGITS_UP = [plant for plant in ORDER if plant.startswith("logits scaled up")]
 # Order parameters taken as they stand, without a resolution.
 PLAIN: list[tuple[Phenomenon, dict[str, str]]] = [
@@ -78,6 +79,10 @@ def context(measured: Mapping[str, Measured]) -> dict[str, object]:
         "places_right": places_right(scores),
         "independent": independent(scores),
         "independent_places": independent_places(scores),
+        "warned_places": warned_places(scores),
+        "depth_by_model": depth_by_model(scores),
+        "missed_goals": missed_goals(scores),
+        "goal": GOAL,
         "when": when(scores),
         "depth_ladder": depth_ladder(scores),
         "not_derived": not_derived(),
@@ -259,6 +264,54 @@ def places_right(scores: Scores) -> str:
 def independent_places(scores: Scores) -> str:
     """Over the three collapses that have an independent quantity."""
     return _over_all(scores, independently(scores), INDEPENDENT)
+
+
+def warned_places(scores: Scores) -> str:
+    """Right places over the cases that were warned of at the independent half."""
+    moved = independently(scores)
+    right = []
+    for case, runs in scores.cases(lambda case: case.phenomenon is not None and case.block is not None):
+        index = moved(case)
+        if index is not None and case.phenomenon is not None and runs[index].score(case.phenomenon) > 0:
+            right.append(scoring.is_located(case, runs[index].top(case.phenomenon)))
+    return f"{sum(right)} of {len(right)} cases ({scoring.share(right):.1%})" if right else "–"
+
+
+def depth_by_model(scores: Scores) -> str:
+    """Where tokens can be told apart half as well: how far apart they are, the alarms, and the area among all healthy runs."""
+    placed = {name: "after" if "post-norm" in SUBJECTS[name].about else "before" for name in scores.measured}
+    rows = [_depth_row(scores, f"`{name}`", placed[name], [name]) for name in scores.measured]
+    for placement in ("after", "before"):
+        names = [name for name in scores.measured if placed[name] == placement]
+        rows.append(_depth_row(scores, "**all**", placement, names))
+    header = ["model", "norms", "cases", "never moved by half", "share of the distance", "area under the ROC", "alarm"]
+    return table(header, rows)
+
+
+def _depth_row(scores: Scores, title: str, placement: str, names: Sequence[str]) -> list[str]:
+    cases = list(scores.cases(lambda c: c.phenomenon == "rank-collapse-depth" and c.subject in names))
+    at = [(case, runs[i]) for case, runs in cases if (i := scoring.moved_by_half(case, TOLD_APART)) is not None]
+    margins = [j.score("rank-collapse-depth") for _, j in at]
+    shares = sorted(j.run.orders["consensus as read"] for _, j in at)
+    area = scoring.area(margins, [j.score("rank-collapse-depth") for j in scores.healthy()])
+    spread = f"{figure(shares[0])} to {figure(shares[-1])}" if shares else "–"
+    found = "–" if math.isnan(area) else f"{area:.3f}"
+    warned = percent(scoring.share(m > 0 for m in margins))
+    return [title, placement, str(len(at)), str(len(cases) - len(at)), spread, found, warned]
+
+
+def missed_goals(scores: Scores) -> list[str]:
+    """What was to be reached by the independent quantities, and was not."""
+    found = []
+    for p in PHENOMENA:
+        at = scoring.at_half(
+            scores, p, independently(scores), [plant for plant in INDEPENDENT if _planted(scores, plant) == p]
+        )
+        if at.cases and at.area < GOAL:
+            found.append(f"{NAMES[p]} has an area of {at.area:.3f} under the ROC")
+        if at.locatable and at.located < GOAL:
+            found.append(f"{NAMES[p]} has {at.located:.0%} of its places right")
+    return found
 
 
 def when(scores: Scores) -> str:

@@ -203,7 +203,7 @@ def test_tokens_that_enter_alike_are_information_and_silence_depth_and_width() -
     assert (finding.code, finding.severity, finding.block) == ("DEPTH-CONSENSUS", "info", None)
 
 
-@pytest.mark.parametrize(("share", "fires"), [(0.51, False), (0.49, True)])
+@pytest.mark.parametrize(("share", "fires"), [(rules.RANK + 0.01, False), (rules.RANK - 0.01, True)])
 @pytest.mark.parametrize("start", [1.0, 0.4])
 def test_rank_is_held_against_the_embedding(start: float, share: float, fires: bool) -> None:
     sites = [site(None, 0.9, rank=start), site(0, 0.9, rank=start), site(1, 0.9, rank=start * share)]

@@ -9,8 +9,8 @@ dimensions it had (`DEPTH-RANK`); attention whose rows are all alike, uniform (`
 heads that write into the same space (`HEADS-IDENTICAL`) or a projection that forgets part of what it reads (`HEADS-KERNEL`);
 attention frozen by logits that are too large as a whole (`ENTROPY-FROZEN`); and NaN or infinity (`NUMERICS-NOT-FINITE`).
 
-A rule fires below half the smallest distance found in any healthy run. The thresholds come from one half of the models and
-confounders of `studies/validity`; the other half scores them (docs/validity.md). A distance also depends on the number of
+A rule fires below half the smallest distance found in any healthy run of `studies/validity`. There, each model is scored by what
+the others give (docs/validity.md). A distance also depends on the number of
 tokens, the width, the mask and the precision. The measure or the rule corrects for that, and says why.
 """
 
@@ -34,16 +34,16 @@ from uncollapse.records.diagnosis import (
     stacks,
 )
 
-# All of these are distances from collapse: half the smallest distance in the healthy runs that thresholds are derived from.
-# docs/validity.md lists those runs, and how near the other models come.
+# All of these are distances from collapse: half the smallest distance in any healthy run of `studies/validity`. docs/validity.md
+# says which run that is, and what each threshold would be without one of the models.
 # Consensus distance after a norm, as a share of the embedding's.
-CONSENSUS = 0.22
+CONSENSUS = 0.13
 # Share of the attainable rank, as a share of the embedding's.
-RANK = 0.5
+RANK = 0.41
 # Share of the keys left unused by the least uniform head of an attention, 1 - (exp(H) - 1) / (T - 1).
-UNUSED_KEYS = 0.19
+UNUSED_KEYS = 0.11
 # ||C A V|| / ||C V|| of the head that keeps most.
-CONTRACTION = 0.025
+CONTRACTION = 0.066
 # Normalised entropy of a row without its strongest key, for the most frozen head.
 REST_ENTROPY = 0.044
 # Share of the keys of a row, without its strongest, whose weight beside the strongest of them is not 0 in single precision.
@@ -51,14 +51,14 @@ WITHIN_REACH = 0.5
 # Mean squared sine between two write spaces, relative to two random ones of the same size.
 DISTINCTNESS = 0.09
 # Dimensions that an output projection forgets beyond what its shape forces, in heads. Not a distance: twice the largest healthy
-# value.
-LOST_HEADS = 0.6
+# value, and half a head at least, for healthy projections lose nothing.
+LOST_HEADS = 0.5
 
 # Below this many tokens, the spread that attention keeps is judged in proportion to the length; see `rank_one`.
 FEW_TOKENS = 16
 # Where did the fall begin? A block belongs to the fall if it carries on less than this share of the stream, or less than this
 # share of the most that any earlier block carried on. Both are the middle of the range that locates most of the damaged cases.
-CARRIED, CARRIED_BEFORE = 0.5, 0.9
+CARRIED, CARRIED_BEFORE = 0.7, 0.9
 # With fewer different tokens than this, attention has nothing to choose from and too few keys to freeze out.
 DIFFERENT_TOKENS = 4
 # If the embedded tokens are this much alike, the blocks have nothing to lose: a text that repeats one token looks like that.
