@@ -147,12 +147,12 @@ class _Study:
         rows = [rows_of(self.model, site, self.passes.operands) for site in self.sites]
         refuse_shared(self.model, self.sites, [site for _, site in self.passes.usual], rows, self.passes.runs)
         return [
-            Channels(  # type: ignore[arg-type]  # the roles come by name
+            Channels(
                 site.block,
                 site.kind,
                 site.call,
                 site.groups,
-                **{role: None if role in site.reasons else found.get(role) for role in (*ROLES, "projection")},
+                **{role: None if role in site.reasons else found.get(role) for role in (*ROLES, "projection")},  # type: ignore[arg-type]  # the roles come by name
                 pairs=site.pairs,
                 norm=site.norm,
                 sinks=site.sinks,
