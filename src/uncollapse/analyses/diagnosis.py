@@ -85,6 +85,8 @@ def diagnose(
 def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None) -> DiagnosisRecord:
     """One probe pass and one pass per context length, as one record with its findings."""
     progress = prepared.progress
+    # Before the pass, so that whoever watches the model sees the text last.
+    bounds = logit_bounds(prepared.loaded.model, prepared.anatomy, prepared.batches[0])
     observed = prepared.captured(level=prepared.level, progress=progress)
     model, anatomy = prepared.loaded.model, prepared.anatomy
     scaling = []
@@ -93,7 +95,6 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
             model, anatomy, prepared.batches, context_lengths, seed=prepared.seed, progress=progress
         )
     trajectory = site_records(observed)
-    bounds = logit_bounds(model, anatomy, prepared.batches[0])
     attention = [
         record
         for s in observed.attention
