@@ -152,8 +152,8 @@ Without = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PART,PART…",
-        help="Parts to remove in one run: norm, residual, mlp, attention, head, attention-residual, mlp-residual, mask, "
-        "positions. Of single heads the block and the number: head:5.3. "
+        help="Parts to remove in one run: norm, residual, mlp, attention, block, head, attention-residual, mlp-residual, "
+        "mask, positions. Of single heads the block and the number: head:5.3. "
         "Give it again for another run. Default: three runs, without mlp, without residual, without both.",
         rich_help_panel=MEASURE,
     ),

@@ -79,8 +79,7 @@ def dispersion_length(logit_range: float, weight: float = 0.5) -> float:
     """Over how many keys a head cannot be sharp any more, if the logits of a row differ by at most `logit_range`. A count of keys.
 
     n = 1 + e^delta (1 - w)/w: the largest weight is at most e^delta/(n - 1 + e^delta), so over more than n allowed keys none
-    has more
-    than the share w = `weight`.
+    has more than the share w = `weight`.
 
     From 1 (w = 1) to infinity; 2 for delta = 0 and w = 1/2. Rises with the range, falls with the weight.
 
@@ -90,8 +89,7 @@ def dispersion_length(logit_range: float, weight: float = 0.5) -> float:
     (4.0, 2.0)
 
     Velickovic et al., softmax is not enough, arXiv 2410.01104; the claim `dispersion`. Raises `InputError` for a negative or
-    infinite
-    range and a weight outside of (0, 1].
+    infinite range and a weight outside of (0, 1].
     """
     if not 0 <= logit_range < math.inf or not 0 < weight <= 1:
         raise InputError(
