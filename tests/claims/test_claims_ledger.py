@@ -70,7 +70,18 @@ def test_the_ledger_is_plain_json_and_complete():
     assert [claim["id"] for claim in record["claims"]] == list(CLAIMS)
     assert len(CLAIMS) == 38
     assert set(record) == {"schema", "versions", "trials", "seed", "claims"}
-    keys = {"id", "title", "statement", "formula", "theory", "source", "verdict", "hypotheses", "evidence", "counterexample"}
+    keys = {
+        "id",
+        "title",
+        "statement",
+        "formula",
+        "theory",
+        "source",
+        "verdict",
+        "hypotheses",
+        "evidence",
+        "counterexample",
+    }
     assert all(set(claim) == keys for claim in record["claims"])
     assert {"uncollapse", "torch", "python-flint", "python"} == set(record["versions"])
 
