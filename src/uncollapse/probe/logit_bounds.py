@@ -97,6 +97,8 @@ def _passes(
             elif call.similarity is not None and call.score is not None and call.similarity != call.score:
                 handlers[call.similarity] = _product(call, one, factor)
                 handlers[call.score] = _logits(one)
+        if (not inner and all(call.is_fused for call in calls)) or not handlers:
+            break  # a fused call has no soft cap, and without a norm of its own nothing bounds it
         with restoring() as changes, torch.no_grad():
             for name in inner if factor == 1 else ():
                 changes.hook(model.get_submodule(name), "forward", met(name))
