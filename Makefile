@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest check bench results validity results-gates early-warning random-models other-tools fuzz mutants formulas browser schema constraints clean help
+.PHONY: demo test test-all test-oldest check bench results validity results-gates families early-warning random-models other-tools fuzz mutants formulas browser schema constraints clean help
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -76,7 +76,7 @@ other-tools: $(INSTALLED) ## what docs/with-other-tools.md says, with Transforme
 		.venv-tools/bin/pip install --quiet "torch==2.13.0" && .venv-tools/bin/pip install --quiet "$$lens" nnsight; \
 		.venv-tools/bin/pip install --quiet -e . && .venv-tools/bin/python -m studies.other_tools || exit 1; done
 
-fuzz: $(INSTALLED) ## 100,000 drawn cases of what nobody expects; writes their figures into docs/reliability.md (two minutes)
+fuzz: $(INSTALLED) ## 100,000 drawn cases of what nobody expects; writes their figures into docs/reliability.md (six minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --count 100000 --write docs/reliability.md
 
 mutants: $(INSTALLED) ## change numbers and signs of the mathematics, claims and findings; list what no test notices (an hour; MUTANTS=N)
@@ -109,4 +109,4 @@ constraints: $(INSTALLED) ## write constraints.txt anew from what is installed
 	@{ grep '^#' constraints.txt; $(BIN)/pip freeze | grep '==' | sed 's/+cpu//'; } > constraints.new && mv constraints.new constraints.txt
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) report.html report.json .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-tools report.html report.json .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -9,8 +9,8 @@ the median of the ratios is reported, of wall time and, with one thread, of proc
 machine disturb less. *Cold* is the first call for a model object: its anatomy is proved, and what its weights
 say is computed. *Warm* is any later one. The models other than MiniLM have random weights in the published shape.
 
-Memory is the peak of one warm call over that of the plain passes: the resident size of a process of its own for each, and on CUDA
-what torch allocated there.
+Memory is the peak of a call over that of the plain passes. On the CPU it is the resident size of a process of its own for each, so
+that the cold call before the warm one counts too; on CUDA what torch allocated there in the warm one.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--calls", nargs="+", choices=list(CALLS), default=["diagnose", "identify", "ablate_grid"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--peaks", action="store_true", help="also the peak memory of the first call")
+    parser.add_argument("--peaks", action="store_true", help="also the peak memory of the first of --calls")
     parser.add_argument("--peak-of", choices=["plain", *CALLS], help=argparse.SUPPRESS)
     options = parser.parse_args()
     build, sequences, tokens = MODELS[options.model]

@@ -25,33 +25,8 @@ LARGE = [["--model", "llama", "--sequences", "2", "--tokens", "512", "--calls", 
 CUDA = [
     ["--model", "minilm", "--calls", "diagnose", "identify", "ablate_grid", "diagnose_full", "--rounds", "7"],
     *(
-        [
-            "--model",
-            "gpt2",
-            "--sequences",
-            str(max(1, 8192 // n)),
-            "--tokens",
-            str(n),
-            "--calls",
-            "diagnose",
-            "--rounds",
-            "5",
-        ]
-        for n in (512, 2048, 8192, 32768)
-    ),
-    *(
-        [
-            "--model",
-            "llama",
-            "--sequences",
-            str(max(1, 8192 // n)),
-            "--tokens",
-            str(n),
-            "--calls",
-            "diagnose",
-            "--rounds",
-            "5",
-        ]
+        f"--model {model} --sequences {max(1, 8192 // n)} --tokens {n} --calls diagnose --rounds 5".split()
+        for model in ("gpt2", "llama")
         for n in (512, 2048, 8192, 32768)
     ),
 ]

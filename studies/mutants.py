@@ -1,17 +1,17 @@
 """Mutations: does a test notice when one number, sign or comparison of the mathematics, the claims or the findings changes?
 
-    make mutants                                               # a sample of 200, half an hour or more
+    make mutants                                               # a sample of 200, an hour or more
     python -m studies.mutants --count 40 --only measures/exact.py
 
 Cosmic Ray's operators change one place of one module: a number by one, + to -, < to <=, a condition to its negation, True to
 False, a loop to none. The mutants are drawn at random, every place with the same chance, so that the share that dies is an
 estimate for all of them. Each runs in a process of its own that was forked after the slow imports: no file is changed. First
-the tests that
-mirror the module, then those of what rests on it (`stages`); the first failure kills. Tests of other packages are not asked, so a
-survivor of this run may still be noticed by `make test`.
+the tests that mirror the module, then those of what rests on it (`stages`); the first failure kills. Tests of other packages are
+not asked, so a survivor of this run may still be noticed by `make test`. All these tests must pass before anything is changed:
+else every mutant they meet would seem to die.
 
 A mutant may be *equivalent*: it changes nothing that could be observed, as `<` to `<=` where no two numbers are equal. It counts as
-a survivor here all the same; the list is for a person to read. docs/decisions/0008-mutations.md says why this tool.
+a survivor here all the same; the list is for a person to read. docs/decisions/0010-mutations.md says why this tool.
 """
 
 from __future__ import annotations
@@ -45,9 +45,8 @@ ELSEWHERE = (
     "--deselect=tests/claims/test_claims_ledger.py::test_the_claims_load_no_transformers",
     "--deselect=tests/measures/test_running.py::test_two_processes_agree_on_the_statistics_of_both",
 )
-OTHERS = (
-    "smallest or gain or intervals or jacobian or closed_form or ball"  # tests of pieces that belong to several claims
-)
+# Tests of pieces that belong to several claims.
+OTHERS = "smallest or gain or intervals or jacobian or closed_form or ball"
 LIMIT = 300.0  # seconds for all tests of one mutant: a loop without end is noticed, too
 OPERATORS = (
     "NumberReplacer",
@@ -247,11 +246,15 @@ def main() -> None:
     sample, total = drawn(modules(given.only), given.count, given.seed)
     known = {v.mutant: v for v in _read(given.out)}
     _preload()
-    clean = next(iter(sample))
-    if passes(clean, (PACKAGE / clean.path).read_text("utf-8")) != "survived":
+    if not sample:
         sys.exit(
-            f"mutants: the tests of {clean.path} fail without any change. Run them first: pytest {stages(clean.path)}"
+            f"mutants: expected modules of {', '.join(PACKAGES)}, got --only {' '.join(given.only)}. Nothing to draw."
         )
+    for package in dict.fromkeys(mutant.path.partition("/")[0] for mutant in sample):
+        clean = Mutant(f"{package}/__init__.py", "none", 0)  # its tests are those of the whole package
+        if passes(clean, (PACKAGE / clean.path).read_text("utf-8")) != "survived":
+            (tests,) = stages(clean.path)
+            sys.exit(f"mutants: tests fail without any change. Run them first: pytest {' '.join(tests)}")
     verdicts = []
     for number, mutant in enumerate(sample, 1):
         verdict = known.get(mutant)
@@ -284,11 +287,10 @@ def _read(path: Path | None) -> Iterator[Verdict]:
 
 def _preload() -> None:
     """The slow imports, once, and nothing of the package itself."""
-    import flint  # noqa: F401
-    import numpy  # noqa: F401  # type: ignore[unused-ignore]
     import torch
-    import transformers  # noqa: F401
 
+    for name in ("flint", "numpy", "transformers"):
+        importlib.import_module(name)
     torch.set_num_threads(1)
 
 

@@ -3,7 +3,7 @@
     make other-tools
 
 Needs transformer-lens and nnsight, which are no part of the environment: the bridge where transformer-lens is 3 or newer, the rest
-where it is older.
+as long as it has a `HookedTransformer`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ there: a part of it would take the place of the whole.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import time
@@ -23,7 +22,7 @@ from typing import Any
 
 import jinja2
 
-from studies import language_models, pictures, pretrained, published
+from studies import fingerprints, language_models, pictures, pretrained, published
 from studies.position_gates import document as gates_document
 from studies.position_gates import experiments as gates
 from studies.weights import CACHE
@@ -64,7 +63,7 @@ STUDIES = ("language_models.py", "molecules.txt", "pretrained.py", "published.py
 
 
 def fingerprint(root: Path = ROOT) -> str:
-    """Of the code whose change makes saved numbers worthless."""
+    """Of the code and the libraries whose change makes saved numbers worthless."""
     package = root / "src" / "uncollapse"
     files = [f for f in package.rglob("*.py") if f.relative_to(package).parts[0] not in SHOWING]
     for name in STUDIES:
@@ -74,10 +73,7 @@ def fingerprint(root: Path = ROOT) -> str:
             if place.is_dir()
             else [place]
         )
-    found = hashlib.sha256()
-    for file in sorted(files):
-        found.update(f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n".encode() + file.read_bytes())
-    return found.hexdigest()[:16]
+    return fingerprints.fingerprint(files, root)
 
 
 def is_measured(section: str) -> bool:

@@ -29,7 +29,8 @@ MEASURED = {
     "DEPTH-RANK": "share of the attainable affine rank, relative to the embedding's",
     "WIDTH-UNIFORM": "share of the keys left unused by the least uniform head",
     "WIDTH-RANK-ONE": "‖CAV‖/‖CV‖ of the head that keeps most, relative to min(1, n/16)",
-    "ENTROPY-FROZEN": "the larger of keys within reach / 0.5 and rest entropy / 0.044, in the most frozen head",
+    "ENTROPY-FROZEN": f"the larger of keys within reach / {findings.WITHIN_REACH} and rest entropy / {findings.REST_ENTROPY}, "
+    "in the most frozen head",
     "HEADS-IDENTICAL": "mean squared sine between two write spaces, relative to random ones",
     "HEADS-KERNEL": "dimensions lost beyond what the shape forces, in units of a head",
 }
@@ -88,7 +89,7 @@ def context(measured: Mapping[str, Measured]) -> dict[str, object]:
         "not_derived": not_derived(),
         "plain": plain(scores),
         "by_severity": by_severity(scores),
-        "confusion_at_half": confusion(scores, lambda case: scores.half(case)),
+        "confusion_at_half": confusion(scores, scores.half),
         "confusion_complete": confusion(scores, lambda case: len(case.runs) - 1),
         "missed": missed(scores, scores.half),
         "missed_independent": missed(scores, independently(scores)),
@@ -154,7 +155,7 @@ def models(scores: Scores) -> str:
 
 def in_force(code: str, derived: float) -> bool:
     """Whether the constant in findings.py is the derived one, to two figures."""
-    return math.isclose(THRESHOLDS[code], derived, rel_tol=0.06)
+    return THRESHOLDS[code] == float(f"{derived:.2g}")
 
 
 def _where(judged: Judged) -> str:
@@ -330,7 +331,7 @@ def when(scores: Scores) -> str:
 
 
 def depth_ladder(scores: Scores) -> str:
-    """The quantities of depth along the ladder, models after norms apart from the others."""
+    """The quantities of depth along the ladder, over all places."""
     cases = list(scores.cases(lambda c: c.phenomenon == "rank-collapse-depth"))
     if not cases:
         return ""
@@ -347,7 +348,7 @@ def depth_ladder(scores: Scores) -> str:
 
 
 def not_derived() -> str:
-    """Models as initialised and two towers, diagnosed whole."""
+    """Models that no threshold comes from, diagnosed whole."""
     rows = [[d["model"], ", ".join(d["warned"]) or "none", ", ".join(d["told"]) or "none"] for d in fresh.diagnosed()]
     return table(["model", "warnings", "information"], rows)
 
@@ -506,8 +507,6 @@ def single_key_heads(scores: Scores) -> dict[str, object]:
         "planted_count": len(planted),
         "least_healthy_rest": min(lowest),
         "most_planted_rest": max((o["rest entropy"] for _, _, o in frozen), default=math.nan),
-        "planted_entropies": [o["entropy"] for _, _, o in frozen],
-        "healthy_entropies": [entropy for entropy, _ in sorted(rows)],
         "threshold": findings.REST_ENTROPY,
         "entropies": [
             f(

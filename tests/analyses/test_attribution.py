@@ -11,8 +11,11 @@ import transformers as hf
 from torch import Tensor, nn
 
 import uncollapse as uc
+from tests.helpers.residual_structures import Attention, mlp
 from tests.helpers.tiny_models import FAMILIES, VOCABULARY, text_batch
+from uncollapse.analyses import attribution
 from uncollapse.anatomy.probing import float64_kept
+from uncollapse.anatomy.stacks import Padding
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.records.attribution import EffectRecord
 
@@ -354,3 +357,133 @@ def test_refusals_say_what_to_do() -> None:
         uc.attribute(model, batch, uc.logit_difference([1, 2], 3))
     with pytest.raises(uc.InputError, match="share between 0 and 1"):
         uc.attribute(model, batch, last, noise=2)
+    with pytest.raises(uc.InputError, match="attribute: expected at least 2 sequences"):
+        uc.attribute(model, text_batch(1), last, ablated_as="resample")
+    with pytest.raises(uc.InputError, match="without a gradient"):
+        uc.attribute(model, batch, lambda output: output.logits[:, -1, 5].detach())
+    with pytest.raises(uc.InputError, match="size mismatch"):
+        uc.attribute(model, batch, lambda output: output.logits[:, -1] @ torch.ones(7).double())
+    with pytest.raises(uc.InputError, match="hold these tokens"):
+        uc.attribute(model, batch, uc.logit_difference(-1, 2))
+    with pytest.raises(uc.InputError, match="a position among the 9 tokens of each sequence, got 9"):
+        uc.attribute(model, batch, uc.logit_difference(1, 2, position=9))
+
+
+# Several sublayers of a kind in one block -------------------------------------------------------------------------------
+
+
+class Mixer(nn.Module):
+    """Tokens before it are mixed without an attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=2)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(nn.functional.gelu(self.conv(x.transpose(1, 2))[..., :-2].transpose(1, 2)))
+
+
+class SeveralParts(nn.Module):
+    """A model whose blocks add what `kinds` say, one after the other."""
+
+    def __init__(self, *kinds: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList(Parts(*kinds) for _ in range(BLOCKS))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+class Parts(nn.Module):
+    def __init__(self, *kinds: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(kind() for kind in kinds)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in kinds)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm, part in zip(self.norms, self.parts, strict=True):
+            x = x + part(norm(x))
+        return x
+
+
+@pytest.mark.parametrize("first", [mlp, Mixer])
+@torch.no_grad()
+def test_two_sublayers_of_one_block_have_each_their_own_effects(first: Callable[[], nn.Module]) -> None:
+    model = SeveralParts(first, Attention, mlp).double().eval()
+    batch = {"input_ids": text_batch()["input_ids"]}
+    result = uc.attribute(model, batch, last, exact=True)
+    seen = Seen(model, batch)
+    stream, direction = seen.read["norm"], model.head.weight[TARGET] - model.head.weight[AGAINST]
+    for number in range(BLOCKS):
+        name = "mlp" if first is mlp else "mixer"
+        own = [e for e in result.direct if e.block == number and e.kind in {name, "mlp"}]
+        biases = [e for e in result.direct if e.block == number and e.kind == "mlp_bias"]
+        for place, effect, of_bias in zip((0, 2), own, biases, strict=True):
+            part = model.blocks[number].parts[place]
+            bias = part.out.bias if isinstance(part, Mixer) else part[-1].bias
+            update = seen.gave[f"blocks.{number}.parts.{place}"] - bias
+            for vector, found_there in ((update, effect), (bias, of_bias)):
+                exact = ((model.norm(stream) - model.norm(stream - vector))[:, -1] @ direction).mean().item()
+                assert found_there.exact is not None
+                assert found_there.exact.mean == pytest.approx(exact, abs=1e-10)
+            assert effect.total is None  # there is no way to take one of them away alone
+            assert "together only" in effect.unavailable["total"]
+
+
+# Half precision, batches and names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_does_not_pass_a_loss_for_affine(dtype: torch.dtype) -> None:
+    model = made("gpt2").to(dtype)
+    for metric in (uc.next_token_loss(), uc.logit_difference(TARGET, AGAINST)):
+        found_there = uc.attribute(model, text_batch(), metric, ablated_as=None)
+        record = found_there.record.metric
+        assert not record.is_affine
+        assert "half precision" in record.sum_of
+        assert sum(e.value for e in found_there.direct) == pytest.approx(record.sum.mean, abs=1e-9)
+        assert record.sum.mean + record.remainder.mean == pytest.approx(record.value.mean, abs=1e-9)
+
+
+def test_a_constant_that_one_batch_alone_has_is_counted_there() -> None:
+    model = made("gpt2")
+
+    def metric(output: Any) -> Tensor:
+        found_there = last(output)
+        return found_there + 1 if output.logits.shape[1] == 9 else found_there**2
+
+    result = uc.attribute(model, [text_batch(2, 9), text_batch(3, 7)], metric, ablated_as=None)
+    assert found(result.direct, "output_bias") == pytest.approx(2 / 5)
+    assert not result.record.metric.is_affine
+    assert sum(e.value for e in result.direct) == pytest.approx(result.record.metric.sum.mean, abs=1e-10)
+
+
+def test_a_difference_is_named_by_two_tokens_only_where_it_is_of_two() -> None:
+    assert uc.logit_difference(1, 2).name == "logit of token 1 − logit of token 2"
+    assert uc.logit_difference(" a", [2, 2]).name == "logit of ' a' − logit of token 2"
+    assert uc.logit_difference(1, [2, 3]).name == "target logit − other logit"
+
+
+def test_no_token_is_taken_for_the_last_where_padding_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attribution, "paddings", lambda *_: [Padding(reason="padding in another unit than tokens")])
+    model, batch = made("gpt2"), text_batch()
+    for metric in (uc.logit_difference(TARGET, AGAINST), uc.next_token_loss()):
+        with pytest.raises(uc.InputError, match="another unit than tokens"):
+            uc.attribute(model, batch, metric, ablated_as=None)
+    assert uc.attribute(model, batch, last, ablated_as=None).heads  # which does not ask
+
+
+def test_no_row_is_taken_for_the_last_where_the_mask_cannot_tell() -> None:
+    """A model with a token of its own gives one row of logits more than its mask has tokens."""
+    logits, mask = torch.randn(2, 5, 9), torch.tensor([[True, True, False, False], [True, True, True, True]])
+    with pytest.raises(uc.InputError, match="a row of logits for each token"):
+        uc.logit_difference(1, 2).of(2, mask, None)(logits)
+    whole = uc.logit_difference(1, 2).of(2, torch.ones_like(mask), None)(logits)
+    assert torch.equal(whole, logits[:, -1, 1] - logits[:, -1, 2])

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 import uncollapse as uc
 from tests.helpers.observing import entropies
-from tests.helpers.residual_structures import HYPER_CONNECTED, STREAMS, WIDTH, HyperConnected, HyperConnections
+from tests.helpers.residual_structures import (
+    HYPER_CONNECTED,
+    STREAMS,
+    WIDTH,
+    HyperConnected,
+    HyperConnections,
+    left_out,
+)
 from tests.reference.geometry import consensus_distance, effective_rank
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.records.diagnosis import DiagnosisRecord
@@ -86,11 +93,8 @@ def test_attention_is_that_of_what_the_sublayer_read(name: str) -> None:
 @pytest.mark.parametrize("gone", [("mlp",), ("attention",)], ids="+".join)
 def test_a_sublayer_is_left_out_and_the_streams_are_mixed_as_before(name: str, gone: tuple[str, ...]) -> None:
     model, batch = HYPER_CONNECTED[name]().eval(), {"idx": tokens()}
+    whole, expected = left_out(model, batch, gone)
     with torch.no_grad():
-        whole = model(**batch)
-        model.off = set(gone)
-        expected = model(**batch)
-        model.off = set()
         with uc.without(model, *gone, batch=batch):
             got = model(**batch)
         assert torch.equal(model(**batch), whole)
@@ -160,6 +164,13 @@ class OtherWeightsForEveryFeature(Saturating):
         return torch.einsum("mnd,btnd->btmd", self.own, h)
 
 
+class AlmostTheSameWeights(OtherWeightsForEveryFeature):
+    """Weights that differ by up to a third from feature to feature."""
+
+    def mixed(self, h: Tensor) -> Tensor:
+        return torch.einsum("mnd,btnd->btmd", self.mix[..., None] * (1 + 0.3 * self.own), h)
+
+
 class FeaturesAmongEachOther(Saturating):
     def __init__(self) -> None:
         super().__init__()
@@ -203,6 +214,14 @@ def test_anything_else_is_refused(block: type[HyperConnections], reason: str) ->
     with pytest.raises(uc.UnsupportedModel) as caught:
         proved_anatomy(HyperConnected(block).eval(), {"idx": tokens()})
     assert reason in caught.value.identity
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_mixing_is_told_from_almost_mixing_in_every_precision(dtype: torch.dtype) -> None:
+    with pytest.raises(uc.UnsupportedModel, match="by the same weights for every feature"):
+        proved_anatomy(HyperConnected(AlmostTheSameWeights).eval().to(dtype), {"idx": tokens()})
+    for name in ("folded", "manifold-constrained"):
+        assert proved_anatomy(HYPER_CONNECTED[name]().eval().to(dtype), {"idx": tokens()}).blocks
 
 
 # Shown ------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import uncollapse as uc
 from tests.helpers.observing import attention_table, entropies, observe
-from tests.helpers.residual_structures import STRUCTURES, InPieces, ModdedNanoGPT, Owned, Stack, ViT
+from tests.helpers.residual_structures import STRUCTURES, InPieces, ModdedNanoGPT, Owned, Stack, ViT, left_out
 from tests.reference.geometry import consensus_distance, effective_rank
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.probe.sites import PLAIN_MEASURES
@@ -62,11 +62,8 @@ def test_every_block_is_found_and_its_stream_measured_where_the_model_has_it(nam
 @pytest.mark.parametrize("gone", [("mlp",), ("attention",), ("attention", "mlp")], ids="+".join)
 def test_what_is_taken_away_is_what_the_model_leaves_out_itself(name: str, gone: tuple[str, ...]) -> None:
     model, batch = STRUCTURES[name]().eval(), {"idx": tokens()}
+    whole, expected = left_out(model, batch, gone)
     with torch.no_grad():
-        whole = model(**batch)
-        model.off = set(gone)
-        expected = model(**batch)
-        model.off = set()
         with uc.without(model, *gone, batch=batch):
             got = model(**batch)
         assert torch.equal(model(**batch), whole)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as hf
 
+import uncollapse as uc
 from tests.helpers.command_line import refused
 from tests.helpers.tokenizers import word_tokenizer
 from uncollapse.cli.commands import main
@@ -59,8 +60,16 @@ def test_prompts_give_a_record_of_the_model_itself(
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
+def test_prompts_may_come_one_by_one(folder: Path) -> None:
+    metric = uc.logit_difference("dog", "fox")
+    at_once = uc.attribute(folder, PROMPTS, metric, ablated_as=None)
+    one_by_one = uc.attribute(folder, (prompt for prompt in PROMPTS), metric, ablated_as=None)
+    assert one_by_one.record.effects == at_once.record.effects
+
+
 def test_what_cannot_be_asked_is_one_line(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     ask = [str(folder), "--prompt", PROMPTS[0], "--against", "fox"]
     refused(run(capfd, *ask, "--target", "lazy dog"), "target of one token", "2 ('lazy' 'dog')")
     refused(run(capfd, *ask, "--target", "dog", "--target", "fox"), "one target for all prompts")
+    refused(run(capfd, *ask, "--target", "dog", "--max-tokens", "5"), "prompts of up to 5 tokens", "prompt 1 of 1")
     refused(run(capfd, str(folder), "--target", "a", "--against", "the"), "--prompt")

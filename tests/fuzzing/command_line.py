@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -57,6 +58,7 @@ def command_line(seed: int) -> str:
         folder = Path(place)
         inputs = _inputs(folder, draw)
         arguments = _arguments(folder, draw)
+        inputs = _named(inputs, arguments)
         streams = {1: draw.choice(_STREAMS), 2: draw.choice(_STREAMS)}
         before = {name: _digest(name) for name in inputs}
         code = _run(folder, arguments, streams, _environment(draw), draw.choice(["utf-8", "utf-8", "ascii", "latin-1"]))
@@ -102,11 +104,22 @@ def _inputs(folder: Path, draw: random.Random) -> list[Path]:
     (folder / "circle").symlink_to("circle")
     (folder / "folder").mkdir()
     os.mkfifo(folder / "pipe")
-    return [folder / "text.txt", folder / "record.json", folder / "diagnosis.json", *sorted(saved("bert").iterdir())]
+    shutil.copytree(saved("bert"), folder / "checkpoint")
+    files = sorted((folder / "checkpoint").iterdir())
+    return [folder / "text.txt", folder / "record.json", folder / "diagnosis.json", *files]
+
+
+def _named(inputs: list[Path], arguments: list[str]) -> list[Path]:
+    """Those of them that the arguments name, as themselves or with their checkpoint. Whatever else is there may be written anew."""
+    pairs = zip(["", *arguments], arguments, strict=False)
+    read = [each for before, each in pairs if not {before, each.split("=")[0]} & {"--json", "--html"}]
+    given = {each.removeprefix("--text=") for each in read}
+    named = {os.path.realpath(each) for each in given if "\0" not in each}
+    return [file for file in inputs if {str(file.resolve()), str(file.parent.resolve())} & named]
 
 
 def _arguments(folder: Path, draw: random.Random) -> list[str]:
-    model = saved("bert")
+    model = folder / "checkpoint"
     files = [
         str(folder / name) for name in ("text.txt", "record.json", "diagnosis.json", "link", "circle", "folder", "pipe")
     ]

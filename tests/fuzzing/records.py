@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from rich.console import Console
 
 import uncollapse as uc
@@ -84,6 +86,18 @@ def _comparison() -> bytes:
 
 
 @functools.cache
+def _attribution() -> bytes:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=32, bos_token_id=0, eos_token_id=0
+    )
+    batch = {"input_ids": torch.arange(12).reshape(2, 6)}
+    return (
+        uc.attribute(transformers.GPT2LMHeadModel(config).eval(), batch, uc.logit_difference(5, 7)).to_json().encode()
+    )
+
+
+@functools.cache
 def _trail() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.jsonl"
@@ -99,6 +113,7 @@ _RECORDS: dict[str, Callable[[], bytes]] = {
     },
     **{name: functools.partial(_golden, name) for name in ("diagnosis", "heads", "ledger")},
     "comparison": _comparison,
+    "attribution": _attribution,
     "trail": _trail,
 }
 

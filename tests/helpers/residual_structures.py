@@ -4,7 +4,7 @@ sublayers that it leaves out itself, and `seen` keeps its stream, at the embeddi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,6 +41,16 @@ class Owned(nn.Module):
     def keep(self, stream: Tensor) -> Tensor:
         self.seen.append(stream.detach().clone())
         return stream
+
+
+def left_out(model: Owned, batch: dict[str, Tensor], gone: Collection[str]) -> tuple[Tensor, Tensor]:
+    """What the model gives, and what it gives when it leaves out these sublayers itself."""
+    with torch.no_grad():
+        whole = model(**batch)
+        model.off = set(gone)
+        without: Tensor = model(**batch)
+        model.off = set()
+    return whole, without
 
 
 class Block(nn.Module):

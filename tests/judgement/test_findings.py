@@ -167,9 +167,10 @@ def test_consensus_is_held_against_the_embedding(start: float, factor: float, fi
         assert "from block 1 on, and" in finding.message  # block 0 is below the threshold only as a bare number
 
 
-def test_a_tenth_of_the_threshold_is_critical() -> None:
-    (finding,) = found(trajectory(1.0, 0.5, rules.CONSENSUS / 10.1, carried=(0.9, 0.2)), code="DEPTH-CONSENSUS")
-    assert finding.severity == "critical"
+@pytest.mark.parametrize(("part", "severity"), [(10.1, "critical"), (9.9, "warning")])
+def test_a_tenth_of_the_threshold_is_critical(part: float, severity: str) -> None:
+    (finding,) = found(trajectory(1.0, 0.5, rules.CONSENSUS / part, carried=(0.9, 0.2)), code="DEPTH-CONSENSUS")
+    assert finding.severity == severity
 
 
 def test_a_fall_is_dated_from_the_first_block_that_did_not_hand_the_stream_on() -> None:

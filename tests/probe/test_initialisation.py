@@ -11,6 +11,8 @@ import transformers as hf
 from torch import Tensor, nn
 
 import uncollapse as uc
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.probe import initialisation
 from uncollapse.records.common import Finding
 from uncollapse.sources import default_texts
 
@@ -162,3 +164,17 @@ def test_folded_gains_do_not_hide_what_training_did_to_a_matrix(learn: Callable[
         for layer in given.model.layers:
             learn(layer.mlp.down_proj.weight)
     assert {f.severity for f in width(given)} == {"warning"}
+
+
+def test_a_vector_that_is_not_finite_is_not_where_it_starts() -> None:
+    (trace,) = initialisation._against_start(torch.tensor([1.0, torch.nan]), [])
+    assert trace.share >= 1
+
+
+def test_parameters_without_entries_say_nothing() -> None:
+    """Of a model whose weights are elsewhere (partitioned over processes) they are all that is here."""
+    given = model("llama")
+    anatomy = proved_anatomy(given, {"input_ids": torch.arange(14).view(2, 7)})
+    for layer in given.model.layers:
+        layer.input_layernorm.weight = nn.Parameter(torch.empty(0))
+    assert initialisation.evidence(given, anatomy, [0])[0].initial

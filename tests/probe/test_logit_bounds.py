@@ -1,5 +1,7 @@
 """A bound of the logits is a bound on any text, or there is none."""
 
+import importlib
+
 import pytest
 import torch
 import transformers
@@ -45,6 +47,80 @@ def test_a_norm_on_queries_and_keys_bounds_them_by_its_gains():
         assert head.logit_range_bound == pytest.approx(2 * 2 * 8**0.5, rel=0.01)
         assert "keep their norm" in head.bounded_by
         assert head.max_logit.max <= head.logit_range_bound / 2
+
+
+def beside(monkeypatch, name, extra):
+    """The eager attention of a family of models with `extra(logits)` behind its soft cap."""
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
+    def attention(self, query, key, value, attention_mask, scaling, softcap=None, **_):
+        key, value = (module.repeat_kv(x, self.num_key_value_groups) for x in (key, value))
+        logits = torch.matmul(query, key.mT) * scaling
+        logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        weights = torch.softmax(extra(logits) + attention_mask, -1).to(value.dtype)
+        return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+    monkeypatch.setattr(module, "eager_attention_forward", attention)
+
+
+def by_distance(logits):
+    """The gentlest slope of ALiBi: nothing to speak of on eight tokens, eight on two thousand."""
+    place = torch.arange(logits.shape[-1], dtype=logits.dtype)
+    return logits - 2.0**-8 * (place[:, None] - place).abs()
+
+
+@pytest.mark.parametrize("extra", [by_distance, lambda logits: logits])
+def test_a_bias_behind_the_soft_cap_that_grows_with_the_distance_leaves_no_bound(monkeypatch, extra):
+    torch.manual_seed(0)
+    beside(monkeypatch, "gemma2", extra)
+    config = transformers.Gemma2Config(**SIZES, attn_logit_softcapping=100.0, attn_implementation="eager")
+    for head in heads_of(transformers.Gemma2Model(config)):
+        assert (head.logit_range_bound is None) == (extra is by_distance)
+
+
+@pytest.mark.parametrize("extra", [by_distance, lambda logits: logits])
+def test_so_does_one_behind_the_norms(monkeypatch, extra):
+    torch.manual_seed(0)
+    beside(monkeypatch, "qwen3", extra)
+    model = transformers.Qwen3Model(transformers.Qwen3Config(**SIZES, attn_implementation="eager"))
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.self_attn.q_norm.weight.fill_(8.0)
+            layer.self_attn.k_norm.weight.fill_(8.0)
+    for head in heads_of(model):
+        assert (head.logit_range_bound is None) == (extra is by_distance)
+
+
+def test_a_fused_call_with_a_small_bias_gets_no_bound(monkeypatch):
+    torch.manual_seed(0)
+
+    def attention(self, query, key, value, attention_mask, scaling, **_):
+        rows = query.shape[-2]
+        bias = by_distance(torch.zeros(rows, rows)).masked_fill(torch.ones(rows, rows).triu(1).bool(), -torch.inf)
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, bias, scale=scaling, enable_gqa=True
+        )
+        return mixed.transpose(1, 2).contiguous(), None
+
+    monkeypatch.setattr("transformers.models.qwen3.modeling_qwen3.eager_attention_forward", attention)
+    model = transformers.Qwen3Model(transformers.Qwen3Config(**SIZES, attn_implementation="eager"))
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.self_attn.q_norm.weight.fill_(8.0)
+            layer.self_attn.k_norm.weight.fill_(8.0)
+    assert {head.logit_range_bound for head in heads_of(model)} == {None}
+
+
+def test_a_model_that_refuses_enlarged_logits_is_diagnosed_all_the_same(monkeypatch):
+    def careful(logits):
+        assert float(logits.abs().max()) < 1e6, "exploded"
+        return logits
+
+    torch.manual_seed(0)
+    beside(monkeypatch, "qwen3", careful)
+    for head in heads_of(transformers.Qwen3Model(transformers.Qwen3Config(**SIZES, attn_implementation="eager"))):
+        assert head.logit_range_bound is None
+        assert head.bounded_by == "not shown: AssertionError"
 
 
 def test_what_is_not_bounded_gets_no_bound():

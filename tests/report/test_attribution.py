@@ -16,7 +16,9 @@ from rich.console import Console
 import uncollapse as uc
 from tests.helpers.pages import Page
 from tests.helpers.tiny_models import text_batch
+from uncollapse.analyses.attribution import LINEARISED
 from uncollapse.records.attribution import AttributionRecord, Estimate
+from uncollapse.report.attribution import charts
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +68,17 @@ def test_the_record_goes_to_json_and_back(found: uc.Attribution, tmp_path: Path)
 def test_what_is_not_affine_is_said(found: uc.Attribution) -> None:
     record: AttributionRecord = found.record
     rest = Estimate(0.5, None, 0.5, 0.5, 1)
-    other = dataclasses.replace(record, metric=dataclasses.replace(record.metric, is_affine=False, remainder=rest))
+    metric = dataclasses.replace(record.metric, is_affine=False, sum_of=LINEARISED, remainder=rest)
+    other = dataclasses.replace(record, metric=metric)
     stream = io.StringIO()
     uc.Attribution(other).show(Console(file=stream, width=200))
     assert "not affine" in stream.getvalue()
     assert "0.500 is no component’s" in stream.getvalue()
+
+
+def test_an_attention_whose_heads_cannot_be_told_is_not_drawn_as_an_mlp(found: uc.Attribution) -> None:
+    effects = [dataclasses.replace(e, kind="attention", head=None) if e.kind == "head" else e for e in found.direct]
+    chart = charts.direct_against_total(dataclasses.replace(found.record, effects=effects))
+    assert chart is not None
+    assert [key.label for key in chart.legend] == ["attention", "MLP", "direct = total"]
+    assert '"kind": "attention"' in json.dumps(chart.spec)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import warnings
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
+from torch import nn
 from torch.nn.modules import module as registration
+from torch.overrides import _get_current_function_mode_stack
 from transformers.utils import logging
 
 from tests.helpers.interrupted import interruptions
@@ -33,6 +37,7 @@ def settings() -> dict[str, Any]:
     return {
         "verbosity": (logging.get_verbosity(), hub_logging.get_verbosity()),
         "bars": (logging.is_progress_bar_enabled(), are_progress_bars_disabled()),
+        "modes": (torch.get_default_device(), _get_current_function_mode_stack()),
         "conversion": os.environ.get("DISABLE_SAFETENSORS_CONVERSION"),
         "filters": list(warnings.filters),
         "registration": (
@@ -65,6 +70,25 @@ def test_ctrl_c_in_what_silences_leaves_every_setting_as_it_was(own_bars: bool) 
     (logging.enable_progress_bar if before else logging.disable_progress_bar)()
     assert not left
     assert count > 60
+
+
+@pytest.mark.parametrize("own", [None, "cpu"])
+def test_ctrl_c_while_parameters_are_counted_leaves_the_device_as_it_was(own: str | None) -> None:
+    """Tensors made afterwards are no longer on the meta device, on which the parameters are counted."""
+    left, count = [], 0
+    with torch.device(own) if own else contextlib.nullcontext():
+        found = settings()
+
+        def count_them() -> None:
+            checkpoints.require_affordable("tiny", lambda: nn.Linear(2, 2), max_parameters=10)
+
+        for line, raised in interruptions([checkpoints, restoring], count_them):
+            count += raised is not None
+            if settings() != found:
+                left.append(line)
+                break
+    assert not left
+    assert count > 30
 
 
 @pytest.mark.slow

@@ -53,6 +53,9 @@ AnyMetric = Callable[[Any], Tensor] | LogitDifference | NextTokenLoss
 FIGURES = ("direct", "exact", "first_order", "total")
 AFFINE = "the metric: it is affine in what the components add"
 LINEARISED = "the metric's linearisation at this point: it is not affine in what the components add"
+UNTOLD = (
+    "the metric's linearisation at this point: half precision hides whether it is affine in what the components add"
+)
 
 
 @dataclass(frozen=True)
@@ -105,13 +108,16 @@ def attribute(
     cannot be proved or the model cannot be differentiated.
     """
     _require(metric, ablated_as, noise)
-    prompts = _prompts(batch)
-    given: list[Any] = []
-    if prompts is None:
-        given = [batch] if isinstance(batch, Mapping) else list(batch)
+    given: list[Any] = [batch] if isinstance(batch, str | Mapping) else list(batch)
+    prompts = given if given and all(isinstance(each, str) for each in given) else None
     if probe.get("batches") is not None:
         raise InputError("attribute: expected the batch as second argument, got batches, too. Leave batches out.")
     prepared = _prepared(model, prompts, given, probe)
+    if ablated_as == "resample" and any(_sequences(each) < 2 for each in prepared.batches):
+        raise InputError(
+            "attribute: expected at least 2 sequences in a batch to take values from, got 1. ablated_as='resample' puts those of "
+            "another one in the place of a component. Pass more of them, or ablated_as='mean'."
+        )
     with float64_kept(prepared.loaded.model):
         observed = prepared.captured(watch={"attention", "projections"}, progress=prepared.progress)
         found = [
@@ -159,15 +165,6 @@ def _require(metric: AnyMetric, ablated_as: HeadsAs | None, noise: float) -> Non
         )
 
 
-def _prompts(batch: Any) -> list[str] | None:
-    """The prompts, where the batch is prompts."""
-    if isinstance(batch, str):
-        return [batch]
-    if isinstance(batch, Sequence) and batch and all(isinstance(each, str) for each in batch):
-        return list(batch)
-    return None
-
-
 def _prepared(
     model: nn.Module | str | Path, prompts: list[str] | None, given: list[Any], probe: ProbeOptions
 ) -> Prepared:
@@ -175,16 +172,28 @@ def _prepared(
         return prepare(attribute, model, None, {**probe, "batches": given}, head=True)
     # Loaded before it is known how its tokenizer cuts: one text makes it ready, the prompts keep their order.
     prepared = prepare(attribute, model, prompts, {**probe, "batch_size": len(prompts)}, head=True)
+    max_tokens = probe.get("max_tokens", 128)
+    _require_whole(prompts, prepared.loaded.tokenizer, max_tokens)
     batches = tokenize(
         prompts,
         prepared.loaded.tokenizer,
-        max_tokens=probe.get("max_tokens", 128),
+        max_tokens=max_tokens,
         batch_size=len(prompts),
         keeps_order=True,
     )
     prepared.batches = with_true_positions(prepared.loaded.model, batches)
     prepared.source = "prompts"
     return prepared
+
+
+def _require_whole(prompts: Sequence[str], tokenizer: Any, max_tokens: int) -> None:
+    """A prompt that is cut ends at another token, and the answer would be about that one."""
+    for number, prompt in enumerate(prompts, 1):
+        if len(tokenizer(prompt, truncation=True, max_length=max_tokens + 1)["input_ids"]) > max_tokens:
+            raise InputError(
+                f"attribute: expected prompts of up to {max_tokens} tokens, got more in prompt {number} of {len(prompts)} "
+                f"({prompt[:30]!r}…). Cut there, it would ask about another token. Set max_tokens (--max-tokens) higher."
+            )
 
 
 def _effects(
@@ -219,11 +228,19 @@ def _made(prepared: Prepared, batch: Mapping[str, Any], metric: AnyMetric) -> Ca
     device = device_of(model)
     given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     with probing(model):
-        mask = paddings(model, given, prepared.anatomy, blocks_alone)[-1].mask
+        padding = paddings(model, given, prepared.anatomy, blocks_alone)[-1]
+    if padding.reason:
+        raise InputError(
+            f"attribute: expected a batch whose real tokens can be told, got {padding.reason}. The last token of a sequence is not "
+            "known then. Pass a batch without padding, or a metric of your own."
+        )
     if isinstance(metric, NextTokenLoss):
-        return metric.of(given, mask)
-    sequences = next(t.shape[0] for t in tensors_in(dict(batch)) if t.ndim)
-    return metric.of(sequences, mask, prepared.loaded.tokenizer)
+        return metric.of(given, padding.mask)
+    return metric.of(_sequences(batch), padding.mask, prepared.loaded.tokenizer)
+
+
+def _sequences(batch: Mapping[str, Any]) -> int:
+    return next(t.shape[0] for t in tensors_in(dict(batch)) if t.ndim)
 
 
 # From tensors to records ----------------------------------------------------------------------------------------------
@@ -248,14 +265,15 @@ def _required(values: Iterable[Tensor]) -> Estimate:
 
 
 def _metric_record(metric: AnyMetric, found: Sequence[Effects]) -> MetricRecord:
-    is_affine = all(each.is_affine for each in found)
+    told = [each.is_affine for each in found]
+    is_affine = all(told)
     return MetricRecord(
         name=getattr(metric, "name", "") or getattr(metric, "__name__", "") or type(metric).__name__,
         value=_required(each.metric for each in found),
         sum=_required(each.metric - each.remainder for each in found),
         remainder=_required(each.remainder for each in found),
         is_affine=is_affine,
-        sum_of=AFFINE if is_affine else LINEARISED,
+        sum_of=AFFINE if is_affine else UNTOLD if None in told else LINEARISED,
         left=sorted({name for each in found for name in each.left}),
     )
 
@@ -263,19 +281,23 @@ def _metric_record(metric: AnyMetric, found: Sequence[Effects]) -> MetricRecord:
 def _effect_records(
     found: Sequence[Effects], heads: Sequence[HeadsRecord], noise: float, ablated_as: HeadsAs | None
 ) -> list[EffectRecord]:
-    """One record for each component that every batch has."""
-    by_place: dict[tuple[Any, ...], list[Effect]] = {}
-    for each in found:
+    """One record for each component."""
+    by_place: dict[tuple[Any, ...], dict[int, Effect]] = {}
+    for batch, each in enumerate(found):
         counts: dict[tuple[Any, ...], int] = {}
         for effect in each.effects:
             place = (effect.kind, effect.block, effect.head, effect.stack, effect.attention)
             counts[place] = counts.get(place, 0) + 1
-            by_place.setdefault((*place, counts[place]), []).append(effect)
+            by_place.setdefault((*place, counts[place]), {})[batch] = effect
     known = {(record.block, record.kind): record for record in heads}
     records = []
-    for effects in by_place.values():
-        if len(effects) < len(found):
-            continue  # an output bias that one batch does not bear out
+    for own in by_place.values():
+        like = next(iter(own.values()))
+        # A bias that is not met on a batch adds nothing there.
+        effects = [
+            own.get(batch, Effect(like.kind, like.block, stack=like.stack, direct=torch.zeros_like(each.metric)))
+            for batch, each in enumerate(found)
+        ]
         records.append(_effect_record(effects, known, noise, ablated_as))
     return records
 

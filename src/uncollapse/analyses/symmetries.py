@@ -22,7 +22,6 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from uncollapse.analyses.diagnosis import observe
 from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
@@ -37,6 +36,7 @@ from uncollapse.interventions.without import removed as taken_away
 from uncollapse.probe.context_lengths import require_context_lengths
 from uncollapse.probe.norms_before import with_norms_before
 from uncollapse.records.common import Finding, Phenomenon, Statistic
+from uncollapse.records.diagnosis import AttentionRecord
 from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord, SymmetryRecord, SymmetryTest
 from uncollapse.restoring import leaves_no_trace
 from uncollapse.symmetry.acting import acting, drawn, transformed
@@ -103,7 +103,7 @@ def symmetries(
     with float64_kept(prepared.loaded.model):
         diagnosis = observe(prepared, context_lengths=lengths)
         acted = _Acting(prepared)
-        tests, stabilisers = acted.tests(), acted.stabilisers()
+        tests, stabilisers = acted.tests(), acted.stabilisers(diagnosis.attention)
     return Symmetries(
         SymmetriesRecord(
             schema=SYMMETRIES_SCHEMA,
@@ -192,13 +192,11 @@ class _Acting:
             self.progress("symmetries", _TESTS, _TESTS)
         return found
 
-    def stabilisers(self) -> dict[Phenomenon, list[str]]:
-        """What only shows when the model runs: sinks beside the keys, and a cap on the logits."""
-        capped = _SoftCap(self.pieces[0])
-        with probing(self.model, self.seed), capped:
-            self.model(**self.pieces[0])
+    def stabilisers(self, attention: Sequence[AttentionRecord]) -> dict[Phenomenon, list[str]]:
+        """What only shows when the model runs: sinks beside the keys, and a cap that was shown to bound the logits."""
+        capped = any(a.logit_range_bound is not None and "soft cap" in a.bounded_by for a in attention)
         sinks = ["attention sinks"] * any(c.sinks for c in self.channels)
-        return {"rank-collapse-depth": sinks, "entropy-collapse": ["logit soft cap"] * capped.found}
+        return {"rank-collapse-depth": sinks, "entropy-collapse": ["logit soft cap"] * capped}
 
     # Token and key permutations -----------------------------------------------------------------------------------
     def _token_permutations(self) -> Iterator[SymmetryTest]:
@@ -465,23 +463,6 @@ class _Rounding:
             return None
         signs = torch.randint(0, 2, stream.shape, generator=self.generator).to(stream) * 2 - 1
         return stream * (1 + torch.finfo(stream.dtype).eps * signs)
-
-
-class _SoftCap(TorchFunctionMode):
-    """Whether anything of the shape of logits passes a hyperbolic tangent."""
-
-    def __init__(self, piece: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.lengths = {v.shape[1] for v in piece.values() if isinstance(v, Tensor) and v.ndim >= 2}
-        self.found = False
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (torch.tanh, Tensor.tanh) and args[0].ndim >= 3:
-            queries, keys = args[0].shape[-2:]
-            self.found |= queries == keys and queries in self.lengths
-        return func(*args, **(kwargs or {}))
 
 
 def _pieces(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -21,15 +21,11 @@ from torch import Tensor, nn
 from uncollapse.anatomy.autocast import AutocastState
 from uncollapse.anatomy.carrying import Observer
 from uncollapse.anatomy.interception import Handler, Point, in_turn, is_putting_another, putting_another
-from uncollapse.anatomy.operands import (
-    UnreadableError,
-)
-from uncollapse.anatomy.output_maps import (
-    giving,
-    opening,
-    output_map,
-)
+from uncollapse.anatomy.module_states import ModuleStates
+from uncollapse.anatomy.operands import UnreadableError
+from uncollapse.anatomy.output_maps import giving, opening, output_map
 from uncollapse.anatomy.probing import seed_all
+from uncollapse.anatomy.reading import has_own_hooks
 from uncollapse.anatomy.snapshots import copied
 from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.summands import summand, with_operands
@@ -44,7 +40,7 @@ from uncollapse.anatomy.vocabulary import (
     StreamAxes,
     removal,
 )
-from uncollapse.restoring import is_own, restoring
+from uncollapse.restoring import restoring
 
 # Not a seed that models are made with: noise that equals an embedding, drawn from the same seed, leaves its direction as it is.
 POKE_SEED = 2_604_236_810
@@ -97,21 +93,21 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [t.detach().clone() for t in tensors_in(output) if t.is_floating_point()]
 
 
-class _AllSeenError(Exception):
-    """Ends a pass, or a block's run, behind the last thing that was asked for."""
+class _AllSeenError(BaseException):
+    """Ends a pass, or a block's run, behind the last thing that was asked for. No `Exception`: the model's code may catch those."""
 
 
 def observe_blocks(
     model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, *, to_the_end: bool = True
 ) -> list[BlockRun]:
     """One pass that records each block's arguments, stream and additions; everything is cloned where it is met."""
-    runs = [BlockRun() for _ in anatomy.blocks]
+    runs, found = [BlockRun() for _ in anatomy.blocks], ModuleStates(model)
     handlers: dict[Point, list[Handler]] = {}
     actions: list[tuple[Place, Action]] = []
     for block, run in zip(anatomy.blocks, runs, strict=True):
         actions += [(block.entry, _keeping(run, "stream")), (block.exit, _keeping(run, "output"))]
         if not to_the_end:
-            actions.append((block.exit, lambda _: _end_where_all(runs)))
+            actions.append((block.exit, lambda _: _end_where_all(runs, found)))
         for point, handler in recorders(block, run).items():
             handlers.setdefault(point, []).append(handler)
     devices = {p.device.type for p in model.parameters()} - {"meta"}
@@ -140,8 +136,9 @@ def observe_blocks(
     return runs
 
 
-def _end_where_all(runs: list[BlockRun]) -> None:
-    if all(run.output is not None for run in runs):
+def _end_where_all(runs: list[BlockRun], found: ModuleStates) -> None:
+    """End a pass where all is seen and its code holds nothing that it would let go of: a counter, a flag, a cache."""
+    if all(run.output is not None for run in runs) and found.is_untouched():
         raise _AllSeenError
 
 
@@ -267,7 +264,7 @@ class BlockAlone:
             handlers[point] = in_turn(handlers[point], handler) if point in handlers else handler
 
         def is_all() -> bool:
-            return len(added) == wanted and all(t.shape == self.stream.shape for t in added)
+            return 0 < wanted == len(added) and all(t.shape == self.stream.shape for t in added)
 
         output = self._replay(others, stream, handlers, actions=actions, is_all=is_all)
         added = [self._as_streams(each) for each in added]
@@ -394,7 +391,12 @@ class BlockAlone:
             for point, number in (residual.gates if hold and (parts or stream is not None) else ())
         }
         if is_all is not None and self._may_end_early:
-            handlers = {point: _ending(handler, is_all) for point, handler in (handlers or {}).items()}
+
+            def may_end() -> bool:
+                return is_all() and found.is_untouched()
+
+            found = self._found
+            handlers = {point: _ending(handler, may_end) for point, handler in (handlers or {}).items()}
         layers = (watching or {}, handlers or {}, held, removal(self.block, parts))
         acting = {p: in_turn(*(layer[p] for layer in layers if p in layer)) for layer in layers for p in layer}
         alone = {replace(p, call=self._run_alone(p.owner, p.call or 0)): h for p, h in acting.items()}
@@ -411,11 +413,12 @@ class BlockAlone:
     @functools.cached_property
     def _may_end_early(self) -> bool:
         """Whether nobody's code waits for the block's modules to return: sharding and offloading put their weights away then."""
-        for module in self.module.modules():
-            hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-            if not all(map(is_own, hooks)) or "forward" in vars(module):
-                return False
-        return True
+        return not any(has_own_hooks(module) or "forward" in vars(module) for module in self.module.modules())
+
+    @functools.cached_property
+    def _found(self) -> ModuleStates:
+        """The block's modules before the first run that may be ended: `_end_where_all` says what for."""
+        return ModuleStates(self.module)
 
     def _run_alone(self, owner: str, call: int) -> int:
         """The number of a module's run when the block's module is run by itself."""

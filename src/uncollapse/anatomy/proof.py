@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -34,7 +33,6 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.block_alone import (
     POKE_SEED,
-    BlockAlone,
     BlockRun,
     MetAddition,
     blocks_alone,
@@ -45,6 +43,7 @@ from uncollapse.anatomy.block_alone import (
     tensors_of,
 )
 from uncollapse.anatomy.carrying import Way
+from uncollapse.anatomy.deviations import carry_gap, difference, is_rounding, largest_difference
 from uncollapse.anatomy.examples import (
     as_long_a_piece,
     example_batch,
@@ -55,7 +54,7 @@ from uncollapse.anatomy.examples import (
     turned,
 )
 from uncollapse.anatomy.influence import EVERY, Products, moved, poked, reaches, stream_axes, without_zeros
-from uncollapse.anatomy.interception import Handler, Point, in_turn
+from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.mixing_proof import Poked, located, placed
 from uncollapse.anatomy.operands import (
     Mixed,
@@ -65,20 +64,12 @@ from uncollapse.anatomy.operands import (
     product_operands,
     replaced,
 )
-from uncollapse.anatomy.output_maps import (
-    ProductMap,
-    axes_order,
-    opening,
-    product_map,
-    sounding,
-)
 from uncollapse.anatomy.probing import probing, seed_all
 from uncollapse.anatomy.reading import SIDE_BY_SIDE, has_own_hooks, read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
 from uncollapse.anatomy.side_by_side import laid_out, mixing_gap
 from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember, sizes_of
 from uncollapse.anatomy.stacks import find_stacks, given_mask, masks_not_told
-from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.summands import same_term, with_operands
 from uncollapse.anatomy.tracing import Trace, operands_of, operation_name, trace, writes_in_place
 from uncollapse.anatomy.vocabulary import (
@@ -88,17 +79,16 @@ from uncollapse.anatomy.vocabulary import (
     AttentionCall,
     Block,
     Fold,
-    Gate,
     Identity,
     Layout,
     MaskingStep,
     ModuleCall,
     NormPiece,
     Part,
-    Place,
     Stack,
     StreamAxes,
 )
+from uncollapse.anatomy.writing_proof import HeadsWriting
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.restoring import restoring
 
@@ -219,7 +209,9 @@ def _prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None, *,
         seed_all(0)
         recorded = trace(model, batch)
         proof = [
-            Identity("tracing changes no bit of the output", "model", _deviation(before, tensors_of(recorded.output)))
+            Identity(
+                "tracing changes no bit of the output", "model", largest_difference(before, tensors_of(recorded.output))
+            )
         ]
         anatomy = read(model, recorded, layout, several=several)
         runs = observe_blocks(model, batch, anatomy)
@@ -246,7 +238,11 @@ def _prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None, *,
             for number, (block, reached) in enumerate(zip(proved, reached_of, strict=True))
         ]
         proof.append(
-            Identity("the output afterwards is the output before", "model", _deviation(before, output_of(model, batch)))
+            Identity(
+                "the output afterwards is the output before",
+                "model",
+                largest_difference(before, output_of(model, batch)),
+            )
         )
     names = {b.module.name for b in anatomy.blocks}
     runs_of = Counter(call.name for call in recorded.calls if call.name in names)
@@ -287,27 +283,6 @@ def _not_run(model: nn.Module, batch: Mapping[str, Any], error: Exception) -> In
     )
 
 
-def _deviation(expected: list[Tensor], got: list[Tensor]) -> float:
-    """The largest absolute difference; 0 means equal in every bit, NaNs in the same places included."""
-    if len(expected) != len(got):
-        return float("inf")
-    return max((_difference(a, b) for a, b in zip(expected, got, strict=True)), default=0.0)
-
-
-def _difference(expected: Tensor, got: Tensor) -> float:
-    if expected.numel() != got.numel():
-        return float("inf")
-    if got.shape != expected.shape:  # the same values with their axes in another order are the same stream
-        orders = [o for o in itertools.permutations(range(got.ndim)) if got.permute(o).shape == expected.shape]
-        equal = [o for o in orders if torch.equal(got.permute(o), expected)]
-        got = got.permute(equal[0]) if equal else got.reshape(expected.shape)
-    if torch.equal(expected.isnan(), got.isnan()) and torch.equal(
-        expected.nan_to_num(), got.to(expected.dtype).nan_to_num()
-    ):
-        return 0.0
-    return float((expected.double() - got.double()).nan_to_num(nan=float("inf")).abs().max())
-
-
 def _blanking(values: list[Tensor], number: int, value_operand: int) -> Handler:
     """Keep the values an attention mixes, and let zeros come out of it."""
 
@@ -321,31 +296,6 @@ def _blanking(values: list[Tensor], number: int, value_operand: int) -> Handler:
 def _zeroed(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Zeros in place of what an operation gives."""
     return torch.zeros_like(function(*args, **kwargs))
-
-
-def _product_input(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a product with one matrix reads."""
-    found = product_map(function, args, kwargs)
-    assert found is not None
-    return found.given.clone()
-
-
-def _scattering(seed: int) -> Handler:
-    """Random signs in place of an operation's result."""
-
-    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = function(*args, **kwargs)
-        generator = torch.Generator().manual_seed(seed)
-        return (torch.randint(2, output.shape, generator=generator) * 2 - 1).to(output)
-
-    return handler
-
-
-def _moved_features(before: Tensor, after: Tensor) -> Tensor:
-    """Which features, along the last axis, differ beyond rounding in any row."""
-    change = (after.double() - before.double()).abs().nan_to_num().flatten(0, -2).amax(0)
-    size = torch.maximum(before.double().abs(), after.double().abs()).nan_to_num().flatten(0, -2).amax(0)
-    return (change > 16 * torch.finfo(before.dtype).eps * size).cpu()
 
 
 def _noting_product(found: list[Mixed | str], number: int, call: AttentionCall) -> Handler:
@@ -363,7 +313,7 @@ def _noting_product(found: list[Mixed | str], number: int, call: AttentionCall) 
     return handler
 
 
-class _BlockProof(BlockAlone):
+class _BlockProof(HeadsWriting):
     """The identities of one block, checked on its own arguments."""
 
     def __init__(self, model: nn.Module, block: Block, run: BlockRun, recorded: Trace) -> None:
@@ -379,7 +329,7 @@ class _BlockProof(BlockAlone):
         block, run, stream = self.block, self.run, self.stream
         assert run.output is not None
         self._check(
-            "run alone, the block gives the output it gave in the model", _difference(run.output, self._replay(()))
+            "run alone, the block gives the output it gave in the model", difference(run.output, self._replay(()))
         )
         self._adds_up()
         if axes is not None:
@@ -389,7 +339,7 @@ class _BlockProof(BlockAlone):
         parts = list(block.parts)
         for number, part in enumerate(block.parts):
             without = self._replay((number,))
-            changed = _difference(run.output, without)
+            changed = difference(run.output, without)
             silent = self._update_is_zero(number) or not bool(run.output.isfinite().all())
             self._check(
                 f"removing the {part.kind} ({part.module}) changes the output", 0.0 if changed or silent else 1.0
@@ -407,7 +357,7 @@ class _BlockProof(BlockAlone):
                 if part.attention:
                     parts[number] = replace(part, attention=self._mixes(number, part, stream, axes, reason))
             self.block = replace(block, axes=axes, axes_reason=reason)
-            parts = [self._writes(i, part) if part.attention else part for i, part in enumerate(parts)]
+            parts = [self.writes(i, part) if part.attention else part for i, part in enumerate(parts)]
         self.block = replace(self.block, parts=tuple(parts))
 
     def _check(self, statement: str, deviation: float) -> None:
@@ -532,8 +482,8 @@ class _BlockProof(BlockAlone):
             for node in residual.additions:
                 met = self.run.sums[node.point]
                 total = functools.reduce(torch.add, _one_per_term(node, met))
-                gap = _difference(met.result, total)  # no rounding, but where an operation multiplies and adds in one
-                deviation = max(deviation, 0.0 if _is_rounding(gap, met.result, total) else gap)
+                gap = difference(met.result, total)  # no rounding, but where an operation multiplies and adds in one
+                deviation = max(deviation, 0.0 if is_rounding(gap, met.result, total) else gap)
         self._check("what the stream and the updates found bring is what each addition gives", deviation)
 
     def _carries(self, everything: tuple[int, ...]) -> None:
@@ -541,7 +491,7 @@ class _BlockProof(BlockAlone):
         multiplied and shifted element by element by what does not depend on it."""
         pure = self._rerun(everything, None)
         ways = [*self._operands(pure), *self._operands(self.run), *self._sums(pure)]
-        if all(_difference(before, after) == 0.0 for before, after in ways):
+        if all(difference(before, after) == 0.0 for before, after in ways):
             self._check("stream in, plus the updates found, through the post-norms found, is the block's output", 0.0)
             self._check("with every part removed, the block is the identity", 0.0)
             return
@@ -554,7 +504,7 @@ class _BlockProof(BlockAlone):
             shift = torch.randn(stream.shape, generator=generator).to(stream) * spread
             runs.append(self._rerun(everything, stream + shift))
         met = [*zip(*map(self._operands, [*runs, self.run]), strict=True), *zip(*map(self._sums, runs), strict=True)]
-        gap = max(_carry_gap(list(seen)) for seen in met)
+        gap = max(carry_gap(list(seen)) for seen in met)
         self._check(
             "with every part removed, the stream is carried through the block element by element: multiplied by fixed factors "
             "or gates, and added to what does not depend on it" + self._other_causes(gap),
@@ -637,7 +587,7 @@ class _BlockProof(BlockAlone):
         )
         values, other = ([torch.empty(0)] * len(part.attention) for _ in range(2))
         blanked = {c.product: _blanking(values, i, c.value_operand) for i, c in enumerate(part.attention)}
-        gap = _difference(without, self._replay((number,), handlers=blanked))
+        gap = difference(without, self._replay((number,), handlers=blanked))
         self._check(f"with the {part.kind} ({part.module}) removed, what it mixes reaches nothing", gap)
         inside = all(v.numel() for v in values)
         self._check(f"the attention of {part.module} happens inside this block", float(not inside))
@@ -647,7 +597,7 @@ class _BlockProof(BlockAlone):
         self._replay((number,), stream.flip(-1) + 1, seen, is_all=lambda: all(v.numel() for v in other))
         for before, after in zip(values, other, strict=True):
             if part.kind == "cross":
-                statement, gap = "is not mixed from this stream", _difference(before, after)
+                statement, gap = "is not mixed from this stream", difference(before, after)
             else:  # values that are alike for every token say nothing: a value map of zeros makes such
                 alike = silent or torch.equal(before, before[..., :1, :].expand_as(before))
                 statement, gap = "is mixed from this stream", float(not alike and torch.equal(before, after))
@@ -784,189 +734,6 @@ class _BlockProof(BlockAlone):
             taken += (without != plain).any(-1).any(0).nonzero().flatten().tolist()
         return taken == list(range(plain.shape[1]))
 
-    def _writes(self, number: int, part: Part) -> Part:
-        """The part with how its heads write: through an output projection that takes all of them on, with whose features it
-        reads; else by the whole map from the mixed values, or why that is none."""
-        projections = {call.projection for call in part.attention}
-        projection = projections.pop() if len(projections) == 1 else None
-        if projection is not None and self._takes_all(number, part, projection):
-            try:
-                return replace(part, features=self._features(number, part, projection))
-            except UnreadableError as error:
-                # It reads a sum of several products' heads, perhaps: then these are told before it.
-                alone = self._writes_at_once(number, part)
-                return replace(part, no_output_map=str(error)) if alone.no_output_map else alone
-            except UncollapseError:  # its input is met in another way: by keyword, say
-                return part
-        return self._writes_at_once(number, part)
-
-    def _writes_at_once(self, number: int, part: Part) -> Part:
-        """The part with the whole map from its mixed values to what they write as its W_O, or why there is none."""
-        part, gates = replace(part, gates=()), part.gates
-        part = replace(part, attention=tuple(replace(call, projection=None) for call in part.attention))
-        problem = next((call.unreadable for call in part.attention if call.unreadable), None)
-        if problem is not None:
-            return replace(part, no_output_map=problem)
-        # Gates first: with one that hardly varies the map is one matrix to the rounding of half precision, and is not.
-        if gates:
-            try:
-                laid = tuple(self._laid_gate(number, replace(part, gates=gates), gate) for gate in gates)
-                opened = replace(part, gates=laid)
-                self.output_map(number, opened)
-            except UnreadableError:
-                pass  # what acts there is no gate, or not only gates
-            else:
-                return opened
-        try:
-            matrix, _ = self.output_map(number, part)
-        except UnreadableError as error:
-            return replace(part, no_output_map=str(error))
-        if gates and torch.finfo(matrix.dtype).eps > torch.finfo(torch.float32).eps:
-            return replace(
-                part, no_output_map="whether a gate acts between its heads and the projection is lost to rounding"
-            )
-        return part
-
-    def _laid_gate(self, number: int, part: Part, gate: Gate) -> Gate:
-        """A gate with how it lies on the mixed values: of all heads together, or of those of one call after the other.
-
-        Raises `UnreadableError` where that cannot be told."""
-        axes, widths = self.block.axes, {call.head_width for call in part.attention}
-        if axes is None or len(widths) != 1:
-            raise UnreadableError("what its heads mix was not found")
-        shape = (*axes.cloud(self.stream).shape[:2], widths.pop())
-        others = tuple(i for i in range(len(self.block.parts)) if i != number)
-
-        def order(own: slice) -> tuple[int, ...] | None:
-            pattern = torch.zeros(shape[0], part.heads, *shape[1:], dtype=self.stream.dtype, device=self.stream.device)
-            numbers = torch.arange(1, pattern[:, own].numel() + 1, dtype=torch.float64).reshape(pattern[:, own].shape)
-            pattern[:, own] = numbers.to(pattern)
-            seen: list[Tensor] = []
-            look = observing(lambda *met: seen.append(met[3].detach().clone()))
-            handlers = self._giving(part, pattern) | {each.point: opening(each) for each in part.gates}
-            handlers[gate.point] = in_turn(look, handlers[gate.point])
-            self._replay(others, None, handlers)
-            return axes_order(seen[-1], pattern[:, own]) if seen else None
-
-        whole = order(slice(0, part.heads))
-        orders, first = [whole], 0
-        if whole is None:
-            orders = []
-            for call in part.attention:
-                orders.append(order(slice(first, first + call.heads)))
-                first += call.heads
-        known = tuple(each for each in orders if each is not None)
-        if len(known) < len(orders):
-            raise UnreadableError("how a gate lies on the mixed values of its heads could not be told")
-        return replace(gate, orders=known)
-
-    def _takes_all(self, number: int, part: Part, projection: ModuleCall | Point) -> bool:
-        """Whether everything that the mixed values do to what the part adds goes through this product with one matrix, whose result
-        is as wide as the stream: with zeros in place of its result, other mixed values change nothing."""
-        width = self.stream.shape[-1 if self.block.axes is None else self.block.axes.width]
-        widths: list[int] = []
-        maps: list[ProductMap | None] = []
-
-        def updated(seed: int) -> Tensor:
-            further: dict[Point, Handler] = {call.product: _scattering(seed) for call in part.attention}
-            actions: list[tuple[Place, Action]] = []
-
-            def silence(result: Tensor) -> Tensor:
-                widths.append(result.shape[-1])
-                return torch.zeros_like(result)
-
-            def silence_product(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                maps.append(product_map(function, args, kwargs))
-                return silence(function(*args, **kwargs))
-
-            if isinstance(projection, Point):
-                further[projection] = silence_product
-            else:
-                actions.append((Place(projection), silence))
-            return self.update(number, None, further, actions)
-
-        first, second = updated(0), updated(1)
-        return set(widths) == {width} and None not in maps and _difference(first, second) == 0.0
-
-    def _features(self, number: int, part: Part, projection: ModuleCall | Point) -> tuple[int, ...]:
-        """The head of each feature that an output projection reads; empty where the heads lie side by side, or stay within windows.
-
-        Heads speak in turn, numbered in binary: for each digit those that have a 1 there, then those that have a 0. A feature is
-        a head's if it moves with its digits and with nothing else. Raises `UnreadableError` where features are of several heads.
-        """
-        axes, heads = self.block.axes, part.heads
-        widths = {call.head_width for call in part.attention}
-        if axes is None or len(widths) != 1 or any(c.unreadable for c in part.attention) or heads == 1:
-            return ()
-        sequences, tokens = axes.cloud(self.stream).shape[:2]
-        width = widths.pop()
-
-        def read(further: dict[Point, Handler]) -> Tensor:
-            """What the projection reads when the calls give something else."""
-            seen: list[Tensor] = []
-            actions: list[tuple[Place, Action]] = []
-            if isinstance(projection, Point):
-                keep = observing(lambda *met: seen.append(_product_input(*met[:3])))
-                further[projection] = keep
-            else:
-                actions.append((Place(projection, "in", (0,)), lambda given: seen.append(given.detach().clone())))
-            self.update(number, None, further, actions)
-            return seen[-1]
-
-        def heard(speaking: Tensor) -> Tensor:
-            further: dict[Point, Handler] = {}
-            first = 0
-            for call in part.attention:
-                further[call.product] = sounding(speaking[first : first + call.heads], call, sequences)
-                first += 0 if part.shares_queries else call.heads
-            return read(further)
-
-        alike = read_alike = torch.empty(0)
-        if not any("window" in {axis.role, axis.inner} for call in part.attention for axis in call.lead):
-            generator = torch.Generator().manual_seed(0)
-            noise = torch.randn(sequences, heads, tokens, width, generator=generator).to(self.stream)
-            alike = noise.transpose(1, 2).flatten(2)
-            read_alike = read(self._giving(part, noise))
-            if read_alike.shape[-1] == alike.shape[-1] and any(
-                torch.equal(read_alike.flatten(), known.flatten()) for known in (alike, alike.transpose(0, 1))
-            ):
-                return ()
-        silent = heard(torch.zeros(heads, dtype=torch.bool))
-        if silent.shape[-1] != heads * width:
-            raise UnreadableError("its output projection does not read the heads side by side")
-        owner = torch.zeros(silent.shape[-1], dtype=torch.long)
-        numbers = torch.arange(heads)
-        for digit in range((heads - 1).bit_length()):
-            ones = (numbers >> digit & 1).bool()
-            by_one, by_zero = (_moved_features(silent, heard(some)) for some in (ones, ~ones))
-            if bool((by_one == by_zero).any()):
-                return self._alike_features(read_alike, alike, heads)
-            owner += by_one.long() << digit
-        if not bool((owner.bincount(minlength=heads) == width).all()):
-            raise UnreadableError(
-                "its heads do not have the same number of features in what the output projection reads"
-            )
-        return () if torch.equal(owner, owner.sort().values) else tuple(owner.tolist())
-
-    def _alike_features(self, read: Tensor, spoken: Tensor, heads: int) -> tuple[int, ...]:
-        """The same where a norm over all heads lets every head move every feature: the head of the feature it most resembles."""
-        best = torch.empty(0)
-        ways = [spoken, spoken.transpose(0, 1)] if read.numel() and read.numel() == spoken.numel() else []
-        for rows in ways:
-            given = read.double().reshape(-1, read.shape[-1])
-            sources = rows.double().flatten(0, 1)
-            sources, given = sources - sources.mean(0), given - given.mean(0)
-            agreement = (given / given.norm(dim=0)).T @ (sources / sources.norm(dim=0))
-            found, place = agreement.abs().nan_to_num().max(-1)
-            if bool((found > 0.8).all()) and len(place.unique()) == len(place):
-                best = place
-        if not len(best):
-            raise UnreadableError(
-                "which features of what its output projection reads are of which head could not be told"
-            )
-        owner = best // (len(best) // heads)
-        return () if torch.equal(owner, owner.sort().values) else tuple(owner.tolist())
-
     def _masking_axes(self, call: AttentionCall, others: tuple[int, ...], sequences: int) -> tuple[MaskingStep, ...]:
         """The masking steps with what the axes of their results hold, told by where their entries arrive among the weights."""
         steps = []
@@ -1082,52 +849,6 @@ def _one_per_term(node: AdditionNode, met: MetAddition) -> list[Tensor]:
     operation = node.point.operation.split(" ")[0]
     numbers = sorted(met.summands)
     return [met.summands[i] for i in numbers if not any(same_term(operation, j, i) for j in numbers if j < i)]
-
-
-def _is_rounding(gap: float, *values: Tensor) -> bool:
-    largest = max(float(v.double().abs().nan_to_num().max()) for v in values)
-    return gap <= 4 * torch.finfo(values[0].dtype).eps * largest
-
-
-def _carry_gap(runs: list[tuple[Tensor, Tensor]]) -> float:
-    """How far a way of the stream is from a law after = a * before + b with a and b fixed in every element, seen in several
-    runs: 0 within rounding, else the part of the change that does not obey it."""
-    if all(_difference(before, after) == 0.0 for before, after in runs):
-        return 0.0
-    before, after = [b.double() for b, _ in runs], [a.double() for _, a in runs]
-    if any(b.numel() != a.numel() for b, a in runs):
-        return max(0.0 if _is_choice(b, a) else float("inf") for b, a in runs)
-    if any(not bool(b.isfinite().all() & a.isfinite().all()) for b, a in runs):
-        return float("inf")
-    precision = max(torch.finfo(t.dtype).eps for run in runs for t in run)
-    return min(_law_gap([b.permute(order) for b in before], after, precision) for order in _orders(before[0], after[0]))
-
-
-def _is_choice(before: Tensor, after: Tensor) -> bool:
-    """Whether some of the tokens went on as they were: the smaller tensor's rows are, bit for bit, rows of the larger one."""
-    if before.ndim < 2 or after.ndim < 2 or before.shape[-1] != after.shape[-1]:
-        return False
-    few, many = sorted((before, after), key=Tensor.numel)
-    known = set(map(tuple, many.reshape(-1, many.shape[-1]).tolist()))
-    return all(tuple(row) in known for row in few.reshape(-1, few.shape[-1]).tolist())
-
-
-def _orders(before: Tensor, after: Tensor) -> list[tuple[int, ...]]:
-    """The orders of its axes in which one tensor may be compared with another; as it lies, where none gives its shape."""
-    same = [o for o in itertools.permutations(range(before.ndim)) if before.permute(o).shape == after.shape]
-    return same or [tuple(range(before.ndim))]
-
-
-def _law_gap(before: list[Tensor], after: list[Tensor], precision: float) -> float:
-    shifts = [b.reshape(after[0].shape) - before[0].reshape(after[0].shape) for b in before[1:]]
-    answers = [a - after[0] for a in after[1:]]
-    size = max(float(b.abs().max()) for b in before) or 1.0
-    reply = max(float(a.abs().max()) for a in after) or 1.0
-    worst = 0.0
-    for shift, answer in zip(shifts[1:], answers[1:], strict=True):
-        cross = float((answer * shifts[0] - answers[0] * shift).abs().max()) / (size * reply)
-        worst = max(worst, cross if cross > 16 * precision else 0.0)
-    return worst
 
 
 def _not_alone(block: Block, error: Exception) -> Identity:

@@ -91,7 +91,8 @@ CLAIM = Claim(
     HERE,
     check,
     title="Given its patterns, attention is affine",
-    formula=r"\mathrm{vec}\, Y = \sum_{\mathrm{paths}} (A_{\mathrm{path}} \otimes W_{\mathrm{path}}^T)\, \mathrm{vec}\, X + \mathrm{const}",  # noqa: E501 - a formula is one line
+    formula=r"\mathrm{vec}\, Y = \sum_{\mathrm{paths}} (A_{\mathrm{path}} \otimes W_{\mathrm{path}}^T)\, \mathrm{vec}\, X "
+    r"+ \mathrm{const}",
     theory="6. What the MLP adds",
     hypotheses=("the attention patterns are held fixed", "the norms' scales are held fixed"),
 )

@@ -73,6 +73,7 @@ CLAIM = Claim(
     "proved in docs/theory.md for a given row",
     check,
     title="The least entropy of logits of a given size",
-    formula=r"H \ge \ln(1 + (T - 1) b) + \frac{\varsigma \sqrt{T (T - 1)}\, b}{1 + (T - 1) b}, \quad b = e^{-\varsigma \sqrt{T / (T - 1)}}",  # noqa: E501 - a formula is one line
+    formula=r"H \ge \ln(1 + (T - 1) b) + \frac{\varsigma \sqrt{T (T - 1)}\, b}{1 + (T - 1) b}, "
+    r"\quad b = e^{-\varsigma \sqrt{T / (T - 1)}}",
     theory="10. Entropy",
 )

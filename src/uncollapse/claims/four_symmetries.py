@@ -2,9 +2,9 @@
 
 Depth: permutations of the tokens. Heads: W_V -> W_V M, W_O -> M^-1 W_O with M acting within each head. Both are exact. (An M that
 mixes heads leaves the product O W_O as it is too, but no weights do that: heads have patterns of their own.) Width: permuting
-the columns of A alone,
-A -> A Pi, changes what is mixed at every finite n. Entropy: multiplying the logits by t changes the weights. What is exact there
-is something else: (a W_Q, W_K/a), and a constant added to a row of logits. `scaling-fixed-points` says what the scaling does.
+the columns of A alone, A -> A Pi, changes what is mixed at every finite n. Entropy: multiplying the logits by t changes the
+weights. What is exact there is something else: (a W_Q, W_K/a), and a constant added to a row of logits. `scaling-fixed-points`
+says what the scaling does.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def check(
         outcomes["width"].append(pattern * turn * x * value == pattern * x * value)
         patterns = [draws.pattern(n), draws.pattern(n)]
         stacked, projection = draws.matrix(d, 2 * k), draws.of_rank(2 * k, d, min(2 * k, d))
-        own, across = exact.zeros(k, k), draws.invertible(2 * k)
-        within = exact.above(exact.beside(draws.invertible(k), own), exact.beside(own, draws.invertible(k)))
+        none, across = exact.zeros(k, k), draws.invertible(2 * k)
+        within = exact.above(exact.beside(draws.invertible(k), none), exact.beside(none, draws.invertible(k)))
         before = layer(x, patterns, stacked, projection)
         after = {
             name: layer(x, patterns, stacked * turned, turned.inv() * projection) == before

@@ -72,6 +72,7 @@ CLAIM = Claim(
     HERE,
     check,
     title="The exact change of the affine rank under layer normalisation",
-    formula=r"\mathrm{affrank}(\mathrm{LN}\, X) - \mathrm{affrank}\, X = [\mathbf{1} \in \mathrm{col}\, X] - [s \in \mathrm{col}\, X P \Gamma] - \dim(\mathrm{row}\, X \cap \ker \Gamma P)",  # noqa: E501 - a formula is one line
+    formula=r"\mathrm{affrank}(\mathrm{LN}\, X) - \mathrm{affrank}\, X = [\mathbf{1} \in \mathrm{col}\, X] "
+    r"- [s \in \mathrm{col}\, X P \Gamma] - \dim(\mathrm{row}\, X \cap \ker \Gamma P)",
     theory="2. Layer normalisation",
 )

@@ -140,9 +140,8 @@ CLAIM = Claim(
     "leaders",
     "If each token copies its strongest key (the limit of infinite logits), a token that is its own single strongest key never "
     "moves; without ties every token sits on such a leader after n - 1 layers. Two leaders stay two groups: no collapse into one.",
-    "after A. Alcalde, G. Fantuzzi, E. Zuazua, Clustering in pure-attention hardmax transformers, arXiv 2407.01602 "
-    "(2024), who have "
-    "a residual and a norm, and N. Karagodin et al., arXiv 2411.04990 (2024), on causal masks; this version is proved "
+    "after A. Alcalde, G. Fantuzzi, E. Zuazua, Clustering in pure-attention hardmax transformers, arXiv 2407.01602 (2024), "
+    "who have a residual and a norm, and N. Karagodin et al., arXiv 2411.04990 (2024), on causal masks; this version is proved "
     "in docs/theory.md",
     check,
     title="Sharp attention keeps as many groups as it has leaders",

@@ -59,7 +59,8 @@ CLAIM = Claim(
     HERE,
     check,
     title="RMS normalisation keeps the rank, and changes the affine rank by a formula",
-    formula=r"\mathrm{affrank}(\mathrm{RMS}\, X) - \mathrm{affrank}\, X = [\mathbf{1} \in \mathrm{col}\, X] - [r \in \mathrm{col}\, X]",  # noqa: E501 - a formula is one line
+    formula=r"\mathrm{affrank}(\mathrm{RMS}\, X) - \mathrm{affrank}\, X = "
+    r"[\mathbf{1} \in \mathrm{col}\, X] - [r \in \mathrm{col}\, X]",
     theory="2. Layer normalisation",
     hypotheses=("gamma has no zero", "no token is zero, or eps > 0"),
 )

@@ -409,7 +409,7 @@ Several prompts, so that every figure has an interval, and a page to read:
     uncollapse attribute ./SmolLM2-135M --prompt "The keys to the cabinet" --prompt "The letters from my aunt"
     --target " are" --against " is" --html attribution.html
 
-Direct effects only, which take three passes:
+Direct and first-order effects only, which take a few passes in all:
 
     uncollapse attribute ./model --prompt "…" --target " a" --against " b" --ablated-as none
 

@@ -154,7 +154,7 @@ def without(
                     "Pass 'mlp', 'attention' or 'block', or leave parts_as out."
                 )
             _require_effect(model, anatomy, wanted, heads_as)
-            wanted = filled(model, anatomy, wanted, heads_as, parts_as, batch, seed)
+            wanted = _filled(model, anatomy, wanted, heads_as, parts_as, batch, seed)
         changes.enter(_away(model, anatomy, wanted))
         yield model
 
@@ -255,7 +255,7 @@ def _wanted(
     )
 
 
-def filled(
+def _filled(
     model: nn.Module,
     anatomy: Anatomy,
     wanted: _Removal,

@@ -35,7 +35,8 @@ from uncollapse.records.diagnosis import (
 )
 
 # All of these are distances from collapse: half the smallest distance in any healthy run of `studies/validity`. docs/validity.md
-# says which run that is, and what each threshold would be without one of the models.
+# says which run that is, and what each threshold would be without one of the models. REST_ENTROPY alone is older than those runs:
+# they check it only together with WITHIN_REACH.
 # Consensus distance after a norm, as a share of the embedding's.
 CONSENSUS = 0.13
 # Share of the attainable rank, as a share of the embedding's.

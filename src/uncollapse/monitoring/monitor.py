@@ -188,7 +188,9 @@ class Monitor:
         """Put the alarms of this reading, and what is over, into it."""
         for raised, cleared in (
             self._threshold.look(reading.step, reading.margins, found),
-            self._trend.look(reading.step, reading.margins, found),
+            self._trend.look(
+                reading.step, reading.margins, {key: f for key, f in found.items() if self._threshold.is_settled(key)}
+            ),
             self._beside.look(reading.step, reading.heads),
         ):
             reading.alarms.extend(raised)

@@ -234,9 +234,8 @@ class Activity:
         self.embeddings: list[EmbeddingActivity] = []
         self.handlers: dict[Point, Handler] = {}
         self.streams: list[tuple[Place, Action]] = []
-        self._entering: dict[
-            str, dict[int, Callable[..., None]]
-        ] = {}  # by module and run: where hidden layers are read
+        # By module and run: where hidden layers are read.
+        self._entering: dict[str, dict[int, Callable[..., None]]] = {}
         self._of: dict[tuple[int, int], PartActivity] = {}
         self._runs: dict[str, int] = {}
         self._sizes: dict[int, Tensor] = {}  # by block, of the last one only: norms of the stream that entered it

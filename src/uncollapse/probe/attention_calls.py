@@ -280,8 +280,7 @@ class CallObserver:
         else:
             forbidden, shifts = forbidden_by_addition(mask)
             if forbidden is not None and _may_leave_weight(given, forbidden, keys):
-                weightless = _without_weight_in(given, forbidden, keys)
-                forbidden, shifts = weightless, True
+                forbidden, shifts = _without_weight_in(given, forbidden, keys), True
             allowed = None if forbidden is None else ~forbidden
             bias = mask if shifts else None
 

@@ -106,7 +106,6 @@ def head_contributions(
         alone = blocks_alone(model, piece_of(model, given), anatomy, whole) if whole else {}
         for reading in readings:
             reading.alone = alone.get(reading.number) if reading.call.projection is None else None
-        for reading in readings:
             reading.keeps_graph = grad
         with torch.set_grad_enabled(grad), _installed(model, readings):
             model(**given)

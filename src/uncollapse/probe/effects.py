@@ -40,26 +40,25 @@ from uncollapse.anatomy.vocabulary import Anatomy, Block, Layout, Part, Place, S
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.probe.contributions import HeadContributions, head_contributions
 from uncollapse.probe.frozen_norms import FrozenNorms, NormHandlers, Where, frozen_norms, norms_on_the_way
+from uncollapse.records.attribution import EffectKind
 
 Metric = Callable[[Any], Tensor]  # a model's output to one number for each sequence, or to one number
-Kind = Literal[
-    "embedding", "head", "attention", "attention_bias", "mlp", "mlp_bias", "mixer", "norm_bias", "output_bias"
-]
 ROUNDINGS = 32  # units in the last place, of the sizes of all effects together
 Key = tuple[int, int]  # block and part
 
 
 @dataclass
 class Effect:
-    """What one component does to the metric, one number for each sequence. `attention`: of a head or a bias, whose. `reach` is of
-    an attention: sum over tokens of |a| |Y|, by how much the metric moves at most for an error in what the layer writes as large
-    as that itself. `reasons`: why a figure is missing."""
+    """What one component does to the metric, one number for each sequence. `attention`: of a head or a bias, whose. `part`: the
+    sublayer's number in its block. `reach` is of an attention: sum over tokens of |a| |Y|, by how much the metric moves at most for
+    an error in what the layer writes as large as that itself. `reasons`: why a figure is missing."""
 
-    kind: Kind
+    kind: EffectKind
     block: int | None = None
     head: int | None = None
     stack: Literal["encoder", "decoder"] | None = None
     attention: Literal["self", "cross"] | None = None
+    part: int | None = None
     direct: Tensor | None = None
     exact: Tensor | None = None
     first_order: Tensor | None = None
@@ -71,13 +70,13 @@ class Effect:
 @dataclass
 class Effects:
     """All effects on one batch. metric [sequence]. `remainder` [sequence] is the metric less all direct effects. `is_affine`:
-    whether the metric is affine in them, so that the remainder is rounding. `left`: the norms on the way that no affine map stands
-    for: effects pass these by their derivative."""
+    whether the metric is affine in them, so that the remainder is rounding; None in half precision, where rounding hides it.
+    `left`: the norms on the way that no affine map stands for: effects pass these by their derivative."""
 
     metric: Tensor
     effects: list[Effect]
     remainder: Tensor
-    is_affine: bool
+    is_affine: bool | None
     left: list[str]
 
 
@@ -111,16 +110,21 @@ def effects_of(
     heads = _Heads(model, given, anatomy, layout)
     for number, block in enumerate(anatomy.blocks):
         for index, part in enumerate(block.parts):
-            found += _of_part(number, block, index, part, direct, full, heads, sequences)
+            for effect in _of_part(number, block, index, part, direct, full, heads, sequences):
+                effect.part = index
+                found.append(effect)
     found += _of_norms(anatomy, direct, sequences)
     constant = rest - sum(e.direct for e in found if e.kind == "norm_bias" and e.direct is not None)
     given_sum = sum(e.direct for e in found if e.direct is not None)
     remainder = full.metric - given_sum - constant
     size = full.metric.abs() + constant.abs() + sum(e.direct.abs() for e in found if e.direct is not None)
-    affine = bool((remainder.abs() <= ROUNDINGS * passes.eps * size).all())
-    if affine and bool(constant.any()):
+    rounding = ROUNDINGS * passes.eps * size
+    affine = None
+    if passes.eps <= torch.finfo(torch.float32).eps:
+        affine = bool((remainder.abs() <= rounding).all())
+    if affine and bool((constant.abs() > rounding).any()):
         found.append(Effect("output_bias", direct=constant, reasons={"first_order": "it passes nothing that is later"}))
-    elif not affine:
+    else:
         remainder = remainder + constant
     if exact:
         with probing(model):
@@ -287,6 +291,11 @@ class _Passes:
         entering_at = {number: functools.partial(entering, number) for number in self.firsts}
         with torch.enable_grad():
             metric = self._run(handlers, entering_at, frozen if norms is not None else None, actions)
+            if not metric.requires_grad:
+                raise InputError(
+                    "attribute: expected a metric that can be differentiated, got one without a gradient. It may be "
+                    "detached, or torch.inference_mode() is on. Return a tensor such as output.logits[:, -1, 5]."
+                )
             if any(stream._version != version for stream, version in entries.values()) and not copies_entry:
                 return None
             leaves = [leaf for several in updates.values() for _, leaf in several]
@@ -399,7 +408,15 @@ class _Passes:
 
 def metric_of(metric: Metric, output: Any, batch: Mapping[str, Any]) -> Tensor:
     """The metric of an output, [sequence]; [1] where it is one number. Raises `InputError` for anything else."""
-    found = metric(output)
+    try:
+        found = metric(output)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise InputError(
+            f"attribute: expected a metric that can be called with the model's output, got {str(error).splitlines()[0]}. It may "
+            "expect another shape of logits. Return a tensor such as output.logits[:, -1, 5]."
+        ) from error
     sizes = {v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim}
     fits = isinstance(found, Tensor) and found.is_floating_point() and (found.ndim == 0 or found.shape[0] in sizes)
     if not fits or found.ndim > 1:
@@ -523,19 +540,19 @@ def _of_part(
         kind: Literal["self", "cross"] = "cross" if part.kind == "cross" else "self"
         found, reason = heads.effects(key, block, kind, direct, full, sequences)
         if not reason:
-            rest = _bias("attention_bias", number, block, whole, found, kind)
+            rest = _rest("attention_bias", number, block, whole, found, kind)
             return [*found, rest] if _is_more_than_rounding(rest, found, direct, key) else found
         return [_whole("attention", number, block, kind, whole, {"heads": reason})]
-    name: Kind = "mixer" if part.kind == "mixer" else "mlp"
+    name: EffectKind = "mixer" if part.kind == "mixer" else "mlp"
     bias = _mlp_bias(key, block, part, direct, full, sequences)
     if isinstance(bias, str):
         return [_whole(name, number, block, None, whole, {"mlp_bias": bias})]
-    rest = _bias(name, number, block, whole, [bias], None)
+    rest = _rest(name, number, block, whole, [bias], None)
     return [rest, bias] if bool(direct.zeros[key].any()) else [rest]
 
 
 def _whole(
-    kind: Kind,
+    kind: EffectKind,
     number: int,
     block: Block,
     attention: Literal["self", "cross"] | None,
@@ -548,8 +565,8 @@ def _whole(
     return found
 
 
-def _bias(
-    kind: Kind,
+def _rest(
+    kind: EffectKind,
     number: int,
     block: Block,
     whole: Mapping[str, Tensor],
@@ -715,7 +732,7 @@ def _exact(
     for done, effect in enumerate(found):
         if progress is not None:
             progress("exact direct effects", done, len(found))
-        key = _key_of(effect, passes.anatomy)
+        key = None if effect.block is None or effect.part is None else (effect.block, effect.part)
         if effect.kind == "embedding":
             stack = next(s for s in passes.anatomy.stacks if passes.anatomy.blocks[s.blocks[0]].stack == effect.stack)
             effect.exact = whole - passes.held(full, entry=stack.blocks[0])
@@ -737,9 +754,9 @@ def _exact(
                 written = functools.partial(_laid_instead, all_heads.sum(-2), axes)
             else:
                 written = functools.partial(_laid_off, all_heads[:, :, effect.head], axes)
-        elif any(e.kind == "mlp_bias" and e.block == effect.block for e in found):
+        elif any(e.kind == "mlp_bias" and (e.block, e.part) == key for e in found):
             zero = full.zeros[key]
-            written = zero.expand_as if effect.kind == "mlp" else functools.partial(_less, zero)
+            written = functools.partial(_less, zero) if effect.kind == "mlp_bias" else zero.expand_as
         effect.exact = whole - passes.held(full, gone=key, written=written)
     if progress is not None:
         progress("exact direct effects", len(found), len(found))
@@ -755,13 +772,3 @@ def _laid_instead(part: Tensor, axes: StreamAxes, written: Tensor) -> Tensor:
 
 def _less(zero: Tensor, written: Tensor) -> Tensor:
     return written - zero.to(written)
-
-
-def _key_of(effect: Effect, anatomy: Anatomy) -> Key | None:
-    if effect.block is None:
-        return None
-    wanted = {"mlp"} if effect.kind == "mlp_bias" else {effect.kind}
-    if effect.attention is not None:
-        wanted = {"cross"} if effect.attention == "cross" else {"attention"}
-    parts = anatomy.blocks[effect.block].parts
-    return next(((effect.block, i) for i, part in enumerate(parts) if part.kind in wanted), None)

@@ -86,7 +86,7 @@ def _of_block(
     vectors = matrices = 0
     traces: list[tuple[_Trace, bool]] = []
     for module in _modules(model, anatomy, block):
-        own = [(name, p.detach()) for name, p in module.named_parameters(recurse=False)]
+        own = [(name, p.detach()) for name, p in module.named_parameters(recurse=False) if p.numel()]
         if any(p.is_meta or not p.is_floating_point() or type(p.data) is not Tensor for _, p in own):
             return Evidence(False, "some of its weights could not be read")
         for name, p in own:
@@ -169,6 +169,9 @@ def _against_start(p: Tensor, beside: list[Tensor]) -> Iterator[_Trace]:
     if bool((p == p[0]).all()):
         return
     size = float(p.square().mean().sqrt())
+    if not math.isfinite(size):
+        yield _Trace(1.0, 1.0, "is not finite")
+        return
     scales = [abs(float(p.mean()))]
     for each in beside:
         w = each.double()

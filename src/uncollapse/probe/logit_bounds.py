@@ -3,11 +3,14 @@
 Each is shown on the live model, and where it is not shown there is no bound:
 
 * *Soft cap.* The product of queries with keys is multiplied by 10^9 and by 10^18. Capped logits are then all c or -c, the same
-  c both times; anything added after the cap would show. The range of a row is at most 2c.
+  c both times. The range of a row is at most 2c.
 * *Norm on queries and keys.* The norm's own gain and shift are found by running it (`norm_law`): its output is at most
   R = sqrt(width) max|gain| + |shift| long. On these tokens queries and keys are as long as outputs of the norm, so that nothing
-  lengthened them on the way (a rotation does not), and the logits are s (q.k) and nothing else but forbidden pairs. The range is at
-  most 2 s R_q R_k.
+  lengthened them on the way (a rotation does not), and the logits are s (q.k). The range is at most 2 s R_q R_k.
+
+In both cases the product is multiplied by 0 as well: what is left was added to it. It must be exactly 0 or forbid the pair, for a
+bias that grows with the distance is next to nothing on the few tokens of these passes. What these cannot show is a factor that
+depends on the position or the length and is 1 on short texts.
 
 The range that a text happens to show is no bound, and is not used. When not to use it: for what the attention does on a text; that
 is its entropy.
@@ -29,13 +32,13 @@ from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import known_example
 from uncollapse.anatomy.tracing import operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block
-from uncollapse.errors import UncollapseError
-from uncollapse.probe.norm_law import norm_law
+from uncollapse.probe.norm_law import proved_law
 from uncollapse.restoring import restoring
 
 UNPROVED = "not bounded as far as was shown: no soft cap, and no norm on queries and keys alone"
 NOTHING = 104.0  # e^-104 is 0 in single precision, denormal numbers included
 _CLOSE = 1e-3  # for half precision as well: bounds are rounded up by it
+_FACTORS = (1.0, 0.0, 1e9, 1e18)  # of the product: as it is, what is added to it, what caps it
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class LogitBound:
 
 @dataclass
 class _Seen:
-    """One attention call in the plain pass and in two with its product of queries and keys enlarged."""
+    """One attention call in the plain pass and in those with its product of queries and keys multiplied."""
 
     queries: Tensor | None = None
     keys: Tensor | None = None
@@ -66,7 +69,7 @@ def logit_bounds(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -
     try:
         with probing(model):
             seen, outputs = _passes(model, [c for _, _, c in calls], anatomy, given)
-    except (UncollapseError, RuntimeError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # a model of the user's may raise anything at such logits
         return {(n, c.product): LogitBound(None, f"not shown: {type(error).__name__}") for n, _, c in calls}
     return {
         (n, call.product): _capped(one) or _normed(model, block, call, one, outputs) or LogitBound(None, UNPROVED)
@@ -88,7 +91,7 @@ def _passes(
 
         return hook
 
-    for factor in (1.0, 1e9, 1e18):
+    for factor in _FACTORS:
         handlers: dict[Point, Handler] = {}
         for call, one in zip(calls, seen, strict=True):
             if call.is_fused:
@@ -145,20 +148,27 @@ def _logits(one: _Seen) -> Handler:
 
 
 def _capped(one: _Seen) -> LogitBound | None:
-    if len(one.logits) != 3 or one.product is None or len({x.shape for x in [one.product, *one.logits]}) != 1:
+    if (
+        len(one.logits) != len(_FACTORS)
+        or one.product is None
+        or len({x.shape for x in [one.product, *one.logits]}) != 1
+    ):
         return None
     weights = one.weights[0]
     if weights.shape != one.product.shape:
         return None
     met = (weights > 1e-30 * weights.amax(-1, keepdim=True)) & (one.product.abs() > 1e-6)
-    first, second = (x[met].abs() for x in one.logits[1:])
+    first, second = (x[met].abs() for x in one.logits[2:])
     if not len(first) or not bool(torch.cat([first, second]).isfinite().all()):
         return None
     cap = float(torch.maximum(first.max(), second.max()))
     if not cap or not bool((torch.cat([first, second]) >= (1 - _CLOSE) * cap).all()):
         return None
+    if not _adds_nothing(one.logits[1], cap):
+        return None
     return LogitBound(
-        2 * cap * (1 + _CLOSE), f"if the model keeps its soft cap of {cap:.3g} on the logits, on any text"
+        2 * cap * (1 + _CLOSE),
+        f"if the model keeps its soft cap of {cap:.3g} on the logits and no length scales them, on any text",
     )
 
 
@@ -173,22 +183,31 @@ def _normed(
         return None
     product = lengths[0] * lengths[1]
     if one.product is not None:
-        if not one.logits or one.logits[0].shape != one.product.shape:
+        if len(one.logits) != len(_FACTORS) or {x.shape for x in one.logits} != {one.product.shape}:
             return None
         large = (one.weights[0] > 0) & (one.product.abs() > 0.1 * one.product.abs().max())
         if not bool(large.any()):
             return None
         one.scale = float((one.logits[0][large] / one.product[large]).median())
-        one.added = one.logits[0] - one.scale * one.product
+        one.added = one.logits[1]
     bound = abs(one.scale) * product * (1 + _CLOSE)
-    if one.added is not None:
-        nothing = one.added.abs() <= _CLOSE * bound
-        if not bool((nothing | (one.added <= -(2 * bound + NOTHING))).all()):
-            return None  # something that depends on positions is added, and grows who knows how
+    if one.added is not None and not _adds_nothing(one.added, bound):
+        return None
+    if one.product is not None:
+        beside = (one.logits[0] - one.scale * one.product)[one.logits[1] == 0]
+        if not bool((beside.abs() <= _CLOSE * bound).all()):
+            return None  # a scale that is not one number
     return LogitBound(
         2 * bound,
-        f"if queries and keys keep their norm, with these gains: at most {lengths[0]:.3g} and {lengths[1]:.3g} long on any text",
+        f"if queries and keys keep their norm, with these gains, and no position scales them: at most {lengths[0]:.3g} and "
+        f"{lengths[1]:.3g} long on any text",
     )
+
+
+def _adds_nothing(added: Tensor, bound: float) -> bool:
+    """Whether what comes to logits between -bound and bound is exactly 0 or forbids the pair. However small it is on these few
+    tokens, it may grow with their distance."""
+    return bool(((added == 0) | (added <= -(2 * bound + NOTHING))).all())
 
 
 def _length(
@@ -210,9 +229,8 @@ def _length(
             again = made.repeat_interleave(len(found) // len(made))
             if not bool(((found - again).abs() <= _CLOSE * (1 + found)).all()):
                 continue
-            law = norm_law(model.get_submodule(name), norm.kind, given.shape, given.dtype, given.device)
-            precision = max(given.dtype, output.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-            if law is None or not law.holds(given.reshape(-1, width), output.reshape(-1, width), precision):
+            law = proved_law(model.get_submodule(name), norm.kind, given, output)
+            if law is None:
                 continue
             return float(width**0.5 * law.gamma.abs().max() + torch.linalg.vector_norm(law.beta))
     return None

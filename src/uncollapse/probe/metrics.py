@@ -29,8 +29,10 @@ class LogitDifference:
     @property
     def name(self) -> str:
         """What it is called in a record."""
-        pairs = list(dict.fromkeys(zip(_spelled(self.target), _spelled(self.against), strict=False)))
-        return f"logit of {pairs[0][0]} − logit of {pairs[0][1]}" if len(pairs) == 1 else "target logit − other logit"
+        target, against = set(_spelled(self.target)), set(_spelled(self.against))
+        if len(target) != 1 or len(against) != 1:
+            return "target logit − other logit"
+        return f"logit of {target.pop()} − logit of {against.pop()}"
 
     def of(self, sequences: int, mask: Tensor | None, tokenizer: Any) -> Callable[[Any], Tensor]:
         """The metric for a batch of so many sequences. mask [sequence, token]: True for a real token, None where all are."""
@@ -42,7 +44,8 @@ class LogitDifference:
         def metric(output: Any) -> Tensor:
             rows = _at(_logits(output), mask, self.position)
             target, against = (torch.tensor(ids, device=rows.device)[:, None] for ids in columns)
-            if max(max(ids) for ids in columns) >= rows.shape[-1] or rows.shape[0] != sequences:
+            known = all(0 <= number < rows.shape[-1] for ids in columns for number in ids)
+            if not known or rows.shape[0] != sequences:
                 raise InputError(
                     f"attribute: expected logits of {sequences} sequences that hold these tokens, got {list(rows.shape)}. "
                     "The model may have no language-model head. Load it with one, or pass a metric of your own."
@@ -145,9 +148,20 @@ def _at(logits: Tensor, mask: Tensor | None, position: int) -> Tensor:
     """The rows [sequence, token number] at a position among the real tokens."""
     if logits.ndim == 2:
         return logits
-    if mask is None or mask.shape != logits.shape[:2]:
-        return logits[:, position]
+    if mask is None or bool(mask.all()):
+        mask = logits.new_ones(logits.shape[:2], dtype=torch.bool)
+    if mask.shape != logits.shape[:2]:
+        raise InputError(
+            f"attribute: expected a row of logits for each token of the mask, got {list(logits.shape[:2])} for {list(mask.shape)}. "
+            "The model may have tokens of its own. Pass prompts without padding, or a metric of your own."
+        )
     rows = []
     for own, real in zip(logits, mask.to(logits.device), strict=True):
-        rows.append(own[real.nonzero().flatten()[position]])
+        places = real.nonzero().flatten()
+        if not -len(places) <= position < len(places):
+            raise InputError(
+                f"attribute: expected a position among the {len(places)} tokens of each sequence, got {position}. They are counted "
+                "from 0, or from the last one with -1. Choose another."
+            )
+        rows.append(own[places[position]])
     return torch.stack(rows)

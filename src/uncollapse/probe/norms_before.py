@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.vocabulary import Anatomy, ModuleCall
-from uncollapse.probe.norm_law import NormLaw, norm_law
+from uncollapse.probe.norm_law import NormLaw, proved_law
 from uncollapse.restoring import restoring
 from uncollapse.symmetry.channels import Channels, NormBefore
 
@@ -42,6 +42,7 @@ def with_norms_before(
     """The channels with `norms_before` of each role whose input is shown to be a layer norm's output alone; else a reason."""
     runs, read = _observed(model, anatomy, channels, batch)
     laws: dict[str, NormLaw | str] = {}
+    weights = dict(model.named_parameters(remove_duplicate=False))
     found = []
     for one in channels:
         before: dict[str, NormBefore] = {}
@@ -54,14 +55,11 @@ def with_norms_before(
             if isinstance(answer, str):
                 reasons[f"norm before {role}"] = f"the {role} read {answer}"
                 continue
-            weight = dict(model.named_parameters(remove_duplicate=False))[rows.place].detach().double()
-            size = float(weight.square().mean().sqrt())
+            size = float(weights[rows.place].detach().double().square().mean().sqrt())
             normal = 1 / answer.gamma
             normal = normal / normal.square().mean().sqrt()
-            shift, rounding = (
-                float((normal * answer.beta).sum()),
-                8 * _EPS_64 * float((normal * answer.beta).abs().sum()),
-            )
+            shift = float((normal * answer.beta).sum())
+            rounding = 8 * _EPS_64 * float((normal * answer.beta).abs().sum())
             before[role] = NormBefore(normal, 0.0 if abs(shift) <= rounding else shift, size)
         found.append(replace(one, norms_before=before, reasons=reasons))
     return found
@@ -128,10 +126,11 @@ def _before(
 
 def _law(norm: nn.Module, run: _Run) -> NormLaw | str:
     precision = max(run.given.dtype, run.output.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    law = norm_law(norm, "layer", run.given.shape, run.given.dtype, run.given.device)
-    width = run.given.shape[-1]
-    if law is None or not law.holds(run.given.reshape(-1, width), run.output.reshape(-1, width), precision):
+    law, width = proved_law(norm, "layer", run.given, run.output), run.given.shape[-1]
+    if law is None and proved_law(norm, "rms", run.given, run.output) is not None:
         return "the output of a norm that subtracts no mean, which hides nothing"
+    if law is None:
+        return "the output of a norm that cannot be run by itself, or is not gamma (x - mean) / deviation + beta"
     held = [p.detach().double().cpu() for p in norm.parameters() if p.shape == (width,)]
     gamma, beta = _held(law.gamma, [*held, *(1 + p for p in held)], precision), _held(law.beta, held, precision)
     if not bool((gamma != 0).all()):

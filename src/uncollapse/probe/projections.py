@@ -291,7 +291,7 @@ def centred_energy(cloud: Tensor, root: Tensor, sizes: Tensor, mask: Tensor | No
         real = mask.to(x.device)
         count = real.sum(-1, keepdim=True).double()
         total = sizes.where(real[:, None], 0).square().sum(-1)
-        kept = x if bool(total.isfinite().all()) else torch.where(real.unsqueeze(-1), x, 0)
+        kept = x if bool(sizes.isfinite().all()) else torch.where(real.unsqueeze(-1), x, 0)  # whatever padding holds
         mean = (real.to(x).unsqueeze(-2) @ kept).squeeze(-2).double() / count
     common = torch.einsum("shf,hfd->shd", mean.unflatten(-1, (len(root), -1)), root.double())
     energy = total - count * common.square().sum(-1)

@@ -51,9 +51,8 @@ class Readers:
         self._given: dict[tuple[Point, int], Tensor] = {}  # by operation and operand
         self._reading: dict[Point, set[int]] = {}
         self._giving: dict[Point, list[tuple[NormPiece, Meets]]] = {}
-        self._kept: dict[
-            int, Tensor
-        ] = {}  # by site at the end of a stack, or read of several streams: the stream there
+        # By site: the stream there, at the end of a stack and where norms read several streams. Else `clouds` has it.
+        self._kept: dict[int, Tensor] = {}
         self._sites = statistics
         at_entry, at_end = self._places()
         for number, block in enumerate(anatomy.blocks):

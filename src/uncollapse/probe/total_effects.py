@@ -49,11 +49,10 @@ def add_total_effects(
     whole = measured()
     heads: dict[int, set[int]] = {}
     for effect in effects:
-        if effect.kind == "head" and effect.block is not None and effect.head is not None:
-            part = single_heads.attention_of(anatomy.blocks[effect.block])
-            own = None if part is None else anatomy.blocks[effect.block].parts[part].kind
-            if (own == "cross") == (effect.attention == "cross"):
-                heads.setdefault(effect.block, set()).add(effect.head)
+        if effect.kind != "head" or effect.block is None or effect.head is None:
+            continue
+        if effect.part == single_heads.attention_of(anatomy.blocks[effect.block]):
+            heads.setdefault(effect.block, set()).add(effect.head)
     example = known_example(model) or given
     reasons = single_heads.not_apart(model, anatomy, heads, example, ablated_as, one_by_one=True)
     apart = {number: own for number, own in heads.items() if number not in reasons}
@@ -71,7 +70,7 @@ def add_total_effects(
         number = effect.block
         if effect.kind == "head":
             head = effect.head or 0
-            if head not in heads.get(number, ()):
+            if effect.part != single_heads.attention_of(anatomy.blocks[number]):
                 effect.reasons["total"] = (
                     "of a block with self- and cross-attention only heads of the former are taken away"
                 )
@@ -85,7 +84,7 @@ def add_total_effects(
         component = "attention" if effect.kind == "attention" else "mlp"
         kinds = {"attention", "cross"} if component == "attention" else {"mlp", "mixer"}
         parts = {i for i, part in enumerate(anatomy.blocks[number].parts) if part.kind in kinds}
-        if sum(e.block == number and e.kind == effect.kind and e.head is None for e in effects) > 1:
+        if len(parts) > 1:
             effect.reasons["total"] = "several of its kind in one block can be taken away together only"
             continue
         try:

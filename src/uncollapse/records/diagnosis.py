@@ -12,7 +12,6 @@ from uncollapse.records.symmetries import SymmetryRecord
 
 DIAGNOSIS_SCHEMA: Literal["uncollapse/diagnosis/1"] = "uncollapse/diagnosis/1"
 
-
 HARDLY_TRAINED = "hardly trained"  # what the evidence begins with where the start was left, but not far behind
 
 
@@ -131,10 +130,10 @@ class AttentionRecord:
     figures came from: `logits` (recomputed tile by tile from the queries and keys of a fused call and its own mask or bias; never
     n x n) or `weights` (the softmax that the model ran itself).
 
-    `logit_range_bound` is the most that the logits of a row can differ on *any* text, where a soft cap or a norm on queries
-    and keys was
-    shown to bound them; null where not: what a text shows is no bound. Over more than `disperses_beyond` = 1 + e^range allowed keys
-    this head can then give no key more than half of a row's weight. `bounded_by` says on what condition, or that nothing was shown.
+    `logit_range_bound` is the most that the logits of a row can differ on *any* text, where a soft cap or a norm on queries and
+    keys was shown to bound them; null where not: what a text shows is no bound. Over more than `disperses_beyond` = 1 + e^range
+    allowed keys this head can then give no key more than half of a row's weight. `bounded_by` says on what condition, or that
+    nothing was shown.
     """
 
     block: int

@@ -17,14 +17,14 @@ Backend = Literal["pandas", "polars", "pyarrow"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
-def frame(records: Sequence[Any], kind: type[Any], *, backend: str | None = None, function: str = "to_frame") -> Any:
+def frame(records: Sequence[Any], kind: type[Any], *, backend: str | None = None) -> Any:
     """A data frame of records, all of the dataclass `kind`.
 
     A figure that is itself a record (`Statistic`, `Estimate`) has its mean in a column of its own name, and each further field in
     `name_field`. Lists are written as text, reasons (`unavailable`) are left out. backend: `"pandas"`, `"polars"` or
     `"pyarrow"`; by default the first of them that is installed. Raises `InputError` where it is not.
     """
-    chosen = _backend(backend, function)
+    chosen = _backend(backend)
     import narwhals
 
     table = columns(records, kind)
@@ -52,16 +52,16 @@ def _row(record: Any, kind: type[Any]) -> dict[str, Any]:
     return row
 
 
-def _backend(backend: str | None, function: str) -> Backend:
+def _backend(backend: str | None) -> Backend:
     if backend is not None and backend not in BACKENDS:
         raise InputError(
-            f"{function}: expected a backend among {', '.join(BACKENDS)}, got {backend!r}. Check the spelling."
+            f"to_frame: expected a backend among {', '.join(BACKENDS)}, got {backend!r}. Check the spelling."
         )
     wanted = [name for name in BACKENDS if backend in (None, name)]
     found = next((name for name in wanted if importlib.util.find_spec(name) is not None), None)
     if found is None:
         raise InputError(
-            f"{function}: expected {' or '.join(wanted)} to be installed, got none. A data frame is made by one of them. "
+            f"to_frame: expected {' or '.join(wanted)} to be installed, got none. A data frame is made by one of them. "
             "Install pandas, or use the record itself."
         )
     return found

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
@@ -193,7 +192,9 @@ def require_affordable(
     the loader to say.
     """
     try:
-        with counted(max_parameters=max_parameters, held=held), torch.device("meta"):
+        with restoring() as changes:
+            changes.default_device("meta")
+            changes.enter(counted(max_parameters=max_parameters, held=held))
             build()
     except _TooLarge as error:
         raise refusal(name, error, max_parameters=max_parameters) from None

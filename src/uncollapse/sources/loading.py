@@ -222,8 +222,12 @@ def checkpoint_folder(name: str) -> str | None:
         return place
     from huggingface_hub import constants, file_download
 
-    folder = os.path.join(constants.HF_HUB_CACHE, file_download.repo_folder_name(repo_id=name, repo_type="model"))
-    return folder if os.path.isdir(folder) else None
+    try:
+        folder = file_download.repo_folder_name(repo_id=name, repo_type="model")
+    except ValueError:  # no name that the hub takes: `load_model` says so
+        return None
+    place = os.path.join(constants.HF_HUB_CACHE, folder)
+    return place if os.path.isdir(place) else None
 
 
 def _packaged_demo() -> tuple[str, str]:

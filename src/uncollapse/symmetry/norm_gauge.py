@@ -19,9 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from uncollapse.symmetry.channels import Channels
-from uncollapse.symmetry.weight_groups import HeadWeights, Subgroup, refusal, rows_of
-
-_BIASES = {"queries": "query_bias", "keys": "key_bias", "values": "value_bias"}
+from uncollapse.symmetry.weight_groups import BIASES, HeadWeights, Subgroup, refusal, rows_of
 
 
 @dataclass(frozen=True)
@@ -40,9 +38,9 @@ class NormGauge:
             normal, shift = self.normals[role]
             weight = getattr(weights, role) + normal[:, None] * step[:, None, :]
             weights = replace(weights, **{role: weight})
-            bias = getattr(weights, _BIASES[role])
+            bias = getattr(weights, BIASES[role])
             if bias is not None:
-                weights = replace(weights, **{_BIASES[role]: bias - shift * step})
+                weights = replace(weights, **{BIASES[role]: bias - shift * step})
             elif role == "values" and shift:
                 assert weights.projection is not None
                 assert weights.output_bias is not None
@@ -95,8 +93,8 @@ class NormGauge:
         for role, which in hidden_channels(channels).items():
             if which:
                 before = channels.norms_before[role]
-                step = torch.zeros(len(rows_of(channels, role).features), len(rows_of(channels, role).features[0]))
-                step = step.double()
+                features = rows_of(channels, role).features
+                step = torch.zeros(len(features), len(features[0]), dtype=torch.float64)
                 drawn = torch.randn(len(step), len(which), generator=generator, dtype=torch.float64)
                 step[:, list(which)] = before.weight_size * drawn
                 steps[role], normals[role] = step, (before.normal, before.shift)

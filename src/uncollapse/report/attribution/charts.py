@@ -12,6 +12,8 @@ from uncollapse.report.attribution import tables
 from uncollapse.report.attribution import wording as say
 from uncollapse.report.page.figures import BLUE, FIT, GREY, ORANGE, TEAL, Chart, Key, rows, specification, ticks
 
+_TAKEN_AWAY = {"head": "head", "attention": "attention"}
+_COLORS = {"head": TEAL, "attention": BLUE, "MLP": ORANGE}
 NEGATIVE, NONE, POSITIVE = "#b3552e", "#f2f0ec", "#1f6fb2"
 
 
@@ -65,7 +67,7 @@ def along_depth(record: AttributionRecord) -> Chart | None:
     )
     zero = alt.Chart(rows([{"y": 0}])).mark_rule(color=GREY, strokeDash=[3, 3]).encode(y="y:Q")
     layers = alt.layer(zero, base.mark_line(strokeWidth=2), base.mark_circle(size=24, opacity=1))
-    spec = specification(layers.properties(width="container", height=230, autosize=FIT))
+    spec = specification(layers.properties(width="container", height=300, autosize=FIT))
     legend = [Key("attention, all heads", BLUE), Key("MLP", ORANGE)]
     return Chart(
         "depth",
@@ -80,7 +82,7 @@ def along_depth(record: AttributionRecord) -> Chart | None:
 def direct_against_total(record: AttributionRecord) -> Chart | None:
     """Self-repair: a head below the diagonal costs less when it is taken away than it does directly."""
     drawn = [
-        {"x": e.value, "y": e.total.mean, "row": tables.key(e), "kind": "head" if e.kind == "head" else "MLP"}
+        {"x": e.value, "y": e.total.mean, "row": tables.key(e), "kind": _TAKEN_AWAY.get(e.kind, "MLP")}
         for e in record.effects
         if e.direct is not None and e.total is not None
     ]
@@ -92,13 +94,15 @@ def direct_against_total(record: AttributionRecord) -> Chart | None:
     base = alt.Chart(rows(drawn)).encode(
         x=alt.X("x:Q", axis=alt.Axis(title="direct effect", tickCount=5)),
         y=alt.Y("y:Q", axis=alt.Axis(title="total effect", tickCount=5)),
-        color=alt.Color("kind:N", scale=alt.Scale(domain=["head", "MLP"], range=[TEAL, ORANGE]), legend=None),
+        color=alt.Color("kind:N", scale=alt.Scale(domain=[*_COLORS], range=[*_COLORS.values()]), legend=None),
     )
     layers = alt.layer(
         line.mark_line(color=GREY, strokeDash=[4, 3]).encode(x="x:Q", y="y:Q"),
         base.mark_circle(size=40, opacity=0.7).encode(tooltip="row:N"),
     )
     spec = specification(layers.properties(width="container", height=300, autosize=FIT))
-    legend = [Key("head", TEAL, "area"), Key("MLP", ORANGE, "area"), Key("direct = total", GREY, dash="4 3")]
-    label = "Direct against total effect of every head and MLP; on the dashed line they are equal."
+    kinds = {d["kind"] for d in drawn}
+    legend = [Key(kind, color, "area") for kind, color in _COLORS.items() if kind in kinds]
+    legend.append(Key("direct = total", GREY, dash="4 3"))
+    label = "Direct against total effect of every component that was taken away; on the dashed line they are equal."
     return Chart("repair", "Direct against total effect", label, spec, legend, "half")

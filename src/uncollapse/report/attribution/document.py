@@ -43,6 +43,6 @@ def _tiles(record: AttributionRecord) -> list[Tile]:
         if own:
             noun = wording.count(len(own), "component")
             tiles.append(Tile(title, wording.number(say.sum_of(own)), noun))
-    detail = "rounding" if metric.is_affine else "not affine"
+    detail = "rounding" if metric.is_affine else "of a linearisation"
     tiles.append(Tile("remainder", wording.number(metric.remainder.mean, 2), detail))
     return tiles

@@ -18,7 +18,6 @@ KINDS = {
     "norm_bias": "shift of a norm",
     "output_bias": "constant",
 }
-TITLES = {"direct": "direct", "exact": "direct, exact", "first_order": "first order", "total": "total"}
 MOST = 5  # heads that are named in sentences
 
 
@@ -66,8 +65,8 @@ def headline(record: AttributionRecord) -> str:
         return f"{value} The direct effects of {count} add up to it."
     rest = wording.number(metric.remainder.mean)
     return (
-        f"{value} The direct effects are those of its linearisation and sum to {wording.number(metric.sum.mean)}; {rest} is no "
-        "component’s, because the metric is not affine in what the components add."
+        f"{value} The direct effects sum to {wording.number(metric.sum.mean)}; {rest} is no component’s. They are effects on "
+        f"{metric.sum_of}."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from uncollapse.records.anatomy import AnatomyRecord, AttentionCallRecord, BlockAnatomy, PartRecord
 from uncollapse.records.common import Finding, Statistic
@@ -77,8 +78,7 @@ def massive_table(sites: Sequence[SiteRecord], key: str) -> Table | None:
     if not seen:
         return None
     measures = [
-        Measure(name, Column(title), lambda site, name=name: getattr(site.massive_tokens_left_out, name))  # type: ignore[misc]
-        for name, title in LEFT_OUT_MEASURES
+        Measure(name, Column(title), attrgetter(f"massive_tokens_left_out.{name}")) for name, title in LEFT_OUT_MEASURES
     ]
     return table(
         key,
@@ -96,7 +96,7 @@ def streams_table(sites: Sequence[SiteRecord], key: str) -> Table | None:
     if not rows:
         return None
     measures = [
-        Measure(each.key, each.column, lambda row, name=each.key: getattr(row.stream, name))  # type: ignore[misc]
+        Measure(each.key, each.column, attrgetter(f"stream.{each.key}"))
         for each in TRAJECTORY
         if hasattr(rows[0].stream, each.key)
     ]

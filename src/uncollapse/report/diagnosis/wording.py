@@ -15,6 +15,8 @@ from uncollapse.report.wording import (
     verdicts,
 )
 
+NO_CONTEXT = 1e9  # tokens: longer than any text that a model is given
+
 
 def depth_sentences(record: DiagnosisRecord) -> list[str]:
     """How the token cloud changes along each stack."""
@@ -57,10 +59,11 @@ def attention_sentences(record: DiagnosisRecord) -> list[str]:
 
 
 def dispersion_sentences(record: DiagnosisRecord) -> list[str]:
-    """Where the logits were shown to be bounded: from which context length on no head there can be sharp, and on what condition."""
+    """Where the logits were shown to be bounded: from which context length on no head there can be sharp, and on what condition.
+    Lengths that no context has go unsaid; they stand in the record."""
     found: dict[tuple[float, str], list[int]] = {}
     for each in record.attention:
-        if each.disperses_beyond is not None and each.kind == "self":
+        if each.disperses_beyond is not None and each.disperses_beyond < NO_CONTEXT and each.kind == "self":
             blocks = found.setdefault((each.disperses_beyond, each.bounded_by), [])
             blocks += [each.block] * (each.block not in blocks)
     return [

@@ -33,9 +33,8 @@ HOW_TO_READ = (
 _RATIONAL = re.compile(r"(-?\d+)(?:/(\d+))?")
 
 
-BADGES: dict[Verdict, str] = {
-    "measured": "measured: agrees"
-}  # one that disagrees is refuted, one that cannot tell undecided
+# A measurement that disagrees is refuted, and one that cannot tell is undecided.
+BADGES: dict[Verdict, str] = {"measured": "measured: agrees"}
 
 
 def badge(verdict: Verdict) -> str:
@@ -53,16 +52,16 @@ def title(claim: ClaimResult) -> str:
 
 
 def theory_link(claim: ClaimResult) -> str:
-    """Where the proof is, from the root of a checkout on: the file and the heading, as GitHub and others name headings.
-
-    >>> theory_anchor("4. Attention alone collapses, and how fast")
-    '4-attention-alone-collapses-and-how-fast'
-    """
+    """Where the proof is, from the root of a checkout on: the file and the heading, as GitHub and others name headings."""
     return f"docs/theory.md#{theory_anchor(claim.theory)}"
 
 
 def theory_anchor(heading: str) -> str:
-    """The anchor of a heading: lower case, without punctuation, blanks as hyphens."""
+    """The anchor of a heading: lower case, without punctuation, blanks as hyphens.
+
+    >>> theory_anchor("4. Attention alone collapses, and how fast")
+    '4-attention-alone-collapses-and-how-fast'
+    """
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
