@@ -517,6 +517,19 @@ def large() -> DiagnosisRecord:
     )
 
 
+def sized(blocks: int, heads: int) -> DiagnosisRecord:
+    """`large`, cut to so many blocks of so many heads."""
+    record, rng = large(), np.random.default_rng(5)
+    return replace(
+        record,
+        model=replace(record.model, name=f"{blocks}-blocks", blocks=blocks, heads=heads, width=128 * heads),
+        trajectory=record.trajectory[: blocks + 1],
+        attention=[each for each in record.attention if each.block < blocks and each.head < heads],
+        heads=[heads_record(block, heads, 128, 128 * heads, rng) for block in range(blocks)],
+        findings=[f for f in record.findings if (f.block or 0) < blocks and (f.head or 0) < heads],
+    )
+
+
 FLOOR = 3.552713678800501e-15
 NO_COLLAPSE = RateRecord("none", 0.95, 0.8, 0.5, 1.1, FLOOR, None)
 

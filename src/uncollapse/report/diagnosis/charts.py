@@ -15,6 +15,8 @@ from uncollapse.report.page import cells
 from uncollapse.report.page.curves import Line, along_depth, measured
 from uncollapse.report.page.figures import BLUE, FIT, GREY, ORANGE, RED, TEAL, Chart, Key, rows, specification, ticks
 
+# Black or white, whichever has the higher contrast on the cell's own colour: it is equal at a luminance of 0.179.
+INK = alt.condition("luminance(scale('color', datum.value)) < 0.179", alt.value("#ffffff"), alt.value("#000000"))
 LABELLED_HEADS = 16  # up to here a cell of the map is wide enough for its number, on a phone too
 
 
@@ -54,8 +56,13 @@ def entropy_map(heads: Sequence[AttentionRecord], findings: Sequence[Finding], k
         base.transform_filter("isValid(datum.value)").mark_rect().encode(color=color, tooltip="row:N"),
     ]
     if labelled:
-        ink = alt.condition("isValid(datum.value) && datum.value < 0.6", alt.value("#ffffff"), alt.value("#10151a"))
-        layers.append(base.mark_text(fontSize=10).encode(text="label:N", color=ink, tooltip="row:N"))
+        measured_cells = base.transform_filter("isValid(datum.value)")
+        layers.append(measured_cells.mark_text(fontSize=10).encode(text="label:N", color=INK, tooltip="row:N"))
+        layers.append(
+            base.transform_filter("!isValid(datum.value)")
+            .mark_text(fontSize=10, color="currentColor")  # on the page's own ground, light or dark
+            .encode(text="label:N", tooltip="row:N")
+        )
     faults = [finding for finding in findings if finding.severity != "info"]  # what is only told is not at fault
     marked = [
         cell for cell, record in zip(drawn, heads, strict=True) if any(cells.names_head(f, record) for f in faults)

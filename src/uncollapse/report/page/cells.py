@@ -48,7 +48,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """What the table macro draws. `notes` are numbered from 1; `left_out` are columns without any value."""
+    """What the table macro draws. `notes` are numbered from 1; `left_out` are columns without any value. The first `names`
+    columns name the row.
+    """
 
     key: str
     caption: str
@@ -56,6 +58,7 @@ class Table:
     rows: list[Row]
     notes: list[str]
     left_out: list[str]
+    names: int = 1
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def table(
         rows.append(Row(row_key(record), cells, severity(record)))
     notes, left_out = _listed(partly), _listed(missing)
     columns = [column for column, _ in first] + [measure.column for measure in kept]
-    return Table(key, caption, columns, rows, notes, left_out)
+    return Table(key, caption, columns, rows, notes, left_out, names=len(first))
 
 
 def _listed(titles_by_reason: dict[str, list[str]]) -> list[str]:

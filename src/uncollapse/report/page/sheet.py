@@ -19,6 +19,8 @@ from markupsafe import Markup
 from uncollapse.report import wording
 from uncollapse.report.anatomy import not_measured_sentences
 
+LONGEST_PRINTED = 400  # rows of a folded table that is printed, about ten pages; a longer one stays folded on paper
+
 
 def render(template: str, *, styles: Sequence[str], scripts: Sequence[str], **content: Any) -> str:
     """The page that `template` draws from `content`. `styles` are names of files from `report/` on, `scripts` are programs."""
@@ -53,6 +55,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["data"] = _data
     environment.globals["wording"] = wording
+    environment.globals["LONGEST_PRINTED"] = LONGEST_PRINTED
     environment.globals["not_measured_sentences"] = not_measured_sentences
     return environment
 
