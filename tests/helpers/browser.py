@@ -130,9 +130,9 @@ class Browser:
             raise RuntimeError(str(answer["exceptionDetails"]))
         return answer["result"].get("value")
 
-    def wait_until(self, expression: str) -> None:
+    def wait_until(self, expression: str, seconds: float = 10.0) -> None:
         """Wait until a JavaScript expression in the page is true."""
-        until = time.monotonic() + DEADLINE
+        until = time.monotonic() + seconds
         while not self.value(expression):
             if time.monotonic() > until:
                 raise TimeoutError(expression)

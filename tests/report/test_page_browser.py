@@ -155,3 +155,34 @@ def test_a_table_of_thousands_of_rows_stays_folded_on_paper_and_says_so(browser:
     assert browser.value(f"{details}.open") is False
     said = f"getComputedStyle({details}.querySelector('summary span'), '::after').content"
     assert "not printed" in browser.value(said)
+
+
+@pytest.mark.parametrize(("name", "blocks", "heads"), [("6-blocks", 6, 12), ("48-blocks", 48, 64)])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_map_gives_its_cell_and_a_click_leads_to_its_row(
+    browser: Browser, folder: Path, name: str, blocks: int, heads: int, width: int
+) -> None:
+    browser.open(folder / f"{name}.html", width=width)
+    x, y, across, down = browser.value(
+        "(() => { document.getElementById('attention-self').scrollIntoView({block: 'center', behavior: 'instant'});"
+        "const cells = [...document.querySelectorAll('#attention-self .mark-rect.role-mark path')]"
+        ".map(p => p.getBoundingClientRect());"
+        "const cell = cells.filter(c => c.width > 1); const left = Math.min(...cell.map(c => c.left));"
+        "const top = Math.min(...cell.map(c => c.top)); return [left, top,"
+        "Math.max(...cell.map(c => c.right)) - left, Math.max(...cell.map(c => c.bottom)) - top]; })()"
+    )
+    block, head = blocks - 3, heads - 2
+    at = {"x": x + across * (head + 0.5) / heads, "y": y + down * (block + 0.5) / blocks}
+    for shift in (-2, 0):
+        browser("Input.dispatchMouseEvent", type="mouseMoved", x=at["x"] + shift, y=at["y"])
+    browser.wait_until("!tip.hidden")
+    assert browser.value("tip.innerText").split("\n")[:4] == ["block", str(block), "head", str(head)]
+    for kind in ("mousePressed", "mouseReleased"):
+        browser("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **at)
+    row = f"document.getElementById('head-self-{block}-{head}')"
+    browser.wait_until(f"{row}.closest('details').open")
+    browser.wait_until(
+        f"(() => {{ const r = {row}.getBoundingClientRect(); return r.top > 0 && r.bottom < innerHeight; }})()"
+    )
+    assert browser.value(f"{row}.matches(':target')") is True
+    assert browser.complaints() == []

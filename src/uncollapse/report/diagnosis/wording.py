@@ -10,6 +10,7 @@ from uncollapse.report.wording import (
     head_place,
     lowest_rank_share,
     number,
+    numbers_in_words,
     percent,
     site_name,
     verdicts,
@@ -26,9 +27,12 @@ def depth_sentences(record: DiagnosisRecord) -> list[str]:
         first, last = extreme(sites[:1], "consensus_distance"), extreme(sites[-1:], "consensus_distance")
         lowest = extreme(sites, "consensus_distance", "min")
         if first and last and lowest:
+            ends = [number(end.value) for end in (first, last)]
+            course = f"goes from {ends[0]} at {_named(first.record)} to {ends[1]} at {_named(last.record)}"
+            if ends[0] == ends[1]:
+                course = f"is {ends[0]} at {_named(first.record)} and at {_named(last.record)}"
             sentences.append(
-                f"{where} consensus distance goes from {number(first.value)} at {_named(first.record)} to "
-                f"{number(last.value)} at {_named(last.record)}. The lowest sequence has {number(lowest.value)}, "
+                f"{where} consensus distance {course}. The lowest sequence has {number(lowest.value)}, "
                 f"at {_named(lowest.record)}."
             )
         share = lowest_rank_share(sites)
@@ -52,6 +56,8 @@ def attention_sentences(record: DiagnosisRecord) -> list[str]:
     highest = extreme(record.attention, "normalized_entropy", highest=True)
     if lowest is None or highest is None:
         return []
+    if number(lowest.value) == number(highest.value):
+        return [f"Normalized entropy is {number(lowest.value)} in every head."]
     return [
         f"Normalized entropy ranges from {number(lowest.value)} at {head_place(lowest.record)} "
         f"to {number(highest.value)} at {head_place(highest.record)}."
@@ -67,7 +73,7 @@ def dispersion_sentences(record: DiagnosisRecord) -> list[str]:
             blocks = found.setdefault((each.disperses_beyond, each.bounded_by), [])
             blocks += [each.block] * (each.block not in blocks)
     return [
-        f"Block {', '.join(map(str, blocks))}: over more than {keys:.3g} keys no head can give one key more than half of a "
+        f"{numbers_in_words(blocks).capitalize()}: over more than {number(keys)} keys no head can give one key more than half of a "
         f"row's weight, {condition}."
         for (keys, condition), blocks in found.items()
     ]

@@ -155,6 +155,13 @@
         const result = await vegaEmbed(place, JSON.parse(source.textContent), {
           ast: true, actions: false, renderer: "svg", tooltip: showTip, defaultStyle: false,
         });
+        // A click on a mark that has a row in a table goes to that row.
+        result.view.addEventListener("click", (event, item) => {
+          const key = item && item.datum && typeof item.datum.row === "string" && item.datum.row.split(" ")[0];
+          if (!key) return;
+          if (location.hash === `#${key}`) unfold();
+          else location.hash = key;
+        });
         if (place.id === "overlap" || place.id === "energy") switched.push([place.id, result.view]);
       } catch (error) {
         const message = document.createElement("p");
