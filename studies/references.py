@@ -1,8 +1,8 @@
 """The figures of healthy models, which stand beside every figure of a page: `python -m studies.references`.
 
 Each healthy model of `studies/validity` is diagnosed once, as it is and on its own text, and the lowest and highest value of each
-figure over its places are written to `src/uncollapse/report/healthy.json`. A model that is measured already is not measured again:
-delete its entry, or give `--anew`.
+figure over its places are written to `src/uncollapse/report/healthy.json`. What is measured already is not measured again, unless a
+model is named (`python -m studies.references minilm`) or all are asked for (`--anew`).
 """
 
 from __future__ import annotations
@@ -47,12 +47,16 @@ def write(models: list[HealthyModel], place: Path = PLACE) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    healthy = [name for name, subject in SUBJECTS.items() if subject.is_healthy]
+    parser.add_argument("models", nargs="*", choices=[[], *healthy], help="measure these again")
     parser.add_argument("--anew", action="store_true", help="measure every model again")
-    anew = parser.parse_args().anew
+    given = parser.parse_args()
     torch.set_num_threads(1)
-    known = {} if anew or not PLACE.exists() else {m["name"]: HealthyModel(**m) for m in json.loads(PLACE.read_text())}
+    known = {}
+    if PLACE.exists() and not given.anew:
+        known = {each["name"]: HealthyModel(**each) for each in json.loads(PLACE.read_text())}
     for name, subject in SUBJECTS.items():
-        if subject.is_healthy and name not in known:
+        if name in given.models or (subject.is_healthy and name not in known):
             known[name] = measured(name, subject)
             write([known[each] for each in SUBJECTS if each in known])
             print(f"{name}: {len(known[name].ranges)} figures", flush=True)

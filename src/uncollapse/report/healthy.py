@@ -1,9 +1,9 @@
 """What the same figure is in healthy models: the reference that stands beside a figure on a page and in the terminal.
 
 `healthy.json` holds the lowest and the highest value of each figure in every healthy model of `studies/validity`, as the model is
-and on its own text (at most 64 tokens per sequence, or 400 frames of speech). `make references` writes it anew. A record is compared
-with the models *of its kind*: the same mask (causal or full) and the same place of the norms, if there are three such models;
-otherwise with those of the same mask, whatever their norms.
+and on its own text (at most 64 tokens per sequence, or 400 frames of speech). `make references` writes it anew. A record is
+compared with the models *of its kind*: the same mask (causal or full) and the same place of the norms, if there are three such
+models; otherwise with those of the same mask, whatever their norms.
 
 A range is what was met, and no threshold: a figure outside it is unusual, and `findings` says what is wrong.
 
@@ -26,7 +26,7 @@ from uncollapse.report.wording import count, number
 
 ENOUGH = 3  # models of a kind; with fewer, the place of the norms is not asked for
 SITE = ("consensus_distance", "consensus_after_norm", "token_similarity", "stream_carried", "rank_gap")
-SITE_SHARES = {
+SITE_SHARES = {  # relative to what so many tokens of this width can reach
     "rank": "attainable_rank",
     "affine_rank": "attainable_affine_rank",
     "effective_rank": "attainable_rank",
@@ -62,8 +62,8 @@ class HealthyModel:
 
 @dataclass(frozen=True)
 class Range:
-    """What a figure was in the healthy models of a kind. `low` and `high` over all their places; `lows` and `highs` are the range of
-    the models' own lowest and highest values, which is what a lowest or highest value has to be compared with."""
+    """What a figure was in the healthy models of a kind. `low` and `high` over all their places; `lows` and `highs` are the range
+    of the models' own lowest and highest values, which is what a lowest or highest value has to be compared with."""
 
     low: float
     high: float
@@ -109,6 +109,36 @@ class References:
         found = self.of(figure)
         return "" if found is None else in_words(*found.highs)
 
+    def columns(self, part: str) -> dict[str, str]:
+        """What stands under the titles of a table: for each measure of a part of the record, the range in these models."""
+        figures = {name for model in self.models for name in model.ranges if name.rpartition(".")[0] == part}
+        return {measure: self._column(f"{part}.{measure}") for _, _, measure in (f.rpartition(".") for f in figures)}
+
+    def _column(self, figure: str) -> str:
+        found = self.of(figure)
+        assert found is not None
+        if figure.rpartition(".")[2] in SITE_SHARES:
+            return f"healthy {in_percent(found.low, found.high)} of attainable"
+        return f"healthy {in_words(found.low, found.high)}"
+
+    @property
+    def sentence(self) -> str:
+        """What “healthy” means beside a figure."""
+        return (
+            f"“Healthy” is the range in {self.kind}, each on its own text of at most 64 tokens per sequence (400 frames of speech). "
+            "A figure outside it is unusual; whether it is a fault is for the findings to say."
+        )
+
+
+def in_percent(low: float, high: float) -> str:
+    """A range of shares in percent.
+
+    >>> in_percent(0.554, 0.8), in_percent(1.0, 1.0)
+    ('55 … 80 %', '100 %')
+    """
+    one, other = f"{100 * low:.0f}", f"{100 * high:.0f}"
+    return f"{one} %" if one == other else f"{one} … {other} %"
+
 
 def in_words(low: float, high: float) -> str:
     """A range in print; one number where both look the same.
@@ -131,6 +161,12 @@ def references(record: Any) -> References:
     if len(both) >= ENOUGH:
         return References(f"{count(len(both), 'healthy model')} with a {mask} mask and {placement} norm", both)
     return References(f"{count(len(of_mask), 'healthy model')} with a {mask} mask", of_mask)
+
+
+def sentence_of_symmetry(healthy: References, phenomenon: str) -> str:
+    """What an order parameter is in healthy models, beside its value at collapse."""
+    words = healthy.words(f"symmetries.{phenomenon}")
+    return f"Healthy: {words}." if words else ""
 
 
 def is_causal(record: Any) -> bool | None:
@@ -171,6 +207,10 @@ def _figures(record: DiagnosisRecord) -> Iterator[tuple[str, float]]:
         shares = [share.mean for share in heads.energy_share or [] if share is not None]
         if shares:
             yield "heads.largest_energy_share", max(shares) * heads.heads
+    for symmetry in record.symmetries:
+        for value in symmetry.order_parameter:
+            if value is not None:
+                yield f"symmetries.{symmetry.phenomenon}", value.mean
     for sublayer in ("attention", "mlp"):
         yield from _means(f"updates.{sublayer}", UPDATES, [u for u in record.updates if u.sublayer == sublayer])
 

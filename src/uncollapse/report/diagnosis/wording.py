@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from uncollapse.records.diagnosis import DiagnosisRecord, SiteRecord
+from uncollapse.report.healthy import in_percent, references
 from uncollapse.report.wording import (
     blocks_in_words,
     extreme,
@@ -31,6 +32,8 @@ def depth_sentences(record: DiagnosisRecord) -> list[str]:
             course = f"goes from {ends[0]} at {_named(first.record)} to {ends[1]} at {_named(last.record)}"
             if ends[0] == ends[1]:
                 course = f"is {ends[0]} at {_named(first.record)} and at {_named(last.record)}"
+            words = references(record).words("trajectory.consensus_distance")
+            course += f" (healthy: {words})" if words else ""
             sentences.append(
                 f"{where} consensus distance {course}. The lowest sequence has {number(lowest.value)}, "
                 f"at {_named(lowest.record)}."
@@ -51,16 +54,18 @@ def _named(site: SiteRecord) -> str:
 
 
 def attention_sentences(record: DiagnosisRecord) -> list[str]:
-    """The sharpest and the most uniform head."""
+    """The sharpest and the most uniform head, beside those of healthy models."""
     lowest = extreme(record.attention, "normalized_entropy")
     highest = extreme(record.attention, "normalized_entropy", highest=True)
     if lowest is None or highest is None:
         return []
+    words = references(record).words("attention.normalized_entropy")
+    beside = f" (healthy: {words})" if words else ""
     if number(lowest.value) == number(highest.value):
-        return [f"Normalized entropy is {number(lowest.value)} in every head."]
+        return [f"Normalized entropy is {number(lowest.value)} in every head{beside}."]
     return [
         f"Normalized entropy ranges from {number(lowest.value)} at {head_place(lowest.record)} "
-        f"to {number(highest.value)} at {head_place(highest.record)}."
+        f"to {number(highest.value)} at {head_place(highest.record)}{beside}."
     ]
 
 
@@ -77,6 +82,19 @@ def dispersion_sentences(record: DiagnosisRecord) -> list[str]:
         f"row's weight, {condition}."
         for (keys, condition), blocks in found.items()
     ]
+
+
+def healthy_sentence(record: DiagnosisRecord) -> str:
+    """What the figures of the terminal's table are in healthy models; empty if nothing is known of them."""
+    healthy = references(record)
+    said = []
+    if words := healthy.words("trajectory.consensus_distance"):
+        said.append(f"consensus {words}")
+    if found := healthy.of("trajectory.effective_rank"):
+        said.append(f"effective rank {in_percent(found.low, found.high)} of the attainable")
+    if words := healthy.lowest("attention.normalized_entropy"):
+        said.append(f"lowest head {words}")
+    return f"In {healthy.kind}: {', '.join(said)}." if said else ""
 
 
 def verdict_sentences(record: DiagnosisRecord) -> list[str]:

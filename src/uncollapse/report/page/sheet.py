@@ -46,8 +46,8 @@ _IN_TAG = re.compile(r'="[^"<>]*`[^"<>]*"')
 
 
 def typeset(page: str) -> str:
-    """The page with code set as code. Messages come from Python, where `uncollapse ablate` stands in backticks and an option may end
-    a line after its dashes; on a page a command looks like one, and an option is never torn.
+    """The page with code set as code. Messages come from Python, where `uncollapse ablate` stands in backticks and an option may
+    end a line after its dashes; on a page a command looks like one, and an option is never torn.
 
     >>> typeset("<p>Run `uncollapse ablate --grid`, or use --grid.</p>")
     '<p>Run <code>uncollapse ablate --grid</code>, or use <code class="option">--grid</code>.</p>'
