@@ -533,8 +533,8 @@ def sized(blocks: int, heads: int) -> DiagnosisRecord:
 
 
 def compared(record: DiagnosisRecord | None = None) -> ComparisonRecord:
-    """A diagnosis (the encoder, if none is given) beside the same model later: head 1 of the second last block has logits four times
-    as large, and head 0 of the first sees only one key."""
+    """A diagnosis (the encoder, if none is given) beside the same model later: head 1 of the second last block has logits four
+    times as large, and head 0 of the first sees only one key."""
     before = record or encoder()
     before = replace(before, probe=replace(before.probe, fingerprint="the same text"))
     block = before.model.blocks - 2

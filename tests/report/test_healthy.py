@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from studies.validity.models import SUBJECTS
 
 import uncollapse as uc
-from studies.validity.models import SUBJECTS
 from tests.helpers import records_samples as samples
 from tests.helpers.pages import Page
 from tests.report.test_anatomy import anatomy

@@ -45,6 +45,16 @@ def draw(record: AnyRecord) -> str:
     return _shown("draw", record).page()
 
 
+def title(record: AnyRecord) -> str:
+    """What the record is about, in a few words: the model, both models of a comparison, or how many claims a ledger has."""
+    match record:
+        case Ledger():
+            return wording.count(len(record.claims), "claim")
+        case ComparisonRecord():
+            return " → ".join(legible(model.name) for model in record.models)
+    return legible(record.model.name)
+
+
 def show(record: AnyRecord, console: Console) -> None:
     """Print a diagnosis (one row per block, then the findings), an ablation (one row per run, then the predictions), the
     heads' identifiability (the answer, then one row per block), symmetries (one paragraph per phenomenon, then one row per

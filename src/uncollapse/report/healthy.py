@@ -125,8 +125,8 @@ class References:
     def sentence(self) -> str:
         """What “healthy” means beside a figure."""
         return (
-            f"“Healthy” is the range in {self.kind}, each on its own text of at most 64 tokens per sequence (400 frames of speech). "
-            "A figure outside it is unusual; whether it is a fault is for the findings to say."
+            f"“Healthy” is the range in {self.kind}, each on its own text of at most 64 tokens per sequence (400 frames of "
+            "speech). A figure outside it is unusual; whether it is a fault is for the findings to say."
         )
 
 

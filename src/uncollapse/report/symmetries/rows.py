@@ -18,7 +18,8 @@ from uncollapse.report.symmetries import wording as say
 @dataclass(frozen=True)
 class Row:
     """One phenomenon. `findings` are the cards about it: the key of each, and its findings, worst first. `tests` are the tests
-    of its symmetry, in the order of the record: key, test and outcome. `reference` is what the order parameter is in healthy models.
+    of its symmetry, in the order of the record: key, test and outcome. `reference` is what the order parameter is in healthy
+    models.
     """
 
     key: str
