@@ -37,7 +37,7 @@ class Recorded(Generic[Held]):
         if console is None:
             console = Console()
             if console.is_jupyter:  # where rich would make an output of its own of every line
-                console = Console(force_jupyter=False, width=NOTEBOOK)
+                console = Console(force_jupyter=False, force_terminal=False, color_system=None, width=NOTEBOOK)
         with _held_together("show"):
             report.show(self.record, console)
 
