@@ -158,11 +158,15 @@ class NextPass:
             )
             return
         batch = _by_name(model, args, kwargs)
+        try:
+            with probing(model):
+                self._probe.begin(batch)
+        except UncollapseError as error:
+            self.problem = error
+            return
         with contextlib.ExitStack() as checking:
             checking.enter_context(self._check(batch))
             self._checking = checking.pop_all()
-        with probing(model):
-            self._probe.begin(batch)
 
     def _end(self, *_: Any) -> None:
         if threading.get_ident() != self._thread or (self._checking is None and self.problem is None):
