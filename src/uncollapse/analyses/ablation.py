@@ -181,7 +181,9 @@ def _at_consensus(prepared: Prepared) -> list[float] | None:
     model = prepared.loaded.model
     try:
         with float64_kept(model):
-            return contraction_at_consensus(model, few_sequences(prepared.batches[0]), prepared.anatomy, prepared.seed)
+            return contraction_at_consensus(
+                model, few_sequences(prepared.batches[0], prepared.anatomy), prepared.anatomy, prepared.seed
+            )
     except UncollapseError:  # equal tokens lead the model another way, such as a router with ties
         return None
 
