@@ -129,7 +129,7 @@ class _Reading:
     alone: BlockAlone | None = None  # where W_O is the whole map from the mixed values
     sequences: int = 0
     calls_output: dict[int, Tensor | str] = field(default_factory=dict)
-    factors: dict[Point, Tensor] = field(default_factory=dict)  # what the gates on the mixed values were
+    factors: dict[Point, Tensor | None] = field(default_factory=dict)  # what the gates on the mixed values were
     given: Tensor | None = None
     heads_output: Tensor | None = None
     output: Tensor | None = None

@@ -44,7 +44,7 @@ class _WholeMap:
     index: int
     part: Part
     bias: Tensor | None = None
-    factors: dict[Point, Tensor] = field(default_factory=dict)
+    factors: dict[Point, Tensor | None] = field(default_factory=dict)
 
 
 class Projections:
