@@ -403,3 +403,22 @@ def test_no_figure_and_no_removal_is_silently_wrong(chunk: int) -> None:
 def test_what_was_wrong_or_refused_once_is_right(seed: int, dtype: str, class_of_fault: str) -> None:
     result = compared(dataclasses.replace(specification(seed), dtype=dtype))
     assert result.verdict == "right", class_of_fault
+
+
+def test_an_operation_that_is_another_one_in_a_longer_text_is_no_traceback() -> None:
+    """Queries in chunks behind a gate: in the second batch there are more chunks, and the gate's place holds another product."""
+    assert compared(dataclasses.replace(specification(40463), dtype="float32")).verdict == "unavailable"
+
+
+@pytest.mark.parametrize(
+    ("seed", "dtype", "class_of_fault"),
+    [
+        (60021, "float32", "padded tokens counted in the mean, where the mask was not called attention_mask"),
+        (60026, "float64", "the mean was taken over the sequences, where tokens come first"),
+    ],
+)
+def test_how_far_an_output_turns_is_asked_of_its_real_tokens(seed: int, dtype: str, class_of_fault: str) -> None:
+    result = Comparison(seed, {})
+    comparing._compare_ablation(drawn(dataclasses.replace(specification(seed), dtype=dtype)), result)
+    found = {item.name.rpartition(" ")[2]: item.verdict for item in result.items}
+    assert found["output_shift"] == "right", class_of_fault

@@ -390,11 +390,14 @@ def _token_numbers(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def require_effect(
-    model: nn.Module, components: Collection[str], blocks: Collection[int] | Literal["all", "all+outer"] | None
+    model: nn.Module,
+    components: Collection[str],
+    blocks: Collection[int] | Literal["all", "all+outer"] | None,
+    batch: Mapping[str, Any] | None = None,
 ) -> None:
     """Raise `UnsupportedModel` where one of the components is not there to be removed, or removing it leaves the model's
-    output the same in every bit. Runs the model a few times on the example that its anatomy was proved on."""
-    anatomy = anatomy_for(model)
+    output the same in every bit. Runs the model a few times on the example that its anatomy was proved on; batch: see `without`."""
+    anatomy = anatomy_for(model, batch)
     _require_effect(model, anatomy, _wanted(model, anatomy, components, blocks), thorough=True)
 
 
