@@ -111,7 +111,8 @@ def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS, real: Tensor
             continue
         one = value[row : row + 1]
         stack = "decoder_" if name.startswith("decoder_") else ""
-        if value.ndim == 2 and not value.is_floating_point():
+        is_per_token = reference is not None and value.shape == reference.shape  # a mask may be floating
+        if value.ndim == 2 and (is_per_token or not value.is_floating_point()):
             columns = keep.get(stack, torch.arange(min(tokens, value.shape[1]), device=value.device))
             if len(columns) and int(columns.max()) < value.shape[1]:
                 one = one[:, columns]
