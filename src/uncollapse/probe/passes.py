@@ -34,7 +34,7 @@ from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.probe.activity import Activity, EmbeddingActivity, PartActivity
-from uncollapse.probe.attention import Attention, AttentionStatistics, attention_statistics
+from uncollapse.probe.attention import Attention, AttentionStatistics, attention_places, attention_statistics
 from uncollapse.probe.clouds import Clouds
 from uncollapse.probe.observing import Observer, OwnPass, all_handlers
 from uncollapse.probe.projections import Projections
@@ -222,10 +222,9 @@ class _Probe:
         keeps = bool(watch & {"sites", "parts"})
         self.clouds = Clouds(model, anatomy, self.own.is_own, keeps=keeps, forbearing=forbearing)
         attending = [
-            (part, attention_statistics(number, block, part))
-            for number, block in enumerate(anatomy.blocks)
-            for part in block.parts
-            if part.kind in {"attention", "cross"}
+            (block.parts[index], attention_statistics(number, block, block.parts[index]))
+            for number, index in attention_places(anatomy)
+            for block in (anatomy.blocks[number],)
         ]
         sites = Sites(anatomy, self.clouds, self.own.is_own, measures="sites" in watch)
         self.observations = Observations(sites.statistics, [statistics for _, statistics in attending])

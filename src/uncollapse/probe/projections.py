@@ -18,6 +18,7 @@ from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.output_maps import gate_noted, gated, product_map, rounding
 from uncollapse.anatomy.probing import measuring
+from uncollapse.anatomy.stacks import real_tokens
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Gate, Part, Place
@@ -43,7 +44,7 @@ class _WholeMap:
     index: int
     part: Part
     bias: Tensor | None = None
-    factors: dict[Point, Tensor] = field(default_factory=dict)
+    factors: dict[Point, Tensor | None] = field(default_factory=dict)
 
 
 class Projections:
@@ -169,7 +170,7 @@ class Projections:
         """The maps from mixed values to what is written, from the weights as they are, on a few tokens of this batch."""
         self._have_whole_maps = True
         with torch.random.fork_rng(devices=[]):
-            piece = piece_of(self.model, batch)
+            piece = piece_of(self.model, batch, real_tokens(self.anatomy, batch))
             numbers = {self._statistics[each.index].block for each in self._whole_maps}
             alone = blocks_alone(self.model, piece, self.anatomy, numbers)
             for each in self._whole_maps:
