@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
+from typing import Any
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
-from nbformat.v4 import new_code_cell, new_notebook
 
 import uncollapse as uc
 from tests.helpers import heads_samples, records_samples
@@ -30,7 +28,11 @@ IMPORTS = "import uncollapse as uc\nfrom tests.helpers import heads_samples, rec
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def executed(*cells: str) -> nbformat.NotebookNode:
+def executed(*cells: str) -> Any:
+    """A notebook of these cells, executed by a kernel."""
+    from nbclient import NotebookClient
+    from nbformat.v4 import new_code_cell, new_notebook
+
     notebook = new_notebook(cells=[new_code_cell(cell) for cell in (IMPORTS, *cells)])
     NotebookClient(
         notebook, timeout=240, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(ROOT)}}

@@ -152,10 +152,10 @@ class Browser:
                 raise TimeoutError("the page was not drawn")
             time.sleep(0.05)
 
-    def picture(self, path: Path) -> None:
-        """Write what is open as it looks from top to bottom."""
-        width, height = self.value("[innerWidth, document.documentElement.scrollHeight]")
-        clip = {"x": 0, "y": 0, "width": width, "height": min(height, HIGHEST), "scale": 1}
+    def picture(self, path: Path, height: int = HIGHEST) -> None:
+        """Write what is open as it looks from top to bottom, down to `height`."""
+        width, whole = self.value("[innerWidth, document.documentElement.scrollHeight]")
+        clip = {"x": 0, "y": 0, "width": width, "height": min(whole, height), "scale": 1}
         shot = self("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
         path.write_bytes(base64.b64decode(shot["data"]))
 

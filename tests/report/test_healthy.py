@@ -36,10 +36,12 @@ def test_the_models_are_the_healthy_ones_of_the_study() -> None:
 def test_a_model_measured_again_gives_its_ranges() -> None:
     """MiniLM, on the same text; what the file holds has three digits."""
     model, batches = SUBJECTS["minilm"].open()
-    record = uc.diagnose(model, batches=batches, level="full").record
+    record = uc.diagnose(model, batches=batches).record
     stored = next(each for each in healthy_models() if each.name == "minilm")
     found = figures(record)
-    assert found.keys() == stored.ranges.keys()
+    of_full = {"contraction", "spectral_gap", "susceptibility", "second_singular_value", "nonlinear_innovation"}
+    assert {name.rpartition(".")[2] for name in stored.ranges.keys() - found.keys()} <= {*of_full, *healthy.UPDATES}
+    assert len(found) > 20
     for name, values in found.items():
         low, high = stored.ranges[name]
         assert min(values) == pytest.approx(low, rel=0.02, abs=1e-6), name

@@ -127,7 +127,7 @@ def _three(
     most = most if measure in SHARES else max(2.0, min(6.0, most))
     change = alt.Scale(domain=[-most, 0, most], range=["#3f83c6", "#f4f4f4", "#d1403f"], interpolate="rgb", clamp=True)
     unit = "after − before" if measure in SHARES else "in doublings"
-    drawn = [
+    drawn: list[tuple[str, str, Sequence[float | None], alt.Scale]] = [
         ("before", names[0], [c.before for c in changes], level),
         ("after", names[1], [c.after for c in changes], level),
         ("change", f"Difference, {unit}", differences, change),
