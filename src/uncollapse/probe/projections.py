@@ -17,7 +17,7 @@ from uncollapse.anatomy.examples import piece_of
 from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.output_maps import gate_noted, gated, product_map, rounding
-from uncollapse.anatomy.probing import full_precision
+from uncollapse.anatomy.probing import measuring
 from uncollapse.anatomy.stacks import real_tokens
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.tracing import tensors_in
@@ -136,7 +136,7 @@ class Projections:
         index = self._modules[name].get(run)
         if index is not None:
             given = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-            with unasked([given, *module.parameters()]), full_precision(given):
+            with unasked([given, *module.parameters()]), measuring(given):
                 self._meet_module(index, name, module, given)
 
     def _meet_module(self, index: int, name: str, module: nn.Module, given: Tensor) -> None:
@@ -178,7 +178,7 @@ class Projections:
                 block = alone[statistics.block]
                 try:
                     number = next(i for i, part in enumerate(block.block.parts) if part is each.part)
-                    with full_precision(block.stream):
+                    with measuring(block.stream):
                         statistics.matrix, each.bias = block.output_map(number)
                 except UncollapseError as error:
                     statistics.reasons |= {"matrix": str(error), "energy_share": str(error)}
