@@ -408,7 +408,7 @@ def test_what_was_wrong_or_refused_once_is_right(seed: int, dtype: str, class_of
 
 
 def test_an_operation_that_is_another_one_in_a_longer_text_is_no_traceback() -> None:
-    """Queries come in chunks behind a gate: in the second batch there are more chunks, and the gate's place holds another product."""
+    """Queries in chunks behind a gate: in the second batch there are more, and the gate's place holds another product."""
     assert compared(dataclasses.replace(specification(40463), dtype="float32")).verdict == "unavailable"
 
 
