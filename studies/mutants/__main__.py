@@ -46,7 +46,9 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="a path below src/uncollapse, or how it begins")
     parser.add_argument("--out", type=Path, help="one JSON line a mutant; goes on where it stopped")
     parser.add_argument("--again", action="store_true", help="with --out: try anew those that survived")
-    parser.add_argument("--reach", type=Path, help="keep here which test reaches which line; delete it when tests change")
+    parser.add_argument(
+        "--reach", type=Path, help="keep here which test reaches which line; delete it when tests change"
+    )
     given = parser.parse_args()
     os.chdir(ROOT)
     sample, total = drawn(modules(given.only), given.count, given.seed)
@@ -89,8 +91,8 @@ def _report(verdicts: list[Verdict], total: int, seed: int, minutes: float) -> N
         print(f"{package}: {count - left[package]} of {count} die; {same[package]} more are equivalent")
     count = len(verdicts) - same.total()
     print(
-        f"{count - left.total()} of {count} mutants die ({1 - left.total() / max(1, count):.1%}); {same.total()} more are equivalent. "
-        f"Drawn from {total} with seed {seed}; {minutes:.0f} minutes."
+        f"{count - left.total()} of {count} mutants die ({1 - left.total() / max(1, count):.1%}); {same.total()} more are "
+        f"equivalent. Drawn from {total} with seed {seed}; {minutes:.0f} minutes."
     )
 
 

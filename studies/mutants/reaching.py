@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from studies.mutants.drawing import PACKAGE, PACKAGES, ROOT, Mutant
+from studies.mutants.drawing import PACKAGE, PACKAGES, Mutant
 
 TESTS = (*(f"tests/{package}" for package in PACKAGES), "tests/docs/test_theory.py")
 # Tests that start another process, which imports the module as it is on the disk: they cannot see the change.
@@ -46,7 +46,8 @@ class Reach:
 
     def asked(self, mutant: Mutant) -> list[str]:
         """The tests that a mutant meets, in order: those that reach its statement, then the others of the same files, whose
-        helpers may have kept what the first computed. In both the mirror of the module comes first, and quick tests before slow ones."""
+        helpers may have kept what the first computed. In both the mirror of the module comes first, and quick tests before slow
+        ones."""
         reaching = set().union(*(self.through(path, span) for path, span in where(mutant)))
         files = {test.partition("::")[0] for test in reaching}
         package, _, name = mutant.path.partition("/")
