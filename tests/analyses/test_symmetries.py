@@ -205,8 +205,8 @@ def test_a_mask_with_a_bias_in_it_cannot_be_taken_away_and_says_why() -> None:
 def test_sinks_break_the_shift_of_logits() -> None:
     record = acted(REAL["gpt_oss"].build(), [inputs_for(REAL["gpt_oss"])])  # its experts run in single precision only
     assert the(record, "logit shift").holds is False
-    assert record.symmetries[3].breakers == ["attention sinks"]
-    assert "attention sinks" in record.symmetries[0].stabilisers
+    assert record.symmetries[3].breakers == ["sink columns"]
+    assert "sink columns" in record.symmetries[0].stabilisers
 
 
 def test_images_become_tokens_inside_and_are_permuted_there() -> None:

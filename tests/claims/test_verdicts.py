@@ -188,9 +188,9 @@ def test_the_verdict_of_a_tampered_claim(claim, index):
 
 
 @pytest.mark.parametrize("claim", [claim for claim, (verdict, _) in LEDGER.items() if verdict != MEASURED])
-@pytest.mark.parametrize("seed", [101, 102])
+@pytest.mark.parametrize("seed", [2, 7])  # at one trial these once left six claims open, or refuted one
 def test_the_verdict_does_not_hang_on_the_seed_or_on_few_trials(claim, seed):
-    assert CLAIMS[claim].run(12, seed).verdict == LEDGER[claim][0]
+    assert CLAIMS[claim].run(1, seed).verdict == LEDGER[claim][0]
 
 
 @pytest.mark.slow

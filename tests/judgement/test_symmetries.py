@@ -59,11 +59,11 @@ def test_rounding_is_judged_by_the_largest_defect(levels: float, expected: bool)
 
 def test_a_record_takes_over_what_acting_showed() -> None:
     tests = [acted([], 1.0), acted(["a"], 1e-7), acted(["b"], 1.0), FREE]
-    held = {"rank-collapse-depth": ["attention sinks", "2 residual additions"], "entropy-collapse": ["logit soft cap"]}
+    held = {"rank-collapse-depth": ["sink columns", "2 residual additions"], "entropy-collapse": ["logit soft cap"]}
     record = completed(suggested(), tests, held)
     assert record.equivariance_defect == tests[0].defect
     assert record.breakers == ["a", "position gates"]  # found by acting; gates were not taken away
-    assert record.stabilisers == ["2 residual additions", "attention sinks"]
+    assert record.stabilisers == ["2 residual additions", "sink columns"]
     assert record.unavailable == {"slope": "no lengths"}
 
 
@@ -86,4 +86,4 @@ def test_a_record_keeps_what_was_suggested_where_acting_could_not_tell() -> None
 @pytest.mark.parametrize(("holds", "named"), [(False, True), (True, False), (None, False)])
 def test_a_shift_of_logits_that_shows_means_sinks(holds: bool | None, named: bool) -> None:
     tests = [acted([], 1.0, holds, action="logit shift")]
-    assert ("attention sinks" in completed(suggested(), tests, {}).breakers) is named
+    assert ("sink columns" in completed(suggested(), tests, {}).breakers) is named

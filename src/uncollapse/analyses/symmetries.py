@@ -147,7 +147,7 @@ class _Acting:
     def stabilisers(self, attention: Sequence[AttentionRecord]) -> dict[Phenomenon, list[str]]:
         """What only shows when the model runs: sinks beside the keys, and a cap that was shown to bound the logits."""
         capped = any(a.bound_part == "soft cap" for a in attention)
-        sinks = ["attention sinks"] * any(c.sinks for c in self.channels)
+        sinks = ["sink columns"] * any(c.sinks for c in self.channels)
         return {"rank-collapse-depth": sinks, "entropy-collapse": ["logit soft cap"] * capped}
 
     # Token and key permutations -----------------------------------------------------------------------------------

@@ -52,8 +52,8 @@ CLAIM = Claim(
     "channel-gates",
     "Known positive gates for each channel leave D directions of mixing before the output projection, one scale each; gates for "
     "each head leave H d_k^2.",
-    "gates after the attention, for each channel or each head, as in Z. Qiu et al., Gated Attention, arXiv 2505.06708 (2025), where "
-    "they are computed from the token; the count is derived in docs/theory.md",
+    "gates after the attention, for each channel or each head, as in Z. Qiu et al., Gated Attention, arXiv 2505.06708 (2025), "
+    "where they are computed from the token; the count is derived in docs/theory.md",
     check,
     title="Gates for each channel leave one scale a channel",
     formula=r"\dim = D \quad \mathrm{against} \quad H d_k^2",

@@ -55,6 +55,8 @@ def check(trials: int, seed: int, *, activation: str = "relu", norms: bool = Fal
         if mixed:
             leaves.append(not exact.in_row_space(exact.above(both, x), output))
     x = exact.rational(SMALLEST)
+    # An example of it, so that it never hangs on the draws: all weights the identity.
+    leaves.append(not exact.in_row_space(x, relu(x) if activation == "relu" else x))
     image, positive, inside = relu(x), exact.ones(1, 2), exact.rational(STAYS)
     return [
         tally("the reachable space of the drawn weights is not the whole width", proper),

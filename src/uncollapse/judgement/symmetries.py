@@ -38,7 +38,7 @@ def completed(
         kept = [*kept, "order told in another way"]
     shift = next((t for t in mine if t.action == "logit shift"), None)
     if shift is not None and shift.holds is False:
-        kept = [*kept, "attention sinks"]
+        kept = [*kept, "sink columns"]
     return replace(record, equivariance_defect=whole.defect, breakers=kept, unavailable=unavailable)
 
 
