@@ -138,7 +138,7 @@ EXAMPLES: dict[str, Callable[..., Any]] = {
         rank(x) == 2 and rank(y) == 1 and np.allclose(normed(x, 0), np.array(y, dtype=float))
     ),
     "rmsnorm-rank": lambda x, g: (
-        rank(x) == 2 and rank([[a * b for a, b in zip(row, g[0], strict=True)] for row in x]) == 1
+        x == identity(2) and rank([[a * b for a, b in zip(row, g[0], strict=True)] for row in x]) == 1
     ),
     "layernorm-and-distance": lambda x, m, a, y, z: (
         a == softmax(times(x, m, turned(x)), causal=True)
@@ -287,6 +287,7 @@ def test_random_residuals_fall_as_numpy_says() -> None:
             "{0:.6f}, expected {0:.6f}".format((1 / (1 + math.exp(-2 * (1 - math.cos(1))))) ** 2),
         ),
         ("attention-only-collapse", "above the condition", "at least 3/2 in 6 of 6"),
+        ("four-symmetries", "entropy: multiplying", "12 exceptions in 12 cases"),
         ("mlp-leaves-the-reachable-space", "all weights the identity", "['1', '0']"),
         ("value-output-gauge", "heads with one and the same pattern", "5"),
         ("residual-obstructs-collapse", "post-norm with two", "rank 2 -> 1"),
@@ -295,3 +296,12 @@ def test_random_residuals_fall_as_numpy_says() -> None:
 )
 def test_the_figure_in_the_evidence(claim: str, start: str, figure: str) -> None:
     assert observed(claim, start) == [figure]
+
+
+def test_the_gauge_after_a_layer_norm_has_the_counts_of_the_theory() -> None:
+    """H = 2, G = 1, d_k = 2, d = 4, no biases: queries and keys 4 -> 10 and 6, values and outputs 4 -> 6 and 4."""
+    sizes = "H=2 G=1 d_k=2 d=4 biases=False"
+    for kind, at_zero, elsewhere in (("query-key", "10", "6"), ("value-output", "6", "4")):
+        what = f"{kind} gauge after a layer norm, {sizes}"
+        assert observed("gauge-with-norms", f"{what}, beta = 0") == [at_zero]
+        assert observed("gauge-with-norms", f"{what}, beta not 0") == [elsewhere]
