@@ -92,14 +92,17 @@ def places(path: Path) -> list[Mutant]:
 
 
 def silent(source: str) -> list[Span]:
-    """Spans where a change says nothing about the mathematics: the words of a refusal, `strict=` of a zip, and how
-    large the matrices are that a claim draws."""
+    """Spans where a change says nothing about the mathematics: the words of a refusal, `strict=` of a zip, and how many matrices a
+    claim draws (`max(1, trials // 5)`), and how large ones."""
     spans: list[ast.expr | ast.stmt | ast.keyword] = []
     for node in ast.walk(ast.parse(source)):
         called = node.func if isinstance(node, ast.Call) else None
         if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "draws":
             assert isinstance(node, ast.Call)
             spans += list(node.args)
+        elif isinstance(called, ast.Name) and called.id == "max" and "trials" in ast.dump(node):
+            assert isinstance(node, ast.Call)
+            spans.append(node)
         elif isinstance(node, ast.Raise) or (isinstance(node, ast.keyword) and node.arg == "strict"):
             spans.append(node)
     return [((n.lineno, n.col_offset), (n.end_lineno or 0, n.end_col_offset or 0)) for n in spans]

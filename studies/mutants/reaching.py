@@ -23,9 +23,9 @@ ELSEWHERE = (
     "--deselect=tests/claims/test_claims_ledger.py::test_the_claims_load_no_transformers",
     "--deselect=tests/measures/test_running.py::test_two_processes_agree_on_the_statistics_of_both",
 )
-OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *ELSEWHERE)
+OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", *ELSEWHERE)
 OPTIONS += ("-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning")  # that was the point of it
-ASKED = 20.0  # seconds of tests that a mutant meets at most
+ASKED = 10.0  # seconds of tests that a mutant meets at most
 Lines = tuple[int, int]  # the first and the last
 
 

@@ -25,7 +25,8 @@ def preload() -> None:
     """The slow imports, once, and nothing of the package itself."""
     import torch
 
-    for name in ("flint", "numpy", "transformers"):
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none of them is needed, and each process would load them
+    for name in ("flint", "hypothesis.strategies", "jaxtyping", "numpy", "pydantic", "rich.console", "transformers"):
         importlib.import_module(name)
     torch.set_num_threads(1)
 
