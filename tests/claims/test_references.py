@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flint import fmpq
 
-from uncollapse.claims import CLAIMS, attention_never_gains_rank, balls
+from uncollapse.claims import CLAIMS, attention_never_gains_rank, balls, pgop_overhead
 from uncollapse.claims.attention_only_collapse import after, in_dongs_gauge
 from uncollapse.claims.draws import softmax as exact_softmax
 from uncollapse.claims.entropy_floor import floor_by_max, floor_by_mean
@@ -110,3 +110,9 @@ def test_the_slopes_that_width_is_compared_with() -> None:
     """-1/2 for independent logits, 0 on the plateau."""
     steep, flat = CLAIMS["width-collapse"].run(1, 0).evidence[:2]
     assert (steep.expected, flat.expected) == (-0.5, 0)
+
+
+def test_the_limit_of_the_overhead_is_the_papers() -> None:
+    """Below 1.6 %: 1/63 is, 1/62 is not."""
+    limit = pgop_overhead.LIMIT
+    assert limit == fmpq(16, 1000)

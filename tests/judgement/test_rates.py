@@ -55,3 +55,14 @@ def test_the_slope_is_that_of_the_next_logarithm_on_this_one() -> None:
     found = rate([math.exp(-(3.0**i)) for i in range(4)], EPSILON)
     assert (found.slope, found.slope_low, found.slope_high) == pytest.approx((3.0, 3.0, 3.0))
     assert found.kind == "doubly exponential"
+
+
+def test_a_slope_counts_only_if_its_interval_leaves_out_one() -> None:
+    """ln r: the slope is 1.6 and scatters, so that its interval begins between 0 and 1."""
+    logs = [-0.5, -1.3, -1.6, -3.4, -4.8, -8.6]
+    found = rate([math.exp(v) for v in logs], EPSILON)
+    assert found.slope is not None
+    assert found.slope_low is not None
+    assert found.slope > 1.5
+    assert 0 < found.slope_low < 1
+    assert found.kind == "open"
