@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest check bench results validity results-gates families early-warning references pictures random-models other-tools fuzz mutants formulas browser schema constraints clean help
+.PHONY: demo test test-all test-oldest check bench results validity results-gates families early-warning references pictures random-models other-tools fuzz mutants ledger-page browser schema constraints clean help
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -94,9 +94,9 @@ mutants: $(INSTALLED) ## change numbers and signs of the mathematics, claims and
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group mutants
 	$(BIN)/python -m studies.mutants --count $(or $(MUTANTS),200)
 
-formulas: $(INSTALLED) ## the claims' formulas as MathML, after one has changed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group formulas
-	@$(BIN)/python -m studies.formulas
+ledger-page: $(INSTALLED) ## what the ledger's page takes from elsewhere, after a formula or docs/theory.md has changed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group ledger-page
+	@$(BIN)/python -m studies.ledger_page
 
 schema: $(INSTALLED) ## write the published JSON Schemas anew from the record dataclasses
 	@$(BIN)/python -c 'import json; from uncollapse.records.diagnosis import DiagnosisRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(DiagnosisRecord), indent=1, ensure_ascii=False))' \
