@@ -66,7 +66,7 @@ Json = Annotated[
     typer.Option(
         "--json",
         metavar="FILE|-",
-        help="Write the record as JSON. With `-` it goes to stdout and everything else to stderr.",
+        help="Write the record as JSON, gzipped if the name ends in .gz. With `-` it goes to stdout and everything else to stderr.",
         rich_help_panel=OUTPUT,
     ),
 ]

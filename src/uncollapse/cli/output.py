@@ -15,7 +15,7 @@ import typer
 
 from uncollapse.cli import streams
 from uncollapse.errors import InputError, UncollapseError
-from uncollapse.files import writing
+from uncollapse.files import reading, writing
 from uncollapse.legible import legible
 from uncollapse.records.common import SEVERITIES, Finding, Severity
 
@@ -173,7 +173,10 @@ def _is_own(place: writing.Destination) -> bool:
     if place.path is None:
         return False
     with contextlib.suppress(OSError), open(place.path, "rb") as stream:
-        return stream.read(64).startswith(_OWN)
+        head = stream.read(4096)
+        if head.startswith(reading.GZIP):
+            head = next(reading.unpacked([head], at_most=reading.PIECE), b"")
+        return head.startswith(_OWN)
     return False
 
 

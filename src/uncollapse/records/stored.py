@@ -1,7 +1,7 @@
 """A stored record, read back. Its `schema` field says which record it is.
 
 A record may come from another machine, another version or another program. So nothing is read that cannot be one: at most
-`LIMIT` bytes, from `{` on, in UTF-8, with finite numbers only. What does not fit is refused in one line.
+`LIMIT` bytes, from `{` on, in UTF-8, with finite numbers only. What does not fit is refused in one line. It may be gzipped.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _text(name: str, pieces: Iterator[bytes]) -> str:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()  # some editors add a byte-order mark; it is no content
     parts: list[str] = []
     try:
-        for piece in pieces:
+        for piece in reading.unpacked(pieces, at_most=LIMIT):
             parts.append(decoder.decode(piece))
             if not parts[0].lstrip().startswith("{"):
                 break
