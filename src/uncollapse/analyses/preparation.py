@@ -133,11 +133,7 @@ def prepare(
     that it does not have, `InputError` for input that cannot be used, and `UnsupportedModel` if the anatomy cannot be proved.
     """
     caller = function.__name__
-    _require_known(function, probe)
-    chosen: ProbeOptions = {**DEFAULTS, **probe}
-    if level not in ("core", "full"):
-        raise InputError(f"{caller}: expected level 'core' or 'full', got {level!r}. Pass one of the two.")
-    _require_in_bounds(caller, chosen)
+    chosen = require_options(function, probe, level=level)
     progress, layout = chosen["progress"], chosen["layout"]
     loaded = _loaded(caller, model, chosen, head)
     if chosen["batches"] is not None:
@@ -159,6 +155,19 @@ def prepare(
         "layout": None if layout is None else list(layout.blocks),
     }
     return Prepared(loaded, anatomy, ready, source, level, chosen["seed"], options, chosen["command"], progress, layout)
+
+
+def require_options(function: Callable[..., object], probe: ProbeOptions, *, level: Level = "core") -> ProbeOptions:
+    """All options of a pass, the defaults among them, once none of those given to `function` is unknown or absurd.
+
+    Raises `TypeError` for an option that it does not have, and `InputError` for a level or a number that no run can mean.
+    """
+    _require_known(function, probe)
+    chosen: ProbeOptions = {**DEFAULTS, **probe}
+    if level not in ("core", "full"):
+        raise InputError(f"{function.__name__}: expected level 'core' or 'full', got {level!r}. Pass one of the two.")
+    _require_in_bounds(function.__name__, chosen)
+    return chosen
 
 
 def _require_known(function: Callable[..., object], probe: ProbeOptions) -> None:

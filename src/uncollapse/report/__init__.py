@@ -26,9 +26,10 @@ from uncollapse.records.comparison import COMPARISON_SCHEMA, ComparisonRecord
 from uncollapse.records.diagnosis import DIAGNOSIS_SCHEMA, DiagnosisRecord
 from uncollapse.records.heads import HEADS_SCHEMA, IdentifiabilityRecord
 from uncollapse.records.ledger import LEDGER_SCHEMA, Ledger
+from uncollapse.records.sweep import SWEEP_SCHEMA, SweepRecord
 from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord
 from uncollapse.records.trail import TRAIL_SCHEMA, TrailRecord
-from uncollapse.report import ablation, attribution, comparison, diagnosis, heads, ledger, symmetries, trail
+from uncollapse.report import ablation, attribution, comparison, diagnosis, heads, ledger, sweep, symmetries, trail
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,8 +49,8 @@ def show(record: AnyRecord, console: Console) -> None:
     """Print a diagnosis (one row per block, then the findings), an ablation (one row per run, then the predictions), the
     heads' identifiability (the answer, then one row per block), symmetries (one paragraph per phenomenon, then one row per
     test), a ledger (one paragraph per claim, then the verdicts), a trail (one row per look, then the
-    alarms), a comparison (one row per block, then what got worse) or an attribution (the largest effects, then what may be said
-    of the heads).
+    alarms), a comparison (one row per block, then what got worse), a sweep (one row per checkpoint, then the first finding of each
+    kind) or an attribution (the largest effects, then what may be said of the heads).
 
     Raises `InputError` if it is not a record of a schema that this version knows.
     """
@@ -80,6 +81,8 @@ def _shown(function: str, record: AnyRecord) -> _Shown:
             shown = _Shown(ATTRIBUTION_SCHEMA, partial(attribution.page, record), partial(attribution.printout, record))
         case TrailRecord():
             shown = _Shown(TRAIL_SCHEMA, partial(trail.page, record), partial(trail.printout, record))
+        case SweepRecord():
+            shown = _Shown(SWEEP_SCHEMA, partial(sweep.page, record), partial(sweep.printout, record))
         case Ledger():
             shown = _Shown(LEDGER_SCHEMA, partial(ledger.page, record), partial(ledger.printout, record))
         case _:

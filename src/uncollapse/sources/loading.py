@@ -226,6 +226,37 @@ def on_the_hub(name: str) -> tuple[str, str | None]:
     return place, revision or None
 
 
+@dataclass(frozen=True)
+class Identity:
+    """What `load_model` would load: a folder, whose files may change, or else something that stays as it is: an installed
+    package with its version, a commit of the hub."""
+
+    folder: Path | None
+    fixed: str = ""
+
+
+def identified(name: str) -> Identity:
+    """What a name means now. A revision of the hub is asked for; what is stored counts where the hub cannot be reached.
+
+    Raises `InputError` where there is no such model, or the hub does not answer and nothing is stored.
+    """
+    place, _, source, package = _location(name)
+    if source != "hub":
+        return Identity(None, package) if package else Identity(Path(place))
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    repository, revision = on_the_hub(place)
+    try:
+        with _transformers_silenced():
+            commit = extract_commit_hash(cached_file(repository, "config.json", revision=revision or "main"), None)
+    except Exception as error:  # transformers raises a dozen unrelated types, as above
+        raise InputError(
+            f"load_model: expected a model on the hub, got {name!r}: {_reason(error)} {_configuration_advice(error, source)}"
+        ) from error
+    return Identity(None, f"{repository} {commit}")
+
+
 def checkpoint_folder(name: str) -> str | None:
     """The folder that `load_model` reads a model from, None where nothing of it is on this machine."""
     try:
