@@ -47,10 +47,10 @@ def refusals_in_one_line() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reads:
-    """What a command reads: files by the argument that names them, and a model by its name."""
+    """What a command reads: files by the argument that names them, and models by their names."""
 
     files: Sequence[tuple[str, str]] = ()
-    model: str | None = None
+    models: Sequence[str] = ()
 
 
 def require_writable(*, json: str | None, html: str | None, quiet: bool = False, reads: Reads | None = None) -> None:
@@ -111,11 +111,12 @@ def _require_not_read(option: str, name: str, place: writing.Destination, reads:
                 f"{option}: expected a file that is not read, got {name!r}, which {argument} names, too. "
                 "It would be overwritten. Name another file."
             )
-    if reads.model is not None and _is_of_model(place, reads.model):
-        raise InputError(
-            f"{option}: expected a file that is not read, got {name!r}, which belongs to the model {reads.model!r}. "
-            "The checkpoint would be damaged. Name a file in another folder."
-        )
+    for model in reads.models:
+        if _is_of_model(place, model):
+            raise InputError(
+                f"{option}: expected a file that is not read, got {name!r}, which belongs to the model {model!r}. "
+                "The checkpoint would be damaged. Name a file in another folder."
+            )
 
 
 def _is_same(file: str, existing: os.stat_result) -> bool:

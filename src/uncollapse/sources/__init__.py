@@ -15,7 +15,7 @@ from uncollapse.sources.batches import (
     tokenize,
 )
 from uncollapse.sources.loading import DTYPES, LoadedModel, checkpoint_folder, load_model
-from uncollapse.sources.series import Checkpoint, fingerprint, series
+from uncollapse.sources.checkpoint_series import Checkpoint, fingerprint, series
 from uncollapse.sources.texts import default_texts, read_texts
 
 __all__ = [

@@ -155,7 +155,7 @@ def load_model(
             ) from error
         _require_whole(name, model, report)
         tokenizer, problem = _tokenizer(place, revision, trust_remote_code=trust_remote_code)
-    found = package or getattr(config, "_commit_hash", None)
+        found = _commit(place, revision) if source == "hub" else package
     return LoadedModel(model.eval(), tokenizer, label, found, source, problem)
 
 
@@ -243,18 +243,27 @@ def identified(name: str) -> Identity:
     place, _, source, package = _location(name)
     if source != "hub":
         return Identity(None, package) if package else Identity(Path(place))
-    from transformers.utils import cached_file
-    from transformers.utils.hub import extract_commit_hash
-
     repository, revision = on_the_hub(place)
     try:
         with _transformers_silenced():
-            commit = extract_commit_hash(cached_file(repository, "config.json", revision=revision or "main"), None)
+            commit = _commit(repository, revision)
     except Exception as error:  # transformers raises a dozen unrelated types, as above
         raise InputError(
             f"load_model: expected a model on the hub, got {name!r}: {_reason(error)} {_configuration_advice(error, source)}"
         ) from error
+    if commit is None:
+        raise InputError(
+            f"load_model: expected a commit of {name!r}, got none. What is stored of it may be damaged. Download it again."
+        )
     return Identity(None, f"{repository} {commit}")
+
+
+def _commit(repository: str, revision: str | None) -> str | None:
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    commit = extract_commit_hash(cached_file(repository, "config.json", revision=revision or "main"), None)
+    return None if commit is None else str(commit)
 
 
 def checkpoint_folder(name: str) -> str | None:

@@ -88,9 +88,9 @@ def _inside(name: str) -> list[str]:
 
 def _checkpoint(name: str) -> Checkpoint:
     if _is_folder(name):
-        whole = os.path.normpath(name)
-        step = _STEP.search(os.path.basename(whole))
-        return Checkpoint(name, os.path.dirname(whole) or ".", int(step[1])) if step else Checkpoint(name, whole, None)
+        name = os.path.normpath(name)
+        step = _STEP.search(os.path.basename(name))
+        return Checkpoint(name, (os.path.dirname(name) or ".") if step else name, int(step[1]) if step else None)
     place, revision = on_the_hub(name)
     step = _STEP.search(revision or "")
     return Checkpoint(name, place, int(step[1]) if step else None)
