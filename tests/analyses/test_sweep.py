@@ -86,9 +86,9 @@ def test_each_record_is_the_diagnosis_of_its_checkpoint_and_the_summary_its_wors
             for block in range(2)
         ]
         assert checkpoint.findings == alone.findings
-    assert {c.step for c in found.record.checkpoints if any((f.code, f.block) == ("WIDTH-UNIFORM", 1) for f in c.findings)} == {
-        step for step in STEPS if step >= BROKEN_FROM
-    }
+    assert {
+        c.step for c in found.record.checkpoints if any((f.code, f.block) == ("WIDTH-UNIFORM", 1) for f in c.findings)
+    } == {step for step in STEPS if step >= BROKEN_FROM}
     found.to_json(tmp_path / "sweep.json.gz")
     assert uc.load(tmp_path / "sweep.json.gz").record == found.record
     schema = json.loads((Path(uc.__file__).parent / "schemas" / "sweep-1.json").read_text("utf-8"))
@@ -118,7 +118,9 @@ def test_what_is_there_and_valid_is_not_measured_again(run: Path, tmp_path: Path
 def test_changed_weights_are_another_checkpoint_whatever_the_file_says_of_its_age(
     run: Path, tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("uncollapse.sources.checkpoint_series._SETTLED", -1.0)  # remember digests of files that were just written, too
+    monkeypatch.setattr(
+        "uncollapse.sources.checkpoint_series._SETTLED", -1.0
+    )  # remember digests of files that were just written, too
     own = shutil.copytree(run / "checkpoint-5", tmp_path / "other" / "checkpoint-5")
     first = uc.sweep([own], TEXTS, out=tmp_path / "out").record.checkpoints[0]
     weights = own / "model.safetensors"
@@ -136,9 +138,7 @@ def test_changed_weights_are_another_checkpoint_whatever_the_file_says_of_its_ag
     assert len(measured) == 2
 
 
-def test_a_failure_is_a_record_and_ends_nothing(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_is_a_record_and_ends_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
 
     def noted(task: Any, progress: Any = None) -> Any:
@@ -215,9 +215,7 @@ def test_options_that_no_checkpoint_can_have_are_refused_before_anything_is_meas
     assert measured == []
 
 
-def test_a_revision_of_the_hub_is_one_commit(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_revision_of_the_hub_is_one_commit(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From what the hub's own client has stored: two revisions of one repository, out of reach of the hub."""
     cache = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
@@ -247,7 +245,9 @@ def test_a_revision_of_the_hub_is_one_commit(
 def forked(work: Callable[[], object]) -> int:
     """A process that does the work and ends with 0, or else with 1."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons: this process has threads, which do nothing now
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # newer Pythons: this process has threads, which do nothing now
         child = os.fork()
     if child:
         return child
@@ -306,7 +306,10 @@ def test_killed_at_twenty_moments_it_loses_one_each_time_at_most(
 
 def test_two_runs_on_one_folder_share_the_work(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noting(tmp_path / "log", monkeypatch, before=lambda task: time.sleep(0.2))
-    children = [forked(lambda: uc.sweep(run, TEXTS, out=tmp_path / "out").to_json(tmp_path / f"{os.getpid()}.json")) for _ in range(2)]
+    children = [
+        forked(lambda: uc.sweep(run, TEXTS, out=tmp_path / "out").to_json(tmp_path / f"{os.getpid()}.json"))
+        for _ in range(2)
+    ]
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     begun = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert sorted(name for _, name in begun) == sorted(f"checkpoint-{step}" for step in STEPS)
@@ -344,15 +347,21 @@ def test_a_dead_process_keeps_no_lock(run: Path, tmp_path: Path, monkeypatch: py
         os.waitpid(child, 0)
     assert not found.failures
     assert ("waiting for another run", 3, 4) in waited
-    by_us = [name for process, name in map(str.split, (tmp_path / "log").read_text().splitlines()) if int(process) == here]
+    by_us = [
+        name for process, name in map(str.split, (tmp_path / "log").read_text().splitlines()) if int(process) == here
+    ]
     assert by_us == ["checkpoint-40", "checkpoint-100", "checkpoint-5"]
 
 
-def test_a_checkpoint_that_somebody_died_of_comes_last(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_somebody_died_of_comes_last(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     noting(
         tmp_path / "log",
         monkeypatch,
-        before=lambda task: os.kill(os.getpid(), signal.SIGKILL) if os.getpid() != here and task.checkpoint.step == 0 else None,
+        before=lambda task: (
+            os.kill(os.getpid(), signal.SIGKILL) if os.getpid() != here and task.checkpoint.step == 0 else None
+        ),
     )
     here = os.getpid()
     for expected in (["checkpoint-0"], ["checkpoint-5", "checkpoint-40", "checkpoint-100", "checkpoint-0"]):

@@ -46,8 +46,8 @@ def load(
     """A stored record, as the result that wrote it: it can be shown, drawn as a page and written again.
 
     path: a file that `to_json` or `--json` wrote, by this version or an earlier one. The record's `schema` says what comes back:
-    what `diagnose`, `ablate`, `identify`, `symmetries`, `sweep` or `compare` return, and for the ledger of `verify` and the trail of a
-    `Monitor` a result of the same kind.
+    what `diagnose`, `ablate`, `identify`, `symmetries`, `sweep` or `compare` return, and for the ledger of `verify` and the
+    trail of a `Monitor` a result of the same kind.
     Keys that the record's version did not have yet take their defaults; keys that this version does not know are left out.
 
     Raises `InputError` where there is no such file, where it is not JSON in UTF-8 or too large for a record, where its schema is

@@ -1,7 +1,7 @@
 """`sweep`: many checkpoints diagnosed, one record each, in a folder that can be gone on with at any time.
 
-What is there is not measured again, a failure ends nothing, and several sweeps may work on one folder. `compare` takes any two of the
-records.
+What is there is not measured again, a failure ends nothing, and several sweeps may work on one folder. `compare` takes any two of
+the records.
 """
 
 from __future__ import annotations
@@ -139,14 +139,18 @@ class _Described:
         if batches is not None:
             text = fingerprint(batches)
         else:
-            used = sources.default_texts(chosen["sequences"] or DEFAULT_SEQUENCES, chosen["seed"]) if read is None else read
+            used = (
+                sources.default_texts(chosen["sequences"] or DEFAULT_SEQUENCES, chosen["seed"])
+                if read is None
+                else read
+            )
             text = hashlib.sha256("\0".join(used).encode("utf-8", "surrogatepass")).hexdigest()[:16]
         layout = chosen["layout"]
         deciding = {
             "level": level,
             "context_lengths": lengths,
             "text": text,
-            **{key: chosen[key] for key in ("sequences", "max_tokens", "batch_size", "seed", "dtype")},  # type: ignore[literal-required]
+            **{key: chosen[key] for key in ("sequences", "max_tokens", "batch_size", "seed", "dtype")},
             "trust_remote_code": chosen["trust_remote_code"],
             "layout": None if layout is None else repr(layout),
         }

@@ -1,8 +1,8 @@
 """The folder of a sweep: one record a checkpoint, and who is at work on which.
 
 A record is written whole or not at all, so what is there can be believed. A lock is held by a process and not by a file: the
-system lets go of it when the process ends, however it ends. The empty files in `.locks` stay; one whose record is missing tells that
-somebody began with it and did not finish.
+system lets go of it when the process ends, however it ends. The empty files in `.locks` stay; one whose record is missing tells
+that somebody began with it and did not finish.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ class SweepFolder:
             return None
         if isinstance(found, DiagnosisRecord):
             return found
-        failed = isinstance(found, SweepRecord) and any(each.failure for each in found.checkpoints)
-        return found if failed and found.options == task.options else None  # type: ignore[return-value]  # a SweepRecord then
+        if not isinstance(found, SweepRecord) or found.options != task.options:
+            return None
+        return found if any(each.failure for each in found.checkpoints) else None
 
     def write(self, task: Task, record: DiagnosisRecord | SweepRecord) -> None:
         """Raises `InputError` where it cannot be written, because the disk is full for example."""

@@ -109,7 +109,9 @@ class OnRay:
             task = self._running.pop(reference)
             try:
                 done.append((task, self._ray.get(reference)))
-            except self._ray.exceptions.RayError as error:  # the worker died; what a task raises itself is a record already
+            except (
+                self._ray.exceptions.RayError
+            ) as error:  # the worker died; what a task raises itself is a record already
                 said = " ".join(f"{type(error).__name__}: {error}".split())
                 done.append((task, failed(task, Failure("crashed", said[:500]))))
         return done

@@ -1,8 +1,9 @@
 """A model and text, turned into batches of token sequences.
 
-`load_model` opens the packaged demo model, a saved folder or a hub id. `read_texts` and `default_texts` give sequences
-of text. `series` puts several checkpoints in order. `tokenize` makes padded batches of them, and `check_batches` checks batches that somebody else made. Input that
-cannot be used is refused here in one line, before anything slow runs. Import from here, not from the modules below.
+`load_model` opens the packaged demo model, a saved folder or a hub id. `series` puts several checkpoints in order. `read_texts`
+and `default_texts` give sequences of text. `tokenize` makes padded batches of them, and `check_batches` checks batches that somebody
+else made. Input that cannot be used is refused here in one line, before anything slow runs. Import from here, not from the modules
+below.
 """
 
 from uncollapse.sources.batches import (
@@ -14,8 +15,8 @@ from uncollapse.sources.batches import (
     token_mask,
     tokenize,
 )
-from uncollapse.sources.loading import DTYPES, LoadedModel, checkpoint_folder, load_model
 from uncollapse.sources.checkpoint_series import Checkpoint, fingerprint, series
+from uncollapse.sources.loading import DTYPES, LoadedModel, checkpoint_folder, load_model
 from uncollapse.sources.texts import default_texts, read_texts
 
 __all__ = [

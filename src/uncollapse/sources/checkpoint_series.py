@@ -1,7 +1,7 @@
 """Several checkpoints in order, and what tells the weights of one from those of any other.
 
-`series` turns what a user names (hub ids with revisions, folders, folders of checkpoints) into a list. `fingerprint` is the same for
-the same weights, configuration, tokenizer and code, wherever they lie and whatever they are called.
+`series` turns what a user names (hub ids with revisions, folders, folders of checkpoints) into a list. `fingerprint` is the same
+for the same weights, configuration, tokenizer and code, wherever they lie and whatever they are called.
 
 When not to use it: for a single model. `load_model` takes it by name.
 """
@@ -24,7 +24,9 @@ from uncollapse.files import writing
 from uncollapse.sources.checkpoints import READ
 from uncollapse.sources.loading import identified, on_the_hub
 
-_STEP = re.compile(r"(?:^|[-_])(?:global[-_]?)?(?:checkpoint|ckpt|step|iter|iteration|epoch)[-_]?([0-9]{1,15})(?![0-9])", re.I)
+_STEP = re.compile(
+    r"(?:^|[-_])(?:global[-_]?)?(?:checkpoint|ckpt|step|iter|iteration|epoch)[-_]?([0-9]{1,15})(?![0-9])", re.I
+)
 _SETTLED = 2.0  # seconds after which a file that changes again gets another time of change on any file system
 _PIECE = 2**22  # bytes
 

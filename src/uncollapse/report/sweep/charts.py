@@ -27,9 +27,8 @@ def measure_chart(run: SweptRun, number: int, measure: str, keys: Sequence[str])
     of_blocks = [i for i, site in enumerate(places) if measure in say.OF_HEADS or "embedding" not in site] or [0]
     worst = max if measure in WORST_IS_LARGEST else min
     index, place = worst(
-        ((index, i) for index, figure in seen for i in of_blocks if figure.along[i] is not None),
-        key=lambda at: dict(seen)[at[0]].along[at[1]],
-    )
+        (value, index, i) for index, figure in seen for i in of_blocks if (value := figure.along[i]) is not None
+    )[1:]
     points = [_point(index, figure, of_blocks, place) for index, figure in seen]
     x = depth_axis(say.short_names(run), "step" if run.checkpoints[0].step is not None else "checkpoint")
     y = alt.Y("y:Q", scale=alt.Scale(zero=worst is min), axis=alt.Axis(title=None, tickCount=5))

@@ -8,7 +8,7 @@ from functools import partial
 from uncollapse.records.sweep import SweepRecord, SweptCheckpoint, SweptRun
 from uncollapse.report import wording
 from uncollapse.report.page import sheet
-from uncollapse.report.page.cells import Cell, Column, Measure, Table, slug, table
+from uncollapse.report.page.cells import Cell, Column, Measure, Table, severity_of, slug, table
 from uncollapse.report.page.panels import Panel, Tile, bundle
 from uncollapse.report.sweep import charts
 from uncollapse.report.sweep import wording as say
@@ -78,17 +78,23 @@ class _Row:
     def findings(self) -> Cell:
         """How many of which severity."""
         counts = dict(wording.severity_counts(self.checkpoint.findings))
-        weight = sum(counts.get(severity, 0) * 1000**place for place, severity in enumerate(("info", "warning", "critical")))
+        weight = sum(
+            counts.get(severity, 0) * 1000**place for place, severity in enumerate(("info", "warning", "critical"))
+        )
         words = "failed" if self.checkpoint.failure else wording.counts_in_words(self.checkpoint.findings) or "none"
         return Cell(words, sort=float("1e12") if self.checkpoint.failure else float(weight))
 
 
 def _table(record: SweepRecord) -> Table:
     measures = say.measures(record.runs)
-    rows = []
+    rows: list[_Row] = []
     for number, run in enumerate(record.runs):
         for index, checkpoint in enumerate(run.checkpoints):
-            why = "not in this model" if checkpoint.failure is None else f"{checkpoint.name}: {checkpoint.failure.message}"
+            why = (
+                "not in this model"
+                if checkpoint.failure is None
+                else f"{checkpoint.name}: {checkpoint.failure.message}"
+            )
             unavailable = dict.fromkeys(measures, why)
             rows.append(_Row(row_key(number, index), run, checkpoint, len(rows), unavailable))
     return table(
@@ -105,7 +111,7 @@ def _table(record: SweepRecord) -> Table:
         ],
         rows,
         lambda row: row.key,
-        lambda row: (wording.worst_first(row.checkpoint.findings) or [None])[0].severity if row.checkpoint.findings else "",
+        lambda row: severity_of(row.checkpoint.findings, lambda _: True),
     )
 
 

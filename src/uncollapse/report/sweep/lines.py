@@ -41,7 +41,9 @@ def print_record(record: SweepRecord, console: Console) -> None:
     say(say_it.headline(record), "bold")
     for each in firsts:
         finding = each.finding
-        head = plain.plain(console, f"{SIGNS[finding.severity]:<3}{say_it.name(each.checkpoint)}", STYLES[finding.severity])
+        head = plain.plain(
+            console, f"{SIGNS[finding.severity]:<3}{say_it.name(each.checkpoint)}", STYLES[finding.severity]
+        )
         where = f"  {finding.code} ({wording.finding_place(finding)}; {say_it.extent(each)})"
         head.append_text(plain.plain(console, where, "bold"))
         console.print(head, highlight=False)

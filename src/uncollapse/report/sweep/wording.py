@@ -69,7 +69,9 @@ def headline(record: SweepRecord) -> str:
     failing = f", {failed} of them could not be measured" if failed else ""
     serious = [each for each in firsts(record) if each.finding.severity != "info"]
     if not serious:
-        nothing = "No warning in any that was measured." if failed < len(record.checkpoints) else "Nothing could be judged."
+        nothing = (
+            "No warning in any that was measured." if failed < len(record.checkpoints) else "Nothing could be judged."
+        )
         return f"{several}{failing}. {nothing}"
     first = serious[0]
     return (
