@@ -1,9 +1,9 @@
 """A model and text, turned into batches of token sequences.
 
 `load_model` opens the packaged demo model, a saved folder or a hub id. `series` puts several checkpoints in order. `read_texts`
-and `default_texts` give sequences of text. `tokenize` makes padded batches of them, and `check_batches` checks batches that somebody
-else made. Input that cannot be used is refused here in one line, before anything slow runs. Import from here, not from the modules
-below.
+and `default_texts` give sequences of text. `tokenize` makes padded batches of them, and `check_batches` checks batches that
+somebody else made. Input that cannot be used is refused here in one line, before anything slow runs. Import from here, not from
+the modules below.
 """
 
 from uncollapse.sources.batches import (

@@ -18,11 +18,14 @@ from markupsafe import Markup
 
 from uncollapse.report import wording
 from uncollapse.report.anatomy import not_measured_sentences
+from uncollapse.report.page.packed import packed_rows, sort_key
 
 
 def render(template: str, *, styles: Sequence[str], scripts: Sequence[str], **content: Any) -> str:
-    """The page that `template` draws from `content`. `styles` are names of files from `report/` on, `scripts` are programs."""
+    """The page that `template` draws from `content`. `styles` are names of files from `report/` on, `scripts` are programs. Before
+    them runs what unpacks large tables."""
     style = "".join(map(source, styles))
+    scripts = [source("page/packed.js"), *scripts]
     policy = (
         f"default-src 'none'; script-src {' '.join(map(_hash, scripts))}; style-src {_hash(style)}; "
         "base-uri 'none'; form-action 'none'"
@@ -52,6 +55,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["data"] = _data
+    environment.filters["sort_key"] = sort_key
+    environment.globals["packed_rows"] = packed_rows
     environment.globals["wording"] = wording
     environment.globals["not_measured_sentences"] = not_measured_sentences
     return environment
