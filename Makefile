@@ -57,6 +57,7 @@ bench: $(INSTALLED) ## speed and memory, as ratios taken in one run
 	$(BIN)/python -m bench.table
 	$(BIN)/python -m bench.gates
 	$(BIN)/python -m bench.monitor
+	$(BIN)/python -m bench.scale
 
 results: $(INSTALLED) ## docs/results.md anew: real models without norms, residuals, MLPs (half an hour; goes on where it was broken off)
 	$(BIN)/python -m studies.results
