@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 
 import uncollapse as uc
 from tests.helpers.checkpoints import BROKEN_FROM, TEXTS, run_of
@@ -25,9 +27,12 @@ from uncollapse import records
 from uncollapse.analyses import sweep_workers
 from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.records.sweep import SweepRecord
+from uncollapse.sources import fingerprint
 
 STEPS = [100, 5, 40, 0]
-GOLDEN = Path(__file__).parents[1] / "records" / "golden" / "diagnosis.json"
+golden_record = functools.cache(
+    lambda: records.load(Path(__file__).parents[1] / "records" / "golden" / "diagnosis.json")
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,7 @@ def stored(task: Any) -> DiagnosisRecord | SweepRecord:
     """A record in the place of a diagnosis."""
     if task.problem:
         return really_measured(task)
-    golden = records.load(GOLDEN)
+    golden = golden_record()
     assert isinstance(golden, DiagnosisRecord)
     return replace(golden, model=replace(golden.model, name=task.checkpoint.name))
 
@@ -194,6 +199,26 @@ def test_shares_are_disjoint_and_make_the_whole(run: Path, tmp_path: Path, measu
             uc.sweep(run, TEXTS, out=tmp_path, shard=shard)
 
 
+def test_an_adapter_is_known_by_its_base_too(run: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(run / "checkpoint-0", tmp_path / "base")
+    adapter = shutil.copytree(run / "checkpoint-5", tmp_path / "adapter")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = fingerprint(str(adapter), remembered=tmp_path / "known")
+    assert before == fingerprint(str(adapter), remembered=tmp_path / "known")
+    shutil.copy(run / "checkpoint-40" / "model.safetensors", base / "model.safetensors")
+    assert before != fingerprint(str(adapter), remembered=tmp_path / "known")
+
+
+def test_processes_of_a_group_are_sent_their_own_ways(
+    run: Path, tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(uc.InputError, match="expected one process, got 2"):
+        uc.sweep(run, TEXTS, out=tmp_path)
+    assert measured == []
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -266,7 +291,7 @@ def noting(log: Path, monkeypatch: pytest.MonkeyPatch, before: Callable[[Any], o
         with open(log, "ab", buffering=0) as stream:
             stream.write(f"{os.getpid()} {os.path.basename(task.checkpoint.name)}\n".encode())
         before(task)
-        time.sleep(0.05)
+        time.sleep(0.02)
         return stored(task)
 
     monkeypatch.setattr(sweep_workers, "measured", noted)
@@ -276,6 +301,7 @@ def test_killed_at_twenty_moments_it_loses_one_each_time_at_most(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, out, draw = tmp_path / "log", tmp_path / "out", random.Random(0)
+    golden_record()  # before the forks, which would each read it
     noting(log, monkeypatch)
     began = time.monotonic()
     os.waitpid(forked(lambda: uc.sweep(run, TEXTS, out=tmp_path / "undisturbed")), 0)

@@ -58,7 +58,7 @@ def test_a_browser_makes_the_rows_that_the_template_writes(
     browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = full()
-    record = replace(record, attention=[each for each in record.attention if each.block < 12])  # 768 heads
+    record = replace(record, attention=[each for each in record.attention if each.block < 16])  # 1,024 heads
     (tmp_path / "packed.html").write_text(draw(record), "utf-8")
     monkeypatch.setattr(packed, "ROWS", 10**6)
     (tmp_path / "whole.html").write_text(draw(record), "utf-8")
@@ -79,7 +79,7 @@ def test_a_browser_makes_the_rows_that_the_template_writes(
         order = browser.value("[...document.querySelectorAll('#attention-self-table tbody tr')].map(r => r.id).join()")
         seen[name] = (tips, rows, order)
     assert seen["packed"] == seen["whole"]
-    assert seen["packed"][1][0].count("<tr") == 12 * 64
+    assert seen["packed"][1][0].count("<tr") == 16 * 64
     assert "one allowed key in every row" in seen["packed"][1][0]
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
+import torch
 from filelock import FileLock
 
 from uncollapse import sources
@@ -83,6 +84,15 @@ def sweep(
     checkpoint is in its record.
     """
     chosen = require_options(sweep, probe, level=level)
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise InputError(
+            f"sweep: expected one process, got {torch.distributed.get_world_size()} of a process group. Each checkpoint is "
+            "measured by one. Start several sweeps on one folder instead, or pass shard (--shard)."
+        )
     own = [option for option in NOT_OF_A_SWEEP if probe.get(option) is not None]
     if own:
         raise InputError(
@@ -146,11 +156,13 @@ class _Described:
             )
             text = hashlib.sha256("\0".join(used).encode("utf-8", "surrogatepass")).hexdigest()[:16]
         layout = chosen["layout"]
+        dtype = None if chosen["dtype"] == "auto" else chosen["dtype"]
         deciding = {
             "level": level,
             "context_lengths": lengths,
             "text": text,
-            **{key: chosen[key] for key in ("sequences", "max_tokens", "batch_size", "seed", "dtype")},
+            **{key: chosen[key] for key in ("sequences", "max_tokens", "batch_size", "seed")},
+            "dtype": dtype,
             "trust_remote_code": chosen["trust_remote_code"],
             "layout": None if layout is None else repr(layout),
         }

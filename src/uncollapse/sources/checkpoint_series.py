@@ -110,6 +110,12 @@ def fingerprint(name: str, *, remembered: Path) -> str:
     if meant.folder is None:
         return hashlib.sha256(meant.fixed.encode()).hexdigest()
     files = _files(name, meant.folder)
+    beneath = [fingerprint(base, remembered=remembered) for base in _adapted(meant.folder)]
+    found = _of_files(name, files, remembered)
+    return hashlib.sha256(" ".join([found, *beneath]).encode()).hexdigest() if beneath else found
+
+
+def _of_files(name: str, files: list[tuple[str, Path]], remembered: Path) -> str:
     try:
         states = [os.stat(file) for _, file in files]
         known = remembered / hashlib.sha256(repr([*zip(files, map(_state, states), strict=True)]).encode()).hexdigest()
@@ -142,6 +148,15 @@ def _files(name: str, folder: Path) -> list[tuple[str, Path]]:
     for index in sorted(file for file in named if file.endswith(".index.json")):
         named |= {file for file in _named_by(folder / index) if (folder / file).is_file()}
     return [(file, folder / file) for file in sorted(named)]
+
+
+def _adapted(folder: Path) -> list[str]:
+    """The model that the adapter in a folder is for: its weights are read, too, from wherever they are."""
+    try:
+        base = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+    except (ValueError, RecursionError, TypeError, KeyError, OSError):
+        return []  # no adapter; or loading it will say what is wrong with it
+    return [base] if isinstance(base, str) and base and os.path.realpath(base) != os.path.realpath(folder) else []
 
 
 def _named_by(index: Path) -> Iterator[str]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from uncollapse.report.page.cells import Cell, Row, Table
 
-ROWS = 500
+ROWS = 1000
 
 
 def packed_rows(table: Table) -> str | None:
