@@ -55,7 +55,7 @@ class Page(HTMLParser):
                 note = part["note"] or ""
                 self._cell().update(
                     v=part["sort"] or "",
-                    text=part["text"],
+                    text=str(part["text"]),
                     small="" if note else part["spread"] or "",
                     sup=str(note),
                     title=data["reasons"][str(note)] if note else "",
