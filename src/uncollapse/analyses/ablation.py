@@ -37,6 +37,7 @@ from uncollapse.measures.running import Running
 from uncollapse.probe.at_consensus import contraction_at_consensus, few_sequences
 from uncollapse.probe.attention import ATTENTION_MEASURES
 from uncollapse.probe.passes import Level, Observations, Watched
+from uncollapse.probe.sharding import united_running
 from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.ablation import ABLATION_SCHEMA, AblationRecord, AblationRun, VerdictRecord
 from uncollapse.records.common import Statistic
@@ -119,28 +120,43 @@ def ablate(
         "grid": grid,
         "blocks": blocks if isinstance(blocks, str) else sorted(affected),
     }
+    whole_model = first
+    return Ablation(
+        prepared.judged(lambda: _judged(prepared, whole_model, runs, affected, is_causal, options, left_out)),
+        prepared.is_first,
+    )
+
+
+def _judged(
+    prepared: Prepared,
+    first: Observations,
+    runs: list[AblationRun],
+    affected: Collection[int],
+    is_causal: bool,
+    options: Mapping[str, Any],
+    left_out: Mapping[str, str],
+) -> AblationRecord:
+    """The record of all runs. `first` is what was observed of the whole model."""
     described = probe_record(prepared, first)
     described.options.update(options)
     at_consensus = _at_consensus(prepared) if any("residual" in run.without for run in runs) else None
     if left_out:
-        described.options["left_out"] = left_out
-    return Ablation(
-        AblationRecord(
-            schema=ABLATION_SCHEMA,
-            versions=versions(),
-            model=model_info(prepared, first),
-            probe=described,
-            blocks=sorted(affected),
-            is_causal=is_causal,
-            runs=runs,
-            verdicts=verdicts(
-                runs, is_causal=is_causal, at_consensus=at_consensus, epsilon=_epsilon(prepared.loaded.model)
-            ),
-            norms=norm_records(first.norms),
-            updates=update_records(first.updates),
-            contraction_at_consensus=at_consensus,
-            anatomy=anatomy_record(prepared.anatomy, first),
-        )
+        described.options["left_out"] = dict(left_out)
+    return AblationRecord(
+        schema=ABLATION_SCHEMA,
+        versions=versions(),
+        model=model_info(prepared, first),
+        probe=described,
+        blocks=sorted(affected),
+        is_causal=is_causal,
+        runs=runs,
+        verdicts=verdicts(
+            runs, is_causal=is_causal, at_consensus=at_consensus, epsilon=_epsilon(prepared.loaded.model)
+        ),
+        norms=norm_records(first.norms),
+        updates=update_records(first.updates),
+        contraction_at_consensus=at_consensus,
+        anatomy=anatomy_record(prepared.anatomy, first),
     )
 
 
@@ -206,7 +222,9 @@ def _run(
         whole.extend(outputs.vectors)
     trajectory = site_records(observed)
     unavailable = {}
-    loss, shift = (Statistic.of(*r.summary()) for r in (outputs.loss, outputs.shift))
+    several = [outputs.loss, outputs.shift]
+    several = united_running(several, prepared.caller) if prepared.shares else several
+    loss, shift = (Statistic.of(*r.summary()) for r in several)
     if loss is None:
         unavailable["loss"] = "the model has no language-model head with a causal mask"
     if shift is None:

@@ -23,7 +23,7 @@ from uncollapse.judgement.order_parameters import Components, symmetry_records
 from uncollapse.probe.activity import embedding_records, part_records
 from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
 from uncollapse.probe.initialisation import evidence
-from uncollapse.probe.passes import Level
+from uncollapse.probe.passes import Level, Observations
 from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import DIAGNOSIS_SCHEMA, DiagnosisRecord, SiteRecord
@@ -75,7 +75,7 @@ def diagnose(
     """
     lengths = None if context_lengths is None else require_context_lengths(context_lengths)
     prepared = prepare(diagnose, model, texts, probe, level=level)
-    return Diagnosis(observe(prepared, context_lengths=lengths))
+    return Diagnosis(observe(prepared, context_lengths=lengths), prepared.is_first)
 
 
 # Records ------------------------------------------------------------------------------------------------------------
@@ -83,8 +83,12 @@ def diagnose(
 
 def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None) -> DiagnosisRecord:
     """One probe pass and one pass per context length, as one record with its findings."""
+    observed = prepared.captured(level=prepared.level, progress=prepared.progress)
+    return prepared.judged(lambda: _judged(prepared, observed, context_lengths))
+
+
+def _judged(prepared: Prepared, observed: Observations, context_lengths: Sequence[int] | None) -> DiagnosisRecord:
     progress = prepared.progress
-    observed = prepared.captured(level=prepared.level, progress=progress)
     model, anatomy = prepared.loaded.model, prepared.anatomy
     scaling = []
     if context_lengths is not None:

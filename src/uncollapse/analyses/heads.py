@@ -17,12 +17,13 @@ from typing import Unpack
 from torch import nn
 
 from uncollapse.analyses.anatomy_recording import anatomy_record
-from uncollapse.analyses.preparation import ProbeOptions, prepare
+from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
 from uncollapse.analyses.recording import model_info, probe_record, site_records, versions
 from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.probing import float64_kept
 from uncollapse.judgement import findings
 from uncollapse.judgement.attribution import heads_records
+from uncollapse.probe.passes import Observations
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import HeadsRecord
 from uncollapse.records.heads import HEADS_SCHEMA, IdentifiabilityRecord
@@ -70,16 +71,18 @@ def identify(
     prepared = prepare(identify, model, texts, probe)
     with float64_kept(prepared.loaded.model):
         observed = prepared.captured(watch={"attention", "projections"}, progress=prepared.progress)
+    return Identifiability(prepared.judged(lambda: _judged(prepared, observed)), prepared.is_first)
+
+
+def _judged(prepared: Prepared, observed: Observations) -> IdentifiabilityRecord:
     heads = heads_records(observed.attention, prepared.loaded.model)
     fired = findings.findings(site_records(observed), [], heads)
-    return Identifiability(
-        IdentifiabilityRecord(
-            schema=HEADS_SCHEMA,
-            versions=versions(),
-            model=model_info(prepared, observed),
-            probe=probe_record(prepared, observed),
-            heads=heads,
-            findings=[finding for finding in fired if finding.phenomenon in ABOUT_HEADS],
-            anatomy=anatomy_record(prepared.anatomy, observed),
-        )
+    return IdentifiabilityRecord(
+        schema=HEADS_SCHEMA,
+        versions=versions(),
+        model=model_info(prepared, observed),
+        probe=probe_record(prepared, observed),
+        heads=heads,
+        findings=[finding for finding in fired if finding.phenomenon in ABOUT_HEADS],
+        anatomy=anatomy_record(prepared.anatomy, observed),
     )

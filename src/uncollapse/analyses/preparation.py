@@ -8,24 +8,28 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Any, Final, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from uncollapse import bounds, sources
+from uncollapse import bounds, processes, sources
 from uncollapse.anatomy.examples import example
 from uncollapse.anatomy.interception import ChangedPath, device_of
 from uncollapse.anatomy.probing import probing
-from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.anatomy.proof import known_example, proved_anatomy
+from uncollapse.anatomy.sharded_weights import is_sharded, require_faithful, require_gatherable
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Layout
 from uncollapse.errors import InputError
 from uncollapse.interventions.without import is_ablated
-from uncollapse.probe.passes import Level, Observations, Progress, capture
+from uncollapse.probe.passes import Level, Observations, Progress, capture, on_device
+from uncollapse.probe.sharding import capture_shared
 from uncollapse.wrappers import seen_through, takes
 
 DEFAULT_SEQUENCES = 64
+SAME_OUTPUT = 0.02  # of a number: what formats and kernels of two machines differ by is less, two models differ by more
+Judged = TypeVar("Judged")
 
 
 class ProbeOptions(TypedDict, total=False):
@@ -44,6 +48,8 @@ class ProbeOptions(TypedDict, total=False):
     trust_remote_code: run the Python code that comes with a model loaded by name (default `False`).
     max_parameters: refuse a model loaded by name that has more, before its weights are read (default 2,000,000,000,000).
     command: the command line, for the record (default `""`).
+    alone: measure in this process alone, although it is one of a `torch.distributed` group (default `False`). Otherwise all of the
+    group call the function with the same input, share out the batches, and get the same result; only the first shows and writes it.
     progress: called with (what, done, total) as the work proceeds (default `None`).
     """
 
@@ -61,6 +67,7 @@ class ProbeOptions(TypedDict, total=False):
     trust_remote_code: bool
     max_parameters: int
     command: str
+    alone: bool
     progress: Progress | None
 
 
@@ -79,6 +86,7 @@ DEFAULTS: Final[ProbeOptions] = {
     "trust_remote_code": False,
     "max_parameters": bounds.PARAMETERS,
     "command": "",
+    "alone": False,
     "progress": None,
 }
 RECORDED_OPTIONS = ("sequences", "max_tokens", "batch_size", "seed", "device", "dtype", "device_map")
@@ -89,7 +97,8 @@ class Prepared:
     """Everything a probe pass needs: the model, its proved anatomy, the batches, and the resolved options.
 
     `options` and `command` go into the record. `progress` is called as the work proceeds. `captured` replaces the anatomy when
-    a pass shows that it no longer holds.
+    a pass shows that it no longer holds. `processes` answer the request together; they share out the batches, unless one model is
+    spread over all of them (`shares`).
     """
 
     loaded: sources.LoadedModel
@@ -102,17 +111,35 @@ class Prepared:
     command: str
     progress: Progress | None
     layout: Layout | None = None
+    caller: str = "diagnose"
+    processes: int = 1
+    shares: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process shows and writes what is found."""
+        return self.processes == 1 or processes.number() == 0
+
+    def judged(self, judge: Callable[[], Judged]) -> Judged:
+        """What `judge` makes of a pass. Of processes that share the batches only the first works it out."""
+        return processes.by_the_first(judge, self.caller) if self.shares else judge()
 
     def captured(self, **options: Any) -> Observations:
         """One probe pass, with the options of `capture`. Where the model takes another way than was proved, on account of
         something that cannot be seen from outside, it is proved anew on the very batch, once."""
         model = self.loaded.model
         try:
-            return capture(model, self.batches, self.anatomy, seed=self.seed, **options)
+            return self._captured(**options)
         except ChangedPath as changed:
             if changed.batch is None or is_ablated(model):
                 raise
             self.anatomy = proved_anatomy(model, changed.batch, self.layout, anew=True)
+        return self._captured(**options)
+
+    def _captured(self, **options: Any) -> Observations:
+        model = self.loaded.model
+        if self.shares:
+            return capture_shared(model, self.batches, self.anatomy, caller=self.caller, seed=self.seed, **options)
         return capture(model, self.batches, self.anatomy, seed=self.seed, **options)
 
 
@@ -136,8 +163,26 @@ def prepare(
     if level not in ("core", "full"):
         raise InputError(f"{caller}: expected level 'core' or 'full', got {level!r}. Pass one of the two.")
     _require_in_bounds(caller, chosen)
+    if chosen["alone"] or processes.count() == 1:
+        return _prepared(caller, model, texts, chosen, level, head)
+    processes.met(caller)
+    with processes.agreed(caller):
+        prepared = _prepared(caller, model, texts, chosen, level, head)
+    _require_same(prepared)
+    return prepared
+
+
+def _prepared(
+    caller: str,
+    model: nn.Module | str | Path,
+    texts: Iterable[str] | None,
+    chosen: ProbeOptions,
+    level: Level,
+    head: bool,
+) -> Prepared:
     progress, layout = chosen["progress"], chosen["layout"]
     loaded = _loaded(caller, model, chosen, head)
+    require_gatherable(caller, loaded.model)
     if chosen["batches"] is not None:
         if texts is not None:
             raise InputError(
@@ -156,7 +201,60 @@ def prepare(
         **{key: value for key, value in chosen.items() if key in RECORDED_OPTIONS},
         "layout": None if layout is None else list(layout.blocks),
     }
-    return Prepared(loaded, anatomy, ready, source, level, chosen["seed"], options, chosen["command"], progress, layout)
+    several = 1 if chosen["alone"] else processes.count()
+    return Prepared(
+        loaded,
+        anatomy,
+        ready,
+        source,
+        level,
+        chosen["seed"],
+        options,
+        chosen["command"],
+        progress,
+        layout,
+        caller,
+        several,
+        shares=several > 1 and not is_sharded(loaded.model),
+    )
+
+
+def _require_same(prepared: Prepared) -> None:
+    """Refuse processes that were not given the same text, options and weights: a share of one is no share of the other."""
+    model = prepared.loaded.model
+    batch = on_device(known_example(model) or prepared.batches[0], device_of(model))
+    with processes.agreed(prepared.caller):
+        with probing(model):
+            output = model(**batch)
+        if not prepared.shares and not is_ablated(model):
+            require_faithful(prepared.caller, model, batch, output)
+    options = {k: v for k, v in prepared.options.items() if k not in {"device", "device_map"}}
+    said = {
+        "texts or batches": sources.fingerprint(prepared.batches),
+        "options": repr(sorted(options.items(), key=str)),
+        "model": (type(model).__name__, sum(p.numel() for p in model.parameters()) if not prepared.shares else 0),
+    }
+    (call, mine, output_of_first), *others = processes.gathered(
+        (prepared.caller, said, _summary(output)), prepared.caller
+    )
+    for which, (other_call, theirs, other_output) in enumerate(others, 1):
+        differ = [what for what in mine if mine[what] != theirs[what]]
+        if other_call != call:
+            differ = [f"call ({other_call} beside {call})"]
+        elif not differ and not torch.allclose(other_output, output_of_first, rtol=SAME_OUTPUT, atol=0, equal_nan=True):
+            differ = ["weights (their outputs differ)"]
+        if differ:
+            raise InputError(
+                f"{prepared.caller}: expected the same in every process, got other {differ[0]} in process {which} than in "
+                "process 0. The batches are shared out here, so each process is given all of them. Pass the same to each, or "
+                "alone=True."
+            )
+
+
+def _summary(output: Any) -> Tensor:
+    """Two numbers by which outputs are compared."""
+    first = next((t for t in tensors_in(output) if t.is_floating_point()), torch.zeros(1)).double()
+    return torch.stack([first.abs().mean(), first.square().mean()]).cpu()
 
 
 def _require_known(function: Callable[..., object], probe: ProbeOptions) -> None:

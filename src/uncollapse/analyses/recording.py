@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from uncollapse import __version__
+from uncollapse import __version__, sources
 from uncollapse.analyses.preparation import Prepared
 from uncollapse.anatomy.interception import device_of
 from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
@@ -35,22 +31,9 @@ def probe_record(prepared: Prepared, observed: Observations) -> Probe:
         device=str(device_of(prepared.loaded.model)),
         command=prepared.command,
         options=prepared.options,
-        fingerprint=fingerprint(prepared.batches),
+        fingerprint=sources.fingerprint(prepared.batches),
+        processes=prepared.processes,
     )
-
-
-def fingerprint(batches: Sequence[Mapping[str, Any]]) -> str:
-    """What tells these batches from any others: a digest of their names, shapes, formats and bits."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch):
-            value = batch[name]
-            if isinstance(value, Tensor):
-                digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-            else:
-                digest.update(f"{name}{value!r}".encode())
-    return digest.hexdigest()[:16]
 
 
 def site_records(observed: Observations) -> list[SiteRecord]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import html
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -25,12 +25,16 @@ Held = TypeVar("Held", bound=AnyRecord, covariant=True)
 
 @dataclass(frozen=True)
 class Recorded(Generic[Held]):
-    """A result. `record` has all of it, as data."""
+    """A result. `record` has all of it, as data. Where several processes measured together each has it, and only the one that
+    `is_first` shows and writes it."""
 
     record: Held
+    is_first: bool = field(default=True, repr=False, compare=False)
 
     def show(self, console: Console | None = None) -> None:
         """Print it. In a notebook the object also shows its page when it is evaluated."""
+        if not self.is_first:
+            return
         from rich.console import Console
 
         with _held_together("show"):
@@ -38,6 +42,8 @@ class Recorded(Generic[Held]):
 
     def to_html(self, path: str | Path) -> None:
         """Write the page: one file, no network. Raises `InputError` where the path cannot be written."""
+        if not self.is_first:
+            return
         with _held_together("to_html"):
             page = report.draw(self.record)
         write_atomically(path, page)
@@ -45,7 +51,7 @@ class Recorded(Generic[Held]):
     def to_json(self, path: str | Path | None = None) -> str:
         """The record as JSON; also written to `path` if given."""
         text = to_json(self.record)
-        if path is not None:
+        if path is not None and self.is_first:
             write_atomically(path, text)
         return text
 

@@ -36,6 +36,7 @@ from uncollapse.errors import InputError, UncollapseError
 from uncollapse.interventions.without import removed as taken_away
 from uncollapse.probe.context_lengths import require_context_lengths
 from uncollapse.records.common import Finding, Phenomenon, Statistic
+from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord, SymmetryRecord, SymmetryTest
 from uncollapse.restoring import leaves_no_trace
 from uncollapse.symmetry.acting import acting, drawn, transformed
@@ -100,19 +101,22 @@ def symmetries(
     prepared = prepare(symmetries, model, texts, probe)
     with float64_kept(prepared.loaded.model):
         diagnosis = observe(prepared, context_lengths=lengths)
-        acted = _Acting(prepared)
-        tests, stabilisers = acted.tests(), acted.stabilisers()
-    return Symmetries(
-        SymmetriesRecord(
-            schema=SYMMETRIES_SCHEMA,
-            versions=diagnosis.versions,
-            model=diagnosis.model,
-            probe=diagnosis.probe,
-            symmetries=[completed(record, tests, stabilisers) for record in diagnosis.symmetries],
-            tests=tests,
-            findings=diagnosis.findings,
-            anatomy=diagnosis.anatomy,
-        )
+        return Symmetries(prepared.judged(lambda: _acted(prepared, diagnosis)), prepared.is_first)
+
+
+def _acted(prepared: Prepared, diagnosis: DiagnosisRecord) -> SymmetriesRecord:
+    """The groups act, and what they show completes the diagnosis."""
+    acted = _Acting(prepared)
+    tests, stabilisers = acted.tests(), acted.stabilisers()
+    return SymmetriesRecord(
+        schema=SYMMETRIES_SCHEMA,
+        versions=diagnosis.versions,
+        model=diagnosis.model,
+        probe=diagnosis.probe,
+        symmetries=[completed(record, tests, stabilisers) for record in diagnosis.symmetries],
+        tests=tests,
+        findings=diagnosis.findings,
+        anatomy=diagnosis.anatomy,
     )
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
 from uncollapse.analyses.recording import attention_records, model_info, probe_record, site_records, versions
 from uncollapse.analyses.result import Recorded
+from uncollapse.anatomy.sharded_weights import is_sharded
 from uncollapse.anatomy.vocabulary import Layout
 from uncollapse.errors import InputError
 from uncollapse.judgement import findings
@@ -108,14 +109,13 @@ class Monitor:
         self._looks = 0
         self._file: TrailFile | None = None
         self._is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        self._is_sharded = _is_sharded(model)
+        self._is_sharded = is_sharded(model)
         self._looks_here = self._is_first or self._is_sharded
         self._weights: Weights | None = None
         self._prepared: Prepared | None = None
         if self._looks_here:
-            # DDP's own forward exchanges buffers among the processes, and only one of them is here.
-            options = cast(ProbeOptions, {**probe, "batches": batches})
-            self._prepared = prepare(Monitor, _inside_ddp(model), texts, options)
+            options = cast(ProbeOptions, {**probe, "batches": batches, "alone": not self._is_sharded})
+            self._prepared = prepare(Monitor, model, texts, options)
             own = [{k: _kept(v) for k, v in batch.items()} for batch in self._prepared.batches]
             self._prepared.batches = own
 
@@ -271,18 +271,6 @@ def _require_options(model: object, every: int, watch: Collection[str], patience
             f"Monitor: expected watch to be some of {', '.join(WATCHED)}, got {unknown or watch!r}. It may be misspelt. "
             'Pass for example watch=["tokens", "attention"].'
         )
-
-
-def _inside_ddp(model: nn.Module) -> nn.Module:
-    inner: Any = model
-    while isinstance(inner, nn.parallel.DistributedDataParallel):
-        inner = inner.module
-    return inner
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    """Whether a process holds only a part of some parameter, so that all processes must run the model together."""
-    return any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
 def _kept(value: Any) -> Any:
