@@ -93,7 +93,8 @@ def agreed(caller: str) -> Iterator[None]:
     except LostProcess:
         raise
     except Exception as error:
-        gathered(_said(error), caller)
+        with contextlib.suppress(LostProcess):  # the error of this one says more
+            gathered(_said(error), caller)
         raise
     refused = [(which, said) for which, said in enumerate(gathered("", caller)) if said]
     if refused:

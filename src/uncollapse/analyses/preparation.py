@@ -25,7 +25,7 @@ from uncollapse.errors import InputError
 from uncollapse.interventions.without import is_ablated
 from uncollapse.probe.passes import Level, Observations, Progress, capture, on_device
 from uncollapse.probe.sharding import capture_shared
-from uncollapse.wrappers import seen_through, takes
+from uncollapse.wrappers import class_of, seen_through, takes
 
 DEFAULT_SEQUENCES = 64
 SAME_OUTPUT = 0.02  # of a number: what formats and kernels of two machines differ by is less, two models differ by more
@@ -232,7 +232,7 @@ def _require_same(prepared: Prepared) -> None:
     said = {
         "texts or batches": sources.fingerprint(prepared.batches),
         "options": repr(sorted(options.items(), key=str)),
-        "model": (type(model).__name__, sum(p.numel() for p in model.parameters()) if not prepared.shares else 0),
+        "model": (type(model).__name__, sum(p.numel() for p in model.parameters())),
     }
     (call, mine, output_of_first), *others = processes.gathered(
         (prepared.caller, said, _summary(output)), prepared.caller
@@ -319,7 +319,7 @@ def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, he
 
 def _own_name(model: nn.Module) -> str:
     inner = seen_through(model)
-    return getattr(getattr(inner, "config", None), "_name_or_path", "") or type(inner).__name__
+    return getattr(getattr(inner, "config", None), "_name_or_path", "") or class_of(inner).__name__
 
 
 def _text_batches(

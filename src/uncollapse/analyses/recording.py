@@ -16,7 +16,7 @@ from uncollapse.probe.passes import Level, Observations
 from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, STREAM_MEASURES, SiteStatistics
 from uncollapse.records.common import ModelInfo, Probe, Statistic
 from uncollapse.records.diagnosis import AttentionRecord, MassiveTokensLeftOut, ReaderRecord, SiteRecord
-from uncollapse.wrappers import seen_through
+from uncollapse.wrappers import class_of, seen_through
 
 
 def probe_record(prepared: Prepared, observed: Observations) -> Probe:
@@ -116,7 +116,7 @@ def model_info(prepared: Prepared, observed: Observations) -> ModelInfo:
     return ModelInfo(
         name=loaded.name,
         revision=loaded.revision,
-        architecture=type(seen_through(model)).__name__,
+        architecture=class_of(seen_through(model)).__name__,
         blocks=len(anatomy.blocks),
         heads=heads,
         key_value_heads=key_value_heads,

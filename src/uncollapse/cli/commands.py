@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 import typer
 
 from uncollapse.bounds import PARAMETERS
-from uncollapse.cli import streams
+from uncollapse.cli import launched, streams
 from uncollapse.cli.options import (
     BatchSize,
     Blocks,
@@ -215,11 +215,16 @@ def carry_out(
     fail_on: Severity | None = None,
 ) -> None:
     """The body of every command: check the outputs, do the work with progress bars, deliver the result, set the exit code."""
-    with refusals_in_one_line():
-        require_writable(json=json, html=html, quiet=quiet, reads=reads)
-        with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
+    first = launched.is_first()
+    with refusals_in_one_line(), launched.joined():
+        with launched.agreed():
+            if first:
+                require_writable(json=json, html=html, quiet=quiet, reads=reads)
+        with progress_on_stderr(quiet or not first) as progress, contextlib.redirect_stdout(sys.stderr):
             # stdout is kept for the result: whatever a library or a model's own code prints meanwhile goes to stderr.
             result = found(progress)
+        if not first:
+            return
         deliver(result, json=json, html=html, quiet=quiet)
         if fail_on is not None and reaches(result.findings, fail_on):
             raise typer.Exit(FOUND)
@@ -229,7 +234,9 @@ def texts_in(files: list[Path] | None) -> list[str] | None:
     """The texts of `--text`; without it None, which means the built-in prose."""
     from uncollapse.sources import read_texts
 
-    return read_texts(files) if files else None
+    if not files:
+        return None
+    return launched.read_by_the_first(lambda: read_texts(files))
 
 
 @on_a_model(

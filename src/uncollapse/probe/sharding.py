@@ -160,13 +160,10 @@ def own_or_neutral(part: Figure, shape: tuple[int, ...]) -> Tensor:
 
 def united_running(several: Sequence[Running], caller: str) -> list[Running]:
     """Statistics that are no part of `Observations`, merged over the processes."""
-    total, count = (
-        processes.reduced("sum", [getattr(r, name).double() for r in several], caller) for name in ("total", "count")
-    )
-    low, high = (
-        processes.reduced(how, [getattr(r, name) for r in several], caller)
-        for how, name in (("least", "low"), ("most", "high"))
-    )
+    total = processes.reduced("sum", [r.total for r in several], caller)
+    count = processes.reduced("sum", [r.count.double() for r in several], caller)
+    low = processes.reduced("least", [r.low for r in several], caller)
+    high = processes.reduced("most", [r.high for r in several], caller)
     return [Running(t, a, b, n.long()) for t, a, b, n in zip(total, low, high, count, strict=True)]
 
 

@@ -68,7 +68,8 @@ def load_model(
     """Load `demo`, a folder that `save_pretrained` wrote, or a hub id.
 
     `demo` is the packaged all-MiniLM-L6-v2 (a folder of that name is `./demo`). `dtype` None or "auto" keeps the
-    checkpoint's own. `device` None takes CUDA if available, otherwise the CPU. `device_map` spreads the model over
+    checkpoint's own. `device` None takes CUDA if available, otherwise the CPU;
+    of several processes on a machine each takes the GPU that `LOCAL_RANK` names. `device_map` spreads the model over
     several devices instead, which needs accelerate. `max_parameters` is how many parameters the model may have. They are
     counted on the meta device, before weights are read. With `head`, a checkpoint that was saved with a
     language-model head keeps it, so that the model can return a loss.
@@ -172,6 +173,11 @@ def _in_utf_8(place: str) -> Iterator[str]:
 def _usable_device(device: str | torch.device | None) -> torch.device:
     """The device, once an empty tensor was really placed on it: the only test that holds for every backend."""
     wanted = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    local = os.environ.get("LOCAL_RANK", "")
+    if (
+        str(wanted) == "cuda" and local.isdecimal()
+    ):  # one of several processes on this machine, each with a GPU of its own
+        wanted = f"cuda:{local}"
     try:
         chosen = torch.device(wanted)
         if chosen.type == "meta":
