@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.tracing import tensors_in
-from uncollapse.errors import UnsupportedModel
+from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.restoring import restoring
 
 # Whose hooks exchange activations between the parts of a tensor-parallel model.
@@ -40,6 +40,19 @@ def is_part(tensor: Tensor) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered from all processes if this is a part of it. All of them must ask."""
     return tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def head_shards(projection: nn.Module) -> tuple[int, int]:
+    """Into how many parts a tensor-parallel output projection cuts what it reads, and which of them this process has: (1, 0) where
+    it reads all of it."""
+    weight: Any = projection._parameters.get("weight")
+    if weight is None or not is_part(weight):
+        return 1, 0
+    mixed = 0 if type(projection).__name__.endswith("Conv1D") else 1
+    for axis, placement in enumerate(weight.placements):
+        if placement.is_shard(mixed):
+            return weight.device_mesh.size(axis), weight.device_mesh.get_local_rank(axis)
+    return 1, 0
 
 
 def require_gatherable(caller: str, model: nn.Module) -> None:
@@ -65,7 +78,7 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
             if any(p is not None and is_part(p) for p in module._parameters.values()):
                 gathering = _Gathering(module)
                 changes.undo(gathering.let_go)
-                changes.hook(module, "forward_pre", gathering.gather, prepend=True)
+                changes.hook(module, "forward_pre", gathering.gather)
                 changes.hook(module, "forward", gathering.let_go, always_call=True)
             for table in (module._forward_pre_hooks, module._forward_hooks):
                 for key, hook in list(table.items()):
@@ -99,6 +112,11 @@ class _Gathering:
     def gather(self, *_: Any) -> None:
         for name, p in self.module._parameters.items():
             if p is not None and is_part(p):  # FSDP2's are whole by now
+                if torch.is_grad_enabled() and p.requires_grad:
+                    raise InputError(
+                        "gather: expected a pass without gradients, got one that would give a tensor-parallel model none. Single "
+                        "heads are away from such a model only where nothing is trained. Put torch.no_grad() around it."
+                    )
                 self._parts[name] = p
                 self.module._parameters[name] = nn.Parameter(whole(p.detach()), requires_grad=False)
 

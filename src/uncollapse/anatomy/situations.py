@@ -33,7 +33,7 @@ REMEMBERED = 8  # situations of one model
 LONGEST = 256  # entries of a list or mapping that is looked into
 _VALUES = (*PLAIN, enum.Enum, torch.dtype, torch.device)
 # `training` is another mode than a probe's, which is always evaluation; the rest is torch's own book-keeping.
-_NOT_STEERING = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "forward"}
+_NOT_STEERING = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "forward", "require_forward_param_sync"}
 _NOT_STEERING_CONFIG = frozenset({"use_cache"})  # off in every probe
 
 Anatomy = TypeVar("Anatomy")
