@@ -82,8 +82,8 @@ def ablate(
 
     Options shared with `diagnose`, each described in `help(uncollapse.analyses.preparation.ProbeOptions)`:
     text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
-    model: layout, name, device, dtype, device_map, trust_remote_code=False, max_parameters=2000000000000;
-    run: command, progress.
+    model: layout, name, device, dtype, device_map, max_memory, trust_remote_code=False, max_parameters=2000000000000;
+    run: command, progress, alone=False.
 
     Raises `InputError` for an unknown component or block, `TypeError` for an unknown option, and `UnsupportedModel` where the
     additions cannot be found and proved.
@@ -216,7 +216,10 @@ def _run(
             stack.enter_context(taken_away(model, *combination, blocks=blocks))
         stack.enter_context(float64_kept(model))
         observed = prepared.captured(
-            level=prepared.level, watch=_watched(prepared.level, combination), on_output=outputs.add
+            level=prepared.level,
+            watch=_watched(prepared.level, combination),
+            digest=lambda _: {},
+            on_output=outputs.add,
         )
     if not combination:
         whole.extend(outputs.vectors)

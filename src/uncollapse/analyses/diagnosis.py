@@ -18,7 +18,7 @@ from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
 from uncollapse.analyses.recording import attention_records, model_info, probe_record, site_records, versions
 from uncollapse.analyses.result import Recorded
 from uncollapse.judgement import findings
-from uncollapse.judgement.attribution import heads_records
+from uncollapse.judgement.attribution import heads_records, weights_reader
 from uncollapse.judgement.order_parameters import Components, symmetry_records
 from uncollapse.probe.activity import embedding_records, part_records
 from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
@@ -66,8 +66,8 @@ def diagnose(
 
     Options shared with `ablate`, `identify` and `symmetries` (`help(uncollapse.analyses.preparation.ProbeOptions)`):
     text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
-    model: layout, name, device, dtype, device_map, trust_remote_code=False, max_parameters=2000000000000;
-    run: command, progress.
+    model: layout, name, device, dtype, device_map, max_memory, trust_remote_code=False, max_parameters=2000000000000;
+    run: command, progress, alone=False.
 
     The model is left unchanged: its hooks, its mode, every bit of its output.
     Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the
@@ -83,7 +83,9 @@ def diagnose(
 
 def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None) -> DiagnosisRecord:
     """One probe pass and one pass per context length, as one record with its findings."""
-    observed = prepared.captured(level=prepared.level, progress=prepared.progress)
+    observed = prepared.captured(
+        level=prepared.level, digest=weights_reader(prepared.loaded.model), progress=prepared.progress
+    )
     return prepared.judged(lambda: _judged(prepared, observed, context_lengths))
 
 

@@ -22,7 +22,7 @@ from uncollapse.analyses.recording import model_info, probe_record, site_records
 from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.probing import float64_kept
 from uncollapse.judgement import findings
-from uncollapse.judgement.attribution import heads_records
+from uncollapse.judgement.attribution import heads_records, weights_reader
 from uncollapse.probe.passes import Observations
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import HeadsRecord
@@ -62,15 +62,19 @@ def identify(
 
     Options shared with `diagnose`, each described in `help(uncollapse.analyses.preparation.ProbeOptions)`:
     text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
-    model: layout, name, device, dtype, device_map, trust_remote_code=False, max_parameters=2000000000000;
-    run: command, progress.
+    model: layout, name, device, dtype, device_map, max_memory, trust_remote_code=False, max_parameters=2000000000000;
+    run: command, progress, alone=False.
 
     Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the
     anatomy cannot be proved.
     """
     prepared = prepare(identify, model, texts, probe)
     with float64_kept(prepared.loaded.model):
-        observed = prepared.captured(watch={"attention", "projections"}, progress=prepared.progress)
+        observed = prepared.captured(
+            watch={"attention", "projections"},
+            digest=weights_reader(prepared.loaded.model),
+            progress=prepared.progress,
+        )
     return Identifiability(prepared.judged(lambda: _judged(prepared, observed)), prepared.is_first)
 
 

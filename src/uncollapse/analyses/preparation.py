@@ -45,6 +45,8 @@ class ProbeOptions(TypedDict, total=False):
     name: what the record calls the model (default `None`: its own name).
     device, dtype, device_map: for a model loaded by name, where it runs, in which number format, and over which devices it is
     spread (default `None`: CUDA if available, the checkpoint's own format, one device).
+    max_memory: how much of each device's memory a model loaded by name may take, such as `"3GiB"`; what does not fit stays on disk
+    (default `None`: as much as there is).
     trust_remote_code: run the Python code that comes with a model loaded by name (default `False`).
     max_parameters: refuse a model loaded by name that has more, before its weights are read (default 2,000,000,000,000).
     command: the command line, for the record (default `""`).
@@ -64,6 +66,7 @@ class ProbeOptions(TypedDict, total=False):
     device: str | None
     dtype: str | None
     device_map: str | None
+    max_memory: str | None
     trust_remote_code: bool
     max_parameters: int
     command: str
@@ -83,13 +86,14 @@ DEFAULTS: Final[ProbeOptions] = {
     "device": None,
     "dtype": None,
     "device_map": None,
+    "max_memory": None,
     "trust_remote_code": False,
     "max_parameters": bounds.PARAMETERS,
     "command": "",
     "alone": False,
     "progress": None,
 }
-RECORDED_OPTIONS = ("sequences", "max_tokens", "batch_size", "seed", "device", "dtype", "device_map")
+RECORDED_OPTIONS = ("sequences", "max_tokens", "batch_size", "seed", "device", "dtype", "device_map", "max_memory")
 
 
 @dataclass
@@ -138,6 +142,8 @@ class Prepared:
 
     def _captured(self, **options: Any) -> Observations:
         model = self.loaded.model
+        if not (self.is_first or not self.shares) and options.get("digest") is not None:
+            options["digest"] = lambda _: {}  # the first process has met them all, and judges
         if self.shares:
             return capture_shared(model, self.batches, self.anatomy, caller=self.caller, seed=self.seed, **options)
         return capture(model, self.batches, self.anatomy, seed=self.seed, **options)
@@ -284,7 +290,12 @@ def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, he
     tokenizer, name, progress = chosen["tokenizer"], chosen["name"], chosen["progress"]
     device, dtype, device_map = chosen["device"], chosen["dtype"], chosen["device_map"]
     if isinstance(model, nn.Module):
-        for option, value in {"device": device, "dtype": dtype, "device_map": device_map}.items():
+        for option, value in {
+            "device": device,
+            "dtype": dtype,
+            "device_map": device_map,
+            "max_memory": chosen["max_memory"],
+        }.items():
             if value is not None:
                 raise InputError(
                     f"{caller}: expected no {option} with a loaded model, got {value!r}. The model is on a device already. "
@@ -304,6 +315,7 @@ def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, he
         device=device,
         dtype=dtype,
         device_map=device_map,
+        max_memory=chosen["max_memory"],
         trust_remote_code=chosen["trust_remote_code"],
         max_parameters=chosen["max_parameters"],
         head=head,

@@ -42,6 +42,21 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def at_hand(module: nn.Module, name: str) -> Tensor:
+    """A module's own parameter as a whole, wherever it is kept: gathered from all processes, or read from where accelerate keeps
+    it between runs. It stays on `meta` where nobody knows."""
+    tensor: Tensor = module._parameters[name].detach()  # type: ignore[union-attr]
+    if not tensor.is_meta:
+        return whole(tensor)
+    hook: Any = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", [hook]):
+        kept = getattr(each, "weights_map", None)
+        if kept is not None:
+            with contextlib.suppress(KeyError):
+                return torch.as_tensor(kept[name])
+    return tensor
+
+
 def head_shards(projection: nn.Module) -> tuple[int, int]:
     """Into how many parts a tensor-parallel output projection cuts what it reads, and which of them this process has: (1, 0) where
     it reads all of it."""

@@ -30,7 +30,7 @@ from uncollapse.anatomy.sharded_weights import is_sharded
 from uncollapse.anatomy.vocabulary import Layout
 from uncollapse.errors import InputError
 from uncollapse.judgement import findings
-from uncollapse.judgement.attribution import heads_records
+from uncollapse.judgement.attribution import heads_records, weights_reader
 from uncollapse.monitoring import figures
 from uncollapse.monitoring.alarms import ThresholdAlarms, judged, margins_of
 from uncollapse.monitoring.baselines import BaselineAlarms
@@ -138,7 +138,7 @@ class Monitor:
             return []
         decomposes = self._looks % DECOMPOSED_EVERY == 0
         has_projections = "heads" in self.watch and decomposes
-        observed = self._prepared.captured(level="core", watch=self._watch(has_projections))
+        observed = self._prepared.captured(level="core", watch=self._watch(has_projections), digest=weights_reader())
         trajectory = site_records(observed)
         attention = [record for s in observed.attention for record in attention_records(s, "core")]
         projections = heads_records(observed.attention) if has_projections else []

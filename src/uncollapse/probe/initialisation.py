@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.sharded_weights import whole
+from uncollapse.anatomy.sharded_weights import at_hand
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall
 
 DEVIATIONS = 5  # chance moves a figure by so many standard deviations once in a million
@@ -57,7 +57,7 @@ def _of_block(model: nn.Module, anatomy: Anatomy, number: int, sizes: Sizes) -> 
     block = anatomy.blocks[number]
     vectors = matrices = 0
     for module in _modules(model, anatomy, block):
-        own = [(name, whole(p.detach())) for name, p in module.named_parameters(recurse=False)]
+        own = [(name, at_hand(module, name)) for name, _ in module.named_parameters(recurse=False)]
         if any(p.is_meta or not p.is_floating_point() or type(p.data) is not Tensor for _, p in own):
             return Evidence(False, "some of its weights could not be read")
         large = [p for _, p in own if _is_matrix(p)]
@@ -170,9 +170,6 @@ def _size(weight: Tensor) -> float:
 def _query_key_weights(model: nn.Module, block: Block) -> list[Tensor]:
     calls = [c for part in block.parts for call in part.attention for c in (call.queries, call.keys)]
     names = dict.fromkeys(c.name for c in calls if isinstance(c, ModuleCall))
-    return [
-        whole(p.detach())
-        for name in names
-        for p in model.get_submodule(name).parameters()
-        if _is_matrix(p) and not p.is_meta
-    ]
+    modules = [model.get_submodule(name) for name in names]
+    read = (at_hand(m, name) for m in modules for name, p in m.named_parameters(recurse=False) if _is_matrix(p))
+    return [p for p in read if not p.is_meta]

@@ -32,7 +32,7 @@ from uncollapse.probe.activity import Activity, EmbeddingActivity, PartActivity
 from uncollapse.probe.attention import Attention, AttentionStatistics, attention_statistics
 from uncollapse.probe.clouds import Clouds
 from uncollapse.probe.observing import Observer, OwnPass, all_handlers
-from uncollapse.probe.projections import Projections
+from uncollapse.probe.projections import Digest, Projections
 from uncollapse.probe.readers import Readers
 from uncollapse.probe.sites import Sites, SiteStatistics
 from uncollapse.probe.sublayers import NormStatistics, Sublayers, UpdateStatistics
@@ -76,6 +76,7 @@ def capture(
     seed: int = 0,
     progress: Progress | None = None,
     on_output: Callable[[Mapping[str, Any], Any], None] | None = None,
+    digest: Digest | None = None,
     before: Sequence[int] | None = None,
     origins: Sequence[PartActivity] | None = None,
 ) -> Observations:
@@ -89,13 +90,16 @@ def capture(
     part does anything; of heads, as far as their attention and projections are watched. What is not watched leaves its
     statistics empty and changes no other figure.
 
+    digest: is given the statistics of an attention while the matrix of its output projection is there, where that is no tensor of
+    the model that stays (sharded, offloaded): it returns their `figures`, and the matrix is let go. None: every matrix is kept.
+
     before, origins: where `batches` are a share of a corpus (`probe.sharding`), how many sequences of it come before each, and
     what was seen of the parts on its first sequence.
 
     Raises `InputError` where a padded batch meets a model whose token axis does not match the mask, `ChangedPath` where the
     model takes another path on a batch than the one that was proved.
     """
-    probe = _Probe(model, anatomy, level, frozenset(WATCHED[level] if watch is None else watch))
+    probe = _Probe(model, anatomy, level, frozenset(WATCHED[level] if watch is None else watch), digest)
     device = device_of(model)
     if before is None:
         before = sequences_before(batches)
@@ -135,7 +139,9 @@ def sequences_before(batches: Sequence[Mapping[str, Any]]) -> list[int]:
 class _Probe:
     """One pass: the observers that were asked for, and what they share."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, level: Level, watch: frozenset[Watched]) -> None:
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, level: Level, watch: frozenset[Watched], digest: Digest | None
+    ) -> None:
         self.model = model
         self.own = OwnPass()
         self.clouds = Clouds(model, anatomy, self.own.is_own)
@@ -165,6 +171,7 @@ class _Probe:
                 self.clouds,
                 self.own.is_own,
                 contributed=None if activity is None else activity.contributed,
+                digest=digest,
             )
         if watch & {"attention", "rows", "spectra"}:
             attention = Attention(

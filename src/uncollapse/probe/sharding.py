@@ -169,13 +169,13 @@ def united_running(several: Sequence[Running], caller: str) -> list[Running]:
 
 def _share_matrices(observed: Observations, caller: str) -> None:
     """Output projections that the first process did not meet and another did, unless one found a reason against them."""
-    having = processes.gathered([s.matrix is not None for s in observed.attention], caller)
+    having = processes.gathered([s.matrix is not None or s.figures is not None for s in observed.attention], caller)
     for number, statistics in enumerate(observed.attention):
         if "matrix" in statistics.reasons:
-            statistics.matrix = None
+            statistics.matrix = statistics.figures = None
         elif any(each[number] for each in having) and not having[0][number]:
             others = processes.gathered(None if statistics.matrix is None else statistics.matrix.cpu(), caller)
-            statistics.matrix = next(matrix for matrix in others if matrix is not None)
+            statistics.matrix = next((matrix for matrix in others if matrix is not None), None)
 
 
 # Figures ----------------------------------------------------------------------------------------------------------------
