@@ -51,6 +51,7 @@ bench: $(INSTALLED) ## speed and memory, as ratios taken in one run
 	$(BIN)/python -m bench.calls
 	$(BIN)/python -m bench.gates
 	$(BIN)/python -m bench.monitor
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc-per-node 2 -m bench.processes
 
 results: $(INSTALLED) ## docs/results.md anew: real models without norms, residuals, MLPs (a quarter of an hour)
 	$(BIN)/python -m studies.results

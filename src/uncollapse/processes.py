@@ -94,19 +94,17 @@ def agreed(caller: str) -> Iterator[None]:
         raise
     except Exception as error:
         with contextlib.suppress(LostProcess):  # the error of this one says more
-            gathered(_said(error), caller)
+            gathered(_said(caller, error), caller)
         raise
     refused = [(which, said) for which, said in enumerate(gathered("", caller)) if said]
     if refused:
         which, said = refused[0]
-        raise UncollapseError(
-            said if said.startswith(f"{caller}:") else f"{caller}: process {which} ended with: {said}"
-        )
+        raise UncollapseError(f"{said} This was in process {which}.")
 
 
-def _said(error: Exception) -> str:
+def _said(caller: str, error: Exception) -> str:
     text = " ".join(str(error).split())
-    return text if isinstance(error, UncollapseError) and text else f"{type(error).__name__} {text}".strip()
+    return text if isinstance(error, UncollapseError) else f"{caller}: ended with {type(error).__name__}: {text}."
 
 
 def by_the_first(make: Callable[[], T], caller: str) -> T:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import uncollapse as uc
 from tests.helpers.several_processes import differences, llama
 from tests.helpers.tokenizers import word_tokenizer
 
@@ -44,27 +45,26 @@ def said(errors: str) -> list[str]:
 
 def test_torchrun_shares_out_the_text_and_writes_once(saved: Path, tmp_path: Path) -> None:
     text = "\n\n".join(" ".join(WORDS.split()[: 5 + number % 9]) for number in range(11))
-    given = ["diagnose", str(saved), "--text", "-", "--batch-size", "4", "--json"]
+    (tmp_path / "text").write_text(text)
+    given = ["diagnose", str(saved), "--text", str(tmp_path / "text"), "--batch-size", "4", "--json"]
     two = subprocess.run(
-        torchrun(*given, str(tmp_path / "two")), input=text, capture_output=True, text=True, env=_environment(), check=False
-    )
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count("LlamaModel: ") == 1
-    assert two.stderr.count("wrote ") == 1
-    one = subprocess.run(
-        [sys.executable, "-m", "uncollapse", *given, str(tmp_path / "one")],
-        input=text,
+        torchrun(*given, str(tmp_path / "two")),
         capture_output=True,
         text=True,
         env=_environment(),
         check=False,
     )
-    assert one.stdout == two.stdout
-    records = [json.loads((tmp_path / name).read_text()) for name in ("one", "two")]
-    assert [record["probe"].pop("processes") for record in records] == [1, 2]
-    for record in records:
-        record["probe"].pop("command")
-    assert differences(*records, 1e-10) == []
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("LlamaModel: ") == 1
+    assert two.stderr.count("wrote ") == 1
+    one = json.loads(uc.diagnose(str(saved), text.split("\n\n"), batch_size=4, device="cpu").to_json())
+    record = json.loads((tmp_path / "two").read_text())
+    assert record["probe"].pop("command").startswith("uncollapse diagnose ")
+    assert [each["probe"].pop("processes") for each in (one, record)] == [1, 2]
+    for each in (one, record):
+        each["probe"]["options"].pop("device")
+    one["probe"].pop("command")
+    assert differences(one, record, 1e-10) == []
 
 
 @pytest.mark.slow
@@ -72,8 +72,9 @@ def test_torchrun_shares_out_the_text_and_writes_once(saved: Path, tmp_path: Pat
 def test_a_process_that_dies_ends_the_run_in_one_line(which: str, saved: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("\n\n".join([WORDS] * 20000))
     given = ["diagnose", str(saved), "--text", str(tmp_path / "text"), "--batch-size", "1", "--level", "full"]
-    errors = (tmp_path / "errors").open("w+")
-    run = subprocess.Popen(torchrun(*given, "--json", str(tmp_path / "o.json"), "--quiet"), stderr=errors, env=_environment())
+    command = torchrun(*given, "--json", str(tmp_path / "o.json"), "--quiet")
+    with (tmp_path / "errors").open("w") as errors:
+        run = subprocess.Popen(command, stderr=errors, env=_environment())
     time.sleep(25)
     victim = next(
         int(process.name)
@@ -84,8 +85,7 @@ def test_a_process_that_dies_ends_the_run_in_one_line(which: str, saved: Path, t
     os.kill(victim, signal.SIGKILL)
     assert run.wait(timeout=60) != 0
     assert time.monotonic() - killed < 60
-    errors.seek(0)
-    assert len(said(errors.read())) == 1
+    assert len(said((tmp_path / "errors").read_text())) == 1
     assert sorted(each.name for each in tmp_path.iterdir()) == ["errors", "text"]
 
 

@@ -109,7 +109,7 @@ def test_processes_that_were_given_different_things_are_all_refused(what: str, n
 
 def test_what_one_process_cannot_use_ends_all(noted: list[dict[str, Any]]) -> None:
     assert noted[0]["one cannot"].startswith("check_batches: expected 2 or more tokens")
-    assert noted[1]["one cannot"] == f"diagnose: process 0 ended with: {noted[0]['one cannot']}"
+    assert noted[1]["one cannot"] == f"{noted[0]['one cannot']} This was in process 0."
 
 
 def test_a_call_in_one_process_only_does_not_wait_for_ever(noted: list[dict[str, Any]]) -> None:

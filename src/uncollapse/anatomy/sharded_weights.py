@@ -133,7 +133,7 @@ class _Gathering:
                         "heads are away from such a model only where nothing is trained. Put torch.no_grad() around it."
                     )
                 self._parts[name] = p
-                self.module._parameters[name] = nn.Parameter(whole(p.detach()), requires_grad=False)
+                self.module._parameters[name] = nn.Parameter(whole(p).detach(), requires_grad=False)
 
     def let_go(self, *_: Any) -> None:
         while self._parts:

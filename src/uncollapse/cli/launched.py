@@ -88,7 +88,7 @@ def agreed() -> Iterator[None]:
 
 
 def read_by_the_first(read: Callable[[], T]) -> T:
-    """What the first process reads, in all of them: stdin can be read once, and a file may lie on one machine only."""
+    """What the first process reads, in all of them: a file may lie on one machine only."""
     if not is_launched():
         return read()
     from uncollapse import processes
