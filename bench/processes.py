@@ -38,7 +38,7 @@ def main() -> None:
     loaded = sources.load_model("demo", device="cpu")
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 64
     few = sources.tokenize(sources.default_texts(64, 0), loaded.tokenizer)
-    batches = [few[number % len(few)] for number in range(count)]
+    batches = [few[number * len(few) // count] for number in range(count)]  # the longest first
     uc.diagnose(loaded.model, batches=batches[:2], alone=True)  # the parts are proved once for a model
     one, two = [], []
     for _ in range(3):
