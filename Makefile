@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest check bench results validity results-gates early-warning random-models fuzz browser schema constraints clean help
+.PHONY: demo test test-all test-oldest check bench results validity results-gates families early-warning random-models other-tools fuzz mutants formulas browser schema constraints clean help
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,18 +48,18 @@ browser: # Debian's chromium, where it is missing and may be installed
 bench: $(INSTALLED) ## speed and memory, as ratios taken in one run
 	$(BIN)/python -m bench.diagnose
 	$(BIN)/python -m bench.ablate
-	$(BIN)/python -m bench.calls
+	$(BIN)/python -m bench.table
 	$(BIN)/python -m bench.gates
 	$(BIN)/python -m bench.monitor
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc-per-node 2 -m bench.processes
 
-results: $(INSTALLED) ## docs/results.md anew: real models without norms, residuals, MLPs (a quarter of an hour)
+results: $(INSTALLED) ## docs/results.md anew: real models without norms, residuals, MLPs (half an hour; goes on where it was broken off)
 	$(BIN)/python -m studies.results
 
 results-gates: $(INSTALLED) ## the section of docs/results.md on position gates anew (five to ten minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.position_gates
 
-validity: $(INSTALLED) ## docs/validity.md anew: known damage planted into healthy models, and scored (minutes; trains small models once)
+validity: $(INSTALLED) ## docs/validity.md anew: known damage planted into healthy models, and scored (an hour; goes on where it was broken off)
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.validity
 
 families: $(INSTALLED) ## try every model type of transformers; writes docs/families.md
@@ -71,8 +71,22 @@ early-warning: $(INSTALLED) ## train small models into failure, beside their hea
 random-models: $(INSTALLED) ## ten thousand random small Transformers against the truth they record (an hour; goes on where it stopped)
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.random_models --count 10000
 
-fuzz: $(INSTALLED) ## 100,000 drawn cases of what nobody expects; writes their figures into docs/reliability.md (two minutes)
+other-tools: $(INSTALLED) ## what docs/with-other-tools.md says, with TransformerLens 2.x and 3.x and nnsight, each in an environment of its own
+	@for lens in 'transformer-lens<3' 'transformer-lens>=3,<4'; do \
+		rm -rf .venv-tools && $(PYTHON) -m venv .venv-tools && .venv-tools/bin/pip install --quiet --upgrade 'pip>=25.1'; \
+		.venv-tools/bin/pip install --quiet "torch==2.13.0" && .venv-tools/bin/pip install --quiet "$$lens" nnsight; \
+		.venv-tools/bin/pip install --quiet -e . && .venv-tools/bin/python -m studies.other_tools || exit 1; done
+
+fuzz: $(INSTALLED) ## 100,000 drawn cases of what nobody expects; writes their figures into docs/reliability.md (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --count 100000 --write docs/reliability.md
+
+mutants: $(INSTALLED) ## change numbers and signs of the mathematics, claims and findings; list what no test notices (an hour; MUTANTS=N)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group mutants
+	$(BIN)/python -m studies.mutants --count $(or $(MUTANTS),200)
+
+formulas: $(INSTALLED) ## the claims' formulas as MathML, after one has changed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group formulas
+	@$(BIN)/python -m studies.formulas
 
 schema: $(INSTALLED) ## write the published JSON Schemas anew from the record dataclasses
 	@$(BIN)/python -c 'import json; from uncollapse.records.diagnosis import DiagnosisRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(DiagnosisRecord), indent=1, ensure_ascii=False))' \
@@ -89,9 +103,11 @@ schema: $(INSTALLED) ## write the published JSON Schemas anew from the record da
 		> src/uncollapse/schemas/trail-1.json
 	@$(BIN)/python -c 'import json; from uncollapse.records.comparison import ComparisonRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(ComparisonRecord), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/comparison-1.json
+	@$(BIN)/python -c 'import json; from uncollapse.records.attribution import AttributionRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(AttributionRecord), indent=1, ensure_ascii=False))' \
+		> src/uncollapse/schemas/attribution-1.json
 
 constraints: $(INSTALLED) ## write constraints.txt anew from what is installed
 	@{ grep '^#' constraints.txt; $(BIN)/pip freeze | grep '==' | sed 's/+cpu//'; } > constraints.new && mv constraints.new constraints.txt
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) report.html report.json .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-tools report.html report.json .pytest_cache .hypothesis .mypy_cache .ruff_cache

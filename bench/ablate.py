@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 from typing import Any
 
 import uncollapse as uc
-from bench.diagnose import seconds
+from bench.diagnose import highest_resident, seconds
 from uncollapse import sources
 
 
@@ -59,7 +58,7 @@ def print_peak(what: str, sequences: int, max_tokens: int) -> None:
         uc.diagnose(**given)
     else:
         uc.ablate(**given, grid=True)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print(highest_resident())
 
 
 def main() -> None:

@@ -3,8 +3,9 @@
     make families                                  the whole sweep, about ten minutes on two cores
     python -m studies.families --only bert llama     a few types, with the whole message of a refusal
 
-A type is built tiny from its config and fed with what its forward asks for (`studies.tiny`), traced, and proved. What cannot
-be built or fed says so in the table: that is no verdict on the anatomy.
+A type is built tiny from its config and fed with what its forward asks for (`studies.tiny`), traced, and proved. Where a model can
+return its own attention weights, the entropies measured are compared with theirs. What cannot be built or fed says so in the table:
+that is no verdict on the anatomy.
 """
 
 from __future__ import annotations
@@ -25,9 +26,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-SECONDS_A_TYPE = 40
+SECONDS_A_TYPE = 60
+SECONDS_A_START = 600  # imports, on a machine that has other things to do
 WORKERS = 2
 MEMORY = 7 * 2**30
+CLOSE = 1e-3  # two entropies, in nats, that are one: float32, and in some models half precision inside
+
+NO_REFERENCE = {"falcon": "the weights it returns are not those it uses: they are not causal"}
 
 
 # One type -------------------------------------------------------------------------------------------------------------
@@ -93,7 +98,7 @@ def swept(kind: str) -> dict[str, Any]:
 
 
 def _captured(model: Any, batch: dict[str, Any], anatomy: Any) -> dict[str, Any]:
-    """Whether the output under capture is the output without, bit for bit."""
+    """Whether the output under capture is the output without, bit for bit; and whether its entropies are the model's own."""
     from studies.tiny import one_line
     from uncollapse.anatomy.probing import probing
     from uncollapse.anatomy.tracing import tensors_in
@@ -104,7 +109,7 @@ def _captured(model: Any, batch: dict[str, Any], anatomy: Any) -> dict[str, Any]
     seen: list[Any] = []
     hook = model.register_forward_hook(lambda _m, _a, output: seen.extend(t.clone() for t in tensors_in(output)))
     try:
-        capture(model, [batch], anatomy)
+        observed = capture(model, [batch], anatomy)
     except Exception as error:
         return {"capture": False, "capture_reason": one_line(error)}
     finally:
@@ -113,7 +118,93 @@ def _captured(model: Any, batch: dict[str, Any], anatomy: Any) -> dict[str, Any]
         a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
         for a, b in zip(plain, seen, strict=True)
     )
-    return {"capture": same, "capture_reason": "" if same else "the output differs"}
+    return {
+        "capture": same,
+        "capture_reason": "" if same else "the output differs",
+        "entropy": _compared(model, batch, observed.attention),
+    }
+
+
+# Entropies ------------------------------------------------------------------------------------------------------------
+def _compared(model: Any, batch: dict[str, Any], measured: list[Any]) -> dict[str, Any]:
+    """The entropies measured, compared with those of the weights that the model returns itself. `equal`, `unequal` and `null`
+    count attention sublayers; `reason` says why nothing was compared, or what was not. A model may return the weights of some
+    sublayers only (Swin: of the last in a stage): what is left when all of them were found has nothing to be compared with."""
+    from uncollapse.probe.attention import ATTENTION_MEASURES
+
+    counts: dict[str, Any] = {
+        "equal": 0,
+        "unequal": 0,
+        "null": 0,
+        "reason": NO_REFERENCE.get(model.config.model_type, ""),
+    }
+    if counts["reason"]:
+        return counts
+    references, counts["reason"] = _own_entropies(model, batch)
+    row = ATTENTION_MEASURES.index("entropy")
+    unlike: list[str] = []
+    for statistics in measured if references else []:
+        if "entropy" in statistics.reasons:
+            counts["null"] += 1
+            counts["reason"] = counts["reason"] or str(statistics.reasons["entropy"])
+            continue
+        own = [statistics.values.summary(row, head)[0] for head in range(statistics.call.heads)]
+        gaps = [
+            (max((abs(a - b) for a, b in zip(own, reference, strict=True)), default=0.0), i)
+            for i, reference in enumerate(references)
+            if len(reference) == len(own)
+        ]
+        gap, nearest = min(gaps, default=(float("inf"), -1))
+        if gap <= CLOSE:
+            counts["equal"] += 1
+            del references[nearest]  # each is that of one sublayer
+        else:
+            unlike.append(f"off by {gap:.2g} in block {statistics.block}")
+    counts["unequal"] = min(len(unlike), len(references))
+    counts["reason"] = unlike[0] if counts["unequal"] else counts["reason"]
+    return counts
+
+
+def _own_entropies(model: Any, batch: dict[str, Any]) -> tuple[list[list[float]], str]:
+    """Mean entropies [head] of every attention whose weights the model returns, and why there are none."""
+    import torch
+
+    from studies.tiny import one_line
+    from uncollapse.anatomy.probing import probing
+
+    before = getattr(model.config, "_attn_implementation", None)
+    with contextlib.suppress(Exception):  # it has eager attention and no other
+        model.set_attn_implementation("eager")
+    try:
+        with probing(model), torch.no_grad():
+            torch.manual_seed(0)
+            output = model(**batch, output_attentions=True)
+    except Exception as error:
+        return [], f"returns no weights: {one_line(error, 80)}"
+    finally:
+        with contextlib.suppress(Exception):
+            model.set_attn_implementation(before)
+    weights = [w for w in _attentions(output) if w.ndim == 4 and w.is_floating_point()]
+    found = []
+    for own in weights:
+        rows = own.double() / own.double().sum(-1, keepdim=True)  # a sink leaves a row short of one
+        found.append((-torch.xlogy(rows, rows).sum(-1)).nanmean((0, 2)).tolist())
+    return found, "" if found else "returns no weights"
+
+
+def _attentions(output: Any, wanted: bool = False) -> Any:
+    """The tensors in whatever a model's output calls attentions."""
+    import torch
+
+    if isinstance(output, torch.Tensor):
+        if wanted:
+            yield output
+    elif isinstance(output, dict):
+        for name, value in output.items():
+            yield from _attentions(value, wanted or "attention" in str(name))
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from _attentions(value, wanted)
 
 
 # The pool -------------------------------------------------------------------------------------------------------------
@@ -170,11 +261,22 @@ class _Worker:
         self.process.wait()
 
 
-def sweep(kinds: list[str]) -> list[dict[str, Any]]:
-    """All types over a few workers; a type that hangs or takes its worker down costs that worker, not the sweep."""
-    waiting = list(reversed(kinds))
+def sweep(kinds: list[str], workers: int = WORKERS, kept: Path | None = None) -> list[dict[str, Any]]:
+    """All types over a few workers; a type that hangs or takes its worker down costs that worker, not the sweep. Rows are added to
+    the file `kept` as they come, and those that are in it are not swept again."""
     rows: list[dict[str, Any]] = []
+    if kept is not None and kept.exists():
+        rows = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    known = {row["type"] for row in rows}
+    waiting = [kind for kind in reversed(kinds) if kind not in known]
     selector = selectors.DefaultSelector()
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        if kept is not None:
+            with kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        _progress(row, len(rows), len(kinds))
 
     def start() -> None:
         worker = _Worker()
@@ -184,11 +286,11 @@ def sweep(kinds: list[str]) -> list[dict[str, Any]]:
         selector.unregister(worker.answers)
         worker.end()
         if worker.kind:
-            rows.append({"type": worker.kind, "built": False, "crash": True, "reason": reason})
+            add({"type": worker.kind, "built": False, "crash": True, "reason": reason})
         if waiting:
             start()
 
-    for _ in range(min(WORKERS, len(kinds))):
+    for _ in range(min(workers, len(waiting))):
         start()
     while selector.get_map():
         for key, _ in selector.select(timeout=1):
@@ -198,8 +300,7 @@ def sweep(kinds: list[str]) -> list[dict[str, Any]]:
                 replace(worker, "the process died (out of memory, or a crash in native code)")
                 continue
             if line.strip() != "ready":
-                rows.append(json.loads(line))
-                _progress(rows[-1], len(rows), len(kinds))
+                add(json.loads(line))
             if waiting:
                 worker.give(waiting.pop())
             else:
@@ -208,7 +309,7 @@ def sweep(kinds: list[str]) -> list[dict[str, Any]]:
                 worker.end()
         for key in list(selector.get_map().values()):
             worker = key.data
-            if time.monotonic() - worker.since > SECONDS_A_TYPE:
+            if time.monotonic() - worker.since > (SECONDS_A_TYPE if worker.kind else SECONDS_A_START):
                 replace(worker, f"more than {SECONDS_A_TYPE} seconds")
     return sorted(rows, key=lambda row: row["type"])
 
@@ -227,7 +328,23 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, int]:
         "with attention": len(attending),
         "proved": sum(bool(r.get("proved")) for r in attending),
         "capture bit-identical": sum(r.get("capture") is True for r in attending),
+        "entropy compared": sum(bool(_counted(r, "equal") or _counted(r, "unequal")) for r in attending),
+        "all equal": sum(bool(_counted(r, "equal") and not _counted(r, "unequal")) for r in attending),
     }
+
+
+def _counted(row: dict[str, Any], what: str) -> int:
+    return int(row.get("entropy", {}).get(what, 0))
+
+
+def _entropy_cell(row: dict[str, Any]) -> str:
+    """How many sublayers have the model's own entropies, of those compared; why the others were not."""
+    equal, unequal, null = (_counted(row, what) for what in ("equal", "unequal", "null"))
+    reason = row.get("entropy", {}).get("reason", "")
+    if not equal + unequal:
+        return reason
+    said = f"{equal} of {equal + unequal}" + (f", {null} null" if null else "")
+    return said + (f": {reason}" if reason else "")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -243,15 +360,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         "Every model type of transformers is built small from its config and given the inputs that its forward asks for. Then",
         "its parts are read and proved, and a capture is run. *Attention calls* are the calls that belong to a proved block, of",
         "all calls in one forward pass. *Placement* says where the norms stand. *Bit-identical* means that the output under",
-        "capture is the output without it, in every bit. A type that could not be built or run here is not a refusal: nothing is",
-        "known about it. A dash means that the model makes no attention calls.",
+        "capture is the output without it, in every bit. *Entropy* says for how many attention sublayers the mean entropy of every",
+        "head is that of the weights the model itself returns, within 1e-3 nats. A type that could not be built or run here is not",
+        "a refusal: nothing is known about it. A dash means that the model makes no attention calls.",
         "",
         "| " + " | ".join(counts) + " |",
         "|" + "---|" * len(counts),
         "| " + " | ".join(str(v) for v in counts.values()) + " |",
         "",
-        "| type | class | built | attention calls | blocks | placement | parts | proved | capture |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| type | class | built | attention calls | blocks | placement | parts | proved | capture | entropy |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         calls = r.get("attention_calls")
@@ -268,6 +386,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             r.get("parts", ""),
             proved,
             capture,
+            _entropy_cell(r),
         ]
         lines.append("| " + " | ".join(c.replace("|", "/").replace("\n", " ") for c in cells) + " |")
     return "\n".join(lines) + "\n"
@@ -279,7 +398,8 @@ def main() -> None:
         "--only", nargs="+", metavar="TYPE", help="sweep these types in this process, and say everything"
     )
     parser.add_argument("--out", type=Path, help="where to write the table (Markdown)")
-    parser.add_argument("--json", type=Path, help="where to write the raw rows")
+    parser.add_argument("--json", type=Path, help="where to keep the raw rows, a line each: goes on where it stopped")
+    parser.add_argument("--workers", type=int, default=WORKERS, help="processes at a time, one thread each")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -292,9 +412,7 @@ def main() -> None:
         return
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-    rows = sweep(list(MODEL_MAPPING_NAMES))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+    rows = sweep(list(MODEL_MAPPING_NAMES), options.workers, options.json)
     if options.out:
         options.out.write_text(table(rows), encoding="utf-8")
     print(json.dumps(summary(rows), indent=1))

@@ -1,11 +1,12 @@
 """docs/results.md, with its tables and pictures: what real models are without norms, residuals and MLPs, and with position gates.
 
-    make results                                 everything, about a quarter of an hour on two cores
+    make results                                 every section that the present code has not measured yet, then the document
     python -m studies.results --only smollm2       one section anew; the document is rebuilt from the saved numbers
     python -m studies.results --only document      nothing anew: the document alone
 
-Each section leaves its numbers in .cache/results/<section>.json. The prose is in studies/results.md.j2; every figure in it is
-filled in from those numbers.
+Each section leaves its numbers in .cache/results/<section>.json, so that a run that was broken off goes on where it was. The prose
+is in studies/results.md.j2; every figure in it is filled in from those numbers. The document is written when all sections are
+there: a part of it would take the place of the whole.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import jinja2
 
-from studies import language_models, pictures, pretrained, published
+from studies import fingerprints, language_models, pictures, pretrained, published
 from studies.position_gates import document as gates_document
 from studies.position_gates import experiments as gates
 from studies.weights import CACHE
@@ -56,12 +57,37 @@ SECTIONS: dict[str, Callable[[], Any]] = {
 }
 
 
+# What can change a saved number: the package but for what only judges and shows, and the studies but for their documents.
+SHOWING = ("cli", "judgement", "report", "monitoring")
+STUDIES = ("language_models.py", "molecules.txt", "pretrained.py", "published.py", "weights.py", "position_gates")
+
+
+def fingerprint(root: Path = ROOT) -> str:
+    """Of the code and the libraries whose change makes saved numbers worthless."""
+    package = root / "src" / "uncollapse"
+    files = [f for f in package.rglob("*.py") if f.relative_to(package).parts[0] not in SHOWING]
+    for name in STUDIES:
+        place = root / "studies" / name
+        files += (
+            [f for f in place.rglob("*.py") if f.name not in ("document.py", "pictures.py")]
+            if place.is_dir()
+            else [place]
+        )
+    return fingerprints.fingerprint(files, root)
+
+
+def is_measured(section: str) -> bool:
+    """Whether the present code has measured a section."""
+    place = SAVED / f"{section}.json"
+    return place.exists() and json.loads(place.read_text(encoding="utf-8")).get("fingerprint") == fingerprint()
+
+
 def measure(section: str) -> None:
     """Run one section and save what it found."""
     start = time.perf_counter()
     found = SECTIONS[section]()
     SAVED.mkdir(parents=True, exist_ok=True)
-    saved = {"seconds": round(time.perf_counter() - start), "found": found}
+    saved = {"seconds": round(time.perf_counter() - start), "fingerprint": fingerprint(), "found": found}
     (SAVED / f"{section}.json").write_text(json.dumps(saved), encoding="utf-8")
     print(f"{section}: {saved['seconds']} s", flush=True)
 
@@ -371,11 +397,12 @@ def shapes_table(models: Sequence[dict[str, Any]]) -> str:
 
 
 def document() -> None:
-    """Write docs/results.md and its pictures from the saved numbers."""
+    """Write docs/results.md and its pictures from the saved numbers, if they are whole."""
     saved = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in SAVED.glob("*.json")}
     missing = [section for section in SECTIONS if section not in saved]
     if missing:
-        print(f"not in the document yet: {', '.join(missing)}", flush=True)
+        print(f"{DOCUMENT.name} was left as it is: {', '.join(missing)} not measured yet", flush=True)
+        return
     found = {section: content["found"] for section, content in saved.items()}
     for key in pretrained.SUBJECTS:
         if key in found:
@@ -468,7 +495,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", choices=choices, help="measure only this section; repeatable")
     options = parser.parse_args()
     for section in SECTIONS:
-        if not options.only or section in options.only:
+        if section in options.only if options.only else not is_measured(section):
             measure(section)
     document()
 

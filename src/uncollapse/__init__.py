@@ -15,6 +15,7 @@ __version__ = "0.1.0"  # the only place: packaging, records and `--version` read
 
 _HOME = {
     "Ablation": "analyses.ablation",
+    "Attribution": "analyses.attribution",
     "Comparison": "analyses.comparison",
     "Diagnosis": "analyses.diagnosis",
     "HeadContributions": "probe.contributions",
@@ -27,6 +28,7 @@ _HOME = {
     "UncollapseError": "errors",
     "UnsupportedModel": "errors",
     "ablate": "analyses.ablation",
+    "attribute": "analyses.attribution",
     "compare": "analyses.comparison",
     "channels_of": "symmetry.channels",
     "diagnose": "analyses.diagnosis",
@@ -36,6 +38,8 @@ _HOME = {
     "identify": "analyses.heads",
     "install_gates": "gates.installation",
     "load": "analyses.stored",
+    "logit_difference": "probe.metrics",
+    "next_token_loss": "probe.metrics",
     "rank_change": "measures.normalization",
     "remove_gates": "gates.installation",
     "symmetries": "analyses.symmetries",
@@ -46,6 +50,7 @@ _MODULES = ("exact", "geometry", "heads", "mixing")  # of `measures`
 
 __all__ = [
     "Ablation",
+    "Attribution",
     "Comparison",
     "Diagnosis",
     "HeadContributions",
@@ -59,6 +64,7 @@ __all__ = [
     "UnsupportedModel",
     "__version__",
     "ablate",
+    "attribute",
     "channels_of",
     "compare",
     "diagnose",
@@ -71,7 +77,9 @@ __all__ = [
     "identify",
     "install_gates",
     "load",
+    "logit_difference",
     "mixing",
+    "next_token_loss",
     "rank_change",
     "remove_gates",
     "symmetries",
@@ -81,6 +89,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from uncollapse.analyses.ablation import Ablation, ablate
+    from uncollapse.analyses.attribution import Attribution, attribute
     from uncollapse.analyses.comparison import Comparison, compare
     from uncollapse.analyses.diagnosis import Diagnosis, diagnose
     from uncollapse.analyses.heads import Identifiability, identify
@@ -98,6 +107,7 @@ if TYPE_CHECKING:
     from uncollapse.measures.normalization import rank_change
     from uncollapse.monitoring.monitor import Monitor
     from uncollapse.probe.contributions import HeadContributions, head_contributions
+    from uncollapse.probe.metrics import logit_difference, next_token_loss
     from uncollapse.symmetry.channels import channels_of
 
 

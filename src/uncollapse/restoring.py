@@ -24,6 +24,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,6 +83,12 @@ class Changes:
         assert isinstance(context, contextlib._GeneratorContextManager)
         self.undo(context.gen.close)
         return context.__enter__()
+
+    def default_device(self, device: str) -> None:
+        """New tensors of this thread are made on `device`. A `with torch.device(...)` would stay, were its way out interrupted."""
+        modes = _get_current_function_mode_stack()
+        self.undo(functools.partial(_put_function_modes, modes, torch.utils._device.CURRENT_DEVICE))
+        torch.device(device).__enter__()
 
     def put_back(self) -> None:
         """Undo everything, also when one undo fails or is interrupted; what came in between is raised at the end."""
@@ -171,6 +178,14 @@ def leaves_no_trace(function: Callable[P, R]) -> Callable[P, R]:
 def _cut_function_modes(length: int) -> None:
     while torch._C._len_torch_function_stack() > length:
         torch._C._pop_torch_function_stack()
+
+
+def _put_function_modes(modes: list[Any], device: torch.device | None) -> None:
+    """The modes, and the device that one of them stands for, where it was set."""
+    _cut_function_modes(0)
+    for mode in modes:
+        torch._C._push_on_torch_function_stack(mode)
+    torch.utils._device.CURRENT_DEVICE = device
 
 
 class _Hook:

@@ -18,6 +18,12 @@ from torch import nn
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
+def module_of(model: Any) -> Any:
+    """The module behind an object that is none but stands for one, as nnsight's does; else what is given."""
+    held = None if isinstance(model, nn.Module) else getattr(model, "__dict__", {}).get("_module")
+    return held if isinstance(held, nn.Module) else model
+
+
 def seen_through(model: nn.Module) -> nn.Module:
     """The model inside all wrappers: the one whose configuration and arguments are meant. It is `model` itself where nothing
     is around it."""

@@ -10,9 +10,10 @@ import altair as alt
 
 from studies.early_warning.runs import EVERY, PROBED, SCENARIOS, Run, Scenario
 from studies.pictures import BLUE, ORANGE, RED, saved
+from uncollapse.judgement.findings import CONSENSUS
 
 SMOOTHED, ABOVE = 10, 0.15  # steps, nats
-CHOSEN_ON = 0  # the seed on which the constants of the alarms were chosen
+CHOSEN_ON = 1  # the constants of the alarms were chosen with the seeds up to this one in sight
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 PICTURED = "post-norm, 18 blocks, no warm-up"
 
@@ -68,11 +69,12 @@ def document(runs: Sequence[Run]) -> str:
         "Some are trained so that they fail, the others are their healthy twins with the same seeds. `make early-warning` writes",
         f"this page. The monitor looks every {EVERY} steps at {PROBED} held-out sequences, with its defaults.",
         "",
-        f"* **Found**, with the right phenomenon: {found} of {len(failing)} failing runs. Of those with other seeds than the one",
-        f"  on which the constants of the alarms were chosen: {unseen} of {sum(r.seed > CHOSEN_ON for r in failing)}.",
+        f"* **Found**, with the right phenomenon: {found} of {len(failing)} failing runs. Of those whose seed had no part in the",
+        f"  constants of the alarms: {unseen} of {sum(r.seed > CHOSEN_ON for r in failing)}.",
         f"* **Before the loss shows it**: {sum(one > 0 for one in leads)} of the {len(leads)} found runs whose loss shows it.",
         f"  Median lead where the loss shows it within the run: {lead}.",
-        f"* **Alarms on healthy runs**: {len(alarms)} on {len({(r.scenario, r.seed) for r, _ in alarms})} of {len(healthy)} runs.",
+        f"* **Alarms on healthy runs**: {len(alarms)} on {len({(r.scenario, r.seed) for r, _ in alarms})} of {len(healthy)} runs."
+        f" {sum(r.seed > CHOSEN_ON for r in healthy)} of these runs have a seed that had no part.",
         f"* A loss spike (5 standard deviations above the last 30 steps) comes in {peers['loss spike']} of {len(failing)} failing",
         f"  and {wrong['loss spike']} of {len(healthy)} healthy runs; a gradient norm of 4 times its recent median in",
         f"  {peers['gradient norm']} of {len(failing)} failing and {wrong['gradient norm']} of {len(healthy)} healthy ones.",
@@ -100,15 +102,17 @@ def document(runs: Sequence[Run]) -> str:
     lines += [
         "",
         "While they learn how often each letter occurs, healthy models come as near to a collapse as the table says. Their tokens",
-        "part again. The threshold alone (0.22) would raise an alarm in each kind of run.",
+        f"part again. The threshold alone ({CONSENSUS}) would raise an alarm in each kind of run.",
         "",
         "In “residual decays” every residual connection keeps 2 % less of the stream at every step from step 80 on. The model",
         "adapts: its loss suffers, its tokens stay apart. It is counted as healthy here, for there is no collapse to find.",
         "",
         "## What is missing",
         "",
-        f"The constants of the alarms (how deep, how long) were chosen on seed {CHOSEN_ON} of these runs.",
-        "The other seeds had no part in it.",
+        "The constants of the alarms (how deep, how long) were chosen on seed 0 of these runs. When the thresholds of the",
+        "diagnosis had become lower, healthy runs of seeds 0 and 1 raised alarms. So two things were set anew: from which distance",
+        "on a stream counts as healthy, and that a trend is an alarm only where a place was healthy before.",
+        f"Seeds above {CHOSEN_ON} had no part in any of this.",
         "There are few of them, the models are small, and the planted growth of logits does not hurt the loss within the run.",
         "No run fails through a numeric fault alone. `trainscope` and `arc-vigil` were not run beside the monitor.",
         "",

@@ -149,19 +149,19 @@ def head_reference(
     rows = np.flatnonzero(real[sequence])
     found: dict[str, list[float]] = collections.defaultdict(list)
     weights, allowed, all_values, all_mixed = one.found()
-    # A mask of -100 beside logits in the hundreds (a model without its norms) forbids nothing: as the documentation has it, a
-    # forbidden pair has no weight, or is not forbidden.
-    seen = real[sequence][None, :] & real[sequence][:, None]
+    # A mask of -100 beside logits in the hundreds (a model without its norms) forbids little: as the documentation has it, a
+    # forbidden pair has no weight, or is not forbidden. "No weight" is a share of the row's largest, whatever a sink takes.
+    seen = real[sequence][:, None]  # a padded key that keeps some weight is seen as well
     is_soft = spec is None or spec.forbidden in {"-100", "-1e4", "-1e9"}
-    leaks = is_soft and np.where(seen & ~allowed[sequence, 0], weights[sequence], 0).max() > LEAST_WEIGHT
-    logits = one.logits
-    if leaks:
+    logits, pairs = one.logits, allowed[sequence, 0]
+    leaks = seen & ~pairs & (weights[sequence, head] > LEAST_WEIGHT * weights[sequence, head].max(-1, keepdims=True))
+    if is_soft and leaks.any():
         if logits is not None and spec is not None:  # what the softmax saw of such a pair
             number = float(spec.forbidden)
             logits = np.where(allowed, logits, logits + number if spec.masking.startswith("added") else number)
-        allowed = allowed | seen
+        pairs = pairs | leaks
     for i in rows:
-        keys = np.flatnonzero(allowed[sequence, 0, i])
+        keys = np.flatnonzero(pairs[i])
         row = weights[sequence, head, i, keys]
         if logits is not None:
             found["max_logit"].append(logits[sequence, head, i, keys].max())
@@ -188,7 +188,7 @@ def head_reference(
     else:
         figures["value_contraction"] = float(np.linalg.norm(mixed - mixed.mean(0)) / spread)
     if figures.get("entropy") is not None:
-        figures |= _whole_reference(weights[sequence, head], allowed[sequence, 0], rows)
+        figures |= _whole_reference(weights[sequence, head], pairs, rows)
     return {name: figures.get(name, math.nan) for name in (*ATTENTION_FIGURES, *FULL_FIGURES)}
 
 
@@ -507,6 +507,19 @@ def _compare_sites(
         near = tolerance(spec).figure  # torch fuses the layer, and a probe runs it unfused: other roundings
     if twins is not None:  # in float64 throughout where the model has single precision islands
         near = max(tolerance(spec).figure, 1e-5)
+    if spec.residuals == "in the model's loop" and all(t.begun is not None for t in truths):
+        begun = [dataclasses.replace(t, streams=[t.begun, *t.streams[1:]]) for t in truths]  # type: ignore[list-item]
+        found = [Comparison(result.seed, result.pieces) for _ in range(2)]
+        for one, of in zip(found, (truths, begun), strict=True):
+            _compare_streams(spec, of, record, one, twins, near)
+        result.items += min(found, key=lambda one: sum(item.verdict == "wrong" for item in one.items)).items
+    else:
+        _compare_streams(spec, truths, record, result, twins, near)
+
+
+def _compare_streams(
+    spec: Specification, truths: list[Truth], record: Any, result: Comparison, twins: list[Truth] | None, near: float
+) -> None:
     sites = {site.site: site for site in record.trajectory}
     for number in range(spec.blocks + 1):
         name = "embedding" if number == 0 else f"block.{number - 1}"
@@ -670,7 +683,9 @@ def _contributions(spec: Specification, one: AttentionTruth, real: np.ndarray, f
     scale = max(float(np.sqrt((want[real] ** 2).mean())), 1e-12)
     gap = float(np.sqrt(((got - want)[real] ** 2).mean())) / scale
     assert one.bias is not None
-    biased = float(np.abs(found.bias.double().numpy() - one.bias).max()) / max(float(np.abs(one.bias).max()), scale)
+    # NaN where the truth is (logits whose exponential overflows): then it is the size itself that is compared.
+    size = max(float(np.abs(one.bias).max()), scale if math.isfinite(scale) else 0.0, 1e-12)
+    biased = float(np.abs(found.bias.double().numpy() - one.bias).max()) / size
     near = tolerance(spec).output
     if not want[real].any():
         gap = float(np.abs(got[real]).max())
@@ -761,13 +776,30 @@ def _compare_without(
     )  # NaN where the truth itself overflows
     if not math.isfinite(effect):
         result.add(name, "indistinct", "the model without it overflows")
-    elif not gap <= allowed:
+    elif not gap <= allowed and not gap <= allowed + _grown_output(subject, parts, blocks, wanted, truths):
         said = "nothing was removed" if apart(found, plains) == 0 else f"off by {gap:.3g}"
         result.add(name, "wrong", f"{said}, where the removal moves the output by {effect:.3g}")
     elif 0 < effect <= 3 * allowed:
         result.add(name, "indistinct", f"the removal moves the output by {effect:.3g} only")
     else:
         result.add(name, "right")
+
+
+def _grown_output(
+    subject: Drawn,
+    parts: tuple[str, ...],
+    blocks: tuple[int, ...] | None,
+    wanted: Sequence[Sequence[np.ndarray]],
+    truths: Sequence[Truth],
+) -> float:
+    """How far the model's own roundings, grown, have brought the output of the model without these parts: four times its
+    distance from the same in float64, as `_grown` has it for figures."""
+    twin = copy.deepcopy(subject)
+    twin.model.double()
+    batches = [{k: v.double() if v.is_floating_point() else v for k, v in batch.items()} for batch in subject.batches]
+    exact = [twin.without(batch, *parts, blocks=blocks).numpy() for batch in batches]
+    apart = [_apart(a, b, t.real) for a, b, t in zip(wanted[0], exact, truths, strict=False)]
+    return 4 * max(apart) if all(map(math.isfinite, apart)) else 0.0
 
 
 def _apart(a: np.ndarray, b: np.ndarray, real: np.ndarray) -> float:

@@ -230,8 +230,10 @@ def reconciled(spec: Specification) -> Specification:
     if s["masking"] == "added, padding apart":
         if s["padding"] == "none" or s["mask"] == "none":
             s["masking"] = "added"
+        elif s["softmax"] == "exp over sum":
+            s["masking"] = "added"  # a padded query that sees nothing would be 0 / 0
         elif s["forbidden"] in {"minus infinity", "dtype minimum"}:
-            s["forbidden"] = "-1e9"  # a padded query that sees nothing would become NaN
+            s["forbidden"] = "-1e9"  # here it would become NaN
     if s["state"] != "tensor" or s["residuals"] == "in the model's loop":
         s["route"] = "by keyword" if s["route"] == "made in the attention" else s["route"]
     if s["residuals"] == "in the model's loop":
@@ -409,6 +411,8 @@ def passed(
 
     if embedded is not None:
         x = parts.embedding_again[0] * x + parts.embedding_again[1] * embedded
+        if parts.switches.recorder is not None and parts.switches.block == 0:
+            parts.switches.recorder.begin(x, spec.token_first)
     if spec.is_parallel:
         shared = parts.norm("mlp_norm", x, condition) if spec.placement == "parallel, one norm" else x
         f = None if is_off("attention") else update("attention", shared)

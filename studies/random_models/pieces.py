@@ -412,6 +412,13 @@ def torch_masks(spec: Specification, mask: Tensor | None) -> tuple[Tensor | None
     return (mask if adds else ~mask), None  # torch's booleans forbid
 
 
+def _masked(spec: Specification, L: Tensor, allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits as the model's mask leaves them: a number that it adds may leave a forbidden pair some weight."""
+    adds = spec.masking.startswith("added") and spec.forbidden != "none"
+    number = forbidden_number(spec, dtype) if adds else -math.inf
+    return torch.where(allowed[:, None], L, L + number)
+
+
 def note_torch_attention(
     spec: Specification, recorder: Recorder, block: int, mha: nn.MultiheadAttention, x: Tensor, out: Tensor
 ) -> None:
@@ -421,7 +428,7 @@ def note_torch_attention(
     q, k, v = F.linear(x, mha.in_proj_weight.double(), bias).chunk(3, -1)
     q, k, v = (t.unflatten(-1, (spec.heads, -1)).transpose(1, 2) for t in (q, k, v))
     L = q @ k.mT * spec.head_width**-0.5
-    S = L.masked_fill(~recorder.allowed[:, None], -math.inf)
+    S = _masked(spec, L, recorder.allowed, x.dtype)
     A = (torch.cat([S, torch.zeros_like(S[..., :1])], -1) if spec.sink == "zero key" else S).softmax(-1)
     A = A[..., : S.shape[-1]]
     y = A @ v
@@ -588,7 +595,7 @@ def _note_fused(self: Attention, recorder: Recorder, q: Tensor, k: Tensor, v: Te
     L = q.double() @ k.double().repeat_interleave(r, 1).mT * self.scale
     if pairs.bias is not None:
         L = L + pairs.bias.double()
-    S = L.masked_fill(~recorder.allowed[:, None], -math.inf)
+    S = _masked(self.spec, L, recorder.allowed, q.dtype)
     A = (torch.cat([S, torch.zeros_like(S[..., :1])], -1) if self.spec.sink == "zero key" else S).softmax(-1)
     A = A[..., : S.shape[-1]]
     recorder.mixing(self.switches.block, A, v, y, L)
@@ -665,7 +672,7 @@ def _chunked(self: Attention, q: Tensor, k: Tensor, v: Tensor, pairs: Pairs, _: 
     values = with_zero_value(spec, v, 2)
     for start in range(0, q.shape[2], 4):
         rows = slice(start, start + 4)
-        mask, bias = (None if p is None else p[:, :, rows] for p in (pairs.mask, pairs.bias))
+        mask, bias = (p if p is None or p.shape[2] == 1 else p[:, :, rows] for p in (pairs.mask, pairs.bias))
         L = q[:, :, rows] @ k.transpose(-1, -2) * self.scale
         A, seen = weigh(spec, L, WHOLE[0], Pairs(mask, bias, pairs.batch), getattr(self, "sink", None))
         outputs.append(A @ values)

@@ -90,10 +90,13 @@ class AttentionTruth:
 @dataclass
 class Truth:
     """One batch: the real tokens [sequence, token] of the stream, the streams [sequence, token, width] (what enters the first
-    block, then what each leaves), and each block's attention."""
+    block, then what each leaves), and each block's attention. `begun`: the first stream once it has been mixed with itself, where
+    blocks mix the embedding in: a·x + b·x is the same cloud but for its roundings, and which of the two a block that is no module
+    begins with nobody can say."""
 
     real: np.ndarray
     streams: list[np.ndarray] = field(default_factory=list)
+    begun: np.ndarray | None = None
     attention: dict[int, AttentionTruth] = field(default_factory=dict)
 
 
@@ -115,6 +118,10 @@ class Recorder:
     def stream(self, x: Tensor, token_first: bool) -> None:
         """A stream between blocks."""
         self.truth.streams.append(array(x.transpose(0, 1) if token_first else x))
+
+    def begin(self, x: Tensor, token_first: bool) -> None:
+        """The first stream, mixed with itself."""
+        self.truth.begun = array(x.transpose(0, 1) if token_first else x)
 
     def of(self, block: int, kind: str = "softmax") -> AttentionTruth:
         """The truth of this block's attention, to be filled in."""

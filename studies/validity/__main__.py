@@ -21,7 +21,9 @@ from studies.validity.saved import fingerprint, measure, saved
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(SUBJECTS), default=[])
-    parser.add_argument("--scale", type=float, default=1.0, help="of the number of places in each model")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="of the number of places in each model; 0: healthy runs alone"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="models at a time")
     options = parser.parse_args()
     current = fingerprint()

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from studies.validity import planting
-from studies.validity.models import Batches, Subject
+from studies.validity.models import OTHER_SOUNDS, Batches, Subject, features
 from uncollapse.analyses.recording import attention_records, site_records
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.vocabulary import Anatomy
-from uncollapse.judgement.attribution import heads_records
+from uncollapse.judgement.identifiability import heads_records
 from uncollapse.judgement.reading import as_read
 from uncollapse.measures import heads
 from uncollapse.probe.activity import embedding_records, part_records
@@ -39,6 +39,8 @@ COPIED = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 LOST = (0.0, 0.02, 0.1, 0.25, 0.5, 0.75)
 LENGTHS = (2, 3, 5, 8, 16, 32)
 OUTPUT_KEPT = "output kept"
+TOLD_APART = "tokens told apart"  # by somebody who learns it anew
+AS_BEFORE = "tokens told apart as before"  # by somebody who learnt it from the healthy model
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Bench:
         self.random = random.Random(name)
         self.healthy = self.observe(heads_too=True)
         self.intact = planting.outputs(self.model, self.batches)
+        self.reader = planting.reader(self.intact, self.batches)
         self.number = 0
 
     def draw(self, count: int, of: int) -> list[int]:
@@ -122,7 +125,15 @@ class Bench:
             given = self.batches if batches is None else batches
             observed = capture(model or self.model, given, anatomy, watch=watch)
             outputs = planting.outputs(model or self.model, given) if kept_too else []
-        kept = {OUTPUT_KEPT: planting.output_kept(self.intact, outputs, given)} if kept_too else {}
+        kept = {}
+        if kept_too:
+            whole = self.reader.told_apart(self.intact, given)
+            anew = planting.reader(outputs, given, self.reader.scale)
+            kept = {
+                OUTPUT_KEPT: planting.output_kept(self.intact, outputs, given),
+                TOLD_APART: anew.told_apart(outputs, given) / whole,
+                AS_BEFORE: self.reader.told_apart(outputs, given) / whole,
+            }
         trajectory = site_records(observed)
         attention = [record for s in observed.attention for record in attention_records(s, "core")]
         found = heads_records(observed.attention) if heads_too else []
@@ -152,7 +163,9 @@ def measured(subject: Subject, name: str, fingerprint: str, scale: float = 1.0) 
 
 
 def damaged(bench: Bench, scale: float) -> Iterator[Case]:
-    """Every planted case of one model, with its runs."""
+    """Every planted case of one model, with its runs; none for a scale of 0."""
+    if not scale:
+        return
     blocks = len(bench.anatomy.blocks)
 
     def count(n: int) -> int:
@@ -178,14 +191,11 @@ def _depth(bench: Bench, first: int) -> Case:
     case = bench.case("residual scaled down", "rank-collapse-depth", first, None, RESIDUAL)
 
     def orders(trajectory: list[SiteRecord], _: Any) -> dict[str, float]:
-        return {"consensus as read": consensus_as_read(trajectory, first), "own share of a change": own[-1]}
+        return {"consensus as read": consensus_as_read(trajectory, first)}
 
-    own: list[float] = []
     for factor in RESIDUAL:
-        with planting.residual_scaled(bench.model, bench.anatomy, first, factor):
-            own.append(planting.own_share(bench.model, bench.batches))
         context = planting.residual_scaled(bench.model, bench.anatomy, first, factor)
-        case.runs.append(bench.observe(context, orders=orders))
+        case.runs.append(bench.observe(context, orders=orders, kept_too=True))
     return case
 
 
@@ -281,6 +291,8 @@ def _width(bench: Bench, block: int | None, plant: str) -> Case:
 
 def _few(batches: Batches) -> Batches:
     """Two sequences: what the weights say does not depend on them."""
+    if "input_ids" not in batches[0]:
+        return [{k: v[:2] for k, v in batches[0].items()}]
     return [{k: v[:2, :16] for k, v in batches[0].items()}]
 
 
@@ -351,11 +363,16 @@ def confounded(bench: Bench) -> Iterator[Case]:
     model, anatomy, batches = bench.model, bench.anatomy, bench.batches
     blocks = len(anatomy.blocks)
     yield one("as it is", heads_too=True)
-    for length in LENGTHS:
-        yield one(f"context of {length} tokens", batches=[{k: v[:, :length] for k, v in b.items()} for b in batches])
-    yield one("padding", batches=[_padded(b, bench.random) for b in batches])
-    for period, name in ((1, "one token repeated"), (2, "two tokens in turn"), (8, "eight tokens repeated")):
-        yield one(name, batches=[_repeated(b, period) for b in batches])
+    if "input_ids" in batches[0]:
+        for length in LENGTHS:
+            cut = [{k: v[:, :length] for k, v in b.items()} for b in batches]
+            yield one(f"context of {length} tokens", batches=cut)
+        yield one("padding", batches=[_padded(b, bench.random) for b in batches])
+        for period, name in ((1, "one token repeated"), (2, "two tokens in turn"), (8, "eight tokens repeated")):
+            yield one(name, batches=[_repeated(b, period) for b in batches])
+    else:
+        for name, sound in OTHER_SOUNDS.items():
+            yield one(name, batches=[features(sound)])
     for place in bench.draw(2 * bench.has_operands, blocks):
         some = bench.draw(
             planting.attention_call(anatomy, place).heads // 2, planting.attention_call(anatomy, place).heads
@@ -367,12 +384,13 @@ def confounded(bench: Bench) -> Iterator[Case]:
     )
     if bench.has_operands:
         yield one("attention sinks in half of all heads", context=everywhere)
-    ids = batches[0]["input_ids"]
+    ids = batches[0].get("input_ids")
     odd: dict[str, Callable[[planting.Given, int], None]] = {
         "half of all heads on the token before": lambda given, _: planting.on_offsets(given, (1,)),
         "half of all heads on two fixed offsets": lambda given, _: planting.on_offsets(given, (2, 5)),
-        "half of all heads on what followed the same token": lambda given, _: planting.inducing(given, ids),
     }
+    if ids is not None:
+        odd["half of all heads on what followed the same token"] = partial(_inducing, ids)
     for name, change in odd.items() if bench.has_operands else ():
         yield one(name, context=planting.at_attention(model, anatomy, range(blocks), change))
     if gains := planting.gains_before_readers(model, anatomy):
@@ -396,7 +414,16 @@ def confounded(bench: Bench) -> Iterator[Case]:
         if all(norm.kind == "layer" for block in anatomy.blocks for norm in block.norms):
             level = planting.stream_changed(model, anatomy, behind[0], lambda x: x + 30 * x.std())
             yield one("a large common mean", context=level)
-    yield one("bfloat16", model=copy.deepcopy(model).to(torch.bfloat16), heads_too=True)
+    yield one("bfloat16", model=copy.deepcopy(model).to(torch.bfloat16), batches=_halved(batches), heads_too=True)
+
+
+def _inducing(ids: Tensor, given: planting.Given, _: int) -> None:
+    planting.inducing(given, ids)
+
+
+def _halved(batches: Batches) -> Batches:
+    """Inputs that are no numbers of tokens, in the precision of the model that gets them."""
+    return [{k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in b.items()} for b in batches]
 
 
 def _padded(batch: dict[str, Tensor], draw: random.Random) -> dict[str, Tensor]:

@@ -10,10 +10,10 @@ import jinja2
 import torch
 
 from studies.validity import fresh, scoring
-from studies.validity.cases import OUTPUT_KEPT, Case, Measured
+from studies.validity.cases import AS_BEFORE, OUTPUT_KEPT, TOLD_APART, Case, Measured
 from studies.validity.models import SUBJECTS
 from studies.validity.planting import UNDERFLOW
-from studies.validity.scoring import GROWS, ORDER, THRESHOLDS, AtHalf, Judged, Scores
+from studies.validity.scoring import CODES, INDEPENDENT, ORDER, STRICTER, THRESHOLDS, AtHalf, Judged, Scores
 from uncollapse.judgement import findings
 from uncollapse.records.common import PHENOMENA, Phenomenon
 
@@ -29,10 +29,12 @@ MEASURED = {
     "DEPTH-RANK": "share of the attainable affine rank, relative to the embedding's",
     "WIDTH-UNIFORM": "share of the keys left unused by the least uniform head",
     "WIDTH-RANK-ONE": "‖CAV‖/‖CV‖ of the head that keeps most, relative to min(1, n/16)",
-    "ENTROPY-FROZEN": "the larger of keys within reach / 0.5 and rest entropy / 0.044, in the most frozen head",
+    "ENTROPY-FROZEN": f"the larger of keys within reach / {findings.WITHIN_REACH} and rest entropy / {findings.REST_ENTROPY}, "
+    "in the most frozen head",
     "HEADS-IDENTICAL": "mean squared sine between two write spaces, relative to random ones",
     "HEADS-KERNEL": "dimensions lost beyond what the shape forces, in units of a head",
 }
+GOAL = 0.95  # for the area under the ROC and the share of right places, by the independent quantities
 LOGITS_UP = [plant for plant in ORDER if plant.startswith("logits scaled up")]
 # Order parameters taken as they stand, without a resolution.
 PLAIN: list[tuple[Phenomenon, dict[str, str]]] = [
@@ -61,34 +63,45 @@ def write(measured: Mapping[str, Measured]) -> None:
 def context(measured: Mapping[str, Measured]) -> dict[str, object]:
     """All that the template fills in."""
     scores = Scores(measured)
-    alarms = [j for j in scores.healthy(lambda _: True) if j.found()]
+    shipped = scores.oddities(as_shipped=True)
     return {
         "torch": torch.__version__,
         "models": models(scores),
+        "model_count": len(scores.measured),
+        "real": sum(SUBJECTS[name].is_real for name in scores.measured),
+        "not_measured": [name for name in SUBJECTS if name not in measured],
         "runs": sum(len(case.runs) for case, _ in scores.cases()),
         "places": sum(case.phenomenon is not None for case, _ in scores.cases()),
-        "healthy_runs": len(scores.healthy(lambda _: True)),
+        "oddities": len(shipped),
         "thresholds": thresholds(scores),
-        "disagreeing": [c for c, (worst, _) in scores.derived.items() if not in_force(c, scoring.threshold(c, worst))],
-        "swapped": swapped(scores),
+        "disagreeing": disagreeing(scores),
+        "left_out": left_out(scores),
         "half": half(scores),
         "places_right": places_right(scores),
         "independent": independent(scores),
         "independent_places": independent_places(scores),
+        "warned_places": warned_places(scores),
+        "depth_by_model": depth_by_model(scores),
+        "missed_goals": missed_goals(scores),
+        "goal": GOAL,
+        "when": when(scores),
+        "depth_ladder": depth_ladder(scores),
         "not_derived": not_derived(),
         "plain": plain(scores),
         "by_severity": by_severity(scores),
-        "confusion_at_half": confusion(scores, scores_half(scores)),
-        "confusion_complete": confusion(scores, lambda case, _: len(case.runs) - 1),
-        "missed": missed(scores),
+        "confusion_at_half": confusion(scores, scores.half),
+        "confusion_complete": confusion(scores, lambda case: len(case.runs) - 1),
+        "missed": missed(scores, scores.half),
+        "missed_independent": missed(scores, independently(scores)),
         "confounders": confounders(scores),
-        "alarms": [_alarm(j) for j in alarms if not j.is_harmed],
-        "harmed_alarms": [_alarm(j) for j in alarms if j.is_harmed],
-        "harmed": sum(j.is_harmed for j in scores.healthy(lambda _: True)),
+        "alarms": [_alarm(j) for j in shipped if j.found() and not j.is_harmed],
+        "harmed_alarms": [_alarm(j) for j in shipped if j.found() and j.is_harmed],
+        "harmed": sum(j.is_harmed for j in shipped),
+        "new_alarms": [_alarm(j) for j in scores.healthy() if j.found()],
         "single": single_key_heads(scores),
         "stuck": stuck(measured),
         "nearest_pair": nearest_pair(scores),
-        "resolutions": {order: figure(value) for order, value in scores.resolutions.items()},
+        "resolutions": resolutions(scores),
         "underflow": UNDERFLOW,
         "lost_heads": findings.LOST_HEADS,
         "different_tokens": findings.DIFFERENT_TOKENS,
@@ -96,11 +109,6 @@ def context(measured: Mapping[str, Measured]) -> dict[str, object]:
         "carried_before": findings.CARRIED_BEFORE,
         "figure": figure,
     }
-
-
-def scores_half(scores: Scores) -> Callable[[Case, str], int | None]:
-    """Where a case's resolved order parameter has moved by half."""
-    return lambda case, order: scoring.moved_by_half(case, order, scores.resolutions)
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -129,17 +137,25 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def models(scores: Scores) -> str:
     rows = []
     for name in sorted(scores.measured, key=lambda n: -scores.measured[n].parameters):
-        half_of = "derives" if name in scores.deriving_models else "scores"
         cases = [case for case, _ in scores.cases() if case.subject == name]
         planted = sum(c.phenomenon is not None for c in cases)
+        harmed = sum(j.is_harmed for j in scores.oddities() if j.case.subject == name)
         parameters = f"{figure(scores.measured[name].parameters / 1e6)} M"
-        rows.append([f"`{name}`", SUBJECTS[name].about, parameters, half_of, str(planted), str(len(cases) - planted)])
-    return table(["model", "", "parameters", "half", "damaged places", "healthy runs"], rows)
+        row = [
+            f"`{name}`",
+            SUBJECTS[name].about,
+            parameters,
+            str(planted),
+            str(len(cases) - planted - harmed),
+            str(harmed),
+        ]
+        rows.append(row)
+    return table(["model", "", "parameters", "damaged places", "healthy runs", "harmed"], rows)
 
 
 def in_force(code: str, derived: float) -> bool:
     """Whether the constant in findings.py is the derived one, to two figures."""
-    return math.isclose(THRESHOLDS[code], derived, rel_tol=0.06)
+    return THRESHOLDS[code] == float(f"{derived:.2g}")
 
 
 def _where(judged: Judged) -> str:
@@ -155,38 +171,39 @@ def _alarm(judged: Judged) -> str:
 
 def thresholds(scores: Scores) -> str:
     rows = []
-    other = scores.extremes(scores.on_other_models)
-    for code, (worst, at) in scores.derived.items():
-        elsewhere, there = other[code]
-        margin = elsewhere / THRESHOLDS[code] if code not in GROWS else THRESHOLDS[code] / max(elsewhere, 1e-9)
-        rows.append(
-            [
-                f"`{code}`",
-                MEASURED[code],
-                f"{figure(worst)} ({_where(at)})",
-                figure(scoring.threshold(code, worst)),
-                figure(THRESHOLDS[code]),
-                f"{figure(elsewhere)} ({_where(there)})",
-                f"× {margin:.1f}" if margin < 1e3 else "never",
-            ]
-        )
-    header = ["rule", "reads", "nearest healthy, deriving half", "half of it", "in force"]
-    return table([*header, "nearest healthy, other models", "away from the threshold"], rows)
+    for code, (worst, at) in scores.extremes(scores.measured).items():
+        without = [scoring.value(limits, code) for limits in scores.left_out.values()]
+        spread = f"{figure(min(without))} to {figure(max(without))}"
+        row = [f"`{code}`", MEASURED[code], f"{figure(worst)} ({_where(at)})", figure(scoring.threshold(code, worst))]
+        rows.append([*row, figure(THRESHOLDS[code]), spread])
+    header = ["rule", "reads", "nearest healthy run", "half of it", "in force", "without one model"]
+    return table(header, rows)
 
 
-def swapped(scores: Scores) -> str:
-    """What the thresholds would be had they been derived from the scoring models, and whom they would have accused."""
+def disagreeing(scores: Scores) -> list[str]:
+    """The constants in findings.py that are not the derived ones."""
+    found = [
+        code
+        for code, (worst, _) in scores.extremes(scores.measured).items()
+        if not in_force(code, scoring.threshold(code, worst))
+    ]
+    derived = scores.derived
+    if (derived.carried, derived.carried_before) != (findings.CARRIED, findings.CARRIED_BEFORE):
+        found.append(f"the beginning of a fall (derived: {derived.carried:g} and {derived.carried_before:g})")
+    return found
+
+
+def left_out(scores: Scores) -> str:
+    """Each rule's warnings on healthy runs of a model that had no part in its threshold."""
     rows = []
-    for code, (worst, _) in scores.extremes(scores.on_other_models).items():
-        limit = scoring.threshold(code, worst)
-        accused = []
-        for j in scores.healthy(lambda case: case.subject in scores.deriving_models):
-            distance = j.distance(code)
-            if distance is not None and (distance > limit if code in GROWS else distance < limit):
-                accused.append(_where(j))
-        named = "; ".join(accused[:3]) + (f" and {len(accused) - 3} more" if len(accused) > 3 else "")
-        rows.append([f"`{code}`", figure(limit), figure(THRESHOLDS[code]), named or "none"])
-    return table(["rule", "half of the other models' nearest", "in force", "healthy runs it would accuse"], rows)
+    for code in CODES:
+        judged = [j for j in scores.healthy() if any(r.finding.code == code for r in j.readings)]
+        accused = [j for j in judged if any(r.finding.code == code and r.margin > 0 for r in j.readings)]
+        names = dict.fromkeys(j.case.subject for j in accused)
+        read = len({j.case.subject for j in judged})
+        named = ", ".join(f"{name} ({sum(j.case.subject == name for j in accused)})" for name in names)
+        rows.append([f"`{code}`", str(len(judged)), str(len(accused)), f"{len(names)} of {read}", named or "none"])
+    return table(["rule", "healthy runs", "warned of", "models", "which (runs)"], rows)
 
 
 def _row(found: AtHalf) -> list[str]:
@@ -199,57 +216,141 @@ def _row(found: AtHalf) -> list[str]:
     ]
 
 
+HEADER = ["cases", "never moved by half", "area under the ROC", "alarm", "place right"]
+
+
 def half(scores: Scores) -> str:
     rows = []
     for p in PHENOMENA:
         orders = dict.fromkeys(order for plant, order in ORDER.items() if _planted(scores, plant) == p)
-        named = ", ".join(orders)
-        rows.append([NAMES[p], named, "other models", *_row(scoring.at_half(scores, p, scores.on_other_models))])
-        rows.append(["", "", "all not used to derive", *_row(scoring.at_half(scores, p, scores.scored))])
-        rows.append(["", "", "all", *_row(scoring.at_half(scores, p, lambda _: True))])
-    header = ["collapse", "order parameter", "scored on", "cases", "never moved by half", "area under the ROC"]
-    return table([*header, "alarm", "place right"], rows)
+        rows.append([NAMES[p], ", ".join(orders), *_row(scoring.at_half(scores, p, scores.half))])
+    return table(["collapse", "order parameter", *HEADER], rows)
+
+
+def independently(scores: Scores, orders: Mapping[str, str] = INDEPENDENT) -> Callable[[Case], int | None]:
+    """Where a quantity that no rule reads has moved by half; None for plants without."""
+
+    def moved(case: Case) -> int | None:
+        order = orders.get(case.plant)
+        return None if order is None else scoring.moved_by_half(case, order, fineness[case.subject])
+
+    fineness = {name: scores.independent_resolutions(name) for name in scores.measured}
+    return moved
 
 
 def independent(scores: Scores) -> str:
     """As `half`, graded by quantities that no rule reads."""
     rows = []
-    for p in PHENOMENA:
-        orders = [o for plant, o in scoring.INDEPENDENT.items() if _planted(scores, plant) == p]
-        if not orders:
-            continue
-        for name, keep in (("other models", scores.on_other_models), ("all not used to derive", scores.scored)):
-            found = scoring.at_half(scores, p, keep, scoring.INDEPENDENT, scores.independent_resolutions)
-            named = ", ".join(dict.fromkeys(orders)) if name == "other models" else ""
-            rows.append([NAMES[p] if named else "", named, name, *_row(found)])
-    header = ["collapse", "graded by", "scored on", "cases", "never moved by half", "area under the ROC"]
-    return table([*header, "alarm", "place right"], rows)
+    for orders in (INDEPENDENT, STRICTER):
+        for p in PHENOMENA:
+            of_it = [plant for plant in orders if _planted(scores, plant) == p]
+            if of_it:
+                named = ", ".join(dict.fromkeys(orders[plant] for plant in of_it))
+                found = scoring.at_half(scores, p, independently(scores, orders), of_it)
+                rows.append([NAMES[p], named, *_row(found)])
+    return table(["collapse", "graded by", *HEADER], rows)
 
 
-def independent_places(scores: Scores) -> str:
-    """Right places over the three collapses that have an independent quantity."""
-    found = [
-        at
-        for p in PHENOMENA
-        if (
-            at := scoring.at_half(scores, p, scores.scored, scoring.INDEPENDENT, scores.independent_resolutions)
-        ).locatable
-    ]
+def _over_all(scores: Scores, moved: Callable[[Case], int | None], plants: Mapping[str, str]) -> str:
+    found = [at for p in PHENOMENA if (at := scoring.at_half(scores, p, moved, plants)).locatable]
     right, places = sum(round(f.located * f.locatable) for f in found), sum(f.locatable for f in found)
     return f"{right} of {places} cases ({right / places:.1%})" if places else "–"
 
 
+def places_right(scores: Scores) -> str:
+    """Over all four collapses."""
+    return _over_all(scores, scores.half, ORDER)
+
+
+def independent_places(scores: Scores) -> str:
+    """Over the three collapses that have an independent quantity."""
+    return _over_all(scores, independently(scores), INDEPENDENT)
+
+
+def warned_places(scores: Scores) -> str:
+    """Right places over the cases that were warned of at the independent half."""
+    moved = independently(scores)
+    right = []
+    for case, runs in scores.cases(lambda case: case.phenomenon is not None and case.block is not None):
+        index = moved(case)
+        if index is not None and case.phenomenon is not None and runs[index].score(case.phenomenon) > 0:
+            right.append(scoring.is_located(case, runs[index].top(case.phenomenon)))
+    return f"{sum(right)} of {len(right)} cases ({scoring.share(right):.1%})" if right else "–"
+
+
+def depth_by_model(scores: Scores) -> str:
+    """Where tokens can be told apart half as well: how far apart they are, the alarms, and the area among all healthy runs."""
+    placed = {name: "after" if "post-norm" in SUBJECTS[name].about else "before" for name in scores.measured}
+    rows = [_depth_row(scores, f"`{name}`", placed[name], [name]) for name in scores.measured]
+    for placement in ("after", "before"):
+        names = [name for name in scores.measured if placed[name] == placement]
+        rows.append(_depth_row(scores, "**all**", placement, names))
+    header = ["model", "norms", "cases", "never moved by half", "share of the distance", "area under the ROC", "alarm"]
+    return table(header, rows)
+
+
+def _depth_row(scores: Scores, title: str, placement: str, names: Sequence[str]) -> list[str]:
+    cases = list(scores.cases(lambda c: c.phenomenon == "rank-collapse-depth" and c.subject in names))
+    at = [(case, runs[i]) for case, runs in cases if (i := scoring.moved_by_half(case, TOLD_APART)) is not None]
+    margins = [j.score("rank-collapse-depth") for _, j in at]
+    shares = sorted(j.run.orders["consensus as read"] for _, j in at)
+    area = scoring.area(margins, [j.score("rank-collapse-depth") for j in scores.healthy()])
+    spread = f"{figure(shares[0])} to {figure(shares[-1])}" if shares else "–"
+    found = "–" if math.isnan(area) else f"{area:.3f}"
+    warned = percent(scoring.share(m > 0 for m in margins))
+    return [title, placement, str(len(at)), str(len(cases) - len(at)), spread, found, warned]
+
+
+def missed_goals(scores: Scores) -> list[str]:
+    """What was to be reached by the independent quantities, and was not."""
+    found = []
+    for p in PHENOMENA:
+        at = scoring.at_half(
+            scores, p, independently(scores), [plant for plant in INDEPENDENT if _planted(scores, plant) == p]
+        )
+        if at.cases and at.area < GOAL:
+            found.append(f"{NAMES[p]} has an area of {at.area:.3f} under the ROC")
+        if at.locatable and at.located < GOAL:
+            found.append(f"{NAMES[p]} has {at.located:.0%} of its places right")
+    return found
+
+
+def when(scores: Scores) -> str:
+    """Where each quantity of depth has moved by half: how far the tokens then are, and whether the rule has fired."""
+    rows = []
+    for order in ("consensus as read", TOLD_APART, AS_BEFORE, OUTPUT_KEPT):
+        shares, alarms = [], []
+        for case, runs in scores.cases(lambda c: c.phenomenon == "rank-collapse-depth"):
+            index = scoring.moved_by_half(case, order)
+            if index is not None:
+                shares.append(case.runs[index].orders["consensus as read"])
+                alarms.append(runs[index].score("rank-collapse-depth") > 0)
+        spread = [figure(f(shares)) if shares else "–" for f in (min, _median, max)]
+        rows.append([order, str(len(shares)), *spread, percent(scoring.share(alarms))])
+    return table(["moved by half", "cases", "least share of the distance", "median", "most", "alarm"], rows)
+
+
+def depth_ladder(scores: Scores) -> str:
+    """The quantities of depth along the ladder, over all places."""
+    cases = list(scores.cases(lambda c: c.phenomenon == "rank-collapse-depth"))
+    if not cases:
+        return ""
+    ladder = cases[0][0].severities
+    rows = []
+    for order in ("consensus as read", TOLD_APART, AS_BEFORE, OUTPUT_KEPT):
+        rows.append(
+            [
+                f"{order} (median)",
+                *(figure(_median([c.runs[i].orders[order] for c, _ in cases])) for i in range(len(ladder))),
+            ]
+        )
+    return table([f"{len(cases)} places", *(f"{s:g}" for s in ladder)], rows)
+
+
 def not_derived() -> str:
-    """Models as initialised and two towers, diagnosed whole."""
+    """Models that no threshold comes from, diagnosed whole."""
     rows = [[d["model"], ", ".join(d["warned"]) or "none", ", ".join(d["told"]) or "none"] for d in fresh.diagnosed()]
     return table(["model", "warnings", "information"], rows)
-
-
-def places_right(scores: Scores) -> str:
-    """Over all four collapses, on cases that did not derive."""
-    found = [at for p in PHENOMENA if (at := scoring.at_half(scores, p, scores.scored)).locatable]
-    right, places = sum(round(f.located * f.locatable) for f in found), sum(f.locatable for f in found)
-    return f"{right} of {places} cases ({right / places:.1%})"
 
 
 def _planted(scores: Scores, plant: str) -> str | None:
@@ -260,19 +361,32 @@ def plain(scores: Scores) -> str:
     rows = []
     for phenomenon, orders in PLAIN:
         healthy = [case.runs[0].orders[orders[case.plant]] for case, _ in scores.cases() if case.plant in orders]
-        found = scoring.at_half(scores, phenomenon, scores.scored, orders)
-        name = next(iter(orders.values()))
+        if not healthy:
+            continue
+
+        def moved(case: Case, orders: Mapping[str, str] = orders) -> int | None:
+            return scoring.moved_by_half(case, orders[case.plant])
+
+        found = scoring.at_half(scores, phenomenon, moved, orders)
         spread = f"{figure(min(healthy))} to {figure(max(healthy))}"
-        rows.append([NAMES[phenomenon], name, spread, *_row(found)])
-    header = ["collapse", "order parameter", "in healthy places", "cases", "never moved by half"]
-    return table([*header, "area under the ROC", "alarm", "place right"], rows)
+        rows.append([NAMES[phenomenon], next(iter(orders.values())), spread, *_row(found)])
+    return table(["collapse", "order parameter", "in healthy places", *HEADER], rows)
+
+
+def resolutions(scores: Scores) -> dict[str, str]:
+    """By order parameter: the values that leaving out one model gives, as a rule all the same."""
+    found: dict[str, set[float]] = {}
+    for name in scores.measured:
+        for order, resolution in scores.resolutions(name).items():
+            found.setdefault(order, set()).add(resolution)
+    return {order: " or ".join(figure(each) for each in sorted(values)) for order, values in found.items()}
 
 
 def by_severity(scores: Scores) -> str:
     """Share of the places where the planted collapse is found, along each ladder."""
     blocks = []
     for plant in ORDER:
-        of_it = [(case, runs) for case, runs in scores.cases(scores.scored) if case.plant == plant]
+        of_it = list(scores.cases(lambda case, plant=plant: case.plant == plant))  # type: ignore[misc]
         if not of_it:
             continue
         ladder = of_it[0][0].severities
@@ -280,56 +394,42 @@ def by_severity(scores: Scores) -> str:
         assert phenomenon is not None
         row = [percent(scoring.share(runs[i].score(phenomenon) > 0 for _, runs in of_it)) for i in range(len(ladder))]
         order = [_median([case.runs[i].orders[ORDER[plant]] for case, _ in of_it]) for i in range(len(ladder))]
-        moved = [percent(scoring.share(_moved(scores, case, i) for case, _ in of_it)) for i in range(len(ladder))]
+        reached = [scores.half(case) for case, _ in of_it]
+        moved = [percent(scoring.share(h is not None and h <= i for h in reached)) for i in range(len(ladder))]
         header = [f"**{plant}** ({len(of_it)} places)", *(f"{s:g}" for s in ladder)]
-        rows = [
-            ["alarm", *row],
-            [f"{ORDER[plant]} (median)", *map(figure, order)],
-            ["moved by half", *moved],
-        ]
+        rows = [["alarm", *row], [f"{ORDER[plant]} (median)", *map(figure, order)], ["moved by half", *moved]]
         blocks.append(table(header, rows))
     return "\n\n".join(blocks)
-
-
-def _moved(scores: Scores, case: Case, index: int) -> bool:
-    order = ORDER[case.plant]
-    fineness = scores.resolutions.get(order)
-    start, value = (scoring.beside(case.runs[i].orders[order], fineness) for i in (0, index))
-    return value <= start / 2
 
 
 def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def confusion(scores: Scores, at: Callable[[Case, str], int | None]) -> str:
+def confusion(scores: Scores, at: Callable[[Case], int | None]) -> str:
     rows = []
     for planted in PHENOMENA:
-        runs = []
-        for case, judged in scores.cases(scores.scored):
-            if case.phenomenon != planted:
-                continue
-            index = at(case, ORDER[case.plant])
-            if index is not None and scoring.moved_by_half(case, ORDER[case.plant], scores.resolutions) is not None:
-                runs.append(judged[index])
+        runs = [
+            judged[index]
+            for case, judged in scores.cases(lambda case, planted=planted: case.phenomenon == planted)  # type: ignore[misc]
+            if scores.half(case) is not None and (index := at(case)) is not None
+        ]
         counts = [sum(p in j.found() for j in runs) for p in PHENOMENA]
         nothing = sum(not j.found() for j in runs)
         rows.append([f"**{NAMES[planted]}**", *map(str, counts), str(nothing), str(len(runs))])
-    healthy = scores.healthy(scores.scored)
+    healthy = scores.healthy()
     counts = [sum(p in j.found() for j in healthy) for p in PHENOMENA]
     nothing = sum(not j.found() for j in healthy)
     rows.append(["**nothing**", *map(str, counts), str(nothing), str(len(healthy))])
     return table(["planted ↓ found →", *NAMES.values(), "nothing", "runs"], rows)
 
 
-def missed(scores: Scores) -> list[str]:
+def missed(scores: Scores, moved: Callable[[Case], int | None]) -> list[str]:
     """Every case whose place is wrong at the half, by name."""
     found = []
-    for case, runs in scores.cases(scores.scored):
-        if case.phenomenon is None:
-            continue
-        index = scoring.moved_by_half(case, ORDER[case.plant], scores.resolutions)
-        if index is None or case.block is None:
+    for case, runs in scores.cases(lambda case: case.phenomenon is not None and case.block is not None):
+        index = moved(case)
+        if index is None or case.phenomenon is None:
             continue
         top = runs[index].top(case.phenomenon)
         if not scoring.is_located(case, top):
@@ -337,7 +437,7 @@ def missed(scores: Scores) -> list[str]:
             said = "nowhere"
             if top is not None:
                 head = "" if top.finding.head is None else f", head {top.finding.head}"
-                said = f"at block {top.finding.block}{head} ({top.finding.code})"
+                said = f"at block {top.finding.block}{head} ({top.finding.code}{'' if top.margin > 0 else ', which has not fired'})"
             found.append(
                 f"{case.subject}, {case.plant} {case.severities[index]:g} at {place}: the worst reading is {said}"
             )
@@ -345,21 +445,23 @@ def missed(scores: Scores) -> list[str]:
 
 
 def confounders(scores: Scores) -> str:
-    """For each confounder the models it was tried on, alarms, and the nearest that each rule came to firing."""
-    names = list(dict.fromkeys(c.plant for c, _ in scores.cases(lambda c: c.phenomenon is None)))
+    """For each confounder the models it was tried on, warnings with the thresholds in force, and the nearest that each rule came to
+    firing on a run that was not harmed."""
+    every = scores.oddities(as_shipped=True)
     rows = []
-    for name in names:
-        runs = [judged[0] for case, judged in scores.cases() if case.plant == name and case.phenomenon is None]
+    for name in dict.fromkeys(j.case.plant for j in every):
+        runs = [j for j in every if j.case.plant == name]
+        whole = [j for j in runs if not j.is_harmed]
         nearest = []
         for p in (*PHENOMENA, scoring.DEAD):
-            top = max(j.score(p) for j in runs)
+            top = max((j.score(p) for j in whole), default=-math.inf)
             nearest.append("–" if top == -math.inf else f"× {math.exp(-top):.2g}" if top > -7 else "far")
-        alarms = sum(bool(j.found()) for j in runs)
         kept = [j.run.orders[OUTPUT_KEPT] for j in runs if OUTPUT_KEPT in j.run.orders]
         least = figure(min(kept)) if kept else "–"
-        harmed = str(sum(j.is_harmed for j in runs)) if kept else "–"
-        rows.append([name, str(len(runs)), least, harmed, str(alarms), *nearest])
-    header = ["healthy, but", "runs", "least output kept", "harmed", "alarms"]
+        harmed = str(len(runs) - len(whole)) if kept else "–"
+        alarms = [sum(bool(j.found()) for j in group) for group in (whole, [j for j in runs if j.is_harmed])]
+        rows.append([name, str(len(runs)), least, harmed, str(alarms[0]), str(alarms[1]) if kept else "–", *nearest])
+    header = ["healthy, but", "runs", "least output kept", "harmed", "warned of", "harmed and warned of"]
     return table([*header, *NAMES.values(), "dead"], rows)
 
 
@@ -386,7 +488,7 @@ def single_key_heads(scores: Scores) -> dict[str, object]:
                 )
     frozen: list[tuple[Case, int, dict[str, float]]] = []
     for case, runs in scores.cases(lambda c: c.plant == "logits scaled up in one head"):
-        index = scoring.moved_by_half(case, ORDER[case.plant], scores.resolutions)
+        index = scores.half(case)
         if index is not None:
             frozen.append((case, index, runs[index].run.orders))
     planted = [
@@ -405,8 +507,6 @@ def single_key_heads(scores: Scores) -> dict[str, object]:
         "planted_count": len(planted),
         "least_healthy_rest": min(lowest),
         "most_planted_rest": max((o["rest entropy"] for _, _, o in frozen), default=math.nan),
-        "planted_entropies": [o["entropy"] for _, _, o in frozen],
-        "healthy_entropies": [entropy for entropy, _ in sorted(rows)],
         "threshold": findings.REST_ENTROPY,
         "entropies": [
             f(

@@ -1,5 +1,6 @@
-"""Models that no threshold can be derived from, and that must not be accused all the same: as initialised, and two towers of
-which one is given pictures of one colour. Diagnosed whole, through the public function.
+"""Models that no threshold can be derived from, and that must not be accused all the same: as initialised, after the first steps
+of an optimiser, and two towers of which one is given pictures of one colour. Beside them models that were trained while their
+attention stayed uniform, which must be accused. Diagnosed whole, through the public function.
 """
 
 from __future__ import annotations
@@ -77,6 +78,38 @@ def _configured(kind: str, **settings: Any) -> Callable[[], tuple[nn.Module, dic
     return made
 
 
+def _trained(kind: str, rate: float, steps: int, *, reset: bool = False, frozen: bool = False) -> Callable[..., Any]:
+    """A small language model after some steps of AdamW on Python's documentation, byte by byte. `reset` sets gains and biases back
+    afterwards, `frozen` trains all but the queries and keys."""
+
+    def made() -> tuple[nn.Module, dict[str, Tensor]]:
+        import transformers
+
+        from studies.language_models import corpus
+
+        own = {
+            "GPT2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0},
+            "Llama": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 192},
+        }[kind]
+        configuration = getattr(transformers, f"{kind}Config")(vocab_size=256, **own)
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(configuration)
+        moving = [p for path, p in model.named_parameters() if not (frozen and ("q_proj" in path or "k_proj" in path))]
+        optimizer, (training, _) = torch.optim.AdamW(moving, rate), corpus()
+        for _ in range(steps):
+            ids = training[torch.randint(len(training) - 64, (8, 1)) + torch.arange(64)]
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if reset:
+            with torch.no_grad():
+                for path, parameter in model.named_parameters():
+                    if parameter.ndim == 1:
+                        parameter.fill_(0.0 if path.endswith("bias") else 1.0)
+        return model, {"input_ids": training[torch.arange(4)[:, None] * 1000 + torch.arange(48)]}
+
+    return made
+
+
 def _towers(text: type[nn.Module]) -> Callable[[], tuple[nn.Module, dict[str, Tensor]]]:
     return lambda: (_Towers(text), {"picture": torch.ones(4, 9, 8), "ids": torch.randint(VOCABULARY, (4, 24))})
 
@@ -86,6 +119,15 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
     "GPT-2 as initialised": _configured("GPT2", vocab_size=500, n_embd=128, n_layer=6, n_head=4),
     "BERT as initialised": _configured("Bert", **_SIZES, intermediate_size=256),
     "Llama as initialised": _configured("Llama", **_SIZES, intermediate_size=256),
+    **{
+        f"{kind}, {'one step' if steps == 1 else 'five steps'} of AdamW at {rate:g}": _trained(kind, rate, steps)
+        for kind in ("GPT2", "Llama")
+        for steps in (1, 5)
+        for rate in (1e-5, 1e-4, 1e-3, 3e-3, 1e-2)
+    },
+    "GPT2, five steps of AdamW at 0.003, then gains and biases reset": _trained("GPT2", 3e-3, 5, reset=True),
+    "Llama, 200 steps at 0.001, queries and keys as they were": _trained("Llama", 1e-3, 200, frozen=True),
+    "the same, then gains reset": _trained("Llama", 1e-3, 200, frozen=True, reset=True),
     "two towers as initialised, pictures of one colour": _towers(_Block),
     "the same, and the text tower collapses": _towers(_Collapsing),
 }

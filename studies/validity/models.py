@@ -8,9 +8,10 @@ positions, shared key-value heads and query-key norms.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -162,21 +163,60 @@ ANTIBODIES = (
 )
 
 
-def _iglm(size: str) -> Callable[[], tuple[nn.Module, Batches]]:
-    """On heavy chains of human germlines (IGHV3-23, 1-18, 4-59, 3-33, each with a short third loop), one token a residue,
-    behind the tokens of chain and species."""
+def _antibodies(place: Callable[[], Path], first: Sequence[str], last: Sequence[str]) -> Callable[..., Any]:
+    """On heavy chains of human germlines (IGHV3-23, 1-18, 4-59, 3-33, each with a short third loop), one token a residue, between
+    the tokens that the model was trained with."""
 
     def opened() -> tuple[nn.Module, Batches]:
         import transformers
 
-        place = weights.iglm(size)
-        model = transformers.GPT2Model.from_pretrained(place).eval()
-        words = {word: i for i, word in enumerate((place / "vocab.txt").read_text(encoding="utf-8").split())}
-        texts = [["[HEAVY]", "[HUMAN]", *sequence][:TOKENS] for sequence in ANTIBODIES]
+        folder = place()
+        model = transformers.AutoModel.from_pretrained(folder).eval()
+        words = {word: i for i, word in enumerate((folder / "vocab.txt").read_text(encoding="utf-8").split())}
+        texts = [[*first, *sequence, *last][:TOKENS] for sequence in ANTIBODIES]
         ids = torch.tensor([[words[word] for word in text] for text in texts])
         return model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
 
     return opened
+
+
+SECONDS, SAMPLES = 8, 16_000  # what Smart Turn hears at once, and its samples a second
+
+
+def features(sound: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Whisper's features of sounds [sequence, sample], with the mask of the 400 frames that they become."""
+    import transformers
+
+    extractor = transformers.WhisperFeatureExtractor(chunk_length=SECONDS)
+    found = extractor(
+        list(sound().numpy()), sampling_rate=SAMPLES, return_tensors="pt", do_normalize=True
+    ).input_features
+    return {"input_features": found, "attention_mask": torch.ones(len(found), found.shape[-1] // 2, dtype=torch.long)}
+
+
+def _speech() -> Tensor:
+    """Two stretches of eight seconds of the one recording, of ten."""
+    import wave
+
+    import numpy
+
+    with wave.open(str(weights.speech())) as file:
+        samples = numpy.frombuffer(file.readframes(file.getnframes()), numpy.int16)
+    sound = torch.from_numpy(samples.astype(numpy.float32)) / 2**15
+    return torch.stack([sound[: SECONDS * SAMPLES], sound[-SECONDS * SAMPLES :]])
+
+
+OTHER_SOUNDS: dict[str, Callable[[], Tensor]] = {
+    "silence": lambda: torch.zeros(2, SECONDS * SAMPLES),
+    "white noise": lambda: 0.1 * torch.randn(2, SECONDS * SAMPLES, generator=torch.Generator().manual_seed(0)),
+    "half a second of speech over and over": lambda: _speech()[:, SAMPLES : 3 * SAMPLES // 2].repeat(1, 2 * SECONDS),
+}
+
+
+def _smart_turn() -> tuple[nn.Module, Batches]:
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    return WhisperEncoder.from_pretrained(weights.smart_turn()).eval(), [features(_speech)]
 
 
 SUBJECTS: dict[str, Subject] = {
@@ -188,10 +228,32 @@ SUBJECTS: dict[str, Subject] = {
         scale=0.5,
     ),
     "iglm": Subject(
-        "IgLM: 4 blocks of width 512, pre-norm, causal, learned positions, antibodies", _iglm("IgLM"), is_real=True
+        "IgLM: 4 blocks of width 512, pre-norm, causal, learned positions, antibodies",
+        _antibodies(lambda: weights.iglm("IgLM"), ("[HEAVY]", "[HUMAN]"), ()),
+        is_real=True,
     ),
     "iglm-s": Subject(
-        "IgLM-S: 3 blocks of width 192, pre-norm, causal, learned positions, antibodies", _iglm("IgLM-S"), is_real=True
+        "IgLM-S: 3 blocks of width 192, pre-norm, causal, learned positions, antibodies",
+        _antibodies(lambda: weights.iglm("IgLM-S"), ("[HEAVY]", "[HUMAN]"), ()),
+        is_real=True,
+    ),
+    "antiberty": Subject(
+        "AntiBERTy: a BERT of 8 blocks of width 512, post-norm, full mask, learned positions, antibodies",
+        _antibodies(weights.antiberty, ("[CLS]",), ("[SEP]",)),
+        is_real=True,
+        scale=0.5,
+    ),
+    "sapiens": Subject(
+        "Sapiens: a RoBERTa of 4 blocks of width 128, post-norm, full mask, learned positions, antibodies",
+        _antibodies(weights.sapiens, ("<s>",), ("</s>",)),
+        is_real=True,
+    ),
+    "smart-turn": Subject(
+        "Smart Turn 3.2, speech: Whisper-tiny's encoder trained on, 4 blocks of width 384, pre-norm, full mask, sinusoids, 8 "
+        "seconds in 400 frames",
+        _smart_turn,
+        is_real=True,
+        scale=0.5,
     ),
     "mpnet": Subject(
         "all-mpnet-base-v2: 12 blocks, post-norm, full mask, relative position bias, English",
@@ -266,5 +328,6 @@ SUBJECTS: dict[str, Subject] = {
         "SmolLM2-135M-Instruct: 30 blocks, RMS pre-norm, causal, rotary, three heads per key-value head, English",
         _real(lambda: str(weights.smollm2()), 2, lambda: None),
         is_real=True,
+        scale=0.5,
     ),
 }

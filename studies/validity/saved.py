@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import time
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from pydantic import TypeAdapter
 
+from studies import fingerprints
 from studies.validity.cases import Measured, measured
 from studies.validity.models import CACHE, SUBJECTS
 
@@ -29,7 +28,6 @@ JUDGING = (
     "studies/validity/fresh.py",
     "studies/validity/scoring.py",
 )
-LIBRARIES = ("torch", "transformers")
 
 
 def deciding(root: Path = ROOT) -> list[Path]:
@@ -43,10 +41,7 @@ def deciding(root: Path = ROOT) -> list[Path]:
 
 def fingerprint(root: Path = ROOT) -> str:
     """Of the code and the libraries whose change makes saved records worthless."""
-    found = hashlib.sha256(" ".join(metadata.version(name) for name in LIBRARIES).encode())
-    for file in deciding(root):
-        found.update(f"{file.relative_to(root).as_posix()} {file.stat().st_size}\n".encode() + file.read_bytes())
-    return found.hexdigest()[:16]
+    return fingerprints.fingerprint(deciding(root), root)
 
 
 def place(name: str) -> Path:

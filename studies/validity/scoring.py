@@ -1,21 +1,23 @@
-"""What the rules say of the measured cases, scored: thresholds from one half, everything else from the other.
+"""What the rules say of the measured cases, scored: each model by thresholds that were derived without it.
 
-Models are split by size, alternately, the largest into the deriving half; within those, cases are split by their number, even
-ones deriving. A threshold is half of the least distance from collapse that a healthy model or a confounder of the deriving half
-has (for the kernel, a count that grows, twice the most). No planted damage enters it.
+A threshold is half of the least distance from collapse that any healthy run has (for the kernel, a count that grows, twice the
+most). Healthy are the models as they are, and the confounders that left them more than half of their output. No planted damage
+enters a threshold. The two constants that say where a fall in depth began are the middle of those that place most of the damaged
+cases; they, too, come from the other models.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from studies.validity.cases import OUTPUT_KEPT, Case, Measured, Run
+from studies.validity.cases import AS_BEFORE, OUTPUT_KEPT, TOLD_APART, Case, Measured, Run
 from studies.validity.models import SUBJECTS
 from uncollapse.judgement import findings
-from uncollapse.judgement.findings import Reading
+from uncollapse.judgement.findings import IN_FORCE, Observed, Reading, Thresholds
 from uncollapse.records.common import PHENOMENA, Phenomenon
 
 # The order parameter by which each plant is graded.
@@ -31,21 +33,24 @@ ORDER = {
 }
 # For the same plants one that no rule holds against a threshold, nor a function of it.
 INDEPENDENT = {
-    "residual scaled down": "own share of a change",
+    "residual scaled down": TOLD_APART,
     "logits to zero": "rows apart",
     "queries alike": "rows apart",
     "one head made a copy of another": "smallest angle",
     "rank of the projection reduced": "effective rank",
 }
-THRESHOLDS = {
-    "DEPTH-CONSENSUS": findings.CONSENSUS,
-    "DEPTH-RANK": findings.RANK,
-    "WIDTH-UNIFORM": findings.UNUSED_KEYS,
-    "WIDTH-RANK-ONE": findings.CONTRACTION,
-    "ENTROPY-FROZEN": 1.0,
-    "HEADS-IDENTICAL": findings.DISTINCTNESS,
-    "HEADS-KERNEL": findings.LOST_HEADS,
+STRICTER = {"residual scaled down": AS_BEFORE}
+# The field of a rule's threshold; two constants make that of the frozen heads, which is told in units of what is in force.
+FIELDS = {
+    "DEPTH-CONSENSUS": "consensus",
+    "DEPTH-RANK": "rank",
+    "WIDTH-UNIFORM": "unused_keys",
+    "WIDTH-RANK-ONE": "contraction",
+    "HEADS-IDENTICAL": "distinctness",
+    "HEADS-KERNEL": "lost_heads",
 }
+FROZEN = "ENTROPY-FROZEN"
+CODES = (*list(FIELDS)[:4], FROZEN, *list(FIELDS)[4:])
 # Order parameters that healthy models have in different size, and the rule that reads them: graded beside a resolution.
 RESOLVED = {
     "consensus as read": "DEPTH-CONSENSUS",
@@ -54,18 +59,34 @@ RESOLVED = {
     "distinctness": "HEADS-IDENTICAL",
 }
 DEAD: Phenomenon = "dead-component"
-HEALTHY_SHARE = 0.8  # of a resolved order parameter, which every healthy run of the deriving half must have
+HEALTHY_SHARE = 0.8  # of a resolved order parameter, which every healthy run that derives must have
 HARMED = 0.5  # of the output, which a change that is meant to be harmless must leave
 GROWS = {"HEADS-KERNEL"}  # counts what is lost, so that more is worse
+LEAST_LOST = 0.5  # of a head: where healthy projections lose nothing, twice nothing would be no threshold
+# Where to look for the constants that say where a fall began.
+CARRIED = tuple(n / 10 for n in range(1, 10))
+CARRIED_BEFORE = tuple(n / 10 for n in range(5, 11))
+
+
+def value(thresholds: Thresholds, code: str) -> float:
+    """Where a rule fires, in the unit in which it is told."""
+    if code == FROZEN:
+        return thresholds.rest_entropy / IN_FORCE.rest_entropy
+    found: float = getattr(thresholds, FIELDS[code])
+    return found
+
+
+THRESHOLDS = {code: value(IN_FORCE, code) for code in CODES}
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One run as the present rules read it. Readings that would only inform are left out: they are no alarm."""
+    """One run as the present rules read it, with some thresholds. Readings that only inform are left out: they are no alarm."""
 
     case: Case
     run: Run
     readings: tuple[Reading, ...]
+    thresholds: Thresholds = IN_FORCE
 
     def score(self, phenomenon: Phenomenon) -> float:
         """How far beyond its threshold the phenomenon's furthest rule is; above 0 it fires."""
@@ -89,79 +110,127 @@ class Judged:
         margins = [r.margin for r in self.readings if r.finding.code == code]
         if not margins:
             return None
-        return THRESHOLDS[code] * math.exp(max(margins) * (1 if code in GROWS else -1))
+        return value(self.thresholds, code) * math.exp(max(margins) * (1 if code in GROWS else -1))
+
+
+Extremes = dict[str, tuple[float, Judged]]
 
 
 class Scores:
-    """All measured models, judged once."""
+    """All measured models, judged twice: with the thresholds in force, and each with those that the other models give."""
 
     def __init__(self, measured: Mapping[str, Measured]) -> None:
         self.measured = {name: m for name, m in measured.items() if SUBJECTS[name].is_healthy}
-        by_size = sorted(self.measured, key=lambda name: -self.measured[name].parameters)
-        self.deriving_models, self.scoring_models = by_size[::2], by_size[1::2]
-        self.judged: dict[tuple[str, int], list[Judged]] = {}
-        for name, m in self.measured.items():
-            for case in m.cases:
-                self.judged[name, case.number] = [judged(m, case, run) for run in case.runs]
+        self.in_force = {name: self._judged(name, IN_FORCE) for name in self.measured}
+        self.derived = self.thresholds(self.measured)
+        self.left_out = {
+            name: self.thresholds(other for other in self.measured if other != name) for name in self.measured
+        }
+        self.judged = {name: self._judged(name, self.left_out[name]) for name in self.measured}
 
-    def is_deriving(self, case: Case) -> bool:
-        return case.subject in self.deriving_models and case.number % 2 == 0
+    def _judged(self, name: str, thresholds: Thresholds) -> list[list[Judged]]:
+        m = self.measured[name]
+        return [[judged(m, case, run, thresholds) for run in case.runs] for case in m.cases]
 
     def cases(self, keep: Callable[[Case], bool] = lambda _: True) -> Iterator[tuple[Case, list[Judged]]]:
-        for (name, _), runs in self.judged.items():
-            case = runs[0].case
-            assert case.subject == name
-            if keep(case):
-                yield case, runs
+        """Judged by what was derived from the other models."""
+        for runs in itertools.chain.from_iterable(self.judged.values()):
+            if keep(runs[0].case):
+                yield runs[0].case, runs
 
-    def healthy(self, keep: Callable[[Case], bool]) -> list[Judged]:
-        """Healthy models and confounders."""
-        return [runs[0] for case, runs in self.cases(keep) if case.phenomenon is None]
+    def oddities(self, *, as_shipped: bool = False) -> list[Judged]:
+        """Healthy models and confounders, harmed or not; by default each judged without its own model."""
+        every = (self.in_force if as_shipped else self.judged).values()
+        return [runs[0] for runs in itertools.chain.from_iterable(every) if runs[0].case.phenomenon is None]
 
-    def scored(self, case: Case) -> bool:
-        return not self.is_deriving(case)
+    def healthy(self, *, as_shipped: bool = False) -> list[Judged]:
+        """Those of them that were not harmed."""
+        return [each for each in self.oddities(as_shipped=as_shipped) if not each.is_harmed]
 
-    def on_other_models(self, case: Case) -> bool:
-        return case.subject in self.scoring_models
+    def extremes(self, names: Iterable[str]) -> Extremes:
+        """By code: the extreme healthy distance of some models, and where."""
+        found: Extremes = {}
+        chosen = set(names)
+        healthy = [each for each in self.healthy(as_shipped=True) if each.case.subject in chosen]
+        for code in CODES:
+            values = [(d, j) for j in healthy if (d := j.distance(code)) is not None]
+            if values:
+                found[code] = (max if code in GROWS else min)(values, key=lambda pair: pair[0])
+        return found
+
+    def thresholds(self, names: Iterable[str]) -> Thresholds:
+        """What the healthy runs of some models, and for the beginning of a fall their damaged ones, give."""
+        chosen = list(names)
+        extremes = self.extremes(chosen)
+        given = {FIELDS[c]: threshold(c, worst) for c, (worst, _) in extremes.items() if c != FROZEN}
+        if FROZEN in extremes:
+            share = threshold(FROZEN, extremes[FROZEN][0])
+            given |= {"rest_entropy": IN_FORCE.rest_entropy * share, "within_reach": IN_FORCE.within_reach * share}
+        carried, before = self._beginning(chosen)
+        return Thresholds(**given, carried=carried, carried_before=before)
+
+    def _beginning(self, names: Sequence[str]) -> tuple[float, float]:
+        """The middle of the constants that place most of these models' damaged cases of depth, at the half."""
+        grid = list(itertools.product(CARRIED, CARRIED_BEFORE))
+        placed = [sum(column) for column in zip(*(row for n in names for row in self._placed[n]), strict=True)]
+        if not placed or not max(placed):
+            return IN_FORCE.carried, IN_FORCE.carried_before
+        best = [point for point, count in zip(grid, placed, strict=True) if count == max(placed)]
+        middle = [sum(axis) / len(best) for axis in zip(*best, strict=True)]
+        return min(best, key=lambda point: math.dist(point, middle))
 
     @functools.cached_property
-    def derived(self) -> dict[str, tuple[float, Judged]]:
-        """By code: the extreme healthy distance of the deriving half, and where."""
-        return self.extremes(self.is_deriving)
+    def _placed(self) -> dict[str, list[list[bool]]]:
+        """By model, for each of its damaged cases of depth that moved by half: which points of the grid place it."""
+        found: dict[str, list[list[bool]]] = {}
+        for name, m in self.measured.items():
+            found[name] = []
+            for case in m.cases:
+                index = moved_by_half(case, ORDER[case.plant]) if case.phenomenon == "rank-collapse-depth" else None
+                if index is None:
+                    continue
+                trajectory = case.runs[index].trajectory or []
+                row = []
+                for carried, before in itertools.product(CARRIED, CARRIED_BEFORE):
+                    limits = Thresholds(carried=carried, carried_before=before)
+                    read = list(findings.consensus(Observed(trajectory, [], [], thresholds=limits)))
+                    row.append(bool(read) and max(read, key=lambda r: r.margin).finding.block == case.block)
+                found[name].append(row)
+        return found
 
-    @functools.cached_property
-    def independent_resolutions(self) -> dict[str, float]:
-        """As `resolutions`, from what the independent quantities are in healthy places of the deriving half."""
+    def resolutions(self, name: str) -> dict[str, float]:
+        """By order parameter: the coarsest power of ten beside which all healthy runs of the models other than this one agree."""
+        extremes = self.extremes(other for other in self.measured if other != name)
+        return {order: resolution(extremes[code][0]) for order, code in RESOLVED.items() if code in extremes}
+
+    def independent_resolutions(self, name: str) -> dict[str, float]:
+        """The same from what the independent quantities are in healthy places. A share of an own healthy value needs none."""
         found = {}
         for order in dict.fromkeys(INDEPENDENT.values()):
             starts = [
                 case.runs[0].orders[order]
-                for case, _ in self.cases(self.is_deriving)
+                for case, _ in self.cases(lambda case: case.subject != name)
                 if INDEPENDENT.get(case.plant) == order
             ]
-            found[order] = resolution(min(starts)) if starts else math.nan
+            if starts and order != TOLD_APART:
+                found[order] = resolution(min(starts))
         return found
 
     @functools.cached_property
-    def resolutions(self) -> dict[str, float]:
-        """By order parameter: the coarsest power of ten beside which all healthy runs of the deriving half agree."""
-        return {order: resolution(self.derived[code][0]) for order, code in RESOLVED.items()}
+    def _resolutions(self) -> dict[str, dict[str, float]]:
+        return {name: self.resolutions(name) for name in self.measured}
 
-    def extremes(self, keep: Callable[[Case], bool]) -> dict[str, tuple[float, Judged]]:
-        found = {}
-        for code in THRESHOLDS:
-            values = [(d, j) for j in self.healthy(keep) if (d := j.distance(code)) is not None]
-            choose = max if code in GROWS else min
-            found[code] = choose(values, key=lambda pair: pair[0])
-        return found
+    def half(self, case: Case) -> int | None:
+        """The first severity at which the order parameter of the plant, beside its resolution, has moved by half."""
+        return moved_by_half(case, ORDER[case.plant], self._resolutions[case.subject])
 
 
 def threshold(code: str, extreme: float) -> float:
     """Half of the way from the worst healthy value to the collapse."""
-    return 2 * extreme if code in GROWS else extreme / 2
+    return max(2 * extreme, LEAST_LOST) if code in GROWS else extreme / 2
 
 
-def judged(measured: Measured, case: Case, run: Run) -> Judged:
+def judged(measured: Measured, case: Case, run: Run, thresholds: Thresholds = IN_FORCE) -> Judged:
     healthy = measured.healthy
     assert healthy.trajectory is not None
     assert healthy.attention is not None
@@ -174,8 +243,9 @@ def judged(measured: Measured, case: Case, run: Run) -> Judged:
         heads,
         run.parts if is_healthy else [],
         run.embeddings if is_healthy else [],
+        thresholds,
     )
-    return Judged(case, run, tuple(r for r in found if r.finding.severity != "info"))
+    return Judged(case, run, tuple(r for r in found if r.finding.severity != "info"), thresholds)
 
 
 def beside(value: float, resolution: float | None) -> float:
@@ -232,27 +302,21 @@ class AtHalf:
 
 
 def at_half(
-    scores: Scores,
-    phenomenon: Phenomenon,
-    keep: Callable[[Case], bool],
-    plain: Mapping[str, str] | None = None,
-    resolutions: Mapping[str, float] | None = None,
+    scores: Scores, phenomenon: Phenomenon, moved: Callable[[Case], int | None], plants: Iterable[str] = ORDER
 ) -> AtHalf:
-    """By the resolved order parameters; `plain` names others of the plants, taken as they are or beside `resolutions`. Plants
-    without are left out."""
-    orders = ORDER if plain is None else plain
-    resolutions = (scores.resolutions if plain is None else {}) if resolutions is None else resolutions
+    """`moved` gives the severity of a case that is looked at; other plants are left out."""
+    wanted = set(plants)
     reached: list[tuple[Case, Judged]] = []
     never = 0
-    for case, runs in scores.cases(keep):
-        if case.phenomenon != phenomenon or case.plant not in orders:
+    for case, runs in scores.cases():
+        if case.phenomenon != phenomenon or case.plant not in wanted:
             continue
-        index = moved_by_half(case, orders[case.plant], resolutions)
+        index = moved(case)
         if index is None:
             never += 1
         else:
             reached.append((case, runs[index]))
-    negative = [j.score(phenomenon) for j in scores.healthy(keep)]
+    negative = [j.score(phenomenon) for j in scores.healthy()]
     places = [is_located(case, j.top(phenomenon)) for case, j in reached if case.block is not None]
     return AtHalf(
         len(reached),

@@ -100,6 +100,12 @@ MIXING: Calls = {
         ]
         for f in (mixing.row_statistics, mixing.attention_weights)
     },
+    "dispersion_length": [
+        lambda: mixing.dispersion_length(-1.0),
+        lambda: mixing.dispersion_length(math.inf),
+        lambda: mixing.dispersion_length(NAN),
+        lambda: mixing.dispersion_length(1.0, weight=0.0),
+    ],
     "row_statistics_from_weights": [
         lambda: mixing.row_statistics_from_weights(WORDS),
         lambda: mixing.row_statistics_from_weights(WEIGHTS, query_mask=PADDED),

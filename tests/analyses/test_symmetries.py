@@ -173,6 +173,12 @@ def test_what_holds_logits_down_is_named() -> None:
     assert plain.symmetries[3].stabilisers == []
 
 
+def test_the_tanh_of_an_mlp_as_wide_as_there_are_tokens_is_no_cap_on_the_logits() -> None:
+    """All sequences are cut to the 7 tokens of the shortest."""
+    model = hf.GPT2Model(hf.GPT2Config(vocab_size=64, n_embd=24, n_head=4, n_layer=1, n_inner=7, n_positions=64))
+    assert acted(model.eval()).symmetries[3].stabilisers == []
+
+
 @pytest.mark.parametrize("family", ["mpnet", "bloom"])
 def test_order_told_by_a_relative_bias_is_found_out(family: str) -> None:
     record = acted(lively(REAL[family].build), [inputs_for(REAL[family])])

@@ -141,6 +141,51 @@ def test_the_entropies_are_those_of_what_the_model_mixed_by(style: str) -> None:
             assert share.mean == pytest.approx(np.mean(_normalised(weights[:, head])), rel=1e-4)
 
 
+def soft(is_fused: bool) -> Callable[[Styled, Tensor, Tensor, Tensor], Tensor]:
+    """Logits in the hundreds beside a mask of -100 that is added: later tokens keep some weight in some rows. Behind the softmax
+    stands a column of zeros, which takes most of other rows."""
+
+    def mix(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = -100.0 * torch.ones(q.shape[2], q.shape[2], dtype=q.dtype).triu(1)
+        q = 25 * q
+        logits = q @ k.mT / q.shape[-1] ** 0.5 + mask
+        weights = torch.cat([logits, torch.zeros_like(logits[..., :1])], -1).softmax(-1)[..., :-1]
+        self.seen.append(weights)
+        if not is_fused:
+            return weights @ v
+        k, v = (nn.functional.pad(t, (0, 0, 0, 1)) for t in (k, v))
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=nn.functional.pad(mask, (0, 1)))
+
+    return mix
+
+
+@pytest.mark.parametrize("is_fused", [False, True], ids=["product", "fused"])
+def test_a_pair_is_forbidden_where_it_has_no_share_of_its_row_whatever_a_sink_takes(is_fused: bool) -> None:
+    """A pair that a mask lowers and that keeps more than 1e-30 of its row's largest weight is a key of that row, in that head."""
+    model = StyledModel(soft(is_fused)).double().eval()  # where no weight underflows
+    batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
+    record = uc.diagnose(model, batches=[batch]).record
+    leaking = 0
+    for number, block in enumerate(model.blocks):
+        assert isinstance(block, StyledBlock)
+        block.attention.seen.clear()
+        with torch.no_grad():
+            model(**batch)
+        for head, weights in enumerate(block.attention.seen[-1].double().numpy().transpose(1, 0, 2, 3)):
+            found: list[list[float]] = [[] for _ in weights]
+            for sequence, i in np.ndindex(3, 11):
+                row = weights[sequence, i]
+                keys = (np.arange(11) <= i) | (row > 1e-30 * row.max())
+                leaking += int(keys[i + 1 :].sum())
+                p = row[keys] / max(row[keys].sum(), 1e-300)
+                if row.max() > 0 and keys.sum() > 1:
+                    found[sequence].append(float(-(p[p > 0] * np.log(p[p > 0])).sum() / math.log(keys.sum())))
+            share = next(a for a in record.attention if (a.block, a.head) == (number, head)).normalized_entropy
+            assert share is not None
+            assert share.mean == pytest.approx(np.mean([np.mean(of) for of in found]), rel=1e-3)
+    assert leaking > 50
+
+
 def _normalised(weights: np.ndarray) -> list[float]:
     """Entropy over log T of every row that is allowed T > 1 keys, of weights [sequence, query, key] of a causal head."""
     rows = [row[: i + 1] for one in weights for i, row in enumerate(one) if i]
@@ -191,3 +236,27 @@ def test_a_longer_text_is_not_measured_by_its_first_queries_alone() -> None:
     for head in uc.diagnose(model, batches=batches).record.attention:
         assert head.entropy is None
         assert head.unavailable["entropy"]
+
+
+def test_queries_in_chunks_are_read_for_texts_of_every_length() -> None:
+    """Each batch by itself is proved on as many chunks as it has, however many were met before; so is what is taken away."""
+    model, whole = StyledModel(chunked).eval(), StyledModel(unchunked).eval()
+    whole.load_state_dict(model.state_dict())
+    for length in (11, 7, 14, 11):
+        batch = {"idx": torch.randint(0, 32, (3, length), generator=torch.Generator().manual_seed(1))}
+        records = [uc.diagnose(each, batches=[batch]).record for each in (model, whole)]
+        for head, want in zip(records[0].attention, records[1].attention, strict=True):
+            assert head.entropy is not None, head.unavailable
+            assert want.entropy is not None
+            assert head.entropy.mean == pytest.approx(want.entropy.mean, rel=1e-4)
+        outputs, written = [], []
+        for each in (model, whole):
+            with torch.no_grad(), uc.without(each, "mask", batch=batch):
+                outputs.append(each(**batch))
+            written.append(next(c.contributions for c in uc.head_contributions(each, batch) if c.block == 1))
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(written[0], written[1], rtol=1e-4, atol=1e-4)
+
+
+def unchunked(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return causal(q @ k.transpose(-1, -2)).softmax(-1) @ v

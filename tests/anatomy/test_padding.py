@@ -211,3 +211,87 @@ def test_a_mask_of_the_usual_name_may_be_true_for_padding() -> None:
     given = {"words": words, "attention_mask": torch.zeros_like(words)}
     (stack,) = proved_anatomy(TrueForPadding().eval(), given).stacks
     assert [(mask.tensor, mask.real) for mask in stack.masks] == [("attention_mask", False)]
+
+
+class Inverted(nn.Module):
+    """A 1 in its mask stands for padding, whatever the mask is called; forbidden pairs are told to a fused call, or filled in."""
+
+    def __init__(self, *, is_fused: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.block, self.is_fused, self.is_causal = nn.Embedding(32, WIDTH), MaskedBlock(), is_fused, True
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x, block = self.embed(input_ids), self.block
+        q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in block.qkv(block.norm(x)).chunk(3, -1))
+        forbidden = attention_mask.bool()[:, None, None].expand(-1, -1, x.shape[1], -1)
+        forbidden = forbidden | torch.ones(x.shape[1], x.shape[1]).triu(1).bool() if self.is_causal else forbidden
+        if self.is_fused:
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=~forbidden)
+        else:
+            mixed = (q @ k.mT).masked_fill(forbidden, -1e9).softmax(-1) @ v
+        x = x + block.out(mixed.transpose(1, 2).flatten(2))
+        return x + block.mlp(x)
+
+
+@pytest.mark.parametrize("is_left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_a_mask_is_not_taken_at_its_name(is_left: bool, is_fused: bool) -> None:
+    """A few tokens that the name calls real are all padding: they tell nothing about the mask, and others are looked at."""
+    given = batch(is_left, tokens=11)
+    padded = {"input_ids": given["words"], "attention_mask": 1 - given["keep"]}
+    model, real = Inverted(is_fused=is_fused).eval(), given["keep"].bool()
+    assert uc.diagnose(model, batches=[padded]).record.probe.tokens == int(real.sum())
+    uc.forget(model)
+    with uc.without(model, "mask", batch=padded):
+        found = model(**padded)[real]
+    model.is_causal = False
+    torch.testing.assert_close(found, model(**padded)[real])
+
+
+def test_a_mask_that_leaves_one_token_of_the_first_is_told_from_others() -> None:
+    """Its name says nothing, and the first seven columns hold a single real token: no two of them reach each other."""
+
+    class Named(Inverted):
+        def forward(self, words: Tensor, hide: Tensor) -> Tensor:
+            return super().forward(words, hide)
+
+    generator = torch.Generator().manual_seed(1)
+    hide = torch.zeros(4, 9, dtype=torch.bool)
+    hide[:, :6] = True
+    given = {"words": torch.randint(0, 32, hide.shape, generator=generator), "hide": hide}
+    model = Named(is_fused=True).eval()
+    with uc.without(model, "mask", batch=given):
+        found = model(**given)[~hide]
+    model.is_causal = False
+    torch.testing.assert_close(found, model(**given)[~hide])
+
+
+def test_a_mask_of_which_nothing_is_known_keeps_the_causal_one_where_it_is() -> None:
+    """One real token in every sequence: whether the other tensor hides the rest, no poking can tell."""
+    hide = torch.ones(3, 9, dtype=torch.bool)
+    hide[:, -1] = False
+    given = {"input_ids": torch.arange(27).view(3, 9), "attention_mask": hide}
+    model = Inverted(is_fused=True).eval()
+    with pytest.raises(uc.UnsupportedModel), uc.without(model, "mask", batch=given):
+        model(**given)
+
+
+@pytest.mark.parametrize("is_left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_mask_that_says_nothing_of_the_models_own_beginning_is_told_token_by_token(
+    is_left: bool, is_causal: bool
+) -> None:
+    model = Masked(-1e9, is_causal=is_causal, beginning=True).eval()
+    given = batch(is_left)
+    (stack,) = proved_anatomy(model, given).stacks
+    assert [(m.tensor, m.real, m.unit, m.before) for m in stack.masks] == [("keep", True, "token", 1)]
+    record = uc.diagnose(model, batches=[given]).record
+    assert record.probe.tokens == int(given["keep"].sum()) + len(given["keep"])
+    if is_causal:  # what is left is the model that hides padded keys and nothing else
+        open_model = Masked(-1e9, is_causal=False, beginning=True).eval()
+        with torch.no_grad(), uc.without(model, "mask", batch=given):
+            without = model(**given)
+        real = torch.nn.functional.pad(given["keep"], (1, 0), value=1).bool()
+        with torch.no_grad():
+            torch.testing.assert_close(without[real], open_model(**given)[real])

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import uncollapse as uc
+from tests.helpers.residual_structures import Block as OwnBlock
+from tests.helpers.residual_structures import Stack
 from tests.helpers.tiny_models import FAMILIES, batch_for, text_batch
 from uncollapse.anatomy import proof
 from uncollapse.anatomy.examples import example
@@ -144,8 +148,8 @@ def test_the_example_is_one_sequence_of_a_few_real_tokens() -> None:
 def _tampered(monkeypatch: pytest.MonkeyPatch, change: object, family: str) -> None:
     honest = proof.read
 
-    def dishonest(*args: object) -> Anatomy:
-        anatomy = honest(*args)  # type: ignore[arg-type]
+    def dishonest(*args: object, several: bool = False) -> Anatomy:
+        anatomy = honest(*args, several=several)  # type: ignore[arg-type]
         return replace(anatomy, blocks=tuple(change(b) for b in anatomy.blocks))  # type: ignore[operator]
 
     monkeypatch.setattr(proof, "read", dishonest)
@@ -279,3 +283,74 @@ def test_the_stream_leaf_is_no_part() -> None:
     (block, *_) = proved_anatomy(tiny.build().eval(), batch_for(tiny)).blocks
     assert STREAM not in {p for r in block.residuals for p in r.parts}
     assert block.is_parallel
+
+
+class Counting(OwnBlock):
+    """Notes how deep it is, and goes another way where it finds itself inside itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.depth += 1
+        x = super().forward(x / self.depth)
+        self.depth -= 1
+        return x
+
+
+class Filling(OwnBlock):
+    """The same with a list that is filled and emptied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.inside.append(1)
+        x = super().forward(x / len(self.inside))
+        self.inside.pop()
+        return x
+
+
+class FallingBack(OwnBlock):
+    """Whatever fails is not tried again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_failed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return super().forward(x / (1 + self.has_failed))
+        except Exception:
+            self.has_failed = True
+            return super().forward(x / 2)
+
+
+class CountingStack(Stack):
+    """A whole model that does."""
+
+    def __init__(self) -> None:
+        super().__init__(OwnBlock)
+        self.depth = 0
+
+    def forward(self, idx: Tensor) -> Tensor:
+        self.depth += 1
+        x = self.embed(idx) / self.depth
+        for block in self.blocks:
+            x = block(x)
+        self.depth -= 1
+        return x
+
+
+@pytest.mark.parametrize("make", [CountingStack, *(partial(Stack, b) for b in (Counting, Filling, FallingBack))])
+def test_a_run_is_ended_only_where_its_code_would_leave_nothing_behind(make: Callable[[], Stack]) -> None:
+    """The proof runs a model and its blocks no further than it looks."""
+    model, batch = make().eval(), {"idx": torch.randint(0, 64, (3, 9))}
+    anatomy = proved_anatomy(model, batch)
+    assert [[part.kind for part in each.parts] for each in anatomy.blocks] == 3 * [["attention", "mlp"]]
+    for own in (model, *model.blocks):
+        assert getattr(own, "depth", 0) == 0
+        assert getattr(own, "inside", []) == []
+        assert not getattr(own, "has_failed", False)

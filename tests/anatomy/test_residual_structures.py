@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 import uncollapse as uc
-from tests.helpers.observing import observe
-from tests.helpers.residual_structures import STRUCTURES, HyperConnected, InPieces, ModdedNanoGPT, Owned, Stack, ViT
+from tests.helpers.observing import attention_table, entropies, observe
+from tests.helpers.residual_structures import STRUCTURES, InPieces, ModdedNanoGPT, Owned, Stack, ViT, left_out
 from tests.reference.geometry import consensus_distance, effective_rank
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.probe.sites import PLAIN_MEASURES
@@ -23,17 +23,29 @@ def tokens() -> Tensor:
     return torch.randint(0, 64, (3, 9), generator=torch.Generator().manual_seed(1))
 
 
-def own_streams(model: Owned, batch: dict[str, Tensor]) -> list[np.ndarray]:
+def own_streams(model: Owned, batch: dict[str, Tensor]) -> tuple[list[np.ndarray], list[Tensor]]:
+    """The streams that the model keeps, and the weights of every fused attention call that it makes, worked out here."""
+    weights: list[Tensor] = []
+    fused = nn.functional.scaled_dot_product_attention
+
+    def noting(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, enable_gqa: bool = False) -> Tensor:
+        keys = k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
+        logits = q.double() @ keys.mT / q.shape[-1] ** 0.5
+        later = torch.ones(logits.shape[-2:]).triu(1).bool() & is_causal
+        weights.append(logits.masked_fill(later, -torch.inf).softmax(-1))
+        return fused(q, k, v, is_causal=is_causal, enable_gqa=enable_gqa)
+
     model.seen.clear()
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(nn.functional, "scaled_dot_product_attention", noting)
         model(**batch)
-    return [stream.double().numpy() for stream in model.seen]
+    return [stream.double().numpy() for stream in model.seen], weights
 
 
 @structures
 def test_every_block_is_found_and_its_stream_measured_where_the_model_has_it(name: str) -> None:
     model, batch = STRUCTURES[name]().eval(), {"idx": tokens()}
-    streams = own_streams(model, batch)
+    streams, weights = own_streams(model, batch)
     anatomy = proved_anatomy(model, batch)
     assert [[p.kind for p in b.parts] for b in anatomy.blocks] == [["attention", "mlp"]] * (len(streams) - 1)
     observed = observe(model, [batch])
@@ -42,17 +54,16 @@ def test_every_block_is_found_and_its_stream_measured_where_the_model_has_it(nam
         for measure, reference in (("consensus_distance", consensus_distance), ("effective_rank", effective_rank)):
             got = site.plain.summary(PLAIN_MEASURES.index(measure))[0]
             assert got == pytest.approx(np.mean([reference(x, EPS) for x in stream]), rel=1e-4), (site.site, measure)
+    expected = np.array([entropies(own, None)[0] for own in weights])
+    assert attention_table(observed, "entropy") == pytest.approx(expected, abs=5e-6)
 
 
 @structures
 @pytest.mark.parametrize("gone", [("mlp",), ("attention",), ("attention", "mlp")], ids="+".join)
 def test_what_is_taken_away_is_what_the_model_leaves_out_itself(name: str, gone: tuple[str, ...]) -> None:
     model, batch = STRUCTURES[name]().eval(), {"idx": tokens()}
+    whole, expected = left_out(model, batch, gone)
     with torch.no_grad():
-        whole = model(**batch)
-        model.off = set(gone)
-        expected = model(**batch)
-        model.off = set()
         with uc.without(model, *gone, batch=batch):
             got = model(**batch)
         assert torch.equal(model(**batch), whole)
@@ -71,10 +82,9 @@ def test_a_full_diagnosis_runs(name: str) -> None:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (HyperConnected(), "added to several streams side by side"),
         (Stack(InPieces), "a sublayer of blocks.0 runs on some of the tokens at a time"),
     ],
-    ids=["hyper-connections", "in pieces"],
+    ids=["in pieces"],
 )
 def test_what_cannot_be_read_is_refused_with_its_reason(model: Owned, reason: str) -> None:
     with pytest.raises(uc.UnsupportedModel) as caught:

@@ -68,9 +68,20 @@ def test_the_ledger_is_plain_json_and_complete():
     record = json.loads(json.dumps(dataclasses.asdict(ledger), allow_nan=False))
     assert record["schema"] == LEDGER_SCHEMA == "uncollapse/ledger/1"
     assert [claim["id"] for claim in record["claims"]] == list(CLAIMS)
-    assert len(CLAIMS) == 37
+    assert len(CLAIMS) == 38
     assert set(record) == {"schema", "versions", "trials", "seed", "claims"}
-    keys = {"id", "statement", "source", "verdict", "hypotheses", "evidence", "counterexample"}
+    keys = {
+        "id",
+        "title",
+        "statement",
+        "formula",
+        "theory",
+        "source",
+        "verdict",
+        "hypotheses",
+        "evidence",
+        "counterexample",
+    }
     assert all(set(claim) == keys for claim in record["claims"])
     assert {"uncollapse", "torch", "python-flint", "python"} == set(record["versions"])
 

@@ -32,6 +32,15 @@ LEDGER = {
         UNDER,
         [({"bias": "none"}, REFUTED), ({"bias": "key"}, REFUTED), ({"rate": fmpq(1, 2)}, REFUTED)],
     ),
+    "leaders": (
+        UNDER,
+        [
+            ({"definite": False}, REFUTED),
+            ({"attention": "soft"}, REFUTED),
+            ({"values": "drawn"}, REFUTED),
+            ({"layers": 1}, REFUTED),  # chains are longer than one step
+        ],
+    ),
     "attention-never-gains-rank": (UNDER, [({"count": 2}, REFUTED), ({"sinks": True}, REFUTED)]),
     "consensus-is-invariant": (UNDER, [({"sinks": True}, REFUTED)]),
     "layernorm-affine-rank": (REFUTED, [({"regime": "saturated"}, HOLDS)]),
@@ -115,7 +124,13 @@ LEDGER = {
             ({"norm": False}, REFUTED),
         ],
     ),
-    "four-symmetries": (REFUTED, [({"collapses": ("depth", "heads")}, HOLDS)]),
+    "four-symmetries": (
+        REFUTED,
+        [
+            ({"collapses": ("depth", "heads")}, HOLDS),
+            ({"collapses": ("heads",), "mixing": "across heads"}, REFUTED),  # no weights mix the outputs of two heads
+        ],
+    ),
     "layernorm-and-distance": (REFUTED, [({"norm": False}, HOLDS)]),
     "random-residuals-are-geometric": (UNDER, [({"residual": False}, REFUTED), ({"growth": "1 + alpha"}, REFUTED)]),
     "dispersion": (HOLDS, [({"share": fmpq(9, 10)}, REFUTED)]),
@@ -125,7 +140,7 @@ LEDGER = {
         [({"limit": {torch.bfloat16: 256, torch.float16: 4096}}, REFUTED)],  # forgets the tie
     ),
     "channel-gates": (UNDER, [({"gates": "of heads"}, REFUTED)]),
-    "sinks-against-overmixing": (UNDER, [({"sink_value": 1}, REFUTED)]),
+    "sinks-against-overmixing": (UNDER, [({"sink_value": 1}, REFUTED), ({"shares": "drawn"}, REFUTED)]),
 }
 
 

@@ -107,6 +107,13 @@ def test_a_dumb_terminal_and_no_home() -> None:
     assert b"\x1b" not in out
 
 
+@pytest.mark.parametrize("home", ["-u HOME", "HOME=/no/such/home", "HOME=relative", "HOME="])
+def test_no_home_and_no_folder_for_temporary_files(home: str, tmp_path: Path) -> None:
+    code, out, err = sh(f"env {home} TMPDIR=/proc XDG_CACHE_HOME=/proc {SHOW} --quiet --html {tmp_path}/page.html")
+    assert (code, out, err) == (0, b"", b"")
+    assert (tmp_path / "page.html").read_bytes().startswith(b"<!doctype html>")
+
+
 @pytest.mark.parametrize(
     "given",
     [

@@ -8,7 +8,9 @@ import pytest
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize(("page", "count"), [("own-models.md", 5), ("symmetries.md", 2), ("monitoring.md", 5)])
+@pytest.mark.parametrize(
+    ("page", "count"), [("own-models.md", 5), ("symmetries.md", 2), ("monitoring.md", 5), ("attribution.md", 2)]
+)
 def test_the_examples_run(page: str, count: int) -> None:
     path = DOCS / page
     blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)

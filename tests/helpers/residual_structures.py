@@ -4,7 +4,7 @@ sublayers that it leaves out itself, and `seen` keeps its stream, at the embeddi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,6 +41,16 @@ class Owned(nn.Module):
     def keep(self, stream: Tensor) -> Tensor:
         self.seen.append(stream.detach().clone())
         return stream
+
+
+def left_out(model: Owned, batch: dict[str, Tensor], gone: Collection[str]) -> tuple[Tensor, Tensor]:
+    """What the model gives, and what it gives when it leaves out these sublayers itself."""
+    with torch.no_grad():
+        whole = model(**batch)
+        model.off = set(gone)
+        without: Tensor = model(**batch)
+        model.off = set()
+    return whole, without
 
 
 class Block(nn.Module):
@@ -634,15 +644,19 @@ class WithHead(Stack):
         return self.head(super().forward(idx).transpose(0, 1))
 
 
-# What is refused -------------------------------------------------------------------------------------------------------
+# Several streams side by side ------------------------------------------------------------------------------------------
+
+STREAMS = 3
 
 
 class HyperConnections(Block):
-    """Two streams on an axis of their own, mixed before and behind each sublayer."""
+    """Fixed weights: three streams on an axis of their own, mixed before and behind each sublayer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.mix, self.read, self.write = (nn.Parameter(torch.rand(size)) for size in ((2, 2), (2,), (2,)))
+        self.mix, self.read, self.write = (
+            nn.Parameter(torch.rand(size)) for size in ((STREAMS, STREAMS), (STREAMS,), (STREAMS,))
+        )
 
     def forward(self, h: Tensor) -> Tensor:
         for sublayer in (self.attend, self.think):
@@ -651,15 +665,174 @@ class HyperConnections(Block):
         return h
 
 
-class HyperConnected(Stack):
+class DynamicHyperConnection(nn.Module):
+    """Zhu et al., Hyper-Connections (2409.19606), algorithm 2: the weights of each token are made from its streams."""
+
     def __init__(self) -> None:
-        super().__init__(HyperConnections)
+        super().__init__()
+        start = torch.zeros(STREAMS, 1 + STREAMS)
+        start[0, 0] = 1
+        start[:, 1:] = torch.eye(STREAMS)
+        self.static_alpha, self.static_beta = nn.Parameter(start), nn.Parameter(torch.ones(STREAMS))
+        self.dynamic_alpha = nn.Parameter(0.3 * torch.randn(WIDTH, 1 + STREAMS))
+        self.dynamic_beta = nn.Parameter(0.3 * torch.randn(WIDTH))
+        self.alpha_scale, self.beta_scale = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.5))
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def width(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        normed = self.norm(h)
+        alpha = torch.tanh(normed @ self.dynamic_alpha) * self.alpha_scale + self.static_alpha
+        beta = torch.tanh(normed @ self.dynamic_beta) * self.beta_scale + self.static_beta
+        return alpha.transpose(-1, -2) @ h, beta
+
+    def depth(self, mixed: Tensor, update: Tensor, beta: Tensor) -> Tensor:
+        return torch.einsum("btd,btn->btnd", update, beta) + mixed[..., 1:, :]
+
+
+class DynamicHyperConnections(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.connections = nn.ModuleList(DynamicHyperConnection() for _ in range(2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        for connection, sublayer in zip(self.connections, (self.attend, self.think), strict=True):
+            assert isinstance(connection, DynamicHyperConnection)
+            mixed, beta = connection.width(h)
+            h = connection.depth(mixed, sublayer(mixed[..., 0, :]), beta)
+        return h
+
+
+class FoldedHyperConnections(DynamicHyperConnections):
+    """The streams of a sequence one after another along the first axis, as in the package hyper-connections."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        for connection, sublayer in zip(self.connections, (self.attend, self.think), strict=True):
+            assert isinstance(connection, DynamicHyperConnection)
+            mixed, beta = connection.width(h.unflatten(0, (-1, STREAMS)).movedim(1, 2))
+            update = sublayer(mixed[..., 0, :])
+            written = torch.einsum("btd,btn->btnd", update, beta).movedim(2, 1).flatten(0, 1)
+            h = written + mixed[..., 1:, :].movedim(2, 1).flatten(0, 1)
+        return h
+
+
+class ManifoldConstrained(Block):
+    """mHC (2512.24880): weights from all streams of a token together; the mixture is doubly stochastic, by Sinkhorn's iteration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = (STREAMS, STREAMS, STREAMS * STREAMS)
+        self.maps = nn.ParameterList(0.1 * torch.randn(STREAMS * WIDTH, sum(sizes)) for _ in range(2))
+        self.bias = nn.ParameterList(torch.randn(sum(sizes)) for _ in range(2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        for i, sublayer in enumerate((self.attend, self.think)):
+            made = 0.5 * (nn.functional.rms_norm(h.flatten(-2), (STREAMS * WIDTH,)) @ self.maps[i]) + self.bias[i]
+            pre, post, mix = made.split((STREAMS, STREAMS, STREAMS * STREAMS), -1)
+            mix = mix.unflatten(-1, (STREAMS, STREAMS)).exp()
+            for _ in range(5):
+                mix = mix / mix.sum(-1, keepdim=True)
+                mix = mix / mix.sum(-2, keepdim=True)
+            update = sublayer((pre.sigmoid().unsqueeze(-2) @ h).squeeze(-2))
+            h = mix @ h + 2 * post.sigmoid().unsqueeze(-1) * update.unsqueeze(-2)
+        return h
+
+
+class StreamsFirst(HyperConnections):
+    """The axis of the streams comes first."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        for sublayer in (self.attend, self.think):
+            update = sublayer((self.read[:, None, None, None] * h).sum(0))
+            h = torch.einsum("mn,nbtd->mbtd", self.mix, h) + torch.einsum("n,btd->nbtd", self.write, update)
+        return h
+
+
+class HyperConnected(Stack):
+    """Copies of the embedding, and at the end their sum."""
+
+    def __init__(self, block: Callable[[], Block] = HyperConnections) -> None:
+        super().__init__(block)
+        self.scales = nn.Parameter(torch.rand(STREAMS, 1) + 0.5)
+
+    def expanded(self, x: Tensor) -> Tensor:
+        return x[:, :, None] * self.scales
+
+    def reduced(self, h: Tensor) -> Tensor:
+        return h.sum(2)
+
+    def side_by_side(self, h: Tensor) -> Tensor:
+        """As [sequence, token, stream, width]."""
+        return h
 
     def forward(self, idx: Tensor) -> Tensor:
-        h = self.embed(idx)[:, :, None].expand(-1, -1, 2, -1)
+        h = self.expanded(self.embed(idx))
+        self.keep(self.side_by_side(h))
         for block in self.blocks:
             h = block(h)
-        return h.sum(2)
+            self.keep(self.side_by_side(h))
+        return self.reduced(h)
+
+
+class FoldedHyperConnected(HyperConnected):
+    def __init__(self) -> None:
+        super().__init__(FoldedHyperConnections)
+
+    def expanded(self, x: Tensor) -> Tensor:
+        return super().expanded(x).movedim(2, 1).flatten(0, 1)
+
+    def reduced(self, h: Tensor) -> Tensor:
+        return h.unflatten(0, (-1, STREAMS)).sum(1)
+
+    def side_by_side(self, h: Tensor) -> Tensor:
+        return h.unflatten(0, (-1, STREAMS)).movedim(1, 2)
+
+
+class StreamsFirstStack(HyperConnected):
+    def __init__(self) -> None:
+        super().__init__(StreamsFirst)
+
+    def expanded(self, x: Tensor) -> Tensor:
+        return super().expanded(x).movedim(2, 0)
+
+    def reduced(self, h: Tensor) -> Tensor:
+        return h.sum(0)
+
+    def side_by_side(self, h: Tensor) -> Tensor:
+        return h.movedim(0, 2)
+
+
+class FlatHyperConnections(HyperConnections):
+    """The streams of a token one after another along the features."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return super().forward(h.unflatten(-1, (STREAMS, WIDTH))).flatten(2)
+
+
+class FlatHyperConnected(HyperConnected):
+    def __init__(self) -> None:
+        super().__init__(FlatHyperConnections)
+
+    def expanded(self, x: Tensor) -> Tensor:
+        return super().expanded(x).flatten(2)
+
+    def reduced(self, h: Tensor) -> Tensor:
+        return h.unflatten(-1, (STREAMS, WIDTH)).sum(2)
+
+    def side_by_side(self, h: Tensor) -> Tensor:
+        return h.unflatten(-1, (STREAMS, WIDTH))
+
+
+HYPER_CONNECTED: dict[str, Callable[[], HyperConnected]] = {
+    "fixed": HyperConnected,
+    "dynamic": functools.partial(HyperConnected, DynamicHyperConnections),
+    "folded": FoldedHyperConnected,
+    "manifold-constrained": functools.partial(HyperConnected, ManifoldConstrained),
+    "streams first": StreamsFirstStack,
+    "flat": FlatHyperConnected,
+}
+
+
+# What is refused -------------------------------------------------------------------------------------------------------
 
 
 class InPieces(Block):

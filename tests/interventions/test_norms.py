@@ -21,6 +21,7 @@ from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.replaying import NotReplayable, replayed
 from uncollapse.anatomy.tracing import trace
 from uncollapse.anatomy.vocabulary import Anatomy
+from uncollapse.interventions import overlooked_norms
 from uncollapse.interventions import without as interventions
 from uncollapse.interventions.without import COMPONENTS, require_effect
 from uncollapse.probe.sublayers import norm_records
@@ -496,5 +497,15 @@ def test_a_norm_that_was_overlooked_is_not_left_in_silence(
     monkeypatch.setattr(interventions, "anatomy_for", lambda *_: wrong)
     with pytest.raises(uc.UnsupportedModel, match="a norm that was overlooked"), uc.without(model, "norm"):
         pass
+    read, asked = overlooked_norms._read, []
+    monkeypatch.setattr(overlooked_norms, "_read", lambda *given: asked.append(given) or read(*given))
+    with overlooked_norms.asked_once():
+        for _ in range(2):
+            with uc.without(model, "norm", blocks=[0]):
+                pass
+            with pytest.raises(uc.UnsupportedModel, match="a norm that was overlooked"), uc.without(model, "norm"):
+                pass
+    assert len(asked) == 3 + 2 * 3  # a refusal is found out anew
     with uc.without(model, "norm", blocks=[0]):
         pass
+    assert len(asked) == 4 * 3

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import uncollapse as uc
 from tests.helpers.tiny_models import FAMILIES, text_batch
-from uncollapse.judgement import attribution
+from uncollapse.judgement import identifiability
+from uncollapse.measures.weight_marks import weight_marks
 from uncollapse.records.diagnosis import HeadsRecord
 
 GIVEN = [text_batch()]
@@ -27,20 +28,20 @@ def weight(model: nn.Module) -> nn.Parameter:
 
 
 def from_weights(records: list[HeadsRecord]) -> list[tuple[object, ...]]:
-    return [tuple(getattr(r, name) for name in attribution.FROM_WEIGHTS) for r in records]
+    return [tuple(getattr(r, name) for name in identifiability.FROM_WEIGHTS) for r in records]
 
 
 @pytest.fixture
 def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Every matrix whose figures are computed."""
     met: list[Tensor] = []
-    compute = attribution._weight_figures
+    compute = identifiability._weight_figures
 
     def counted(matrix: Tensor, count: int) -> dict[str, object]:
         met.append(matrix)
         return compute(matrix, count)
 
-    monkeypatch.setattr(attribution, "_weight_figures", counted)
+    monkeypatch.setattr(identifiability, "_weight_figures", counted)
     return met
 
 
@@ -81,7 +82,7 @@ def test_changed_weights_are_looked_into_anew(change: str, decomposed: list[Tens
     CHANGES[change](weight(model))
     changed = uc.identify(model, batches=GIVEN).heads
     assert len(decomposed) == 1
-    attribution._remembered.clear()
+    identifiability._remembered.clear()
     assert from_weights(uc.identify(model, batches=GIVEN).heads) == from_weights(changed)
 
 
@@ -99,17 +100,17 @@ def test_a_cut_of_a_larger_parameter_is_known_again() -> None:
     """Its bits begin in the middle of a word."""
     whole = torch.randn(1 + 8 * 3, dtype=torch.bfloat16)
     cut = whole[1:].view(8, 3)
-    marks = attribution._marks(cut)
-    assert all(map(torch.equal, marks, attribution._marks(cut.clone().as_strided((8, 3), (3, 1)))))
+    marks = weight_marks(cut)
+    assert all(map(torch.equal, marks, weight_marks(cut.clone().as_strided((8, 3), (3, 1)))))
     whole[7] += 1
-    assert not torch.equal(marks[0], attribution._marks(cut)[0])
+    assert not torch.equal(marks[0], weight_marks(cut)[0])
 
 
 def test_what_is_remembered_keeps_no_model_alive() -> None:
     model = built()
     uc.identify(model, batches=GIVEN)
     alive = weakref.ref(model)
-    assert model in attribution._remembered
+    assert model in identifiability._remembered
     del model
     gc.collect()
     assert alive() is None

@@ -595,6 +595,14 @@ def test_keys_within_reach_are_counted_from_the_strongest_of_the_others(scale: f
         assert rows.keys_within_reach[0, head, query].item() == pytest.approx(expected, nan_ok=True)
 
 
+def test_a_key_out_of_reach_counts_where_the_strongest_has_rivals() -> None:
+    k = torch.tensor([0.0, -1.0, -2.0, *[-50.0] * 15, -100.0, -300.0])
+    rows = mixing.row_statistics(torch.ones(1, 1, 1, 1), k.view(1, 1, -1, 1), scale=1.0)
+    assert rows.keys_within_reach.item() == pytest.approx(17 / 19)
+    others = torch.softmax(k[1:].double(), -1)
+    assert rows.rest_entropy.item() == pytest.approx(float(torch.special.entr(others).sum()) / math.log(19), abs=1e-6)
+
+
 def test_weights_that_underflowed_do_not_say_what_is_within_reach() -> None:
     """The logits do: the others are spread, however far they are below the strongest."""
     logits = torch.cat([torch.tensor([200.0]), torch.linspace(0, 1, 20)]).view(1, 1, 1, 21)

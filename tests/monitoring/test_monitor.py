@@ -214,8 +214,12 @@ def test_a_trail_that_cannot_be_written_or_is_spoilt_is_refused_at_every_look(tm
         uc.Monitor(model, batch, trail=tmp_path / "run.jsonl").step(0)
 
 
-def test_a_line_that_did_not_fit_on_the_disk_spoils_none_that_comes_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name.startswith("uncollapse")]
+
+
+def test_a_full_disk_ends_no_run_and_what_did_not_fit_is_written_once_it_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monitor = uc.Monitor(gpt2(), probe(), every=1, trail=tmp_path / "run.jsonl")
     monitor.step(0)
@@ -226,10 +230,37 @@ def test_a_line_that_did_not_fit_on_the_disk_spoils_none_that_comes_after(
 
     with monkeypatch.context() as patch:
         patch.setattr(trail, "_write", full)
-        with pytest.raises(OSError, match="No space"):
-            monitor.step(1)
+        monitor.step(1)
+        monitor.step(2)
+        assert [r.step for r in uc.load(tmp_path / "run.jsonl").readings] == [0]  # nothing half-written
+    assert [r.step for r in monitor.readings] == [0, 1, 2]
+    (warning,) = warned(caplog)  # once, in one line
+    assert warning.startswith("Monitor: expected a trail that takes more, got '")
+    assert "No space left on device" in warning
+    assert "\n" not in warning
+    monitor.step(3)
+    assert [r.step for r in uc.load(tmp_path / "run.jsonl").readings] == [0, 1, 2, 3]
+
+
+def test_a_trail_that_was_taken_away_does_not_come_back_without_its_first_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run.jsonl"
+    monitor = uc.Monitor(gpt2(), probe(), every=1, trail=path)
+    monitor.step(0)
+    path.rename(tmp_path / "kept.jsonl")
+    monitor.step(1)
+    assert not path.exists()
+    (tmp_path / "kept.jsonl").rename(path)
     monitor.step(2)
-    assert [r.step for r in uc.load(tmp_path / "run.jsonl").readings] == [0, 2]
+    assert [r.step for r in uc.load(path).readings] == [0, 1, 2]
+    assert len(warned(caplog)) == 1
+
+
+def test_a_name_that_is_not_utf_8_can_be_kept_in_a_trail(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    uc.Monitor(gpt2(), probe(), trail=path, name="caf\udce9").step(0)
+    assert uc.load(path).record.model.name == "caf\\xe9"
 
 
 def test_a_torn_last_line_is_left_out_and_repaired(tmp_path: Path) -> None:

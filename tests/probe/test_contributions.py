@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import uncollapse as uc
+from tests.helpers import tiny_models
 from tests.helpers.families import FAMILIES, Family, inputs_for
 from tests.helpers.projections import PROJECTIONS, hooked, projections, weight_of
 from tests.reference import identifiability as reference
@@ -374,3 +375,26 @@ def test_heads_of_an_attention_that_was_not_read_are_refused_behind_a_gate() -> 
 def test_it_is_a_public_name() -> None:
     assert uc.head_contributions is contributions.head_contributions
     assert uc.HeadContributions is HeadContributions
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_contributions_carry_gradients_when_asked(family: str) -> None:
+    """The derivative of what a head writes, by the values' own weights, against a difference of two passes."""
+    model, batch = tiny_models.FAMILIES[family].build().double().eval(), tiny_models.text_batch()
+    (plain,) = uc.head_contributions(model, batch, blocks=[1])
+    assert not plain.contributions.requires_grad
+    (found,) = uc.head_contributions(model, batch, blocks=[1], grad=True)
+    assert torch.equal(found.contributions, plain.contributions)
+    weight = dict(model.named_parameters())[
+        "h.1.attn.c_attn.weight" if family == "gpt2" else "layers.1.self_attn.v_proj.weight"
+    ]
+    direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(found.contributions[:, :, 2].square().sum(), weight)
+    sizes = []
+    for step in (1e-6, -1e-6):
+        with torch.no_grad():
+            weight.add_(step * direction)
+            (moved,) = uc.head_contributions(model, batch, blocks=[1])
+            weight.sub_(step * direction)
+        sizes.append(float(moved.contributions[:, :, 2].square().sum()))
+    assert float((gradient * direction).sum()) == pytest.approx((sizes[0] - sizes[1]) / 2e-6, rel=1e-4)

@@ -11,7 +11,10 @@ import transformers as hf
 from torch import Tensor, nn
 
 import uncollapse as uc
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.probe import initialisation
 from uncollapse.records.common import Finding
+from uncollapse.sources import default_texts
 
 Make = Callable[[], Any]
 _TEXT = {
@@ -60,9 +63,8 @@ def width(given: Any) -> list[Finding]:
 @pytest.mark.parametrize("name", FRESH)
 def test_a_fresh_model_is_told_with_the_reason_and_no_warning(name: str) -> None:
     found = width(model(name))
-    assert {f.block for f in found} >= {0, 1, 2} or name == "encoder"
-    assert found
-    assert {f.severity for f in found} == {"info"}
+    assert {f.block for f in found} >= {0, 1, 2} or name == "encoder"  # its larger queries and keys make it choose
+    assert {f.severity for f in found} <= {"info"}
     assert all("as it was initialised" in f.message for f in found)
 
 
@@ -85,22 +87,71 @@ def test_queries_and_keys_that_are_too_small_for_their_values_everywhere_are_a_w
     assert {f.severity for f in width(given)} == {"warning"}
 
 
-def test_attention_that_stayed_uniform_while_the_rest_was_trained_is_a_warning() -> None:
-    given = model("llama")
-    moving = [p for name, p in given.named_parameters() if "q_proj" not in name and "k_proj" not in name]
-    optimiser = torch.optim.Adam(moving, 1e-3)
-    ids = torch.randint(64, (4, 32))
-    for _ in range(3):
-        given(input_ids=ids, labels=ids).loss.backward()
+def trained(given: Any, optimiser: torch.optim.Optimizer, steps: int) -> tuple[float, float]:
+    """The losses at the first and at the last step, on English prose, six bits of each byte."""
+    text = torch.tensor(list(" ".join(default_texts(16, 0)).encode())) % 64
+    generator, losses = torch.Generator().manual_seed(2), []
+    for _ in range(steps):
+        ids = text[torch.randint(len(text) - 24, (8, 1), generator=generator) + torch.arange(24)]
+        loss = given(input_ids=ids, labels=ids).loss
+        loss.backward()
         optimiser.step()
         optimiser.zero_grad()
-    assert {f.severity for f in width(given)} == {"warning"}
+        losses.append(float(loss.detach()))
+    return losses[0], losses[-1]
+
+
+RATES = [(torch.optim.SGD, rate) for rate in (1e-3, 3e-2)] + [(torch.optim.AdamW, rate) for rate in (1e-5, 1e-3, 3e-3)]
+
+
+@pytest.mark.parametrize(("kind", "rate"), RATES)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_first_steps_of_an_optimiser_are_no_fault_yet(name: str, kind: Any, rate: float) -> None:
+    given = model(name)
+    for steps in (1, 4):
+        trained(given, kind(given.parameters(), rate), steps)
+        found = width(given)
+        assert found
+        assert {f.severity for f in found} == {"info"}
+
+
+def with_gains_reset(given: Any) -> None:
+    with torch.no_grad():
+        for name, parameter in given.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def test_gains_that_were_reset_do_not_make_a_few_steps_look_like_none() -> None:
+    given = model("gpt2")
+    trained(given, torch.optim.AdamW(given.parameters(), 3e-3), 5)
+    with_gains_reset(given)
+    found = width(given)
+    assert found
+    assert all(f.severity == "info" and "hardly trained" in f.message for f in found)
+
+
+@pytest.mark.parametrize("rate", [1e-3, 3e-3])
+@pytest.mark.parametrize("are_reset", [False, True])
+def test_attention_that_stayed_uniform_through_a_training_is_a_warning(rate: float, are_reset: bool) -> None:
+    """All but the queries and keys is trained until the loss is far lower, and the gains may be reset behind it."""
+    given = model("llama")
+    moving = [p for name, p in given.named_parameters() if "q_proj" not in name and "k_proj" not in name]
+    first, last = trained(given, torch.optim.AdamW(moving, rate), 80)
+    assert last < 0.8 * first
+    if are_reset:
+        with_gains_reset(given)
+    found = width(given)
+    assert found
+    assert "warning" in {f.severity for f in found}
 
 
 @pytest.mark.parametrize(
     "learn",
     [
-        lambda w: w.add_(torch.outer(torch.randn(w.shape[0]), torch.randn(w.shape[1])), alpha=0.01),  # a direction
+        lambda w: w.add_(
+            torch.outer(torch.randn(w.shape[0]), torch.randn(w.shape[1])), alpha=0.03
+        ),  # a direction, with two thirds of the energy
         lambda w: w.mul_(torch.linspace(0.5, 1.5, w.shape[1])),  # gains folded into it
         lambda w: w.mul_(torch.randn_like(w).abs() ** 0.7),  # heavy tails
     ],
@@ -108,7 +159,22 @@ def test_attention_that_stayed_uniform_while_the_rest_was_trained_is_a_warning()
 def test_folded_gains_do_not_hide_what_training_did_to_a_matrix(learn: Callable[[Tensor], Tensor]) -> None:
     """All gains are 1 and there is no bias: only the matrix shows it."""
     given = model("llama")
+    assert {f.severity for f in width(given)} == {"info"}  # remembered of the weights as they are now
     with torch.no_grad():
         for layer in given.model.layers:
             learn(layer.mlp.down_proj.weight)
     assert {f.severity for f in width(given)} == {"warning"}
+
+
+def test_a_vector_that_is_not_finite_is_not_where_it_starts() -> None:
+    (trace,) = initialisation._against_start(torch.tensor([1.0, torch.nan]), [])
+    assert trace.share >= 1
+
+
+def test_parameters_without_entries_say_nothing() -> None:
+    """Of a model whose weights are elsewhere (partitioned over processes) they are all that is here."""
+    given = model("llama")
+    anatomy = proved_anatomy(given, {"input_ids": torch.arange(14).view(2, 7)})
+    for layer in given.model.layers:
+        layer.input_layernorm.weight = nn.Parameter(torch.empty(0))
+    assert initialisation.evidence(given, anatomy, [0])[0].initial

@@ -16,9 +16,8 @@ from tests.helpers.observing import observe
 from tests.helpers.tiny_models import FAMILIES, text_batch
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.measures import geometry, mixing
-from uncollapse.measures import heads as head_measures
 from uncollapse.measures.running import Running
-from uncollapse.probe import sites
+from uncollapse.probe import projections, sites
 from uncollapse.probe.attention import ATTENTION_MEASURES
 from uncollapse.probe.passes import WATCHED, Observations, Watched, capture
 
@@ -119,13 +118,13 @@ def test_identify_measures_no_token_cloud_and_no_row(monkeypatch: pytest.MonkeyP
 def test_ablate_measures_no_row_and_no_energy_but_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = built("llama"), padded()
     energies: list[int] = []
-    energy = head_measures.contribution_energy
+    sizes = projections.written_sizes
 
     def counted(*given: Any, **named: Any) -> torch.Tensor:
         energies.append(1)
-        return energy(*given, **named)
+        return sizes(*given, **named)
 
-    monkeypatch.setattr(head_measures, "contribution_energy", counted)
+    monkeypatch.setattr(projections, "written_sizes", counted)
     decomposed: list[int] = []
     decompose = mixing.leading_singular_values
 

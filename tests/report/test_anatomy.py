@@ -135,7 +135,7 @@ def _no_figures(site: Any) -> dict[str, None]:
     return {
         name: None
         for name, value in vars(site).items()
-        if name not in ("site", "block", "stack", "unavailable", "not_finite") and value is not None
+        if name not in ("site", "block", "stack", "unavailable", "not_finite", "streams") and value is not None
     }
 
 

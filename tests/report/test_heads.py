@@ -277,7 +277,7 @@ def test_copies_name_each_other_and_their_finding_leads_to_the_block(pages: dict
     assert severities["one-self-2-6"] is None
 
 
-def test_every_block_has_a_small_map_with_its_verdict_in_words(
+def test_every_block_has_a_small_map_with_its_verdict_where_verdicts_differ(
     records: dict[str, IdentifiabilityRecord], pages: dict[str, Page]
 ) -> None:
     for name in RECORDS:
@@ -290,9 +290,13 @@ def test_every_block_has_a_small_map_with_its_verdict_in_words(
         assert len(shown.attributes("canvas")) == len(maps)
         data = next(json.loads(text) for a, text in shown.scripts if a.get("id") == "chosen-blocks")
         assert [len(d["overlap"]) for d in data] == [h.heads if h.write_space_overlap else 0 for h in heads]
-        signs = [a["data-sign"] for a in shown.attributes("span") if "data-sign" in a][-len(maps) :]
+        signs = [a["data-sign"] for a in shown.attributes("span") if "data-sign" in a]
         wanted = {"attributable": "✓", "attributable with care": "!", "not attributable": "✗", "": "?"}
-        assert signs == [wanted[short(h.verdict or "")] for h in heads]
+        verdicts = [wanted[short(h.verdict or "")] for h in heads]
+        if len(set(verdicts)) == 1:  # said once, in the answer, and not under every map
+            assert len(signs) <= 1
+        else:
+            assert signs[-len(maps) :] == verdicts
 
 
 # The page as a page -----------------------------------------------------------------------------------------------------

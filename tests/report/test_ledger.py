@@ -13,7 +13,9 @@ from dataclasses import replace
 from fractions import Fraction
 from html.parser import HTMLParser
 from importlib import resources
+from pathlib import Path
 from typing import Any, get_args
+from xml.etree import ElementTree
 
 import jsonschema
 import pytest
@@ -135,7 +137,7 @@ def test_every_claim_stands_there_with_statement_source_verdict_and_hypotheses(l
     assert list(read.rows)[: len(ledger.claims)] == [claim.id for claim in ledger.claims]
     for claim in ledger.claims:
         words = flat(read.words[claim.id])
-        assert read.badges[claim.id] == claim.verdict
+        assert read.badges[claim.id] == wording.badge(claim.verdict)
         for text in (claim.statement, claim.source, *claim.hypotheses):
             assert flat(text) in words
 
@@ -180,6 +182,49 @@ def test_counterexamples_are_matrices_that_one_can_copy(ledger: Ledger, read: Re
     assert seen > 40
 
 
+def test_every_formula_is_set_as_mathml_and_a_records_own_words_never_are(ledger: Ledger, read: Read) -> None:
+    formulas = [claim.formula for claim in ledger.claims if claim.formula]
+    written = json.loads(resources.files("uncollapse.report.ledger").joinpath("formulas.json").read_text("utf-8"))
+    assert set(written) == set(formulas)  # else: make formulas
+    allowed = {
+        "math",
+        "mrow",
+        "mi",
+        "mo",
+        "mn",
+        "msub",
+        "msup",
+        "msubsup",
+        "munder",
+        "mfrac",
+        "msqrt",
+        "mspace",
+        "mstyle",
+        "mtext",
+    }
+    for text in written.values():
+        names = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(text).iter()}
+        assert names <= allowed
+    assert sum(tag == "math" for tag, _ in read.elements) == len(formulas) > 30
+    foreign = draw(made(title="<b>Bold</b>", formula="<math><script>alert(1)</script></math>"))
+    assert "&lt;math&gt;&lt;script&gt;alert(1)" in foreign
+    assert "<b>Bold" not in foreign
+
+
+def test_a_claim_has_a_title_and_its_place_in_the_theory(ledger: Ledger, read: Read) -> None:
+    theory = (Path(__file__).parents[2] / "docs" / "theory.md").read_text("utf-8")
+    sections = {part.partition("\n")[0]: part for part in theory.split("\n## ")[1:]}
+    for claim in ledger.claims:
+        words = flat(read.words[claim.id])
+        assert words.startswith(claim.title)
+        assert f"docs/theory.md, {claim.theory}" in words
+        assert f"`{claim.id}`" in sections[claim.theory]
+    assert len({claim.title for claim in ledger.claims}) == len(ledger.claims)
+    older = flat(Read(draw(made())).words["an-id"])  # a record without titles
+    assert older.startswith("an-id holds A statement.")
+    assert "docs/theory.md," not in older
+
+
 def test_a_third_is_copied_as_a_third() -> None:
     assert wording.python([["1/3", "-7/2", "-4"]]) == "[[Fraction(1, 3), Fraction(-7, 2), -4]]"
     assert wording.python([["__import__('os')"]]) == """[["__import__('os')"]]"""  # no rational: only a string
@@ -188,12 +233,14 @@ def test_a_third_is_copied_as_a_third() -> None:
 def test_the_contents_list_the_claims_of_each_verdict(ledger: Ledger, read: Read) -> None:
     wanted: dict[str, list[str]] = {}
     for claim in ledger.claims:
-        wanted.setdefault(claim.verdict, []).append(claim.id)
+        wanted.setdefault(wording.badge(claim.verdict), []).append(claim.id)
     assert read.contents == wanted
     assert next(iter(read.contents)) == "refuted as stated"
     ids = [given["id"] for _, given in read.elements if "id" in given]
     assert len(ids) == len(set(ids))
-    assert {given["href"].removeprefix("#") for tag, given in read.elements if tag == "a"} <= set(ids)
+    links = {given["href"] for tag, given in read.elements if tag == "a"}
+    assert {link.removeprefix("#") for link in links if link.startswith("#")} <= set(ids)
+    assert {link.partition("#")[0] for link in links if not link.startswith("#")} == {"docs/theory.md"}
 
 
 def test_the_page_says_with_what_it_was_checked_and_how_to_read_it(ledger: Ledger, read: Read) -> None:
@@ -219,7 +266,7 @@ def test_the_policy_allows_the_pages_own_parts_and_nothing_else(read: Read) -> N
     for tag, given in read.elements:
         assert tag not in {"link", "iframe", "img", "object", "base", "form"}
         assert not {"style", "src", "onclick", "onload"} & set(given)
-        assert given.get("href", "#").startswith("#")
+        assert given.get("href", "#").startswith(("#", "docs/theory.md#"))
 
 
 def test_the_page_is_small_and_needs_no_drawing_library(ledger: Ledger) -> None:
@@ -328,7 +375,7 @@ def test_a_person_can_read_it_at_any_width(ledger: Ledger, width: int) -> None:
     blocks = text.split("\n\n")
     for claim, block in zip(ledger.claims, blocks[1:-2], strict=True):
         words = flat(block)
-        assert words.startswith(f"{claim.id} {claim.verdict} ")
+        assert words.startswith(f"{claim.id} {wording.badge(claim.verdict)} {claim.title}. ")
         assert flat(claim.statement) in words
         assert flat(claim.source) in words
         assert all(flat(hypothesis) in words for hypothesis in claim.hypotheses)

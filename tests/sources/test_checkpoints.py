@@ -18,7 +18,7 @@ from torch import nn
 import uncollapse as uc
 from tests.helpers.tokenizers import word_tokenizer
 from uncollapse.errors import InputError
-from uncollapse.sources import checkpoints, load_model
+from uncollapse.sources import checkpoint_folder, checkpoints, load_model
 
 WORDS = "the quick brown fox jumps over the lazy dog"
 LLAMA = transformers.LlamaConfig(
@@ -223,3 +223,8 @@ def test_a_configuration_nested_without_end_is_looked_through() -> None:
         configuration = [configuration]
     with pytest.raises(InputError, match="expected layers up to 100000"):
         checkpoints.require_sound_sizes("a model", configuration)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a model", "--", "a..b", "\x1b[31m"])
+def test_a_name_that_no_hub_takes_has_no_folder(name: str) -> None:
+    assert checkpoint_folder(name) is None

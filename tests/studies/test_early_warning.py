@@ -36,7 +36,7 @@ def test_the_page_counts_what_was_found_and_every_alarm_on_a_healthy_run() -> No
     failing = run(FAILING, [3.0] * 200 + [4.0] * 100, [right])
     page = document([failing, run(TWIN, [3.0] * 300, [right])])
     assert "1 of 1 failing runs" in page
-    assert "were chosen: 0 of 0" in page  # both runs have the seed on which they were
+    assert "constants of the alarms: 0 of 0" in page  # both runs have a seed on which they were chosen
     assert "1 of the 1 found runs whose loss shows it" in page
     never = document([run(FAILING, [3.0] * 300, [right]), run(TWIN, [3.0] * 300)])
     assert "0 of the 0 found runs whose loss shows it" in never

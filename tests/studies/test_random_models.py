@@ -324,6 +324,16 @@ def test_a_removal_that_removed_nothing_is_found_however_wide_the_tolerance(
     assert sum(item.verdict == "wrong" for item in inside) > len(inside) / 4
 
 
+def test_an_embedding_that_is_mixed_with_itself_may_begin_before_or_behind_that() -> None:
+    """In the model's own loop nobody can say which: a·x + b·x is the cloud of x but for its roundings, which bfloat16 shows."""
+    wrong = [item for item in compared(4700).items if item.verdict == "wrong"]
+    assert not wrong
+    (batch,) = drawn(4700).batches
+    truth = drawn(4700).truth(batch)
+    assert truth.begun is not None
+    assert 0 < apart(truth.begun / 1.2, truth.streams[0]) < 2**-7
+
+
 # Faults that are known, each with its cause; they would be listed in docs/what-is-proved.md too. None may be added.
 KNOWN_FAULTS: dict[int, str] = {}
 MOST_NOT_READ = 5  # of the 9 to 15 models in a chunk that should be read: one more than any chunk has; the aim is one
@@ -351,7 +361,14 @@ def test_no_figure_and_no_removal_is_silently_wrong(chunk: int) -> None:
         ),
         (4941, "a gate that hardly varies was one matrix to the rounding of half precision"),
         (4947, "the same, with a sink and an adapter"),
+        (4599, "a mask of -100 leaves pairs some share of a row that a sink takes"),
+        (10042, "the same without a sink, in some rows and heads only"),
+        (10082, "the model's own roundings, without its norms, are more than the tolerance: the study's fault"),
+        (10027, "queries in chunks, more of them than on the example"),
+        (10071, "a beginning of the model's own is no token, and stays where it is when tokens are permuted"),
+        (10148, "a mask says nothing of a beginning of the model's own"),
+        (10305, "a fused call's key of zeros is never padding"),
     ],
 )
-def test_what_was_silently_wrong_once_is_right(seed: int, class_of_fault: str) -> None:
+def test_what_was_wrong_or_refused_once_is_right(seed: int, class_of_fault: str) -> None:
     assert compared(seed).verdict == "right", class_of_fault

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 from studies import results
 
@@ -43,3 +46,22 @@ def test_losses_stand_beside_a_uniform_guess(losses: dict[str, float], said: str
     assert sentence.startswith(said)
     assert "Gemma-3-270M" in sentence
     assert "a uniform guess over 262,144 tokens has 12.5" in sentence
+
+
+def test_a_part_of_the_sections_does_not_take_the_place_of_the_whole_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "results.md"
+    page.write_text("whole", encoding="utf-8")
+    monkeypatch.setattr(results, "DOCUMENT", page)
+    monkeypatch.setattr(results, "SAVED", tmp_path)
+    monkeypatch.setitem(results.SECTIONS, "dong", lambda: {"a": 1})
+    results.measure("dong")
+    assert results.is_measured("dong")
+    assert not results.is_measured("trained")
+    results.document()
+    assert page.read_text(encoding="utf-8") == "whole"
+    assert "trained" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "dong.json").read_text(encoding="utf-8"))
+    (tmp_path / "dong.json").write_text(json.dumps(saved | {"fingerprint": "of other code"}), encoding="utf-8")
+    assert not results.is_measured("dong")

@@ -3,6 +3,7 @@ cases goes through to a document."""
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from studies.validity import cases, document, planting, saved, scoring
+from studies.validity import cases, document, fresh, planting, saved, scoring
 from studies.validity.models import SUBJECTS, Subject
 from torch import Tensor, nn
 
@@ -94,7 +95,11 @@ def test_a_sink_takes_the_row_and_leaves_the_rest_of_it_alone() -> None:
     assert head.rest_entropy
     assert was.rest_entropy
     assert head.rest_entropy.mean == pytest.approx(was.rest_entropy.mean, abs=0.01)
-    assert after[0] == before[0]  # another head
+    other, unmoved = after[0], before[0]
+    assert other.rest_entropy
+    assert unmoved.rest_entropy
+    assert other.rest_entropy.mean == pytest.approx(unmoved.rest_entropy.mean, rel=1e-6)  # float32, rounded elsewhere
+    assert replace(other, rest_entropy=unmoved.rest_entropy) == unmoved
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "gemma3"])
@@ -249,6 +254,27 @@ def test_what_is_kept_of_an_output_is_its_differences_between_tokens() -> None:
     assert planting.output_kept([output], [output + other], [batch]) == pytest.approx(0.5**0.5, abs=0.05)
 
 
+def test_a_reader_tells_apart_what_lies_apart_and_not_what_came_together() -> None:
+    """Eight tokens, each somewhere of its own with a little noise: all ln 8 nats. Shrunk to a hundredth they are lost to whoever
+    reads in the old scale, and turned they are lost to whoever does not learn anew."""
+    torch.manual_seed(0)
+    ids = torch.arange(8).repeat(2, 3)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    healthy = torch.randn(8, 16, dtype=torch.float64)[ids] + 0.05 * torch.randn(2, 24, 16, dtype=torch.float64)
+    learnt = planting.reader([healthy], [batch])
+    whole = learnt.told_apart([healthy], [batch])
+    assert 0.8 * math.log(8) < whole < math.log(8)
+    together = healthy.mean() + 0.01 * (healthy - healthy.mean())
+    anew = planting.reader([together], [batch], learnt.scale)
+    assert anew.told_apart([together], [batch]) < 0.1 * whole
+    turned = healthy @ torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0]
+    again = planting.reader([turned], [batch], learnt.scale)
+    assert again.told_apart([turned], [batch]) > 0.8 * whole
+    equal = torch.ones_like(healthy)
+    assert learnt.told_apart([equal], [batch]) == pytest.approx(0, abs=1e-12)
+    assert planting.reader([equal / 0], [batch]).told_apart([equal / 0], [batch]) == 0
+
+
 @pytest.mark.parametrize(("kept", "is_harmed"), [(0.51, False), (0.49, True), (None, False)])
 def test_a_change_that_takes_half_of_the_output_was_not_harmless(kept: float | None, is_harmed: bool) -> None:
     run = cases.Run({} if kept is None else {cases.OUTPUT_KEPT: kept}, None, None, [])
@@ -273,7 +299,12 @@ def test_a_few_cases_go_through_to_the_document(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setitem(SUBJECTS, name, subject)
         measured[name] = cases.measured(subject, name, "", 0.1)
     scores = scoring.Scores(measured)
-    assert (scores.deriving_models, scores.scoring_models) == (["bert"], ["gpt2"])
+    assert list(scores.measured) == ["gpt2", "bert"]
+    for name, other in (("gpt2", "bert"), ("bert", "gpt2")):  # each judged by what the other gives
+        nearest = min(
+            d for j in scores.healthy(as_shipped=True) if j.case.subject == other and (d := j.distance("WIDTH-UNIFORM"))
+        )
+        assert scores.left_out[name].unused_keys == pytest.approx(nearest / 2)
     judged = {c.plant: runs for c, runs in scores.cases(lambda c: c.subject == "gpt2")}
     copied = judged["one head made a copy of another"]
     assert (
@@ -284,6 +315,8 @@ def test_a_few_cases_go_through_to_the_document(monkeypatch: pytest.MonkeyPatch)
     assert uniform[-1].score("rank-collapse-width") > 10
     frozen = judged["logits scaled up in all blocks"]
     assert frozen[-1].score("entropy-collapse") > max(0, frozen[0].score("entropy-collapse"))
+    for name in list(fresh.MODELS)[1:]:
+        monkeypatch.delitem(fresh.MODELS, name)
     written: list[str] = []
     monkeypatch.setattr(Path, "write_text", lambda _, text, **__: written.append(text))
     document.write(measured)

@@ -29,6 +29,7 @@ from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.probing import float64_kept
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
+from uncollapse.interventions.overlooked_norms import asked_once
 from uncollapse.interventions.without import require_blocks, require_components, require_effect
 from uncollapse.interventions.without import without as taken_away
 from uncollapse.judgement.predictions import verdicts
@@ -97,20 +98,21 @@ def ablate(
     runs: list[AblationRun] = []
     first: Observations | None = None
     left_out: dict[str, str] = {}
-    for number, combination in enumerate(combinations):
-        if progress is not None:
-            progress("runs", number, len(combinations))
-        try:
-            if combination:
-                require_effect(prepared.loaded.model, combination, blocks)
-            observed, run = _run(prepared, combination, blocks, is_causal, whole)
-        except UnsupportedModel as error:
-            if without is not None or not combination:
-                raise
-            left_out[", ".join(combination)] = str(error)  # a run that nobody named: the others still say something
-            continue
-        first = first or observed
-        runs.append(run)
+    with asked_once():
+        for number, combination in enumerate(combinations):
+            if progress is not None:
+                progress("runs", number, len(combinations))
+            try:
+                if combination:
+                    require_effect(prepared.loaded.model, combination, blocks)
+                observed, run = _run(prepared, combination, blocks, is_causal, whole)
+            except UnsupportedModel as error:
+                if without is not None or not combination:
+                    raise
+                left_out[", ".join(combination)] = str(error)  # a run that nobody named: the others still say something
+                continue
+            first = first or observed
+            runs.append(run)
     if progress is not None:
         progress("runs", len(combinations), len(combinations))
     assert first is not None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from uncollapse.anatomy.interception import Point
 from uncollapse.anatomy.operands import Lead
-from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, ModuleCall, Norm, Part, Stack
+from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, ModuleCall, Norm, Part, Stack, StreamAxes
 from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
 from uncollapse.probe.attention_calls import Forbidding
 from uncollapse.probe.passes import Observations
@@ -46,11 +46,15 @@ def _block(number: int, block: Block, measured: Iterator[AttentionStatistics]) -
         stack=block.stack,
         module=block.name,
         placement=block.placement,
-        axes=None if axes is None else StreamAxesRecord(axes.sequence, list(axes.token), axes.width),
+        axes=None if axes is None else _axes(block, axes),
         axes_reason=block.axes_reason if axes is None else "",
         parts=[_part(part, next(measured) if part.kind in {"attention", "cross"} else None) for part in block.parts],
         norms=[_norm(norm) for norm in block.norms],
     )
+
+
+def _axes(block: Block, axes: StreamAxes) -> StreamAxesRecord:
+    return StreamAxesRecord(axes.sequence, list(axes.token), axes.width, axes.streams, block.entry.fold is not None)
 
 
 def _part(part: Part, statistics: AttentionStatistics | None) -> PartRecord:

@@ -6,7 +6,7 @@ judge. The result is a `Diagnosis` that can be shown, written to a file, and rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
@@ -17,12 +17,14 @@ from uncollapse.analyses.anatomy_recording import anatomy_record
 from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
 from uncollapse.analyses.recording import attention_records, model_info, probe_record, site_records, versions
 from uncollapse.analyses.result import Recorded
+from uncollapse.anatomy.interception import Point
 from uncollapse.judgement import findings
-from uncollapse.judgement.attribution import heads_records, weights_reader
+from uncollapse.judgement.identifiability import heads_records, weights_reader
 from uncollapse.judgement.order_parameters import Components, symmetry_records
 from uncollapse.probe.activity import embedding_records, part_records
 from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
 from uncollapse.probe.initialisation import evidence
+from uncollapse.probe.logit_bounds import LogitBound, logit_bounds
 from uncollapse.probe.passes import Level, Observations
 from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.common import Finding
@@ -30,7 +32,7 @@ from uncollapse.records.diagnosis import DIAGNOSIS_SCHEMA, DiagnosisRecord, Site
 from uncollapse.restoring import leaves_no_trace
 
 # Uniform attention, and sublayers that start at zero.
-AS_AT_THE_START = ("rank-collapse-width", "dead-component")
+AS_AT_THE_START = ("rank-collapse-depth", "rank-collapse-width", "dead-component")
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,20 @@ def diagnose(
 
 def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None) -> DiagnosisRecord:
     """One probe pass and one pass per context length, as one record with its findings."""
+    # Before the pass, so that whoever watches the model sees the text last.
+    bounds = logit_bounds(prepared.loaded.model, prepared.anatomy, prepared.batches[0])
     observed = prepared.captured(
         level=prepared.level, digest=weights_reader(prepared.loaded.model), progress=prepared.progress
     )
-    return prepared.judged(lambda: _judged(prepared, observed, context_lengths))
+    return prepared.judged(lambda: _judged(prepared, observed, bounds, context_lengths))
 
 
-def _judged(prepared: Prepared, observed: Observations, context_lengths: Sequence[int] | None) -> DiagnosisRecord:
+def _judged(
+    prepared: Prepared,
+    observed: Observations,
+    bounds: Mapping[tuple[int, Point], LogitBound],
+    context_lengths: Sequence[int] | None,
+) -> DiagnosisRecord:
     progress = prepared.progress
     model, anatomy = prepared.loaded.model, prepared.anatomy
     scaling = []
@@ -98,7 +107,11 @@ def _judged(prepared: Prepared, observed: Observations, context_lengths: Sequenc
             model, anatomy, prepared.batches, context_lengths, seed=prepared.seed, progress=progress
         )
     trajectory = site_records(observed)
-    attention = [record for s in observed.attention for record in attention_records(s, prepared.level)]
+    attention = [
+        record
+        for s in observed.attention
+        for record in attention_records(s, prepared.level, bounds.get((s.block, s.call.product)))
+    ]
     head_records = heads_records(observed.attention, model)
     updates = update_records(observed.updates)
     parts, embeddings = part_records(observed.parts), embedding_records(observed.embeddings)

@@ -22,7 +22,7 @@ from uncollapse.analyses.recording import model_info, probe_record, site_records
 from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.probing import float64_kept
 from uncollapse.judgement import findings
-from uncollapse.judgement.attribution import heads_records, weights_reader
+from uncollapse.judgement.identifiability import heads_records, weights_reader
 from uncollapse.probe.passes import Observations
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import HeadsRecord

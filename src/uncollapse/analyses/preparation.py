@@ -19,13 +19,14 @@ from uncollapse.anatomy.interception import ChangedPath, device_of
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import known_example, proved_anatomy
 from uncollapse.anatomy.sharded_weights import is_sharded, require_faithful, require_gatherable
+from uncollapse.anatomy.situations import sizes_of
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Layout
 from uncollapse.errors import InputError
 from uncollapse.interventions.without import is_ablated
 from uncollapse.probe.passes import Level, Observations, Progress, capture, on_device
 from uncollapse.probe.sharding import capture_shared
-from uncollapse.wrappers import class_of, seen_through, takes
+from uncollapse.wrappers import class_of, module_of, seen_through, takes
 
 DEFAULT_SEQUENCES = 64
 SAME_OUTPUT = 0.02  # of a number: what formats and kernels of two machines differ by is less, two models differ by more
@@ -130,14 +131,15 @@ class Prepared:
 
     def captured(self, **options: Any) -> Observations:
         """One probe pass, with the options of `capture`. Where the model takes another way than was proved, on account of
-        something that cannot be seen from outside, it is proved anew on the very batch, once."""
+        something that cannot be seen from outside, it is proved anew on the very batch: once, or once for each size of batch."""
         model = self.loaded.model
-        try:
-            return self._captured(**options)
-        except ChangedPath as changed:
-            if changed.batch is None or is_ablated(model):
-                raise
-            self.anatomy = proved_anatomy(model, changed.batch, self.layout, anew=True)
+        for _ in {sizes_of(batch) for batch in self.batches}:
+            try:
+                return self._captured(**options)
+            except ChangedPath as changed:
+                if changed.batch is None or is_ablated(model):
+                    raise
+                self.anatomy = proved_anatomy(model, changed.batch, self.layout, anew=True)
         return self._captured(**options)
 
     def _captured(self, **options: Any) -> Observations:
@@ -289,6 +291,7 @@ def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, he
     """The model with its tokenizer and its name; a model given by name is loaded here."""
     tokenizer, name, progress = chosen["tokenizer"], chosen["name"], chosen["progress"]
     device, dtype, device_map = chosen["device"], chosen["dtype"], chosen["device_map"]
+    model = module_of(model)
     if isinstance(model, nn.Module):
         for option, value in {
             "device": device,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections import Counter
 from importlib import metadata
@@ -11,11 +12,20 @@ import torch
 from uncollapse import __version__, sources
 from uncollapse.analyses.preparation import Prepared
 from uncollapse.anatomy.interception import device_of
+from uncollapse.measures import mixing
+from uncollapse.measures.running import Running
 from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
+from uncollapse.probe.logit_bounds import LogitBound
 from uncollapse.probe.passes import Level, Observations
-from uncollapse.probe.sites import MASSIVE_MEASURES, PLAIN_MEASURES, STREAM_MEASURES, SiteStatistics
+from uncollapse.probe.sites import (
+    MASSIVE_MEASURES,
+    PLAIN_MEASURES,
+    SIDE_BY_SIDE_MEASURES,
+    STREAM_MEASURES,
+    SiteStatistics,
+)
 from uncollapse.records.common import ModelInfo, Probe, Statistic
-from uncollapse.records.diagnosis import AttentionRecord, MassiveTokensLeftOut, ReaderRecord, SiteRecord
+from uncollapse.records.diagnosis import AttentionRecord, MassiveTokensLeftOut, ReaderRecord, SiteRecord, StreamRecord
 from uncollapse.wrappers import class_of, seen_through
 
 
@@ -64,6 +74,7 @@ def _site_record(site: SiteStatistics) -> SiteRecord:
         stack=site.stack,
         massive_tokens_left_out=MassiveTokensLeftOut(**massive),
         not_finite=site.not_finite,
+        streams=[_stream_record(number, running) for number, running in enumerate(site.side_by_side)],
         readers=[ReaderRecord(name, Statistic.of(*running.summary(0))) for name, running in site.readers.items()],
         unavailable=unavailable,
         **plain,
@@ -71,9 +82,17 @@ def _site_record(site: SiteStatistics) -> SiteRecord:
     )
 
 
-def attention_records(statistics: AttentionStatistics, level: Level) -> list[AttentionRecord]:
-    """One attention call, head by head."""
+def _stream_record(number: int, running: Running) -> StreamRecord:
+    measures = {name: Statistic.of(*running.summary(i)) for i, name in enumerate(SIDE_BY_SIDE_MEASURES)}
+    return StreamRecord(number, **measures)
+
+
+def attention_records(
+    statistics: AttentionStatistics, level: Level, bound: LogitBound | None = None
+) -> list[AttentionRecord]:
+    """One attention call, head by head. `bound`: of its logits, where somebody looked."""
     records = []
+    known = None if bound is None else bound.range
     for head in range(statistics.call.heads):
         values = {name: Statistic.of(*statistics.values.summary(i, head)) for i, name in enumerate(ATTENTION_MEASURES)}
         # A figure that one batch did not bear out is none of the whole text.
@@ -91,6 +110,9 @@ def attention_records(statistics: AttentionStatistics, level: Level) -> list[Att
                 kind=statistics.kind,
                 route=statistics.route,
                 unavailable=unavailable,
+                logit_range_bound=known,
+                disperses_beyond=None if known is None else mixing.dispersion_length(known),
+                bounded_by="" if bound is None else bound.because,
                 **values,
             )
         )
@@ -129,11 +151,14 @@ def model_info(prepared: Prepared, observed: Observations) -> ModelInfo:
     )
 
 
+_version = functools.cache(metadata.version)  # it reads a file
+
+
 def versions() -> dict[str, str]:
     """The versions of everything that a figure depends on."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "uncollapse": __version__}
     try:
-        found["transformers"] = metadata.version("transformers")
+        found["transformers"] = _version("transformers")
     except (
         metadata.PackageNotFoundError
     ):  # vendored or frozen into a program: a finished measurement is not lost for that

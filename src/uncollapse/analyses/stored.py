@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from uncollapse import records
 from uncollapse.analyses.ablation import Ablation
+from uncollapse.analyses.attribution import Attribution
 from uncollapse.analyses.comparison import Comparison
 from uncollapse.analyses.diagnosis import Diagnosis
 from uncollapse.analyses.heads import Identifiability
 from uncollapse.analyses.result import Recorded
 from uncollapse.analyses.symmetries import Symmetries
 from uncollapse.records.ablation import AblationRecord
+from uncollapse.records.attribution import AttributionRecord
 from uncollapse.records.comparison import ComparisonRecord
 from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.records.heads import IdentifiabilityRecord
@@ -38,7 +40,7 @@ class Trail(Recorded[TrailRecord]):
 
 def load(
     path: str | os.PathLike[str],
-) -> Diagnosis | Ablation | Identifiability | Symmetries | Recorded[Ledger] | Comparison | Trail:
+) -> Diagnosis | Ablation | Identifiability | Symmetries | Recorded[Ledger] | Attribution | Comparison | Trail:
     """A stored record, as the result that wrote it: it can be shown, drawn as a page and written again.
 
     path: a file that `to_json` or `--json` wrote, by this version or an earlier one. The record's `schema` says what comes back:
@@ -62,5 +64,7 @@ def load(
             return Recorded(record)
         case ComparisonRecord() as record:
             return Comparison(record)
+        case AttributionRecord() as record:
+            return Attribution(record)
         case TrailRecord() as record:
             return Trail(record)

@@ -22,7 +22,6 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from uncollapse.analyses.diagnosis import observe
 from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
@@ -35,12 +34,14 @@ from uncollapse.anatomy.vocabulary import Block, StreamAxes
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.interventions.without import removed as taken_away
 from uncollapse.probe.context_lengths import require_context_lengths
+from uncollapse.probe.norms_before import with_norms_before
 from uncollapse.records.common import Finding, Phenomenon, Statistic
-from uncollapse.records.diagnosis import DiagnosisRecord
+from uncollapse.records.diagnosis import AttentionRecord, DiagnosisRecord
 from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord, SymmetryRecord, SymmetryTest
 from uncollapse.restoring import leaves_no_trace
 from uncollapse.symmetry.acting import acting, drawn, transformed
 from uncollapse.symmetry.channels import Channels, channels_of
+from uncollapse.symmetry.norm_gauge import NormGauge
 from uncollapse.symmetry.pass_groups import KeyPermutation, LogitScaling, LogitShift, TokenPermutation
 from uncollapse.symmetry.weight_groups import HeadPermutation, QueryKeyGauge, ValueOutputGauge, WeightElement
 
@@ -107,7 +108,7 @@ def symmetries(
 def _acted(prepared: Prepared, diagnosis: DiagnosisRecord) -> SymmetriesRecord:
     """The groups act, and what they show completes the diagnosis."""
     acted = _Acting(prepared)
-    tests, stabilisers = acted.tests(), acted.stabilisers()
+    tests, stabilisers = acted.tests(), acted.stabilisers(diagnosis.attention)
     return SymmetriesRecord(
         schema=SYMMETRIES_SCHEMA,
         versions=diagnosis.versions,
@@ -179,25 +180,26 @@ class _Acting:
             {k: v.to(device) if isinstance(v, Tensor) else v for k, v in piece.items()}
             for piece in _pieces(prepared.batches)
         ]
-        self.channels = channels_of(self.model, self.anatomy, self.pieces[0])
+        self.channels = with_norms_before(
+            self.model, self.anatomy, channels_of(self.model, self.anatomy, self.pieces[0]), self.pieces[0]
+        )
         self.done = 0
 
     def tests(self) -> list[SymmetryTest]:
         """Every group, with and without the components that may break its symmetry."""
         found = [*self._token_permutations(), *self._key_permutations()]
-        found += [self._gauge(group, action) for group, action in _GAUGES]
+        norms = any(NormGauge.surviving(c).survives for c in self.channels)  # else it has nothing to act on, and no row
+        found += [self._gauge(group, action) for group, action in _GAUGES if norms or group is not NormGauge]
         found += [self._logit_shift(), self._query_key_scaling(), self._logit_scaling()]
         if self.progress is not None:
             self.progress("symmetries", _TESTS, _TESTS)
         return found
 
-    def stabilisers(self) -> dict[Phenomenon, list[str]]:
-        """What only shows when the model runs: sinks beside the keys, and a cap on the logits."""
-        capped = _SoftCap(self.pieces[0])
-        with probing(self.model, self.seed), capped:
-            self.model(**self.pieces[0])
+    def stabilisers(self, attention: Sequence[AttentionRecord]) -> dict[Phenomenon, list[str]]:
+        """What only shows when the model runs: sinks beside the keys, and a cap that was shown to bound the logits."""
+        capped = any(a.logit_range_bound is not None and "soft cap" in a.bounded_by for a in attention)
         sinks = ["attention sinks"] * any(c.sinks for c in self.channels)
-        return {"rank-collapse-depth": sinks, "entropy-collapse": ["logit soft cap"] * capped.found}
+        return {"rank-collapse-depth": sinks, "entropy-collapse": ["logit soft cap"] * capped}
 
     # Token and key permutations -----------------------------------------------------------------------------------
     def _token_permutations(self) -> Iterator[SymmetryTest]:
@@ -434,6 +436,7 @@ _GAUGES: tuple[tuple[type[WeightElement], str], ...] = (
     (ValueOutputGauge, "value-output gauge"),
     (HeadPermutation, "head permutation"),
     (QueryKeyGauge, "query-key gauge"),
+    (NormGauge, "layer-norm gauge"),
 )
 _TESTS = 4 + 4 + len(_GAUGES) + 3
 
@@ -463,23 +466,6 @@ class _Rounding:
             return None
         signs = torch.randint(0, 2, stream.shape, generator=self.generator).to(stream) * 2 - 1
         return stream * (1 + torch.finfo(stream.dtype).eps * signs)
-
-
-class _SoftCap(TorchFunctionMode):
-    """Whether anything of the shape of logits passes a hyperbolic tangent."""
-
-    def __init__(self, piece: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.lengths = {v.shape[1] for v in piece.values() if isinstance(v, Tensor) and v.ndim >= 2}
-        self.found = False
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (torch.tanh, Tensor.tanh) and args[0].ndim >= 3:
-            queries, keys = args[0].shape[-2:]
-            self.found |= queries == keys and queries in self.lengths
-        return func(*args, **(kwargs or {}))
 
 
 def _pieces(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ When not to use it: to change what a model computes. Nothing here outlasts the c
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,15 +20,12 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.autocast import AutocastState
 from uncollapse.anatomy.carrying import Observer
-from uncollapse.anatomy.interception import Handler, Point, in_turn
-from uncollapse.anatomy.operands import (
-    UnreadableError,
-)
-from uncollapse.anatomy.output_maps import (
-    giving,
-    opening,
-    output_map,
-)
+from uncollapse.anatomy.interception import Handler, Point, in_turn, is_putting_another, putting_another
+from uncollapse.anatomy.module_states import ModuleStates
+from uncollapse.anatomy.operands import UnreadableError
+from uncollapse.anatomy.output_maps import giving, opening, output_map
+from uncollapse.anatomy.probing import seed_all
+from uncollapse.anatomy.reading import has_own_hooks
 from uncollapse.anatomy.snapshots import copied
 from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.summands import summand, with_operands
@@ -39,6 +37,7 @@ from uncollapse.anatomy.vocabulary import (
     ModuleCall,
     Part,
     Place,
+    StreamAxes,
     removal,
 )
 from uncollapse.restoring import restoring
@@ -86,7 +85,7 @@ def blocks_alone(
 
 
 def output_of(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
-    torch.manual_seed(0)
+    seed_all(0)
     return tensors_of(model(**batch))
 
 
@@ -94,21 +93,21 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [t.detach().clone() for t in tensors_in(output) if t.is_floating_point()]
 
 
-class _AllSeenError(Exception):
-    """Ends a pass behind the last block that was asked for."""
+class _AllSeenError(BaseException):
+    """Ends a pass, or a block's run, behind the last thing that was asked for. No `Exception`: the model's code may catch those."""
 
 
 def observe_blocks(
     model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, *, to_the_end: bool = True
 ) -> list[BlockRun]:
     """One pass that records each block's arguments, stream and additions; everything is cloned where it is met."""
-    runs = [BlockRun() for _ in anatomy.blocks]
+    runs, found = [BlockRun() for _ in anatomy.blocks], ModuleStates(model)
     handlers: dict[Point, list[Handler]] = {}
     actions: list[tuple[Place, Action]] = []
     for block, run in zip(anatomy.blocks, runs, strict=True):
         actions += [(block.entry, _keeping(run, "stream")), (block.exit, _keeping(run, "output"))]
         if not to_the_end:
-            actions.append((block.exit, lambda _: _end_where_all(runs)))
+            actions.append((block.exit, lambda _: _end_where_all(runs, found)))
         for point, handler in recorders(block, run).items():
             handlers.setdefault(point, []).append(handler)
     devices = {p.device.type for p in model.parameters()} - {"meta"}
@@ -137,8 +136,9 @@ def observe_blocks(
     return runs
 
 
-def _end_where_all(runs: list[BlockRun]) -> None:
-    if all(run.output is not None for run in runs):
+def _end_where_all(runs: list[BlockRun], found: ModuleStates) -> None:
+    """End a pass where all is seen and its code holds nothing that it would let go of: a counter, a flag, a cache."""
+    if all(run.output is not None for run in runs) and found.is_untouched():
         raise _AllSeenError
 
 
@@ -209,6 +209,18 @@ def observing(observe: Observer) -> Handler:
     return handler
 
 
+def _ending(handler: Handler, is_all: Callable[[], bool]) -> Handler:
+    """A handler that ends the run where behind it nothing is wanted any more."""
+
+    def ending(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = handler(function, args, kwargs)
+        if is_all():
+            raise _AllSeenError
+        return output
+
+    return putting_another(ending) if is_putting_another(handler) else ending
+
+
 def _shaken(value: Any) -> Any:
     """Nested arguments with noise on every floating-point tensor."""
     if isinstance(value, Tensor):
@@ -247,14 +259,32 @@ class BlockAlone:
             for operand, leaves in enumerate(node.leaves):
                 if leaves == {part}:
                     handlers[node.point] = adding(added, operand)
+        wanted = len(handlers)
         for point, handler in (further or {}).items():
             handlers[point] = in_turn(handlers[point], handler) if point in handlers else handler
-        output = self._replay(others, stream, handlers, actions=actions)
+
+        def is_all() -> bool:
+            return 0 < wanted == len(added) and all(t.shape == self.stream.shape for t in added)
+
+        output = self._replay(others, stream, handlers, actions=actions, is_all=is_all)
+        added = [self._as_streams(each) for each in added]
         if not added or any(t.shape != added[0].shape for t in added):
             return output
         if added[0].shape != self.stream.shape == output.shape:  # some of the tokens, or axes in another order
             return output - self._replay(tuple(range(len(self.block.parts))), stream)
         return added[0] if len(added) == 1 else torch.stack(added).sum(0)
+
+    def _as_streams(self, value: Tensor) -> Tensor:
+        """A summand of an addition, laid out as several streams are: with an axis of their own, and for each of them."""
+        if not any(part.read for part in self.block.parts):
+            return value
+        fold = self.block.entry.fold
+        if fold is not None and value.ndim == self.stream.ndim - 1 and not value.shape[fold.axis] % fold.streams:
+            value = fold.opened(value)
+        fits = value.ndim == self.stream.ndim and all(
+            a in {1, b} for a, b in zip(value.shape, self.stream.shape, strict=True)
+        )
+        return value.expand(self.stream.shape) if fits else value
 
     def written(self, number: int, pattern: Tensor, part: Part | None = None) -> Tensor:
         """What the heads of an attention write together, [sequence, token, width], where `pattern` [sequence, head, token, width]
@@ -269,10 +299,15 @@ class BlockAlone:
         keep = observing(lambda *call: seen.append(next(tensors_in(call[3])).detach().clone()))
         own = handlers.get(part.written)
         handlers[part.written] = keep if own is None else in_turn(keep, own)
-        self._replay(others, None, handlers)
-        if axes is None or not seen or seen[-1].shape != self.stream.shape:
+        self._replay(others, None, handlers, is_all=lambda: bool(seen))
+        if axes is None or not seen or not self._is_laid(seen[-1], axes):
             raise UnreadableError("what its heads write together is not laid out as the stream is")
-        return axes.cloud(seen[-1])
+        return axes.within.cloud(seen[-1])
+
+    def _is_laid(self, made: Tensor, axes: StreamAxes) -> bool:
+        """Whether what a sublayer makes is laid out as its stream is; of several side by side, as one of them."""
+        shape = [size for axis, size in enumerate(self.stream.shape) if axis != axes.streams]
+        return list(made.shape) == shape
 
     @staticmethod
     def _giving(part: Part, pattern: Tensor) -> dict[Point, Handler]:
@@ -295,7 +330,7 @@ class BlockAlone:
         if written is not None:
             others = tuple(i for i in range(len(self.block.parts)) if i != number)
             keep = observing(lambda *call: seen.append(next(tensors_in(call[3])).clone()))
-            self._replay(others, stream, {written: keep})
+            self._replay(others, stream, {written: keep}, is_all=lambda: bool(seen))
         if not seen or seen[-1].shape != self.stream.shape:
             raise UnreadableError("what its heads write together is not laid out as the stream is")
         return seen[-1]
@@ -328,10 +363,14 @@ class BlockAlone:
         watching: Mapping[Point, Handler] | None = None,
         poke_memory: bool = False,
         actions: Sequence[tuple[Place, Action]] = (),
+        hold: bool = True,
+        is_all: Callable[[], bool] | None = None,
     ) -> Tensor:
         """The block's output on its own arguments with some parts removed, optionally with another stream and further handlers
         (the gates on the stream's way and the choice of tokens stay what they were in the model), and handlers that see what
-        all of these make of an operation. `poke_memory` changes whatever else the block is given."""
+        all of these make of an operation. `poke_memory` changes whatever else the block is given; with `hold` off the gates are
+        made from the stream that is given. The run may end where after one of the further handlers `is_all` that was wanted of
+        it: then the stream that entered is returned."""
         args, kwargs = list(copied(self.run.args, self.model)), copied(self.run.kwargs, self.model)
         if poke_memory:
             args, kwargs = _shaken(args), _shaken(kwargs)
@@ -349,15 +388,37 @@ class BlockAlone:
         held = {
             point: holding(self.run.gates[point, number], number)
             for residual in self.block.residuals
-            for point, number in (residual.gates if parts or stream is not None else ())
+            for point, number in (residual.gates if hold and (parts or stream is not None) else ())
         }
+        if is_all is not None and self._may_end_early:
+
+            def may_end() -> bool:
+                return is_all() and found.is_untouched()
+
+            found = self._found
+            handlers = {point: _ending(handler, may_end) for point, handler in (handlers or {}).items()}
         layers = (watching or {}, handlers or {}, held, removal(self.block, parts))
         acting = {p: in_turn(*(layer[p] for layer in layers if p in layer)) for layer in layers for p in layer}
         alone = {replace(p, call=self._run_alone(p.owner, p.call or 0)): h for p, h in acting.items()}
-        torch.manual_seed(0)
-        with self.run.entered(), met(self.model, acted, handlers=alone, within=self.module):
+        seed_all(0)
+        with (
+            contextlib.suppress(_AllSeenError),
+            self.run.entered(),
+            met(self.model, acted, handlers=alone, within=self.module),
+        ):
             self.module(*args, **kwargs)
-        return seen[-1]
+            return seen[-1]
+        return given
+
+    @functools.cached_property
+    def _may_end_early(self) -> bool:
+        """Whether nobody's code waits for the block's modules to return: sharding and offloading put their weights away then."""
+        return not any(has_own_hooks(module) or "forward" in vars(module) for module in self.module.modules())
+
+    @functools.cached_property
+    def _found(self) -> ModuleStates:
+        """The block's modules before the first run that may be ended: `_end_where_all` says what for."""
+        return ModuleStates(self.module)
 
     def _run_alone(self, owner: str, call: int) -> int:
         """The number of a module's run when the block's module is run by itself."""

@@ -22,18 +22,29 @@ def piece_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     return fitting_piece(model, batch)[0]
 
 
-def fitting_piece(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+def fitting_piece(
+    model: nn.Module, batch: Mapping[str, Any], real: Tensor | None = None
+) -> tuple[dict[str, Any], bool]:
     """The first of several pieces that the model runs on: `example_batch`, one cut along its first axis alone, the whole batch
     (patches laid end to end, fixed lengths); also the whole batch for a model that would not be the same model afterwards
-    (BigBird gives up its sparse attention on a short text). Then also whether the whole batch makes another model of it, too."""
-    for piece in (example_batch(batch), _first_sequences(batch)):
+    (BigBird gives up its sparse attention on a short text). Then also whether the whole batch makes another model of it, too.
+    real: which tokens are real [sequence, token], where that is not what `attention_mask` says."""
+    for piece in (example_batch(batch, real=real), _first_sequences(batch)):
         if runs_on(model, piece):
             return piece, False
     return dict(batch), sends_elsewhere(model, batch)
 
 
-def one_sequence(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    piece = example(batch)
+def as_long_a_piece(model: nn.Module, batch: Mapping[str, Any], real: Tensor | None = None) -> dict[str, Any] | None:
+    """A few sequences of a batch with as many tokens as it has, for a model whose way depends on that; None where it does not run
+    on them. real: see `fitting_piece`."""
+    longest = max((max(t.shape[:2]) for t in batch.values() if isinstance(t, Tensor) and t.ndim > 1), default=TOKENS)
+    piece = example_batch(batch, longest, real=real)
+    return piece if runs_on(model, piece) else None
+
+
+def one_sequence(model: nn.Module, batch: Mapping[str, Any], real: Tensor | None = None) -> dict[str, Any]:
+    piece = example(batch, real=real)
     return piece if runs_on(model, piece) else dict(batch)
 
 
@@ -65,17 +76,20 @@ def sends_elsewhere(model: nn.Module, batch: Mapping[str, Any]) -> bool:
         return False
 
 
-def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS) -> dict[str, Any]:
-    """One sequence of a batch, cut to at most `tokens` real tokens where it is made of token numbers."""
+def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS, real: Tensor | None = None) -> dict[str, Any]:
+    """One sequence of a batch, cut to at most `tokens` real tokens where it is made of token numbers. real: see `fitting_piece`."""
     size = next((t.shape[0] for t in batch.values() if isinstance(t, Tensor) and t.ndim), 1)
     keep: dict[str, Tensor] = {}
     row = 0
     for name in ("attention_mask", "decoder_attention_mask"):
         mask = batch.get(name)
         if isinstance(mask, Tensor) and mask.ndim == 2:
-            real = _marked_real(mask)
-            row = int(real.sum(-1).argmax()) if name == "attention_mask" else row
-            keep[name.removesuffix("attention_mask")] = real[row].nonzero().flatten()[:tokens]
+            marked = _marked_real(mask)
+            row = int(marked.sum(-1).argmax()) if name == "attention_mask" else row
+            keep[name.removesuffix("attention_mask")] = marked[row].nonzero().flatten()[:tokens]
+    if real is not None:
+        row = int(real.sum(-1).argmax())
+        keep[""] = real[row].nonzero().flatten()[:tokens]
     cut: dict[str, Any] = {}
     for name, value in batch.items():
         if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != size:
@@ -91,11 +105,12 @@ def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS) -> dict[str,
     return cut
 
 
-def example_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """Up to 3 sequences of a batch with 7 tokens each, so that no two axes have one length and none passes for another.
+def example_batch(batch: Mapping[str, Any], most: int = TOKENS, real: Tensor | None = None) -> dict[str, Any]:
+    """Up to 3 sequences of a batch with 7 tokens each (`most`), so that no two axes have one length and none passes for another.
 
     What is made of token numbers is cut to real tokens; a single sequence is repeated with its tokens in another order. Other
-    tensors are cut along the axes that have the lengths of the token numbers. The decoder's are cut to 5 tokens.
+    tensors are cut along the axes that have the lengths of the token numbers. The decoder's are cut to 5 tokens. real: see
+    `fitting_piece`.
     """
     numbers = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point()}
     if not numbers:
@@ -103,9 +118,9 @@ def example_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
     # A square mask over pairs of tokens may come first, and has no axis of sequences: token ids are whole numbers.
     reference = min(numbers.values(), key=lambda t: t.dtype == torch.bool)
     shape = tuple(reference.shape)
-    tokens = TOKENS if shape[1] > SEQUENCES else shape[1]
+    tokens = most if shape[1] > SEQUENCES else shape[1]
     cut = {shape[1]: min(shape[1], tokens)}
-    rows = [int(row) for row in _real(numbers, "", shape).sum(-1).argsort(descending=True, stable=True)]
+    rows = [int(row) for row in _real(numbers, "", shape, real).sum(-1).argsort(descending=True, stable=True)]
     wanted = min(shape[0], SEQUENCES if shape[1] > SEQUENCES else TOKENS)
     if wanted == tokens and wanted > 2:
         wanted -= 1
@@ -119,10 +134,10 @@ def example_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
         piece = value
         if value.ndim >= 2 and value.shape[0] == shape[0] and (name in numbers or value.shape[1] == shape[1]):
             length = min(value.shape[1], DECODER_TOKENS if is_decoder else tokens)
-            real = _real(numbers, stack, tuple(value.shape[:2]))
+            told = _real(numbers, stack, tuple(value.shape[:2]), real)
             taken = []
             for row in rows[:wanted]:
-                columns = real[row].nonzero().flatten()
+                columns = told[row].nonzero().flatten()
                 if not len(columns):
                     columns = torch.arange(length)
                 # Too few real tokens are gone through again.
@@ -144,13 +159,15 @@ def example_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
         if value.ndim > 2 and value.shape[0] == shape[0]:
             for axis in range(2, value.ndim):
                 if value.shape[axis] == shape[1] and value.shape[1] in {1, shape[1]}:  # over pairs of tokens
-                    piece = piece.narrow(axis, 0, tokens)
+                    piece = piece.narrow(axis, 0, min(tokens, shape[1]))
         found[name] = piece.clone()
     return found
 
 
-def _real(numbers: Mapping[str, Tensor], stack: str, shape: tuple[int, ...]) -> Tensor:
+def _real(numbers: Mapping[str, Tensor], stack: str, shape: tuple[int, ...], real: Tensor | None) -> Tensor:
     """Which tokens of tensors of this shape are real, as far as the batch's masks of this stack say so."""
+    if real is not None and tuple(real.shape) == shape:
+        return real.cpu()
     mask = numbers.get(f"{stack}attention_mask")
     if mask is not None and tuple(mask.shape) == shape:
         return _marked_real(mask).cpu()

@@ -159,6 +159,11 @@ def putting_another(handler: Handler) -> Handler:
     return handler
 
 
+def is_putting_another(handler: Handler) -> bool:
+    """Whether a handler is marked so."""
+    return handler in _putting_another
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where to put the inputs of `model`: the device of its first parameter or buffer that is not on `meta`, else the CPU.
 

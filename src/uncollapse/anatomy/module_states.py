@@ -37,13 +37,28 @@ class _State:
     attributes: dict[str, Any]
     buffers: dict[str, Any]
     submodules: dict[str, Any]
+    sizes: dict[str, int]
 
 
 class ModuleStates:
     """How the modules of a model were found; kept no longer than a probe runs, for it holds them all."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._states = [_State(m, type(m), _attributes(m), dict(m._buffers), dict(m._modules)) for m in model.modules()]
+        self._states = [
+            _State(m, type(m), found := _attributes(m), dict(m._buffers), dict(m._modules), _sizes(found))
+            for m in model.modules()
+        ]
+
+    def is_untouched(self) -> bool:
+        """Whether nothing stands in the place of another attribute, buffer or submodule now, and no list, set or dictionary among
+        the attributes has grown or shrunk."""
+        for state in self._states:
+            now = _attributes(state.module)
+            if _differ(now, state.attributes) or _sizes(now) != state.sizes:
+                return False
+            if _differ(state.module._buffers, state.buffers) or _differ(state.module._modules, state.submodules):
+                return False
+        return True
 
     def steered(self) -> bool:
         """Whether a number, flag or name among the attributes is another one now, or a submodule is: what can send the next
@@ -78,6 +93,10 @@ class ModuleStates:
 
 def _differ(now: dict[str, Any], before: dict[str, Any]) -> bool:
     return now.keys() != before.keys() or any(now[k] is not before[k] for k in before)
+
+
+def _sizes(attributes: Mapping[str, Any]) -> dict[str, int]:
+    return {name: len(value) for name, value in attributes.items() if isinstance(value, (list, set, dict))}
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def probing(model: nn.Module, seed: int = 0, *, leaves_traces: bool = False) -> 
             state = torch.cuda.get_rng_state(device)
             changes.undo(functools.partial(torch.cuda.set_rng_state, state, device))
         changes.undo(functools.partial(torch.set_rng_state, torch.get_rng_state()))
-        torch.manual_seed(seed)
+        seed_all(seed)
         changes.switch(torch.is_grad_enabled, torch.set_grad_enabled, False)
         changes.enter(no_casts_kept())
         if not leaves_traces:
@@ -58,6 +58,18 @@ def probing(model: nn.Module, seed: int = 0, *, leaves_traces: bool = False) -> 
                 changes.set(config, "use_cache", False)
         steered_there(model)
         yield
+
+
+def seed_all(seed: int) -> None:
+    """`torch.manual_seed` for the devices that are in use. For one that is not, that would note down where it was called from,
+    which in the middle of a model costs more than a small block does; a device that nothing runs on draws no numbers."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    if torch.xpu.is_initialized():
+        torch.xpu.manual_seed_all(seed)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(seed)
 
 
 def _caches(module: nn.Module) -> bool:

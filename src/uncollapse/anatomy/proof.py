@@ -5,7 +5,8 @@ Checked on a few real tokens, block by block; a deviation of 0 means bit for bit
 1. tracing changed no bit of the model's output, and the model gives the same output twice;
 2. the stream that enters a block, plus the updates found, through the post-norms found, *is* the block's output;
 3. with every part removed the block is the identity, or its post-norms alone; or the stream is carried element by element, by
-   factors and shifts that do not depend on it (then within rounding, told by three streams);
+   factors and shifts that do not depend on it (then within rounding, told by three streams); or several streams side by side are
+   mixed with each other, token by token, by the same weights for every feature;
 4. removing any single part changes the block's output (unless its update is exactly zero, or NaN hides the change);
 5. with everything but one part removed, a changed token reaches no other token beyond rounding (else that part is a
    `mixer`), unless the part is attention;
@@ -20,8 +21,8 @@ Any failure raises `UnsupportedModel` with the module, the identity, and by how 
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -32,7 +33,6 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.block_alone import (
     POKE_SEED,
-    BlockAlone,
     BlockRun,
     MetAddition,
     blocks_alone,
@@ -43,9 +43,18 @@ from uncollapse.anatomy.block_alone import (
     tensors_of,
 )
 from uncollapse.anatomy.carrying import Way
-from uncollapse.anatomy.examples import example_batch, fitting_piece, one_sequence, runs_on, sends_elsewhere, turned
+from uncollapse.anatomy.deviations import carry_gap, difference, is_rounding, largest_difference
+from uncollapse.anatomy.examples import (
+    as_long_a_piece,
+    example_batch,
+    fitting_piece,
+    one_sequence,
+    runs_on,
+    sends_elsewhere,
+    turned,
+)
 from uncollapse.anatomy.influence import EVERY, Products, moved, poked, reaches, stream_axes, without_zeros
-from uncollapse.anatomy.interception import Handler, Point, in_turn
+from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.mixing_proof import Poked, located, placed
 from uncollapse.anatomy.operands import (
     Mixed,
@@ -55,38 +64,31 @@ from uncollapse.anatomy.operands import (
     product_operands,
     replaced,
 )
-from uncollapse.anatomy.output_maps import (
-    ProductMap,
-    axes_order,
-    opening,
-    product_map,
-    sounding,
-)
-from uncollapse.anatomy.probing import probing
-from uncollapse.anatomy.reading import has_own_hooks, read
+from uncollapse.anatomy.probing import probing, seed_all
+from uncollapse.anatomy.reading import SIDE_BY_SIDE, has_own_hooks, read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
-from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember
-from uncollapse.anatomy.stacks import find_stacks, given_mask
-from uncollapse.anatomy.streams import Action
+from uncollapse.anatomy.side_by_side import laid_out, mixing_gap
+from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember, sizes_of
+from uncollapse.anatomy.stacks import find_stacks, given_mask, masks_not_told
 from uncollapse.anatomy.summands import same_term, with_operands
-from uncollapse.anatomy.tracing import Trace, operands_of, operation_name, trace
+from uncollapse.anatomy.tracing import Trace, operands_of, operation_name, trace, writes_in_place
 from uncollapse.anatomy.vocabulary import (
     STREAM,
     AdditionNode,
     Anatomy,
     AttentionCall,
     Block,
-    Gate,
+    Fold,
     Identity,
     Layout,
     MaskingStep,
     ModuleCall,
     NormPiece,
     Part,
-    Place,
     Stack,
     StreamAxes,
 )
+from uncollapse.anatomy.writing_proof import HeadsWriting
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.restoring import restoring
 
@@ -95,16 +97,20 @@ def proved_anatomy(
     model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None, *, anew: bool = False
 ) -> Anatomy:
     """The anatomy of `model`, read off a trace of a small piece of `batch` and proved. It is remembered for this model object in
-    this situation (`situations`). anew: prove it again, on the whole batch: on a piece the model went another way.
+    this situation (`situations`), for batches of this size alone where an attention takes its queries in turn. anew: prove it
+    again, on the whole batch: on a piece the model went another way.
 
     Raises `UnsupportedModel` where the model cannot be read or the proof fails."""
     situation = Situation.of(model, batch, layout)
     known = None if anew else recalled(model, situation)
     if known is not None:
         return known.anatomy
-    small, steers = (dict(batch), sends_elsewhere(model, batch)) if anew else fitting_piece(model, batch)
-    anatomy = prove(model, small, layout)
-    few = one_sequence(model, batch)
+    if anew:
+        small, steers, real = dict(batch), sends_elsewhere(model, batch), None
+        anatomy = prove(model, small, layout)
+    else:
+        anatomy, small, steers, real = _proved_on_real_tokens(model, batch, layout)
+    few = one_sequence(model, batch, real)
     ids = next((stack.ids for stack in anatomy.stacks if stack.ids is not None and stack.ids_transposed), None)
     if ids is not None:  # its first row is a token of every sequence
         shape = batch[ids].shape
@@ -113,8 +119,42 @@ def proved_anatomy(
         few = few if runs_on(model, few) else small
     elif any(_may_be_token_first(anatomy, stack) for stack in anatomy.stacks):
         few = small  # one row of its vectors may be one token, which no mask and no order is seen on
-    remember(model, situation, Remembered(anatomy, few, steers))
+    sizes = None
+    if any(part.shares_queries for block in anatomy.blocks for part in block.parts):
+        # How many calls share its queries may depend on how many there are.
+        sizes, longer = situation.sizes, None if anew else as_long_a_piece(model, batch, real)
+        if longer is not None and sizes_of(longer) != sizes_of(small):
+            anatomy, few = prove(model, longer, layout), longer
+        else:
+            few = small
+    remember(model, situation, Remembered(anatomy, few, steers, sizes))
     return anatomy
+
+
+def _proved_on_real_tokens(
+    model: nn.Module, batch: Mapping[str, Any], layout: Layout | None
+) -> tuple[Anatomy, dict[str, Any], bool, Tensor | None]:
+    """The anatomy, the piece it was proved on, whether the batch sends the model elsewhere, and which tokens are real, where that
+    is not what the name `attention_mask` says: the piece is chosen anew where a mask was not seen to hide what it should."""
+    small, steers = fitting_piece(model, batch)
+    anatomy: Anatomy | None = None
+    refusal: UncollapseError | None = None
+    try:
+        anatomy = prove(model, small, layout)
+    except UncollapseError as error:  # a piece of nothing but padding may keep a sound model from being read
+        refusal = error
+    for name, value in masks_not_told(batch, anatomy):
+        real = batch[name].bool() == value
+        piece, elsewhere = fitting_piece(model, batch, real)
+        with contextlib.suppress(UncollapseError):
+            other = prove(model, piece, layout)
+            found = [mask for stack in other.stacks for mask in stack.masks if mask.tensor == name]
+            if any(mask.real == value and mask.unit == "token" for mask in found):
+                return other, piece, elsewhere, real
+    if refusal is not None:
+        raise refusal
+    assert anatomy is not None
+    return anatomy, small, steers, None
 
 
 def _may_be_token_first(anatomy: Anatomy, stack: Stack) -> bool:
@@ -136,18 +176,44 @@ def known_example(model: nn.Module) -> dict[str, Any] | None:
 
 
 def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None) -> Anatomy:
-    """Read and prove the anatomy on `batch`, which should be small. Nothing is remembered."""
+    """Read and prove the anatomy on `batch`, which should be small. Nothing is remembered. A model that is none with one stream is
+    looked at as one with several side by side; so is one whose stream seems to be a grid of tokens."""
+    try:
+        single = _prove(model, batch, layout)
+    except UnsupportedModel as refusal:
+        try:
+            return _prove(model, batch, layout, several=True)
+        except UnsupportedModel as other:
+            if SIDE_BY_SIDE in refusal.identity and SIDE_BY_SIDE not in other.identity:
+                raise UnsupportedModel(
+                    f"{refusal} Looked at as such: {other.identity}.",
+                    found=refusal.found,
+                    identity=f"{refusal.identity}, and not so that it can be measured: {other.identity}",
+                    layout=refusal.layout,
+                ) from None
+            raise refusal from None
+    if all(block.axes is None or len(block.axes.token) < 2 for block in single.blocks):
+        return single
+    try:
+        return _prove(model, batch, layout, several=True)
+    except UnsupportedModel:
+        return single
+
+
+def _prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None, *, several: bool = False) -> Anatomy:
     with probing(model):
         try:
             before = output_of(model, batch)
         except Exception as error:  # whatever it is, the model does not run on this batch: the refusal says so
             raise _not_run(model, batch, error) from error
-        torch.manual_seed(0)
+        seed_all(0)
         recorded = trace(model, batch)
         proof = [
-            Identity("tracing changes no bit of the output", "model", _deviation(before, tensors_of(recorded.output)))
+            Identity(
+                "tracing changes no bit of the output", "model", largest_difference(before, tensors_of(recorded.output))
+            )
         ]
-        anatomy = read(model, recorded, layout)
+        anatomy = read(model, recorded, layout, several=several)
         runs = observe_blocks(model, batch, anatomy)
         proved: list[Block] = []
         reached_of: list[dict[int, Tensor]] = []
@@ -172,7 +238,11 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
             for number, (block, reached) in enumerate(zip(proved, reached_of, strict=True))
         ]
         proof.append(
-            Identity("the output afterwards is the output before", "model", _deviation(before, output_of(model, batch)))
+            Identity(
+                "the output afterwards is the output before",
+                "model",
+                largest_difference(before, output_of(model, batch)),
+            )
         )
     names = {b.module.name for b in anatomy.blocks}
     runs_of = Counter(call.name for call in recorded.calls if call.name in names)
@@ -213,27 +283,6 @@ def _not_run(model: nn.Module, batch: Mapping[str, Any], error: Exception) -> In
     )
 
 
-def _deviation(expected: list[Tensor], got: list[Tensor]) -> float:
-    """The largest absolute difference; 0 means equal in every bit, NaNs in the same places included."""
-    if len(expected) != len(got):
-        return float("inf")
-    return max((_difference(a, b) for a, b in zip(expected, got, strict=True)), default=0.0)
-
-
-def _difference(expected: Tensor, got: Tensor) -> float:
-    if expected.numel() != got.numel():
-        return float("inf")
-    if got.shape != expected.shape:  # the same values with their axes in another order are the same stream
-        orders = [o for o in itertools.permutations(range(got.ndim)) if got.permute(o).shape == expected.shape]
-        equal = [o for o in orders if torch.equal(got.permute(o), expected)]
-        got = got.permute(equal[0]) if equal else got.reshape(expected.shape)
-    if torch.equal(expected.isnan(), got.isnan()) and torch.equal(
-        expected.nan_to_num(), got.to(expected.dtype).nan_to_num()
-    ):
-        return 0.0
-    return float((expected.double() - got.double()).nan_to_num(nan=float("inf")).abs().max())
-
-
 def _blanking(values: list[Tensor], number: int, value_operand: int) -> Handler:
     """Keep the values an attention mixes, and let zeros come out of it."""
 
@@ -247,31 +296,6 @@ def _blanking(values: list[Tensor], number: int, value_operand: int) -> Handler:
 def _zeroed(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """Zeros in place of what an operation gives."""
     return torch.zeros_like(function(*args, **kwargs))
-
-
-def _product_input(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a product with one matrix reads."""
-    found = product_map(function, args, kwargs)
-    assert found is not None
-    return found.given.clone()
-
-
-def _scattering(seed: int) -> Handler:
-    """Random signs in place of an operation's result."""
-
-    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = function(*args, **kwargs)
-        generator = torch.Generator().manual_seed(seed)
-        return (torch.randint(2, output.shape, generator=generator) * 2 - 1).to(output)
-
-    return handler
-
-
-def _moved_features(before: Tensor, after: Tensor) -> Tensor:
-    """Which features, along the last axis, differ beyond rounding in any row."""
-    change = (after.double() - before.double()).abs().nan_to_num().flatten(0, -2).amax(0)
-    size = torch.maximum(before.double().abs(), after.double().abs()).nan_to_num().flatten(0, -2).amax(0)
-    return (change > 16 * torch.finfo(before.dtype).eps * size).cpu()
 
 
 def _noting_product(found: list[Mixed | str], number: int, call: AttentionCall) -> Handler:
@@ -289,7 +313,7 @@ def _noting_product(found: list[Mixed | str], number: int, call: AttentionCall) 
     return handler
 
 
-class _BlockProof(BlockAlone):
+class _BlockProof(HeadsWriting):
     """The identities of one block, checked on its own arguments."""
 
     def __init__(self, model: nn.Module, block: Block, run: BlockRun, recorded: Trace) -> None:
@@ -301,17 +325,21 @@ class _BlockProof(BlockAlone):
 
     def check(self, known: dict[tuple[int, tuple[int, ...]], StreamAxes], stack: int) -> None:
         """Check every identity. `known` are the axes of streams met so far, by `stack` and shape."""
+        axes, reason = self._lay_side_by_side(known, stack) if self._reads_several else (None, "")
         block, run, stream = self.block, self.run, self.stream
         assert run.output is not None
         self._check(
-            "run alone, the block gives the output it gave in the model", _difference(run.output, self._replay(()))
+            "run alone, the block gives the output it gave in the model", difference(run.output, self._replay(()))
         )
         self._adds_up()
-        self._carries(tuple(range(len(block.parts))))
+        if axes is not None:
+            self._mixes_streams(axes)
+        else:
+            self._carries(tuple(range(len(block.parts))))
         parts = list(block.parts)
         for number, part in enumerate(block.parts):
             without = self._replay((number,))
-            changed = _difference(run.output, without)
+            changed = difference(run.output, without)
             silent = self._update_is_zero(number) or not bool(run.output.isfinite().all())
             self._check(
                 f"removing the {part.kind} ({part.module}) changes the output", 0.0 if changed or silent else 1.0
@@ -320,7 +348,8 @@ class _BlockProof(BlockAlone):
                 self._attends(number, part, stream, without, silent)
         key = (stack, tuple(stream.shape))
         with without_zeros(self.module):
-            axes, reason = (known[key], "") if key in known else self._axes(stream)
+            if axes is None:
+                axes, reason = (known[key], "") if key in known else self._axes(stream)
             if axes is not None:
                 known[key] = axes
                 parts = [self._moves(number, part, stream, axes) for number, part in enumerate(parts)]
@@ -328,11 +357,123 @@ class _BlockProof(BlockAlone):
                 if part.attention:
                     parts[number] = replace(part, attention=self._mixes(number, part, stream, axes, reason))
             self.block = replace(block, axes=axes, axes_reason=reason)
-            parts = [self._writes(i, part) if part.attention else part for i, part in enumerate(parts)]
+            parts = [self.writes(i, part) if part.attention else part for i, part in enumerate(parts)]
         self.block = replace(self.block, parts=tuple(parts))
 
     def _check(self, statement: str, deviation: float) -> None:
         self.identities.append(Identity(statement, self.where, deviation))
+
+    @property
+    def _reads_several(self) -> bool:
+        return any(part.read is not None for part in self.block.parts)
+
+    def _lay_side_by_side(
+        self, known: Mapping[tuple[int, tuple[int, ...]], StreamAxes], stack: int
+    ) -> tuple[StreamAxes | None, str]:
+        """Tell along which axis several streams lie, by what a sublayer reads of them, and its axes by what it makes of that, or,
+        without attention, by another block of the stack. From here on the streams have an axis of their own in this block."""
+        number = self.mixing or 0
+        place = self.block.parts[number].read
+        statement = "along which axis its streams lie side by side is told by what its sublayers read of them"
+        if place is None or any(part.read is None for part in self.block.parts):
+            self._check(statement, float("inf"))
+            return None, ""
+        others = tuple(i for i in range(len(self.block.parts)) if i != number)
+        seen: list[Tensor] = []
+
+        def keep(found: Tensor) -> None:
+            seen.append(found.detach().clone())
+
+        def read(streams: Tensor) -> Tensor:
+            self._replay(others, streams, actions=[(place, keep)])
+            return seen[-1]
+
+        with without_zeros(self.module):
+            try:
+                axis, fold = laid_out(read, self.stream)
+            except UnreadableError as error:
+                self._check(f"{statement} ({error})", float("inf"))
+                return None, ""
+            if fold is not None:
+                self._open(fold)
+            alike = known.get((stack, tuple(self.stream.shape)))
+            if (
+                self.block.parts[number].kind not in {"attention", "cross"}
+                and alike is not None
+                and alike.streams == axis
+            ):
+                return alike, ""
+            given = read(self.stream)
+
+            def made(given: Tensor) -> Tensor:
+                return self.update(number, None, actions=[(place, lambda _: given.clone())]).sum(axis)
+
+            found, reason = stream_axes(made, given, self.where)
+        if found is None or found.sequence is None:
+            self._check(f"{statement} ({reason or 'its sequences are laid end to end'})", float("inf"))
+            return None, ""
+
+        def behind(own: int) -> int:
+            return own + (own >= axis)
+
+        return StreamAxes(behind(found.sequence), tuple(map(behind, found.token)), behind(found.width), axis), ""
+
+    def _open(self, fold: Fold) -> None:
+        """Meet the streams of this block with an axis of their own."""
+        run, block = self.run, self.block
+        assert run.output is not None
+        run.stream, run.output, self.stream = (fold.opened(t) for t in (self.stream, run.output, self.stream))
+        self.block = replace(block, entry=replace(block.entry, fold=fold), exit=replace(block.exit, fold=fold))
+
+    def _mixes_streams(self, axes: StreamAxes) -> None:
+        """With every part removed, and noise where the streams begin and behind each addition, they pass from addition to addition,
+        and to the exit, mixed with each other only."""
+        stream, generator = self.stream, torch.Generator().manual_seed(0)
+        spread = float(stream.double().std().nan_to_num()) or 1.0
+        everything = tuple(range(len(self.block.parts)))
+
+        def noise(shape: torch.Size) -> Tensor:
+            return torch.randn(shape, generator=generator).to(stream) * spread
+
+        def shaking(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            result = function(*args, **kwargs)
+            return result.add_(noise(result.shape)) if writes_in_place(function) else result + noise(result.shape)
+
+        shaken: dict[Point, Handler] = {r.additions[-1].point: shaking for r in self.block.residuals}
+        runs = [self._rerun(everything, stream)]
+        runs += [self._rerun(everything, stream + noise(stream.shape), shaken) for _ in range(2)]
+        ways = [self._ways(run) for run in [*runs, self.run]]
+        gap = max(mixing_gap(axes, way) for way in zip(*ways, strict=True))
+        self._check(
+            "with every part removed, the streams side by side are mixed with each other, token by token, by the same weights for "
+            "every feature",
+            gap if not any(r.norms_post for r in self.block.residuals) else float("inf"),
+        )
+        (first, *_), cloud = axes.token, axes.cloud(stream)
+        plain = axes.cloud(self._replay(everything, stream, hold=False)).flatten(0, 1)
+        poke = poked(stream, first, torch.arange(0, stream.shape[first], EVERY))
+        changed = (axes.cloud(poke) != cloud).any(-1).flatten()
+        other = axes.cloud(self._replay(everything, poke, hold=False)).flatten(0, 1)
+        self._check(
+            "with every part removed, no token's streams reach those of another",
+            float(bool((moved(plain, other, 0) & ~changed).any())),
+        )
+
+    def _ways(self, run: BlockRun) -> list[tuple[Tensor, Tensor]]:
+        """Several streams where they begin (at the entry, or behind an addition), and where they arrive."""
+        begins, found = run.stream, []
+        assert begins is not None
+        for residual in self.block.residuals:
+            alone = [
+                run.sums[node.point].summands[i]
+                for node in residual.additions
+                for i, leaves in enumerate(node.leaves)
+                if leaves == {STREAM}
+            ]
+            found += [(begins, self._as_streams(operand)) for operand in alone[:1]]
+            begins = self._as_streams(run.sums[residual.additions[-1].point].result)
+        assert run.output is not None
+        return [*found, (begins, run.output)]
 
     def _adds_up(self) -> None:
         """Every addition is the sum of what its operands bring."""
@@ -341,8 +482,8 @@ class _BlockProof(BlockAlone):
             for node in residual.additions:
                 met = self.run.sums[node.point]
                 total = functools.reduce(torch.add, _one_per_term(node, met))
-                gap = _difference(met.result, total)  # no rounding, but where an operation multiplies and adds in one
-                deviation = max(deviation, 0.0 if _is_rounding(gap, met.result, total) else gap)
+                gap = difference(met.result, total)  # no rounding, but where an operation multiplies and adds in one
+                deviation = max(deviation, 0.0 if is_rounding(gap, met.result, total) else gap)
         self._check("what the stream and the updates found bring is what each addition gives", deviation)
 
     def _carries(self, everything: tuple[int, ...]) -> None:
@@ -350,7 +491,7 @@ class _BlockProof(BlockAlone):
         multiplied and shifted element by element by what does not depend on it."""
         pure = self._rerun(everything, None)
         ways = [*self._operands(pure), *self._operands(self.run), *self._sums(pure)]
-        if all(_difference(before, after) == 0.0 for before, after in ways):
+        if all(difference(before, after) == 0.0 for before, after in ways):
             self._check("stream in, plus the updates found, through the post-norms found, is the block's output", 0.0)
             self._check("with every part removed, the block is the identity", 0.0)
             return
@@ -363,7 +504,7 @@ class _BlockProof(BlockAlone):
             shift = torch.randn(stream.shape, generator=generator).to(stream) * spread
             runs.append(self._rerun(everything, stream + shift))
         met = [*zip(*map(self._operands, [*runs, self.run]), strict=True), *zip(*map(self._sums, runs), strict=True)]
-        gap = max(_carry_gap(list(seen)) for seen in met)
+        gap = max(carry_gap(list(seen)) for seen in met)
         self._check(
             "with every part removed, the stream is carried through the block element by element: multiplied by fixed factors "
             "or gates, and added to what does not depend on it" + self._other_causes(gap),
@@ -380,11 +521,13 @@ class _BlockProof(BlockAlone):
             return ""
         return f". A forward hook of yours changes what passes {', '.join(hooked)}"
 
-    def _rerun(self, parts: tuple[int, ...], stream: Tensor | None) -> BlockRun:
+    def _rerun(
+        self, parts: tuple[int, ...], stream: Tensor | None, handlers: Mapping[Point, Handler] | None = None
+    ) -> BlockRun:
         """The block alone with some parts removed, its additions recorded."""
         run = BlockRun(stream=self.run.stream if stream is None else stream)
         recording = recorders(self.block, run)
-        run.output = self._replay(parts, stream, watching=recording)
+        run.output = self._replay(parts, stream, handlers, watching=recording)
         return run
 
     def _operands(self, run: BlockRun) -> list[tuple[Tensor, Tensor]]:
@@ -444,17 +587,17 @@ class _BlockProof(BlockAlone):
         )
         values, other = ([torch.empty(0)] * len(part.attention) for _ in range(2))
         blanked = {c.product: _blanking(values, i, c.value_operand) for i, c in enumerate(part.attention)}
-        gap = _difference(without, self._replay((number,), handlers=blanked))
+        gap = difference(without, self._replay((number,), handlers=blanked))
         self._check(f"with the {part.kind} ({part.module}) removed, what it mixes reaches nothing", gap)
         inside = all(v.numel() for v in values)
         self._check(f"the attention of {part.module} happens inside this block", float(not inside))
         if not inside:
             return
         seen = {c.product: _blanking(other, i, c.value_operand) for i, c in enumerate(part.attention)}
-        self._replay((number,), stream.flip(-1) + 1, seen)
+        self._replay((number,), stream.flip(-1) + 1, seen, is_all=lambda: all(v.numel() for v in other))
         for before, after in zip(values, other, strict=True):
             if part.kind == "cross":
-                statement, gap = "is not mixed from this stream", _difference(before, after)
+                statement, gap = "is not mixed from this stream", difference(before, after)
             else:  # values that are alike for every token say nothing: a value map of zeros makes such
                 alike = silent or torch.equal(before, before[..., :1, :].expand_as(before))
                 statement, gap = "is mixed from this stream", float(not alike and torch.equal(before, after))
@@ -480,7 +623,11 @@ class _BlockProof(BlockAlone):
         def observed(stream: Tensor, memory: bool = False) -> list[Mixed | str]:
             found: list[Mixed | str] = ["it did not run"] * len(part.attention)
             handlers = {c.product: _noting_product(found, i, c) for i, c in enumerate(part.attention)}
-            self._replay(others, stream, handlers, poke_memory=memory)
+
+            def is_all() -> bool:
+                return "it did not run" not in found
+
+            self._replay(others, stream, handlers, poke_memory=memory, is_all=is_all)
             return found
 
         plain = observed(stream)
@@ -586,189 +733,6 @@ class _BlockProof(BlockAlone):
             without = axes.cloud(self._replay(others, None, {call.product: _zeroed}))
             taken += (without != plain).any(-1).any(0).nonzero().flatten().tolist()
         return taken == list(range(plain.shape[1]))
-
-    def _writes(self, number: int, part: Part) -> Part:
-        """The part with how its heads write: through an output projection that takes all of them on, with whose features it
-        reads; else by the whole map from the mixed values, or why that is none."""
-        projections = {call.projection for call in part.attention}
-        projection = projections.pop() if len(projections) == 1 else None
-        if projection is not None and self._takes_all(number, part, projection):
-            try:
-                return replace(part, features=self._features(number, part, projection))
-            except UnreadableError as error:
-                # It reads a sum of several products' heads, perhaps: then these are told before it.
-                alone = self._writes_at_once(number, part)
-                return replace(part, no_output_map=str(error)) if alone.no_output_map else alone
-            except UncollapseError:  # its input is met in another way: by keyword, say
-                return part
-        return self._writes_at_once(number, part)
-
-    def _writes_at_once(self, number: int, part: Part) -> Part:
-        """The part with the whole map from its mixed values to what they write as its W_O, or why there is none."""
-        part, gates = replace(part, gates=()), part.gates
-        part = replace(part, attention=tuple(replace(call, projection=None) for call in part.attention))
-        problem = next((call.unreadable for call in part.attention if call.unreadable), None)
-        if problem is not None:
-            return replace(part, no_output_map=problem)
-        # Gates first: with one that hardly varies the map is one matrix to the rounding of half precision, and is not.
-        if gates:
-            try:
-                laid = tuple(self._laid_gate(number, replace(part, gates=gates), gate) for gate in gates)
-                opened = replace(part, gates=laid)
-                self.output_map(number, opened)
-            except UnreadableError:
-                pass  # what acts there is no gate, or not only gates
-            else:
-                return opened
-        try:
-            matrix, _ = self.output_map(number, part)
-        except UnreadableError as error:
-            return replace(part, no_output_map=str(error))
-        if gates and torch.finfo(matrix.dtype).eps > torch.finfo(torch.float32).eps:
-            return replace(
-                part, no_output_map="whether a gate acts between its heads and the projection is lost to rounding"
-            )
-        return part
-
-    def _laid_gate(self, number: int, part: Part, gate: Gate) -> Gate:
-        """A gate with how it lies on the mixed values: of all heads together, or of those of one call after the other.
-
-        Raises `UnreadableError` where that cannot be told."""
-        axes, widths = self.block.axes, {call.head_width for call in part.attention}
-        if axes is None or len(widths) != 1:
-            raise UnreadableError("what its heads mix was not found")
-        shape = (*axes.cloud(self.stream).shape[:2], widths.pop())
-        others = tuple(i for i in range(len(self.block.parts)) if i != number)
-
-        def order(own: slice) -> tuple[int, ...] | None:
-            pattern = torch.zeros(shape[0], part.heads, *shape[1:], dtype=self.stream.dtype, device=self.stream.device)
-            numbers = torch.arange(1, pattern[:, own].numel() + 1, dtype=torch.float64).reshape(pattern[:, own].shape)
-            pattern[:, own] = numbers.to(pattern)
-            seen: list[Tensor] = []
-            look = observing(lambda *met: seen.append(met[3].detach().clone()))
-            handlers = self._giving(part, pattern) | {each.point: opening(each) for each in part.gates}
-            handlers[gate.point] = in_turn(look, handlers[gate.point])
-            self._replay(others, None, handlers)
-            return axes_order(seen[-1], pattern[:, own]) if seen else None
-
-        whole = order(slice(0, part.heads))
-        orders, first = [whole], 0
-        if whole is None:
-            orders = []
-            for call in part.attention:
-                orders.append(order(slice(first, first + call.heads)))
-                first += call.heads
-        known = tuple(each for each in orders if each is not None)
-        if len(known) < len(orders):
-            raise UnreadableError("how a gate lies on the mixed values of its heads could not be told")
-        return replace(gate, orders=known)
-
-    def _takes_all(self, number: int, part: Part, projection: ModuleCall | Point) -> bool:
-        """Whether everything that the mixed values do to what the part adds goes through this product with one matrix, whose result
-        is as wide as the stream: with zeros in place of its result, other mixed values change nothing."""
-        width = self.stream.shape[-1 if self.block.axes is None else self.block.axes.width]
-        widths: list[int] = []
-        maps: list[ProductMap | None] = []
-
-        def updated(seed: int) -> Tensor:
-            further: dict[Point, Handler] = {call.product: _scattering(seed) for call in part.attention}
-            actions: list[tuple[Place, Action]] = []
-
-            def silence(result: Tensor) -> Tensor:
-                widths.append(result.shape[-1])
-                return torch.zeros_like(result)
-
-            def silence_product(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                maps.append(product_map(function, args, kwargs))
-                return silence(function(*args, **kwargs))
-
-            if isinstance(projection, Point):
-                further[projection] = silence_product
-            else:
-                actions.append((Place(projection), silence))
-            return self.update(number, None, further, actions)
-
-        first, second = updated(0), updated(1)
-        return set(widths) == {width} and None not in maps and _difference(first, second) == 0.0
-
-    def _features(self, number: int, part: Part, projection: ModuleCall | Point) -> tuple[int, ...]:
-        """The head of each feature that an output projection reads; empty where the heads lie side by side, or stay within windows.
-
-        Heads speak in turn, numbered in binary: for each digit those that have a 1 there, then those that have a 0. A feature is
-        a head's if it moves with its digits and with nothing else. Raises `UnreadableError` where features are of several heads.
-        """
-        axes, heads = self.block.axes, part.heads
-        widths = {call.head_width for call in part.attention}
-        if axes is None or len(widths) != 1 or any(c.unreadable for c in part.attention) or heads == 1:
-            return ()
-        sequences, tokens = axes.cloud(self.stream).shape[:2]
-        width = widths.pop()
-
-        def read(further: dict[Point, Handler]) -> Tensor:
-            """What the projection reads when the calls give something else."""
-            seen: list[Tensor] = []
-            actions: list[tuple[Place, Action]] = []
-            if isinstance(projection, Point):
-                keep = observing(lambda *met: seen.append(_product_input(*met[:3])))
-                further[projection] = keep
-            else:
-                actions.append((Place(projection, "in", (0,)), lambda given: seen.append(given.detach().clone())))
-            self.update(number, None, further, actions)
-            return seen[-1]
-
-        def heard(speaking: Tensor) -> Tensor:
-            further: dict[Point, Handler] = {}
-            first = 0
-            for call in part.attention:
-                further[call.product] = sounding(speaking[first : first + call.heads], call, sequences)
-                first += 0 if part.shares_queries else call.heads
-            return read(further)
-
-        silent = heard(torch.zeros(heads, dtype=torch.bool))
-        if silent.shape[-1] != heads * width:
-            raise UnreadableError("its output projection does not read the heads side by side")
-        alike = read_alike = torch.empty(0)
-        if not any("window" in {axis.role, axis.inner} for call in part.attention for axis in call.lead):
-            generator = torch.Generator().manual_seed(0)
-            noise = torch.randn(sequences, heads, tokens, width, generator=generator).to(self.stream)
-            alike = noise.transpose(1, 2).flatten(2)
-            read_alike = read(self._giving(part, noise))
-            if read_alike.numel() == alike.numel() and any(
-                torch.equal(read_alike.flatten(), known.flatten()) for known in (alike, alike.transpose(0, 1))
-            ):
-                return ()
-        owner = torch.zeros(silent.shape[-1], dtype=torch.long)
-        numbers = torch.arange(heads)
-        for digit in range((heads - 1).bit_length()):
-            ones = (numbers >> digit & 1).bool()
-            by_one, by_zero = (_moved_features(silent, heard(some)) for some in (ones, ~ones))
-            if bool((by_one == by_zero).any()):
-                return self._alike_features(read_alike, alike, heads)
-            owner += by_one.long() << digit
-        if not bool((owner.bincount(minlength=heads) == width).all()):
-            raise UnreadableError(
-                "its heads do not have the same number of features in what the output projection reads"
-            )
-        return () if torch.equal(owner, owner.sort().values) else tuple(owner.tolist())
-
-    def _alike_features(self, read: Tensor, spoken: Tensor, heads: int) -> tuple[int, ...]:
-        """The same where a norm over all heads lets every head move every feature: the head of the feature it most resembles."""
-        best = torch.empty(0)
-        ways = [spoken, spoken.transpose(0, 1)] if read.numel() and read.numel() == spoken.numel() else []
-        for rows in ways:
-            given = read.double().reshape(-1, read.shape[-1])
-            sources = rows.double().flatten(0, 1)
-            sources, given = sources - sources.mean(0), given - given.mean(0)
-            agreement = (given / given.norm(dim=0)).T @ (sources / sources.norm(dim=0))
-            found, place = agreement.abs().nan_to_num().max(-1)
-            if bool((found > 0.8).all()) and len(place.unique()) == len(place):
-                best = place
-        if not len(best):
-            raise UnreadableError(
-                "which features of what its output projection reads are of which head could not be told"
-            )
-        owner = best // (len(best) // heads)
-        return () if torch.equal(owner, owner.sort().values) else tuple(owner.tolist())
 
     def _masking_axes(self, call: AttentionCall, others: tuple[int, ...], sequences: int) -> tuple[MaskingStep, ...]:
         """The masking steps with what the axes of their results hold, told by where their entries arrive among the weights."""
@@ -885,52 +849,6 @@ def _one_per_term(node: AdditionNode, met: MetAddition) -> list[Tensor]:
     operation = node.point.operation.split(" ")[0]
     numbers = sorted(met.summands)
     return [met.summands[i] for i in numbers if not any(same_term(operation, j, i) for j in numbers if j < i)]
-
-
-def _is_rounding(gap: float, *values: Tensor) -> bool:
-    largest = max(float(v.double().abs().nan_to_num().max()) for v in values)
-    return gap <= 4 * torch.finfo(values[0].dtype).eps * largest
-
-
-def _carry_gap(runs: list[tuple[Tensor, Tensor]]) -> float:
-    """How far a way of the stream is from a law after = a * before + b with a and b fixed in every element, seen in several
-    runs: 0 within rounding, else the part of the change that does not obey it."""
-    if all(_difference(before, after) == 0.0 for before, after in runs):
-        return 0.0
-    before, after = [b.double() for b, _ in runs], [a.double() for _, a in runs]
-    if any(b.numel() != a.numel() for b, a in runs):
-        return max(0.0 if _is_choice(b, a) else float("inf") for b, a in runs)
-    if any(not bool(b.isfinite().all() & a.isfinite().all()) for b, a in runs):
-        return float("inf")
-    precision = max(torch.finfo(t.dtype).eps for run in runs for t in run)
-    return min(_law_gap([b.permute(order) for b in before], after, precision) for order in _orders(before[0], after[0]))
-
-
-def _is_choice(before: Tensor, after: Tensor) -> bool:
-    """Whether some of the tokens went on as they were: the smaller tensor's rows are, bit for bit, rows of the larger one."""
-    if before.ndim < 2 or after.ndim < 2 or before.shape[-1] != after.shape[-1]:
-        return False
-    few, many = sorted((before, after), key=Tensor.numel)
-    known = set(map(tuple, many.reshape(-1, many.shape[-1]).tolist()))
-    return all(tuple(row) in known for row in few.reshape(-1, few.shape[-1]).tolist())
-
-
-def _orders(before: Tensor, after: Tensor) -> list[tuple[int, ...]]:
-    """The orders of its axes in which one tensor may be compared with another; as it lies, where none gives its shape."""
-    same = [o for o in itertools.permutations(range(before.ndim)) if before.permute(o).shape == after.shape]
-    return same or [tuple(range(before.ndim))]
-
-
-def _law_gap(before: list[Tensor], after: list[Tensor], precision: float) -> float:
-    shifts = [b.reshape(after[0].shape) - before[0].reshape(after[0].shape) for b in before[1:]]
-    answers = [a - after[0] for a in after[1:]]
-    size = max(float(b.abs().max()) for b in before) or 1.0
-    reply = max(float(a.abs().max()) for a in after) or 1.0
-    worst = 0.0
-    for shift, answer in zip(shifts[1:], answers[1:], strict=True):
-        cross = float((answer * shifts[0] - answers[0] * shift).abs().max()) / (size * reply)
-        worst = max(worst, cross if cross > 16 * precision else 0.0)
-    return worst
 
 
 def _not_alone(block: Block, error: Exception) -> Identity:

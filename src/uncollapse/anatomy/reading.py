@@ -44,6 +44,7 @@ from uncollapse.anatomy.vocabulary import (
 from uncollapse.errors import UnsupportedModel
 from uncollapse.restoring import is_own
 
+SIDE_BY_SIDE = "several streams side by side"  # as messages call them
 _LONGEST_NORM = 64  # operations in a module that may be a norm
 _MOST_SOURCES = 4  # values that an embedding is summed of, and so many are followed to its norm
 _GATINGS = frozenset(["mul", "rmul", "multiply"])
@@ -53,6 +54,8 @@ _MOST_PRODUCTS = 24  # products of a part that are followed: of hundreds of expe
 
 
 _CUTS = frozenset(["getitem", "split", "chunk", "narrow", "tensor_split", "unbind"])
+_MIXES = frozenset(["matmul", "rmatmul", "bmm", "baddbmm", "einsum", "tensordot"])  # of streams with each other
+_SUMS = frozenset(["sum", "mean"])
 _PUTS = frozenset(["scatter", "index_copy", "index_put", "setitem"])  # tokens in the place of others
 
 
@@ -62,13 +65,20 @@ _At = TypeVar("_At", bound=Hashable)  # a value of the graph, or one with what w
 @dataclass
 class _Sum:
     """A residual addition as found in the graph: the outermost node, its stream value, its internal additions, and its
-    summands: those that depend on the stream. `is_gated`: the stream passes a product with a factor made from data."""
+    summands: those that depend on the stream. `is_gated`: the stream passes a product with a factor made from data. `read`: of
+    several streams side by side, the value that the sublayer reads of them."""
 
     root: int
     stream: int
     nodes: list[int]
     leaves: list[int]
     is_gated: bool = False
+    read: int | None = None
+
+    @property
+    def given(self) -> int:
+        """What the sublayer is given: the stream, or what it reads of several."""
+        return self.stream if self.read is None else self.read
 
 
 @dataclass
@@ -88,9 +98,12 @@ class _Stretch:
         return self.label or self.call.name
 
 
-def read(model: nn.Module, recorded: Trace, layout: Layout | None = None) -> Anatomy:
-    """The picture that the graph shows; not yet proved. Raises `UnsupportedModel` where no blocks can be made out."""
-    reader = _Reader(model, recorded)
+def read(model: nn.Module, recorded: Trace, layout: Layout | None = None, *, several: bool = False) -> Anatomy:
+    """The picture that the graph shows; not yet proved. several: streams side by side are looked for, which sublayers read and
+    write together. Raises `UnsupportedModel` where no blocks can be made out."""
+    reader = _Reader(model, recorded, several=several)
+    if several and not any(found.read is not None for found in reader.sums):
+        raise reader._refusal(f"no sublayer reads {SIDE_BY_SIDE}")
     blocks = tuple(reader.blocks(layout))
     return Anatomy(blocks, reader.outer_norms(blocks), stacks=reader.stacks(blocks))
 
@@ -109,12 +122,15 @@ def _walked(
 
 
 class _Reader:
-    def __init__(self, model: nn.Module, recorded: Trace) -> None:
+    def __init__(self, model: nn.Module, recorded: Trace, *, several: bool = False) -> None:
         self.model = model
         self.t = recorded
+        self.several = several
         self.layout: Layout | None = None
         self.parameters = sum(1 << n.index for n in recorded.nodes if n.operation == "parameter")
         self.attentions = mixing_products(recorded)
+        if several:  # what mixes streams is a product of data with data, too, and made from the one before
+            self.attentions = {i: found for i, found in self.attentions.items() if found.score is not None}
         self.logits = {i for m in self.attentions.values() for i in m.between}  # a bias added there is no residual
         self.sums = self._sums()
         self._norm_kinds: dict[int, Literal["layer", "rms"] | None] = {}
@@ -166,7 +182,55 @@ class _Reader:
         """Where the stream may come from that a value carries: the summands of a sum, the factors of a product, or the value
         that is merely moved, cast or scaled."""
         passed = self._passes(index)
-        return self._summands(index) or ([passed] if passed is not None else self._gated(index) or self._picked(index))
+        return self._summands(index) or (
+            [passed] if passed is not None else self._gated(index) or self._picked(index) or self._mixed(index)
+        )
+
+    def _mixed(self, index: int) -> list[int]:
+        """The streams that a product or a sum may mix with each other; nothing where one stream is looked for. What mixes them,
+        one weight for each pair, is the smaller operand. Whether it is so, the proof says."""
+        node = self.t.nodes[index]
+        if not self.several or index in self.attentions:
+            return []
+        data = [i for i in node.inputs if self.t.nodes[i].is_data and self.t.nodes[i].is_floating]
+        if data and (node.operation in _MIXES or (node.operation in _SUMS and len(data) == 1)):
+            return [max(data, key=lambda i: self.t.nodes[i].size)]
+        return []
+
+    def _read_of(self, found: _Sum) -> int | None:
+        """What a sublayer reads of several streams: behind the last product or sum that mixes them; None where it
+        reads none, or more than one mixture of them."""
+        wanted = [leaf for leaf in found.leaves if leaf != found.stream]
+        onward: set[int] = {found.stream}  # the streams, moved or mixed
+        mixed: set[int] = set()
+        for index in range(found.stream + 1, found.root):
+            behind = [i for i in (self._passes(index), *self._picked(index)[:1], *self._mixed(index)) if i in onward]
+            if behind:
+                onward.add(index)
+                if self._mixed(index) or self._picked(index) or mixed & set(behind):
+                    mixed.add(index)
+        read = [
+            i
+            for i in mixed
+            for consumer in self.t.consumers[i]
+            if consumer not in onward and any(self._feeds(consumer, leaf) for leaf in wanted)
+        ]
+        largest = max((self.t.nodes[i].size for i in read), default=0)
+        found_last = max((i for i in read if self.t.nodes[i].size == largest), default=None)
+        if found_last is None or any(not self._feeds(i, found_last) for i in read if self.t.nodes[i].size == largest):
+            return None  # nothing, or several mixtures
+        return found_last
+
+    def _unwritten(self, leaf: int, found: _Sum) -> int:
+        """What a sublayer makes, before it is written to several streams."""
+        while found.read is not None:
+            made = self._passes(leaf)
+            behind = [made] if made is not None else self._mixed(leaf) or self._gated(leaf)
+            behind = [i for i in behind if self.t.depends(i, found.read)]
+            if not behind:
+                break
+            leaf = behind[0]
+        return leaf
 
     def _picked(self, index: int) -> list[int]:
         """The values that an operation picks tokens from or puts tokens into, its data among the operands last."""
@@ -192,14 +256,17 @@ class _Reader:
                 numbers = range(2, len(node.inputs))
             elif self._picked(value):
                 numbers = range(1, len(node.inputs))
-            elif not self._gated(value):
+            elif not self._gated(value) and not self._mixed(value):
                 continue
-            factors = [i for i in numbers if self.t.nodes[node.inputs[i]].is_data]
-            if self._gated(value) and stream not in self._carried(value, (stream,)):
+            mixed = self._mixed(value)
+            factors = [i for i in numbers if self.t.nodes[node.inputs[i]].is_data and node.inputs[i] not in mixed]
+            if (self._gated(value) or mixed) and stream not in self._carried(value, (stream,)):
                 # On an update's way, a factor that this stream does not make: the weight of a token that was chosen before it.
                 factors = [i for i in factors if not self.t.depends(node.inputs[i], stream)]
             found += [
-                (self._point(value), i) for i in factors if stream not in self._carried(node.inputs[i], (stream,))
+                (self._point(value), i)
+                for i in factors
+                if mixed or stream not in self._carried(node.inputs[i], (stream,))
             ]
         return tuple(found)
 
@@ -232,7 +299,8 @@ class _Reader:
                 continue
             stream, is_gated = self._stream_of(node.index)
             if stream is not None:
-                roots.append(_Sum(node.index, stream, *self._tree(node.index, stream, is_gated), is_gated))
+                found = _Sum(node.index, stream, *self._tree(node.index, stream, is_gated), is_gated)
+                roots.append(replace(found, read=self._read_of(found)) if self.several else found)
         streams = {s.root: s for s in roots}
         # The stream twice is a skip around whole blocks, unless all happens around one stream: x + a (f - x).
         roots = [
@@ -317,7 +385,10 @@ class _Reader:
 
     def _onward(self, index: int, is_gated: bool) -> list[int]:
         passed = self._passes(index)
-        return [passed] if passed is not None else self._gated(index) if is_gated else []
+        if passed is not None:
+            return [passed]
+        several = (self._mixed(index) or self._picked(index)[:1]) if self.several else []
+        return several or (self._gated(index) if is_gated else [])
 
     def _leads_to_addition(self, index: int, stream: int, is_gated: bool) -> bool:
         if index == stream or (self._is_addition(index) and self.t.depends(index, stream)):
@@ -346,7 +417,7 @@ class _Reader:
             calls = tuple(self._attention_call(s) for s in scores)
             crossing = all(not self.t.depends(self._value_node(s), found.stream) for s in scores)
             name = self.t.calls[self.t.nodes[scores[0]].call].name
-            parts.append(Part("cross" if crossing else "attention", calls, name))
+            parts.append(Part("cross" if crossing else "attention", calls, name, read=self._read_place(found)))
             part_of |= dict.fromkeys(attending, 0)
         if rest:
             parts.append(self._mlp(rest[0], found))
@@ -361,9 +432,13 @@ class _Reader:
                 added += [v for v, of in zip(inputs, leaves, strict=True) if of == {0}]
         if attending and len(set(added)) == 1:
             products = [s for leaf in attending for s in inside[leaf]]
-            written = self._written(added[0], products)
+            written = self._written(self._unwritten(added[0], found), products)
             parts[0] = replace(parts[0], written=self._point(written), gates=self._gates_on(products, written))
         return parts, tree
+
+    def _read_place(self, found: _Sum) -> Place | None:
+        """Where that is made which a sublayer reads of several streams."""
+        return None if found.read is None else self._place(found.read, self.t.calls[0])
 
     def _under(self, index: int, found: _Sum, part_of: Mapping[int, int]) -> frozenset[int]:
         """The leaves of a residual addition under one of its nodes: part numbers, or `STREAM`."""
@@ -431,10 +506,11 @@ class _Reader:
     def _mlp(self, leaf: int, found: _Sum) -> Part:
         """The part whose summand is `leaf`: named after the outermost module that makes its last learned product and holds
         none of the residual additions."""
+        leaf, read = self._unwritten(leaf, found), self._read_place(found)
         learned = [n.index for n in self.t.nodes if self.t.is_learned_product(n.index) and self._feeds(n.index, leaf)]
-        inside = [i for i in learned if self.t.depends(i, found.stream)]
+        inside = [i for i in learned if self.t.depends(i, found.given)]
         if not inside:
-            return Part("mlp", (), self.t.calls[self.t.nodes[leaf].call].name)
+            return Part("mlp", (), self.t.calls[self.t.nodes[leaf].call].name, read=read)
         name = ""
         for index in self.t.call_path(self.t.nodes[inside[-1]].call):
             call = self.t.calls[index]
@@ -446,7 +522,7 @@ class _Reader:
             reads = writes = None
         elif reads is not None and reads.name in {c.name for i in inside[1:] if (c := self._leaf_call(i))}:
             reads = writes = None  # run on some of the tokens at a time: no run sees them all
-        return Part("mlp", (), name, reads=reads, writes=writes)
+        return Part("mlp", (), name, reads=reads, writes=writes, read=read)
 
     def _leaf_call(self, learned: int) -> ModuleCall | None:
         """The run of the module made for a learned product: one without children of its own."""
@@ -748,13 +824,13 @@ class _Reader:
             for piece in pieces_between(self.t, found.root, [following] if following != found.root else []):
                 yield piece, "post", number
         for found, numbers in zip(sums, parts_of, strict=True):
-            leaves = [x for x in found.leaves if x != found.stream]
+            leaves = [self._unwritten(x, found) for x in found.leaves if x != found.stream]
             shared = len(set(numbers)) > 1
             for part in dict.fromkeys(numbers):
                 own = [leaf for leaf, number in zip(leaves, numbers, strict=True) if number == part]
-                for piece in pieces_between(self.t, found.stream, next_products(self.t, found.stream, own)):
+                for piece in pieces_between(self.t, found.given, next_products(self.t, found.given, own)):
                     yield piece, "before", None if shared else part
-                inside = [i for i in self._products_feeding(own) if self.t.depends(i, found.stream)]
+                inside = [i for i in self._products_feeding(own) if self.t.depends(i, found.given)]
                 for source in inside[:_MOST_PRODUCTS]:
                     last = [leaf for leaf in own if leaf != source and self.t.depends(leaf, source)]
                     onward = next_products(self.t, source, own)
@@ -824,11 +900,11 @@ class _Reader:
         for found, numbers in zip(sums, parts_of, strict=True):
             for leaf, part in zip([x for x in found.leaves if x != found.stream], numbers, strict=True):
                 on_path = self.t.depends(leaf, result) or leaf == result
-                if not on_path or not (self.t.depends(source, found.stream) or source == found.stream):
+                if not on_path or not (self.t.depends(source, found.given) or source == found.given):
                     continue
-                if not self.t.learned(leaf, result):
+                if not self.t.learned(self._unwritten(leaf, found), result):
                     return "after", part
-                if not self.t.learned(source, found.stream):
+                if not self.t.learned(source, found.given):
                     return "before", part if len(set(numbers)) == 1 else None
                 return "inner", part
         return None
@@ -964,6 +1040,8 @@ class _Reader:
         group, left, behind_norm = 0, None, False
         for number, piece in enumerate(pieces):
             entry = self._beginning(call, piece[0].stream, left)
+            if piece[0].read is not None:
+                entry = self._laid_like(entry, piece[0].root)
             group += left is not None and entry != left
             if number + 1 < len(pieces):
                 leaving = self._leaving(piece[-1].root, pieces[number + 1][0].stream)
@@ -990,6 +1068,13 @@ class _Reader:
             return left
         given = [i for i in call.inputs.values() if i in carried and self.t.nodes[i].size == self.t.nodes[stream].size]
         return max(given) if given else stream
+
+    def _laid_like(self, stream: int, root: int) -> int:
+        """Several streams as they lie in a sum: where a view of them was found, the value that it is a view of."""
+        index: int | None = stream
+        while index is not None and self.t.nodes[index].shape != self.t.nodes[root].shape:
+            index = self.t.passes_through(index) if self.t.nodes[index].operation in PASSES else None
+        return stream if index is None else index
 
     def _leaving(self, root: int, following: int) -> int:
         """Where a block is left whose last addition is `root`: behind the norms that the sum passes before it is carried on to
@@ -1076,11 +1161,23 @@ class _Reader:
             by_name = dict(zip(layout.blocks, layout.stacks, strict=True))
             stacks = [by_name[s.name] for s in stretches]
         blocks = [self._block(stretch, s) for stretch, s in zip(stretches, stacks, strict=True)]
+        self._require_own_attention(blocks)
         if layout is None:
             self._require_every_attention(blocks)
         if layout is None or not layout.stacks:
             blocks = self._with_stacks(blocks, stretches)
         return blocks
+
+    def _require_own_attention(self, blocks: list[Block]) -> None:
+        """Refuse a picture in which several blocks hold one and the same attention: it is added to several streams."""
+        met: dict[Point, str] = {}
+        for block in blocks:
+            for product in {c.product for p in block.parts for c in p.attention}:
+                if product in met:
+                    raise self._refusal(
+                        f"the attention in {product.owner} is that of {met[product]} and of {block.name}"
+                    )
+                met[product] = block.name
 
     def _require_every_attention(self, blocks: list[Block]) -> None:
         """Refuse a picture that leaves out a block: attention inside a module of a class that is a block elsewhere, or, of a
@@ -1173,6 +1270,8 @@ class _Reader:
                 [offset if not attending or self._attending(leaf, found.stream) else offset + 1 for leaf in summands]
             )
             carried.append([(found.stream, before), (found.root, found.stream)])
+            if found.read is not None:  # the weights that it is read by, too
+                carried[-1].append((found.read, found.stream))
             if found is sums[-1]:
                 carried[-1].append((exit_value, found.root))
             elif self._is_piecewise(found, sums[len(residuals) + 1]):
@@ -1348,10 +1447,11 @@ class _Reader:
             reason = f"{opaque} is one opaque call, and what it mixes by cannot be seen"
             layout, advice = "", "Load the model with attn_implementation='sdpa' or 'eager'."
         elif (several := self._several_streams()) is not None:
-            reason = (
-                f"what the attention in {several} makes is added to several streams side by side (hyper-connections)"
+            reason = f"what the attention in {several} makes is added to {SIDE_BY_SIDE} (hyper-connections)"
+            layout, advice = (
+                "",
+                "They are measured where they are one tensor and are mixed by products; no layout helps.",
             )
-            layout, advice = "", "Streams that are mixed from block to block are not measured yet, and no layout helps."
         return UnsupportedModel(
             f"anatomy: expected a Transformer whose blocks can be told apart, got {type(self.model).__name__}: {reason}. "
             f"Found {found}. {advice}",

@@ -19,7 +19,7 @@ import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -41,26 +41,29 @@ Anatomy = TypeVar("Anatomy")
 
 @dataclass(frozen=True)
 class Situation:
-    """A model as it stands, the layout given for it, and what kind of input it is given. Holds plain values only."""
+    """A model as it stands, the layout given for it, and what kind of input it is given. Holds plain values only. The `sizes` of
+    the input make another situation of it for those models alone whose way depends on them."""
 
     model: object
     layout: object
     inputs: object
+    sizes: object = field(default=None, compare=False)
 
     @staticmethod
     def of(model: nn.Module, batch: Mapping[str, Any], layout: object = None) -> Situation:
         """The situation of `model` that is about to run on `batch`."""
-        return Situation(model_state(model), layout, _inputs(batch))
+        return Situation(model_state(model), layout, _inputs(batch), sizes_of(batch))
 
 
 @dataclass(frozen=True)
 class Remembered(Generic[Anatomy]):
     """What was proved in a situation, and the piece of the user's batch it was proved on; `steers` where the model's own run on
-    that piece sends later runs another way."""
+    that piece sends later runs another way. `sizes` of the batch where the anatomy holds for these alone; None: for all."""
 
     anatomy: Anatomy
     example: dict[str, Any]
     steers: bool
+    sizes: object = None
 
 
 _remembered: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Situation, Remembered[Any]]] = weakref.WeakKeyDictionary()
@@ -82,7 +85,7 @@ def recalled(model: nn.Module, situation: Situation) -> Remembered[Any] | None:
     if model in _held:
         return _held[model]
     known = _remembered.get(model)
-    if known is None or situation not in known:
+    if known is None or situation not in known or known[situation].sizes not in (None, situation.sizes):
         return None
     known.move_to_end(situation)
     steer_by(model, known[situation].example if known[situation].steers else None)
@@ -96,10 +99,11 @@ def latest(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Remember
     known = _remembered.get(model)
     if not known:
         return None
-    state, inputs = model_state(model), None if batch is None else _inputs(batch)
+    state = model_state(model)
+    inputs, sizes = (None, None) if batch is None else (_inputs(batch), sizes_of(batch))
     for situation in reversed(known):
         if situation.model == state and inputs in (None, situation.inputs):
-            return recalled(model, situation)
+            return recalled(model, replace(situation, sizes=known[situation].sizes if batch is None else sizes))
     return None
 
 
@@ -180,6 +184,11 @@ def _chain(function: Callable[..., Any] | None) -> tuple[object, ...]:
             found.append(getattr(function, "__code__", type(function)))
         function = getattr(function, "__wrapped__", None)
     return tuple(found)
+
+
+def sizes_of(batch: Mapping[str, Any]) -> object:
+    """The sizes of a batch's tensors."""
+    return tuple((name, tuple(value.shape)) for name, value in batch.items() if isinstance(value, Tensor))
 
 
 def _inputs(given: Any) -> object:

@@ -1,11 +1,12 @@
 """Which tensors of a batch govern which stack of blocks: found by poking at the proof, read on every batch of a probe.
 
 A mask of two values governs a stack if the value at a token decides whether that token's row of the stream reaches any other
-row in the stack's first attention. One that changes which rows are heard without having the stream's axes (samples of sound,
-the words of a stream that also holds patches) governs it in another unit: there the padded rows are found on each batch, again
-by what they reach. A stack that nothing governs has no padding. Names decide nothing here: masks may be called anything, be given
-by position, and be true for padding. But a mask called `attention_mask` is taken at its word, a 1 for a real token, where a few
-real tokens are chosen for the proof (`proof.example_batch`).
+row in the stack's first attention. The stream may begin with rows of the model's own (a learned beginning, virtual tokens), which
+a mask says nothing of. One that changes which rows are heard without having the stream's axes (samples of sound, the words of a
+stream that ends with patches) governs it in another unit: there the padded rows are found on each batch, again by what they
+reach. A stack that nothing governs has no padding. Names decide nothing here: masks may be called anything, be given by position,
+and be true for padding. A mask called `attention_mask` is at first taken at its word, a 1 for a real token, where a few real
+tokens are chosen for the proof (`examples`). If it then does not hide anything, others are chosen (`masks_not_told`).
 
 Token numbers belong to a stack if another number at a token moves that row of the stream that enters, and no other.
 """
@@ -70,7 +71,7 @@ def find_stacks(
     model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, blocks_alone: Blocks
 ) -> tuple[Stack, ...]:
     """The stacks of the anatomy with what governs them in batches such as this small one. Within `probing` only."""
-    firsts = {i: _first_attending(anatomy, stack) for i, stack in enumerate(anatomy.stacks)}
+    firsts = {i: first_attending(anatomy, stack) for i, stack in enumerate(anatomy.stacks)}
     wanted = {block for block in firsts.values() if block is not None}
     candidates = [name for name, value in batch.items() if isinstance(value, Tensor) and _may_govern(value)]
     numbers = [name for name, value in batch.items() if isinstance(value, Tensor) and _may_be_ids(value)]
@@ -98,13 +99,33 @@ def find_stacks(
     return tuple(found)
 
 
-def _first_attending(anatomy: Anatomy, stack: Stack) -> int | None:
+def first_attending(anatomy: Anatomy, stack: Stack) -> int | None:
     """The stack's first block whose tokens attend to each other and whose axes are known."""
     for number in stack.blocks:
         block = anatomy.blocks[number]
         if block.axes is not None and any(p.kind == "attention" for p in block.parts):
             return number
     return None
+
+
+def masks_not_told(batch: Mapping[str, Any], anatomy: Anatomy | None) -> Iterable[tuple[str, bool]]:
+    """Tensors that hide tokens of this batch, if they are masks, and were not seen to do so where the anatomy was proved (None: it
+    could not be): each with a value that a real token may have there. The tokens of the proof may all have been hidden ones."""
+    stacks = () if anatomy is None else anatomy.stacks
+    is_clear = anatomy is not None and all(first_attending(anatomy, stack) is not None for stack in stacks)
+    seen = {mask.tensor: mask.real for stack in stacks for mask in stack.masks}
+    for name in could_hide(batch):
+        if name in {"attention_mask", "decoder_attention_mask"}:
+            if not seen.get(name, False):
+                yield name, False
+        elif not is_clear:
+            yield from ((name, True), (name, False))
+
+
+def could_hide(batch: Mapping[str, Any]) -> list[str]:
+    """Tensors with a value for each token of each sequence, of which there are two in this batch."""
+    given = {name: v for name, v in batch.items() if isinstance(v, Tensor) and v.ndim == 2 and _may_govern(v)}
+    return [name for name, value in given.items() if bool(value.any()) and not bool(value.all())]
 
 
 def _may_govern(value: Tensor) -> bool:
@@ -149,20 +170,24 @@ def _governs(
         return None
     sequences, tokens = _sizes(plain, axes)
     shape = tuple(value.shape)
-    for is_transposed in (False, True) if shape in {(sequences, tokens), (tokens, sequences)} else ():
-        if shape != ((tokens, sequences) if is_transposed else (sequences, tokens)):
+    for is_transposed in (False, True) if value.ndim == 2 else ():
+        of_sequences, counted = shape[::-1] if is_transposed else shape
+        first = tokens - counted  # the mask's first token, as a row of the stream, if both end with the same one
+        if of_sequences != sequences or first < 0:
             continue
-        for token in (0, tokens - 1):  # the first reaches none that come before it, the last none that come after
+        for token in (0, counted - 1):  # the first reaches none that come before it, the last none that come after
             place = (token, 0) if is_transposed else (0, token)
             other = _changed_at(model, batch, anatomy, blocks_alone, name, place, block)
-            if other is None:
+            if other is None or other.stream.shape != plain.stream.shape:
                 continue
-            before, after = _hearing(plain, axes, token), _hearing(other, axes, token)
+            before, after = (_hearing(alone, axes, first + token) for alone in (plain, other))
             gained, lost = after.more_than(before), before.more_than(after)
             if gained != lost:
-                return TokenMask(name, bool(value[place]) == lost, "token", is_transposed)
+                return TokenMask(name, bool(value[place]) == lost, "token", is_transposed, first)
             if bool(before.rows.any()):
-                return None
+                if not first:
+                    return None
+                break
     return _governs_otherwise(model, batch, anatomy, blocks_alone, plain, name, block)
 
 
@@ -361,7 +386,7 @@ def paddings(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, block
         if stack.segments_block is not None:
             asked[number] = stack.segments_block
         elif any(m.unit == "other" and hides(m, batch) for m in stack.masks):
-            block = _first_attending(anatomy, stack)
+            block = first_attending(anatomy, stack)
             if block is not None:
                 asked[number] = block
     if not asked:
@@ -427,6 +452,7 @@ def given_mask(stack: Stack, batch: Mapping[str, Any]) -> Tensor | None:
         if mask.unit == "token" and isinstance(value, Tensor) and value.ndim == 2:
             one = value.bool() == mask.real
             one = one.T if mask.is_transposed else one
+            one = torch.cat([one.new_ones(len(one), mask.before), one], 1) if mask.before else one
             real = one if real is None or real.shape != one.shape else real & one.to(real.device)
     return None if real is None or bool(real.all()) else real
 

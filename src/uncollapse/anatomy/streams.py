@@ -107,7 +107,8 @@ def met(
     makes of it."""
     at_points: dict[Point, list[Handler]] = {}
     at_modules: dict[str, list[tuple[Place, Action]]] = {}
-    for place, action in actions:
+    for place, given in actions:
+        action = _opening(place, given)
         if isinstance(place.at, ModuleCall):
             at_modules.setdefault(place.at.name, []).append((place, action))
         else:
@@ -119,6 +120,20 @@ def met(
         changes.enter(intercepted(model, together, within=within, strict=strict))
         changes.enter(_at_modules(model, at_modules, within))
         yield
+
+
+def _opening(place: Place, action: Action) -> Action:
+    """An action on streams that the model has folded into one axis with the sequences: it is given them with an axis of their
+    own, and what it returns is folded again."""
+    fold = place.fold
+    if fold is None:
+        return action
+
+    def acting(tensor: Tensor) -> Tensor | None:
+        changed = action(fold.opened(tensor))
+        return None if changed is None else fold.closed(changed)
+
+    return acting
 
 
 def _acting(path: Path, action: Action) -> Handler:
@@ -136,7 +151,7 @@ def _at_modules(
 ) -> Iterator[None]:
     thread = threading.get_ident()
     with restoring() as changes:
-        changes.undo(_functions_as_found())
+        changes.undo(functions_as_found())
         runs = changes.enter(counted(model, actions, within))
         for name, wanted in actions.items():
 
@@ -147,7 +162,7 @@ def _at_modules(
                     return None
                 run, given, is_changed = runs.begin(name), (args, kwargs), False
                 for place, action in _of_run(wanted, run, {"in"}):
-                    changed = _act(action, _argument(*given, place.path))
+                    changed = undisturbed(action, _argument(*given, place.path))
                     if changed is not None:
                         given, is_changed = _with_argument(*given, place.path, changed), True
                 return given if is_changed else None
@@ -165,11 +180,11 @@ def _at_modules(
                 is_changed = False
                 for place, action in _of_run(wanted, runs.counts.get(name, 0) - 1, {"out", "written"}):
                     if place.side == "out":
-                        changed = _act(action, tensor_at(output, place.path))
+                        changed = undisturbed(action, tensor_at(output, place.path))
                         if changed is not None:
                             output, is_changed = with_tensor(output, place.path, changed), True
                     else:
-                        changed = _act(action, _argument(args, kwargs, place.path))
+                        changed = undisturbed(action, _argument(args, kwargs, place.path))
                         if changed is not None:
                             _with_argument(args, kwargs, place.path, changed)
                 return output if is_changed else None
@@ -180,7 +195,7 @@ def _at_modules(
         yield
 
 
-def _functions_as_found() -> Callable[[], object]:
+def functions_as_found() -> Callable[[], object]:
     """Lets function modes act again as they do now: Ctrl-C may come on the way out of `DisableTorchFunction`."""
     # By name: they are unknown to the stubs.
     read, write = (getattr(torch._C, f"_{verb}_torch_function_state") for verb in ("get", "set"))
@@ -193,7 +208,7 @@ def _of_run(actions: list[tuple[Place, Action]], run: int, sides: set[str]) -> I
             yield place, action
 
 
-def _act(action: Action, tensor: Tensor) -> Tensor | None:
+def undisturbed(action: Action, tensor: Tensor) -> Tensor | None:
     """The action's own operations must not count as those of the module in whose code the stream is met."""
     with torch._C.DisableTorchFunction():
         return action(tensor)

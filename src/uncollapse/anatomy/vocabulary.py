@@ -21,7 +21,10 @@ How the graph is read
 * On its way to an addition the stream may be *carried*: multiplied by numbers, parameters or gates, and added to what does
   not depend on it (`a x + b x0`, skips from earlier blocks, a steering vector). The proof says what may stand there.
 
-When not to use it: a model whose blocks pass several streams side by side (hyper-connections) is refused (`UnsupportedModel`).
+* *Several streams side by side* (hyper-connections) are one stream with an axis more. A sublayer reads a mixture of them
+  (`Part.read`) and writes to each. Between additions they are mixed with each other, token by token and feature by feature.
+
+When not to use it: streams that a model keeps in tensors of their own are refused (`UnsupportedModel`).
 """
 
 from __future__ import annotations
@@ -75,14 +78,34 @@ class NormPiece:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """Several streams that share axis number `axis` of their tensor with the sequences, or another axis: `streams` of them, beside
+    each other where `is_minor`, else one after the other."""
+
+    axis: int
+    streams: int
+    is_minor: bool
+
+    def opened(self, tensor: Tensor) -> Tensor:
+        """The tensor with an axis of the streams' own."""
+        return tensor.unflatten(self.axis, (-1, self.streams) if self.is_minor else (self.streams, -1))
+
+    def closed(self, tensor: Tensor) -> Tensor:
+        """The tensor as the model has it."""
+        return tensor.flatten(self.axis, self.axis + 1)
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a stream can be met: among the arguments of a module's run (`side="in"`), in what it returns (`"out"`), in its
     arguments after it ran (`"written"`: a state that blocks change), or in the result of an operation. `path` leads to the
-    tensor inside nested containers and objects (`tracing.tensors_at`)."""
+    tensor inside nested containers and objects (`tracing.tensors_at`). Where several streams are folded into one axis with
+    another, `fold` says how, and what is met here has an axis of its own for them."""
 
     at: ModuleCall | Point
     side: Literal["in", "out", "written"] = "out"
     path: Path = ()
+    fold: Fold | None = None
 
 
 @dataclass(frozen=True)
@@ -209,6 +232,8 @@ class Part:
     before factors. Where its calls have no `projection`, W_O is the whole map from the mixed values to that result
     (`output_maps`), unless `no_output_map` says why there is none; of mixed values that have passed the `gates`, if any. Where
     they have one, `features` gives the head of every feature that it reads; empty where the heads lie side by side.
+
+    Of several streams side by side, `read` is where that is made which this sublayer reads of them.
     """
 
     kind: PartKind
@@ -221,6 +246,7 @@ class Part:
     features: tuple[int, ...] = ()
     no_output_map: str = ""
     gates: tuple[Gate, ...] = ()
+    read: Place | None = None
 
     @property
     def heads(self) -> int:
@@ -259,35 +285,66 @@ class Residual:
 class StreamAxes:
     """What each axis of a residual stream is, told by influence: along `sequence` nothing reaches anything, along the `token`
     axes the attention reaches, and `width` is the one that the first learned product contracts. `sequence` is None where
-    sequences are laid end to end along the token axis."""
+    sequences are laid end to end along the token axis. `streams` is the axis of several streams side by side, which sublayers
+    read together; None where there is one stream."""
 
     sequence: int | None
     token: tuple[int, ...]
     width: int
+    streams: int | None = None
 
     def cloud(self, stream: Tensor) -> Tensor:
         """The stream as [sequence, token, width]; a grid of tokens becomes one row of them. With no axis of sequences, all
-        rows as one sequence."""
+        rows as one sequence. Of several streams, what they hold of a token stands side by side along the width."""
+        if self.streams is not None:
+            return self.side_by_side(stream).flatten(2)
         if self.sequence is None:
             return stream.permute(*self.token, self.width).flatten(0, -2).unsqueeze(0)
         return stream.permute(self.sequence, *self.token, self.width).flatten(1, -2)
 
+    def side_by_side(self, stream: Tensor) -> Tensor:
+        """Several streams as [sequence, token, stream, width]."""
+        assert self.streams is not None
+        assert self.sequence is not None
+        return stream.permute(self.sequence, *self.token, self.streams, self.width).flatten(1, -3)
+
+    @property
+    def within(self) -> StreamAxes:
+        """The axes of what a sublayer reads and makes: those of one stream."""
+        if self.streams is None:
+            return self
+        behind = self.streams
+
+        def without(axis: int) -> int:
+            return axis - (axis > behind)
+
+        assert self.sequence is not None
+        return StreamAxes(without(self.sequence), tuple(map(without, self.token)), without(self.width))
+
+    def stream(self, cloud: Tensor, like: Tensor) -> Tensor:
+        """[sequence, token, width] laid out as the stream `like`: the reverse of `cloud`."""
+        order = (*(() if self.sequence is None else (self.sequence,)), *self.token, self.width)
+        laid = cloud.reshape([like.shape[axis] for axis in order])
+        return laid.permute([order.index(axis) for axis in range(like.ndim)])
+
     @property
     def ndim(self) -> int:
-        return (self.sequence is not None) + len(self.token) + 1
+        return (self.sequence is not None) + len(self.token) + 1 + (self.streams is not None)
 
 
 @dataclass(frozen=True)
 class TokenMask:
     """A tensor of the batch that hides tokens from a stack: `tensor` is its name, `real` the value it has at a real token.
 
-    `unit` is `token` where it has the stream's sequence and token axes (the other way round if `is_transposed`), `other` where
-    it counts something else (samples of sound, the words of a stream that also holds patches)."""
+    `unit` is `token` where it has the stream's sequence and token axes (the other way round if `is_transposed`), but for as many
+    rows of the model's own as come `before` the first; `other` where it counts something else (samples of sound, the words of a
+    stream that ends with patches)."""
 
     tensor: str
     real: bool
     unit: Literal["token", "other"] = "token"
     is_transposed: bool = False
+    before: int = 0
 
 
 @dataclass(frozen=True)

@@ -90,5 +90,9 @@ CLAIM = Claim(
     "An attention stack with residuals is affine in X: vec Y = (sum over paths A_path kron W_path^T) vec X + constant.",
     HERE,
     check,
+    title="Given its patterns, attention is affine",
+    formula=r"\mathrm{vec}\, Y = \sum_{\mathrm{paths}} (A_{\mathrm{path}} \otimes W_{\mathrm{path}}^T)\, \mathrm{vec}\, X "
+    r"+ \mathrm{const}",
+    theory="6. What the MLP adds",
     hypotheses=("the attention patterns are held fixed", "the norms' scales are held fixed"),
 )

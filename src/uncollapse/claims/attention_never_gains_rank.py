@@ -66,5 +66,8 @@ CLAIM = Claim(
     "Without the residual, one attention head cannot gain rank or affine rank.",
     HERE,
     check,
+    title="One head without a value bias never gains rank",
+    formula=r"\mathrm{rank}(A X W) \le \mathrm{rank}\, X",
+    theory="3. What attention can do to rank and to consensus",
     hypotheses=("one head", "no value bias (for the rank)", "every row of A sums to one (for the affine rank)"),
 )

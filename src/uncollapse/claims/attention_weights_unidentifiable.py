@@ -1,4 +1,8 @@
-"""How many directions of an attention row its output does not show."""
+"""How many directions of an attention row its output does not show.
+
+Counted at the logits: a row is softmax(s), and a step ds moves its output by ds (diag a - a^T a) V. One of the steps that move
+nothing is the shift of all logits, which moves no weight either; the others are open directions of the weights.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +30,11 @@ def check(
         values = draws.matrix(n, k)
         seen = exact.beside(values, exact.ones(n))  # what a row shows: its output, and that it sums to one
         open_directions = exact.null_space(seen.transpose())
-        dimensions.append(
-            open_directions.ncols() == formula(n, exact.rank(values), exact.rank(seen))
-            and exact.null_dimension(seen.transpose()) == open_directions.ncols()
-        )
+        row = exact.part(draws.pattern(n), [0], range(n))
+        slope = (exact.diagonal(row.entries()) - row.transpose() * row) * values
+        moving_nothing = exact.null_dimension(slope.transpose()) - 1  # without the shift
+        dimensions.append(moving_nothing == formula(n, exact.rank(values), exact.rank(seen)))
         if open_directions.ncols():
-            row = exact.part(draws.pattern(n), [0], range(n))
             along = exact.part(open_directions, range(n), [0]).transpose()
             step = min(row.entries()) / (2 * max(abs(entry) for entry in along.entries()))
             moved = row + along * step  # still positive
@@ -39,7 +42,7 @@ def check(
     values, rows = exact.rational(VALUES), exact.rational(ROWS)
     same = rows * values
     return [
-        tally("a row of A is open in exactly n - rank [V W_h, 1] directions", dimensions),
+        tally("steps of the logits that move weights and no output: exactly n - rank [V W_h, 1]", dimensions),
         tally("wherever one is open, another positive row that sums to one gives the same output", others),
         shown(
             "weights (1/3, 1/3, 1/3) and (1/2, 0, 1/2) on values 0, 1, 2",
@@ -60,4 +63,7 @@ CLAIM = Claim(
     "attention weights cannot be told from what they do.",
     "G. Brunner et al., On Identifiability in Transformers, arXiv 1908.04211 (2019), with the row sum as a second observation",
     check,
+    title="Attention weights cannot be read off the output",
+    formula=r"\dim \{ z : z V = 0,\; z \mathbf{1} = 0 \} = n - \mathrm{rank}\, [V, \mathbf{1}]",
+    theory="10. Entropy",
 )

@@ -116,6 +116,9 @@ CLAIM = Claim(
     "exponentially.",
     HERE,
     check,
+    title="Under a causal mask the collapse is geometric, with ratio one half",
+    formula=r"\lim_{L \to \infty} \frac{D_{L+1}}{D_L} = \frac{1}{2}",
+    theory="4. Attention alone collapses, and how fast",
     hypotheses=(
         "the logits come from the tokens alone: no RoPE, no relative bias",
         "the second token differs from the first",

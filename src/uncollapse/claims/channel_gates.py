@@ -46,6 +46,9 @@ CLAIM = Claim(
     "each head leave H d_k^2.",
     "the gates are those of Z. Qiu et al., Gated Attention, arXiv 2505.06708 (2025); the count is derived in docs/theory.md",
     check,
+    title="Gates for each channel leave one scale a channel",
+    formula=r"\dim = D \quad \mathrm{against} \quad H d_k^2",
+    theory="8. The position-gated output projection",
     hypotheses=(
         "no two channels have proportional gate profiles",
         "W_O has full row rank D",

@@ -64,5 +64,8 @@ CLAIM = Claim(
     "Tokens that are all equal stay equal through attention with any mask, residual, norm and MLP; and CA = CAC.",
     HERE,
     check,
+    title="Equal tokens stay equal",
+    formula=r"A_h \mathbf{1} x^T W_h = \mathbf{1} x^T W_h",
+    theory="3. What attention can do to rank and to consensus",
     hypotheses=("every row of A sums to one (no sinks, no dropout)", "norm and MLP treat every token alike"),
 )

@@ -52,4 +52,7 @@ CLAIM = Claim(
     "ln n - delta: with bounded logits attention must disperse as n grows.",
     "P. Velickovic et al., softmax is not enough (for sharp size generalisation), arXiv 2410.01104 (2024)",
     check,
+    title="Bounded logits must disperse",
+    formula=r"\max_j a_j \le \frac{e^\delta}{n - 1 + e^\delta}, \quad H \ge \ln n - \delta",
+    theory="10. Entropy",
 )

@@ -72,4 +72,8 @@ CLAIM = Claim(
     "S. Zhai et al., Stabilizing Transformer Training by Preventing Attention Entropy Collapse, arXiv 2303.06296; "
     "proved in docs/theory.md for a given row",
     check,
+    title="The least entropy of logits of a given size",
+    formula=r"H \ge \ln(1 + (T - 1) b) + \frac{\varsigma \sqrt{T (T - 1)}\, b}{1 + (T - 1) b}, "
+    r"\quad b = e^{-\varsigma \sqrt{T / (T - 1)}}",
+    theory="10. Entropy",
 )

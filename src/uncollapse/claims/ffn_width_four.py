@@ -92,6 +92,9 @@ CLAIM = Claim(
     + PAPER
     + ", introduction",
     check,
+    title="Nothing is special about an MLP four times as wide",
+    formula=r"1 - R^2 = \frac{\pi - 2}{2 \pi - 2} \approx 0.2665",
+    theory="6. What the MLP adds",
     hypotheses=("Gaussian tokens and weights, ReLU",),
     kind="measured",
 )

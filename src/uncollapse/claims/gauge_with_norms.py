@@ -162,5 +162,8 @@ CLAIM = Claim(
     "and G d_k of the value weights, if sum(beta/gamma) = 0 or a bias takes the constant back.",
     HERE,
     check,
+    title="A layer norm before the attention hides more directions",
+    formula=r"W \to W + u c^T, \quad u = 1 / \gamma",
+    theory="7. Heads: who can tell them apart",
     hypotheses=("gamma without zeros", "the attention reads the output of the norm alone", "A1 = 1, no RoPE"),
 )

@@ -81,5 +81,8 @@ CLAIM = Claim(
     "single head, all n d_k).",
     ABSTRACT,
     check,
+    title="In a shared channel space the heads' outputs are ambiguous",
+    formula=r"\dim \ker \left( (O_1, \dots, O_H) \mapsto \sum_h O_h \right) = n (H - 1) d_k",
+    theory="7. Heads: who can tell them apart",
     hypotheses=("the observer sees only the sum of the heads in one shared d_k-wide channel space",),
 )

@@ -78,5 +78,8 @@ CLAIM = Claim(
     "W_O are known; nD + Dd - r(n + d - r) of (O, W_O) if only Y is known.",
     HERE,
     check,
+    title="How much is ambiguous depends on what the observer knows",
+    formula=r"\dim \ker (O \mapsto O W_O) = n (D - \mathrm{rank}\, W_O)",
+    theory="7. Heads: who can tell them apart",
     hypotheses=("for the last: O and W_O have full rank",),
 )

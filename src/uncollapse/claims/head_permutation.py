@@ -101,5 +101,8 @@ CLAIM = Claim(
     "that is (H/G)!^G G! of the H! orders.",
     HERE,
     check,
+    title="How many orders of the heads give the same function",
+    formula=r"((H/G)!)^G \cdot G!",
+    theory="7. Heads: who can tell them apart",
     hypotheses=("the permutation maps key/value groups to groups, and keys, values and outputs move along",),
 )

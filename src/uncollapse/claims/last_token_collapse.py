@@ -62,5 +62,8 @@ CLAIM = Claim(
     "enough: from n = 512 in bfloat16 and 4,096 in float16, for values 0 and 1.",
     "F. Barbero et al., Transformers need glasses!, arXiv 2406.04267 (2024); the lengths are derived in docs/theory.md",
     check,
+    title="Two long prompts end in the same bits",
+    formula=r"1 - \frac{1}{n} \to 1 \;\; \mathrm{for} \;\; n \ge 2^{p + 1}",
+    theory="9. Collapse in width",
     hypotheses=("attention uniform over the tokens", "one rounding, to nearest, of the exact average"),
 )

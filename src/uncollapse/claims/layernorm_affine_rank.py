@@ -88,4 +88,7 @@ CLAIM = Claim(
     "Layer normalisation is precisely affine-rank-neutral: it preserves the affine rank of the token set exactly.",
     ABSTRACT,
     check,
+    title="Layer normalisation keeps the affine rank",
+    formula=r"\mathrm{affrank}(\mathrm{LN}\, X) = \mathrm{affrank}\, X",
+    theory="2. Layer normalisation",
 )

@@ -80,4 +80,6 @@ CLAIM = Claim(
     "same way with and without it.",
     PAPER + ", longer abstract of the arXiv page, read about distances; against X. Wu et al., arXiv 2405.18781",
     check,
+    title="Layer normalisation neither causes nor prevents a collapse",
+    theory="2. Layer normalisation",
 )

@@ -51,4 +51,7 @@ CLAIM = Claim(
     "With zero bias, layer normalisation preserves the matrix rank.",
     ABSTRACT,
     check,
+    title="Layer normalisation without a bias keeps the matrix rank",
+    formula=r"\mathrm{rank}(S^{-1} X P \Gamma) = \mathrm{rank}\, X",
+    theory="2. Layer normalisation",
 )

@@ -71,4 +71,8 @@ CLAIM = Claim(
     "and eps for which the layer is defined; s holds the tokens' standard deviations.",
     HERE,
     check,
+    title="The exact change of the affine rank under layer normalisation",
+    formula=r"\mathrm{affrank}(\mathrm{LN}\, X) - \mathrm{affrank}\, X = [\mathbf{1} \in \mathrm{col}\, X] "
+    r"- [s \in \mathrm{col}\, X P \Gamma] - \dim(\mathrm{row}\, X \cap \ker \Gamma P)",
+    theory="2. Layer normalisation",
 )

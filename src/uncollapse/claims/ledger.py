@@ -32,7 +32,8 @@ Finding = tuple[list[Evidence], Counterexample | None]
 class Claim:
     """A statement with its check. `check(trials, seed, **variant)` returns evidence and, if any, the counterexample.
 
-    Variants weaken a hypothesis or corrupt the statement; the tests use them to see every verdict change.
+    Variants weaken a hypothesis or corrupt the statement; the tests use them to see every verdict change. `title` is what a person
+    reads, `formula` the heart of the statement in LaTeX, `theory` the heading of docs/theory.md under which it is proved.
     """
 
     id: str
@@ -41,6 +42,9 @@ class Claim:
     check: Callable[..., Finding]
     hypotheses: Sequence[str] = field(default=())
     kind: Kind = "universal"
+    title: str = field(kw_only=True)
+    formula: str = field(default="", kw_only=True)
+    theory: str = field(kw_only=True)
 
     def run(self, trials: int, seed: int, **variant: Any) -> ClaimResult:
         """Check it and read the verdict off the evidence."""
@@ -48,7 +52,16 @@ class Claim:
             evidence, counterexample = self.check(trials, seed, **variant)
         decided = verdict(self.kind, evidence, bool(self.hypotheses))
         return ClaimResult(
-            self.id, self.statement, self.source, decided, list(self.hypotheses), evidence, counterexample
+            self.id,
+            self.statement,
+            self.source,
+            decided,
+            list(self.hypotheses),
+            evidence,
+            counterexample,
+            title=self.title,
+            formula=self.formula,
+            theory=self.theory,
         )
 
 

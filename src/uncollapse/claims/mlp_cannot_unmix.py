@@ -97,4 +97,7 @@ CLAIM = Claim(
     "No MLP after the output projection can recover the head outputs from their sum Y.",
     ABSTRACT,
     check,
+    title="The MLP cannot recover the heads",
+    formula=r"\mathrm{ReLU}(Y [W_O^{-1}, -W_O^{-1}]) [I; -I] = O",
+    theory="6. What the MLP adds",
 )

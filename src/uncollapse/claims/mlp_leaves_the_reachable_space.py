@@ -99,6 +99,9 @@ CLAIM = Claim(
     "token-wise nonlinear MLP whose weights preserve that space can leave it (it need not), a linear one cannot.",
     HERE,
     check,
+    title="A nonlinear MLP can leave the space that attention reaches",
+    formula=r"R = \sum_{\mathrm{paths}} \mathrm{row}(X)\, W_{\mathrm{path}}",
+    theory="6. What the MLP adds",
     hypotheses=(
         "no norms and no biases in the attention stack",
         "the reachable space is not the whole width",

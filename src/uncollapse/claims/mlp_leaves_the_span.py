@@ -49,4 +49,7 @@ CLAIM = Claim(
     "attention layers can produce.",
     ABSTRACT + ", taken literally",
     check,
+    title="Only the MLP leaves the span of the embeddings",
+    formula=r"\mathrm{row}(A X W_V W_O) \subseteq \mathrm{row}\, X",
+    theory="6. What the MLP adds",
 )

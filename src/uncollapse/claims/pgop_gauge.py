@@ -95,5 +95,8 @@ CLAIM = Claim(
     "dimension sum over classes of proportional profiles of (m_c d_k)^2, from D^2 without gates to H d_k^2.",
     HERE,
     check,
+    title="Position gates break the mixing of heads with different profiles",
+    formula=r"\dim = \sum_c (m_c d_k)^2",
+    theory="8. The position-gated output projection",
     hypotheses=("W_O has full row rank D", "gates are positive and known"),
 )

@@ -58,6 +58,9 @@ CLAIM = Claim(
     "A position-gated output projection costs less than 1.6 % of the standard output projection's parameters.",
     ABSTRACT,
     check,
+    title="Position gates cost less than 1.6 % of the projection",
+    formula=r"\frac{(d_\varphi + 1) H}{(D + 1) d} = \frac{1}{d_k} \;\; (d_\varphi = d = D)",
+    theory="8. The position-gated output projection",
     hypotheses=(
         "the gate is one affine map of the position features per head (our reconstruction; only the abstract was at hand)",
         "head width d_k >= 64",

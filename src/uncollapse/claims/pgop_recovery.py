@@ -87,5 +87,8 @@ CLAIM = Claim(
     "directions per content, rank G <= min(m, H); one position alone gains nothing.",
     HERE,
     check,
+    title="Heads are recovered where contents recur",
+    formula=r"\dim = (H - \mathrm{rank}\, G)\, d_k",
+    theory="8. The position-gated output projection",
     hypotheses=("the head contents are the same at the m positions", "gates are known", "heads share their channels"),
 )

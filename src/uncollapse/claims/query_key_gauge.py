@@ -295,6 +295,9 @@ CLAIM = Claim(
     "G d_k in all under RoPE; H + G + d_k under QK-RMSNorm with shared gamma, H + G + d_k/2 with RoPE besides.",
     HERE,
     check,
+    title="The gauge of queries and keys",
+    formula=r"(W_Q, W_K) \to (W_Q T, W_K T^{-T}): \quad G d_k^2",
+    theory="7. Heads: who can tell them apart",
     hypotheses=(
         "weights of full rank; generic gamma",
         "RoPE turns every channel pair, with different frequencies (unturned channels keep GL and their key bias)",

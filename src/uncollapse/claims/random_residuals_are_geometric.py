@@ -95,6 +95,9 @@ CLAIM = Claim(
     "r^2 = dev/(dev + n m (1 + alpha^2)^L) in expected energies.",
     "after L. Noci et al., Signal Propagation in Transformers, arXiv 2206.03126 (2022); proved in docs/theory.md",
     check,
+    title="With random weights and residuals the distance falls geometrically",
+    formula=r"r^2 = \frac{\mathrm{dev}}{\mathrm{dev} + n m (1 + \alpha^2)^L}",
+    theory="5. Residual connections",
     hypotheses=(
         "uniform attention",
         "independent centred weights; expected energies, not the expectation of their ratio",

@@ -124,6 +124,9 @@ CLAIM = Claim(
     "the bias's own pattern P = softmax(B), not doubly exponentially.",
     HERE,
     check,
+    title="With a relative position bias the collapse is geometric",
+    formula=r"\lim_{L \to \infty} \frac{\lVert C X_{L+1} \rVert}{\lVert C X_L \rVert} = |\lambda_2(\mathrm{softmax}(B))|",
+    theory="4. Attention alone collapses, and how fast",
     hypotheses=(
         "softmax over all keys, no residual, the values are the tokens (W_VO = 1)",
         "the rows of P are not all equal, so that lambda_2 != 0 for the biases checked (one number on the diagonal, one off it)",

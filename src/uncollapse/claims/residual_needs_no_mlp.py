@@ -78,5 +78,8 @@ CLAIM = Claim(
     "Attention with residual connections and no MLP keeps the exact rank of X at every depth, for almost all weights.",
     ABSTRACT + ": 'without contribution from the MLP'",
     check,
+    title="Residual connections keep the rank without an MLP, at every depth",
+    formula=r"\mathrm{rank}\, X_L \ge \mathrm{rank}\, X_0",
+    theory="5. Residual connections",
     kind="generic",
 )

@@ -58,5 +58,9 @@ CLAIM = Claim(
     "RMSNorm preserves the rank exactly and changes the affine rank by [1_n in col X] - [r in col X].",
     HERE,
     check,
+    title="RMS normalisation keeps the rank, and changes the affine rank by a formula",
+    formula=r"\mathrm{affrank}(\mathrm{RMS}\, X) - \mathrm{affrank}\, X = "
+    r"[\mathbf{1} \in \mathrm{col}\, X] - [r \in \mathrm{col}\, X]",
+    theory="2. Layer normalisation",
     hypotheses=("gamma has no zero", "no token is zero, or eps > 0"),
 )

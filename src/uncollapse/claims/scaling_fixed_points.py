@@ -96,6 +96,9 @@ CLAIM = Claim(
     "uniform row on its arg-max keys; those fixed points attract, and the uniform row on all keys repels.",
     HERE,
     check,
+    title="What temperature leaves fixed, and what attracts",
+    formula=r"p \mapsto \frac{p^t}{\sum_j p_j^t}",
+    theory="10. Entropy",
     hypotheses=(
         "for attraction of a whole neighbourhood: a single arg-max key (with ties the fixed point is a saddle)",
     ),

@@ -67,5 +67,8 @@ CLAIM = Claim(
     "Self-attention, residual and MLP commute with permutations of the tokens, f(PX) = P f(X), and A(PX) = P A(X) P^T.",
     HERE,
     check,
+    title="Attention does not know the order of the tokens",
+    formula=r"f(\Pi X) = \Pi f(X)",
+    theory="11. Symmetries",
     hypotheses=("no positions in tokens or logits", "no mask but a full one"),
 )

@@ -157,6 +157,9 @@ CLAIM = Claim(
     "G d_k more with value and output biases.",
     HERE,
     check,
+    title="The gauge of values and outputs",
+    formula=r"(W_V, W_h) \to (W_V T, T^{-1} W_h): \quad G d_k^2",
+    theory="7. Heads: who can tell them apart",
     hypotheses=(
         "the heads' patterns are independent",
         "W_V and the group's stacked W_h have rank d_k",

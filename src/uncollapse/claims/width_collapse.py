@@ -103,6 +103,9 @@ CLAIM = Claim(
     "tokens n; for Gaussian queries and keys of fixed width it levels off instead, at a limit of at least 1/sqrt(d_k).",
     "T. Nait Saada, A. Naderi, J. Tanner, Mind the Gap, arXiv 2410.07799 (2025); plateau derived in docs/theory.md",
     check,
+    title="In long contexts attention at initialisation tends to one mixture",
+    formula=r"\sigma_2(A) \sim n^{-1/2}, \quad \mathrm{or} \;\; \sigma_2 \ge \frac{1}{\sqrt{d_k}} \;\; \mathrm{in\ the\ limit}",
+    theory="9. Collapse in width",
     hypotheses=("full mask", "for the slope: independent logits"),
     kind="measured",
 )

@@ -9,7 +9,6 @@ Exit codes: 0 done; 1 done, with a finding at or above `--fail-on`; 2 the input 
 # Annotations are evaluated here, unlike elsewhere: typer reads options from them. Those for the type checker alone are strings.
 import contextlib
 import inspect
-import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +20,8 @@ import typer
 from uncollapse.bounds import PARAMETERS
 from uncollapse.cli import launched, streams
 from uncollapse.cli.options import (
+    AblatedAs,
+    Against,
     BatchSize,
     Blocks,
     Claims,
@@ -29,6 +30,7 @@ from uncollapse.cli.options import (
     DeviceMap,
     Draws,
     Dtype,
+    Exact,
     FailOn,
     Grid,
     Html,
@@ -38,10 +40,14 @@ from uncollapse.cli.options import (
     MaxParameters,
     MaxTokens,
     Model,
+    Noise,
+    Prompt,
     Quiet,
     Record,
     Seed,
     SequenceLimit,
+    Subject,
+    Target,
     Text,
     Trials,
     TrustRemoteCode,
@@ -65,6 +71,7 @@ from uncollapse.records.common import Severity
 
 if TYPE_CHECKING:
     from uncollapse.analyses.ablation import Ablation
+    from uncollapse.analyses.attribution import Attribution
     from uncollapse.analyses.comparison import Comparison
     from uncollapse.analyses.diagnosis import Diagnosis
     from uncollapse.analyses.heads import Identifiability
@@ -87,10 +94,8 @@ app = typer.Typer(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script. Always ends in SystemExit, unless there is a bug."""
-    for name in ("torchao", "torch.utils._pytree"):  # what of theirs does not load here is not the user's concern
-        logging.getLogger(name).setLevel(logging.ERROR)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    with streams.standard_streams():
+    with streams.standard_streams(), streams.quiet_libraries():
         raise SystemExit(_ended(given))
 
 
@@ -401,6 +406,80 @@ def symmetries(
     return acting(model, texts_in(text), context_lengths=lengths, **probe)
 
 
+@app.command(
+    epilog="""
+**Examples**
+
+Which heads make a model prefer *are* to *is* after a plural subject?
+
+    uncollapse attribute ./SmolLM2-135M --prompt "The keys to the cabinet" --target " are" --against " is"
+
+Several prompts, so that every figure has an interval, and a page to read:
+
+    uncollapse attribute ./SmolLM2-135M --prompt "The keys to the cabinet" --prompt "The letters from my aunt"
+    --target " are" --against " is" --html attribution.html
+
+Direct and first-order effects only, which take a few passes in all:
+
+    uncollapse attribute ./model --prompt "…" --target " a" --against " b" --ablated-as none
+
+The heads, largest first, for another program:
+
+    uncollapse attribute ./model --prompt "…" --target " a" --against " b" --json - |
+    jq '[.effects[] | select(.kind == "head")] | sort_by(-(.direct.mean | fabs))[:10]'
+
+In Python any function of the output can be attributed: `uncollapse.attribute(model, batch, metric)`.
+
+**Exit codes**: 0 done; 2 the input cannot be used; 130 interrupted.
+"""
+)
+def attribute(
+    context: typer.Context,
+    model: Subject,
+    prompt: Prompt,
+    target: Target,
+    against: Against,
+    ablated_as: AblatedAs = "zero",
+    exact: Exact = False,
+    noise: Noise = 0.01,
+    max_tokens: MaxTokens = 128,
+    seed: Seed = 0,
+    json: Json = None,
+    html: Html = None,
+    quiet: Quiet = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
+    max_parameters: MaxParameters = PARAMETERS,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Say which heads, MLPs and biases make a model prefer one next token to another, and what may be said of a single head."""
+
+    def found(progress: "Progress | None") -> "Attribution":
+        from uncollapse.analyses.attribution import attribute as attribution
+        from uncollapse.probe.metrics import logit_difference
+
+        return attribution(
+            model,
+            prompt,
+            logit_difference(target, against),
+            ablated_as=None if ablated_as == "none" else ablated_as,
+            exact=exact,
+            noise=noise,
+            max_tokens=max_tokens,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            max_parameters=max_parameters,
+            trust_remote_code=trust_remote_code,
+            command=context.obj or "",
+            progress=progress,
+        )
+
+    carry_out(found, reads=Reads((), model), json=json, html=html, quiet=quiet)
+
+
 # The ids stand here as text, so that the help need not import what checks them; a test holds them against the ledger.
 @app.command(
     epilog="""
@@ -419,7 +498,7 @@ Which claims are refuted, for another program:
     uncollapse verify --json - | jq -r '.claims[] | select(.verdict == "refuted as stated") | .id'
 
 **Collapse in depth**: attention-only-collapse, causal-collapse-is-geometric,
-relative-bias-collapse-is-geometric, attention-never-gains-rank, consensus-is-invariant,
+relative-bias-collapse-is-geometric, leaders, attention-never-gains-rank, consensus-is-invariant,
 residual-obstructs-collapse, residual-needs-no-mlp, random-residuals-are-geometric
 
 **Norms**: layernorm-affine-rank, layernorm-rank-formula, layernorm-matrix-rank, rmsnorm-rank, layernorm-and-distance

@@ -160,8 +160,8 @@ Without = Annotated[
     list[str] | None,
     typer.Option(
         metavar="PART,PART…",
-        help="Parts to remove in one run: norm, residual, mlp, attention, head, attention-residual, mlp-residual, mask, "
-        "positions. Of single heads the block and the number: head:5.3. "
+        help="Parts to remove in one run: norm, residual, mlp, attention, block, head, attention-residual, mlp-residual, "
+        "mask, positions. Of single heads the block and the number: head:5.3. "
         "Give it again for another run. Default: three runs, without mlp, without residual, without both.",
         rich_help_panel=MEASURE,
     ),
@@ -202,6 +202,61 @@ def block_numbers(text: str | None) -> list[int] | Literal["all", "all+outer"] |
         numbers.update(chosen)
     return sorted(numbers)
 
+
+Subject = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A language model: a hub id, or a folder written by save_pretrained, with its tokenizer."
+    ),
+]
+Prompt = Annotated[
+    list[str],
+    typer.Option(
+        "--prompt", metavar="TEXT", help="What the model reads. Give it again for another prompt.", rich_help_panel=TEXT
+    ),
+]
+Target = Annotated[
+    list[str],
+    typer.Option(
+        "--target",
+        metavar="TOKEN",
+        help="The continuation that is asked about, one token (mind the space: ' Mary'). One for all prompts, or one for each.",
+        rich_help_panel=TEXT,
+    ),
+]
+Against = Annotated[
+    list[str],
+    typer.Option(
+        "--against",
+        metavar="TOKEN",
+        help="The continuation it is compared with. One for all prompts, or one for each.",
+        rich_help_panel=TEXT,
+    ),
+]
+AblatedAs = Annotated[
+    Literal["zero", "mean", "resample", "none"],
+    typer.Option(
+        help="What stands in the place of a component that is taken away for its total effect. `none` leaves these out.",
+        rich_help_panel=MEASURE,
+    ),
+]
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="Also measure direct effects with all norms scaling anew. It takes longer.",
+        rich_help_panel=MEASURE,
+    ),
+]
+Noise = Annotated[
+    float,
+    typer.Option(
+        min=1e-6,
+        max=0.999,
+        help="The error of an observer behind the output projection, as a share of what the layer writes.",
+        rich_help_panel=MEASURE,
+    ),
+]
 
 Claims = Annotated[
     list[str] | None,

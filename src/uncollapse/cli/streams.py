@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import errno
 import io
+import logging
 import os
 import re
 import sys
@@ -22,6 +23,7 @@ from uncollapse.legible import encodable
 
 BROKEN_PIPE = 141  # what a shell reports of a program that was ended by SIGPIPE
 NARROW, USUAL, WIDE = 40, 80, 1000  # columns of a terminal that says nothing sensible about itself
+_WIDTHS = {"COLUMNS": (NARROW, WIDE), "LINES": (1, WIDE), "TERMINAL_WIDTH": (NARROW, WIDE)}
 _REFUSED_WRITES = (errno.EBADF, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENXIO, errno.EPERM)
 
 
@@ -65,20 +67,39 @@ class _Lossy(io.TextIOBase):
 def standard_streams() -> Iterator[None]:
     """Bring stdin, stdout, stderr and the width of the terminal into a state that everybody can work with."""
     _occupy_closed_descriptors()
-    _sensible_width()
+    said = {name: os.environ.get(name) for name in _WIDTHS}
     stdout, stderr = sys.stdout, sys.stderr
     errors = [(stream, stream.errors) for stream in (stdout, stderr) if isinstance(stream, io.TextIOWrapper)]
-    for stream, _ in errors:
-        stream.reconfigure(errors=_ERRORS)
-    sys.stderr = _Lossy(stderr)
     try:
+        _sensible_width()
+        for stream, _ in errors:
+            stream.reconfigure(errors=_ERRORS)
+        sys.stderr = _Lossy(stderr)
         yield
     finally:
+        for name, value in said.items():
+            if value is not None:
+                os.environ[name] = value
         sys.stderr.flush()
         sys.stdout, sys.stderr = stdout, stderr  # typer puts others in their place where a pipe is broken
         for stream, before in errors:
             with contextlib.suppress(OSError, ValueError):  # it may be full or gone: whatever it still held is lost
                 stream.reconfigure(errors=before)
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """What of other libraries does not load here is not the user's concern. Not through `restoring`: that would import torch, and
+    the process ends with the command."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _occupy_closed_descriptors() -> None:
@@ -98,7 +119,7 @@ def _occupy_closed_descriptors() -> None:
 
 def _sensible_width() -> None:
     """What the environment says of the terminal's size, where it is a number that one can print in; otherwise nothing."""
-    for name, least, most in (("COLUMNS", NARROW, WIDE), ("LINES", 1, WIDE), ("TERMINAL_WIDTH", NARROW, WIDE)):
+    for name, (least, most) in _WIDTHS.items():
         given = os.environ.get(name)
         if given is None:
             continue

@@ -226,7 +226,7 @@ def _places(anatomy: Anatomy, blocks: Collection[int]) -> dict[str, _Place]:
                     laid = "sequences laid end to end" if block.axes.sequence is None else "a grid of tokens"
                     raise _unsupported(f"one token axis in {where}", laid)
                 stack = _stack_of(block)
-                place = places.setdefault(call.projection.name, _Place(call.heads, stack, block.axes.token[0]))
+                place = places.setdefault(call.projection.name, _Place(call.heads, stack, block.axes.within.token[0]))
                 if (place.heads, place.stack) != (call.heads, stack):
                     reason = f"{call.projection.name} for {place.heads} heads in {place.stack}, too"
                     raise _unsupported(f"one projection for {call.heads} heads of {stack} in {where}", reason)

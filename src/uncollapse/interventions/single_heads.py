@@ -45,11 +45,12 @@ _SPELLED = re.compile(r"head:(\d+)\.(\d+)")
 
 @dataclass(frozen=True)
 class Filling:
-    """What comes in the place of a head's mixed values. means: of `"mean"`, by block and attention call, [head, width]."""
+    """What comes in the place of a head's mixed values, or of what a whole sublayer adds (`whole_sublayers`). means: of `"mean"`,
+    of heads by block and attention call, [head, width]."""
 
     kind: HeadsAs = "zero"
     seed: int = 0
-    means: Mapping[tuple[int, int], Tensor] = field(default_factory=dict)
+    means: Mapping[Any, Tensor] = field(default_factory=dict)
 
 
 # Which heads ------------------------------------------------------------------------------------------------------------
@@ -178,26 +179,54 @@ def require_apart(
 ) -> None:
     """Raise `UnsupportedModel`, with the reason, where the given heads cannot be removed by themselves, or where other values than
     zeros could not be put in the place of theirs."""
+    for number, reason in not_apart(model, anatomy, heads, example, heads_as).items():
+        raise _not_apart(model, number, _part(anatomy.blocks[number]), reason)
+
+
+def not_apart(
+    model: nn.Module,
+    anatomy: Anatomy,
+    heads: Heads,
+    example: Mapping[str, Any],
+    heads_as: HeadsAs = "zero",
+    *,
+    one_by_one: bool = False,
+) -> dict[int, str]:
+    """Why the given heads cannot be removed by themselves, by block; empty where they can. one_by_one: each of them alone, instead
+    of those of a block together."""
+    found: dict[int, str] = {}
     for number in sorted(heads):
-        _refuse_static(model, number, _part(anatomy.blocks[number]))
+        reason = _static_reason(_part(anatomy.blocks[number]))
+        if reason:
+            found[number] = reason
+    left = [number for number in sorted(heads) if number not in found]
+    if not left:
+        return found
     with probing(model), without_zeros(model):
-        alone = blocks_alone(model, example, anatomy, heads)
-        for number, own in sorted(heads.items()):
-            part = _part(anatomy.blocks[number])
-            try:
-                reason = _acts_between(alone[number], part, sorted(own), is_zero=heads_as == "zero")
-            except UnreadableError as error:
-                reason = str(error)
-            if reason:
-                raise _not_apart(model, number, part, reason)
+        alone = blocks_alone(model, example, anatomy, left)
+        for number in left:
+            part, own = _part(anatomy.blocks[number]), sorted(heads[number])
+            for some in [[head] for head in own] if one_by_one else [own]:
+                try:
+                    reason = _acts_between(alone[number], part, some, is_zero=heads_as == "zero")
+                except UnreadableError as error:
+                    reason = str(error)
+                if reason:
+                    found[number] = reason
+                    break
+    return found
 
 
 def _refuse_static(model: nn.Module, number: int, part: Part) -> None:
+    if reason := _static_reason(part):
+        raise _not_apart(model, number, part, reason)
+
+
+def _static_reason(part: Part) -> str:
     reason = next((call.unreadable for call in part.attention if call.unreadable), None) or part.no_output_map
     if not reason and any(call.shares_queries for call in part.attention):
         reason = "it answers for its queries in several calls; how many there are depends on the input"
-    if reason:
-        raise _not_apart(model, number, part, reason)
+    return reason
 
 
 def _not_apart(model: nn.Module, number: int, part: Part, reason: str, instead: str = "") -> UnsupportedModel:
@@ -294,11 +323,11 @@ def _read(alone: BlockAlone, number: int, projection: ModuleCall | Point, furthe
 # What comes in their place ----------------------------------------------------------------------------------------------
 
 
-def require_filling(heads_as: str) -> None:
-    """Raise `InputError` unless it is a way to fill a head's place."""
-    if heads_as not in get_args(HeadsAs):
+def require_filling(filled_as: str, option: str = "heads_as") -> None:
+    """Raise `InputError` unless it is a way to fill the place of what is taken away."""
+    if filled_as not in get_args(HeadsAs):
         raise InputError(
-            f"without: expected heads_as among {', '.join(get_args(HeadsAs))}, got {heads_as!r}. Check the spelling."
+            f"without: expected {option} among {', '.join(get_args(HeadsAs))}, got {filled_as!r}. Check the spelling."
         )
 
 
@@ -447,7 +476,7 @@ def _at_products(
         elif filling.kind == "mean":
             made = _mean(filling.means[number, index][own])
         else:
-            made = _of_another(filling.seed, real)
+            made = of_another(filling.seed, real)
         found[call.product] = putting_another(_readable(replacing(call, own, made, strict=strict), number, part))
     return found
 
@@ -480,16 +509,18 @@ def _mean(mean: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda mixed: mean.to(mixed)[None, :, None].expand(mixed.shape)
 
 
-def _of_another(seed: int, real: Callable[[], Tensor | None] | None) -> Callable[[Tensor], Tensor]:
-    """Every sequence is given the values of another one; the r-th real token those of its r-th, from the first again where that one
-    is shorter."""
+def of_another(
+    seed: int, real: Callable[[], Tensor | None] | None, option: str = "heads_as"
+) -> Callable[[Tensor], Tensor]:
+    """Every sequence is given the values [sequence, head, token, width] of another one; the r-th real token those of its r-th, from
+    the first again where that one is shorter. Refusals name the `option`."""
 
     def made(mixed: Tensor) -> Tensor:
         sequences, _, tokens, _ = mixed.shape
         if sequences < 2:
             raise InputError(
-                "without: expected at least 2 sequences to take a head's values from, got 1. heads_as='resample' gives every "
-                "sequence those of another one in the same batch. Pass a larger batch, or heads_as='mean'."
+                f"without: expected at least 2 sequences to take values from, got 1. {option}='resample' gives every "
+                f"sequence those of another one in the same batch. Pass a larger batch, or {option}='mean'."
             )
         order = another_sequence(sequences, seed)
         mask = None if real is None else real()
@@ -498,8 +529,8 @@ def _of_another(seed: int, real: Callable[[], Tensor | None] | None) -> Callable
         mask = mask[:, -tokens:].to(mixed.device)  # with a cache the mask is as long as all that was read so far
         if mask.shape != (sequences, tokens):
             raise InputError(
-                f"without: expected a mask of {sequences} sequences with {tokens} tokens for heads_as='resample', got "
-                f"{list(mask.shape)}. Pass a batch without padding, or heads_as='mean'."
+                f"without: expected a mask of {sequences} sequences with {tokens} tokens for {option}='resample', got "
+                f"{list(mask.shape)}. Pass a batch without padding, or {option}='mean'."
             )
         result = mixed.clone()
         for sequence, other in enumerate(order):
@@ -534,7 +565,7 @@ def real_tokens(
             met.masks.append(given_mask(stack, given))
             if any(mask.unit == "other" and hides(mask, given) for mask in stack.masks):
                 raise UnsupportedModel(
-                    f"without: expected padding that is told token by token for heads_as='resample', got {stack.masks[0].tensor!r} "
+                    f"without: expected padding that is told token by token for 'resample', got {stack.masks[0].tensor!r} "
                     "in another unit. Pass a batch without padding."
                 )
 

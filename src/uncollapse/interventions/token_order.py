@@ -63,7 +63,7 @@ def mask_removed(
             if call.is_fused:
                 handlers[call.product] = _unmasked_fused(call, padding)
             for step in call.masking:
-                handlers[step.point] = _unmasked_step(step, padding)
+                handlers[step.point] = _unmasked_step(step, padding, call)
             in_turn_with = part.attention if call.shares_queries else (call,)
             counts = call.queries_of_tokens or call.shares_queries
             if counts and call.unreadable is None and not block.chooses_tokens:
@@ -136,7 +136,7 @@ def _unmasked_fused(call: AttentionCall, padding: _Padding) -> Handler:
         if real is not None:
             axes = [_AXIS[axis.role] for axis in call.lead]
             shape = (*query.shape[:-2], 1, given["key"].shape[-2])
-            shown = spread_out(real, [*axes, None, "key"], shape)
+            shown = spread_out(_with_other_keys(real, shape[-1], call), [*axes, None, "key"], shape)
         given |= {"is_causal": False, "attn_mask": shown}
         return function(given.pop("query"), given.pop("key"), given.pop("value"), **given)
 
@@ -150,7 +150,15 @@ _MASK_AND_BIAS = (
 _AXIS = {"head": None, "window": None, "sequence": "sequence"} | {s: s for s in ("sequence-major", "sequence-minor")}
 
 
-def _unmasked_step(step: MaskingStep, padding: _Padding) -> Handler:
+def _with_other_keys(real: Tensor, keys: int, call: AttentionCall) -> Tensor:
+    """Which of the keys are real [sequence, key]: also those of a sink, which belong to no token, where the call has them."""
+    if keys != call.before + real.shape[1] + call.after:
+        return real
+    parts = [real.new_ones(len(real), call.before), real, real.new_ones(len(real), call.after)]
+    return torch.cat(parts, 1)
+
+
+def _unmasked_step(step: MaskingStep, padding: _Padding, call: AttentionCall) -> Handler:
     """An operation between logits and weights that no longer forbids anything but padded keys."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -158,7 +166,10 @@ def _unmasked_step(step: MaskingStep, padding: _Padding) -> Handler:
             raise UnsupportedModel(_MASK_AND_BIAS + " Add the two one after the other, or remove another component.")
         real, hidden = padding.real, None
         if real is not None:
-            hidden = spread_out(~real, step.axes, result_shape(function, args, kwargs))
+            shape = result_shape(function, args, kwargs)
+            keys = [size for size, role in zip(shape, step.axes, strict=False) if role == "key"]
+            real = _with_other_keys(real, keys[0], call) if len(keys) == 1 else real
+            hidden = spread_out(~real, step.axes, shape)
         return step_without(function, args, kwargs, step.operand, step.after_softmax, hidden)
 
     return handler
@@ -222,8 +233,10 @@ def require_order_blind(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, 
     gap = math.inf
     if axes is not None and len(streams) == 2:
         plain, moved = (axes.cloud(stream).double() for stream in streams)
-        if plain.shape[1] == tokens and plain.shape == moved.shape:
-            gap = float((moved - plain[:, order]).abs().max() / plain.abs().max())
+        own = plain.shape[1] - tokens  # a beginning of the model's own, which stays where it is
+        if own >= 0 and plain.shape == moved.shape:
+            rows = torch.cat([torch.arange(own), own + order])
+            gap = float((moved - plain[:, rows]).abs().max() / plain.abs().max())
     if not gap < 1e-3:
         raise UnsupportedModel(
             f"without: expected {type(model).__name__} without mask and positions to treat its tokens as a set, got outputs that "

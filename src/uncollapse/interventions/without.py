@@ -5,7 +5,8 @@
 
 What is left of a block, at the additions themselves (nothing is subtracted, so nothing is rounded twice):
 
-* a removed sublayer (`"mlp"`, `"attention"`) is skipped with its own norm and residual: the stream passes;
+* a removed sublayer (`"mlp"`, `"attention"`; `"block"` is all of them) is skipped with its own norm and residual: the stream
+  passes. Instead its mean over a batch, or what it adds in another sequence, can be added (`parts_as`);
 * a removed `"residual"` lets the sublayer's output alone go on, where the sublayer is still there; `"attention-residual"` and
   `"mlp-residual"` do so around that sublayer only (the former is the skip that Dong et al. 2021 remove);
 * a removed `"norm"` is the identity: the norms on the way into, out of and behind a sublayer. Query-key norms inside the
@@ -51,20 +52,20 @@ from uncollapse.anatomy.tracing import tensors_in, writes_in_place
 from uncollapse.anatomy.turns import closed_to_others, refuse_running
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall, NormPiece, removal
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
-from uncollapse.interventions import single_heads
+from uncollapse.interventions import single_heads, whole_sublayers
 from uncollapse.interventions.overlooked_norms import require_no_norm_left
 from uncollapse.interventions.single_heads import Filling, Heads, HeadsAs
 from uncollapse.interventions.token_order import mask_removed, positions_removed, require_order_blind
 from uncollapse.restoring import Changes, found_state, in_this_thread, restoring, turn
-from uncollapse.wrappers import seen_through
+from uncollapse.wrappers import module_of, seen_through
 
 Component = Literal[
-    "mlp", "attention", "head", "residual", "attention-residual", "mlp-residual", "norm", "positions", "mask"
+    "mlp", "attention", "block", "head", "residual", "attention-residual", "mlp-residual", "norm", "positions", "mask"
 ]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
 _PARTS = {"mlp": {"mlp", "mixer"}, "attention": {"attention", "cross"}}
 _RESIDUALS = {f"{name}-residual": kinds for name, kinds in _PARTS.items()}
-_RESIDUALS["residual"] = {kind for kinds in _PARTS.values() for kind in kinds}
+_RESIDUALS["residual"] = _PARTS["block"] = {kind for kinds in _PARTS.values() for kind in kinds}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +79,7 @@ class _Removal:
     inner: bool = False  # the norms inside sublayers too, where they can be: to look at what is left without any
     heads: Mapping[int, frozenset[int]] = field(default_factory=dict)
     filling: Filling = field(default_factory=Filling)
+    parts_filling: Filling = field(default_factory=Filling)
 
     @property
     def names(self) -> str:
@@ -110,6 +112,7 @@ def without(
     heads: Heads | None = None,
     key_value_heads: Heads | None = None,
     heads_as: HeadsAs = "zero",
+    parts_as: HeadsAs = "zero",
     batch: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Iterator[nn.Module]:
@@ -122,14 +125,17 @@ def without(
     heads: with `"attention"`, only these heads, by block: `heads={5: [3]}`. Of a block with self- and cross-attention, those of the
     self-attention. key_value_heads: the same for grouped queries: all heads that read this key-value head. heads_as: what comes in
     the place of a head's mixed values: `"zero"`, `"mean"` (over the real tokens of `batch`, in the whole model) or `"resample"`
-    (those of another sequence of the batch that is running, drawn by `seed`).
+    (those of another sequence of the batch that is running, drawn by `seed`). parts_as: the same for what whole sublayers add,
+    those of `"mlp"`, `"attention"` and `"block"`; with `"zero"` they are skipped.
 
     Raises `InputError` for an unknown component, block or head, `UnsupportedModel` where the anatomy cannot be proved, where
     there is nothing of the kind to remove or the output would be the same in every bit, where a head cannot be told from others,
     or where gradient checkpointing is on.
     """
+    model = module_of(model)
     require_components(components)
     single_heads.require_filling(heads_as)
+    single_heads.require_filling(parts_as, "parts_as")
     _refuse_checkpointing(model)
     with restoring() as changes:
         with turn, restoring(gathers=True):
@@ -143,10 +149,13 @@ def without(
                 )
             if "positions" in components:
                 require_order_blind(model, anatomy, known_example(model) or {})
+            if parts_as != "zero" and not wanted.components & _PARTS.keys():
+                raise InputError(
+                    f"without: expected a whole sublayer to put the {parts_as!r} in the place of, got {wanted.names}. "
+                    "Pass 'mlp', 'attention' or 'block', or leave parts_as out."
+                )
             _require_effect(model, anatomy, wanted, heads_as)
-            if heads_as != "zero":
-                filling = _filling(model, anatomy, wanted.heads, heads_as, batch, seed)
-                wanted = replace(wanted, filling=filling)
+            wanted = _filled(model, anatomy, wanted, heads_as, parts_as, batch, seed)
         if wanted.heads:  # no process of a tensor-parallel model sees all of them
             changes.enter(gathered_weights(model))
         changes.enter(_away(model, anatomy, wanted))
@@ -158,18 +167,24 @@ def removed(
     model: nn.Module,
     *components: str,
     blocks: Collection[int] | Literal["all", "all+outer"] | None = None,
+    heads: Heads | None = None,
+    filling: Filling | None = None,
     batch: Mapping[str, Any] | None = None,
     everywhere: bool = False,
 ) -> Iterator[nn.Module]:
     """`without`, also where there is nothing to remove: for those who ask of any model what holds without a component. Passes
-    of other threads are whole, unless it is removed `everywhere`."""
+    of other threads are whole, unless it is removed `everywhere`. `filling`: of heads, or of whole sublayers; whether heads can be
+    told apart was asked before (`single_heads.not_apart`)."""
     require_components(components)
     _refuse_checkpointing(model)
     anatomy = anatomy_for(model, batch)
     if "positions" in components:
         require_order_blind(model, anatomy, known_example(model) or {})
+    wanted = _wanted(model, anatomy, components, blocks, heads, everywhere=everywhere)
+    if filling is not None:
+        wanted = replace(wanted, filling=filling) if wanted.heads else replace(wanted, parts_filling=filling)
     with restoring() as changes:
-        changes.enter(_away(model, anatomy, _wanted(model, anatomy, components, blocks, everywhere=everywhere)))
+        changes.enter(_away(model, anatomy, wanted))
         yield model
 
 
@@ -243,24 +258,62 @@ def _wanted(
     )
 
 
-def _filling(
+def _filled(
+    model: nn.Module,
+    anatomy: Anatomy,
+    wanted: _Removal,
+    heads_as: HeadsAs,
+    parts_as: HeadsAs,
+    batch: Mapping[str, Any] | None,
+    seed: int,
+) -> _Removal:
+    """The removal with what comes in the place of heads and of whole sublayers; means are of the whole model."""
+    for option, chosen in (("heads_as", heads_as), ("parts_as", parts_as)):
+        if chosen == "mean" and batch is None:
+            raise InputError(
+                f"without: expected a batch to take the mean over, got none. Pass batch={{...}}, or {option}='zero'."
+            )
+    with restoring() as changes:
+        _set_aside(model, anatomy, changes)
+        if heads_as != "zero":
+            wanted = replace(wanted, filling=filling_of_heads(model, anatomy, wanted.heads, heads_as, batch, seed))
+        if parts_as != "zero":
+            parts = {
+                number: _parts(anatomy.blocks[number], wanted.components, _PARTS) for number in sorted(wanted.blocks)
+            }
+            wanted = replace(wanted, parts_filling=filling_of_parts(model, anatomy, parts, parts_as, batch, seed))
+    return wanted
+
+
+def filling_of_heads(
     model: nn.Module,
     anatomy: Anatomy,
     heads: Heads,
     heads_as: HeadsAs,
     batch: Mapping[str, Any] | None,
-    seed: int,
+    seed: int = 0,
 ) -> Filling:
-    single_heads.require_sequences_apart(model, anatomy, heads)
-    if heads_as == "resample":
-        return Filling(heads_as, seed)
-    if batch is None:
-        raise InputError(
-            "without: expected a batch to take the mean of a head over, got none. Pass batch={...}, or heads_as='zero'."
-        )
-    with restoring() as changes:
-        _set_aside(model, anatomy, changes)
-        return Filling(heads_as, seed, single_heads.means_of(model, anatomy, heads, batch))
+    """What comes in the place of some heads' mixed values."""
+    if heads_as != "zero":
+        single_heads.require_sequences_apart(model, anatomy, heads)
+    means = single_heads.means_of(model, anatomy, heads, batch or {}) if heads_as == "mean" else {}
+    return Filling(heads_as, seed, means)
+
+
+def filling_of_parts(
+    model: nn.Module,
+    anatomy: Anatomy,
+    parts: Mapping[int, Collection[int]],
+    parts_as: HeadsAs,
+    batch: Mapping[str, Any] | None,
+    seed: int = 0,
+) -> Filling:
+    """What comes in the place of what some parts add, by block. Raises `UnsupportedModel` where tokens cannot be told there."""
+    for number, own in parts.items():
+        if parts_as != "zero":
+            whole_sublayers.standing(anatomy.blocks[number], number, own, Filling(parts_as, seed), None)
+    means = whole_sublayers.means_of(model, anatomy, parts, batch or {}) if parts_as == "mean" else {}
+    return Filling(parts_as, seed, means)
 
 
 def _give_back(model: nn.Module, anatomy: Anatomy, removal: _Removal) -> None:
@@ -451,7 +504,8 @@ def _put_up(
     norms: set[ModuleCall | NormPiece] = set()
     for number, block in enumerate(anatomy.blocks):
         gone = {c for r in removals if number in r.blocks for c in r.components}
-        parts, alone = _parts(block, gone, _PARTS), _parts(block, gone, _RESIDUALS)
+        skips = {c for r in removals if number in r.blocks and r.parts_filling.kind == "zero" for c in r.components}
+        parts, alone = _parts(block, skips, _PARTS), _parts(block, gone, _RESIDUALS)
         _refuse_shared(block, parts, alone)
         handlers |= removal(block, parts, residual=alone)
         for norm in block.norms:
@@ -477,9 +531,15 @@ def _put_up(
     if any("positions" in r.components for r in removals):
         changes.enter(positions_removed(model, everywhere=everywhere))
     real = None
-    if any(r.filling.kind == "resample" for r in removals):
+    if any("resample" in {r.filling.kind, r.parts_filling.kind} for r in removals):
         real = single_heads.real_tokens(model, anatomy, changes, everywhere=everywhere)
     for each in removals:
+        for number in sorted(each.blocks) if each.parts_filling.kind != "zero" else ():
+            filled_parts = _parts(anatomy.blocks[number], each.components, _PARTS)
+            told = None if real is None else real(number)
+            at = whole_sublayers.standing(anatomy.blocks[number], number, filled_parts, each.parts_filling, told)
+            for point, handler in at.items():
+                handlers[point] = in_turn(handler, handlers[point]) if point in handlers else handler
         for number, own in each.heads.items():
             told = None if real is None else real(number)
             away = single_heads.standing(anatomy.blocks[number], own, each.filling, told, number)

@@ -9,8 +9,8 @@ dimensions it had (`DEPTH-RANK`); attention whose rows are all alike, uniform (`
 heads that write into the same space (`HEADS-IDENTICAL`) or a projection that forgets part of what it reads (`HEADS-KERNEL`);
 attention frozen by logits that are too large as a whole (`ENTROPY-FROZEN`); and NaN or infinity (`NUMERICS-NOT-FINITE`).
 
-A rule fires below half the smallest distance found in any healthy run. The thresholds come from one half of the models and
-confounders of `studies/validity`; the other half scores them (docs/validity.md). A distance also depends on the number of
+A rule fires below half the smallest distance found in any healthy run of `studies/validity`. There, each model is scored by what
+the others give (docs/validity.md). A distance also depends on the number of
 tokens, the width, the mask and the precision. The measure or the rule corrects for that, and says why.
 """
 
@@ -24,18 +24,27 @@ from dataclasses import dataclass, replace
 from uncollapse.judgement.dead_components import dead_components
 from uncollapse.judgement.reading import Read, as_read
 from uncollapse.records.common import SEVERITIES, Finding, Severity, Stack
-from uncollapse.records.diagnosis import AttentionRecord, EmbeddingRecord, HeadsRecord, PartRecord, SiteRecord, stacks
+from uncollapse.records.diagnosis import (
+    HARDLY_TRAINED,
+    AttentionRecord,
+    EmbeddingRecord,
+    HeadsRecord,
+    PartRecord,
+    SiteRecord,
+    stacks,
+)
 
-# All of these are distances from collapse: half the smallest distance in the healthy runs that thresholds are derived from.
-# docs/validity.md lists those runs, and how near the other models come.
+# All of these are distances from collapse: half the smallest distance in any healthy run of `studies/validity`. docs/validity.md
+# says which run that is, and what each threshold would be without one of the models. REST_ENTROPY alone is older than those runs:
+# they check it only together with WITHIN_REACH.
 # Consensus distance after a norm, as a share of the embedding's.
-CONSENSUS = 0.22
+CONSENSUS = 0.13
 # Share of the attainable rank, as a share of the embedding's.
-RANK = 0.5
+RANK = 0.41
 # Share of the keys left unused by the least uniform head of an attention, 1 - (exp(H) - 1) / (T - 1).
-UNUSED_KEYS = 0.19
+UNUSED_KEYS = 0.11
 # ||C A V|| / ||C V|| of the head that keeps most.
-CONTRACTION = 0.025
+CONTRACTION = 0.066
 # Normalised entropy of a row without its strongest key, for the most frozen head.
 REST_ENTROPY = 0.044
 # Share of the keys of a row, without its strongest, whose weight beside the strongest of them is not 0 in single precision.
@@ -43,14 +52,14 @@ WITHIN_REACH = 0.5
 # Mean squared sine between two write spaces, relative to two random ones of the same size.
 DISTINCTNESS = 0.09
 # Dimensions that an output projection forgets beyond what its shape forces, in heads. Not a distance: twice the largest healthy
-# value.
-LOST_HEADS = 0.6
+# value, and half a head at least, for healthy projections lose nothing.
+LOST_HEADS = 0.5
 
 # Below this many tokens, the spread that attention keeps is judged in proportion to the length; see `rank_one`.
 FEW_TOKENS = 16
 # Where did the fall begin? A block belongs to the fall if it carries on less than this share of the stream, or less than this
 # share of the most that any earlier block carried on. Both are the middle of the range that locates most of the damaged cases.
-CARRIED, CARRIED_BEFORE = 0.5, 0.9
+CARRIED, CARRIED_BEFORE = 0.7, 0.9
 # With fewer different tokens than this, attention has nothing to choose from and too few keys to freeze out.
 DIFFERENT_TOKENS = 4
 # If the embedded tokens are this much alike, the blocks have nothing to lose: a text that repeats one token looks like that.
@@ -67,6 +76,26 @@ _ZHAI = "Zhai et al. 2023, arXiv 2303.06296"
 
 
 @dataclass(frozen=True)
+class Thresholds:
+    """Where each rule fires, and where it looks for the beginning of a fall. Others than those in force serve to judge a model by
+    what was derived without it (`studies/validity`)."""
+
+    consensus: float = CONSENSUS
+    rank: float = RANK
+    unused_keys: float = UNUSED_KEYS
+    contraction: float = CONTRACTION
+    rest_entropy: float = REST_ENTROPY
+    within_reach: float = WITHIN_REACH
+    distinctness: float = DISTINCTNESS
+    lost_heads: float = LOST_HEADS
+    carried: float = CARRIED
+    carried_before: float = CARRIED_BEFORE
+
+
+IN_FORCE = Thresholds()
+
+
+@dataclass(frozen=True)
 class Observed:
     """What the rules look at."""
 
@@ -75,6 +104,7 @@ class Observed:
     heads: Sequence[HeadsRecord]
     parts: Sequence[PartRecord] = ()
     embeddings: Sequence[EmbeddingRecord] = ()
+    thresholds: Thresholds = IN_FORCE
 
 
 @dataclass(frozen=True)
@@ -108,9 +138,10 @@ def readings(
     heads: Sequence[HeadsRecord],
     parts: Sequence[PartRecord] = (),
     embeddings: Sequence[EmbeddingRecord] = (),
+    thresholds: Thresholds = IN_FORCE,
 ) -> list[Reading]:
     """What every rule read: one reading for each stack, attention or output projection that it could judge."""
-    observed = Observed(trajectory, attention, heads, parts, embeddings)
+    observed = Observed(trajectory, attention, heads, parts, embeddings, thresholds)
     return [reading for rule in RULES for reading in rule(observed)]
 
 
@@ -155,6 +186,7 @@ def not_finite(observed: Observed) -> Iterator[Reading]:
 def consensus(observed: Observed) -> Iterator[Reading]:
     """Measured after a norm, where neither the size of the stream nor a massive token counts. And relative to the embedding:
     if a text repeats its tokens, they are alike from the start, which is not the model's doing."""
+    limit = observed.thresholds.consensus
     for sites in stacks(observed.trajectory):
         measured = as_read(sites)
         if not measured or measured[0].site.block is not None:
@@ -169,11 +201,13 @@ def consensus(observed: Observed) -> Iterator[Reading]:
             continue
         if not after:
             continue
-        crossed = next((i for i, read in enumerate(after) if read.share < CONSENSUS), None)
+        crossed = next((i for i, read in enumerate(after) if read.share < limit), None)
         worst = min(after, key=lambda read: read.share)
         end = after.index(worst) if crossed is None else crossed
-        at, began = after[end].site, _onset([read.site for read in after[: end + 1]])
-        severity: Severity = "critical" if worst.share < CONSENSUS / 10 else "warning"
+        sites_until = [read.site for read in after[: end + 1]]
+        at, began = after[end].site, _onset(sites_until, observed.thresholds)
+        only_common = _only_a_common_part_grew(sites_until, began, observed.parts)
+        severity: Severity = "info" if only_common else "critical" if worst.share < limit / 10 else "warning"
         finding = Finding(
             code="DEPTH-CONSENSUS",
             phenomenon="rank-collapse-depth",
@@ -181,26 +215,40 @@ def consensus(observed: Observed) -> Iterator[Reading]:
             block=began.block,
             head=None,
             value=worst.share,
-            threshold=CONSENSUS,
+            threshold=limit,
             message=f"Tokens converge from {_place(began.block, began.stack)} on. After normalisation their consensus distance is "
-            f"{start:.2g} at the embedding, under {CONSENSUS:.0%} of that from {_place(at.block, at.stack)} on, and lowest "
-            f"({worst.distance:.2g}) at {_place(worst.site.block, worst.site.stack)}{worst.by}.",
+            f"{start:.2g} at the embedding, under {limit:.0%} of that from {_place(at.block, at.stack)} on, and lowest "
+            f"({worst.distance:.2g}) at {_place(worst.site.block, worst.site.stack)}{worst.by}.{only_common}",
             remedy="Run `uncollapse ablate` to see what keeps the tokens apart. From this block on, check that the residual "
             "connections are intact and not scaled down.",
             reference=_DONG,
             stack=began.stack,
         )
-        yield Reading(_margin(worst.share, CONSENSUS), finding)
+        yield Reading(_margin(worst.share, limit), finding)
 
 
-def _onset(sites: Sequence[SiteRecord]) -> SiteRecord:
+def _only_a_common_part_grew(sites: Sequence[SiteRecord], began: SiteRecord, parts: Sequence[PartRecord]) -> str:
+    """Why tokens that come together are no fault yet; empty if they may be one. The first that training learns is what all tokens
+    share, and for some steps that outgrows the rest. Then the block is hardly trained, and every block carries on all of its
+    stream. Where less is carried on, tokens come together for want of a residual, however young the model is."""
+    evidence = next((p.initial_evidence for p in parts if p.block == began.block and p.initial), "")
+    carried = [1.0 if site.stream_carried is None else site.stream_carried.mean for site in sites]
+    if not evidence.startswith(HARDLY_TRAINED) or min(carried) < 1:
+        return ""
+    return (
+        f" Every block carries on all of its stream, and the block is young ({evidence}): what grew is a part that all tokens "
+        "share, which is what training learns first. No fault yet."
+    )
+
+
+def _onset(sites: Sequence[SiteRecord], thresholds: Thresholds) -> SiteRecord:
     """Where the fall that ends at the last of these sites began: the block that best separates the blocks that carry the stream
     on from those that do not. A fall spreads over several blocks, so the place where it passes a threshold comes too late. And
     one block in the middle of a fall may carry the stream on, so the fall does not end at the first such block."""
     falls, most = [], 0.0
     for site in sites:
         carried = math.inf if site.stream_carried is None else site.stream_carried.mean
-        falls.append(carried < max(CARRIED, CARRIED_BEFORE * min(most, 1.0)))
+        falls.append(carried < max(thresholds.carried, thresholds.carried_before * min(most, 1.0)))
         most = max(most, carried)
     if not falls[-1]:
         return sites[-1]
@@ -276,23 +324,23 @@ def rank_lost(observed: Observed) -> Iterator[Reading]:
         if len(shares) < 2 or not shares[0][1]:
             continue
         start = shares[0][1]
-        lost = [(s, share) for s, share in shares[1:] if share < RANK * start]
+        lost = [(s, share) for s, share in shares[1:] if share < observed.thresholds.rank * start]
         first, share = lost[0] if lost else min(shares[1:], key=lambda pair: pair[1])
         finding = Finding(
             code="DEPTH-RANK",
             phenomenon="rank-collapse-depth",
-            severity="critical" if share < RANK**2 * start else "warning",
+            severity="critical" if share < observed.thresholds.rank**2 * start else "warning",
             block=first.block,
             head=None,
             value=share / start,
-            threshold=RANK,
+            threshold=observed.thresholds.rank,
             message=f"Dimensions are lost. At {_place(first.block, first.stack)} the tokens span {share:.0%} of the "
             f"dimensions they could span; at the embedding it was {start:.0%}.",
             remedy="Look for a rank-deficient weight or a missing residual in this block. `uncollapse ablate` helps to find it.",
             reference=_CIRRINCIONE,
             stack=first.stack,
         )
-        yield Reading(_margin(share / start, RANK), finding)
+        yield Reading(_margin(share / start, observed.thresholds.rank), finding)
 
 
 def _with_different_tokens(observed: Observed) -> Iterator[list[AttentionRecord]]:
@@ -322,7 +370,7 @@ def _with_tokens_apart(observed: Observed) -> Iterator[tuple[list[AttentionRecor
         enters = entering.get(records[0].block)
         if enters is None:
             yield records, None
-        elif enters.share >= CONSENSUS and enters.distance >= APART_AT_ENTRY:
+        elif enters.share >= observed.thresholds.consensus and enters.distance >= APART_AT_ENTRY:
             yield records, enters.share
 
 
@@ -343,15 +391,15 @@ def uniform(observed: Observed) -> Iterator[Reading]:
             "unused."
         )
         initial = _initial(observed, records)
-        finding = _width_finding("WIDTH-UNIFORM", least, unused, UNUSED_KEYS, message, initial)
-        if apart is not None and apart < 1 and unused >= UNUSED_KEYS * apart**2:
+        finding = _width_finding("WIDTH-UNIFORM", least, unused, observed.thresholds.unused_keys, message, initial)
+        if apart is not None and apart < 1 and unused >= observed.thresholds.unused_keys * apart**2:
             finding = replace(
                 finding,
                 message=f"{finding.message} The tokens that enter it are at {apart:.0%} of their distance at the "
                 "embedding; were they as far apart as there, it should not be uniform.",
                 remedy="Look before this block first: what brings the tokens together there also makes this attention uniform.",
             )
-        yield Reading(_margin(unused, UNUSED_KEYS), finding)
+        yield Reading(_margin(unused, observed.thresholds.unused_keys), finding)
 
 
 def rank_one(observed: Observed) -> Iterator[Reading]:
@@ -374,8 +422,8 @@ def rank_one(observed: Observed) -> Iterator[Reading]:
             "the spread of its values."
         )
         initial = _initial(observed, records)
-        finding = _width_finding("WIDTH-RANK-ONE", most, distance, CONTRACTION, message, initial)
-        yield Reading(_margin(distance, CONTRACTION), finding)
+        finding = _width_finding("WIDTH-RANK-ONE", most, distance, observed.thresholds.contraction, message, initial)
+        yield Reading(_margin(distance, observed.thresholds.contraction), finding)
 
 
 def _initial(observed: Observed, records: Sequence[AttentionRecord]) -> str:
@@ -397,7 +445,7 @@ def _width_finding(
 ) -> Finding:
     """About all heads of an attention: the one that was read is the best of them, and is not at fault more than the others."""
     if initial:
-        message += f" The block looks as it was initialised ({initial}), and attention starts like this: no fault yet."
+        message += f" The block looks as it was initialised, or nearly so ({initial}). Attention starts like this: no fault yet."
     return Finding(
         code=code,
         phenomenon="rank-collapse-width",
@@ -424,7 +472,9 @@ def frozen(observed: Observed) -> Iterator[Reading]:
 
     Records of before have no reach; there the entropy of the rest decides."""
     for records in _with_different_tokens(observed):
-        measured = [(r, _thaw(r), r.rest_entropy.mean) for r in records if r.rest_entropy is not None]
+        measured = [
+            (r, _thaw(r, observed.thresholds), r.rest_entropy.mean) for r in records if r.rest_entropy is not None
+        ]
         judged = [(record, thaw, rest) for record, thaw, rest in measured if thaw is not None]
         if not judged:
             continue
@@ -440,7 +490,7 @@ def frozen(observed: Observed) -> Iterator[Reading]:
             block=worst.block,
             head=worst.head,
             value=rest if reach is None else reach.mean,
-            threshold=REST_ENTROPY if reach is None else WITHIN_REACH,
+            threshold=observed.thresholds.rest_entropy if reach is None else observed.thresholds.within_reach,
             message=f"In {_place(worst.block, worst.stack)}, {hit} of {len(records)} heads are frozen onto single keys by their "
             f"logits. The worst is head {worst.head}: even without the strongest key of each row, one key takes nearly all of "
             f"the weight ({lost}normalised entropy {rest:.2g}{logit}).",
@@ -453,13 +503,13 @@ def frozen(observed: Observed) -> Iterator[Reading]:
         yield Reading(_margin(least, 1.0), finding)
 
 
-def _thaw(record: AttentionRecord) -> float | None:
+def _thaw(record: AttentionRecord, thresholds: Thresholds) -> float | None:
     """How far a head is from frozen, 1 at the threshold: by the keys within reach or by the entropy of the rest, whichever is
     farther. None where the reach is not known though it was asked for."""
     assert record.rest_entropy is not None
-    spread = record.rest_entropy.mean / REST_ENTROPY
+    spread = record.rest_entropy.mean / thresholds.rest_entropy
     if record.keys_within_reach is not None:
-        return max(spread, record.keys_within_reach.mean / WITHIN_REACH)
+        return max(spread, record.keys_within_reach.mean / thresholds.within_reach)
     return None if "keys_within_reach" in record.unavailable else spread
 
 
@@ -475,7 +525,7 @@ def identical_heads(observed: Observed) -> Iterator[Reading]:
         if not pairs:
             continue
         # Random spaces scatter by sqrt(2) (1 - d_k/d) / sqrt((d - 1)(d + 2)), which is too much in a stream of a few dimensions.
-        if 1 - 6 * math.sqrt(2 / max((record.width - 1) * (record.width + 2), 1)) < DISTINCTNESS:
+        if 1 - 6 * math.sqrt(2 / max((record.width - 1) * (record.width + 2), 1)) < observed.thresholds.distinctness:
             continue
         overlap, first, second = max(pairs)
         distance = (1 - overlap) / expected
@@ -486,7 +536,7 @@ def identical_heads(observed: Observed) -> Iterator[Reading]:
             block=record.block,
             head=second,
             value=distance,
-            threshold=DISTINCTNESS,
+            threshold=observed.thresholds.distinctness,
             message=f"Heads {first} and {second} of {_place(record.block, record.stack)} write into the same space "
             f"(overlap {overlap:.4f}). What one of them adds the other could add too, so the layer's output hardly tells them "
             "apart.",
@@ -495,7 +545,7 @@ def identical_heads(observed: Observed) -> Iterator[Reading]:
             stack=record.stack,
             kind=record.kind,
         )
-        yield Reading(_margin(distance, DISTINCTNESS), finding)
+        yield Reading(_margin(distance, observed.thresholds.distinctness), finding)
 
 
 def projection_kernel(observed: Observed) -> Iterator[Reading]:
@@ -514,7 +564,7 @@ def projection_kernel(observed: Observed) -> Iterator[Reading]:
             block=record.block,
             head=None,
             value=float(record.kernel_dimension),
-            threshold=forced + LOST_HEADS * record.head_width,
+            threshold=forced + observed.thresholds.lost_heads * record.head_width,
             message=f"The output projection of {_place(record.block, record.stack)} loses {record.kernel_dimension} of "
             f"the {mixed} dimensions that its heads write. Its shape accounts for {forced} of them.",
             remedy="Head outputs cannot be recovered here. Attribute to the sublayer, and look for duplicated or dead heads.",
@@ -522,7 +572,7 @@ def projection_kernel(observed: Observed) -> Iterator[Reading]:
             stack=record.stack,
             kind=record.kind,
         )
-        yield Reading(-_margin(max(lost, 0) / record.head_width, LOST_HEADS), finding)
+        yield Reading(-_margin(max(lost, 0) / record.head_width, observed.thresholds.lost_heads), finding)
 
 
 def dead(observed: Observed) -> Iterator[Reading]:

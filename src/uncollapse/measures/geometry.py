@@ -266,7 +266,11 @@ def consensus_distance(
     Raises `InputError` for another shape or dtype.
     """
     cloud = _cloud("consensus_distance", x, mask)
-    distance = _frobenius(_centred(cloud.x, cloud.real)) / _frobenius(cloud.x)
+    energy = torch.linalg.vector_norm(cloud.x, dim=(-2, -1)).square()
+    apart = 1 - cloud.x.sum(-2).square().sum(-1) / (cloud.tokens * energy)
+    distance = apart.clamp(min=0).sqrt()
+    if not bool((apart > 1e-4).all()):  # the difference has lost 4 digits, or there is none
+        distance = _frobenius(_centred(cloud.x, cloud.real)) / _frobenius(cloud.x)
     return distance.where(cloud.tokens > 1, math.nan)
 
 
@@ -698,6 +702,8 @@ def _cloud(function: str, x: Tensor, mask: Tensor | None, precision: torch.dtype
 
 
 def _float64(x: Tensor, real: Tensor) -> Tensor:
+    if bool(real.all()):
+        return x.double()
     # `where`, not a product: 0 times NaN in a padded row would be NaN.
     return torch.where(real.unsqueeze(-1), x, 0).double()
 
@@ -879,7 +885,7 @@ def _measured(
     sensitive = _norm_sensitive(x, real, gram, norms, values)
     measured = {
         "rank": ranks,
-        "affine_rank": _affine_ranks(x, real, ranks, squares[:, 0], tolerance),
+        "affine_rank": _affine_ranks(x, real, gram, ranks, squares[:, 0], tolerance),
         "attainable_rank": attainable,
         "attainable_affine_rank": (tokens - 1).clamp(0, width),
         "rank_gap": _gap(values, ranks, attainable),
@@ -960,18 +966,20 @@ def _resolved(
     return values
 
 
-def _affine_ranks(x: Tensor, real: Tensor, ranks: Tensor, largest: Tensor, tolerance: Tensor) -> Tensor:
+def _affine_ranks(x: Tensor, real: Tensor, gram: Tensor, ranks: Tensor, largest: Tensor, tolerance: Tensor) -> Tensor:
     """By interlacing rank - 1 or rank; never more than n - 1, so rank n decides it. The others are looked at."""
     affine = (ranks - 1).clamp(min=0)
     tokens, width = real.sum(-1), x.shape[-1]
     rows = ((ranks > 0) & (ranks < tokens)).nonzero().squeeze(-1)
     if len(rows) and x.shape[-2] > width:
         # X^T C X minus a multiple of I has a Cholesky factor iff all its eigenvalues are above: the usual case with
-        # more tokens than width, at a fifth of a spectrum's price.
-        centred = _centred(x[rows], real[rows])
-        least = tolerance[rows].square() + x.shape[-2] * _EPS_64 * largest[rows]
+        # more tokens than width, at a fifth of a spectrum's price. X^T C X = G - s s^T / n, s the sum of the tokens, errs by no
+        # more than G itself, for s^T s / n is at most its largest eigenvalue.
+        total = x[rows].sum(-2)
+        centred = gram[rows] - total.unsqueeze(-1) * (total / tokens[rows].unsqueeze(-1)).unsqueeze(-2)
+        least = tolerance[rows].square() + 4 * x.shape[-2] * _EPS_64 * largest[rows]
         shift = least[:, None, None] * torch.eye(width, dtype=least.dtype, device=least.device)
-        full = torch.linalg.cholesky_ex(centred.mT @ centred - shift).info == 0
+        full = torch.linalg.cholesky_ex(centred - shift).info == 0
         affine[rows[full]] = width
         rows = rows[~full]
     if len(rows):

@@ -4,8 +4,10 @@ A rule of the diagnosis gives at every look and for each place ln(threshold / di
 is above 0. A run is another matter, for a fresh model looks collapsed and is not. Its attention is uniform for hundreds of steps.
 While it learns how often each token occurs, its tokens come together and part again (docs/early-warning.md shows how far). So:
 
-* A place is *settled* once it is healthy: `FAR` from its threshold at the first look, or `HEALTHY` away for `SETTLED` looks.
-  There a warning must stand for `patience` looks, and what is critical does not wait.
+* A place is *settled* once it is healthy: `FAR` from its threshold at the first look, or `HEALTHY` away for `SETTLED` looks. For
+  a stream, `STREAM_FAR` and `STREAM_HEALTHY` take their place: one that was just made keeps a third of the embedding's distance
+  for some looks, loses it and gains it again.
+* At a settled place a warning must stand for `patience` looks, and what is critical does not wait.
 * A place that is not settled raises an alarm only if its stream has all but collapsed (`SEVERE`, and worse than at the first look),
   which no healthy run does, or if it stays over its threshold for `STANDING` looks without getting better. Uniform attention that
   was never anything else raises none.
@@ -21,7 +23,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from uncollapse.judgement.findings import Reading
+from uncollapse.judgement.findings import CONSENSUS, Reading
 from uncollapse.records.common import SEVERITIES, Finding
 from uncollapse.records.trail import Against, Alarm
 
@@ -29,6 +31,8 @@ HYSTERESIS = math.log(1.25)
 WORSE = math.log(2.0)
 HEALTHY = 0.95 * math.log(2.0)  # thresholds are half the smallest healthy distance
 FAR = math.log(4.0)
+# The same for a stream, as shares of the embedding's distance that do not move with the threshold.
+STREAM_HEALTHY, STREAM_FAR = math.log(0.42 / CONSENSUS), math.log(0.88 / CONSENSUS)
 SEVERE = math.log(30.0)
 MOST = math.log(1000.0)  # beyond, a distance is rounding error or as good as none
 CALM, SETTLED, STANDING = 3, 5, 40
@@ -84,8 +88,9 @@ class ThresholdAlarms:
         it (a reading of an earlier part of the run) nothing is raised."""
         raised, cleared = [], []
         for key, margin in margins.items():
-            place = self._places.setdefault(key, _Place(margin, margin < -FAR))
-            place.healthy = place.healthy + 1 if margin < -HEALTHY else 0
+            far, healthy = (STREAM_FAR, STREAM_HEALTHY) if key.startswith("DEPTH-CONSENSUS") else (FAR, HEALTHY)
+            place = self._places.setdefault(key, _Place(margin, margin < -far))
+            place.healthy = place.healthy + 1 if margin < -healthy else 0
             place.is_settled |= place.healthy >= SETTLED
             if margin > 0:
                 if not place.over:
@@ -102,6 +107,10 @@ class ThresholdAlarms:
                         cleared.append(key)
                     place.over, place.raised = 0, -1
         return raised, cleared
+
+    def is_settled(self, key: str) -> bool:
+        """Whether this place was healthy before."""
+        return key in self._places and self._places[key].is_settled
 
     def _is_news(self, place: _Place, margin: float, finding: Finding) -> bool:
         if SEVERITIES.index(finding.severity) <= place.raised:

@@ -14,6 +14,7 @@ When not to use it: for one look. `diagnose` measures more.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
@@ -30,7 +31,7 @@ from uncollapse.anatomy.sharded_weights import is_sharded
 from uncollapse.anatomy.vocabulary import Layout
 from uncollapse.errors import InputError
 from uncollapse.judgement import findings
-from uncollapse.judgement.attribution import heads_records, weights_reader
+from uncollapse.judgement.identifiability import heads_records, weights_reader
 from uncollapse.monitoring import figures
 from uncollapse.monitoring.alarms import ThresholdAlarms, judged, margins_of
 from uncollapse.monitoring.baselines import BaselineAlarms
@@ -44,6 +45,7 @@ from uncollapse.records.trail import TRAIL_SCHEMA, Alarm, TrailFile, TrailReadin
 Log = Callable[[dict[str, float], int], object]
 Watched = Literal["tokens", "attention", "heads", "weights"]
 WATCHED: Final[tuple[Watched, ...]] = ("tokens", "attention", "heads", "weights")
+_logger = logging.getLogger(__name__)  # a warning of `warnings` would end a run for which warnings are errors
 DECOMPOSED_EVERY = 10  # looks: output projections and updates are decomposed, which takes longer
 
 
@@ -69,7 +71,8 @@ class Monitor:
     tenth look), `"weights"` (how far each head's matrices moved since the last look; keeps one copy of them).
     log: called with a flat dict of floats and the step; see `monitoring.figures` for the names. each_head: whether that dict has
     every head, or only each block's worst.
-    trail: a file that gets one line a look; if it is there, the run goes on in it.
+    trail: a file that gets one line a look; if it is there, the run goes on in it. A path that cannot be written is refused at the
+    first look. If the disk fills up later, the monitor warns once and goes on, and writes what is missing as soon as it can.
     baseline: a diagnosis or a trail to compare every head with, as a result, a record or a path. Without it each head is compared
     with its own history.
     patience: for how many looks a warning must stand before it is an alarm. false_alarms: the chance of one false alarm about a
@@ -108,6 +111,8 @@ class Monitor:
         self._beside = BaselineAlarms([])  # until the heads are known
         self._looks = 0
         self._file: TrailFile | None = None
+        self._unwritten: list[TrailReading] = []
+        self._has_warned = False
         self._is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         self._is_sharded = is_sharded(model)
         self._looks_here = self._is_first or self._is_sharded
@@ -183,7 +188,9 @@ class Monitor:
         """Put the alarms of this reading, and what is over, into it."""
         for raised, cleared in (
             self._threshold.look(reading.step, reading.margins, found),
-            self._trend.look(reading.step, reading.margins, found),
+            self._trend.look(
+                reading.step, reading.margins, {key: f for key, f in found.items() if self._threshold.is_settled(key)}
+            ),
             self._beside.look(reading.step, reading.heads),
         ):
             reading.alarms.extend(raised)
@@ -230,11 +237,29 @@ class Monitor:
         if not self._is_first:
             return
         if self._file is not None:
-            self._file.append(reading)
+            self._write_trail(self._file, reading)
         if self._log is not None:
             named = figures.flat(reading, self.record.sites, self.record.heads, each_head=self._each_head)
             standing = float(len(self.alarms))
             self._log({**named, f"{figures.PREFIX}/alarms": standing}, reading.step)
+
+    def _write_trail(self, file: TrailFile, reading: TrailReading) -> None:
+        """Add a reading to the trail, after those that could not be written before. A full disk does not end a training run."""
+        self._unwritten.append(reading)
+        try:
+            while self._unwritten:
+                file.append(self._unwritten[0])
+                del self._unwritten[0]
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                _logger.warning(
+                    "Monitor: expected a trail that takes more, got %r (%s). The disk may be full, or the file gone. Looks go on, "
+                    "and what is missing from step %d is written once it can be.",
+                    str(file.path),
+                    error.strerror or error,
+                    reading.step,
+                )
 
 
 def _baseline(

@@ -33,13 +33,16 @@ from uncollapse.interventions import without
 from uncollapse.probe.attention import AttentionStatistics
 from uncollapse.probe.attention_calls import AttentionRows
 from uncollapse.probe.clouds import Clouds
+from uncollapse.probe.observing import unasked
 from uncollapse.probe.projections import projection_matrix
+from uncollapse.probe.sizes import HUGE, TINY, norms, single
 from uncollapse.records.diagnosis import EmbeddingRecord, PartRecord
 from uncollapse.restoring import restoring
 
 SKETCH = 8  # random directions in which the directions of an update are counted
 WIDEST_UNITS = 8192  # weights that are no plain parameters are read with one row a hidden unit
 FEWEST_TOKENS = 4
+SKETCHED = 1e-2  # below this share of a second direction, a sketch in single precision says little
 MASK_VALUES = 2  # integers with no more values are masks or segments, and no ids
 
 
@@ -54,28 +57,29 @@ class Varying:
     entries: int = 0
     tokens: int = 0
 
-    def add(self, vectors: Tensor) -> None:
-        """vectors: [part, token, width], real tokens only."""
-        if not vectors.shape[1]:
+    def add(self, x: Tensor, sizes: Tensor, sound: Tensor) -> None:
+        """x: [sequence, part, token, width], sizes: their norms; sound [sequence, token]: which tokens count."""
+        count = int(sound.sum())
+        if not count:
             return
-        vectors = vectors.double()
         if self.first is None or self.apart is None or self.size is None:
-            self.first = vectors[:, :1].clone()
-            self.apart = self.size = self.energy = vectors.new_zeros(len(vectors))
-        if self.first.shape != vectors[:, :1].shape:
+            sequence, token = sound.nonzero()[0].tolist()
+            self.first = x[sequence, :, token].clone()
+            self.apart = self.size = self.energy = x.new_zeros(x.shape[1], dtype=torch.float64)
+        if self.first.shape != (x.shape[1], x.shape[3]):
             return
-        sizes = vectors.norm(dim=-1)
-        self.apart = torch.maximum(self.apart, (vectors - self.first.to(vectors)).norm(dim=-1).amax(-1))
-        self.size = torch.maximum(self.size, sizes.amax(-1))
-        self.energy = sizes.square().sum(-1) + (0 if self.energy is None else self.energy)
-        self.entries += vectors.shape[1] * vectors.shape[2]
-        self.tokens += vectors.shape[1]
+        sizes = sizes.where(sound[:, None], 0)
+        self.apart = torch.maximum(self.apart, _farthest(x, self.first.to(x)[:, None], sound))
+        self.size = torch.maximum(self.size, sizes.amax((0, 2)))
+        self.energy = sizes.square().sum((0, 2)) + (0 if self.energy is None else self.energy)
+        self.entries += count * x.shape[3]
+        self.tokens += count
 
     def start_from(self, known: Varying) -> None:
         """Count distances from the first vector that `known` saw."""
         if known.first is not None:
             self.first = known.first
-            self.apart = self.size = self.energy = known.first.new_zeros(len(known.first))
+            self.apart = self.size = self.energy = known.first.new_zeros(len(known.first), dtype=torch.float64)
 
     def typical(self) -> float | None:
         """The root mean square of an entry, over all parts."""
@@ -97,29 +101,40 @@ class Directions:
     gram: Tensor | None = None
     tokens: int = 0
 
-    def add(self, vectors: Tensor) -> None:
-        """vectors: [token, width]."""
-        vectors = vectors.double()
-        sizes = vectors.norm(dim=-1)
-        usual = sizes[sizes > 0].median() if bool((sizes > 0).any()) else None
-        if usual is None or not bool(sizes.isfinite().all()):
+    def add(self, x: Tensor, sizes: Tensor, sound: Tensor) -> None:
+        """x: [sequence, token, width], sizes: their norms; sound [sequence, token]: which tokens count."""
+        some = sizes[sound & (sizes > 0)]
+        if not len(some):
             return
+        usual = some.median()
         if self.random is None:
             generator = torch.Generator().manual_seed(0)
-            drawn = torch.randn(vectors.shape[-1], SKETCH, generator=generator, dtype=torch.float64)
-            self.random = (drawn / math.sqrt(SKETCH)).to(vectors.device)
-        rows = torch.cat([usual.expand(len(vectors), 1), vectors @ self.random.to(vectors.device)], -1)
-        rows = rows / torch.maximum(sizes, usual).unsqueeze(-1)  # one huge token must not hide the others
-        gram = (rows.mT @ rows).cpu()
+            drawn = torch.randn(x.shape[-1], SKETCH, generator=generator, dtype=torch.float64)
+            self.random = (drawn / math.sqrt(SKETCH)).T.contiguous().to(x.device)  # in rows: a third of the time
+        gram = self._of(single(x), sizes, usual, sound)
+        if x.dtype != torch.float64 and not _beyond_one(gram) > SKETCHED:
+            gram = self._of(x.double(), sizes, usual, sound)
         self.gram = gram if self.gram is None else self.gram + gram
-        self.tokens += len(vectors)
+        self.tokens += int(sound.sum())
+
+    def _of(self, x: Tensor, sizes: Tensor, usual: Tensor, sound: Tensor) -> Tensor:
+        assert self.random is not None
+        sketch = nn.functional.linear(x, self.random.to(x)).double()
+        rows = torch.cat([usual.expand(*sizes.shape, 1), sketch], -1)
+        rows = rows / torch.maximum(sizes, usual).unsqueeze(-1)  # one huge token must not hide the others
+        rows = torch.where(sound.unsqueeze(-1), rows, 0).flatten(0, 1)
+        return (rows.mT @ rows).cpu()
 
     def beyond_one(self) -> float | None:
         """sigma_3 / sigma_1 of (1, x): 0 where the vectors lie on one straight line, so that one number says all of each."""
         if self.gram is None or self.tokens < FEWEST_TOKENS:
             return None
-        values = torch.linalg.eigvalsh(self.gram).clamp(min=0)
-        return float((values[-3] / values[-1]).sqrt()) if values[-1] > 0 else None
+        return _beyond_one(self.gram) if bool(self.gram.any()) else None
+
+
+def _beyond_one(gram: Tensor) -> float:
+    values = torch.linalg.eigvalsh(gram).clamp(min=0)
+    return float((values[-3] / values[-1]).sqrt())
 
 
 @dataclass
@@ -132,17 +147,26 @@ class Units:
     unread: Tensor | None = None  # no weight of the output map reads them
     tokens: int = 0
 
-    def add(self, hidden: Tensor) -> None:
-        """hidden: [token, unit]."""
+    def add(self, hidden: Tensor) -> bool:
+        """hidden: [token, unit]. False, and nothing is noted, where not all of it is finite."""
         if not len(hidden):
-            return
-        low, high, zeros = hidden.amin(0).double(), hidden.amax(0).double(), hidden.abs().amin(0) == 0
-        if self.least is None or self.most is None or self.zeros is None:
-            self.least, self.most, self.zeros = low, high, zeros
+            return True
+        low, high = hidden.amin(0).double(), hidden.amax(0).double()
+        if not bool((low.isfinite() & high.isfinite()).all()):
+            return False
+        if self.least is None or self.most is None:
+            self.least, self.most, self.zeros = low, high, torch.zeros_like(low, dtype=torch.bool)
         elif self.least.shape == low.shape:
             self.least, self.most = torch.minimum(self.least, low), torch.maximum(self.most, high)
-            self.zeros = self.zeros | zeros
+        # Which units are ever 0 matters only as long as one of them always is.
+        if (
+            self.zeros is not None
+            and self.zeros.shape == low.shape
+            and not bool((self.least.abs() + self.most.abs()).all())
+        ):
+            self.zeros = self.zeros | (hidden.abs().amin(0) == 0)
         self.tokens += len(hidden)
+        return True
 
     def dead(self, epsilon: float) -> list[int] | None:
         """The units that carry nothing: constant at another value than 0, or read by no weight. A unit that is always 0 counts
@@ -220,21 +244,20 @@ class Activity:
         is_own: Callable[[], bool],
     ) -> None:
         self.model, self.anatomy, self.is_own = model, anatomy, is_own
-        self._tokens_of = clouds.tokens_of
+        self._tokens_of, self._clouds_of_stream = clouds.tokens_of, clouds
         self.parts: list[PartActivity] = []
         self.embeddings: list[EmbeddingActivity] = []
         self.handlers: dict[Point, Handler] = {}
         self.streams: list[tuple[Place, Action]] = []
-        self._entering: dict[
-            str, dict[int, Callable[..., None]]
-        ] = {}  # by module and run: where hidden layers are read
+        # By module and run: where hidden layers are read.
+        self._entering: dict[str, dict[int, Callable[..., None]]] = {}
         self._of: dict[tuple[int, int], PartActivity] = {}
         self._runs: dict[str, int] = {}
-        self._entered: dict[int, Tensor] = {}
+        self._sizes: dict[int, Tensor] = {}  # by block, of the last one only: norms of the stream that entered it
         self._updates: dict[tuple[int, int], tuple[int, Tensor]] = {}
         self._batch: Mapping[str, Any] = {}
         self._looked_up: list[Tensor] = []  # what embedding tables were given in this batch
-        removed = without.is_ablated(model)
+        self._removed = removed = without.is_ablated(model)
         first = {stack.blocks[0]: stack for stack in anatomy.stacks}
         for number, block in enumerate(anatomy.blocks):
             for index, part in enumerate(block.parts):
@@ -250,7 +273,6 @@ class Activity:
                 self.streams.append((block.entry, functools.partial(self._embedded, embedding, number)))
             if removed:
                 continue
-            self.streams.append((block.entry, functools.partial(self._enter, number)))
             self.streams.append((block.exit, functools.partial(self._leave, number)))
             for residual in block.residuals:
                 self._watch(number, residual)
@@ -273,7 +295,7 @@ class Activity:
         self._batch = batch
         self._looked_up.clear()
         self._runs.clear()
-        self._entered.clear()
+        self._sizes.clear()
         self._updates.clear()
 
     def let_go(self) -> None:
@@ -310,13 +332,12 @@ class Activity:
         self._runs[name] = run + 1
         if run in self._entering[name]:
             given = next(tensors_in([args, kwargs]))
-            with full_precision(given):
+            with unasked([given, *module.parameters()]), full_precision(given):
                 self._entering[name][run](module, given)
 
     # Streams --------------------------------------------------------------------------------------------------------
-    def _real(self, number: int, what: str, *several: Tensor) -> list[Tensor] | None:
-        """The real tokens [token, width] of tensors with the same tokens, where all of them are finite; None where the tokens
-        cannot be told."""
+    def _clouds(self, number: int, what: str, *several: Tensor) -> tuple[list[Tensor], Tensor] | None:
+        """Tensors with the same tokens as [sequence, token, width], and which of these are real; None where that cannot be told."""
         clouds: list[Tensor] = []
         mask = None
         for x in several:
@@ -325,28 +346,34 @@ class Activity:
                 return None
             clouds.append(found[0])
             mask = found[1]
-        sound = torch.stack([_finite_tokens(cloud) for cloud in clouds]).all(0)
-        if mask is not None:
-            sound &= mask.to(sound.device)
-        return [cloud.flatten(0, 1) if bool(sound.all()) else cloud[sound] for cloud in clouds]
-
-    def _enter(self, number: int, stream: Tensor) -> None:
-        if self.is_own():
-            self._entered[number] = stream.detach().clone()  # a copy: a block may add to its stream in place
+        if mask is None:
+            return clouds, torch.ones(clouds[0].shape[:2], dtype=torch.bool, device=clouds[0].device)
+        return clouds, mask.to(clouds[0].device)
 
     def _leave(self, number: int, stream: Tensor) -> None:
-        before = self._entered.pop(number, None)
+        before = self._clouds_of_stream.entering(number)
         if not self.is_own() or before is None or before.shape != stream.shape:
             return
         with full_precision(stream):
-            rows = self._real(number, f"block {number}", before, stream)
-            if rows is None:
+            found = self._clouds(number, f"block {number}", before, stream)
+            if found is None:
                 return
-            x, y = (each.double() for each in rows)
-            change = _largest((y - x).norm(dim=-1), x.norm(dim=-1))
+            (x, y), real = found
+            size = self._sizes_entering(number)
+            change = None if size is None else _largest(norms(single(y) - single(x)), size, real)
         for each in self.parts:
             if each.block == number:
                 each.block_change = _greater(each.block_change, change)
+
+    def _sizes_entering(self, number: int) -> Tensor | None:
+        """The norms [sequence, token] of the stream that entered a block."""
+        if number not in self._sizes:
+            entered = self._clouds_of_stream.entering(number)
+            found = None if entered is None else self._tokens_of(number, entered, f"block {number}")
+            if found is None:
+                return None
+            self._sizes = {number: norms(found[0])}
+        return self._sizes[number]
 
     def _embedded(self, embedding: EmbeddingActivity, number: int, stream: Tensor) -> None:
         """Compare the tokens at one position of two sequences, where their ids differ."""
@@ -366,9 +393,9 @@ class Activity:
             differ = (ids != ids.roll(1, 0)) & real & real.roll(1, 0)
             if not bool(differ.any()):
                 return
-            gap = (cloud - cloud.roll(1, 0))[differ].double().norm(dim=-1)
-            size = torch.maximum(cloud.abs(), cloud.abs().roll(1, 0))[differ].double().norm(dim=-1)
-            embedding.apart = _greater(embedding.apart, _largest(gap, size))
+            gap = norms(single(cloud) - single(cloud).roll(1, 0))
+            size = norms(torch.maximum(cloud.abs(), cloud.abs().roll(1, 0)))
+            embedding.apart = _greater(embedding.apart, _largest(gap, size, differ))
             embedding.pairs += int(differ.sum())
             embedding.epsilon = torch.finfo(stream.dtype).eps
 
@@ -398,7 +425,8 @@ class Activity:
     ) -> Any:
         """Look at the operands of one addition before one of them is overwritten; then let it happen."""
         if self.is_own():
-            with full_precision(next(tensors_in([args, kwargs]))):
+            given = list(tensors_in([args, kwargs]))
+            with unasked(given), full_precision(given[0]):
                 brought = {s: summand(function, args, kwargs, i) for i, s in enumerate(sides) if s is not None}
                 for side in brought.keys() - {STREAM}:
                     self._meet(number, side, brought[side], brought.get(STREAM), summands[side])
@@ -416,29 +444,36 @@ class Activity:
         if seen < summands:
             self._updates[number, side] = (seen, total.clone())
             return
-        beside = self._entered.get(number) if stream is None else stream
+        beside = self._clouds_of_stream.entering(number) if stream is None else stream
         if beside is None or beside.shape != total.shape:
             each.reasons["update"] = "the stream that it is added to was not met"
             return
-        both = self._real(number, f"block {number}", beside, total)
-        if both is None:
+        found = self._clouds(number, f"block {number}", beside, total)
+        if found is None:
             each.reasons["update"] = "the tokens here cannot be told apart, or they are not those of the stream"
             return
-        x, u = (rows.double() for rows in both)
-        each.update_size = _greater(each.update_size, _largest(u.norm(dim=-1), (x + u).norm(dim=-1)))
-        each.update.add(u.unsqueeze(0))
-        each.stream.add(x.unsqueeze(0))
+        (x, u), real = found
+        of_stream, of_update = norms(x), norms(u)
+        sound = real & of_stream.isfinite() & of_update.isfinite()
+        each.update_size = _greater(each.update_size, _largest(of_update, norms(single(x) + single(u)), sound))
+        each.update.add(u.unsqueeze(1), of_update.unsqueeze(1), sound)
+        each.stream.add(x.unsqueeze(1), of_stream.unsqueeze(1), sound)
         if each.kind == "mlp" and x.shape[-1] > 2:
-            each.directions.add(u)
-            each.stream_directions.add(x)
+            each.directions.add(u, of_update, sound)
+            each.stream_directions.add(x, of_stream, sound)
 
     def _measure_units(self, each: PartActivity, part: Part, module: nn.Module, given: Tensor) -> None:
-        rows = self._real(each.block, "the hidden layer", given)
-        if rows is None:
+        found = self._tokens_of(each.block, given, "the hidden layer")
+        if found is None:
             each.reasons["dead_units"] = "the tokens of its hidden layer cannot be told apart"
             return
+        cloud, mask = found
         is_first = each.units.least is None
-        each.units.add(rows[0])
+        rows = cloud.flatten(0, 1)
+        if mask is not None:
+            rows = rows.index_select(0, mask.to(rows.device).flatten().nonzero().squeeze(-1))
+        if not each.units.add(rows):
+            each.units.add(rows[_finite_tokens(rows)])
         if is_first and (given.shape[-1] <= WIDEST_UNITS or hasattr(module, "weight")):
             with contextlib.suppress(UncollapseError):  # then it is not known which units are read, only what they do
                 each.units.unread = (projection_matrix(module, given) == 0).all(-1).cpu()
@@ -463,7 +498,8 @@ class Activity:
         ):
             operand = joined(name)
             if operand is not None:
-                varying.add(_by_head(operand, mask))
+                sizes = norms(operand)
+                varying.add(operand, sizes, _sound(sizes.amax(1), mask))
         logit_range, mixed = joined("logit_range"), joined("mixed")
         if logit_range is not None:
             largest = _by_head(logit_range.unsqueeze(-1), query_mask).nan_to_num(0, 0, 0).amax((-2, -1)).cpu()
@@ -473,22 +509,23 @@ class Activity:
             return
         patterns = [[getattr(rows, name) for rows in known] for name in ("entropy", "max_logit")]
         rows = [torch.cat(figures, 1) for figures in patterns if all(f is not None for f in figures)]
-        found = self._equal_heads(_by_head(mixed, query_mask).double(), rows, query_mask)
+        found = self._equal_heads(mixed, rows, query_mask)
         each.copies = found if each.copies is None else each.copies & found
 
     @staticmethod
     def _equal_heads(mixed: Tensor, rows: Sequence[Tensor], mask: Tensor | None) -> set[tuple[int, int]]:
         """The pairs of heads with the same output and the same pattern, to rounding, at every token."""
         close = 64 * torch.finfo(torch.float32).eps
-        size = mixed.abs().amax((-2, -1))
-        flat = mixed.flatten(1)
-        gram = flat @ flat.mT
-        energy = gram.diagonal()
-        gap = (energy[:, None] + energy - 2 * gram).clamp(min=0)
-        near = (gap <= 1e-8 * energy[:, None]) & (energy > 0)[:, None]  # a first look; each pair is compared below
+        sizes = norms(mixed) if mask is None else norms(mixed).where(mask.to(mixed.device)[:, None], 0)
+        squares = sizes.square().sum(-1).T  # [head, sequence]
+        energy = squares.sum(-1)
+        # A first look: equal heads have equal energies in every sequence. Each pair is compared below.
+        apart = (squares.sqrt()[:, None] - squares.sqrt()).abs().amax(-1)
+        near = ~(apart > 1e-4 * energy.sqrt()[:, None]) & (energy > 0)[:, None]
         found = set()
         for g, h in near.triu(1).nonzero().tolist():
-            if not bool((mixed[g] - mixed[h]).abs().max() <= close * size[g]):
+            first, second = _by_head(mixed[:, [g, h]], mask).double()
+            if not bool((first - second).abs().max() <= close * first.abs().max()):
                 continue
             same = True
             for figure in rows:
@@ -498,23 +535,33 @@ class Activity:
                 found.add((g, h))
         return found
 
-    def contributed(self, index: int, grams: Tensor, cloud: Tensor, mask: Tensor | None) -> None:
-        """What each head adds to each token, beside the stream that entered the block: by the Gram matrices of W_O
-        (`heads.write_grams`) and what it reads [sequence, token, mixed]."""
+    def contributed(self, index: int, sizes: Tensor, mask: Tensor | None) -> None:
+        """What each head adds to each token, its size [sequence, head, token], beside the stream that entered the block."""
         each = self._attending[index]
-        entered = self._entered.get(each.block)
-        found = None if entered is None else self._tokens_of(each.block, entered, f"block {each.block}")
-        if found is None or found[0].shape[:2] != cloud.shape[:2]:
+        size = None if self._removed else self._sizes_entering(each.block)
+        if size is None or size.shape != sizes[:, 0].shape:
             return
-        size = found[0].double().norm(dim=-1)
-        real = torch.ones_like(size, dtype=torch.bool) if mask is None else mask.to(size.device)
-        outputs = cloud.double().unflatten(-1, (len(grams), -1)).transpose(1, 2)
-        energy = ((outputs @ grams) * outputs).sum(-1).clamp(min=0)  # [sequence, head, token]
-        ratio = torch.where(energy > 0, energy.sqrt() / size[:, None], 0.0).transpose(1, 2)[real]
-        largest = ratio[ratio.isfinite().all(-1)].amax(0) if bool(ratio.isfinite().all(-1).any()) else None
-        if largest is not None:
-            largest = largest.cpu()
+        ratio = torch.where(sizes > 0, sizes / size[:, None], 0.0)
+        sound = _sound(ratio.amax(1), mask)
+        if bool(sound.any()):
+            largest = ratio.where(sound[:, None], 0).amax((0, 2)).cpu()
             each.head_output = largest if each.head_output is None else torch.maximum(each.head_output, largest)
+
+
+def _farthest(x: Tensor, origin: Tensor, sound: Tensor) -> Tensor:
+    """The largest distance of the vectors [sequence, part, token, width] from one of each part, [part] in float64."""
+
+    def of(x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x - origin.to(x), dim=-1).where(sound[:, None], 0).amax((0, 2)).double()
+
+    found = of(single(x))
+    return found if x.dtype == torch.float64 or bool(((found > TINY) & (found < HUGE)).all()) else of(x.double())
+
+
+def _sound(sizes: Tensor, mask: Tensor | None) -> Tensor:
+    """Which tokens [sequence, token] are real and finite."""
+    finite = sizes.isfinite()
+    return finite if mask is None else finite & mask.to(finite.device)
 
 
 def _by_head(operand: Tensor, mask: Tensor | None) -> Tensor:
@@ -523,10 +570,10 @@ def _by_head(operand: Tensor, mask: Tensor | None) -> Tensor:
     return x.flatten(1, 2) if mask is None else x[:, mask.to(x.device)]
 
 
-def _largest(part: Tensor, whole: Tensor) -> float | None:
-    """The largest ratio over the tokens; a part of nothing is nothing."""
-    ratio = torch.where(part > 0, part / whole, 0.0)
-    return float(ratio.max()) if ratio.numel() and not bool(ratio.isnan().any()) else None
+def _largest(part: Tensor, whole: Tensor, real: Tensor) -> float | None:
+    """The largest ratio over the tokens that are real and finite; a part of nothing is nothing."""
+    ratio = torch.where(part > 0, part / whole, 0.0)[real & part.isfinite() & whole.isfinite()]
+    return float(ratio.max()) if ratio.numel() else None
 
 
 def _greater(known: float | None, new: float | None) -> float | None:

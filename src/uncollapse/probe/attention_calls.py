@@ -160,8 +160,8 @@ class CallObserver:
         L = None if logits is None else self._rows_of(self._laid(logits))[..., keys]
         queries = None if result.shape[2] > 1 else self.query_mask(A.shape[-2], A.shape[0])
         reasons: dict[str, str] = {}
-        if barred is not None and not _is_weightless(A, barred):
-            barred = _without_weight(A, barred)  # it lowers some of these pairs, and forbids the others if any
+        if barred is not None:
+            barred = _without_weight(A, barred)  # of the others it lowers the logits, and no more
         barred = self._with_padding(A, barred, queries) if result.shape[2] == 1 else barred
         if L is not None and not _explains(A, L, barred):
             L = None
@@ -211,7 +211,7 @@ class CallObserver:
 
     def _fused(self, given: Mapping[str, Any], output: Tensor) -> AttentionRows:
         query, key, value = given["query"], given["key"], given["value"]
-        deviation, is_finite, is_mask = _fused_deviation(given, output)
+        deviation, is_finite = _fused_deviation(given, output)
         if not deviation <= _tolerance(output.dtype):
             raise UnreadableError(
                 f"its weights times its values are not its result (off by {deviation:.2g} of its size)"
@@ -221,7 +221,7 @@ class CallObserver:
         if v.shape[2] != q.shape[2] or k.shape[2] != q.shape[2]:
             raise UnreadableError("its keys are not laid out as its queries are")
         result = self._laid(output)
-        allowed, bias = self._mask_of(given, query, key, is_mask)
+        allowed, bias = self._mask_of(given, query, key, keys)
         if allowed is not None:
             allowed = allowed[..., keys]
         bias = None if bias is None else bias[..., keys]
@@ -266,9 +266,9 @@ class CallObserver:
         return found if windows > 1 else replace(found, queries=q[:, :, 0], keys=k[:, :, 0][..., keys, :])
 
     def _mask_of(
-        self, given: Mapping[str, Any], query: Tensor, key: Tensor, is_mask: bool
+        self, given: Mapping[str, Any], query: Tensor, key: Tensor, keys: slice
     ) -> tuple[Tensor | None, Tensor | None]:
-        """A fused call's mask as (allowed pairs, bias), each [#sequence, #head, #window, query, key]."""
+        """A fused call's mask as (allowed pairs, bias), each [#sequence, #head, #window, query, key]. `keys` are tokens."""
         mask = given.get("attn_mask")
         if mask is None:
             return None, None
@@ -279,8 +279,10 @@ class CallObserver:
             allowed = mask
         else:
             forbidden, shifts = forbidden_by_addition(mask)
-            allowed = None if forbidden is None or not is_mask else ~forbidden
-            bias = mask if shifts or not is_mask else None
+            if forbidden is not None and _may_leave_weight(given, forbidden, keys):
+                forbidden, shifts = _without_weight_in(given, forbidden, keys), True
+            allowed = None if forbidden is None else ~forbidden
+            bias = mask if shifts else None
 
         def laid(tensor: Tensor | None) -> Tensor | None:
             if tensor is None:
@@ -402,6 +404,9 @@ def _deviation(weights: Tensor, values: Tensor, mixed: Tensor, summed: tuple[int
 
 
 def _relative(again: Tensor, result: Tensor) -> float:
+    apart, largest = (again - result).abs().amax(), result.abs().amax()
+    if math.isfinite(apart) and math.isfinite(largest):
+        return float(apart / largest) if float(largest) else float(apart)
     seen = again.isfinite() & result.isfinite()
     if not bool(seen.any()):
         return 0.0
@@ -410,52 +415,71 @@ def _relative(again: Tensor, result: Tensor) -> float:
     return float(gap / size) if float(size) else float(gap)
 
 
-def _fused_deviation(given: Mapping[str, Any], output: Tensor) -> tuple[float, bool, bool]:
-    """The same for a fused call, its weights made anew on these rows; whether one of the weights is finite; and whether an
-    additive mask of it leaves no weight."""
-    query, key, value = given["query"], given["key"], given["value"]
-    rows = _some_rows(query.shape[-2])
+def _fused_deviation(given: Mapping[str, Any], output: Tensor) -> tuple[float, bool]:
+    """The same for a fused call, its weights made anew on these rows; and whether one of the weights is finite."""
+    rows = _some_rows(given["query"].shape[-2])
+    weights = torch.softmax(_fused_logits(given, rows), -1)
+    values = _repeated(given["value"], given).to(weights.dtype)
+    return _relative(weights @ values, output[..., rows, :].to(weights.dtype)), bool(weights.isfinite().any())
+
+
+def _fused_logits(given: Mapping[str, Any], rows: Sequence[int]) -> Tensor:
+    """[.., row, key] of a fused call on some of its rows, its mask and causal flag among them."""
+    query, key, mask, scale = given["query"], given["key"], given.get("attn_mask"), given.get("scale")
     dtype = torch.promote_types(query.dtype, torch.float32)
-    repeats = query.shape[-3] // key.shape[-3] if query.ndim > 2 and key.ndim == query.ndim else 1
-    k, v = key.to(dtype), value.to(dtype)
-    if repeats > 1:
-        k, v = k.repeat_interleave(repeats, -3), v.repeat_interleave(repeats, -3)
-    scale = given.get("scale")
+    rows = list(rows)
+    k = _repeated(key, given).to(dtype)
     S = query[..., rows, :].to(dtype) @ k.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-    mask, is_mask = given.get("attn_mask"), True
     if given.get("is_causal", False):
         index = torch.arange(key.shape[-2], device=query.device)
         S = S.masked_fill(index > torch.tensor(rows, device=query.device)[:, None], -math.inf)
-    forbidden: Tensor | None = None
-    if mask is not None:
-        full = mask.expand(*mask.shape[:-2], query.shape[-2], key.shape[-2])
-        if mask.dtype == torch.bool:
-            S = S.masked_fill(~full[..., rows, :], -math.inf)
-        else:
-            S = S + full[..., rows, :].to(dtype)
-            forbidden, _ = forbidden_by_addition(mask)
-    weights = torch.softmax(S, -1)
-    if forbidden is not None:
-        barred = forbidden.expand(*forbidden.shape[:-2], query.shape[-2], key.shape[-2])[..., rows, :].expand(S.shape)
-        is_mask = _is_weightless(weights, barred)
-    return _relative(weights @ v, output[..., rows, :].to(dtype)), bool(weights.isfinite().any()), is_mask
+    if mask is None:
+        return S
+    part = mask.expand(*mask.shape[:-2], query.shape[-2], key.shape[-2])[..., rows, :]
+    return S.masked_fill(~part, -math.inf) if mask.dtype == torch.bool else S + part.to(dtype)
 
 
-def _is_weightless(weights: Tensor, forbidden: Tensor) -> bool:
-    """Whether the forbidden pairs have no weight to speak of, in rows that are allowed any key."""
-    barred = forbidden.expand(weights.shape)
-    peak = weights.masked_fill(barred, 0).amax(-1)
-    leak = weights.masked_fill(~barred, 0).nan_to_num(0).amax(-1)
-    rows = ~barred.all(-1)
-    return not bool((leak[rows].double() > LEAST_SHARE * peak[rows].double()).any())
+def _repeated(tensor: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """Keys or values of a fused call, once for each head of the queries."""
+    query = given["query"]
+    repeats = query.shape[-3] // tensor.shape[-3] if query.ndim > 2 and tensor.ndim == query.ndim else 1
+    return tensor.repeat_interleave(repeats, -3) if repeats > 1 else tensor
+
+
+def _may_leave_weight(given: Mapping[str, Any], forbidden: Tensor, keys: slice) -> bool:
+    """Whether a pair that a fused call's additive mask forbids may have weight. By Cauchy and Schwarz two logits of a row lie at
+    most 2 |q| |k| scale apart; a mask that lowers a pair by so much more leaves it none, and no weights need be made."""
+    query, key, mask, scale = given["query"], given["key"], given["attn_mask"], given.get("scale")
+    norms = [float(t.detach().double().norm(dim=-1).nan_to_num().max()) for t in (query, key)]
+    spread = 2 * norms[0] * norms[1] * abs(query.shape[-1] ** -0.5 if scale is None else scale)
+    part = [t.expand(*t.shape[:-1], key.shape[-2])[..., keys] for t in (mask, forbidden)]
+    best = part[0].masked_fill(part[1], -math.inf).amax(-1).double()
+    lowered = part[0].masked_fill(~part[1], -math.inf).amax(-1).double()
+    margin = (best - lowered)[best.isfinite() & lowered.isfinite()]
+    return bool(margin.numel()) and not float(margin.min()) - spread > -math.log(LEAST_SHARE)
+
+
+def _without_weight_in(given: Mapping[str, Any], forbidden: Tensor, keys: slice) -> Tensor | None:
+    """Those pairs [.., query, key] that have no weight in a fused call, of the keys that are tokens."""
+    L = _fused_logits(given, range(given["query"].shape[-2]))
+    barred = torch.zeros(L.shape, dtype=torch.bool, device=L.device) | forbidden
+    found = _without_weight(torch.softmax(L[..., keys], -1), barred[..., keys])
+    if found is None:
+        return None
+    barred[..., keys] = found
+    return barred
 
 
 def _without_weight(weights: Tensor, forbidden: Tensor) -> Tensor | None:
-    """Those of the pairs that have no weight in any head; None where all have some."""
-    peak = weights.amax(-1, keepdim=True).double()
-    silent = (weights.nan_to_num(0).double() <= LEAST_SHARE * peak).all(1, keepdim=True)
-    found = forbidden & silent
-    return found if bool(found.any()) else None
+    """Those of the forbidden pairs that have no weight to speak of, head by head; None where all have some. A row that is
+    allowed no key stays as it is."""
+    barred = forbidden.expand(weights.shape)
+    found = weights.nan_to_num(0).double()
+    weighty = barred & (found > LEAST_SHARE * found.amax(-1, keepdim=True)) & ~barred.all(-1, keepdim=True)
+    if not bool(weighty.any()):
+        return forbidden
+    left = barred & ~weighty
+    return left if bool(left.any()) else None
 
 
 def _explains(weights: Tensor, logits: Tensor, forbidden: Tensor | None) -> bool:

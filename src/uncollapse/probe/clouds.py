@@ -19,15 +19,18 @@ from uncollapse.errors import InputError
 
 class Clouds:
     """Lays tensors out as token clouds [sequence, token, width] and says which rows are real. It notes at `streams` what enters
-    each block; `begin` comes before each batch. `batch_size`: sequences in the stream of the block that is running."""
+    each block; `begin` comes before each batch. `batch_size`: sequences in the stream of the block that is running. With `keeps` it
+    also holds a copy of what entered the block."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, is_own: Callable[[], bool]) -> None:
-        self.model, self.anatomy, self._is_own = model, anatomy, is_own
+    def __init__(self, model: nn.Module, anatomy: Anatomy, is_own: Callable[[], bool], *, keeps: bool = True) -> None:
+        self.model, self.anatomy, self._is_own, self._keeps = model, anatomy, is_own, keeps
         self.batch_size = 0
         self.paddings: list[Padding] = []  # by stack
         self.entered: dict[int, tuple[int, int]] = {}  # by block: sequences and tokens of what entered it
         self.shapes: dict[int, tuple[int, int]] = {}  # by stack: the same of its embedding
+        self._entering: dict[int, list[tuple[int, Tensor]]] = {}  # by stack: the last two blocks, and what entered them
         self._real: dict[int, int] = {}  # by stack: real tokens in this batch
+        self._sizes: dict[int, int] = {}  # by block: the size of the axis that its streams share with another
         self._given = (0, 0)  # sequences and tokens of the batch as it was given
         self._begins = {stack.blocks[0]: number for number, stack in enumerate(anatomy.stacks)}
         self.streams: list[tuple[Place, Action]] = [
@@ -36,7 +39,7 @@ class Clouds:
 
     def begin(self, batch: Mapping[str, Any]) -> None:
         """Note the batch's masks before the model runs on it."""
-        for noted in (self.entered, self.shapes, self._real):
+        for noted in (self.entered, self.shapes, self._real, self._sizes, self._entering):
             noted.clear()
         self.batch_size = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
         ids = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim == 2), None)
@@ -46,6 +49,12 @@ class Clouds:
     def let_go(self) -> None:
         """Drop what is bound to this object and would keep it, and the model with it, alive in a cycle."""
         self.streams.clear()
+        self._entering.clear()
+
+    def entering(self, number: int) -> Tensor | None:
+        """What entered a block, until the one after the next runs. A copy: a block may add to its stream in place."""
+        kept = self._entering.get(self.anatomy.stack_of(number), [])
+        return next((stream for block, stream in kept if block == number), None)
 
     def counted(self) -> tuple[int, int, int]:
         """Sequences, real tokens, and tokens of a sequence, in the batch that was run."""
@@ -56,11 +65,18 @@ class Clouds:
     def _note(self, number: int, stream: Tensor) -> None:
         if not self._is_own():
             return
+        if self._keeps:
+            kept = self._entering.setdefault(self.anatomy.stack_of(number), [])
+            # The next block's stream may be met before this one's end.
+            kept[:] = [*kept[-1:], (number, stream.detach().clone())]
         cloud = self.cloud(number, stream)
         if cloud is None:
             return
         self.batch_size = len(cloud)
         self.entered[number] = (cloud.shape[0], cloud.shape[1])
+        fold = self.anatomy.blocks[number].entry.fold
+        if fold is not None:
+            self._sizes[number] = stream.shape[fold.axis] * stream.shape[fold.axis + 1]
         stack = self._begins.get(number)
         if stack is not None:
             mask = self.cloud_mask(stack, cloud, "the embedding")
@@ -109,17 +125,20 @@ class Clouds:
         """What a block with this number computes for its tokens, as [sequence, token, width], and which are real; None where the
         tokens cannot be told, or are not those of its stream."""
         block, shape = self.anatomy.blocks[number], self.entered.get(number)
-        axes = block.axes
+        axes, cloud = block.axes, None
         if axes is None:
             return None
-        if x.ndim == axes.ndim:
+        fold, sizes = block.entry.fold, self._sizes.get(number)
+        if fold is not None and sizes is not None and x.ndim == axes.ndim - 1 and x.shape[fold.axis] == sizes:
+            x = fold.opened(x)  # what is written to all of the streams; a sublayer's own values are those of one
+        if axes.streams is not None and x.ndim == axes.ndim - 1:
+            cloud = axes.within.cloud(x)
+        elif x.ndim == axes.ndim:
             cloud = self.cloud(number, x)
             # The stream itself may come before it was noted.
             shape = shape or (None if cloud is None else (cloud.shape[0], cloud.shape[1]))
         elif x.ndim == 2 and shape is not None and axes.sequence == 0 and len(x) == math.prod(shape):
             cloud = x.reshape(*shape, -1)  # rows of all sequences, one after another
-        else:
-            cloud = None
         if cloud is not None and shape is not None and block.chooses_tokens and cloud.shape[1] < shape[1]:
             shape = shape[0], cloud.shape[1]  # the chosen ones; a mask does not say which of them are padding
         if cloud is None or tuple(cloud.shape[:2]) != shape:

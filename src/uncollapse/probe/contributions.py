@@ -1,6 +1,6 @@
 """What each head of an attention writes: the vectors O_h W_h that its output projection adds up, from a live model.
 
-When not to use this: to say what the model does with a head. Whatever comes after the sum sees only the sum. `attribution`
+When not to use this: to say what the model does with a head. Whatever comes after the sum sees only the sum. `identify`
 answers whether one head can be told from the others there.
 """
 
@@ -26,12 +26,13 @@ from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.stacks import Padding, paddings
 from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.summands import summand
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Gate, Layout, ModuleCall, Place
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.probe.projections import bears_out, holds, projected_cloud, projection_map, side_by_side
 from uncollapse.restoring import leaves_no_trace, restoring
 from uncollapse.sources import check_batches
+from uncollapse.wrappers import module_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def head_contributions(
     *,
     blocks: Collection[int] | None = None,
     layout: Layout | None = None,
+    grad: bool = False,
 ) -> Iterator[HeadContributions]:
     """What each head writes, vector by vector: an iterator over the attention calls in order of depth, self before cross.
 
@@ -72,6 +74,9 @@ def head_contributions(
     numbers from 0, all by default. layout: see `uncollapse.Layout`. Between two steps of the iterator only the inputs of the
     projections are kept, n D numbers per call. The n H d numbers of one call are computed when it is reached, from the weights
     at that time. `list(...)` keeps all of them.
+
+    grad: keep the contributions on the graph of that pass, as functions of what the heads mixed, so that they can be differentiated
+    by the inputs and weights before them. The graph stays alive as long as they do.
 
     Y is the output of the projection. If `added_as_is` is False, it is not yet what enters the residual stream: a factor after
     it multiplies all contributions equally, but a norm divides by the size of the whole sum.
@@ -89,6 +94,7 @@ def head_contributions(
     Raises `InputError` for a batch or block that cannot be used, `UnsupportedModel` if the anatomy cannot be proved or an
     attention has no output projection that is a linear map of its heads.
     """
+    model = module_of(model)
     (given,) = check_batches([batch], model=model)
     anatomy = proved_anatomy(model, given, layout)
     readings = _readings(model, anatomy, blocks)
@@ -100,7 +106,8 @@ def head_contributions(
         alone = blocks_alone(model, piece_of(model, given), anatomy, whole) if whole else {}
         for reading in readings:
             reading.alone = alone.get(reading.number) if reading.call.projection is None else None
-        with _installed(model, readings):
+            reading.keeps_graph = grad
+        with torch.set_grad_enabled(grad), _installed(model, readings):
             model(**given)
     return map(_Contributor(model, given, anatomy, padding), readings)
 
@@ -128,11 +135,16 @@ class _Reading:
     matrix: Tensor | None = None
     bias: Tensor | None = None
     added_as_is: bool = False
+    keeps_graph: bool = False
     thread: int = field(default_factory=threading.get_ident)
 
     @property
     def place(self) -> str:
         return f"block {self.number} ({self.block.parts[self.part].module})"
+
+    def noted(self, value: Tensor) -> Tensor:
+        """A value of the pass, off its graph unless that is to be kept."""
+        return value if self.keeps_graph else value.detach()
 
     def is_own(self) -> bool:
         """Whether this is met in the pass that was started for it: another thread may run the model meanwhile."""
@@ -198,7 +210,7 @@ def _installed(model: nn.Module, readings: Sequence[_Reading]) -> Iterator[None]
             ) -> None:
                 reading = by_call.get(runs.begin(name))
                 if reading is not None and reading.is_own():
-                    reading.given = next(tensors_in([args, kwargs])).detach()
+                    reading.given = reading.noted(next(tensors_in([args, kwargs])))
 
             def leave(
                 _: nn.Module, __: Any, output: Any, name: str = name, by_call: Mapping[int, _Reading] = by_call
@@ -237,7 +249,7 @@ def _note_written(reading: _Reading, handlers: dict[Point, Handler], streams: li
             output = function(*args, **kwargs)
             if reading.is_own():
                 try:
-                    found = laid_out(output.detach(), call, function, args, kwargs, reading.sequences)
+                    found = laid_out(reading.noted(output), call, function, args, kwargs, reading.sequences)
                     reading.calls_output[number] = found.clone()
                 except UnreadableError as error:
                     reading.calls_output[number] = str(error)
@@ -275,10 +287,17 @@ def _noting_product(reading: _Reading) -> Handler:
         found = product_map(function, args, kwargs) if reading.is_own() else None
         if found is not None:
             reading.given, reading.matrix, reading.bias = found.given, found.matrix, found.bias
+            if reading.keeps_graph:
+                reading.given = operands_of(operation_name(function), args, kwargs)[_read_operand(function)]
             reading.output = output.detach()
         return output
 
     return handler
+
+
+def _read_operand(function: Callable[..., Any]) -> int:
+    """Which operand of a product with a weight is read: `addmm` takes what it adds first."""
+    return 1 if operation_name(function) == "addmm" else 0
 
 
 def _noting_additions(readings: Sequence[_Reading]) -> dict[Point, Handler]:
@@ -335,7 +354,7 @@ class _Contributor:
         cloud, matrix = side_by_side(cloud, reading.features, -1), side_by_side(matrix, reading.features, 0)
         dtype = torch.promote_types(torch.promote_types(cloud.dtype, matrix.dtype), torch.float32)
         count, width = reading.heads, matrix.shape[1]
-        with torch.no_grad(), full_precision(cloud):
+        with torch.set_grad_enabled(reading.keeps_graph), full_precision(cloud):
             outputs = cloud.to(dtype).flatten(0, 1).unflatten(-1, (count, -1)).transpose(0, 1)
             written = outputs @ matrix.to(cloud.device, dtype).reshape(count, -1, width)
         return HeadContributions(
@@ -366,7 +385,7 @@ class _Contributor:
         cloud = None
         if mixed is not None and mixed.shape[-1] == width:
             known = heads_output if heads_output is not None and heads_output.ndim == 4 else None
-            axes = reading.block.axes
+            axes = None if reading.block.axes is None else reading.block.axes.within
             if axes is not None and axes.sequence is not None and len(axes.token) == 1 and mixed.ndim == axes.ndim:
                 cloud = axes.cloud(mixed)  # the stream's own order, which the projection keeps
             else:
@@ -416,7 +435,7 @@ class _Contributor:
             ) from error
         assert reading.block.axes is not None
         assert reading.given is not None
-        written = reading.block.axes.cloud(reading.given)
+        written = reading.block.axes.within.cloud(reading.given)
         with full_precision(cloud):
             holds = written.shape[:2] == cloud.shape[:2] and bears_out(cloud, matrix, bias, written, None)
         if not holds:

@@ -1,23 +1,32 @@
-"""Do a block's weights look as an initialisation makes them?
+"""Do a block's weights look as an initialisation makes them, or nearly so?
 
-Nearly uniform attention is expected of a model that was just made: its queries and keys are small random vectors. It is a fault
-where training led there or never led away. The weights tell the two apart, whatever the model is called:
+Nearly uniform attention is expected of a model that was just made: its queries and keys are small random vectors. So it is after
+the first few steps of an optimiser. It is a fault where training led there or never led away. The weights tell the two apart,
+whatever the model is called:
 
-* Gains, biases and scales start as constants (1, 0), or as draws from the range of their own weight. One step of any optimiser
-  moves them apart, also where the queries and keys themselves get no gradient.
+* Gains, biases and scales start as constants (1, 0), or as draws from the range of their own weight. Training moves them apart,
+  also where the queries and keys themselves get no gradient.
 * Matrices start as independent draws from one bounded or Gaussian distribution: no heavy tails, no row or column larger than
   chance, no singular value above the edge of a random matrix. Training breaks each of these.
 * Query and key weights are drawn alike in every block. One block with smaller ones was not made so.
 
+How much of this is seen decides, not whether. One step of Adam moves every weight by the learning rate, so that a trace of it
+can be proved, and yet nothing was learnt. A block counts as hardly trained while its vectors, and the sizes of its rows, columns
+and matrices, stay within a quarter (`MOVED`) of where they start, and at most half (`LEARNT`) of the energy of each matrix is in
+directions that a random matrix does not have. And the matrices outside the blocks, which are the first to learn, must not have
+passed that half: a block that shows a trace of training beside an output layer that was trained has stayed as it was. Five steps
+of Adam at a learning rate of 3e-3 leave a quarter there, thirty at 1e-3 more than a half.
+
 Whoever sets all gains to 1 and all biases to 0 afterwards (folding does) does not change the second kind of evidence.
 
-When not to use it: to ask how far training went. It says whether anything was trained at all.
+When not to use it: to ask how far training went. It says whether it has left its start.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -26,10 +35,14 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.sharded_weights import at_hand
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall
+from uncollapse.measures.weight_marks import Marks, are_alike, weight_marks
+from uncollapse.records.diagnosis import HARDLY_TRAINED
 
 DEVIATIONS = 5  # chance moves a figure by so many standard deviations once in a million
 UNIFORM, GAUSSIAN = 1.8, 3.0  # fourth moments over the squared variance
 FEWEST_ENTRIES = 256  # of a matrix that says anything about its distribution
+MOVED = 0.25  # of their size: less than this, and vectors, rows, columns and whole matrices are near where they start
+LEARNT = 0.5  # of a matrix's energy, in directions that a random matrix does not have
 POWER_STEPS = 24
 
 Sizes = Callable[[int], list[tuple[torch.Size, float]]]  # by block: shape and size of its query and key weights
@@ -37,10 +50,20 @@ Sizes = Callable[[int], list[tuple[torch.Size, float]]]  # by block: shape and s
 
 @dataclass(frozen=True)
 class Evidence:
-    """`initial`: whether nothing speaks against an initialisation; `reason` says what was seen, or what speaks against it."""
+    """`initial`: whether the weights are still near an initialisation; `reason` says what was seen, or what speaks against it."""
 
     initial: bool
     reason: str
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """What speaks against a tensor being as it was made: `share` of the way to where it counts as trained (from 1 on it does),
+    `moved` as a share of its own size, and the words. A trace that chance can leave is none."""
+
+    share: float
+    moved: float
+    words: str
 
 
 def evidence(model: nn.Module, anatomy: Anatomy, numbers: Iterable[int]) -> dict[int, Evidence]:
@@ -50,35 +73,75 @@ def evidence(model: nn.Module, anatomy: Anatomy, numbers: Iterable[int]) -> dict
     def sizes(number: int) -> list[tuple[torch.Size, float]]:
         return [(w.shape, _size(w)) for w in _query_key_weights(model, anatomy.blocks[number])]
 
-    return {number: _of_block(model, anatomy, number, sizes) for number in dict.fromkeys(numbers)}
+    @functools.cache
+    def outside() -> str | None:
+        return _learnt_outside(model, anatomy)
+
+    return {number: _of_block(model, anatomy, number, sizes, outside) for number in dict.fromkeys(numbers)}
 
 
-def _of_block(model: nn.Module, anatomy: Anatomy, number: int, sizes: Sizes) -> Evidence:
+def _of_block(
+    model: nn.Module, anatomy: Anatomy, number: int, sizes: Sizes, outside: Callable[[], str | None]
+) -> Evidence:
     block = anatomy.blocks[number]
     vectors = matrices = 0
+    traces: list[tuple[_Trace, bool]] = []
     for module in _modules(model, anatomy, block):
-        own = [(name, at_hand(module, name)) for name, _ in module.named_parameters(recurse=False)]
+        named = ((name, at_hand(module, name)) for name, _ in module.named_parameters(recurse=False))
+        own = [(name, p) for name, p in named if p.numel()]
         if any(p.is_meta or not p.is_floating_point() or type(p.data) is not Tensor for _, p in own):
             return Evidence(False, "some of its weights could not be read")
-        large = [p for _, p in own if _is_matrix(p)]
         for name, p in own:
             if _is_matrix(p):
-                against = _against_drawn(p)
+                found: Iterable[_Trace] = _drawn(module, name, p)
                 matrices += p.numel() >= FEWEST_ENTRIES
             else:
-                against = _against_start(p, large)
+                found = _against_start(p, [q for _, q in own if q is not p])
                 vectors += 1
-            if against is not None:
-                return Evidence(False, f"{type(module).__name__}.{name} of this block {against}")
+            for trace in found:
+                if trace.share >= 1:
+                    return Evidence(False, f"{type(module).__name__}.{name} of this block {trace.words}")
+                traces.append((trace, _is_matrix(p)))
     if not matrices:
         return Evidence(False, "it has too few weights to tell")
     against = _against_alike([sizes(other) for other in range(len(anatomy.blocks)) if other != number], sizes(number))
     if against is not None:
         return Evidence(False, against)
+    if traces:
+        elsewhere = outside()
+        if elsewhere is not None:
+            return Evidence(False, f"training has passed over this block, while {elsewhere}")
+        in_vectors = max((t.moved for t, is_matrix in traces if not is_matrix), default=0.0)
+        in_matrices = max((t.moved for t, is_matrix in traces if is_matrix), default=0.0)
+        return Evidence(
+            True,
+            f"{HARDLY_TRAINED}: gains and biases have moved by at most {in_vectors:.2g} of their scale, and at most "
+            f"{in_matrices:.2g} of a weight matrix is more than a random draw",
+        )
     still = f"{vectors} gains and biases are where they start, " if vectors else ""
     return Evidence(
         True, f"{still}{matrices} weight matrices are independent random draws, queries and keys as in every block"
     )
+
+
+def _learnt_outside(model: nn.Module, anatomy: Anatomy) -> str | None:
+    """A matrix outside the blocks whose energy is mostly in directions that a random one does not have. A table whose rows all have
+    one size was not drawn but computed, as sinusoids are, and says nothing."""
+    inside = tuple(f"{block.module.name}." for block in anatomy.blocks)
+    for path, p in model.named_parameters():
+        if path.startswith(inside) or not _is_matrix(p) or p.is_meta or not p.is_floating_point():
+            continue
+        if type(p.data) is not Tensor or p.numel() < FEWEST_ENTRIES or not bool(p.isfinite().all()):
+            continue
+        w = p.detach().double().flatten(1)
+        size = float(w.square().mean().sqrt())
+        energy = w.square().mean(-1)
+        if size == 0 or float(energy.std()) < 0.1 * size**2 / math.sqrt(w.shape[1]):
+            continue
+        share = _beyond_random(w, size)
+        if share > LEARNT:
+            return f"{share:.2g} of the energy of {path} is in directions that training gave it"
+    return None
 
 
 def _modules(model: nn.Module, anatomy: Anatomy, block: Block) -> Iterator[nn.Module]:
@@ -100,45 +163,97 @@ def _is_matrix(p: Tensor) -> bool:
     return p.ndim >= 2 and p.numel() > max(p.shape)
 
 
-def _against_start(p: Tensor, beside: list[Tensor]) -> str | None:
-    """What speaks against a vector being as it was made: all entries equal, or drawn as the weight beside it is."""
+def _against_start(p: Tensor, beside: list[Tensor]) -> Iterator[_Trace]:
+    """What speaks against a vector being as it was made: all entries equal, or drawn as the weight beside it is. How far it has
+    moved is told beside its own mean, the vectors beside it, or what the weight beside it puts out for inputs of unit variance,
+    whichever is largest."""
     p = p.double().flatten()
     if bool((p == p[0]).all()):
-        return None
+        return
     size = float(p.square().mean().sqrt())
-    for weight in beside:
-        w = weight.double()
+    if not math.isfinite(size):
+        yield _Trace(1.0, 1.0, "is not finite")
+        return
+    scales = [abs(float(p.mean()))]
+    for each in beside:
+        w = each.double()
         scale = float(w.square().mean().sqrt())
+        if not _is_matrix(each):
+            scales.append(scale)
+            continue
+        scales.append(scale * math.sqrt(w.numel() / len(p)))
         close = abs(size / scale - 1) <= DEVIATIONS * 0.45 / math.sqrt(len(p)) if scale else False
         if close and float(p.abs().max()) <= math.sqrt(3) * scale * (1 + DEVIATIONS * 0.45 / math.sqrt(w.numel())):
-            return None
-    return "was moved from where such a vector starts"
+            return
+    moved = float(p.std(correction=0)) / max(*scales, 1e-300)
+    yield _Trace(moved / MOVED, moved, f"was moved from where such a vector starts, by {moved:.2g} of its scale")
 
 
-def _against_drawn(p: Tensor) -> str | None:
-    """What speaks against independent draws from one distribution no wider than a Gaussian."""
+_remembered: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[torch.Size, Marks, list[_Trace]]]] = (
+    weakref.WeakKeyDictionary()
+)  # by module and name of the weight
+
+
+def _drawn(module: nn.Module, name: str, p: Tensor) -> list[_Trace]:
+    """`_against_drawn` up to the first that settles it, once for each state of the weight."""
+    if p.element_size() < 2:  # in eight bits nothing can be marked
+        return _until_settled(_against_drawn(p))
+    known, marks = _remembered.setdefault(module, {}), weight_marks(p.flatten(1))
+    last = known.get(name)
+    if last is None or last[0] != p.shape or not are_alike(last[1], marks):
+        last = known[name] = p.shape, marks, _until_settled(_against_drawn(p))
+    return last[2]
+
+
+def _until_settled(traces: Iterator[_Trace]) -> list[_Trace]:
+    found = []
+    for trace in traces:
+        found.append(trace)
+        if trace.share >= 1:
+            break
+    return found
+
+
+def _against_drawn(p: Tensor) -> Iterator[_Trace]:
+    """What speaks against independent draws from one distribution no wider than a Gaussian, the cheapest first."""
     if p.numel() < FEWEST_ENTRIES or bool((p == p.flatten()[0]).all()):
-        return None
+        return
     w = p.double().flatten(0, -2) if p.ndim > 2 and p.shape[0] < p.shape[-1] else p.double().flatten(1)
     count, size = w.numel(), float(w.square().mean().sqrt())
     if not math.isfinite(size):
-        return "is not finite"
-    if abs(float(w.mean())) > DEVIATIONS * size / math.sqrt(count):
-        return "has a mean"
+        yield _Trace(1.0, 1.0, "is not finite")
+        return
+    mean = abs(float(w.mean())) / size
+    if mean > DEVIATIONS / math.sqrt(count):
+        yield _Trace(mean / MOVED, mean, "has a mean")
     tail = float((w / size).pow(4).mean())
     slack = DEVIATIONS * math.sqrt(24 / count)
-    if not UNIFORM - slack <= tail <= GAUSSIAN + slack:
-        return f"is not one random draw (fourth moment {tail:.3g}, a Gaussian has 3)"
+    beyond = max(UNIFORM - slack - tail, tail - GAUSSIAN - slack)
+    if beyond > 0:
+        yield _Trace(beyond / MOVED, beyond, f"is not one random draw (fourth moment {tail:.3g}, a Gaussian has 3)")
     for each, name in ((w, "rows"), (w.T, "columns")):
-        energy = (each / size).square().sum(-1)
-        expected = each.shape[1] * (tail - 1)
-        if len(energy) > 2 and float(energy.var()) > expected * (1 + DEVIATIONS * math.sqrt(2 / (len(energy) - 1))):
-            return f"has {name} of more different sizes than chance gives"
-    least = min(w.shape)
-    edge = size * (math.sqrt(w.shape[0]) + math.sqrt(w.shape[1])) * (1 + 3 * least ** (-2 / 3))
-    if _largest_singular_value(w) > edge:
-        return "has a direction larger than a random matrix has"
-    return None
+        energy = (each / size).square().mean(-1)
+        if len(energy) <= 2:
+            continue
+        chance = (tail - 1) / each.shape[1]
+        excess = float(energy.var()) - chance * (1 + DEVIATIONS * math.sqrt(2 / (len(energy) - 1)))
+        if excess > 0:
+            spread = math.sqrt(excess)
+            yield _Trace(spread / MOVED, spread, f"has {name} of more different sizes than chance gives")
+    structure = _beyond_random(w, size)
+    if structure > 0:
+        yield _Trace(structure / LEARNT, structure, "has directions larger than a random matrix has")
+
+
+def _beyond_random(w: Tensor, size: float) -> float:
+    """The share of the energy in singular values above the edge of a random matrix of this size: sqrt(m) + sqrt(n) entries, with
+    three widths of the Tracy-Widom law to spare. All singular values are looked for only where the largest is above it."""
+    edge = size * (math.sqrt(w.shape[0]) + math.sqrt(w.shape[1])) * (1 + 3 * min(w.shape) ** (-2 / 3))
+    if _largest_singular_value(w) <= edge:
+        return 0.0
+    short = w if w.shape[0] <= w.shape[1] else w.T
+    energies = torch.linalg.eigvalsh(short @ short.T).clamp(min=0)
+    return float(energies[energies > edge**2].sum() / energies.sum())
 
 
 def _largest_singular_value(w: Tensor) -> float:
@@ -152,11 +267,12 @@ def _largest_singular_value(w: Tensor) -> float:
 
 
 def _against_alike(others: list[list[tuple[torch.Size, float]]], mine: list[tuple[torch.Size, float]]) -> str | None:
-    """Whether the query and key weights of a block are of another size than the same ones of most other blocks."""
+    """Whether the query and key weights of a block are of another size than the same ones of most other blocks, by more than
+    chance and a short training give."""
     others = [theirs for theirs in others if [shape for shape, _ in theirs] == [shape for shape, _ in mine]]
     for place, (shape, size) in enumerate(mine):
-        chance = DEVIATIONS * math.sqrt((GAUSSIAN - 1) / (2 * shape.numel()))
-        differ = sum(abs(size - theirs[place][1]) > chance * max(size, theirs[place][1]) for theirs in others)
+        slack = MOVED + DEVIATIONS * math.sqrt((GAUSSIAN - 1) / (2 * shape.numel()))
+        differ = sum(abs(size - theirs[place][1]) > slack * max(size, theirs[place][1]) for theirs in others)
         if 2 * differ > len(others):
             return "its query and key weights are of another size than those of other blocks"
     return None

@@ -148,6 +148,17 @@ def norm_law(
     return law if all(bool(t.isfinite().all()) for t in (gamma, beta)) and bool(gamma.any()) else None
 
 
+def proved_law(
+    norm: nn.Module | Callable[[Tensor], Tensor], kind: Literal["layer", "rms"], given: Tensor, output: Tensor
+) -> NormLaw | None:
+    """The `norm_law` of a norm that made `output` of `given`; None where it has none, or made something else."""
+    law, width = norm_law(norm, kind, given.shape, given.dtype, given.device), given.shape[-1]
+    precision = max(given.dtype, output.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    if law is None or not law.holds(given.reshape(-1, width), output.reshape(-1, width), precision):
+        return None
+    return law
+
+
 def _eps(shrinkage: Callable[[float], float]) -> float:
     """eps from how much tokens of deviation t are shrunk: r = t / sqrt(t^2 + eps), read off where r is near one half."""
     best, found = 0.45, 0.0

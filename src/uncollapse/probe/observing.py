@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, in_turn
 from uncollapse.anatomy.probing import full_precision
@@ -55,12 +58,21 @@ def looking(looks: Sequence[Look], is_own: Callable[[], bool]) -> Handler:
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = function(*args, **kwargs)
         if is_own():
-            with full_precision(next(tensors_in([output, args, kwargs]))):
+            given = list(tensors_in([output, args, kwargs]))
+            with unasked(given), full_precision(given[0]):
                 for look in looks:
                     look(function, args, kwargs, output)
         return output
 
     return handler
+
+
+def unasked(given: Iterable[Tensor]) -> contextlib.AbstractContextManager[object]:
+    """Within the block no operation is shown to those who stand at the model's: what is computed about `given` is none of those.
+    Tensors of another class may compute in being asked themselves."""
+    if all(type(tensor) in (Tensor, nn.Parameter) for tensor in given):
+        return torch._C.DisableTorchFunction()
+    return contextlib.nullcontext()
 
 
 def all_handlers(observers: Sequence[Observer]) -> dict[Point, Handler]:

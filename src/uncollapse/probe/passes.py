@@ -144,7 +144,7 @@ class _Probe:
     ) -> None:
         self.model = model
         self.own = OwnPass()
-        self.clouds = Clouds(model, anatomy, self.own.is_own)
+        self.clouds = Clouds(model, anatomy, self.own.is_own, keeps=bool(watch & {"sites", "parts"}))
         attending = [
             (part, attention_statistics(number, block, part))
             for number, block in enumerate(anatomy.blocks)

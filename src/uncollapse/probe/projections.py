@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,12 +25,14 @@ from uncollapse.errors import UncollapseError
 from uncollapse.measures import heads
 from uncollapse.probe.attention import AttentionStatistics
 from uncollapse.probe.clouds import Clouds
-from uncollapse.probe.observing import Look, looking
+from uncollapse.probe.observing import Look, looking, unasked
+from uncollapse.probe.sizes import norms, single
 from uncollapse.restoring import restoring
 
 Digest = Callable[[AttentionStatistics], dict[str, Any]]
 SCALE = 256.0
 SOMETHING_BETWEEN = "something acts between the attention and its output projection"
+LEAST_APART = 0.1  # share of the heads' energy that must be centred for a difference to say it
 MOST_ROUNDING = 1e-3  # of the heads' energy may be rounding: shares are then good to a percent
 
 
@@ -47,8 +50,8 @@ class _WholeMap:
 class Projections:
     """Meets the output projection of each attention sublayer; an `Observer`. Fills in `matrix`, `energy` and `tokens` of their
     statistics. `sublayers`: each attention part with its statistics. `mixed` takes what its heads mixed. `contributed` is told the
-    number of the sublayer, the Gram matrices of its W_O (`heads.write_grams`), what that reads [sequence, token, mixed], and which
-    tokens are real. `digest` makes figures of a matrix that does not stay, see `capture`."""
+    number of the sublayer, the size of what each head writes [sequence, head, token], and which tokens are real. `digest` makes
+    figures of a matrix that does not stay, see `capture`."""
 
     def __init__(
         self,
@@ -58,7 +61,7 @@ class Projections:
         clouds: Clouds,
         is_own: Callable[[], bool],
         *,
-        contributed: Callable[[int, Tensor, Tensor, Tensor | None], None] | None = None,
+        contributed: Callable[[int, Tensor, Tensor | None], None] | None = None,
         digest: Digest | None = None,
     ) -> None:
         self.model, self.anatomy, self.clouds = model, anatomy, clouds
@@ -72,6 +75,7 @@ class Projections:
         self._passing: set[str] = set()  # of these the matrices do not stay
         self._met: dict[str, set[int]] = {}  # and these are the sublayers that have read them
         self._grams: dict[int, Tensor] = {}  # by sublayer, see `heads.write_grams`
+        self._roots: dict[int, Tensor] = {}  # by sublayer: L with L L^T the Gram matrix, for each head
         self._whole_maps: list[_WholeMap] = []
         self._have_whole_maps = False
         # Of a sharded model the whole weights exist only while a block runs, and their memory is freed under whoever kept a view.
@@ -136,7 +140,7 @@ class Projections:
         index = self._modules[name].get(run)
         if index is not None:
             given = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-            with full_precision(given):
+            with unasked([given, *module.parameters()]), full_precision(given):
                 self._meet_module(index, name, module, given)
 
     def _meet_module(self, index: int, name: str, module: nn.Module, given: Tensor) -> None:
@@ -256,17 +260,59 @@ class Projections:
         count = statistics.call.heads
         if index not in self._grams:
             self._grams[index] = heads.write_grams(matrix, count)
-        energy = heads.contribution_energy(cloud, matrix, count, mask, grams=self._grams[index])
+            self._roots[index] = roots(self._grams[index])
+        sizes = written_sizes(cloud, self._roots[index])
         if self._contributed is not None:
-            self._contributed(index, self._grams[index], cloud, mask)
-        rows = self._grams[index].diagonal(dim1=-2, dim2=-1).flatten()
-        if rounding_share(cloud, rows, energy, mask) > MOST_ROUNDING:
+            self._contributed(index, sizes, mask)
+        energy = centred_energy(cloud, self._roots[index], sizes, mask)
+        if energy is None:
+            energy = heads.contribution_energy(cloud, matrix, count, mask, grams=self._grams[index])
+        rows = self._grams[index].diagonal(dim1=-2, dim2=-1).flatten()  # the matrix itself may be gone by now
+        if is_rounding(cloud, rows, energy, mask):
             kind = str(cloud.dtype).removeprefix("torch.")
             statistics.reasons["energy_share"] = (
                 f"what its heads write differs between tokens by little more than {kind} rounds off"
             )
             return
         statistics.energy = statistics.energy.add((energy / energy.sum(-1, keepdim=True)).double())
+
+
+def roots(grams: Tensor) -> Tensor:
+    """L [head, feature, direction] with L L^T = W_h W_h^T: what a head writes is as large as what it mixed times L."""
+    root, info = torch.linalg.cholesky_ex(grams)
+    if bool((info == 0).all()):
+        return root
+    if not bool(grams.isfinite().all()):
+        return torch.full_like(grams, math.nan)
+    values, vectors = torch.linalg.eigh(grams)
+    return vectors * values.clamp(min=0).sqrt().unsqueeze(-2)
+
+
+def written_sizes(cloud: Tensor, root: Tensor) -> Tensor:
+    """The size of what each head writes for each token, [sequence, head, token] in float64, from what the projection reads
+    [sequence, token, mixed]."""
+    sequences, tokens = cloud.shape[:2]
+    by_head = single(cloud).reshape(sequences * tokens, len(root), -1).transpose(0, 1)
+    sizes = norms(torch.bmm(by_head, root.to(by_head)))
+    return sizes.unflatten(1, (sequences, tokens)).transpose(0, 1)
+
+
+def centred_energy(cloud: Tensor, root: Tensor, sizes: Tensor, mask: Tensor | None) -> Tensor | None:
+    """`heads.contribution_energy` [sequence, head] from the sizes [sequence, head, token] of what the heads write: the sum of their
+    squares less that of the mean, n times. None where this difference has lost digits."""
+    x = single(cloud)
+    if mask is None:
+        count = torch.tensor(float(x.shape[1]), dtype=torch.float64, device=x.device)
+        total, mean = sizes.square().sum(-1), x.mean(1, dtype=torch.float64)
+    else:
+        real = mask.to(x.device)
+        count = real.sum(-1, keepdim=True).double()
+        total = sizes.where(real[:, None], 0).square().sum(-1)
+        kept = x if bool(sizes.isfinite().all()) else torch.where(real.unsqueeze(-1), x, 0)  # whatever padding holds
+        mean = (real.to(x).unsqueeze(-2) @ kept).squeeze(-2).double() / count
+    common = torch.einsum("shf,hfd->shd", mean.unflatten(-1, (len(root), -1)), root.double())
+    energy = total - count * common.square().sum(-1)
+    return energy if bool((energy > LEAST_APART * total).all()) else None
 
 
 def _note_gate(
@@ -298,6 +344,16 @@ def projected_cloud(mixed: Tensor, heads_output: Tensor | None, batch_size: int)
     return None
 
 
+def is_rounding(mixed: Tensor, rows: Tensor, energy: Tensor, mask: Tensor | None) -> bool:
+    """Whether more than `MOST_ROUNDING` of the heads' energy is rounding: see `rounding_share`. Mostly a bound on it will do, as if
+    every feature wrote as much as the strongest does and padding counted."""
+    size = torch.linalg.vector_norm(single(mixed), dim=(-2, -1)).double()
+    most = rows.amax().double().sqrt() * torch.finfo(mixed.dtype).eps
+    if bool(((size * most).square() / 24 <= MOST_ROUNDING * energy.double().sum(-1)).all()):
+        return False
+    return rounding_share(mixed, rows, energy, mask) > MOST_ROUNDING
+
+
 def rounding_share(mixed: Tensor, rows: Tensor, energy: Tensor, mask: Tensor | None) -> float:
     """The part of the heads' energy [sequence, head] that is only the rounding of what they mixed, `mixed` [sequence, token,
     feature], in the worst sequence. `rows` are the squared sizes of the matrix's rows. Every feature is off by up to half a unit
@@ -305,7 +361,7 @@ def rounding_share(mixed: Tensor, rows: Tensor, energy: Tensor, mask: Tensor | N
     squares = mixed.double().square()
     if mask is not None:
         squares = squares.where(mask[..., None].to(squares.device), 0)
-    rounding = (squares.sum(-2) @ rows) * torch.finfo(mixed.dtype).eps ** 2 / 24
+    rounding = (squares.sum(-2) @ rows.double()) * torch.finfo(mixed.dtype).eps ** 2 / 24
     shares = (rounding / energy.double().sum(-1)).nan_to_num(0.0, 0.0, 0.0)
     return float(shares.max()) if shares.numel() else 0.0
 

@@ -51,22 +51,25 @@ class Readers:
         self._given: dict[tuple[Point, int], Tensor] = {}  # by operation and operand
         self._reading: dict[Point, set[int]] = {}
         self._giving: dict[Point, list[tuple[NormPiece, Meets]]] = {}
-        self._kept: dict[int, Tensor] = {}  # by site: the stream there, until its readers were met
+        # By site: the stream there, at the end of a stack and where norms read several streams. Else `clouds` has it.
+        self._kept: dict[int, Tensor] = {}
         self._sites = statistics
         at_entry, at_end = self._places()
         for number, block in enumerate(anatomy.blocks):
             site = at_entry[number]
             norms = [norm for norm in block.norms if norm.role == "before"]
             if norms:
-                self.streams.append((block.entry, functools.partial(self._keep, site)))
+                # Of several streams side by side a norm reads what the first sublayer reads of them.
+                first = [block.parts[part].read for part in block.residuals[0].parts]
+                self.streams += [(read, functools.partial(self._keep, site)) for read in first if read is not None]
             for norm in norms:
-                self._watch(norm.where, functools.partial(self._read, site, number, str(norm)))
+                self._watch(norm.where, functools.partial(self._read, site, number, str(norm), at_end=False))
         for stack, site in zip(anatomy.stacks, at_end, strict=True):
             last = stack.blocks[-1]
             if anatomy.outer_norms:
                 self.streams.append((anatomy.blocks[last].exit, functools.partial(self._keep, site)))
             for where in anatomy.outer_norms:
-                self._watch(where, functools.partial(self._read, site, last, _name(where)))
+                self._watch(where, functools.partial(self._read, site, last, _name(where), at_end=True))
         for point in dict.fromkeys([*self._reading, *self._giving]):
             self.handlers[point] = self._at_piece(point)
 
@@ -141,9 +144,11 @@ class Readers:
 
         return handler
 
-    def _read(self, site: int, number: int, name: str, given: Tensor, got: Tensor) -> None:
-        """Measure the norm's result, if it was given the stream of this site."""
+    def _read(self, site: int, number: int, name: str, given: Tensor, got: Tensor, *, at_end: bool) -> None:
+        """Measure the norm's result, if it was given the stream of this site: what enters the block, or `at_end` leaves it."""
         kept = self._kept.get(site)
+        if kept is None and not at_end:
+            kept = self.clouds.entering(number)
         if kept is None or kept.shape != given.shape or not torch.equal(kept.to(given.dtype), given):
             return
         with full_precision(got):

@@ -29,7 +29,7 @@ from uncollapse.measures.running import Running
 from uncollapse.probe.activity import PartActivity
 from uncollapse.probe.attention import AttentionStatistics
 from uncollapse.probe.passes import WATCHED, Observations, capture, on_device, sequences_before
-from uncollapse.probe.sites import SiteStatistics
+from uncollapse.probe.sites import SIDE_BY_SIDE_MEASURES, SiteStatistics
 from uncollapse.probe.sublayers import UpdateStatistics
 
 
@@ -191,6 +191,8 @@ def figures(observed: Observations) -> Iterator[Figure]:
             yield from _running(site, name)
         for reader in site.readers:
             yield from _running(site.readers, reader)
+        for number in range(len(site.side_by_side)):
+            yield from _running(site.side_by_side, number)
         yield _number(site, "not_finite", "sum", int)
         yield _number(site, "width", "most", int)
     for attention in observed.attention:
@@ -223,9 +225,9 @@ def _tensor(owner: object, name: str, how: processes.How, dtype: torch.dtype = t
     return Figure(how, getattr(owner, name), lambda merged: setattr(owner, name, merged.to(dtype)))
 
 
-def _running(owner: Any, name: str) -> Iterator[Figure]:
-    """Of an attribute, or of an entry of a mapping."""
-    is_entry = isinstance(owner, dict)
+def _running(owner: Any, name: Any) -> Iterator[Figure]:
+    """Of an attribute, or of an entry of a mapping or a list."""
+    is_entry = isinstance(owner, dict | list)
     now: Running = owner[name] if is_entry else getattr(owner, name)
 
     def put(field: str, dtype: torch.dtype, merged: Tensor) -> None:
@@ -300,6 +302,7 @@ def notes(observed: Observations) -> Iterator[Note]:
     for site in observed.sites:
         yield _noted(site, "reason", _last)
         yield Note(list(site.readers), _union, partial(_begin_readers, site))
+        yield Note(len(site.side_by_side), max, partial(_begin_side_by_side, site))
     for attention in observed.attention:
         yield _noted(attention, "route", _last)
         yield _noted(attention, "reasons", _joined)
@@ -352,6 +355,10 @@ def _in_all(noted: list[set[Any] | None]) -> set[Any] | None:
 
 def _begin_readers(site: SiteStatistics, names: list[str]) -> None:
     site.readers = {name: site.readers.get(name, Running.empty(1)) for name in names}
+
+
+def _begin_side_by_side(site: SiteStatistics, count: int) -> None:
+    site.side_by_side = site.side_by_side or [Running.empty(len(SIDE_BY_SIDE_MEASURES)) for _ in range(count)]
 
 
 def _move(fit: AffineFit, origins: tuple[Tensor, Tensor] | None) -> None:

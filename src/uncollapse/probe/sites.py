@@ -40,6 +40,7 @@ MASSIVE_MEASURES = [
     "consensus_distance",
     "token_similarity",
 ]
+SIDE_BY_SIDE_MEASURES = [name for name in PLAIN_MEASURES if name != "rank_gap"]
 STREAM_MEASURES = ["consensus_after_norm", "stream_carried", "distinct_tokens"]
 
 
@@ -47,7 +48,8 @@ STREAM_MEASURES = ["consensus_after_norm", "stream_carried", "distinct_tokens"]
 class SiteStatistics:
     """Running statistics of the token cloud at one site. `not_finite` counts sequences with NaN or infinity in a real
     token; `reason` says why there are none. `readers` has the consensus distance after each norm that reads the stream here, by
-    name."""
+    name. Of several streams side by side the token cloud is that of all together, as wide as they all are; `side_by_side` has each
+    of them, and `width` is that of one."""
 
     site: str
     block: int | None
@@ -59,6 +61,7 @@ class SiteStatistics:
     width: int = 0
     reason: str = ""
     readers: dict[str, Running] = field(default_factory=dict)
+    side_by_side: list[Running] = field(default_factory=list)
 
 
 def distinct_tokens(stack: Stack, batch: Mapping[str, Any], mask: Tensor | None) -> Tensor | None:
@@ -81,7 +84,6 @@ class Sites:
         self.statistics: list[SiteStatistics] = []
         self.handlers: dict[Point, Handler] = {}
         self.streams: list[tuple[Place, Action]] = []
-        self._entered: dict[int, Tensor] = {}  # by block: the cloud that entered it, while it runs
         self._distinct: list[Tensor | None] = []  # by stack: different token ids of each sequence
         # What reads the stream takes each token's mean away, if it is a layer norm.
         readers = [n for b in anatomy.blocks for n in b.norms if n.role in {"before", "post"}]
@@ -97,8 +99,6 @@ class Sites:
             for number in stack.blocks:
                 site = SiteStatistics(f"block.{number}", number, stack.name)
                 self.statistics.append(site)
-                if measures:
-                    self.streams.append((anatomy.blocks[number].entry, functools.partial(self._keep, number)))
                 self.streams.append((anatomy.blocks[number].exit, functools.partial(self._meet, site, number)))
 
     @contextlib.contextmanager
@@ -107,19 +107,12 @@ class Sites:
         yield
 
     def begin(self, batch: Mapping[str, Any]) -> None:
-        self._entered.clear()
         if self.measures:
             both = zip(self.anatomy.stacks, self.clouds.paddings, strict=True)
             self._distinct = [distinct_tokens(stack, batch, padding.mask) for stack, padding in both]
 
     def let_go(self) -> None:
         self.streams.clear()
-
-    def _keep(self, number: int, stream: Tensor) -> None:
-        if self._is_own():
-            cloud = self.clouds.cloud(number, stream)
-            if cloud is not None:
-                self._entered[number] = cloud.clone()  # a copy: a block may add to its stream in place
 
     def _meet(self, site: SiteStatistics, number: int, stream: Tensor) -> None:
         if self._is_own():
@@ -129,10 +122,13 @@ class Sites:
                     site.width, site.reason = stream.shape[-1], self.clouds.why_not(number)
                     return
                 mask = self.clouds.cloud_mask(self.anatomy.stack_of(number), cloud, site.site)
-                site.width = cloud.shape[-1]
+                axes = self.anatomy.blocks[number].axes
+                site.width = cloud.shape[-1] if axes is None else stream.shape[axes.width]
                 site.not_finite += count_not_finite(cloud, mask)
                 if self.measures:
                     self._measure(site, number, cloud, mask)
+                    if axes is not None and axes.streams is not None:
+                        self._measure_each(site, axes.side_by_side(stream), mask)
 
     def _measure(self, site: SiteStatistics, number: int, cloud: Tensor, mask: Tensor | None) -> None:
         measured = geometry.cloud_measures(cloud, mask, read_centred=self._is_centred)
@@ -148,11 +144,21 @@ class Sites:
             if counted is not None and len(counted) == len(apart):
                 distinct = counted.to(apart)
         else:
-            before = self._entered.pop(number, None)
+            entered = self.clouds.entering(number)
+            before = None if entered is None else self.clouds.cloud(number, entered)
             if before is not None and before.shape == cloud.shape:
                 is_normalized = self.anatomy.blocks[number].placement == "post"
                 carried = geometry.stream_carried(before, cloud, mask, is_normalized=is_normalized)
         site.stream = site.stream.add(torch.stack([apart, carried, distinct], -1))
+
+    def _measure_each(self, site: SiteStatistics, streams: Tensor, mask: Tensor | None) -> None:
+        """Each of several streams, [sequence, token, stream, width], by itself."""
+        count = streams.shape[2]
+        site.side_by_side = site.side_by_side or [Running.empty(len(SIDE_BY_SIDE_MEASURES)) for _ in range(count)]
+        for number in range(count):
+            measured = geometry.cloud_measures(streams[:, :, number], mask, read_centred=self._is_centred)
+            columns = [getattr(measured, name).double() for name in SIDE_BY_SIDE_MEASURES]
+            site.side_by_side[number] = site.side_by_side[number].add(torch.stack(columns, -1))
 
 
 def count_not_finite(cloud: Tensor, mask: Tensor | None) -> int:

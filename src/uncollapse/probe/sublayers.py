@@ -49,6 +49,7 @@ WIDEST_FIT = 1024  # beyond, the moments of the affine fit would no longer be sm
 
 _UNDEFINED = "not finite or undefined on this text"
 _REMOVED = "not measured while a component is removed"
+_SEVERAL = "its stream is several side by side: what a sublayer adds to each lies in the span of none of them alone"
 _NO_TOKENS = "the tokens here cannot be told apart, or they are not those of the stream"
 
 
@@ -135,7 +136,7 @@ class Sublayers:
         removed = without.is_ablated(model)  # a removed addition would shift the count of the others
         first = {stack.blocks[0] for stack in anatomy.stacks}
         for number, block in enumerate(anatomy.blocks):
-            if number in first and not removed:
+            if number in first and not removed and (block.axes is None or block.axes.streams is None):
                 self.streams.append((block.entry, functools.partial(self._measure_span, number)))
             found = [self._update_statistics(number, block, part, removed) for part in block.parts]
             self.updates += found
@@ -170,6 +171,8 @@ class Sublayers:
             statistics.fit = AffineFit()
         if not attends and part.writes is None:
             reasons["hidden_effective_rank"] = "the output of this MLP is not written by a module of its own"
+        if block.axes is not None and block.axes.streams is not None:
+            reasons |= dict.fromkeys(["out_of_span_energy", "null_out_of_span_energy"], _SEVERAL)
         if removed:
             statistics.reasons = dict.fromkeys([*UPDATE_MEASURES, "nonlinear_innovation"], _REMOVED) | reasons
         return statistics
@@ -363,6 +366,8 @@ class Sublayers:
 
     def _out_of_span(self, statistics: UpdateStatistics, span: _Span | None, cloud: _Cloud) -> dict[str, Tensor]:
         names = ("out_of_span_energy", "null_out_of_span_energy")
+        if statistics.reasons.get(names[0]) == _SEVERAL:
+            return {}
         if span is None or span.basis.shape[-1] != cloud.x.shape[-1]:
             statistics.reasons |= dict.fromkeys(names, "the embeddings of this stack were not observed in this width")
             return {}

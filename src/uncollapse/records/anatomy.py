@@ -24,11 +24,14 @@ class NotMeasured:
 @dataclass(frozen=True)
 class StreamAxesRecord:
     """Which axis of the block's stream holds what. `sequence` is null where sequences are laid end to end. A grid of tokens has
-    two token axes."""
+    two token axes. `streams` is the axis of several streams side by side, null for one stream. Where the model has them on one axis
+    with another, such as that of the sequences, `folded` says so, and the axes are those behind its opening."""
 
     sequence: int | None
     token: list[int]
     width: int
+    streams: int | None = None
+    folded: bool = False
 
 
 @dataclass(frozen=True)

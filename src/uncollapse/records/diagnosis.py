@@ -12,6 +12,8 @@ from uncollapse.records.symmetries import SymmetryRecord
 
 DIAGNOSIS_SCHEMA: Literal["uncollapse/diagnosis/1"] = "uncollapse/diagnosis/1"
 
+HARDLY_TRAINED = "hardly trained"  # what the evidence begins with where the start was left, but not far behind
+
 
 @dataclass(frozen=True)
 class MassiveTokensLeftOut:
@@ -38,6 +40,22 @@ class ReaderRecord:
 
 
 @dataclass(frozen=True)
+class StreamRecord:
+    """One of several streams side by side at a site (hyper-connections): its own token cloud."""
+
+    stream: int
+    rank: Statistic | None
+    affine_rank: Statistic | None
+    attainable_rank: Statistic | None
+    attainable_affine_rank: Statistic | None
+    effective_rank: Statistic | None
+    stable_rank: Statistic | None
+    participation_ratio: Statistic | None
+    consensus_distance: Statistic | None
+    token_similarity: Statistic | None
+
+
+@dataclass(frozen=True)
 class SiteRecord:
     """The token cloud at one site: `embedding` (what enters the first block) or the output of `block.<i>`.
 
@@ -46,7 +64,8 @@ class SiteRecord:
     `stream_carried` is the factor by which the block carries each token's stream on (null at an embedding);
     `distinct_tokens` counts the different token ids of a sequence (at embeddings, if the model is given ids);
     `not_finite` counts the sequences with NaN or infinity in a real token. `readers` are the norms that read the stream here: those
-    before the sublayers of the next block, or the last one. Empty where none was met.
+    before the sublayers of the next block, or the last one. Empty where none was met. `streams`: where several run side by side,
+    the figures of the site are those of all together, with what they hold of a token side by side; here is each by itself.
     """
 
     site: str
@@ -69,6 +88,7 @@ class SiteRecord:
     not_finite: int = 0
     unavailable: dict[str, str] = field(default_factory=dict)
     readers: list[ReaderRecord] = field(default_factory=list)
+    streams: list[StreamRecord] = field(default_factory=list)
 
     @property
     def clearest_reader(self) -> ReaderRecord | None:
@@ -109,6 +129,11 @@ class AttentionRecord:
     probe: how much of the spread of the values survives the mixing, at most `contraction` = ||C A||_2. `route` says where the
     figures came from: `logits` (recomputed tile by tile from the queries and keys of a fused call and its own mask or bias; never
     n x n) or `weights` (the softmax that the model ran itself).
+
+    `logit_range_bound` is the most that the logits of a row can differ on *any* text, where a soft cap or a norm on queries and
+    keys was shown to bound them; null where not: what a text shows is no bound. Over more than `disperses_beyond` = 1 + e^range
+    allowed keys this head can then give no key more than half of a row's weight. `bounded_by` says on what condition, or that
+    nothing was shown.
     """
 
     block: int
@@ -129,6 +154,9 @@ class AttentionRecord:
     route: str = ""
     unavailable: dict[str, str] = field(default_factory=dict)
     keys_within_reach: Statistic | None = None
+    logit_range_bound: float | None = None
+    disperses_beyond: float | None = None
+    bounded_by: str = ""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,12 @@ def to_json(record: object) -> str:
     text = json.dumps(
         TypeAdapter(type(record)).dump_python(record, mode="json"), indent=1, ensure_ascii=False, allow_nan=False
     )
-    return _SURROGATE.sub(lambda found: json.dumps(legible(found[0]))[1:-1], text) + "\n"
+    return without_surrogates(text) + "\n"
+
+
+def without_surrogates(text: str) -> str:
+    """JSON with the bytes of a file name that is not UTF-8 as `\\xff`."""
+    return _SURROGATE.sub(lambda found: json.dumps(legible(found[0]))[1:-1], text)
 
 
 def from_json(text: str, kind: type[Record], *, function: str = "from_json", source: str = "a JSON text") -> Record:

@@ -38,7 +38,8 @@ class Counterexample:
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """One claim of the ledger: its id, its statement, its verdict."""
+    """One claim of the ledger: its id, its statement, its verdict. `title` is what a person reads, `formula` the heart of the
+    statement in LaTeX, `theory` the heading of docs/theory.md under which it is proved; empty in older records."""
 
     id: str
     statement: str
@@ -47,6 +48,9 @@ class ClaimResult:
     hypotheses: list[str]
     evidence: list[Evidence]
     counterexample: Counterexample | None
+    title: str = ""
+    formula: str = ""
+    theory: str = ""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pydantic_core import from_json as parsed
 
 from uncollapse.errors import InputError
 from uncollapse.files import reading
-from uncollapse.records import ablation, comparison, diagnosis, heads, ledger, symmetries, trail
+from uncollapse.records import ablation, attribution, comparison, diagnosis, heads, ledger, symmetries, trail
 from uncollapse.records.encoding import Record, from_json
 
 AnyRecord = (
@@ -29,6 +29,7 @@ AnyRecord = (
     | ledger.Ledger
     | trail.TrailRecord
     | comparison.ComparisonRecord
+    | attribution.AttributionRecord
 )
 SCHEMAS = (
     diagnosis.DIAGNOSIS_SCHEMA,
@@ -38,6 +39,7 @@ SCHEMAS = (
     ledger.LEDGER_SCHEMA,
     trail.TRAIL_SCHEMA,
     comparison.COMPARISON_SCHEMA,
+    attribution.ATTRIBUTION_SCHEMA,
 )
 LIMIT = 512 * 2**20  # bytes: three times the record of 126 blocks with 128 heads, each pair of heads with its angle
 _WRITTEN_BY = "Pass a file that --json or to_json wrote."
@@ -70,6 +72,8 @@ def load(source: str | os.PathLike[str] | IO[bytes]) -> AnyRecord:
             return as_a(trail.TrailRecord)
         case comparison.COMPARISON_SCHEMA:
             return as_a(comparison.ComparisonRecord)
+        case attribution.ATTRIBUTION_SCHEMA:
+            return as_a(attribution.AttributionRecord)
         case _:
             named = "which names no schema" if schema is None else f"whose schema is {reprlib.repr(schema)}"
             raise InputError(

@@ -100,10 +100,13 @@ def line(record: TrailRecord | TrailReading) -> str:
     """One line of the file, with its newline."""
     from pydantic import TypeAdapter
 
+    from uncollapse.records.encoding import without_surrogates
+
     plain = TypeAdapter(type(record)).dump_python(record, mode="json")
     if isinstance(record, TrailRecord):
         del plain["readings"]
-    return json.dumps(_rounded(plain), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+    text = json.dumps(_rounded(plain), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return without_surrogates(text) + "\n"
 
 
 def _rounded(value: Any) -> Any:
@@ -200,14 +203,20 @@ class TrailFile:
         self.earlier = earlier.readings
 
     def append(self, reading: TrailReading) -> None:
-        """Add one reading. The file is open for that long only, so nothing has to be closed when a run ends or dies."""
-        with open(self.path, "ab", buffering=0) as stream:
+        """Add one reading. The file is open for that long only, so nothing has to be closed when a run ends or dies.
+
+        Raises `OSError` where it takes no more, or is gone: a new one would lack its first line."""
+        with open(self.path, "ab", buffering=0, opener=_existing) as stream:
             end = stream.seek(0, os.SEEK_END)
             try:
                 _write(stream, line(reading))
             except OSError:
                 stream.truncate(end)  # the part that fitted on the disk would spoil the next line
                 raise
+
+
+def _existing(path: str, flags: int) -> int:
+    return os.open(path, flags & ~os.O_CREAT)
 
 
 def _write(stream: IO[bytes], text: str) -> None:

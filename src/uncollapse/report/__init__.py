@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from uncollapse.errors import InputError
 from uncollapse.legible import legible
 from uncollapse.records.ablation import ABLATION_SCHEMA, AblationRecord
+from uncollapse.records.attribution import ATTRIBUTION_SCHEMA, AttributionRecord
 from uncollapse.records.comparison import COMPARISON_SCHEMA, ComparisonRecord
 from uncollapse.records.diagnosis import DIAGNOSIS_SCHEMA, DiagnosisRecord
 from uncollapse.records.heads import HEADS_SCHEMA, IdentifiabilityRecord
 from uncollapse.records.ledger import LEDGER_SCHEMA, Ledger
 from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord
 from uncollapse.records.trail import TRAIL_SCHEMA, TrailRecord
-from uncollapse.report import ablation, comparison, diagnosis, heads, ledger, symmetries, trail
+from uncollapse.report import ablation, attribution, comparison, diagnosis, heads, ledger, symmetries, trail
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,7 +48,8 @@ def show(record: AnyRecord, console: Console) -> None:
     """Print a diagnosis (one row per block, then the findings), an ablation (one row per run, then the predictions), the
     heads' identifiability (the answer, then one row per block), symmetries (one paragraph per phenomenon, then one row per
     test), a ledger (one paragraph per claim, then the verdicts), a trail (one row per look, then the
-    alarms) or a comparison (one row per block, then what got worse).
+    alarms), a comparison (one row per block, then what got worse) or an attribution (the largest effects, then what may be said
+    of the heads).
 
     Raises `InputError` if it is not a record of a schema that this version knows.
     """
@@ -74,6 +76,8 @@ def _shown(function: str, record: AnyRecord) -> _Shown:
             shown = _Shown(SYMMETRIES_SCHEMA, partial(symmetries.page, record), partial(symmetries.printout, record))
         case ComparisonRecord():
             shown = _Shown(COMPARISON_SCHEMA, partial(comparison.page, record), partial(comparison.printout, record))
+        case AttributionRecord():
+            shown = _Shown(ATTRIBUTION_SCHEMA, partial(attribution.page, record), partial(attribution.printout, record))
         case TrailRecord():
             shown = _Shown(TRAIL_SCHEMA, partial(trail.page, record), partial(trail.printout, record))
         case Ledger():

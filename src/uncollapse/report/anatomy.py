@@ -71,7 +71,9 @@ def kinds_of_blocks(anatomy: AnatomyRecord | None) -> list[str]:
 def _kind(block: BlockAnatomy) -> str:
     parts = " + ".join(_part(part) for part in block.parts)
     norms = "no norm" if block.placement == "none" else f"{block.placement} norm"
-    return f"{parts}; {norms}; stream {stream_axes(block) or 'of unknown axes'}"
+    several = block.axes is not None and block.axes.streams is not None
+    stream = "several streams side by side," if several else "stream"
+    return f"{parts}; {norms}; {stream} {stream_axes(block) or 'of unknown axes'}"
 
 
 def _part(part: PartRecord) -> str:
@@ -115,6 +117,8 @@ def stream_axes(block: BlockAnatomy) -> str:
     named = {block.axes.width: "width"} | dict.fromkeys(block.axes.token, "token")
     if block.axes.sequence is not None:
         named[block.axes.sequence] = "sequence"
+    if block.axes.streams is not None:
+        named[block.axes.streams] = "stream"
     return " × ".join(named[axis] for axis in sorted(named))
 
 

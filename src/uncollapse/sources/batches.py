@@ -26,8 +26,9 @@ def tokenize(
     max_tokens: int = 128,
     batch_size: int = 16,
     tokenizer_problem: str = "",
+    keeps_order: bool = False,
 ) -> list[dict[str, Tensor]]:
-    """Batches of token ids, one text a sequence, cut at `max_tokens`, longest sequences first.
+    """Batches of token ids, one text a sequence, cut at `max_tokens`, longest sequences first, unless it `keeps_order`.
 
     Sorting by length keeps the padding, and so time and memory, small; longest first means that what does not fit into
     memory fails at once and not at the end. Sequences are padded within their batch only, on the tokenizer's own side.
@@ -76,7 +77,8 @@ def tokenize(
             "A batch holds at least one sequence. Set batch_size to 16."
         )
     encoded = [_encoded(text, number, len(texts), tokenizer, max_tokens) for number, text in enumerate(texts, 1)]
-    encoded.sort(key=lambda sequence: -len(sequence["input_ids"]))
+    if not keeps_order:
+        encoded.sort(key=lambda sequence: -len(sequence["input_ids"]))
     return [_padded(encoded[start : start + batch_size], tokenizer) for start in range(0, len(encoded), batch_size)]
 
 

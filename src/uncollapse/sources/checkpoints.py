@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import json
 import re
 import reprlib
 import stat
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from uncollapse.errors import InputError
+from uncollapse.restoring import restoring
 
 # What transformers may open in a folder. Only such files are looked at; others may lie beside them.
 READ = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.vocab", "*.py", "*.bin")
@@ -191,7 +192,9 @@ def require_affordable(
     the loader to say.
     """
     try:
-        with counted(max_parameters=max_parameters, held=held), torch.device("meta"):
+        with restoring() as changes:
+            changes.default_device("meta")
+            changes.enter(counted(max_parameters=max_parameters, held=held))
             build()
     except _TooLarge as error:
         raise refusal(name, error, max_parameters=max_parameters) from None
@@ -233,12 +236,25 @@ def counted(*, max_parameters: int, held: tuple[int, int] | None = None) -> Iter
         if value is not None and threading.get_ident() == thread and value.numel() > max_parameters:
             raise _TooLarge("parameters")
 
-    hooks = (
-        registration.register_module_parameter_registration_hook(parameter),
-        registration.register_module_buffer_registration_hook(buffer),
-    )
-    try:
+    with restoring() as changes:
+        for hooks, register, hook in (
+            (
+                registration._global_parameter_registration_hooks,
+                registration.register_module_parameter_registration_hook,
+                parameter,
+            ),
+            (
+                registration._global_buffer_registration_hooks,
+                registration.register_module_buffer_registration_hook,
+                buffer,
+            ),
+        ):
+            changes.undo(functools.partial(_take_off, hooks, hook))
+            register(hook)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+
+def _take_off(hooks: MutableMapping[int, Any], hook: Callable[..., Any]) -> None:
+    """Found by its function: the handle would be lost to an exception on its way here."""
+    for number in [number for number, each in list(hooks.items()) if each is hook]:
+        hooks.pop(number, None)

@@ -19,13 +19,14 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from uncollapse import bounds
 from uncollapse.errors import InputError
+from uncollapse.restoring import restoring, turn
 from uncollapse.sources import checkpoints
 
 DEMO = "demo"
@@ -267,8 +268,12 @@ def checkpoint_folder(name: str) -> str | None:
         return place
     from huggingface_hub import constants, file_download
 
-    folder = os.path.join(constants.HF_HUB_CACHE, file_download.repo_folder_name(repo_id=name, repo_type="model"))
-    return folder if os.path.isdir(folder) else None
+    try:
+        folder = file_download.repo_folder_name(repo_id=name, repo_type="model")
+    except ValueError:  # no name that the hub takes: `load_model` says so
+        return None
+    place = os.path.join(constants.HF_HUB_CACHE, folder)
+    return place if os.path.isdir(place) else None
 
 
 def _packaged_demo() -> tuple[str, str]:
@@ -410,31 +415,44 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _transformers_silenced() -> Iterator[None]:
-    """No bars, advice or warnings from the libraries that load; everything as it was before afterwards."""
+    """No bars, advice or warnings from the libraries that load; everything as it was before afterwards. These are settings of the
+    process, so one thread at a time is inside."""
     from huggingface_hub.utils import logging as hub_logging
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars
     from transformers.utils import logging
 
-    verbosity, hub_verbosity = logging.get_verbosity(), hub_logging.get_verbosity()
-    bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    conversion = os.environ.get("DISABLE_SAFETENSORS_CONVERSION")
-    logging.set_verbosity(logging.CRITICAL)
-    hub_logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    # Otherwise asking for safetensors that the hub does not have opens a public pull request on somebody's model there.
-    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        hub_logging.set_verbosity(hub_verbosity)
-        if bars:
-            logging.enable_progress_bar()  # enables the hub's bars with its own
-            if not hub_bars:
-                disable_progress_bars()
-        if conversion is None:
-            del os.environ["DISABLE_SAFETENSORS_CONVERSION"]
-        else:
-            os.environ["DISABLE_SAFETENSORS_CONVERSION"] = conversion
+    with turn, restoring() as changes:
+        changes.switch(_filters, _set_filters, [("ignore", None, Warning, None, 0)])
+        for each in (logging, hub_logging):
+            changes.switch(each.get_verbosity, each.set_verbosity, logging.CRITICAL)
+        changes.switch(_bars, _show_bars, (False, False))
+        # Otherwise asking for safetensors that the hub does not have opens a public pull request on somebody's model there.
+        changes.place(os.environ, "DISABLE_SAFETENSORS_CONVERSION", "1")
+        yield
+
+
+def _filters() -> list[Any]:
+    """How warnings are filtered. `warnings.catch_warnings` would leave its own filters to an interrupt on the way out."""
+    return list(warnings.filters)
+
+
+def _set_filters(filters: list[Any]) -> None:
+    warnings.resetwarnings()  # which also tells whoever remembers what was filtered
+    cast(list[Any], warnings.filters)[:] = filters
+
+
+def _bars() -> tuple[bool, bool]:
+    """Whether transformers and the hub show progress bars."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    return logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+
+
+def _show_bars(shown: tuple[bool, bool]) -> None:
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    own, of_the_hub = shown
+    (logging.enable_progress_bar if own else logging.disable_progress_bar)()  # which does the same to the hub's
+    if own != of_the_hub:
+        (enable_progress_bars if of_the_hub else disable_progress_bars)()

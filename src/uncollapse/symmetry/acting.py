@@ -1,10 +1,11 @@
 """The groups of the symmetry framework as code that acts on a live model, composes and inverts.
 
-Three groups act on the weights of attention. As far as they survive in the architecture, the function does not change:
+Four groups act on the weights of attention. As far as they survive in the architecture, the function does not change:
 
 * `HeadPermutation`: key-value heads, and the heads within each, change places;
 * `ValueOutputGauge`: W_V,g -> W_V,g M_g, W_h -> M_g^-1 W_h for the heads h of group g;
-* `QueryKeyGauge`: W_Q,h -> W_Q,h T_g, W_K,g -> W_K,g T_g^-T with T_g commuting with the rotary embedding.
+* `QueryKeyGauge`: W_Q,h -> W_Q,h T_g, W_K,g -> W_K,g T_g^-T with T_g commuting with the rotary embedding;
+* `NormGauge`: W -> W + u c^T for queries, keys and values that read a layer norm, u = 1/gamma.
 
 Four act on what passes through the model: `TokenPermutation` on a batch and on outputs, `KeyPermutation`, `LogitShift` and
 `LogitScaling` inside the attention calls. The last is not a symmetry; its elements are temperatures.
@@ -40,7 +41,7 @@ from uncollapse.restoring import restoring, turn
 from uncollapse.symmetry.channels import Channels
 from uncollapse.symmetry.pass_groups import PassElement
 from uncollapse.symmetry.studied_calls import Rows
-from uncollapse.symmetry.weight_groups import HeadWeights, WeightElement, refusal, rows_of
+from uncollapse.symmetry.weight_groups import BIASES, HeadWeights, WeightElement, refusal, rows_of
 
 Group = TypeVar("Group", bound=WeightElement)
 
@@ -166,7 +167,6 @@ def head_weights(
 
 
 # Weights --------------------------------------------------------------------------------------------------------------
-_BIASES = {"queries": "query_bias", "keys": "key_bias", "values": "value_bias"}
 
 
 def _read(parameters: Mapping[str, Tensor], channels: Channels, roles: Collection[str]) -> HeadWeights:
@@ -180,7 +180,7 @@ def _read(parameters: Mapping[str, Tensor], channels: Channels, roles: Collectio
             if role == "projection":
                 found["output_bias"] = bias
             else:
-                found[_BIASES[role]] = bias[rows.index()]
+                found[BIASES[role]] = bias[rows.index()]
     return HeadWeights(channels.groups, **found)
 
 
@@ -206,7 +206,7 @@ def _changed(parameters: Mapping[str, Tensor], channels: Channels, element: Weig
             assert weights.output_bias is not None
             changed[place] = weights.output_bias
         else:
-            changed.setdefault(place, _double(parameters[place]))[rows.index()] = getattr(weights, _BIASES[role])
+            changed.setdefault(place, _double(parameters[place]))[rows.index()] = getattr(weights, BIASES[role])
     return changed
 
 

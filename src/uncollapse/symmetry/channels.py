@@ -44,6 +44,17 @@ AGREEMENT = 0.8  # a copy agrees to 1, behind a layer norm over d_k channels to 
 
 
 @dataclass(frozen=True)
+class NormBefore:
+    """A layer norm whose output alone some weights read: u.x = u.beta for all that it gives, u = 1/gamma. `normal` is u at root
+    mean square 1, `shift` u.beta at that scale (0 where it is 0 but for rounding), `weight_size` the root mean square of the
+    weights."""
+
+    normal: Tensor
+    shift: float
+    weight_size: float
+
+
+@dataclass(frozen=True)
 class Channels:
     """The channels of one attention call. `groups[h]` is the key-value head that head `h` reads. A role is None where it could
     not be found or must not be changed; `reasons` says why, under its name.
@@ -52,7 +63,8 @@ class Channels:
     says whether queries and keys pass a norm of each head or of the whole layer; `reasons["logits"]` is there where the logits
     are not made of products of linear, or alike normalised, queries and keys. `sinks`: the softmax has columns beyond the keys.
     `heads_alike`: heads with equal queries, keys and values give equal outputs; with a bias, a gain or a sink for each head
-    they do not (`reasons["heads"]`)."""
+    they do not (`reasons["heads"]`). `norms_before`: the layer norms that queries, keys and values read, where somebody looked
+    (`probe.norms_before`); else `reasons["norm before keys"]` and so on."""
 
     block: int
     kind: Literal["self", "cross"]
@@ -67,6 +79,7 @@ class Channels:
     sinks: bool = False
     heads_alike: bool = False
     reasons: Mapping[str, str] = field(default_factory=dict)
+    norms_before: Mapping[str, NormBefore] = field(default_factory=dict)
 
     @property
     def group_count(self) -> int:
@@ -139,7 +152,7 @@ class _Study:
                 site.kind,
                 site.call,
                 site.groups,
-                **{role: None if role in site.reasons else found.get(role) for role in (*ROLES, "projection")},
+                **{role: None if role in site.reasons else found.get(role) for role in (*ROLES, "projection")},  # type: ignore[arg-type]  # the roles come by name
                 pairs=site.pairs,
                 norm=site.norm,
                 sinks=site.sinks,

@@ -47,6 +47,13 @@ class HeadWeights:
     output_bias: Float[Tensor, " width"] | None = None
 
 
+BIASES = {
+    "queries": "query_bias",
+    "keys": "key_bias",
+    "values": "value_bias",
+}  # the field of `HeadWeights` that holds a role's
+
+
 class WeightElement(Protocol):
     """An element of a group that acts on weights."""
 

@@ -76,12 +76,14 @@ def _depth(record: DiagnosisRecord) -> list[Panel]:
     for (stack, _), sites in wording.groups(record.trajectory).items():
         key = cells.slug("depth", stack)
         left_out = tables.massive_table(sites, f"{key}-left-out")
+        streams = tables.streams_table(sites, f"{key}-streams")
         panels.append(
             Panel(
                 wording.group_name(stack, None, several_kinds=False),
                 trajectory_charts(sites, record.findings, key, stack or ""),
                 [
                     tables.trajectory_table(sites, record.findings, f"{key}-table"),
+                    *([streams] if streams else []),
                     *([left_out] if left_out else []),
                 ],
             )

@@ -17,7 +17,7 @@ from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import DiagnosisRecord, SiteRecord
 from uncollapse.report import wording
 from uncollapse.report.anatomy import kinds_of_blocks, not_measured_sentences
-from uncollapse.report.diagnosis.wording import verdict_sentences
+from uncollapse.report.diagnosis.wording import dispersion_sentences, verdict_sentences
 from uncollapse.report.page import cells
 from uncollapse.report.terminal import plain
 from uncollapse.report.terminal.columns import Column, flat, heading, width
@@ -52,9 +52,20 @@ def print_record(record: DiagnosisRecord, console: Console) -> None:
     say(_caption(record), "dim")
     if names := [name for name in left_out if name not in ("head verdict", "worst seq.")]:
         say(f"Hidden because the terminal is only {console.width} columns wide: {', '.join(names)}.", "dim")
+    if any(site.streams for site in record.trajectory):
+        console.print()
+        console.print(_streams(record, text))
+        console.print()
+        say(
+            "The stream is several side by side. The first table has all of them together, with what they hold of a token side by "
+            "side; this one has the consensus distance of each, and its effective rank.",
+            "dim",
+        )
     if "head verdict" in left_out:
         for sentence in verdict_sentences(record):
             say(sentence)
+    for sentence in dispersion_sentences(record):
+        say(sentence)
     console.print()
     print_findings(record.findings, wording.looked_at(record), console)
     console.print()
@@ -98,6 +109,18 @@ def _table(record: DiagnosisRecord, columns: list[Column[SiteRecord]], text: Cal
         line[0].stylize(style)
         table.add_row(*line)
         previous = site
+    return table
+
+
+def _streams(record: DiagnosisRecord, text: Callable[..., Text]) -> Table:
+    """Consensus distance and effective rank of each of several streams."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("block", no_wrap=True)
+    for number in range(max(len(site.streams) for site in record.trajectory)):
+        table.add_column(f"stream {number}", justify="right", no_wrap=True)
+    for site in (site for site in record.trajectory if site.streams):
+        each = [f"{wording.mean(s.consensus_distance)} ({wording.mean(s.effective_rank)})" for s in site.streams]
+        table.add_row(*(text(cell) for cell in [_row_name(record, site), *each]))
     return table
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 from uncollapse.records.anatomy import AnatomyRecord, AttentionCallRecord, BlockAnatomy, PartRecord
 from uncollapse.records.common import Finding, Statistic
-from uncollapse.records.diagnosis import AttentionRecord, DiagnosisRecord, HeadsRecord, SiteRecord
+from uncollapse.records.diagnosis import AttentionRecord, DiagnosisRecord, HeadsRecord, SiteRecord, StreamRecord
 from uncollapse.report import anatomy as taken
 from uncollapse.report import wording
 from uncollapse.report.page.cells import (
@@ -77,8 +78,7 @@ def massive_table(sites: Sequence[SiteRecord], key: str) -> Table | None:
     if not seen:
         return None
     measures = [
-        Measure(name, Column(title), lambda site, name=name: getattr(site.massive_tokens_left_out, name))  # type: ignore[misc]
-        for name, title in LEFT_OUT_MEASURES
+        Measure(name, Column(title), attrgetter(f"massive_tokens_left_out.{name}")) for name, title in LEFT_OUT_MEASURES
     ]
     return table(
         key,
@@ -88,6 +88,41 @@ def massive_table(sites: Sequence[SiteRecord], key: str) -> Table | None:
         seen,
         left_out_key,
     )
+
+
+def streams_table(sites: Sequence[SiteRecord], key: str) -> Table | None:
+    """Several streams side by side, each by itself; `None` where there is one."""
+    rows = [_StreamAt(site, stream) for site in sites for stream in site.streams]
+    if not rows:
+        return None
+    measures = [
+        Measure(each.key, each.column, attrgetter(f"stream.{each.key}"))
+        for each in TRAJECTORY
+        if hasattr(rows[0].stream, each.key)
+    ]
+    return table(
+        key,
+        "Each of the streams side by side; the table before has them all together",
+        [
+            (Column("site", numeric=False), lambda row: Cell(wording.site_name(row.site), sort=_order(row.site))),
+            (Column("stream"), lambda row: Cell(str(row.stream.stream), sort=float(row.stream.stream))),
+        ],
+        measures,
+        rows,
+        lambda row: slug(site_key(row.site), "stream", row.stream.stream),
+    )
+
+
+@dataclass(frozen=True)
+class _StreamAt:
+    """A row of the table of streams."""
+
+    site: SiteRecord
+    stream: StreamRecord
+
+    @property
+    def unavailable(self) -> dict[str, str]:
+        return self.site.unavailable
 
 
 def attention_table(heads: Sequence[AttentionRecord], findings: Sequence[Finding], key: str) -> Table:

@@ -15,6 +15,8 @@ from uncollapse.report.wording import (
     verdicts,
 )
 
+NO_CONTEXT = 1e9  # tokens: longer than any text that a model is given
+
 
 def depth_sentences(record: DiagnosisRecord) -> list[str]:
     """How the token cloud changes along each stack."""
@@ -56,6 +58,21 @@ def attention_sentences(record: DiagnosisRecord) -> list[str]:
     ]
 
 
+def dispersion_sentences(record: DiagnosisRecord) -> list[str]:
+    """Where the logits were shown to be bounded: from which context length on no head there can be sharp, and on what condition.
+    Lengths that no context has go unsaid; they stand in the record."""
+    found: dict[tuple[float, str], list[int]] = {}
+    for each in record.attention:
+        if each.disperses_beyond is not None and each.disperses_beyond < NO_CONTEXT and each.kind == "self":
+            blocks = found.setdefault((each.disperses_beyond, each.bounded_by), [])
+            blocks += [each.block] * (each.block not in blocks)
+    return [
+        f"Block {', '.join(map(str, blocks))}: over more than {keys:.3g} keys no head can give one key more than half of a "
+        f"row's weight, {condition}."
+        for (keys, condition), blocks in found.items()
+    ]
+
+
 def verdict_sentences(record: DiagnosisRecord) -> list[str]:
     """Which head verdict holds where."""
     return [
@@ -65,4 +82,9 @@ def verdict_sentences(record: DiagnosisRecord) -> list[str]:
 
 def summary(record: DiagnosisRecord) -> list[str]:
     """The diagnosis in plain sentences, each one a fact of the record."""
-    return [*depth_sentences(record), *attention_sentences(record), *verdict_sentences(record)]
+    return [
+        *depth_sentences(record),
+        *attention_sentences(record),
+        *dispersion_sentences(record),
+        *verdict_sentences(record),
+    ]

@@ -13,7 +13,7 @@ def document(record: Ledger) -> str:
         "ledger/page.html.j2",
         styles=["page/page.css", "ledger/page.css"],
         scripts=[sheet.source("ledger/page.js")],
-        title=record.claims[0].id if len(record.claims) == 1 else "Claims ledger",
+        title=wording.title(record.claims[0]) if len(record.claims) == 1 else "Claims ledger",
         record=record,
         say=wording,
         groups=wording.by_verdict(record.claims),

@@ -42,8 +42,10 @@ def print_record(record: Ledger, console: Console) -> None:
 def _print_claim(claim: ClaimResult, console: Console) -> None:
     say = functools.partial(plain.say, console)
     head = plain.plain(console, claim.id, "bold")
-    head.append_text(plain.plain(console, f"  {claim.verdict}", STYLES[claim.verdict]))
+    head.append_text(plain.plain(console, f"  {wording.badge(claim.verdict)}", STYLES[claim.verdict]))
     console.print(head, highlight=False)
+    if claim.title:
+        say(f"{claim.title}.", "bold", INDENT)
     say(claim.statement, indent=INDENT)
     say(f"Source: {claim.source}.", "dim", INDENT)
     if claim.hypotheses:

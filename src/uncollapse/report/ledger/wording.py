@@ -5,8 +5,13 @@ Verdicts are only repeated here; they were decided where the evidence was gather
 
 from __future__ import annotations
 
+import functools
+import json
 import re
 from collections.abc import Sequence
+from importlib import resources
+
+from markupsafe import Markup
 
 from uncollapse.records.ledger import ClaimResult, Evidence, Ledger, Verdict
 from uncollapse.report import wording
@@ -18,7 +23,7 @@ MEANINGS: dict[Verdict, str] = {
     "holds": "proved without further hypotheses, and no checked case contradicts it",
     "holds generically": "true for almost every choice of weights; exceptions exist, and one is shown",
     "holds under hypotheses": "true if the listed hypotheses hold; nothing is claimed otherwise",
-    "measured": "a floating-point measurement, given with its interval; not a theorem",
+    "measured": "a floating-point measurement that agrees with the statement, given with its interval; not a theorem",
 }
 HOW_TO_READ = (
     "One rule turns the evidence into a verdict. If a check of the statement failed, the claim is refuted. If a check is open, or "
@@ -26,6 +31,51 @@ HOW_TO_READ = (
     "universal statement; they would expose a mistake in a proof. The proofs are in docs/theory.md."
 )
 _RATIONAL = re.compile(r"(-?\d+)(?:/(\d+))?")
+
+
+# A measurement that disagrees is refuted, and one that cannot tell is undecided.
+BADGES: dict[Verdict, str] = {"measured": "measured: agrees"}
+
+
+def badge(verdict: Verdict) -> str:
+    """A verdict in few words; of a measurement also that it agreed.
+
+    >>> badge("measured"), badge("holds")
+    ('measured: agrees', 'holds')
+    """
+    return BADGES.get(verdict, verdict)
+
+
+def title(claim: ClaimResult) -> str:
+    """What the claim is called: its title, and in older records its id."""
+    return claim.title or claim.id
+
+
+def theory_link(claim: ClaimResult) -> str:
+    """Where the proof is, from the root of a checkout on: the file and the heading, as GitHub and others name headings."""
+    return f"docs/theory.md#{theory_anchor(claim.theory)}"
+
+
+def theory_anchor(heading: str) -> str:
+    """The anchor of a heading: lower case, without punctuation, blanks as hyphens.
+
+    >>> theory_anchor("4. Attention alone collapses, and how fast")
+    '4-attention-alone-collapses-and-how-fast'
+    """
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def mathml(claim: ClaimResult) -> Markup | None:
+    """The claim's formula as MathML, where it is one of those that were written out; else None. The record's own text is never
+    taken for markup."""
+    return Markup(_formulas()[claim.formula]) if claim.formula in _formulas() else None
+
+
+@functools.cache
+def _formulas() -> dict[str, str]:
+    text = resources.files("uncollapse.report.ledger").joinpath("formulas.json").read_text(encoding="utf-8")
+    found: dict[str, str] = json.loads(text)
+    return found
 
 
 def by_verdict(claims: Sequence[ClaimResult]) -> dict[Verdict, list[ClaimResult]]:
@@ -37,7 +87,7 @@ def by_verdict(claims: Sequence[ClaimResult]) -> dict[Verdict, list[ClaimResult]
 def headline(claims: Sequence[ClaimResult]) -> str:
     """How many claims have which verdict, in one sentence."""
     if len(claims) == 1:
-        return f"Verdict: {claims[0].verdict}."
+        return f"Verdict: {badge(claims[0].verdict)}."
     counts = ", ".join(f"{verdict} {len(group)}" for verdict, group in by_verdict(claims).items())
     return f"{wording.count(len(claims), 'claim')}: {counts}." if counts else "No claim was checked."
 

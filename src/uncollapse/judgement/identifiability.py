@@ -7,14 +7,12 @@ that computes the same function: the value-output gauge changes none of them. Fo
 
 from __future__ import annotations
 
-import copy
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Point
@@ -22,6 +20,7 @@ from uncollapse.anatomy.probing import full_precision
 from uncollapse.anatomy.vocabulary import ModuleCall
 from uncollapse.measures import heads
 from uncollapse.measures.random_projections import random_noise_gain
+from uncollapse.measures.weight_marks import are_alike, weight_marks
 from uncollapse.measures.write_spaces import WriteSpaces
 from uncollapse.probe.attention import AttentionStatistics
 from uncollapse.records.common import Statistic
@@ -53,8 +52,7 @@ class _Known:
     figures: dict[str, Any]
 
     def is_of(self, heads: int, marks: tuple[Tensor, Tensor]) -> bool:
-        both = zip(self.marks, marks, strict=True)
-        return self.heads == heads and all(a.device == b.device and torch.equal(a, b) for a, b in both)
+        return self.heads == heads and are_alike(self.marks, marks)
 
 
 _remembered: weakref.WeakKeyDictionary[nn.Module, dict[object, _Known]] = weakref.WeakKeyDictionary()
@@ -77,17 +75,16 @@ def weights_reader(model: nn.Module | None = None) -> Callable[[AttentionStatist
 def _from_weights(statistics: AttentionStatistics, known: dict[object, _Known]) -> dict[str, Any]:
     call, matrix = statistics.call, statistics.matrix
     assert matrix is not None
-    place: object = (
-        call.projection.name if isinstance(call.projection, ModuleCall) else (statistics.block, statistics.kind)
-    )
-    if isinstance(call.projection, Point):
-        place = replace(call.projection, call=None)
+    projection = call.projection
+    place: object = projection.name if isinstance(projection, ModuleCall) else (statistics.block, statistics.kind)
+    if isinstance(projection, Point):
+        place = replace(projection, call=None)
     with full_precision(matrix):
-        marks, last = _marks(matrix), known.get(place)
+        marks, last = weight_marks(matrix), known.get(place)
         if last is None or not last.is_of(call.heads, marks):
             last = _Known(call.heads, marks, _weight_figures(matrix, call.heads))
             known[place] = last
-    return copy.deepcopy(last.figures)  # a record's lists are its own
+    return {name: _own(value) for name, value in last.figures.items()}
 
 
 def _heads_record(statistics: AttentionStatistics, known: dict[object, _Known]) -> HeadsRecord:
@@ -131,17 +128,9 @@ def _heads_record(statistics: AttentionStatistics, known: dict[object, _Known]) 
     )
 
 
-def _marks(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """By what a matrix is known again, in two readings of it: the sums of its rows' bits, and a random mixture of its columns.
-
-    No version counter is asked. Writing through `.data` does not move it, and a new tensor may lie where the old one lay.
-    """
-    laid = matrix.T if matrix.T.is_contiguous() else matrix.contiguous()
-    width, size = laid.shape[1], laid.element_size()
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[math.gcd(width * size, laid.storage_offset() * size, 8)]
-    generator = torch.Generator().manual_seed(width)
-    mixing = torch.randn(width, generator=generator, dtype=torch.float64).to(laid.device, laid.dtype)
-    return laid.view(whole).sum(1, dtype=torch.int64), laid @ mixing
+def _own(figure: Any) -> Any:
+    """A record's lists are its own."""
+    return [_own(each) for each in figure] if isinstance(figure, list) else figure
 
 
 def _weight_figures(matrix: Tensor, count: int) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""By how much tensors miss what is to hold of them: equality in every bit, rounding, and a stream that is carried element by
+element. 0 means that it holds."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+
+def largest_difference(expected: list[Tensor], got: list[Tensor]) -> float:
+    """The largest absolute difference; 0 means equal in every bit, NaNs in the same places included."""
+    if len(expected) != len(got):
+        return float("inf")
+    return max((difference(a, b) for a, b in zip(expected, got, strict=True)), default=0.0)
+
+
+def difference(expected: Tensor, got: Tensor) -> float:
+    """The same for two tensors, which may have their axes in another order."""
+    if expected.numel() != got.numel():
+        return float("inf")
+    if got.shape != expected.shape:  # the same values with their axes in another order are the same stream
+        orders = [o for o in itertools.permutations(range(got.ndim)) if got.permute(o).shape == expected.shape]
+        equal = [o for o in orders if torch.equal(got.permute(o), expected)]
+        got = got.permute(equal[0]) if equal else got.reshape(expected.shape)
+    if torch.equal(expected.isnan(), got.isnan()) and torch.equal(
+        expected.nan_to_num(), got.to(expected.dtype).nan_to_num()
+    ):
+        return 0.0
+    return float((expected.double() - got.double()).nan_to_num(nan=float("inf")).abs().max())
+
+
+def is_rounding(gap: float, *values: Tensor) -> bool:
+    """Whether a difference is no more than a few of the last digits of the largest value."""
+    largest = max(float(v.double().abs().nan_to_num().max()) for v in values)
+    return gap <= 4 * torch.finfo(values[0].dtype).eps * largest
+
+
+def carry_gap(runs: list[tuple[Tensor, Tensor]]) -> float:
+    """How far a way of the stream is from a law after = a * before + b with a and b fixed in every element, seen in several
+    runs: 0 within rounding, else the part of the change that does not obey it."""
+    if all(difference(before, after) == 0.0 for before, after in runs):
+        return 0.0
+    before, after = [b.double() for b, _ in runs], [a.double() for _, a in runs]
+    if any(b.numel() != a.numel() for b, a in runs):
+        return max(0.0 if _is_choice(b, a) else float("inf") for b, a in runs)
+    if any(not bool(b.isfinite().all() & a.isfinite().all()) for b, a in runs):
+        return float("inf")
+    precision = max(torch.finfo(t.dtype).eps for run in runs for t in run)
+    return min(_law_gap([b.permute(order) for b in before], after, precision) for order in _orders(before[0], after[0]))
+
+
+def _is_choice(before: Tensor, after: Tensor) -> bool:
+    """Whether some of the tokens went on as they were: the smaller tensor's rows are, bit for bit, rows of the larger one."""
+    if before.ndim < 2 or after.ndim < 2 or before.shape[-1] != after.shape[-1]:
+        return False
+    few, many = sorted((before, after), key=Tensor.numel)
+    known = set(map(tuple, many.reshape(-1, many.shape[-1]).tolist()))
+    return all(tuple(row) in known for row in few.reshape(-1, few.shape[-1]).tolist())
+
+
+def _orders(before: Tensor, after: Tensor) -> list[tuple[int, ...]]:
+    """The orders of its axes in which one tensor may be compared with another; as it lies, where none gives its shape."""
+    same = [o for o in itertools.permutations(range(before.ndim)) if before.permute(o).shape == after.shape]
+    return same or [tuple(range(before.ndim))]
+
+
+def _law_gap(before: list[Tensor], after: list[Tensor], precision: float) -> float:
+    shifts = [b.reshape(after[0].shape) - before[0].reshape(after[0].shape) for b in before[1:]]
+    answers = [a - after[0] for a in after[1:]]
+    size = max(float(b.abs().max()) for b in before) or 1.0
+    reply = max(float(a.abs().max()) for a in after) or 1.0
+    worst = 0.0
+    for shift, answer in zip(shifts[1:], answers[1:], strict=True):
+        cross = float((answer * shifts[0] - answers[0] * shift).abs().max()) / (size * reply)
+        worst = max(worst, cross if cross > 16 * precision else 0.0)
+    return worst
