@@ -73,6 +73,10 @@ def _checks(rank: int, noted: dict[str, Any], kinds: Sequence[str] = WRAPPED, pa
             return differences(one, uc.diagnose(model, batches=batches, **options).record, 1e-10)
 
         found["diagnose"] = diagnoses(level="full")
+        try:
+            uc.attribute(model, batches, lambda output: output.logits[:, -1, 3])
+        except uc.UnsupportedModel as error:
+            found["attribute"] = str(error)
         if parts:
             one = uc.identify(whole, batches=batches, alone=True).record
             found["identify"] = differences(one, uc.identify(model, batches=batches).record, 1e-10)
@@ -128,6 +132,7 @@ def test_other_wrappers_and_parts_are_the_whole_model_too(tmp_path: Path) -> Non
 def _require_whole(found: dict[str, Any]) -> None:
     assert found["output"] < 1e-12
     assert found["diagnose"] == []
+    assert "weights are shared out" in found.get("attribute", "weights are shared out")
     assert found.get("identify", []) == []
     without = [each for name, each in found.items() if name.startswith("without ") and name != "without a head"]
     assert all(gap < 1e-12 and lines == [] for gap, lines in without)

@@ -63,9 +63,8 @@ def padded_batches(count: int, sequences: int = 4) -> list[dict[str, Tensor]]:
 
 def differences(one: Any, other: Any, tolerance: float, path: str = "") -> list[str]:
     """Where two records differ by more than `tolerance`, how many processes took part and the names of wrappers aside."""
-    if hasattr(one, "__dataclass_fields__"):
-        one, other = asdict(one), asdict(other)
-    if isinstance(one, dict):
+    one, other = (asdict(each) if hasattr(each, "__dataclass_fields__") else each for each in (one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
         keys = (one.keys() | other.keys()) - {"processes"}
         return [
             line
@@ -81,7 +80,8 @@ def differences(one: Any, other: Any, tolerance: float, path: str = "") -> list[
             for line in differences(a, b, tolerance, f"{path}/{i}")
         ]
     if isinstance(one, float) and isinstance(other, float):
-        return [] if abs(one - other) <= tolerance * max(1.0, abs(one)) else [f"{path}: {one} {other}"]
+        is_same = one == other or abs(one - other) <= tolerance * max(1.0, abs(one))
+        return [] if is_same else [f"{path}: {one} {other}"]
     if isinstance(one, str) and isinstance(other, str):
         return [] if one.replace("module.", "") == other.replace("module.", "") else [f"{path}: {one} {other}"]
     return [] if one == other else [f"{path}: {one} {other}"]

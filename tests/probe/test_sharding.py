@@ -35,6 +35,18 @@ FURTHER = {
 }
 
 
+def _last_logit(output: Any) -> Any:
+    return output.logits[:, -1, 3]
+
+
+def _attributed(noted: dict[str, Any], model: Any, wrapped: Any, count: int, **options: Any) -> None:
+    batches = padded_batches(count)
+    one = uc.attribute(model, batches, _last_logit, alone=True, **options)
+    two = uc.attribute(wrapped, batches, _last_logit, **options)
+    took_part = two.record.probe.processes, one.record.probe.processes
+    noted[f"{count}, attribute"] = took_part, differences(one.record, two.record, 1e-10)
+
+
 def _compared(cases: Mapping[str, Any], noted: dict[str, Any]) -> Any:
     for name, (dtype, count, tolerance, calls) in cases.items():
         model, batches = llama(dtype), padded_batches(count)
@@ -52,6 +64,8 @@ def _further(_: int, noted: dict[str, Any]) -> None:
 
 def _checks(rank: int, noted: dict[str, Any]) -> None:
     model, two = _compared({"uneven": UNEVEN, "fewer": FEWER}, noted)
+    _attributed(noted, model, model, 1, ablated_as=None)
+    _attributed(noted, model, torch.nn.parallel.DistributedDataParallel(model), 3, ablated_as="mean")
     with tempfile.TemporaryDirectory() as folder:
         two.to_json(f"{folder}/{rank}")
         noted["written"] = two.is_first, Path(folder, f"{rank}").exists()
@@ -83,7 +97,7 @@ def noted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return in_two(_checks, tmp_path_factory.mktemp("two"))
 
 
-@pytest.mark.parametrize("case", ["uneven, diagnose", "uneven, ablate", "fewer, identify"])
+@pytest.mark.parametrize("case", ["uneven, diagnose", "uneven, ablate", "fewer, identify", "1, attribute", "3, attribute"])
 def test_two_processes_say_what_one_says(case: str, noted: list[dict[str, Any]]) -> None:
     for own in noted:
         assert "failed" not in own, own["failed"]

@@ -31,6 +31,7 @@ from uncollapse.wrappers import class_of, module_of, seen_through, takes
 DEFAULT_SEQUENCES = 64
 SAME_OUTPUT = 0.02  # of a number: what formats and kernels of two machines differ by is less, two models differ by more
 Judged = TypeVar("Judged")
+Made = TypeVar("Made")
 
 
 class ProbeOptions(TypedDict, total=False):
@@ -128,6 +129,17 @@ class Prepared:
     def judged(self, judge: Callable[[], Judged]) -> Judged:
         """What `judge` makes of a pass. Of processes that share the batches only the first works it out."""
         return processes.by_the_first(judge, self.caller) if self.shares else judge()
+
+    def of_each_batch(self, work: Callable[[int], Made]) -> list[Made]:
+        """What `work` makes of each batch, which it is given the number of. Processes that share the batches do so here, too, and
+        each has all of it in the end."""
+        numbers = range(len(self.batches))
+        if not self.shares:
+            return [work(number) for number in numbers]
+        with processes.agreed(self.caller):
+            own = {number: work(number) for number in numbers[processes.number() :: processes.count()]}
+        made = {number: one for each in processes.gathered(own, self.caller) for number, one in each.items()}
+        return [made[number] for number in numbers]
 
     def captured(self, **options: Any) -> Observations:
         """One probe pass, with the options of `capture`. Where the model takes another way than was proved, on account of

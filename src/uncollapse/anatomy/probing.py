@@ -52,6 +52,7 @@ def probing(model: nn.Module, seed: int = 0, *, leaves_traces: bool = False) -> 
                 changes.set(module, "training", False)
             if isinstance(module, nn.parallel.DistributedDataParallel):  # not every process need run it as often
                 changes.set(module, "require_forward_param_sync", False)
+                changes.set(module, "require_backward_grad_sync", False)
         # A block run twice on its own arguments would find its own keys in the cache.
         for config in configurations(model):
             if getattr(config, "use_cache", False) is True:

@@ -33,7 +33,7 @@ REMEMBERED = 8  # situations of one model
 LONGEST = 256  # entries of a list or mapping that is looked into
 _VALUES = (*PLAIN, enum.Enum, torch.dtype, torch.device)
 # `training` is another mode than a probe's, which is always evaluation; the rest is torch's own book-keeping.
-_NOT_STEERING = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "forward", "require_forward_param_sync"}
+_NOT_STEERING = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "forward"}
 _NOT_STEERING_CONFIG = frozenset({"use_cache"})  # off in every probe
 
 Anatomy = TypeVar("Anatomy")
@@ -142,7 +142,9 @@ def model_state(model: nn.Module) -> object:
             if t is not None
         ]
         devices |= {t[-1] for t in tensors}
-        found.append((name, type(module), tuple(tensors), *_plain(vars(module), _NOT_STEERING, known)))
+        # What DDP keeps beside the model is its own book-keeping: how often it ran, and what is still to be exchanged.
+        own = {} if isinstance(module, nn.parallel.DistributedDataParallel) else vars(module)
+        found.append((name, type(module), tuple(tensors), *_plain(own, _NOT_STEERING, known)))
         if "forward" in vars(module):
             found.extend(_codes(module))
     return tuple(found), AutocastState.here(*(devices - {"meta"}))

@@ -197,7 +197,7 @@ def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., 
                 )
 
             reads = Reads([("--text", str(file)) for file in text or ()], model)
-            carry_out(found, reads=reads, json=json, html=html, quiet=quiet, fail_on=fail_on)
+            carry_out(found, reads=reads, json=json, html=html, quiet=quiet, fail_on=fail_on, together=True)
 
         first, *rest = (p for p in inspect.signature(run).parameters.values() if p.kind is not p.VAR_KEYWORD)
         own_options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -221,11 +221,15 @@ def carry_out(
     quiet: bool,
     reads: Reads | None = None,
     fail_on: Severity | None = None,
+    together: bool = False,
 ) -> None:
-    """The body of every command: check the outputs, do the work with progress bars, deliver the result, set the exit code."""
+    """The body of every command: check the outputs, do the work with progress bars, deliver the result, set the exit code. Of the
+    processes that torchrun starts all work `together`, or only the first does."""
     first = launched.is_first()
-    with refusals_in_one_line(), launched.joined():
-        with launched.agreed():
+    if not (first or together):
+        return
+    with refusals_in_one_line(), launched.joined() if together else contextlib.nullcontext():
+        with launched.agreed() if together else contextlib.nullcontext():
             if first:
                 require_writable(json=json, html=html, quiet=quiet, reads=reads)
         with progress_on_stderr(quiet or not first) as progress, contextlib.redirect_stdout(sys.stderr):
@@ -477,7 +481,7 @@ def attribute(
             progress=progress,
         )
 
-    carry_out(found, reads=Reads((), model), json=json, html=html, quiet=quiet)
+    carry_out(found, reads=Reads((), model), json=json, html=html, quiet=quiet, together=True)
 
 
 # The ids stand here as text, so that the help need not import what checks them; a test holds them against the ledger.

@@ -128,8 +128,12 @@ def _learnt_outside(model: nn.Module, anatomy: Anatomy) -> str | None:
     """A matrix outside the blocks whose energy is mostly in directions that a random one does not have. A table whose rows all have
     one size was not drawn but computed, as sinusoids are, and says nothing."""
     inside = tuple(f"{block.module.name}." for block in anatomy.blocks)
-    for path, p in model.named_parameters():
-        if path.startswith(inside) or not _is_matrix(p) or p.is_meta or not p.is_floating_point():
+    for path, _ in model.named_parameters():
+        if path.startswith(inside):
+            continue
+        owner, _, name = path.rpartition(".")
+        p = at_hand(model.get_submodule(owner), name)
+        if not _is_matrix(p) or p.is_meta or not p.is_floating_point():
             continue
         if type(p.data) is not Tensor or p.numel() < FEWEST_ENTRIES or not bool(p.isfinite().all()):
             continue
