@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import uncollapse as uc
-from tests.helpers.several_processes import differences, in_two, llama, padded_batches
+from tests.helpers.several_processes import differences, hardly_trained, in_two, llama, padded_batches
 from tests.helpers.tiny_models import text_batch
 from uncollapse.anatomy.sharded_weights import gathered_weights
 
@@ -26,7 +26,7 @@ def _wrapped(kind: str) -> Any:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    model = llama()
+    model = hardly_trained()
     if kind == "DDP":
         return nn.parallel.DistributedDataParallel(model)
     mesh = init_device_mesh("cpu", (2,))
@@ -64,12 +64,15 @@ def _open(model: Any) -> None:
 def _checks(rank: int, noted: dict[str, Any], kinds: Sequence[str] = WRAPPED, parts: Sequence[str] = ()) -> None:
     batches = padded_batches(2)
     for kind in kinds:
-        whole, model = llama(), _wrapped(kind)
+        whole, model = hardly_trained(), _wrapped(kind)
         before, bits = _output(model), _bits(model)
         found: dict[str, Any] = {"output": float((before - _output(whole)).abs().max())}
 
         def diagnoses(whole: Any = whole, model: Any = model, **options: Any) -> list[str]:
             one = uc.diagnose(whole, batches=batches, alone=True, **options).record
+            if options:
+                found["bounds"] = [each.logit_range_bound for each in one.attention]
+                found["evidence"] = [each.initial_evidence for each in one.parts]
             return differences(one, uc.diagnose(model, batches=batches, **options).record, 1e-10)
 
         found["diagnose"] = diagnoses(level="full")
@@ -132,6 +135,8 @@ def test_other_wrappers_and_parts_are_the_whole_model_too(tmp_path: Path) -> Non
 def _require_whole(found: dict[str, Any]) -> None:
     assert found["output"] < 1e-12
     assert found["diagnose"] == []
+    assert None not in found["bounds"]
+    assert any("lm_head.weight is in directions that training gave it" in str(each) for each in found["evidence"])
     assert "weights are shared out" in found.get("attribute", "weights are shared out")
     assert found.get("identify", []) == []
     without = [each for name, each in found.items() if name.startswith("without ") and name != "without a head"]

@@ -15,6 +15,7 @@ import pytest
 import uncollapse as uc
 from tests.helpers.several_processes import differences, llama
 from tests.helpers.tokenizers import word_tokenizer
+from uncollapse.cli.commands import main
 
 WORDS = "a quick brown fox jumps over the lazy dog and then it rests for the fox"
 
@@ -65,6 +66,34 @@ def test_torchrun_shares_out_the_text_and_writes_once(saved: Path, tmp_path: Pat
         each["probe"]["options"].pop("device")
     one["probe"].pop("command")
     assert differences(one, record, 1e-10) == []
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_what_needs_no_model_is_done_by_the_first_alone(
+    rank: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", "pgop-overhead", "--trials", "1", "--json", str(tmp_path / "ledger.json")])
+    assert ended.value.code == 0
+    assert (tmp_path / "ledger.json").exists() == (rank == "0")
+    assert capfd.readouterr().err.count("wrote ") == (1 if rank == "0" else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["heads", "ablate", "symmetries", "attribute"])
+def test_every_command_on_a_model_is_shared_out(command: str, saved: Path, tmp_path: Path) -> None:
+    given = ["--prompt", "a quick brown fox", "--target", "the", "--against", "dog"] if command == "attribute" else []
+    given = [command, str(saved), *given, "--quiet", "--device", "cpu", "--json"]
+    subprocess.run(torchrun(*given, str(tmp_path / "two")), env=_environment(), check=True)
+    alone = [sys.executable, "-m", "uncollapse", *given, str(tmp_path / "one")]
+    subprocess.run(alone, env=_environment(), check=True)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one", "two"))
+    assert [each["probe"].pop("processes") for each in (one, two)] == [1, 2]
+    for each in (one, two):
+        each["probe"].pop("command")
+    assert differences(one, two, 1e-10) == []
 
 
 @pytest.mark.slow

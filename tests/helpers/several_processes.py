@@ -50,6 +50,29 @@ def llama(dtype: torch.dtype = torch.float64) -> Any:
     return hf.LlamaForCausalLM(config).eval().to(dtype)
 
 
+def hardly_trained() -> Any:
+    """A model with norms on its queries and keys, whose gains have left their start a little and whose output layer has learnt."""
+    torch.manual_seed(0)
+    config = hf.Qwen3Config(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    model: Any = hf.Qwen3ForCausalLM(config).eval().double()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[0] *= 1.1
+            layer.self_attn.q_norm.weight *= 0.05  # logits so small that attention is as at the start
+        model.lm_head.weight += torch.outer(torch.linspace(-1, 1, 100), torch.linspace(1, 2, 32))
+    return model
+
+
 def padded_batches(count: int, sequences: int = 4) -> list[dict[str, Tensor]]:
     """Batches of 12 tokens, each sequence padded another way, the first of them not at all."""
     generator = torch.Generator().manual_seed(1)

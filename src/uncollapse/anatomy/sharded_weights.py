@@ -103,6 +103,18 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def whole_weights(module: nn.Module) -> Iterator[None]:
+    """Within the block a module that is run by itself, past its hooks, has its whole weights. Without gradients."""
+    with torch.no_grad(), restoring() as changes:
+        for each in module.modules():
+            if any(p is not None and is_part(p) for p in each._parameters.values()):
+                gathering = _Gathering(each)
+                changes.undo(gathering.let_go)
+                gathering.gather()
+        yield
+
+
 def _exchanges(hook: Any) -> bool:
     function = hook.func if isinstance(hook, functools.partial) else hook
     return str(getattr(function, "__module__", "")).startswith(_EXCHANGING)
