@@ -40,6 +40,7 @@ def _wrapped(kind: str) -> Any:
             layer, mesh, {**plan, "self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
         )
     if kind == "fully_shard":
+        fully_shard(model.lm_head)  # what is left to the whole model would stay gathered after a pass
         fully_shard(model)
     return model
 
