@@ -71,19 +71,19 @@ def _checks(rank: int, noted: dict[str, Any], kinds: Sequence[str] = WRAPPED, pa
 
         def diagnoses(whole: Any = whole, model: Any = model, **options: Any) -> list[str]:
             one = uc.diagnose(whole, batches=batches, alone=True, **options).record
-            if options:
-                found["bounds"] = [each.logit_range_bound for each in one.attention]
-                found["evidence"] = [each.initial_evidence for each in one.parts]
             return differences(one, uc.diagnose(model, batches=batches, **options).record, 1e-10)
 
         found["diagnose"] = diagnoses(level="full")
+        one = uc.diagnose(whole, batches=batches, alone=True).record
+        found["bounds"] = [each.logit_range_bound for each in one.attention]
+        found["evidence"] = [each.initial_evidence for each in one.parts]
         try:
             uc.attribute(model, batches, lambda output: output.logits[:, -1, 3])
         except uc.UnsupportedModel as error:
             found["attribute"] = str(error)
         if parts:
-            one = uc.identify(whole, batches=batches, alone=True).record
-            found["identify"] = differences(one, uc.identify(model, batches=batches).record, 1e-10)
+            heads = uc.identify(whole, batches=batches, alone=True).record
+            found["identify"] = differences(heads, uc.identify(model, batches=batches).record, 1e-10)
         for part in parts:
             with uc.without(whole, part), uc.without(model, part):
                 found[f"without {part}"] = float((_output(whole) - _output(model)).abs().max()), diagnoses()

@@ -19,7 +19,7 @@ Checks = Callable[[int, dict[str, Any]], None]
 
 def in_two(checks: Checks, folder: Path) -> list[dict[str, Any]]:
     """What `checks` noted in each of two processes. It is called with the rank and the dict to note in."""
-    torch.multiprocessing.spawn(_worker, (checks, str(folder)), nprocs=2)
+    torch.multiprocessing.spawn(_worker, (checks, str(folder)), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
     return [pickle.loads((folder / f"{rank}").read_bytes()) for rank in range(2)]
 
 

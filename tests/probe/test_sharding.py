@@ -97,7 +97,9 @@ def noted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return in_two(_checks, tmp_path_factory.mktemp("two"))
 
 
-@pytest.mark.parametrize("case", ["uneven, diagnose", "uneven, ablate", "fewer, identify", "1, attribute", "3, attribute"])
+@pytest.mark.parametrize(
+    "case", ["uneven, diagnose", "uneven, ablate", "fewer, identify", "1, attribute", "3, attribute"]
+)
 def test_two_processes_say_what_one_says(case: str, noted: list[dict[str, Any]]) -> None:
     for own in noted:
         assert "failed" not in own, own["failed"]

@@ -224,9 +224,7 @@ def _require_whole(prompts: Sequence[str], tokenizer: Any, max_tokens: int) -> N
             )
 
 
-def _effects(
-    prepared: Prepared, number: int, metric: AnyMetric, ablated_as: HeadsAs | None, exact: bool
-) -> Effects:
+def _effects(prepared: Prepared, number: int, metric: AnyMetric, ablated_as: HeadsAs | None, exact: bool) -> Effects:
     model, batch, batches = prepared.loaded.model, prepared.batches[number], len(prepared.batches)
     made = _made(prepared, batch, metric)
 
