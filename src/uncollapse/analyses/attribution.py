@@ -171,8 +171,8 @@ def _require_unsharded(model: object) -> None:
     if isinstance(model, nn.Module) and is_sharded(model):
         raise UnsupportedModel(
             "attribute: expected a model that every process holds as a whole, got one whose weights are shared out (FSDP2 or "
-            "tensor parallel). Gradients would have to go through weights that are gathered for a block and let go. Save a checkpoint and "
-            "attribute that."
+            "tensor parallel). Gradients would have to go through weights that are gathered for a block and let go. Save a "
+            "checkpoint and attribute that."
         )
 
 
