@@ -84,6 +84,8 @@ def _checks(rank: int, noted: dict[str, Any], kinds: Sequence[str] = WRAPPED, pa
         if parts:
             heads = uc.identify(whole, batches=batches, alone=True).record
             found["identify"] = differences(heads, uc.identify(model, batches=batches).record, 1e-10)
+            runs = uc.ablate(whole, batches=batches, without=[("mlp",)], alone=True).record
+            found["ablate"] = differences(runs, uc.ablate(model, batches=batches, without=[("mlp",)]).record, 1e-10)
         for part in parts:
             with uc.without(whole, part), uc.without(model, part):
                 found[f"without {part}"] = float((_output(whole) - _output(model)).abs().max()), diagnoses()
@@ -140,6 +142,7 @@ def _require_whole(found: dict[str, Any]) -> None:
     assert any("lm_head.weight is in directions that training gave it" in str(each) for each in found["evidence"])
     assert "weights are shared out" in found.get("attribute", "weights are shared out")
     assert found.get("identify", []) == []
+    assert found.get("ablate", []) == []
     without = [each for name, each in found.items() if name.startswith("without ") and name != "without a head"]
     assert all(gap < 1e-12 and lines == [] for gap, lines in without)
     assert found["without a head"] < 1e-12

@@ -68,8 +68,8 @@ def joined() -> Iterator[None]:
 
     with _stoppable():
         has_cuda = torch.cuda.is_available() and d.is_nccl_available()
-        if has_cuda and int(os.environ["LOCAL_RANK"]) < torch.cuda.device_count():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        if has_cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
         d.init_process_group("cpu:gloo,cuda:nccl" if has_cuda else "gloo", timeout=processes.LASTING)
         yield
         d.destroy_process_group()

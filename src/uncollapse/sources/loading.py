@@ -195,11 +195,10 @@ def _in_utf_8(place: str) -> Iterator[str]:
 def _usable_device(device: str | torch.device | None) -> torch.device:
     """The device, once an empty tensor was really placed on it: the only test that holds for every backend."""
     wanted = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-    local = os.environ.get("LOCAL_RANK", "")
-    if (
-        str(wanted) == "cuda" and local.isdecimal()
-    ):  # one of several processes on this machine, each with a GPU of its own
-        wanted = f"cuda:{local}"
+    local, count = os.environ.get("LOCAL_RANK", ""), torch.cuda.device_count()
+    if str(wanted) == "cuda" and local.isdecimal() and count:
+        # One of several processes on this machine: each takes a GPU of its own, as far as it sees several.
+        wanted = f"cuda:{int(local) % count}"
     try:
         chosen = torch.device(wanted)
         if chosen.type == "meta":
