@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,15 +79,28 @@ def _checks(rank: int, noted: dict[str, Any]) -> None:
         model, batches=padded_batches(2) if rank else [{"input_ids": torch.ones(1, 1).long()}]
     )
     with torch.no_grad():
-        next(model.model.layers[0].mlp.parameters()).mul_(1 + 100 * rank)
+        next(model.model.layers[0].mlp.parameters())[0, 0] *= 1 + 1e-9 * rank
     noted["weights"] = _refusal(model, batches=padded_batches(2))
+    with torch.no_grad():
+        next(model.model.layers[0].mlp.parameters())[0, 0] = 0.1
+    noted["what is left out"] = _refusal(
+        model, uc.ablate, batches=padded_batches(2), without=[("mlp",), ("norm",)][rank : rank + 1]
+    )
+    noted["starts"] = _apart_between_processes(model)
     processes.PATIENCE = 0.5
     noted["alone"] = _refusal(model, batches=padded_batches(2)) if rank == 0 else ""
 
 
-def _refusal(model: Any, **options: Any) -> str:
+def _apart_between_processes(model: Any) -> list[float]:
+    """How far what enters a block varies, where the first batch is not finite and each process sees one token only."""
+    tokens = torch.tensor([math.nan, 1.0, -1.0])[:, None, None, None].expand(3, 2, 4, 32).double()
+    found = uc.diagnose(model, batches=[{"inputs_embeds": each} for each in tokens]).record
+    return [each.stream_variation or 0.0 for each in found.parts if each.block == 0]
+
+
+def _refusal(model: Any, function: Any = uc.diagnose, **options: Any) -> str:
     try:
-        uc.diagnose(model, **options)
+        function(model, **options)
     except uc.UncollapseError as error:
         return str(error)
     return "no refusal"
@@ -121,6 +135,16 @@ def test_only_the_first_writes(noted: list[dict[str, Any]]) -> None:
 def test_processes_that_were_given_different_things_are_all_refused(what: str, noted: list[dict[str, Any]]) -> None:
     for own in noted:
         assert own[what].startswith(f"diagnose: expected the same in every process, got other {what}")
+
+
+def test_processes_that_leave_out_different_parts_are_refused(noted: list[dict[str, Any]]) -> None:
+    for own in noted:
+        assert own["what is left out"].startswith("ablate: expected the same in every process, got other options")
+
+
+def test_what_varies_only_between_processes_varies(noted: list[dict[str, Any]]) -> None:
+    for own in noted:
+        assert own["starts"][0] == pytest.approx(2.0)
 
 
 def test_what_one_process_cannot_use_ends_all(noted: list[dict[str, Any]]) -> None:

@@ -93,6 +93,7 @@ def ablate(
     prepared = prepare(ablate, model, texts, probe, level=level, head=True)
     progress = prepared.progress
     affected = require_blocks(blocks, prepared.anatomy)
+    prepared.require_same("options", (combinations, sorted(affected)))
     is_causal = _is_causal(prepared)
     whole: list[Tensor] = []
     runs: list[AblationRun] = []

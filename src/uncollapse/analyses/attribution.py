@@ -118,6 +118,7 @@ def attribute(
         raise InputError("attribute: expected the batch as second argument, got batches, too. Leave batches out.")
     _require_unsharded(module_of(model))
     prepared = _prepared(model, prompts, given, probe)
+    prepared.require_same("options", (ablated_as, exact))
     if ablated_as == "resample" and any(_sequences(each) < 2 for each in prepared.batches):
         raise InputError(
             "attribute: expected at least 2 sequences in a batch to take values from, got 1. ablated_as='resample' puts those of "

@@ -130,6 +130,14 @@ class Prepared:
         """What `judge` makes of a pass. Of processes that share the batches only the first works it out."""
         return processes.by_the_first(judge, self.caller) if self.shares else judge()
 
+    def require_same(self, what: str, value: object) -> None:
+        """Refuse processes that were asked for different things: what they saw could not be put together."""
+        if self.processes > 1:
+            first, *others = processes.gathered(repr(value), self.caller)
+            for which, other in enumerate(others, 1):
+                if other != first:
+                    raise _another(self.caller, what, which)
+
     def of_each_batch(self, work: Callable[[int], Made]) -> list[Made]:
         """What `work` makes of each batch, which it is given the number of. Processes that share the batches do so here, too, and
         each has all of it in the end."""
@@ -248,11 +256,14 @@ def _require_same(prepared: Prepared) -> None:
             output = model(**batch)
         if not prepared.shares and not is_ablated(model):
             require_faithful(prepared.caller, model, batch, output)
-    options = {k: v for k, v in prepared.options.items() if k not in {"device", "device_map"}}
+    options = {k: v for k, v in prepared.options.items() if k not in {"device", "device_map"}} | {
+        "level": prepared.level
+    }
     said = {
         "texts or batches": sources.fingerprint(prepared.batches),
         "options": repr(sorted(options.items(), key=str)),
         "model": (type(model).__name__, sum(p.numel() for p in model.parameters())),
+        "weights": _weights_said(model) if prepared.shares else [],
     }
     (call, mine, output_of_first), *others = processes.gathered(
         (prepared.caller, said, _summary(output)), prepared.caller
@@ -262,13 +273,26 @@ def _require_same(prepared: Prepared) -> None:
         if other_call != call:
             differ = [f"call ({other_call} beside {call})"]
         elif not differ and not torch.allclose(other_output, output_of_first, rtol=SAME_OUTPUT, atol=0, equal_nan=True):
-            differ = ["weights (their outputs differ)"]
+            differ = ["outputs"]
         if differ:
-            raise InputError(
-                f"{prepared.caller}: expected the same in every process, got other {differ[0]} in process {which} than in "
-                "process 0. The batches are shared out here, so each process is given all of them. Pass the same to each, or "
-                "alone=True."
-            )
+            raise _another(prepared.caller, differ[0], which)
+
+
+def _another(caller: str, what: str, which: int) -> InputError:
+    return InputError(
+        f"{caller}: expected the same in every process, got other {what} in process {which} than in process 0. The batches are "
+        "shared out here, so each process is given all of them. Pass the same to each, or alone=True."
+    )
+
+
+def _weights_said(model: nn.Module) -> list[int]:
+    """By what the parameters that are in memory are told from any others: the sum of the bits of each, read as whole numbers."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    found = []
+    for p in model.parameters():
+        if not p.is_meta and type(p.data) is Tensor and p.element_size() in kinds:
+            found.append(p.detach().contiguous().view(-1).view(kinds[p.element_size()]).sum(dtype=torch.int64))
+    return [int(each) for each in found]
 
 
 def _summary(output: Any) -> Tensor:

@@ -64,6 +64,8 @@ def capture_shared(
         _raise_first(changed, own, batches, model, caller)
         if not counts_distances or _same_start(observed.parts, origins, caller):
             break
+    else:
+        _lay_starts_apart(observed.parts, caller)
     unite(observed, caller)
     return observed
 
@@ -90,6 +92,19 @@ def _same_start(parts: Sequence[PartActivity], origins: Sequence[PartActivity] |
     mine = shapes(parts) if processes.number() == 0 else None if origins is None else shapes(origins)
     first, *others = processes.gathered(mine, caller)
     return all(each is None or each == first for each in others)
+
+
+def _lay_starts_apart(parts: Sequence[PartActivity], caller: str) -> None:
+    """Where the corpus does not begin with a vector that every process could count from (its first batch is not finite), vectors
+    are at least as far apart as the first ones of two processes: no less than half of what one process says."""
+    own = [varying for part in parts for varying in part.varying()]
+    several = processes.gathered([None if v.first is None else v.first.cpu() for v in own], caller)
+    for place, varying in enumerate(own):
+        for other in (each[place] for each in several):
+            if varying.first is None or varying.apart is None or other is None or other.shape != varying.first.shape:
+                continue
+            gap = torch.linalg.vector_norm(varying.first.double() - other.to(varying.first).double(), dim=-1)
+            varying.apart = torch.maximum(varying.apart, gap.to(varying.apart))
 
 
 def _raise_first(
