@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest check bench results validity results-gates families early-warning random-models other-tools fuzz mutants formulas browser schema constraints clean help
+.PHONY: demo test test-all test-oldest check bench results validity results-gates families early-warning random-models other-tools fuzz mutants ledger-page browser schema constraints clean help
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -74,8 +74,9 @@ random-models: $(INSTALLED) ## ten thousand random small Transformers against th
 other-tools: $(INSTALLED) ## what docs/with-other-tools.md says, with TransformerLens 2.x and 3.x and nnsight, each in an environment of its own
 	@for lens in 'transformer-lens<3' 'transformer-lens>=3,<4'; do \
 		rm -rf .venv-tools && $(PYTHON) -m venv .venv-tools && .venv-tools/bin/pip install --quiet --upgrade 'pip>=25.1'; \
-		.venv-tools/bin/pip install --quiet "torch==2.13.0" && .venv-tools/bin/pip install --quiet "$$lens" nnsight; \
-		.venv-tools/bin/pip install --quiet -e . && .venv-tools/bin/python -m studies.other_tools || exit 1; done
+		.venv-tools/bin/pip install --quiet "torch==2.13.0" && \
+		.venv-tools/bin/pip install --quiet "torch==2.13.0" "$$lens" nnsight 'pyarrow<22' -e . && \
+		.venv-tools/bin/python -m studies.other_tools || exit 1; done
 
 fuzz: $(INSTALLED) ## 100,000 drawn cases of what nobody expects; writes their figures into docs/reliability.md (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --count 100000 --write docs/reliability.md
@@ -84,9 +85,9 @@ mutants: $(INSTALLED) ## change numbers and signs of the mathematics, claims and
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group mutants
 	$(BIN)/python -m studies.mutants --count $(or $(MUTANTS),200)
 
-formulas: $(INSTALLED) ## the claims' formulas as MathML, after one has changed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group formulas
-	@$(BIN)/python -m studies.formulas
+ledger-page: $(INSTALLED) ## what the ledger's page takes from elsewhere, after a formula or docs/theory.md has changed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group ledger-page
+	@$(BIN)/python -m studies.ledger_page
 
 schema: $(INSTALLED) ## write the published JSON Schemas anew from the record dataclasses
 	@$(BIN)/python -c 'import json; from uncollapse.records.diagnosis import DiagnosisRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(DiagnosisRecord), indent=1, ensure_ascii=False))' \

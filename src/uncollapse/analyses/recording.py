@@ -113,6 +113,7 @@ def attention_records(
                 logit_range_bound=known,
                 disperses_beyond=None if known is None else mixing.dispersion_length(known),
                 bounded_by="" if bound is None else bound.because,
+                bound_part=None if bound is None else bound.part,
                 **values,
             )
         )

@@ -29,10 +29,12 @@ from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.examples import example
 from uncollapse.anatomy.interception import device_of
 from uncollapse.anatomy.probing import float64_kept, probing
+from uncollapse.anatomy.stacks import real_tokens
 from uncollapse.anatomy.streams import Action, met
-from uncollapse.anatomy.vocabulary import Block, StreamAxes
+from uncollapse.anatomy.vocabulary import Anatomy, Block, StreamAxes
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.interventions.without import removed as taken_away
+from uncollapse.judgement.symmetries import at_rounding, completed
 from uncollapse.probe.context_lengths import require_context_lengths
 from uncollapse.probe.norms_before import with_norms_before
 from uncollapse.records.common import Finding, Phenomenon, Statistic
@@ -46,9 +48,6 @@ from uncollapse.symmetry.pass_groups import KeyPermutation, LogitScaling, LogitS
 from uncollapse.symmetry.weight_groups import HeadPermutation, QueryKeyGauge, ValueOutputGauge, WeightElement
 
 SEQUENCES, TOKENS = 4, 32  # what the groups act on: a defect is there in every sequence, or not at all
-# In rounding levels. An exact symmetry reorders sums and rounds weights anew: on MiniLM (four number formats) and SmolLM2 its
-# defect was at most 2 levels. In bfloat16, where a level is 0.02, a break below 0.1 cannot be told from rounding.
-EXACT = 5.0
 # Logits times this are all equal to within any number format: attention without its query and key weights.
 FLAT = 1e-30
 QUERY_KEY = "query and key weights"
@@ -121,52 +120,6 @@ def _acted(prepared: Prepared, diagnosis: DiagnosisRecord) -> SymmetriesRecord:
     )
 
 
-def completed(
-    record: SymmetryRecord, tests: Sequence[SymmetryTest], stabilisers: Mapping[Phenomenon, Sequence[str]]
-) -> SymmetryRecord:
-    """The record with what the groups' action says: the defect of the model as it is, the breakers that were found by taking
-    them away, in place of those that the anatomy suggests, and further `stabilisers`."""
-    held = [*record.stabilisers, *stabilisers.get(record.phenomenon, ())]
-    record = replace(record, stabilisers=list(dict.fromkeys(held)))
-    mine = [t for t in tests if t.phenomenon == record.phenomenon]
-    whole = next((t for t in mine if not t.without), None)
-    if whole is None or whole.defect is None:
-        reason = "no group of this symmetry could act" if whole is None else whole.unavailable["defect"]
-        return replace(record, unavailable={**record.unavailable, "equivariance_defect": reason})
-    unavailable = {k: v for k, v in record.unavailable.items() if k != "equivariance_defect"}
-    found = breakers(mine)
-    kept = record.breakers if found is None else [*found, *(b for b in record.breakers if b == "position gates")]
-    if record.phenomenon == "rank-collapse-depth" and is_broken_otherwise(mine):
-        kept = [*kept, "order told in another way"]
-    shift = next((t for t in mine if t.action == "logit shift"), None)
-    if shift is not None and shift.holds is False:
-        kept = [*kept, "attention sinks"]
-    return replace(record, equivariance_defect=whole.defect, breakers=kept, unavailable=unavailable)
-
-
-def breakers(tests: Sequence[SymmetryTest]) -> list[str] | None:
-    """The components that break a symmetry: with all the others away, the defect is still there. `None` where that was not
-    found out: no test took anything away, one of them could not, or something else breaks the symmetry as well."""
-    every = max((t.without for t in tests), key=len, default=[])
-    alone = {c: next((t for t in tests if set(t.without) == set(every) - {c}), None) for c in every}
-    if not every or any(t is None or t.defect is None for t in alone.values()) or is_broken_otherwise(tests):
-        return None
-    return [c for c, test in alone.items() if test is not None and not at_rounding(test)]
-
-
-def is_broken_otherwise(tests: Sequence[SymmetryTest]) -> bool:
-    """Whether a symmetry is still broken with everything away: by a relative bias, say, when positions are carried along."""
-    whole = max(tests, key=lambda t: len(t.without), default=None)
-    return whole is not None and bool(whole.without) and whole.holds is False
-
-
-def at_rounding(test: SymmetryTest) -> bool:
-    """Whether a measured defect is no larger than what rounding causes."""
-    assert test.defect is not None
-    assert test.rounding is not None
-    return test.defect.max <= EXACT * test.rounding.max
-
-
 class _Acting:
     """The groups acting on one model and a few short sequences of its probe."""
 
@@ -178,7 +131,7 @@ class _Acting:
         device = device_of(self.model)
         self.pieces = [
             {k: v.to(device) if isinstance(v, Tensor) else v for k, v in piece.items()}
-            for piece in _pieces(prepared.batches)
+            for piece in _pieces(prepared.batches, self.anatomy)
         ]
         self.channels = with_norms_before(
             self.model, self.anatomy, channels_of(self.model, self.anatomy, self.pieces[0]), self.pieces[0]
@@ -197,8 +150,8 @@ class _Acting:
 
     def stabilisers(self, attention: Sequence[AttentionRecord]) -> dict[Phenomenon, list[str]]:
         """What only shows when the model runs: sinks beside the keys, and a cap that was shown to bound the logits."""
-        capped = any(a.logit_range_bound is not None and "soft cap" in a.bounded_by for a in attention)
-        sinks = ["attention sinks"] * any(c.sinks for c in self.channels)
+        capped = any(a.bound_part == "soft cap" for a in attention)
+        sinks = ["sink columns"] * any(c.sinks for c in self.channels)
         return {"rank-collapse-depth": sinks, "entropy-collapse": ["logit soft cap"] * capped}
 
     # Token and key permutations -----------------------------------------------------------------------------------
@@ -468,11 +421,13 @@ class _Rounding:
         return stream * (1 + torch.finfo(stream.dtype).eps * signs)
 
 
-def _pieces(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _pieces(batches: Sequence[Mapping[str, Any]], anatomy: Anatomy) -> list[dict[str, Any]]:
     """The first tokens of the longest sequences, without padding: one batch where they can be cut to one length."""
     singles = [one for batch in batches for one in _sequences(batch)]
-    singles = sorted(singles, key=_tokens, reverse=True)[:SEQUENCES]
-    cut = [example(one, min([TOKENS, *map(_tokens, singles)])) for one in singles]
+    counts = [_tokens(one, anatomy) for one in singles]
+    longest = sorted(range(len(singles)), key=counts.__getitem__, reverse=True)[:SEQUENCES]
+    shortest = min([TOKENS, *(counts[i] for i in longest)])
+    cut = [example(singles[i], shortest, real_tokens(anatomy, singles[i])) for i in longest]
     try:
         return [
             {
@@ -493,11 +448,13 @@ def _sequences(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _tokens(one: Mapping[str, Any]) -> int:
+def _tokens(one: Mapping[str, Any], anatomy: Anatomy) -> int:
     """How many real tokens a sequence has; for an image, all of them."""
-    ids = one.get("decoder_input_ids", one.get("input_ids"))
-    mask = one.get("attention_mask")
-    return int(mask.sum()) if isinstance(mask, Tensor) and mask.ndim == 2 else TOKENS if ids is None else ids.shape[1]
+    real = real_tokens(anatomy, one)
+    if real is not None:
+        return int(real.sum())
+    numbers = [one[s.ids].shape[s.ids_transposed ^ 1] for s in anatomy.stacks if s.ids is not None and s.ids in one]
+    return numbers[0] if numbers else TOKENS
 
 
 def _combinations(first: str, second: str) -> list[list[str]]:

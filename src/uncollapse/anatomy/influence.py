@@ -95,17 +95,29 @@ def poked(stream: Tensor, axis: int, places: Tensor) -> Tensor:
     return torch.where(mask, noise.to(stream.dtype), stream)
 
 
-def moved(plain: Tensor, other: Tensor, axis: int, coarsest: float = 0.0) -> Tensor:
+def moved(plain: Tensor, other: Tensor, axis: int, coarsest: float = 0.0, *, hides: bool = False) -> Tensor:
     """Which places along an axis differ beyond rounding, as [places]: by more than two units in the last place of what was
     there, and by more than a trace of the largest difference. Experts run on groups of tokens, and the size of a group decides
-    how its sums are rounded: that is no influence. `coarsest`: the rounding of a coarser number format on the way."""
+    how its sums are rounded: that is no influence. `coarsest`: the rounding of a coarser number format on the way.
+
+    hides: a mask may hide what was changed, behind the softmax. Weights that are renormalised there bring some rounding of a
+    hidden key, in half precision much: an element that is small because its sum cancels is rounded as others of its feature are.
+    There it is four units of the largest of these."""
     eps = max(torch.finfo(plain.dtype).eps, coarsest)
     change = (other.double() - plain.double()).abs()
     change = change.where(change.isfinite(), 0.0)
-    trace = (2 if eps > 1e-4 else 256) * eps * change.max()
-    different = (change > trace) & ~(change <= 2 * eps * plain.double().abs())
+    trace = (2 if _is_coarse(eps) else 256) * eps * change.max()
+    size = plain.double().abs()
+    different = (change > trace) & ~(change <= 2 * eps * size)
+    if hides and _is_coarse(eps):
+        different &= change > 4 * eps * size.nan_to_num(0.0, 0.0, 0.0).amax(axis, keepdim=True)
     across = tuple(i for i in range(plain.ndim) if i != axis % plain.ndim)
     return different.any(across) if across else different
+
+
+def _is_coarse(eps: float) -> bool:
+    """Whether this is the machine epsilon of a half-precision format."""
+    return eps > 1e-4
 
 
 def reaches(update: Update, stream: Tensor, axis: int, places: Tensor, plain: Tensor | None = None) -> bool:
@@ -351,8 +363,8 @@ def is_heard(size: Tensor, open_size: Tensor, precision: float) -> Tensor:
 
     Weights that are renormalised after the softmax cancel what a hidden key does in the softmax's own sum, up to rounding: what
     hiding leaves of a row must be more than that. A row that is faint by itself is as faint with nothing hidden.
-    `precision`: the machine epsilon of the number format."""
-    rounding = (2 if precision > 1e-4 else 256) * precision
+    `precision`: the machine epsilon of the coarsest number format on the way."""
+    rounding = (8 if _is_coarse(precision) else 256) * precision
     return (size > 0) & (size > rounding * open_size)
 
 

@@ -16,6 +16,7 @@ _ADDITIONS = {"add", "sub"} | ADDING_PRODUCTS  # the first operand of an adding 
 
 
 LEAST_SHARE = 1e-30  # a weight below this share of its row's largest is the weight of a forbidden pair
+FAR_BELOW = math.log(LEAST_SHARE)  # of a logit: 69 nats below the row's best
 
 
 def forbidden_by_addition(operand: Tensor) -> tuple[Tensor | None, bool]:
@@ -40,7 +41,7 @@ def forbidden_by_addition(operand: Tensor) -> tuple[Tensor | None, bool]:
     with_infinity = values.isinf() | (values == torch.finfo(operand.dtype).min)
     is_sum = ((values == multiples * nearest) & (multiples <= 4)) | with_infinity
     # The distances of a few tokens are multiples of one number, too: a sum of masks forbids with the least of its values.
-    if nearest <= math.log(LEAST_SHARE) and bool(is_sum.all()):
+    if nearest <= FAR_BELOW and bool(is_sum.all()):
         return marked, False
     return _far_below(operand), True
 
@@ -63,7 +64,7 @@ def _far_below(operand: Tensor) -> Tensor | None:
     if operand.ndim < 2 or operand.shape[-1] < 2:
         return None
     best = operand.amax(-1, keepdim=True)
-    below = (operand - best.nan_to_num(neginf=0.0)) <= math.log(LEAST_SHARE)
+    below = (operand - best.nan_to_num(neginf=0.0)) <= FAR_BELOW
     if operand.ndim >= 3:
         below = below.all(-3, keepdim=True)
     return below if bool(below.any()) else None
@@ -135,6 +136,7 @@ def step_without(
         if hidden is not None:
             least = torch.finfo(mask.dtype).min
             open_mask = torch.where(hidden, -least if name == "sub" else least, open_mask)
+        open_mask = laid_like(open_mask, mask)
         return function(
             *(open_mask if a is mask else a for a in args),
             **{k: open_mask if v is mask else v for k, v in given.items()},
@@ -144,11 +146,11 @@ def step_without(
             return function(*args, **given)
         kept = torch.ones_like(mask)
         if hidden is not None and after_softmax is not False:
-            kept = torch.where(hidden, torch.zeros((), dtype=kept.dtype), kept)
+            kept = laid_like(torch.where(hidden, torch.zeros((), dtype=kept.dtype), kept), mask)
         return function(
             *(kept if a is mask else a for a in args), **{k: kept if v is mask else v for k, v in given.items()}
         )
-    nothing = torch.zeros(1, dtype=torch.bool, device=mask.device) if hidden is None else hidden
+    nothing = laid_like(torch.zeros(1, dtype=torch.bool, device=mask.device) if hidden is None else hidden, mask)
     if name == "masked_fill":
         if not _forbids(args[2] if len(args) > 2 else given.get("value"), after_softmax):
             return function(*args, **given)
@@ -162,8 +164,16 @@ def step_without(
         keeps_first = _forbids(second, after_softmax)
         if not keeps_first and not _forbids(first, after_softmax):
             return function(*args, **given)
-        return _with(function, args, given, mask, ~nothing if keeps_first else nothing)
+        return _with(function, args, given, mask, laid_like(~nothing if keeps_first else nothing, mask))
     return function(*args, **given)
+
+
+def laid_like(other: Tensor, mask: Tensor) -> Tensor:
+    """What takes the place of a mask, in memory as that is where it can be: the order in which a sum is added up, and with it the
+    last digit, follows from how its operands lie. Where nothing was forbidden, no bit is to change."""
+    if torch.broadcast_shapes(other.shape, mask.shape) != mask.shape:
+        return other
+    return torch.empty_like(mask, dtype=other.dtype).copy_(other)
 
 
 def _with(

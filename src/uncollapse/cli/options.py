@@ -267,7 +267,7 @@ Trials = Annotated[
     typer.Option(
         min=1,
         max=bounds.TRIALS,
-        help="How many random cases to draw; each check scales its own number by it.",
+        help="How many random cases to draw; each check scales its own number by it, and fewer than 12 count as 12.",
         rich_help_panel=MEASURE,
     ),
 ]

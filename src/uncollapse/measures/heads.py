@@ -160,7 +160,7 @@ def gauge_dimension(
 
     Holds for generic weights. On top come finitely many permutations of heads within groups and of groups.
 
-    Attention sinks make the value bias visible: leave `value_bias` off there.
+    Sink columns make the value bias visible: leave `value_bias` off there.
 
     >>> gauge_dimension(groups=2, head_width=64, value_bias=True, output_bias=True)
     8320

@@ -17,6 +17,7 @@ Phenomenon = Literal[
 Severity = Literal["info", "warning", "critical"]
 Stack = Literal["encoder", "decoder"]
 AttentionKind = Literal["self", "cross"]
+BoundPart = Literal["soft cap", "query-key norm"]  # what bounds the logits of an attention whatever the text
 PHENOMENA: tuple[Phenomenon, ...] = get_args(Phenomenon)[:4]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 
