@@ -50,7 +50,7 @@ from uncollapse.restoring import leaves_no_trace
 GRID = ("norm", "residual", "mlp")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ablation(Recorded[AblationRecord]):
     """What `ablate` found. `record` has all of it, as data."""
 

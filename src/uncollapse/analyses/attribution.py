@@ -62,7 +62,7 @@ UNTOLD = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attribution(Recorded[AttributionRecord]):
     """What `attribute` found. `record` has all of it, as data."""
 

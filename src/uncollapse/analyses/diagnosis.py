@@ -35,7 +35,7 @@ from uncollapse.restoring import leaves_no_trace
 AS_AT_THE_START = ("rank-collapse-depth", "rank-collapse-width", "dead-component")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis(Recorded[DiagnosisRecord]):
     """What `diagnose` found. `record` has all of it, as data."""
 

@@ -32,7 +32,7 @@ from uncollapse.restoring import leaves_no_trace
 ABOUT_HEADS = ("head-channel-non-identifiability", "numerics")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Identifiability(Recorded[IdentifiabilityRecord]):
     """What `identify` found. `record` has all of it, as data."""
 

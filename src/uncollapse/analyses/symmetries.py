@@ -53,7 +53,7 @@ FLAT = 1e-30
 QUERY_KEY = "query and key weights"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Symmetries(Recorded[SymmetriesRecord]):
     """What `symmetries` found. `record` has all of it, as data."""
 
