@@ -27,7 +27,7 @@ from uncollapse import records
 from uncollapse.analyses import sweep_workers
 from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.records.sweep import SweepRecord
-from uncollapse.sources import fingerprint
+from uncollapse.sources import weights_fingerprint
 
 STEPS = [100, 5, 40, 0]
 golden_record = functools.cache(
@@ -203,10 +203,10 @@ def test_an_adapter_is_known_by_its_base_too(run: Path, tmp_path: Path) -> None:
     base = shutil.copytree(run / "checkpoint-0", tmp_path / "base")
     adapter = shutil.copytree(run / "checkpoint-5", tmp_path / "adapter")
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
-    before = fingerprint(str(adapter), remembered=tmp_path / "known")
-    assert before == fingerprint(str(adapter), remembered=tmp_path / "known")
+    before = weights_fingerprint(str(adapter), remembered=tmp_path / "known")
+    assert before == weights_fingerprint(str(adapter), remembered=tmp_path / "known")
     shutil.copy(run / "checkpoint-40" / "model.safetensors", base / "model.safetensors")
-    assert before != fingerprint(str(adapter), remembered=tmp_path / "known")
+    assert before != weights_fingerprint(str(adapter), remembered=tmp_path / "known")
 
 
 def test_processes_of_a_group_are_sent_their_own_ways(

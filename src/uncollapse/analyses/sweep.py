@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from uncollapse import sources
 from uncollapse.analyses.preparation import DEFAULT_SEQUENCES, DEFAULTS, ProbeOptions, require_options
-from uncollapse.analyses.recording import fingerprint, versions
+from uncollapse.analyses.recording import versions
 from uncollapse.analyses.result import Recorded
 from uncollapse.analyses.sweep_folder import SweepFolder
 from uncollapse.analyses.sweep_task import Task
@@ -41,7 +41,7 @@ NOT_OF_A_SWEEP = ("tokenizer", "name")
 PATIENCE = 1.0  # seconds between two looks at what another run is at
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sweep(Recorded[SweepRecord]):
     """What `sweep` found. `record` has a summary of each checkpoint; the whole records are in the folder."""
 
@@ -147,7 +147,7 @@ class _Described:
         read = None if texts is None else list(itertools.islice(texts, chosen["sequences"]))
         batches = None if chosen["batches"] is None else list(chosen["batches"])
         if batches is not None:
-            text = fingerprint(batches)
+            text = sources.fingerprint(batches)
         else:
             used = (
                 sources.default_texts(chosen["sequences"] or DEFAULT_SEQUENCES, chosen["seed"])
@@ -175,7 +175,7 @@ class _Described:
         """What is known of a checkpoint once its weights have been looked at."""
         weights, problem = None, ""
         try:
-            weights = sources.fingerprint(checkpoint.name, remembered=folder.remembered)
+            weights = sources.weights_fingerprint(checkpoint.name, remembered=folder.remembered)
         except InputError as error:
             problem = " ".join(str(error).split())
         return Task(checkpoint, weights, self.deciding, self.machine, self.arguments, problem)

@@ -9,13 +9,14 @@ the modules below.
 from uncollapse.sources.batches import (
     bound,
     check_batches,
+    fingerprint,
     position_limit,
     sequence_count,
     token_count,
     token_mask,
     tokenize,
 )
-from uncollapse.sources.checkpoint_series import Checkpoint, fingerprint, series
+from uncollapse.sources.checkpoint_series import Checkpoint, series, weights_fingerprint
 from uncollapse.sources.loading import DTYPES, LoadedModel, checkpoint_folder, load_model
 from uncollapse.sources.texts import default_texts, read_texts
 
@@ -36,4 +37,5 @@ __all__ = [
     "token_count",
     "token_mask",
     "tokenize",
+    "weights_fingerprint",
 ]

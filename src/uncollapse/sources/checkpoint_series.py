@@ -1,7 +1,7 @@
 """Several checkpoints in order, and what tells the weights of one from those of any other.
 
-`series` turns what a user names (hub ids with revisions, folders, folders of checkpoints) into a list. `fingerprint` is the same
-for the same weights, configuration, tokenizer and code, wherever they lie and whatever they are called.
+`series` turns what a user names (hub ids with revisions, folders, folders of checkpoints) into a list. `weights_fingerprint` is the
+same for the same weights, configuration, tokenizer and code, wherever they lie and whatever they are called.
 
 When not to use it: for a single model. `load_model` takes it by name.
 """
@@ -98,7 +98,7 @@ def _checkpoint(name: str) -> Checkpoint:
     return Checkpoint(name, place, int(step[1]) if step else None)
 
 
-def fingerprint(name: str, *, remembered: Path) -> str:
+def weights_fingerprint(name: str, *, remembered: Path) -> str:
     """A digest of a checkpoint: of every byte that could be read from it where it is a folder, else of the hub's own commit.
 
     remembered: a folder for the digests of files that have not changed since (their sizes, times and inodes say so), so that
@@ -110,7 +110,7 @@ def fingerprint(name: str, *, remembered: Path) -> str:
     if meant.folder is None:
         return hashlib.sha256(meant.fixed.encode()).hexdigest()
     files = _files(name, meant.folder)
-    beneath = [fingerprint(base, remembered=remembered) for base in _adapted(meant.folder)]
+    beneath = [weights_fingerprint(base, remembered=remembered) for base in _adapted(meant.folder)]
     found = _of_files(name, files, remembered)
     return hashlib.sha256(" ".join([found, *beneath]).encode()).hexdigest() if beneath else found
 

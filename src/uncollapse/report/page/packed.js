@@ -16,7 +16,8 @@
       const cell = document.createElement("td");
       const sort = column.sort && column.sort[number], note = column.note && column.note[number];
       const spread = column.spread && column.spread[number];
-      if (table.tHead.rows[0].cells[at].className === "t") cell.className = "t";
+      const set = table.tHead.rows[0].cells[at].className;
+      if (set) cell.className = set;
       if (sort !== null) cell.dataset.v = sort;
       if (note) {
         const absent = document.createElement("abbr"), mark = document.createElement("sup");

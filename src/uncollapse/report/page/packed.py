@@ -28,7 +28,8 @@ def packed_rows(table: Table) -> str | None:
     """
     if len(table.rows) <= ROWS:
         return None
-    reasons = {cell.note: cell.reason for row in table.rows for cell in row.cells if cell.note}
+    # A tooltip has no code in it: `sheet.typeset` takes the backticks out of those that are written out.
+    reasons = {cell.note: cell.reason.replace("`", "") for row in table.rows for cell in row.cells if cell.note}
     data = {
         "keys": [row.key for row in table.rows],
         "severities": _or_none([row.severity for row in table.rows]),
