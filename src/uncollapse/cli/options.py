@@ -90,6 +90,14 @@ Dtype = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="How much of each device's memory the model may take, such as 3GiB; what does not fit stays on disk.",
+        rich_help_panel=MACHINE,
+    ),
+]
 DeviceMap = Annotated[
     str | None,
     typer.Option(
@@ -259,7 +267,7 @@ Trials = Annotated[
     typer.Option(
         min=1,
         max=bounds.TRIALS,
-        help="How many random cases to draw; each check scales its own number by it.",
+        help="How many random cases to draw; each check scales its own number by it, and fewer than 12 count as 12.",
         rich_help_panel=MEASURE,
     ),
 ]
