@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest check bench results validity results-gates families early-warning random-models other-tools fuzz mutants ledger-page browser schema constraints clean help
+.PHONY: demo test test-all test-oldest check bench results validity results-gates families early-warning references pictures random-models other-tools fuzz mutants ledger-page browser schema constraints clean help
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,7 @@ bench: $(INSTALLED) ## speed and memory, as ratios taken in one run
 	$(BIN)/python -m bench.table
 	$(BIN)/python -m bench.gates
 	$(BIN)/python -m bench.monitor
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc-per-node 2 -m bench.processes
 
 results: $(INSTALLED) ## docs/results.md anew: real models without norms, residuals, MLPs (half an hour; goes on where it was broken off)
 	$(BIN)/python -m studies.results
@@ -76,6 +77,16 @@ other-tools: $(INSTALLED) ## what docs/with-other-tools.md says, with Transforme
 		.venv-tools/bin/pip install --quiet "torch==2.13.0" && \
 		.venv-tools/bin/pip install --quiet "torch==2.13.0" "$$lens" nnsight 'pyarrow<22' -e . && \
 		.venv-tools/bin/python -m studies.other_tools || exit 1; done
+
+references: $(INSTALLED) ## the figures of healthy models beside those of a page (ten minutes; measures what is missing)
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.references
+
+pictures: $(INSTALLED) browser ## every picture of README and docs anew, from real runs (those of results take hours, unless their runs are saved)
+	$(BIN)/python -m studies.screens
+	$(BIN)/python -m studies.tutorial
+	$(BIN)/python -m studies.results
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.position_gates
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.early_warning --out docs/early-warning.md
 
 fuzz: $(INSTALLED) ## 100,000 drawn cases of what nobody expects; writes their figures into docs/reliability.md (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --count 100000 --write docs/reliability.md

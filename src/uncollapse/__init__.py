@@ -27,6 +27,7 @@ _HOME = {
     "Symmetries": "analyses.symmetries",
     "UncollapseError": "errors",
     "UnsupportedModel": "errors",
+    "Verification": "analyses.ledger",
     "ablate": "analyses.ablation",
     "attribute": "analyses.attribution",
     "compare": "analyses.comparison",
@@ -43,7 +44,7 @@ _HOME = {
     "rank_change": "measures.normalization",
     "remove_gates": "gates.installation",
     "symmetries": "analyses.symmetries",
-    "verify": "claims",
+    "verify": "analyses.ledger",
     "without": "interventions.without",
 }
 _MODULES = ("exact", "geometry", "heads", "mixing")  # of `measures`
@@ -62,6 +63,7 @@ __all__ = [
     "Symmetries",
     "UncollapseError",
     "UnsupportedModel",
+    "Verification",
     "__version__",
     "ablate",
     "attribute",
@@ -93,11 +95,11 @@ if TYPE_CHECKING:
     from uncollapse.analyses.comparison import Comparison, compare
     from uncollapse.analyses.diagnosis import Diagnosis, diagnose
     from uncollapse.analyses.heads import Identifiability, identify
+    from uncollapse.analyses.ledger import Verification, verify
     from uncollapse.analyses.stored import load
     from uncollapse.analyses.symmetries import Symmetries, symmetries
     from uncollapse.anatomy.situations import forget
     from uncollapse.anatomy.vocabulary import Layout
-    from uncollapse.claims import verify
     from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
     from uncollapse.gates.broken import gate_report
     from uncollapse.gates.installation import install_gates, remove_gates

@@ -11,6 +11,7 @@ from uncollapse.analyses.attribution import Attribution
 from uncollapse.analyses.comparison import Comparison
 from uncollapse.analyses.diagnosis import Diagnosis
 from uncollapse.analyses.heads import Identifiability
+from uncollapse.analyses.ledger import Verification
 from uncollapse.analyses.result import Recorded
 from uncollapse.analyses.symmetries import Symmetries
 from uncollapse.records.ablation import AblationRecord
@@ -23,7 +24,7 @@ from uncollapse.records.symmetries import SymmetriesRecord
 from uncollapse.records.trail import Alarm, TrailReading, TrailRecord
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trail(Recorded[TrailRecord]):
     """What a `Monitor` wrote. `record` has all of it, as data."""
 
@@ -40,7 +41,7 @@ class Trail(Recorded[TrailRecord]):
 
 def load(
     path: str | os.PathLike[str],
-) -> Diagnosis | Ablation | Identifiability | Symmetries | Recorded[Ledger] | Attribution | Comparison | Trail:
+) -> Diagnosis | Ablation | Identifiability | Symmetries | Verification | Attribution | Comparison | Trail:
     """A stored record, as the result that wrote it: it can be shown, drawn as a page and written again.
 
     path: a file that `to_json` or `--json` wrote, by this version or an earlier one. The record's `schema` says what comes back:
@@ -61,7 +62,7 @@ def load(
         case SymmetriesRecord() as record:
             return Symmetries(record)
         case Ledger() as record:
-            return Recorded(record)
+            return Verification(record)
         case ComparisonRecord() as record:
             return Comparison(record)
         case AttributionRecord() as record:

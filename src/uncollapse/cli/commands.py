@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 import typer
 
 from uncollapse.bounds import PARAMETERS
-from uncollapse.cli import streams
+from uncollapse.cli import launched, streams
 from uncollapse.cli.options import (
     AblatedAs,
     Against,
@@ -36,6 +36,7 @@ from uncollapse.cli.options import (
     Html,
     Json,
     Level,
+    MaxMemory,
     MaxParameters,
     MaxTokens,
     Model,
@@ -170,6 +171,7 @@ def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., 
             device: Device = None,
             dtype: Dtype = None,
             device_map: DeviceMap = None,
+            max_memory: MaxMemory = None,
             batch_size: BatchSize = 16,
             max_parameters: MaxParameters = PARAMETERS,
             trust_remote_code: TrustRemoteCode = False,
@@ -187,6 +189,7 @@ def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., 
                     device=device,
                     dtype=dtype,
                     device_map=device_map,
+                    max_memory=max_memory,
                     max_parameters=max_parameters,
                     trust_remote_code=trust_remote_code,
                     command=context.obj or "",
@@ -194,7 +197,7 @@ def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., 
                 )
 
             reads = Reads([("--text", str(file)) for file in text or ()], model)
-            carry_out(found, reads=reads, json=json, html=html, quiet=quiet, fail_on=fail_on)
+            carry_out(found, reads=reads, json=json, html=html, quiet=quiet, fail_on=fail_on, together=True)
 
         first, *rest = (p for p in inspect.signature(run).parameters.values() if p.kind is not p.VAR_KEYWORD)
         own_options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -218,13 +221,22 @@ def carry_out(
     quiet: bool,
     reads: Reads | None = None,
     fail_on: Severity | None = None,
+    together: bool = False,
 ) -> None:
-    """The body of every command: check the outputs, do the work with progress bars, deliver the result, set the exit code."""
-    with refusals_in_one_line():
-        require_writable(json=json, html=html, quiet=quiet, reads=reads)
-        with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
+    """The body of every command: check the outputs, do the work with progress bars, deliver the result, set the exit code. Of the
+    processes that torchrun starts all work `together`, or only the first does."""
+    first = launched.is_first()
+    if not (first or together):
+        return
+    with refusals_in_one_line(), launched.joined() if together else contextlib.nullcontext():
+        with launched.agreed() if together else contextlib.nullcontext():
+            if first:
+                require_writable(json=json, html=html, quiet=quiet, reads=reads)
+        with progress_on_stderr(quiet or not first) as progress, contextlib.redirect_stdout(sys.stderr):
             # stdout is kept for the result: whatever a library or a model's own code prints meanwhile goes to stderr.
             result = found(progress)
+        if not first:
+            return
         deliver(result, json=json, html=html, quiet=quiet)
         if fail_on is not None and reaches(result.findings, fail_on):
             raise typer.Exit(FOUND)
@@ -234,7 +246,9 @@ def texts_in(files: list[Path] | None) -> list[str] | None:
     """The texts of `--text`; without it None, which means the built-in prose."""
     from uncollapse.sources import read_texts
 
-    return read_texts(files) if files else None
+    if not files:
+        return None
+    return launched.read_by_the_first(lambda: read_texts(files))
 
 
 @on_a_model(
@@ -471,7 +485,7 @@ def attribute(
             progress=progress,
         )
 
-    carry_out(found, reads=Reads((), model), json=json, html=html, quiet=quiet)
+    carry_out(found, reads=Reads((), model), json=json, html=html, quiet=quiet, together=True)
 
 
 # The ids stand here as text, so that the help need not import what checks them; a test holds them against the ledger.

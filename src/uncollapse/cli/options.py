@@ -90,6 +90,14 @@ Dtype = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="How much of each device's memory the model may take, such as 3GiB; what does not fit stays on disk.",
+        rich_help_panel=MACHINE,
+    ),
+]
 DeviceMap = Annotated[
     str | None,
     typer.Option(

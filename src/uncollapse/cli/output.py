@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from uncollapse.cli import streams
+from uncollapse.cli import launched, streams
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.files import writing
 from uncollapse.legible import legible
@@ -38,11 +38,17 @@ def refusals_in_one_line() -> Iterator[None]:
     try:
         yield
     except UncollapseError as error:
-        say(f"uncollapse: {' '.join(str(error).split())}")
+        if launched.speaks():
+            say(f"uncollapse: {' '.join(str(error).split())}")
         raise typer.Exit(REFUSED) from None
     except KeyboardInterrupt:
-        say("uncollapse: interrupted")
+        if launched.speaks():
+            say("uncollapse: interrupted")
         raise typer.Exit(INTERRUPTED) from None
+    except launched.Stopped:
+        if launched.speaks():
+            say(launched.ENDED)
+        raise typer.Exit(REFUSED) from None
 
 
 @dataclass(frozen=True)

