@@ -98,7 +98,7 @@ pictures: $(INSTALLED) browser ## every picture of README and docs anew, from re
 fuzz: $(INSTALLED) ## 100,000 drawn cases of what nobody expects; writes their figures into docs/reliability.md (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --count 100000 --write docs/reliability.md
 
-mutants: $(INSTALLED) ## change numbers and signs of the mathematics, claims and findings; list what no test notices (an hour; MUTANTS=N)
+mutants: $(INSTALLED) ## change numbers and signs of the mathematics, claims and findings; list what no test notices (half an hour or more; MUTANTS=N)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group mutants
 	$(BIN)/python -m studies.mutants --count $(or $(MUTANTS),200)
 
