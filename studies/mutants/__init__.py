@@ -9,7 +9,7 @@ is an estimate for all of them.
 
 First all tests that may be asked run once, unchanged, and it is recorded which of them reaches which line (`reaching`). They must
 pass: else every mutant they meet would seem to die. A mutant then meets the tests that reach its statement, those of its own test
-file first and quick ones before slow ones, up to ten seconds' worth (`running`). The first failure kills. Each mutant runs in a
+file first and quick ones before slow ones, up to half a minute's worth (`running`). The first failure kills. Each mutant runs in a
 process of its own that was forked after the slow imports; no file is changed. Tests of other packages are not asked, so that a
 survivor may still be noticed by `make test`.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -329,3 +330,12 @@ def test_a_part_is_dead_by_what_it_adds_and_the_finding_says_how_much() -> None:
     assert found(update_directions=1e-6, stream_directions=0.5) == [("MLP-RANK-ONE", 1e-6)]
     assert found(update_directions=2e-6, stream_directions=0.5) == []  # sixteen times epsilon
     assert found(update_directions=1e-6, stream_directions=1e-5) == []  # the stream itself has no more
+
+
+def test_the_query_heads_of_a_dead_key_value_head_are_named() -> None:
+    heads = part(sublayer="attention", kind="self", heads=6, key_value_heads=2, value_size=[1.0, 1.0])
+    alive, dead = [1.0] * 6, [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert [f.code for f in dead_components([replace(heads, value_variation=alive)], [])] == []
+    (finding,) = dead_components([replace(heads, value_variation=dead)], [])
+    assert (finding.code, finding.head) == ("DEAD-KEY-VALUE-GROUP", 3)
+    assert "(1): the query heads 3–5 that share it" in finding.message

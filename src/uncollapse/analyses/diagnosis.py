@@ -6,7 +6,7 @@ judge. The result is a `Diagnosis` that can be shown, written to a file, and rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
@@ -17,14 +17,15 @@ from uncollapse.analyses.anatomy_recording import anatomy_record
 from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
 from uncollapse.analyses.recording import attention_records, model_info, probe_record, site_records, versions
 from uncollapse.analyses.result import Recorded
+from uncollapse.anatomy.interception import Point
 from uncollapse.judgement import findings
-from uncollapse.judgement.identifiability import heads_records
+from uncollapse.judgement.identifiability import heads_records, weights_reader
 from uncollapse.judgement.order_parameters import Components, symmetry_records
 from uncollapse.probe.activity import embedding_records, part_records
 from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
 from uncollapse.probe.initialisation import evidence
-from uncollapse.probe.logit_bounds import logit_bounds
-from uncollapse.probe.passes import Level
+from uncollapse.probe.logit_bounds import LogitBound, logit_bounds
+from uncollapse.probe.passes import Level, Observations
 from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import DIAGNOSIS_SCHEMA, DiagnosisRecord, SiteRecord
@@ -67,8 +68,8 @@ def diagnose(
 
     Options shared with `ablate`, `identify` and `symmetries` (`help(uncollapse.analyses.preparation.ProbeOptions)`):
     text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
-    model: layout, name, device, dtype, device_map, trust_remote_code=False, max_parameters=2000000000000;
-    run: command, progress.
+    model: layout, name, device, dtype, device_map, max_memory, trust_remote_code=False, max_parameters=2000000000000;
+    run: command, progress, alone=False.
 
     The model is left unchanged: its hooks, its mode, every bit of its output.
     Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the
@@ -76,7 +77,7 @@ def diagnose(
     """
     lengths = None if context_lengths is None else require_context_lengths(context_lengths)
     prepared = prepare(diagnose, model, texts, probe, level=level)
-    return Diagnosis(observe(prepared, context_lengths=lengths))
+    return Diagnosis(observe(prepared, context_lengths=lengths), prepared.is_first)
 
 
 # Records ------------------------------------------------------------------------------------------------------------
@@ -84,10 +85,21 @@ def diagnose(
 
 def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None) -> DiagnosisRecord:
     """One probe pass and one pass per context length, as one record with its findings."""
-    progress = prepared.progress
     # Before the pass, so that whoever watches the model sees the text last.
     bounds = logit_bounds(prepared.loaded.model, prepared.anatomy, prepared.batches[0])
-    observed = prepared.captured(level=prepared.level, progress=progress)
+    observed = prepared.captured(
+        level=prepared.level, digest=weights_reader(prepared.loaded.model), progress=prepared.progress
+    )
+    return prepared.judged(lambda: _judged(prepared, observed, bounds, context_lengths))
+
+
+def _judged(
+    prepared: Prepared,
+    observed: Observations,
+    bounds: Mapping[tuple[int, Point], LogitBound],
+    context_lengths: Sequence[int] | None,
+) -> DiagnosisRecord:
+    progress = prepared.progress
     model, anatomy = prepared.loaded.model, prepared.anatomy
     scaling = []
     if context_lengths is not None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from uncollapse import __version__
+from uncollapse import __version__, sources
 from uncollapse.analyses.preparation import Prepared
 from uncollapse.anatomy.interception import device_of
 from uncollapse.measures import mixing
@@ -30,7 +26,7 @@ from uncollapse.probe.sites import (
 )
 from uncollapse.records.common import ModelInfo, Probe, Statistic
 from uncollapse.records.diagnosis import AttentionRecord, MassiveTokensLeftOut, ReaderRecord, SiteRecord, StreamRecord
-from uncollapse.wrappers import seen_through
+from uncollapse.wrappers import class_of, seen_through
 
 
 def probe_record(prepared: Prepared, observed: Observations) -> Probe:
@@ -45,22 +41,9 @@ def probe_record(prepared: Prepared, observed: Observations) -> Probe:
         device=str(device_of(prepared.loaded.model)),
         command=prepared.command,
         options=prepared.options,
-        fingerprint=fingerprint(prepared.batches),
+        fingerprint=sources.fingerprint(prepared.batches),
+        processes=prepared.processes,
     )
-
-
-def fingerprint(batches: Sequence[Mapping[str, Any]]) -> str:
-    """What tells these batches from any others: a digest of their names, shapes, formats and bits."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch):
-            value = batch[name]
-            if isinstance(value, Tensor):
-                digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-            else:
-                digest.update(f"{name}{value!r}".encode())
-    return digest.hexdigest()[:16]
 
 
 def site_records(observed: Observations) -> list[SiteRecord]:
@@ -156,7 +139,7 @@ def model_info(prepared: Prepared, observed: Observations) -> ModelInfo:
     return ModelInfo(
         name=loaded.name,
         revision=loaded.revision,
-        architecture=type(seen_through(model)).__name__,
+        architecture=class_of(seen_through(model)).__name__,
         blocks=len(anatomy.blocks),
         heads=heads,
         key_value_heads=key_value_heads,

@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 import html
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from uncollapse import report
 from uncollapse.errors import InputError
-from uncollapse.records.encoding import to_json, write_atomically
+from uncollapse.records.encoding import to_json, write_atomically, write_record
 from uncollapse.records.stored import AnyRecord
 
 if TYPE_CHECKING:
@@ -26,12 +26,16 @@ Held = TypeVar("Held", bound=AnyRecord, covariant=True)
 
 @dataclass(frozen=True, repr=False)
 class Recorded(Generic[Held]):
-    """A result. `record` has all of it, as data."""
+    """A result. `record` has all of it, as data. Where several processes measured together each has it, and only the one that
+    `is_first` shows and writes it."""
 
     record: Held
+    is_first: bool = field(default=True, repr=False, compare=False)
 
     def show(self, console: Console | None = None) -> None:
         """Print it. In a notebook the object also shows its page when it is evaluated."""
+        if not self.is_first:
+            return
         from rich.console import Console
 
         if console is None:
@@ -43,15 +47,17 @@ class Recorded(Generic[Held]):
 
     def to_html(self, path: str | Path) -> None:
         """Write the page: one file, no network. Raises `InputError` where the path cannot be written."""
+        if not self.is_first:
+            return
         with _held_together("to_html"):
             page = report.draw(self.record)
         write_atomically(path, page)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The record as JSON; also written to `path` if given."""
+        """The record as JSON; also written to `path` if given, gzipped where it ends in `.gz`."""
         text = to_json(self.record)
-        if path is not None:
-            write_atomically(path, text)
+        if path is not None and self.is_first:
+            write_record(path, text)
         return text
 
     def __repr__(self) -> str:

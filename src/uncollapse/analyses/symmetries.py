@@ -38,7 +38,7 @@ from uncollapse.judgement.symmetries import at_rounding, completed
 from uncollapse.probe.context_lengths import require_context_lengths
 from uncollapse.probe.norms_before import with_norms_before
 from uncollapse.records.common import Finding, Phenomenon, Statistic
-from uncollapse.records.diagnosis import AttentionRecord
+from uncollapse.records.diagnosis import AttentionRecord, DiagnosisRecord
 from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord, SymmetryRecord, SymmetryTest
 from uncollapse.restoring import leaves_no_trace
 from uncollapse.symmetry.acting import acting, drawn, transformed
@@ -91,8 +91,8 @@ def symmetries(
 
     Options shared with `diagnose`, each described in `help(uncollapse.analyses.preparation.ProbeOptions)`:
     text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
-    model: layout, name, device, dtype, device_map, trust_remote_code=False, max_parameters=2000000000000;
-    run: command, progress.
+    model: layout, name, device, dtype, device_map, max_memory, trust_remote_code=False, max_parameters=2000000000000;
+    run: command, progress, alone=False.
 
     Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the
     anatomy cannot be proved. If something cannot be tested on this model, the record gives the reason.
@@ -101,19 +101,22 @@ def symmetries(
     prepared = prepare(symmetries, model, texts, probe)
     with float64_kept(prepared.loaded.model):
         diagnosis = observe(prepared, context_lengths=lengths)
-        acted = _Acting(prepared)
-        tests, stabilisers = acted.tests(), acted.stabilisers(diagnosis.attention)
-    return Symmetries(
-        SymmetriesRecord(
-            schema=SYMMETRIES_SCHEMA,
-            versions=diagnosis.versions,
-            model=diagnosis.model,
-            probe=diagnosis.probe,
-            symmetries=[completed(record, tests, stabilisers) for record in diagnosis.symmetries],
-            tests=tests,
-            findings=diagnosis.findings,
-            anatomy=diagnosis.anatomy,
-        )
+        return Symmetries(prepared.judged(lambda: _acted(prepared, diagnosis)), prepared.is_first)
+
+
+def _acted(prepared: Prepared, diagnosis: DiagnosisRecord) -> SymmetriesRecord:
+    """The groups act, and what they show completes the diagnosis."""
+    acted = _Acting(prepared)
+    tests, stabilisers = acted.tests(), acted.stabilisers(diagnosis.attention)
+    return SymmetriesRecord(
+        schema=SYMMETRIES_SCHEMA,
+        versions=diagnosis.versions,
+        model=diagnosis.model,
+        probe=diagnosis.probe,
+        symmetries=[completed(record, tests, stabilisers) for record in diagnosis.symmetries],
+        tests=tests,
+        findings=diagnosis.findings,
+        anatomy=diagnosis.anatomy,
     )
 
 

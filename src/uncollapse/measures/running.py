@@ -50,7 +50,7 @@ class Running:
 
     def reduced(self, group: torch.distributed.ProcessGroup | None = None) -> Running:
         """Merged over the processes of a `torch.distributed` group; every process gets the same, on the CPU."""
-        device = _reducing_device(group)
+        device = reducing_device(group)
         total, low, high, count = (t.to(device, copy=True) for t in (self.total, self.low, self.high, self.count))
         torch.distributed.all_reduce(total, torch.distributed.ReduceOp.SUM, group)
         torch.distributed.all_reduce(count, torch.distributed.ReduceOp.SUM, group)
@@ -65,7 +65,7 @@ class Running:
         return mean, float(self.low[index]), float(self.high[index]), n
 
 
-def _reducing_device(group: torch.distributed.ProcessGroup | None) -> torch.device:
+def reducing_device(group: torch.distributed.ProcessGroup | None = None) -> torch.device:
     """Where the group's backend takes tensors: the CPU if it can (gloo), else the current device of its kind (NCCL: CUDA)."""
     backends = torch.distributed.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
     kinds = [backend.split(":")[0] for backend in backends.split(",")]

@@ -60,7 +60,7 @@ class ModelInfo:
 @dataclass(frozen=True)
 class Probe:
     """Which tokens it was measured on, and how. `tokens` counts real tokens; `options` are the resolved ones. `fingerprint` is the
-    same for the same batches: names, shapes, formats and every bit of their tensors."""
+    same for the same batches: names, shapes, formats and every bit of their tensors. `processes` is how many took part."""
 
     sequences: int
     tokens: int
@@ -72,6 +72,7 @@ class Probe:
     command: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    processes: int = 1
 
 
 @dataclass(frozen=True)
