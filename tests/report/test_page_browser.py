@@ -180,7 +180,7 @@ def test_a_map_gives_its_cell_and_a_click_leads_to_its_row(
     for kind in ("mousePressed", "mouseReleased"):
         browser("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **at)
     row = f"document.getElementById('head-self-{block}-{head}')"
-    browser.wait_until(f"{row}.closest('details').open")
+    browser.wait_until(f"!!{row}?.closest('details').open")
     browser.wait_until(
         f"(() => {{ const r = {row}.getBoundingClientRect(); return r.top > 0 && r.bottom < innerHeight; }})()"
     )
