@@ -24,6 +24,7 @@ _HOME = {
     "Layout": "anatomy.vocabulary",
     "Monitor": "monitoring.monitor",
     "PositionGatedProjection": "gates.projection",
+    "Sweep": "analyses.sweep",
     "Symmetries": "analyses.symmetries",
     "UncollapseError": "errors",
     "UnsupportedModel": "errors",
@@ -43,6 +44,7 @@ _HOME = {
     "next_token_loss": "probe.metrics",
     "rank_change": "measures.normalization",
     "remove_gates": "gates.installation",
+    "sweep": "analyses.sweep",
     "symmetries": "analyses.symmetries",
     "verify": "analyses.ledger",
     "without": "interventions.without",
@@ -60,6 +62,7 @@ __all__ = [
     "Layout",
     "Monitor",
     "PositionGatedProjection",
+    "Sweep",
     "Symmetries",
     "UncollapseError",
     "UnsupportedModel",
@@ -84,6 +87,7 @@ __all__ = [
     "next_token_loss",
     "rank_change",
     "remove_gates",
+    "sweep",
     "symmetries",
     "verify",
     "without",
@@ -97,6 +101,7 @@ if TYPE_CHECKING:
     from uncollapse.analyses.heads import Identifiability, identify
     from uncollapse.analyses.ledger import Verification, verify
     from uncollapse.analyses.stored import load
+    from uncollapse.analyses.sweep import Sweep, sweep
     from uncollapse.analyses.symmetries import Symmetries, symmetries
     from uncollapse.anatomy.situations import forget
     from uncollapse.anatomy.vocabulary import Layout

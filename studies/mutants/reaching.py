@@ -76,7 +76,7 @@ def where(mutant: Mutant) -> list[tuple[str, Lines | None]]:
     names, size = _bound(around[:1]), -1
     while size != len(names):  # constants made of this constant
         size = len(names)
-        names |= _bound([node for node in tree.body if _used(node) & names])
+        names |= _bound([node for node in tree.body if not isinstance(node, ast.FunctionDef) and _used(node) & names])
     users: list[tuple[str, Lines | None]] = []
     for path in (p for package in PACKAGES for p in (PACKAGE / package).glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):

@@ -87,6 +87,14 @@ def test_a_model_is_compared_with_those_of_its_kind(is_causal: bool | None, plac
     assert entropy.highs == (min(high for _, high in ranges), max(high for _, high in ranges))
 
 
+def test_an_encoder_and_a_decoder_are_compared_with_all() -> None:
+    """An encoder's attention is full and a decoder's causal: no model of the study is of both kinds."""
+    record = causal(False, "post")
+    blocks = [*record.anatomy.blocks[:3], *causal(True, "post").anatomy.blocks[3:]]
+    mixed = replace(record, anatomy=replace(record.anatomy, blocks=blocks))
+    assert references(mixed).kind == "17 healthy models"
+
+
 def test_figures_are_shares_where_sizes_differ() -> None:
     record = samples.encoder()
     found = figures(record)

@@ -186,11 +186,7 @@ def prepare(
     that it does not have, `InputError` for input that cannot be used, and `UnsupportedModel` if the anatomy cannot be proved.
     """
     caller = function.__name__
-    _require_known(function, probe)
-    chosen: ProbeOptions = {**DEFAULTS, **probe}
-    if level not in ("core", "full"):
-        raise InputError(f"{caller}: expected level 'core' or 'full', got {level!r}. Pass one of the two.")
-    _require_in_bounds(caller, chosen)
+    chosen = require_options(function, probe, level=level)
     if chosen["alone"] or processes.count() == 1:
         return _prepared(caller, model, texts, chosen, level, head)
     processes.met(caller)
@@ -299,6 +295,19 @@ def _summary(output: Any) -> Tensor:
     """Two numbers by which outputs are compared."""
     first = next((t for t in tensors_in(output) if t.is_floating_point()), torch.zeros(1)).double()
     return torch.stack([first.abs().mean(), first.square().mean()]).cpu()
+
+
+def require_options(function: Callable[..., object], probe: ProbeOptions, *, level: Level = "core") -> ProbeOptions:
+    """All options of a pass, the defaults among them, once none of those given to `function` is unknown or absurd.
+
+    Raises `TypeError` for an option that it does not have, and `InputError` for a level or a number that no run can mean.
+    """
+    _require_known(function, probe)
+    chosen: ProbeOptions = {**DEFAULTS, **probe}
+    if level not in ("core", "full"):
+        raise InputError(f"{function.__name__}: expected level 'core' or 'full', got {level!r}. Pass one of the two.")
+    _require_in_bounds(function.__name__, chosen)
+    return chosen
 
 
 def _require_known(function: Callable[..., object], probe: ProbeOptions) -> None:

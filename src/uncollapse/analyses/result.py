@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from uncollapse import report
 from uncollapse.errors import InputError
-from uncollapse.records.encoding import to_json, write_atomically
+from uncollapse.records.encoding import to_json, write_atomically, write_record
 from uncollapse.records.stored import AnyRecord
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ class Recorded(Generic[Held]):
         write_atomically(path, page)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The record as JSON; also written to `path` if given."""
+        """The record as JSON; also written to `path` if given, gzipped where it ends in `.gz`."""
         text = to_json(self.record)
         if path is not None and self.is_first:
-            write_atomically(path, text)
+            write_record(path, text)
         return text
 
     def __repr__(self) -> str:

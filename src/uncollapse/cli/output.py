@@ -15,7 +15,7 @@ import typer
 
 from uncollapse.cli import launched, streams
 from uncollapse.errors import InputError, UncollapseError
-from uncollapse.files import writing
+from uncollapse.files import reading, writing
 from uncollapse.legible import legible
 from uncollapse.records.common import SEVERITIES, Finding, Severity
 
@@ -53,10 +53,10 @@ def refusals_in_one_line() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reads:
-    """What a command reads: files by the argument that names them, and a model by its name."""
+    """What a command reads: files by the argument that names them, and models by their names."""
 
     files: Sequence[tuple[str, str]] = ()
-    model: str | None = None
+    models: Sequence[str] = ()
 
 
 def require_writable(*, json: str | None, html: str | None, quiet: bool = False, reads: Reads | None = None) -> None:
@@ -117,11 +117,12 @@ def _require_not_read(option: str, name: str, place: writing.Destination, reads:
                 f"{option}: expected a file that is not read, got {name!r}, which {argument} names, too. "
                 "It would be overwritten. Name another file."
             )
-    if reads.model is not None and _is_of_model(place, reads.model):
-        raise InputError(
-            f"{option}: expected a file that is not read, got {name!r}, which belongs to the model {reads.model!r}. "
-            "The checkpoint would be damaged. Name a file in another folder."
-        )
+    for model in reads.models:
+        if _is_of_model(place, model):
+            raise InputError(
+                f"{option}: expected a file that is not read, got {name!r}, which belongs to the model {model!r}. "
+                "The checkpoint would be damaged. Name a file in another folder."
+            )
 
 
 def _is_same(file: str, existing: os.stat_result) -> bool:
@@ -179,7 +180,10 @@ def _is_own(place: writing.Destination) -> bool:
     if place.path is None:
         return False
     with contextlib.suppress(OSError), open(place.path, "rb") as stream:
-        return stream.read(64).startswith(_OWN)
+        head = stream.read(4096)
+        if head.startswith(reading.GZIP):
+            head = next(reading.unpacked([head], at_most=reading.PIECE), b"")
+        return head.startswith(_OWN)
     return False
 
 

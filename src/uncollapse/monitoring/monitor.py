@@ -42,6 +42,7 @@ from uncollapse.probe.passes import NextPass, Observations
 from uncollapse.records import load
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import DiagnosisRecord
+from uncollapse.records.figures import head_figures, head_places, places, site_figures
 from uncollapse.records.trail import TRAIL_SCHEMA, Alarm, TrailFile, TrailReading, TrailRecord
 
 Log = Callable[[dict[str, float], int], object]
@@ -223,16 +224,16 @@ class Monitor:
                         "watch": sorted(self.watch),
                         "patience": self.patience,
                     },
-                    sites=figures.places(trajectory),
-                    heads=figures.head_places(attention),
+                    sites=places(trajectory),
+                    heads=head_places(attention),
                 ),
             )
         assert self.record is not None
         of_heads, of_sites = self._weight_figures(self.record, spectra=self._decomposes)
         reading = TrailReading(
             step=step,
-            sites=(figures.site_figures(trajectory) if "tokens" in self.watch else {}) | of_sites,
-            heads=(figures.head_figures(attention) if "attention" in self.watch else {}) | of_heads,
+            sites=(site_figures(trajectory) if "tokens" in self.watch else {}) | of_sites,
+            heads=(head_figures(attention) if "attention" in self.watch else {}) | of_heads,
             margins=margins_of(read),
             loss=_number(loss),
         )

@@ -22,14 +22,26 @@ from uncollapse.errors import InputError
 from uncollapse.legible import legible
 from uncollapse.records.ablation import ABLATION_SCHEMA, AblationRecord
 from uncollapse.records.attribution import ATTRIBUTION_SCHEMA, AttributionRecord
-from uncollapse.records.common import ModelInfo, Probe
+from uncollapse.records.common import Finding, ModelInfo, Probe
 from uncollapse.records.comparison import COMPARISON_SCHEMA, ComparisonRecord
 from uncollapse.records.diagnosis import DIAGNOSIS_SCHEMA, DiagnosisRecord
 from uncollapse.records.heads import HEADS_SCHEMA, IdentifiabilityRecord
 from uncollapse.records.ledger import LEDGER_SCHEMA, Ledger
+from uncollapse.records.sweep import SWEEP_SCHEMA, SweepRecord
 from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord
 from uncollapse.records.trail import TRAIL_SCHEMA, TrailRecord
-from uncollapse.report import ablation, attribution, comparison, diagnosis, heads, ledger, symmetries, trail, wording
+from uncollapse.report import (
+    ablation,
+    attribution,
+    comparison,
+    diagnosis,
+    heads,
+    ledger,
+    sweep,
+    symmetries,
+    trail,
+    wording,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,10 +58,13 @@ def draw(record: AnyRecord) -> str:
 
 
 def title(record: AnyRecord) -> str:
-    """What the record is about, in a few words: the model, both models of a comparison, or how many claims a ledger has."""
+    """What the record is about, in a few words: the model, both models of a comparison, or how many claims a ledger has and how
+    many checkpoints a sweep."""
     match record:
         case Ledger():
             return wording.count(len(record.claims), "claim")
+        case SweepRecord():
+            return wording.count(len(record.checkpoints), "checkpoint")
         case ComparisonRecord():
             return " → ".join(legible(model.name) for model in record.models)
     return legible(record.model.name)
@@ -59,8 +74,8 @@ def show(record: AnyRecord, console: Console) -> None:
     """Print a diagnosis (one row per block, then the findings), an ablation (one row per run, then the predictions), the
     heads' identifiability (the answer, then one row per block), symmetries (one paragraph per phenomenon, then one row per
     test), a ledger (one paragraph per claim, then the verdicts), a trail (one row per look, then the
-    alarms), a comparison (one row per block, then what got worse) or an attribution (the largest effects, then what may be said
-    of the heads).
+    alarms), a comparison (one row per block, then what got worse), a sweep (one row per checkpoint, then the first finding of each
+    kind) or an attribution (the largest effects, then what may be said of the heads).
 
     Raises `InputError` if it is not a record of a schema that this version knows.
     """
@@ -75,7 +90,7 @@ class _Shown(NamedTuple):
 
 def _shown(function: str, record: AnyRecord) -> _Shown:
     """The two functions for this kind of record, with the record filled in and its texts made safe to show."""
-    record = _legible(record, str if isinstance(record, Ledger) else wording.in_digits)
+    record = _legible(record, str if isinstance(record, Ledger | SweepRecord) else wording.in_digits)
     match record:
         case DiagnosisRecord():
             shown = _Shown(DIAGNOSIS_SCHEMA, partial(diagnosis.page, record), partial(diagnosis.printout, record))
@@ -91,6 +106,8 @@ def _shown(function: str, record: AnyRecord) -> _Shown:
             shown = _Shown(ATTRIBUTION_SCHEMA, partial(attribution.page, record), partial(attribution.printout, record))
         case TrailRecord():
             shown = _Shown(TRAIL_SCHEMA, partial(trail.page, record), partial(trail.printout, record))
+        case SweepRecord():
+            shown = _Shown(SWEEP_SCHEMA, partial(sweep.page, record), partial(sweep.printout, record))
         case Ledger():
             shown = _Shown(LEDGER_SCHEMA, partial(ledger.page, record), partial(ledger.printout, record))
         case _:
@@ -114,6 +131,8 @@ def _legible(held: Any, said: Callable[[str], str]) -> Any:
         return said(legible(held))
     if isinstance(held, (ModelInfo, Probe)):
         said = str
+    if isinstance(held, Finding):  # of a sweep, whose other texts are names
+        said = wording.in_digits
     if isinstance(held, list):
         parts = [part if isinstance(part, float) else _legible(part, said) for part in held]
         return held if all(map(operator.is_, parts, held)) else parts

@@ -170,14 +170,14 @@ def sentence_of_symmetry(healthy: References, phenomenon: str) -> str:
 
 
 def is_causal(record: Any) -> bool | None:
-    """Whether tokens reach only later ones, in the attention that follows the trajectory; `None` where no record says."""
+    """Whether tokens reach only later ones; `None` where no record says, and where one stack does and the other does not."""
     said = getattr(record, "is_causal", None)
     anatomy = getattr(record, "anatomy", None)
     if said is not None or anatomy is None:
         return said
     found = [part.causal for block in anatomy.blocks for part in block.parts if part.kind == "attention"]
-    known = [causal for causal in found if causal is not None]
-    return all(known) if known else None
+    known = {causal for causal in found if causal is not None}
+    return known.pop() if len(known) == 1 else None
 
 
 def figures(record: DiagnosisRecord) -> dict[str, list[float]]:

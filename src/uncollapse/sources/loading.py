@@ -73,7 +73,7 @@ def load_model(
     max_parameters: int = bounds.PARAMETERS,
     head: bool = False,
 ) -> LoadedModel:
-    """Load `demo`, a folder that `save_pretrained` wrote, or a hub id.
+    """Load `demo`, a folder that `save_pretrained` wrote, or a hub id, which may name a revision: `org/model@step1000`.
 
     `demo` is the packaged all-MiniLM-L6-v2 (a folder of that name is `./demo`). `dtype` None or "auto" keeps the
     checkpoint's own. `device` None takes CUDA if available, otherwise the CPU;
@@ -112,6 +112,7 @@ def load_model(
     bounds.require_between("load_model", "max_parameters", max_parameters, 1, sys.maxsize)
     target = None if device_map is not None else _usable_device(device)
     place, label, source, package = _location(name)
+    place, revision = on_the_hub(place) if source == "hub" else (place, None)
     if source == "directory":
         checkpoints.require_plain_files(name, Path(place))
         checkpoints.require_sound_configuration(name, Path(place))
@@ -122,7 +123,9 @@ def load_model(
         stack.enter_context(_transformers_silenced())
         place = stack.enter_context(_in_utf_8(place))
         try:
-            config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+            config = transformers.AutoConfig.from_pretrained(
+                place, revision=revision or "main", trust_remote_code=trust_remote_code
+            )
         except Exception as error:  # transformers raises a dozen unrelated types for the same bad folder
             raise InputError(
                 f"load_model: expected a model in {name!r} that transformers {transformers.__version__} can open, got: "
@@ -134,7 +137,7 @@ def load_model(
             _require_safetensors(name, Path(place), architecture)
             checkpoints.require_only_safetensors(name, config, Path(place))
         elif source == "hub":
-            _require_sound_index_on_the_hub(name)
+            _require_sound_index_on_the_hub(name, place, revision)
         checkpoints.require_affordable(
             name,
             functools.partial(_built, model_class, config, trust_remote_code=trust_remote_code),
@@ -150,6 +153,7 @@ def load_model(
         try:
             model, report = model_class.from_pretrained(
                 place,
+                revision=revision or "main",
                 config=config,
                 dtype=dtype or "auto",
                 device_map=device_map,
@@ -172,9 +176,9 @@ def load_model(
         _require_whole(name, model, report)
         if scratch is not None:
             weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
-        tokenizer, problem = _tokenizer(place, trust_remote_code=trust_remote_code)
-    revision = package or getattr(config, "_commit_hash", None)
-    return LoadedModel(model.eval(), tokenizer, label, revision, source, problem)
+        tokenizer, problem = _tokenizer(place, revision, trust_remote_code=trust_remote_code)
+        found = _commit(place, revision) if source == "hub" else package
+    return LoadedModel(model.eval(), tokenizer, label, found, source, problem)
 
 
 @contextlib.contextmanager
@@ -249,12 +253,62 @@ def _location(name: str) -> tuple[str, str, Source, str | None]:
             f"load_model: expected a folder with a saved model, got the file {name!r}. "
             "A model needs a config.json next to its weights. Name the folder that holds both."
         )
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+    if name.startswith((".", "/", "~")) or on_the_hub(name)[0].count("/") > 1 or "\\" in name:
         raise InputError(
             f"load_model: expected a folder with a saved model, got {name!r}, which does not exist. "
             "The path may be misspelt. Name a folder, a hub id such as 'org/model', or 'demo'."
         )
     return name, name, "hub", None
+
+
+def on_the_hub(name: str) -> tuple[str, str | None]:
+    """The repository and the revision of a hub id.
+
+    >>> on_the_hub("org/model@step1000"), on_the_hub("org/model")
+    (('org/model', 'step1000'), ('org/model', None))
+    """
+    place, _, revision = name.partition("@")
+    return place, revision or None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What `load_model` would load: a folder, whose files may change, or else something that stays as it is: an installed
+    package with its version, a commit of the hub."""
+
+    folder: Path | None
+    fixed: str = ""
+
+
+def identified(name: str) -> Identity:
+    """What a name means now. A revision of the hub is asked for; what is stored counts where the hub cannot be reached.
+
+    Raises `InputError` where there is no such model, or the hub does not answer and nothing is stored.
+    """
+    place, _, source, package = _location(name)
+    if source != "hub":
+        return Identity(None, package) if package else Identity(Path(place))
+    repository, revision = on_the_hub(place)
+    try:
+        with _transformers_silenced():
+            commit = _commit(repository, revision)
+    except Exception as error:  # transformers raises a dozen unrelated types, as above
+        raise InputError(
+            f"load_model: expected a model on the hub, got {name!r}: {_reason(error)} {_configuration_advice(error, source)}"
+        ) from error
+    if commit is None:
+        raise InputError(
+            f"load_model: expected a commit of {name!r}, got none. What is stored of it may be damaged. Download it again."
+        )
+    return Identity(None, f"{repository} {commit}")
+
+
+def _commit(repository: str, revision: str | None) -> str | None:
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    commit = extract_commit_hash(cached_file(repository, "config.json", revision=revision or "main"), None)
+    return None if commit is None else str(commit)
 
 
 def checkpoint_folder(name: str) -> str | None:
@@ -268,7 +322,7 @@ def checkpoint_folder(name: str) -> str | None:
     from huggingface_hub import constants, file_download
 
     try:
-        folder = file_download.repo_folder_name(repo_id=name, repo_type="model")
+        folder = file_download.repo_folder_name(repo_id=on_the_hub(place)[0], repo_type="model")
     except ValueError:  # no name that the hub takes: `load_model` says so
         return None
     place = os.path.join(constants.HF_HUB_CACHE, folder)
@@ -327,9 +381,12 @@ def _no_safetensors(name: str, found: str, architecture: str, destination: str) 
     import transformers
 
     model_class = architecture if hasattr(transformers, architecture) else "AutoModel"
-    steps = [f"t.{model_class}.from_pretrained({name!r}).save_pretrained({destination!r})"]
-    if not os.path.isdir(os.path.expanduser(name)):
-        steps.append(f"t.AutoTokenizer.from_pretrained({name!r}).save_pretrained({destination!r})")
+    here = os.path.isdir(os.path.expanduser(name))
+    place, revision = (name, None) if here else on_the_hub(name)
+    given = repr(place) + (f", revision={revision!r}" if revision else "")
+    steps = [f"t.{model_class}.from_pretrained({given}).save_pretrained({destination!r})"]
+    if not here:
+        steps.append(f"t.AutoTokenizer.from_pretrained({given}).save_pretrained({destination!r})")
     return InputError(
         f"load_model: expected weights as .safetensors in {name!r}, got {found}. "
         "A pickle can run code when it is opened. If you trust its author, convert it once and name the result: "
@@ -345,12 +402,14 @@ def _built(model_class: Any, config: Any, *, trust_remote_code: bool) -> None:
         model_class._from_config(config)
 
 
-def _require_sound_index_on_the_hub(name: str) -> None:
+def _require_sound_index_on_the_hub(name: str, place: str, revision: str | None) -> None:
     """The same for a hub id as for a folder: its index is fetched first, and then what that names."""
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
     try:
-        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+        index = cached_file(
+            place, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
     except Exception:  # out of reach: the loader, which asks for the same, says so in its own words
         return
     if index is not None:
@@ -388,12 +447,14 @@ def _require_whole(name: str, model: nn.Module, report: Mapping[str, Any]) -> No
         )
 
 
-def _tokenizer(place: str, *, trust_remote_code: bool) -> tuple[Any | None, str]:
+def _tokenizer(place: str, revision: str | None, *, trust_remote_code: bool) -> tuple[Any | None, str]:
     """The tokenizer beside the model, or None and the reason. Models of images have none, so this is no error yet."""
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            place, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
         ordinary = len(tokenizer) - len(set(tokenizer.all_special_ids))
     except Exception as error:  # tokenizers of any origin raise anything; `tokenize` repeats it when text needs one
         return None, _reason(error)

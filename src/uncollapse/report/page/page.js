@@ -3,10 +3,11 @@
 (() => {
   "use strict";
   const byId = (id) => document.getElementById(id);
+  const rowOf = (id) => byId(id) || packedTables.row(id);
   const tip = byId("tip");
 
   function listed(row) {
-    const heads = row.closest("table").tHead.rows[0].cells;
+    const heads = packedTables.tableOf(row).tHead.rows[0].cells;
     const list = document.createElement("dl");
     for (const cell of row.cells) {
       const term = document.createElement("dt");
@@ -31,7 +32,7 @@
       tip.hidden = true;
       return;
     }
-    const rows = value.split(" ").map(byId);
+    const rows = value.split(" ").map(rowOf);
     if (rows.every(Boolean)) tip.replaceChildren(...rows.map(listed));
     else tip.textContent = value;
     tip.hidden = false;
@@ -141,6 +142,7 @@
   }
 
   async function draw() {
+    await packedTables.ready;
     for (const table of document.querySelectorAll("table[data-sortable]")) {
       for (const head of table.tHead.rows[0].cells) head.dataset.title = head.firstChild.textContent;
       sortable(table);
@@ -186,7 +188,9 @@
 
   // A link to a row inside a folded table opens it first.
   function unfold() {
-    const row = location.hash && byId(decodeURIComponent(location.hash.slice(1)));
+    const id = decodeURIComponent(location.hash.slice(1));
+    packedTables.show(id);
+    const row = id && byId(id);
     const folded = row && row.closest("details");
     if (folded) {
       folded.open = true;

@@ -19,13 +19,16 @@ from markupsafe import Markup
 
 from uncollapse.report import wording
 from uncollapse.report.anatomy import not_measured_sentences
+from uncollapse.report.page.packed import packed_rows, sort_key
 
 LONGEST_PRINTED = 400  # rows of a folded table that is printed, about ten pages; a longer one stays folded on paper
 
 
 def render(template: str, *, styles: Sequence[str], scripts: Sequence[str], **content: Any) -> str:
-    """The page that `template` draws from `content`. `styles` are names of files from `report/` on, `scripts` are programs."""
+    """The page that `template` draws from `content`. `styles` are names of files from `report/` on, `scripts` are programs. Before
+    them runs what unpacks large tables."""
     style = "".join(map(source, styles))
+    scripts = [source("page/packed.js"), *scripts]
     policy = (
         f"default-src 'none'; script-src {' '.join(map(_hash, scripts))}; style-src {_hash(style)}; "
         "base-uri 'none'; form-action 'none'"
@@ -90,6 +93,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["data"] = _data
+    environment.filters["sort_key"] = sort_key
+    environment.globals["packed_rows"] = packed_rows
     environment.globals["wording"] = wording
     environment.globals["LONGEST_PRINTED"] = LONGEST_PRINTED
     environment.globals["not_measured_sentences"] = not_measured_sentences
