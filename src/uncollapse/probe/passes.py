@@ -132,8 +132,8 @@ def capture(
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors there."""
-    return {k: v.to(device).contiguous() if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """The batch with its tensors there, in memory as they lie: in half precision another order rounds otherwise."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def sequences_before(batches: Sequence[Mapping[str, Any]]) -> list[int]:
