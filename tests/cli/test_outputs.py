@@ -131,9 +131,9 @@ def test_a_report_may_lie_in_the_folder_of_its_model_and_be_written_again(checkp
         "report.json": GOLDEN.joinpath("heads.json").read_text(),
         "report.html": "<!doctype html>",
     }.items():
-        output.require_writable(json=str(checkpoint / name), html=None, quiet=True, reads=reads)
+        output.require_writable(output.Outputs(json=str(checkpoint / name)), quiet=True, reads=reads)
         (checkpoint / name).write_text(text)
-        output.require_writable(json=str(checkpoint / name), html=None, quiet=True, reads=reads)
+        output.require_writable(output.Outputs(json=str(checkpoint / name)), quiet=True, reads=reads)
     assert sorted(os.listdir(checkpoint)) == [
         *("README.md", "config.json", "model.safetensors", "report.html", "report.json", "shards")
     ]

@@ -26,6 +26,7 @@ from uncollapse.cli.options import (
     Blocks,
     Claims,
     ContextLengths,
+    Csv,
     Device,
     DeviceMap,
     Draws,
@@ -40,6 +41,7 @@ from uncollapse.cli.options import (
     MaxTokens,
     Model,
     Noise,
+    Parquet,
     Prompt,
     Quiet,
     Record,
@@ -58,6 +60,7 @@ from uncollapse.cli.output import (
     FOUND,
     REFUSED,
     STDIN,
+    Outputs,
     Reads,
     deliver,
     progress_on_stderr,
@@ -166,6 +169,8 @@ def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., 
             seed: Seed = 0,
             json: Json = None,
             html: Html = None,
+            csv: Csv = None,
+            parquet: Parquet = None,
             quiet: Quiet = False,
             device: Device = None,
             dtype: Dtype = None,
@@ -194,7 +199,7 @@ def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., 
                 )
 
             reads = Reads([("--text", str(file)) for file in text or ()], model)
-            carry_out(found, reads=reads, json=json, html=html, quiet=quiet, fail_on=fail_on)
+            carry_out(found, reads=reads, outputs=Outputs(json, html, csv, parquet), quiet=quiet, fail_on=fail_on)
 
         first, *rest = (p for p in inspect.signature(run).parameters.values() if p.kind is not p.VAR_KEYWORD)
         own_options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -213,19 +218,18 @@ def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., 
 def carry_out(
     found: "Callable[[Progress | None], Any]",
     *,
-    json: str | None,
-    html: str | None,
+    outputs: Outputs,
     quiet: bool,
     reads: Reads | None = None,
     fail_on: Severity | None = None,
 ) -> None:
     """The body of every command: check the outputs, do the work with progress bars, deliver the result, set the exit code."""
     with refusals_in_one_line():
-        require_writable(json=json, html=html, quiet=quiet, reads=reads)
+        require_writable(outputs, quiet=quiet, reads=reads)
         with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
             # stdout is kept for the result: whatever a library or a model's own code prints meanwhile goes to stderr.
             result = found(progress)
-        deliver(result, json=json, html=html, quiet=quiet)
+        deliver(result, outputs, quiet=quiet)
         if fail_on is not None and reaches(result.findings, fail_on):
             raise typer.Exit(FOUND)
 
@@ -436,6 +440,8 @@ def attribute(
     seed: Seed = 0,
     json: Json = None,
     html: Html = None,
+    csv: Csv = None,
+    parquet: Parquet = None,
     quiet: Quiet = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -467,7 +473,7 @@ def attribute(
             progress=progress,
         )
 
-    carry_out(found, reads=Reads((), model), json=json, html=html, quiet=quiet)
+    carry_out(found, reads=Reads((), model), outputs=Outputs(json, html, csv, parquet), quiet=quiet)
 
 
 # The ids stand here as text, so that the help need not import what checks them; a test holds them against the ledger.
@@ -516,6 +522,8 @@ def verify(
     seed: Draws = 0,
     json: Json = None,
     html: Html = None,
+    csv: Csv = None,
+    parquet: Parquet = None,
     quiet: Quiet = False,
 ) -> None:
     """Check claims about Transformers, in exact arithmetic where possible, and print each verdict with its evidence."""
@@ -533,7 +541,7 @@ def verify(
         )
         return Recorded(ledger)
 
-    carry_out(found, json=json, html=html, quiet=quiet)
+    carry_out(found, outputs=Outputs(json, html, csv, parquet), quiet=quiet)
 
 
 @app.command(
@@ -565,6 +573,8 @@ def compare(
     fail_on: FailOn = None,
     json: Json = None,
     html: Html = None,
+    csv: Csv = None,
+    parquet: Parquet = None,
     quiet: Quiet = False,
 ) -> None:
     """Lay two diagnoses beside each other: what changed, block by block and head by head?"""
@@ -575,7 +585,7 @@ def compare(
         return comparison(_stored(before), _stored(after))
 
     reads = Reads([("BEFORE", before), ("AFTER", after)])
-    carry_out(found, reads=reads, json=json, html=html, quiet=quiet, fail_on=fail_on)
+    carry_out(found, reads=reads, outputs=Outputs(json, html, csv, parquet), quiet=quiet, fail_on=fail_on)
 
 
 @app.command(
@@ -607,7 +617,14 @@ Nothing is measured and no model is loaded: a record is complete in itself. `unc
 **Exit codes**: 0 done; 2 the record cannot be used; 130 interrupted.
 """
 )
-def show(record: Record, json: Json = None, html: Html = None, quiet: Quiet = False) -> None:
+def show(
+    record: Record,
+    json: Json = None,
+    html: Html = None,
+    csv: Csv = None,
+    parquet: Parquet = None,
+    quiet: Quiet = False,
+) -> None:
     """Show a stored record or a monitor's trail, in the terminal, as a page or as JSON."""
 
     def found(_: "Progress | None") -> "Recorded[Any]":
@@ -615,7 +632,7 @@ def show(record: Record, json: Json = None, html: Html = None, quiet: Quiet = Fa
 
         return Recorded(_stored(record))
 
-    carry_out(found, reads=Reads([("RECORD", record)]), json=json, html=html, quiet=quiet)
+    carry_out(found, reads=Reads([("RECORD", record)]), outputs=Outputs(json, html, csv, parquet), quiet=quiet)
 
 
 def _stored(name: str) -> Any:

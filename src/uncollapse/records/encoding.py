@@ -57,8 +57,8 @@ def json_schema(kind: type[Any]) -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` as UTF-8 so that a reader sees either the old file or the complete new one.
+def write_atomically(path: str | os.PathLike[str], text: str | bytes) -> None:
+    """Write `text` to `path`, as UTF-8 where it is not bytes, so that a reader sees either the old file or the complete new one.
 
     Links are followed, and the permissions and the owner of an existing file are kept. A stream of this process, such as
     `/dev/stdout`, is written to where it stands.
@@ -67,7 +67,8 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """
     try:
         # Record and page hold no lone surrogates, but what a caller passes may.
-        writing.write(writing.destination(path), text.encode("utf-8", "backslashreplace"))
+        data = text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace")
+        writing.write(writing.destination(path), data)
     except BrokenPipeError:
         raise  # whoever read our output has seen enough, which is no fault of the path
     except (OSError, TypeError) as error:
