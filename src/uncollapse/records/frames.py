@@ -76,7 +76,12 @@ class Table:
         chosen = _backend(backend)
         import narwhals
 
-        of = {float: narwhals.Float64, int: narwhals.Int64, bool: narwhals.Boolean, str: narwhals.String}
+        of: dict[Any, Any] = {
+            float: narwhals.Float64,
+            int: narwhals.Int64,
+            bool: narwhals.Boolean,
+            str: narwhals.String,
+        }
         schema: dict[str, Any] = {name: of[kind] for name, kind in self.types.items()}
         if chosen == "pandas":  # its integers and booleans have no missing ones: they become numbers and objects
             for name, kind in self.types.items():
@@ -114,10 +119,10 @@ def table(records: Sequence[Any], kind: type[Any], *, outer: Mapping[str, Sequen
     before = {name: list(values) for name, values in (outer or {}).items()}
     found = {name: (cell, path) for name, (cell, path) in _cells(kind).items() if name not in before}
     values = {name: [_at(record, path) for record in records] for name, (_, path) in found.items()}
-    return Table(
-        before | {name: [_cell(v, found[name][0]) for v in column] for name, column in values.items()},
-        dict.fromkeys(before, str) | {name: cell for name, (cell, _) in found.items()},
-    )
+    kinds: dict[str, Cell] = dict.fromkeys(before, str)
+    kinds |= {name: cell for name, (cell, _) in found.items()}
+    cells = {name: [_cell(v, kinds[name]) for v in column] for name, column in values.items()}
+    return Table(before | cells, kinds)
 
 
 def tables(record: Any) -> dict[str, Table]:
