@@ -137,7 +137,7 @@ def test_a_wide_cloud_keeps_a_uniform_sample_and_says_so() -> None:
     kept = drawn.argsort()[:WIDEST].sort().values
     assert torch.equal(cloud.points, x[kept])
     assert torch.allclose(cloud.mean, x.mean(0), atol=1e-12)
-    found = corpus._measures(cloud, corpus.Spectrum(torch.ones(4).double(), torch.ones(3).double()))
+    (found,) = corpus._measures([cloud], corpus.Spectrum(torch.ones(1, 4).double(), torch.ones(1, 4).double()))
     assert (found.points, found.sampled, found.attainable_rank, found.attainable_centred_rank) == (
         *(3 * WIDEST, WIDEST, WIDEST),
         WIDEST - 1,

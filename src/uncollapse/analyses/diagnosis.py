@@ -15,7 +15,14 @@ from torch import nn
 
 from uncollapse.analyses.anatomy_recording import anatomy_record
 from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
-from uncollapse.analyses.recording import attention_records, model_info, probe_record, site_records, versions
+from uncollapse.analyses.recording import (
+    attention_records,
+    corpus_records,
+    model_info,
+    probe_record,
+    site_records,
+    versions,
+)
 from uncollapse.analyses.result import Recorded
 from uncollapse.judgement import findings
 from uncollapse.judgement.identifiability import heads_records
@@ -24,6 +31,7 @@ from uncollapse.probe.activity import embedding_records, part_records
 from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
 from uncollapse.probe.initialisation import evidence
 from uncollapse.probe.logit_bounds import logit_bounds
+from uncollapse.probe.own_pooling import OwnPooling
 from uncollapse.probe.passes import Level
 from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.common import Finding
@@ -87,7 +95,8 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
     progress = prepared.progress
     # Before the pass, so that whoever watches the model sees the text last.
     bounds = logit_bounds(prepared.loaded.model, prepared.anatomy, prepared.batches[0])
-    observed = prepared.captured(level=prepared.level, progress=progress)
+    pooling = OwnPooling(prepared.seed)
+    observed = prepared.captured(level=prepared.level, progress=progress, on_output=pooling.take)
     model, anatomy = prepared.loaded.model, prepared.anatomy
     scaling = []
     if context_lengths is not None:
@@ -95,6 +104,8 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
             model, anatomy, prepared.batches, context_lengths, seed=prepared.seed, progress=progress
         )
     trajectory = site_records(observed)
+    own = pooling.statistics(model, prepared.batches[0], observed.sequences)
+    corpus = corpus_records([*observed.corpus, *own])
     attention = [
         record
         for s in observed.attention
@@ -106,7 +117,7 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
     # Only where something looks as at the start of training are the weights asked whether it is the start.
     doubtful = [
         f.block
-        for f in findings.findings(trajectory, attention, head_records, parts, embeddings)
+        for f in findings.findings(trajectory, attention, head_records, parts, embeddings, corpus)
         if f.block is not None and f.phenomenon in AS_AT_THE_START
     ]
     seen = evidence(model, anatomy, doubtful)
@@ -129,8 +140,9 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
         norms=norm_records(observed.norms),
         updates=updates,
         symmetries=symmetry_records(trajectory, attention, head_records, Components.of(model, anatomy), scaling),
-        findings=findings.findings(trajectory, attention, head_records, parts, embeddings),
+        findings=findings.findings(trajectory, attention, head_records, parts, embeddings, corpus),
         anatomy=anatomy_record(anatomy, observed, updates),
         parts=parts,
         embeddings=embeddings,
+        corpus=corpus,
     )

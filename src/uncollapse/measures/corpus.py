@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from uncollapse.errors import InputError
@@ -83,7 +83,7 @@ class Comparison:
 
 
 @admitting
-def effective_rank(values: Float[Tensor, " direction"]) -> float:
+def effective_rank(values: Float[Tensor, "*batch direction"]) -> Float[Tensor, "*batch"]:
     """How many directions a cloud uses, counting each by its share: a number of directions.
 
     exp(-sum_i p_i ln p_i), p_i = sigma_i / sum_j sigma_j, over the singular values sigma_i of the cloud (0 ln 0 = 0). From the
@@ -96,20 +96,20 @@ def effective_rank(values: Float[Tensor, " direction"]) -> float:
     Misleads across different n: with more sequences it grows. One direction of enormous size, as a common mean often is,
     hides the others from the uncentred one.
 
-    >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0])), 9)
+    >>> round(effective_rank(torch.tensor([2.0, 2.0, 0.0])).item(), 9)
     2.0
 
     Source: Q. Garrido, R. Balestriero, L. Najman, Y. LeCun, "RankMe: Assessing the downstream performance of pretrained
     self-supervised representations by their rank", arXiv 2210.02885, eq. 1 to 3; O. Roy, M. Vetterli, "The effective rank", 2007.
     """
-    total = values.sum()
-    if not float(total) > 0:
-        return 0.0
-    return float(torch.special.entr(values.double() / total.double()).sum().exp())
+    values = values.double()
+    total = values.sum(-1, keepdim=True)
+    found: Tensor = torch.special.entr(values / total).sum(-1).exp()
+    return found.where(total[..., 0] > 0, 0)
 
 
 @admitting
-def participation_ratio(values: Float[Tensor, " direction"]) -> float:
+def participation_ratio(values: Float[Tensor, "*batch direction"]) -> Float[Tensor, "*batch"]:
     """How many directions hold the variance: a number of directions.
 
     (sum_i lambda_i)^2 / sum_i lambda_i^2, lambda_i = sigma_i^2 the variances along the principal directions.
@@ -118,17 +118,17 @@ def participation_ratio(values: Float[Tensor, " direction"]) -> float:
 
     Misleads where one variance is enormous: the others hardly count, many as they may be. `effective_rank` counts them more.
 
-    >>> round(participation_ratio(torch.tensor([1.0, 1.0, 0.0])), 9)
+    >>> round(participation_ratio(torch.tensor([1.0, 1.0, 0.0])).item(), 9)
     2.0
 
     Source: P. Gao et al., "A theory of multineuronal dimensionality, dynamics and measurement", bioRxiv 214262, eq. 2.
     """
     variances = values.double().square()
-    return float(variances.sum().square() / variances.square().sum())
+    return variances.sum(-1).square() / variances.square().sum(-1)
 
 
 @admitting
-def isoscore(values: Float[Tensor, " direction"], width: int) -> float:
+def isoscore(values: Float[Tensor, "*batch direction"], width: int) -> Float[Tensor, "*batch"]:
     """How evenly the variance fills all `width` dimensions: a share.
 
     With v = sqrt(d) lambda / ||lambda||_2 and delta = ||v - 1||_2 / sqrt(2 (d - sqrt d)) it is ((d - delta^2 (d - sqrt d))^2 - d) /
@@ -141,45 +141,45 @@ def isoscore(values: Float[Tensor, " direction"], width: int) -> float:
 
     Misleads for n <= d points: directions that so few points cannot have count as empty. Then it is at most (n - 2)/(d - 1).
 
-    >>> round(isoscore(torch.tensor([1.0, 1.0, 1.0]), 3), 9), round(isoscore(torch.tensor([1.0]), 3), 9)
+    >>> round(isoscore(torch.tensor([1.0, 1.0, 1.0]), 3).item(), 9), round(isoscore(torch.tensor([1.0]), 3).item(), 9)
     (1.0, 0.0)
 
     Source: W. Rudman, N. Gillman, T. Rayne, C. Eickhoff, "IsoScore: Measuring the Uniformity of Embedding Space Utilization",
     arXiv 2108.07344, algorithm 1.
     """
-    return (participation_ratio(values) - 1) / (width - 1) if width > 1 else math.nan
+    return (participation_ratio(values) - 1) / (width - 1 if width > 1 else math.nan)
 
 
 @admitting
-def directions_holding(values: Float[Tensor, " direction"], share: float) -> int:
+def directions_holding(values: Float[Tensor, "*batch direction"], share: float) -> Int[Tensor, "*batch"]:
     """The fewest principal directions that hold `share` of the variance: a count.
 
     min{k : sum_{i<=k} lambda_i >= share sum_i lambda_i}. From 1 to min(n - 1, d). Invariant under rotation, scale and translation.
 
-    >>> directions_holding(torch.tensor([3.0, 1.0, 0.1]), 0.89), directions_holding(torch.tensor([3.0, 1.0, 0.1]), 0.95)
-    (1, 2)
+    >>> [directions_holding(torch.tensor([3.0, 1.0, 0.1]), share).item() for share in (0.89, 0.95)]
+    [1, 2]
 
     Source: principal component analysis.
     """
     variances = values.double().square()
     held = variances.cumsum(-1)
     # A sum in another order may differ in its last digits: what is reached but for those is reached.
-    return int((held < share * held[-1] * (1 - 8 * _EPS_64 * len(held))).sum()) + 1
+    return (held < share * held[..., -1:] * (1 - 8 * _EPS_64 * held.shape[-1])).sum(-1) + 1
 
 
 @admitting
-def top_share(values: Float[Tensor, " direction"], count: int) -> float:
+def top_share(values: Float[Tensor, "*batch direction"], count: int) -> Float[Tensor, "*batch"]:
     """The share of the variance that the first `count` principal directions hold.
 
     sum_{i<=count} lambda_i / sum_i lambda_i. From count/min(n - 1, d) to 1. NaN for a cloud without spread.
 
-    >>> round(top_share(torch.tensor([3.0, 1.0]), 1), 9)
+    >>> round(top_share(torch.tensor([3.0, 1.0]), 1).item(), 9)
     0.9
 
     Source: principal component analysis.
     """
     variances = values.double().square()
-    return float(variances[:count].sum() / variances.sum())
+    return variances[..., :count].sum(-1) / variances.sum(-1)
 
 
 @admitting
@@ -244,7 +244,15 @@ def corpus_measures(clouds: Sequence[RunningCloud], eps: Sequence[float]) -> lis
 
     Source: as in the single measures.
     """
-    return [_measures(cloud, spectrum) for cloud, spectrum in zip(clouds, spectra(clouds, eps), strict=True)]
+    found: dict[int, CorpusMeasures] = {}
+    groups: dict[tuple[int, int], list[int]] = {}
+    known = spectra(clouds, eps)
+    for place, spectrum in enumerate(known):
+        groups.setdefault((len(spectrum.whole), len(clouds[place].mean)), []).append(place)
+    for places in groups.values():
+        chosen = Spectrum(*(torch.stack(values) for values in zip(*(known[place] for place in places), strict=True)))
+        found |= zip(places, _measures([clouds[place] for place in places], chosen), strict=True)
+    return [found[place] for place in range(len(clouds))]
 
 
 def spectra(clouds: Sequence[RunningCloud], eps: Sequence[float]) -> list[Spectrum]:
@@ -326,35 +334,50 @@ def _from_moments(cloud: RunningCloud, eps: float) -> Spectrum:
     return Spectrum(*found)
 
 
-def _measures(cloud: RunningCloud, spectrum: Spectrum) -> CorpusMeasures:
-    width, n = len(cloud.mean), cloud.count
-    sampled = len(cloud.points) if cloud.scatter is None and len(cloud.points) < n else None
-    counted = n if sampled is None else sampled
+def _measures(clouds: Sequence[RunningCloud], spectrum: Spectrum) -> Iterator[CorpusMeasures]:
+    """Of clouds whose spectra, [cloud, direction], have one length."""
+    width = len(clouds[0].mean)
     whole, apart = spectrum
-    has_spread = n > 1 and len(apart) > 0 and float(apart[0]) > 0
-    law = power_law(apart) if has_spread else LineFit(None, None, None)
-    energy = float(whole.square().sum()) / max(counted, 1)
-    similarity = mean_cosine(cloud)
-    return CorpusMeasures(
-        points=n,
-        sampled=sampled,
-        attainable_rank=min(counted, width),
-        attainable_centred_rank=max(min(counted - 1, width), 0),
-        effective_rank=effective_rank(whole) if energy > 0 else None,
-        centred_effective_rank=effective_rank(apart) if n > 1 and energy > 0 else None,
-        participation_ratio=participation_ratio(apart) if has_spread else None,
-        stable_rank=1 / top_share(apart, 1) if has_spread else None,
-        alpha=law.slope,
-        alpha_low=law.low,
-        alpha_high=law.high,
-        k90=directions_holding(apart, 0.9) if has_spread else None,
-        k95=directions_holding(apart, 0.95) if has_spread else None,
-        top_share=top_share(apart, 1) if has_spread else None,
-        top_ten_share=top_share(apart, 10) if has_spread else None,
-        isoscore=isoscore(apart, width) if has_spread and width > 1 else None,
-        mean_cosine=similarity if math.isfinite(similarity) else None,
-        mean_share=max(0.0, 1 - float(apart.square().sum()) / (energy * counted)) if energy > 0 else None,
-    )
+    if not whole.shape[-1]:
+        whole = apart = whole.new_zeros(len(clouds), 1)
+    figures = {
+        "effective_rank": effective_rank(whole),
+        "centred_effective_rank": effective_rank(apart),
+        "participation_ratio": participation_ratio(apart),
+        "stable_rank": 1 / top_share(apart, 1),
+        "k90": directions_holding(apart, 0.9),
+        "k95": directions_holding(apart, 0.95),
+        "top_share": top_share(apart, 1),
+        "top_ten_share": top_share(apart, 10),
+        "isoscore": isoscore(apart, width),
+        "energy": whole.square().sum(-1),
+        "spread": apart.square().sum(-1),
+    }
+    columns = zip(*(values.tolist() for values in figures.values()), strict=True)
+    for cloud, values, line in zip(clouds, columns, apart, strict=True):
+        found = dict(zip(figures, values, strict=True))
+        n, energy, spread = cloud.count, found.pop("energy"), found.pop("spread")
+        sampled = len(cloud.points) if cloud.scatter is None and len(cloud.points) < n else None
+        counted = n if sampled is None else sampled
+        law = power_law(line) if n > 1 and spread > 0 else LineFit(None, None, None)
+        defined = {
+            "effective_rank": energy > 0,
+            "centred_effective_rank": energy > 0 and n > 1,
+            "isoscore": spread > 0 and n > 1 and width > 1,
+        }
+        similarity = mean_cosine(cloud)
+        yield CorpusMeasures(
+            points=n,
+            sampled=sampled,
+            attainable_rank=min(counted, width),
+            attainable_centred_rank=max(min(counted - 1, width), 0),
+            alpha=law.slope,
+            alpha_low=law.low,
+            alpha_high=law.high,
+            mean_cosine=similarity if math.isfinite(similarity) else None,
+            mean_share=max(0.0, 1 - spread / energy) if energy > 0 else None,
+            **{k: v if defined.get(k, spread > 0 and n > 1) else None for k, v in found.items()},
+        )
 
 
 # Two clouds -------------------------------------------------------------------------------------------------------------
@@ -383,7 +406,11 @@ def subspace_novelty(
     Raises `InputError` for clouds of other shapes.
     """
     _require_alike("subspace_novelty", before, after, width=True)
-    x, y = _centred(before), _centred(after)
+    return _novelty(_centred(before), _centred(after))
+
+
+def _novelty(x: Tensor, y: Tensor) -> Tensor:
+    """Of centred clouds."""
     if x.shape[-2] < x.shape[-1]:
         squares, left = torch.linalg.eigh(x @ x.mT)
         directions = x.mT @ left * torch.where(squares > 0, squares, math.inf).rsqrt().unsqueeze(-2)
@@ -420,18 +447,26 @@ def linear_cka(
     Raises `InputError` for clouds of different numbers of points.
     """
     _require_alike("linear_cka", before, after, width=False)
-    x, y = _centred(before), _centred(after)
+    return _ckas(_centred(before), _centred(after))[int(unbiased)]
+
+
+def _ckas(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain one and the unbiased one, of centred clouds."""
     n = x.shape[-2]
     if n < min(x.shape[-1], y.shape[-1]):
         K, L = x @ x.mT, y @ y.mT
-        between, within, without = (_inner(A, B) for A, B in ((K, L), (K, K), (L, L)))
+        products = tuple(_inner(A, B) for A, B in ((K, L), (K, K), (L, L)))
     else:
-        between, within, without = (_inner(A, A) for A in (y.mT @ x, x.mT @ x, y.mT @ y))
-    if unbiased:
-        if n < 4:
-            return torch.full_like(between, math.nan)
-        k, m = x.square().sum(-1), y.square().sum(-1)
-        between, within, without = (_corrected(*each, n) for each in ((between, k, m), (within, k, k), (without, m, m)))
+        products = tuple(_inner(A, A) for A in (y.mT @ x, x.mT @ x, y.mT @ y))
+    plain = _cosine(*products)
+    if n < 4:
+        return plain, torch.full_like(plain, math.nan)
+    k, m = x.square().sum(-1), y.square().sum(-1)
+    diagonals = (k, m), (k, k), (m, m)
+    return plain, _cosine(*(_corrected(p, *pair, n) for p, pair in zip(products, diagonals, strict=True)))
+
+
+def _cosine(between: Tensor, within: Tensor, without: Tensor) -> Tensor:
     found: Tensor = between / (within * without).clamp(min=0).sqrt()
     return found.where((within > 0) & (without > 0), math.nan)
 
@@ -453,18 +488,19 @@ def compared(before: Sequence[RunningCloud], after: Sequence[RunningCloud]) -> l
     nothing = Comparison(None, None, None, None)
     found = [nothing] * len(before)
     groups: dict[tuple[int, ...], list[int]] = {}
-    for place, (x, y) in enumerate(zip(before, after, strict=True)):
-        if len(x.points) > 1 and x.count == y.count and torch.equal(x.keys.cpu(), y.keys.cpu()):
-            groups.setdefault((*x.points.shape, y.points.shape[1]), []).append(place)
-    for (n, width, other), alike in groups.items():
-        step = max(1, _AT_ONCE // (n * (width + other)))
+    for place, (one, other) in enumerate(zip(before, after, strict=True)):
+        if len(one.points) > 1 and one.count == other.count and torch.equal(one.keys.cpu(), other.keys.cpu()):
+            groups.setdefault((*one.points.shape, other.points.shape[1]), []).append(place)
+    for (n, width, behind), alike in groups.items():
+        step = max(1, _AT_ONCE // (n * (width + behind)))
         for places in (alike[start : start + step] for start in range(0, len(alike), step)):
             X, Y = (torch.stack([side[place].points.cpu().double() for place in places]) for side in (before, after))
-            is_square = width == other
+            is_square = width == behind
             unknown = torch.full((len(places),), math.nan)
-            novelty = subspace_novelty(X, Y) if is_square else unknown
+            x, y = _centred(X), _centred(Y)
+            novelty = _novelty(x, y) if is_square else unknown
             turned = torch.nn.functional.cosine_similarity(X, Y, dim=-1, eps=0).nanmean(-1) if is_square else unknown
-            cka, unbiased = linear_cka(X, Y), linear_cka(X, Y, unbiased=True)
+            cka, unbiased = _ckas(x, y)
             for place, *figures in zip(
                 places, *(each.tolist() for each in (novelty, cka, unbiased, turned)), strict=True
             ):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from uncollapse.records.common import Statistic
-from uncollapse.records.diagnosis import AttentionRecord, SiteRecord
+from uncollapse.records.diagnosis import AttentionRecord, CorpusRecord, SiteRecord
 from uncollapse.records.trail import HeadPlace, SitePlace, TrailReading
 
 PREFIX: Final = "uncollapse"
@@ -20,6 +20,7 @@ PREFIX: Final = "uncollapse"
 WORST_IS_LARGEST: Final = frozenset(
     {
         "not_finite",
+        "corpus_mean_cosine",
         "max_logit",
         "query_key_norm",
         "update_queries",
@@ -55,6 +56,18 @@ def site_figures(trajectory: Sequence[SiteRecord]) -> dict[str, list[float | Non
     """A list for each measure that some site has."""
     found = {name: [figure(site) for site in trajectory] for name, figure in SITE_FIGURES.items()}
     return {name: values for name, values in found.items() if any(v is not None for v in values)}
+
+
+def corpus_figures(trajectory: Sequence[SiteRecord], corpus: Sequence[CorpusRecord]) -> dict[str, list[float | None]]:
+    """Of the cloud of the sequences' means at each site: its centred effective rank and its mean cosine."""
+    clouds = {cloud.site: cloud for cloud in corpus if cloud.pooling == "mean"}
+    if not clouds:
+        return {}
+    at = [clouds.get(site.site) for site in trajectory]
+    return {
+        "corpus_effective_rank": [None if cloud is None else cloud.centred_effective_rank for cloud in at],
+        "corpus_mean_cosine": [None if cloud is None else cloud.mean_cosine for cloud in at],
+    }
 
 
 def head_figures(attention: Sequence[AttentionRecord]) -> dict[str, list[float | None]]:

@@ -25,7 +25,14 @@ import torch.distributed
 from torch import Tensor, nn
 
 from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
-from uncollapse.analyses.recording import attention_records, model_info, probe_record, site_records, versions
+from uncollapse.analyses.recording import (
+    attention_records,
+    corpus_records,
+    model_info,
+    probe_record,
+    site_records,
+    versions,
+)
 from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.vocabulary import Layout
 from uncollapse.errors import InputError
@@ -42,8 +49,8 @@ from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.records.trail import TRAIL_SCHEMA, Alarm, TrailFile, TrailReading, TrailRecord
 
 Log = Callable[[dict[str, float], int], object]
-Watched = Literal["tokens", "attention", "heads", "weights"]
-WATCHED: Final[tuple[Watched, ...]] = ("tokens", "attention", "heads", "weights")
+Watched = Literal["tokens", "corpus", "attention", "heads", "weights"]
+WATCHED: Final[tuple[Watched, ...]] = ("tokens", "corpus", "attention", "heads", "weights")
 _logger = logging.getLogger(__name__)  # a warning of `warnings` would end a run for which warnings are errors
 DECOMPOSED_EVERY = 10  # looks: output projections and updates are decomposed, which takes longer
 
@@ -66,8 +73,9 @@ class Monitor:
     model: the model that is trained, in whatever wrapper. batches: the fixed probe, as dicts of tensors; a few sequences of data
     that is not trained on are enough. Instead of it `texts` with a `tokenizer`.
     every: look when the step is a multiple of it; the first call of `step` always looks.
-    watch: any of `"tokens"` (the stream between blocks), `"attention"` (its heads), `"heads"` (the output projections, at every
-    tenth look), `"weights"` (how far each head's matrices moved since the last look; keeps one copy of them).
+    watch: any of `"tokens"` (the stream between blocks), `"corpus"` (all sequences together, a point each), `"attention"` (its
+    heads), `"heads"` (the output projections, at every tenth look), `"weights"` (how far each head's matrices moved since the
+    last look; keeps one copy of them).
     log: called with a flat dict of floats and the step; see `monitoring.figures` for the names. each_head: whether that dict has
     every head, or only each block's worst.
     trail: a file that gets one line a look; if it is there, the run goes on in it. A path that cannot be written is refused at the
@@ -147,7 +155,8 @@ class Monitor:
         trajectory = site_records(observed)
         attention = [record for s in observed.attention for record in attention_records(s, "core")]
         projections = heads_records(observed.attention) if has_projections else []
-        read = judged(findings.readings(trajectory, attention, projections))
+        corpus = corpus_records(observed.corpus, between=False)
+        read = judged(findings.readings(trajectory, attention, projections, corpus=corpus))
         if self.record is None:
             self._begin(
                 step,
@@ -165,7 +174,9 @@ class Monitor:
         of_heads, of_sites = self._weight_figures(self.record, spectra=decomposes)
         reading = TrailReading(
             step=step,
-            sites=(figures.site_figures(trajectory) if "tokens" in self.watch else {}) | of_sites,
+            sites=(figures.site_figures(trajectory) if "tokens" in self.watch else {})
+            | figures.corpus_figures(trajectory, corpus)
+            | of_sites,
             heads=(figures.head_figures(attention) if "attention" in self.watch else {}) | of_heads,
             margins=margins_of(read),
             loss=_number(loss),
@@ -200,6 +211,7 @@ class Monitor:
         """What the probe pass has to look at."""
         parts = {
             "tokens": {"sites"},
+            "corpus": {"corpus"},
             "attention": {"attention", "rows"},
             "heads": {"projections"} if has_projections else set(),
         }

@@ -29,6 +29,7 @@ from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.probe.activity import Activity, EmbeddingActivity, PartActivity
 from uncollapse.probe.attention import Attention, AttentionStatistics, attention_statistics
 from uncollapse.probe.clouds import Clouds
+from uncollapse.probe.corpus import POOLED, Corpus, CorpusStatistics
 from uncollapse.probe.observing import Observer, OwnPass, all_handlers
 from uncollapse.probe.projections import Projections
 from uncollapse.probe.readers import Readers
@@ -38,20 +39,24 @@ from uncollapse.restoring import restoring
 
 Progress = Callable[[str, int, int], None]
 Level = Literal["core", "full"]
-Watched = Literal["sites", "attention", "rows", "spectra", "projections", "sublayers", "parts"]
+Watched = Literal[
+    "sites", "corpus", "corpus tokens", "attention", "rows", "spectra", "projections", "sublayers", "parts"
+]
 
 WATCHED: Final[Mapping[Level, frozenset[Watched]]] = {
-    "core": frozenset({"sites", "attention", "rows", "projections", "parts"}),
-    "full": frozenset({"sites", "attention", "rows", "spectra", "projections", "sublayers", "parts"}),
+    "core": frozenset({"sites", "corpus", "attention", "rows", "projections", "parts"}),
+    "full": frozenset(
+        {"sites", "corpus", "corpus tokens", "attention", "rows", "spectra", "projections", "sublayers", "parts"}
+    ),
 }
 
 
 @dataclass
 class Observations:
-    """What one probe pass saw: a site for each stack's embedding and each of its blocks, stack after stack, and an entry for
-    each attention call, for each part and for each embedding; at level `full` also one for each update and for each norm call
-    inside a block. `sequences`, `tokens`
-    (real ones) and `max_tokens` are those of the first stack's stream."""
+    """What one probe pass saw: a site for each stack's embedding and each of its blocks, stack after stack, and an entry for each
+    attention call, for each part, for each embedding, and for each pooling at each site; at level `full` also one for each update
+    and for each norm call inside a block. `sequences`, `tokens` (real ones) and `max_tokens` are those of the first stack's
+    stream."""
 
     sites: list[SiteStatistics]
     attention: list[AttentionStatistics]
@@ -59,6 +64,7 @@ class Observations:
     norms: list[NormStatistics] = field(default_factory=list)
     parts: list[PartActivity] = field(default_factory=list)
     embeddings: list[EmbeddingActivity] = field(default_factory=list)
+    corpus: list[CorpusStatistics] = field(default_factory=list)
     sequences: int = 0
     tokens: int = 0
     max_tokens: int = 0
@@ -79,16 +85,17 @@ def capture(
     each batch and the model's output on it.
 
     watch: what to observe, by default all that belongs to the level (`WATCHED`). `"sites"`: the token clouds between blocks;
-    without it they are only counted where they are not finite. `"attention"`: whether the pass bears the reading out, and the
-    spread that each head keeps; with `"rows"` also every row, with `"spectra"` also the decomposed matrices. `"projections"`:
-    matrix and energy of the output projections. `"sublayers"`: what each adds and what each norm does. `"parts"`: whether each
-    part does anything; of heads, as far as their attention and projections are watched. What is not watched leaves its
-    statistics empty and changes no other figure.
+    without it they are only counted where they are not finite. `"corpus"`: the cloud over all sequences at every site, a point per
+    sequence; `"corpus tokens"`: that of all tokens. `"attention"`: whether the pass bears the reading out, and the spread that
+    each head keeps; with `"rows"` also every row, with `"spectra"` also the decomposed matrices. `"projections"`: matrix and energy
+    of the output projections. `"sublayers"`: what each adds and what each norm does. `"parts"`: whether each part does anything; of
+    heads, as far as their attention and projections are watched. What is not watched leaves its statistics empty and changes no
+    other figure.
 
     Raises `InputError` where a padded batch meets a model whose token axis does not match the mask, `ChangedPath` where the
     model takes another path on a batch than the one that was proved.
     """
-    probe = _Probe(model, anatomy, level, frozenset(WATCHED[level] if watch is None else watch))
+    probe = _Probe(model, anatomy, level, frozenset(WATCHED[level] if watch is None else watch), seed)
     device = device_of(model)
     with contextlib.closing(probe), probing(model, seed), probe.installed(), runs_checked(model, anatomy) as check:
         for number, batch in enumerate(batches):
@@ -109,7 +116,7 @@ def capture(
 class _Probe:
     """One pass: the observers that were asked for, and what they share."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, level: Level, watch: frozenset[Watched]) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy, level: Level, watch: frozenset[Watched], seed: int) -> None:
         self.model = model
         self.own = OwnPass()
         self.clouds = Clouds(model, anatomy, self.own.is_own, keeps=bool(watch & {"sites", "parts"}))
@@ -122,6 +129,18 @@ class _Probe:
         sites = Sites(anatomy, self.clouds, self.own.is_own, measures="sites" in watch)
         self.observations = Observations(sites.statistics, [statistics for _, statistics in attending])
         self.observers: list[Observer] = [sites]
+        if watch & {"corpus", "corpus tokens"}:
+            corpus = Corpus(
+                anatomy,
+                sites.statistics,
+                self.clouds,
+                self.own.is_own,
+                poolings=POOLED if "corpus" in watch else (),
+                tokens="corpus tokens" in watch,
+                seed=seed,
+            )
+            self.observations.corpus = corpus.statistics
+            self.observers.append(corpus)
         activity = None
         if "sites" in watch:
             self.observers.append(Readers(model, anatomy, sites.statistics, self.clouds, self.own.is_own))
