@@ -33,6 +33,7 @@ from uncollapse.probe.initialisation import evidence
 from uncollapse.probe.logit_bounds import logit_bounds
 from uncollapse.probe.own_pooling import OwnPooling
 from uncollapse.probe.passes import Level
+from uncollapse.probe.routing import router_records
 from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import DIAGNOSIS_SCHEMA, DiagnosisRecord, SiteRecord
@@ -145,4 +146,5 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
         parts=parts,
         embeddings=embeddings,
         corpus=corpus,
+        routers=router_records(observed.routers),
     )

@@ -33,6 +33,7 @@ from uncollapse.probe.corpus import POOLED, Corpus, CorpusStatistics
 from uncollapse.probe.observing import Observer, OwnPass, all_handlers
 from uncollapse.probe.projections import Projections
 from uncollapse.probe.readers import Readers
+from uncollapse.probe.routing import RouterStatistics, Routing
 from uncollapse.probe.sites import Sites, SiteStatistics
 from uncollapse.probe.sublayers import NormStatistics, Sublayers, UpdateStatistics
 from uncollapse.restoring import restoring
@@ -40,13 +41,24 @@ from uncollapse.restoring import restoring
 Progress = Callable[[str, int, int], None]
 Level = Literal["core", "full"]
 Watched = Literal[
-    "sites", "corpus", "corpus tokens", "attention", "rows", "spectra", "projections", "sublayers", "parts"
+    "sites", "corpus", "corpus tokens", "routers", "attention", "rows", "spectra", "projections", "sublayers", "parts"
 ]
 
 WATCHED: Final[Mapping[Level, frozenset[Watched]]] = {
-    "core": frozenset({"sites", "corpus", "attention", "rows", "projections", "parts"}),
+    "core": frozenset({"sites", "corpus", "routers", "attention", "rows", "projections", "parts"}),
     "full": frozenset(
-        {"sites", "corpus", "corpus tokens", "attention", "rows", "spectra", "projections", "sublayers", "parts"}
+        {
+            "sites",
+            "corpus",
+            "corpus tokens",
+            "routers",
+            "attention",
+            "rows",
+            "spectra",
+            "projections",
+            "sublayers",
+            "parts",
+        }
     ),
 }
 
@@ -65,6 +77,7 @@ class Observations:
     parts: list[PartActivity] = field(default_factory=list)
     embeddings: list[EmbeddingActivity] = field(default_factory=list)
     corpus: list[CorpusStatistics] = field(default_factory=list)
+    routers: list[RouterStatistics] = field(default_factory=list)
     sequences: int = 0
     tokens: int = 0
     max_tokens: int = 0
@@ -86,11 +99,11 @@ def capture(
 
     watch: what to observe, by default all that belongs to the level (`WATCHED`). `"sites"`: the token clouds between blocks;
     without it they are only counted where they are not finite. `"corpus"`: the cloud over all sequences at every site, a point per
-    sequence; `"corpus tokens"`: that of all tokens. `"attention"`: whether the pass bears the reading out, and the spread that
-    each head keeps; with `"rows"` also every row, with `"spectra"` also the decomposed matrices. `"projections"`: matrix and energy
-    of the output projections. `"sublayers"`: what each adds and what each norm does. `"parts"`: whether each part does anything; of
-    heads, as far as their attention and projections are watched. What is not watched leaves its statistics empty and changes no
-    other figure.
+    sequence; `"corpus tokens"`: that of all tokens. `"routers"`: which experts tokens are sent to. `"attention"`: whether the
+    pass bears the reading out, and the spread that each head keeps; with `"rows"` also every row, with `"spectra"` also the
+    decomposed matrices. `"projections"`: matrix and energy of the output projections. `"sublayers"`: what each adds and what each
+    norm does. `"parts"`: whether each part does anything; of heads, as far as their attention and projections are watched. What
+    is not watched leaves its statistics empty and changes no other figure.
 
     Raises `InputError` where a padded batch meets a model whose token axis does not match the mask, `ChangedPath` where the
     model takes another path on a batch than the one that was proved.
@@ -141,6 +154,10 @@ class _Probe:
             )
             self.observations.corpus = corpus.statistics
             self.observers.append(corpus)
+        if "routers" in watch:
+            routing = Routing(anatomy, self.clouds, self.own.is_own)
+            self.observations.routers = routing.statistics
+            self.observers.append(routing)
         activity = None
         if "sites" in watch:
             self.observers.append(Readers(model, anatomy, sites.statistics, self.clouds, self.own.is_own))

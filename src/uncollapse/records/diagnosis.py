@@ -289,6 +289,24 @@ class EmbeddingRecord:
 
 
 @dataclass(frozen=True)
+class RouterRecord:
+    """The router of one block's experts: each real token is sent to `chosen` of `experts`. `load` is the share of all choices that
+    fell on each expert, `entropy` that of the load beside ln(experts) (1: all alike), `effective_experts` its exponential, `dead`
+    the experts that none of the `tokens` was sent to."""
+
+    block: int
+    stack: Stack | None
+    experts: int
+    chosen: int | None
+    tokens: int
+    load: list[float] | None = None
+    entropy: float | None = None
+    effective_experts: float | None = None
+    dead: list[int] | None = None
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class CorpusRecord:
     """The cloud of the whole corpus at one site: a point a sequence (`mean` of its tokens, `last` token, `first`, or the model's
     `own` pooling, where `site` names its output), or a point a token. Plain numbers, for there is one cloud.
@@ -362,3 +380,4 @@ class DiagnosisRecord:
     parts: list[PartRecord] = field(default_factory=list)
     embeddings: list[EmbeddingRecord] = field(default_factory=list)
     corpus: list[CorpusRecord] = field(default_factory=list)
+    routers: list[RouterRecord] = field(default_factory=list)

@@ -1,0 +1,105 @@
+"""Routers: where an MLP sends each token to a few of several experts.
+
+Found by what they do. A choice is an operation that picks the largest of a row of numbers (top-k, arg-max), one row for each token,
+within an MLP. It is a router if the choice decides what the MLP adds: one token's choice is changed to another member of its row,
+in the block run alone, and this token's update changes while no other token's does. Of several choices on one way (groups of
+experts first, then experts) the last one counts.
+
+What this cannot find: routers that mix all experts, and choices that are limited by what other tokens chose (capacities that are
+full): there other tokens move too. A sparse hidden layer that keeps its largest units is a choice as well; its units then count as
+experts, each a unit wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uncollapse.anatomy.block_alone import BlockAlone
+from uncollapse.anatomy.interception import Handler, Point
+from uncollapse.anatomy.tracing import Trace, tensors_in
+from uncollapse.anatomy.vocabulary import Block, Router, StreamAxes
+
+CHOICES = frozenset(["topk", "argmax"])
+
+
+def choices_in(recorded: Trace, block: Block) -> list[tuple[Point, int]]:
+    """The choices within the module of a block, in order, each with the number of members that a row has."""
+    found: dict[Point, int] = {}
+    for node in recorded.nodes:
+        if node.operation not in CHOICES or not node.inputs:
+            continue
+        around = {(recorded.calls[i].name, recorded.calls[i].ordinal) for i in recorded.call_path(node.call)}
+        members = recorded.nodes[node.inputs[0]].shape[-1:]
+        if (block.module.name, block.module.call) in around and members:
+            call = recorded.calls[node.call]
+            found[Point(call.name, call.ordinal, node.counted, node.ordinal)] = members[0]
+    return list(found.items())
+
+
+def routers_of(alone: BlockAlone, recorded: Trace) -> dict[int, Router]:
+    """By part of a proved block its router, if it has one."""
+    block = alone.block
+    choices, axes = choices_in(recorded, block), block.axes
+    found: dict[int, Router] = {}
+    if not choices or axes is None or axes.streams is not None:
+        return found
+    for number, part in enumerate(block.parts):
+        if part.kind != "mlp":
+            continue
+        plain = axes.cloud(alone.update(number, None))
+        for point, members in reversed(choices):
+            if _decides(alone, number, point, plain, axes):
+                found[number] = Router(point, members)
+                break
+    return found
+
+
+def _decides(alone: BlockAlone, number: int, point: Point, plain: Tensor, axes: StreamAxes) -> bool:
+    """Whether the choice of the first token decides its own update and no other's."""
+    met: list[bool] = []
+    changed = axes.cloud(alone.update(number, None, {point: _choosing_otherwise(met, plain.shape[0] * plain.shape[1])}))
+    if met != [True] or changed.shape != plain.shape:
+        return False
+    gap = (changed - plain).double().abs().amax(-1).flatten()
+    rounding = 4 * torch.finfo(plain.dtype).eps * float(plain.abs().max())
+    # The first row is the first token of the first sequence, whichever of the two axes comes first.
+    return bool(gap[0] > 4 * rounding) and bool((gap[1:] <= rounding).all())
+
+
+def _choosing_otherwise(met: list[bool], tokens: int) -> Handler:
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = function(*args, **kwargs)
+        chosen = chosen_in(output)
+        members = next(tensors_in([args, kwargs])).shape[-1]
+        rows = None if chosen is None else as_rows(chosen, tokens)
+        if rows is None or rows.shape[1] >= members:
+            met.append(False)
+            return output
+        met.append(True)
+        assert chosen is not None
+        free = next(i for i in range(members) if i not in rows[0].tolist())
+        other = chosen.clone()
+        other.view(-1)[0] = free
+        if isinstance(output, Tensor):
+            return other
+        return type(output)((output[0], other))
+
+    return handler
+
+
+def chosen_in(output: Any) -> Tensor | None:
+    """The indices that a choice gives."""
+    return next((t for t in tensors_in(output) if not t.is_floating_point() and t.is_contiguous()), None)
+
+
+def as_rows(chosen: Tensor, tokens: int) -> Tensor | None:
+    """The choice as [token, chosen]; None where it has not a row for each of so many tokens."""
+    if chosen.numel() == tokens:
+        return chosen.reshape(tokens, 1)
+    if chosen.ndim > 1 and chosen.shape[:-1].numel() == tokens:
+        return chosen.reshape(tokens, -1)
+    return None
