@@ -1,9 +1,9 @@
 """Routers: where an MLP sends each token to a few of several experts.
 
 Found by what they do. A choice is an operation that picks the largest of a row of numbers (top-k, arg-max), one row for each token,
-within an MLP. It is a router if the choice decides what the MLP adds: one token's choice is changed to another member of its row,
-in the block run alone, and this token's update changes while no other token's does. Of several choices on one way (groups of
-experts first, then experts) the last one counts.
+within a block. It is a router if it decides what the MLP adds. One token's choice is changed to another member of its row, in the
+block run alone: this token's output changes, no other token's does, and none does if the MLP is taken away. Of several choices on
+one way (groups of experts first, then experts) the last one counts.
 
 What this cannot find: routers that mix all experts, and choices that are limited by what other tokens chose (capacities that are
 full): there other tokens move too. A sparse hidden layer that keeps its largest units is a choice as well; its units then count as
@@ -50,24 +50,30 @@ def routers_of(alone: BlockAlone, recorded: Trace) -> dict[int, Router]:
     for number, part in enumerate(block.parts):
         if part.kind != "mlp":
             continue
-        plain = axes.cloud(alone.update(number, None))
         for point, members in reversed(choices):
-            if _decides(alone, number, point, plain, axes):
+            if _decides(alone, number, point, axes):
                 found[number] = Router(point, members)
                 break
     return found
 
 
-def _decides(alone: BlockAlone, number: int, point: Point, plain: Tensor, axes: StreamAxes) -> bool:
-    """Whether the choice of the first token decides its own update and no other's."""
+def _decides(alone: BlockAlone, number: int, point: Point, axes: StreamAxes) -> bool:
+    """Whether the choice of the first token decides its own output of the block and no other's, and does so through this part."""
+    assert alone.run.output is not None
+    before = axes.cloud(alone.run.output)
     met: list[bool] = []
-    changed = axes.cloud(alone.update(number, None, {point: _choosing_otherwise(met, plain.shape[0] * plain.shape[1])}))
-    if met != [True] or changed.shape != plain.shape:
+    otherwise = {point: _choosing_otherwise(met, before.shape[0] * before.shape[1])}
+    try:
+        after = axes.cloud(alone.replay((), otherwise))
+        if met != [True] or after.shape != before.shape:
+            return False
+        past = [axes.cloud(alone.replay((number,), handlers)) for handlers in ({}, otherwise)]
+    except Exception:  # the model's own code, given a choice that it may not expect: nothing is known of this one
         return False
-    gap = (changed - plain).double().abs().amax(-1).flatten()
-    rounding = 4 * torch.finfo(plain.dtype).eps * float(plain.abs().max())
+    rounding = 4 * torch.finfo(before.dtype).eps * float(before.abs().max())
+    gap, around = ((one - other).double().abs().amax(-1).flatten() for one, other in ((after, before), past))
     # The first row is the first token of the first sequence, whichever of the two axes comes first.
-    return bool(gap[0] > 4 * rounding) and bool((gap[1:] <= rounding).all())
+    return bool(gap[0] > 4 * rounding) and bool((gap[1:] <= rounding).all()) and bool((around <= rounding).all())
 
 
 def _choosing_otherwise(met: list[bool], tokens: int) -> Handler:

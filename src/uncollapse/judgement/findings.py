@@ -59,7 +59,7 @@ LOST_HEADS = 0.5
 
 # Centred effective rank of the corpus, a point per sequence, as a share of the embedding's. Half the smallest of the healthy models
 # in docs/corpus-geometry.md. Those are other runs than the validity study's, which have too few sequences.
-DIMENSIONS = 0.37
+DIMENSIONS = 0.21
 
 # Below this many tokens, the spread that attention keeps is judged in proportion to the length; see `rank_one`.
 FEW_TOKENS = 16

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from uncollapse.records.common import Statistic
-from uncollapse.records.diagnosis import AttentionRecord, CorpusRecord, SiteRecord
+from uncollapse.records.diagnosis import AttentionRecord, CorpusRecord, RouterRecord, SiteRecord
 from uncollapse.records.trail import HeadPlace, SitePlace, TrailReading
 
 PREFIX: Final = "uncollapse"
@@ -21,6 +21,7 @@ WORST_IS_LARGEST: Final = frozenset(
     {
         "not_finite",
         "corpus_mean_cosine",
+        "dead_experts",
         "max_logit",
         "query_key_norm",
         "update_queries",
@@ -67,6 +68,18 @@ def corpus_figures(trajectory: Sequence[SiteRecord], corpus: Sequence[CorpusReco
     return {
         "corpus_effective_rank": [None if cloud is None else cloud.centred_effective_rank for cloud in at],
         "corpus_mean_cosine": [None if cloud is None else cloud.mean_cosine for cloud in at],
+    }
+
+
+def expert_figures(trajectory: Sequence[SiteRecord], routers: Sequence[RouterRecord]) -> dict[str, list[float | None]]:
+    """Of each block's router: the entropy of the experts' load beside its largest, and how many experts got no token."""
+    by_block = {router.block: router for router in routers if router.load is not None}
+    if not by_block:
+        return {}
+    at = [None if site.block is None else by_block.get(site.block) for site in trajectory]
+    return {
+        "expert_load_entropy": [None if router is None else router.entropy for router in at],
+        "dead_experts": [None if router is None else float(len(router.dead or ())) for router in at],
     }
 
 

@@ -43,14 +43,15 @@ from uncollapse.monitoring.alarms import ThresholdAlarms, judged, margins_of
 from uncollapse.monitoring.baselines import BaselineAlarms
 from uncollapse.monitoring.trends import TrendAlarms
 from uncollapse.monitoring.weights import Figures, Weights
+from uncollapse.probe.routing import router_records
 from uncollapse.records import load
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.records.trail import TRAIL_SCHEMA, Alarm, TrailFile, TrailReading, TrailRecord
 
 Log = Callable[[dict[str, float], int], object]
-Watched = Literal["tokens", "corpus", "attention", "heads", "weights"]
-WATCHED: Final[tuple[Watched, ...]] = ("tokens", "corpus", "attention", "heads", "weights")
+Watched = Literal["tokens", "corpus", "experts", "attention", "heads", "weights"]
+WATCHED: Final[tuple[Watched, ...]] = ("tokens", "corpus", "experts", "attention", "heads", "weights")
 _logger = logging.getLogger(__name__)  # a warning of `warnings` would end a run for which warnings are errors
 DECOMPOSED_EVERY = 10  # looks: output projections and updates are decomposed, which takes longer
 
@@ -73,9 +74,9 @@ class Monitor:
     model: the model that is trained, in whatever wrapper. batches: the fixed probe, as dicts of tensors; a few sequences of data
     that is not trained on are enough. Instead of it `texts` with a `tokenizer`.
     every: look when the step is a multiple of it; the first call of `step` always looks.
-    watch: any of `"tokens"` (the stream between blocks), `"corpus"` (all sequences together, a point each), `"attention"` (its
-    heads), `"heads"` (the output projections, at every tenth look), `"weights"` (how far each head's matrices moved since the
-    last look; keeps one copy of them).
+    watch: any of `"tokens"` (the stream between blocks), `"corpus"` (all sequences together, a point each), `"experts"` (how many
+    tokens each gets, where a router is found), `"attention"` (its heads), `"heads"` (the output projections, at every tenth
+    look), `"weights"` (how far each head's matrices moved since the last look; keeps one copy of them).
     log: called with a flat dict of floats and the step; see `monitoring.figures` for the names. each_head: whether that dict has
     every head, or only each block's worst.
     trail: a file that gets one line a look; if it is there, the run goes on in it. A path that cannot be written is refused at the
@@ -176,6 +177,7 @@ class Monitor:
             step=step,
             sites=(figures.site_figures(trajectory) if "tokens" in self.watch else {})
             | figures.corpus_figures(trajectory, corpus)
+            | figures.expert_figures(trajectory, router_records(observed.routers))
             | of_sites,
             heads=(figures.head_figures(attention) if "attention" in self.watch else {}) | of_heads,
             margins=margins_of(read),
@@ -212,6 +214,7 @@ class Monitor:
         parts = {
             "tokens": {"sites"},
             "corpus": {"corpus"},
+            "experts": {"routers"},
             "attention": {"attention", "rows"},
             "heads": {"projections"} if has_projections else set(),
         }

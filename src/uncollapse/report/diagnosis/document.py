@@ -6,7 +6,7 @@ from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.report import wording
 from uncollapse.report.anatomy import kinds_of_blocks
-from uncollapse.report.diagnosis import charts, tables
+from uncollapse.report.diagnosis import charts, corpus, tables
 from uncollapse.report.diagnosis import wording as say
 from uncollapse.report.diagnosis.charts import trajectory_charts
 from uncollapse.report.page import cells, sheet
@@ -33,6 +33,8 @@ def document(record: DiagnosisRecord) -> str:
         kinds=kinds_of_blocks(record.anatomy),
         taken=tables.anatomy_table(record.anatomy, "anatomy-table"),
         depth=_depth(record),
+        corpus=corpus.corpus_tables(record.corpus, record.findings),
+        routers=corpus.routers_table(record.routers),
         attention=_attention(record),
         heads=_heads(record),
         chosen=chosen_block_data(record.heads),
