@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn import functional
 
 import uncollapse as uc
+from tests.helpers.mixtures import Mixture, batch
 from uncollapse.records.diagnosis import RouterRecord
 
 SHAPE: dict[str, Any] = {
@@ -23,13 +23,6 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-
-
-def batch(seed: int = 0) -> dict[str, Tensor]:
-    ids = torch.randint(3, 99, (5, 11), generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones_like(ids)
-    mask[1, -4:], mask[3, -7:] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def routers_of(model: nn.Module, batches: list[dict[str, Tensor]] | None = None) -> list[RouterRecord]:
@@ -79,57 +72,6 @@ def test_of_several_choices_the_one_among_experts_counts() -> None:
         v_head_dim=8,
     )
     assert [(r.block, r.experts, r.chosen) for r in routers_of(transformers.DeepseekV3Model(config))] == [(1, 8, 2)]
-
-
-class Layer(nn.Module):
-    """A pre-norm block whose MLP chooses, written by hand."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.norms = nn.ModuleList([nn.LayerNorm(24), nn.LayerNorm(24)])
-        self.qkv, self.out = nn.Linear(24, 72), nn.Linear(24, 24)
-        self.score = nn.Linear(24, 4)
-        self.up = nn.ModuleList([nn.Linear(24, 36) for _ in range(4)])
-        self.down = nn.ModuleList([nn.Linear(36, 24) for _ in range(4)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (4, 6)).transpose(1, 2) for part in self.qkv(self.norms[0](x)).chunk(3, -1))
-        x = x + self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
-        return x + self.mlp(self.norms[1](x))
-
-    def expert(self, number: int, x: Tensor) -> Tensor:
-        return self.down[number](functional.gelu(self.up[number](x)))
-
-    def mlp(self, x: Tensor) -> Tensor:
-        weights = self.score(x).softmax(-1)
-        match self.kind:
-            case "one expert a token":
-                kept = functional.one_hot(weights.argmax(-1), 4) * weights
-                return torch.stack([self.expert(i, x) * kept[..., i : i + 1] for i in range(4)]).sum(0)
-            case "the other experts are zero":
-                chosen = weights.topk(2, -1).indices
-                kept = torch.zeros_like(weights).scatter(-1, chosen, 1.0) * weights
-                return torch.stack([self.expert(i, x) * kept[..., i : i + 1] for i in range(4)]).sum(0)
-            case "all experts":
-                return torch.stack([self.expert(i, x) * weights[..., i : i + 1] for i in range(4)]).sum(0)
-            case _:  # a choice that nothing follows from
-                self.seen = weights.topk(2, -1).indices
-                return self.expert(0, x)
-
-
-class Mixture(nn.Module):
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(99, 24)
-        self.layers = nn.ModuleList([Layer(kind), Layer(kind)])
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        x = self.embed(input_ids)
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 @pytest.mark.parametrize(("kind", "chosen"), [("one expert a token", 1), ("the other experts are zero", 2)])
