@@ -73,8 +73,9 @@ random-models: $(INSTALLED) ## ten thousand random small Transformers against th
 other-tools: $(INSTALLED) ## what docs/with-other-tools.md says, with TransformerLens 2.x and 3.x and nnsight, each in an environment of its own
 	@for lens in 'transformer-lens<3' 'transformer-lens>=3,<4'; do \
 		rm -rf .venv-tools && $(PYTHON) -m venv .venv-tools && .venv-tools/bin/pip install --quiet --upgrade 'pip>=25.1'; \
-		.venv-tools/bin/pip install --quiet "torch==2.13.0" && .venv-tools/bin/pip install --quiet "$$lens" nnsight; \
-		.venv-tools/bin/pip install --quiet -e . && .venv-tools/bin/python -m studies.other_tools || exit 1; done
+		.venv-tools/bin/pip install --quiet "torch==2.13.0" && \
+		.venv-tools/bin/pip install --quiet "torch==2.13.0" "$$lens" nnsight 'pyarrow<22' -e . && \
+		.venv-tools/bin/python -m studies.other_tools || exit 1; done
 
 fuzz: $(INSTALLED) ## 100,000 drawn cases of what nobody expects; writes their figures into docs/reliability.md (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --count 100000 --write docs/reliability.md

@@ -68,6 +68,7 @@ TOLERANCES = {
     "float64": Tolerance(1e-8, 1e-8),
     "float64, softmax in float32": Tolerance(1e-5, 1e-5),
     "bfloat16": Tolerance(3e-2, 3e-2),  # 8 bits a number, some dozens of operations
+    "float16": Tolerance(4e-3, 4e-3),  # 11 bits a number
 }
 
 
@@ -149,6 +150,7 @@ def head_reference(
     rows = np.flatnonzero(real[sequence])
     found: dict[str, list[float]] = collections.defaultdict(list)
     weights, allowed, all_values, all_mixed = one.found()
+    weights = weights if one.scaled is None else one.scaled
     # A mask of -100 beside logits in the hundreds (a model without its norms) forbids little: as the documentation has it, a
     # forbidden pair has no weight, or is not forbidden. "No weight" is a share of the row's largest, whatever a sink takes.
     seen = real[sequence][:, None]  # a padded key that keeps some weight is seen as well
@@ -382,7 +384,32 @@ def _compare_ablation(subject: Drawn, result: Comparison) -> None:
             _compare_sites(spec, truths, run, result, twins)
 
         again = _best(spec, tuple(run.without), again, compare)
+        if run.without:
+            again.items.append(_output_shift(subject, run))
     result.items += [Item(f"ablate.{part}: {item.name}", item.verdict, item.detail) for item in again.items]
+
+
+def _output_shift(subject: Drawn, run: Any) -> Item:
+    """How far a sequence's mean output vector over its real tokens has turned: the least wrong of what the part may mean."""
+    items = []
+    for names in _alternatives(subject.spec, tuple(run.without)):
+        shifts, others = list[float](), list[float]()
+        for found, dtype in ((shifts, None), (others, torch.float64)):
+            twin = copy.deepcopy(subject)
+            if dtype is not None:
+                twin.model.double()
+            for batch in subject.batches:
+                given = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in batch.items()}
+                real = twin.truth(given).real
+                whole, left = (t.double().numpy() for t in (twin.run(given), twin.without(given, *names)))
+                for a, b, rows in zip(whole, left, real, strict=True):
+                    a, b = a[rows].mean(0), b[rows].mean(0)
+                    found.append(1 - float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))))
+        want, near = summary(shifts), max(tolerance(subject.spec).figure, 1e-5)
+        items.append(
+            _figure("output_shift", run.output_shift, run.unavailable, want, near + _grown(want, summary(others)))
+        )
+    return min(items, key=lambda item: item.verdict == "wrong")
 
 
 def _state(model: torch.nn.Module) -> dict[str, Any]:

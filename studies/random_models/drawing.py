@@ -37,6 +37,7 @@ F = nn.functional
 FARTHEST = 6  # distances beyond it share one learned bias
 FEATURES = 9  # of a token that is given as numbers
 BIASES = ("ALiBi", "relative")
+HALVES = ("bfloat16", "float16")
 ATTENTIONS = (*pieces.STYLES, "one module per head", "nn.MultiheadAttention")
 CHOICES: dict[str, Mapping[str, float]] = {
     "stream": {"batch first": 3, "token first": 1},
@@ -55,7 +56,7 @@ CHOICES: dict[str, Mapping[str, float]] = {
     "route": {"by keyword": 2, "by position": 2, "made in the attention": 1},
     "wrapper": {"none": 5, "a module that passes everything on": 1, "another signature": 1, "autocast": 1},
     "output": {"stream": 3, "logits": 2, "dict": 1, "tuple": 1},
-    "dtype": {"float32": 6, "float64": 2, "bfloat16": 1},
+    "dtype": {"float32": 6, "float64": 2, "bfloat16": 1, "float16": 1},
     "attention": dict.fromkeys(ATTENTIONS, 1) | {"matmul": 2, "SDPA": 4, "nn.MultiheadAttention": 2},
     "inputs": {"three modules": 3, "one module": 3, "interleaved": 1, "F.linear": 1, "einsum": 1},
     "queries": {"plain": 6, "norm modules": 1, "F.normalize": 1, "F.rms_norm": 1},
@@ -245,8 +246,8 @@ def reconciled(spec: Specification) -> Specification:
     # Attention styles that bring their own way of something.
     if s["softmax"].startswith("exp") and s["forbidden"] in {"dtype minimum"} and s["masking"] == "added":
         s["forbidden"] = "minus infinity"
-    if s["softmax"] == "exp over sum":
-        s["softcap"] = "tanh" if s["dtype"] == "bfloat16" else s["softcap"]
+    if s["softmax"] == "exp over sum" or s["sink"] == "one more in the sum":
+        s["softcap"] = "tanh" if s["dtype"] in HALVES else s["softcap"]  # exponentials that can be added up
     if attention in {"SDPA", "nn.MultiheadAttention"}:
         s["softmax"], s["softcap"] = "inside", "none"
         s["sink"] = "zero key" if s["sink"] != "none" and s["sink"].startswith("zero") else "none"
@@ -317,6 +318,8 @@ def reconciled(spec: Specification) -> Specification:
         s["softmax"] = "exp over one more than the sum"
         if s["forbidden"] in {"dtype minimum"}:
             s["forbidden"] = "-1e9"
+    if s["dtype"] == "float16" and s["forbidden"] == "-1e9":
+        s["forbidden"] = "-1e4"  # the other is no float16
     if s["mask"] == "none" and s["padding"] == "none":
         s["route"] = "none"
     elif s["route"] == "made in the attention" and (s["padding"] != "none" or s["mask"] == "none"):
@@ -335,7 +338,7 @@ def reconciled(spec: Specification) -> Specification:
         s["batches"] = tuple((sequences, 4 * max(2, tokens // 4)) for sequences, tokens in s["batches"])
     if s["projection"] != "module":
         s["adapter"] = "none"
-    if s["dtype"] == "bfloat16" and s["adapter"] == "OFT":
+    if s["dtype"] in HALVES and s["adapter"] == "OFT":
         s["adapter"] = "LoRA"
     if s["addition"] == "torch.lerp(x, f, 0.4)":
         s |= {"stream_scale": "none", "update_scale": "none"}
@@ -701,7 +704,12 @@ SIGNATURES: dict[str, tuple[type[Model], str, str | None]] = {
     "tokens, keep": (OfTokensToKeep, "tokens", "keep"),
     "src, src_mask": (OfTheCallersMask, "src", "src_mask"),
 }
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass(frozen=True)

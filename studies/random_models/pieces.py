@@ -380,7 +380,9 @@ class Attention(nn.Module):
         mask, padding = torch_masks(self.spec, pairs.mask)
         y, _ = self.mha(x, x, x, attn_mask=mask, key_padding_mask=padding, need_weights=self.need_weights)
         if self.switches.recorder is not None:
-            note_torch_attention(self.spec, self.switches.recorder, self.switches.block, self.mha, x, y)
+            note_torch_attention(
+                self.spec, self.switches.recorder, self.switches.block, self.mha, x, y, not self.need_weights
+            )
         return y
 
 
@@ -420,7 +422,13 @@ def _masked(spec: Specification, L: Tensor, allowed: Tensor, dtype: torch.dtype)
 
 
 def note_torch_attention(
-    spec: Specification, recorder: Recorder, block: int, mha: nn.MultiheadAttention, x: Tensor, out: Tensor
+    spec: Specification,
+    recorder: Recorder,
+    block: int,
+    mha: nn.MultiheadAttention,
+    x: Tensor,
+    out: Tensor,
+    is_fused: bool = True,
 ) -> None:
     """The same in float64, from torch's own parameters: it keeps its weights to itself."""
     x = (x.transpose(0, 1) if spec.token_first else x).double()
@@ -433,6 +441,8 @@ def note_torch_attention(
     A = A[..., : S.shape[-1]]
     y = A @ v
     recorder.mixing(block, A, v, y, L)
+    if is_fused:
+        recorder.of(block).scaled = array(S.softmax(-1))
     read = y.transpose(1, 2)
     read = read.transpose(0, 1) if spec.token_first else read
     note_projection(spec, recorder, block, read, out, mha.out_proj.weight.double().T, mha.out_proj.bias)
@@ -599,6 +609,7 @@ def _note_fused(self: Attention, recorder: Recorder, q: Tensor, k: Tensor, v: Te
     A = (torch.cat([S, torch.zeros_like(S[..., :1])], -1) if self.spec.sink == "zero key" else S).softmax(-1)
     A = A[..., : S.shape[-1]]
     recorder.mixing(self.switches.block, A, v, y, L)
+    recorder.of(self.switches.block).scaled = array(S.softmax(-1))
 
 
 def _folded(axes: str, adds: bool) -> Style:

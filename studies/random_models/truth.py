@@ -55,9 +55,10 @@ class AttentionTruth:
     """One attention of one batch. Arrays in float64 with the axes [sequence, head, query, key], and [.., width] for vectors.
 
     `kind` is `softmax`, `sigmoid`, `linear`, `difference` (of softmaxes: weights of either sign) or `channels`; `weights` and
-    `logits` are None where there are none. `parts` are the two softmaxes of a difference. `projected` is the output projection's
-    output [sequence, token, width], `matrix` and `bias` its effective map, `read` what it reads [sequence, token, head, head
-    width].
+    `logits` are None where there are none. `scaled` are weights whose rows sum to one over the keys that are tokens, of a fused
+    call: it never makes those beside its sink, which may underflow. `parts` are the two softmaxes of a difference. `projected` is
+    the output projection's output [sequence, token, width], `matrix` and `bias` its effective map, `read` what it reads [sequence,
+    token, head, head width].
     """
 
     kind: str
@@ -71,6 +72,7 @@ class AttentionTruth:
     matrix: np.ndarray | None = None
     bias: np.ndarray | None = None
     projected: np.ndarray | None = None
+    scaled: np.ndarray | None = None
 
     def found(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Weights, allowed pairs, values and mixed values, where all of them are there."""

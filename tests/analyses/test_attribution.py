@@ -413,6 +413,27 @@ class Parts(nn.Module):
         return x
 
 
+class OtherHeads(Attention):
+    """The same with half as many heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS // 2, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class TwoAttentions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.far, self.mlp = Attention(), OtherHeads(), mlp()
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.near(self.norms[0](x))
+        x = x + self.far(self.norms[1](x))
+        return x + self.mlp(self.norms[2](x))
+
+
 @pytest.mark.parametrize("first", [mlp, Mixer])
 @torch.no_grad()
 def test_two_sublayers_of_one_block_have_each_their_own_effects(first: Callable[[], nn.Module]) -> None:
@@ -435,6 +456,23 @@ def test_two_sublayers_of_one_block_have_each_their_own_effects(first: Callable[
                 assert found_there.exact.mean == pytest.approx(exact, abs=1e-10)
             assert effect.total is None  # there is no way to take one of them away alone
             assert "together only" in effect.unavailable["total"]
+
+
+@torch.no_grad()
+def test_two_attentions_of_one_block_have_each_their_own_noise_gains() -> None:
+    model = SeveralParts()
+    model.blocks = nn.ModuleList(TwoAttentions() for _ in range(BLOCKS))
+    model.double().eval()
+    result = uc.attribute(model, {"input_ids": text_batch()["input_ids"]}, last, ablated_as=None)
+    for number in range(BLOCKS):
+        gains = [e.noise_gain for e in result.heads if e.block == number]
+        expected = []
+        for part, count in ((model.blocks[number].near, HEADS), (model.blocks[number].far, HEADS // 2)):
+            matrix = part.out.weight.T
+            inverse, width = torch.linalg.pinv(matrix), WIDTH // count
+            for rows in torch.arange(WIDTH).split(width):  # this head's share of what is read off the sum
+                expected.append(float(torch.linalg.matrix_norm(inverse[:, rows] @ matrix[rows], 2)))
+        assert gains == pytest.approx(expected, rel=1e-8)
 
 
 # Half precision, batches and names --------------------------------------------------------------------------------------

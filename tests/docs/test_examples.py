@@ -13,7 +13,7 @@ DOCS = Path(__file__).parents[2] / "docs"
     [
         ("own-models.md", 5),
         ("symmetries.md", 2),
-        ("monitoring.md", 5),
+        ("monitoring.md", 6),
         ("attribution.md", 2),
         ("corpus-geometry.md", 1),
     ],

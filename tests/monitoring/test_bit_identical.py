@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -103,9 +103,11 @@ def checkpointed(monitor: uc.Monitor | None, model: nn.Module) -> None:
     assert model.is_activation_checkpointing
 
 
-def trained(loop: Loop, build: Callable[[], nn.Module], *, monitored: bool) -> dict[str, Tensor]:
+def trained(
+    loop: Loop, build: Callable[[], nn.Module], *, monitored: bool, on: Literal["probe", "train"] = "probe"
+) -> dict[str, Tensor]:
     model = build()
-    monitor = uc.Monitor(model, probe(), every=2) if monitored else None
+    monitor = uc.Monitor(model, probe(), every=2, on=on) if monitored else None
     loop(monitor, model)
     if monitor is not None:
         assert len(monitor.readings) >= STEPS // 2
@@ -121,7 +123,9 @@ def assert_same(with_monitor: dict[str, Tensor], without: dict[str, Tensor]) -> 
 
 @pytest.mark.parametrize("loop", [plain, autocast, accumulated, between_forward_and_backward, checkpointed])
 def test_a_loop_gives_the_same_weights(loop: Loop) -> None:
-    assert_same(trained(loop, gpt2, monitored=True), trained(loop, gpt2, monitored=False))
+    without = trained(loop, gpt2, monitored=False)
+    for on in ("probe", "train"):
+        assert_same(trained(loop, gpt2, monitored=True, on=on), without)
 
 
 def test_a_look_that_moved_the_random_state_would_show(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -193,9 +193,29 @@ def test_lengths_beyond_the_models_positions_and_inputs_without_tokens_are_refus
     with pytest.raises(uc.InputError, match="made for fewer positions"):
         uc.diagnose(model, batches=batches(), context_lengths=[16, 80])
     vision = FAMILIES["vit"]
-    with pytest.raises(uc.InputError, match="expected batches with input_ids, got pixel_values"):
+    with pytest.raises(uc.InputError, match="such as input_ids, got pixel_values"):
         uc.diagnose(vision.build(), batches=[{"pixel_values": torch.randn(2, 3, 32, 32)}], context_lengths=[8, 16])
 
 
 def test_lengths_come_in_order() -> None:
     assert require_context_lengths([64, 16, 64, 32]) == [16, 32, 64]
+
+
+class Renamed(nn.Module):
+    """The same model with other names for what it is given; True is padding."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, tokens: Tensor, padded: Tensor | None = None) -> Tensor:
+        mask = torch.ones_like(tokens) if padded is None else (~padded).long()
+        return self.inner(input_ids=tokens, attention_mask=mask).last_hidden_state
+
+
+def test_windows_hold_real_tokens_whatever_the_mask_is_called() -> None:
+    plain = scaling_of(FAMILIES["bert"].build().eval(), batches(), LENGTHS)
+    given = [{"tokens": b["input_ids"], "padded": b["attention_mask"] == 0} for b in batches()]
+    renamed = scaling_of(Renamed(FAMILIES["bert"].build()).eval(), given, LENGTHS)
+    for one, other in zip(plain, renamed, strict=True):
+        assert other.second_singular_value == one.second_singular_value

@@ -27,7 +27,9 @@ from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
 from uncollapse.analyses.recording import model_info, probe_record, site_records, versions
 from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.probing import float64_kept
+from uncollapse.anatomy.stacks import given_mask, hides
 from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.vocabulary import Stack, StreamAxes
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.interventions.overlooked_norms import asked_once
 from uncollapse.interventions.without import require_blocks, require_components, require_effect
@@ -103,7 +105,7 @@ def ablate(
                 progress("runs", number, len(combinations))
             try:
                 if combination:
-                    require_effect(prepared.loaded.model, combination, blocks)
+                    require_effect(prepared.loaded.model, combination, blocks, prepared.batches[0])
                 observed, run = _run(prepared, combination, blocks, is_causal, whole)
             except UnsupportedModel as error:
                 if without is not None or not combination:
@@ -181,7 +183,9 @@ def _at_consensus(prepared: Prepared) -> list[float] | None:
     model = prepared.loaded.model
     try:
         with float64_kept(model):
-            return contraction_at_consensus(model, few_sequences(prepared.batches[0]), prepared.anatomy, prepared.seed)
+            return contraction_at_consensus(
+                model, few_sequences(prepared.batches[0], prepared.anatomy), prepared.anatomy, prepared.seed
+            )
     except UncollapseError:  # equal tokens lead the model another way, such as a router with ties
         return None
 
@@ -195,11 +199,10 @@ def _run(
 ) -> tuple[Observations, AblationRun]:
     """One probe pass without `combination`. `whole` collects the mean output vectors of the whole model for the later runs."""
     model = prepared.loaded.model
-    decodes = any(block.stack == "decoder" for block in prepared.anatomy.blocks)
-    outputs = _Outputs(is_causal, whole if combination else None, "decoder_" if decodes else "")
+    outputs = _Outputs(prepared, is_causal, whole if combination else None)
     with contextlib.ExitStack() as stack:
         if combination:
-            stack.enter_context(taken_away(model, *combination, blocks=blocks))
+            stack.enter_context(taken_away(model, *combination, blocks=blocks, batch=prepared.batches[0]))
         stack.enter_context(float64_kept(model))
         observed = prepared.captured(
             level=prepared.level, watch=_watched(prepared.level, combination), on_output=outputs.add
@@ -208,12 +211,15 @@ def _run(
         whole.extend(outputs.vectors)
     trajectory = site_records(observed)
     unavailable = {}
-    loss, shift = (Statistic.of(*r.summary()) for r in (outputs.loss, outputs.shift))
+    loss = Statistic.of(*outputs.loss.summary())
+    shift = None if outputs.reason else Statistic.of(*outputs.shift.summary())
     if loss is None:
         unavailable["loss"] = "the model has no language-model head with a causal mask"
     if shift is None:
         unavailable["output_shift"] = (
-            "this is the whole model" if not combination else "the output does not have one vector per token"
+            "this is the whole model"
+            if not combination
+            else outputs.reason or "the output does not have one vector per token"
         )
     rate = depth_rate(trajectory, _epsilon(model))
     if rate is None:
@@ -242,25 +248,38 @@ def _watched(level: Level, combination: tuple[str, ...]) -> set[Watched]:
 class _Outputs:
     """What is kept of the model's outputs: one mean vector per sequence, and running statistics of loss and shift."""
 
-    def __init__(self, is_causal: bool, whole: list[Tensor] | None, side: str) -> None:
-        """side: what the names of the ids and the mask of the stack that gives the output begin with."""
-        self.is_causal, self.whole, self.side = is_causal, whole, side
+    def __init__(self, prepared: Prepared, is_causal: bool, whole: list[Tensor] | None) -> None:
+        """The stack that gives the output, the last one, says which tensors of a batch are its token numbers and its padding."""
+        self.prepared, self.is_causal, self.whole = prepared, is_causal, whole
         self.vectors: list[Tensor] = []
-        self.has_logits = self.has_vectors = False
+        self.reason = ""  # why there are no vectors of the tokens alone
         self.loss, self.shift = Running.empty(), Running.empty()
 
     def add(self, batch: Mapping[str, Any], output: Any) -> None:
         """Called by the capture with each batch and the model's output on it."""
-        mask, ids = batch.get(f"{self.side}attention_mask"), batch.get(f"{self.side}input_ids")
+        anatomy = self.prepared.anatomy
+        stack = anatomy.stacks[-1]
+        ids = None if stack.ids is None or stack.ids_transposed else batch.get(stack.ids)
+        real = given_mask(stack, batch)
         logits = getattr(output, "logits", None)
         if self.is_causal and logits is not None and ids is not None and logits.shape[:-1] == ids.shape:
-            self.has_logits = True
-            self.loss = self.loss.add(_next_token_loss(logits, ids, mask))
+            self.loss = self.loss.add(_next_token_loss(logits, ids, real))
         vectors = next((t for t in tensors_in(output) if t.is_floating_point() and t.ndim >= 2), None)
         if vectors is None:
             return
-        self.has_vectors = True
-        pooled = _pooled(vectors, mask)
+        laid = _sequence_first(vectors, stack, anatomy.blocks[stack.blocks[-1]].axes, batch)
+        if laid is None:
+            self.reason = "which axis of the output holds the sequences is not known"
+        elif any(m.unit != "token" and hides(m, batch) for m in stack.masks):
+            self.reason = "which rows of the output are padding is not known"
+        if laid is None or self.reason:
+            return
+        if real is not None and laid.ndim == 3:  # the output may lack what the stream begins with by itself
+            real = real[:, real.shape[1] - laid.shape[1] :] if laid.shape[1] < real.shape[1] else real
+            if real.shape != laid.shape[:2]:
+                self.reason = "which rows of the output are padding is not known"
+                return
+        pooled = _pooled(laid, real)
         if self.whole is None:
             self.vectors.append(pooled)
         else:
@@ -270,11 +289,30 @@ class _Outputs:
                 self.shift = self.shift.add(1 - torch.cosine_similarity(pooled, reference, dim=-1))
 
 
+def _sequence_first(output: Tensor, stack: Stack, axes: StreamAxes | None, batch: Mapping[str, Any]) -> Tensor | None:
+    """An output [sequence, token, width] of a stack; None where it is not known which of its first two axes are the sequences."""
+    if output.ndim != 3 or axes is None or axes.sequence is None or axes.sequence < min(axes.token):
+        return output
+    ids = None if stack.ids is None else batch.get(stack.ids)
+    if (
+        ids is None or ids.shape[0] == ids.shape[1]
+    ):  # tokens come first in the stream; in the output they may or may not
+        return None
+    first, second = ids.shape[::-1] if stack.ids_transposed else ids.shape
+    own = max((mask.before for mask in stack.masks), default=0)
+    for rows in (second, second + own):
+        if output.shape[:2] == (first, rows):
+            return output
+        if output.shape[:2] == (rows, first):
+            return output.transpose(0, 1)
+    return None
+
+
 def _pooled(output: Tensor, mask: Tensor | None) -> Tensor:
     """The mean over real tokens of [batch, token, width], in float64 on the CPU. [batch, width] stays unchanged."""
     output = output.detach().double()
     if output.ndim == 3:
-        if mask is not None and mask.shape == output.shape[:2]:
+        if mask is not None:
             real = mask.bool()[..., None]
             output = torch.where(real, output, 0).sum(1) / real.sum(1)
         else:
@@ -287,7 +325,8 @@ def _next_token_loss(logits: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor
     losses = nn.functional.cross_entropy(logits[:, :-1].double().transpose(1, 2), ids[:, 1:], reduction="none")
     if mask is None:
         return losses.mean(1)
-    real = (mask[:, 1:] * mask[:, :-1]).bool()
+    mask = mask[:, -ids.shape[1] :]
+    real = mask[:, 1:] & mask[:, :-1]
     return torch.where(real, losses, 0).sum(1) / real.sum(1)
 
 

@@ -34,7 +34,8 @@ from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.interventions.single_heads import HeadsAs
 from uncollapse.judgement.identifiability import heads_records
-from uncollapse.probe.effects import Effect, Effects, effects_of
+from uncollapse.probe.attention import attention_places
+from uncollapse.probe.effects import Effect, Effects, Key, effects_of
 from uncollapse.probe.metrics import LogitDifference, NextTokenLoss
 from uncollapse.probe.total_effects import add_total_effects
 from uncollapse.records.attribution import (
@@ -120,6 +121,7 @@ def attribute(
             for number, each in enumerate(prepared.batches)
         ]
     heads = heads_records(observed.attention, prepared.loaded.model)
+    own = dict(zip(attention_places(prepared.anatomy), heads, strict=True))
     described = probe_record(prepared, observed)
     described.options.update({"ablated_as": ablated_as, "exact": exact, "noise": noise})
     if prompts is not None:
@@ -134,7 +136,7 @@ def attribute(
             model=model_info(prepared, observed),
             probe=described,
             metric=_metric_record(metric, found),
-            effects=_effect_records(found, heads, noise, ablated_as),
+            effects=_effect_records(found, own, noise, ablated_as),
             noise=noise,
             ablated_as=ablated_as,
             heads=heads,
@@ -274,32 +276,34 @@ def _metric_record(metric: AnyMetric, found: Sequence[Effects]) -> MetricRecord:
 
 
 def _effect_records(
-    found: Sequence[Effects], heads: Sequence[HeadsRecord], noise: float, ablated_as: HeadsAs | None
+    found: Sequence[Effects], heads: Mapping[Key, HeadsRecord], noise: float, ablated_as: HeadsAs | None
 ) -> list[EffectRecord]:
-    """One record for each component."""
+    """One record for each component. heads: by block and part."""
     by_place: dict[tuple[Any, ...], dict[int, Effect]] = {}
     for batch, each in enumerate(found):
         counts: dict[tuple[Any, ...], int] = {}
         for effect in each.effects:
-            place = (effect.kind, effect.block, effect.head, effect.stack, effect.attention)
+            place = (effect.kind, effect.block, effect.head, effect.stack, effect.attention, effect.part)
             counts[place] = counts.get(place, 0) + 1
             by_place.setdefault((*place, counts[place]), {})[batch] = effect
-    known = {(record.block, record.kind): record for record in heads}
     records = []
     for own in by_place.values():
         like = next(iter(own.values()))
         # A bias that is not met on a batch adds nothing there.
         effects = [
-            own.get(batch, Effect(like.kind, like.block, stack=like.stack, direct=torch.zeros_like(each.metric)))
+            own.get(
+                batch,
+                Effect(like.kind, like.block, stack=like.stack, part=like.part, direct=torch.zeros_like(each.metric)),
+            )
             for batch, each in enumerate(found)
         ]
-        records.append(_effect_record(effects, known, noise, ablated_as))
+        records.append(_effect_record(effects, heads, noise, ablated_as))
     return records
 
 
 def _effect_record(
     effects: Sequence[Effect],
-    known: Mapping[tuple[Any, Any], HeadsRecord],
+    heads: Mapping[Key, HeadsRecord],
     noise: float,
     ablated_as: HeadsAs | None,
 ) -> EffectRecord:
@@ -316,8 +320,8 @@ def _effect_record(
         else:
             unavailable.setdefault(name, "not finite")
     said: dict[str, Any] = {}
-    if first.kind == "head" and first.head is not None:
-        said = _of_a_head(first.head, known.get((first.block, first.attention)), effects, noise, unavailable)
+    if first.kind == "head" and first.head is not None and first.block is not None and first.part is not None:
+        said = _of_a_head(first.head, heads.get((first.block, first.part)), effects, noise, unavailable)
     return EffectRecord(
         first.kind,
         first.block,

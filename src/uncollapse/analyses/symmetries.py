@@ -29,8 +29,9 @@ from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.examples import example
 from uncollapse.anatomy.interception import device_of
 from uncollapse.anatomy.probing import float64_kept, probing
+from uncollapse.anatomy.stacks import real_tokens
 from uncollapse.anatomy.streams import Action, met
-from uncollapse.anatomy.vocabulary import Block, StreamAxes
+from uncollapse.anatomy.vocabulary import Anatomy, Block, StreamAxes
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.interventions.without import removed as taken_away
 from uncollapse.probe.context_lengths import require_context_lengths
@@ -175,7 +176,7 @@ class _Acting:
         device = device_of(self.model)
         self.pieces = [
             {k: v.to(device) if isinstance(v, Tensor) else v for k, v in piece.items()}
-            for piece in _pieces(prepared.batches)
+            for piece in _pieces(prepared.batches, self.anatomy)
         ]
         self.channels = with_norms_before(
             self.model, self.anatomy, channels_of(self.model, self.anatomy, self.pieces[0]), self.pieces[0]
@@ -465,11 +466,13 @@ class _Rounding:
         return stream * (1 + torch.finfo(stream.dtype).eps * signs)
 
 
-def _pieces(batches: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _pieces(batches: Sequence[Mapping[str, Any]], anatomy: Anatomy) -> list[dict[str, Any]]:
     """The first tokens of the longest sequences, without padding: one batch where they can be cut to one length."""
     singles = [one for batch in batches for one in _sequences(batch)]
-    singles = sorted(singles, key=_tokens, reverse=True)[:SEQUENCES]
-    cut = [example(one, min([TOKENS, *map(_tokens, singles)])) for one in singles]
+    counts = [_tokens(one, anatomy) for one in singles]
+    longest = sorted(range(len(singles)), key=counts.__getitem__, reverse=True)[:SEQUENCES]
+    shortest = min([TOKENS, *(counts[i] for i in longest)])
+    cut = [example(singles[i], shortest, real_tokens(anatomy, singles[i])) for i in longest]
     try:
         return [
             {
@@ -490,11 +493,13 @@ def _sequences(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _tokens(one: Mapping[str, Any]) -> int:
+def _tokens(one: Mapping[str, Any], anatomy: Anatomy) -> int:
     """How many real tokens a sequence has; for an image, all of them."""
-    ids = one.get("decoder_input_ids", one.get("input_ids"))
-    mask = one.get("attention_mask")
-    return int(mask.sum()) if isinstance(mask, Tensor) and mask.ndim == 2 else TOKENS if ids is None else ids.shape[1]
+    real = real_tokens(anatomy, one)
+    if real is not None:
+        return int(real.sum())
+    numbers = [one[s.ids].shape[s.ids_transposed ^ 1] for s in anatomy.stacks if s.ids is not None and s.ids in one]
+    return numbers[0] if numbers else TOKENS
 
 
 def _combinations(first: str, second: str) -> list[list[str]]:

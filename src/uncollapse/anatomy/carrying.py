@@ -2,7 +2,8 @@
 
 A mask forbids pairs in the order of axes that the logits have; the weights may arrive at the values in another. Every operation
 on the way either moves entries (then what is known moves with them, by the very same call) or works on each by itself (then it
-stays). Whatever does something else loses it, and nothing is claimed.
+stays). A product that mixes heads behind the softmax leaves the pairs where they are, but its results follow from the logits of
+several. Whatever does something else loses what is known, and nothing is claimed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from uncollapse.anatomy.interception import Point
 from uncollapse.anatomy.masking import forbidden_by_step
-from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in
+from uncollapse.anatomy.tracing import MATRIX_PRODUCTS, operands_of, operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import AttentionCall, MaskingStep
 
 Observer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]  # function, operands, result
@@ -110,7 +111,8 @@ class Way:
                 forbidden = logits_of = None
                 for known in kept:
                     forbidden = _either(forbidden, known.forbidden)
-                    logits_of = known.logits if logits_of is None else logits_of
+                    if logits_of is None and (self.numbered is not None or name not in MATRIX_PRODUCTS):
+                        logits_of = known.logits
                 for step in self.masking.get(point, ()):
                     barred = forbidden_by_step(function, args, kwargs, step.operand, result, step.after_softmax)
                     if barred is not None:

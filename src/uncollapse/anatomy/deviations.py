@@ -67,12 +67,26 @@ def _orders(before: Tensor, after: Tensor) -> list[tuple[int, ...]]:
 
 
 def _law_gap(before: list[Tensor], after: list[Tensor], precision: float) -> float:
-    shifts = [b.reshape(after[0].shape) - before[0].reshape(after[0].shape) for b in before[1:]]
-    answers = [a - after[0] for a in after[1:]]
-    size = max(float(b.abs().max()) for b in before) or 1.0
-    reply = max(float(a.abs().max()) for a in after) or 1.0
+    """The part of the change that obeys no law, relative to the sizes of both tensors. Beyond rounding is more than eight units in
+    the last place of the largest element anywhere; or, in half of the features or more, a root mean square of one unit of the
+    feature's own largest element: rounding alone comes to a fifth of that, and one feature of a great size hides no others."""
+    before = [b.reshape(after[0].shape) for b in before]
+    shifts, answers = [b - before[0] for b in before[1:]], [a - after[0] for a in after[1:]]
+    sizes = _largest_by_feature(before) * _largest_by_feature(after)
     worst = 0.0
     for shift, answer in zip(shifts[1:], answers[1:], strict=True):
-        cross = float((answer * shifts[0] - answers[0] * shift).abs().max()) / (size * reply)
-        worst = max(worst, cross if cross > 16 * precision else 0.0)
+        cross = (answer * shifts[0] - answers[0] * shift).abs()
+        anywhere = float(cross.max()) / (_size(before) * _size(after))
+        typical = cross.square().flatten(0, -2).mean(0).sqrt() if cross.ndim > 1 else cross
+        usual = float(torch.where(sizes > 0, typical / sizes, 0.0).median())
+        worst = max(worst, anywhere if anywhere > 8 * precision else 0.0, usual if usual > precision else 0.0)
     return worst
+
+
+def _size(tensors: list[Tensor]) -> float:
+    return max(float(t.abs().max()) for t in tensors) or 1.0
+
+
+def _largest_by_feature(tensors: list[Tensor]) -> Tensor:
+    """The largest element of each feature, the last axis, in several tensors."""
+    return torch.stack([t.abs().flatten(0, -2).amax(0) if t.ndim > 1 else t.abs() for t in tensors]).amax(0)

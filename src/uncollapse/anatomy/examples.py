@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ EXAMPLE_TOKENS = 8
 SEQUENCES, TOKENS, DECODER_TOKENS = 3, 7, 5  # of the proof: pairwise different, so that no axis passes for another
 
 
-def piece_of(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The small piece of a batch that the anatomy is proved on."""
-    return fitting_piece(model, batch)[0]
+def piece_of(model: nn.Module, batch: Mapping[str, Any], real: Tensor | None = None) -> dict[str, Any]:
+    """A small piece of a batch such as an anatomy is proved on. real: see `fitting_piece`."""
+    return fitting_piece(model, batch, real)[0]
 
 
 def fitting_piece(
@@ -43,17 +43,26 @@ def as_long_a_piece(model: nn.Module, batch: Mapping[str, Any], real: Tensor | N
     return piece if runs_on(model, piece) else None
 
 
-def one_sequence(model: nn.Module, batch: Mapping[str, Any], real: Tensor | None = None) -> dict[str, Any]:
+def one_sequence(
+    model: nn.Module, batch: Mapping[str, Any], real: Tensor | None = None, per_token: Collection[str] = ()
+) -> dict[str, Any]:
+    """`example`, or the whole batch where the model does not run on that, or where a square tensor of as many rows as there are
+    sequences may be one over pairs of tokens: a row of such a mask can be broadcast, and mean something else. real: see
+    `fitting_piece`. per_token: the names of tensors that have a value for each token."""
+    reference = _token_numbers(batch)
+    square = [name for name, v in batch.items() if isinstance(v, Tensor) and v.ndim == 2 and v.shape[0] == v.shape[1]]
+    if reference is not None and any(
+        name not in per_token and batch[name] is not reference and batch[name].shape == reference.shape
+        for name in square
+    ):
+        return dict(batch)
     piece = example(batch, real=real)
     return piece if runs_on(model, piece) else dict(batch)
 
 
-def turned(batch: Mapping[str, Any], shape: Sequence[int]) -> dict[str, Any]:
-    """A batch whose tensors with axes of these sizes have them in the other order."""
-    return {
-        name: value.transpose(0, 1) if isinstance(value, Tensor) and value.shape[:2] == tuple(shape) else value
-        for name, value in batch.items()
-    }
+def turned(batch: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """A batch whose tensors of these names have their first two axes in the other order."""
+    return {name: value.transpose(0, 1) if name in names else value for name, value in batch.items()}
 
 
 def runs_on(model: nn.Module, piece: Mapping[str, Any]) -> bool:
@@ -78,7 +87,9 @@ def sends_elsewhere(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 
 def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS, real: Tensor | None = None) -> dict[str, Any]:
     """One sequence of a batch, cut to at most `tokens` real tokens where it is made of token numbers. real: see `fitting_piece`."""
-    size = next((t.shape[0] for t in batch.values() if isinstance(t, Tensor) and t.ndim), 1)
+    reference = _token_numbers(batch)
+    first = next((t for t in batch.values() if isinstance(t, Tensor) and t.ndim), None)
+    size = 1 if first is None else first.shape[0] if reference is None else reference.shape[0]
     keep: dict[str, Tensor] = {}
     row = 0
     for name in ("attention_mask", "decoder_attention_mask"):
@@ -87,17 +98,21 @@ def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS, real: Tensor
             marked = _marked_real(mask)
             row = int(marked.sum(-1).argmax()) if name == "attention_mask" else row
             keep[name.removesuffix("attention_mask")] = marked[row].nonzero().flatten()[:tokens]
-    if real is not None:
+    if real is not None and (reference is None or real.shape == reference.shape):
         row = int(real.sum(-1).argmax())
         keep[""] = real[row].nonzero().flatten()[:tokens]
     cut: dict[str, Any] = {}
     for name, value in batch.items():
         if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] != size:
             cut[name] = value
+            if reference is not None and isinstance(value, Tensor) and value.shape == (reference.shape[1],) * 2:
+                columns = keep.get("", torch.arange(min(tokens, len(value))))  # over pairs of tokens
+                cut[name] = value[columns][:, columns].clone()
             continue
         one = value[row : row + 1]
         stack = "decoder_" if name.startswith("decoder_") else ""
-        if value.ndim == 2 and not value.is_floating_point():
+        is_per_token = reference is not None and value.shape == reference.shape  # a mask may be floating
+        if value.ndim == 2 and (is_per_token or not value.is_floating_point()):
             columns = keep.get(stack, torch.arange(min(tokens, value.shape[1]), device=value.device))
             if len(columns) and int(columns.max()) < value.shape[1]:
                 one = one[:, columns]
@@ -112,11 +127,10 @@ def example_batch(batch: Mapping[str, Any], most: int = TOKENS, real: Tensor | N
     tensors are cut along the axes that have the lengths of the token numbers. The decoder's are cut to 5 tokens. real: see
     `fitting_piece`.
     """
-    numbers = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point()}
-    if not numbers:
+    reference = _token_numbers(batch)
+    if reference is None:
         return _first_sequences(batch)
-    # A square mask over pairs of tokens may come first, and has no axis of sequences: token ids are whole numbers.
-    reference = min(numbers.values(), key=lambda t: t.dtype == torch.bool)
+    numbers = _numbers(batch)
     shape = tuple(reference.shape)
     tokens = most if shape[1] > SEQUENCES else shape[1]
     cut = {shape[1]: min(shape[1], tokens)}
@@ -162,6 +176,17 @@ def example_batch(batch: Mapping[str, Any], most: int = TOKENS, real: Tensor | N
                     piece = piece.narrow(axis, 0, min(tokens, shape[1]))
         found[name] = piece.clone()
     return found
+
+
+def _numbers(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The whole numbers of a batch along two axes, masks among them."""
+    return {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim == 2 and not v.is_floating_point()}
+
+
+def _token_numbers(batch: Mapping[str, Any]) -> Tensor | None:
+    """The token numbers of a batch, whose axes are those of sequences and tokens. A square mask over pairs of tokens may come
+    first, and has no axis of sequences: token numbers are no booleans."""
+    return min(_numbers(batch).values(), key=lambda t: t.dtype == torch.bool, default=None)
 
 
 def _real(numbers: Mapping[str, Tensor], stack: str, shape: tuple[int, ...], real: Tensor | None) -> Tensor:

@@ -98,14 +98,26 @@ def poked(stream: Tensor, axis: int, places: Tensor) -> Tensor:
 def moved(plain: Tensor, other: Tensor, axis: int, coarsest: float = 0.0) -> Tensor:
     """Which places along an axis differ beyond rounding, as [places]: by more than two units in the last place of what was
     there, and by more than a trace of the largest difference. Experts run on groups of tokens, and the size of a group decides
-    how its sums are rounded: that is no influence. `coarsest`: the rounding of a coarser number format on the way."""
+    how its sums are rounded: that is no influence. `coarsest`: the rounding of a coarser number format on the way.
+
+    In half precision an element that is small because its sum cancels is rounded as others of the same feature are: there it
+    is four units of the largest of these. Weights that are renormalised after the softmax bring that much of a hidden key."""
     eps = max(torch.finfo(plain.dtype).eps, coarsest)
     change = (other.double() - plain.double()).abs()
     change = change.where(change.isfinite(), 0.0)
-    trace = (2 if eps > 1e-4 else 256) * eps * change.max()
-    different = (change > trace) & ~(change <= 2 * eps * plain.double().abs())
+    size = plain.double().abs()
+    if _is_coarse(eps):
+        size = size.nan_to_num(0.0, 0.0, 0.0).amax(axis, keepdim=True)
+        different = change > (2 * eps * change.max()).maximum(4 * eps * size)
+    else:
+        different = (change > 256 * eps * change.max()) & ~(change <= 2 * eps * size)
     across = tuple(i for i in range(plain.ndim) if i != axis % plain.ndim)
     return different.any(across) if across else different
+
+
+def _is_coarse(eps: float) -> bool:
+    """Whether this is the machine epsilon of a half-precision format."""
+    return eps > 1e-4
 
 
 def reaches(update: Update, stream: Tensor, axis: int, places: Tensor, plain: Tensor | None = None) -> bool:
@@ -351,8 +363,8 @@ def is_heard(size: Tensor, open_size: Tensor, precision: float) -> Tensor:
 
     Weights that are renormalised after the softmax cancel what a hidden key does in the softmax's own sum, up to rounding: what
     hiding leaves of a row must be more than that. A row that is faint by itself is as faint with nothing hidden.
-    `precision`: the machine epsilon of the number format."""
-    rounding = (2 if precision > 1e-4 else 256) * precision
+    `precision`: the machine epsilon of the coarsest number format on the way."""
+    rounding = (8 if _is_coarse(precision) else 256) * precision
     return (size > 0) & (size > rounding * open_size)
 
 

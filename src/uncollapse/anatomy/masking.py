@@ -135,6 +135,7 @@ def step_without(
         if hidden is not None:
             least = torch.finfo(mask.dtype).min
             open_mask = torch.where(hidden, -least if name == "sub" else least, open_mask)
+        open_mask = laid_like(open_mask, mask)
         return function(
             *(open_mask if a is mask else a for a in args),
             **{k: open_mask if v is mask else v for k, v in given.items()},
@@ -144,11 +145,11 @@ def step_without(
             return function(*args, **given)
         kept = torch.ones_like(mask)
         if hidden is not None and after_softmax is not False:
-            kept = torch.where(hidden, torch.zeros((), dtype=kept.dtype), kept)
+            kept = laid_like(torch.where(hidden, torch.zeros((), dtype=kept.dtype), kept), mask)
         return function(
             *(kept if a is mask else a for a in args), **{k: kept if v is mask else v for k, v in given.items()}
         )
-    nothing = torch.zeros(1, dtype=torch.bool, device=mask.device) if hidden is None else hidden
+    nothing = laid_like(torch.zeros(1, dtype=torch.bool, device=mask.device) if hidden is None else hidden, mask)
     if name == "masked_fill":
         if not _forbids(args[2] if len(args) > 2 else given.get("value"), after_softmax):
             return function(*args, **given)
@@ -162,8 +163,16 @@ def step_without(
         keeps_first = _forbids(second, after_softmax)
         if not keeps_first and not _forbids(first, after_softmax):
             return function(*args, **given)
-        return _with(function, args, given, mask, ~nothing if keeps_first else nothing)
+        return _with(function, args, given, mask, laid_like(~nothing if keeps_first else nothing, mask))
     return function(*args, **given)
+
+
+def laid_like(other: Tensor, mask: Tensor) -> Tensor:
+    """What takes the place of a mask, in memory as that is where it can be: the order in which a sum is added up, and with it the
+    last digit, follows from how its operands lie. Where nothing was forbidden, no bit is to change."""
+    if torch.broadcast_shapes(other.shape, mask.shape) != mask.shape:
+        return other
+    return torch.empty_like(mask, dtype=other.dtype).copy_(other)
 
 
 def _with(

@@ -88,7 +88,7 @@ def axes_order(numbered: Tensor, pattern: Tensor) -> tuple[int, ...] | None:
     return None
 
 
-def gated(mixed: Tensor, part: Part, factors: Mapping[Point, Tensor]) -> Tensor:
+def gated(mixed: Tensor, part: Part, factors: Mapping[Point, Tensor | None]) -> Tensor:
     """The mixed values of all heads [sequence, head, token, width] behind the gates of their part. `factors`: what each gate was in
     this pass, as large as the result of its operation.
 
@@ -107,9 +107,11 @@ def gated(mixed: Tensor, part: Part, factors: Mapping[Point, Tensor]) -> Tensor:
     return mixed
 
 
-def gate_noted(gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-    """What a gate was in this run of its operation, as large as the result."""
-    return list(tensors_in([args, kwargs]))[gate.operand].detach().expand(output.shape).clone()
+def gate_noted(gate: Gate, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+    """What a gate was in this run of its operation, as large as the result; None where another operation stands there than on the
+    example: how many come before it may depend on the input (queries in chunks)."""
+    operands = list(tensors_in([args, kwargs]))
+    return operands[gate.operand].detach().expand(output.shape).clone() if gate.operand < len(operands) else None
 
 
 def sounding(speaking: Tensor, call: AttentionCall, sequences: int) -> Handler:

@@ -130,6 +130,14 @@ def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+@contextlib.contextmanager
+def measuring(tensor: Tensor) -> Iterator[None]:
+    """Within the block a measurement of `tensor` is computed as it is written, and no gradient flows back from it, also when the
+    pass is one of training."""
+    with torch.no_grad(), full_precision(tensor):
+        yield
+
+
 class _Float64Kept(TorchFunctionMode):
     """Requests for single precision are requests for double."""
 

@@ -70,7 +70,7 @@ from uncollapse.anatomy.replaying import NotReplayable, replayed
 from uncollapse.anatomy.routers import routers_of
 from uncollapse.anatomy.side_by_side import laid_out, mixing_gap
 from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember, sizes_of
-from uncollapse.anatomy.stacks import find_stacks, given_mask, masks_not_told
+from uncollapse.anatomy.stacks import find_stacks, given_mask, masks_not_told, per_token, real_tokens
 from uncollapse.anatomy.summands import same_term, with_operands
 from uncollapse.anatomy.tracing import Trace, operands_of, operation_name, trace, writes_in_place
 from uncollapse.anatomy.vocabulary import (
@@ -111,15 +111,17 @@ def proved_anatomy(
         anatomy = prove(model, small, layout)
     else:
         anatomy, small, steers, real = _proved_on_real_tokens(model, batch, layout)
-    few = one_sequence(model, batch, real)
+    real = real_tokens(anatomy, batch) if real is None else real
     ids = next((stack.ids for stack in anatomy.stacks if stack.ids is not None and stack.ids_transposed), None)
     if ids is not None:  # its first row is a token of every sequence
-        shape = batch[ids].shape
-        piece = example_batch(turned(batch, shape))
-        few = turned(piece, piece[ids].shape)
+        straight = {mask.tensor for stack in anatomy.stacks for mask in stack.masks if not mask.is_transposed}
+        as_ids = {name for name, v in batch.items() if isinstance(v, Tensor) and v.shape[:2] == batch[ids].shape}
+        few = turned(example_batch(turned(batch, as_ids - straight), real=real), as_ids - straight)
         few = few if runs_on(model, few) else small
     elif any(_may_be_token_first(anatomy, stack) for stack in anatomy.stacks):
         few = small  # one row of its vectors may be one token, which no mask and no order is seen on
+    else:
+        few = one_sequence(model, batch, real, per_token(anatomy))
     sizes = None
     if any(part.shares_queries for block in anatomy.blocks for part in block.parts):
         # How many calls share its queries may depend on how many there are.

@@ -72,8 +72,8 @@ def _decides(alone: BlockAlone, number: int, point: Point, axes: StreamAxes) -> 
         return False
     rounding = 4 * torch.finfo(before.dtype).eps * float(before.abs().max())
     gap, around = ((one - other).double().abs().amax(-1).flatten() for one, other in ((after, before), past))
-    # The first row is the first token of the first sequence, whichever of the two axes comes first. Where the others are the same in
-    # every bit, any change of its own is one; half precision would hide a small update below its rounding.
+    # The first row is the first token of the first sequence, whichever of the two axes comes first. Where the others are the same
+    # in every bit, any change of its own is one; half precision would hide a small update below its rounding.
     least = 4 * rounding if bool(gap[1:].any()) else 0.0
     return bool(gap[0] > least) and bool((gap[1:] <= rounding).all()) and bool((around <= rounding).all())
 

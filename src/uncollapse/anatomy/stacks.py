@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.influence import (
+    Products,
     hearing,
     hearing_one_by_one,
     is_heard,
@@ -244,7 +245,12 @@ def _sizes_of_hearing(alone: Alone) -> Tensor | None:
 
 
 def _precision(alone: Alone) -> float:
-    return torch.finfo(alone.stream.dtype).eps
+    """The machine epsilon of the coarsest number format in which the block's attention is computed (autocast)."""
+    assert alone.mixing is not None
+    products = Products()
+    with products:
+        alone.update(alone.mixing, alone.stream)
+    return max(torch.finfo(alone.stream.dtype).eps, products.coarsest())
 
 
 def _changed_at(
@@ -312,8 +318,11 @@ def _hearing(alone: Alone, axes: StreamAxes, token: int) -> _Hearing:
         index[axis] = place
     one = other.clone()
     one[tuple(index)] = changed[tuple(index)]
-    before, after = (axes.cloud(update(stream)) for stream in (other, one))
-    rows = moved(before[0], after[0], 0)
+    products = Products()
+    with products:
+        before = axes.cloud(update(other))
+    after = axes.cloud(update(one))
+    rows = moved(before[0], after[0], 0, products.coarsest())
     rows[token] = False
     change = torch.where(rows, (after[0].double() - before[0].double()).abs().nan_to_num().amax(-1), 0.0)
     in_any_bit = (before[0] != after[0]).any(-1)
@@ -455,6 +464,22 @@ def given_mask(stack: Stack, batch: Mapping[str, Any]) -> Tensor | None:
             one = torch.cat([one.new_ones(len(one), mask.before), one], 1) if mask.before else one
             real = one if real is None or real.shape != one.shape else real & one.to(real.device)
     return None if real is None or bool(real.all()) else real
+
+
+def real_tokens(anatomy: Anatomy, batch: Mapping[str, Any]) -> Tensor | None:
+    """The same for the first stack whose tokens some mask hides, as [sequence, token] of the batch: without what the stream begins
+    with by itself."""
+    for stack in anatomy.stacks:
+        real = given_mask(stack, batch)
+        if real is not None:
+            return real[:, max(m.before for m in stack.masks if m.unit == "token") :]
+    return None
+
+
+def per_token(anatomy: Anatomy) -> set[str]:
+    """The names of tensors that are known to have a value for each token of each sequence."""
+    masks = {mask.tensor for stack in anatomy.stacks for mask in stack.masks if mask.unit == "token"}
+    return masks | {stack.ids for stack in anatomy.stacks if stack.ids is not None}
 
 
 def _hiding_rows(mask: TokenMask, batch: Mapping[str, Any]) -> Tensor:

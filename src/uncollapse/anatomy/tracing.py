@@ -26,7 +26,7 @@ from uncollapse.restoring import restoring
 # The way to a tensor inside a module's arguments or its output: keys, numbers and names of attributes, outermost first.
 Path = tuple[Any, ...]
 # An operation that multiplies matrices; with one operand made of parameters alone it is a learned linear map.
-_MATRIX_PRODUCTS = frozenset(
+MATRIX_PRODUCTS = frozenset(
     [
         "linear",
         "matmul",
@@ -245,13 +245,13 @@ class Trace:
     pieces: dict[Any, tuple[int, int]] = field(default_factory=dict)
 
     def is_matrix_product(self, index: int) -> bool:
-        return self.nodes[index].operation in _MATRIX_PRODUCTS
+        return self.nodes[index].operation in MATRIX_PRODUCTS
 
     def is_learned_product(self, index: int) -> bool:
         """A matrix product of data with a weight."""
         node = self.nodes[index]
         return (
-            node.operation in _MATRIX_PRODUCTS
+            node.operation in MATRIX_PRODUCTS
             and node.is_data
             and sum(self.nodes[i].is_data for i in node.inputs) == 1
             and any(self.nodes[i].is_parameter for i in node.inputs)
@@ -260,7 +260,7 @@ class Trace:
     def is_data_product(self, index: int) -> bool:
         """A matrix product of data with data."""
         node = self.nodes[index]
-        return node.operation in _MATRIX_PRODUCTS and sum(self.nodes[i].is_data for i in node.inputs) >= 2
+        return node.operation in MATRIX_PRODUCTS and sum(self.nodes[i].is_data for i in node.inputs) >= 2
 
     def passes_through(self, index: int) -> int | None:
         """The value that node `index` merely moves, casts or scales, or `None` where it does more."""
@@ -387,7 +387,7 @@ class _Recorder(TorchFunctionMode):
             ancestors |= self.ancestors[i] | 1 << i
             learned |= self.learned_ancestors[i]
             self.consumers[i].append(index)
-        if operation in _MATRIX_PRODUCTS:
+        if operation in MATRIX_PRODUCTS:
             data = [i for i in inputs if self.nodes[i].is_data]
             if len(data) == 1 and any(self.nodes[i].is_parameter for i in inputs):
                 learned |= self.ancestors[data[0]] | 1 << data[0]
@@ -597,7 +597,7 @@ def _with_own_tokens(nodes: list[Node], ancestors: list[int]) -> tuple[list[Node
         if node.operation in {"embedding", "parameter"}:
             own.add(node.index)
         else:
-            frontier.extend(node.inputs[:1] if node.operation in _MATRIX_PRODUCTS else node.inputs)
+            frontier.extend(node.inputs[:1] if node.operation in MATRIX_PRODUCTS else node.inputs)
     found: list[Node] = []
     learned: list[int] = []
     for node in nodes:
@@ -607,7 +607,7 @@ def _with_own_tokens(nodes: list[Node], ancestors: list[int]) -> tuple[list[Node
         for i in node.inputs:
             through |= learned[i]
         data = [i for i in node.inputs if found[i].is_data]
-        if node.operation in _MATRIX_PRODUCTS and len(data) == 1 and any(found[i].is_parameter for i in node.inputs):
+        if node.operation in MATRIX_PRODUCTS and len(data) == 1 and any(found[i].is_parameter for i in node.inputs):
             through |= ancestors[data[0]] | 1 << data[0]
         learned.append(through)
     return found, learned

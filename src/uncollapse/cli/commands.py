@@ -417,6 +417,10 @@ Direct and first-order effects only, which take a few passes in all:
 
     uncollapse attribute ./model --prompt "…" --target " a" --against " b" --ablated-as none
 
+A checkpoint in half precision, measured in float32, where it can be told whether the effects add up:
+
+    uncollapse attribute ./model --prompt "…" --target " a" --against " b" --dtype float32
+
 The heads, largest first, for another program:
 
     uncollapse attribute ./model --prompt "…" --target " a" --against " b" --json - |

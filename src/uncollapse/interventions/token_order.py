@@ -23,7 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import ChangedPath, Handler, Point, in_turn, intercepted
-from uncollapse.anatomy.masking import forbidden_by_addition, forbids_and_shifts, result_shape, spread_out, step_without
+from uncollapse.anatomy.masking import (
+    forbidden_by_addition,
+    forbids_and_shifts,
+    laid_like,
+    result_shape,
+    spread_out,
+    step_without,
+)
 from uncollapse.anatomy.operands import UnreadableError, arranged, fused_arguments, product_operands
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.stacks import given_mask, hides
@@ -137,10 +144,19 @@ def _unmasked_fused(call: AttentionCall, padding: _Padding) -> Handler:
             axes = [_AXIS[axis.role] for axis in call.lead]
             shape = (*query.shape[:-2], 1, given["key"].shape[-2])
             shown = spread_out(_with_other_keys(real, shape[-1], call), [*axes, None, "key"], shape)
-        given |= {"is_causal": False, "attn_mask": shown}
+        given |= {"is_causal": False, "attn_mask": shown if mask is None else _opened(mask, shown)}
         return function(given.pop("query"), given.pop("key"), given.pop("value"), **given)
 
     return handler
+
+
+def _opened(mask: Tensor, shown: Tensor | None) -> Tensor:
+    """A fused call's mask that forbids nothing but what is not `shown` (None: nothing): one of the same kind, lest another kernel
+    run and round otherwise."""
+    if mask.dtype == torch.bool:
+        return laid_like(torch.ones_like(mask) if shown is None else torch.ones_like(mask) & shown, mask)
+    bare = torch.zeros_like(mask)
+    return laid_like(bare if shown is None else bare.masked_fill(~shown, torch.finfo(mask.dtype).min), mask)
 
 
 _MASK_AND_BIAS = (

@@ -390,11 +390,14 @@ def _token_numbers(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def require_effect(
-    model: nn.Module, components: Collection[str], blocks: Collection[int] | Literal["all", "all+outer"] | None
+    model: nn.Module,
+    components: Collection[str],
+    blocks: Collection[int] | Literal["all", "all+outer"] | None,
+    batch: Mapping[str, Any] | None = None,
 ) -> None:
     """Raise `UnsupportedModel` where one of the components is not there to be removed, or removing it leaves the model's
-    output the same in every bit. Runs the model a few times on the example that its anatomy was proved on."""
-    anatomy = anatomy_for(model)
+    output the same in every bit. Runs the model a few times on the example that its anatomy was proved on; batch: see `without`."""
+    anatomy = anatomy_for(model, batch)
     _require_effect(model, anatomy, _wanted(model, anatomy, components, blocks), thorough=True)
 
 
@@ -462,8 +465,9 @@ def _holds(component: str, blocks: Collection[Block], anatomy: Anatomy, outer: b
 
 
 def _changes(model: nn.Module, anatomy: Anatomy, removal: _Removal, example: Mapping[str, Any]) -> bool:
-    """Whether a removal changes a bit of the model's output on the example. It counts as one where NaN would hide it, and where
-    the component goes only together with others."""
+    """Whether a removal changes a bit of the model's output on the example. NaN in the same places is no change (padded sequences
+    may come to that); it counts as one where NaN would hide it everywhere, and where the component goes only together with
+    others."""
     found = []
     for removals in ([], [removal]):
         with restoring() as changes:
@@ -474,9 +478,11 @@ def _changes(model: nn.Module, anatomy: Anatomy, removal: _Removal, example: Map
             torch.manual_seed(0)
             found.append([t.detach().clone() for t in tensors_in(model(**example)) if t.is_floating_point()])
     plain, changed = found
-    return len(plain) != len(changed) or not all(
-        a.shape == b.shape and torch.equal(a, b) for a, b in zip(plain, changed, strict=True)
-    )
+    if len(plain) != len(changed) or any(a.shape != b.shape for a, b in zip(plain, changed, strict=True)):
+        return True
+    if not any(bool(t.isfinite().any()) for t in plain):
+        return True
+    return not all(bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in zip(plain, changed, strict=True))
 
 
 def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> None:

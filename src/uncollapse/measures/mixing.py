@@ -467,8 +467,8 @@ def row_statistics_from_weights(
     half the lowest number of the dtype is forbidden; without them both are `None`. Weights of a sink are left out by
     the caller, as the columns that are no keys.
 
-    Ranges, masks and NaN as in `row_statistics`; a row whose weights are all 0 is NaN, too. Weights in half precision are
-    coarse: bfloat16 keeps 8 bits, and susceptibility feels every weight that underflowed to 0.
+    Ranges, masks and NaN as in `row_statistics`; a row whose weights are all 0 is NaN, too, in every figure but the maximum.
+    Weights in half precision are coarse: bfloat16 keeps 8 bits, and susceptibility feels every weight that underflowed to 0.
 
     >>> rows = row_statistics_from_weights(torch.tensor([[[[0.25, 0.75]]]]))
     >>> rows.entropy, rows.entropy_floor, rows.max_logit
@@ -512,6 +512,11 @@ def row_statistics_from_weights(
     for figure in (rows.entropy, rows.rest, rows.peak, rows.variance):
         figure.masked_fill_(nothing, math.nan)
     given = None if L is None else _measure(replace(scores, fill=from_logits), floor, False)
+    if given is not None:  # the same rows in every figure of a distribution: a mean floor is to bound the mean entropy
+        for figure in (given.rest, given.reach, given.floor):
+            figure.masked_fill_(nothing, math.nan)
+        coarse = rows.maximum < math.log(torch.finfo(weights.dtype).smallest_normal)  # weights that have lost digits
+        torch.where(coarse, torch.minimum(given.floor, rows.entropy), given.floor, out=given.floor)
     return RowStatistics(
         entropy=rows.entropy,
         normalized_entropy=_normalized(rows.entropy, rows.allowed_keys),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final, Literal, TypedDict, Unpack, cast
@@ -43,6 +44,7 @@ from uncollapse.monitoring.alarms import ThresholdAlarms, judged, margins_of
 from uncollapse.monitoring.baselines import BaselineAlarms
 from uncollapse.monitoring.trends import TrendAlarms
 from uncollapse.monitoring.weights import Figures, Weights
+from uncollapse.probe.passes import NextPass, Observations
 from uncollapse.probe.routing import router_records
 from uncollapse.records import load
 from uncollapse.records.common import Finding
@@ -73,6 +75,10 @@ class Monitor:
 
     model: the model that is trained, in whatever wrapper. batches: the fixed probe, as dicts of tensors; a few sequences of data
     that is not trained on are enough. Instead of it `texts` with a `tokenizer`.
+    on: `"probe"` runs that probe at each look. `"train"` runs nothing: it reads the training batch in its own forward pass, before
+    every `every`-th call of `step`. `batches` then only shows what a batch looks like, for the proof. The figures of two looks
+    differ by the batch, too, and by dropout; attention whose weights are dropped out is not measured. Not for compiled or sharded
+    models.
     every: look when the step is a multiple of it; the first call of `step` always looks.
     watch: any of `"tokens"` (the stream between blocks), `"corpus"` (all sequences together, a point each), `"experts"` (how many
     tokens each gets, where a router is found), `"attention"` (its heads), `"heads"` (the output projections, at every tenth
@@ -100,6 +106,7 @@ class Monitor:
         *,
         texts: Iterable[str] | None = None,
         every: int = 50,
+        on: Literal["probe", "train"] = "probe",
         watch: Collection[Watched] = WATCHED,
         log: Log | None = None,
         each_head: bool = True,
@@ -109,8 +116,8 @@ class Monitor:
         false_alarms: float = 0.01,
         **probe: Unpack[TextOptions],
     ) -> None:
-        _require_options(model, every, watch, patience, false_alarms)
-        self.every, self.watch, self.patience = every, frozenset(watch), patience
+        _require_options(model, every, on, watch, patience, false_alarms)
+        self.every, self.on, self.watch, self.patience = every, on, frozenset(watch), patience
         self.alarms: list[Alarm] = []
         self.record: TrailRecord | None = None
         self._log, self._each_head, self._path = log, each_head, trail
@@ -132,6 +139,12 @@ class Monitor:
             self._prepared = prepare(Monitor, _inside_ddp(model), texts, options)
             own = [{k: _kept(v) for k, v in batch.items()} for batch in self._prepared.batches]
             self._prepared.batches = own
+        self._next: NextPass | None = None
+        self._last_step: int | None = None
+        if on == "train" and self._prepared is not None:
+            _require_whole_and_open(model, is_sharded=self._is_sharded)
+            self._prepared.source = "training batches"
+            self._wait()
 
     @property
     def readings(self) -> list[TrailReading]:
@@ -142,20 +155,66 @@ class Monitor:
         """Say that training has done step number `step`; look if it is time to. Returns the alarms that this look raised.
 
         loss: that of the training step, to be drawn beside the figures. It is read only if there is a look."""
-        if self._prepared is None or (self._looks and step % self.every):
-            return []
-        return self.look(step, loss=loss)
-
-    def look(self, step: int, *, loss: float | Tensor | None = None) -> list[Alarm]:
-        """Look now, whatever the step."""
         if self._prepared is None:
             return []
-        decomposes = self._looks % DECOMPOSED_EVERY == 0
-        has_projections = "heads" in self.watch and decomposes
-        observed = self._prepared.captured(level="core", watch=self._watch(has_projections))
+        if self.on == "train":
+            return self._step_of_training(step, loss)
+        return [] if self._looks and step % self.every else self.look(step, loss=loss)
+
+    def look(self, step: int, *, loss: float | Tensor | None = None) -> list[Alarm]:
+        """Look now, whatever the step. Raises `InputError` with `on="train"`: then only training itself makes passes."""
+        if self._prepared is None:
+            return []
+        if self.on == "train":
+            raise InputError(
+                "Monitor: expected a monitor with a probe, got one with on='train'. It reads the next training pass and makes none "
+                "of its own. Call `step`, or leave out on='train'."
+            )
+        return self._read(step, self._prepared.captured(level="core", watch=self._watched()), loss)
+
+    def close(self) -> None:
+        """Take off what waits for the next training pass. The monitor reads nothing more with `on="train"`."""
+        if self._next is not None:
+            self._next.close()
+            self._next = None
+
+    def __del__(self) -> None:
+        if getattr(self, "_next", None) is not None and not sys.is_finalizing():
+            self.close()
+
+    def _wait(self) -> None:
+        """Read the next training pass."""
+        assert self._prepared is not None
+        self._next = NextPass(self._prepared.loaded.model, self._prepared.anatomy, self._watched())
+
+    def _step_of_training(self, step: int, loss: float | Tensor | None) -> list[Alarm]:
+        raised: list[Alarm] = []
+        seen = self._next
+        if seen is not None and seen.is_over:
+            self._next = None
+            if seen.observations is not None:
+                raised = self._read(step, seen.observations, loss)
+            elif seen.problem is not None and not self._looks:
+                raise seen.problem
+            else:
+                self._warn(
+                    "Monitor: expected a training pass like the first, got another before step %d: %s",
+                    step,
+                    seen.problem,
+                )
+        # The pass before the next call is the one to read: that call comes as many steps later as this one did.
+        next_step = step + 1 if self._last_step is None else step + max(step - self._last_step, 1)
+        self._last_step = step
+        if self._next is None and next_step % self.every == 0:
+            self._wait()
+        return raised
+
+    def _read(self, step: int, observed: Observations, loss: float | Tensor | None) -> list[Alarm]:
+        """Make a reading of what a pass showed, and judge it."""
+        assert self._prepared is not None
         trajectory = site_records(observed)
         attention = [record for s in observed.attention for record in attention_records(s, "core")]
-        projections = heads_records(observed.attention) if has_projections else []
+        projections = heads_records(observed.attention) if self._has_projections else []
         corpus = corpus_records(observed.corpus, between=False)
         read = judged(findings.readings(trajectory, attention, projections, corpus=corpus))
         if self.record is None:
@@ -166,13 +225,18 @@ class Monitor:
                     versions=versions(),
                     model=model_info(self._prepared, observed),
                     probe=probe_record(self._prepared, observed),
-                    options={"every": self.every, "watch": sorted(self.watch), "patience": self.patience},
+                    options={
+                        "every": self.every,
+                        "on": self.on,
+                        "watch": sorted(self.watch),
+                        "patience": self.patience,
+                    },
                     sites=figures.places(trajectory),
                     heads=figures.head_places(attention),
                 ),
             )
         assert self.record is not None
-        of_heads, of_sites = self._weight_figures(self.record, spectra=decomposes)
+        of_heads, of_sites = self._weight_figures(self.record, spectra=self._decomposes)
         reading = TrailReading(
             step=step,
             sites=(figures.site_figures(trajectory) if "tokens" in self.watch else {})
@@ -187,6 +251,15 @@ class Monitor:
         self._looks += 1
         self._keep(reading)
         return reading.alarms
+
+    @property
+    def _decomposes(self) -> bool:
+        """Whether the look that comes next decomposes matrices."""
+        return self._looks % DECOMPOSED_EVERY == 0
+
+    @property
+    def _has_projections(self) -> bool:
+        return "heads" in self.watch and self._decomposes
 
     def _weight_figures(self, record: TrailRecord, *, spectra: bool) -> tuple[Figures, Figures]:
         """What the weights say of the heads and of the sites."""
@@ -209,14 +282,14 @@ class Monitor:
             reading.alarms.extend(raised)
             reading.cleared.extend(cleared)
 
-    def _watch(self, has_projections: bool) -> set[str]:
-        """What the probe pass has to look at."""
-        parts = {
+    def _watched(self) -> set[Any]:
+        """What the pass that comes next has to look at."""
+        parts: dict[str, set[str]] = {
             "tokens": {"sites"},
             "corpus": {"corpus"},
             "experts": {"routers"},
             "attention": {"attention", "rows"},
-            "heads": {"projections"} if has_projections else set(),
+            "heads": {"projections"} if self._has_projections else set(),
         }
         return set().union(*(parts.get(each, set()) for each in self.watch))
 
@@ -266,15 +339,18 @@ class Monitor:
                 file.append(self._unwritten[0])
                 del self._unwritten[0]
         except OSError as error:
-            if not self._has_warned:
-                self._has_warned = True
-                _logger.warning(
-                    "Monitor: expected a trail that takes more, got %r (%s). The disk may be full, or the file gone. Looks go on, "
-                    "and what is missing from step %d is written once it can be.",
-                    str(file.path),
-                    error.strerror or error,
-                    reading.step,
-                )
+            self._warn(
+                "Monitor: expected a trail that takes more, got %r (%s). The disk may be full, or the file gone. Looks go on, "
+                "and what is missing from step %d is written once it can be.",
+                str(file.path),
+                error.strerror or error,
+                reading.step,
+            )
+
+    def _warn(self, *message: Any) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            _logger.warning(*message)
 
 
 def _baseline(
@@ -291,7 +367,9 @@ def _baseline(
     )
 
 
-def _require_options(model: object, every: int, watch: Collection[str], patience: int, false_alarms: float) -> None:
+def _require_options(
+    model: object, every: int, on: str, watch: Collection[str], patience: int, false_alarms: float
+) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(
             f"Monitor: expected the nn.Module that is trained, got {type(model).__name__}. A name or a path is not "
@@ -299,6 +377,8 @@ def _require_options(model: object, every: int, watch: Collection[str], patience
         )
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise InputError(f"Monitor: expected every=1 or more steps, got {every!r}. Pass for example every=50.")
+    if on not in ("probe", "train"):
+        raise InputError(f"Monitor: expected on='probe' or on='train', got {on!r}. Check the spelling.")
     if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
         raise InputError(f"Monitor: expected patience=1 or more looks, got {patience!r}. Pass for example patience=2.")
     if not 0 < false_alarms < 1:
@@ -310,6 +390,16 @@ def _require_options(model: object, every: int, watch: Collection[str], patience
         raise InputError(
             f"Monitor: expected watch to be some of {', '.join(WATCHED)}, got {unknown or watch!r}. It may be misspelt. "
             'Pass for example watch=["tokens", "attention"].'
+        )
+
+
+def _require_whole_and_open(model: nn.Module, *, is_sharded: bool) -> None:
+    """Whether somebody else's passes can be looked into."""
+    is_compiled = any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in model.modules())
+    if is_sharded or is_compiled:
+        raise InputError(
+            f"Monitor: expected a model whose own passes can be read, got a {'sharded' if is_sharded else 'compiled'} one. Its "
+            "parameters, or its operations, are not there to be looked at in the middle of training. Leave out on='train'."
         )
 
 

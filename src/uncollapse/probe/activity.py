@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point
-from uncollapse.anatomy.probing import full_precision
+from uncollapse.anatomy.probing import measuring
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.summands import summand
 from uncollapse.anatomy.tracing import tensors_in
@@ -317,7 +317,7 @@ class Activity:
         self._runs[name] = run + 1
         if run in self._entering[name]:
             given = next(tensors_in([args, kwargs]))
-            with unasked([given, *module.parameters()]), full_precision(given):
+            with unasked([given, *module.parameters()]), measuring(given):
                 self._entering[name][run](module, given)
 
     # Streams --------------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ class Activity:
         before = self._clouds_of_stream.entering(number)
         if not self.is_own() or before is None or before.shape != stream.shape:
             return
-        with full_precision(stream):
+        with measuring(stream):
             found = self._clouds(number, f"block {number}", before, stream)
             if found is None:
                 return
@@ -365,7 +365,7 @@ class Activity:
         if not self.is_own():
             return
         stack = self.anatomy.stacks[self.anatomy.stack_of(number)]
-        with full_precision(stream):
+        with measuring(stream):
             found = self._tokens_of(number, stream, "the embedding")
             if found is None:
                 return
@@ -411,7 +411,7 @@ class Activity:
         """Look at the operands of one addition before one of them is overwritten; then let it happen."""
         if self.is_own():
             given = list(tensors_in([args, kwargs]))
-            with unasked(given), full_precision(given[0]):
+            with unasked(given), measuring(given[0]):
                 brought = {s: summand(function, args, kwargs, i) for i, s in enumerate(sides) if s is not None}
                 for side in brought.keys() - {STREAM}:
                     self._meet(number, side, brought[side], brought.get(STREAM), summands[side])

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from uncollapse.anatomy.stacks import per_token
 from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.vocabulary import Anatomy, StreamAxes
 from uncollapse.probe.attention import ATTENTION_MEASURES
@@ -50,12 +51,18 @@ def contraction_at_consensus(
     return found or None
 
 
-def few_sequences(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The first sequences of a batch whose tensors all have one first axis; otherwise the batch as it is."""
-    sizes = {v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim}
-    if len(sizes) != 1:
+def few_sequences(batch: Mapping[str, Any], anatomy: Anatomy) -> dict[str, Any]:
+    """The first sequences of a batch all of whose tensors are known to have one for each place along their first axis; otherwise
+    the batch as it is. A square tensor may be a mask over pairs of tokens, unless it is known what it holds."""
+    told = (
+        per_token(anatomy) if not any(stack.ids is None or stack.ids_transposed for stack in anatomy.stacks) else set()
+    )
+    tensors = {name: v for name, v in batch.items() if isinstance(v, Tensor) and v.ndim}
+    counts = {v.shape[0] for v in tensors.values()}
+    square = {name for name, v in tensors.items() if v.ndim > 1 and v.shape[0] == v.shape[1]}
+    if len(counts) != 1 or not told or not square <= told:
         return dict(batch)
-    return {k: v[:SEQUENCES] if isinstance(v, Tensor) and v.ndim else v for k, v in batch.items()}
+    return {k: v[:SEQUENCES] if k in tensors else v for k, v in batch.items()}
 
 
 def _equal(axes: StreamAxes | None) -> Any:

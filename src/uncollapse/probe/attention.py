@@ -73,6 +73,16 @@ class AttentionStatistics:
         return self.finite or bool(self.values.count.any())
 
 
+def attention_places(anatomy: Anatomy) -> list[tuple[int, int]]:
+    """Block and part of each attention, in the order in which the probe lists them."""
+    return [
+        (number, index)
+        for number, block in enumerate(anatomy.blocks)
+        for index, part in enumerate(block.parts)
+        if part.kind in {"attention", "cross"}
+    ]
+
+
 def attention_statistics(number: int, block: Block, part: Part) -> AttentionStatistics:
     """Of the attention `part` of a block, with nothing seen yet."""
     first = part.attention[0]

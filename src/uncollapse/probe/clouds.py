@@ -20,10 +20,21 @@ from uncollapse.errors import InputError
 class Clouds:
     """Lays tensors out as token clouds [sequence, token, width] and says which rows are real. It notes at `streams` what enters
     each block; `begin` comes before each batch. `batch_size`: sequences in the stream of the block that is running. With `keeps` it
-    also holds a copy of what entered the block."""
+    also holds a copy of what entered the block. It raises what it cannot lay out, or, `forbearing`, notes it as `problem`: then no
+    figure of that pass holds."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, is_own: Callable[[], bool], *, keeps: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        is_own: Callable[[], bool],
+        *,
+        keeps: bool = True,
+        forbearing: bool = False,
+    ) -> None:
         self.model, self.anatomy, self._is_own, self._keeps = model, anatomy, is_own, keeps
+        self._forbearing = forbearing
+        self.problem: InputError | None = None
         self.batch_size = 0
         self.paddings: list[Padding] = []  # by stack
         self.entered: dict[int, tuple[int, int]] = {}  # by block: sequences and tokens of what entered it
@@ -106,11 +117,15 @@ class Clouds:
         mask = self.paddings[stack].mask
         if mask is None or mask.shape[-1] == tokens:
             return mask
-        raise InputError(
+        problem = InputError(
             f"capture: expected {mask.shape[-1]} tokens at {what}, as in the mask of its stack, got {tokens}. "
             "This model changes the number of tokens, so padding cannot be told apart inside it. "
             "Pass batches without padding (batch_size=1 for texts)."
         )
+        if not self._forbearing:
+            raise problem
+        self.problem = problem
+        return None
 
     def cloud_mask(self, stack: int, cloud: Tensor, what: str) -> Tensor | None:
         """Which rows of a cloud are real tokens; `None` when all are."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uncollapse.anatomy.stacks import given_mask
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.measures.line_fit import LineFit, line_fit
@@ -31,7 +32,7 @@ SHORTEST = 8  # below, a second singular value is mostly the first tokens' busin
 INDEPENDENT = -0.25
 ROUNDING = 1e-6  # a second singular value below is what single precision leaves of zero
 
-_STREAMS = ("input_ids", "decoder_input_ids")
+_USUAL = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
 
 
 def require_context_lengths(lengths: Sequence[int]) -> list[int]:
@@ -59,7 +60,7 @@ def width_scaling(
     lengths: in rising order, see `require_context_lengths`.
     Raises `InputError` if there are too few tokens for the longest, or the model takes no token numbers or not that many.
     """
-    streams = _token_streams(batches)
+    streams = _token_streams(batches, anatomy)
     calls: list[AttentionStatistics] = []
     columns: list[list[Statistic | None]] = []
     for number, length in enumerate(lengths):
@@ -82,18 +83,26 @@ def width_scaling(
     return [_record(anatomy, s, lengths, [column[i] for column in columns]) for i, s in enumerate(calls)]
 
 
-def _token_streams(batches: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """The real tokens of all sequences, laid end to end, for each input that holds token numbers."""
+def _token_streams(batches: Sequence[Mapping[str, Any]], anatomy: Anatomy) -> dict[str, Tensor]:
+    """The real tokens of all sequences, laid end to end, for each input that is known to hold a stack's token numbers."""
     streams = {}
-    for name in _STREAMS:
-        if not all(name in batch for batch in batches):
+    for stack in anatomy.stacks:
+        if stack.ids is None or stack.ids_transposed or not all(stack.ids in batch for batch in batches):
             continue
-        mask = "attention_mask" if name == "input_ids" else "decoder_attention_mask"
-        streams[name] = torch.cat([b[name][b[mask].bool()] if mask in b else b[name].flatten() for b in batches])
+        found = []
+        for batch in batches:
+            numbers, real = batch[stack.ids], given_mask(stack, batch)
+            found.append(numbers.flatten() if real is None else numbers[real[:, -numbers.shape[1] :]])
+        streams[stack.ids] = torch.cat(found)
+    told = {stack.ids for stack in anatomy.stacks}
+    for name, mask in _USUAL.items():  # numbers of which no stack is known to be made are taken at their word
+        if name not in told and all(name in batch for batch in batches):
+            found = [b[name][b[mask].bool()] if mask in b else b[name].flatten() for b in batches]
+            streams[name] = torch.cat(found)
     if not streams:
         raise InputError(
-            f"context lengths: expected batches with input_ids, got {', '.join(batches[0])}. The length of other inputs cannot "
-            "be chosen. Leave the context lengths out."
+            f"context lengths: expected batches with token numbers [sequence, token], such as input_ids, got "
+            f"{', '.join(batches[0])}. The length of other inputs cannot be chosen. Leave the context lengths out."
         )
     return streams
 

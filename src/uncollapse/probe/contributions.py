@@ -23,7 +23,7 @@ from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.output_maps import gate_noted, gated, laid_out, product_map
 from uncollapse.anatomy.probing import full_precision, probing
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.anatomy.stacks import Padding, paddings
+from uncollapse.anatomy.stacks import Padding, paddings, real_tokens
 from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.summands import summand
 from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in
@@ -103,7 +103,8 @@ def head_contributions(
     with probing(model):
         padding = paddings(model, given, anatomy, blocks_alone)
         whole = {r.number for r in readings if r.call.projection is None}
-        alone = blocks_alone(model, piece_of(model, given), anatomy, whole) if whole else {}
+        piece = piece_of(model, given, real_tokens(anatomy, given)) if whole else {}
+        alone = blocks_alone(model, piece, anatomy, whole) if whole else {}
         for reading in readings:
             reading.alone = alone.get(reading.number) if reading.call.projection is None else None
             reading.keeps_graph = grad
@@ -128,7 +129,7 @@ class _Reading:
     alone: BlockAlone | None = None  # where W_O is the whole map from the mixed values
     sequences: int = 0
     calls_output: dict[int, Tensor | str] = field(default_factory=dict)
-    factors: dict[Point, Tensor] = field(default_factory=dict)  # what the gates on the mixed values were
+    factors: dict[Point, Tensor | None] = field(default_factory=dict)  # what the gates on the mixed values were
     given: Tensor | None = None
     heads_output: Tensor | None = None
     output: Tensor | None = None

@@ -171,7 +171,8 @@ class Rows:
     def pooled(self, cloud: Tensor, pooling: Pooling) -> Tensor:
         """The points [point, width] of a cloud in single precision at least. Sequences without a real token have none."""
         if pooling == "tokens":
-            return cloud.flatten(0, 1) if self.mask is None else cloud[self.mask]
+            # A copy: the next block may add to its stream in place.
+            return cloud.flatten(0, 1).clone() if self.mask is None else cloud[self.mask]
         if pooling != "mean":
             return cloud[self.there, self.first if pooling == "first" else self.last]
         cloud = cloud if len(self.there) == len(cloud) else cloud[self.there]

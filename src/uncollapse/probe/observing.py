@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, in_turn
-from uncollapse.anatomy.probing import full_precision
+from uncollapse.anatomy.probing import measuring
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Place
@@ -59,7 +59,7 @@ def looking(looks: Sequence[Look], is_own: Callable[[], bool]) -> Handler:
         output = function(*args, **kwargs)
         if is_own():
             given = list(tensors_in([output, args, kwargs]))
-            with unasked(given), full_precision(given[0]):
+            with unasked(given), measuring(given[0]):
                 for look in looks:
                     look(function, args, kwargs, output)
         return output

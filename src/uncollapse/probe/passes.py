@@ -5,9 +5,10 @@ a fused call from its queries and keys, a softmax the model ran itself from its 
 a head is kept, nor anything that grows with the corpus. The model runs the very operations it would have run, so its
 outputs are bit-identical; hooks and wrapped forwards are gone afterwards, also after an exception or Ctrl-C.
 
-Only the passes that the probe itself starts are observed. If another thread runs the model meanwhile, or another model that
+`capture` observes only the passes that it starts itself. If another thread runs the model meanwhile, or another model that
 shares its modules does, their outputs are right and enter no figure; but they see the model in evaluation mode and without
-its key-value cache, as the probe does. Do not train in one thread while probing in another.
+its key-value cache, as the probe does. Do not train in one thread while probing in another. `NextPass`
+observes one that somebody else makes, in training.
 
 When not to use this: to look at activations. Nothing is stored; a hook of your own does that better.
 """
@@ -15,19 +16,25 @@ When not to use this: to look at activations. Nothing is stored; a hook of your 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Final, Literal
 
+import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.expected_runs import runs_checked
-from uncollapse.anatomy.interception import device_of
+from uncollapse.anatomy.interception import ChangedPath, device_of
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.vocabulary import Anatomy
+from uncollapse.errors import InputError, UncollapseError
 from uncollapse.probe.activity import Activity, EmbeddingActivity, PartActivity
-from uncollapse.probe.attention import Attention, AttentionStatistics, attention_statistics
+from uncollapse.probe.attention import Attention, AttentionStatistics, attention_places, attention_statistics
 from uncollapse.probe.clouds import Clouds
 from uncollapse.probe.corpus import POOLED, Corpus, CorpusStatistics
 from uncollapse.probe.observing import Observer, OwnPass, all_handlers
@@ -108,7 +115,7 @@ def capture(
     Raises `InputError` where a padded batch meets a model whose token axis does not match the mask, `ChangedPath` where the
     model takes another path on a batch than the one that was proved.
     """
-    probe = _Probe(model, anatomy, level, frozenset(WATCHED[level] if watch is None else watch), seed)
+    probe = _Probe(model, anatomy, level, frozenset(WATCHED[level] if watch is None else watch), seed=seed)
     device = device_of(model)
     with contextlib.closing(probe), probing(model, seed), probe.installed(), runs_checked(model, anatomy) as check:
         for number, batch in enumerate(batches):
@@ -126,18 +133,119 @@ def capture(
     return probe.observations
 
 
+class NextPass:
+    """Observes the next training pass of `model`, which somebody else makes in this thread: on its batch, in training mode, with
+    gradients. Passes in evaluation mode or without gradients are let by. It takes itself off when that pass ends; `close` takes it
+    off before. Until then no compiled code runs in this thread but as it is written.
+
+    `observations`: what was seen, once the pass is over. None before, and where `problem` says why nothing was. Nothing is raised
+    in the middle of somebody's training.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, watch: Collection[Watched]) -> None:
+        self.observations: Observations | None = None
+        self.problem: UncollapseError | None = None
+        self._probe = _Probe(model, anatomy, "core", frozenset(watch), forbearing=True)
+        self._thread = threading.get_ident()
+        self._checking: contextlib.ExitStack | None = None
+        with contextlib.ExitStack() as up:
+            up.callback(self._probe.close)
+            changes = up.enter_context(restoring())
+            self._check = changes.enter(runs_checked(model, anatomy))
+            # Before all others: what begins a pass for them is not to see the runs that tell its tokens.
+            changes.hook(model, "forward_pre", self._begin, prepend=True, with_kwargs=True)
+            changes.enter(self._probe.installed(strict=False))
+            changes.hook(model, "forward", self._end, always_call=True)
+            self._up = up.pop_all()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the pass was made."""
+        return self.observations is not None or self.problem is not None
+
+    def close(self) -> None:
+        """Take all hooks off. May be called twice."""
+        self._up.close()
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        is_training = model.training and torch.is_grad_enabled()
+        if self._checking is not None or not is_training or threading.get_ident() != self._thread:
+            return
+        if _is_inside_compiled():
+            self.problem = InputError(
+                "Monitor: expected a training pass that runs as it is written, got one of a compiled model. Nobody can look inside "
+                "compiled code. Leave out on='train', or torch.compile."
+            )
+            return
+        batch = _by_name(model, args, kwargs)
+        try:
+            with probing(model):
+                self._probe.begin(batch)
+        except UncollapseError as error:
+            self.problem = error
+            return
+        with contextlib.ExitStack() as checking:
+            checking.enter_context(self._check(batch))
+            self._checking = checking.pop_all()
+
+    def _end(self, *_: Any) -> None:
+        if threading.get_ident() != self._thread or (self._checking is None and self.problem is None):
+            return
+        try:
+            if self._checking is not None:
+                self._checking.close()
+                self._probe.count()
+                self.problem = self._probe.clouds.problem
+                if self.problem is None:
+                    self.observations = self._probe.observations
+        except ChangedPath as error:
+            self.problem = error
+        finally:
+            self.close()
+
+
+def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a call of `model` gives it, by the names of its parameters."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    others = [p.name for p in bound.signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    named = dict(bound.arguments)
+    for name in others:
+        named |= named.pop(name, {})
+    return named
+
+
+def _is_inside_compiled() -> bool:
+    """Whether a compiled model is running in this thread."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return False
+    frame: FrameType | None = sys._getframe(1)  # not this one: what it holds would hold it
+    while frame is not None and not isinstance(frame.f_locals.get("self"), dynamo.OptimizedModule):
+        frame = frame.f_back
+    return frame is not None
+
+
 class _Probe:
     """One pass: the observers that were asked for, and what they share."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, level: Level, watch: frozenset[Watched], seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        level: Level,
+        watch: frozenset[Watched],
+        *,
+        seed: int = 0,
+        forbearing: bool = False,
+    ) -> None:
         self.model = model
         self.own = OwnPass()
-        self.clouds = Clouds(model, anatomy, self.own.is_own, keeps=bool(watch & {"sites", "parts"}))
+        keeps = bool(watch & {"sites", "parts"})
+        self.clouds = Clouds(model, anatomy, self.own.is_own, keeps=keeps, forbearing=forbearing)
         attending = [
-            (part, attention_statistics(number, block, part))
-            for number, block in enumerate(anatomy.blocks)
-            for part in block.parts
-            if part.kind in {"attention", "cross"}
+            (block.parts[index], attention_statistics(number, block, block.parts[index]))
+            for number, index in attention_places(anatomy)
+            for block in (anatomy.blocks[number],)
         ]
         sites = Sites(anatomy, self.clouds, self.own.is_own, measures="sites" in watch)
         self.observations = Observations(sites.statistics, [statistics for _, statistics in attending])
@@ -196,12 +304,12 @@ class _Probe:
             self.observers.append(sublayers)
 
     @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self, *, strict: bool = True) -> Iterator[None]:
         streams = [*self.clouds.streams, *(action for observer in self.observers for action in observer.streams)]
         with restoring() as changes:
             changes.hook(self.model, "forward", self.own.end, always_call=True)
             # Before the hooks: what they compute must not count as operations of the module that calls theirs.
-            changes.enter(met(self.model, streams, handlers=all_handlers(self.observers)))
+            changes.enter(met(self.model, streams, handlers=all_handlers(self.observers), strict=strict))
             for observer in self.observers:
                 changes.enter(observer.installed())
             yield

@@ -17,7 +17,8 @@ from uncollapse.anatomy.examples import piece_of
 from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.output_maps import gate_noted, gated, product_map, rounding
-from uncollapse.anatomy.probing import full_precision
+from uncollapse.anatomy.probing import measuring
+from uncollapse.anatomy.stacks import real_tokens
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Gate, Part, Place
@@ -43,7 +44,7 @@ class _WholeMap:
     index: int
     part: Part
     bias: Tensor | None = None
-    factors: dict[Point, Tensor] = field(default_factory=dict)
+    factors: dict[Point, Tensor | None] = field(default_factory=dict)
 
 
 class Projections:
@@ -135,7 +136,7 @@ class Projections:
         index = self._modules[name].get(run)
         if index is not None:
             given = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-            with unasked([given, *module.parameters()]), full_precision(given):
+            with unasked([given, *module.parameters()]), measuring(given):
                 self._meet_module(index, name, module, given)
 
     def _meet_module(self, index: int, name: str, module: nn.Module, given: Tensor) -> None:
@@ -169,7 +170,7 @@ class Projections:
         """The maps from mixed values to what is written, from the weights as they are, on a few tokens of this batch."""
         self._have_whole_maps = True
         with torch.random.fork_rng(devices=[]):
-            piece = piece_of(self.model, batch)
+            piece = piece_of(self.model, batch, real_tokens(self.anatomy, batch))
             numbers = {self._statistics[each.index].block for each in self._whole_maps}
             alone = blocks_alone(self.model, piece, self.anatomy, numbers)
             for each in self._whole_maps:
@@ -177,7 +178,7 @@ class Projections:
                 block = alone[statistics.block]
                 try:
                     number = next(i for i, part in enumerate(block.block.parts) if part is each.part)
-                    with full_precision(block.stream):
+                    with measuring(block.stream):
                         statistics.matrix, each.bias = block.output_map(number)
                 except UncollapseError as error:
                     statistics.reasons |= {"matrix": str(error), "energy_share": str(error)}

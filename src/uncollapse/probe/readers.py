@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point
-from uncollapse.anatomy.probing import full_precision
+from uncollapse.anatomy.probing import measuring
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, ModuleCall, NormPiece, Place
@@ -151,7 +151,7 @@ class Readers:
             kept = self.clouds.entering(number)
         if kept is None or kept.shape != given.shape or not torch.equal(kept.to(given.dtype), given):
             return
-        with full_precision(got):
+        with measuring(got):
             found = self.clouds.tokens_of(number, got, name)
             if found is None:
                 return

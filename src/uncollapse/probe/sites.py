@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.anatomy.interception import Handler, Point
-from uncollapse.anatomy.probing import full_precision
+from uncollapse.anatomy.probing import measuring
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.vocabulary import Anatomy, Place, Stack
 from uncollapse.measures import geometry
@@ -116,7 +116,7 @@ class Sites:
 
     def _meet(self, site: SiteStatistics, number: int, stream: Tensor) -> None:
         if self._is_own():
-            with full_precision(stream):
+            with measuring(stream):
                 cloud = self.clouds.cloud(number, stream)
                 if cloud is None:
                     site.width, site.reason = stream.shape[-1], self.clouds.why_not(number)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, in_turn
-from uncollapse.anatomy.probing import full_precision
+from uncollapse.anatomy.probing import measuring
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.summands import summand
 from uncollapse.anatomy.tracing import tensors_in
@@ -216,7 +216,7 @@ class Sublayers:
         def giving(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if given:
                 run = functools.partial(_rerun, function, args, kwargs, piece.operand) if alone else None
-                with full_precision(given[0]):
+                with measuring(given[0]):
                     action(run, given.pop(), piece.result(output))
 
         self._reading.setdefault(piece.reads, []).append(reading)
@@ -263,14 +263,14 @@ class Sublayers:
         if self.is_own():
             run = self._runs.get(name, 0)
             self._runs[name] = run + 1
-            with full_precision(next(tensors_in([args, kwargs]))):
+            with measuring(next(tensors_in([args, kwargs]))):
                 for action in self._entering.get(name, {}).get(run, ()):
                     action(args, kwargs)
 
     def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.is_own():
             given = next(tensors_in([args, kwargs]))
-            with full_precision(given):
+            with measuring(given):
                 for action in self._leaving.get(name, {}).get(self._runs[name] - 1, ()):
                     action(module, given, next(tensors_in(output)))
 
@@ -288,7 +288,7 @@ class Sublayers:
     def _measure_span(self, number: int, stream: Tensor) -> None:
         if not self.is_own():
             return
-        with full_precision(stream):
+        with measuring(stream):
             cloud = self._tokens(number, stream, "the embedding")
             if cloud is not None:
                 basis = geometry.row_space(cloud.double(), cloud.real, precision=stream.dtype)
@@ -321,7 +321,7 @@ class Sublayers:
     ) -> Any:
         """Look at the operands of one addition, before an addition in place overwrites one of them; then let it happen."""
         if self.is_own():
-            with full_precision(next(tensors_in([args, kwargs]))):
+            with measuring(next(tensors_in([args, kwargs]))):
                 for operand, side in enumerate(sides):
                     if side is not None:
                         brought = summand(function, args, kwargs, operand)
