@@ -110,6 +110,55 @@ def test_batches_make_no_difference_and_neither_does_what_padding_holds() -> Non
                 assert vars(three[key])[name] == pytest.approx(vars(two[key])[name], rel=1e-3, abs=1e-5), (key, name)
 
 
+class InPlace(nn.Module):
+    """A block that adds to its stream in place, and notes what entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.seen = nn.LayerNorm(16), torch.empty(0)
+        self.qkv, self.out, self.mlp = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = x.detach().clone()
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, -1))
+        x += self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+        x += self.mlp(self.norm(x)).relu()
+        return x
+
+
+class InPlaceModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.blocks = nn.Embedding(50, 16), nn.ModuleList([InPlace(), InPlace()])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_what_was_taken_stays_what_it_was_where_the_stream_is_written_in_place() -> None:
+    model = InPlaceModel().eval()
+    given = {"input_ids": torch.randint(50, (6, 9), generator=torch.Generator().manual_seed(0))}
+    found = entries(model, [given], level="full")
+    with torch.no_grad():
+        model(**given)
+    for site, block in (("embedding", 0), ("block.0", 1)):
+        seen = model.blocks[block].seen.double().numpy()
+        for pooling, x in {
+            "tokens": seen.reshape(-1, 16),
+            "mean": seen.mean(1),
+            "first": seen[:, 0],
+            "last": seen[:, -1],
+        }.items():
+            assert found[site, pooling].mean_cosine == pytest.approx(reference.mean_cosine(x), abs=1e-5), (
+                site,
+                pooling,
+            )
+
+
 def test_at_core_the_tokens_are_left_to_level_full() -> None:
     poolings = {pooling for _, pooling in entries(model_of("gpt2"), [text_batch()])}
     assert {"mean", "last", "first"} <= poolings

@@ -105,7 +105,7 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
             model, anatomy, prepared.batches, context_lengths, seed=prepared.seed, progress=progress
         )
     trajectory = site_records(observed)
-    own = pooling.statistics(model, prepared.batches[0], observed.sequences)
+    own = pooling.statistics(model, prepared.batches[0], observed.sequences, prepared.anatomy)
     corpus = corpus_records([*observed.corpus, *own])
     attention = [
         record

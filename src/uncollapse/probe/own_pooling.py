@@ -8,6 +8,7 @@ When not to use it: to pool a stream. `corpus` does that.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from uncollapse.anatomy.examples import example_batch
 from uncollapse.anatomy.interception import device_of
 from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.probe.corpus import CorpusStatistics
 from uncollapse.probe.sites import SiteStatistics
 from uncollapse.probe.sizes import single
@@ -43,22 +45,39 @@ class OwnPooling:
             epsilon = torch.finfo(rows.dtype).eps
             self._found[name].take(single(rows.detach()).clone(), keys.to(rows.device), epsilon)
 
-    def statistics(self, model: nn.Module, batch: Mapping[str, Any], sequences: int) -> list[CorpusStatistics]:
+    def statistics(
+        self, model: nn.Module, batch: Mapping[str, Any], sequences: int, anatomy: Anatomy
+    ) -> list[CorpusStatistics]:
         """The clouds of those outputs that are poolings, as a small piece of `batch` shows; none where the model does not run on
-        one. An output that was not met once for each of the corpus' `sequences` is left out."""
+        one. An output that was not met once for each of the corpus' `sequences` is left out. What was found is remembered for as
+        long as the model's `anatomy` is."""
         whole = {name: found for name, found in self._found.items() if self._taken[name] == sequences}
         if not whole:
             return []
-        device = device_of(model)
-        try:
-            piece = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example_batch(batch).items()}
-            if _sequences(piece) < 3:
-                return []
-            with probing(model):
-                before, after = (dict(_rows(model(**given))) for given in (piece, _replaced(piece)))
-        except Exception:  # whatever it is: the pass itself went well, and nothing is known of its outputs
-            return []
-        return [found for name, found in whole.items() if _is_pooling(before.get(name), after.get(name))]
+        proved, known = _remembered.get(model, (None, None))
+        if known is None or proved is None or proved() is not anatomy or not whole.keys() <= known.keys():
+            known = _poked(model, batch, list(whole))
+            _remembered[model] = weakref.ref(anatomy), known
+        return [found for name, found in whole.items() if known[name]]
+
+
+_remembered: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Anatomy], dict[str, bool]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _poked(model: nn.Module, batch: Mapping[str, Any], names: list[str]) -> dict[str, bool]:
+    """Which of these outputs are poolings."""
+    device = device_of(model)
+    try:
+        piece = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example_batch(batch).items()}
+        if _sequences(piece) < 3:
+            return dict.fromkeys(names, False)
+        with probing(model):
+            before, after = (dict(_rows(model(**given))) for given in (piece, _replaced(piece)))
+    except Exception:  # whatever it is: the pass itself went well, and nothing is known of its outputs
+        return dict.fromkeys(names, False)
+    return {name: _is_pooling(before.get(name), after.get(name)) for name in names}
 
 
 def _sequences(batch: Mapping[str, Any]) -> int:
