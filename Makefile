@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest check bench results validity results-gates families early-warning random-models other-tools fuzz mutants formulas browser schema constraints clean help
+.PHONY: demo test test-all test-oldest test-ray check bench results validity results-gates families early-warning references pictures random-models other-tools fuzz mutants ledger-page browser schema constraints clean help
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,14 +25,20 @@ demo: $(INSTALLED) ## diagnose the packaged MiniLM, offline; leaves report.html 
 test: $(INSTALLED) ## the fast tests
 	$(BIN)/python -m pytest -n 2
 
-test-all: $(INSTALLED) browser ## every test, the slow and the browser ones too
-	$(BIN)/python -m pytest -n 2 -m ''
+test-all: $(INSTALLED) browser ## every test, the slow and the browser ones too (that on Ray: make test-ray)
+	$(BIN)/python -m pytest -n 2 -m 'not ray'
 
 test-oldest: ## the families on the oldest transformers that pyproject.toml admits, in an environment of its own
 	@$(PYTHON) -m venv .venv-oldest && .venv-oldest/bin/pip install --quiet --upgrade 'pip>=25.1'
 	@.venv-oldest/bin/pip install --quiet "torch==2.13.0"
 	@.venv-oldest/bin/pip install --quiet "transformers==5.0.0" --group dev -e .
 	.venv-oldest/bin/python -m pytest -n 2 tests/probe/test_families.py -W ignore::DeprecationWarning
+
+test-ray: ## a sweep on a local Ray cluster, in an environment of its own
+	@$(PYTHON) -m venv .venv-ray && .venv-ray/bin/pip install --quiet --upgrade 'pip>=25.1'
+	@.venv-ray/bin/pip install --quiet -c constraints.txt "torch==2.13.0"
+	@.venv-ray/bin/pip install --quiet -c constraints.txt -e '.[ray]' --group dev
+	.venv-ray/bin/python -m pytest -m ray
 
 check: $(INSTALLED) browser ## lint, types, layers, and the page in a real browser
 	$(BIN)/ruff check .
@@ -51,6 +57,8 @@ bench: $(INSTALLED) ## speed and memory, as ratios taken in one run
 	$(BIN)/python -m bench.table
 	$(BIN)/python -m bench.gates
 	$(BIN)/python -m bench.monitor
+	$(BIN)/python -m bench.scale
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc-per-node 2 -m bench.processes
 
 results: $(INSTALLED) ## docs/results.md anew: real models without norms, residuals, MLPs (half an hour; goes on where it was broken off)
 	$(BIN)/python -m studies.results
@@ -77,16 +85,26 @@ other-tools: $(INSTALLED) ## what docs/with-other-tools.md says, with Transforme
 		.venv-tools/bin/pip install --quiet "torch==2.13.0" "$$lens" nnsight 'pyarrow<22' -e . && \
 		.venv-tools/bin/python -m studies.other_tools || exit 1; done
 
+references: $(INSTALLED) ## the figures of healthy models beside those of a page (ten minutes; measures what is missing)
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.references
+
+pictures: $(INSTALLED) browser ## every picture of README and docs anew, from real runs (those of results take hours, unless their runs are saved)
+	$(BIN)/python -m studies.screens
+	$(BIN)/python -m studies.tutorial
+	$(BIN)/python -m studies.results
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.position_gates
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.early_warning --out docs/early-warning.md
+
 fuzz: $(INSTALLED) ## 100,000 drawn cases of what nobody expects; writes their figures into docs/reliability.md (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzzing --count 100000 --write docs/reliability.md
 
-mutants: $(INSTALLED) ## change numbers and signs of the mathematics, claims and findings; list what no test notices (an hour; MUTANTS=N)
+mutants: $(INSTALLED) ## change numbers and signs of the mathematics, claims and findings; list what no test notices (half an hour or more; MUTANTS=N)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group mutants
 	$(BIN)/python -m studies.mutants --count $(or $(MUTANTS),200)
 
-formulas: $(INSTALLED) ## the claims' formulas as MathML, after one has changed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group formulas
-	@$(BIN)/python -m studies.formulas
+ledger-page: $(INSTALLED) ## what the ledger's page takes from elsewhere, after a formula or docs/theory.md has changed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group ledger-page
+	@$(BIN)/python -m studies.ledger_page
 
 schema: $(INSTALLED) ## write the published JSON Schemas anew from the record dataclasses
 	@$(BIN)/python -c 'import json; from uncollapse.records.diagnosis import DiagnosisRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(DiagnosisRecord), indent=1, ensure_ascii=False))' \
@@ -105,9 +123,11 @@ schema: $(INSTALLED) ## write the published JSON Schemas anew from the record da
 		> src/uncollapse/schemas/comparison-1.json
 	@$(BIN)/python -c 'import json; from uncollapse.records.attribution import AttributionRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(AttributionRecord), indent=1, ensure_ascii=False))' \
 		> src/uncollapse/schemas/attribution-1.json
+	@$(BIN)/python -c 'import json; from uncollapse.records.sweep import SweepRecord; from uncollapse.records.encoding import json_schema; print(json.dumps(json_schema(SweepRecord), indent=1, ensure_ascii=False))' \
+		> src/uncollapse/schemas/sweep-1.json
 
 constraints: $(INSTALLED) ## write constraints.txt anew from what is installed
 	@{ grep '^#' constraints.txt; $(BIN)/pip freeze | grep '==' | sed 's/+cpu//'; } > constraints.new && mv constraints.new constraints.txt
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) .venv-oldest .venv-tools report.html report.json .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-tools .venv-ray report.html report.json .pytest_cache .hypothesis .mypy_cache .ruff_cache

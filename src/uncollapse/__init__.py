@@ -24,9 +24,11 @@ _HOME = {
     "Layout": "anatomy.vocabulary",
     "Monitor": "monitoring.monitor",
     "PositionGatedProjection": "gates.projection",
+    "Sweep": "analyses.sweep",
     "Symmetries": "analyses.symmetries",
     "UncollapseError": "errors",
     "UnsupportedModel": "errors",
+    "Verification": "analyses.ledger",
     "ablate": "analyses.ablation",
     "attribute": "analyses.attribution",
     "compare": "analyses.comparison",
@@ -42,8 +44,9 @@ _HOME = {
     "next_token_loss": "probe.metrics",
     "rank_change": "measures.normalization",
     "remove_gates": "gates.installation",
+    "sweep": "analyses.sweep",
     "symmetries": "analyses.symmetries",
-    "verify": "claims",
+    "verify": "analyses.ledger",
     "without": "interventions.without",
 }
 _MODULES = ("exact", "geometry", "heads", "mixing")  # of `measures`
@@ -59,9 +62,11 @@ __all__ = [
     "Layout",
     "Monitor",
     "PositionGatedProjection",
+    "Sweep",
     "Symmetries",
     "UncollapseError",
     "UnsupportedModel",
+    "Verification",
     "__version__",
     "ablate",
     "attribute",
@@ -82,6 +87,7 @@ __all__ = [
     "next_token_loss",
     "rank_change",
     "remove_gates",
+    "sweep",
     "symmetries",
     "verify",
     "without",
@@ -93,11 +99,12 @@ if TYPE_CHECKING:
     from uncollapse.analyses.comparison import Comparison, compare
     from uncollapse.analyses.diagnosis import Diagnosis, diagnose
     from uncollapse.analyses.heads import Identifiability, identify
+    from uncollapse.analyses.ledger import Verification, verify
     from uncollapse.analyses.stored import load
+    from uncollapse.analyses.sweep import Sweep, sweep
     from uncollapse.analyses.symmetries import Symmetries, symmetries
     from uncollapse.anatomy.situations import forget
     from uncollapse.anatomy.vocabulary import Layout
-    from uncollapse.claims import verify
     from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
     from uncollapse.gates.broken import gate_report
     from uncollapse.gates.installation import install_gates, remove_gates

@@ -31,6 +31,12 @@ def seen_through(model: nn.Module) -> nn.Module:
     return inner
 
 
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """The class that the user wrote: `fully_shard` puts one of its own in its place, which inherits from it."""
+    kind = type(model)
+    return kind.__bases__[1] if kind.__bases__[0].__name__ == "FSDPModule" and len(kind.__bases__) == 2 else kind
+
+
 def takes(model: nn.Module, name: str) -> bool:
     """Whether an argument of this name, passed by keyword, arrives at a `forward` that names it."""
     for module in _inwards(model):

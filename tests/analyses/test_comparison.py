@@ -155,7 +155,7 @@ def test_the_command_writes_the_record_and_the_page(
     schema = json.loads((Path(uc.__file__).parent / "schemas" / "comparison-1.json").read_text("utf-8"))
     jsonschema.validate(record, schema)
     page = (tmp_path / "c.html").read_text("utf-8")
-    assert "Largest logit: change of every head" in page
+    assert "Largest logit of every head, change: one row per block, one column per head." in page
     assert page == report.draw(uc.load(tmp_path / "c.json").record)
     assert run("--quiet", "--fail-on", "warning") == 1
     assert run("--quiet", "--fail-on", "critical") == 0

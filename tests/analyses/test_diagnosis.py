@@ -328,6 +328,7 @@ def test_the_record_has_the_options_as_they_were_resolved(function: Callable[...
         "device": None,
         "dtype": None,
         "device_map": None,
+        "max_memory": None,
     }
     options = found.record.probe.options
     assert {key: options[key] for key in [*defaults, "seed", "level", "layout"]} == {

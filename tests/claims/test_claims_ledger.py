@@ -102,8 +102,8 @@ def test_a_claim_gives_the_same_alone_and_among_others():
 
 
 def test_trials_scale_the_evidence():
-    few, many = (verify(["token-permutation"], trials=n).claims[0].evidence[0].observed for n in (7, 31))
-    assert (few, many) == ("0 exceptions in 7 cases", "0 exceptions in 31 cases")
+    few, many = (verify(["token-permutation"], trials=n).claims[0].evidence[0].observed for n in (3, 31))
+    assert (few, many) == ("0 exceptions in 12 cases", "0 exceptions in 31 cases")  # fewer than 12 leave verdicts open
 
 
 def test_progress_names_what_runs():

@@ -144,6 +144,17 @@ LEDGER = {
 }
 
 
+# Of the refuted claims: which pieces about the statement fail. The others of four-symmetries, depth and heads, hold.
+FAILING = {
+    "layernorm-affine-rank": [0, 1, 2],
+    "layernorm-matrix-rank": [0, 1, 2],
+    "layernorm-and-distance": [0],
+    "mlp-leaves-the-span": [0, 1],
+    "mlp-cannot-unmix": [0],
+    "four-symmetries": [1, 3],
+}
+
+
 def test_every_claim_of_the_ledger_is_in_the_table():
     assert set(LEDGER) == set(CLAIMS)
     assert all(len(variants) >= 1 for _, variants in LEDGER.values())
@@ -154,11 +165,13 @@ def test_the_verdict(claim):
     result = CLAIMS[claim].run(60, 3)
     assert result.verdict == LEDGER[claim][0], result.evidence
     stated = [piece for piece in result.evidence if piece.role == "statement"]
-    if result.verdict == REFUTED:
-        assert any(piece.passed is False for piece in stated)
-        assert result.counterexample is not None
-    else:
-        assert all(piece.passed for piece in result.evidence if piece.role != "context"), result.evidence
+    failed = [index for index, piece in enumerate(stated) if piece.passed is False]
+    assert failed == FAILING.get(claim, [])
+    assert (result.verdict == REFUTED) == bool(failed)
+    assert result.verdict != REFUTED or result.counterexample is not None
+    # What surrounds a statement came out as it says; a figure that was only measured says nothing that could.
+    around = [piece for piece in result.evidence if piece.role != "statement"]
+    assert all(piece.passed or (piece.passed is None and not piece.exact) for piece in around), around
     # A hypothesis that could be dropped would not be one: each verdict that needs some comes with what goes wrong.
     assert bool(result.hypotheses) == (result.verdict in (UNDER, MEASURED))
     if result.verdict in (UNDER, GENERIC):
@@ -175,9 +188,9 @@ def test_the_verdict_of_a_tampered_claim(claim, index):
 
 
 @pytest.mark.parametrize("claim", [claim for claim, (verdict, _) in LEDGER.items() if verdict != MEASURED])
-@pytest.mark.parametrize("seed", [101, 102])
+@pytest.mark.parametrize("seed", [2, 7])  # at one trial these once left six claims open, or refuted one
 def test_the_verdict_does_not_hang_on_the_seed_or_on_few_trials(claim, seed):
-    assert CLAIMS[claim].run(12, seed).verdict == LEDGER[claim][0]
+    assert CLAIMS[claim].run(1, seed).verdict == LEDGER[claim][0]
 
 
 @pytest.mark.slow

@@ -70,6 +70,7 @@ DEFAULTS: dict[str, Any] = {
     "device": None,
     "dtype": None,
     "device_map": None,
+    "max_memory": None,
     "max_parameters": PARAMETERS,
     "trust_remote_code": False,
     "command": "uncollapse ablate",
@@ -86,7 +87,7 @@ def test_every_option_arrives(calls: list[Any], run: Run, tmp_path: Path) -> Non
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     given = """
         --without mlp --without residual,mlp --blocks 3-5,1 --level full --sequences 8 --max-tokens 32 --batch-size 4 --seed 7
-        --device cpu --dtype float64 --device-map auto --max-parameters 1000000000 --trust-remote-code
+        --device cpu --dtype float64 --device-map auto --max-memory 3GiB --max-parameters 1000000000 --trust-remote-code
     """
     assert run("org/model", "--text", tmp_path / "a.txt", *given.split())[0] == 0
     ((positional, options),) = calls
@@ -104,6 +105,7 @@ def test_every_option_arrives(calls: list[Any], run: Run, tmp_path: Path) -> Non
         "device": "cpu",
         "dtype": "float64",
         "device_map": "auto",
+        "max_memory": "3GiB",
         "max_parameters": 10**9,
         "trust_remote_code": True,
         "progress": None,

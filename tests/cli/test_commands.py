@@ -106,6 +106,7 @@ def test_everything_left_out_has_its_default(diagnose: Diagnose, run: Run) -> No
                 "device": None,
                 "dtype": None,
                 "device_map": None,
+                "max_memory": None,
                 "max_parameters": PARAMETERS,
                 "trust_remote_code": False,
                 "command": "uncollapse diagnose",
@@ -121,7 +122,7 @@ def test_every_option_arrives(diagnose: Diagnose, run: Run, tmp_path: Path) -> N
     texts = ["--text", str(tmp_path / "a b.txt"), "--text", str(tmp_path / "c.txt")]
     given = """
         --level full --sequences 8 --max-tokens 32 --batch-size 4 --seed 7 --context-lengths 64,16
-        --device cpu --dtype float64 --device-map auto --max-parameters 1000000000 --trust-remote-code
+        --device cpu --dtype float64 --device-map auto --max-memory 3GiB --max-parameters 1000000000 --trust-remote-code
     """
     assert run("diagnose", "org/model", *texts, *given.split())[0] == 0
     ((positional, options),) = diagnose.calls
@@ -137,6 +138,7 @@ def test_every_option_arrives(diagnose: Diagnose, run: Run, tmp_path: Path) -> N
         "device": "cpu",
         "dtype": "float64",
         "device_map": "auto",
+        "max_memory": "3GiB",
         "max_parameters": 10**9,
         "trust_remote_code": True,
         "progress": None,
@@ -426,6 +428,7 @@ def test_the_shared_options_are_the_same_everywhere_with_the_defaults_of_python(
         "device",
         "dtype",
         "device_map",
+        "max_memory",
         "batch_size",
         "max_parameters",
         "trust_remote_code",

@@ -81,6 +81,7 @@ DEFAULTS: dict[str, Any] = {
     "device": None,
     "dtype": None,
     "device_map": None,
+    "max_memory": None,
     "max_parameters": PARAMETERS,
     "trust_remote_code": False,
     "command": "uncollapse heads",
@@ -96,7 +97,7 @@ def test_everything_left_out_has_its_default(calls: list[Any], run: Run) -> None
 def test_every_option_arrives(calls: list[Any], run: Run, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     given = """
-        --sequences 8 --max-tokens 32 --batch-size 4 --seed 7 --device cpu --dtype float64 --device-map auto
+        --sequences 8 --max-tokens 32 --batch-size 4 --seed 7 --device cpu --dtype float64 --device-map auto --max-memory 3GiB
         --max-parameters 1000000000 --trust-remote-code
     """
     assert run("org/model", "--text", tmp_path / "a.txt", *given.split())[0] == 0
@@ -111,6 +112,7 @@ def test_every_option_arrives(calls: list[Any], run: Run, tmp_path: Path) -> Non
         "device": "cpu",
         "dtype": "float64",
         "device_map": "auto",
+        "max_memory": "3GiB",
         "max_parameters": 10**9,
         "trust_remote_code": True,
         "progress": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ import transformers
 from tests.helpers.command_line import refused
 from uncollapse.cli import output
 from uncollapse.cli.commands import main
+from uncollapse.errors import InputError
 from uncollapse.sources import checkpoint_folder
 
 GOLDEN = Path(__file__).parent.parent / "records" / "golden"
@@ -126,17 +128,22 @@ def test_the_packaged_model_is_not_overwritten(run: Run) -> None:
 
 
 def test_a_report_may_lie_in_the_folder_of_its_model_and_be_written_again(checkpoint: Path) -> None:
-    reads = output.Reads(model=str(checkpoint))
-    for name, text in {
-        "report.json": GOLDEN.joinpath("heads.json").read_text(),
-        "report.html": "<!doctype html>",
+    reads = output.Reads(models=["demo", str(checkpoint)])
+    record = GOLDEN.joinpath("heads.json").read_bytes()
+    for name, data in {
+        "report.json": record,
+        "report.json.gz": gzip.compress(record),
+        "report.html": b"<!doctype html>",
     }.items():
         output.require_writable(output.Outputs(json=str(checkpoint / name)), quiet=True, reads=reads)
-        (checkpoint / name).write_text(text)
+        (checkpoint / name).write_bytes(data)
         output.require_writable(output.Outputs(json=str(checkpoint / name)), quiet=True, reads=reads)
     assert sorted(os.listdir(checkpoint)) == [
-        *("README.md", "config.json", "model.safetensors", "report.html", "report.json", "shards")
+        *("README.md", "config.json", "model.safetensors", "report.html", "report.json", "report.json.gz", "shards")
     ]
+    (checkpoint / "report.json.gz").write_bytes(gzip.compress(b"of somebody else"))
+    with pytest.raises(InputError, match="belongs to the model"):
+        output.require_writable(json=str(checkpoint / "report.json.gz"), html=None, reads=reads)
 
 
 def test_a_record_is_not_written_over_itself(run: Run, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import threading
 import time
@@ -131,3 +132,33 @@ def test_a_million_blank_lines(tmp_path: Path) -> None:
     began = time.monotonic()
     assert read_texts([tmp_path / "t"]) == ["one", "two"]
     assert time.monotonic() - began < 20
+
+
+def unpacked(data: bytes, size: int, at_most: int = 2**30) -> bytes:
+    parts = (data[i : i + size] for i in range(0, len(data), size))
+    return b"".join(reading.unpacked(parts, at_most=at_most))
+
+
+@pytest.mark.parametrize("size", [1, 7, 2**20])
+def test_what_is_gzipped_is_unpacked_whole_whatever_the_pieces(size: int) -> None:
+    text = bytes(range(256)) * 100 + b"\0" * 3_000_000  # the zeros come out of a few bytes, in many pieces
+    assert unpacked(gzip.compress(text), size) == text
+    assert unpacked(gzip.compress(b"one ") + gzip.compress(text), max(size, 500)) == b"one " + text
+    assert unpacked(b"{plain}", size) == b"{plain}"
+    assert unpacked(b"\x1f", size) == b"\x1f"
+    assert unpacked(b"", size) == b""
+
+
+def test_what_was_cut_short_or_damaged_or_unpacks_without_end_is_refused() -> None:
+    packed = gzip.compress(bytes(range(256)) * 100)
+    for cut in range(2, len(packed)):
+        with pytest.raises(OSError, match="cut short"):
+            unpacked(packed[:cut], 100)
+    for damaged in (packed + b"more", packed[:-6] + b"\0" + packed[-5:]):
+        with pytest.raises(OSError, match="damaged"):
+            unpacked(damaged, 100)
+    bomb = gzip.compress(b"\0" * 5_000_000)
+    assert len(bomb) < 10_000
+    with pytest.raises(reading.TooLarge):
+        unpacked(bomb, 100, at_most=4_999_999)
+    assert len(unpacked(bomb, 100, at_most=5_000_000)) == 5_000_000

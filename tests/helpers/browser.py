@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -15,6 +17,9 @@ from types import TracebackType
 from typing import Any
 
 DEADLINE = 60.0
+A4, MARGIN = (210, 297), 12  # millimetres; the margin at the sides is that of page.css
+HIGHEST = 15_000  # pixels of a picture
+ARTEFACTS = Path(__file__).resolve().parents[2] / "artefacts" / "pages"  # where tests leave pictures to be looked at
 
 
 class Browser:
@@ -125,10 +130,19 @@ class Browser:
             raise RuntimeError(str(answer["exceptionDetails"]))
         return answer["result"].get("value")
 
+    def wait_until(self, expression: str, seconds: float = 10.0) -> None:
+        """Wait until a JavaScript expression in the page is true."""
+        until = time.monotonic() + seconds
+        while not self.value(expression):
+            if time.monotonic() > until:
+                raise TimeoutError(expression)
+            time.sleep(0.02)
+
     def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """Open a file and wait until it says that everything is drawn."""
         self.events.clear()
         self("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self("Emulation.setEmulatedMedia", media="")
         wishes = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
         self("Emulation.setEmulatedMedia", features=[{"name": n, "value": v} for n, v in wishes.items()])
         self("Page.navigate", url=path.as_uri())
@@ -137,6 +151,27 @@ class Browser:
             if time.monotonic() > until:
                 raise TimeoutError("the page was not drawn")
             time.sleep(0.05)
+
+    def picture(self, path: Path, height: int = HIGHEST) -> None:
+        """Write what is open as it looks from top to bottom, down to `height`."""
+        width, whole = self.value("[innerWidth, document.documentElement.scrollHeight]")
+        clip = {"x": 0, "y": 0, "width": width, "height": min(whole, height), "scale": 1}
+        shot = self("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
+        path.write_bytes(base64.b64decode(shot["data"]))
+
+    def print(self, path: Path) -> int:
+        """Print what is open on A4, as a reader would; returns how many sheets it takes."""
+        size = {"paperWidth": A4[0] / 25.4, "paperHeight": A4[1] / 25.4}
+        printed = self("Page.printToPDF", preferCSSPageSize=True, printBackground=True, **size)
+        path.write_bytes(base64.b64decode(printed["data"]))
+        return len(re.findall(rb"/Type\s*/Page\b", path.read_bytes()))
+
+    def as_paper(self) -> None:
+        """Lay out what is open as on a sheet, without printing it."""
+        across = round((A4[0] - 2 * MARGIN) / 25.4 * 96)
+        self("Emulation.setDeviceMetricsOverride", width=across, height=1000, deviceScaleFactor=1, mobile=False)
+        self("Emulation.setEmulatedMedia", media="print")
+        self.value("dispatchEvent(new Event('beforeprint'))")
 
     def complaints(self) -> list[str]:
         """Exceptions, console output and violated policies since the page was opened."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import itertools
 import json
@@ -38,6 +39,27 @@ class Page(HTMLParser):
         self.feed(self.text)
         self.close()
         assert not self._open, f"left open: {self._open}"
+        for attributes, text in self.scripts:
+            if "data-rows" in attributes:
+                self._unpack(attributes["data-rows"], json.loads(gzip.decompress(base64.b64decode(text))))
+
+    def _unpack(self, table: str, data: dict[str, Any]) -> None:
+        """The rows of a large table, which lie in the page as columns."""
+        self._table = table
+        for number, key in enumerate(data["keys"]):
+            severity = data["severities"][number] if data["severities"] else ""
+            self.elements.append(("tr", {"id": key} | ({"class": severity} if severity else {})))
+            self._row = key
+            for self._column, column in enumerate(data["columns"]):
+                part = {name: (values[number] if values else None) for name, values in column.items()}
+                note = part["note"] or ""
+                self._cell().update(
+                    v=part["sort"] or "",
+                    text=str(part["text"]),
+                    small="" if note else part["spread"] or "",
+                    sup=str(note),
+                    title=data["reasons"][str(note)] if note else "",
+                )
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         attributes = {name: value or "" for name, value in attrs}

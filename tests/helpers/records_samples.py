@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from uncollapse.analyses.comparison import compare
 from uncollapse.records.ablation import AblationRecord, AblationRun, RateRecord, VerdictRecord
 from uncollapse.records.common import Finding, ModelInfo, Probe, Statistic
+from uncollapse.records.comparison import ComparisonRecord
 from uncollapse.records.diagnosis import (
     AttentionRecord,
     DiagnosisRecord,
@@ -515,6 +517,36 @@ def large() -> DiagnosisRecord:
         heads=[heads_record(block, 64, 128, 8192, rng) for block in range(80)],
         findings=[AMBIGUOUS, *sharp],
     )
+
+
+def sized(blocks: int, heads: int) -> DiagnosisRecord:
+    """`large`, cut to so many blocks of so many heads."""
+    record, rng = large(), np.random.default_rng(5)
+    return replace(
+        record,
+        model=replace(record.model, name=f"{blocks}-blocks", blocks=blocks, heads=heads, width=128 * heads),
+        trajectory=record.trajectory[: blocks + 1],
+        attention=[each for each in record.attention if each.block < blocks and each.head < heads],
+        heads=[heads_record(block, heads, 128, 128 * heads, rng) for block in range(blocks)],
+        findings=[f for f in record.findings if (f.block or 0) < blocks and (f.head or 0) < heads],
+    )
+
+
+def compared(record: DiagnosisRecord | None = None) -> ComparisonRecord:
+    """A diagnosis (the encoder, if none is given) beside the same model later: head 1 of the second last block has logits four
+    times as large, and head 0 of the first sees only one key."""
+    before = record or encoder()
+    before = replace(before, probe=replace(before.probe, fingerprint="the same text"))
+    block = before.model.blocks - 2
+    later = [
+        replace(each, max_logit=each.max_logit and statistic(4 * each.max_logit.mean, 0.2))
+        if (each.block, each.head) == (block, 1)
+        else replace(each, normalized_entropy=statistic(0.01))
+        if (each.block, each.head) == (0, 0)
+        else each
+        for each in before.attention
+    ]
+    return compare(before, replace(before, attention=later)).record
 
 
 FLOOR = 3.552713678800501e-15

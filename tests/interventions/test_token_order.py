@@ -192,6 +192,35 @@ def test_a_mask_that_is_one_with_a_bias_is_not_taken_for_a_mask_alone() -> None:
         pass
 
 
+class JoinedTwice(TokenFirst):
+    """Two masks and a bias, joined in the attention: of two masks nobody says which is the one that is meant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(JoinedBlock() for _ in range(2))
+
+
+class JoinedBlock(TokenFirstBlock):
+    second = -math.inf
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 1, 3, 0, 4)
+        places = torch.arange(len(x))
+        distance = (places[:, None] - places).float()
+        bias = -0.3 * distance.abs()
+        own = torch.zeros_like(distance).masked_fill(distance < 0, self.second)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias + own + hidden)
+        x = x + self.out(y.permute(2, 0, 1, 3).flatten(2))
+        return x + self.mlp(x).relu()
+
+
+def test_a_mask_and_a_bias_are_told_apart_only_where_one_addition_joins_just_those_two() -> None:
+    torch.manual_seed(0)
+    batch = {"input_ids": torch.randint(30, (4, 7), generator=torch.Generator().manual_seed(0))}
+    with pytest.raises(uc.UnsupportedModel, match="also adds a bias"), uc.without(JoinedTwice(), "mask", batch=batch):
+        pass
+
+
 class Windowed(TokenFirst):
     """Token-first, and no token sees one that is more than three away: on a piece of three tokens that forbids nothing."""
 

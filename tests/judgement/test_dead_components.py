@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 import uncollapse as uc
 from tests.helpers.tiny_models import FAMILIES, batch_for
+from uncollapse.judgement.dead_components import dead_components
 from uncollapse.records.common import Finding
+from uncollapse.records.diagnosis import PartRecord
 
 Plant = Callable[[Any], None]
 WIDTH, HEADS, HEAD = 32, 4, 8
@@ -283,3 +286,56 @@ def test_how_far_embeddings_lie_apart_does_not_depend_on_their_sign() -> None:
     ids = torch.tensor([[3, 5, 7, 9, 11, 13], [5, 3, 9, 7, 13, 11]])
     embedding = uc.diagnose(model, batches=[{"input_ids": ids}]).record.embeddings[0]
     assert embedding.apart == pytest.approx(1.0)
+
+
+def part(**figures: Any) -> PartRecord:
+    """A part whose tokens differ and that does something."""
+    alive: dict[str, Any] = {"update_size": 1.0, "update_variation": 1.0, "stream_variation": 1.0, "epsilon": 1e-7}
+    return PartRecord(**{"block": 0, "sublayer": "mlp", "stack": None, "kind": None, **alive, **figures})
+
+
+@pytest.mark.parametrize(
+    ("dead", "shown"), [(1, "(0)"), (8, "(0, 1, 2, 3, 4, 5, 6, 7)"), (9, "(0, 1, 2, 3, 4, 5, 6, 7, …)")]
+)
+def test_eight_dead_units_are_named(dead: int, shown: str) -> None:
+    (finding,) = dead_components([part(hidden_units=20, dead_units=list(range(dead)))], [])
+    assert (finding.code, finding.value, finding.threshold) == ("DEAD-UNITS", dead / 20, 0.5)
+    assert shown in finding.message
+    assert finding.severity == "info"
+
+
+@pytest.mark.parametrize(("dead", "severity"), [(9, "info"), (10, "warning"), (20, "warning")])
+def test_half_of_the_units_are_many(dead: int, severity: str) -> None:
+    (finding,) = dead_components([part(hidden_units=20, dead_units=list(range(dead)))], [])
+    assert finding.severity == severity
+
+
+def test_a_part_is_dead_by_what_it_adds_and_the_finding_says_how_much() -> None:
+    beside = part(sublayer="attention", kind="self")
+
+    def found(**figures: Any) -> list[tuple[str, float]]:
+        return [(f.code, f.value) for f in dead_components([beside, part(**figures)], [])]
+
+    assert found(update_size=0.0) == [("DEAD-MLP", 0.0)]
+    assert found(update_size=2.0**-23) == [("DEAD-MLP", 2.0**-23)]
+    assert found(update_size=1.01 * 2.0**-23) == []
+    assert found(update_size=2.0**-24, stream_variation=0.01) == []  # where all tokens are alike, rounding says nothing
+    assert found(update_size=2.0**-24, stream_variation=0.0101) == [("DEAD-MLP", 2.0**-24)]
+    assert found(update_size=0.0, stream_variation=0.0) == [("DEAD-MLP", 0.0)]
+    assert found(update_size=None) == []
+    assert found(update_variation=1e-3) == [("CONSTANT-UPDATE", 1e-3)]
+    assert found(update_variation=1.01e-3) == []
+    assert found(update_variation=0.02, epsilon=2.0**-7) == [("CONSTANT-UPDATE", 0.02)]  # four roundings of bfloat16
+    assert found(update_variation=0.04, epsilon=2.0**-7) == []
+    assert found(update_directions=1e-6, stream_directions=0.5) == [("MLP-RANK-ONE", 1e-6)]
+    assert found(update_directions=2e-6, stream_directions=0.5) == []  # sixteen times epsilon
+    assert found(update_directions=1e-6, stream_directions=1e-5) == []  # the stream itself has no more
+
+
+def test_the_query_heads_of_a_dead_key_value_head_are_named() -> None:
+    heads = part(sublayer="attention", kind="self", heads=6, key_value_heads=2, value_size=[1.0, 1.0])
+    alive, dead = [1.0] * 6, [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert [f.code for f in dead_components([replace(heads, value_variation=alive)], [])] == []
+    (finding,) = dead_components([replace(heads, value_variation=dead)], [])
+    assert (finding.code, finding.head) == ("DEAD-KEY-VALUE-GROUP", 3)
+    assert "(1): the query heads 3–5 that share it" in finding.message

@@ -819,3 +819,12 @@ def test_consensus_after_norm_of_the_gram_is_that_of_the_cloud(spread: float, le
     found = cloud_measures(x, mask, read_centred=centred).consensus_after_norm
     expected = geometry.consensus_after_norm(x, mask, centred=centred)
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-15, equal_nan=True)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_distance_after_a_norm_has_no_unit_even_where_squares_differ_by_more_than_the_range(centred):
+    """Each token may have a size of its own: a norm takes it away."""
+    x = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sizes = torch.tensor([1e-100, 1e-50, 1.0, 1e50, 1e100], dtype=torch.float64)
+    plain = geometry.consensus_after_norm(x, centred=centred)
+    assert torch.allclose(geometry.consensus_after_norm(x * sizes[:, None], centred=centred), plain, rtol=1e-12)

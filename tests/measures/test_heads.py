@@ -465,3 +465,18 @@ def test_a_verdict_tells_a_gain_from_that_of_random_weights():
     said = [heads.attribution_verdict(0, gain, random) for gain in (44.0, 1000.0, 692799.0)]
     assert [words.split(", ")[1] for words in said] == ["better than random)", "as random)", "worse than random)"]
     assert heads.attribution_verdict(0, 2.0, random) == "attributable"
+
+
+@pytest.mark.parametrize(
+    "gates", [torch.ones(2, 3, dtype=torch.long), torch.ones(3), torch.ones(0, 3), torch.ones(2, 0)]
+)
+def test_gates_that_are_none_are_refused(gates):
+    with pytest.raises(InputError, match=r"expected positive gates\[position, head\] in floating point"):
+        heads.gauge_of_gates(gates, head_width=2)
+
+
+def test_a_kernel_of_one_dimension_already_hides_something():
+    assert heads.attribution_verdict(1, math.inf) == "not attributable (kernel 1)"
+    assert heads.attribution_verdict(0, math.inf).startswith("not attributable (write spaces")
+    assert heads.attribution_verdict(0, heads.CARE_GAIN) == "attributable"
+    assert heads.attribution_verdict(0, heads.CARE_GAIN * 1.01).startswith("attributable with care")

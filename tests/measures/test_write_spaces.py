@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.reference.heads import storage_tolerance, write_space_figures
 from uncollapse.errors import InputError
-from uncollapse.measures import heads, write_spaces
+from uncollapse.measures import heads, random_projections, write_spaces
 from uncollapse.measures.random_projections import random_write_space_overlap
 
 
@@ -139,3 +139,18 @@ def test_the_overlap_of_random_write_spaces_is_that_of_draws(head_width: int, wi
 def test_a_random_overlap_needs_sizes() -> None:
     with pytest.raises(InputError, match="sizes of at least 1"):
         random_write_space_overlap(0, 12)
+
+
+@pytest.mark.parametrize("width", [2, 3, 5, 12])
+def test_the_overlap_of_random_lines_has_the_moments_of_a_squared_coordinate(width):
+    """A line against a fixed one: u_1^2 of a random unit vector, E u_1^2 = 1/d, E u_1^4 = 3/(d(d + 2))."""
+    mean, deviation = random_projections.random_write_space_overlap(1, width)
+    assert mean == pytest.approx(1 / width)
+    assert deviation**2 == pytest.approx(3 / (width * (width + 2)) - 1 / width**2)
+    assert random_projections.random_write_space_overlap(width, width) == (1.0, 0.0)
+
+
+def test_a_gain_is_as_random_between_the_outer_points():
+    points = (2.0, 5.0, 9.0)
+    said = [random_projections.beside_random(gain, points) for gain in (1.9, 2.0, 9.0, 9.1)]
+    assert said == ["better than random", "as random", "as random", "worse than random"]

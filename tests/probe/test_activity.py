@@ -133,5 +133,5 @@ def test_a_head_that_writes_nothing_has_a_root_all_the_same() -> None:
 @pytest.mark.parametrize("spread", 10.0 ** np.arange(-9, 1))
 def test_what_is_rounding_is_told_by_a_bound_or_exactly(spread: float) -> None:
     matrix, cloud = drawn(8, 6), drawn(2, 50, 8) * spread + 1.0
-    energy = heads.contribution_energy(cloud, matrix, 2)
-    assert is_rounding(cloud, matrix, energy, None) == (rounding_share(cloud, matrix, energy, None) > MOST_ROUNDING)
+    energy, rows = heads.contribution_energy(cloud, matrix, 2), matrix.square().sum(-1)
+    assert is_rounding(cloud, rows, energy, None) == (rounding_share(cloud, rows, energy, None) > MOST_ROUNDING)

@@ -33,6 +33,7 @@ def test_a_soft_cap_bounds_the_logits():
         assert head.logit_range_bound == pytest.approx(6, rel=0.01)
         assert head.disperses_beyond == pytest.approx(mixing.dispersion_length(head.logit_range_bound))
         assert "soft cap of 3" in head.bounded_by
+        assert head.bound_part == "soft cap"
 
 
 def test_a_norm_on_queries_and_keys_bounds_them_by_its_gains():
@@ -46,6 +47,7 @@ def test_a_norm_on_queries_and_keys_bounds_them_by_its_gains():
         # |q| <= sqrt(8) 2, |k| <= sqrt(8), the scale 1/sqrt(8)
         assert head.logit_range_bound == pytest.approx(2 * 2 * 8**0.5, rel=0.01)
         assert "keep their norm" in head.bounded_by
+        assert head.bound_part == "query-key norm"
         assert head.max_logit.max <= head.logit_range_bound / 2
 
 
@@ -126,7 +128,7 @@ def test_a_model_that_refuses_enlarged_logits_is_diagnosed_all_the_same(monkeypa
 def test_what_is_not_bounded_gets_no_bound():
     torch.manual_seed(0)
     for head in heads_of(transformers.LlamaModel(transformers.LlamaConfig(**SIZES))):
-        assert (head.logit_range_bound, head.disperses_beyond) == (None, None)
+        assert (head.logit_range_bound, head.disperses_beyond, head.bound_part) == (None, None, None)
         assert "not bounded as far as was shown" in head.bounded_by
 
 

@@ -18,7 +18,7 @@ def test_tokens_that_rounding_tells_apart_as_much_as_their_heads_are_noticed(spr
     exact = common + spread * torch.randn(1, TOKENS, WIDTH, generator=generator, dtype=torch.float64)
     matrix = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64)
     rounded = exact.bfloat16()
-    share = rounding_share(rounded, matrix, contribution_energy(exact, matrix, HEADS), None)
+    share = rounding_share(rounded, matrix.double().square().sum(-1), contribution_energy(exact, matrix, HEADS), None)
     noise = contribution_energy(rounded.double() - exact, matrix, HEADS).sum()
     assert share == pytest.approx(float(noise / contribution_energy(exact, matrix, HEADS).sum()), rel=0.5)
     assert (share > MOST_ROUNDING) == is_lost
@@ -28,9 +28,9 @@ def test_padded_tokens_do_not_count() -> None:
     mixed = torch.randn(1, TOKENS, WIDTH, generator=torch.Generator().manual_seed(0))
     mask = torch.arange(TOKENS)[None] < TOKENS - 1
     energy = contribution_energy(mixed, torch.eye(WIDTH), HEADS, mask)
-    before = rounding_share(mixed, torch.eye(WIDTH), energy, mask)
+    before = rounding_share(mixed, torch.ones(WIDTH, dtype=torch.float64), energy, mask)
     mixed[:, -1] = 1e4
-    assert rounding_share(mixed, torch.eye(WIDTH), energy, mask) == before
+    assert rounding_share(mixed, torch.ones(WIDTH, dtype=torch.float64), energy, mask) == before
 
 
 def test_as_many_tokens_as_sequences_are_told_apart_by_the_heads_or_not_at_all() -> None:

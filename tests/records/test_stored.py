@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -101,6 +102,40 @@ def test_what_load_returns_can_do_what_the_first_result_could(kind: str, tmp_pat
     assert (tmp_path / "page.html").read_text("utf-8") == report.draw(records.load(golden(kind)))
     result.to_json(tmp_path / "again.json")
     assert uc.load(str(tmp_path / "again.json")) == result
+
+
+@each_kind
+def test_a_gzipped_record_is_written_and_read_wherever_a_plain_one_is(kind: str, tmp_path: Path, run: Run) -> None:
+    packed = tmp_path / "packed.json.gz"
+    first = uc.load(golden(kind))
+    first.to_json(packed)
+    assert gzip.decompress(packed.read_bytes()).decode() == first.to_json()
+    assert uc.load(packed) == first
+    renamed = packed.rename(tmp_path / "renamed.json")  # what it holds decides, and not what it is called
+    assert uc.load(renamed) == first
+    assert run(renamed, "--json", tmp_path / "again.json.gz", "--quiet") == (0, "", "")
+    assert (tmp_path / "again.json.gz").read_bytes() == renamed.read_bytes()  # the same record, the same bytes
+    command = [sys.executable, "-m", "uncollapse", "show", "-", "--json", "-", "--quiet"]
+    if kind == "heads":
+        done = subprocess.run(command, input=renamed.read_bytes(), capture_output=True, check=True)
+        assert done.stdout.decode() == first.to_json()
+
+
+def test_a_gzipped_record_that_is_no_record_is_refused_in_one_line(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "LIMIT", 3 * 2**20)
+    whole = gzip.compress(golden("heads").read_bytes())
+    cases = {
+        "cut": whole[:-9],
+        "page": gzip.compress(b"<!doctype html>"),
+        "bomb": gzip.compress(b"{" + b" " * stored.LIMIT),
+    }
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+    refused(run(tmp_path / "cut"), "cut short")
+    refused(run(tmp_path / "page"), "JSON object")
+    refused(run(tmp_path / "bomb"), "at most 3 MiB")
 
 
 def test_a_figure_that_changed_is_another_record(tmp_path: Path) -> None:

@@ -158,15 +158,52 @@ def test_each_kind_of_block_has_one_line() -> None:
     assert first in printed(blinded(2))
 
 
-def test_the_page_has_the_table_and_it_is_folded() -> None:
+def test_the_first_panel_is_what_was_taken_for_what() -> None:
     page = Page(draw(blinded(2)))
     well_formed_and_accessible({"blinded": page}, "blinded")
-    assert "What was taken for what" in page.words
-    rows = {row: {title: cell for (r, title), cell in page.cells.items() if r == row} for row in ("taken-0", "taken-4")}
-    assert rows["taken-4"]["mixes the values"]["text"] == "matmul #1 of layers.2.attention"
-    assert rows["taken-4"]["weights"]["text"] == "sequence × head × query × key"
-    assert rows["taken-4"]["heads"]["text"] == "12, 4"
-    assert rows["taken-4"]["row sums"]["text"] == "0.250 … 0.500"
-    assert rows["taken-4"]["norms of the block"]["text"] == "layers.2.norm (before, cannot be removed)"
+    assert page.text.index('id="anatomy"') < page.text.index('id="findings"') < page.text.index('id="depth"')
+    assert "<details" not in page.text[page.text.index('id="anatomy"') : page.text.index('id="findings"')]
+    assert page.words.count("No attention was measured in 2 of 6 blocks") == 2, "at the top, and in the panel"
+    rows = {row: {title: cell for (r, title), cell in page.cells.items() if r == row} for row in page_rows(page)}
+    assert [(rows[row]["block"]["text"], rows[row]["sublayer"]["text"]) for row in rows] == [
+        ("0–1", "attention"),
+        ("0–5", "MLP"),
+        ("2–5", "attention"),
+    ]
+    assert rows["taken-2"]["mixes the values"]["text"] == "matmul #1 of layers.*.attention"
+    assert rows["taken-2"]["weights"]["text"] == "sequence × head × query × key"
+    assert rows["taken-2"]["heads"]["text"] == "12, 4"
+    assert rows["taken-2"]["row sums"]["text"] == "0.250 … 0.500"
+    assert rows["taken-2"]["norms of the block"]["text"] == "layers.*.norm (before, cannot be removed)"
     assert rows["taken-0"]["row sums"]["title"] == REASON.format("0.1")
-    assert "anatomy-table" not in draw(replace(blinded(2), anatomy=None))
+
+
+def page_rows(page: Page) -> list[str]:
+    return [key for key in page.ids() if key.startswith("taken-")]
+
+
+def test_a_block_that_differs_has_a_row_of_its_own() -> None:
+    record = blinded(0)
+    assert record.anatomy is not None
+    blocks = list(record.anatomy.blocks)
+    part = blocks[3].parts[0]
+    other = replace(part, attention=[replace(part.attention[0], heads=11)], deviation=2e-6)
+    blocks[3] = replace(blocks[3], parts=[other, *blocks[3].parts[1:]])
+    page = Page(draw(replace(record, anatomy=replace(record.anatomy, blocks=blocks))))
+    cells = [(page.cells[row, "block"]["text"], page.cells[row, "heads"]["text"]) for row in page_rows(page)]
+    assert cells == [("0–2, 4–5", "12, 4"), ("0–5", ""), ("3", "11, 4")]
+    alone = page.cells["taken-2", "mixes the values"]["text"]
+    assert alone == "matmul #1 of layers.3.attention", "one block keeps its number"
+    assert float(page.cells["taken-2", "deviation"]["v"]) == 2e-6
+
+
+def test_a_whole_reading_and_an_old_record_say_so() -> None:
+    whole = "No part that was found in the 6 blocks was left out."
+    assert whole in words(blinded(0))
+    assert whole not in words(blinded(1))
+    bare = words(replace(blinded(0), attention=[]))
+    assert whole not in bare
+    assert "Attention was not measured." in bare
+    old = words(replace(blinded(0), anatomy=None))
+    assert "The record does not say what was taken for what: an older version wrote it." in old
+    assert "was left out" not in old

@@ -274,7 +274,7 @@ def test_many_findings_of_one_rule_share_a_card_and_a_remedy() -> None:
     assert words.count("threshold 0.05") == 1
     text = " ".join(shown(record, 100).split())
     assert text.count(samples.SHARP_HEAD.remedy) == 1
-    assert "Message 2. The same at 3 more places: block 4, head 3; block 4, head 4; block 4, head 5. Remedy:" in text
+    assert "Message 2. The same at 3 more places: block 4 (heads 3–5). Remedy:" in text
 
 
 def test_verdicts_that_differ_in_a_figure_are_summed_up_by_their_words() -> None:

@@ -60,7 +60,9 @@ def pages() -> dict[str, Page]:
 
 
 def plain(markup: str) -> str:
-    """The words of a piece of a page."""
+    """The words of a piece of a page. Code stands in backticks in the record, and options as they are."""
+    markup = re.sub(r"<code class=\"option\">(.*?)</code>", r"\1", markup)
+    markup = re.sub(r"<code>(.*?)</code>", r"`\1`", markup)
     return " ".join(unescape(re.sub(r"<[^>]*>", " ", markup)).split())
 
 

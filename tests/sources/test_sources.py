@@ -37,6 +37,7 @@ from uncollapse.sources import (
     token_mask,
     tokenize,
 )
+from uncollapse.sources.loading import _usable_device
 from uncollapse.sources.texts import STABLE_TOPICS
 
 BERT = transformers.BertConfig(
@@ -140,6 +141,20 @@ def test_dtype_left_out_is_the_checkpoints_own(tmp_path: Path, dtype: str | None
 def test_device_left_out_is_the_best_there_is(saved: Path) -> None:
     device = next(load_model(str(saved)).model.parameters()).device
     assert device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("rank", "count", "device"), [("1", 2, "cuda:1"), ("3", 2, "cuda:1"), ("3", 1, "cuda:0"), ("", 2, "cuda")]
+)
+def test_each_of_several_processes_takes_a_device_of_its_own(
+    rank: str, count: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: asked.append(str(device)))
+    assert str(_usable_device("cuda")) == device
+    assert asked == [device]
 
 
 def test_device_map_is_left_to_accelerate(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from typing import Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
+from uncollapse import processes
 from uncollapse.analyses.anatomy_recording import anatomy_record
 from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
 from uncollapse.analyses.recording import model_info, probe_record, site_records, versions
@@ -40,6 +41,7 @@ from uncollapse.measures.running import Running
 from uncollapse.probe.at_consensus import contraction_at_consensus, few_sequences
 from uncollapse.probe.attention import ATTENTION_MEASURES
 from uncollapse.probe.passes import Level, Observations, Watched
+from uncollapse.probe.sharding import united_running
 from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.ablation import ABLATION_SCHEMA, AblationRecord, AblationRun, VerdictRecord
 from uncollapse.records.common import Statistic
@@ -48,7 +50,7 @@ from uncollapse.restoring import leaves_no_trace
 GRID = ("norm", "residual", "mlp")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ablation(Recorded[AblationRecord]):
     """What `ablate` found. `record` has all of it, as data."""
 
@@ -84,8 +86,8 @@ def ablate(
 
     Options shared with `diagnose`, each described in `help(uncollapse.analyses.preparation.ProbeOptions)`:
     text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
-    model: layout, name, device, dtype, device_map, trust_remote_code=False, max_parameters=2000000000000;
-    run: command, progress.
+    model: layout, name, device, dtype, device_map, max_memory, trust_remote_code=False, max_parameters=2000000000000;
+    run: command, progress, alone=False.
 
     Raises `InputError` for an unknown component or block, `TypeError` for an unknown option, and `UnsupportedModel` where the
     additions cannot be found and proved.
@@ -94,6 +96,7 @@ def ablate(
     prepared = prepare(ablate, model, texts, probe, level=level, head=True)
     progress = prepared.progress
     affected = require_blocks(blocks, prepared.anatomy)
+    prepared.require_same("options", (combinations, sorted(affected)))
     is_causal = _is_causal(prepared)
     whole: list[Tensor] = []
     runs: list[AblationRun] = []
@@ -123,28 +126,43 @@ def ablate(
         "grid": grid,
         "blocks": blocks if isinstance(blocks, str) else sorted(affected),
     }
+    whole_model = first
+    return Ablation(
+        prepared.judged(lambda: _judged(prepared, whole_model, runs, affected, is_causal, options, left_out)),
+        prepared.is_first,
+    )
+
+
+def _judged(
+    prepared: Prepared,
+    first: Observations,
+    runs: list[AblationRun],
+    affected: Collection[int],
+    is_causal: bool,
+    options: Mapping[str, Any],
+    left_out: Mapping[str, str],
+) -> AblationRecord:
+    """The record of all runs. `first` is what was observed of the whole model."""
     described = probe_record(prepared, first)
     described.options.update(options)
     at_consensus = _at_consensus(prepared) if any("residual" in run.without for run in runs) else None
     if left_out:
-        described.options["left_out"] = left_out
-    return Ablation(
-        AblationRecord(
-            schema=ABLATION_SCHEMA,
-            versions=versions(),
-            model=model_info(prepared, first),
-            probe=described,
-            blocks=sorted(affected),
-            is_causal=is_causal,
-            runs=runs,
-            verdicts=verdicts(
-                runs, is_causal=is_causal, at_consensus=at_consensus, epsilon=_epsilon(prepared.loaded.model)
-            ),
-            norms=norm_records(first.norms),
-            updates=update_records(first.updates),
-            contraction_at_consensus=at_consensus,
-            anatomy=anatomy_record(prepared.anatomy, first),
-        )
+        described.options["left_out"] = dict(left_out)
+    return AblationRecord(
+        schema=ABLATION_SCHEMA,
+        versions=versions(),
+        model=model_info(prepared, first),
+        probe=described,
+        blocks=sorted(affected),
+        is_causal=is_causal,
+        runs=runs,
+        verdicts=verdicts(
+            runs, is_causal=is_causal, at_consensus=at_consensus, epsilon=_epsilon(prepared.loaded.model)
+        ),
+        norms=norm_records(first.norms),
+        updates=update_records(first.updates),
+        contraction_at_consensus=at_consensus,
+        anatomy=anatomy_record(prepared.anatomy, first),
     )
 
 
@@ -205,21 +223,26 @@ def _run(
             stack.enter_context(taken_away(model, *combination, blocks=blocks, batch=prepared.batches[0]))
         stack.enter_context(float64_kept(model))
         observed = prepared.captured(
-            level=prepared.level, watch=_watched(prepared.level, combination), on_output=outputs.add
+            level=prepared.level,
+            watch=_watched(prepared.level, combination),
+            digest=lambda _: {},
+            on_output=outputs.add,
         )
     if not combination:
         whole.extend(outputs.vectors)
     trajectory = site_records(observed)
     unavailable = {}
-    loss = Statistic.of(*outputs.loss.summary())
-    shift = None if outputs.reason else Statistic.of(*outputs.shift.summary())
+    loss_seen, shift_seen, reason = outputs.loss, outputs.shift, outputs.reason
+    if prepared.shares:
+        loss_seen, shift_seen = united_running([loss_seen, shift_seen], prepared.caller)
+        reason = next((each for each in processes.gathered(reason, prepared.caller) if each), "")
+    loss = Statistic.of(*loss_seen.summary())
+    shift = None if reason else Statistic.of(*shift_seen.summary())
     if loss is None:
         unavailable["loss"] = "the model has no language-model head with a causal mask"
     if shift is None:
         unavailable["output_shift"] = (
-            "this is the whole model"
-            if not combination
-            else outputs.reason or "the output does not have one vector per token"
+            "this is the whole model" if not combination else reason or "the output does not have one vector per token"
         )
     rate = depth_rate(trajectory, _epsilon(model))
     if rate is None:

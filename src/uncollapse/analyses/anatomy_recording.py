@@ -149,7 +149,7 @@ def _missing_of(statistics: AttentionStatistics) -> Iterator[NotMeasured]:
             yield NotMeasured(statistics.block, name, "it did not run, or nothing finite came of it")
         for measure, reason in of_attention.items():
             yield NotMeasured(statistics.block, f"{name}: {measure}", reason)
-    if statistics.matrix is None:
+    if statistics.matrix is None and statistics.figures is None:
         reason = reasons.get("matrix") or reasons.get("energy_share") or "the output projection did not run"
         yield NotMeasured(statistics.block, f"output projection of the {name}", reason)
         return

@@ -29,14 +29,16 @@ from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.block_alone import blocks_alone
 from uncollapse.anatomy.interception import device_of
 from uncollapse.anatomy.probing import float64_kept, probing
+from uncollapse.anatomy.sharded_weights import is_sharded
 from uncollapse.anatomy.stacks import paddings
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.interventions.single_heads import HeadsAs
-from uncollapse.judgement.identifiability import heads_records
+from uncollapse.judgement.identifiability import heads_records, weights_reader
 from uncollapse.probe.attention import attention_places
 from uncollapse.probe.effects import Effect, Effects, Key, effects_of
 from uncollapse.probe.metrics import LogitDifference, NextTokenLoss
+from uncollapse.probe.passes import Observations
 from uncollapse.probe.total_effects import add_total_effects
 from uncollapse.records.attribution import (
     ATTRIBUTION_SCHEMA,
@@ -48,6 +50,7 @@ from uncollapse.records.attribution import (
 from uncollapse.records.diagnosis import HeadsRecord
 from uncollapse.restoring import leaves_no_trace
 from uncollapse.sources import tokenize
+from uncollapse.wrappers import module_of
 
 AnyMetric = Callable[[Any], Tensor] | LogitDifference | NextTokenLoss
 FIGURES = ("direct", "exact", "first_order", "total")
@@ -58,7 +61,7 @@ UNTOLD = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attribution(Recorded[AttributionRecord]):
     """What `attribute` found. `record` has all of it, as data."""
 
@@ -98,7 +101,8 @@ def attribute(
     half width of its 95 % interval over them.
 
     Options shared with `diagnose`, as far as they apply (`help(uncollapse.analyses.preparation.ProbeOptions)`): tokenizer,
-    max_tokens, seed, layout, name, device, dtype, device_map, trust_remote_code, max_parameters, command, progress.
+    max_tokens, seed, layout, name, device, dtype, device_map, max_memory, trust_remote_code, max_parameters, command, alone,
+    progress.
 
     Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the anatomy
     cannot be proved or the model cannot be differentiated.
@@ -108,41 +112,66 @@ def attribute(
     prompts = given if given and all(isinstance(each, str) for each in given) else None
     if probe.get("batches") is not None:
         raise InputError("attribute: expected the batch as second argument, got batches, too. Leave batches out.")
+    _require_unsharded(module_of(model))
     prepared = _prepared(model, prompts, given, probe)
+    prepared.require_same("options", (ablated_as, exact))
     if ablated_as == "resample" and any(_sequences(each) < 2 for each in prepared.batches):
         raise InputError(
             "attribute: expected at least 2 sequences in a batch to take values from, got 1. ablated_as='resample' puts those of "
             "another one in the place of a component. Pass more of them, or ablated_as='mean'."
         )
     with float64_kept(prepared.loaded.model):
-        observed = prepared.captured(watch={"attention", "projections"}, progress=prepared.progress)
-        found = [
-            _effects(prepared, each, metric, ablated_as, exact, number, len(prepared.batches))
-            for number, each in enumerate(prepared.batches)
-        ]
+        observed = prepared.captured(
+            watch={"attention", "projections"},
+            digest=weights_reader(prepared.loaded.model),
+            progress=prepared.progress,
+        )
+        found = prepared.of_each_batch(lambda number: _effects(prepared, number, metric, ablated_as, exact))
+    options: dict[str, Any] = {"ablated_as": ablated_as, "exact": exact, "noise": noise}
+    if prompts is not None:
+        options["prompts"] = prompts
+    if isinstance(metric, LogitDifference):
+        options |= {"target": list(metric.target), "against": list(metric.against), "position": metric.position}
+    return Attribution(
+        prepared.judged(lambda: _judged(prepared, observed, found, metric, ablated_as, noise, options)),
+        prepared.is_first,
+    )
+
+
+def _judged(
+    prepared: Prepared,
+    observed: Observations,
+    found: Sequence[Effects],
+    metric: AnyMetric,
+    ablated_as: HeadsAs | None,
+    noise: float,
+    options: Mapping[str, Any],
+) -> AttributionRecord:
     heads = heads_records(observed.attention, prepared.loaded.model)
     own = dict(zip(attention_places(prepared.anatomy), heads, strict=True))
     described = probe_record(prepared, observed)
-    described.options.update({"ablated_as": ablated_as, "exact": exact, "noise": noise})
-    if prompts is not None:
-        described.options["prompts"] = prompts
-    if isinstance(metric, LogitDifference):
-        asked = {"target": list(metric.target), "against": list(metric.against), "position": metric.position}
-        described.options.update(asked)
-    return Attribution(
-        AttributionRecord(
-            schema=ATTRIBUTION_SCHEMA,
-            versions=versions(),
-            model=model_info(prepared, observed),
-            probe=described,
-            metric=_metric_record(metric, found),
-            effects=_effect_records(found, own, noise, ablated_as),
-            noise=noise,
-            ablated_as=ablated_as,
-            heads=heads,
-            anatomy=anatomy_record(prepared.anatomy, observed),
-        )
+    described.options.update(options)
+    return AttributionRecord(
+        schema=ATTRIBUTION_SCHEMA,
+        versions=versions(),
+        model=model_info(prepared, observed),
+        probe=described,
+        metric=_metric_record(metric, found),
+        effects=_effect_records(found, own, noise, ablated_as),
+        noise=noise,
+        ablated_as=ablated_as,
+        heads=heads,
+        anatomy=anatomy_record(prepared.anatomy, observed),
     )
+
+
+def _require_unsharded(model: object) -> None:
+    if isinstance(model, nn.Module) and is_sharded(model):
+        raise UnsupportedModel(
+            "attribute: expected a model that every process holds as a whole, got one whose weights are shared out (FSDP2 or "
+            "tensor parallel). Gradients would have to go through weights that are gathered for a block and let go. Save a "
+            "checkpoint and attribute that."
+        )
 
 
 def _require(metric: AnyMetric, ablated_as: HeadsAs | None, noise: float) -> None:
@@ -193,16 +222,8 @@ def _require_whole(prompts: Sequence[str], tokenizer: Any, max_tokens: int) -> N
             )
 
 
-def _effects(
-    prepared: Prepared,
-    batch: Mapping[str, Any],
-    metric: AnyMetric,
-    ablated_as: HeadsAs | None,
-    exact: bool,
-    number: int,
-    batches: int,
-) -> Effects:
-    model = prepared.loaded.model
+def _effects(prepared: Prepared, number: int, metric: AnyMetric, ablated_as: HeadsAs | None, exact: bool) -> Effects:
+    model, batch, batches = prepared.loaded.model, prepared.batches[number], len(prepared.batches)
     made = _made(prepared, batch, metric)
 
     def progress(what: str, done: int, total: int) -> None:

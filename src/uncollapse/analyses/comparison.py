@@ -18,7 +18,7 @@ from uncollapse.records.diagnosis import DiagnosisRecord
 Given = DiagnosisRecord | Recorded[Any] | str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison(Recorded[ComparisonRecord]):
     """What `compare` found. `record` has all of it, as data."""
 

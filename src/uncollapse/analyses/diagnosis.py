@@ -6,7 +6,7 @@ judge. The result is a `Diagnosis` that can be shown, written to a file, and rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
@@ -24,15 +24,16 @@ from uncollapse.analyses.recording import (
     versions,
 )
 from uncollapse.analyses.result import Recorded
+from uncollapse.anatomy.interception import Point
 from uncollapse.judgement import findings
-from uncollapse.judgement.identifiability import heads_records
+from uncollapse.judgement.identifiability import heads_records, weights_reader
 from uncollapse.judgement.order_parameters import Components, symmetry_records
 from uncollapse.probe.activity import embedding_records, part_records
 from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
 from uncollapse.probe.initialisation import evidence
-from uncollapse.probe.logit_bounds import logit_bounds
+from uncollapse.probe.logit_bounds import LogitBound, logit_bounds
 from uncollapse.probe.own_pooling import OwnPooling
-from uncollapse.probe.passes import Level
+from uncollapse.probe.passes import Level, Observations
 from uncollapse.probe.routing import router_records
 from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.common import Finding
@@ -43,7 +44,7 @@ from uncollapse.restoring import leaves_no_trace
 AS_AT_THE_START = ("rank-collapse-depth", "rank-collapse-width", "dead-component")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis(Recorded[DiagnosisRecord]):
     """What `diagnose` found. `record` has all of it, as data."""
 
@@ -76,8 +77,8 @@ def diagnose(
 
     Options shared with `ablate`, `identify` and `symmetries` (`help(uncollapse.analyses.preparation.ProbeOptions)`):
     text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
-    model: layout, name, device, dtype, device_map, trust_remote_code=False, max_parameters=2000000000000;
-    run: command, progress.
+    model: layout, name, device, dtype, device_map, max_memory, trust_remote_code=False, max_parameters=2000000000000;
+    run: command, progress, alone=False.
 
     The model is left unchanged: its hooks, its mode, every bit of its output.
     Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the
@@ -85,7 +86,7 @@ def diagnose(
     """
     lengths = None if context_lengths is None else require_context_lengths(context_lengths)
     prepared = prepare(diagnose, model, texts, probe, level=level)
-    return Diagnosis(observe(prepared, context_lengths=lengths))
+    return Diagnosis(observe(prepared, context_lengths=lengths), prepared.is_first)
 
 
 # Records ------------------------------------------------------------------------------------------------------------
@@ -93,11 +94,27 @@ def diagnose(
 
 def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None) -> DiagnosisRecord:
     """One probe pass and one pass per context length, as one record with its findings."""
-    progress = prepared.progress
     # Before the pass, so that whoever watches the model sees the text last.
     bounds = logit_bounds(prepared.loaded.model, prepared.anatomy, prepared.batches[0])
     pooling = OwnPooling(prepared.seed)
-    observed = prepared.captured(level=prepared.level, progress=progress, on_output=pooling.take)
+    observed = prepared.captured(
+        level=prepared.level,
+        digest=weights_reader(prepared.loaded.model),
+        progress=prepared.progress,
+        on_output=pooling.take,
+    )
+    pooling.unite("diagnose")
+    return prepared.judged(lambda: _judged(prepared, observed, pooling, bounds, context_lengths))
+
+
+def _judged(
+    prepared: Prepared,
+    observed: Observations,
+    pooling: OwnPooling,
+    bounds: Mapping[tuple[int, Point], LogitBound],
+    context_lengths: Sequence[int] | None,
+) -> DiagnosisRecord:
+    progress = prepared.progress
     model, anatomy = prepared.loaded.model, prepared.anatomy
     scaling = []
     if context_lengths is not None:

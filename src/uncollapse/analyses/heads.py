@@ -17,12 +17,13 @@ from typing import Unpack
 from torch import nn
 
 from uncollapse.analyses.anatomy_recording import anatomy_record
-from uncollapse.analyses.preparation import ProbeOptions, prepare
+from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
 from uncollapse.analyses.recording import model_info, probe_record, site_records, versions
 from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.probing import float64_kept
 from uncollapse.judgement import findings
-from uncollapse.judgement.identifiability import heads_records
+from uncollapse.judgement.identifiability import heads_records, weights_reader
+from uncollapse.probe.passes import Observations
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import HeadsRecord
 from uncollapse.records.heads import HEADS_SCHEMA, IdentifiabilityRecord
@@ -31,7 +32,7 @@ from uncollapse.restoring import leaves_no_trace
 ABOUT_HEADS = ("head-channel-non-identifiability", "numerics")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Identifiability(Recorded[IdentifiabilityRecord]):
     """What `identify` found. `record` has all of it, as data."""
 
@@ -61,25 +62,31 @@ def identify(
 
     Options shared with `diagnose`, each described in `help(uncollapse.analyses.preparation.ProbeOptions)`:
     text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
-    model: layout, name, device, dtype, device_map, trust_remote_code=False, max_parameters=2000000000000;
-    run: command, progress.
+    model: layout, name, device, dtype, device_map, max_memory, trust_remote_code=False, max_parameters=2000000000000;
+    run: command, progress, alone=False.
 
     Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the
     anatomy cannot be proved.
     """
     prepared = prepare(identify, model, texts, probe)
     with float64_kept(prepared.loaded.model):
-        observed = prepared.captured(watch={"attention", "projections"}, progress=prepared.progress)
+        observed = prepared.captured(
+            watch={"attention", "projections"},
+            digest=weights_reader(prepared.loaded.model),
+            progress=prepared.progress,
+        )
+    return Identifiability(prepared.judged(lambda: _judged(prepared, observed)), prepared.is_first)
+
+
+def _judged(prepared: Prepared, observed: Observations) -> IdentifiabilityRecord:
     heads = heads_records(observed.attention, prepared.loaded.model)
     fired = findings.findings(site_records(observed), [], heads)
-    return Identifiability(
-        IdentifiabilityRecord(
-            schema=HEADS_SCHEMA,
-            versions=versions(),
-            model=model_info(prepared, observed),
-            probe=probe_record(prepared, observed),
-            heads=heads,
-            findings=[finding for finding in fired if finding.phenomenon in ABOUT_HEADS],
-            anatomy=anatomy_record(prepared.anatomy, observed),
-        )
+    return IdentifiabilityRecord(
+        schema=HEADS_SCHEMA,
+        versions=versions(),
+        model=model_info(prepared, observed),
+        probe=probe_record(prepared, observed),
+        heads=heads,
+        findings=[finding for finding in fired if finding.phenomenon in ABOUT_HEADS],
+        anatomy=anatomy_record(prepared.anatomy, observed),
     )

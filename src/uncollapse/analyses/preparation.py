@@ -8,25 +8,30 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypedDict
+from typing import Any, Final, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from uncollapse import bounds, sources
+from uncollapse import bounds, processes, sources
 from uncollapse.anatomy.examples import example
 from uncollapse.anatomy.interception import ChangedPath, device_of
 from uncollapse.anatomy.probing import probing
-from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.anatomy.proof import known_example, proved_anatomy
+from uncollapse.anatomy.sharded_weights import is_sharded, require_faithful, require_gatherable
 from uncollapse.anatomy.situations import sizes_of
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Layout
 from uncollapse.errors import InputError
 from uncollapse.interventions.without import is_ablated
-from uncollapse.probe.passes import Level, Observations, Progress, capture
-from uncollapse.wrappers import module_of, seen_through, takes
+from uncollapse.probe.passes import Level, Observations, Progress, capture, on_device
+from uncollapse.probe.sharding import capture_shared
+from uncollapse.wrappers import class_of, module_of, seen_through, takes
 
 DEFAULT_SEQUENCES = 64
+SAME_OUTPUT = 0.02  # of a number: what formats and kernels of two machines differ by is less, two models differ by more
+Judged = TypeVar("Judged")
+Made = TypeVar("Made")
 
 
 class ProbeOptions(TypedDict, total=False):
@@ -42,9 +47,13 @@ class ProbeOptions(TypedDict, total=False):
     name: what the record calls the model (default `None`: its own name).
     device, dtype, device_map: for a model loaded by name, where it runs, in which number format, and over which devices it is
     spread (default `None`: CUDA if available, the checkpoint's own format, one device).
+    max_memory: how much of each device's memory a model loaded by name may take, such as `"3GiB"`; what does not fit stays on disk
+    (default `None`: as much as there is).
     trust_remote_code: run the Python code that comes with a model loaded by name (default `False`).
     max_parameters: refuse a model loaded by name that has more, before its weights are read (default 2,000,000,000,000).
     command: the command line, for the record (default `""`).
+    alone: measure in this process alone, although it is one of a `torch.distributed` group (default `False`). Otherwise all of the
+    group call the function with the same input, share out the batches, and get the same result; only the first shows and writes it.
     progress: called with (what, done, total) as the work proceeds (default `None`).
     """
 
@@ -59,9 +68,11 @@ class ProbeOptions(TypedDict, total=False):
     device: str | None
     dtype: str | None
     device_map: str | None
+    max_memory: str | None
     trust_remote_code: bool
     max_parameters: int
     command: str
+    alone: bool
     progress: Progress | None
 
 
@@ -77,12 +88,14 @@ DEFAULTS: Final[ProbeOptions] = {
     "device": None,
     "dtype": None,
     "device_map": None,
+    "max_memory": None,
     "trust_remote_code": False,
     "max_parameters": bounds.PARAMETERS,
     "command": "",
+    "alone": False,
     "progress": None,
 }
-RECORDED_OPTIONS = ("sequences", "max_tokens", "batch_size", "seed", "device", "dtype", "device_map")
+RECORDED_OPTIONS = ("sequences", "max_tokens", "batch_size", "seed", "device", "dtype", "device_map", "max_memory")
 
 
 @dataclass
@@ -90,7 +103,8 @@ class Prepared:
     """Everything a probe pass needs: the model, its proved anatomy, the batches, and the resolved options.
 
     `options` and `command` go into the record. `progress` is called as the work proceeds. `captured` replaces the anatomy when
-    a pass shows that it no longer holds.
+    a pass shows that it no longer holds. `processes` answer the request together; they share out the batches, unless one model is
+    spread over all of them (`shares`).
     """
 
     loaded: sources.LoadedModel
@@ -103,6 +117,37 @@ class Prepared:
     command: str
     progress: Progress | None
     layout: Layout | None = None
+    caller: str = "diagnose"
+    processes: int = 1
+    shares: bool = False
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process shows and writes what is found."""
+        return self.processes == 1 or processes.number() == 0
+
+    def judged(self, judge: Callable[[], Judged]) -> Judged:
+        """What `judge` makes of a pass. Of processes that share the batches only the first works it out."""
+        return processes.by_the_first(judge, self.caller) if self.shares else judge()
+
+    def require_same(self, what: str, value: object) -> None:
+        """Refuse processes that were asked for different things: what they saw could not be put together."""
+        if self.processes > 1:
+            first, *others = processes.gathered(repr(value), self.caller)
+            for which, other in enumerate(others, 1):
+                if other != first:
+                    raise _another(self.caller, what, which)
+
+    def of_each_batch(self, work: Callable[[int], Made]) -> list[Made]:
+        """What `work` makes of each batch, which it is given the number of. Processes that share the batches do so here, too, and
+        each has all of it in the end."""
+        numbers = range(len(self.batches))
+        if not self.shares:
+            return [work(number) for number in numbers]
+        with processes.agreed(self.caller):
+            own = {number: work(number) for number in numbers[processes.number() :: processes.count()]}
+        made = {number: one for each in processes.gathered(own, self.caller) for number, one in each.items()}
+        return [made[number] for number in numbers]
 
     def captured(self, **options: Any) -> Observations:
         """One probe pass, with the options of `capture`. Where the model takes another way than was proved, on account of
@@ -110,11 +155,19 @@ class Prepared:
         model = self.loaded.model
         for _ in {sizes_of(batch) for batch in self.batches}:
             try:
-                return capture(model, self.batches, self.anatomy, seed=self.seed, **options)
+                return self._captured(**options)
             except ChangedPath as changed:
                 if changed.batch is None or is_ablated(model):
                     raise
                 self.anatomy = proved_anatomy(model, changed.batch, self.layout, anew=True)
+        return self._captured(**options)
+
+    def _captured(self, **options: Any) -> Observations:
+        model = self.loaded.model
+        if not (self.is_first or not self.shares) and options.get("digest") is not None:
+            options["digest"] = lambda _: {}  # the first process has met them all, and judges
+        if self.shares:
+            return capture_shared(model, self.batches, self.anatomy, caller=self.caller, seed=self.seed, **options)
         return capture(model, self.batches, self.anatomy, seed=self.seed, **options)
 
 
@@ -133,13 +186,27 @@ def prepare(
     that it does not have, `InputError` for input that cannot be used, and `UnsupportedModel` if the anatomy cannot be proved.
     """
     caller = function.__name__
-    _require_known(function, probe)
-    chosen: ProbeOptions = {**DEFAULTS, **probe}
-    if level not in ("core", "full"):
-        raise InputError(f"{caller}: expected level 'core' or 'full', got {level!r}. Pass one of the two.")
-    _require_in_bounds(caller, chosen)
+    chosen = require_options(function, probe, level=level)
+    if chosen["alone"] or processes.count() == 1:
+        return _prepared(caller, model, texts, chosen, level, head)
+    processes.met(caller)
+    with processes.agreed(caller):
+        prepared = _prepared(caller, model, texts, chosen, level, head)
+    _require_same(prepared)
+    return prepared
+
+
+def _prepared(
+    caller: str,
+    model: nn.Module | str | Path,
+    texts: Iterable[str] | None,
+    chosen: ProbeOptions,
+    level: Level,
+    head: bool,
+) -> Prepared:
     progress, layout = chosen["progress"], chosen["layout"]
     loaded = _loaded(caller, model, chosen, head)
+    require_gatherable(caller, loaded.model)
     if chosen["batches"] is not None:
         if texts is not None:
             raise InputError(
@@ -158,7 +225,89 @@ def prepare(
         **{key: value for key, value in chosen.items() if key in RECORDED_OPTIONS},
         "layout": None if layout is None else list(layout.blocks),
     }
-    return Prepared(loaded, anatomy, ready, source, level, chosen["seed"], options, chosen["command"], progress, layout)
+    several = 1 if chosen["alone"] else processes.count()
+    return Prepared(
+        loaded,
+        anatomy,
+        ready,
+        source,
+        level,
+        chosen["seed"],
+        options,
+        chosen["command"],
+        progress,
+        layout,
+        caller,
+        several,
+        shares=several > 1 and not is_sharded(loaded.model),
+    )
+
+
+def _require_same(prepared: Prepared) -> None:
+    """Refuse processes that were not given the same text, options and weights: a share of one is no share of the other."""
+    model = prepared.loaded.model
+    batch = on_device(known_example(model) or prepared.batches[0], device_of(model))
+    with processes.agreed(prepared.caller):
+        with probing(model):
+            output = model(**batch)
+        if not prepared.shares and not is_ablated(model):
+            require_faithful(prepared.caller, model, batch, output)
+    options = {k: v for k, v in prepared.options.items() if k not in {"device", "device_map"}} | {
+        "level": prepared.level
+    }
+    said = {
+        "texts or batches": sources.fingerprint(prepared.batches),
+        "options": repr(sorted(options.items(), key=str)),
+        "model": (type(model).__name__, sum(p.numel() for p in model.parameters())),
+        "weights": _weights_said(model) if prepared.shares else [],
+    }
+    (call, mine, output_of_first), *others = processes.gathered(
+        (prepared.caller, said, _summary(output)), prepared.caller
+    )
+    for which, (other_call, theirs, other_output) in enumerate(others, 1):
+        differ = [what for what in mine if mine[what] != theirs[what]]
+        if other_call != call:
+            differ = [f"call ({other_call} beside {call})"]
+        elif not differ and not torch.allclose(other_output, output_of_first, rtol=SAME_OUTPUT, atol=0, equal_nan=True):
+            differ = ["outputs"]
+        if differ:
+            raise _another(prepared.caller, differ[0], which)
+
+
+def _another(caller: str, what: str, which: int) -> InputError:
+    return InputError(
+        f"{caller}: expected the same in every process, got other {what} in process {which} than in process 0. The batches are "
+        "shared out here, so each process is given all of them. Pass the same to each, or alone=True."
+    )
+
+
+def _weights_said(model: nn.Module) -> list[int]:
+    """By what the parameters that are in memory are told from any others: the sum of the bits of each, read as whole numbers."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    found = []
+    for p in model.parameters():
+        if not p.is_meta and type(p.data) is Tensor and p.element_size() in kinds:
+            found.append(p.detach().contiguous().view(-1).view(kinds[p.element_size()]).sum(dtype=torch.int64))
+    return [int(each) for each in found]
+
+
+def _summary(output: Any) -> Tensor:
+    """Two numbers by which outputs are compared."""
+    first = next((t for t in tensors_in(output) if t.is_floating_point()), torch.zeros(1)).double()
+    return torch.stack([first.abs().mean(), first.square().mean()]).cpu()
+
+
+def require_options(function: Callable[..., object], probe: ProbeOptions, *, level: Level = "core") -> ProbeOptions:
+    """All options of a pass, the defaults among them, once none of those given to `function` is unknown or absurd.
+
+    Raises `TypeError` for an option that it does not have, and `InputError` for a level or a number that no run can mean.
+    """
+    _require_known(function, probe)
+    chosen: ProbeOptions = {**DEFAULTS, **probe}
+    if level not in ("core", "full"):
+        raise InputError(f"{function.__name__}: expected level 'core' or 'full', got {level!r}. Pass one of the two.")
+    _require_in_bounds(function.__name__, chosen)
+    return chosen
 
 
 def _require_known(function: Callable[..., object], probe: ProbeOptions) -> None:
@@ -189,7 +338,12 @@ def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, he
     device, dtype, device_map = chosen["device"], chosen["dtype"], chosen["device_map"]
     model = module_of(model)
     if isinstance(model, nn.Module):
-        for option, value in {"device": device, "dtype": dtype, "device_map": device_map}.items():
+        for option, value in {
+            "device": device,
+            "dtype": dtype,
+            "device_map": device_map,
+            "max_memory": chosen["max_memory"],
+        }.items():
             if value is not None:
                 raise InputError(
                     f"{caller}: expected no {option} with a loaded model, got {value!r}. The model is on a device already. "
@@ -209,6 +363,7 @@ def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, he
         device=device,
         dtype=dtype,
         device_map=device_map,
+        max_memory=chosen["max_memory"],
         trust_remote_code=chosen["trust_remote_code"],
         max_parameters=chosen["max_parameters"],
         head=head,
@@ -224,7 +379,7 @@ def _loaded(caller: str, model: nn.Module | str | Path, chosen: ProbeOptions, he
 
 def _own_name(model: nn.Module) -> str:
     inner = seen_through(model)
-    return getattr(getattr(inner, "config", None), "_name_or_path", "") or type(inner).__name__
+    return getattr(getattr(inner, "config", None), "_name_or_path", "") or class_of(inner).__name__
 
 
 def _text_batches(

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import metadata
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from uncollapse import __version__
+from uncollapse import __version__, sources
 from uncollapse.analyses.preparation import Prepared
 from uncollapse.anatomy.interception import device_of
 from uncollapse.measures import mixing
@@ -39,7 +36,7 @@ from uncollapse.records.diagnosis import (
     SiteRecord,
     StreamRecord,
 )
-from uncollapse.wrappers import seen_through
+from uncollapse.wrappers import class_of, seen_through
 
 
 def probe_record(prepared: Prepared, observed: Observations) -> Probe:
@@ -54,22 +51,9 @@ def probe_record(prepared: Prepared, observed: Observations) -> Probe:
         device=str(device_of(prepared.loaded.model)),
         command=prepared.command,
         options=prepared.options,
-        fingerprint=fingerprint(prepared.batches),
+        fingerprint=sources.fingerprint(prepared.batches),
+        processes=prepared.processes,
     )
-
-
-def fingerprint(batches: Sequence[Mapping[str, Any]]) -> str:
-    """What tells these batches from any others: a digest of their names, shapes, formats and bits."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch):
-            value = batch[name]
-            if isinstance(value, Tensor):
-                digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-            else:
-                digest.update(f"{name}{value!r}".encode())
-    return digest.hexdigest()[:16]
 
 
 def site_records(observed: Observations) -> list[SiteRecord]:
@@ -139,6 +123,7 @@ def attention_records(
                 logit_range_bound=known,
                 disperses_beyond=None if known is None else mixing.dispersion_length(known),
                 bounded_by="" if bound is None else bound.because,
+                bound_part=None if bound is None else bound.part,
                 **values,
             )
         )
@@ -217,7 +202,7 @@ def model_info(prepared: Prepared, observed: Observations) -> ModelInfo:
     return ModelInfo(
         name=loaded.name,
         revision=loaded.revision,
-        architecture=type(seen_through(model)).__name__,
+        architecture=class_of(seen_through(model)).__name__,
         blocks=len(anatomy.blocks),
         heads=heads,
         key_value_heads=key_value_heads,

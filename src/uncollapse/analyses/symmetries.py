@@ -34,10 +34,11 @@ from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.vocabulary import Anatomy, Block, StreamAxes
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.interventions.without import removed as taken_away
+from uncollapse.judgement.symmetries import at_rounding, completed
 from uncollapse.probe.context_lengths import require_context_lengths
 from uncollapse.probe.norms_before import with_norms_before
 from uncollapse.records.common import Finding, Phenomenon, Statistic
-from uncollapse.records.diagnosis import AttentionRecord
+from uncollapse.records.diagnosis import AttentionRecord, DiagnosisRecord
 from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord, SymmetryRecord, SymmetryTest
 from uncollapse.restoring import leaves_no_trace
 from uncollapse.symmetry.acting import acting, drawn, transformed
@@ -47,15 +48,12 @@ from uncollapse.symmetry.pass_groups import KeyPermutation, LogitScaling, LogitS
 from uncollapse.symmetry.weight_groups import HeadPermutation, QueryKeyGauge, ValueOutputGauge, WeightElement
 
 SEQUENCES, TOKENS = 4, 32  # what the groups act on: a defect is there in every sequence, or not at all
-# In rounding levels. An exact symmetry reorders sums and rounds weights anew: on MiniLM (four number formats) and SmolLM2 its
-# defect was at most 2 levels. In bfloat16, where a level is 0.02, a break below 0.1 cannot be told from rounding.
-EXACT = 5.0
 # Logits times this are all equal to within any number format: attention without its query and key weights.
 FLAT = 1e-30
 QUERY_KEY = "query and key weights"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Symmetries(Recorded[SymmetriesRecord]):
     """What `symmetries` found. `record` has all of it, as data."""
 
@@ -93,8 +91,8 @@ def symmetries(
 
     Options shared with `diagnose`, each described in `help(uncollapse.analyses.preparation.ProbeOptions)`:
     text: tokenizer, batches, sequences, max_tokens=128, batch_size=16, seed=0;
-    model: layout, name, device, dtype, device_map, trust_remote_code=False, max_parameters=2000000000000;
-    run: command, progress.
+    model: layout, name, device, dtype, device_map, max_memory, trust_remote_code=False, max_parameters=2000000000000;
+    run: command, progress, alone=False.
 
     Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the
     anatomy cannot be proved. If something cannot be tested on this model, the record gives the reason.
@@ -103,66 +101,23 @@ def symmetries(
     prepared = prepare(symmetries, model, texts, probe)
     with float64_kept(prepared.loaded.model):
         diagnosis = observe(prepared, context_lengths=lengths)
-        acted = _Acting(prepared)
-        tests, stabilisers = acted.tests(), acted.stabilisers(diagnosis.attention)
-    return Symmetries(
-        SymmetriesRecord(
-            schema=SYMMETRIES_SCHEMA,
-            versions=diagnosis.versions,
-            model=diagnosis.model,
-            probe=diagnosis.probe,
-            symmetries=[completed(record, tests, stabilisers) for record in diagnosis.symmetries],
-            tests=tests,
-            findings=diagnosis.findings,
-            anatomy=diagnosis.anatomy,
-        )
+        return Symmetries(prepared.judged(lambda: _acted(prepared, diagnosis)), prepared.is_first)
+
+
+def _acted(prepared: Prepared, diagnosis: DiagnosisRecord) -> SymmetriesRecord:
+    """The groups act, and what they show completes the diagnosis."""
+    acted = _Acting(prepared)
+    tests, stabilisers = acted.tests(), acted.stabilisers(diagnosis.attention)
+    return SymmetriesRecord(
+        schema=SYMMETRIES_SCHEMA,
+        versions=diagnosis.versions,
+        model=diagnosis.model,
+        probe=diagnosis.probe,
+        symmetries=[completed(record, tests, stabilisers) for record in diagnosis.symmetries],
+        tests=tests,
+        findings=diagnosis.findings,
+        anatomy=diagnosis.anatomy,
     )
-
-
-def completed(
-    record: SymmetryRecord, tests: Sequence[SymmetryTest], stabilisers: Mapping[Phenomenon, Sequence[str]]
-) -> SymmetryRecord:
-    """The record with what the groups' action says: the defect of the model as it is, the breakers that were found by taking
-    them away, in place of those that the anatomy suggests, and further `stabilisers`."""
-    held = [*record.stabilisers, *stabilisers.get(record.phenomenon, ())]
-    record = replace(record, stabilisers=list(dict.fromkeys(held)))
-    mine = [t for t in tests if t.phenomenon == record.phenomenon]
-    whole = next((t for t in mine if not t.without), None)
-    if whole is None or whole.defect is None:
-        reason = "no group of this symmetry could act" if whole is None else whole.unavailable["defect"]
-        return replace(record, unavailable={**record.unavailable, "equivariance_defect": reason})
-    unavailable = {k: v for k, v in record.unavailable.items() if k != "equivariance_defect"}
-    found = breakers(mine)
-    kept = record.breakers if found is None else [*found, *(b for b in record.breakers if b == "position gates")]
-    if record.phenomenon == "rank-collapse-depth" and is_broken_otherwise(mine):
-        kept = [*kept, "order told in another way"]
-    shift = next((t for t in mine if t.action == "logit shift"), None)
-    if shift is not None and shift.holds is False:
-        kept = [*kept, "attention sinks"]
-    return replace(record, equivariance_defect=whole.defect, breakers=kept, unavailable=unavailable)
-
-
-def breakers(tests: Sequence[SymmetryTest]) -> list[str] | None:
-    """The components that break a symmetry: with all the others away, the defect is still there. `None` where that was not
-    found out: no test took anything away, one of them could not, or something else breaks the symmetry as well."""
-    every = max((t.without for t in tests), key=len, default=[])
-    alone = {c: next((t for t in tests if set(t.without) == set(every) - {c}), None) for c in every}
-    if not every or any(t is None or t.defect is None for t in alone.values()) or is_broken_otherwise(tests):
-        return None
-    return [c for c, test in alone.items() if test is not None and not at_rounding(test)]
-
-
-def is_broken_otherwise(tests: Sequence[SymmetryTest]) -> bool:
-    """Whether a symmetry is still broken with everything away: by a relative bias, say, when positions are carried along."""
-    whole = max(tests, key=lambda t: len(t.without), default=None)
-    return whole is not None and bool(whole.without) and whole.holds is False
-
-
-def at_rounding(test: SymmetryTest) -> bool:
-    """Whether a measured defect is no larger than what rounding causes."""
-    assert test.defect is not None
-    assert test.rounding is not None
-    return test.defect.max <= EXACT * test.rounding.max
 
 
 class _Acting:
@@ -195,8 +150,8 @@ class _Acting:
 
     def stabilisers(self, attention: Sequence[AttentionRecord]) -> dict[Phenomenon, list[str]]:
         """What only shows when the model runs: sinks beside the keys, and a cap that was shown to bound the logits."""
-        capped = any(a.logit_range_bound is not None and "soft cap" in a.bounded_by for a in attention)
-        sinks = ["attention sinks"] * any(c.sinks for c in self.channels)
+        capped = any(a.bound_part == "soft cap" for a in attention)
+        sinks = ["sink columns"] * any(c.sinks for c in self.channels)
         return {"rank-collapse-depth": sinks, "entropy-collapse": ["logit soft cap"] * capped}
 
     # Token and key permutations -----------------------------------------------------------------------------------

@@ -21,6 +21,9 @@ from uncollapse.anatomy.tracing import Trace
 MASKING = frozenset(["add", "sub", "masked_fill", "where", "mul", "setitem", "masked_scatter"])
 _CHOICES = frozenset(["getitem", "index_select", "gather", "index", "take", "chunk", "split", "unbind"])
 _ADDING = frozenset(["baddbmm", "addmm"])
+_KEEPS_AXES = frozenset(
+    ["pad", "expand", "to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone"]
+)
 _SOFTMAXES = frozenset(["softmax", "special_softmax", "log_softmax"])
 _EXPONENTIALS = frozenset(["exp", "exp2"])
 
@@ -178,6 +181,19 @@ def _logits(t: Trace, score: int, similarity: Iterable[int]) -> int:
         if t.depends(second, first) and t.nodes[second].size < t.nodes[first].size:
             return first
     return given
+
+
+def sum_behind(t: Trace, operand: int, product: int) -> int | None:
+    """The addition of two values, in the code that runs the operation `product`, whose sum is this operand with its axes as they
+    were: a mask and a bias may have been joined there."""
+    at, call = operand, t.nodes[product].call
+    while t.nodes[at].operation in _KEEPS_AXES and len(t.nodes[at].inputs) == 1:
+        (behind_it,) = t.nodes[at].inputs
+        if len(t.nodes[behind_it].shape) != len(t.nodes[at].shape):
+            return None
+        at = behind_it
+    node = t.nodes[at]
+    return at if node.operation == "add" and node.call == call and len(node.inputs) == 2 else None
 
 
 def _masking(t: Trace, between: Iterable[int], similarity: Iterable[int]) -> tuple[tuple[int, int], ...]:

@@ -95,22 +95,22 @@ def poked(stream: Tensor, axis: int, places: Tensor) -> Tensor:
     return torch.where(mask, noise.to(stream.dtype), stream)
 
 
-def moved(plain: Tensor, other: Tensor, axis: int, coarsest: float = 0.0) -> Tensor:
+def moved(plain: Tensor, other: Tensor, axis: int, coarsest: float = 0.0, *, hides: bool = False) -> Tensor:
     """Which places along an axis differ beyond rounding, as [places]: by more than two units in the last place of what was
     there, and by more than a trace of the largest difference. Experts run on groups of tokens, and the size of a group decides
     how its sums are rounded: that is no influence. `coarsest`: the rounding of a coarser number format on the way.
 
-    In half precision an element that is small because its sum cancels is rounded as others of the same feature are: there it
-    is four units of the largest of these. Weights that are renormalised after the softmax bring that much of a hidden key."""
+    hides: a mask may hide what was changed, behind the softmax. Weights that are renormalised there bring some rounding of a
+    hidden key, in half precision much: an element that is small because its sum cancels is rounded as others of its feature are.
+    There it is four units of the largest of these."""
     eps = max(torch.finfo(plain.dtype).eps, coarsest)
     change = (other.double() - plain.double()).abs()
     change = change.where(change.isfinite(), 0.0)
+    trace = (2 if _is_coarse(eps) else 256) * eps * change.max()
     size = plain.double().abs()
-    if _is_coarse(eps):
-        size = size.nan_to_num(0.0, 0.0, 0.0).amax(axis, keepdim=True)
-        different = change > (2 * eps * change.max()).maximum(4 * eps * size)
-    else:
-        different = (change > 256 * eps * change.max()) & ~(change <= 2 * eps * size)
+    different = (change > trace) & ~(change <= 2 * eps * size)
+    if hides and _is_coarse(eps):
+        different &= change > 4 * eps * size.nan_to_num(0.0, 0.0, 0.0).amax(axis, keepdim=True)
     across = tuple(i for i in range(plain.ndim) if i != axis % plain.ndim)
     return different.any(across) if across else different
 

@@ -35,6 +35,7 @@ class ChangedPath(UncollapseError):  # noqa: N818 - what is found, as in the oth
     """A model went another way than the one that was proved: it has to be proved anew, on the `batch` it was running on."""
 
     batch: Mapping[str, Any] | None = None
+    number: int | None = None  # of that batch, among those of the pass
 
 
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]

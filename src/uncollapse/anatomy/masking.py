@@ -16,6 +16,7 @@ _ADDITIONS = {"add", "sub"} | ADDING_PRODUCTS  # the first operand of an adding 
 
 
 LEAST_SHARE = 1e-30  # a weight below this share of its row's largest is the weight of a forbidden pair
+FAR_BELOW = math.log(LEAST_SHARE)  # of a logit: 69 nats below the row's best
 
 
 def forbidden_by_addition(operand: Tensor) -> tuple[Tensor | None, bool]:
@@ -40,7 +41,7 @@ def forbidden_by_addition(operand: Tensor) -> tuple[Tensor | None, bool]:
     with_infinity = values.isinf() | (values == torch.finfo(operand.dtype).min)
     is_sum = ((values == multiples * nearest) & (multiples <= 4)) | with_infinity
     # The distances of a few tokens are multiples of one number, too: a sum of masks forbids with the least of its values.
-    if nearest <= math.log(LEAST_SHARE) and bool(is_sum.all()):
+    if nearest <= FAR_BELOW and bool(is_sum.all()):
         return marked, False
     return _far_below(operand), True
 
@@ -63,7 +64,7 @@ def _far_below(operand: Tensor) -> Tensor | None:
     if operand.ndim < 2 or operand.shape[-1] < 2:
         return None
     best = operand.amax(-1, keepdim=True)
-    below = (operand - best.nan_to_num(neginf=0.0)) <= math.log(LEAST_SHARE)
+    below = (operand - best.nan_to_num(neginf=0.0)) <= FAR_BELOW
     if operand.ndim >= 3:
         below = below.all(-3, keepdim=True)
     return below if bool(below.any()) else None

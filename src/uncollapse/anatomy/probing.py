@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from uncollapse.anatomy.autocast import no_casts_kept
 from uncollapse.anatomy.module_states import is_steered, left_as_found, steered_there
+from uncollapse.anatomy.sharded_weights import gathered_weights
 from uncollapse.anatomy.turns import closed_to_others, watch
 from uncollapse.restoring import restoring, run_eagerly, run_layers_openly, turn
 
@@ -45,9 +46,13 @@ def probing(model: nn.Module, seed: int = 0, *, leaves_traces: bool = False) -> 
         run_eagerly.hold(changes)
         run_layers_openly.hold(changes)
         changes.enter(in_the_open(model))
+        changes.enter(gathered_weights(model))
         for module in model.modules():
             if module.training:
                 changes.set(module, "training", False)
+            if isinstance(module, nn.parallel.DistributedDataParallel):  # not every process need run it as often
+                changes.set(module, "require_forward_param_sync", False)
+                changes.set(module, "require_backward_grad_sync", False)
         # A block run twice on its own arguments would find its own keys in the cache.
         for config in configurations(model):
             if getattr(config, "use_cache", False) is True:

@@ -821,7 +821,7 @@ class _BlockProof(HeadsWriting):
         for first in {size - 1, size // 2}:
             other = self.update(part, poked(stream, axis, torch.arange(first, size)))
             before, after = (axes.cloud(update).flatten(0, 1) for update in (plain, other))
-            rows = moved(before, after, 0, products.coarsest()).view(found.shape)
+            rows = moved(before, after, 0, products.coarsest(), hides=True).view(found.shape)
             rows[:, first:] = False
             found |= rows
         return found

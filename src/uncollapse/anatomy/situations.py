@@ -142,7 +142,9 @@ def model_state(model: nn.Module) -> object:
             if t is not None
         ]
         devices |= {t[-1] for t in tensors}
-        found.append((name, type(module), tuple(tensors), *_plain(vars(module), _NOT_STEERING, known)))
+        # What DDP keeps beside the model is its own book-keeping: how often it ran, and what is still to be exchanged.
+        own = {} if isinstance(module, nn.parallel.DistributedDataParallel) else vars(module)
+        found.append((name, type(module), tuple(tensors), *_plain(own, _NOT_STEERING, known)))
         if "forward" in vars(module):
             found.extend(_codes(module))
     return tuple(found), AutocastState.here(*(devices - {"meta"}))

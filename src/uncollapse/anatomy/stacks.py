@@ -322,7 +322,7 @@ def _hearing(alone: Alone, axes: StreamAxes, token: int) -> _Hearing:
     with products:
         before = axes.cloud(update(other))
     after = axes.cloud(update(one))
-    rows = moved(before[0], after[0], 0, products.coarsest())
+    rows = moved(before[0], after[0], 0, products.coarsest(), hides=True)
     rows[token] = False
     change = torch.where(rows, (after[0].double() - before[0].double()).abs().nan_to_num().amax(-1), 0.0)
     in_any_bit = (before[0] != after[0]).any(-1)

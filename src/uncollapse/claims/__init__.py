@@ -121,8 +121,9 @@ def verify(
 ) -> Ledger:
     """Check the named claims (default: all) and return the ledger.
 
-    `trials` scales how many random cases each check draws, and `seed` fixes them: the same seed gives the same ledger, bit
-    for bit. `progress` is called with (claim id, claims done, total) before each claim and once after the last.
+    `trials` scales how many random cases each check draws (fewer than 12 count as 12: a verdict would stay open), and `seed` fixes
+    them: the same seed gives the same ledger, bit for bit. `progress` is called with (claim id, claims done, total) before each
+    claim and once after the last.
 
     >>> verify(["layernorm-affine-rank"], trials=20).claims[0].verdict
     'refuted as stated'

@@ -38,6 +38,12 @@ def squared_diameter(x: fmpq_mat) -> fmpq:
     return max(sum(((p - q) * (p - q) for p, q in zip(a, b, strict=True)), fmpq(0)) for a in rows for b in rows)
 
 
+def after(factor: fmpq, squared: fmpq, exponent: int, layers: int) -> fmpq:
+    """The bound on the squared diameter after so many layers, (factor)^((p - 1)/(e - 1)) D^p squared, p = e^layers."""
+    power = exponent**layers
+    return factor ** ((power - 1) // (exponent - 1) * 2) * squared**power
+
+
 def check(
     trials: int, seed: int, *, constant: fmpq | int | None = None, exponent: int = 3, causal: bool = False
 ) -> Finding:
@@ -68,8 +74,7 @@ def check(
             small, depth = balls.balls(x / shrink), 3
             for _ in range(depth):
                 small = balls.attention(small, forms_b, values_b, causal=causal)
-            power = exponent**depth
-            limit = (factor * beta) ** ((power - 1) // (exponent - 1) * 2) * (start / shrink**2) ** power
+            limit = after(factor * beta, start / shrink**2, exponent, depth)
             several.append(balls.at_most(balls.squared_diameter(small), arb(limit)))
         if not causal and constant is None and exponent == 3:
             gauge += _within_dongs_gauge(x, forms[0], values[0])

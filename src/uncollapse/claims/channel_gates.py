@@ -8,7 +8,9 @@ from uncollapse.claims.pgop_gauge import surviving
 from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample
 
-PROPORTIONAL = ((1, 2), (2, 4))  # position x channel: the second channel's gate is twice the first's
+PROPORTIONAL = ((1, 1), (2, 2))  # position x channel: both channels are doubled at the second position
+DISTINCT = ((1, 1), (1, 2))
+THIN = ((1,), (0,))  # two channels, one output: the second is not heard
 
 
 def check(trials: int, seed: int, *, gates: str = "of channels") -> Finding:
@@ -30,13 +32,19 @@ def check(trials: int, seed: int, *, gates: str = "of channels") -> Finding:
             f"gates {gates} with distinct profiles leave exactly D directions of mixing, one scale for each channel",
             left,
         ),
-        tally("gates of heads leave H d_k^2: all mixing within a head", by_heads, role="context"),
+        tally("gates of heads leave H d_k^2: all mixing within a head", by_heads),
+        equal(
+            "D = 2, W_O of rank 1 and gates (1, 1), (1, 2): what survives (the formula says 2)",
+            surviving(exact.rational(DISTINCT), 1, exact.rational(THIN)),
+            3,
+            role="boundary",
+        ),
         equal("two channels with proportional profiles: what survives (the formula says 2)", loose, 4, role="boundary"),
     ], Counterexample(
         "channel gates leave D directions whatever their profiles",
         {"gates (position x channel)": exact.text(PROPORTIONAL), "W_O": exact.text(exact.identity(2))},
-        "proportional profiles break nothing: all of GL(2) survives.",
-        "two channels, two positions",
+        "proportional profiles break nothing: all of GL(2) survives, although the gates tell the positions apart.",
+        "two channels, two positions, the smallest gates that differ between positions",
     )
 
 
@@ -44,7 +52,8 @@ CLAIM = Claim(
     "channel-gates",
     "Known positive gates for each channel leave D directions of mixing before the output projection, one scale each; gates for "
     "each head leave H d_k^2.",
-    "the gates are those of Z. Qiu et al., Gated Attention, arXiv 2505.06708 (2025); the count is derived in docs/theory.md",
+    "gates after the attention, for each channel or each head, as in Z. Qiu et al., Gated Attention, arXiv 2505.06708 (2025), "
+    "where they are computed from the token; the count is derived in docs/theory.md",
     check,
     title="Gates for each channel leave one scale a channel",
     formula=r"\dim = D \quad \mathrm{against} \quad H d_k^2",

@@ -16,6 +16,11 @@ from uncollapse.claims.ledger import Claim, Finding, tally
 from uncollapse.measures import exact
 
 
+def sharpest(bits: int, keys: int) -> fmpq:
+    """The largest weight of one key at the logit bits ln 2 among others at 0."""
+    return max(softmax(exact.rational([[bits, *([0] * (keys - 1))]])).entries())
+
+
 def check(trials: int, seed: int, *, share: fmpq | int = 1) -> Finding:
     """`share` < 1 claims the bounds for that share of the range."""
     draws = Draws("dispersion", seed)
@@ -30,19 +35,21 @@ def check(trials: int, seed: int, *, share: fmpq | int = 1) -> Finding:
         # Rows of the extremal kind attain the bound, and balls cannot order equal numbers.
         if logits.count(0) < n - 1:
             weights.append(at_most(arb(largest), bound))
-        extremal = max(softmax(exact.rational([[bits, *([0] * (n - 1))]])).entries())
-        attained.append(near(arb(extremal), bound, arb(10) ** -60))
+        attained.append(near(arb(sharpest(bits, n)), bound, arb(10) ** -60))
         natural = [fmpq(entry, 2) for entry in logits]
         entropies.append(at_most(arb(n).log() - arb(fmpq(bits, 2) * share), entropy(natural)))
         wanted = fmpq(draws.randint(1, 9), 10)
         length = 1 + 2**bits * (1 - wanted) / wanted
         longer = int(length.p // length.q) + 1
-        reach.append(max(softmax(exact.rational([[bits, *([0] * (longer - 1))]])).entries()) <= wanted)
+        beyond, within = sharpest(bits, longer), sharpest(bits, longer - 1)
+        reach.append(beyond <= wanted <= within)
     return [
         tally("the largest weight is at most e^delta/(n - 1 + e^delta), rows of every other kind", weights),
         tally("one key at the top, all others at the bottom attains it (to 1e-60)", attained),
         tally("H >= ln n - delta", entropies),
-        tally("beyond n = 1 + e^delta (1 - w)/w no key has more than the weight w (exact)", reach),
+        tally(
+            "beyond n = 1 + e^delta (1 - w)/w no key has more than the weight w, and up to it one can (exact)", reach
+        ),
     ], None
 
 

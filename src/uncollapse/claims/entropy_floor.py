@@ -32,6 +32,16 @@ def centred_norm(logits: Sequence[fmpq]) -> Any:
     return arb(sum(((s - mean) * (s - mean) for s in logits), fmpq(0))).sqrt()
 
 
+def floor_by_max(logits: Sequence[fmpq]) -> Any:
+    """log-sum-exp minus the largest logit: equal to H where all logits are equal."""
+    return sum((arb(s).exp() for s in logits), arb(0)).log() - arb(max(logits))
+
+
+def floor_by_mean(logits: Sequence[fmpq]) -> Any:
+    """ln T minus what the largest logit is above the mean."""
+    return arb(len(logits)).log() - arb(max(logits) - sum(logits, fmpq(0)) / len(logits))
+
+
 def check(trials: int, seed: int, *, share: fmpq | int = 1) -> Finding:
     """`share` < 1 uses only that share of the logit norm: the floor is then too high."""
     draws = Draws("entropy-floor", seed)
@@ -52,10 +62,8 @@ def check(trials: int, seed: int, *, share: fmpq | int = 1) -> Finding:
             monotone.append(at_most(floor(norm * 2, keys), floor(norm, keys)))
         extremal = [fmpq(draws.randint(1, 60), 8), *([fmpq(0)] * (keys - 1))]
         tight.append(near(entropy(extremal), floor(centred_norm(extremal) * arb(share), keys), arb(10) ** -60))
-        peak, mean = max(logits), sum(logits, fmpq(0)) / keys
-        total = sum((arb(s).exp() for s in logits), arb(0)).log()
-        by_max.append(at_most(total - arb(peak), h))
-        by_mean.append(at_most(arb(keys).log() - arb(peak - mean), h))
+        by_max.append(at_most(floor_by_max(logits), h))
+        by_mean.append(at_most(floor_by_mean(logits), h))
     return [
         tally("H is at least the floor of the centred norm, on rows of every other kind", above),
         tally("equality (to 1e-60) for one key above T - 1 equal ones", tight),

@@ -8,16 +8,33 @@ from flint import fmpq
 from uncollapse.claims.draws import uniform
 from uncollapse.claims.ledger import Claim, Finding, equal, shown, tally
 from uncollapse.measures import exact
-from uncollapse.records.ledger import Counterexample
+from uncollapse.records.ledger import Counterexample, Evidence
 
 # Bits after the leading one. The spacing of the numbers just below 1 is 2^-(bits + 1), half of it rounds to 1 (ties to even).
 BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 LIMIT = {dtype: 2 ** (bits + 2) for dtype, bits in BITS.items()}
 
+REPEATED = 2 * LIMIT[torch.bfloat16] - 1  # 1 - 2/(n + 1) rounds to 1 as well
+
 
 def last_state(n: int, differing: int, dtype: torch.dtype) -> float:
     """The mean of n ones of which `differing` are zero, rounded to the format once."""
     return torch.tensor((n - differing) / n, dtype=torch.float64).to(dtype).item()
+
+
+def with_the_last_repeated(n: int, dtype: torch.dtype) -> tuple[float, float]:
+    """The pair of the paper: n - 1 ones and a zero, and the same with the zero twice."""
+    return last_state(n, 1, dtype), last_state(n + 1, 2, dtype)
+
+
+def in_torch(n: int, dtype: torch.dtype) -> bool:
+    """Whether torch's own attention, with all keys equal, ends in the same bits for both prompts."""
+    keys, ones = torch.zeros(1, 1, n, 8, dtype=dtype), torch.ones(1, 1, n, 8, dtype=dtype)
+    other = ones.clone()
+    other[:, :, -1] = 0
+    query = keys[:, :, -1:]
+    mixed = [torch.nn.functional.scaled_dot_product_attention(query, keys, values) for values in (ones, other)]
+    return torch.equal(*mixed)
 
 
 def check(trials: int, seed: int, *, limit: dict[torch.dtype, int] | None = None) -> Finding:
@@ -34,10 +51,26 @@ def check(trials: int, seed: int, *, limit: dict[torch.dtype, int] | None = None
             equal(f"{name}: the shortest prompts 1...1 and 1...10 whose last states have the same bits", first, n),
             tally(f"{name}: so they stay for every longer prompt that was tried", same[n - 2 :]),
         ]
+    repeated = [len(set(with_the_last_repeated(m, torch.bfloat16))) == 1 for m in range(2, 2 * REPEATED)]
+    by_torch = [in_torch(m, torch.bfloat16) for m in range(2, 2 * LIMIT[torch.bfloat16])]
     small = 5
     exactly = (uniform(small) * exact.rational([[1]] * (small - 1) + [[0]]))[small - 1, 0]
     return [
         *evidence,
+        equal(
+            "bfloat16, 1...10 against 1...100 (the last token repeated): the length from which they always agree",
+            _always(repeated),
+            REPEATED,
+            role="context",
+        ),
+        Evidence(
+            f"the same prompts in the bfloat16 attention of torch {torch.__version__}, all keys equal: from this length on",
+            _always(by_torch),
+            None,
+            None,
+            "context",
+            exact=False,
+        ),
         equal("the exact last state of 1, 1, 1, 1, 0", str(exactly), str(fmpq(small - 1, small)), role="context"),
         shown(
             "in float32 the prompts of 512 tokens differ",
@@ -54,6 +87,11 @@ def check(trials: int, seed: int, *, limit: dict[torch.dtype, int] | None = None
         "1 - 1/512 lies half way between 1 and the next smaller bfloat16, and rounds to 1.",
         "one differing token, values 0 and 1; no shorter prompt does it",
     )
+
+
+def _always(same: list[bool]) -> int:
+    """The length from which on all are the same; the first length is 2."""
+    return 2 + max((i + 1 for i, each in enumerate(same) if not each), default=0)
 
 
 CLAIM = Claim(

@@ -1,22 +1,28 @@
 """Layer normalisation and the distance to consensus: it can keep tokens apart for ever, and it can make them equal at once.
 
-About the exact rank see `layernorm-rank-formula`. Wu et al. (arXiv 2405.18781) show that layer normalisation admits stacks that
-do not collapse; the smallest one has two tokens of width two.
+The distance is relative, |CX|/|X|: a norm sets the size of every token, so an absolute distance would say nothing. Two stacks of
+causal softmax attention with the same weights are compared, one with a norm after each layer; the patterns follow the tokens. About
+the exact rank see `layernorm-rank-formula`. Wu et al. (arXiv 2405.18781) show that layer normalisation admits stacks that do not
+collapse; the smallest one has two tokens of width two.
 """
 
 from __future__ import annotations
 
-from flint import fmpq, fmpq_mat
+from typing import Any
 
-from uncollapse.claims.draws import Draws
+from flint import arb, fmpq, fmpq_mat
+
+from uncollapse.claims import balls
+from uncollapse.claims.draws import Draws, softmax
 from uncollapse.claims.ledger import PAPER, Claim, Finding, shown, tally
 from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample
 
 LAYERS = 12
 START = ((1, -1), (-1, 1))
-PATTERN = ((1, 0), (fmpq(1, 4), fmpq(3, 4)))
-MERGES = ((0, 1), (1, 2))  # they differ by a multiple of (1, 1)
+FORM = ((1, 0), (0, 0))  # times ln 2: the second token has the logits -1 and 1
+MERGES = ((0, 1), (1, 2))  # they differ by a multiple of (1, 1), and so do all their averages
+USUAL = fmpq(1, 100_000)  # eps
 
 
 def normalised(x: fmpq_mat) -> fmpq_mat:
@@ -29,55 +35,72 @@ def normalised(x: fmpq_mat) -> fmpq_mat:
     return exact.rational(rows)
 
 
-def squared_distance(x: fmpq_mat) -> fmpq:
-    """Of the two tokens."""
-    first, second = x.tolist()
-    return sum(((a - b) * (a - b) for a, b in zip(first, second, strict=True)), fmpq(0))
+def normed(x: balls.Rows, eps: fmpq) -> balls.Rows:
+    """Layer normalisation of tokens of width two: with h half the difference of the entries, h/sqrt(h^2 + eps) times (1, -1)."""
+    halves = [(a - b) / 2 for a, b in x]
+    entries = [half / (half * half + arb(eps)).sqrt() for half in halves]
+    return [[entry, -entry] for entry in entries]
+
+
+def relative(x: balls.Rows) -> Any:
+    """|CX|^2/|X|^2 of two tokens: half their squared distance, over their energy."""
+    energy = sum((entry * entry for row in x for entry in row), arb(0))
+    return balls.squared_distance(*x) / 2 / energy
+
+
+def stack(x: fmpq_mat, form: fmpq_mat, eps: fmpq | None) -> balls.Rows:
+    """X <- softmax(X M X^T) X under a causal mask, `LAYERS` times, with a norm after each layer unless `eps` is None."""
+    cloud, one = balls.balls(x), balls.balls(exact.identity(x.ncols()))
+    for _ in range(LAYERS):
+        cloud = balls.attention(cloud, [balls.balls(form)], [one], causal=True)
+        cloud = cloud if eps is None else normed(cloud, eps)
+    return cloud
 
 
 def check(trials: int, seed: int, *, norm: bool = True) -> Finding:
     """`norm=False` compares the stack with itself."""
     draws = Draws("layernorm-and-distance", seed)
-    same, kept, lost = [], [], []
-    for _ in range(max(1, trials // 4)):
-        own = fmpq(draws.randint(6, 9), 10)  # what the second token gives to itself
-        pattern = exact.rational([[1, 0], [1 - own, own]])
-        bare = other = exact.rational(START)
-        for _ in range(LAYERS):
-            bare = pattern * bare
-            other = normalised(pattern * other) if norm else pattern * other
-        same.append(squared_distance(bare) == squared_distance(other))
-        kept.append(squared_distance(other) == squared_distance(exact.rational(START)))
-        lost.append(squared_distance(bare) == own ** (2 * LAYERS) * squared_distance(exact.rational(START)))
-    merging = exact.rational(MERGES)
-    merged = normalised(merging)
-    pattern, start = exact.rational(PATTERN), exact.rational(START)
+    start, merging = exact.rational(START), exact.rational(MERGES)
+    same, kept, usual, lost, equal, apart = [], [], [], [], [], []
+    for _ in range(max(1, trials // 20)):
+        form = exact.rational(FORM) * fmpq(draws.randint(1, 6), 8)
+        bare, with_norms = relative(stack(start, form, None)), relative(stack(start, form, fmpq(0)))
+        same.append(balls.near(with_norms if norm else bare, bare, fmpq(1, 1000)))
+        kept.append(balls.near(with_norms, 1, fmpq(1, 10**60)))
+        usual.append(balls.at_most(arb(fmpq(99, 100)), relative(stack(start, form, USUAL))))
+        lost.append(balls.at_most(bare, arb(fmpq(1, 100))))
+        together = stack(merging, form, USUAL)
+        equal.append(balls.near(balls.squared_distance(*together), 0, fmpq(1, 10**60)))
+        apart.append(balls.at_most(arb(fmpq(1, 10**12)), relative(stack(merging, form, None))))
+    pattern = softmax(start * exact.rational(FORM) * start.transpose(), causal=True)
+    mixed = pattern * start
     return [
-        tally(f"{LAYERS} attention layers: the same distance of the tokens with and without norms", same),
-        tally("with the norms the distance stays as it was", kept, role="context"),
-        tally("without them it falls geometrically", lost, role="context"),
-        shown(
-            "tokens that differ by a multiple of (1, 1) become equal behind the norm",
-            f"squared distance {squared_distance(merging)} -> {squared_distance(merged)}",
-            squared_distance(merged) == 0,
-        ),
+        tally(f"{LAYERS} layers: the same relative distance of the tokens with and without norms (within 1e-3)", same),
+        tally("from (1, -1), (-1, 1): with norms it stays 1", kept, role="boundary"),
+        tally("with eps = 1e-5 in the norms it stays above .99", usual, role="boundary"),
+        tally("without them its square falls below 1/100", lost, role="boundary"),
+        tally("from (0, 1), (1, 2), eps = 1e-5: with norms the tokens are equal", equal, role="boundary"),
+        tally("without them they are not", apart, role="boundary"),
+        shown("one layer exactly: LN(A X) = X", str(exact.text(mixed)), normalised(mixed) == start),
     ], Counterexample(
         "layer normalisation neither contributes to nor mitigates a collapse in distance",
         {
             "X": exact.text(start),
+            "W_QK / ln 2": exact.text(FORM),
             "A": exact.text(pattern),
-            "A X": exact.text(pattern * start),
-            "LN(A X)": exact.text(normalised(pattern * start)),
+            "A X": exact.text(mixed),
+            "LN(A X)": exact.text(normalised(mixed)),
         },
-        "LN(A X) = X: with the norm the tokens never come nearer; without it their distance is 3/4 of it, layer by layer.",
-        "two tokens of width two, the smallest that a norm with eps = 0 leaves apart",
+        "LN(A X) = X: with the norm the tokens never come nearer (causal mask, values the tokens); without it the second comes to "
+        "the first, by a factor of two a layer in the end.",
+        "two tokens of width two, the smallest that a norm with eps = 0 leaves apart; one weight that is not 0",
     )
 
 
 CLAIM = Claim(
     "layernorm-and-distance",
-    "Layer normalisation neither contributes to nor mitigates collapse: with the same weights the distance of the tokens goes the "
-    "same way with and without it.",
+    "Layer normalisation neither contributes to nor mitigates collapse: with the same weights the distance of the tokens, relative "
+    "to their size, goes the same way with and without it.",
     PAPER + ", longer abstract of the arXiv page, read about distances; against X. Wu et al., arXiv 2405.18781",
     check,
     title="Layer normalisation neither causes nor prevents a collapse",

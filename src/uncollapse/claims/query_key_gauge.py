@@ -167,7 +167,7 @@ def check(
             f"H={layout.heads} G={layout.groups} d_k={layout.head_width} biases={layout.biases} rotary={layout.rotary}"
         )
         bounds = []
-        for _ in range(max(1, trials // 200)):
+        for _ in range(max(2, trials // 200)):
             clouds = [draws.matrix(4, layout.width) for _ in range(6)]
             point = flat(*(draws.of_rank(r, c, min(r, c)) for r, c in layout.shapes))
             seen = functools.partial(logits, layout, clouds, shift=shift)

@@ -13,6 +13,7 @@ from uncollapse.claims.ledger import HERE, Claim, Finding, shown, tally
 from uncollapse.records.ledger import Counterexample
 
 Row = list[Any]
+TIMES = 32
 
 
 def scaled(row: Sequence[Any], times: int) -> Row:
@@ -55,8 +56,8 @@ def check(trials: int, seed: int, *, attracting: str = "single keys", fixed: str
         ordered = sorted(row, reverse=True)
         top = row.count(ordered[0])
         runner_up = ordered[top] if top < keys else fmpq(0)
-        bound = keys * (runner_up / ordered[0]) ** 32
-        limits.append(distance(scaled(row, 32), uniform_on(row)) <= bound)
+        bound = keys * (runner_up / ordered[0]) ** TIMES
+        limits.append(distance(scaled(row, TIMES), uniform_on(row)) <= bound)
         if top < keys:
             # The odds against the last key are squared: the row moves away from uniform on all keys.
             repels.append(scaled(row, 2)[row.index(ordered[0])] > ordered[0])
@@ -72,7 +73,7 @@ def check(trials: int, seed: int, *, attracting: str = "single keys", fixed: str
             f"a row is fixed under t = 2 and 3 exactly where it is {fixed}, all rows with entries 0..3",
             characterised,
         ),
-        tally("t = 32 brings a row within T (p_2/p_1)^32 of the uniform row on its arg-max keys", limits),
+        tally(f"t = {TIMES} brings a row within T (p_2/p_1)^t of the uniform row on its arg-max keys", limits),
         tally(
             f"rows near the uniform row on an arg-max set ({attracting}) come no further away under t = 64", attracts
         ),

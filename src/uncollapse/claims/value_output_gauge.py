@@ -127,7 +127,7 @@ def check(
         layout = Layout(*sizes)
         what = "H={} G={} d_k={} d={} biases={}".format(*sizes)
         bounds = []
-        for _ in range(max(1, trials // 200)):
+        for _ in range(max(2, trials // 200)):
             # Full-rank draws: a weight of lower rank has a larger gauge.
             blocks = [draws.of_rank(rows, columns, min(rows, columns)) for rows, columns in layout.shapes]
             probes, point = probes_for(layout, patterns == "shared"), flat(*blocks)

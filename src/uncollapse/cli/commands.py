@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 import typer
 
 from uncollapse.bounds import PARAMETERS
-from uncollapse.cli import streams
+from uncollapse.cli import launched, streams
 from uncollapse.cli.options import (
     AblatedAs,
     Against,
@@ -37,16 +37,22 @@ from uncollapse.cli.options import (
     Html,
     Json,
     Level,
+    MaxMemory,
     MaxParameters,
     MaxTokens,
     Model,
+    Models,
     Noise,
+    Out,
     Parquet,
     Prompt,
     Quiet,
+    Ray,
     Record,
+    Retry,
     Seed,
     SequenceLimit,
+    Shard,
     Subject,
     Target,
     Text,
@@ -54,6 +60,8 @@ from uncollapse.cli.options import (
     TrustRemoteCode,
     Without,
     block_numbers,
+    cluster,
+    share,
     token_counts,
 )
 from uncollapse.cli.output import (
@@ -79,6 +87,7 @@ if TYPE_CHECKING:
     from uncollapse.analyses.heads import Identifiability
     from uncollapse.analyses.preparation import ProbeOptions
     from uncollapse.analyses.result import Recorded
+    from uncollapse.analyses.sweep import Sweep
     from uncollapse.analyses.symmetries import Symmetries
     from uncollapse.probe.passes import Progress
 
@@ -107,7 +116,7 @@ def _ended(given: list[str]) -> int:
         # Not in its own standalone mode: that draws boxes around usage errors, and ends a broken pipe with 1, which is a finding.
         # Without a variable of the environment that would ask for shell completions, which are not offered.
         code = app(
-            args=given,
+            args=_with_an_address(given),
             prog_name="uncollapse",
             obj=shlex.join(["uncollapse", *given]),
             standalone_mode=False,
@@ -136,6 +145,18 @@ def _ended(given: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
+def _with_an_address(given: list[str]) -> list[str]:
+    """`--ray` without an address means the cluster of this machine. typer knows no option whose value may be left out.
+
+    >>> _with_an_address(["sweep", "a", "--ray", "--quiet"]), _with_an_address(["sweep", "a", "--ray", "local"])
+    (['sweep', 'a', '--ray', 'auto', '--quiet'], ['sweep', 'a', '--ray', 'local'])
+    """
+    if given[:1] != ["sweep"] or "--ray" not in given:
+        return given
+    at = given.index("--ray") + 1
+    return given if at < len(given) and not given[at].startswith("-") else [*given[:at], "auto", *given[at:]]
+
+
 @app.callback(invoke_without_command=True, epilog="Start here: `uncollapse diagnose` looks at a small packaged model.")
 def uncollapse(
     context: typer.Context,
@@ -155,6 +176,7 @@ def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., 
     """Make a command of a function `name(model, text, *, its own options, **probe)` that returns what was found.
 
     The command has the function's name and docstring, its own options first, and then the shared ones: text, output, machine.
+    A function that takes several models says so in the annotation of `model`.
     `judges`: the result has `findings`, which `--fail-on` can turn into an exit code.
     """
 
@@ -175,6 +197,7 @@ def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., 
             device: Device = None,
             dtype: Dtype = None,
             device_map: DeviceMap = None,
+            max_memory: MaxMemory = None,
             batch_size: BatchSize = 16,
             max_parameters: MaxParameters = PARAMETERS,
             trust_remote_code: TrustRemoteCode = False,
@@ -192,17 +215,28 @@ def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., 
                     device=device,
                     dtype=dtype,
                     device_map=device_map,
+                    max_memory=max_memory,
                     max_parameters=max_parameters,
                     trust_remote_code=trust_remote_code,
                     command=context.obj or "",
                     progress=progress,
                 )
 
-            reads = Reads([("--text", str(file)) for file in text or ()], model)
-            carry_out(found, reads=reads, outputs=Outputs(json, html, csv, parquet), quiet=quiet, fail_on=fail_on)
+            reads = Reads([("--text", str(file)) for file in text or ()], [model] if isinstance(model, str) else model)
+            carry_out(
+                found,
+                reads=reads,
+                outputs=Outputs(json, html, csv, parquet),
+                quiet=quiet,
+                fail_on=fail_on,
+                together=True,
+            )
 
         first, *rest = (p for p in inspect.signature(run).parameters.values() if p.kind is not p.VAR_KEYWORD)
         own_options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        of_models = inspect.signature(function).parameters["model"].annotation
+        if of_models is Models:
+            rest[0] = rest[0].replace(annotation=of_models, default=inspect.Parameter.empty)
         if not judges:
             rest = [p for p in rest if p.name != "fail_on"]
         as_keywords = [p.replace(kind=p.KEYWORD_ONLY) for p in (first, rest[0], *own_options, *rest[1:])]
@@ -222,13 +256,22 @@ def carry_out(
     quiet: bool,
     reads: Reads | None = None,
     fail_on: Severity | None = None,
+    together: bool = False,
 ) -> None:
-    """The body of every command: check the outputs, do the work with progress bars, deliver the result, set the exit code."""
-    with refusals_in_one_line():
-        require_writable(outputs, quiet=quiet, reads=reads)
-        with progress_on_stderr(quiet) as progress, contextlib.redirect_stdout(sys.stderr):
+    """The body of every command: check the outputs, do the work with progress bars, deliver the result, set the exit code. Of the
+    processes that torchrun starts all work `together`, or only the first does."""
+    first = launched.is_first()
+    if not (first or together):
+        return
+    with refusals_in_one_line(), launched.joined() if together else contextlib.nullcontext():
+        with launched.agreed() if together else contextlib.nullcontext():
+            if first:
+                require_writable(outputs, quiet=quiet, reads=reads)
+        with progress_on_stderr(quiet or not first) as progress, contextlib.redirect_stdout(sys.stderr):
             # stdout is kept for the result: whatever a library or a model's own code prints meanwhile goes to stderr.
             result = found(progress)
+        if not first:
+            return
         deliver(result, outputs, quiet=quiet)
         if fail_on is not None and reaches(result.findings, fail_on):
             raise typer.Exit(FOUND)
@@ -238,7 +281,9 @@ def texts_in(files: list[Path] | None) -> list[str] | None:
     """The texts of `--text`; without it None, which means the built-in prose."""
     from uncollapse.sources import read_texts
 
-    return read_texts(files) if files else None
+    if not files:
+        return None
+    return launched.read_by_the_first(lambda: read_texts(files))
 
 
 @on_a_model(
@@ -400,6 +445,74 @@ def symmetries(
     return acting(model, texts_in(text), context_lengths=lengths, **probe)
 
 
+@on_a_model(
+    judges=True,
+    epilog="""
+**Examples**
+
+All checkpoints of a training run, on your own text, with a page that shows where it went wrong:
+
+    uncollapse sweep runs/llama --out sweep --text corpus.txt --html sweep.html
+
+Revisions of a model on the hub:
+
+    uncollapse sweep EleutherAI/pythia-70m@step{0,512,1000,143000} --out sweep
+
+One of eight jobs of an array, each on its own share, and then the page of all of them:
+
+    uncollapse sweep runs/llama --out sweep --shard 3/8 --quiet
+
+    uncollapse sweep runs/llama --out sweep --html sweep.html
+
+On a Ray cluster:
+
+    uncollapse sweep runs/llama --out sweep --ray=ray://head:10001
+
+What changed between two of them:
+
+    uncollapse compare sweep/llama-checkpoint-500-*.json.gz sweep/llama-checkpoint-1000-*.json.gz
+
+What has failed, for another program:
+
+    uncollapse sweep runs/llama --out sweep --json - | jq -r '.runs[].checkpoints[] | select(.failure) | .name'
+
+**Going on.** Stop it when you like and call it again: what is in the folder is not measured again, unless its weights, the text or
+an option that decides the figures have changed. Several runs may work on one folder at the same time, on one machine or on a
+shared file system with locks; each waits for what the others are still at. A checkpoint that cannot be measured ends nothing. Its
+reason is kept as a record, too; `--retry` tries it again.
+
+**Exit codes**: 0 done, failures or not; 1 done, with a finding at or above --fail-on; 2 the input cannot be used; 130 interrupted.
+""",
+)
+def sweep(
+    model: Models,
+    text: Text,
+    *,
+    out: Out,
+    level: Level = "core",
+    context_lengths: ContextLengths = None,
+    retry: Retry = False,
+    shard: Shard = None,
+    ray: Ray = None,
+    **probe: "Unpack[ProbeOptions]",
+) -> "Sweep":
+    """Diagnose many checkpoints into a folder, one record each. It can be stopped and gone on with at any time."""
+    lengths, part, address = token_counts(context_lengths), share(shard), cluster(ray)
+    from uncollapse.analyses.sweep import sweep as over_all
+
+    return over_all(
+        model,
+        texts_in(text),
+        out=out,
+        level=level,
+        context_lengths=lengths,
+        retry=retry,
+        shard=part,
+        ray=address,
+        **probe,
+    )
+
+
 @app.command(
     epilog="""
 **Examples**
@@ -477,7 +590,7 @@ def attribute(
             progress=progress,
         )
 
-    carry_out(found, reads=Reads((), model), outputs=Outputs(json, html, csv, parquet), quiet=quiet)
+    carry_out(found, reads=Reads((), [model]), outputs=Outputs(json, html, csv, parquet), quiet=quiet, together=True)
 
 
 # The ids stand here as text, so that the help need not import what checks them; a test holds them against the ledger.

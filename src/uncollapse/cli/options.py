@@ -23,6 +23,14 @@ Record = Annotated[
         metavar="RECORD", help="A file that `--json`, `to_json` or a monitor wrote; `-` reads it from stdin."
     ),
 ]
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL",
+        help="Hub ids, with a revision where one is meant (`org/model@step1000`), folders written by save_pretrained, and folders "
+        "of checkpoints (`checkpoint-500`, …), which are sorted by step.",
+    ),
+]
 Level = Annotated[
     Literal["core", "full"],
     typer.Option(
@@ -66,7 +74,7 @@ Json = Annotated[
     typer.Option(
         "--json",
         metavar="FILE|-",
-        help="Write the record as JSON. With `-` it goes to stdout and everything else to stderr.",
+        help="Write the record as JSON, gzipped if the name ends in .gz. With `-` it goes to stdout and everything else to stderr.",
         rich_help_panel=OUTPUT,
     ),
 ]
@@ -95,6 +103,37 @@ Parquet = Annotated[
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print errors only: no table, no progress bars.", rich_help_panel=OUTPUT)
 ]
+Out = Annotated[
+    str,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="The folder for the records, one a checkpoint. What is there already is not measured again.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Retry = Annotated[
+    bool,
+    typer.Option("--retry", help="Measure again what failed before with the same options.", rich_help_panel=OUTPUT),
+]
+Shard = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Take only the I-th of N shares of the checkpoints, counted from 1: for job arrays.",
+        rich_help_panel=MACHINE,
+    ),
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Send the checkpoints to a Ray cluster: the one of this machine, or `--ray=ray://host:10001`; `--ray=local` starts "
+        "one. Needs uncollapse[ray].",
+        rich_help_panel=MACHINE,
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -105,6 +144,14 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         help="float32, bfloat16, float16, float64, or auto: the checkpoint's own. Default: auto.",
+        rich_help_panel=MACHINE,
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="How much of each device's memory the model may take, such as 3GiB; what does not fit stays on disk.",
         rich_help_panel=MACHINE,
     ),
 ]
@@ -164,6 +211,37 @@ def token_counts(text: str | None) -> list[int] | None:
             "Commas separate them. Pass two or more."
         )
     return [int(part) for part in parts]
+
+
+def share(text: str | None) -> tuple[int, int] | None:
+    """The share given to `--shard`. Whether there is such a share is checked later.
+
+    >>> share("2/8")
+    (2, 8)
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+    if found is None:
+        raise InputError(
+            f"--shard: expected I/N such as 2/8, got {text!r}. Shares are counted from 1. In a job array of 8 pass "
+            "--shard $((TASK + 1))/8 where TASK counts from 0."
+        )
+    return int(found[1]), int(found[2])
+
+
+def cluster(text: str | None) -> str | None:
+    """The address given to `--ray`.
+
+    >>> cluster("auto"), cluster("ray://host:10001")
+    ('auto', 'ray://host:10001')
+    """
+    if text is None or text in ("auto", "local") or re.fullmatch(r"(ray://)?[^/\s]+:[0-9]+", text):
+        return text
+    raise InputError(
+        f"--ray: expected an address such as ray://host:10001, host:6379, auto or local, got {text!r}. It may be a model. "
+        "Write --ray last, or --ray=auto."
+    )
 
 
 Without = Annotated[
@@ -277,7 +355,7 @@ Trials = Annotated[
     typer.Option(
         min=1,
         max=bounds.TRIALS,
-        help="How many random cases to draw; each check scales its own number by it.",
+        help="How many random cases to draw; each check scales its own number by it, and fewer than 12 count as 12.",
         rich_help_panel=MEASURE,
     ),
 ]

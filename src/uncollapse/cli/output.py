@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from uncollapse.cli import streams
+from uncollapse.cli import launched, streams
 from uncollapse.errors import InputError, UncollapseError
-from uncollapse.files import writing
+from uncollapse.files import reading, writing
 from uncollapse.legible import legible
 from uncollapse.records.common import SEVERITIES, Finding, Severity
 
@@ -40,19 +40,25 @@ def refusals_in_one_line() -> Iterator[None]:
     try:
         yield
     except UncollapseError as error:
-        say(f"uncollapse: {' '.join(str(error).split())}")
+        if launched.speaks():
+            say(f"uncollapse: {' '.join(str(error).split())}")
         raise typer.Exit(REFUSED) from None
     except KeyboardInterrupt:
-        say("uncollapse: interrupted")
+        if launched.speaks():
+            say("uncollapse: interrupted")
         raise typer.Exit(INTERRUPTED) from None
+    except launched.Stopped:
+        if launched.speaks():
+            say(launched.ENDED)
+        raise typer.Exit(REFUSED) from None
 
 
 @dataclass(frozen=True)
 class Reads:
-    """What a command reads: files by the argument that names them, and a model by its name."""
+    """What a command reads: files by the argument that names them, and models by their names."""
 
     files: Sequence[tuple[str, str]] = ()
-    model: str | None = None
+    models: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -154,11 +160,12 @@ def _require_not_read(option: str, name: str, place: writing.Destination, reads:
                 f"{option}: expected a file that is not read, got {name!r}, which {argument} names, too. "
                 "It would be overwritten. Name another file."
             )
-    if reads.model is not None and _is_of_model(place, reads.model):
-        raise InputError(
-            f"{option}: expected a file that is not read, got {name!r}, which belongs to the model {reads.model!r}. "
-            "The checkpoint would be damaged. Name a file in another folder."
-        )
+    for model in reads.models:
+        if _is_of_model(place, model):
+            raise InputError(
+                f"{option}: expected a file that is not read, got {name!r}, which belongs to the model {model!r}. "
+                "The checkpoint would be damaged. Name a file in another folder."
+            )
 
 
 def _is_same(file: str, existing: os.stat_result) -> bool:
@@ -216,7 +223,10 @@ def _is_own(place: writing.Destination) -> bool:
     if place.path is None:
         return False
     with contextlib.suppress(OSError), open(place.path, "rb") as stream:
-        return stream.read(64).startswith(_OWN)
+        head = stream.read(4096)
+        if head.startswith(reading.GZIP):
+            head = next(reading.unpacked([head], at_most=reading.PIECE), b"")
+        return head.startswith(_OWN)
     return False
 
 

@@ -11,10 +11,12 @@ import os
 import select
 import stat
 import time
-from collections.abc import Generator, Iterator
+import zlib
+from collections.abc import Generator, Iterable, Iterator
 
 PATIENCE = 5.0  # seconds in which somebody may begin to write to a named pipe
 PIECE = 2**20  # bytes
+GZIP = b"\x1f\x8b"  # what a gzipped file begins with
 
 
 class TooLarge(OSError):  # noqa: N818 - it reads as a statement where it is caught
@@ -76,3 +78,40 @@ def _first(pipe: int) -> bytes:
             return piece
         if time.monotonic() > given_up:
             raise OSError(errno.ENXIO, "that is a pipe, and nobody writes to it")
+
+
+def unpacked(read: Iterable[bytes], *, at_most: int) -> Iterator[bytes]:
+    """The same pieces, unpacked if they are gzipped. What a file is called does not matter.
+
+    A small file may unpack to an endless one: raises `TooLarge` after `at_most` bytes. Raises `OSError` where the packed file is
+    damaged or was cut short.
+    """
+    left = iter(read)
+    first = b""
+    for piece in left:  # a pipe may give a single byte at first
+        first += piece
+        if len(first) >= len(GZIP):
+            break
+    if not first.startswith(GZIP):
+        yield from filter(None, (first,))
+        yield from left
+        return
+    unpacking, unread, size = zlib.decompressobj(wbits=31), first, 0
+    while True:
+        if unpacking.eof and unread:  # several packed files, one after the other, are one
+            unpacking = zlib.decompressobj(wbits=31)
+        try:
+            piece = unpacking.decompress(unread, PIECE)
+        except zlib.error as error:
+            raise OSError(errno.EIO, f"its gzip data are damaged: {error}") from None
+        unread = unpacking.unused_data if unpacking.eof else unpacking.unconsumed_tail
+        size += len(piece)
+        if size > at_most:
+            raise TooLarge(errno.EFBIG, f"larger than {at_most // 2**20} MiB")
+        yield from filter(None, (piece,))
+        if not unread and len(piece) < PIECE:  # else there is more to come of what was read
+            unread = next(left, b"")
+            if not unread:
+                break
+    if not unpacking.eof:
+        raise OSError(errno.EIO, "its gzip data were cut short")

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from uncollapse.anatomy.probing import full_precision
+from uncollapse.anatomy.sharded_weights import head_shards
 from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.gates.position_features import Positions
 
@@ -146,7 +147,9 @@ class PositionGatedProjection(nn.Module):
 
         Raises `InputError` where x and positions do not fit, `UnsupportedModel` where a pass does not tell positions.
         """
-        if x.ndim < 2 or x.shape[-1] != self.heads * self.head_width:
+        mixed = self.heads * self.head_width
+        shards, shard = (1, 0) if x.shape[-1:] == (mixed,) else head_shards(self.projection)
+        if x.ndim < 2 or x.shape[-1] * shards != mixed or self.heads % shards:
             expected = f"x[..., token, mixed = {self.heads} heads x {self.head_width}]"
             raise _unfit(expected, f"{list(x.shape)}", "Pass the concatenated heads.", "forward")
         dtype = self.projection.weight.dtype if type(self.projection) is nn.Linear else x.dtype
@@ -163,6 +166,8 @@ class PositionGatedProjection(nn.Module):
             axis = installed.token_axis if x.ndim == 3 else axis
             found = installed.now(x, axis, self.training)
         z = self._logits(found).to(x.device)
+        if shards > 1:
+            z = z.chunk(shards, -1)[shard]
         if z.ndim == 3:  # [batch, token, head]
             z = z.transpose(0, 1) if axis == 0 else z.view(z.shape[0], *(1,) * (x.ndim - 3), *z.shape[1:])
         elif axis == 0 and x.ndim == 3:

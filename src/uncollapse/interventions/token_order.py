@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import ChangedPath, Handler, Point, in_turn, intercepted
 from uncollapse.anatomy.masking import (
+    FAR_BELOW,
     forbidden_by_addition,
     forbids_and_shifts,
     laid_like,
@@ -35,6 +36,7 @@ from uncollapse.anatomy.operands import UnreadableError, arranged, fused_argumen
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.stacks import given_mask, hides
 from uncollapse.anatomy.streams import Action, met
+from uncollapse.anatomy.tracing import operands_of, operation_name
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, MaskingStep, Place, StreamAxes
 from uncollapse.errors import UncollapseError, UnsupportedModel
 from uncollapse.restoring import in_this_thread, restoring
@@ -69,8 +71,12 @@ def mask_removed(
         ):
             if call.is_fused:
                 handlers[call.product] = _unmasked_fused(call, padding)
+            if call.joined is not None:
+                handlers[call.joined] = _unmasked_sum(_axes_of(call), padding, call)
             for step in call.masking:
                 handlers[step.point] = _unmasked_step(step, padding, call)
+                if step.joined is not None:
+                    handlers[step.joined] = _unmasked_sum(step.axes, padding, call)
             in_turn_with = part.attention if call.shares_queries else (call,)
             counts = call.queries_of_tokens or call.shares_queries
             if counts and call.unreadable is None and not block.chooses_tokens:
@@ -137,17 +143,58 @@ def _unmasked_fused(call: AttentionCall, padding: _Padding) -> Handler:
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = fused_arguments(args, kwargs)
         query, mask, real = given["query"], given.get("attn_mask"), padding.real
-        if mask is not None and mask.dtype != torch.bool and forbidden_by_addition(mask)[1]:
-            raise UnsupportedModel(_MASK_AND_BIAS + " Load the model with attn_implementation='eager'.")
         shown = None
         if real is not None:
-            axes = [_AXIS[axis.role] for axis in call.lead]
             shape = (*query.shape[:-2], 1, given["key"].shape[-2])
-            shown = spread_out(_with_other_keys(real, shape[-1], call), [*axes, None, "key"], shape)
-        given |= {"is_causal": False, "attn_mask": shown if mask is None else _opened(mask, shown)}
+            shown = spread_out(_with_other_keys(real, shape[-1], call), _axes_of(call), shape)
+        if mask is not None and mask.dtype != torch.bool and forbidden_by_addition(mask)[1]:
+            if not _is_open(mask, None if shown is None else ~shown):
+                raise UnsupportedModel(_MASK_AND_BIAS + " Load the model with attn_implementation='eager'.")
+            given |= {"is_causal": False}  # the mask was taken out where it was joined with the bias
+        else:
+            given |= {"is_causal": False, "attn_mask": shown if mask is None else _opened(mask, shown)}
         return function(given.pop("query"), given.pop("key"), given.pop("value"), **given)
 
     return handler
+
+
+def _axes_of(call: AttentionCall) -> list[str | None]:
+    """What the axes of a fused call's mask hold, where it has all of them."""
+    return [*(_AXIS[axis.role] for axis in call.lead), None, "key"]
+
+
+def _is_open(mask: Tensor, hidden: Tensor | None) -> bool:
+    """Whether a bias forbids nothing but `hidden` pairs (None: nothing at all)."""
+    forbidden, _ = forbidden_by_addition(mask)
+    if forbidden is None:
+        return True
+    return hidden is not None and not bool((forbidden & ~hidden).any())
+
+
+def _unmasked_sum(axes: Sequence[str | None], padding: _Padding, call: AttentionCall) -> Handler:
+    """An addition that joins a mask and a bias, without the mask: one operand forbids, whatever the other holds, and is no bias
+    itself. Where none does, or both may, everything stays, and what still forbids is refused where it is met."""
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        operands = operands_of("add", args, kwargs)
+        masks = [number for number, operand in enumerate(operands) if _only_forbids(operand)]
+        if len(masks) != 1:
+            return function(*args, **kwargs)
+        real, hidden = padding.real, None
+        if real is not None:
+            shape = result_shape(function, args, kwargs)
+            if len(shape) != len(axes):
+                return function(*args, **kwargs)
+            hidden = spread_out(~_with_other_keys(real, shape[-1], call), axes, shape)
+        return step_without(function, args, kwargs, masks[0], False, hidden)
+
+    return handler
+
+
+def _only_forbids(operand: Tensor) -> bool:
+    """Whether an operand is a mask, and surely no bias: a bias over very few tokens may be one number beside zero, too."""
+    forbidden, shifts = forbidden_by_addition(operand)
+    return forbidden is not None and not shifts and bool((operand[forbidden.expand(operand.shape)] <= FAR_BELOW).all())
 
 
 def _opened(mask: Tensor, shown: Tensor | None) -> Tensor:
@@ -178,14 +225,20 @@ def _unmasked_step(step: MaskingStep, padding: _Padding, call: AttentionCall) ->
     """An operation between logits and weights that no longer forbids anything but padded keys."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if forbids_and_shifts(function, args, kwargs, step.operand):
-            raise UnsupportedModel(_MASK_AND_BIAS + " Add the two one after the other, or remove another component.")
         real, hidden = padding.real, None
         if real is not None:
             shape = result_shape(function, args, kwargs)
             keys = [size for size, role in zip(shape, step.axes, strict=False) if role == "key"]
             real = _with_other_keys(real, keys[0], call) if len(keys) == 1 else real
             hidden = spread_out(~real, step.axes, shape)
+        if forbids_and_shifts(function, args, kwargs, step.operand):
+            name = operation_name(function)
+            mask = operands_of(name, args, kwargs)[step.operand]
+            if step.joined is None or not _is_open(-mask if name == "sub" else mask, hidden):
+                raise UnsupportedModel(
+                    _MASK_AND_BIAS + " Add the two one after the other, or remove another component."
+                )
+            return function(*args, **kwargs)  # the mask was taken out where it was joined with the bias
         return step_without(function, args, kwargs, step.operand, step.after_softmax, hidden)
 
     return handler

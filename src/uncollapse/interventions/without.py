@@ -46,6 +46,7 @@ from uncollapse.anatomy.influence import without_zeros
 from uncollapse.anatomy.interception import Handler, Point, counted, device_of, in_turn, intercepted, putting_another
 from uncollapse.anatomy.probing import going_as_steered, hidden, in_the_open, probing
 from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
+from uncollapse.anatomy.sharded_weights import gathered_weights
 from uncollapse.anatomy.situations import held
 from uncollapse.anatomy.tracing import tensors_in, writes_in_place
 from uncollapse.anatomy.turns import closed_to_others, refuse_running
@@ -155,6 +156,8 @@ def without(
                 )
             _require_effect(model, anatomy, wanted, heads_as)
             wanted = _filled(model, anatomy, wanted, heads_as, parts_as, batch, seed)
+        if wanted.heads:  # no process of a tensor-parallel model sees all of them
+            changes.enter(gathered_weights(model))
         changes.enter(_away(model, anatomy, wanted))
         yield model
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,24 +65,37 @@ def heads_records(attention: Sequence[AttentionStatistics], model: nn.Module | N
     return [_heads_record(statistics, known) for statistics in attention]
 
 
+def weights_reader(model: nn.Module | None = None) -> Callable[[AttentionStatistics], dict[str, Any]]:
+    """What reads the figures off a matrix while it is there: the `digest` of a probe pass. They are remembered for `model`, as in
+    `heads_records`."""
+    known = {} if model is None else _remembered.setdefault(model, {})
+    return lambda statistics: _from_weights(statistics, known)
+
+
+def _from_weights(statistics: AttentionStatistics, known: dict[object, _Known]) -> dict[str, Any]:
+    call, matrix = statistics.call, statistics.matrix
+    assert matrix is not None
+    projection = call.projection
+    place: object = projection.name if isinstance(projection, ModuleCall) else (statistics.block, statistics.kind)
+    if isinstance(projection, Point):
+        place = replace(projection, call=None)
+    with full_precision(matrix):
+        marks, last = weight_marks(matrix), known.get(place)
+        if last is None or not last.is_of(call.heads, marks):
+            last = _Known(call.heads, marks, _weight_figures(matrix, call.heads))
+            known[place] = last
+    return {name: _own(value) for name, value in last.figures.items()}
+
+
 def _heads_record(statistics: AttentionStatistics, known: dict[object, _Known]) -> HeadsRecord:
     call, reasons = statistics.call, statistics.reasons
     unavailable: dict[str, str] = {}
     figures: dict[str, Any] = dict.fromkeys(FROM_WEIGHTS) | {"width": 0, "gauge_dimension": None}
-    if statistics.matrix is None:
+    if statistics.matrix is None and statistics.figures is None:
         reason = reasons.get("matrix", "the output projection did not run")
         unavailable |= dict.fromkeys([*FROM_WEIGHTS, "gauge_dimension"], reason)
     else:
-        projection = call.projection
-        place: object = projection.name if isinstance(projection, ModuleCall) else (statistics.block, statistics.kind)
-        if isinstance(projection, Point):
-            place = replace(projection, call=None)
-        with full_precision(statistics.matrix):
-            marks, last = weight_marks(statistics.matrix), known.get(place)
-            if last is None or not last.is_of(call.heads, marks):
-                last = _Known(call.heads, marks, _weight_figures(statistics.matrix, call.heads))
-                known[place] = last
-        figures |= {name: _own(value) for name, value in last.figures.items()}
+        figures |= _from_weights(statistics, known) if statistics.figures is None else statistics.figures
         if figures["kernel_dimension"] is None:
             reason = "NaN or infinity in the output projection"
             unavailable |= dict.fromkeys([*FROM_WEIGHTS, "gauge_dimension"], reason)

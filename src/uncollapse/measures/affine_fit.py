@@ -43,7 +43,7 @@ class AffineFit:
 
     def __init__(self) -> None:
         self.origins: tuple[Tensor, Tensor] | None = None
-        self.sums: list[_Sums | None] = [None, None]
+        self.sums: list[Sums | None] = [None, None]
         self.eps = _EPS_64
 
     def add(self, x: Tensor, y: Tensor, *, held_out: bool) -> None:
@@ -55,9 +55,16 @@ class AffineFit:
         if self.origins is None:
             self.origins = x.mean(0), y.mean(0)
         x, y = x - self.origins[0], y - self.origins[1]
-        one = _Sums(len(x), x.sum(0), y.sum(0), x.mT @ x, x.mT @ y, y.square().sum())
+        one = Sums(len(x), x.sum(0), y.sum(0), x.mT @ x, x.mT @ y, y.square().sum())
         known = self.sums[held_out]
         self.sums[held_out] = one if known is None else known.plus(one)
+
+    def move(self, origins: tuple[Tensor, Tensor]) -> None:
+        """Count from other origins, of x and of y: the sums of two fits about one origin add up."""
+        if self.origins is not None:
+            a, m = origins[0].to(self.origins[0]) - self.origins[0], origins[1].to(self.origins[1]) - self.origins[1]
+            self.sums = [None if known is None else known.moved(a, m) for known in self.sums]
+        self.origins = origins
 
     def missing(self) -> str | None:
         """Why there is no share, or None if there is one."""
@@ -89,7 +96,7 @@ class AffineFit:
         return float((rest / total).clamp(min=0))
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """Over the tokens of one split: their number, sum x, sum y, X^T X, X^T Y, ||Y||_F^2."""
 
     n: int
@@ -99,9 +106,13 @@ class _Sums(NamedTuple):
     xy: Tensor
     yy: Tensor
 
-    def plus(self, other: _Sums) -> _Sums:
+    def plus(self, other: Sums) -> Sums:
         n, (x, y, xx, xy, yy) = self.n + other.n, (a + b for a, b in zip(self[1:], other[1:], strict=True))
-        return _Sums(n, x, y, xx, xy, yy)
+        return Sums(n, x, y, xx, xy, yy)
+
+    def moved(self, a: Tensor, m: Tensor) -> Sums:
+        xx, xy, yy = self.about(a, m)
+        return Sums(self.n, self.x - self.n * a, self.y - self.n * m, xx, xy, yy)
 
     def about(self, a: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """X^T X, X^T Y and ||Y||_F^2 with x counted from a and y from m."""

@@ -160,7 +160,7 @@ def gauge_dimension(
 
     Holds for generic weights. On top come finitely many permutations of heads within groups and of groups.
 
-    Attention sinks make the value bias visible: leave `value_bias` off there.
+    Sink columns make the value bias visible: leave `value_bias` off there.
 
     >>> gauge_dimension(groups=2, head_width=64, value_bias=True, output_bias=True)
     8320
@@ -522,7 +522,7 @@ def attribution_verdict(kernel_dimension: int, conditioning: float, random: Sequ
         return "not attributable (write spaces dependent to within rounding)"
     if conditioning > CARE_GAIN:
         beside = f", {beside_random(conditioning, random)}" if random else ""
-        return f"attributable with care (noise gain {conditioning:.3g}{beside})"
+        return f"attributable with care (noise gain {conditioning:{',.0f' if conditioning >= 1000 else '.3g'}}{beside})"
     return "attributable"
 
 

@@ -57,7 +57,7 @@ class Running:
 
     def reduced(self, group: torch.distributed.ProcessGroup | None = None) -> Running:
         """Merged over the processes of a `torch.distributed` group; every process gets the same, on the CPU."""
-        device = _reducing_device(group)
+        device = reducing_device(group)
         total, low, high, count = (t.to(device, copy=True) for t in (self.total, self.low, self.high, self.count))
         torch.distributed.all_reduce(total, torch.distributed.ReduceOp.SUM, group)
         torch.distributed.all_reduce(count, torch.distributed.ReduceOp.SUM, group)
@@ -142,7 +142,7 @@ class RunningCloud:
     def reduced(self, group: torch.distributed.ProcessGroup | None = None) -> RunningCloud:
         """Merged over the processes of a `torch.distributed` group, which must hold clouds of one width; every process gets the
         same, on the CPU. The processes exchange the points that they keep, and their second moments where not all are kept."""
-        device = _reducing_device(group)
+        device = reducing_device(group)
         sizes = _gathered(torch.tensor([self.count, self.pointing, len(self.points)], device=device), group)
         most = max(int(size[2]) for size in sizes)
         is_whole = all(int(size[2]) == int(size[0]) for size in sizes)
@@ -170,6 +170,17 @@ class RunningCloud:
         for part in itertools.islice(parts, 1, None):
             merged = merged.merge(part)
         return merged
+
+    def on_cpu(self) -> RunningCloud:
+        """The same, its tensors on the CPU."""
+        return replace(
+            self,
+            mean=self.mean.cpu(),
+            unit=self.unit.cpu(),
+            points=self.points.cpu(),
+            keys=self.keys.cpu(),
+            scatter=None if self.scatter is None else self.scatter.cpu(),
+        )
 
     def _within_bounds(self, double: Tensor | None = None) -> RunningCloud:
         """With no more points than are kept; what is lost of them is in the scatter, where that is kept. `double`: all points in
@@ -207,7 +218,7 @@ def _gathered(own: Tensor, group: torch.distributed.ProcessGroup | None) -> list
     return found
 
 
-def _reducing_device(group: torch.distributed.ProcessGroup | None) -> torch.device:
+def reducing_device(group: torch.distributed.ProcessGroup | None = None) -> torch.device:
     """Where the group's backend takes tensors: the CPU if it can (gloo), else the current device of its kind (NCCL: CUDA)."""
     backends = torch.distributed.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
     kinds = [backend.split(":")[0] for backend in backends.split(",")]

@@ -35,10 +35,11 @@ from uncollapse.analyses.recording import (
     versions,
 )
 from uncollapse.analyses.result import Recorded
+from uncollapse.anatomy.sharded_weights import is_sharded
 from uncollapse.anatomy.vocabulary import Layout
 from uncollapse.errors import InputError
 from uncollapse.judgement import findings
-from uncollapse.judgement.identifiability import heads_records
+from uncollapse.judgement.identifiability import heads_records, weights_reader
 from uncollapse.monitoring import figures
 from uncollapse.monitoring.alarms import ThresholdAlarms, judged, margins_of
 from uncollapse.monitoring.baselines import BaselineAlarms
@@ -49,6 +50,7 @@ from uncollapse.probe.routing import router_records
 from uncollapse.records import load
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import DiagnosisRecord
+from uncollapse.records.figures import corpus_figures, expert_figures, head_figures, head_places, places, site_figures
 from uncollapse.records.trail import TRAIL_SCHEMA, Alarm, TrailFile, TrailReading, TrailRecord
 
 Log = Callable[[dict[str, float], int], object]
@@ -129,13 +131,13 @@ class Monitor:
         self._unwritten: list[TrailReading] = []
         self._has_warned = False
         self._is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        self._is_sharded = _is_sharded(model)
+        self._is_sharded = is_sharded(model)
         self._looks_here = self._is_first or self._is_sharded
         self._weights: Weights | None = None
         self._prepared: Prepared | None = None
         if self._looks_here:
+            options = cast(ProbeOptions, {**probe, "batches": batches, "alone": not self._is_sharded})
             # DDP's own forward exchanges buffers among the processes, and only one of them is here.
-            options = cast(ProbeOptions, {**probe, "batches": batches})
             self._prepared = prepare(Monitor, _inside_ddp(model), texts, options)
             own = [{k: _kept(v) for k, v in batch.items()} for batch in self._prepared.batches]
             self._prepared.batches = own
@@ -170,7 +172,8 @@ class Monitor:
                 "Monitor: expected a monitor with a probe, got one with on='train'. It reads the next training pass and makes none "
                 "of its own. Call `step`, or leave out on='train'."
             )
-        return self._read(step, self._prepared.captured(level="core", watch=self._watched()), loss)
+        observed = self._prepared.captured(level="core", watch=self._watched(), digest=weights_reader())
+        return self._read(step, observed, loss)
 
     def close(self) -> None:
         """Take off what waits for the next training pass. The monitor reads nothing more with `on="train"`."""
@@ -231,19 +234,19 @@ class Monitor:
                         "watch": sorted(self.watch),
                         "patience": self.patience,
                     },
-                    sites=figures.places(trajectory),
-                    heads=figures.head_places(attention),
+                    sites=places(trajectory),
+                    heads=head_places(attention),
                 ),
             )
         assert self.record is not None
         of_heads, of_sites = self._weight_figures(self.record, spectra=self._decomposes)
         reading = TrailReading(
             step=step,
-            sites=(figures.site_figures(trajectory) if "tokens" in self.watch else {})
-            | figures.corpus_figures(trajectory, corpus)
-            | figures.expert_figures(trajectory, router_records(observed.routers))
+            sites=(site_figures(trajectory) if "tokens" in self.watch else {})
+            | corpus_figures(trajectory, corpus)
+            | expert_figures(trajectory, router_records(observed.routers))
             | of_sites,
-            heads=(figures.head_figures(attention) if "attention" in self.watch else {}) | of_heads,
+            heads=(head_figures(attention) if "attention" in self.watch else {}) | of_heads,
             margins=margins_of(read),
             loss=_number(loss),
         )
@@ -408,11 +411,6 @@ def _inside_ddp(model: nn.Module) -> nn.Module:
     while isinstance(inner, nn.parallel.DistributedDataParallel):
         inner = inner.module
     return inner
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    """Whether a process holds only a part of some parameter, so that all processes must run the model together."""
-    return any(hasattr(p, "full_tensor") for p in model.parameters())
 
 
 def _kept(value: Any) -> Any:

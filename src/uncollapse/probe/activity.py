@@ -75,6 +75,12 @@ class Varying:
         self.entries += count * x.shape[3]
         self.tokens += count
 
+    def start_from(self, known: Varying) -> None:
+        """Count distances from the first vector that `known` saw."""
+        if known.first is not None:
+            self.first = known.first
+            self.apart = self.size = self.energy = known.first.new_zeros(len(known.first), dtype=torch.float64)
+
     def typical(self) -> float | None:
         """The root mean square of an entry, over all parts."""
         return None if self.energy is None or not self.entries else float((self.energy.mean() / self.entries).sqrt())
@@ -202,6 +208,15 @@ class PartActivity:
     units: Units = field(default_factory=Units)
     epsilon: float = 0.0
     reasons: dict[str, str] = field(default_factory=dict)
+
+    def varying(self) -> list[Varying]:
+        """All that says how far vectors of this part vary."""
+        return [self.update, self.stream, self.queries, self.keys, self.values]
+
+    def start_from(self, known: PartActivity) -> None:
+        """Count distances from the first vectors that `known` saw of this part."""
+        for own, other in zip(self.varying(), known.varying(), strict=True):
+            own.start_from(other)
 
 
 @dataclass

@@ -45,7 +45,8 @@ Operands = Callable[
 class AttentionStatistics:
     """Running statistics of one attention call: `values` is [measure, head], `energy` [head] the share of the centred
     output energy. `reasons` says of a measure why it is missing. `matrix` is W_O as [mixed, width], as met in the pass: effective,
-    with adapters in it and quantised weights expanded; `reasons["matrix"]` says why it is missing. `tokens` are the real ones
+    with adapters in it and quantised weights expanded; `reasons["matrix"]` says why it is missing. `figures` are what was
+    read off a matrix that does not stay: gathered from several processes, or from disk. `tokens` are the real ones
     that the projection reads; `features` are those of `Part`; `sinks` says that the softmax also ran over columns that belong to
     no key. `deviation`, `row_sums` and `finite` are what the pass bore out, and `forbids` what forbade pairs in each of the
     sublayer's calls, see `AttentionRows`."""
@@ -59,6 +60,7 @@ class AttentionStatistics:
     route: str = ""
     reasons: dict[str, str] = field(default_factory=dict)
     matrix: Tensor | None = None
+    figures: dict[str, Any] | None = None
     tokens: Running = field(default_factory=Running.empty)
     sinks: bool = False
     features: tuple[int, ...] = ()

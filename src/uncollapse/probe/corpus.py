@@ -58,6 +58,11 @@ class CorpusStatistics:
             self._cloud = RunningCloud.of(points, keys) if self._cloud is None else self._cloud.add(points, keys)
             self._waiting.clear()
 
+    def put(self, cloud: RunningCloud | None) -> None:
+        """Take this in place of what was seen so far: what several processes saw together."""
+        self._cloud = cloud
+        self._waiting.clear()
+
     @property
     def cloud(self) -> RunningCloud | None:
         """What was seen so far; None where no point was."""

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.sharded_weights import at_hand
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall
 from uncollapse.measures.weight_marks import Marks, are_alike, weight_marks
 from uncollapse.records.diagnosis import HARDLY_TRAINED
@@ -86,7 +87,8 @@ def _of_block(
     vectors = matrices = 0
     traces: list[tuple[_Trace, bool]] = []
     for module in _modules(model, anatomy, block):
-        own = [(name, p.detach()) for name, p in module.named_parameters(recurse=False) if p.numel()]
+        named = ((name, at_hand(module, name)) for name, _ in module.named_parameters(recurse=False))
+        own = [(name, p) for name, p in named if p.numel()]
         if any(p.is_meta or not p.is_floating_point() or type(p.data) is not Tensor for _, p in own):
             return Evidence(False, "some of its weights could not be read")
         for name, p in own:
@@ -126,8 +128,12 @@ def _learnt_outside(model: nn.Module, anatomy: Anatomy) -> str | None:
     """A matrix outside the blocks whose energy is mostly in directions that a random one does not have. A table whose rows all have
     one size was not drawn but computed, as sinusoids are, and says nothing."""
     inside = tuple(f"{block.module.name}." for block in anatomy.blocks)
-    for path, p in model.named_parameters():
-        if path.startswith(inside) or not _is_matrix(p) or p.is_meta or not p.is_floating_point():
+    for path, _ in model.named_parameters():
+        if path.startswith(inside):
+            continue
+        owner, _, name = path.rpartition(".")
+        p = at_hand(model.get_submodule(owner), name)
+        if not _is_matrix(p) or p.is_meta or not p.is_floating_point():
             continue
         if type(p.data) is not Tensor or p.numel() < FEWEST_ENTRIES or not bool(p.isfinite().all()):
             continue
@@ -284,6 +290,6 @@ def _size(weight: Tensor) -> float:
 def _query_key_weights(model: nn.Module, block: Block) -> list[Tensor]:
     calls = [c for part in block.parts for call in part.attention for c in (call.queries, call.keys)]
     names = dict.fromkeys(c.name for c in calls if isinstance(c, ModuleCall))
-    return [
-        p.detach() for name in names for p in model.get_submodule(name).parameters() if _is_matrix(p) and not p.is_meta
-    ]
+    modules = [model.get_submodule(name) for name in names]
+    read = (at_hand(m, name) for m in modules for name, p in m.named_parameters(recurse=False) if _is_matrix(p))
+    return [p for p in read if not p.is_meta]

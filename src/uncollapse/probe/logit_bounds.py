@@ -33,6 +33,7 @@ from uncollapse.anatomy.proof import known_example
 from uncollapse.anatomy.tracing import operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block
 from uncollapse.probe.norm_law import proved_law
+from uncollapse.records.common import BoundPart
 from uncollapse.restoring import restoring
 
 UNPROVED = "not bounded as far as was shown: no soft cap, and no norm on queries and keys alone"
@@ -43,10 +44,12 @@ _FACTORS = (1.0, 0.0, 1e9, 1e18)  # of the product: as it is, what is added to i
 
 @dataclass(frozen=True)
 class LogitBound:
-    """The most that the logits of a row can differ, None where that was not shown; `because` says on what condition, or why not."""
+    """The most that the logits of a row can differ, None where that was not shown; `because` says on what condition, or why not.
+    `part` is what bounds them."""
 
     range: float | None
     because: str
+    part: BoundPart | None = None
 
 
 @dataclass
@@ -169,6 +172,7 @@ def _capped(one: _Seen) -> LogitBound | None:
     return LogitBound(
         2 * cap * (1 + _CLOSE),
         f"if the model keeps its soft cap of {cap:.3g} on the logits and no length scales them, on any text",
+        "soft cap",
     )
 
 
@@ -201,6 +205,7 @@ def _normed(
         2 * bound,
         f"if queries and keys keep their norm, with these gains, and no position scales them: at most {lengths[0]:.3g} and "
         f"{lengths[1]:.3g} long on any text",
+        "query-key norm",
     )
 
 

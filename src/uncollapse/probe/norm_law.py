@@ -9,6 +9,7 @@ When not to use it: for a layer that does not behave like a norm, or for a matri
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.sharded_weights import whole_weights
 from uncollapse.errors import InputError
 from uncollapse.measures import normalization
 from uncollapse.measures.storage_noise import storage_noise
@@ -152,7 +154,8 @@ def proved_law(
     norm: nn.Module | Callable[[Tensor], Tensor], kind: Literal["layer", "rms"], given: Tensor, output: Tensor
 ) -> NormLaw | None:
     """The `norm_law` of a norm that made `output` of `given`; None where it has none, or made something else."""
-    law, width = norm_law(norm, kind, given.shape, given.dtype, given.device), given.shape[-1]
+    with whole_weights(norm) if isinstance(norm, nn.Module) else contextlib.nullcontext():
+        law, width = norm_law(norm, kind, given.shape, given.dtype, given.device), given.shape[-1]
     precision = max(given.dtype, output.dtype, key=lambda dtype: torch.finfo(dtype).eps)
     if law is None or not law.holds(given.reshape(-1, width), output.reshape(-1, width), precision):
         return None

@@ -8,6 +8,7 @@ When not to use it: to pool a stream. `corpus` does that.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uncollapse import processes
 from uncollapse.anatomy.examples import example_batch
 from uncollapse.anatomy.interception import device_of
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.vocabulary import Anatomy
+from uncollapse.measures.running import RunningCloud
 from uncollapse.probe.corpus import CorpusStatistics
 from uncollapse.probe.sites import SiteStatistics
 from uncollapse.probe.sizes import single
@@ -30,7 +33,7 @@ class OwnPooling:
     def __init__(self, seed: int) -> None:
         self._found: dict[str, CorpusStatistics] = {}
         self._taken: dict[str, int] = {}
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator().manual_seed(seed * 1_000_003 + processes.number())
 
     def take(self, batch: Mapping[str, Any], output: Any) -> None:
         """The model's output on a batch of the pass."""
@@ -44,6 +47,28 @@ class OwnPooling:
             self._taken[name] = self._taken.get(name, 0) + sequences
             epsilon = torch.finfo(rows.dtype).eps
             self._found[name].take(single(rows.detach()).clone(), keys.to(rows.device), epsilon)
+
+    def unite(self, caller: str) -> None:
+        """Put together what the processes took that share the corpus; see `sharding`."""
+        if processes.count() == 1:
+            return
+        own = {
+            name: (
+                self._taken[name],
+                found.site.width,
+                found.epsilon,
+                None if found.cloud is None else found.cloud.on_cpu(),
+            )
+            for name, found in self._found.items()
+        }
+        several = processes.gathered(own, caller)
+        for name in dict.fromkeys(name for each in several for name in each):
+            those = [each[name] for each in several if name in each]
+            clouds = [cloud for _, _, _, cloud in those if cloud is not None]
+            statistics = CorpusStatistics(SiteStatistics(name, None, None, width=those[0][1]), "own", None)
+            statistics.epsilon = max(epsilon for _, _, epsilon, _ in those)
+            statistics.put(functools.reduce(RunningCloud.merge, clouds) if clouds else None)
+            self._found[name], self._taken[name] = statistics, sum(taken for taken, _, _, _ in those)
 
     def statistics(
         self, model: nn.Module, batch: Mapping[str, Any], sequences: int, anatomy: Anatomy

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from uncollapse.probe.attention import Attention, AttentionStatistics, attention
 from uncollapse.probe.clouds import Clouds
 from uncollapse.probe.corpus import POOLED, Corpus, CorpusStatistics
 from uncollapse.probe.observing import Observer, OwnPass, all_handlers
-from uncollapse.probe.projections import Projections
+from uncollapse.probe.projections import Digest, Projections
 from uncollapse.probe.readers import Readers
 from uncollapse.probe.routing import RouterStatistics, Routing
 from uncollapse.probe.sites import Sites, SiteStatistics
@@ -100,6 +101,9 @@ def capture(
     seed: int = 0,
     progress: Progress | None = None,
     on_output: Callable[[Mapping[str, Any], Any], None] | None = None,
+    digest: Digest | None = None,
+    before: Sequence[int] | None = None,
+    origins: Sequence[PartActivity] | None = None,
 ) -> Observations:
     """Run `model` once over `batches` (each a dict of tensors, moved to the model's device) and observe. `on_output` is given
     each batch and the model's output on it.
@@ -112,25 +116,50 @@ def capture(
     norm does. `"parts"`: whether each part does anything; of heads, as far as their attention and projections are watched. What
     is not watched leaves its statistics empty and changes no other figure.
 
+    digest: is given the statistics of an attention while the matrix of its output projection is there, where that is no tensor of
+    the model that stays (sharded, offloaded): it returns their `figures`, and the matrix is let go. None: every matrix is kept.
+
+    before, origins: where `batches` are a share of a corpus (`probe.sharding`), how many sequences of it come before each, and
+    what was seen of the parts on its first sequence.
+
     Raises `InputError` where a padded batch meets a model whose token axis does not match the mask, `ChangedPath` where the
     model takes another path on a batch than the one that was proved.
     """
-    probe = _Probe(model, anatomy, level, frozenset(WATCHED[level] if watch is None else watch), seed=seed)
+    probe = _Probe(model, anatomy, level, frozenset(WATCHED[level] if watch is None else watch), digest, seed=seed)
     device = device_of(model)
+    if before is None:
+        before = sequences_before(batches)
+    if origins is not None:
+        probe.start_from(origins)
     with contextlib.closing(probe), probing(model, seed), probe.installed(), runs_checked(model, anatomy) as check:
         for number, batch in enumerate(batches):
             if progress is not None:
                 progress("probe", number, len(batches))
-            on_device = {k: v.to(device).contiguous() if isinstance(v, Tensor) else v for k, v in batch.items()}
-            probe.begin(on_device)
-            with check(on_device):
-                output = model(**on_device)
+            moved = on_device(batch, device)
+            probe.begin(moved, before[number])
+            try:
+                with check(moved):
+                    output = model(**moved)
+            except ChangedPath as changed:
+                changed.number = number
+                raise
             probe.count()
             if on_output is not None:
-                on_output(on_device, output)
+                on_output(moved, output)
         if progress is not None:
             progress("probe", len(batches), len(batches))
     return probe.observations
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors there."""
+    return {k: v.to(device).contiguous() if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def sequences_before(batches: Sequence[Mapping[str, Any]]) -> list[int]:
+    """How many sequences come before each batch, as they are given."""
+    sizes = [next((v.shape[0] for v in b.values() if isinstance(v, Tensor) and v.ndim), 1) for b in batches]
+    return [0, *itertools.accumulate(sizes)][:-1]
 
 
 class NextPass:
@@ -234,6 +263,7 @@ class _Probe:
         anatomy: Anatomy,
         level: Level,
         watch: frozenset[Watched],
+        digest: Digest | None = None,
         *,
         seed: int = 0,
         forbearing: bool = False,
@@ -250,6 +280,7 @@ class _Probe:
         sites = Sites(anatomy, self.clouds, self.own.is_own, measures="sites" in watch)
         self.observations = Observations(sites.statistics, [statistics for _, statistics in attending])
         self.observers: list[Observer] = [sites]
+        self.sublayers: Sublayers | None = None
         if watch & {"corpus", "corpus tokens"}:
             corpus = Corpus(
                 anatomy,
@@ -282,6 +313,7 @@ class _Probe:
                 self.clouds,
                 self.own.is_own,
                 contributed=None if activity is None else activity.contributed,
+                digest=digest,
             )
         if watch & {"attention", "rows", "spectra"}:
             attention = Attention(
@@ -299,7 +331,7 @@ class _Probe:
         if projections is not None:
             self.observers.append(projections)
         if "sublayers" in watch:
-            sublayers = Sublayers(model, anatomy, self.clouds.tokens_of, self.own.is_own)
+            self.sublayers = sublayers = Sublayers(model, anatomy, self.clouds.tokens_of, self.own.is_own)
             self.observations.updates, self.observations.norms = sublayers.updates, sublayers.norms
             self.observers.append(sublayers)
 
@@ -314,11 +346,19 @@ class _Probe:
                 changes.enter(observer.installed())
             yield
 
-    def begin(self, batch: Mapping[str, Any]) -> None:
-        """A batch comes. What has to be run to tell its tokens is run before the pass is the probe's own."""
+    def start_from(self, origins: Sequence[PartActivity]) -> None:
+        """Count how far vectors vary from where another pass over the same anatomy began."""
+        for own, known in zip(self.observations.parts, origins, strict=bool(self.observations.parts)):
+            own.start_from(known)
+
+    def begin(self, batch: Mapping[str, Any], before: int = 0) -> None:
+        """A batch comes, with so many sequences of the corpus before it. What has to be run to tell its tokens is run before the
+        pass is the probe's own."""
         self.clouds.begin(batch)
         for observer in self.observers:
             observer.begin(batch)
+        if self.sublayers is not None:
+            self.sublayers.before = before
         self.own.begin()
 
     def count(self) -> None:

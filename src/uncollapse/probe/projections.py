@@ -30,6 +30,7 @@ from uncollapse.probe.observing import Look, looking, unasked
 from uncollapse.probe.sizes import norms, single
 from uncollapse.restoring import restoring
 
+Digest = Callable[[AttentionStatistics], dict[str, Any]]
 SCALE = 256.0
 SOMETHING_BETWEEN = "something acts between the attention and its output projection"
 LEAST_APART = 0.1  # share of the heads' energy that must be centred for a difference to say it
@@ -50,7 +51,8 @@ class _WholeMap:
 class Projections:
     """Meets the output projection of each attention sublayer; an `Observer`. Fills in `matrix`, `energy` and `tokens` of their
     statistics. `sublayers`: each attention part with its statistics. `mixed` takes what its heads mixed. `contributed` is told the
-    number of the sublayer, the size of what each head writes [sequence, head, token], and which tokens are real."""
+    number of the sublayer, the size of what each head writes [sequence, head, token], and which tokens are real. `digest` makes
+    figures of a matrix that does not stay, see `capture`."""
 
     def __init__(
         self,
@@ -61,15 +63,18 @@ class Projections:
         is_own: Callable[[], bool],
         *,
         contributed: Callable[[int, Tensor, Tensor | None], None] | None = None,
+        digest: Digest | None = None,
     ) -> None:
         self.model, self.anatomy, self.clouds = model, anatomy, clouds
-        self._is_own, self._contributed = is_own, contributed
+        self._is_own, self._contributed, self._digest = is_own, contributed, digest
         self._statistics = [statistics for _, statistics in sublayers]
         self.streams: list[tuple[Place, Action]] = []
         self._modules: dict[str, dict[int, int]] = {}  # by name and run: the sublayer whose projection it is
         self._runs: dict[str, int] = {}
         self._mixed: dict[int, Tensor] = {}  # by sublayer: what the heads mixed, until the projection comes
         self._matrices: dict[str, Tensor] = {}
+        self._passing: set[str] = set()  # of these the matrices do not stay
+        self._met: dict[str, set[int]] = {}  # and these are the sublayers that have read them
         self._grams: dict[int, Tensor] = {}  # by sublayer, see `heads.write_grams`
         self._roots: dict[int, Tensor] = {}  # by sublayer: L with L L^T the Gram matrix, for each head
         self._whole_maps: list[_WholeMap] = []
@@ -144,13 +149,24 @@ class Projections:
         if name not in self._matrices:
             try:
                 matrix = projection_matrix(module, given)
-                lasts = all(id(p) in self._lasting for p in module.parameters())
-                self._matrices[name] = matrix if lasts else matrix.clone()
+                if any(id(p) not in self._lasting or p.is_meta for p in module.parameters()):
+                    self._passing.add(name)
+                    matrix = matrix if self._digest is not None else matrix.clone()
+                self._matrices[name] = matrix
             except UncollapseError as error:
                 statistics.reasons |= {"matrix": str(error), "energy_share": str(error)}
                 return
-        statistics.matrix = side_by_side(self._matrices[name], statistics.features, 0)
-        self._measure_energy(index, statistics.matrix, given)
+        matrix = side_by_side(self._matrices[name], statistics.features, 0)
+        self._measure_energy(index, matrix, given)
+        if self._digest is None or name not in self._passing:
+            statistics.matrix = matrix
+        elif statistics.figures is None:
+            statistics.matrix = matrix
+            statistics.figures = self._digest(statistics)
+            statistics.matrix = None
+            self._met.setdefault(name, set()).add(index)
+            if self._met[name] == set(self._modules[name].values()):  # nobody else is to read it
+                self._matrices[name] = matrix.new_empty(()).expand(matrix.shape)
 
     def _meet_product(
         self, index: int, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -252,7 +268,8 @@ class Projections:
         energy = centred_energy(cloud, self._roots[index], sizes, mask)
         if energy is None:
             energy = heads.contribution_energy(cloud, matrix, count, mask, grams=self._grams[index])
-        if is_rounding(cloud, matrix, energy, mask):
+        rows = self._grams[index].diagonal(dim1=-2, dim2=-1).flatten()  # the matrix itself may be gone by now
+        if is_rounding(cloud, rows, energy, mask):
             kind = str(cloud.dtype).removeprefix("torch.")
             statistics.reasons["energy_share"] = (
                 f"what its heads write differs between tokens by little more than {kind} rounds off"
@@ -328,24 +345,24 @@ def projected_cloud(mixed: Tensor, heads_output: Tensor | None, batch_size: int)
     return None
 
 
-def is_rounding(mixed: Tensor, matrix: Tensor, energy: Tensor, mask: Tensor | None) -> bool:
+def is_rounding(mixed: Tensor, rows: Tensor, energy: Tensor, mask: Tensor | None) -> bool:
     """Whether more than `MOST_ROUNDING` of the heads' energy is rounding: see `rounding_share`. Mostly a bound on it will do, as if
-    every feature wrote as much as the strongest might and padding counted."""
+    every feature wrote as much as the strongest does and padding counted."""
     size = torch.linalg.vector_norm(single(mixed), dim=(-2, -1)).double()
-    most = matrix.abs().amax().double() * math.sqrt(matrix.shape[-1]) * torch.finfo(mixed.dtype).eps
+    most = rows.amax().double().sqrt() * torch.finfo(mixed.dtype).eps
     if bool(((size * most).square() / 24 <= MOST_ROUNDING * energy.double().sum(-1)).all()):
         return False
-    return rounding_share(mixed, matrix, energy, mask) > MOST_ROUNDING
+    return rounding_share(mixed, rows, energy, mask) > MOST_ROUNDING
 
 
-def rounding_share(mixed: Tensor, matrix: Tensor, energy: Tensor, mask: Tensor | None) -> float:
+def rounding_share(mixed: Tensor, rows: Tensor, energy: Tensor, mask: Tensor | None) -> float:
     """The part of the heads' energy [sequence, head] that is only the rounding of what they mixed, `mixed` [sequence, token,
-    feature], in the worst sequence: every feature is off by up to half a unit in its last place, eps^2/24 of its square on
-    average."""
+    feature], in the worst sequence. `rows` are the squared sizes of the matrix's rows. Every feature is off by up to half a unit
+    in its last place, eps^2/24 of its square on average."""
     squares = mixed.double().square()
     if mask is not None:
         squares = squares.where(mask[..., None].to(squares.device), 0)
-    rounding = (squares.sum(-2) @ matrix.double().square().sum(-1)) * torch.finfo(mixed.dtype).eps ** 2 / 24
+    rounding = (squares.sum(-2) @ rows.double()) * torch.finfo(mixed.dtype).eps ** 2 / 24
     shares = (rounding / energy.double().sum(-1)).nan_to_num(0.0, 0.0, 0.0)
     return float(shares.max()) if shares.numel() else 0.0
 

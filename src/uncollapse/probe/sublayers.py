@@ -132,7 +132,7 @@ class Sublayers:
         self._laws: dict[str | ModuleCall | NormPiece, NormLaw | None] = {}
         self._runs: dict[str, int] = {}
         self._batch = _Batch()
-        self._before, self._size = 0, 0  # sequences in the batches before this one, and in it, as far as they were met
+        self.before = 0  # sequences of the corpus before this batch: every so-manyth of all is held out
         removed = without.is_ablated(model)  # a removed addition would shift the count of the others
         first = {stack.blocks[0] for stack in anatomy.stacks}
         for number, block in enumerate(anatomy.blocks):
@@ -250,7 +250,6 @@ class Sublayers:
             yield
 
     def begin(self, batch: Mapping[str, Any]) -> None:
-        self._before, self._size = self._before + self._size, 0
         self._runs.clear()
         self._batch = _Batch()
 
@@ -280,7 +279,6 @@ class Sublayers:
         if found is None:
             return None
         cloud, mask = found
-        self._size = max(self._size, len(cloud))
         real = torch.ones(cloud.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.to(x.device)
         return _Cloud(cloud, real, (cloud.isfinite().all(-1) | ~real).all(-1))
 
@@ -402,7 +400,7 @@ class Sublayers:
             statistics.reasons["nonlinear_innovation"] = _NO_TOKENS
             return
         sound = cloud.finite & update.finite
-        number = torch.arange(self._before, self._before + len(cloud.x), device=sound.device)
+        number = torch.arange(self.before, self.before + len(cloud.x), device=sound.device)
         scores = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         statistics.scored += int((sound & scores).sum())
         for held_out in (False, True):

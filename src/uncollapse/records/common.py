@@ -18,6 +18,7 @@ Phenomenon = Literal[
 Severity = Literal["info", "warning", "critical"]
 Stack = Literal["encoder", "decoder"]
 AttentionKind = Literal["self", "cross"]
+BoundPart = Literal["soft cap", "query-key norm"]  # what bounds the logits of an attention whatever the text
 PHENOMENA: tuple[Phenomenon, ...] = get_args(Phenomenon)[:4]
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 
@@ -60,7 +61,7 @@ class ModelInfo:
 @dataclass(frozen=True)
 class Probe:
     """Which tokens it was measured on, and how. `tokens` counts real tokens; `options` are the resolved ones. `fingerprint` is the
-    same for the same batches: names, shapes, formats and every bit of their tensors."""
+    same for the same batches: names, shapes, formats and every bit of their tensors. `processes` is how many took part."""
 
     sequences: int
     tokens: int
@@ -72,6 +73,7 @@ class Probe:
     command: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    processes: int = 1
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from uncollapse.records.anatomy import AnatomyRecord
-from uncollapse.records.common import AttentionKind, Finding, ModelInfo, Probe, Stack, Statistic
+from uncollapse.records.common import AttentionKind, BoundPart, Finding, ModelInfo, Probe, Stack, Statistic
 from uncollapse.records.symmetries import SymmetryRecord
 
 DIAGNOSIS_SCHEMA: Literal["uncollapse/diagnosis/1"] = "uncollapse/diagnosis/1"
@@ -133,8 +133,8 @@ class AttentionRecord:
 
     `logit_range_bound` is the most that the logits of a row can differ on *any* text, where a soft cap or a norm on queries and
     keys was shown to bound them; null where not: what a text shows is no bound. Over more than `disperses_beyond` = 1 + e^range
-    allowed keys this head can then give no key more than half of a row's weight. `bounded_by` says on what condition, or that
-    nothing was shown.
+    allowed keys this head can then give no key more than half of a row's weight. `bound_part` is the part that bounds them, and
+    `bounded_by` says on what condition, or that nothing was shown.
     """
 
     block: int
@@ -158,6 +158,7 @@ class AttentionRecord:
     logit_range_bound: float | None = None
     disperses_beyond: float | None = None
     bounded_by: str = ""
+    bound_part: BoundPart | None = None
 
 
 @dataclass(frozen=True)

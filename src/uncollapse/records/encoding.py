@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -57,6 +58,12 @@ def json_schema(kind: type[Any]) -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
+def write_record(path: str | os.PathLike[str], text: str) -> None:
+    """Write a record's JSON like `write_atomically`, gzipped where the path ends in `.gz`. The same text gives the same bytes."""
+    data = text.encode()
+    _write(path, gzip.compress(data, 6, mtime=0) if os.fspath(path).endswith(".gz") else data)
+
+
 def write_atomically(path: str | os.PathLike[str], text: str | bytes) -> None:
     """Write `text` to `path`, as UTF-8 where it is not bytes, so that a reader sees either the old file or the complete new one.
 
@@ -65,9 +72,12 @@ def write_atomically(path: str | os.PathLike[str], text: str | bytes) -> None:
 
     Raises `InputError` if the path cannot be written; no temporary file remains.
     """
+    # Record and page hold no lone surrogates, but what a caller passes may.
+    _write(path, text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace"))
+
+
+def _write(path: str | os.PathLike[str], data: bytes) -> None:
     try:
-        # Record and page hold no lone surrogates, but what a caller passes may.
-        data = text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace")
         writing.write(writing.destination(path), data)
     except BrokenPipeError:
         raise  # whoever read our output has seen enough, which is no fault of the path

@@ -1,7 +1,7 @@
 """A stored record, read back. Its `schema` field says which record it is.
 
 A record may come from another machine, another version or another program. So nothing is read that cannot be one: at most
-`LIMIT` bytes, from `{` on, in UTF-8, with finite numbers only. What does not fit is refused in one line.
+`LIMIT` bytes, from `{` on, in UTF-8, with finite numbers only. What does not fit is refused in one line. It may be gzipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic_core import from_json as parsed
 
 from uncollapse.errors import InputError
 from uncollapse.files import reading
-from uncollapse.records import ablation, attribution, comparison, diagnosis, heads, ledger, symmetries, trail
+from uncollapse.records import ablation, attribution, comparison, diagnosis, heads, ledger, sweep, symmetries, trail
 from uncollapse.records.encoding import Record, from_json
 
 AnyRecord = (
@@ -30,6 +30,7 @@ AnyRecord = (
     | trail.TrailRecord
     | comparison.ComparisonRecord
     | attribution.AttributionRecord
+    | sweep.SweepRecord
 )
 SCHEMAS = (
     diagnosis.DIAGNOSIS_SCHEMA,
@@ -40,6 +41,7 @@ SCHEMAS = (
     trail.TRAIL_SCHEMA,
     comparison.COMPARISON_SCHEMA,
     attribution.ATTRIBUTION_SCHEMA,
+    sweep.SWEEP_SCHEMA,
 )
 LIMIT = 512 * 2**20  # bytes: three times the record of 126 blocks with 128 heads, each pair of heads with its angle
 _WRITTEN_BY = "Pass a file that --json or to_json wrote."
@@ -74,6 +76,8 @@ def load(source: str | os.PathLike[str] | IO[bytes]) -> AnyRecord:
             return as_a(comparison.ComparisonRecord)
         case attribution.ATTRIBUTION_SCHEMA:
             return as_a(attribution.AttributionRecord)
+        case sweep.SWEEP_SCHEMA:
+            return as_a(sweep.SweepRecord)
         case _:
             named = "which names no schema" if schema is None else f"whose schema is {reprlib.repr(schema)}"
             raise InputError(
@@ -110,7 +114,7 @@ def _text(name: str, pieces: Iterator[bytes]) -> str:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()  # some editors add a byte-order mark; it is no content
     parts: list[str] = []
     try:
-        for piece in pieces:
+        for piece in reading.unpacked(pieces, at_most=LIMIT):
             parts.append(decoder.decode(piece))
             if not parts[0].lstrip().startswith("{"):
                 break

@@ -22,13 +22,26 @@ from uncollapse.errors import InputError
 from uncollapse.legible import legible
 from uncollapse.records.ablation import ABLATION_SCHEMA, AblationRecord
 from uncollapse.records.attribution import ATTRIBUTION_SCHEMA, AttributionRecord
+from uncollapse.records.common import Finding, ModelInfo, Probe
 from uncollapse.records.comparison import COMPARISON_SCHEMA, ComparisonRecord
 from uncollapse.records.diagnosis import DIAGNOSIS_SCHEMA, DiagnosisRecord
 from uncollapse.records.heads import HEADS_SCHEMA, IdentifiabilityRecord
 from uncollapse.records.ledger import LEDGER_SCHEMA, Ledger
+from uncollapse.records.sweep import SWEEP_SCHEMA, SweepRecord
 from uncollapse.records.symmetries import SYMMETRIES_SCHEMA, SymmetriesRecord
 from uncollapse.records.trail import TRAIL_SCHEMA, TrailRecord
-from uncollapse.report import ablation, attribution, comparison, diagnosis, heads, ledger, symmetries, trail
+from uncollapse.report import (
+    ablation,
+    attribution,
+    comparison,
+    diagnosis,
+    heads,
+    ledger,
+    sweep,
+    symmetries,
+    trail,
+    wording,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,12 +57,25 @@ def draw(record: AnyRecord) -> str:
     return _shown("draw", record).page()
 
 
+def title(record: AnyRecord) -> str:
+    """What the record is about, in a few words: the model, both models of a comparison, or how many claims a ledger has and how
+    many checkpoints a sweep."""
+    match record:
+        case Ledger():
+            return wording.count(len(record.claims), "claim")
+        case SweepRecord():
+            return wording.count(len(record.checkpoints), "checkpoint")
+        case ComparisonRecord():
+            return " → ".join(legible(model.name) for model in record.models)
+    return legible(record.model.name)
+
+
 def show(record: AnyRecord, console: Console) -> None:
     """Print a diagnosis (one row per block, then the findings), an ablation (one row per run, then the predictions), the
     heads' identifiability (the answer, then one row per block), symmetries (one paragraph per phenomenon, then one row per
     test), a ledger (one paragraph per claim, then the verdicts), a trail (one row per look, then the
-    alarms), a comparison (one row per block, then what got worse) or an attribution (the largest effects, then what may be said
-    of the heads).
+    alarms), a comparison (one row per block, then what got worse), a sweep (one row per checkpoint, then the first finding of each
+    kind) or an attribution (the largest effects, then what may be said of the heads).
 
     Raises `InputError` if it is not a record of a schema that this version knows.
     """
@@ -64,7 +90,7 @@ class _Shown(NamedTuple):
 
 def _shown(function: str, record: AnyRecord) -> _Shown:
     """The two functions for this kind of record, with the record filled in and its texts made safe to show."""
-    record = _legible(record)
+    record = _legible(record, str if isinstance(record, Ledger | SweepRecord) else wording.in_digits)
     match record:
         case DiagnosisRecord():
             shown = _Shown(DIAGNOSIS_SCHEMA, partial(diagnosis.page, record), partial(diagnosis.printout, record))
@@ -80,6 +106,8 @@ def _shown(function: str, record: AnyRecord) -> _Shown:
             shown = _Shown(ATTRIBUTION_SCHEMA, partial(attribution.page, record), partial(attribution.printout, record))
         case TrailRecord():
             shown = _Shown(TRAIL_SCHEMA, partial(trail.page, record), partial(trail.printout, record))
+        case SweepRecord():
+            shown = _Shown(SWEEP_SCHEMA, partial(sweep.page, record), partial(sweep.printout, record))
         case Ledger():
             shown = _Shown(LEDGER_SCHEMA, partial(ledger.page, record), partial(ledger.printout, record))
         case _:
@@ -95,25 +123,31 @@ def _shown(function: str, record: AnyRecord) -> _Shown:
     return shown
 
 
-def _legible(held: Any) -> Any:
-    """A record, or a part of one, with every text in it legible. A part in which all texts are is itself what comes back."""
+def _legible(held: Any, said: Callable[[str], str]) -> Any:
+    """A record, or a part of one, with every text in it legible, and its figures as the tables have them (`said`). What a ledger
+    holds is evidence, and names and commands are not ours: these keep their digits. A part in which nothing changes is itself what
+    comes back."""
     if isinstance(held, str):
-        return legible(held)
+        return said(legible(held))
+    if isinstance(held, (ModelInfo, Probe)):
+        said = str
+    if isinstance(held, Finding):  # of a sweep, whose other texts are names
+        said = wording.in_digits
     if isinstance(held, list):
-        parts = [part if isinstance(part, float) else _legible(part) for part in held]
+        parts = [part if isinstance(part, float) else _legible(part, said) for part in held]
         return held if all(map(operator.is_, parts, held)) else parts
     if isinstance(held, dict):
-        pairs = {_legible(key): _legible(value) for key, value in held.items()}
+        pairs = {_legible(key, said): _legible(value, said) for key, value in held.items()}
         return held if all(map(operator.is_, pairs.values(), held.values())) and list(pairs) == list(held) else pairs
     if dataclasses.is_dataclass(held) and not isinstance(held, type):
-        changed = dict(_changed(held))
+        changed = dict(_changed(held, said))
         return dataclasses.replace(held, **changed) if changed else held
     return held
 
 
-def _changed(held: Any) -> Iterator[tuple[str, Any]]:
+def _changed(held: Any, said: Callable[[str], str]) -> Iterator[tuple[str, Any]]:
     for field in dataclasses.fields(held):
         value = getattr(held, field.name)
-        shown = _legible(value)
+        shown = _legible(value, said)
         if shown is not value:
             yield field.name, shown

@@ -122,9 +122,32 @@ def stream_axes(block: BlockAnatomy) -> str:
     return " × ".join(named[axis] for axis in sorted(named))
 
 
-def row_sums(part: PartRecord) -> str:
-    """The range of the row sums; one number if they look the same in print."""
-    if part.row_sums is None:
+def row_sums(parts: Sequence[PartRecord]) -> str:
+    """The range of the row sums of these sublayers; one number if they look the same in print."""
+    sums = [part.row_sums for part in parts if part.row_sums is not None]
+    if not sums:
         return ""
-    low, high = map(number, part.row_sums)
+    low, high = number(min(low for low, _ in sums)), number(max(high for _, high in sums))
     return low if low == high else f"{low} … {high}"
+
+
+def without_numbers(names: str) -> str:
+    """Names of modules with a star for each number in their path.
+
+    >>> without_numbers("matmul #1 of layers.2.attention; layers.2.norms.0 (before)")
+    'matmul #1 of layers.*.attention; layers.*.norms.* (before)'
+    """
+    return re.sub(r"(?<![\w#.])\d+(?=\.[a-z_])|(?<=[a-z_0-9]\.)\d+(?!\w)", "*", names)
+
+
+def measured_sentences(anatomy: AnatomyRecord | None, left_out: str = "") -> list[str]:
+    """What was not measured, or that no part was left out. `left_out` is what the rules had no figures of, as a clause."""
+    if anatomy is None:
+        return ["The record does not say what was taken for what: an older version wrote it."]
+    missing = not_measured_sentences(anatomy)
+    if left_out and not missing:
+        missing = [f"{left_out[0].upper()}{left_out[1:]}."]
+    blocks = count(len(anatomy.blocks), "block")
+    return missing or [
+        f"No part that was found in the {blocks} was left out. Where a single figure is absent, its table says why."
+    ]

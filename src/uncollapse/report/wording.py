@@ -7,6 +7,7 @@ is bad; there are no thresholds here.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +105,33 @@ def site_name(site: SiteRecord, *, with_stack: bool = True) -> str:
     if site.block is not None:
         return place(block=site.block, stack=stack)
     return f"{stack} embedding" if stack else "embedding"
+
+
+def finding_places(findings: Sequence[Finding]) -> str:
+    """The places where a rule fired, in short: heads by their block, and blocks that are alike together.
+
+    >>> from dataclasses import replace
+    >>> one = Finding("", "entropy-collapse", "warning", 0, 1, None, None, "", "", "")
+    >>> finding_places([replace(one, block=b, head=h) for b in (0, 1, 2) for h in (1, 2, 3, 7)])
+    'blocks 0–2 (heads 1–3, 7)'
+    >>> finding_places([replace(one, block=b, head=None) for b in (3, 4, 9)] + [one])
+    'blocks 3–4, 9; block 0 (head 1)'
+    """
+    heads: dict[tuple[str | None, str | None, int | None], list[int | None]] = {}
+    for finding in findings:
+        heads.setdefault((finding.stack, finding.kind, finding.block), []).append(finding.head)
+    alike: dict[tuple[str | None, str | None, tuple[int, ...] | None], list[int | None]] = {}
+    for (stack, kind, block), found in heads.items():
+        named = None if None in found else tuple(sorted({head for head in found if head is not None}))
+        alike.setdefault((stack, kind, named), []).append(block)
+    places = []
+    for (stack, kind, named), blocks in alike.items():
+        known = [block for block in blocks if block is not None]
+        words = [finding_place(finding) for finding in findings if finding.block is None][:1] if None in blocks else []
+        words += [(f"{stack} " if stack else "") + numbers_in_words(known)] if known else []
+        within = f" ({numbers_in_words(named, 'head')})" if named else ""
+        places.append(", ".join(words) + within + (" (cross)" if kind == "cross" else ""))
+    return "; ".join(places)
 
 
 def finding_place(finding: Finding) -> str:
@@ -316,11 +344,11 @@ def blocks_in_words(heads: Sequence[HeadsRecord]) -> str:
     return "; ".join(parts)
 
 
-def numbers_in_words(blocks: Iterable[int]) -> str:
-    """Blocks by their numbers, consecutive ones as a range.
+def numbers_in_words(blocks: Iterable[int], noun: str = "block") -> str:
+    """Blocks, or other things, by their numbers, consecutive ones as a range.
 
-    >>> numbers_in_words([2, 0, 1, 5]), numbers_in_words([4])
-    ('blocks 0–2, 5', 'block 4')
+    >>> numbers_in_words([2, 0, 1, 5]), numbers_in_words([4], "head")
+    ('blocks 0–2, 5', 'head 4')
     """
     numbers = sorted(blocks)
     runs: list[list[int]] = []
@@ -330,7 +358,28 @@ def numbers_in_words(blocks: Iterable[int]) -> str:
         else:
             runs.append([block])
     said = ", ".join(f"{run[0]}–{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-    return f"{'block' if len(numbers) == 1 else 'blocks'} {said}"
+    return f"{noun if len(numbers) == 1 else f'{noun}s'} {said}"
+
+
+EXPONENT = re.compile(r"(?<![\w.])(-?\d(?:\.\d+)?)e([+-])(\d{2,3})(?!\w)")
+
+
+def in_digits(words: str) -> str:
+    """A text with its figures written as `number` writes them: a message may say 7.11e+04 beside a table that says 71,097.
+
+    >>> in_digits("noise gain 7.11e+04, off by 1.2e-05, over 1e+03 keys"), in_digits("3e+12 and e+04")
+    ('noise gain 71,100, off by 1.2e-5, over 1,000 keys', '3e12 and e+04')
+    """
+    if "e+" not in words and "e-" not in words:
+        return words
+
+    def said(found: re.Match[str]) -> str:
+        mantissa, sign, exponent = found.groups()
+        if sign == "+" and int(exponent) < 9:
+            return f"{float(found[0]):,.0f}"
+        return f"{mantissa}e{'-' if sign == '-' else ''}{int(exponent)}"
+
+    return EXPONENT.sub(said, words)
 
 
 def percent(share: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -333,6 +334,20 @@ def token_mask(batch: Mapping[str, Tensor], key: str = "attention_mask") -> Bool
             f"{mask.min().item():g} to {mask.max().item():g}. It may be an additive mask. Pass zeros and ones."
         )
     return mask.bool()
+
+
+def fingerprint(batches: Sequence[Mapping[str, Any]]) -> str:
+    """What tells these batches from any others: a digest of their names, shapes, formats and bits."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name in sorted(batch):
+            value = batch[name]
+            if isinstance(value, Tensor):
+                digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                digest.update(f"{name}{value!r}".encode())
+    return digest.hexdigest()[:16]
 
 
 def sequence_count(batches: Iterable[Mapping[str, Tensor]]) -> int:

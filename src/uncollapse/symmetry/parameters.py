@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Point
+from uncollapse.anatomy.sharded_weights import is_part
 from uncollapse.anatomy.vocabulary import ModuleCall
 from uncollapse.symmetry.studied_calls import ROLES, Place, Rows, StudiedCall
 
@@ -86,7 +87,7 @@ def _parameters(model: nn.Module, place: Place, met: Operands) -> Parameters | s
     found: dict[int, list[tuple[str, int, int]]] = {1: [], 2: []}
     for operand in operands:
         for name, parameter in named.items():
-            if operand.ndim in found and is_part_of(operand, parameter):
+            if operand.ndim in found and not is_part(parameter) and is_part_of(operand, parameter):
                 out = 0 if operation == "linear" else operand.ndim - 1
                 strides = parameter.stride()
                 axis = strides.index(operand.stride(0 if operand.ndim == 1 else out))
@@ -108,6 +109,8 @@ def _parameters_of_module(model: nn.Module, name: str) -> Parameters | str:
     if len(matrices) != 1 or len(vectors) > 1 or len(matrices) + len(vectors) != len(own):
         return f"{name} has no weight matrix of its own that could be changed; it may be quantised or made of parts"
     weight, bias = own[matrices[0]], own[vectors[0]] if vectors else None
+    if is_part(weight):
+        return f"the weights of {name} are shared out over several processes"
     if weight.device.type == "meta":
         return f"the weights of {name} are not loaded; they are offloaded"
     if not weight.is_floating_point() or torch.finfo(weight.dtype).bits < 16:
@@ -130,7 +133,7 @@ def refuse_shared(
     storages: dict[int, set[tuple[int, str]]] = {}
     for name, parameter in named.items():
         owner, _, leaf = name.rpartition(".")
-        if parameter.device.type != "meta":
+        if parameter.device.type != "meta" and not is_part(parameter):
             users = storages.setdefault(parameter.untyped_storage().data_ptr(), set())
             users.add((id(model.get_submodule(owner)), leaf))
     referenced: dict[str, set[int]] = {}

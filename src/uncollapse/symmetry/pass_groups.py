@@ -138,7 +138,7 @@ class LogitShift:
     """The same number added to all logits of a row: row i gets `amounts[i mod len(amounts)]`. An exact symmetry of the softmax.
 
     Added at the softmax, behind all masks, which it respects. Columns beyond the keys are no logits of keys and are not
-    shifted: attention sinks break the symmetry. A group under addition.
+    shifted: sink columns break the symmetry. A group under addition.
     """
 
     amounts: Float[Tensor, " row"]
@@ -189,7 +189,7 @@ class LogitScaling:
     """All logits times `factor` > 0, masks apart: the temperature. Not a symmetry but the group whose attracting fixed points,
     rows uniform on the keys of largest logit, are entropy collapse. A group under multiplication.
 
-    Columns beyond the keys, attention sinks, are left as they are.
+    Columns beyond the keys, sink columns, are left as they are.
     """
 
     factor: float

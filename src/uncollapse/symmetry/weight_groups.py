@@ -232,7 +232,7 @@ class ValueOutputGauge:
         if shift:
             words += ", and a shift of each channel from the value bias to the output bias"
         elif channels.sinks and channels.values is not None and channels.values.bias is not None:
-            words += "; no shift of the value bias, which attention sinks make visible"
+            words += "; no shift of the value bias, which sink columns make visible"
         dimension = heads.gauge_dimension(count, width, value_bias=shift, output_bias=shift)
         return Subgroup(True, words, dimension)
 

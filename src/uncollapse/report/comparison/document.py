@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
@@ -13,14 +14,18 @@ from uncollapse.report import wording
 from uncollapse.report.comparison import wording as say
 from uncollapse.report.page import cells, sheet
 from uncollapse.report.page.curves import depth_axis
-from uncollapse.report.page.figures import BLUE, FIT, ORANGE, Chart, Key, rows, specification
+from uncollapse.report.page.figures import BLUE, FIT, GREY, ORANGE, Chart, Key, rows, specification, ticks
 from uncollapse.report.page.panels import Panel, Tile, bundle
+
+MAPPED = ("normalized_entropy", "max_logit", "rest_entropy", "value_contraction")
+SHARES = ("normalized_entropy", "rest_entropy", "key_share")  # from 0 to 1, and compared by their difference
+HEADS_TABLE = "heads-table"
 
 
 def document(record: ComparisonRecord) -> str:
     """The page of one comparison."""
     curves = [_curve(record, measure) for measure in ("consensus_after_norm", "effective_rank", "stream_carried")]
-    maps = [_map(record, measure) for measure in ("max_logit", "rest_entropy", "value_contraction")]
+    maps = _maps(record)
     return sheet.render(
         "comparison/page.html.j2",
         styles=["page/page.css"],
@@ -34,8 +39,11 @@ def document(record: ComparisonRecord) -> str:
             [chart for chart in curves if chart],
             [_table(record.sites, "sites-table", "Every figure of the stream")],
         ),
+        maps=maps,
         heads=Panel(
-            "", [chart for chart in maps if chart], [_table(record.heads, "heads-table", "Every figure of the heads")]
+            "",
+            [chart for each in maps for chart in each.charts],
+            [_table(record.heads, HEADS_TABLE, "Every figure of the heads")],
         ),
     )
 
@@ -82,34 +90,87 @@ def _curve(record: ComparisonRecord, measure: str) -> Chart | None:
     return Chart(f"depth-{measure}".replace("_", "-"), title, f"{title} along depth, before and after.", spec, legend)
 
 
-def _map(record: ComparisonRecord, measure: str) -> Chart | None:
-    """By how many doublings a figure of each head changed: one row per block, one column per head."""
-    drawn: list[dict[str, Any]] = [
-        {"block": c.block, "head": c.head, "value": max(-3.0, min(3.0, math.log2(c.factor)))}
-        for c in record.heads
-        if c.measure == measure and c.kind == "self" and c.factor is not None
+@dataclass(frozen=True)
+class Maps:
+    """A figure of every head of one kind of attention: before, after, and how it changed."""
+
+    heading: str
+    charts: list[Chart]
+
+
+def _maps(record: ComparisonRecord) -> list[Maps]:
+    """The heads of both models side by side, on one scale, and the difference beside them."""
+    groups = wording.groups(record.heads)
+    several = len({kind for _, kind in groups}) > 1
+    found = []
+    for measure in MAPPED:
+        for (stack, kind), heads in groups.items():
+            changes = [change for change in heads if change.measure == measure]
+            if changes:
+                where = wording.group_name(stack, kind, several_kinds=several)
+                title = say.TITLES[measure].capitalize()
+                key = cells.slug("map", measure.replace("_", "-"), stack, kind)
+                rows_of = {id(change): f"{HEADS_TABLE}-{number}" for number, change in enumerate(record.heads)}
+                charts = _three(changes, measure, key, say.names(record), rows_of)
+                found.append(Maps(f"{title}, {where.lower()}" if where else title, charts))
+    return found
+
+
+def _three(
+    changes: Sequence[Change], measure: str, key: str, names: Sequence[str], rows_of: Mapping[int, str]
+) -> list[Chart]:
+    highest = max(1.0 if measure in SHARES else 0.0, *(max(c.before, c.after) for c in changes))
+    lowest = min(0.0, *(min(c.before, c.after) for c in changes))
+    level = alt.Scale(domain=[lowest, highest or 1.0], scheme="viridis")
+    differences = [c.after - c.before if measure in SHARES else _doublings(c) for c in changes]
+    most = max((abs(d) for d in differences if d is not None), default=0.0) or 1.0
+    most = most if measure in SHARES else max(2.0, min(6.0, most))
+    change = alt.Scale(domain=[-most, 0, most], range=["#3f83c6", "#f4f4f4", "#d1403f"], interpolate="rgb", clamp=True)
+    unit = "after − before" if measure in SHARES else "in doublings"
+    drawn: list[tuple[str, str, Sequence[float | None], alt.Scale]] = [
+        ("before", names[0], [c.before for c in changes], level),
+        ("after", names[1], [c.after for c in changes], level),
+        ("change", f"Difference, {unit}", differences, change),
     ]
-    if not drawn:
-        return None
-    blocks = len({cell["block"] for cell in drawn})
-    chart = (
-        alt.Chart(rows(drawn))
-        .mark_rect()
-        .encode(
-            x=alt.X("head:O", axis=alt.Axis(title="head", labelAngle=0, orient="top", labelOverlap="greedy")),
-            y=alt.Y("block:O", axis=alt.Axis(title="block", labelOverlap="greedy")),
-            color=alt.Color(
-                "value:Q",
-                scale=alt.Scale(domain=[-2, 0, 2], range=["#3f83c6", "#f4f4f4", "#d1403f"], clamp=True),
-                legend=alt.Legend(title="doublings", orient="bottom", gradientLength=200, tickCount=5),
-            ),
+    title = say.TITLES[measure]
+    return [
+        _map(
+            f"{key}-{part}",
+            words,
+            f"{title[:1].upper()}{title[1:]} of every head, {part}: one row per block, one column per head.",
+            [
+                {"block": c.block, "head": c.head, "value": value, "row": rows_of[id(c)]}
+                for c, value in zip(changes, values, strict=True)
+            ],
+            scale,
         )
+        for part, words, values, scale in drawn
+    ]
+
+
+def _doublings(change: Change) -> float | None:
+    return None if change.factor is None else math.log2(change.factor)
+
+
+def _map(key: str, title: str, label: str, drawn: list[dict[str, Any]], scale: alt.Scale) -> Chart:
+    """One map: a row per block, a column per head. Each cell leads to its row in the table."""
+    blocks, columns = len({cell["block"] for cell in drawn}), 1 + max(cell["head"] for cell in drawn)
+    base = alt.Chart(rows(drawn)).encode(
+        x=alt.X("head:O", axis=alt.Axis(title="head", labelAngle=0, orient="top", values=ticks(columns, 12))),
+        y=alt.Y("block:O", axis=alt.Axis(title="block", labelOverlap="greedy")),
+        tooltip="row:N",
     )
+    color = alt.Color(
+        "value:Q", scale=scale, legend=alt.Legend(title=None, orient="bottom", gradientLength=160, tickCount=4)
+    )
+    layers = [
+        base.mark_rect(color=GREY, opacity=0.25),
+        base.transform_filter("isValid(datum.value)").mark_rect().encode(color=color),
+    ]
     height = max(60, min(500, 24 * blocks))
-    spec = specification(alt.layer(chart).properties(width="container", height=height, autosize=FIT))
-    title = f"{say.TITLES[measure].capitalize()}: change of every head"
-    label = f"{title}, in doublings: one row per block, one column per head."
-    return Chart(f"heads-{measure}".replace("_", "-"), title, label, spec, [], "medium")
+    spec = specification(alt.layer(*layers).properties(width="container", height=height, autosize=FIT))
+    legend = [Key("not comparable", GREY, "area")] if any(cell["value"] is None for cell in drawn) else []
+    return Chart(key, title, label, spec, legend)
 
 
 def _table(changes: Sequence[Change], key: str, caption: str) -> cells.Table:

@@ -11,14 +11,19 @@ import altair as alt
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import AttentionRecord, SiteRecord
 from uncollapse.report import wording
+from uncollapse.report.healthy import References, in_percent
 from uncollapse.report.page import cells
 from uncollapse.report.page.curves import Line, along_depth, measured
 from uncollapse.report.page.figures import BLUE, FIT, GREY, ORANGE, RED, TEAL, Chart, Key, rows, specification, ticks
 
+# Black or white, whichever has the higher contrast on the cell's own colour: it is equal at a luminance of 0.179.
+INK = alt.condition("luminance(scale('color', datum.value)) < 0.179", alt.value("#ffffff"), alt.value("#000000"))
 LABELLED_HEADS = 16  # up to here a cell of the map is wide enough for its number, on a phone too
 
 
-def entropy_map(heads: Sequence[AttentionRecord], findings: Sequence[Finding], key: str, where: str) -> Chart | None:
+def entropy_map(
+    heads: Sequence[AttentionRecord], findings: Sequence[Finding], key: str, where: str, healthy: References
+) -> Chart | None:
     """Normalized entropy, one cell per block and head, on a fixed scale from 0 to 1."""
     if not any(record.normalized_entropy for record in heads):
         return None
@@ -54,8 +59,13 @@ def entropy_map(heads: Sequence[AttentionRecord], findings: Sequence[Finding], k
         base.transform_filter("isValid(datum.value)").mark_rect().encode(color=color, tooltip="row:N"),
     ]
     if labelled:
-        ink = alt.condition("isValid(datum.value) && datum.value < 0.6", alt.value("#ffffff"), alt.value("#10151a"))
-        layers.append(base.mark_text(fontSize=10).encode(text="label:N", color=ink, tooltip="row:N"))
+        measured_cells = base.transform_filter("isValid(datum.value)")
+        layers.append(measured_cells.mark_text(fontSize=10).encode(text="label:N", color=INK, tooltip="row:N"))
+        layers.append(
+            base.transform_filter("!isValid(datum.value)")
+            .mark_text(fontSize=10, color="currentColor")  # on the page's own ground, light or dark
+            .encode(text="label:N", tooltip="row:N")
+        )
     faults = [finding for finding in findings if finding.severity != "info"]  # what is only told is not at fault
     marked = [
         cell for cell, record in zip(drawn, heads, strict=True) if any(cells.names_head(f, record) for f in faults)
@@ -74,7 +84,14 @@ def entropy_map(heads: Sequence[AttentionRecord], findings: Sequence[Finding], k
     spec = specification(alt.layer(*layers).properties(width="container", height=step * len(blocks), autosize=FIT))
     label = f"Normalized entropy of every head{f' in the {where}' if where else ''}: one row per block, one column per head."
     size = "small" if columns <= LABELLED_HEADS else "medium" if columns <= 40 else "wide"
-    return Chart(key, "Normalized entropy, blocks × heads", label, spec, legend, size)
+    reference = _reference(healthy, "attention.normalized_entropy")
+    return Chart(key, "Normalized entropy, blocks × heads", label, spec, legend, size, reference=reference)
+
+
+def _reference(healthy: References, figure: str) -> str:
+    """What a figure is in healthy models: over all places, and how low it gets from model to model."""
+    words = healthy.words(figure)
+    return f"Healthy models: {words}; their lowest {healthy.lowest(figure)}." if words else ""
 
 
 def _short(value: float | None) -> str:
@@ -87,7 +104,9 @@ def _short(value: float | None) -> str:
 DRAWN_FLOOR = 1e-17  # a logarithmic axis has no zero: smaller values are drawn here, and the tooltip has the true value
 
 
-def trajectory_charts(sites: Sequence[SiteRecord], findings: Sequence[Finding], key: str, where: str) -> list[Chart]:
+def trajectory_charts(
+    sites: Sequence[SiteRecord], findings: Sequence[Finding], key: str, where: str, healthy: References
+) -> list[Chart]:
     """The ranks and the attainable rank, the consensus distance on a logarithmic axis, the token similarity."""
     names = ["in" if site.block is None else str(site.block) for site in sites]
     keys = [
@@ -114,7 +133,9 @@ def trajectory_charts(sites: Sequence[SiteRecord], findings: Sequence[Finding], 
         )
         legend = [line.key for line in ranks] + ([Key("attainable rank", GREY, "area")] if shown else [])
         label = f"Rank, affine rank and effective rank along depth{inside}, compared with the attainable rank."
-        charts.append(Chart(f"{key}-ranks", "Ranks and the attainable rank", label, spec, legend))
+        found = healthy.of("trajectory.effective_rank")
+        reference = f"Healthy effective rank: {in_percent(found.low, found.high)} of the attainable." if found else ""
+        charts.append(Chart(f"{key}-ranks", "Ranks and the attainable rank", label, spec, legend, reference=reference))
     named = [depth for depth, site in enumerate(sites) if any(cells.names_site(f, site) for f in findings)]
     charts += [
         chart
@@ -122,7 +143,7 @@ def trajectory_charts(sites: Sequence[SiteRecord], findings: Sequence[Finding], 
             ("consensus_distance", "Consensus distance", _log_axis(sites), _on_log_axis),
             ("token_similarity", "Token similarity", _cosine_axis(sites), float),
         )
-        if (chart := _pair_chart(sites, names, keys, measure, title, y, drawn, named, key, inside))
+        if (chart := _pair_chart(sites, names, keys, measure, title, y, drawn, named, key, inside, healthy))
     ]
     return charts
 
@@ -138,6 +159,7 @@ def _pair_chart(
     named: Sequence[int],
     key: str,
     inside: str,
+    healthy: References,
 ) -> Chart | None:
     """A norm-sensitive measure of all tokens and, if the printed figures differ, without the largest-norm ones."""
     everything = [getattr(site, measure) for site in sites]
@@ -156,7 +178,10 @@ def _pair_chart(
     if ringed:
         legend.append(Key("named by a finding", RED, "ring"))
     scale = ", on a logarithmic axis" if measure == "consensus_distance" else ""
-    return Chart(f"{key}-{measure}".replace("_", "-"), title, f"{title} along depth{inside}{scale}.", spec, legend)
+    words = healthy.words(f"trajectory.{measure}")
+    reference = f"Healthy models: {words}." if words else ""
+    label = f"{title} along depth{inside}{scale}."
+    return Chart(f"{key}-{measure}".replace("_", "-"), title, label, spec, legend, reference=reference)
 
 
 def _on_log_axis(value: float) -> float:

@@ -18,7 +18,7 @@ from uncollapse.records.diagnosis import DiagnosisRecord, SiteRecord
 from uncollapse.report import wording
 from uncollapse.report.anatomy import kinds_of_blocks, not_measured_sentences
 from uncollapse.report.diagnosis import corpus
-from uncollapse.report.diagnosis.wording import dispersion_sentences, verdict_sentences
+from uncollapse.report.diagnosis.wording import dispersion_sentences, healthy_sentence, verdict_sentences
 from uncollapse.report.page import cells
 from uncollapse.report.terminal import plain
 from uncollapse.report.terminal.columns import Column, flat, heading, width
@@ -51,6 +51,7 @@ def print_record(record: DiagnosisRecord, console: Console) -> None:
     console.print(table)
     console.print()
     say(_caption(record), "dim")
+    say(healthy_sentence(record), "dim")
     if names := [name for name in left_out if name not in ("head verdict", "worst seq.")]:
         say(f"Hidden because the terminal is only {console.width} columns wide: {', '.join(names)}.", "dim")
     if any(site.streams for site in record.trajectory):

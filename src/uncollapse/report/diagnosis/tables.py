@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 
 from uncollapse.records.anatomy import AnatomyRecord, AttentionCallRecord, BlockAnatomy, PartRecord
@@ -11,6 +11,7 @@ from uncollapse.records.common import Finding, Statistic
 from uncollapse.records.diagnosis import AttentionRecord, DiagnosisRecord, HeadsRecord, SiteRecord, StreamRecord
 from uncollapse.report import anatomy as taken
 from uncollapse.report import wording
+from uncollapse.report.healthy import References, in_words
 from uncollapse.report.page.cells import (
     Cell,
     Column,
@@ -55,7 +56,7 @@ ATTENTION = [
 ]
 
 
-def trajectory_table(sites: Sequence[SiteRecord], findings: Sequence[Finding], key: str) -> Table:
+def trajectory_table(sites: Sequence[SiteRecord], findings: Sequence[Finding], key: str, healthy: References) -> Table:
     """One row per site."""
     return table(
         key,
@@ -65,6 +66,7 @@ def trajectory_table(sites: Sequence[SiteRecord], findings: Sequence[Finding], k
         sites,
         site_key,
         lambda site: severity_of(findings, lambda f: names_site(f, site)),
+        healthy.columns("trajectory"),
     )
 
 
@@ -72,7 +74,7 @@ def _order(site: SiteRecord) -> float:
     return -1.0 if site.block is None else float(site.block)
 
 
-def massive_table(sites: Sequence[SiteRecord], key: str) -> Table | None:
+def massive_table(sites: Sequence[SiteRecord], key: str, healthy: References) -> Table | None:
     """The norm-sensitive measures without the largest-norm tokens; `None` if they were not measured."""
     seen = [site for site in sites if site.massive_tokens_left_out is not None]
     if not seen:
@@ -87,6 +89,7 @@ def massive_table(sites: Sequence[SiteRecord], key: str) -> Table | None:
         measures,
         seen,
         left_out_key,
+        references=healthy.columns("left_out"),
     )
 
 
@@ -125,7 +128,9 @@ class _StreamAt:
         return self.site.unavailable
 
 
-def attention_table(heads: Sequence[AttentionRecord], findings: Sequence[Finding], key: str) -> Table:
+def attention_table(
+    heads: Sequence[AttentionRecord], findings: Sequence[Finding], key: str, healthy: References
+) -> Table:
     """One row per head."""
     measures = list(ATTENTION)
     if any(record.route for record in heads):
@@ -141,6 +146,7 @@ def attention_table(heads: Sequence[AttentionRecord], findings: Sequence[Finding
         heads,
         head_key,
         lambda record: severity_of(findings, lambda f: names_head(f, record)),
+        healthy.columns("attention"),
     )
 
 
@@ -149,7 +155,7 @@ def mean_length(record: DiagnosisRecord) -> int:
     return round(record.probe.tokens / max(1, record.probe.sequences))
 
 
-def heads_table(record: DiagnosisRecord, key: str) -> Table:
+def heads_table(record: DiagnosisRecord, key: str, healthy: References) -> Table:
     """One row per output projection. Figures are per token, and also times the mean length n of the probe."""
     n = mean_length(record)
     order = {id(heads): float(index) for index, heads in enumerate(record.heads)}
@@ -199,7 +205,31 @@ def heads_table(record: DiagnosisRecord, key: str) -> Table:
         record.heads,
         block_key,
         lambda heads: severity_of(record.findings, lambda f: names_heads(f, heads)),
+        _references_of_heads(record.heads, healthy),
     )
+
+
+def _references_of_heads(heads: Sequence[HeadsRecord], healthy: References) -> dict[str, str]:
+    """What the figures of a block's heads are elsewhere: forced by the shape, in random weights of the size, in healthy models."""
+    said = {
+        "kernel_dimension": f"forced by the shape: {_one_of(max(0, h.heads * h.head_width - h.width) for h in heads)}"
+    }
+    if condition := healthy.words("heads.condition_number"):
+        said["condition_number"] = f"healthy {condition}"
+    random = _one_of(h.head_width / h.width for h in heads if h.width)
+    healthy_overlap = healthy.words("heads.largest_overlap")
+    beside = f"; healthy {healthy_overlap}" if healthy_overlap else ""
+    said["write_space_overlap"] = f"random pair {random}{beside}"
+    shares = healthy.of("heads.largest_energy_share")
+    even = _one_of(1 / h.heads for h in heads if h.heads)
+    beside = f"; healthy {in_words(shares.low, shares.high)} times that" if shares else ""
+    said["energy_share"] = f"even {even}{beside}"
+    return said
+
+
+def _one_of(values: Iterable[float]) -> str:
+    """The values that occur, in print."""
+    return " or ".join(dict.fromkeys(map(wording.number, values)))
 
 
 @dataclass(frozen=True)
@@ -209,8 +239,13 @@ class _Taken:
     block: BlockAnatomy
     part: PartRecord
     call: AttentionCallRecord | None
-    number: int
     unavailable: dict[str, str]
+
+    def form(self) -> tuple[str, ...]:
+        """Two rows of the same form were read alike."""
+        known = "" if self.part.deviation is None else "known"
+        texts = [self.part.kind, known, *(str(value(self)) for _, _, value in _TAKEN), *self.unavailable.values()]
+        return tuple(taken.without_numbers(text) for text in texts)
 
     def of_call(self, value: Callable[[AttentionCallRecord], str | None]) -> str | None:
         """A fact of the attention call; empty for a sublayer that has none."""
@@ -218,7 +253,8 @@ class _Taken:
 
 
 def anatomy_table(anatomy: AnatomyRecord | None, key: str) -> Table | None:
-    """One row per sublayer and attention call; `None` for a record that was written before this was recorded."""
+    """One row for the sublayers and attention calls that were read alike; `None` for a record that was written before this was
+    recorded."""
     if anatomy is None:
         return None
     reasons = {(m.block, m.what): m.reason for m in anatomy.not_measured}
@@ -230,54 +266,60 @@ def anatomy_table(anatomy: AnatomyRecord | None, key: str) -> Table | None:
             missing |= {"stream": block.axes_reason, "output_projection": "no output projection follows this attention"}
             missing["softmax"] = "no softmax makes the weights"
             calls: list[AttentionCallRecord | None] = [*part.attention] or [None]
-            rows += [_Taken(block, part, call, 0, missing) for call in calls]
-    rows = [replace(row, number=number) for number, row in enumerate(rows)]
+            rows += [_Taken(block, part, call, missing) for call in calls]
+    alike: dict[tuple[str, ...], list[_Taken]] = {}
+    for row in rows:
+        alike.setdefault(row.form(), []).append(row)
     return table(
         key,
         "What was taken for what",
         [
-            (Column("block"), lambda row: Cell(str(row.block.block), sort=float(row.block.block))),
-            (Column("sublayer", numeric=False), lambda row: Cell(taken.PART_NAMES[row.part.kind])),
+            (Column("block"), _Alike.blocks),
+            (Column("sublayer", numeric=False), lambda alike: Cell(taken.PART_NAMES[alike.rows[0].part.kind])),
         ],
         [
-            Measure("module", Column("module", numeric=False), lambda row: row.part.module),
-            Measure("stream", Column("stream", "its axes", False), lambda row: taken.stream_axes(row.block) or None),
-            Measure("product", Column("mixes the values", numeric=False), lambda row: row.of_call(lambda c: c.product)),
-            Measure(
-                "axes",
-                Column("weights", "their axes", False),
-                lambda row: row.of_call(lambda c: " × ".join(c.axes) or None),
-            ),
-            Measure("softmax", Column("weights made by", numeric=False), lambda row: row.of_call(lambda c: c.softmax)),
-            Measure("heads", Column("heads", "of keys and values", False), lambda row: row.of_call(_heads_of)),
-            Measure(
-                "forbids",
-                Column("forbids pairs", numeric=False),
-                lambda row: row.of_call(lambda c: ", ".join(taken.forbidding(c)) or "nothing"),
-            ),
-            Measure(
-                "sinks",
-                Column("sink columns", "before + after", False),
-                lambda row: row.of_call(lambda c: f"{c.before} + {c.after}"),
-            ),
-            Measure(
-                "deviation", Column("deviation", "‖AV − result‖"), lambda row: row.part.deviation if row.call else ""
-            ),
-            Measure(
-                "row_sums",
-                Column("row sums", numeric=False),
-                lambda row: taken.row_sums(row.part) or None if row.call else "",
-            ),
-            Measure(
-                "output_projection",
-                Column("output projection", "W_O", False),
-                lambda row: row.of_call(lambda c: c.output_projection),
-            ),
-            Measure("norms", Column("norms of the block", numeric=False), _norms_of),
+            *(Measure(name, column, _said(value)) for name, column, value in _TAKEN if name != "norms"),
+            Measure("deviation", Column("deviation", "largest ‖AV − result‖"), _Alike.deviation),
+            Measure("row_sums", Column("row sums", numeric=False), _Alike.row_sums),
+            *(Measure(name, column, _said(value)) for name, column, value in _TAKEN if name == "norms"),
         ],
-        rows,
-        lambda row: slug("taken", row.number),
+        [_Alike(rows, number) for number, rows in enumerate(alike.values())],
+        lambda alike: slug("taken", alike.number),
     )
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """Sublayers that were read alike: they differ in the number of their block alone, which is a star in their names."""
+
+    rows: list[_Taken]
+    number: int
+
+    @property
+    def unavailable(self) -> dict[str, str]:
+        return self.rows[0].unavailable
+
+    def blocks(self) -> Cell:
+        blocks = list(dict.fromkeys(row.block.block for row in self.rows))
+        return Cell(wording.numbers_in_words(blocks).partition(" ")[2], sort=float(blocks[0]))
+
+    def said(self, value: Callable[[_Taken], str | None]) -> str | None:
+        texts = list(dict.fromkeys(value(row) for row in self.rows))
+        return texts[0] if len(texts) == 1 or texts[0] is None else taken.without_numbers(texts[0])
+
+    def deviation(self) -> float | str | None:
+        if self.rows[0].call is None:
+            return ""
+        return max((row.part.deviation for row in self.rows if row.part.deviation is not None), default=None)
+
+    def row_sums(self) -> str | None:
+        if self.rows[0].call is None:
+            return ""
+        return taken.row_sums([row.part for row in self.rows]) or None
+
+
+def _said(value: Callable[[_Taken], str | None]) -> Callable[[_Alike], str | None]:
+    return lambda alike: alike.said(value)
 
 
 def _heads_of(call: AttentionCallRecord) -> str:
@@ -289,6 +331,32 @@ def _norms_of(row: _Taken) -> str:
     return "; ".join(
         f"{norm.norm} ({norm.role}{', cannot be removed' if norm.obstacle else ''})" for norm in row.block.norms
     )
+
+
+_TAKEN: list[tuple[str, Column, Callable[[_Taken], str | None]]] = [
+    ("module", Column("module", numeric=False), lambda row: row.part.module),
+    ("stream", Column("stream", "its axes", False), lambda row: taken.stream_axes(row.block) or None),
+    ("product", Column("mixes the values", numeric=False), lambda row: row.of_call(lambda c: c.product)),
+    ("axes", Column("weights", "their axes", False), lambda row: row.of_call(lambda c: " × ".join(c.axes) or None)),
+    ("softmax", Column("weights made by", numeric=False), lambda row: row.of_call(lambda c: c.softmax)),
+    ("heads", Column("heads", "of keys and values", False), lambda row: row.of_call(_heads_of)),
+    (
+        "forbids",
+        Column("forbids pairs", numeric=False),
+        lambda row: row.of_call(lambda c: ", ".join(taken.forbidding(c)) or "nothing"),
+    ),
+    (
+        "sinks",
+        Column("sink columns", "before + after", False),
+        lambda row: row.of_call(lambda c: f"{c.before} + {c.after}"),
+    ),
+    (
+        "output_projection",
+        Column("output projection", "W_O", False),
+        lambda row: row.of_call(lambda c: c.output_projection),
+    ),
+    ("norms", Column("norms of the block", numeric=False), _norms_of),
+]
 
 
 @dataclass(frozen=True)
@@ -334,4 +402,8 @@ def shares_table(heads: Sequence[HeadsRecord], key: str) -> Table | None:
         ],
         records,
         lambda share: slug("share", share.block.stack, share.block.kind, share.block.block, share.head),
+        references={
+            "energy_share": f"even {_one_of(1 / h.heads for h in heads if h.heads > 1)}",
+            "write_space_overlap": f"random pair {_one_of(h.head_width / h.width for h in heads if h.width)}",
+        },
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from uncollapse.records.diagnosis import DiagnosisRecord, SiteRecord
+from uncollapse.report.healthy import in_percent, references
 from uncollapse.report.wording import (
     blocks_in_words,
     extreme,
@@ -10,6 +11,7 @@ from uncollapse.report.wording import (
     head_place,
     lowest_rank_share,
     number,
+    numbers_in_words,
     percent,
     site_name,
     verdicts,
@@ -26,9 +28,14 @@ def depth_sentences(record: DiagnosisRecord) -> list[str]:
         first, last = extreme(sites[:1], "consensus_distance"), extreme(sites[-1:], "consensus_distance")
         lowest = extreme(sites, "consensus_distance", "min")
         if first and last and lowest:
+            ends = [number(end.value) for end in (first, last)]
+            course = f"goes from {ends[0]} at {_named(first.record)} to {ends[1]} at {_named(last.record)}"
+            if ends[0] == ends[1]:
+                course = f"is {ends[0]} at {_named(first.record)} and at {_named(last.record)}"
+            words = references(record).words("trajectory.consensus_distance")
+            course += f" (healthy: {words})" if words else ""
             sentences.append(
-                f"{where} consensus distance goes from {number(first.value)} at {_named(first.record)} to "
-                f"{number(last.value)} at {_named(last.record)}. The lowest sequence has {number(lowest.value)}, "
+                f"{where} consensus distance {course}. The lowest sequence has {number(lowest.value)}, "
                 f"at {_named(lowest.record)}."
             )
         share = lowest_rank_share(sites)
@@ -47,14 +54,18 @@ def _named(site: SiteRecord) -> str:
 
 
 def attention_sentences(record: DiagnosisRecord) -> list[str]:
-    """The sharpest and the most uniform head."""
+    """The sharpest and the most uniform head, beside those of healthy models."""
     lowest = extreme(record.attention, "normalized_entropy")
     highest = extreme(record.attention, "normalized_entropy", highest=True)
     if lowest is None or highest is None:
         return []
+    words = references(record).words("attention.normalized_entropy")
+    beside = f" (healthy: {words})" if words else ""
+    if number(lowest.value) == number(highest.value):
+        return [f"Normalized entropy is {number(lowest.value)} in every head{beside}."]
     return [
         f"Normalized entropy ranges from {number(lowest.value)} at {head_place(lowest.record)} "
-        f"to {number(highest.value)} at {head_place(highest.record)}."
+        f"to {number(highest.value)} at {head_place(highest.record)}{beside}."
     ]
 
 
@@ -67,10 +78,23 @@ def dispersion_sentences(record: DiagnosisRecord) -> list[str]:
             blocks = found.setdefault((each.disperses_beyond, each.bounded_by), [])
             blocks += [each.block] * (each.block not in blocks)
     return [
-        f"Block {', '.join(map(str, blocks))}: over more than {keys:.3g} keys no head can give one key more than half of a "
+        f"{numbers_in_words(blocks).capitalize()}: over more than {number(keys)} keys no head can give one key more than half of a "
         f"row's weight, {condition}."
         for (keys, condition), blocks in found.items()
     ]
+
+
+def healthy_sentence(record: DiagnosisRecord) -> str:
+    """What the figures of the terminal's table are in healthy models; empty if nothing is known of them."""
+    healthy = references(record)
+    said = []
+    if words := healthy.words("trajectory.consensus_distance"):
+        said.append(f"consensus {words}")
+    if found := healthy.of("trajectory.effective_rank"):
+        said.append(f"effective rank {in_percent(found.low, found.high)} of the attainable")
+    if words := healthy.lowest("attention.normalized_entropy"):
+        said.append(f"lowest head {words}")
+    return f"In {healthy.kind}: {', '.join(said)}." if said else ""
 
 
 def verdict_sentences(record: DiagnosisRecord) -> list[str]:

@@ -16,5 +16,6 @@ def document(record: Ledger) -> str:
         title=wording.title(record.claims[0]) if len(record.claims) == 1 else "Claims ledger",
         record=record,
         say=wording,
+        sections=wording.theory(record.claims),
         groups=wording.by_verdict(record.claims),
     )

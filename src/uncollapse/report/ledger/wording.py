@@ -28,7 +28,7 @@ MEANINGS: dict[Verdict, str] = {
 HOW_TO_READ = (
     "One rule turns the evidence into a verdict. If a check of the statement failed, the claim is refuted. If a check is open, or "
     "a boundary could not be shown, it is undecided. Otherwise it holds, with the hypotheses listed. Random cases cannot prove a "
-    "universal statement; they would expose a mistake in a proof. The proofs are in docs/theory.md."
+    "universal statement; they would expose a mistake in a proof. The proofs are in the project's docs/theory.md."
 )
 _RATIONAL = re.compile(r"(-?\d+)(?:/(\d+))?")
 
@@ -51,9 +51,9 @@ def title(claim: ClaimResult) -> str:
     return claim.title or claim.id
 
 
-def theory_link(claim: ClaimResult) -> str:
-    """Where the proof is, from the root of a checkout on: the file and the heading, as GitHub and others name headings."""
-    return f"docs/theory.md#{theory_anchor(claim.theory)}"
+def theory_link(claim: ClaimResult) -> str | None:
+    """Where on the page the claim's section of the theory is; None for a heading that is not one of those written out."""
+    return f"#theory-{theory_anchor(claim.theory)}" if claim.theory in _written("theory") else None
 
 
 def theory_anchor(heading: str) -> str:
@@ -68,12 +68,19 @@ def theory_anchor(heading: str) -> str:
 def mathml(claim: ClaimResult) -> Markup | None:
     """The claim's formula as MathML, where it is one of those that were written out; else None. The record's own text is never
     taken for markup."""
-    return Markup(_formulas()[claim.formula]) if claim.formula in _formulas() else None
+    return Markup(_written("formulas")[claim.formula]) if claim.formula in _written("formulas") else None
+
+
+def theory(claims: Sequence[ClaimResult]) -> dict[str, Markup]:
+    """The sections of docs/theory.md that these claims point to, by heading, as HTML that was written out by `make ledger-page`."""
+    wanted = {claim.theory for claim in claims}
+    return {heading: Markup(text) for heading, text in _written("theory").items() if heading in wanted}
 
 
 @functools.cache
-def _formulas() -> dict[str, str]:
-    text = resources.files("uncollapse.report.ledger").joinpath("formulas.json").read_text(encoding="utf-8")
+def _written(name: str) -> dict[str, str]:
+    """One of the files of our own beside the page."""
+    text = resources.files("uncollapse.report.ledger").joinpath(f"{name}.json").read_text(encoding="utf-8")
     found: dict[str, str] = json.loads(text)
     return found
 

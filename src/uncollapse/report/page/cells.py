@@ -6,8 +6,9 @@ page once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from uncollapse.records.common import Finding, Statistic
@@ -30,11 +31,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A heading. `symbol` is shown below the title; `numeric` says how to align and sort."""
+    """A heading. `symbol` is shown below the title, and below that the `reference`: what the figure is elsewhere. `numeric` says
+    how to align and sort."""
 
     title: str
     symbol: str = ""
     numeric: bool = True
+    reference: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """What the table macro draws. `notes` are numbered from 1; `left_out` are columns without any value."""
+    """What the table macro draws. `notes` are numbered from 1; `left_out` are columns without any value. The first `names`
+    columns name the row.
+    """
 
     key: str
     caption: str
@@ -56,6 +61,7 @@ class Table:
     rows: list[Row]
     notes: list[str]
     left_out: list[str]
+    names: int = 1
 
 
 @dataclass(frozen=True)
@@ -96,8 +102,10 @@ def table(
     records: Sequence[Any],
     row_key: Callable[[Any], str],
     severity: Callable[[Any], str] = lambda record: "",
+    references: Mapping[str, str] = MappingProxyType({}),
 ) -> Table:
-    """The table of `records`: the columns `first`, which name the row, then the measures that at least one record has."""
+    """The table of `records`: the columns `first`, which name the row, then the measures that at least one record has. `references`
+    by the key of the measure are put under the titles."""
     kept: list[Measure] = []
     missing: dict[str, list[str]] = {}
     for measure in measures:
@@ -121,8 +129,9 @@ def table(
             cells.append(shown)
         rows.append(Row(row_key(record), cells, severity(record)))
     notes, left_out = _listed(partly), _listed(missing)
-    columns = [column for column, _ in first] + [measure.column for measure in kept]
-    return Table(key, caption, columns, rows, notes, left_out)
+    columns = [column for column, _ in first]
+    columns += [replace(each.column, reference=references.get(each.key, each.column.reference)) for each in kept]
+    return Table(key, caption, columns, rows, notes, left_out, names=len(first))
 
 
 def _listed(titles_by_reason: dict[str, list[str]]) -> list[str]:

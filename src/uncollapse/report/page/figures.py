@@ -47,7 +47,7 @@ class Key:
 @dataclass(frozen=True)
 class Chart:
     """A figure of the page. `label` describes it to readers who cannot see it. `figures` says where its values are written
-    out. `size` is a class in the style sheet.
+    out. `size` is a class in the style sheet. `reference` says what the figures are elsewhere.
     """
 
     key: str
@@ -57,6 +57,7 @@ class Chart:
     legend: list[Key]
     size: str = "wide"
     figures: str = "Its figures are in the tables of this section."
+    reference: str = ""
 
 
 def specification(chart: alt.LayerChart | alt.FacetChart) -> dict[str, Any]:

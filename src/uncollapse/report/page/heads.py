@@ -36,8 +36,10 @@ def overlap_matrix(heads: Sequence[HeadsRecord]) -> Chart | None:
     )
     spec = specification(chart.properties(width=alt.Step(step), height=alt.Step(step)))
     label = "Overlap between the write spaces of every pair of heads in the chosen block; 1 means identical."
+    random = {wording.number(record.head_width / record.width) for record in heads if record.width}
+    reference = f"Random write spaces of this size: {' or '.join(sorted(random))} on average."
     figures = "The tables of this section have the largest overlap of each head; the record has all of them."
-    return Chart("overlap", "Write-space overlap, head by head", label, spec, [], "half", figures)
+    return Chart("overlap", "Write-space overlap, head by head", label, spec, [], "half", figures, reference)
 
 
 def energy_bars(heads: Sequence[HeadsRecord]) -> Chart | None:
@@ -59,7 +61,9 @@ def energy_bars(heads: Sequence[HeadsRecord]) -> Chart | None:
     if any(wording.spread(s) for s in shares):
         legend.append(Key("lowest to highest sequence", GREY))
     label = "Share of the energy written by each head of the chosen block."
-    return Chart("energy", "Energy share", label, spec, legend, "half")
+    even = {wording.number(1 / record.heads) for record in heads if record.heads > 1}
+    reference = f"An even share: {' or '.join(sorted(even))}."
+    return Chart("energy", "Energy share", label, spec, legend, "half", reference=reference)
 
 
 def chosen_block_data(heads: Sequence[HeadsRecord]) -> list[dict[str, Any]]:

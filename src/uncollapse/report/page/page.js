@@ -3,10 +3,11 @@
 (() => {
   "use strict";
   const byId = (id) => document.getElementById(id);
+  const rowOf = (id) => byId(id) || packedTables.row(id);
   const tip = byId("tip");
 
   function listed(row) {
-    const heads = row.closest("table").tHead.rows[0].cells;
+    const heads = packedTables.tableOf(row).tHead.rows[0].cells;
     const list = document.createElement("dl");
     for (const cell of row.cells) {
       const term = document.createElement("dt");
@@ -31,7 +32,7 @@
       tip.hidden = true;
       return;
     }
-    const rows = value.split(" ").map(byId);
+    const rows = value.split(" ").map(rowOf);
     if (rows.every(Boolean)) tip.replaceChildren(...rows.map(listed));
     else tip.textContent = value;
     tip.hidden = false;
@@ -64,6 +65,68 @@
     });
   }
 
+  // What of a table is out of sight, in words below it, and a shade at the edge where it goes on.
+  function framed(frame) {
+    const scroll = frame.querySelector(".scroll");
+    const table = scroll.querySelector("table");
+    const edges = ["right", "below"].map((side) => {
+      const edge = document.createElement("div");
+      edge.className = `edge ${side}`;
+      frame.append(edge);
+      return edge;
+    });
+    const words = document.createElement("p");
+    words.className = "more";
+    frame.after(words);
+    const heads = [...table.tHead.rows[0].cells];
+    const rows = table.tBodies[0].rows;
+
+    // The first of some places along the table that lies beyond `limit`.
+    function beyond(amount, place, limit) {
+      let low = 0, high = amount;
+      while (low < high) {
+        const middle = (low + high) >> 1;
+        if (place(middle) > limit) high = middle;
+        else low = middle + 1;
+      }
+      return low;
+    }
+    function tell() {
+      if (!scroll.clientHeight) return; // folded
+      const ahead = heads[0].offsetHeight;
+      const right = scroll.scrollLeft + scroll.clientWidth + 1, below = scroll.scrollTop + scroll.clientHeight + 1;
+      const columns = heads.filter((head) => head.offsetLeft + head.offsetWidth > right);
+      const first = beyond(rows.length, (i) => rows[i].offsetTop + rows[i].offsetHeight, scroll.scrollTop + ahead + 1);
+      const last = beyond(rows.length, (i) => rows[i].offsetTop + rows[i].offsetHeight, below);
+      const said = [];
+      if (last < rows.length || first > 0) {
+        said.push(`Rows ${(first + 1).toLocaleString("en")} to ${last.toLocaleString("en")} of ${rows.length.toLocaleString("en")}: scroll for the others.`);
+      }
+      if (columns.length) {
+        const names = columns.map((head) => head.dataset.title);
+        said.push(`To the right: ${names.join(", ")}.`);
+      }
+      words.textContent = said.join(" ");
+      words.hidden = !said.length;
+      edges[0].hidden = !columns.length;
+      edges[1].hidden = last >= rows.length;
+    }
+    scroll.addEventListener("scroll", tell, { passive: true });
+    new ResizeObserver(tell).observe(scroll);
+    tell();
+  }
+
+  // On paper everything unfolds but the longest tables; afterwards the page is as the reader left it.
+  let unfolded = [];
+  addEventListener("beforeprint", () => {
+    unfolded = [...document.querySelectorAll("details:not(.long):not([open])")];
+    for (const each of unfolded) each.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const each of unfolded) each.open = false;
+    unfolded = [];
+  });
+
   const round = (value) => Number(value.toPrecision(3));
 
   function blockData(block) {
@@ -79,10 +142,12 @@
   }
 
   async function draw() {
+    await packedTables.ready;
     for (const table of document.querySelectorAll("table[data-sortable]")) {
       for (const head of table.tHead.rows[0].cells) head.dataset.title = head.firstChild.textContent;
       sortable(table);
     }
+    document.querySelectorAll(".frame").forEach(framed);
     const blocks = byId("chosen-blocks") ? JSON.parse(byId("chosen-blocks").textContent) : [];
     const choice = byId("block-choice");
     const switched = [];
@@ -91,6 +156,13 @@
       try {
         const result = await vegaEmbed(place, JSON.parse(source.textContent), {
           ast: true, actions: false, renderer: "svg", tooltip: showTip, defaultStyle: false,
+        });
+        // A click on a mark that has a row in a table goes to that row.
+        result.view.addEventListener("click", (event, item) => {
+          const key = item && item.datum && typeof item.datum.row === "string" && item.datum.row.split(" ")[0];
+          if (!key) return;
+          if (location.hash === `#${key}`) unfold();
+          else location.hash = key;
         });
         if (place.id === "overlap" || place.id === "energy") switched.push([place.id, result.view]);
       } catch (error) {
@@ -116,7 +188,9 @@
 
   // A link to a row inside a folded table opens it first.
   function unfold() {
-    const row = location.hash && byId(decodeURIComponent(location.hash.slice(1)));
+    const id = decodeURIComponent(location.hash.slice(1));
+    packedTables.show(id);
+    const row = id && byId(id);
     const folded = row && row.closest("details");
     if (folded) {
       folded.open = true;

@@ -22,11 +22,12 @@ class Panel:
 
 @dataclass(frozen=True)
 class Tile:
-    """A key figure at the top of the page."""
+    """A key figure at the top of the page, and what to compare it with."""
 
     label: str
     value: str
     detail: str
+    reference: str = ""
 
 
 @functools.cache

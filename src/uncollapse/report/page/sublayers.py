@@ -9,6 +9,7 @@ import altair as alt
 from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import NormRecord, UpdateRecord
 from uncollapse.report import wording
+from uncollapse.report.healthy import References
 from uncollapse.report.page import cells
 from uncollapse.report.page.cells import Cell, Column, Measure, Table, field, slug, table, update_key
 from uncollapse.report.page.curves import Line, along_depth, measured
@@ -40,8 +41,8 @@ def updates_chart(updates: Sequence[UpdateRecord], key: str, where: str) -> Char
     return Chart(key, "Out-of-span energy", label, spec, [line.key for line in lines])
 
 
-def update_panels(records: Sequence[UpdateRecord]) -> list[Panel]:
-    """What the sublayers add, one panel per stack."""
+def update_panels(records: Sequence[UpdateRecord], healthy: References | None = None) -> list[Panel]:
+    """What the sublayers add, one panel per stack, with the ranges of healthy models if they are given."""
     found: dict[str | None, list[UpdateRecord]] = {}
     for update in records:
         found.setdefault(update.stack, []).append(update)
@@ -50,7 +51,7 @@ def update_panels(records: Sequence[UpdateRecord]) -> list[Panel]:
         key = cells.slug("updates", stack or "all")  # "updates" is the section
         chart = updates_chart(updates, key, stack or "")
         name = wording.group_name(stack, None, several_kinds=False)
-        panels.append(Panel(name, [chart] if chart else [], [updates_table(updates, f"{key}-table")]))
+        panels.append(Panel(name, [chart] if chart else [], [updates_table(updates, f"{key}-table", healthy)]))
     return panels
 
 
@@ -97,7 +98,7 @@ def norms_table(norms: Sequence[NormRecord], key: str) -> Table:
     )
 
 
-def updates_table(updates: Sequence[UpdateRecord], key: str) -> Table:
+def updates_table(updates: Sequence[UpdateRecord], key: str, healthy: References | None = None) -> Table:
     """One row per block and sublayer."""
     return table(
         key,
@@ -114,4 +115,17 @@ def updates_table(updates: Sequence[UpdateRecord], key: str) -> Table:
         UPDATES,
         updates,
         update_key,
+        references=_of_both_sublayers(healthy) if healthy else {},
     )
+
+
+def _of_both_sublayers(healthy: References) -> dict[str, str]:
+    """The ranges of each kind of sublayer, as an attention and an MLP are rows of one table."""
+    attention, mlp = healthy.columns("updates.attention"), healthy.columns("updates.mlp")
+    said = {}
+    for measure in attention.keys() | mlp.keys():
+        parts = [("attention", attention.get(measure)), ("MLP", mlp.get(measure))]
+        ranges = [f"{name} {words.removeprefix('healthy ')}" for name, words in parts if words]
+        said[measure] = f"healthy: {'; '.join(ranges)}"
+    said.pop("out_of_span_energy", None)  # its null value stands beside it
+    return said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from uncollapse.records.symmetries import SymmetriesRecord
 from uncollapse.report import wording
+from uncollapse.report.healthy import references
 from uncollapse.report.page import sheet
 from uncollapse.report.page.panels import Panel, bundle
 from uncollapse.report.symmetries import charts, tables
@@ -18,7 +19,10 @@ def document(record: SymmetriesRecord) -> str:
         for test in record.tests
     ]
     scales, low, high = charts.scales(levels)
-    rows, scaling = symmetry_rows(record.symmetries, record.findings, record.tests), width(record.symmetries)
+    rows, scaling = (
+        symmetry_rows(record.symmetries, record.findings, references(record), record.tests),
+        width(record.symmetries),
+    )
     return sheet.render(
         "symmetries/page.html.j2",
         styles=["page/page.css", "symmetries/page.css"],

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from uncollapse.records.common import Finding
 from uncollapse.records.symmetries import SymmetryRecord, SymmetryTest, WidthScaling
 from uncollapse.report import wording
+from uncollapse.report.healthy import References, sentence_of_symmetry
 from uncollapse.report.page.cells import Table
 from uncollapse.report.page.figures import Chart
 from uncollapse.report.symmetries import charts, tables
@@ -17,7 +18,8 @@ from uncollapse.report.symmetries import wording as say
 @dataclass(frozen=True)
 class Row:
     """One phenomenon. `findings` are the cards about it: the key of each, and its findings, worst first. `tests` are the tests
-    of its symmetry, in the order of the record: key, test and outcome.
+    of its symmetry, in the order of the record: key, test and outcome. `reference` is what the order parameter is in healthy
+    models.
     """
 
     key: str
@@ -26,6 +28,7 @@ class Row:
     chart: Chart | None
     findings: list[tuple[str, list[Finding]]]
     tests: list[tuple[str, SymmetryTest, str]]
+    reference: str = ""
 
     @property
     def one_line(self) -> list[tuple[str, str, int]]:
@@ -34,7 +37,10 @@ class Row:
 
 
 def symmetry_rows(
-    symmetries: Sequence[SymmetryRecord], findings: Sequence[Finding], tests: Sequence[SymmetryTest] = ()
+    symmetries: Sequence[SymmetryRecord],
+    findings: Sequence[Finding],
+    healthy: References,
+    tests: Sequence[SymmetryTest] = (),
 ) -> list[Row]:
     """One row per symmetry of the record."""
     decoder_from = say.first_decoder_block(symmetries)
@@ -56,6 +62,7 @@ def symmetry_rows(
                 for i, test in enumerate(tests)
                 if test.phenomenon == symmetry.phenomenon
             ],
+            sentence_of_symmetry(healthy, symmetry.phenomenon),
         )
         for symmetry in symmetries
     ]

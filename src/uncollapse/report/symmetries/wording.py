@@ -170,6 +170,8 @@ def _from_to(seen: Sequence[tuple[str, Statistic]]) -> str:
     (start, first), (end, last) = seen[0], seen[-1]
     if len(seen) == 1:
         return f"{wording.mean(first)} at {_the(start)}"
+    if wording.mean(first) == wording.mean(last):
+        return f"{wording.mean(first)} at {_the(start)} and at {_the(end)}"
     return f"from {wording.mean(first)} at {_the(start)} to {wording.mean(last)} at {_the(end)}"
 
 

@@ -31,7 +31,7 @@ def print_findings(found: Sequence[Finding], looked: wording.LookedAt, console: 
             console.print(head, highlight=False)
             say(finding.message, indent=3)
         if rest := group[SPELLED_OUT:]:
-            say(f"The same at {len(rest)} more places: {'; '.join(map(wording.finding_place, rest))}.", indent=3)
+            say(f"The same at {len(rest)} more places: {wording.finding_places(rest)}.", indent=3)
         if group[0].remedy:
             say(f"Remedy: {group[0].remedy}", indent=3)
         phenomenon = group[0].phenomenon

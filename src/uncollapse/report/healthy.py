@@ -1,0 +1,224 @@
+"""What the same figure is in healthy models: the reference that stands beside a figure on a page and in the terminal.
+
+`healthy.json` holds the lowest and the highest value of each figure in every healthy model of `studies/validity`, as the model is
+and on its own text (at most 64 tokens per sequence, or 400 frames of speech). `make references` writes it anew. A record is
+compared with the models *of its kind*: the same mask (causal or full) and the same place of the norms, if there are three such
+models; otherwise with those of the same mask, whatever their norms.
+
+A range is what was met, and no threshold: a figure outside it is unusual, and `findings` says what is wrong.
+
+A figure is named after the part of the record and the measure. Ranks are shares of the attainable rank, and energy shares are
+multiples of an even share, so that models of different sizes can be compared.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from uncollapse.records.common import Statistic
+from uncollapse.records.diagnosis import DiagnosisRecord
+from uncollapse.report.wording import count, number
+
+ENOUGH = 3  # models of a kind; with fewer, the place of the norms is not asked for
+SITE = ("consensus_distance", "consensus_after_norm", "token_similarity", "stream_carried", "rank_gap")
+SITE_SHARES = {  # relative to what so many tokens of this width can reach
+    "rank": "attainable_rank",
+    "affine_rank": "attainable_affine_rank",
+    "effective_rank": "attainable_rank",
+    "stable_rank": "attainable_rank",
+    "participation_ratio": "attainable_rank",
+}
+WITHOUT_MASSIVE = ("consensus_distance", "token_similarity")
+ATTENTION = (
+    "normalized_entropy",
+    "max_logit",
+    "rest_entropy",
+    "keys_within_reach",
+    "key_share",
+    "value_contraction",
+    "susceptibility",
+    "contraction",
+    "spectral_gap",
+    "second_singular_value",
+)
+UPDATES = ("out_of_span_energy", "nonlinear_innovation", "relative_norm")
+
+
+@dataclass(frozen=True)
+class HealthyModel:
+    """One healthy model: what it is, of which kind, and `[lowest, highest]` of each figure over its places."""
+
+    name: str
+    about: str
+    causal: bool
+    norm_placement: str
+    ranges: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a figure was in the healthy models of a kind. `low` and `high` over all their places; `lows` and `highs` are the range
+    of the models' own lowest and highest values, which is what a lowest or highest value has to be compared with."""
+
+    low: float
+    high: float
+    lows: tuple[float, float]
+    highs: tuple[float, float]
+    models: int
+
+
+@functools.cache
+def healthy_models() -> tuple[HealthyModel, ...]:
+    """The healthy models, in the order of the file."""
+    text = resources.files("uncollapse.report").joinpath("healthy.json").read_text(encoding="utf-8")
+    return tuple(HealthyModel(**each) for each in json.loads(text))
+
+
+@dataclass(frozen=True)
+class References:
+    """The healthy models of one kind. `kind` says which, in words."""
+
+    kind: str
+    models: tuple[HealthyModel, ...]
+
+    def of(self, figure: str) -> Range | None:
+        """The range of a figure; `None` where no model of the kind has it."""
+        found = [model.ranges[figure] for model in self.models if figure in model.ranges]
+        if not found:
+            return None
+        lows, highs = [low for low, _ in found], [high for _, high in found]
+        return Range(min(lows), max(highs), (min(lows), max(lows)), (min(highs), max(highs)), len(found))
+
+    def words(self, figure: str) -> str:
+        """The range of a figure in print; empty where there is none."""
+        found = self.of(figure)
+        return "" if found is None else in_words(found.low, found.high)
+
+    def lowest(self, figure: str) -> str:
+        """What the lowest value of a figure is in these models, from model to model."""
+        found = self.of(figure)
+        return "" if found is None else in_words(*found.lows)
+
+    def highest(self, figure: str) -> str:
+        """What the highest value of a figure is in these models, from model to model."""
+        found = self.of(figure)
+        return "" if found is None else in_words(*found.highs)
+
+    def columns(self, part: str) -> dict[str, str]:
+        """What stands under the titles of a table: for each measure of a part of the record, the range in these models."""
+        figures = {name for model in self.models for name in model.ranges if name.rpartition(".")[0] == part}
+        return {measure: self._column(f"{part}.{measure}") for _, _, measure in (f.rpartition(".") for f in figures)}
+
+    def _column(self, figure: str) -> str:
+        found = self.of(figure)
+        assert found is not None
+        if figure.rpartition(".")[2] in SITE_SHARES:
+            return f"healthy {in_percent(found.low, found.high)} of attainable"
+        return f"healthy {in_words(found.low, found.high)}"
+
+    @property
+    def sentence(self) -> str:
+        """What “healthy” means beside a figure."""
+        return (
+            f"“Healthy” is the range in {self.kind}, each on its own text of at most 64 tokens per sequence (400 frames of "
+            "speech). A figure outside it is unusual; whether it is a fault is for the findings to say."
+        )
+
+
+def in_percent(low: float, high: float) -> str:
+    """A range of shares in percent.
+
+    >>> in_percent(0.554, 0.8), in_percent(1.0, 1.0)
+    ('55 … 80 %', '100 %')
+    """
+    one, other = f"{100 * low:.0f}", f"{100 * high:.0f}"
+    return f"{one} %" if one == other else f"{one} … {other} %"
+
+
+def in_words(low: float, high: float) -> str:
+    """A range in print; one number where both look the same.
+
+    >>> in_words(0.0123, 0.9), in_words(1.0, 1.0001)
+    ('0.012 … 0.90', '1')
+    """
+    one, other = (number(float(f"{value:.2g}"), 2) for value in (low, high))
+    return one if one == other else f"{one} … {other}"
+
+
+def references(record: Any) -> References:
+    """The healthy models of the kind of this record's model."""
+    causal, placement = is_causal(record), record.model.norm_placement
+    of_mask = tuple(model for model in healthy_models() if model.causal is causal)
+    both = tuple(model for model in of_mask if model.norm_placement == placement)
+    mask = "causal" if causal else "full"
+    if causal is None:
+        return References(count(len(healthy_models()), "healthy model"), healthy_models())
+    if len(both) >= ENOUGH:
+        return References(f"{count(len(both), 'healthy model')} with a {mask} mask and {placement} norm", both)
+    return References(f"{count(len(of_mask), 'healthy model')} with a {mask} mask", of_mask)
+
+
+def sentence_of_symmetry(healthy: References, phenomenon: str) -> str:
+    """What an order parameter is in healthy models, beside its value at collapse."""
+    words = healthy.words(f"symmetries.{phenomenon}")
+    return f"Healthy: {words}." if words else ""
+
+
+def is_causal(record: Any) -> bool | None:
+    """Whether tokens reach only later ones; `None` where no record says, and where one stack does and the other does not."""
+    said = getattr(record, "is_causal", None)
+    anatomy = getattr(record, "anatomy", None)
+    if said is not None or anatomy is None:
+        return said
+    found = [part.causal for block in anatomy.blocks for part in block.parts if part.kind == "attention"]
+    known = {causal for causal in found if causal is not None}
+    return known.pop() if len(known) == 1 else None
+
+
+def figures(record: DiagnosisRecord) -> dict[str, list[float]]:
+    """Every figure that has a reference, with its value at each place of a diagnosis."""
+    found: dict[str, list[float]] = {}
+    for name, value in _figures(record):
+        found.setdefault(name, []).append(value)
+    return found
+
+
+def _figures(record: DiagnosisRecord) -> Iterator[tuple[str, float]]:
+    yield from _means("trajectory", SITE, record.trajectory)
+    for rank, attainable in SITE_SHARES.items():
+        for site in record.trajectory:
+            reached, most = getattr(site, rank), getattr(site, attainable)
+            if reached is not None and most is not None and most.mean:
+                yield f"trajectory.{rank}", reached.mean / most.mean
+    left_out = [site.massive_tokens_left_out for site in record.trajectory if site.massive_tokens_left_out is not None]
+    yield from _means("left_out", WITHOUT_MASSIVE, left_out)
+    yield from _means("attention", ATTENTION, record.attention)
+    for heads in record.heads:
+        if heads.condition_number is not None:
+            yield "heads.condition_number", heads.condition_number
+        if heads.heads > 1 and heads.write_space_overlap:
+            pairs = [heads.write_space_overlap[g][h] for g in range(heads.heads) for h in range(g)]
+            yield "heads.largest_overlap", max(pairs)
+        shares = [share.mean for share in heads.energy_share or [] if share is not None]
+        if shares:
+            yield "heads.largest_energy_share", max(shares) * heads.heads
+    for symmetry in record.symmetries:
+        for value in symmetry.order_parameter:
+            if value is not None:
+                yield f"symmetries.{symmetry.phenomenon}", value.mean
+    for sublayer in ("attention", "mlp"):
+        yield from _means(f"updates.{sublayer}", UPDATES, [u for u in record.updates if u.sublayer == sublayer])
+
+
+def _means(part: str, measures: Iterable[str], records: Iterable[Any]) -> Iterator[tuple[str, float]]:
+    read: Callable[[Any, str], Statistic | None] = getattr
+    for one in records:
+        for measure in measures:
+            value = read(one, measure)
+            if value is not None:
+                yield f"{part}.{measure}", value.mean

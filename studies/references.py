@@ -1,0 +1,67 @@
+"""The figures of healthy models, which stand beside every figure of a page: `python -m studies.references`.
+
+Each healthy model of `studies/validity` is diagnosed once, as it is and on its own text, and the lowest and highest value of each
+figure over its places are written to `src/uncollapse/report/healthy.json`. What is measured already is not measured again, unless a
+model is named (`python -m studies.references minilm`) or all are asked for (`--anew`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import uncollapse as uc
+from studies.validity.models import SUBJECTS, Subject
+from uncollapse.report.healthy import HealthyModel, figures, is_causal
+
+PLACE = Path(__file__).resolve().parents[1] / "src/uncollapse/report/healthy.json"
+
+
+def measured(name: str, subject: Subject) -> HealthyModel:
+    """The ranges of one model."""
+    model, batches = subject.open()
+    record = uc.diagnose(model, batches=batches, level="full", name=name).record
+    found = figures(record)
+    ranges = {figure: [_rounded(min(values)), _rounded(max(values))] for figure, values in found.items()}
+    causal = is_causal(record)
+    assert causal is not None, f"{name}: nothing says whether it is causal"
+    return HealthyModel(name, subject.about, causal, record.model.norm_placement, ranges)
+
+
+def _rounded(value: float) -> float:
+    assert math.isfinite(value)
+    return float(f"{value:.3g}")
+
+
+def write(models: list[HealthyModel], place: Path = PLACE) -> None:
+    """One model on a few lines, so that a change can be read."""
+    text = json.dumps([asdict(model) for model in models], indent=1, ensure_ascii=False)
+    place.write_text(text + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    healthy = [name for name, subject in SUBJECTS.items() if subject.is_healthy]
+    parser.add_argument("models", nargs="*", choices=[[], *healthy], help="measure these again")
+    parser.add_argument("--anew", action="store_true", help="measure every model again")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    known = {}
+    if PLACE.exists() and not given.anew:
+        known = {each["name"]: HealthyModel(**each) for each in json.loads(PLACE.read_text())}
+    for name, subject in SUBJECTS.items():
+        if name in given.models or (subject.is_healthy and name not in known):
+            known[name] = measured(name, subject)
+            write([known[each] for each in SUBJECTS if each in known])
+            print(f"{name}: {len(known[name].ranges)} figures", flush=True)
+            gc.collect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""A model that does not fit into the memory it may take: the rest stays on disk, and the figures are the same."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from accelerate.utils import offload
+
+import uncollapse as uc
+from tests.helpers.several_processes import differences, padded_batches
+from uncollapse.sources import load_model
+
+BUDGET = 1.5e9
+BIG = """
+import sys, threading, time
+import torch, transformers as hf
+import uncollapse as uc
+import uncollapse.analyses.diagnosis
+
+def own():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+folder, budget = sys.argv[1:]
+config = hf.LlamaConfig(
+    vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+    num_key_value_heads=4, max_position_embeddings=2048, tie_word_embeddings=False,
+)
+if budget == "make":
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        model = hf.LlamaForCausalLM(config)
+    model = model.to_empty(device="cpu")
+    for p in model.parameters():
+        p.data.normal_(0, 0.02) if p.ndim > 1 else p.data.fill_(1)
+    model.save_pretrained(folder, max_shard_size="300MB")
+    sys.exit()
+before, peak = own(), [0]
+
+def watch():
+    while True:
+        peak[0] = max(peak[0], own())
+        time.sleep(0.01)
+
+threading.Thread(target=watch, daemon=True).start()
+torch.set_num_threads(1)
+ids = torch.randint(0, 32000, (2, 64), generator=torch.Generator().manual_seed(0))
+found = uc.diagnose(folder, batches=[{"input_ids": ids}] * 2, max_memory=budget)
+assert len(found.record.heads) == 22 and not found.record.anatomy.not_measured
+print(peak[0] - before)
+"""
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    hf.LlamaModel(config).save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    return tmp_path
+
+
+def test_figures_from_disk_are_those_from_memory_and_the_weights_are_hardly_read(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: Counter[str] = Counter()
+    read = offload.OffloadedWeightsLoader.__getitem__
+
+    def counted(self: Any, key: str) -> Any:
+        reads[key] += 1
+        return read(self, key)
+
+    monkeypatch.setattr(offload.OffloadedWeightsLoader, "__getitem__", counted)
+    batches = padded_batches(3)
+    inside = uc.diagnose(str(saved), batches=batches, device="cpu", level="full").record
+    assert not reads
+    loaded = load_model(str(saved), max_memory="60KB").model
+    assert any(p.is_meta for p in loaded.parameters())
+    outside = uc.diagnose(loaded, batches=batches, level="full", name=str(saved)).record
+    for record in (inside, outside):
+        record.probe.options.clear()
+    assert differences(inside.trajectory, outside.trajectory, 1e-6) == []
+    for part in ("attention", "heads", "norms", "updates", "parts", "findings"):
+        assert differences(getattr(inside, part), getattr(outside, part), 1e-6) == []
+    uc.diagnose(loaded, batches=batches)  # what loading changed about the model was not known at the first proof
+    reads.clear()
+    uc.diagnose(loaded, batches=batches)
+    own = {key: times for key, times in reads.items() if "layers.2" in key}
+    assert len(own) == 9
+    # Each batch reads each weight; output maps once more, and so do weights that are asked whether they are as they were made.
+    assert set(own.values()) <= {3, 4, 5}
+    reads.clear()
+    uc.identify(loaded, batches=batches)
+    assert {times for key, times in reads.items() if not key.endswith("o_proj.weight")} == {3}
+    assert {times for key, times in reads.items() if key.endswith("o_proj.weight")} == {4}
+
+
+@pytest.mark.parametrize("size", ["3", "GiB", "-1GiB", "0GB", "3 apples"])
+def test_sizes_that_are_none_are_refused(size: str, saved: Path) -> None:
+    with pytest.raises(uc.InputError, match="expected max_memory as a number of bytes"):
+        uc.diagnose(str(saved), batches=padded_batches(1), max_memory=size)
+
+
+def test_a_size_and_one_device_exclude_each_other(saved: Path) -> None:
+    with pytest.raises(uc.InputError, match="got both"):
+        uc.diagnose(str(saved), batches=padded_batches(1), max_memory="1GB", device="cpu")
+
+
+@pytest.mark.slow
+def test_a_billion_parameters_within_less_than_their_size(tmp_path: Path) -> None:
+    (tmp_path / "big.py").write_text(BIG)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for budget in ("make", f"{BUDGET / 1e9}GB"):
+        command = [sys.executable, str(tmp_path / "big.py"), str(tmp_path / "model"), budget]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert run.returncode == 0, run.stderr[-2000:]
+    stored = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors"))
+    assert stored > BUDGET
+    # The process's own memory: pages of the checkpoint that the system maps may be dropped at any time.
+    assert int(run.stdout.split()[-1]) <= 1.1 * BUDGET

@@ -1,0 +1,68 @@
+"""How sequences fall whose law is known. tests/analyses/test_ablation.py has more of them, and those of models."""
+
+import math
+
+import pytest
+
+from uncollapse.judgement.rates import rate
+from uncollapse.records.ablation import RateRecord
+
+EPSILON = 2.0**-52
+
+
+def record(kind: str, factor: float | None = None, **more: float | int | None) -> RateRecord:
+    given = {"slope": None, "slope_low": None, "slope_high": None, "floor_block": None, **more}
+    return RateRecord(kind, factor, floor=1e-15, **given)  # type: ignore[arg-type]
+
+
+def noisy(values: list[float], size: float) -> list[float]:
+    """Each number a little up or down in turn."""
+    return [v * math.exp(size * (-1) ** i) for i, v in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "floor_block"),
+    [
+        ([1.0, 0.9, 0.8, 0.9], "none", None),
+        ([1.0, 0.5, 0.25, 0.125, 0.1], "none", None),  # a tenth is not less than a tenth
+        (noisy([0.5**i for i in range(8)], 0.01), "geometric", None),
+        ([0.9, 0.729, 0.387, 0.058, 2e-4, 7.5e-12], "doubly exponential", None),
+        ([0.9, 0.6, 1e-3, 1e-17, 1e-17], "doubly exponential", 2),  # the last step lost more than twice as much
+        ([1.0, 1e-5, 1e-12, 1e-16], "open", 2),  # the last step is not known to be larger, and two steps tell no law
+        ([1.0, 1.0, 0.05, 0.05, 0.05, 0.05], "open", None),  # it stops half way
+        ([0.0, 0.0, 0.0], "open", 0),
+    ],
+)
+def test_what_the_figures_support(values: list[float], kind: str, floor_block: int | None) -> None:
+    found = rate(values, EPSILON)
+    assert (found.kind, found.floor_block) == (kind, floor_block)
+    assert found.floor == 16 * EPSILON
+
+
+def test_the_factor_is_the_geometric_mean_above_the_floor() -> None:
+    found = rate([1.0, 0.5, 0.125, 1e-18, 1e-3], EPSILON)
+    assert found.factor == pytest.approx(math.sqrt(0.125))
+    assert found.floor_block == 2
+    between = (math.log(0.5) + math.log(0.25)) / 2
+    half = 12.706 * abs(math.log(0.5) - math.log(0.25)) / math.sqrt(2) / math.sqrt(2)
+    assert math.log(found.factor_low or 0) == pytest.approx(between - half)
+    assert math.log(found.factor_high or 0) == pytest.approx(between + half)
+    assert rate([1.0], EPSILON).factor is None
+
+
+def test_the_slope_is_that_of_the_next_logarithm_on_this_one() -> None:
+    """ln r: -1, -3, -9, -27, each three times the one before."""
+    found = rate([math.exp(-(3.0**i)) for i in range(4)], EPSILON)
+    assert (found.slope, found.slope_low, found.slope_high) == pytest.approx((3.0, 3.0, 3.0))
+    assert found.kind == "doubly exponential"
+
+
+def test_a_slope_counts_only_if_its_interval_leaves_out_one() -> None:
+    """ln r: the slope is 1.6 and scatters, so that its interval begins between 0 and 1."""
+    logs = [-0.5, -1.3, -1.6, -3.4, -4.8, -8.6]
+    found = rate([math.exp(v) for v in logs], EPSILON)
+    assert found.slope is not None
+    assert found.slope_low is not None
+    assert found.slope > 1.5
+    assert 0 < found.slope_low < 1
+    assert found.kind == "open"

@@ -1,0 +1,86 @@
+"""The page of a comparison: the maps of both models side by side on one scale, and the difference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.helpers import records_samples as samples
+from tests.helpers.pages import Page, policy_allows_own_scripts_only, well_formed_and_accessible
+from uncollapse.records.comparison import ComparisonRecord
+from uncollapse.report import draw
+
+MEASURES = ("normalized_entropy", "max_logit", "rest_entropy", "value_contraction")
+
+
+@pytest.fixture(scope="module", params=["encoder", "translation"])
+def drawn(request: pytest.FixtureRequest) -> tuple[ComparisonRecord, Page]:
+    record = samples.compared(getattr(samples, request.param)())
+    return record, Page(draw(record))
+
+
+def cells(page: Page, key: str) -> dict[tuple[int, int], dict[str, Any]]:
+    return {(row["block"], row["head"]): row for row in page.rows_of(key, "block", "head")}
+
+
+def test_the_page_is_whole(drawn: tuple[ComparisonRecord, Page]) -> None:
+    well_formed_and_accessible({"page": drawn[1]}, "page")
+    policy_allows_own_scripts_only({"page": drawn[1]}, "page")
+
+
+def test_both_models_stand_side_by_side_with_the_difference(drawn: tuple[ComparisonRecord, Page]) -> None:
+    record, page = drawn
+    compared = 0
+    for change in record.heads:
+        if change.measure not in MEASURES:
+            continue
+        key = "-".join(filter(None, ["map", change.measure.replace("_", "-"), change.stack, change.kind]))
+        place = (change.block, change.head)
+        before, after, difference = (cells(page, f"{key}-{part}")[place] for part in ("before", "after", "change"))
+        assert before["value"] == change.before
+        assert after["value"] == change.after
+        if change.measure in ("normalized_entropy", "rest_entropy"):
+            assert difference["value"] == pytest.approx(change.after - change.before)
+        else:
+            assert difference["value"] == pytest.approx(math.log2(change.after / change.before))
+        row = record.heads.index(change)
+        assert before["row"] == after["row"] == difference["row"] == f"heads-table-{row}"
+        compared += 1
+    assert compared == sum(change.measure in MEASURES for change in record.heads) > 100
+
+
+def test_the_two_maps_have_one_scale_and_zero_is_the_middle_of_the_difference(
+    drawn: tuple[ComparisonRecord, Page],
+) -> None:
+    _, page = drawn
+    keys = [key.removesuffix("-before") for key in page.charts() if key.endswith("-before")]
+    assert len(keys) >= 4
+    for key in keys:
+        before, after, change = (scale(page.spec(f"{key}-{part}")) for part in ("before", "after", "change"))
+        assert before == after
+        values = [row["value"] for part in ("before", "after") for row in cells(page, f"{key}-{part}").values()]
+        assert before[0] <= min(values)
+        assert max(values) <= before[1]
+        assert change[1] == 0
+        assert change[0] == -change[2]
+
+
+def scale(spec: dict[str, Any]) -> list[float]:
+    (found,) = [
+        layer["encoding"]["color"]["scale"]["domain"] for layer in spec["layer"] if "color" in layer["encoding"]
+    ]
+    return list(found)
+
+
+def test_a_figure_that_is_not_positive_has_no_doublings() -> None:
+    record = samples.compared()
+    changes = [c for c in record.heads if c.measure == "max_logit"]
+    zero = [replace(c, before=0.0) if c is changes[0] else c for c in record.heads]
+    page = Page(draw(replace(record, heads=zero)))
+    found = cells(page, "map-max-logit-self-change")
+    assert found[changes[0].block or 0, changes[0].head or 0]["value"] is None
+    assert sum(row["value"] is None for row in found.values()) == 1
+    assert "not comparable" in page.words
