@@ -143,7 +143,7 @@ def test_a_report_may_lie_in_the_folder_of_its_model_and_be_written_again(checkp
     ]
     (checkpoint / "report.json.gz").write_bytes(gzip.compress(b"of somebody else"))
     with pytest.raises(InputError, match="belongs to the model"):
-        output.require_writable(json=str(checkpoint / "report.json.gz"), html=None, reads=reads)
+        output.require_writable(output.Outputs(json=str(checkpoint / "report.json.gz")), reads=reads)
 
 
 def test_a_record_is_not_written_over_itself(run: Run, tmp_path: Path) -> None:
