@@ -167,6 +167,8 @@ def test_the_record_survives_json_and_satisfies_the_published_schema(healthy: uc
         "anatomy",
         "parts",
         "embeddings",
+        "corpus",
+        "routers",
     ]
 
 
