@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from uncollapse.analyses.comparison import Comparison
     from uncollapse.analyses.diagnosis import Diagnosis
     from uncollapse.analyses.heads import Identifiability
+    from uncollapse.analyses.ledger import Verification
     from uncollapse.analyses.preparation import ProbeOptions
     from uncollapse.analyses.result import Recorded
     from uncollapse.analyses.sweep import Sweep
@@ -645,18 +646,16 @@ def verify(
 ) -> None:
     """Check claims about Transformers, in exact arithmetic where possible, and print each verdict with its evidence."""
 
-    def found(progress: "Progress | None") -> "Recorded[Any]":
-        from uncollapse.analyses.result import Recorded
-        from uncollapse.claims import verify as ledger_of
+    def found(progress: "Progress | None") -> "Verification":
+        from uncollapse.analyses.ledger import verify as verification
 
-        ledger = ledger_of(
+        return verification(
             list(dict.fromkeys(claims)) if claims else None,
             trials=trials,
             seed=seed,
             # One bar for all the claims, not one for each.
             progress=progress and (lambda _, done, total: progress("claims", done, total)),
         )
-        return Recorded(ledger)
 
     carry_out(found, outputs=Outputs(json, html, csv, parquet), quiet=quiet)
 
