@@ -1,4 +1,4 @@
-"""The figures of healthy models, which stand beside every figure of a page: `python -m studies.references`.
+"""The figures of healthy models, which stand beside those of a page: `python -m studies.references`.
 
 Each healthy model of `studies/validity` is diagnosed once, as it is and on its own text, and the lowest and highest value of each
 figure over its places are written to `src/uncollapse/report/healthy.json`. What is measured already is not measured again, unless a
@@ -53,10 +53,10 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     known = {}
-    if PLACE.exists() and not given.anew:
+    if PLACE.exists():  # with --anew too: one that is broken off leaves the others as they were
         known = {each["name"]: HealthyModel(**each) for each in json.loads(PLACE.read_text())}
     for name, subject in SUBJECTS.items():
-        if name in given.models or (subject.is_healthy and name not in known):
+        if name in given.models or (subject.is_healthy and (given.anew or name not in known)):
             known[name] = measured(name, subject)
             write([known[each] for each in SUBJECTS if each in known])
             print(f"{name}: {len(known[name].ranges)} figures", flush=True)

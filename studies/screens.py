@@ -1,7 +1,7 @@
 """The pictures of what people see: the page in a browser, and the printouts of a terminal. `python -m studies.screens`.
 
-Every picture comes from a run of the command line on the packaged model, now. The pictures of results come from their own studies;
-`make pictures` makes all of them.
+Every picture comes from a run on the packaged model, now, shown as the command line shows it. The pictures of results come from
+their own studies; `make pictures` makes all of them.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, SupportsIndex, TypeVar
 
 import torch
 from torch import nn
@@ -313,6 +313,16 @@ def found_state(state: dict[str, Any]) -> dict[str, Any]:
         else:
             found["forward"] = inner
     return found
+
+
+def reduced_as_found(reference: weakref.ref[nn.Module], protocol: SupportsIndex) -> Any:
+    """What `copy` and `pickle` ask of a module, without what is put up for a while. It stands in the module's `vars` as its
+    `__reduce_ex__`."""
+    module = reference()
+    assert module is not None
+    reduced: Any = type(module).__reduce_ex__(module, protocol)
+    made, given, state, *rest = reduced
+    return made, given, found_state(state) if isinstance(state, dict) else state, *rest
 
 
 # Settings of the whole process ------------------------------------------------------------------------------------------

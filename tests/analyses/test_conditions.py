@@ -50,7 +50,7 @@ def diagnosed(model: nn.Module, batch: dict[str, Tensor], level: Any = "core") -
         diagnosis = uc.diagnose(model, batches=[batch], level=level)
     finally:
         hook.remove()
-    assert same(seen[-1], before)
+    assert any(same(each, before) for each in seen)  # the probe pass; others shake something to see what moves
     assert same(outputs(model, batch), before)
     return diagnosis
 

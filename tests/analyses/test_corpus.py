@@ -9,8 +9,9 @@ import torch
 
 import uncollapse as uc
 from uncollapse import report, sources
-from uncollapse.records.diagnosis import DiagnosisRecord
+from uncollapse.records.diagnosis import DiagnosisRecord, widest_clouds
 from uncollapse.records.encoding import from_json
+from uncollapse.report import wording
 from uncollapse.report.diagnosis import corpus
 
 
@@ -45,11 +46,19 @@ def test_a_block_that_keeps_three_directions_is_named() -> None:
     assert (finding.phenomenon, finding.block) == ("dimensional-collapse", 3)
 
 
+def test_of_too_few_sequences_nothing_is_said(healthy: uc.Diagnosis) -> None:
+    few = uc.diagnose("demo", sequences=7, max_tokens=32).record
+    assert few.corpus
+    assert "corpus" not in wording.headline([], wording.looked_at(few))
+    assert len(widest_clouds(healthy.record.trajectory, healthy.record.corpus)) == 1
+
+
 def test_the_page_and_the_terminal_show_it(healthy: uc.Diagnosis) -> None:
     page = report.draw(healthy.record)
     assert 'id="corpus"' in page
     assert 'id="experts"' not in page
     assert "The corpus as one cloud: mean of a sequence" in page
+    assert "and the corpus (7 sites)." in wording.headline(healthy.findings, wording.looked_at(healthy.record))
     (sentence,) = corpus.sentences(healthy.record)
     last = [entry for entry in healthy.record.corpus if entry.pooling == "mean"][-1]
     assert f"of {last.attainable_centred_rank} directions at block 5" in sentence

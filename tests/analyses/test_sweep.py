@@ -187,6 +187,16 @@ def test_a_failure_is_a_record_and_ends_nothing(run: Path, tmp_path: Path, monke
     assert "in crash" in crashed.traceback
 
 
+def test_each_failure_is_told_its_own_reason(tmp_path: Path) -> None:
+    missing = [str(tmp_path / each / "run" / "checkpoint-1") for each in ("one", "other")]
+    for _ in range(2):
+        failures = uc.sweep(missing, out=tmp_path / "out").failures
+        assert [checkpoint.name for checkpoint in failures] == missing
+        for checkpoint in failures:
+            assert checkpoint.failure is not None
+            assert repr(checkpoint.name) in checkpoint.failure.message
+
+
 def test_shares_are_disjoint_and_make_the_whole(run: Path, tmp_path: Path, measured: list[str]) -> None:
     parts = [uc.sweep(run, TEXTS, out=tmp_path, shard=(number, 3)) for number in (1, 2, 3)]
     names = [checkpoint.name for part in parts for checkpoint in part.record.checkpoints]

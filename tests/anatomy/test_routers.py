@@ -88,6 +88,10 @@ def test_a_mixture_written_by_hand_is_found_by_what_its_choice_does(kind: str, c
     assert sum(second.load) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("kind", ["all experts", "a choice without effect"])
+# Of the last three a count would be wrong: of second experts only, of tokens as experts, of padding in place of tokens.
+@pytest.mark.parametrize(
+    "kind",
+    ["all experts", "a choice without effect", "first and second", "the experts first", "another order of tokens"],
+)
 def test_no_router_where_no_choice_decides(kind: str) -> None:
     assert routers_of(Mixture(kind), [{"input_ids": batch()["input_ids"]}]) == []

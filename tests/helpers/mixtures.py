@@ -44,6 +44,20 @@ class Layer(nn.Module):
                 chosen = weights.topk(2, -1).indices
                 kept = torch.zeros_like(weights).scatter(-1, chosen, 1.0) * weights
                 return torch.stack([self.expert(i, x) * kept[..., i : i + 1] for i in range(4)]).sum(0)
+            case "first and second":
+                first = functional.one_hot(weights.argmax(-1), 4)
+                second = functional.one_hot(weights.masked_fill(first.bool(), -1.0).argmax(-1), 4)
+                kept = (first + second) * weights
+                return torch.stack([self.expert(i, x) * kept[..., i : i + 1] for i in range(4)]).sum(0)
+            case "the experts first":
+                flat = weights.flatten(0, 1)
+                kept = (functional.one_hot(flat.mT.argmax(0), flat.shape[0])[:, :4] * flat).view_as(weights)
+                return torch.stack([self.expert(i, x) * kept[..., i : i + 1] for i in range(4)]).sum(0)
+            case "another order of tokens":
+                turned = x.transpose(0, 1)
+                gates = self.score(turned).softmax(-1).flatten(0, 1)
+                kept = (functional.one_hot(gates.argmax(-1), 4) * gates).view(*turned.shape[:2], 4).transpose(0, 1)
+                return torch.stack([self.expert(i, x) * kept[..., i : i + 1] for i in range(4)]).sum(0)
             case "all experts":
                 return torch.stack([self.expert(i, x) * weights[..., i : i + 1] for i in range(4)]).sum(0)
             case _:  # a choice that nothing follows from

@@ -50,6 +50,23 @@ def llama(dtype: torch.dtype = torch.float64) -> Any:
     return hf.LlamaForCausalLM(config).eval().to(dtype)
 
 
+def experts(dtype: torch.dtype = torch.float64) -> Any:
+    """A model with two routers."""
+    torch.manual_seed(0)
+    config = hf.MixtralConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        experts_implementation="eager",  # the fused experts know no float64
+    )
+    return hf.MixtralForCausalLM(config).eval().to(dtype)
+
+
 def hardly_trained() -> Any:
     """A model with norms on its queries and keys, whose gains have left their start a little and whose output layer has learnt."""
     torch.manual_seed(0)

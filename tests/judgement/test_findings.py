@@ -274,6 +274,17 @@ def test_a_corpus_that_has_nothing_to_lose_is_not_judged(clouds: list[CorpusReco
     ]
 
 
+def test_directions_that_nobody_can_have_are_not_lost() -> None:
+    """Sequences that turned to NaN are another finding, and a block that narrows the stream is none."""
+    whole = corpus(50.0, 48.0, 48.0)
+    for attainable in (1, 7):
+        few = replace(
+            whole[2], points=attainable + 1, attainable_centred_rank=attainable, centred_effective_rank=0.9 * attainable
+        )
+        assert not dimensions(*whole[:2], few)
+    assert dimensions(*whole[:2], replace(few, centred_effective_rank=1.2))
+
+
 @pytest.mark.parametrize(("unused", "fires"), [(1.02, False), (0.98, True)])
 def test_uniformity_is_judged_by_the_least_uniform_head(unused: float, fires: bool) -> None:
     attention = [head(0, share=1.0), head(1, share=1 - rules.UNUSED_KEYS * unused)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
 import logging
 import weakref
 from typing import Any
@@ -134,6 +136,33 @@ def test_a_first_pass_that_cannot_be_read_is_an_error_and_a_later_one_a_warning(
             assert [reading.step for reading in monitor.readings] == [0]
 
 
+@pytest.mark.parametrize("fails_at", [0, 2])
+def test_a_pass_that_fails_is_not_read_and_its_error_comes_through(fails_at: int) -> None:
+    class OutOfMemoryError(RuntimeError):
+        """What a loop may wait for, in order to go on with a smaller batch."""
+
+    model = gpt2()
+    monitor = uc.Monitor(model, probe(), every=2, on="train")
+    if fails_at:
+        train(model, monitor, range(fails_at))
+    model.register_forward_hook(lambda *_: None)  # one that torch comes to after the monitor's
+
+    def fail(*_: Any) -> None:
+        raise OutOfMemoryError
+
+    failing = model.transformer.h[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(OutOfMemoryError):
+        loss_of(model, data(fails_at))
+    failing.remove()
+    monitor.step(fails_at)
+    assert [reading.step for reading in monitor.readings] == list(range(0, fails_at, 2))
+    found = train(model, monitor, range(fails_at + 1, fails_at + 4))
+    read = monitor.readings[-2:] if fails_at else monitor.readings
+    assert [reading.step for reading in read] == [fails_at + 1, fails_at + 2]
+    for reading in read:
+        assert reading.sites["consensus_distance"] == pytest.approx(found[reading.step], rel=1e-5)
+
+
 def test_what_cannot_be_read_is_refused() -> None:
     with pytest.raises(InputError, match="compiled"):
         uc.Monitor(torch.compile(gpt2(), backend="eager"), probe(), on="train")
@@ -164,6 +193,26 @@ def test_closed_or_over_it_leaves_no_hook() -> None:
     other = uc.Monitor(model, probe(), on="train")
     other.close()
     assert _hooks(model) == 0
+
+
+def test_a_copy_made_while_it_waits_is_of_the_model_alone() -> None:
+    model = gpt2()
+    before = [set(vars(module)) for module in model.modules()]
+    monitor = uc.Monitor(model, probe(), every=1, on="train")
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(stream, weights_only=False)):
+        assert _hooks(copied) == 0
+        with torch.no_grad():
+            copied.lm_head.weight.zero_()
+        assert not copied(input_ids=data(0)).logits.any()
+        assert [set(vars(module)) for module in copied.modules()] == before
+    assert model(input_ids=data(0)).logits.any()
+    monitor.step(0)
+    assert len(monitor.readings) == 1
+    monitor.close()
+    assert [set(vars(module)) for module in model.modules()] == before
 
 
 @pytest.mark.parametrize("is_read", [True, False])

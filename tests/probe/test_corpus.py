@@ -8,13 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import uncollapse as uc
 from tests.helpers.tiny_models import FAMILIES, text_batch
 from tests.reference import corpus as reference
+from uncollapse import processes
+from uncollapse.analyses.recording import corpus_records
 from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.measures.corpus import corpus_measures
+from uncollapse.measures.running import RunningCloud
+from uncollapse.probe import own_pooling
+from uncollapse.probe.corpus import CorpusStatistics, Rows
+from uncollapse.probe.own_pooling import OwnPooling
 from uncollapse.probe.passes import capture
+from uncollapse.probe.sites import SiteStatistics
 from uncollapse.records.diagnosis import CorpusRecord
 
 EPS = float(torch.finfo(torch.float32).eps)
@@ -183,6 +192,55 @@ def test_a_sequence_that_is_not_finite_is_left_out_of_the_cloud() -> None:
     assert found["embedding", "mean"].points == total - others + len(batch["input_ids"]) - broken
 
 
+def test_the_means_of_long_sequences_err_no_more_than_their_format() -> None:
+    """Added one after another, 4,096 equal numbers of single precision err by hundreds of units in the last place."""
+    generator = torch.Generator().manual_seed(0)
+    x = (1 + 1e-7 * torch.randn(3, 1, 24, generator=generator)).expand(3, 4096, 24).clone()
+    mask = torch.ones(3, 4096, dtype=torch.bool)
+    mask[1, :900], x[1, :900] = False, math.nan
+    for given in (mask, None):
+        real = mask if given is not None else torch.ones_like(mask)
+        keeps = slice(None) if given is not None else slice(0, 1)
+        own = x[keeps]
+        expected = torch.stack([row[kept].double().mean(0) for row, kept in zip(own, real[keeps], strict=True)])
+        found = Rows.of(own, None if given is None else given[keeps]).pooled(own, "mean")
+        assert float((found.double() / expected - 1).abs().max()) < 4 * EPS
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_mean_of_equal_tokens_is_as_coarse_as_one_of_them(dtype: torch.dtype) -> None:
+    """Sequences that differ by less than the rounding of half precision are one point, in every pooling."""
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.3 * torch.finfo(dtype).eps * torch.randn(40, 1, 32, generator=generator)
+    stream = (torch.randn(32, generator=generator) + noise).to(dtype).expand(40, 64, 32).contiguous()
+    rows = Rows.of(stream, None)
+    rounding = torch.finfo(dtype).eps * rows.lessened(stream)
+    cloud = RunningCloud.of(rows.pooled(stream.float(), "mean"), torch.arange(40) / 40)
+    assert corpus_measures([cloud], [rounding])[0].centred_effective_rank == 0
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    mask[1, :6] = False
+    different = torch.arange(2 * 10 * 4).view(2, 10, 4).to(torch.float16)
+    assert Rows.of(different, mask).lessened(different) == pytest.approx((10**-0.5 + 4**-0.5) / 2)
+
+
+def test_points_that_are_one_up_to_rounding_are_not_compared() -> None:
+    """Their directions are those of rounding; how far the point turned is known all the same."""
+    generator = torch.Generator().manual_seed(0)
+    keys, before = torch.rand(40, generator=generator), None
+    known = []
+    for number, size in enumerate((1.0, 1e-7, 1.0)):
+        cloud = 1 + size * torch.randn(40, 16, generator=generator)
+        site = SiteStatistics(f"block.{number}", number, None, width=16)
+        statistics = CorpusStatistics(site, "first", before)
+        statistics.take(cloud, keys, EPS)
+        known.append(statistics)
+        before = statistics
+    for record in corpus_records(known)[1:]:
+        assert (record.novelty, record.cka, record.unbiased_cka) == (None, None, None)
+        assert record.unavailable["cka"] == "the points before and after are not the same ones, or have no spread"
+        assert record.cosine is not None
+
+
 # The model's own pooling ------------------------------------------------------------------------------------------------
 
 
@@ -202,12 +260,14 @@ class Pooled(nn.Module):
                 rows = own
             case "the batch's":
                 rows = own.mean(0, keepdim=True).expand_as(own)
+            case "a figure for each token":
+                rows = hidden[..., 0]
             case _:  # of a shape that says nothing: a row for each of the first tokens
                 rows = hidden.mean(0)[: len(hidden)]
         return {"last_hidden_state": hidden, "vector": rows}
 
 
-@pytest.mark.parametrize("kind", ["own", "the batch's", "tokens"])
+@pytest.mark.parametrize("kind", ["own", "the batch's", "tokens", "a figure for each token"])
 def test_an_output_is_a_pooling_if_each_sequence_alone_makes_its_row(kind: str) -> None:
     batches = padded(False)
     found = {site: entry for (site, pooling), entry in entries(Pooled(kind), batches).items() if pooling == "own"}
@@ -218,3 +278,32 @@ def test_an_output_is_a_pooling_if_each_sequence_alone_makes_its_row(kind: str) 
     assert list(found) == ["vector"]
     assert found["vector"].points == sum(len(batch["input_ids"]) for batch in batches)
     assert found["vector"].centred_effective_rank == pytest.approx(mean.centred_effective_rank, rel=1e-4)
+
+
+def test_an_output_of_another_width_on_another_process_is_no_pooling(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = OwnPooling(0), OwnPooling(0)
+    one.take(text_batch(tokens=9), {"starts": torch.ones(3, 9), "vector": torch.ones(3, 8)})
+    other.take(text_batch(tokens=12), {"starts": torch.ones(3, 12), "vector": torch.ones(3, 8)})
+    sent: list[Any] = []
+
+    def gathered(own: Any, _: str) -> list[Any]:
+        sent.append(own)
+        return sent
+
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "gathered", gathered)
+    one.unite("diagnose")
+    other.unite("diagnose")
+    monkeypatch.setattr(own_pooling, "_poked", lambda model, batch, names: dict.fromkeys(names, 8))
+    model = model_of("bert")
+    found = other.statistics(model, text_batch(), 6, proved_anatomy(model, text_batch()))
+    assert [statistics.site.site for statistics in found] == ["vector"]
+
+
+@pytest.mark.parametrize("lengths", [(9, 12, 9), (7, 7), (5, 5)])
+def test_where_an_answer_starts_is_no_pooling(lengths: tuple[int, ...]) -> None:
+    """A row of logits for each sequence, as wide as the sequence is long: it once ended in a traceback of torch."""
+    torch.manual_seed(0)
+    model = transformers.BertForQuestionAnswering(FAMILIES["bert"].build().config).eval()
+    batches = [{k: v[:, :tokens] for k, v in text_batch(tokens=12).items()} for tokens in lengths]
+    assert [key for key in entries(model, batches) if key[1] == "own"] == []

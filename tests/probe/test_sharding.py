@@ -13,16 +13,19 @@ import pytest
 import torch
 
 import uncollapse as uc
-from tests.helpers.several_processes import differences, in_two, llama, padded_batches
+from tests.helpers.several_processes import differences, experts, in_two, llama, padded_batches
 from tests.helpers.tiny_models import FAMILIES, batch_for, text_batch
 from uncollapse import processes
 from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.measures import running
 from uncollapse.measures.affine_fit import AffineFit
+from uncollapse.probe import corpus
 from uncollapse.probe.passes import sequences_before
 from uncollapse.probe.sharding import few_sequences
 
 # How many batches in which precision, how close, and what is asked.
 UNEVEN = (torch.float64, 3, 1e-10, {uc.diagnose: {"level": "full"}, uc.ablate: {"without": [("mlp",)]}})
+FULL = (torch.float64, 3, 1e-10, {uc.diagnose: {"level": "full"}})
 FEWER = (torch.float64, 1, 1e-10, {uc.identify: {}})
 FURTHER = {
     "all": (
@@ -34,6 +37,9 @@ FURTHER = {
     "groups": (torch.float64, 3, 1e-10, {uc.symmetries: {}}),
     "single precision": (torch.float32, 3, 1e-6, {uc.diagnose: {"level": "full"}, uc.identify: {}, uc.ablate: {}}),
 }
+
+
+WIDEST = running.WIDEST
 
 
 def _last_logit(output: Any) -> Any:
@@ -48,9 +54,9 @@ def _attributed(noted: dict[str, Any], model: Any, wrapped: Any, count: int, **o
     noted[f"{count}, attribute"] = took_part, differences(one.record, two.record, 1e-10)
 
 
-def _compared(cases: Mapping[str, Any], noted: dict[str, Any]) -> Any:
+def _compared(cases: Mapping[str, Any], noted: dict[str, Any], build: Any = llama) -> Any:
     for name, (dtype, count, tolerance, calls) in cases.items():
-        model, batches = llama(dtype), padded_batches(count)
+        model, batches = build(dtype), padded_batches(count)
         for function, options in calls.items():
             one = function(model, batches=batches, alone=True, **options)
             two = function(model, batches=batches, **options)
@@ -65,6 +71,13 @@ def _further(_: int, noted: dict[str, Any]) -> None:
 
 def _checks(rank: int, noted: dict[str, Any]) -> None:
     model, two = _compared({"uneven": UNEVEN, "fewer": FEWER}, noted)
+    _, mixture = _compared({"experts": FULL}, noted, experts)
+    noted["routers"] = len(mixture.record.routers)
+    for widest in (40, 8):  # tokens: more than that, in a stream that is narrower and in one that is wider
+        running.WIDEST = corpus.WIDEST = widest
+        _, many = _compared({f"points beyond {widest}": FULL}, noted)
+        noted[f"sampled beyond {widest}"] = {cloud.sampled for cloud in many.record.corpus if cloud.pooling == "tokens"}
+    running.WIDEST = corpus.WIDEST = WIDEST
     _attributed(noted, model, model, 1, ablated_as=None)
     _attributed(noted, model, torch.nn.parallel.DistributedDataParallel(model), 3, ablated_as="mean")
     with tempfile.TemporaryDirectory() as folder:
@@ -112,12 +125,31 @@ def noted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "case", ["uneven, diagnose", "uneven, ablate", "fewer, identify", "1, attribute", "3, attribute"]
+    "case",
+    [
+        "uneven, diagnose",
+        "uneven, ablate",
+        "fewer, identify",
+        "experts, diagnose",
+        "points beyond 40, diagnose",
+        "points beyond 8, diagnose",
+        "1, attribute",
+        "3, attribute",
+    ],
 )
 def test_two_processes_say_what_one_says(case: str, noted: list[dict[str, Any]]) -> None:
     for own in noted:
         assert "failed" not in own, own["failed"]
         assert own[case] == ((2, 1), [])
+
+
+def test_what_is_compared_has_routers_and_more_points_than_are_kept(noted: list[dict[str, Any]]) -> None:
+    for own in noted:
+        assert own["routers"] == 2
+        assert own["sampled beyond 40"] == {
+            None
+        }  # the second moment has all of them, the comparisons only those that are kept
+        assert own["sampled beyond 8"] == {8}
 
 
 @pytest.mark.slow

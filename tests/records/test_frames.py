@@ -16,6 +16,7 @@ import pytest
 
 import uncollapse as uc
 from tests.helpers.command_line import refused
+from tests.helpers.sweep_samples import swept
 from uncollapse.analyses.stored import Trail
 from uncollapse.cli import output
 from uncollapse.records import frames
@@ -135,6 +136,29 @@ def test_a_list_inside_a_row_carries_what_tells_the_row_from_others() -> None:
     inside = frames.tables(uc.load(GOLDEN / "ledger.json").record)["evidence"].columns
     ledger = json.loads((GOLDEN / "ledger.json").read_text())
     assert inside["id"] == [claim["id"] for claim in ledger["claims"] for _ in claim["evidence"]]
+
+
+def test_of_a_sweep_every_row_says_which_checkpoint_it_is_of() -> None:
+    record = swept()
+    tables = frames.tables(record)
+    assert list(tables) == ["runs", "checkpoints", "figures", "findings"]
+    several = [(run, checkpoint) for run in record.runs for checkpoint in run.checkpoints]
+    found = tables["checkpoints"].columns
+    assert list(zip(found["run"], found["name"], found["step"], found["failure_kind"], strict=True)) == [
+        (run.name, each.name, each.step, None if each.failure is None else each.failure.kind) for run, each in several
+    ]
+    found = tables["findings"].columns
+    assert list(zip(found["run"], found["checkpoint"], found["code"], found["block"], strict=True)) == [
+        (run.name, each.name, finding.code, finding.block) for run, each in several for finding in each.findings
+    ]
+    found = tables["figures"].columns
+    columns = ("run", "checkpoint", "measure", "worst", "block", "head")
+    assert list(zip(*(found[column] for column in columns), strict=True)) == [
+        (run.name, each.name, measure, figure.worst, figure.block, figure.head)
+        for run, each in several
+        for measure, figure in each.figures.items()
+    ]
+    assert frames.main_table(record).columns == tables["checkpoints"].columns
 
 
 def test_a_table_that_is_not_there_is_refused_with_those_that_are() -> None:

@@ -41,7 +41,8 @@ def test_the_printout_has_a_row_for_each_checkpoint_and_says_what_failed() -> No
     assert row[4:] == ["13", "1", "warning"]
     said = " ".join(" ".join(lines).split())
     assert (
-        "6 checkpoints, 1 of them could not be measured. The first warning: DEPTH-CLOSE at step 1,000, block 1." in said
+        "6 checkpoints, 1 of which could not be measured. The first warning: DEPTH-CLOSE at step 1,000, block 1."
+        in said
     )
     assert "!! step 2,000 DEPTH-COLLAPSED (block 1; in 1 of 4 checkpoints)" in said
     assert "org/tiny@step512: crashed OSError: gone" in said
@@ -62,6 +63,17 @@ def test_the_page_has_a_curve_for_each_measure_with_the_worst_block_in_front() -
     } == {4}
     assert "block 1, where it is worst" in page.words
     assert "block 2, where it is worst" in page.words
+
+
+def test_a_checkpoint_of_which_only_the_embedding_is_finite_has_no_point_on_the_curve() -> None:
+    record = swept()
+    run = record.runs[0]
+    last = run.checkpoints[4]
+    lost = replace(last.figures["consensus_after_norm"], worst=0.9, block=None, along=[0.9, None, None, None])
+    diverged = replace(last, figures={**last.figures, "consensus_after_norm": lost})
+    record = replace(record, runs=[replace(run, checkpoints=[*run.checkpoints[:4], diverged])])
+    points = rows_anywhere(specs(Page(report.draw(record)))["run-0-consensus-after-norm"])
+    assert {row["depth"] for row in points if "middle" in row} == {0, 1, 3}
 
 
 def test_the_table_has_every_checkpoint_to_sort_and_says_why_a_figure_is_absent() -> None:

@@ -539,8 +539,8 @@ def test_hostile_text_stays_text_everywhere() -> None:
     )
     shown = Page(draw(record))
     own = [a for a, _ in shown.scripts]
-    assert len([a for a in own if "type" not in a]) == 2
-    assert len(own) == 2 + len(shown.charts())
+    assert len([a for a in own if "type" not in a]) == 3
+    assert len(own) == 3 + len(shown.charts())
     assert not shown.attributes("img")
     assert shown.words.count(evil) > 100
     for attributes, text in shown.scripts:

@@ -143,8 +143,12 @@ def corpus_records(statistics: Sequence[CorpusStatistics], *, between: bool = Tr
     place = {id(s): i for i, s in enumerate(known)}
     pairs = [(place[id(s.before)], i) for i, s in enumerate(known) if between and id(s.before) in place]
     apart = compared([clouds[before] for before, _ in pairs], [clouds[after] for _, after in pairs])
-    beside = {after: found for (_, after), found in zip(pairs, apart, strict=True)}
     figures = dict(enumerate(corpus_measures(clouds, [s.epsilon for s in known])))
+    beside = {}
+    for (before, after), found in zip(pairs, apart, strict=True):
+        has_spread = all(figures[place].participation_ratio is not None for place in (before, after))
+        # Points that are one up to rounding have directions of rounding: only how far each has turned is known.
+        beside[after] = found if has_spread else Comparison(None, None, None, found.cosine)
     return [_corpus_record(s, figures.get(place.get(id(s), -1)), beside.get(place.get(id(s), -1))) for s in statistics]
 
 

@@ -16,10 +16,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Unpack
 
-import torch
 from filelock import FileLock
 
-from uncollapse import sources
+from uncollapse import processes, sources
 from uncollapse.analyses.preparation import DEFAULT_SEQUENCES, DEFAULTS, ProbeOptions, require_options
 from uncollapse.analyses.recording import versions
 from uncollapse.analyses.result import Recorded
@@ -84,13 +83,9 @@ def sweep(
     checkpoint is in its record.
     """
     chosen = require_options(sweep, probe, level=level)
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
+    if processes.count() > 1:
         raise InputError(
-            f"sweep: expected one process, got {torch.distributed.get_world_size()} of a process group. Each checkpoint is "
+            f"sweep: expected one process, got {processes.count()} of a process group. Each checkpoint is "
             "measured by one. Start several sweeps on one folder instead, or pass shard (--shard)."
         )
     own = [option for option in NOT_OF_A_SWEEP if probe.get(option) is not None]

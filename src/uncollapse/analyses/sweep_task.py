@@ -47,7 +47,11 @@ class Task:
     @property
     def file(self) -> str:
         """The name of its record."""
-        return f"{self.checkpoint.label}-{self.fingerprint or 'unidentified'}.json.gz"
+        known = self.fingerprint
+        if known is None:  # several may have one label, and each its own reason
+            name = hashlib.sha256(self.checkpoint.name.encode("utf-8", "surrogateescape")).hexdigest()
+            known = f"unidentified-{name[:8]}"
+        return f"{self.checkpoint.label}-{known}.json.gz"
 
     @property
     def options(self) -> dict[str, Any]:

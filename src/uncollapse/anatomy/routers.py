@@ -3,11 +3,12 @@
 Found by what they do. A choice is an operation that picks the largest of a row of numbers (top-k, arg-max), one row for each token,
 within a block. It is a router if it decides what the MLP adds. One token's choice is changed to another member of its row, in the
 block run alone: this token's output changes, no other token's does, and none does if the MLP is taken away. Of several choices on
-one way (groups of experts first, then experts) the last one counts.
+one way (groups of experts first, then experts) the last one counts, if the others act through it alone.
 
-What this cannot find: routers that mix all experts, and choices that are limited by what other tokens chose (capacities that are
-full): there other tokens move too. A sparse hidden layer that keeps its largest units is a choice as well; its units then count as
-experts, each a unit wide.
+What this cannot find: routers that mix all experts, that take a token's first and second expert by two choices (NLLB-MoE), that
+choose along another axis than the last, or whose rows are in another order than the stream's tokens. Nor choices that are limited
+by what other tokens chose: there other tokens move too. That shows only where a capacity is full on the example. A sparse hidden
+layer that keeps its largest units is a choice as well; its units then count as experts, each a unit wide.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from uncollapse.anatomy.block_alone import BlockAlone
 from uncollapse.anatomy.interception import Handler, Point
-from uncollapse.anatomy.tracing import Trace, tensors_in
+from uncollapse.anatomy.tracing import Trace, operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Block, Router, StreamAxes
 
 CHOICES = frozenset(["topk", "argmax"])
@@ -52,18 +53,27 @@ def routers_of(alone: BlockAlone, recorded: Trace) -> dict[int, Router]:
             continue
         for point, members in reversed(choices):
             if _decides(alone, number, point, axes):
-                found[number] = Router(point, members)
+                others = [other for other, _ in choices if other != point]
+                if not any(_decides(alone, number, other, axes, held=point) for other in others):
+                    found[number] = Router(point, members)
                 break
     return found
 
 
-def _decides(alone: BlockAlone, number: int, point: Point, axes: StreamAxes) -> bool:
-    """Whether the choice of the first token decides its own output of the block and no other's, and does so through this part."""
+def _decides(alone: BlockAlone, number: int, point: Point, axes: StreamAxes, held: Point | None = None) -> bool:
+    """Whether the choice of one token decides its own output of the block and no other's, and does so through this part. held: a
+    choice that stays what it was."""
     assert alone.run.output is not None
     before = axes.cloud(alone.run.output)
+    tokens = before.shape[0] * before.shape[1]
+    row = min(1, tokens - 1)  # not the first, which is the first in any order
     met: list[bool] = []
-    otherwise = {point: _choosing_otherwise(met, before.shape[0] * before.shape[1])}
+    otherwise = {point: _choosing_otherwise(met, tokens, row)}
     try:
+        if held is not None:
+            kept: list[Any] = []
+            alone.replay((), {held: _keeping(kept)})
+            otherwise[held] = lambda *_: kept[0]
         after = axes.cloud(alone.replay((), otherwise))
         if met != [True] or after.shape != before.shape:
             return False
@@ -72,31 +82,51 @@ def _decides(alone: BlockAlone, number: int, point: Point, axes: StreamAxes) -> 
         return False
     rounding = 4 * torch.finfo(before.dtype).eps * float(before.abs().max())
     gap, around = ((one - other).double().abs().amax(-1).flatten() for one, other in ((after, before), past))
-    # The first row is the first token of the first sequence, whichever of the two axes comes first. Where the others are the same
-    # in every bit, any change of its own is one; half precision would hide a small update below its rounding.
-    least = 4 * rounding if bool(gap[1:].any()) else 0.0
-    return bool(gap[0] > least) and bool((gap[1:] <= rounding).all()) and bool((around <= rounding).all())
+    # Where tokens come first, the rows may follow either axis.
+    own = row if (axes.sequence, axes.token) == (0, (1,)) else int(gap.argmax())
+    others = torch.cat([gap[:own], gap[own + 1 :]])
+    # Where the others are the same in every bit, any change of its own is one; half precision would hide a small update below its
+    # rounding.
+    least = 4 * rounding if bool(others.any()) else 0.0
+    return bool(gap[own] > least) and bool((others <= rounding).all()) and bool((around <= rounding).all())
 
 
-def _choosing_otherwise(met: list[bool], tokens: int) -> Handler:
+def _keeping(kept: list[Any]) -> Handler:
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        kept.append(function(*args, **kwargs))
+        return kept[-1]
+
+    return handler
+
+
+def _choosing_otherwise(met: list[bool], tokens: int, row: int) -> Handler:
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = function(*args, **kwargs)
         chosen = chosen_in(output)
-        members = next(tensors_in([args, kwargs])).shape[-1]
-        rows = None if chosen is None else as_rows(chosen, tokens)
-        if rows is None or rows.shape[1] >= members:
+        among = next(tensors_in([args, kwargs]))
+        members, rows = among.shape[-1], None if chosen is None else as_rows(chosen, tokens)
+        if rows is None or rows.shape[1] >= members or not _is_along_the_last(function, among, args, kwargs):
             met.append(False)
             return output
         met.append(True)
         assert chosen is not None
-        free = next(i for i in range(members) if i not in rows[0].tolist())
+        free = next(i for i in range(members) if i not in rows[row].tolist())
         other = chosen.clone()
-        other.view(-1)[0] = free
+        other.view(tokens, -1)[row, 0] = free
         if isinstance(output, Tensor):
             return other
         return type(output)((output[0], other))
 
     return handler
+
+
+def _is_along_the_last(
+    function: Callable[..., Any], among: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> bool:
+    """Whether a choice picks along the last axis of what it is given."""
+    place, usual = (2, -1) if operation_name(function) == "topk" else (1, None)
+    axis = kwargs.get("dim", args[place] if len(args) > place else usual)
+    return axis is not None and axis % among.ndim == among.ndim - 1
 
 
 def chosen_in(output: Any) -> Tensor | None:

@@ -37,7 +37,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NoReturn, SupportsIndex, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ from uncollapse.interventions import single_heads, whole_sublayers
 from uncollapse.interventions.overlooked_norms import require_no_norm_left
 from uncollapse.interventions.single_heads import Filling, Heads, HeadsAs
 from uncollapse.interventions.token_order import mask_removed, positions_removed, require_order_blind
-from uncollapse.restoring import Changes, found_state, in_this_thread, restoring, turn
+from uncollapse.restoring import Changes, in_this_thread, reduced_as_found, restoring, turn
 from uncollapse.wrappers import module_of, seen_through
 
 Component = Literal[
@@ -332,20 +332,11 @@ def _give_back(model: nn.Module, anatomy: Anatomy, removal: _Removal) -> None:
 def _copied_whole(model: nn.Module, changes: Changes) -> None:
     """Let a copy that is made meanwhile, or a pickle, be one of the whole model: what is put up here would go on acting on this
     model, and not on the copy."""
-    reduced = _refuse_copy if hidden(model) else _reduced  # a configuration is changed as well
+    reduced = _refuse_copy if hidden(model) else reduced_as_found  # a configuration is changed as well
     for module in model.modules():
         if hasattr(type(module), "__deepcopy__"):
             changes.place(vars(module), "__deepcopy__", functools.partial(_refuse_copy, weakref.ref(module)))
         changes.place(vars(module), "__reduce_ex__", functools.partial(reduced, weakref.ref(module)))
-
-
-def _reduced(reference: weakref.ref[nn.Module], protocol: SupportsIndex) -> Any:
-    """What `copy` and `pickle` ask of a module, without what is put up for a while."""
-    module = reference()
-    assert module is not None
-    reduced: Any = type(module).__reduce_ex__(module, protocol)
-    made, given, state, *rest = reduced
-    return made, given, found_state(state) if isinstance(state, dict) else state, *rest
 
 
 def _refuse_copy(reference: weakref.ref[nn.Module], _: object) -> NoReturn:

@@ -34,6 +34,7 @@ from uncollapse.records.diagnosis import (
     PartRecord,
     SiteRecord,
     stacks,
+    widest_clouds,
 )
 
 # All of these are distances from collapse: half the smallest distance in any healthy run of `studies/validity`. docs/validity.md
@@ -68,8 +69,6 @@ FEW_TOKENS = 16
 CARRIED, CARRIED_BEFORE = 0.7, 0.9
 # With fewer different tokens than this, attention has nothing to choose from and too few keys to freeze out.
 DIFFERENT_TOKENS = 4
-# With fewer sequences than this a corpus has too few directions to lose, and so has one whose embeddings use no more than these.
-FEW_SEQUENCES, FEW_DIRECTIONS = 8, 4.0
 # If the embedded tokens are this much alike, the blocks have nothing to lose: a text that repeats one token looks like that.
 APART_AT_ENTRY = 0.1
 
@@ -363,13 +362,10 @@ def dimensions_lost(observed: Observed) -> Iterator[Reading]:
     A site is judged by the pooling that keeps most directions. Any one of them may have few in good health: the first token is
     often the same in all sequences, the last one too, and a massive token whose size varies a little dominates the means (SmolLM2
     keeps a fifth of the embedding's directions there, and all of them at its last token)."""
-    for site_records in stacks(observed.trajectory):
-        kept = [(site, best) for site in site_records if (best := _most_directions(observed.corpus, site)) is not None]
-        if len(kept) < 2 or kept[0][0].block is not None or kept[0][1].points < FEW_SEQUENCES:
-            continue
-        shares = [(site, cloud, _directions(cloud) / max(_directions(kept[0][1]), 1e-12)) for site, cloud in kept]
-        if _directions(kept[0][1]) < FEW_DIRECTIONS:
-            continue
+    for kept in widest_clouds(observed.trajectory, observed.corpus):
+        entry = _directions(kept[0][1])
+        # Where sequences were lost (NaN) or the stream is narrower, fewer directions can be had.
+        shares = [(site, cloud, _directions(cloud) / min(entry, cloud.attainable_centred_rank)) for site, cloud in kept]
         limit = observed.thresholds.dimensions
         at, worst, share = min(shares[1:], key=lambda each: each[2])
         first = next((site for site, _, each in shares[1:] if each < limit), at)
@@ -383,19 +379,13 @@ def dimensions_lost(observed: Observed) -> Iterator[Reading]:
             threshold=limit,
             message=f"All sequences lie in few directions from {_place(first.block, first.stack)} on. Pooled in the way that keeps "
             f"most ({worst.pooling}), they use {_directions(worst):.1f} of {worst.attainable_centred_rank} directions at "
-            f"{_place(at.block, at.stack)} (centred effective rank); at the embedding it was {_directions(kept[0][1]):.1f}.",
+            f"{_place(at.block, at.stack)} (centred effective rank); at the embedding it was {entry:.1f}.",
             remedy="Look at what this block adds: a gain or an update that few directions dominate. In contrastive training, check "
             "the temperature, the negatives and the weight decay of the last layers.",
             reference=_JING,
             stack=first.stack,
         )
         yield Reading(_margin(share, limit), finding)
-
-
-def _most_directions(corpus: Sequence[CorpusRecord], site: SiteRecord) -> CorpusRecord | None:
-    """Of the poolings of the sequences at a site the one that keeps most directions."""
-    pooled = [c for c in corpus if c.site == site.site and c.pooling not in ("tokens", "own")]
-    return max((c for c in pooled if c.centred_effective_rank is not None), key=_directions, default=None)
 
 
 def _directions(cloud: CorpusRecord) -> float:

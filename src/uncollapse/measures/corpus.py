@@ -133,8 +133,7 @@ def isoscore(values: Float[Tensor, "*batch direction"], width: int) -> Float[Ten
 
     With v = sqrt(d) lambda / ||lambda||_2 and delta = ||v - 1||_2 / sqrt(2 (d - sqrt d)) it is ((d - delta^2 (d - sqrt d))^2 - d) /
     (d (d - 1)), lambda the variances along the principal directions, d the width. That is (PR - 1)/(d - 1) with PR the
-    participation
-    ratio: sum v = sqrt(d PR) and ||v||^2 = d.
+    participation ratio: sum v = sqrt(d PR) and ||v||^2 = d.
 
     From 0 (one direction) to 1 (the same in every one). Invariant under rotation, scale and translation. NaN for a cloud without
     spread, and for width 1.
@@ -225,7 +224,9 @@ def mean_cosine(cloud: RunningCloud) -> float:
     anisotropy).
     """
     m = cloud.pointing
-    return (float(cloud.unit.square().sum()) - m) / (m * (m - 1)) if m > 1 else math.nan
+    if m < 2:
+        return math.nan
+    return min(1.0, (float(cloud.unit.square().sum()) - m) / (m * (m - 1)))  # the sizes may be of single precision
 
 
 # Clouds -----------------------------------------------------------------------------------------------------------------
@@ -480,7 +481,8 @@ def _corrected(product: Tensor, k: Tensor, m: Tensor, n: int) -> Tensor:
 
 def compared(before: Sequence[RunningCloud], after: Sequence[RunningCloud]) -> list[Comparison]:
     """What lies between the clouds of each pair, from the points that they keep: all of them, or the same sample. None for a
-    pair whose points are not the same, and for what is undefined.
+    pair whose points are not the same, and for what is undefined. Of points that are one up to rounding only the cosine says
+    anything: the other figures are those of the rounding.
 
     The cosine is the mean over points of the cosine between a point before and after; 1 less it is the block influence of X. Men
     et al., "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", arXiv 2403.03853, section 2.3.

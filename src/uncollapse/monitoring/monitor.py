@@ -21,10 +21,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final, Literal, TypedDict, Unpack, cast
 
-import torch
-import torch.distributed
 from torch import Tensor, nn
 
+from uncollapse import processes
 from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
 from uncollapse.analyses.recording import (
     attention_records,
@@ -130,7 +129,7 @@ class Monitor:
         self._file: TrailFile | None = None
         self._unwritten: list[TrailReading] = []
         self._has_warned = False
-        self._is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        self._is_first = processes.number() == 0
         self._is_sharded = is_sharded(model)
         self._looks_here = self._is_first or self._is_sharded
         self._weights: Weights | None = None
@@ -193,7 +192,10 @@ class Monitor:
     def _step_of_training(self, step: int, loss: float | Tensor | None) -> list[Alarm]:
         raised: list[Alarm] = []
         seen = self._next
-        if seen is not None and seen.is_over:
+        if seen is not None and seen.is_broken:  # half of a pass says nothing: the next one is read
+            seen.close()
+            self._wait()
+        elif seen is not None and seen.is_over:
             self._next = None
             if seen.observations is not None:
                 raised = self._read(step, seen.observations, loss)

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from uncollapse.anatomy.interception import Handler, Point
@@ -88,8 +87,9 @@ class Corpus:
         self.handlers: dict[Point, Handler] = {}
         self.streams: list[tuple[Place, Action]] = []
         self.statistics: list[CorpusStatistics] = []
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        self._generator = torch.Generator().manual_seed(seed * 1_000_003 + rank)
+        # Sequences of the corpus before this batch: they decide its keys, so that it has the same ones in whichever process.
+        self.before = 0
+        self._seed, self._generator = seed, torch.Generator()
         # In this batch: by stack and number of points; by stack, number of tokens and device.
         self._keys: dict[tuple[int, int], Tensor] = {}
         self._rows: dict[tuple[int, int, torch.device], Rows] = {}
@@ -112,6 +112,7 @@ class Corpus:
         yield
 
     def begin(self, batch: Mapping[str, Any]) -> None:
+        self._generator.manual_seed(self._seed * 1_000_003 + self.before)
         self._keys.clear()
         self._rows.clear()
 
@@ -135,9 +136,11 @@ class Corpus:
             epsilon, x = torch.finfo(stream.dtype).eps, single(cloud.detach())
             for statistics in own:
                 points = rows.pooled(x, statistics.pooling)
-                rounding = epsilon * rows.lessens if statistics.pooling == "mean" else epsilon
+                least = torch.finfo(points.dtype).eps
+                is_coarse = statistics.pooling == "mean" and epsilon > least
+                rounding = epsilon * rows.lessened(cloud) if is_coarse else epsilon
                 keys = self._drawn(stack, len(points), points.device)
-                statistics.take(points, keys, max(rounding, torch.finfo(points.dtype).eps))
+                statistics.take(points, keys, max(rounding, least))
 
     def _drawn(self, stack: int, count: int, device: torch.device) -> Tensor:
         """The keys of this batch's points: the same at every site of a stack, so that the clouds keep the same points."""
@@ -149,29 +152,34 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Rows:
-    """Which tokens of a batch make the points: which sequences have any, the share of each token in its sequence's mean [sequence,
-    1, token], the places of the first and the last real token, and the mask (None where every token is real). `lessens`: the
-    factor by which a mean lessens rounding errors that are independent."""
+    """Which tokens of a batch make the points: which sequences have any, how many each of these has, the places of the first and
+    the last, and the mask (None where every token is real)."""
 
     there: Tensor
-    shares: Tensor
+    counts: Tensor
     first: Tensor
     last: Tensor
     mask: Tensor | None
-    lessens: float
 
     @staticmethod
     def of(cloud: Tensor, mask: Tensor | None) -> Rows:
         """For clouds [sequence, token, width] with this mask [sequence, token]: True for a real token, None where all are."""
         sequences, tokens = cloud.shape[:2]
+        mask = None if mask is None else mask.to(cloud.device)
         real = torch.ones(sequences, tokens, dtype=torch.bool, device=cloud.device) if mask is None else mask
         counts = real.sum(1)
         there = counts.nonzero()[:, 0]
-        precision = torch.promote_types(cloud.dtype, torch.float32)
-        shares = real[there].to(precision) / counts[there, None].to(precision)
         last = tokens - 1 - real[there].flip(1).int().argmax(1)
-        lessens = float(counts[there].double().rsqrt().mean()) if len(there) else 1.0
-        return Rows(there, shares[:, None], real[there].int().argmax(1), last, mask, lessens)
+        return Rows(there, counts[there], real[there].int().argmax(1), last, mask)
+
+    def lessened(self, cloud: Tensor) -> float:
+        """The factor by which a mean lessens the rounding errors of its tokens. Errors of tokens that differ are independent; an
+        element that repeats the one of the token before repeats its error, and where all tokens are one nothing is lessened."""
+        differing = (cloud[:, 1:] != cloud[:, :-1]).mean(-1, dtype=torch.float32)
+        if self.mask is not None:
+            differing = differing * (self.mask[:, 1:] & self.mask[:, :-1])
+        independent = 1 + differing.sum(1)[self.there].double()
+        return float(independent.rsqrt().mean()) if len(self.there) else 1.0
 
     def pooled(self, cloud: Tensor, pooling: Pooling) -> Tensor:
         """The points [point, width] of a cloud in single precision at least. Sequences without a real token have none."""
@@ -180,9 +188,6 @@ class Rows:
             return cloud.flatten(0, 1).clone() if self.mask is None else cloud[self.mask]
         if pooling != "mean":
             return cloud[self.there, self.first if pooling == "first" else self.last]
-        cloud = cloud if len(self.there) == len(cloud) else cloud[self.there]
-        points = torch.bmm(self.shares, cloud)[:, 0]
-        if self.mask is not None and not bool(points.isfinite().all()):
-            # Padding may hold what is not finite, and 0 times that is not 0.
-            points = torch.bmm(self.shares, torch.where(self.shares.mT > 0, cloud, 0))[:, 0]
-        return points
+        # Padding may hold what is not finite. `sum` adds in pairs: a product that adds one after another errs more than the format.
+        totals = cloud.sum(1) if self.mask is None else torch.where(self.mask[..., None], cloud, 0).sum(1)
+        return totals[self.there] / self.counts[:, None]

@@ -1,7 +1,8 @@
 """The model's own pooling: an output with one row for each sequence, which that sequence alone makes.
 
 An output of two axes may hold anything. So it is poked: one sequence of a small batch is replaced by another. The output is a
-pooling if its row becomes the other one's, and no other row moves.
+pooling if its row becomes the other one's, and no other row moves. Its width must not follow the number of tokens: a figure for
+each token (where an answer starts) is none, though the sequence alone makes it. The small batch has fewer tokens to show that.
 
 When not to use it: to pool a stream. `corpus` does that.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse import processes
-from uncollapse.anatomy.examples import example_batch
+from uncollapse.anatomy.examples import TOKENS, example_batch
 from uncollapse.anatomy.interception import device_of
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.vocabulary import Anatomy
@@ -44,6 +45,8 @@ class OwnPooling:
             if name not in self._found:
                 site = SiteStatistics(name, None, None, width=rows.shape[1])
                 self._found[name] = CorpusStatistics(site, "own", None)
+            if rows.shape[1] != self._found[name].site.width:
+                continue  # no pooling, then, and left out for the sequences that are missing
             self._taken[name] = self._taken.get(name, 0) + sequences
             epsilon = torch.finfo(rows.dtype).eps
             self._found[name].take(single(rows.detach()).clone(), keys.to(rows.device), epsilon)
@@ -64,6 +67,7 @@ class OwnPooling:
         several = processes.gathered(own, caller)
         for name in dict.fromkeys(name for each in several for name in each):
             those = [each[name] for each in several if name in each]
+            those = [each for each in those if each[1] == those[0][1]]  # as in `take`
             clouds = [cloud for _, _, _, cloud in those if cloud is not None]
             statistics = CorpusStatistics(SiteStatistics(name, None, None, width=those[0][1]), "own", None)
             statistics.epsilon = max(epsilon for _, _, epsilon, _ in those)
@@ -83,26 +87,36 @@ class OwnPooling:
         if known is None or proved is None or proved() is not anatomy or not whole.keys() <= known.keys():
             known = _poked(model, batch, list(whole))
             _remembered[model] = weakref.ref(anatomy), known
-        return [found for name, found in whole.items() if known[name]]
+        return [found for name, found in whole.items() if known[name] == found.site.width]
 
 
-_remembered: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Anatomy], dict[str, bool]]] = (
+_remembered: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Anatomy], dict[str, int]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def _poked(model: nn.Module, batch: Mapping[str, Any], names: list[str]) -> dict[str, bool]:
-    """Which of these outputs are poolings."""
-    device = device_of(model)
+def _poked(model: nn.Module, batch: Mapping[str, Any], names: list[str]) -> dict[str, int]:
+    """The width of those of these outputs that are poolings; 0 of the others."""
+    device, nothing = device_of(model), dict.fromkeys(names, 0)
     try:
-        piece = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example_batch(batch).items()}
+        lengths = [length for v in batch.values() if (length := _length(v))]
+        shorter = example_batch(batch, min([TOKENS, *(length - 1 for length in lengths)]))
+        piece = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in shorter.items()}
         if _sequences(piece) < 3:
-            return dict.fromkeys(names, False)
+            return nothing
         with probing(model):
             before, after = (dict(_rows(model(**given))) for given in (piece, _replaced(piece)))
     except Exception:  # whatever it is: the pass itself went well, and nothing is known of its outputs
-        return dict.fromkeys(names, False)
-    return {name: _is_pooling(before.get(name), after.get(name)) for name in names}
+        return nothing
+    # An output that is as wide as the piece is long, where the corpus is no longer, may be a figure for each token.
+    uncut = {length for name, v in piece.items() if (length := _length(v)) == _length(batch[name])}
+    found = {name: before[name].shape[1] for name in names if _is_pooling(before.get(name), after.get(name))}
+    return nothing | {name: width for name, width in found.items() if width not in uncut}
+
+
+def _length(value: Any) -> int:
+    """How many tokens a tensor may have; 0 where it has none."""
+    return value.shape[1] if isinstance(value, Tensor) and value.ndim in (2, 3) else 0
 
 
 def _sequences(batch: Mapping[str, Any]) -> int:

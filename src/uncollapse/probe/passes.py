@@ -16,10 +16,12 @@ When not to use this: to look at activations. Nothing is stored; a hook of your 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -44,7 +46,7 @@ from uncollapse.probe.readers import Readers
 from uncollapse.probe.routing import RouterStatistics, Routing
 from uncollapse.probe.sites import Sites, SiteStatistics
 from uncollapse.probe.sublayers import NormStatistics, Sublayers, UpdateStatistics
-from uncollapse.restoring import restoring
+from uncollapse.restoring import reduced_as_found, restoring
 
 Progress = Callable[[str, int, int], None]
 Level = Literal["core", "full"]
@@ -167,24 +169,31 @@ class NextPass:
     gradients. Passes in evaluation mode or without gradients are let by. It takes itself off when that pass ends; `close` takes it
     off before. Until then no compiled code runs in this thread but as it is written.
 
-    `observations`: what was seen, once the pass is over. None before, and where `problem` says why nothing was. Nothing is raised
-    in the middle of somebody's training.
+    `observations`: what was seen, once the pass is over. None before, and where `problem` says why nothing was. `is_broken`: that
+    pass raised an exception, so half of it was seen, and no other one will be; `close` takes it off. Nothing is raised in the
+    middle of somebody's training.
     """
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, watch: Collection[Watched]) -> None:
         self.observations: Observations | None = None
         self.problem: UncollapseError | None = None
+        self.is_broken = False
         self._probe = _Probe(model, anatomy, "core", frozenset(watch), forbearing=True)
         self._thread = threading.get_ident()
         self._checking: contextlib.ExitStack | None = None
         with contextlib.ExitStack() as up:
             up.callback(self._probe.close)
             changes = up.enter_context(restoring())
+            # Copies and pickles made meanwhile are of the model as it was found: what is put up here acts on this one.
+            for module in model.modules():
+                reduced = functools.partial(reduced_as_found, weakref.ref(module))
+                changes.place(vars(module), "__reduce_ex__", reduced)
             self._check = changes.enter(runs_checked(model, anatomy))
             # Before all others: what begins a pass for them is not to see the runs that tell its tokens.
             changes.hook(model, "forward_pre", self._begin, prepend=True, with_kwargs=True)
             changes.enter(self._probe.installed(strict=False))
-            changes.hook(model, "forward", self._end, always_call=True)
+            changes.hook(model, "forward", self._end)
+            changes.hook(model, "forward", self._break, always_call=True)
             self._up = up.pop_all()
 
     @property
@@ -198,7 +207,8 @@ class NextPass:
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         is_training = model.training and torch.is_grad_enabled()
-        if self._checking is not None or not is_training or threading.get_ident() != self._thread:
+        has_begun = self._checking is not None or self.is_broken
+        if has_begun or not is_training or threading.get_ident() != self._thread:
             return
         if _is_inside_compiled():
             self.problem = InputError(
@@ -218,7 +228,7 @@ class NextPass:
             self._checking = checking.pop_all()
 
     def _end(self, *_: Any) -> None:
-        if threading.get_ident() != self._thread or (self._checking is None and self.problem is None):
+        if not self._is_in_it():
             return
         try:
             if self._checking is not None:
@@ -231,6 +241,16 @@ class NextPass:
             self.problem = error
         finally:
             self.close()
+
+    def _break(self, *_: Any) -> None:
+        """The pass ended without `_end`. No hook is taken off here: torch is going through them, and would raise over that what
+        its caller may not be waiting for."""
+        self.is_broken = self.is_broken or self._is_in_it()
+
+    def _is_in_it(self) -> bool:
+        """Whether the pass that ends is the one to observe."""
+        has_begun = self._checking is not None or self.problem is not None
+        return has_begun and not self.is_broken and threading.get_ident() == self._thread
 
 
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -280,7 +300,7 @@ class _Probe:
         sites = Sites(anatomy, self.clouds, self.own.is_own, measures="sites" in watch)
         self.observations = Observations(sites.statistics, [statistics for _, statistics in attending])
         self.observers: list[Observer] = [sites]
-        self.sublayers: Sublayers | None = None
+        self.counting: list[Corpus | Sublayers] = []  # those that ask how much of the corpus comes before a batch
         if watch & {"corpus", "corpus tokens"}:
             corpus = Corpus(
                 anatomy,
@@ -293,6 +313,7 @@ class _Probe:
             )
             self.observations.corpus = corpus.statistics
             self.observers.append(corpus)
+            self.counting.append(corpus)
         if "routers" in watch:
             routing = Routing(anatomy, self.clouds, self.own.is_own)
             self.observations.routers = routing.statistics
@@ -331,9 +352,10 @@ class _Probe:
         if projections is not None:
             self.observers.append(projections)
         if "sublayers" in watch:
-            self.sublayers = sublayers = Sublayers(model, anatomy, self.clouds.tokens_of, self.own.is_own)
+            sublayers = Sublayers(model, anatomy, self.clouds.tokens_of, self.own.is_own)
             self.observations.updates, self.observations.norms = sublayers.updates, sublayers.norms
             self.observers.append(sublayers)
+            self.counting.append(sublayers)
 
     @contextlib.contextmanager
     def installed(self, *, strict: bool = True) -> Iterator[None]:
@@ -355,10 +377,10 @@ class _Probe:
         """A batch comes, with so many sequences of the corpus before it. What has to be run to tell its tokens is run before the
         pass is the probe's own."""
         self.clouds.begin(batch)
+        for counting in self.counting:
+            counting.before = before
         for observer in self.observers:
             observer.begin(batch)
-        if self.sublayers is not None:
-            self.sublayers.before = before
         self.own.begin()
 
     def count(self) -> None:

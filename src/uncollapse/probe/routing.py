@@ -1,6 +1,7 @@
 """What the routers of a mixture of experts do: how many tokens each expert gets.
 
-Only for routers that were proved (`anatomy.routers`). A choice counts once for each real token and each expert that it was sent to.
+Only for routers that were proved (`anatomy.routers`). A choice counts once for each real token and each expert that it names, also
+where the expert is full and drops the token.
 
 When not to use it: for how much an expert contributes. The weight of a chosen expert is not read.
 """
@@ -30,7 +31,7 @@ from uncollapse.records.diagnosis import RouterRecord
 @dataclass
 class RouterStatistics:
     """How often each expert of one router was chosen for a real token, `load` [expert]. `chosen`: experts for each token. `tokens`:
-    real tokens that were sent somewhere. `reason`: why that is not known."""
+    real tokens for which it chose. `reason`: why that is not known."""
 
     block: int
     stack: Stack | None
@@ -105,8 +106,7 @@ def _router_record(statistics: RouterStatistics) -> RouterRecord:
         chosen=statistics.chosen,
         tokens=statistics.tokens,
         load=shares.tolist(),
-        entropy=entropy / math.log(statistics.experts) if statistics.experts > 1 else None,
+        entropy=entropy / math.log(statistics.experts),  # of one expert nothing is chosen: that is no router
         effective_experts=math.exp(entropy),
         dead=(statistics.load == 0).nonzero()[:, 0].tolist(),
-        unavailable={} if statistics.experts > 1 else {"entropy": "one expert has no entropy"},
     )

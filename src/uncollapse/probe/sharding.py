@@ -29,7 +29,6 @@ from uncollapse.measures.affine_fit import AffineFit, Sums
 from uncollapse.measures.running import Running, RunningCloud
 from uncollapse.probe.activity import PartActivity
 from uncollapse.probe.attention import AttentionStatistics
-from uncollapse.probe.corpus import CorpusStatistics
 from uncollapse.probe.passes import WATCHED, Observations, capture, on_device, sequences_before
 from uncollapse.probe.sites import SIDE_BY_SIDE_MEASURES, SiteStatistics
 from uncollapse.probe.sublayers import UpdateStatistics
@@ -152,6 +151,9 @@ def unite(observed: Observations, caller: str) -> None:
     together = processes.gathered([note.value for note in several], caller)
     for place, note in enumerate(several):
         note.put(note.join([each[place] for each in together]))
+    for cloud in observed.corpus:  # one at a time: all of them, from all processes, are gigabytes for a large model
+        own = None if cloud.cloud is None else cloud.cloud.on_cpu()
+        cloud.put(_merged_clouds(processes.gathered(own, caller)))
     _share_matrices(observed, caller)
     parts = list(figures(observed))
     shapes = processes.gathered([None if p.value is None else tuple(p.value.shape) for p in parts], caller)
@@ -325,7 +327,8 @@ def notes(observed: Observations) -> Iterator[Note]:
         yield Note(list(site.readers), _union, partial(_begin_readers, site))
         yield Note(len(site.side_by_side), max, partial(_begin_side_by_side, site))
     for cloud in observed.corpus:
-        yield from cloud_notes(cloud)
+        yield _noted(cloud, "reason", _last)
+        yield _noted(cloud, "epsilon", max)
     for router in observed.routers:
         yield _noted(router, "reason", _last)
     for attention in observed.attention:
@@ -342,14 +345,6 @@ def notes(observed: Observations) -> Iterator[Note]:
         yield _noted(part, "copies", _in_all)
         unread = part.units.unread
         yield Note(None if unread is None else unread.cpu(), _first, partial(setattr, part.units, "unread"))
-
-
-def cloud_notes(statistics: CorpusStatistics) -> Iterator[Note]:
-    """Of one cloud of the corpus: its bounded number of points, and its moments, as they are."""
-    yield _noted(statistics, "reason", _last)
-    yield _noted(statistics, "epsilon", max)
-    known = statistics.cloud
-    yield Note(None if known is None else known.on_cpu(), _merged_clouds, statistics.put)
 
 
 def _merged_clouds(several: list[RunningCloud | None]) -> RunningCloud | None:

@@ -362,6 +362,30 @@ class CorpusRecord:
         return self.centred_effective_rank / self.attainable_centred_rank
 
 
+# With fewer sequences than this a corpus has too few directions to lose, and so has one whose embeddings use no more than these.
+FEW_SEQUENCES, FEW_DIRECTIONS = 8, 4.0
+
+
+def widest_clouds(
+    trajectory: Sequence[SiteRecord], corpus: Sequence[CorpusRecord]
+) -> list[list[tuple[SiteRecord, CorpusRecord]]]:
+    """By stack its sites, each with the cloud of the sequences in the pooling that keeps most directions. Without the stacks whose
+    corpus has nothing to lose, and those whose embedding or whose every block has no such cloud."""
+    by_site: dict[str, list[tuple[float, CorpusRecord]]] = {}
+    for cloud in corpus:
+        if cloud.pooling not in ("tokens", "own") and cloud.centred_effective_rank is not None:
+            by_site.setdefault(cloud.site, []).append((cloud.centred_effective_rank, cloud))
+    found = []
+    for sites in stacks(trajectory):
+        widest = [(site, max(by_site[site.site], key=lambda pair: pair[0])) for site in sites if site.site in by_site]
+        if len(widest) < 2 or widest[0][0].block is not None:
+            continue
+        directions, entry = widest[0][1]
+        if entry.points >= FEW_SEQUENCES and directions >= FEW_DIRECTIONS:
+            found.append([(site, cloud) for site, (_, cloud) in widest])
+    return found
+
+
 @dataclass(frozen=True)
 class DiagnosisRecord:
     """One diagnosis, complete."""

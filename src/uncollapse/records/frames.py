@@ -2,8 +2,9 @@
 pyarrow, or as a Parquet file.
 
 A record holds lists of records, and each such list is a table under the name of its field: `attention`, `heads`, `findings`. A list
-inside a row is a table of its own, and carries what tells that row from the others (`OUTER`). A table has the same columns and the
-same types whatever was measured, so that the tables of many runs can be put together.
+inside a row is a table of its own, and carries what tells that row from the others (`OUTER`). So are records by name, such as the
+figures of a sweep's checkpoint. A table has the same columns and the same types whatever was measured, so that the tables of many
+runs can be put together.
 
 None of the three libraries is needed to install this package, and which one is there decides what comes out. Narwhals, which the
 charts bring along, makes it.
@@ -29,21 +30,26 @@ from uncollapse.errors import InputError
 from uncollapse.records.ablation import AblationRun
 from uncollapse.records.diagnosis import SiteRecord
 from uncollapse.records.ledger import ClaimResult
+from uncollapse.records.sweep import SweptCheckpoint, SweptFigure, SweptRun
 from uncollapse.records.symmetries import SymmetryRecord
 from uncollapse.records.trail import Alarm, HeadPlace, SitePlace, TrailRecord
 
 Backend = Literal["pandas", "polars", "pyarrow"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 Cell = type[float] | type[int] | type[bool] | type[str]
-# What tells a row from the others of its table, in the tables of the lists inside it.
-OUTER: Final[Mapping[type[Any], tuple[str, ...]]] = {
-    AblationRun: ("without",),
-    ClaimResult: ("id",),
-    SiteRecord: ("site",),
-    SymmetryRecord: ("phenomenon",),
+# What tells a row from the others of its table: by column in the tables of the lists inside it, the row's own column.
+OUTER: Final[Mapping[type[Any], Mapping[str, str]]] = {
+    AblationRun: {"without": "without"},
+    ClaimResult: {"id": "id"},
+    SiteRecord: {"site": "site"},
+    SweptCheckpoint: {"checkpoint": "name"},
+    SweptRun: {"run": "name"},
+    SymmetryRecord: {"phenomenon": "phenomenon"},
 }
+# The column of the names, where records stand under names.
+NAMED: Final[Mapping[type[Any], str]] = {SweptFigure: "measure"}
 # The table that `to_frame` gives; of a record with none of these names its first one.
-MAIN: Final = ("trajectory", "effects", "tests", "sites", "claims")
+MAIN: Final = ("trajectory", "effects", "tests", "sites", "claims", "checkpoints")
 
 
 @dataclass(frozen=True)
@@ -160,16 +166,20 @@ def _collect(
     """The table of these rows, and behind it those of the lists inside them."""
     found[name] = made = table(rows, kind, outer=outer)
     hints = typing.get_type_hints(kind)
-    keys = [*outer, *OUTER.get(kind, ())]
+    keys = {**{key: key for key in outer}, **OUTER.get(kind, {})}
     for field in dataclasses.fields(kind):
-        inner = _record_in_list(hints[field.name])
+        inner = _record_in_list(hints[field.name]) or _record_by_name(hints[field.name])
         if inner is None:
             continue
         lengths = [len(getattr(row, field.name) or ()) for row in rows]
         repeated = {
-            key: [str(made.columns[key][i]) for i, many in enumerate(lengths) for _ in range(many)] for key in keys
+            key: [str(made.columns[own][i]) for i, many in enumerate(lengths) for _ in range(many)]
+            for key, own in keys.items()
         }
         inside = [one for row in rows for one in getattr(row, field.name) or ()]
+        if inner in NAMED:
+            repeated[NAMED[inner]] = inside
+            inside = [one for row in rows for one in getattr(row, field.name).values()]
         _collect(found, field.name if field.name not in found else f"{name}_{field.name}", inside, inner, repeated)
 
 
@@ -182,7 +192,7 @@ def _cells(kind: type[Any]) -> dict[str, tuple[Cell, tuple[str, ...]]]:
     found: dict[str, tuple[Cell, tuple[str, ...]]] = {}
     for field in dataclasses.fields(kind):
         hint = _given(hints[field.name])
-        if field.name == "unavailable" or _record_in_list(hint) is not None:
+        if field.name == "unavailable" or _record_in_list(hint) is not None or _record_by_name(hint) is not None:
             continue
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             for name, (cell, path) in _cells(hint).items():
@@ -215,6 +225,12 @@ def _record_in_list(hint: Any) -> type[Any] | None:
         return None
     inner = get_args(hint)[0]
     return inner if isinstance(inner, type) and dataclasses.is_dataclass(inner) else None
+
+
+def _record_by_name(hint: Any) -> type[Any] | None:
+    """The kind of records that a field has under names, if it has such."""
+    inner = get_args(hint)[1] if get_origin(hint) is dict else None
+    return inner if inner in NAMED else None
 
 
 def _at(record: Any, path: Sequence[str]) -> Any:

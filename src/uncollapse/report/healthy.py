@@ -170,7 +170,7 @@ def sentence_of_symmetry(healthy: References, phenomenon: str) -> str:
 
 
 def is_causal(record: Any) -> bool | None:
-    """Whether tokens reach only later ones; `None` where no record says, and where one stack does and the other does not."""
+    """Whether tokens see only earlier ones; `None` where no record says, and where one stack does and the other does not."""
     said = getattr(record, "is_causal", None)
     anatomy = getattr(record, "anatomy", None)
     if said is not None or anatomy is None:

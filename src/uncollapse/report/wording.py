@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from uncollapse.records.common import SEVERITIES, Finding, ModelInfo, Probe, Statistic
-from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord
+from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, SiteRecord, widest_clouds
 
 ABSENT = "–"
 PHENOMENON_NAMES = {
@@ -186,8 +186,9 @@ class LookedAt:
 
 
 def looked_at(record: Any) -> LookedAt:
-    """What the rules could judge in this record: depth at the sites, attention by the head, output projections, and in a record
-    of symmetries each phenomenon that has an order parameter. A record without such a field is not about it."""
+    """What the rules could judge in this record: depth at the sites, attention by the head, output projections, the corpus where
+    it has directions to lose, and in a record of symmetries each phenomenon that has an order parameter. A record without such a
+    field is not about it."""
     looked = LookedAt([], [])
     sites = getattr(record, "trajectory", [])
     judged = [s for s in sites if s.consensus_after_norm or s.consensus_distance or s.affine_rank]
@@ -197,6 +198,8 @@ def looked_at(record: Any) -> LookedAt:
     _look("attention", "head", attention, mixed, looked)
     heads = getattr(record, "heads", [])
     _look("output projections", "block", heads, [h for h in heads if h.verdict is not None], looked)
+    clouds = [pair for stack in widest_clouds(sites, getattr(record, "corpus", [])) for pair in stack]
+    _look("the corpus", "site", clouds, clouds, looked)
     if not hasattr(record, "trajectory"):
         for symmetry in getattr(record, "symmetries", []):
             values = [value for value in symmetry.order_parameter if value is not None]

@@ -58,10 +58,11 @@ def along_depth(record: AttributionRecord) -> Chart | None:
             if effect.kind in kinds and effect.block is not None and effect.direct is not None:
                 sums[effect.block] = sums.get(effect.block, 0.0) + effect.value
         points += [{"block": block, "value": value, "line": line} for block, value in sums.items()]
-    if len({p["block"] for p in points}) < 2:
+    blocks = {p["block"] for p in points}
+    if len(blocks) < 2:
         return None
     base = alt.Chart(rows(points)).encode(
-        x=alt.X("block:Q", axis=alt.Axis(title="block", tickMinStep=1, format="d")),
+        x=alt.X("block:Q", axis=alt.Axis(title="block", values=ticks(max(blocks) + 1))),
         y=alt.Y("value:Q", axis=alt.Axis(title=None, tickCount=5)),
         color=alt.Color("line:N", scale=alt.Scale(domain=["attention", "MLP"], range=[BLUE, ORANGE]), legend=None),
     )

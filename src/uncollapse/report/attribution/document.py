@@ -32,7 +32,9 @@ def document(record: AttributionRecord) -> str:
 
 def _tiles(record: AttributionRecord) -> list[Tile]:
     metric = record.metric
-    tiles = [Tile(metric.name, say.figure(metric.value), wording.count(metric.value.n, "sequence"))]
+    value, _, interval = say.figure(metric.value).partition(" ± ")
+    sequences = wording.count(metric.value.n, "sequence")
+    tiles = [Tile(metric.name, value, f"± {interval}, {sequences}" if interval else sequences)]
     for title, kinds in (
         ("heads, directly", {"head", "attention"}),
         ("MLPs, directly", {"mlp", "mixer"}),

@@ -100,8 +100,8 @@ def repair(record: AttributionRecord) -> str:
     if not smaller:
         return f"No self-repair shows: taken away ({by} in its place), each of the {count} largest heads costs as much or more."
     return (
-        f"Self-repair: of the {count} heads with the largest direct effects {len(smaller)} cost less when they are taken away "
-        f"({by} in their place) than directly."
+        f"Self-repair: of the {count} heads with the largest direct effects, {len(smaller)} cost less than their direct effect "
+        f"when they are taken away ({by} in their place)."
     )
 
 
@@ -111,7 +111,8 @@ def question(record: AttributionRecord) -> list[str]:
     if not heads:
         return ["No head could be told apart, so no effect is a head’s."]
     said = [
-        "Who records the heads before the output projection knows what each of them writes: the direct effects below are exact."
+        "An observer who records the heads before the output projection knows what each of them writes: the direct effects below "
+        "are exact."
     ]
     share = wording.percent(record.noise)
     known = [h for h in heads if h.behind is not None]
@@ -124,14 +125,14 @@ def question(record: AttributionRecord) -> list[str]:
             else f" (random weights of that size: ± {wording.number(top.behind_random)})"
         )
         said.append(
-            f"Who sees only the sum behind it, with an error of {share} of its size, knows the largest, {name(top)}, to within "
-            f"± {wording.number(top.behind)}{beside}. For {len(inside):,} of {len(known):,} heads that is more than the "
+            f"An observer who sees only the sum after it, with an error of {share} of its size, knows the largest, {name(top)}, to "
+            f"within ± {wording.number(top.behind)}{beside}. For {len(inside):,} of {len(known):,} heads that is more than the "
             "effect itself."
         )
     lost = [h for h in heads if h.behind is None and h.noise_gain is None]
     if lost:
         said.append(
-            f"For {wording.count(len(lost), 'head')} nothing can be told behind the projection: other heads can write part of what "
+            f"For {wording.count(len(lost), 'head')} nothing can be told after the projection: other heads can write part of what "
             "they write."
         )
     copies = [h for h in heads if h.indistinguishable_from]

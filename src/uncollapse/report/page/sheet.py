@@ -25,10 +25,11 @@ LONGEST_PRINTED = 400  # rows of a folded table that is printed, about ten pages
 
 
 def render(template: str, *, styles: Sequence[str], scripts: Sequence[str], **content: Any) -> str:
-    """The page that `template` draws from `content`. `styles` are names of files from `report/` on, `scripts` are programs. Before
-    them runs what unpacks large tables."""
+    """The page that `template` draws from `content`. `styles` are names of files from `report/` on, `scripts` are programs. What
+    unpacks large tables runs before page.js, which reads them."""
     style = "".join(map(source, styles))
-    scripts = [source("page/packed.js"), *scripts]
+    if source("page/page.js") in scripts:
+        scripts = [source("page/packed.js"), *scripts]
     policy = (
         f"default-src 'none'; script-src {' '.join(map(_hash, scripts))}; style-src {_hash(style)}; "
         "base-uri 'none'; form-action 'none'"

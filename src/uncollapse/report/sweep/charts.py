@@ -19,12 +19,16 @@ IN_TABLE = "Its figures are in the table of all checkpoints."
 
 def measure_chart(run: SweptRun, number: int, measure: str, keys: Sequence[str]) -> Chart | None:
     """A line for the block in which the measure is worst, over a band of all blocks; None where fewer than two checkpoints have
-    it. `number` is that of the run; `keys` are those of the rows."""
-    seen = [(index, c.figures[measure]) for index, c in enumerate(run.checkpoints) if measure in c.figures]
-    if len(seen) < 2:
-        return None
+    it in any block. `number` is that of the run; `keys` are those of the rows."""
     places = run.attentions if measure in say.OF_HEADS else run.sites
     of_blocks = [i for i, site in enumerate(places) if measure in say.OF_HEADS or "embedding" not in site] or [0]
+    seen = [
+        (index, figure)
+        for index, c in enumerate(run.checkpoints)
+        if (figure := c.figures.get(measure)) and any(figure.along[i] is not None for i in of_blocks)
+    ]
+    if len(seen) < 2:
+        return None
     worst = max if measure in WORST_IS_LARGEST else min
     index, place = worst(
         (value, index, i) for index, figure in seen for i in of_blocks if (value := figure.along[i]) is not None
@@ -49,7 +53,7 @@ def measure_chart(run: SweptRun, number: int, measure: str, keys: Sequence[str])
     legend = [
         Key(f"{where}, where it is worst", ORANGE),
         Key("its worst checkpoint", RED, "ring"),
-        Key("the block in the middle", GREY, dash="5 3"),
+        Key("median of the blocks", GREY, dash="5 3"),
         Key(each, GREY, "band"),
     ]
     title = say.TITLES[measure]

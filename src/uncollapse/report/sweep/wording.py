@@ -66,7 +66,7 @@ def headline(record: SweepRecord) -> str:
     """The sweep in one sentence."""
     several = wording.count(len(record.checkpoints), "checkpoint")
     failed = sum(checkpoint.failure is not None for checkpoint in record.checkpoints)
-    failing = f", {failed} of them could not be measured" if failed else ""
+    failing = f", {failed} of which could not be measured" if failed else ""
     serious = [each for each in firsts(record) if each.finding.severity != "info"]
     if not serious:
         nothing = (

@@ -19,10 +19,9 @@ def document(record: SymmetriesRecord) -> str:
         for test in record.tests
     ]
     scales, low, high = charts.scales(levels)
-    rows, scaling = (
-        symmetry_rows(record.symmetries, record.findings, references(record), record.tests),
-        width(record.symmetries),
-    )
+    healthy = references(record)
+    rows = symmetry_rows(record.symmetries, record.findings, healthy, record.tests)
+    scaling = width(record.symmetries)
     return sheet.render(
         "symmetries/page.html.j2",
         styles=["page/page.css", "symmetries/page.css"],
@@ -31,6 +30,7 @@ def document(record: SymmetriesRecord) -> str:
         record=record,
         symmetry_words=say,
         rows=rows,
+        healthy=healthy,
         order=tables.order_table(record.symmetries, "order-table"),
         tests=tables.tests_table(record.tests, say.outcomes(record.tests, record.symmetries), "tests-table"),
         scales={tables.test_key(number): scale for number, scale in enumerate(scales)},

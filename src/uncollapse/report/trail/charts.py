@@ -147,7 +147,7 @@ def _steps(record: TrailRecord) -> alt.X:
     return alt.X(
         "step:Q",
         scale=alt.Scale(domain=[first, max(last, first + 1)], nice=False),
-        axis=alt.Axis(title="step", format="~s"),
+        axis=alt.Axis(title="step", format="~s", tickMinStep=1),
     )
 
 
