@@ -1,0 +1,276 @@
+"""How a claim is checked: how many cases, which sizes, how exactly. A verdict alone would not show that one of them went."""
+
+import dataclasses
+import re
+from fractions import Fraction
+
+import pytest
+import torch
+from flint import arb, fmpq
+
+from uncollapse.claims import (
+    CLAIMS,
+    attention_only_collapse,
+    causal_collapse_is_geometric,
+    intervals,
+    layernorm_affine_rank,
+    layernorm_and_distance,
+    pgop_overhead,
+    query_key_gauge,
+    relative_bias_collapse_is_geometric,
+    residual_needs_no_mlp,
+    residual_obstructs_collapse,
+    value_output_gauge,
+)
+from uncollapse.claims.draws import Draws
+from uncollapse.measures import exact
+from uncollapse.records.ledger import ClaimResult, Evidence
+
+TRIALS = 41  # one more than a multiple of 20, of 10, of 5 and of 4
+
+
+@pytest.fixture(scope="module")
+def ledger() -> dict[str, ClaimResult]:
+    """Every claim once."""
+    return {name: claim.run(TRIALS, 5) for name, claim in CLAIMS.items()}
+
+
+def starting(result: ClaimResult, start: str) -> Evidence:
+    (piece,) = [piece for piece in result.evidence if piece.what.startswith(start)]
+    return piece
+
+
+def cases(piece: Evidence) -> int:
+    """How many cases the piece met."""
+    found = re.search(r"(\d+) cases", str(piece.observed))
+    assert found
+    return int(found[1])
+
+
+# Of each claim: how its pieces begin, and how many of 41 trials each met.
+EACH, FIFTH, TWENTIETH = TRIALS, TRIALS // 5, TRIALS // 20
+FIRST_AND_TWENTIETH = len(range(0, TRIALS, 20))
+COUNTED = {
+    "attention-only-collapse": {"three layers": len(range(1, TRIALS, 5))},
+    # n = 2 to 6
+    "causal-collapse-is-geometric": {"the pattern": 5, "X <- A(X) X": TWENTIETH, "with a full mask": TWENTIETH},
+    "relative-bias-collapse-is-geometric": {
+        "at consensus": EACH,
+        "b on the diagonal": FIRST_AND_TWENTIETH,
+        "logits from the bias": FIRST_AND_TWENTIETH,
+        "logits from tokens": FIRST_AND_TWENTIETH,
+        "with the bias at zero": FIRST_AND_TWENTIETH,
+    },
+    "leaders": {"M positive": EACH, "as many groups": EACH, "without positive": EACH},
+    "attention-never-gains-rank": dict.fromkeys(("rank of", "affine rank", "a value bias", "three heads"), EACH),
+    "consensus-is-invariant": dict.fromkeys(("n equal", "they are equal after l", "they are equal after a"), EACH),
+    "layernorm-affine-rank": {"affine rank unchanged on random": EACH, "instead, consensus": FIFTH},
+    "layernorm-rank-formula": dict.fromkeys(("affine rank", "the rank", "a bias", "dim ker", "the change"), EACH),
+    "layernorm-matrix-rank": {"rank LN X": EACH, "instead": EACH},
+    "rmsnorm-rank": {"rank RMSNorm": EACH, "the affine": EACH},
+    "layernorm-and-distance": dict.fromkeys(("12 layers", "from (1", "with eps", "from (0"), 2),
+    "residual-obstructs-collapse": {
+        "some W": EACH,
+        "the same": EACH,
+        "two layers of": FIRST_AND_TWENTIETH,
+        "post-norm, uniform": FIRST_AND_TWENTIETH,
+        "two softmax": FIRST_AND_TWENTIETH,
+        "true softmax": EACH,
+    },
+    "residual-needs-no-mlp": {"rank after 4": EACH, "on a neigh": len(range(0, TRIALS, 10))},
+    "random-residuals-are-geometric": {
+        "X + U X W": TRIALS // 4,
+        "the expected": TRIALS // 4,
+        "and by its square": 2,
+        "the energy": TRIALS // 4,
+        "attention to oneself": 2,
+    },
+    "mlp-leaves-the-span": {"two attention": EACH},
+    "mlp-leaves-the-reachable-space": dict.fromkeys(("the reachable", "two attention", "a linear"), EACH),
+    "attention-is-affine-given-patterns": {"vec f": EACH, "f((X": EACH},
+    "head-channel-ambiguity": {"the observer": FIFTH},
+    "head-observers": dict.fromkeys(("Y and W_O known, head", "nothing", "Y and W_O known, con", "Y alone"), FIFTH),
+    "attention-weights-unidentifiable": {"steps": EACH},
+    "mlp-cannot-unmix": dict.fromkeys(("the MLP", "W_O with", "W_O unknown"), EACH),
+    "pgop-overhead": {"the gates": 2 * 9, "with output": 9, "without output": 9},  # nine models, with and without a bias
+    "pgop-gauge": {"the mixings": FIFTH, "no gates": FIFTH},
+    "pgop-recovery": dict.fromkeys(("recurring", "at one", "rank G", "contents"), TRIALS // 3),
+    "channel-gates": {"gates of channels": FIFTH, "gates of heads": FIFTH},
+    "dispersion": dict.fromkeys(("one key", "H >=", "beyond"), EACH),
+    # (4^2 - 1) + (4^3 - 1) + (4^4 - 1) rows
+    "scaling-fixed-points": {"a row is fixed": 333, "t = 32": EACH, "rows near": EACH},
+    "sinks-against-overmixing": dict.fromkeys(("a softmax", "a change", "shares that"), EACH),
+    "token-permutation": {"A(PX)": EACH, "a block": EACH},
+    "head-permutation": dict.fromkeys(("H=2, G=1", "H=2, G=2", "H=3, G=3", "H=4, G=2", "H=4, G=1"), 2)
+    | {"permutations": 2 * (2 + 2 + 6 + 8 + 24)},
+    "value-output-gauge": {"a finite": 2 * 5},
+    "query-key-gauge": {"a finite": 2 * 8},
+    "gauge-with-norms": {"W_h + a": TWENTIETH},
+    "four-symmetries": dict.fromkeys(("depth", "width", "heads", "entropy", "exact instead: (", "exact instead: a"), EACH),
+}
+
+
+@pytest.mark.parametrize("claim", COUNTED)
+def test_every_trial_is_met_and_costly_ones_as_often_as_meant(claim: str, ledger: dict[str, ClaimResult]) -> None:
+    for start, count in COUNTED[claim].items():
+        assert cases(starting(ledger[claim], start)) == count, start
+
+
+def test_what_is_measured_says_so(ledger: dict[str, ClaimResult]) -> None:
+    """All else is exact: rationals, finite fields, or balls that contain the truth."""
+    measured = {(name, piece.what) for name, result in ledger.items() for piece in result.evidence if not piece.exact}
+    by_claim = {name: [what for each, what in measured if each == name] for name, _ in measured}
+    assert {name: len(what) for name, what in by_claim.items()} == {
+        "random-residuals-are-geometric": 2,
+        "ffn-width-four": 12,
+        "width-collapse": 5,
+        "last-token-collapse": 1,
+    }
+    assert all(what.startswith("dev = 15 n m, L = 24") for what in by_claim["random-residuals-are-geometric"])
+    assert by_claim["last-token-collapse"][0].startswith("the same prompts in the bfloat16 attention of torch")
+
+
+# Counted by hand from docs/theory.md, section 7: G d_k^2 and G d_k for the biases; a complex number a rotated pair.
+VALUE_OUTPUT = {
+    "H=2 G=2 d_k=1 d=2 biases=False": 2,
+    "H=2 G=2 d_k=2 d=3 biases=True": 8 + 4,
+    "H=4 G=2 d_k=1 d=2 biases=True": 2 + 2,
+    "H=4 G=2 d_k=2 d=3 biases=False": 8,
+    "H=3 G=1 d_k=2 d=3 biases=True": 4 + 2,
+}
+QUERY_KEY = {
+    "at H=2 G=2 d_k=1 biases=False rotary=0": 2,
+    "at H=2 G=1 d_k=2 biases=False rotary=0": 4,
+    "at H=4 G=2 d_k=2 biases=False rotary=0": 8,
+    "at H=2 G=1 d_k=2 biases=True rotary=0": 4 + 2,
+    "at H=2 G=1 d_k=2 biases=False rotary=2": 2,
+    "at H=2 G=1 d_k=4 biases=False rotary=4": 4,
+    "at H=2 G=1 d_k=2 biases=True rotary=2": 2,
+    "at H=2 G=1 d_k=3 biases=True rotary=2": 2 + 1 + 1,
+    "under QK-RMSNorm with shared gamma, H=2 G=1 d_k=3 RoPE=False": 2 + 1 + 3,
+    "under QK-RMSNorm with shared gamma, H=2 G=2 d_k=2 RoPE=False": 2 + 2 + 2,
+    "under QK-RMSNorm with shared gamma, H=2 G=1 d_k=4 RoPE=True": 2 + 1 + 2,
+    "under QK-RMSNorm with shared gamma, H=4 G=2 d_k=2 RoPE=True": 4 + 2 + 1,
+}
+# (query-key, value-output) for beta = 0 and for beta not 0: one group or two, and one group with biases.
+AFTER_A_NORM = {
+    "H=2 G=1 d_k=2 d=4 biases=False": ((4 + 2 + 4, 4 + 2), (4 + 2, 4)),
+    "H=2 G=2 d_k=1 d=3 biases=False": ((2 + 2 + 2, 2 + 2), (2 + 2, 2)),
+    "H=2 G=1 d_k=2 d=4 biases=True": ((6 + 2 + 4, 6 + 2), (6 + 2 + 4, 6 + 2)),
+}
+
+
+def dimensions(result: ClaimResult, start: str) -> dict[str, tuple[str, str]]:
+    told = [piece for piece in result.evidence if piece.what.startswith(start)]
+    return {piece.what.removeprefix(start).strip(): (str(piece.observed), str(piece.expected)) for piece in told}
+
+
+def test_the_gauges_have_the_dimensions_of_the_theory_at_every_size(ledger: dict[str, ClaimResult]) -> None:
+    expected = {size: (str(count),) * 2 for size, count in VALUE_OUTPUT.items()}
+    assert dimensions(ledger["value-output-gauge"], "dimension of the gauge at") == expected
+    expected = {size: (str(count),) * 2 for size, count in QUERY_KEY.items()}
+    assert dimensions(ledger["query-key-gauge"], "dimension") == {
+        size.replace("at H", "of the gauge at H"): told for size, told in expected.items()
+    }
+    for place, kind in enumerate(("query-key", "value-output")):
+        expected = {
+            f"{size}, beta {beta}": (str(counts[where][place]),) * 2
+            for size, counts in AFTER_A_NORM.items()
+            for where, beta in enumerate(("= 0", "not 0"))
+        }
+        assert dimensions(ledger["gauge-with-norms"], f"{kind} gauge after a layer norm,") == expected
+    exception = starting(ledger["query-key-gauge"], "exception")
+    assert (exception.observed, exception.expected) == ("9", 2 + 1 + 3 + 3)  # the rotations of three channels
+    alone = starting(ledger["gauge-with-norms"], "a value bias without")
+    assert (alone.observed, alone.expected) == (9, 2 * 2**2 + 4 - 3)
+
+
+@pytest.mark.parametrize("module", [causal_collapse_is_geometric, relative_bias_collapse_is_geometric])
+@pytest.mark.parametrize(("error", "passed"), [(fmpq(8, 10**7), True), (fmpq(12, 10**7), False)])
+def test_a_ratio_is_off_from_a_millionth_on(
+    module: object, error: fmpq, passed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claims say "within 1e-6" and "below 1e-6"."""
+    last, turned = module.last_ratio, causal_collapse_is_geometric.rotated_ratio
+    monkeypatch.setattr(module, "last_ratio", lambda *args, **options: last(*args, **options) + arb(error))
+    if module is causal_collapse_is_geometric:
+        monkeypatch.setattr(module, "rotated_ratio", lambda x: (turned(x)[0] + arb(error), turned(x)[1]))
+    result = CLAIMS[module.CLAIM.id].run(12, 0)
+    told = [p for p in result.evidence if re.search("ratio|falls below 1e-6", p.what)]
+    assert len(told) == (4 if module is causal_collapse_is_geometric else 3)
+    assert {p.passed for p in told} == {passed}
+
+
+def test_the_epsilons_are_none_the_usual_and_a_large_one() -> None:
+    usual = Fraction(str(torch.nn.LayerNorm(1).eps))
+    assert layernorm_affine_rank.EPSILONS == (0, fmpq(usual.numerator, usual.denominator), 1)
+    assert fmpq(usual.numerator, usual.denominator) == layernorm_and_distance.USUAL
+
+
+def test_the_models_that_gates_are_counted_for_have_heads_of_the_width_that_is_said() -> None:
+    assert {Fraction(d, h) for d, h in pgop_overhead.SIXTY_FOUR} == {64}
+    assert {Fraction(d, h) for d, h in pgop_overhead.WIDER} == {128}
+    assert [Fraction(d, h) for d, h in pgop_overhead.NARROWER] == [32, 32, 26]
+    for shape in pgop_overhead.NARROWER:
+        assert CLAIMS["pgop-overhead"].run(1, 0, shapes=(shape,)).verdict == "refuted as stated"
+    # By hand: (d_phi + 1) H over d^2 + d, and over d^2.
+    assert pgop_overhead.overhead(width=4, heads=2) == fmpq(5 * 2, 16 + 4)
+    assert pgop_overhead.overhead(width=4, heads=2, features=3, bias=False) == fmpq(4 * 2, 16)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        intervals.Interval(0.0, 1.0),
+        query_key_gauge.Layout(2, 1, 2, 3),
+        value_output_gauge.Layout(2, 1, 2, 3, False),
+        CLAIMS["dispersion"],
+    ],
+    ids=lambda each: type(each).__module__,
+)
+def test_what_was_found_cannot_be_changed(kept: object) -> None:
+    query_key_gauge.dimension(query_key_gauge.Layout(2, 1, 2, 3))
+    intervals.Interval(0.0, 1.0).below(2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(kept, dataclasses.fields(kept)[0].name, None)
+
+
+def test_two_layers_are_two_of_two_small_heads_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logit forms of at most 1/4 and weights of at most 1, three times at most, from a cloud whose leading minor is not 0."""
+    seen = []
+
+    def never(x: object, layers: object) -> object:
+        seen.append((x, layers))
+        return [[arb(0)] * 4] * 4
+
+    monkeypatch.setattr(residual_obstructs_collapse, "stacked", never)
+    assert residual_obstructs_collapse.two_layers(Draws("test", 0), 3, 4) is None
+    assert len(seen) == 3
+    x = seen[0][0]
+    assert exact.rank(exact.part(x, range(3), range(3))) == 3
+    for _, layers in seen:
+        assert [[len(part) for part in layer] for layer in layers] == [[2, 2], [2, 2]]
+        forms = [abs(e) for forms, _ in layers for m in forms for e in m.entries()]
+        weights = [abs(e) for _, values in layers for w in values for e in w.entries()]
+        assert fmpq(1, 8) < max(forms) <= fmpq(1, 4)
+        assert fmpq(1, 2) < max(weights) <= 1
+
+
+def test_a_large_drawn_weight_vanishes_on_no_minor() -> None:
+    """degree/(2 size + 1), with degrees of at most 20, is below a hundred-thousandth."""
+    for module in (residual_obstructs_collapse, residual_needs_no_mlp):
+        assert 20 / (2 * module._SIZE + 1) < 1.01e-5
+
+
+def test_the_norm_of_a_drawn_matrix_is_the_one_wanted() -> None:
+    draws = Draws("test", 0)
+    for size in (fmpq(1, 2), fmpq(2)):
+        matrix = attention_only_collapse.sized(draws, 3, size)
+        singular = torch.linalg.svdvals(torch.tensor([[float(e) for e in row] for row in matrix.tolist()]).double())
+        assert float(singular[0]) == pytest.approx(float(size))
+    forms, values, beta = attention_only_collapse.layer(draws, 2, 2)
+    norms = [
+        [torch.linalg.matrix_norm(torch.tensor([[float(e) for e in r] for r in m.tolist()]).double(), 2) for m in part]
+        for part in (forms, values)
+    ]
+    assert float(sum(a * b for a, b in zip(*norms, strict=True))) == pytest.approx(float(beta))
