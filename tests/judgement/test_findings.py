@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import replace
 from typing import Any
@@ -393,3 +394,34 @@ def test_a_finding_marks_what_is_at_fault() -> None:
     one = replace(whole, phenomenon="dead-component", head=1)
     assert [names_head(one, each) for each in attention] == [False, True, False]
     assert not any(names_head(replace(one, head=None, kind=None), each) for each in attention)
+
+
+def test_what_was_found_cannot_be_changed() -> None:
+    kept = [each for each in vars(rules).values() if isinstance(each, type) and dataclasses.is_dataclass(each)]
+    assert kept
+    assert all(each.__dataclass_params__.frozen for each in kept)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("part", "severity"), [(0.99, "critical"), (1.01, "warning")])
+@pytest.mark.parametrize("start", [1.0, 0.5])
+def test_the_square_of_the_limit_is_a_critical_loss_of_rank(part: float, severity: str, start: float) -> None:
+    sites = [site(None, 0.9, rank=start), site(0, 0.9, rank=start * rules.RANK**2 * part)]
+    (finding,) = found(sites, code="DEPTH-RANK")
+    assert (finding.severity, finding.block) == (severity, 0)
+
+
+def test_a_rank_can_fall_to_nothing_but_not_from_nothing() -> None:
+    (finding,) = found([site(None, 0.9), site(0, 0.9, rank=0.0)], code="DEPTH-RANK")
+    assert (finding.severity, finding.value, finding.block) == ("critical", 0.0, 0)
+    nothing = [site(None, 0.9, rank=0.0), site(0, 0.9, rank=0.0)]
+    assert [r for r in rules.readings(nothing, [], []) if r.finding.code == "DEPTH-RANK"] == []
+    assert [r for r in rules.readings([site(None, 0.9)], [], []) if r.finding.code == "DEPTH-RANK"] == []
+
+
+def test_the_margin_is_the_logarithm_of_how_far_past_the_threshold() -> None:
+    sites = trajectory(1.0, 0.9, rules.CONSENSUS / 2, carried=(0.9, 0.2))
+    (reading,) = [r for r in rules.readings(sites, [], []) if r.finding.code == "DEPTH-CONSENSUS"]
+    assert reading.margin == pytest.approx(math.log(2))
+    sites = trajectory(1.0, 0.9, 0.0, carried=(0.9, 0.2))
+    (reading,) = [r for r in rules.readings(sites, [], []) if r.finding.code == "DEPTH-CONSENSUS"]
+    assert reading.margin == pytest.approx(math.log(rules.CONSENSUS / 1e-12))

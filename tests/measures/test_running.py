@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from uncollapse.measures import running
 from uncollapse.measures.running import Running
 
 values = st.lists(
@@ -81,3 +83,9 @@ def test_what_is_reduced_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> N
     own = Running.empty(1).add(torch.tensor([[3.0]]))
     assert own.reduced().summary(0) == (3.0, 6.0, 6.0, 2)
     assert own.summary(0) == (3.0, 3.0, 3.0, 1)
+
+
+def test_what_was_found_cannot_be_changed() -> None:
+    kept = [each for each in vars(running).values() if isinstance(each, type) and dataclasses.is_dataclass(each)]
+    assert kept
+    assert all(each.__dataclass_params__.frozen for each in kept)  # type: ignore[attr-defined]
