@@ -135,6 +135,7 @@ def test_heads_are_compared_where_both_have_the_figure() -> None:
 
 
 def test_what_was_found_cannot_be_changed() -> None:
-    kept = [each for each in vars(comparison).values() if isinstance(each, type) and dataclasses.is_dataclass(each)]
+    own = [each for each in vars(comparison).values() if getattr(each, "__module__", "") == comparison.__name__]
+    kept = [each for each in own if isinstance(each, type) and dataclasses.is_dataclass(each)]
     assert kept
     assert all(each.__dataclass_params__.frozen for each in kept)  # type: ignore[attr-defined]

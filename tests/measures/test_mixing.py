@@ -656,7 +656,8 @@ def test_padded_keys_change_neither_the_rest_nor_the_share() -> None:
 
 
 def test_what_was_found_cannot_be_changed() -> None:
-    kept = [each for each in vars(mixing).values() if isinstance(each, type) and dataclasses.is_dataclass(each)]
+    own = [each for each in vars(mixing).values() if getattr(each, "__module__", "") == mixing.__name__]
+    kept = [each for each in own if isinstance(each, type) and dataclasses.is_dataclass(each)]
     assert kept
     assert all(each.__dataclass_params__.frozen for each in kept)  # type: ignore[attr-defined]
 
