@@ -12,6 +12,8 @@ from uncollapse.claims import (
     CLAIMS,
     attention_only_collapse,
     causal_collapse_is_geometric,
+    dispersion,
+    entropy_floor,
     intervals,
     layernorm_affine_rank,
     layernorm_and_distance,
@@ -274,3 +276,57 @@ def test_the_norm_of_a_drawn_matrix_is_the_one_wanted() -> None:
         for part in (forms, values)
     ]
     assert float(sum(a * b for a, b in zip(*norms, strict=True))) == pytest.approx(float(beta))
+
+
+def test_the_floors_of_the_entropy_are_tried_on_small_and_on_large_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, entropy = [], entropy_floor.entropy
+    monkeypatch.setattr(entropy_floor, "entropy", lambda logits: (seen.append(logits), entropy(logits))[1])
+    CLAIMS["entropy-floor"].run(60, 0)
+    ranges = [max(logits) - min(logits) for logits in seen]
+    assert min(ranges) < 1
+    assert max(ranges) > 12
+    assert {len(logits) for logits in seen} == set(range(2, 7))
+
+
+def test_a_full_mask_starts_from_tokens_that_are_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries of at most 2 are scaled below 1/4, so that (beta/4) D^2 < 1 by far: the logits of the unscaled are at most 1."""
+    seen, last = [], causal_collapse_is_geometric.last_ratio
+
+    def watched(x: object, form: object, *, causal: bool) -> object:
+        if not causal:
+            seen.append(x)
+        return last(x, form, causal=causal)
+
+    monkeypatch.setattr(causal_collapse_is_geometric, "last_ratio", watched)
+    CLAIMS["causal-collapse-is-geometric"].run(200, 0)
+    assert len(seen) == 10
+    assert fmpq(1, 8) < max(abs(e) for x in seen for e in x.entries()) < fmpq(1, 4)
+
+
+@pytest.mark.parametrize("claim", ["entropy-floor", "dispersion"])
+@pytest.mark.parametrize(("error", "passed"), [(-1, False), (1, True)])
+def test_a_bound_is_attained_to_60_digits(
+    claim: str, error: int, passed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off by a little less or a little more than 1e-60."""
+    off = arb(10) ** -60 * (1 - fmpq(error, 20))
+    if claim == "dispersion":
+        sharpest = dispersion.sharpest
+        exactly = fmpq(1, 10**60) * (1 - fmpq(error, 20))
+        monkeypatch.setattr(dispersion, "sharpest", lambda bits, keys: sharpest(bits, keys) + exactly)
+    else:
+        floor = entropy_floor.floor
+        monkeypatch.setattr(entropy_floor, "floor", lambda norm, keys: floor(norm, keys) - off)
+    start = {"dispersion": "one key at the top", "entropy-floor": "equality (to 1e-60)"}[claim]
+    piece = starting(CLAIMS[claim].run(12, 0), start)
+    assert piece.passed is passed
+    assert cases(piece) > 0
+
+
+def test_intervals_are_of_one_in_ten_thousand() -> None:
+    """Student's two-sided quantile at 99.99 % and nine degrees of freedom is 6.594."""
+    values = [float(v) for v in range(10)]
+    told = intervals.interval(values)
+    assert told.mean == 4.5
+    assert told.half == pytest.approx(6.594 * (sum((v - 4.5) ** 2 for v in values) / 9) ** 0.5 / 10**0.5, rel=0.02)
+    assert (intervals.Interval(1.0, 0.25).below(1.25), intervals.Interval(1.0, 0.25).below(0.75)) == (None, None)
