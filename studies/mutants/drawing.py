@@ -115,7 +115,9 @@ def operations(source: str) -> list[Span]:
     spans: list[Span] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.BinOp):
-            spans.append(((node.left.end_lineno or 0, node.left.end_col_offset or 0), (node.right.lineno, node.right.col_offset)))
+            spans.append(
+                ((node.left.end_lineno or 0, node.left.end_col_offset or 0), (node.right.lineno, node.right.col_offset))
+            )
         elif isinstance(node, ast.AugAssign):
             ends = node.target.end_lineno or 0, node.target.end_col_offset or 0
             spans.append((ends, (node.value.lineno, node.value.col_offset)))

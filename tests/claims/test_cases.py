@@ -94,7 +94,11 @@ COUNTED = {
     "head-observers": dict.fromkeys(("Y and W_O known, head", "nothing", "Y and W_O known, con", "Y alone"), FIFTH),
     "attention-weights-unidentifiable": {"steps": EACH},
     "mlp-cannot-unmix": dict.fromkeys(("the MLP", "W_O with", "W_O unknown"), EACH),
-    "pgop-overhead": {"the gates": 2 * 9, "with output": 9, "without output": 9},  # nine models, with and without a bias
+    "pgop-overhead": {
+        "the gates": 2 * 9,
+        "with output": 9,
+        "without output": 9,
+    },  # nine models, with and without a bias
     "pgop-gauge": {"the mixings": FIFTH, "no gates": FIFTH},
     "pgop-recovery": dict.fromkeys(("recurring", "at one", "rank G", "contents"), TRIALS // 3),
     "channel-gates": {"gates of channels": FIFTH, "gates of heads": FIFTH},
@@ -108,7 +112,9 @@ COUNTED = {
     "value-output-gauge": {"a finite": 2 * 5},
     "query-key-gauge": {"a finite": 2 * 8},
     "gauge-with-norms": {"W_h + a": TWENTIETH},
-    "four-symmetries": dict.fromkeys(("depth", "width", "heads", "entropy", "exact instead: (", "exact instead: a"), EACH),
+    "four-symmetries": dict.fromkeys(
+        ("depth", "width", "heads", "entropy", "exact instead: (", "exact instead: a"), EACH
+    ),
 }
 
 

@@ -208,7 +208,8 @@ EXAMPLES: dict[str, Callable[..., Any]] = {
         and meets_no_smaller_pair(v)
     ),
     "mlp-cannot-unmix": lambda o, w, y, first, second, back: (
-        times(o, w) == y and times(relu(times(y, first)), second) == back == o
+        times(o, w) == y
+        and times(relu(times(y, first)), second) == back == o
         and o == [[1, -2]]
         and w == identity(2)[::-1]
     ),
@@ -227,7 +228,9 @@ EXAMPLES: dict[str, Callable[..., Any]] = {
     "channel-gates": lambda g, w: survivors(g, w) == 4 and g == [[1, 1], [2, 2]] and w == identity(2),
     "last-token-collapse": lambda n, gap, spacing: gap[0][0] == 1 / n[0][0] == spacing[0][0] == Fraction(1, 2**9),
     "scaling-fixed-points": lambda row, end: (
-        row[0] == [Fraction(51, 100), Fraction(49, 100), 0] and (row[0][1] / row[0][0]) ** 128 < Fraction(1, 100) and end == [[1, 0, 0]]
+        row[0] == [Fraction(51, 100), Fraction(49, 100), 0]
+        and (row[0][1] / row[0][0]) ** 128 < Fraction(1, 100)
+        and end == [[1, 0, 0]]
     ),
     "sinks-against-overmixing": lambda a, v, y: (
         times(a, v) == y
@@ -251,7 +254,9 @@ EXAMPLES: dict[str, Callable[..., Any]] = {
     "gauge-with-norms": lambda x, k, moved: (
         times(x, k) == times(x, moved) and k != moved and all(sum(r) == 0 for r in x)
     ),
-    "four-symmetries": lambda s, p, q: softmax(s) == p and softmax(scaled(s, 2)) == q and p == [[Fraction(1, 3), Fraction(2, 3)]],
+    "four-symmetries": lambda s, p, q: (
+        softmax(s) == p and softmax(scaled(s, 2)) == q and p == [[Fraction(1, 3), Fraction(2, 3)]]
+    ),
 }
 
 
@@ -268,7 +273,9 @@ def test_the_example_does_what_it_says(claim: str) -> None:
 def test_the_swap_of_heads_is_of_the_smallest_weights() -> None:
     """All entries 0 or 1, no logits, so that every pattern is uniform; heads 1 and 3 write, each of its own group's values."""
     module = head_permutation
-    entries = {e for block in (module._X, *module._Q, *module._OUT, *module._K, *module._V) for row in block for e in row}
+    entries = {
+        e for block in (module._X, *module._Q, *module._OUT, *module._K, *module._V) for row in block for e in row
+    }
     assert entries == {0, 1}
     assert not np.any(module._Q)
     assert not np.any(module._K)
@@ -283,7 +290,9 @@ def test_the_swap_of_heads_is_of_the_smallest_weights() -> None:
 
 
 def test_the_words_name_the_numbers() -> None:
-    turned_by_position = [p.what for p in CLAIMS["causal-collapse-is-geometric"].run(12, 0).evidence if "RoPE" in p.what]
+    turned_by_position = [
+        p.what for p in CLAIMS["causal-collapse-is-geometric"].run(12, 0).evidence if "RoPE" in p.what
+    ]
     assert "from {}, {}:".format(*causal_collapse_is_geometric.ROTATED) in turned_by_position[0]
     assert set(residual_obstructs_collapse.SATURATED) == {(1, 0), (0, 1)}  # the fewest and smallest of rank two
     assert attention_never_gains_rank.BIAS == ((0, 1),)

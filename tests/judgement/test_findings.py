@@ -432,7 +432,9 @@ def test_the_margin_is_the_logarithm_of_how_far_past_the_threshold() -> None:
 def test_the_thresholds_are_those_that_were_measured() -> None:
     """docs/validity.md: the smallest healthy distance, half of it, and what is in force."""
     page = (Path(__file__).parents[2] / "docs" / "validity.md").read_text("utf-8")
-    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    rows = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")
+    ]
     told = {row[0]: row for row in rows if len(row) == 6}
     for code, constant in (
         ("DEPTH-CONSENSUS", rules.CONSENSUS),
@@ -539,7 +541,13 @@ def test_logits_a_sixteenth_as_large_as_at_initialisation_are_not_initial(logit:
     """A typical value of 1/2 gives logits of about 1/4."""
     uniform = replace(head(0, share=1.0), max_logit=measured(logit / 4))
     part = PartRecord(
-        block=0, stack=None, sublayer="attention", kind="self", initial=True, initial_evidence="as drawn", typical_value=0.5
+        block=0,
+        stack=None,
+        sublayer="attention",
+        kind="self",
+        initial=True,
+        initial_evidence="as drawn",
+        typical_value=0.5,
     )
     (finding,) = [f for f in rules.findings(HEALTHY, [uniform], [], [part]) if f.code == "WIDTH-UNIFORM"]
     assert finding.severity == ("info" if initial else "warning")

@@ -318,7 +318,9 @@ def test_every_missing_figure_has_its_reason(name: str) -> None:
 
 
 def test_what_was_found_cannot_be_changed() -> None:
-    own = [each for each in vars(identifiability).values() if getattr(each, "__module__", "") == identifiability.__name__]
+    own = [
+        each for each in vars(identifiability).values() if getattr(each, "__module__", "") == identifiability.__name__
+    ]
     kept = [each for each in own if isinstance(each, type) and dataclasses.is_dataclass(each)]
     assert kept
     assert all(each.__dataclass_params__.frozen for each in kept)  # type: ignore[attr-defined]

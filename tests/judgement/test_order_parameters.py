@@ -109,7 +109,9 @@ def test_each_component_is_named_where_it_acts_and_only_if_present(
 
 
 def test_what_was_found_cannot_be_changed() -> None:
-    own = [each for each in vars(order_parameters).values() if getattr(each, "__module__", "") == order_parameters.__name__]
+    own = [
+        each for each in vars(order_parameters).values() if getattr(each, "__module__", "") == order_parameters.__name__
+    ]
     kept = [each for each in own if isinstance(each, type) and dataclasses.is_dataclass(each)]
     assert kept
     assert all(each.__dataclass_params__.frozen for each in kept)  # type: ignore[attr-defined]

@@ -689,7 +689,9 @@ def test_single_precision_reaches_88_below_the_strongest_of_the_others() -> None
     rows = mixing.row_statistics(torch.ones(1, 1, 1, 1), k, scale=1.0)
     assert rows.keys_within_reach.item() == pytest.approx(15 / 16)
     plain = torch.tensor([0.0, *[0.0] * 14, -87.9, -88.1]).view(1, 1, 17, 1)
-    assert mixing.row_statistics(torch.ones(1, 1, 1, 1), plain, scale=1.0).keys_within_reach.item() == pytest.approx(15 / 16)
+    assert mixing.row_statistics(torch.ones(1, 1, 1, 1), plain, scale=1.0).keys_within_reach.item() == pytest.approx(
+        15 / 16
+    )
 
 
 @pytest.mark.parametrize("left", [0.5, 0.2, 1e-2, 1e-4, 2e-6, 5e-7, 1e-9])
@@ -708,7 +710,12 @@ def test_no_entropy_and_no_variance_is_below_zero() -> None:
     q, k = (torch.randn(2, 2, 64, 16, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     for size in (0.0, 1e-4, 1.0, 30.0, 300.0):
         rows = mixing.row_statistics(size * q, k, causal=True, susceptibility=True)
-        for figure in (rows.entropy, rows.entropy_floor, rows.susceptibility, mixing.entropy_floor(size * q, k, causal=True)):
+        for figure in (
+            rows.entropy,
+            rows.entropy_floor,
+            rows.susceptibility,
+            mixing.entropy_floor(size * q, k, causal=True),
+        ):
             assert figure is not None
             assert bool((figure >= 0).all())
         assert bool((mixing.entropy(mixing.attention_weights(size * q, k, causal=True)) >= 0).all())
