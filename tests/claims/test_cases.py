@@ -211,7 +211,7 @@ def test_a_ratio_is_off_from_a_millionth_on(
 
 def test_the_epsilons_are_none_the_usual_and_a_large_one() -> None:
     usual = Fraction(str(torch.nn.LayerNorm(1).eps))
-    assert layernorm_affine_rank.EPSILONS == (0, fmpq(usual.numerator, usual.denominator), 1)
+    assert (0, fmpq(usual.numerator, usual.denominator), 1) == layernorm_affine_rank.EPSILONS
     assert fmpq(usual.numerator, usual.denominator) == layernorm_and_distance.USUAL
 
 

@@ -294,6 +294,8 @@ def test_the_words_name_the_numbers() -> None:
         p.what for p in CLAIMS["causal-collapse-is-geometric"].run(12, 0).evidence if "RoPE" in p.what
     ]
     assert "from {}, {}:".format(*causal_collapse_is_geometric.ROTATED) in turned_by_position[0]
+    for claim in ("residual-obstructs-collapse", "attention-never-gains-rank", "attention-only-collapse"):
+        assert CLAIMS[claim].run(12, 0).counterexample is not None
     assert set(residual_obstructs_collapse.SATURATED) == {(1, 0), (0, 1)}  # the fewest and smallest of rank two
     assert attention_never_gains_rank.BIAS == ((0, 1),)
     a, b = (np.array(m) for m in attention_only_collapse.GAUGE)
