@@ -274,11 +274,16 @@ def test_the_norm_of_a_drawn_matrix_is_the_one_wanted() -> None:
     draws = Draws("test", 0)
     for size in (fmpq(1, 2), fmpq(2)):
         matrix = attention_only_collapse.sized(draws, 3, size)
-        singular = torch.linalg.svdvals(torch.tensor([[float(e) for e in row] for row in matrix.tolist()]).double())
+        singular = torch.linalg.svdvals(
+            torch.tensor([[float(e) for e in row] for row in matrix.tolist()], dtype=torch.float64)
+        )
         assert float(singular[0]) == pytest.approx(float(size))
     forms, values, beta = attention_only_collapse.layer(draws, 2, 2)
     norms = [
-        [torch.linalg.matrix_norm(torch.tensor([[float(e) for e in r] for r in m.tolist()]).double(), 2) for m in part]
+        [
+            torch.linalg.matrix_norm(torch.tensor([[float(e) for e in r] for r in m.tolist()], dtype=torch.float64), 2)
+            for m in part
+        ]
         for part in (forms, values)
     ]
     assert float(sum(a * b for a, b in zip(*norms, strict=True))) == pytest.approx(float(beta))
@@ -336,3 +341,72 @@ def test_intervals_are_of_one_in_ten_thousand() -> None:
     assert told.mean == 4.5
     assert told.half == pytest.approx(6.594 * (sum((v - 4.5) ** 2 for v in values) / 9) ** 0.5 / 10**0.5, rel=0.02)
     assert (intervals.Interval(1.0, 0.25).below(1.25), intervals.Interval(1.0, 0.25).below(0.75)) == (None, None)
+
+
+def test_forms_and_values_have_norms_of_a_quarter_to_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, sized = [], attention_only_collapse.sized
+    monkeypatch.setattr(
+        attention_only_collapse, "sized", lambda draws, width, size: (seen.append(size), sized(draws, width, size))[1]
+    )
+    draws = Draws("test", 0)
+    for _ in range(40):
+        attention_only_collapse.layer(draws, 2, 2)
+    assert set(seen[::4]) | set(seen[1::4]) == set(seen[2::4]) | set(seen[3::4]) == {fmpq(k, 4) for k in range(1, 9)}
+    assert set(attention_only_collapse.EXPANDING[0]) == {(1,), (-1,)}
+
+
+def test_the_rotations_of_two_pairs_never_come_back() -> None:
+    """Cosines and sines of Pythagorean triples; a rational cosine of a rational turn would be 0, 1/2 or 1."""
+    for cosine, sine in query_key_gauge.ANGLES:
+        assert cosine**2 + sine**2 == 1
+        assert cosine not in {0, fmpq(1, 2), 1}
+    layout = query_key_gauge.Layout(1, 1, 5, 5, rotary=4)
+    turn = query_key_gauge.rotation(3, layout)
+    one = query_key_gauge.rotation(1, layout)
+    assert turn == one * one * one
+    assert query_key_gauge.rotation(0, layout) == exact.identity(5)
+    angle = [complex(float(c), float(s)) ** 3 for c, s in query_key_gauge.ANGLES]
+    entries = [[float(e) for e in row] for row in turn.tolist()]
+    for pair, z in enumerate(angle):
+        i = 2 * pair
+        assert [entries[i][i], entries[i][i + 1]] == pytest.approx([z.real, z.imag])
+        assert [entries[i + 1][i], entries[i + 1][i + 1]] == pytest.approx([-z.imag, z.real])
+    assert entries[4] == [0, 0, 0, 0, 1]
+
+
+def test_logits_are_those_of_numpy() -> None:
+    """Two heads of one group, width three, biases, two rotated channels of three; each row less its first."""
+    layout = query_key_gauge.Layout(2, 1, 3, 3, biases=True, rotary=2)
+    draws = Draws("test", 1)
+    x, parts = draws.matrix(4, 3), [draws.matrix(rows, columns) for rows, columns in layout.shapes]
+    values = [entry for part in parts for entry in part.entries()]
+
+    def numbers(matrix: object) -> torch.Tensor:
+        return torch.tensor([[float(e) for e in row] for row in matrix.tolist()], dtype=torch.float64)
+
+    turns = [numbers(query_key_gauge.rotation(i, layout)) for i in range(4)]
+    sides = []
+    for weight, bias in zip(parts[:3], parts[3:], strict=True):
+        rows = numbers(x) @ numbers(weight) + numbers(bias)
+        sides.append(torch.stack([row @ turn for row, turn in zip(rows, turns, strict=True)]))
+    scores = torch.cat([side @ sides[2].T for side in sides[:2]])
+    found = query_key_gauge.logits(layout, [x], values)
+    assert [float(e) for e in found] == pytest.approx((scores - scores[:, :1]).flatten().tolist())
+    kept = query_key_gauge.logits(layout, [x], values, shift=False)
+    assert [float(e) for e in kept] == pytest.approx(scores.flatten().tolist())
+
+
+def test_the_output_is_that_of_numpy() -> None:
+    """Four heads of two groups, with biases of values and output."""
+    layout, draws = value_output_gauge.Layout(4, 2, 2, 3, True), Draws("test", 2)
+    x, patterns = draws.matrix(3, 3), [draws.pattern(3) for _ in range(4)]
+    parts = [draws.matrix(rows, columns) for rows, columns in layout.shapes]
+    assert layout.shapes == [(3, 2)] * 2 + [(1, 2)] * 2 + [(2, 3)] * 4 + [(1, 3)]
+    a, p = (
+        [torch.tensor([[float(e) for e in row] for row in m.tolist()], dtype=torch.float64) for m in some]
+        for some in (patterns, parts)
+    )
+    tokens = torch.tensor([[float(e) for e in row] for row in x.tolist()], dtype=torch.float64)
+    y = sum(a[h] @ (tokens @ p[h // 2] + p[2 + h // 2]) @ p[4 + h] for h in range(4)) + p[8]
+    found = value_output_gauge.output(layout, [(x, patterns)], [entry for part in parts for entry in part.entries()])
+    assert [float(e) for e in found] == pytest.approx(y.flatten().tolist())
