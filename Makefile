@@ -127,7 +127,7 @@ schema: $(INSTALLED) ## write the published JSON Schemas anew from the record da
 		> src/uncollapse/schemas/sweep-1.json
 
 constraints: $(INSTALLED) ## write constraints.txt anew from what is installed
-	@{ grep '^#' constraints.txt; $(BIN)/pip freeze | grep '==' | sed 's/+cpu//'; } > constraints.new && mv constraints.new constraints.txt
+	@{ grep '^#' constraints.txt; $(BIN)/pip freeze | grep '^[^#]*==' | sed 's/+cpu//'; } > constraints.new && mv constraints.new constraints.txt
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) .venv-oldest .venv-tools .venv-ray report.html report.json .pytest_cache .hypothesis .mypy_cache .ruff_cache

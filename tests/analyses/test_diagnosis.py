@@ -167,6 +167,8 @@ def test_the_record_survives_json_and_satisfies_the_published_schema(healthy: uc
         "anatomy",
         "parts",
         "embeddings",
+        "corpus",
+        "routers",
     ]
 
 
@@ -184,7 +186,7 @@ def test_a_text_that_is_no_record_is_refused() -> None:
 def test_missing_values_carry_their_reason(healthy: uc.Diagnosis) -> None:
     for record in (*healthy.trajectory, *healthy.record.attention, *healthy.record.heads):
         missing = {k for k, v in vars(record).items() if v is None and k not in {"block", "stack", "verdict"}}
-        bounds = {"logit_range_bound", "disperses_beyond"} & missing
+        bounds = {"logit_range_bound", "disperses_beyond", "bound_part"} & missing
         assert not bounds or getattr(record, "bounded_by", "")
         assert missing - bounds == set(record.unavailable)
 

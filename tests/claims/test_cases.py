@@ -410,3 +410,14 @@ def test_the_output_is_that_of_numpy() -> None:
     y = sum(a[h] @ (tokens @ p[h // 2] + p[2 + h // 2]) @ p[4 + h] for h in range(4)) + p[8]
     found = value_output_gauge.output(layout, [(x, patterns)], [entry for part in parts for entry in part.entries()])
     assert [float(e) for e in found] == pytest.approx(y.flatten().tolist())
+
+
+def test_without_the_residual_nothing_is_carried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With patterns of rank one put in the place of the softmax, only a residual keeps a rank of two or more."""
+    monkeypatch.setattr(
+        residual_obstructs_collapse, "softmax", lambda logits: exact.ones(*[logits.nrows()] * 2) / logits.nrows()
+    )
+    result = CLAIMS["residual-obstructs-collapse"].run(40, 0)
+    assert starting(result, "the same with the softmax patterns").passed is True
+    kept = int(str(starting(result, "true softmax attention without").observed).partition(" ")[0])
+    assert 0 < kept < 40  # clouds of rank one

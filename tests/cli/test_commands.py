@@ -422,6 +422,8 @@ def test_the_shared_options_are_the_same_everywhere_with_the_defaults_of_python(
         "seed",
         "json",
         "html",
+        "csv",
+        "parquet",
         "quiet",
         "device",
         "dtype",

@@ -135,15 +135,15 @@ def test_a_report_may_lie_in_the_folder_of_its_model_and_be_written_again(checkp
         "report.json.gz": gzip.compress(record),
         "report.html": b"<!doctype html>",
     }.items():
-        output.require_writable(json=str(checkpoint / name), html=None, quiet=True, reads=reads)
+        output.require_writable(output.Outputs(json=str(checkpoint / name)), quiet=True, reads=reads)
         (checkpoint / name).write_bytes(data)
-        output.require_writable(json=str(checkpoint / name), html=None, quiet=True, reads=reads)
+        output.require_writable(output.Outputs(json=str(checkpoint / name)), quiet=True, reads=reads)
     assert sorted(os.listdir(checkpoint)) == [
         *("README.md", "config.json", "model.safetensors", "report.html", "report.json", "report.json.gz", "shards")
     ]
     (checkpoint / "report.json.gz").write_bytes(gzip.compress(b"of somebody else"))
     with pytest.raises(InputError, match="belongs to the model"):
-        output.require_writable(json=str(checkpoint / "report.json.gz"), html=None, reads=reads)
+        output.require_writable(output.Outputs(json=str(checkpoint / "report.json.gz")), reads=reads)
 
 
 def test_a_record_is_not_written_over_itself(run: Run, tmp_path: Path) -> None:

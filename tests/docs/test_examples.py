@@ -9,7 +9,14 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize(
-    ("page", "count"), [("own-models.md", 5), ("symmetries.md", 2), ("monitoring.md", 6), ("attribution.md", 2)]
+    ("page", "count"),
+    [
+        ("own-models.md", 5),
+        ("symmetries.md", 2),
+        ("monitoring.md", 6),
+        ("attribution.md", 2),
+        ("corpus-geometry.md", 1),
+    ],
 )
 def test_the_examples_run(page: str, count: int) -> None:
     path = DOCS / page

@@ -12,7 +12,7 @@ import pytest
 
 from uncollapse.judgement import findings as rules
 from uncollapse.records.common import Finding, Statistic
-from uncollapse.records.diagnosis import AttentionRecord, HeadsRecord, PartRecord, SiteRecord
+from uncollapse.records.diagnosis import AttentionRecord, CorpusRecord, HeadsRecord, PartRecord, Pooling, SiteRecord
 from uncollapse.report.page.cells import names_head
 
 TOKENS = 40
@@ -212,6 +212,68 @@ def test_rank_is_held_against_the_embedding(start: float, share: float, fires: b
     sites = [site(None, 0.9, rank=start), site(0, 0.9, rank=start), site(1, 0.9, rank=start * share)]
     hit = found(sites, code="DEPTH-RANK")
     assert [f.block for f in hit] == ([1] if fires else [])
+
+
+def corpus(*ranks: float | None, pooling: Pooling = "mean", points: int = 64) -> list[CorpusRecord]:
+    """The cloud of the corpus at the sites of a trajectory, by its centred effective rank."""
+    return [
+        CorpusRecord(
+            "embedding" if number == 0 else f"block.{number - 1}",
+            number - 1 if number else None,
+            None,
+            pooling,
+            points,
+            128,
+            None,
+            points,
+            points - 1,
+            None,
+            rank,
+            *[None] * 12,
+        )
+        for number, rank in enumerate(ranks)
+    ]
+
+
+def dimensions(*clouds: CorpusRecord) -> list[Finding]:
+    sites = trajectory(0.9, 0.9, 0.9)
+    return [f for f in rules.findings(sites, [], [], corpus=clouds) if f.code == "CORPUS-DIMENSIONS"]
+
+
+@pytest.mark.parametrize(("factor", "fires"), [(1.01, False), (0.99, True)])
+@pytest.mark.parametrize("start", [50.0, 8.0])
+def test_dimensions_are_held_against_the_embedding(start: float, factor: float, fires: bool) -> None:
+    low = factor * rules.DIMENSIONS * start
+    hit = dimensions(*corpus(start, start, low))
+    assert [(f.block, f.severity, f.phenomenon) for f in hit] == (
+        [(1, "warning", "dimensional-collapse")] if fires else []
+    )
+    (worse,) = dimensions(*corpus(start, low * 0.9, 0.9 * rules.DIMENSIONS**2 * start))
+    assert (worse.block, worse.severity, worse.value) == (0, "critical", pytest.approx(0.9 * rules.DIMENSIONS**2))
+
+
+def test_dimensions_are_those_of_the_pooling_that_keeps_most() -> None:
+    """A massive token may dominate the means, and the first token may be the same in every sequence."""
+    collapsed = corpus(50.0, 40.0, 2.0)
+    assert dimensions(*collapsed)
+    assert not dimensions(*collapsed, *corpus(15.0, 30.0, 40.0, pooling="last"))
+    assert dimensions(*collapsed, *corpus(15.0, 30.0, 3.0, pooling="last"))
+    assert dimensions(*collapsed, *corpus(50.0, 40.0, 40.0, pooling="tokens")), "tokens are no sequences"
+
+
+@pytest.mark.parametrize(
+    "clouds",
+    [
+        corpus(6.0, 1.0, 1.0, points=7),  # too few sequences
+        corpus(3.9, 0.1, 0.1),  # too few directions to begin with
+        corpus(None, 1.0, 1.0),  # nothing to compare with
+        corpus(50.0, None, None),
+    ],
+)
+def test_a_corpus_that_has_nothing_to_lose_is_not_judged(clouds: list[CorpusRecord]) -> None:
+    assert not [
+        r for r in rules.readings(trajectory(0.9, 0.9, 0.9), [], [], corpus=clouds) if "CORPUS" in r.finding.code
+    ]
 
 
 @pytest.mark.parametrize(("unused", "fires"), [(1.02, False), (0.98, True)])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from uncollapse.measures import running
-from uncollapse.measures.running import Running
+from uncollapse.measures.running import WIDEST, Running, RunningCloud
 
 values = st.lists(
     st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan)), min_size=3, max_size=3), min_size=1, max_size=12
@@ -39,11 +39,24 @@ def test_any_split_of_the_corpus_gives_the_statistics_of_the_whole(rows: list[li
             assert math.isnan(mean)
 
 
+def clouds() -> dict[str, tuple[torch.Tensor, torch.Tensor, int]]:
+    """Points with their keys, and how many of them the first process has: few, more than are kept, none."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"few": (43, 3), "many": (WIDEST + 209, WIDEST + 200), "none": (12, 0)}
+    return {
+        name: (torch.randn(n, 6, generator=generator) + 5, torch.rand(n, generator=generator, dtype=torch.float64), cut)
+        for name, (n, cut) in sizes.items()
+    }
+
+
 def _worker(rank: int, folder: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     own = torch.arange(5.0)[:, None] if rank == 0 else torch.tensor([[10.0], [math.nan]])
     reduced = Running.empty(1).add(own).reduced()
     torch.save(torch.tensor(reduced.summary(0), dtype=torch.float64), f"{folder}/{rank}.pt")
+    for name, (points, keys, cut) in clouds().items():
+        own = slice(0, cut) if rank == 0 else slice(cut, None)
+        torch.save(vars(RunningCloud.of(points[own], keys[own]).reduced()), f"{folder}/{name}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -51,6 +64,14 @@ def test_two_processes_agree_on_the_statistics_of_both(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
     for rank in range(2):
         assert torch.load(tmp_path / f"{rank}.pt").tolist() == pytest.approx([20 / 6, 0.0, 10.0, 6])
+        for name, (points, keys, _) in clouds().items():
+            found, whole = RunningCloud(**torch.load(tmp_path / f"{name}-{rank}.pt")), RunningCloud.of(points, keys)
+            assert (found.count, found.pointing) == (whole.count, whole.pointing)
+            assert torch.equal(found.points, whole.points)
+            assert torch.equal(found.keys, whole.keys)
+            for one, other in ((found.mean, whole.mean), (found.unit, whole.unit), (found.scatter, whole.scatter)):
+                assert (one is None) == (other is None)
+                assert one is None or other is None or torch.allclose(one, other, rtol=1e-12, atol=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import uncollapse as uc
+from tests.helpers.mixtures import Mixture
+from tests.helpers.mixtures import batch as experts_batch
 from tests.helpers.own_models import OwnGPT
 from tests.helpers.tiny_models import FAMILIES, text_batch
 from tests.monitoring.test_bit_identical import gpt2, plain, probe
@@ -41,6 +43,9 @@ def test_the_figures_are_those_of_a_diagnosis() -> None:
     for site in record.trajectory:
         assert site.consensus is not None
         assert figures[f"uncollapse/{site.site}/consensus_distance"] == site.consensus.mean
+    for cloud in (cloud for cloud in record.corpus if cloud.pooling == "mean"):
+        assert figures[f"uncollapse/{cloud.site}/corpus_effective_rank"] == cloud.centred_effective_rank
+        assert figures[f"uncollapse/{cloud.site}/corpus_mean_cosine"] == cloud.mean_cosine
     for head in record.attention:
         assert head.max_logit is not None
         assert figures[f"uncollapse/block.{head.block}/head.{head.head}/max_logit"] == head.max_logit.mean
@@ -50,6 +55,17 @@ def test_the_figures_are_those_of_a_diagnosis() -> None:
     assert figures["uncollapse/worst/max_logit/head"] == largest.head
     assert figures[f"uncollapse/block.{largest.block}/max_logit"] == largest.max_logit.mean
     assert {"uncollapse/margin/DEPTH-CONSENSUS", "uncollapse/margin/ENTROPY-FROZEN"} <= set(figures)
+
+
+def test_the_load_of_experts_is_watched_where_a_router_is_found() -> None:
+    model, given = Mixture("one expert a token").eval(), [{"input_ids": experts_batch()["input_ids"]}]
+    logged: list[dict[str, float]] = []
+    uc.Monitor(model, given, watch=["experts"], log=lambda figures, _: logged.append(figures)).step(0)
+    for router in uc.diagnose(model, batches=given).record.routers:
+        assert router.dead is not None
+        assert logged[0][f"uncollapse/block.{router.block}/expert_load_entropy"] == router.entropy
+        assert logged[0][f"uncollapse/block.{router.block}/dead_experts"] == len(router.dead)
+    assert not uc.Monitor(gpt2(), probe(), watch=["experts"]).look(0)
 
 
 def test_it_looks_at_the_first_call_and_at_multiples_of_every() -> None:
@@ -355,8 +371,8 @@ def test_what_was_read_survives_kill_9(tmp_path: Path) -> None:
         ({"every": 0}, "every=1 or more"),
         ({"patience": 0}, "patience=1 or more"),
         ({"false_alarms": 0}, "between 0 and 1"),
-        ({"watch": ["tokns"]}, "tokens, attention, heads, weights"),
-        ({"watch": "tokens"}, "tokens, attention, heads"),
+        ({"watch": ["tokns"]}, "tokens, corpus, experts, attention, heads, weights"),
+        ({"watch": "tokens"}, "tokens, corpus, experts"),
         ({"baseline": 3}, "a diagnosis or a trail"),
         ({"trail": "no/such/folder/run.jsonl"}, "a trail that can be written"),
     ],

@@ -19,6 +19,7 @@ from uncollapse.measures import geometry, mixing
 from uncollapse.measures.running import Running
 from uncollapse.probe import projections, sites
 from uncollapse.probe.attention import ATTENTION_MEASURES
+from uncollapse.probe.corpus import CorpusStatistics
 from uncollapse.probe.passes import WATCHED, Observations, Watched, capture
 
 ROWS = ["entropy", "normalized_entropy", "entropy_floor", "max_logit", "rest_entropy", "keys_within_reach"]
@@ -40,11 +41,19 @@ def told(running: Running) -> list[torch.Tensor]:
     return [t.nan_to_num(nan=-1.0) if t.is_floating_point() else t for t in (running.total, running.count)]
 
 
+def clouded(statistics: CorpusStatistics) -> list[torch.Tensor]:
+    cloud = statistics.cloud
+    return [] if cloud is None else [cloud.mean, cloud.unit, cloud.points]
+
+
 def figures(observed: Observations) -> dict[str, Any]:
     """By what has to be watched for it."""
     found: dict[str, Any] = {
         "sites": [told(s.plain) + told(s.massive) + told(s.stream) for s in observed.sites],
         "attention": [[(a.deviation, a.row_sums, a.forbids, a.finite)] for a in observed.attention],
+        "corpus": [clouded(c) for c in observed.corpus if c.pooling != "tokens"],
+        "corpus tokens": [clouded(c) for c in observed.corpus if c.pooling == "tokens"],
+        "routers": [r.load.tolist() for r in observed.routers],
         "rows": [],
         "spectra": [],
         "projections": [told(a.energy) + told(a.tokens) for a in observed.attention],
@@ -67,7 +76,7 @@ def are_equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-@pytest.mark.parametrize("left_out", sorted(WATCHED["full"]))
+@pytest.mark.parametrize("left_out", sorted(WATCHED["full"] - {"routers"}))  # these models have none
 @pytest.mark.parametrize("family", ["albert", "llama"])
 def test_what_is_left_out_changes_nothing_else(family: str, left_out: Watched) -> None:
     model, batches = built(family), padded()

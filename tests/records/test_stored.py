@@ -23,7 +23,7 @@ from rich.console import Console
 import uncollapse as uc
 from tests.helpers.command_line import refused
 from uncollapse import records, report
-from uncollapse.analyses.result import Recorded
+from uncollapse.analyses.ledger import Verification
 from uncollapse.cli.commands import main
 from uncollapse.records import stored
 from uncollapse.records.ablation import AblationRecord
@@ -41,7 +41,7 @@ KINDS: dict[str, tuple[type, type, str]] = {
     "ablation": (AblationRecord, uc.Ablation, "doubly exponential"),
     "heads": (IdentifiabilityRecord, uc.Identifiability, "attributable with care in blocks 0–1"),
     "symmetries": (SymmetriesRecord, uc.Symmetries, "tiny-llama"),
-    "ledger": (Ledger, Recorded, "layernorm-matrix-rank"),
+    "ledger": (Ledger, Verification, "layernorm-matrix-rank"),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 Run = Callable[..., tuple[int, str, str]]

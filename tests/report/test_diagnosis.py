@@ -175,7 +175,7 @@ def test_norms_updates_and_symmetries_show_their_figures(pages: dict[str, Page])
 def test_only_panels_with_something_to_show_are_there(pages: dict[str, Page], name: str) -> None:
     record = record_of(name)
     sections = [attributes["id"] for attributes in pages[name].attributes("section")]
-    wanted = ["findings", "depth", "attention", "heads"]
+    wanted = ["anatomy", "findings", "depth", "attention", "heads"]
     wanted += [panel for panel in ("norms", "updates", "symmetries") if getattr(record, panel)]
     assert sections == [*wanted, "method"]
     linked = [a["href"] for a in pages[name].attributes("a") if a["href"].removeprefix("#") in sections]
@@ -185,7 +185,12 @@ def test_only_panels_with_something_to_show_are_there(pages: dict[str, Page], na
 def test_a_record_with_nothing_but_a_model_still_makes_a_page() -> None:
     bare = replace(samples.quiet(), trajectory=[], attention=[], heads=[], findings=[])
     shown = Page(draw(bare))
-    assert [attributes["id"] for attributes in shown.attributes("section")] == ["findings", "depth", "method"]
+    assert [attributes["id"] for attributes in shown.attributes("section")] == [
+        "anatomy",
+        "findings",
+        "depth",
+        "method",
+    ]
     assert shown.charts() == []
 
 
@@ -235,13 +240,13 @@ def test_the_summary_says_where_the_extremes_are(pages: dict[str, Page]) -> None
     words = " ".join(pages["encoder"].words.split())
     assert "1 warning, 1 finding for information." in words
     assert (
-        "The consensus distance goes from 0.971 at the embedding to 0.879 at block 5. "
+        "The consensus distance goes from 0.971 at the embedding to 0.879 at block 5 (healthy: 0.31 … 0.98). "
         "The lowest sequence has 0.774, at block 5." in words
     )
     assert "The affine rank is as high as attainable at every site." in words
     highest = max(samples.encoder().attention, key=lambda a: a.normalized_entropy.mean if a.normalized_entropy else 0)
     assert f"ranges from 0.0310 at block 4, head 7 to {highest.normalized_entropy.mean:.3f} at " in words  # type: ignore[union-attr]
-    assert f"at block {highest.block}, head {highest.head}." in words
+    assert f"at block {highest.block}, head {highest.head} (healthy: " in words
     assert "“attributable”: blocks 0–4." in words
     fallen = " ".join(pages["collapsed"].words.split())
     assert "1 critical finding, 1 warning, 1 finding for information." in fallen

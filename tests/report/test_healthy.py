@@ -157,8 +157,9 @@ def test_a_printout_says_what_its_figures_are_elsewhere() -> None:
     console = Console(file=io.StringIO(), width=200)
     show(causal(False, "post"), console)
     printed = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
-    assert "In 6 healthy models with a full mask and post norm: consensus 0.55 … 0.98, effective rank" in printed
-    assert f"lowest head {references(causal(False, 'post')).lowest('attention.normalized_entropy')}." in printed
+    assert "In 6 healthy models with a full mask and post norm: consensus 0.55 to 0.98, effective rank" in printed
+    lowest = references(causal(False, "post")).lowest("attention.normalized_entropy")
+    assert f"lowest head {lowest.replace(' … ', ' to ')}." in printed
 
 
 def test_examples() -> None:

@@ -85,10 +85,12 @@ def test_a_verdict_says_its_gain_as_the_table_does() -> None:
 def test_what_is_alike_everywhere_is_not_said_from_one_to_the_other() -> None:
     record = records_samples.encoder()
     flat = [replace(head, normalized_entropy=records_samples.statistic(0.9999)) for head in record.attention]
-    assert attention_sentences(replace(record, attention=flat)) == ["Normalized entropy is 1.00 in every head."]
+    assert attention_sentences(replace(record, attention=flat)) == [
+        "Normalized entropy is 1.00 in every head (healthy: 4.2e-5 … 0.97)."
+    ]
     sites = [replace(site, consensus_distance=records_samples.statistic(0.5)) for site in record.trajectory]
     (said, _) = depth_sentences(replace(record, trajectory=sites))
-    assert said.startswith("The consensus distance is 0.500 at the embedding and at block 5.")
+    assert said.startswith("The consensus distance is 0.500 at the embedding and at block 5 (healthy: ")
 
 
 def test_many_places_of_one_rule_are_one_short_line() -> None:

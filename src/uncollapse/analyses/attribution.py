@@ -48,7 +48,6 @@ from uncollapse.records.attribution import (
     MetricRecord,
 )
 from uncollapse.records.diagnosis import HeadsRecord
-from uncollapse.records.frames import frame
 from uncollapse.restoring import leaves_no_trace
 from uncollapse.sources import tokenize
 from uncollapse.wrappers import module_of
@@ -76,10 +75,6 @@ class Attribution(Recorded[AttributionRecord]):
     def heads(self) -> list[EffectRecord]:
         """The entries of heads."""
         return [effect for effect in self.record.effects if effect.kind == "head"]
-
-    def to_frame(self, backend: str | None = None) -> Any:
-        """The effects as a data frame of pandas, polars or pyarrow, whichever is installed. Raises `InputError` where none is."""
-        return frame(self.record.effects, EffectRecord, backend=backend)
 
 
 @leaves_no_trace

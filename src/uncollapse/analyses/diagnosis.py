@@ -15,7 +15,14 @@ from torch import nn
 
 from uncollapse.analyses.anatomy_recording import anatomy_record
 from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
-from uncollapse.analyses.recording import attention_records, model_info, probe_record, site_records, versions
+from uncollapse.analyses.recording import (
+    attention_records,
+    corpus_records,
+    model_info,
+    probe_record,
+    site_records,
+    versions,
+)
 from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.interception import Point
 from uncollapse.judgement import findings
@@ -25,7 +32,9 @@ from uncollapse.probe.activity import embedding_records, part_records
 from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
 from uncollapse.probe.initialisation import evidence
 from uncollapse.probe.logit_bounds import LogitBound, logit_bounds
+from uncollapse.probe.own_pooling import OwnPooling
 from uncollapse.probe.passes import Level, Observations
+from uncollapse.probe.routing import router_records
 from uncollapse.probe.sublayers import norm_records, update_records
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import DIAGNOSIS_SCHEMA, DiagnosisRecord, SiteRecord
@@ -87,15 +96,21 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
     """One probe pass and one pass per context length, as one record with its findings."""
     # Before the pass, so that whoever watches the model sees the text last.
     bounds = logit_bounds(prepared.loaded.model, prepared.anatomy, prepared.batches[0])
+    pooling = OwnPooling(prepared.seed)
     observed = prepared.captured(
-        level=prepared.level, digest=weights_reader(prepared.loaded.model), progress=prepared.progress
+        level=prepared.level,
+        digest=weights_reader(prepared.loaded.model),
+        progress=prepared.progress,
+        on_output=pooling.take,
     )
-    return prepared.judged(lambda: _judged(prepared, observed, bounds, context_lengths))
+    pooling.unite("diagnose")
+    return prepared.judged(lambda: _judged(prepared, observed, pooling, bounds, context_lengths))
 
 
 def _judged(
     prepared: Prepared,
     observed: Observations,
+    pooling: OwnPooling,
     bounds: Mapping[tuple[int, Point], LogitBound],
     context_lengths: Sequence[int] | None,
 ) -> DiagnosisRecord:
@@ -107,6 +122,8 @@ def _judged(
             model, anatomy, prepared.batches, context_lengths, seed=prepared.seed, progress=progress
         )
     trajectory = site_records(observed)
+    own = pooling.statistics(model, prepared.batches[0], observed.sequences, prepared.anatomy)
+    corpus = corpus_records([*observed.corpus, *own])
     attention = [
         record
         for s in observed.attention
@@ -118,7 +135,7 @@ def _judged(
     # Only where something looks as at the start of training are the weights asked whether it is the start.
     doubtful = [
         f.block
-        for f in findings.findings(trajectory, attention, head_records, parts, embeddings)
+        for f in findings.findings(trajectory, attention, head_records, parts, embeddings, corpus)
         if f.block is not None and f.phenomenon in AS_AT_THE_START
     ]
     seen = evidence(model, anatomy, doubtful)
@@ -141,8 +158,10 @@ def _judged(
         norms=norm_records(observed.norms),
         updates=updates,
         symmetries=symmetry_records(trajectory, attention, head_records, Components.of(model, anatomy), scaling),
-        findings=findings.findings(trajectory, attention, head_records, parts, embeddings),
+        findings=findings.findings(trajectory, attention, head_records, parts, embeddings, corpus),
         anatomy=anatomy_record(anatomy, observed, updates),
         parts=parts,
         embeddings=embeddings,
+        corpus=corpus,
+        routers=router_records(observed.routers),
     )

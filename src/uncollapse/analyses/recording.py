@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from importlib import metadata
 
 import torch
@@ -13,8 +14,10 @@ from uncollapse import __version__, sources
 from uncollapse.analyses.preparation import Prepared
 from uncollapse.anatomy.interception import device_of
 from uncollapse.measures import mixing
-from uncollapse.measures.running import Running
+from uncollapse.measures.corpus import Comparison, CorpusMeasures, compared, corpus_measures
+from uncollapse.measures.running import Running, RunningCloud
 from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
+from uncollapse.probe.corpus import CorpusStatistics
 from uncollapse.probe.logit_bounds import LogitBound
 from uncollapse.probe.passes import Level, Observations
 from uncollapse.probe.sites import (
@@ -25,7 +28,14 @@ from uncollapse.probe.sites import (
     SiteStatistics,
 )
 from uncollapse.records.common import ModelInfo, Probe, Statistic
-from uncollapse.records.diagnosis import AttentionRecord, MassiveTokensLeftOut, ReaderRecord, SiteRecord, StreamRecord
+from uncollapse.records.diagnosis import (
+    AttentionRecord,
+    CorpusRecord,
+    MassiveTokensLeftOut,
+    ReaderRecord,
+    SiteRecord,
+    StreamRecord,
+)
 from uncollapse.wrappers import class_of, seen_through
 
 
@@ -124,6 +134,59 @@ def _missing(measure: str, level: Level) -> str:
     if level == "core" and measure in {"susceptibility", "contraction", "spectral_gap", "second_singular_value"}:
         return "measured with --level full"
     return "not finite or undefined on this text"
+
+
+def corpus_records(statistics: Sequence[CorpusStatistics], *, between: bool = True) -> list[CorpusRecord]:
+    """The cloud of the corpus at every site and in every pooling, and with `between` what lies between it and the one before."""
+    known = [s for s in statistics if s.cloud is not None and s.cloud.count]
+    clouds = [cloud for s in known if (cloud := s.cloud) is not None]
+    place = {id(s): i for i, s in enumerate(known)}
+    pairs = [(place[id(s.before)], i) for i, s in enumerate(known) if between and id(s.before) in place]
+    apart = compared([clouds[before] for before, _ in pairs], [clouds[after] for _, after in pairs])
+    beside = {after: found for (_, after), found in zip(pairs, apart, strict=True)}
+    figures = dict(enumerate(corpus_measures(clouds, [s.epsilon for s in known])))
+    return [_corpus_record(s, figures.get(place.get(id(s), -1)), beside.get(place.get(id(s), -1))) for s in statistics]
+
+
+def _corpus_record(
+    statistics: CorpusStatistics, measured: CorpusMeasures | None, beside: Comparison | None
+) -> CorpusRecord:
+    site, cloud = statistics.site, statistics.cloud
+    width = site.width if cloud is None else len(cloud.mean)
+    found = measured or corpus_measures([RunningCloud.of(torch.zeros(0, max(width, 1)), torch.zeros(0))], [0.0])[0]
+    compared_with = beside or Comparison(None, None, None, None)
+    values = {**vars(found), **vars(compared_with)}
+    nothing = statistics.reason or ("NaN or infinity in every sequence" if site.not_finite else "no point was seen")
+    unavailable = {
+        name: _why_not(name, found, statistics, nothing)
+        for name, value in values.items()
+        if value is None and name != "sampled"
+    }
+    is_beside = any(value is not None for value in vars(compared_with).values())
+    return CorpusRecord(
+        site=site.site,
+        block=site.block,
+        stack=site.stack,
+        pooling=statistics.pooling,
+        width=width,
+        compared=len(cloud.points) if is_beside and cloud is not None else None,
+        unavailable=unavailable,
+        **values,
+    )
+
+
+def _why_not(name: str, found: CorpusMeasures, statistics: CorpusStatistics, nothing: str) -> str:
+    if not found.points:
+        return nothing
+    if name in Comparison.__annotations__:
+        if statistics.before is None:
+            return "no block comes before"
+        return "the points before and after are not the same ones, or have no spread"
+    if found.points == 1:
+        return "a single point has no spread"
+    if name.startswith("alpha") and found.centred_effective_rank:
+        return "too few directions for a power law"
+    return "all points are equal, up to rounding"
 
 
 def model_info(prepared: Prepared, observed: Observations) -> ModelInfo:

@@ -1,4 +1,4 @@
-"""What a result can do: show itself in a terminal or a notebook, and write itself as a page or as JSON.
+"""What a result can do: show itself in a terminal or a notebook, and write itself as a page, as JSON or as tables.
 
 `Diagnosis`, `Ablation` and the others build on it, each with short names for the parts of its record.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from uncollapse import report
 from uncollapse.errors import InputError
+from uncollapse.records import frames
 from uncollapse.records.encoding import to_json, write_atomically, write_record
 from uncollapse.records.stored import AnyRecord
 
@@ -59,6 +60,45 @@ class Recorded(Generic[Held]):
         if path is not None and self.is_first:
             write_record(path, text)
         return text
+
+    def frame(self, table: str, *, backend: str | None = None) -> Any:
+        """One table of the record as a data frame: `"attention"`, `"findings"` or any other of `tables`.
+
+        A figure's mean is in the column of its name, with `_min`, `_max` and `_n` beside it. backend: `"pandas"`, `"polars"` or
+        `"pyarrow"`; by default the first of them that is installed. Raises `InputError` where none is, and for another table.
+        """
+        return frames.table_of(self.record, table).frame(backend)
+
+    def to_frame(self, backend: str | None = None) -> Any:
+        """The record's main table as a data frame: of a diagnosis the trajectory. See `frame`."""
+        return frames.main_table(self.record).frame(backend)
+
+    @property
+    def tables(self) -> list[str]:
+        """The names that `frame` takes."""
+        return list(frames.tables(self.record))
+
+    def to_csv(self, folder: str | Path) -> None:
+        """Write every table as `<folder>/<table>.csv`, in UTF-8. A folder that is not there is made. An empty field is a figure
+        that was not measured. Raises `InputError` where a file cannot be written; every file is whole or not there."""
+        self._write_tables(folder, {name: table.csv() for name, table in frames.tables(self.record).items()}, "csv")
+
+    def to_parquet(self, folder: str | Path) -> None:
+        """Write every table as `<folder>/<table>.parquet`. Needs pyarrow; otherwise like `to_csv`."""
+        frames.require_parquet("to_parquet")
+        files = {name: table.parquet() for name, table in frames.tables(self.record).items()}
+        self._write_tables(folder, files, "parquet")
+
+    def _write_tables(self, folder: str | Path, files: Mapping[str, str | bytes], ending: str) -> None:
+        try:
+            Path(folder).mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"to_{ending}: expected a folder that can be written, got {str(folder)!r} ({error.strerror or error}). "
+                "The folder above it may be missing or read-only. Name another one."
+            ) from None
+        for name, content in files.items():
+            write_atomically(Path(folder) / f"{name}.{ending}", content)
 
     def __repr__(self) -> str:
         """One line. A record of a large model is megabytes long, and a notebook would keep them beside the page."""

@@ -274,6 +274,10 @@ class BlockAlone:
             return output - self._replay(tuple(range(len(self.block.parts))), stream)
         return added[0] if len(added) == 1 else torch.stack(added).sum(0)
 
+    def replay(self, parts: tuple[int, ...], handlers: Mapping[Point, Handler]) -> Tensor:
+        """The block's output on its own arguments without some parts, with handlers at operations."""
+        return self._replay(parts, None, handlers)
+
     def _as_streams(self, value: Tensor) -> Tensor:
         """A summand of an addition, laid out as several streams are: with an axis of their own, and for each of them."""
         if not any(part.read for part in self.block.parts):

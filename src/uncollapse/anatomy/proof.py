@@ -67,6 +67,7 @@ from uncollapse.anatomy.operands import (
 from uncollapse.anatomy.probing import probing, seed_all
 from uncollapse.anatomy.reading import SIDE_BY_SIDE, has_own_hooks, read
 from uncollapse.anatomy.replaying import NotReplayable, replayed
+from uncollapse.anatomy.routers import routers_of
 from uncollapse.anatomy.side_by_side import laid_out, mixing_gap
 from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember, sizes_of
 from uncollapse.anatomy.stacks import find_stacks, given_mask, masks_not_told, per_token, real_tokens
@@ -225,6 +226,7 @@ def _prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None, *,
                 with run.entered():  # the norms that the proof repeats by themselves, too
                     prover = _BlockProof(model, block, run, recorded)
                     prover.check(known, anatomy.stack_of(number))
+                    prover.route()
             except UncollapseError:
                 raise
             except Exception as error:  # the model's own code, run in a way it may not expect
@@ -360,6 +362,13 @@ class _BlockProof(HeadsWriting):
                     parts[number] = replace(part, attention=self._mixes(number, part, stream, axes, reason))
             self.block = replace(block, axes=axes, axes_reason=reason)
             parts = [self.writes(i, part) if part.attention else part for i, part in enumerate(parts)]
+        self.block = replace(self.block, parts=tuple(parts))
+
+    def route(self) -> None:
+        """Find the routers of the block, once it is proved."""
+        parts = list(self.block.parts)
+        for number, router in routers_of(self, self.recorded).items():
+            parts[number] = replace(parts[number], router=router)
         self.block = replace(self.block, parts=tuple(parts))
 
     def _check(self, statement: str, deviation: float) -> None:

@@ -225,6 +225,14 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Router:
+    """A choice that decides to which of so many `experts` an MLP sends a token: the operation at `point` gives their numbers."""
+
+    point: Point
+    experts: int
+
+
+@dataclass(frozen=True)
 class Part:
     """One sublayer: what it is, its attention calls (none for an MLP) and the module that runs it, for messages.
 
@@ -237,7 +245,8 @@ class Part:
     (`output_maps`), unless `no_output_map` says why there is none; of mixed values that have passed the `gates`, if any. Where
     they have one, `features` gives the head of every feature that it reads; empty where the heads lie side by side.
 
-    Of several streams side by side, `read` is where that is made which this sublayer reads of them.
+    Of several streams side by side, `read` is where that is made which this sublayer reads of them. `router` is the choice of
+    experts of an MLP, if the proof found one.
     """
 
     kind: PartKind
@@ -251,6 +260,7 @@ class Part:
     no_output_map: str = ""
     gates: tuple[Gate, ...] = ()
     read: Place | None = None
+    router: Router | None = None
 
     @property
     def heads(self) -> int:

@@ -26,6 +26,7 @@ from uncollapse.cli.options import (
     Blocks,
     Claims,
     ContextLengths,
+    Csv,
     Device,
     DeviceMap,
     Draws,
@@ -43,6 +44,7 @@ from uncollapse.cli.options import (
     Models,
     Noise,
     Out,
+    Parquet,
     Prompt,
     Quiet,
     Ray,
@@ -66,6 +68,7 @@ from uncollapse.cli.output import (
     FOUND,
     REFUSED,
     STDIN,
+    Outputs,
     Reads,
     deliver,
     progress_on_stderr,
@@ -82,6 +85,7 @@ if TYPE_CHECKING:
     from uncollapse.analyses.comparison import Comparison
     from uncollapse.analyses.diagnosis import Diagnosis
     from uncollapse.analyses.heads import Identifiability
+    from uncollapse.analyses.ledger import Verification
     from uncollapse.analyses.preparation import ProbeOptions
     from uncollapse.analyses.result import Recorded
     from uncollapse.analyses.sweep import Sweep
@@ -188,6 +192,8 @@ def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., 
             seed: Seed = 0,
             json: Json = None,
             html: Html = None,
+            csv: Csv = None,
+            parquet: Parquet = None,
             quiet: Quiet = False,
             device: Device = None,
             dtype: Dtype = None,
@@ -218,7 +224,14 @@ def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., 
                 )
 
             reads = Reads([("--text", str(file)) for file in text or ()], [model] if isinstance(model, str) else model)
-            carry_out(found, reads=reads, json=json, html=html, quiet=quiet, fail_on=fail_on, together=True)
+            carry_out(
+                found,
+                reads=reads,
+                outputs=Outputs(json, html, csv, parquet),
+                quiet=quiet,
+                fail_on=fail_on,
+                together=True,
+            )
 
         first, *rest = (p for p in inspect.signature(run).parameters.values() if p.kind is not p.VAR_KEYWORD)
         own_options = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
@@ -240,8 +253,7 @@ def on_a_model(*, epilog: str, judges: bool = False) -> Callable[[Callable[..., 
 def carry_out(
     found: "Callable[[Progress | None], Any]",
     *,
-    json: str | None,
-    html: str | None,
+    outputs: Outputs,
     quiet: bool,
     reads: Reads | None = None,
     fail_on: Severity | None = None,
@@ -255,13 +267,13 @@ def carry_out(
     with refusals_in_one_line(), launched.joined() if together else contextlib.nullcontext():
         with launched.agreed() if together else contextlib.nullcontext():
             if first:
-                require_writable(json=json, html=html, quiet=quiet, reads=reads)
+                require_writable(outputs, quiet=quiet, reads=reads)
         with progress_on_stderr(quiet or not first) as progress, contextlib.redirect_stdout(sys.stderr):
             # stdout is kept for the result: whatever a library or a model's own code prints meanwhile goes to stderr.
             result = found(progress)
         if not first:
             return
-        deliver(result, json=json, html=html, quiet=quiet)
+        deliver(result, outputs, quiet=quiet)
         if fail_on is not None and reaches(result.findings, fail_on):
             raise typer.Exit(FOUND)
 
@@ -546,6 +558,8 @@ def attribute(
     seed: Seed = 0,
     json: Json = None,
     html: Html = None,
+    csv: Csv = None,
+    parquet: Parquet = None,
     quiet: Quiet = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -577,7 +591,7 @@ def attribute(
             progress=progress,
         )
 
-    carry_out(found, reads=Reads((), [model]), json=json, html=html, quiet=quiet, together=True)
+    carry_out(found, reads=Reads((), [model]), outputs=Outputs(json, html, csv, parquet), quiet=quiet, together=True)
 
 
 # The ids stand here as text, so that the help need not import what checks them; a test holds them against the ledger.
@@ -626,24 +640,24 @@ def verify(
     seed: Draws = 0,
     json: Json = None,
     html: Html = None,
+    csv: Csv = None,
+    parquet: Parquet = None,
     quiet: Quiet = False,
 ) -> None:
     """Check claims about Transformers, in exact arithmetic where possible, and print each verdict with its evidence."""
 
-    def found(progress: "Progress | None") -> "Recorded[Any]":
-        from uncollapse.analyses.result import Recorded
-        from uncollapse.claims import verify as ledger_of
+    def found(progress: "Progress | None") -> "Verification":
+        from uncollapse.analyses.ledger import verify as verification
 
-        ledger = ledger_of(
+        return verification(
             list(dict.fromkeys(claims)) if claims else None,
             trials=trials,
             seed=seed,
             # One bar for all the claims, not one for each.
             progress=progress and (lambda _, done, total: progress("claims", done, total)),
         )
-        return Recorded(ledger)
 
-    carry_out(found, json=json, html=html, quiet=quiet)
+    carry_out(found, outputs=Outputs(json, html, csv, parquet), quiet=quiet)
 
 
 @app.command(
@@ -675,6 +689,8 @@ def compare(
     fail_on: FailOn = None,
     json: Json = None,
     html: Html = None,
+    csv: Csv = None,
+    parquet: Parquet = None,
     quiet: Quiet = False,
 ) -> None:
     """Lay two diagnoses beside each other: what changed, block by block and head by head?"""
@@ -685,7 +701,7 @@ def compare(
         return comparison(_stored(before), _stored(after))
 
     reads = Reads([("BEFORE", before), ("AFTER", after)])
-    carry_out(found, reads=reads, json=json, html=html, quiet=quiet, fail_on=fail_on)
+    carry_out(found, reads=reads, outputs=Outputs(json, html, csv, parquet), quiet=quiet, fail_on=fail_on)
 
 
 @app.command(
@@ -717,7 +733,14 @@ Nothing is measured and no model is loaded: a record is complete in itself. `unc
 **Exit codes**: 0 done; 2 the record cannot be used; 130 interrupted.
 """
 )
-def show(record: Record, json: Json = None, html: Html = None, quiet: Quiet = False) -> None:
+def show(
+    record: Record,
+    json: Json = None,
+    html: Html = None,
+    csv: Csv = None,
+    parquet: Parquet = None,
+    quiet: Quiet = False,
+) -> None:
     """Show a stored record or a monitor's trail, in the terminal, as a page or as JSON."""
 
     def found(_: "Progress | None") -> "Recorded[Any]":
@@ -725,7 +748,7 @@ def show(record: Record, json: Json = None, html: Html = None, quiet: Quiet = Fa
 
         return Recorded(_stored(record))
 
-    carry_out(found, reads=Reads([("RECORD", record)]), json=json, html=html, quiet=quiet)
+    carry_out(found, reads=Reads([("RECORD", record)]), outputs=Outputs(json, html, csv, parquet), quiet=quiet)
 
 
 def _stored(name: str) -> Any:

@@ -82,6 +82,24 @@ Html = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="Write an HTML page. It opens without a network.", rich_help_panel=OUTPUT),
 ]
+Csv = Annotated[
+    str | None,
+    typer.Option(
+        "--csv",
+        metavar="FOLDER",
+        help="Write every table of the record as a CSV file into this folder. An empty field was not measured.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+Parquet = Annotated[
+    str | None,
+    typer.Option(
+        "--parquet",
+        metavar="FOLDER",
+        help="The same as Parquet files. Needs pyarrow.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print errors only: no table, no progress bars.", rich_help_panel=OUTPUT)
 ]

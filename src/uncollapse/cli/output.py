@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
+import glob
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -59,12 +61,22 @@ class Reads:
     models: Sequence[str] = ()
 
 
-def require_writable(*, json: str | None, html: str | None, quiet: bool = False, reads: Reads | None = None) -> None:
+@dataclass(frozen=True)
+class Outputs:
+    """Where a result goes: files for the record and the page, folders for its tables."""
+
+    json: str | None = None
+    html: str | None = None
+    csv: str | None = None
+    parquet: str | None = None
+
+
+def require_writable(outputs: Outputs, *, quiet: bool = False, reads: Reads | None = None) -> None:
     """Before the model is loaded, refuse outputs that cannot be written, or that would overwrite what is read, one another, or
     what stdout and stderr were redirected to. Tries what the writer will do later.
     """
     places: dict[str, writing.Destination] = {}
-    for option, name in {"--json": json, "--html": html}.items():
+    for option, name in {"--json": outputs.json, "--html": outputs.html}.items():
         if name is None:
             continue
         try:
@@ -85,11 +97,42 @@ def require_writable(*, json: str | None, html: str | None, quiet: bool = False,
         places[option] = place
     if len(places) == 2 and places["--json"].is_same_as(places["--html"]):
         raise InputError(
-            f"--json, --html: expected two files, got {json!r} and {html!r}, which are the same. One would overwrite the other. "
-            "Name another."
+            f"--json, --html: expected two files, got {outputs.json!r} and {outputs.html!r}, which are the same. One would "
+            "overwrite the other. Name another."
         )
+    for option, folder in {"--csv": outputs.csv, "--parquet": outputs.parquet}.items():
+        if folder is not None:
+            _require_folder(option, folder, [*places.values()], reads or Reads())
     if not quiet and not any(place.descriptor == 1 for place in places.values()):
         streams.require_stdout("the table")
+
+
+def _require_folder(option: str, name: str, places: Sequence[writing.Destination], reads: Reads) -> None:
+    """Refuse a folder for tables that cannot be written, or where one of them may replace what is read or written otherwise."""
+    if option == "--parquet":
+        from uncollapse.records.frames import require_parquet
+
+        require_parquet(option)
+    ending = option.replace("--", ".")
+    try:
+        folder = os.path.realpath(name)
+        above = folder if os.path.lexists(folder) else os.path.dirname(folder)
+        writing.try_out(writing.destination(os.path.join(above, f"{secrets.token_hex(8)}{ending}")))
+        for file in glob.glob(os.path.join(glob.escape(folder), f"*{ending}")):
+            writing.try_out(writing.destination(file))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{option}: expected a folder that can be written, got {name!r} ({getattr(error, 'strerror', None) or error}). "
+            "It may be a file, or the folder above it missing or read-only. Name another folder."
+        ) from None
+    read = [file for _, file in reads.files if file != STDIN]
+    for taken in [*read, *(place.path for place in places if place.path is not None)]:
+        real = os.path.realpath(taken)
+        if os.path.dirname(real) == folder and real.endswith(ending):
+            raise InputError(
+                f"{option}: expected a folder of its own, got {name!r}, where {os.path.basename(taken)!r} is read or written too. "
+                "A table might replace it. Name another folder."
+            )
 
 
 _LIKELY = dict.fromkeys(
@@ -220,10 +263,15 @@ def progress_on_stderr(quiet: bool) -> Iterator[Callable[[str, int, int], None] 
         yield report
 
 
-def deliver(result: "Recorded[Any]", *, json: str | None, html: str | None, quiet: bool) -> None:
-    """Write the page and the record, and show the table on the stream that carries neither."""
+def deliver(result: "Recorded[Any]", outputs: Outputs, *, quiet: bool) -> None:
+    """Write the tables, the page and the record, and show the table on the stream that carries neither of the last two."""
     from rich.console import Console
 
+    json, html = outputs.json, outputs.html
+    if outputs.csv is not None:
+        result.to_csv(outputs.csv)
+    if outputs.parquet is not None:
+        result.to_parquet(outputs.parquet)
     in_line = [name for name in (json, html) if name is not None and _is_stdout(name)]
     if html is not None and html not in in_line:
         result.to_html(html)
@@ -236,6 +284,9 @@ def deliver(result: "Recorded[Any]", *, json: str | None, html: str | None, quie
             for name in (html, json):
                 if name is not None and _is_written_alone(name):
                     say(f"wrote {name}")
+            for folder in (outputs.csv, outputs.parquet):
+                if folder is not None:
+                    say(f"wrote tables into {folder}")
         if html in in_line:
             result.to_html(html)
         if json is not None and json in in_line:

@@ -7,7 +7,8 @@ which could hide the worst one. `readings` gives what every rule read, whether o
 The rules distinguish: a token cloud that shrinks to one point as the next norm sees it (`DEPTH-CONSENSUS`) or loses
 dimensions it had (`DEPTH-RANK`); attention whose rows are all alike, uniform (`WIDTH-UNIFORM`) or not (`WIDTH-RANK-ONE`);
 heads that write into the same space (`HEADS-IDENTICAL`) or a projection that forgets part of what it reads (`HEADS-KERNEL`);
-attention frozen by logits that are too large as a whole (`ENTROPY-FROZEN`); and NaN or infinity (`NUMERICS-NOT-FINITE`).
+attention frozen by logits that are too large as a whole (`ENTROPY-FROZEN`); sequences that all lie in few directions
+(`CORPUS-DIMENSIONS`); and NaN or infinity (`NUMERICS-NOT-FINITE`).
 
 A rule fires below half the smallest distance found in any healthy run of `studies/validity`. There, each model is scored by what
 the others give (docs/validity.md). A distance also depends on the number of
@@ -27,6 +28,7 @@ from uncollapse.records.common import SEVERITIES, Finding, Severity, Stack
 from uncollapse.records.diagnosis import (
     HARDLY_TRAINED,
     AttentionRecord,
+    CorpusRecord,
     EmbeddingRecord,
     HeadsRecord,
     PartRecord,
@@ -55,6 +57,10 @@ DISTINCTNESS = 0.09
 # value, and half a head at least, for healthy projections lose nothing.
 LOST_HEADS = 0.5
 
+# Centred effective rank of the corpus, a point per sequence, as a share of the embedding's. Half the smallest of the healthy models
+# in docs/corpus-geometry.md. Those are other runs than the validity study's, which have too few sequences.
+DIMENSIONS = 0.21
+
 # Below this many tokens, the spread that attention keeps is judged in proportion to the length; see `rank_one`.
 FEW_TOKENS = 16
 # Where did the fall begin? A block belongs to the fall if it carries on less than this share of the stream, or less than this
@@ -62,6 +68,8 @@ FEW_TOKENS = 16
 CARRIED, CARRIED_BEFORE = 0.7, 0.9
 # With fewer different tokens than this, attention has nothing to choose from and too few keys to freeze out.
 DIFFERENT_TOKENS = 4
+# With fewer sequences than this a corpus has too few directions to lose, and so has one whose embeddings use no more than these.
+FEW_SEQUENCES, FEW_DIRECTIONS = 8, 4.0
 # If the embedded tokens are this much alike, the blocks have nothing to lose: a text that repeats one token looks like that.
 APART_AT_ENTRY = 0.1
 
@@ -73,6 +81,7 @@ _DONG = "Dong, Cordonnier, Loukas 2021, arXiv 2103.03404"
 _CIRRINCIONE = "Cirrincione 2026, arXiv 2604.23681"
 _NAIT_SAADA = "Nait Saada, Naderi, Tanner 2025, arXiv 2410.07799"
 _ZHAI = "Zhai et al. 2023, arXiv 2303.06296"
+_JING = "Jing, Vincent, LeCun, Tian 2022, arXiv 2110.09348"
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,7 @@ class Thresholds:
     within_reach: float = WITHIN_REACH
     distinctness: float = DISTINCTNESS
     lost_heads: float = LOST_HEADS
+    dimensions: float = DIMENSIONS
     carried: float = CARRIED
     carried_before: float = CARRIED_BEFORE
 
@@ -105,6 +115,7 @@ class Observed:
     parts: Sequence[PartRecord] = ()
     embeddings: Sequence[EmbeddingRecord] = ()
     thresholds: Thresholds = IN_FORCE
+    corpus: Sequence[CorpusRecord] = ()
 
 
 @dataclass(frozen=True)
@@ -122,9 +133,10 @@ def findings(
     heads: Sequence[HeadsRecord],
     parts: Sequence[PartRecord] = (),
     embeddings: Sequence[EmbeddingRecord] = (),
+    corpus: Sequence[CorpusRecord] = (),
 ) -> list[Finding]:
     """The findings of all rules that fire: most severe first, then by depth."""
-    read = readings(trajectory, attention, heads, parts, embeddings)
+    read = readings(trajectory, attention, heads, parts, embeddings, corpus=corpus)
     fired = [reading.finding for reading in read if reading.margin > 0]
     # Attention that no token steers is said once: where its rows are alike already, by those.
     alike = {(f.block, f.kind) for f in fired if f.phenomenon == "rank-collapse-width"}
@@ -139,9 +151,10 @@ def readings(
     parts: Sequence[PartRecord] = (),
     embeddings: Sequence[EmbeddingRecord] = (),
     thresholds: Thresholds = IN_FORCE,
+    corpus: Sequence[CorpusRecord] = (),
 ) -> list[Reading]:
     """What every rule read: one reading for each stack, attention or output projection that it could judge."""
-    observed = Observed(trajectory, attention, heads, parts, embeddings, thresholds)
+    observed = Observed(trajectory, attention, heads, parts, embeddings, thresholds, corpus)
     return [reading for rule in RULES for reading in rule(observed)]
 
 
@@ -341,6 +354,52 @@ def rank_lost(observed: Observed) -> Iterator[Reading]:
             stack=first.stack,
         )
         yield Reading(_margin(share / start, observed.thresholds.rank), finding)
+
+
+def dimensions_lost(observed: Observed) -> Iterator[Reading]:
+    """Relative to the embedding, for a corpus may have few directions of its own: texts that say the same, an alphabet of four
+    letters. Centred, so that what all sequences share does not count, however large.
+
+    A site is judged by the pooling that keeps most directions. Any one of them may have few in good health: the first token is
+    often the same in all sequences, the last one too, and a massive token whose size varies a little dominates the means (SmolLM2
+    keeps a fifth of the embedding's directions there, and all of them at its last token)."""
+    for site_records in stacks(observed.trajectory):
+        kept = [(site, best) for site in site_records if (best := _most_directions(observed.corpus, site)) is not None]
+        if len(kept) < 2 or kept[0][0].block is not None or kept[0][1].points < FEW_SEQUENCES:
+            continue
+        shares = [(site, cloud, _directions(cloud) / max(_directions(kept[0][1]), 1e-12)) for site, cloud in kept]
+        if _directions(kept[0][1]) < FEW_DIRECTIONS:
+            continue
+        limit = observed.thresholds.dimensions
+        at, worst, share = min(shares[1:], key=lambda each: each[2])
+        first = next((site for site, _, each in shares[1:] if each < limit), at)
+        finding = Finding(
+            code="CORPUS-DIMENSIONS",
+            phenomenon="dimensional-collapse",
+            severity="critical" if share < limit**2 else "warning",
+            block=first.block,
+            head=None,
+            value=share,
+            threshold=limit,
+            message=f"All sequences lie in few directions from {_place(first.block, first.stack)} on. Pooled in the way that keeps "
+            f"most ({worst.pooling}), they use {_directions(worst):.1f} of {worst.attainable_centred_rank} directions at "
+            f"{_place(at.block, at.stack)} (centred effective rank); at the embedding it was {_directions(kept[0][1]):.1f}.",
+            remedy="Look at what this block adds: a gain or an update that few directions dominate. In contrastive training, check "
+            "the temperature, the negatives and the weight decay of the last layers.",
+            reference=_JING,
+            stack=first.stack,
+        )
+        yield Reading(_margin(share, limit), finding)
+
+
+def _most_directions(corpus: Sequence[CorpusRecord], site: SiteRecord) -> CorpusRecord | None:
+    """Of the poolings of the sequences at a site the one that keeps most directions."""
+    pooled = [c for c in corpus if c.site == site.site and c.pooling not in ("tokens", "own")]
+    return max((c for c in pooled if c.centred_effective_rank is not None), key=_directions, default=None)
+
+
+def _directions(cloud: CorpusRecord) -> float:
+    return cloud.centred_effective_rank or 0.0
 
 
 def _with_different_tokens(observed: Observed) -> Iterator[list[AttentionRecord]]:
@@ -584,6 +643,7 @@ RULES: tuple[Callable[[Observed], Iterator[Reading]], ...] = (
     not_finite,
     consensus,
     rank_lost,
+    dimensions_lost,
     uniform,
     rank_one,
     frozen,

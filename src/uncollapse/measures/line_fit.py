@@ -1,6 +1,6 @@
 """The slope of a straight line through a few points, with its interval. Collapse rates and width exponents come from it.
 
-When not to use it: for many points, or if their errors are known. All points have the same weight here.
+When not to use it: for many points, or if their errors are known and depend on one another.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def line_fit(x: Sequence[float], y: Sequence[float]) -> LineFit:
-    """The least-squares slope of `y` on `x` and its 95 % interval (Student's t, independent errors of one size).
+def line_fit(x: Sequence[float], y: Sequence[float], weights: Sequence[float] | None = None) -> LineFit:
+    """The least-squares slope of `y` on `x` and its 95 % interval (Student's t, independent errors).
 
-    The interval needs three points, the slope two different `x`. What cannot be computed is `None`.
+    The errors have one size, or with `weights` w a variance in proportion to 1/w. The interval needs three points, the slope two
+    different `x`. What cannot be computed is `None`.
 
     >>> line_fit([0.0, 1.0, 2.0], [1.0, 3.0, 5.0])
     LineFit(slope=2.0, low=2.0, high=2.0)
@@ -46,13 +47,14 @@ def line_fit(x: Sequence[float], y: Sequence[float]) -> LineFit:
     n = len(x)
     if n < 2:
         return LineFit(None, None, None)
-    mean_x, mean_y = sum(x) / n, sum(y) / n
-    spread = sum((a - mean_x) ** 2 for a in x)
+    w = [1.0] * n if weights is None else weights
+    mean_x, mean_y = (sum(c * v for c, v in zip(w, values, strict=True)) / sum(w) for values in (x, y))
+    spread = sum(c * (a - mean_x) ** 2 for c, a in zip(w, x, strict=True))
     if spread == 0:
         return LineFit(None, None, None)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
+    slope = sum(c * (a - mean_x) * (b - mean_y) for c, a, b in zip(w, x, y, strict=True)) / spread
     if n < 3:
         return LineFit(slope, None, None)
-    residual = sum((b - mean_y - slope * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True))
+    residual = sum(c * (b - mean_y - slope * (a - mean_x)) ** 2 for c, a, b in zip(w, x, y, strict=True))
     half = quantile_95(n - 2) * math.sqrt(residual / (n - 2) / spread)
     return LineFit(slope, slope - half, slope + half)

@@ -1,17 +1,24 @@
-"""Running statistics over sequences that fit in constant memory and merge: mean, smallest, largest, count.
+"""Running statistics over sequences that fit in constant memory and merge: mean, smallest, largest, count; and a cloud of points.
 
 A `Running` holds one figure for every element of a fixed shape (say head, or measure × head). Sequences where a figure is
 undefined (NaN) do not count for that element. Two `Running`s of the same shape merge exactly as if one had seen both
 corpora, up to the order of a float64 sum; across processes `Running.reduced` does the same with three all-reduces.
+
+A `RunningCloud` holds points of one width: the points themselves while there are few, their mean and second moment beyond. It
+merges and reduces in the same way. Above a width of `WIDEST` it keeps a uniform sample of the points in place of the second moment.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
+from typing import Final
 
 import torch
 import torch.distributed
 from torch import Tensor
+
+WIDEST: Final = 1024  # of a cloud whose second moment is kept; and how many points are kept as they are
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,152 @@ class Running:
         n = int(self.count[index])
         mean = float(self.total[index]) / n if n else float("nan")
         return mean, float(self.low[index]), float(self.high[index]), n
+
+
+@dataclass(frozen=True)
+class RunningCloud:
+    """A cloud of points x_1 … x_n of one width d, streamed.
+
+    `count` n; `mean` [d], the mean of the points; `unit` [d], the sum of x/||x|| over the `pointing` points that are not zero;
+    all in float64. `points` [k, d] with their `keys` [k]: all points while n <= WIDEST; beyond that a uniform sample of WIDEST of
+    them, those with the smallest keys. `scatter` [d, d], the sum of (x - mean)(x - mean)^T in float64: from the moment when not
+    all points are kept, where d <= WIDEST; otherwise None. Two clouds whose points came with the same keys keep the same ones.
+
+    Memory: at most WIDEST d numbers and d d more, whatever the corpus. Points with NaN or infinity are left out.
+
+    The scatter is that about the mean, and is merged by the formula of Chan, Golub and LeVeque ("Updating formulae and a pairwise
+    algorithm for computing sample variances", 1979, eq. 2.1), so that a large common mean takes no digits away.
+    """
+
+    count: int
+    pointing: int
+    mean: Tensor
+    unit: Tensor
+    points: Tensor
+    keys: Tensor
+    scatter: Tensor | None = None
+
+    @staticmethod
+    def of(points: Tensor, keys: Tensor) -> RunningCloud:
+        """The cloud of `points` [n, width], each with its key: a number drawn uniformly from 0 to 1, in float64 [n]."""
+        points = points.detach()
+        sizes = torch.linalg.vector_norm(points, dim=-1)
+        if not bool(((sizes > 1e-12) & (sizes < 1e18)).all()):  # squares may have left the range of the format
+            sizes = torch.linalg.vector_norm(points.double(), dim=-1)
+        sizes, known = sizes.double(), sizes.isfinite()
+        if not bool(known.all()):
+            points, keys, sizes = points[known], keys.to(points.device)[known], sizes[known]
+        double = points.double()
+        pointing = sizes > 0
+        mean = double.sum(0) / max(len(double), 1)
+        unit = torch.where(pointing, 1 / sizes, 0) @ double
+        found = RunningCloud(
+            len(double), int(pointing.sum()), mean, unit, points, keys.to(points.device, torch.float64)
+        )
+        return found._within_bounds(double)
+
+    def add(self, points: Tensor, keys: Tensor) -> RunningCloud:
+        """With further points; see `of`."""
+        return self.merge(RunningCloud.of(points, keys))
+
+    def merge(self, other: RunningCloud) -> RunningCloud:
+        """What one `RunningCloud` would hold had it seen both."""
+        if not other.count or not self.count:
+            return self if self.count else other
+        count = self.count + other.count
+        apart = other.mean - self.mean
+        merged = RunningCloud(
+            count,
+            self.pointing + other.pointing,
+            self.mean + apart * (other.count / count),
+            self.unit + other.unit,
+            torch.cat([self.points, other.points]),
+            torch.cat([self.keys, other.keys]),
+        )
+        if len(merged.points) == count and self.scatter is None and other.scatter is None:
+            return merged._within_bounds()
+        if len(self.mean) <= WIDEST:
+            between = torch.outer(apart, apart * (self.count * other.count / count))
+            merged = replace(merged, scatter=self._scattered() + other._scattered() + between)
+        return merged._sampled()
+
+    def reduced(self, group: torch.distributed.ProcessGroup | None = None) -> RunningCloud:
+        """Merged over the processes of a `torch.distributed` group, which must hold clouds of one width; every process gets the
+        same, on the CPU. The processes exchange the points that they keep, and their second moments where not all are kept."""
+        device = reducing_device(group)
+        sizes = _gathered(torch.tensor([self.count, self.pointing, len(self.points)], device=device), group)
+        most = max(int(size[2]) for size in sizes)
+        is_whole = all(int(size[2]) == int(size[0]) for size in sizes)
+        padded = torch.zeros(max(most, 1), len(self.mean) + 1, dtype=torch.float64, device=device)
+        padded[: len(self.points), :-1] = self.points.to(device)
+        padded[: len(self.points), -1] = self.keys.to(device)
+        points = _gathered(padded, group)
+        sums = _gathered(torch.stack([self.mean, self.unit]).to(device), group)
+        scatters: list[Tensor | None] = [None] * len(sizes)
+        if not is_whole and len(self.mean) <= WIDEST:
+            scatters = [*_gathered(self._scattered().to(device), group)]
+        parts = [
+            RunningCloud(
+                int(size[0]),
+                int(size[1]),
+                sums_of[0].cpu(),
+                sums_of[1].cpu(),
+                kept[: int(size[2]), :-1].to("cpu", self.points.dtype),
+                kept[: int(size[2]), -1].cpu(),
+                None if scatter is None else scatter.cpu(),
+            )
+            for size, sums_of, kept, scatter in zip(sizes, sums, points, scatters, strict=True)
+        ]
+        merged = parts[0]
+        for part in itertools.islice(parts, 1, None):
+            merged = merged.merge(part)
+        return merged
+
+    def on_cpu(self) -> RunningCloud:
+        """The same, its tensors on the CPU."""
+        return replace(
+            self,
+            mean=self.mean.cpu(),
+            unit=self.unit.cpu(),
+            points=self.points.cpu(),
+            keys=self.keys.cpu(),
+            scatter=None if self.scatter is None else self.scatter.cpu(),
+        )
+
+    def _within_bounds(self, double: Tensor | None = None) -> RunningCloud:
+        """With no more points than are kept; what is lost of them is in the scatter, where that is kept. `double`: all points in
+        float64, if somebody has them."""
+        if self.count <= WIDEST:
+            return self
+        if len(self.mean) > WIDEST:
+            return self._sampled()
+        return replace(self, scatter=self._scattered(double))._sampled()
+
+    def _scattered(self, double: Tensor | None = None) -> Tensor:
+        if self.scatter is not None:
+            return self.scatter
+        centred = (self.points.double() if double is None else double) - self.mean
+        half = centred.shape[1] // 2  # both triangles are equal: three quarters of the products say all
+        left, right = centred[:, :half], centred[:, half:]
+        scatter = centred.new_empty(centred.shape[1], centred.shape[1])
+        torch.mm(left.mT, left, out=scatter[:half, :half])
+        torch.mm(right.mT, right, out=scatter[half:, half:])
+        scatter[:half, half:] = left.mT @ right
+        scatter[half:, :half] = scatter[:half, half:].mT
+        return scatter
+
+    def _sampled(self) -> RunningCloud:
+        if len(self.points) <= WIDEST:
+            return self
+        kept = self.keys.topk(WIDEST, largest=False, sorted=False).indices.sort().values
+        return replace(self, points=self.points[kept].clone(), keys=self.keys[kept])
+
+
+def _gathered(own: Tensor, group: torch.distributed.ProcessGroup | None) -> list[Tensor]:
+    """The tensor of every process, all of one shape."""
+    found = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(found, own.contiguous(), group)
+    return found
 
 
 def reducing_device(group: torch.distributed.ProcessGroup | None = None) -> torch.device:

@@ -44,7 +44,7 @@ def key_of(finding: Finding) -> str:
     parts = [finding.code]
     if finding.stack is not None:
         parts.append(finding.stack)
-    if not finding.code.startswith(("DEPTH", "NUMERICS")):
+    if not finding.code.startswith(("DEPTH", "CORPUS", "NUMERICS")):
         parts += [f"block.{finding.block}", finding.kind or "self"]
     return "/".join(parts)
 

@@ -26,7 +26,14 @@ import torch.distributed
 from torch import Tensor, nn
 
 from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
-from uncollapse.analyses.recording import attention_records, model_info, probe_record, site_records, versions
+from uncollapse.analyses.recording import (
+    attention_records,
+    corpus_records,
+    model_info,
+    probe_record,
+    site_records,
+    versions,
+)
 from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.sharded_weights import is_sharded
 from uncollapse.anatomy.vocabulary import Layout
@@ -39,15 +46,16 @@ from uncollapse.monitoring.baselines import BaselineAlarms
 from uncollapse.monitoring.trends import TrendAlarms
 from uncollapse.monitoring.weights import Figures, Weights
 from uncollapse.probe.passes import NextPass, Observations
+from uncollapse.probe.routing import router_records
 from uncollapse.records import load
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import DiagnosisRecord
-from uncollapse.records.figures import head_figures, head_places, places, site_figures
+from uncollapse.records.figures import corpus_figures, expert_figures, head_figures, head_places, places, site_figures
 from uncollapse.records.trail import TRAIL_SCHEMA, Alarm, TrailFile, TrailReading, TrailRecord
 
 Log = Callable[[dict[str, float], int], object]
-Watched = Literal["tokens", "attention", "heads", "weights"]
-WATCHED: Final[tuple[Watched, ...]] = ("tokens", "attention", "heads", "weights")
+Watched = Literal["tokens", "corpus", "experts", "attention", "heads", "weights"]
+WATCHED: Final[tuple[Watched, ...]] = ("tokens", "corpus", "experts", "attention", "heads", "weights")
 _logger = logging.getLogger(__name__)  # a warning of `warnings` would end a run for which warnings are errors
 DECOMPOSED_EVERY = 10  # looks: output projections and updates are decomposed, which takes longer
 
@@ -74,8 +82,9 @@ class Monitor:
     differ by the batch, too, and by dropout; attention whose weights are dropped out is not measured. Not for compiled or sharded
     models.
     every: look when the step is a multiple of it; the first call of `step` always looks.
-    watch: any of `"tokens"` (the stream between blocks), `"attention"` (its heads), `"heads"` (the output projections, at every
-    tenth look), `"weights"` (how far each head's matrices moved since the last look; keeps one copy of them).
+    watch: any of `"tokens"` (the stream between blocks), `"corpus"` (all sequences together, a point each), `"experts"` (how many
+    tokens each gets, where a router is found), `"attention"` (its heads), `"heads"` (the output projections, at every tenth
+    look), `"weights"` (how far each head's matrices moved since the last look; keeps one copy of them).
     log: called with a flat dict of floats and the step; see `monitoring.figures` for the names. each_head: whether that dict has
     every head, or only each block's worst.
     trail: a file that gets one line a look; if it is there, the run goes on in it. A path that cannot be written is refused at the
@@ -209,7 +218,8 @@ class Monitor:
         trajectory = site_records(observed)
         attention = [record for s in observed.attention for record in attention_records(s, "core")]
         projections = heads_records(observed.attention) if self._has_projections else []
-        read = judged(findings.readings(trajectory, attention, projections))
+        corpus = corpus_records(observed.corpus, between=False)
+        read = judged(findings.readings(trajectory, attention, projections, corpus=corpus))
         if self.record is None:
             self._begin(
                 step,
@@ -232,7 +242,10 @@ class Monitor:
         of_heads, of_sites = self._weight_figures(self.record, spectra=self._decomposes)
         reading = TrailReading(
             step=step,
-            sites=(site_figures(trajectory) if "tokens" in self.watch else {}) | of_sites,
+            sites=(site_figures(trajectory) if "tokens" in self.watch else {})
+            | corpus_figures(trajectory, corpus)
+            | expert_figures(trajectory, router_records(observed.routers))
+            | of_sites,
             heads=(head_figures(attention) if "attention" in self.watch else {}) | of_heads,
             margins=margins_of(read),
             loss=_number(loss),
@@ -276,6 +289,8 @@ class Monitor:
         """What the pass that comes next has to look at."""
         parts: dict[str, set[str]] = {
             "tokens": {"sites"},
+            "corpus": {"corpus"},
+            "experts": {"routers"},
             "attention": {"attention", "rows"},
             "heads": {"projections"} if self._has_projections else set(),
         }

@@ -37,29 +37,46 @@ from uncollapse.errors import InputError, UncollapseError
 from uncollapse.probe.activity import Activity, EmbeddingActivity, PartActivity
 from uncollapse.probe.attention import Attention, AttentionStatistics, attention_places, attention_statistics
 from uncollapse.probe.clouds import Clouds
+from uncollapse.probe.corpus import POOLED, Corpus, CorpusStatistics
 from uncollapse.probe.observing import Observer, OwnPass, all_handlers
 from uncollapse.probe.projections import Digest, Projections
 from uncollapse.probe.readers import Readers
+from uncollapse.probe.routing import RouterStatistics, Routing
 from uncollapse.probe.sites import Sites, SiteStatistics
 from uncollapse.probe.sublayers import NormStatistics, Sublayers, UpdateStatistics
 from uncollapse.restoring import restoring
 
 Progress = Callable[[str, int, int], None]
 Level = Literal["core", "full"]
-Watched = Literal["sites", "attention", "rows", "spectra", "projections", "sublayers", "parts"]
+Watched = Literal[
+    "sites", "corpus", "corpus tokens", "routers", "attention", "rows", "spectra", "projections", "sublayers", "parts"
+]
 
 WATCHED: Final[Mapping[Level, frozenset[Watched]]] = {
-    "core": frozenset({"sites", "attention", "rows", "projections", "parts"}),
-    "full": frozenset({"sites", "attention", "rows", "spectra", "projections", "sublayers", "parts"}),
+    "core": frozenset({"sites", "corpus", "routers", "attention", "rows", "projections", "parts"}),
+    "full": frozenset(
+        {
+            "sites",
+            "corpus",
+            "corpus tokens",
+            "routers",
+            "attention",
+            "rows",
+            "spectra",
+            "projections",
+            "sublayers",
+            "parts",
+        }
+    ),
 }
 
 
 @dataclass
 class Observations:
-    """What one probe pass saw: a site for each stack's embedding and each of its blocks, stack after stack, and an entry for
-    each attention call, for each part and for each embedding; at level `full` also one for each update and for each norm call
-    inside a block. `sequences`, `tokens`
-    (real ones) and `max_tokens` are those of the first stack's stream."""
+    """What one probe pass saw: a site for each stack's embedding and each of its blocks, stack after stack, and an entry for each
+    attention call, for each part, for each embedding, and for each pooling at each site; at level `full` also one for each update
+    and for each norm call inside a block. `sequences`, `tokens` (real ones) and `max_tokens` are those of the first stack's
+    stream."""
 
     sites: list[SiteStatistics]
     attention: list[AttentionStatistics]
@@ -67,6 +84,8 @@ class Observations:
     norms: list[NormStatistics] = field(default_factory=list)
     parts: list[PartActivity] = field(default_factory=list)
     embeddings: list[EmbeddingActivity] = field(default_factory=list)
+    corpus: list[CorpusStatistics] = field(default_factory=list)
+    routers: list[RouterStatistics] = field(default_factory=list)
     sequences: int = 0
     tokens: int = 0
     max_tokens: int = 0
@@ -90,11 +109,12 @@ def capture(
     each batch and the model's output on it.
 
     watch: what to observe, by default all that belongs to the level (`WATCHED`). `"sites"`: the token clouds between blocks;
-    without it they are only counted where they are not finite. `"attention"`: whether the pass bears the reading out, and the
-    spread that each head keeps; with `"rows"` also every row, with `"spectra"` also the decomposed matrices. `"projections"`:
-    matrix and energy of the output projections. `"sublayers"`: what each adds and what each norm does. `"parts"`: whether each
-    part does anything; of heads, as far as their attention and projections are watched. What is not watched leaves its
-    statistics empty and changes no other figure.
+    without it they are only counted where they are not finite. `"corpus"`: the cloud over all sequences at every site, a point per
+    sequence; `"corpus tokens"`: that of all tokens. `"routers"`: which experts tokens are sent to. `"attention"`: whether the
+    pass bears the reading out, and the spread that each head keeps; with `"rows"` also every row, with `"spectra"` also the
+    decomposed matrices. `"projections"`: matrix and energy of the output projections. `"sublayers"`: what each adds and what each
+    norm does. `"parts"`: whether each part does anything; of heads, as far as their attention and projections are watched. What
+    is not watched leaves its statistics empty and changes no other figure.
 
     digest: is given the statistics of an attention while the matrix of its output projection is there, where that is no tensor of
     the model that stays (sharded, offloaded): it returns their `figures`, and the matrix is let go. None: every matrix is kept.
@@ -105,7 +125,7 @@ def capture(
     Raises `InputError` where a padded batch meets a model whose token axis does not match the mask, `ChangedPath` where the
     model takes another path on a batch than the one that was proved.
     """
-    probe = _Probe(model, anatomy, level, frozenset(WATCHED[level] if watch is None else watch), digest)
+    probe = _Probe(model, anatomy, level, frozenset(WATCHED[level] if watch is None else watch), digest, seed=seed)
     device = device_of(model)
     if before is None:
         before = sequences_before(batches)
@@ -132,8 +152,8 @@ def capture(
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors there."""
-    return {k: v.to(device).contiguous() if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """The batch with its tensors there, in memory as they lie: in half precision another order rounds otherwise."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def sequences_before(batches: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -245,6 +265,7 @@ class _Probe:
         watch: frozenset[Watched],
         digest: Digest | None = None,
         *,
+        seed: int = 0,
         forbearing: bool = False,
     ) -> None:
         self.model = model
@@ -260,6 +281,22 @@ class _Probe:
         self.observations = Observations(sites.statistics, [statistics for _, statistics in attending])
         self.observers: list[Observer] = [sites]
         self.sublayers: Sublayers | None = None
+        if watch & {"corpus", "corpus tokens"}:
+            corpus = Corpus(
+                anatomy,
+                sites.statistics,
+                self.clouds,
+                self.own.is_own,
+                poolings=POOLED if "corpus" in watch else (),
+                tokens="corpus tokens" in watch,
+                seed=seed,
+            )
+            self.observations.corpus = corpus.statistics
+            self.observers.append(corpus)
+        if "routers" in watch:
+            routing = Routing(anatomy, self.clouds, self.own.is_own)
+            self.observations.routers = routing.statistics
+            self.observers.append(routing)
         activity = None
         if "sites" in watch:
             self.observers.append(Readers(model, anatomy, sites.statistics, self.clouds, self.own.is_own))

@@ -13,6 +13,7 @@ When not to use it: for a model whose weights are sharded. All processes run it 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,9 +26,10 @@ from uncollapse import processes
 from uncollapse.anatomy.interception import ChangedPath, device_of
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.measures.affine_fit import AffineFit, Sums
-from uncollapse.measures.running import Running
+from uncollapse.measures.running import Running, RunningCloud
 from uncollapse.probe.activity import PartActivity
 from uncollapse.probe.attention import AttentionStatistics
+from uncollapse.probe.corpus import CorpusStatistics
 from uncollapse.probe.passes import WATCHED, Observations, capture, on_device, sequences_before
 from uncollapse.probe.sites import SIDE_BY_SIDE_MEASURES, SiteStatistics
 from uncollapse.probe.sublayers import UpdateStatistics
@@ -224,6 +226,10 @@ def figures(observed: Observations) -> Iterator[Figure]:
         yield from _running(norm, "values")
     for part in observed.parts:
         yield from _part(part)
+    for router in observed.routers:
+        yield _tensor(router, "load", "sum", torch.int64)
+        yield _number(router, "tokens", "sum", int)
+        yield _number(router, "chosen", "most", int)
     for embedding in observed.embeddings:
         yield _number(embedding, "apart", "most", float)
         yield _number(embedding, "pairs", "sum", int)
@@ -318,6 +324,10 @@ def notes(observed: Observations) -> Iterator[Note]:
         yield _noted(site, "reason", _last)
         yield Note(list(site.readers), _union, partial(_begin_readers, site))
         yield Note(len(site.side_by_side), max, partial(_begin_side_by_side, site))
+    for cloud in observed.corpus:
+        yield from cloud_notes(cloud)
+    for router in observed.routers:
+        yield _noted(router, "reason", _last)
     for attention in observed.attention:
         yield _noted(attention, "route", _last)
         yield _noted(attention, "reasons", _joined)
@@ -332,6 +342,19 @@ def notes(observed: Observations) -> Iterator[Note]:
         yield _noted(part, "copies", _in_all)
         unread = part.units.unread
         yield Note(None if unread is None else unread.cpu(), _first, partial(setattr, part.units, "unread"))
+
+
+def cloud_notes(statistics: CorpusStatistics) -> Iterator[Note]:
+    """Of one cloud of the corpus: its bounded number of points, and its moments, as they are."""
+    yield _noted(statistics, "reason", _last)
+    yield _noted(statistics, "epsilon", max)
+    known = statistics.cloud
+    yield Note(None if known is None else known.on_cpu(), _merged_clouds, statistics.put)
+
+
+def _merged_clouds(several: list[RunningCloud | None]) -> RunningCloud | None:
+    known = [each for each in several if each is not None and each.count]
+    return functools.reduce(RunningCloud.merge, known) if known else None
 
 
 def _noted(owner: object, name: str, join: Callable[[list[Any]], Any]) -> Note:

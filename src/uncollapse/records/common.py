@@ -13,6 +13,7 @@ Phenomenon = Literal[
     "entropy-collapse",
     "numerics",
     "dead-component",
+    "dimensional-collapse",
 ]
 Severity = Literal["info", "warning", "critical"]
 Stack = Literal["encoder", "decoder"]

@@ -12,6 +12,7 @@ from uncollapse.records.symmetries import SymmetryRecord
 
 DIAGNOSIS_SCHEMA: Literal["uncollapse/diagnosis/1"] = "uncollapse/diagnosis/1"
 
+Pooling = Literal["tokens", "mean", "last", "first", "own"]
 HARDLY_TRAINED = "hardly trained"  # what the evidence begins with where the start was left, but not far behind
 
 
@@ -289,6 +290,79 @@ class EmbeddingRecord:
 
 
 @dataclass(frozen=True)
+class RouterRecord:
+    """The router of one block's experts: each real token is sent to `chosen` of `experts`. `load` is the share of all choices that
+    fell on each expert, `entropy` that of the load beside ln(experts) (1: all alike), `effective_experts` its exponential, `dead`
+    the experts that none of the `tokens` was sent to."""
+
+    block: int
+    stack: Stack | None
+    experts: int
+    chosen: int | None
+    tokens: int
+    load: list[float] | None = None
+    entropy: float | None = None
+    effective_experts: float | None = None
+    dead: list[int] | None = None
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CorpusRecord:
+    """The cloud of the whole corpus at one site: a point a sequence (`mean` of its tokens, `last` token, `first`, or the model's
+    `own` pooling, where `site` names its output), or a point a token. Plain numbers, for there is one cloud.
+
+    `points` n; `sampled` says how many of them the spectrum comes from, null where all. `effective_rank` is that of the uncentred
+    cloud (RankMe without its epsilon), at most `attainable_rank` = min(n, d). All that follows is of the centred one, at most
+    `attainable_centred_rank` = min(n - 1, d): `centred_effective_rank` (0 where all points are equal up to rounding),
+    `participation_ratio`, `stable_rank`, `alpha` (the variances fall as i^-alpha; with the interval of that line), `k90` and `k95`
+    (how many principal directions hold that much of the variance), the share of the first and the first ten, `isoscore`.
+    `mean_cosine` is that between different points, `mean_share` the share of the points' energy that is their common mean.
+
+    Between the site that enters the block and this one, of the same points (`compared` of them): `novelty`, the share of the
+    variance outside the principal directions that held 90 % of it before; `cka`, and without the bias of few points `unbiased_cka`;
+    `cosine`, the mean cosine of a point before and after (1 less it is the block influence). Null at an embedding.
+    """
+
+    site: str
+    block: int | None
+    stack: Stack | None
+    pooling: Pooling
+    points: int
+    width: int
+    sampled: int | None
+    attainable_rank: int
+    attainable_centred_rank: int
+    effective_rank: float | None
+    centred_effective_rank: float | None
+    participation_ratio: float | None
+    stable_rank: float | None
+    alpha: float | None
+    alpha_low: float | None
+    alpha_high: float | None
+    k90: int | None
+    k95: int | None
+    top_share: float | None
+    top_ten_share: float | None
+    isoscore: float | None
+    mean_cosine: float | None
+    mean_share: float | None
+    compared: int | None = None
+    novelty: float | None = None
+    cka: float | None = None
+    unbiased_cka: float | None = None
+    cosine: float | None = None
+    unavailable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float | None:
+        """The centred effective rank, as a share of the attainable one."""
+        if self.centred_effective_rank is None or not self.attainable_centred_rank:
+            return None
+        return self.centred_effective_rank / self.attainable_centred_rank
+
+
+@dataclass(frozen=True)
 class DiagnosisRecord:
     """One diagnosis, complete."""
 
@@ -306,3 +380,5 @@ class DiagnosisRecord:
     anatomy: AnatomyRecord | None = None
     parts: list[PartRecord] = field(default_factory=list)
     embeddings: list[EmbeddingRecord] = field(default_factory=list)
+    corpus: list[CorpusRecord] = field(default_factory=list)
+    routers: list[RouterRecord] = field(default_factory=list)

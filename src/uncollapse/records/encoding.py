@@ -64,8 +64,8 @@ def write_record(path: str | os.PathLike[str], text: str) -> None:
     _write(path, gzip.compress(data, 6, mtime=0) if os.fspath(path).endswith(".gz") else data)
 
 
-def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` as UTF-8 so that a reader sees either the old file or the complete new one.
+def write_atomically(path: str | os.PathLike[str], text: str | bytes) -> None:
+    """Write `text` to `path`, as UTF-8 where it is not bytes, so that a reader sees either the old file or the complete new one.
 
     Links are followed, and the permissions and the owner of an existing file are kept. A stream of this process, such as
     `/dev/stdout`, is written to where it stands.
@@ -73,7 +73,7 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     Raises `InputError` if the path cannot be written; no temporary file remains.
     """
     # Record and page hold no lone surrogates, but what a caller passes may.
-    _write(path, text.encode("utf-8", "backslashreplace"))
+    _write(path, text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace"))
 
 
 def _write(path: str | os.PathLike[str], data: bytes) -> None:

@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from uncollapse.records.common import Statistic
-from uncollapse.records.diagnosis import AttentionRecord, SiteRecord
+from uncollapse.records.diagnosis import AttentionRecord, CorpusRecord, RouterRecord, SiteRecord
 from uncollapse.records.trail import HeadPlace, SitePlace
 
 # Of these the largest is the worst; of all others the smallest.
 WORST_IS_LARGEST: Final = frozenset(
     {
         "not_finite",
+        "corpus_mean_cosine",
+        "dead_experts",
         "max_logit",
         "query_key_norm",
         "update_queries",
@@ -49,6 +51,30 @@ def site_figures(trajectory: Sequence[SiteRecord]) -> dict[str, list[float | Non
     """A list for each measure that some site has."""
     found = {name: [figure(site) for site in trajectory] for name, figure in SITE_FIGURES.items()}
     return {name: values for name, values in found.items() if any(v is not None for v in values)}
+
+
+def corpus_figures(trajectory: Sequence[SiteRecord], corpus: Sequence[CorpusRecord]) -> dict[str, list[float | None]]:
+    """Of the cloud of the sequences' means at each site: its centred effective rank and its mean cosine."""
+    clouds = {cloud.site: cloud for cloud in corpus if cloud.pooling == "mean"}
+    if not clouds:
+        return {}
+    at = [clouds.get(site.site) for site in trajectory]
+    return {
+        "corpus_effective_rank": [None if cloud is None else cloud.centred_effective_rank for cloud in at],
+        "corpus_mean_cosine": [None if cloud is None else cloud.mean_cosine for cloud in at],
+    }
+
+
+def expert_figures(trajectory: Sequence[SiteRecord], routers: Sequence[RouterRecord]) -> dict[str, list[float | None]]:
+    """Of each block's router: the entropy of the experts' load beside its largest, and how many experts got no token."""
+    by_block = {router.block: router for router in routers if router.load is not None}
+    if not by_block:
+        return {}
+    at = [None if site.block is None else by_block.get(site.block) for site in trajectory]
+    return {
+        "expert_load_entropy": [None if router is None else router.entropy for router in at],
+        "dead_experts": [None if router is None else float(len(router.dead or ())) for router in at],
+    }
 
 
 def head_figures(attention: Sequence[AttentionRecord]) -> dict[str, list[float | None]]:

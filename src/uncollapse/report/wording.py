@@ -23,6 +23,7 @@ PHENOMENON_NAMES = {
     "entropy-collapse": "entropy collapse",
     "numerics": "numerics",
     "dead-component": "a part that does nothing",
+    "dimensional-collapse": "dimensional collapse of the corpus",
 }
 SYMMETRY_NAMES = {
     "rank-collapse-depth": "reordering the tokens",
@@ -32,7 +33,11 @@ SYMMETRY_NAMES = {
 }
 
 
-TOKEN_CLOUD = ("rank-collapse-depth", "numerics")  # phenomena whose findings name a site of the trajectory
+TOKEN_CLOUD = (
+    "rank-collapse-depth",
+    "numerics",
+    "dimensional-collapse",
+)  # phenomena whose findings name a site of the trajectory
 
 
 def number(value: float | int | None, digits: int = 3) -> str:

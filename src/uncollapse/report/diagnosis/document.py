@@ -6,7 +6,7 @@ from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.report import wording
 from uncollapse.report.anatomy import kinds_of_blocks, measured_sentences
-from uncollapse.report.diagnosis import charts, tables
+from uncollapse.report.diagnosis import charts, corpus, tables
 from uncollapse.report.diagnosis import wording as say
 from uncollapse.report.diagnosis.charts import trajectory_charts
 from uncollapse.report.healthy import References, in_percent, references
@@ -37,6 +37,8 @@ def document(record: DiagnosisRecord) -> str:
         kinds=kinds_of_blocks(record.anatomy),
         taken=tables.anatomy_table(record.anatomy, "anatomy-table"),
         depth=_depth(record, healthy),
+        corpus=corpus.corpus_tables(record.corpus, record.findings),
+        routers=corpus.routers_table(record.routers),
         attention=_attention(record, healthy),
         heads=_heads(record, healthy),
         chosen=chosen_block_data(record.heads),

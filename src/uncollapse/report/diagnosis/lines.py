@@ -17,6 +17,7 @@ from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import DiagnosisRecord, SiteRecord
 from uncollapse.report import wording
 from uncollapse.report.anatomy import kinds_of_blocks, not_measured_sentences
+from uncollapse.report.diagnosis import corpus
 from uncollapse.report.diagnosis.wording import dispersion_sentences, healthy_sentence, verdict_sentences
 from uncollapse.report.page import cells
 from uncollapse.report.terminal import plain
@@ -65,7 +66,7 @@ def print_record(record: DiagnosisRecord, console: Console) -> None:
     if "head verdict" in left_out:
         for sentence in verdict_sentences(record):
             say(sentence)
-    for sentence in dispersion_sentences(record):
+    for sentence in [*dispersion_sentences(record), *corpus.sentences(record)]:
         say(sentence)
     console.print()
     print_findings(record.findings, wording.looked_at(record), console)

@@ -94,7 +94,7 @@ def healthy_sentence(record: DiagnosisRecord) -> str:
         said.append(f"effective rank {in_percent(found.low, found.high)} of the attainable")
     if words := healthy.lowest("attention.normalized_entropy"):
         said.append(f"lowest head {words}")
-    return f"In {healthy.kind}: {', '.join(said)}." if said else ""
+    return f"In {healthy.kind}: {', '.join(said).replace(' … ', ' to ')}." if said else ""
 
 
 def verdict_sentences(record: DiagnosisRecord) -> list[str]:

@@ -190,6 +190,8 @@
   function unfold() {
     const id = decodeURIComponent(location.hash.slice(1));
     packedTables.show(id);
+    for (const aimed of document.querySelectorAll("tr.aimed")) aimed.classList.remove("aimed");
+    if (id && byId(id)) byId(id).classList.add("aimed"); // a row that was unpacked only now is no :target
     const row = id && byId(id);
     const folded = row && row.closest("details");
     if (folded) {

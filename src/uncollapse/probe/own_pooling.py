@@ -1,0 +1,143 @@
+"""The model's own pooling: an output with one row for each sequence, which that sequence alone makes.
+
+An output of two axes may hold anything. So it is poked: one sequence of a small batch is replaced by another. The output is a
+pooling if its row becomes the other one's, and no other row moves.
+
+When not to use it: to pool a stream. `corpus` does that.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uncollapse import processes
+from uncollapse.anatomy.examples import example_batch
+from uncollapse.anatomy.interception import device_of
+from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.vocabulary import Anatomy
+from uncollapse.measures.running import RunningCloud
+from uncollapse.probe.corpus import CorpusStatistics
+from uncollapse.probe.sites import SiteStatistics
+from uncollapse.probe.sizes import single
+
+
+class OwnPooling:
+    """Collects from a pass every output that may be a pooling; `statistics` gives those that are."""
+
+    def __init__(self, seed: int) -> None:
+        self._found: dict[str, CorpusStatistics] = {}
+        self._taken: dict[str, int] = {}
+        self._generator = torch.Generator().manual_seed(seed * 1_000_003 + processes.number())
+
+    def take(self, batch: Mapping[str, Any], output: Any) -> None:
+        """The model's output on a batch of the pass."""
+        sequences = _sequences(batch)
+        candidates = [(name, rows) for name, rows in _rows(output) if len(rows) == sequences]
+        keys = torch.rand(sequences if candidates else 0, generator=self._generator, dtype=torch.float64)
+        for name, rows in candidates:
+            if name not in self._found:
+                site = SiteStatistics(name, None, None, width=rows.shape[1])
+                self._found[name] = CorpusStatistics(site, "own", None)
+            self._taken[name] = self._taken.get(name, 0) + sequences
+            epsilon = torch.finfo(rows.dtype).eps
+            self._found[name].take(single(rows.detach()).clone(), keys.to(rows.device), epsilon)
+
+    def unite(self, caller: str) -> None:
+        """Put together what the processes took that share the corpus; see `sharding`."""
+        if processes.count() == 1:
+            return
+        own = {
+            name: (
+                self._taken[name],
+                found.site.width,
+                found.epsilon,
+                None if found.cloud is None else found.cloud.on_cpu(),
+            )
+            for name, found in self._found.items()
+        }
+        several = processes.gathered(own, caller)
+        for name in dict.fromkeys(name for each in several for name in each):
+            those = [each[name] for each in several if name in each]
+            clouds = [cloud for _, _, _, cloud in those if cloud is not None]
+            statistics = CorpusStatistics(SiteStatistics(name, None, None, width=those[0][1]), "own", None)
+            statistics.epsilon = max(epsilon for _, _, epsilon, _ in those)
+            statistics.put(functools.reduce(RunningCloud.merge, clouds) if clouds else None)
+            self._found[name], self._taken[name] = statistics, sum(taken for taken, _, _, _ in those)
+
+    def statistics(
+        self, model: nn.Module, batch: Mapping[str, Any], sequences: int, anatomy: Anatomy
+    ) -> list[CorpusStatistics]:
+        """The clouds of those outputs that are poolings, as a small piece of `batch` shows; none where the model does not run on
+        one. An output that was not met once for each of the corpus' `sequences` is left out. What was found is remembered for as
+        long as the model's `anatomy` is."""
+        whole = {name: found for name, found in self._found.items() if self._taken[name] == sequences}
+        if not whole:
+            return []
+        proved, known = _remembered.get(model, (None, None))
+        if known is None or proved is None or proved() is not anatomy or not whole.keys() <= known.keys():
+            known = _poked(model, batch, list(whole))
+            _remembered[model] = weakref.ref(anatomy), known
+        return [found for name, found in whole.items() if known[name]]
+
+
+_remembered: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Anatomy], dict[str, bool]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _poked(model: nn.Module, batch: Mapping[str, Any], names: list[str]) -> dict[str, bool]:
+    """Which of these outputs are poolings."""
+    device = device_of(model)
+    try:
+        piece = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in example_batch(batch).items()}
+        if _sequences(piece) < 3:
+            return dict.fromkeys(names, False)
+        with probing(model):
+            before, after = (dict(_rows(model(**given))) for given in (piece, _replaced(piece)))
+    except Exception:  # whatever it is: the pass itself went well, and nothing is known of its outputs
+        return dict.fromkeys(names, False)
+    return {name: _is_pooling(before.get(name), after.get(name)) for name in names}
+
+
+def _sequences(batch: Mapping[str, Any]) -> int:
+    return next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 0)
+
+
+def _rows(output: Any) -> Iterator[tuple[str, Tensor]]:
+    """Outputs of two axes, by name."""
+    if isinstance(output, Tensor):
+        output = {"output": output}
+    elif isinstance(output, tuple | list):
+        output = {f"output {i}": value for i, value in enumerate(output)}
+    if isinstance(output, Mapping):
+        for name, value in output.items():
+            if isinstance(value, Tensor) and value.ndim == 2 and value.is_floating_point() and value.shape[1] > 1:
+                yield str(name), value
+
+
+def _replaced(piece: Mapping[str, Any]) -> dict[str, Any]:
+    """The first sequence replaced by the second."""
+    many = _sequences(piece)
+    order = torch.tensor([1, *range(1, many)])
+    return {
+        name: value[order.to(value.device)]
+        if isinstance(value, Tensor) and value.ndim and len(value) == many
+        else value
+        for name, value in piece.items()
+    }
+
+
+def _is_pooling(before: Tensor | None, after: Tensor | None) -> bool:
+    if before is None or after is None or before.shape != after.shape or not bool(before.isfinite().all()):
+        return False
+    expected = torch.cat([before[1:2], before[1:]])
+    scale = before.abs().amax().clamp(min=torch.finfo(before.dtype).tiny)
+    near = 64 * torch.finfo(before.dtype).eps * scale  # a batch of other rows may be summed in another order
+    was_moved = bool(((before[0] - before[1]).abs() > near).any())
+    return was_moved and bool(((after - expected).abs() <= near).all())

@@ -1,0 +1,321 @@
+"""The cloud of a corpus: against NumPy to 1e-10, the laws of the measures, and merging."""
+
+from __future__ import annotations
+
+import doctest
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.reference import corpus as reference
+from uncollapse.errors import InputError
+from uncollapse.measures import corpus, running
+from uncollapse.measures.corpus import CorpusMeasures, compared, corpus_measures
+from uncollapse.measures.running import WIDEST, RunningCloud
+from uncollapse.measures.student import quantile_95
+
+EPS = 2.0**-52
+seeds = st.integers(0, 2**31)
+
+
+def points(n: int, width: int, seed: int, *, mean: float = 1.0, decay: float = 0.7) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, width, generator=generator, dtype=torch.float64)
+    x = x * torch.arange(1, width + 1).double() ** -decay
+    return x + mean * torch.randn(width, generator=generator, dtype=torch.float64)
+
+
+def keys(n: int, seed: int = 0) -> Tensor:
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def cloud_of(x: Tensor, seed: int = 0) -> RunningCloud:
+    return RunningCloud.of(x, keys(len(x), seed))
+
+
+def measures_of(x: Tensor, eps: float = EPS) -> CorpusMeasures:
+    (found,) = corpus_measures([cloud_of(x)], [eps])
+    return found
+
+
+def expected_of(x: np.ndarray, eps: float = EPS) -> dict[str, float]:
+    whole, centred = reference.whole(x, eps), reference.centred(x, eps)
+    found = {
+        "points": len(x),
+        "attainable_rank": min(x.shape),
+        "attainable_centred_rank": min(len(x) - 1, x.shape[1]),
+        "effective_rank": reference.effective_rank(whole),
+        "centred_effective_rank": reference.effective_rank(centred),
+        "participation_ratio": reference.participation_ratio(x),
+        "stable_rank": reference.stable_rank(x),
+        "k90": reference.directions_holding(x, 0.9),
+        "k95": reference.directions_holding(x, 0.95),
+        "top_share": reference.top_share(x, 1),
+        "top_ten_share": reference.top_share(x, 10),
+        "isoscore": reference.isoscore(x),
+        "mean_cosine": reference.mean_cosine(x),
+        "mean_share": reference.mean_share(x),
+    }
+    if len(centred) >= 13:
+        alpha, half = reference.alpha(centred)
+        half *= quantile_95(min(100, len(centred)) - 3 - 2)
+        found |= {"alpha": alpha, "alpha_low": alpha - half, "alpha_high": alpha + half}
+    return found
+
+
+SIZES = [(5, 40), (40, 40), (41, 40), (64, 24), (12, 3), (200, 20)]
+
+
+@pytest.mark.parametrize(("n", "width"), SIZES)
+def test_every_figure_is_that_of_numpy(n: int, width: int) -> None:
+    x = points(n, width, n + width)
+    found = vars(measures_of(x))
+    for name, value in expected_of(x.numpy()).items():
+        assert found[name] == pytest.approx(value, rel=1e-10, abs=1e-10), name
+
+
+def test_beyond_the_kept_points_the_second_moment_gives_the_same() -> None:
+    """In parts, of which the first is kept as points, and of a cloud whose mean is ten thousand times its spread."""
+    for mean in (1.0, 1e4):
+        x = points(WIDEST + 300, 24, 1, mean=mean)
+        drawn = keys(len(x))
+        cloud = RunningCloud.of(x[:7], drawn[:7])
+        for start, end in ((7, 900), (900, 1100), (1100, len(x))):
+            cloud = cloud.add(x[start:end], drawn[start:end])
+        assert cloud.scatter is not None
+        centred = x.numpy() - x.numpy().mean(axis=0)
+        assert np.abs(cloud.scatter.numpy() / (centred.T @ centred) - 1).max() < 1e-8
+        (found,) = corpus_measures([cloud], [EPS])
+        (dense,) = running_spectra(x)
+        for name, value in vars(dense).items():
+            tolerance = 1e-10 if mean == 1.0 else 1e-6
+            close = None if value is None else pytest.approx(value, rel=tolerance, abs=tolerance)
+            assert vars(found)[name] == close, name
+
+
+def running_spectra(x: Tensor) -> list[CorpusMeasures]:
+    """From the points themselves, however many they are."""
+    whole = RunningCloud(
+        len(x), len(x), x.mean(0), torch.nn.functional.normalize(x, dim=-1).sum(0), x, keys(len(x)), None
+    )
+    return corpus_measures([whole], [EPS])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 700), min_size=1, max_size=5), st.integers(2, 9), seeds)
+def test_any_split_of_the_corpus_gives_the_cloud_of_the_whole(sizes: list[int], width: int, seed: int) -> None:
+    x, drawn = points(sum(sizes) + 1, width, seed), keys(sum(sizes) + 1, seed)
+    whole = RunningCloud.of(x, drawn)
+    cuts = np.cumsum([0, *sizes, 1])
+    parts = [RunningCloud.of(x[a:b], drawn[a:b]) for a, b in itertools.pairwise(cuts.tolist())]
+    merged = parts[0]
+    for part in parts[1:]:
+        merged = merged.merge(part)
+    assert (merged.count, merged.pointing) == (whole.count, whole.pointing)
+    assert torch.allclose(merged.mean, whole.mean, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(merged.unit, whole.unit, rtol=1e-12, atol=1e-9)
+    order, other = merged.keys.argsort(), whole.keys.argsort()
+    assert torch.equal(merged.keys[order], whole.keys[other])
+    assert torch.equal(merged.points[order], whole.points[other])
+    assert (merged.scatter is None) == (whole.scatter is None)
+    if whole.scatter is not None:
+        assert merged.scatter is not None
+        assert torch.allclose(merged.scatter, whole.scatter, rtol=1e-11, atol=1e-9)
+
+
+def test_a_wide_cloud_keeps_a_uniform_sample_and_says_so() -> None:
+    x, drawn = points(3 * WIDEST, WIDEST + 8, 0), keys(3 * WIDEST)
+    cloud = RunningCloud.of(x[: 2 * WIDEST], drawn[: 2 * WIDEST]).add(x[2 * WIDEST :], drawn[2 * WIDEST :])
+    assert cloud.scatter is None
+    kept = drawn.argsort()[:WIDEST].sort().values
+    assert torch.equal(cloud.points, x[kept])
+    assert torch.allclose(cloud.mean, x.mean(0), atol=1e-12)
+    (found,) = corpus._measures([cloud], corpus.Spectrum(torch.ones(1, 4).double(), torch.ones(1, 4).double()))
+    assert (found.points, found.sampled, found.attainable_rank, found.attainable_centred_rank) == (
+        *(3 * WIDEST, WIDEST, WIDEST),
+        WIDEST - 1,
+    )
+
+
+def test_points_that_are_not_finite_are_left_out() -> None:
+    x = points(30, 8, 0)
+    broken = x.clone()
+    broken[3, 2], broken[17, 0] = math.nan, math.inf
+    kept = torch.tensor([i for i in range(30) if i not in (3, 17)])
+    assert vars(measures_of(broken)) == vars(measures_of(x[kept]))
+
+
+def test_equal_points_have_no_direction_but_that_of_their_rounding() -> None:
+    """In single precision: what is left of the differences is noise, which has every direction there is."""
+    one = points(1, 48, 3).float()
+    noisy = one * (1 + 2.0**-25 * torch.randn(40, 48, generator=torch.Generator().manual_seed(0)))
+    for x in (one.expand(40, -1).clone(), noisy.float()):
+        found = measures_of(x, torch.finfo(torch.float32).eps)
+        assert found.centred_effective_rank == 0
+        assert found.effective_rank == pytest.approx(1.0, abs=1e-9)
+        assert (found.participation_ratio, found.alpha, found.k90, found.isoscore) == (None,) * 4
+        assert found.mean_cosine == pytest.approx(1.0)
+    apart = measures_of((noisy + 1e-3 * points(40, 48, 4)).float(), torch.finfo(torch.float32).eps)
+    assert apart.centred_effective_rank is not None
+    assert apart.centred_effective_rank > 10
+
+
+def test_what_a_gram_matrix_would_lose_is_seen() -> None:
+    x = torch.diag(torch.tensor([1.0, 1e-3, 1e-9, 1e-11], dtype=torch.float64))
+    found = measures_of(x)
+    assert found.effective_rank == pytest.approx(reference.effective_rank(reference.whole(x.numpy(), EPS)), rel=1e-12)
+    assert len(reference.whole(x.numpy(), EPS)) == 4
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_too_few_points_have_no_figures(n: int) -> None:
+    found = vars(measures_of(points(n, 6, 0)))
+    assert found.pop("points") == n
+    assert (found.pop("attainable_rank"), found.pop("attainable_centred_rank")) == (n, 0)
+    if n:
+        assert found.pop("effective_rank") == pytest.approx(1.0)
+        assert found.pop("mean_share") == pytest.approx(1.0)
+    assert set(found.values()) == {None}
+
+
+# Laws -----------------------------------------------------------------------------------------------------------------
+
+
+def rotation(width: int, seed: int) -> Tensor:
+    return torch.linalg.qr(points(width, width, seed, decay=0.0))[0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(3, 40), st.integers(2, 12), seeds)
+def test_no_figure_depends_on_order_rotation_or_scale(n: int, width: int, seed: int) -> None:
+    x = points(n, width, seed)
+    changed = 37.0 * x[torch.randperm(n, generator=torch.Generator().manual_seed(seed))] @ rotation(width, seed)
+    one, other = vars(measures_of(x)), vars(measures_of(changed))
+    for name, value in one.items():
+        assert other[name] == (None if value is None else pytest.approx(value, rel=1e-8, abs=1e-8)), name
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(3, 40), st.integers(2, 12), seeds)
+def test_a_translation_changes_what_the_common_mean_enters_and_nothing_else(n: int, width: int, seed: int) -> None:
+    x = points(n, width, seed)
+    one, other = vars(measures_of(x)), vars(measures_of(x + 3.0))
+    for name in set(one) - {"effective_rank", "mean_cosine", "mean_share"}:
+        assert other[name] == (None if one[name] is None else pytest.approx(one[name], rel=1e-8, abs=1e-8)), name
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 40), st.integers(2, 12), st.floats(0, 3), seeds)
+def test_the_figures_lie_within_their_bounds_and_in_their_order(n: int, width: int, decay: float, seed: int) -> None:
+    found = measures_of(points(n, width, seed, decay=decay))
+    most = found.attainable_centred_rank
+    assert found.stable_rank is not None
+    assert found.participation_ratio is not None
+    assert found.centred_effective_rank is not None
+    assert found.effective_rank is not None
+    assert found.k90 is not None
+    assert found.k95 is not None
+    # The Rényi entropies of order infinity, 2 and 1/2 of the variances: the last one bounds that of the singular values.
+    assert 1 - 1e-9 <= found.stable_rank <= found.participation_ratio + 1e-9 <= found.centred_effective_rank + 2e-9
+    assert found.centred_effective_rank <= most + 1e-9
+    assert 1 - 1e-9 <= found.effective_rank <= found.attainable_rank + 1e-9
+    assert 1 <= found.k90 <= found.k95 <= most
+    assert found.isoscore == pytest.approx((found.participation_ratio - 1) / (width - 1), abs=1e-12)
+    assert found.top_share == pytest.approx(1 / found.stable_rank)
+    assert -1 / (n - 1) - 1e-9 <= (found.mean_cosine or 0) <= 1 + 1e-9
+
+
+def test_the_closed_forms() -> None:
+    cross = torch.cat([torch.eye(16), -torch.eye(16)]).double()
+    found = measures_of(cross)
+    for name in ("effective_rank", "centred_effective_rank", "participation_ratio", "stable_rank"):
+        assert vars(found)[name] == pytest.approx(16.0), name
+    assert (found.k90, found.k95, found.isoscore) == (15, 16, pytest.approx(1.0))
+    assert found.mean_cosine == pytest.approx(-1 / 31)
+    assert found.alpha == pytest.approx(0.0, abs=1e-9)
+    line = torch.linspace(-1, 1, 9).double()[:, None] * torch.ones(5).double()
+    found = measures_of(line)
+    assert (found.k90, found.isoscore, found.top_share) == (1, pytest.approx(0.0, abs=1e-12), pytest.approx(1.0))
+    values = torch.arange(1, 90).double() ** -0.6
+    assert corpus.power_law(values).slope == pytest.approx(1.2)
+    assert corpus.power_law(values[:12]).slope is None
+
+
+# Two clouds ------------------------------------------------------------------------------------------------------------
+
+BETWEEN: dict[str, Callable[..., float]] = {
+    "novelty": reference.novelty,
+    "cka": reference.cka,
+    "unbiased_cka": reference.unbiased_cka,
+    "cosine": reference.cosine,
+}
+
+
+@pytest.mark.parametrize(("n", "width"), [(9, 40), (40, 40), (60, 24)])
+def test_what_lies_between_two_clouds_is_what_numpy_says(n: int, width: int) -> None:
+    x = points(n, width, 1)
+    y = x @ rotation(width, 2) * 0.3 + points(n, width, 3)
+    z = points(n, width, 4)
+    pairs = [(x, y), (y, z), (x, 2 * x)]
+    found = compared([cloud_of(a) for a, _ in pairs], [cloud_of(b) for _, b in pairs])
+    for (before, after), one in zip(pairs, found, strict=True):
+        for name, by_hand in BETWEEN.items():
+            assert vars(one)[name] == pytest.approx(by_hand(before.numpy(), after.numpy()), rel=1e-10, abs=1e-10), name
+
+
+def test_clouds_of_other_points_are_not_compared() -> None:
+    x = points(20, 6, 0)
+    nothing = corpus.Comparison(None, None, None, None)
+    (other,) = compared([cloud_of(x, 0)], [cloud_of(x, 1)])
+    (fewer,) = compared([cloud_of(x)], [cloud_of(x[:19])])
+    assert (other, fewer) == (nothing, nothing)
+    (wider,) = compared([cloud_of(x)], [cloud_of(torch.cat([x, x], -1))])
+    assert (wider.novelty, wider.cosine) == (None, None)
+    assert wider.cka == pytest.approx(1.0)
+    (constant,) = compared([cloud_of(x)], [cloud_of(torch.ones(20, 6))])
+    assert (constant.novelty, constant.cka) == (None, None)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(5, 30), st.integers(2, 30), seeds)
+def test_the_comparisons_know_what_leaves_a_cloud_alike(n: int, width: int, seed: int) -> None:
+    x, y = points(n, width, seed), points(n, width, seed + 1)
+    turned = 5 * x @ rotation(width, seed) + 2
+    for unbiased in (False, True):
+        assert corpus.linear_cka(x, turned, unbiased=unbiased).item() == pytest.approx(1.0, abs=1e-8)
+        straight, back = (corpus.linear_cka(*pair, unbiased=unbiased).item() for pair in ((x, y), (y, x)))
+        assert straight == pytest.approx(back, abs=1e-8, nan_ok=True)
+    assert corpus.subspace_novelty(x, 3 * x + 1).item() <= 0.1 + 1e-9
+    assert 0 <= corpus.subspace_novelty(x, y).item() <= 1
+
+
+def test_only_the_unbiased_one_tells_few_independent_points_apart() -> None:
+    x, y = points(20, 400, 0, decay=0.0), points(20, 400, 1, decay=0.0)
+    assert corpus.linear_cka(x, y).item() > 0.8
+    assert abs(corpus.linear_cka(x, y, unbiased=True).item()) < 0.1
+
+
+def test_refusals_name_both_shapes() -> None:
+    with pytest.raises(InputError, match=r"subspace_novelty: expected two clouds .* got \(3, 4\) and \(3, 5\)"):
+        corpus.subspace_novelty(torch.ones(3, 4), torch.ones(3, 5))
+    with pytest.raises(InputError, match=r"linear_cka: expected two clouds"):
+        corpus.linear_cka(torch.ones(3, 4), torch.ones(2, 4))
+
+
+def test_the_examples_in_the_docstrings() -> None:
+    outcome = doctest.testmod(corpus, extraglobs={"torch": torch})
+    assert outcome.failed == 0
+    assert outcome.attempted >= 9
+
+
+def test_memory_is_bounded() -> None:
+    cloud = cloud_of(points(8 * WIDEST, 16, 0).float())
+    assert cloud.points.untyped_storage().nbytes() == WIDEST * 16 * 4
+    assert running.WIDEST == WIDEST
