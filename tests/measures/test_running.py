@@ -76,7 +76,13 @@ def test_two_processes_agree_on_the_statistics_of_both(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("backends", "expected"),
-    [("cuda:nccl", "cuda:1"), ("cpu:gloo,cuda:gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu"), ("cpu:mpi", "cpu")],
+    [
+        ("cuda:nccl", "cuda:1"),
+        ("cuda:nccl,xpu:xccl", "cuda:1"),
+        ("cpu:gloo,cuda:gloo", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cpu"),
+        ("cpu:mpi", "cpu"),
+    ],
 )
 def test_processes_exchange_tensors_where_their_backend_takes_them(
     backends: str, expected: str, monkeypatch: pytest.MonkeyPatch
@@ -90,6 +96,7 @@ def test_processes_exchange_tensors_where_their_backend_takes_them(
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda given: backends if given is group else "")
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.xpu, "current_device", lambda: 5)
     with FakeTensorMode():  # tensors that know a device without having one
         reduced = Running.empty(3).reduced(group)
     assert placed == [expected] * 4
