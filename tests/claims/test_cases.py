@@ -421,3 +421,12 @@ def test_without_the_residual_nothing_is_carried(monkeypatch: pytest.MonkeyPatch
     assert starting(result, "the same with the softmax patterns").passed is True
     kept = int(str(starting(result, "true softmax attention without").observed).partition(" ")[0])
     assert 0 < kept < 40  # clouds of rank one
+
+
+def test_the_entropy_is_held_against_the_range_of_its_own_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """H >= ln n - delta for ranges delta of 1/2 to 3."""
+    seen, entropy = [], dispersion.entropy
+    monkeypatch.setattr(dispersion, "entropy", lambda logits: (seen.append(logits), entropy(logits))[1])
+    CLAIMS["dispersion"].run(60, 0)
+    assert {max(logits) - min(logits) for logits in seen} == {fmpq(k, 2) for k in range(1, 7)}
+    assert {len(logits) for logits in seen} == set(range(2, 13))
