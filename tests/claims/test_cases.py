@@ -430,3 +430,15 @@ def test_the_entropy_is_held_against_the_range_of_its_own_logits(monkeypatch: py
     CLAIMS["dispersion"].run(60, 0)
     assert {max(logits) - min(logits) for logits in seen} == {fmpq(k, 2) for k in range(1, 7)}
     assert {len(logits) for logits in seen} == set(range(2, 13))
+
+
+def test_every_third_trial_has_causal_patterns_and_the_others_full_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, pattern = [], Draws.pattern
+
+    def watched(self: Draws, tokens: int, *, causal: bool = False, sinks: bool = False) -> object:
+        seen.append(causal)
+        return pattern(self, tokens, causal=causal, sinks=sinks)
+
+    monkeypatch.setattr(Draws, "pattern", watched)
+    CLAIMS["attention-never-gains-rank"].run(12, 0)
+    assert seen == [causal for trial in range(12) for causal in [trial % 3 == 0] * 3]
