@@ -77,16 +77,18 @@ def drawn(paths: Sequence[Path], count: int, seed: int) -> tuple[list[Mutant], i
 
 
 def places(path: Path) -> list[Mutant]:
-    """Every mutant of one module, without the places of `silent`."""
+    """Every mutant of one module, without the places of `silent`, and of arithmetic only at `operations`."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.plugins import get_operator
 
     source, found = path.read_text("utf-8"), []
-    tree, spared = get_ast(source), silent(source)
+    tree, spared, signs = get_ast(source), silent(source), operations(source)
     for name in OPERATORS:
         operator = get_operator(f"core/{name}")()
         starts = [start for node in ast_nodes(tree) for start, _ in operator.mutation_positions(node)]
         kept = [(i, at) for i, at in enumerate(starts) if not any(first <= at < last for first, last in spared)]
+        if name.startswith("ReplaceBinaryOperator"):
+            kept = [(i, at) for i, at in kept if any(first <= at < last for first, last in signs)]
         found += [Mutant(str(path.relative_to(PACKAGE)), name, number, *at) for number, at in kept]
     return found
 
@@ -106,6 +108,20 @@ def silent(source: str) -> list[Span]:
         elif isinstance(node, ast.Raise) or (isinstance(node, ast.keyword) and node.arg == "strict"):
             spans.append(node)
     return [((n.lineno, n.col_offset), (n.end_lineno or 0, n.end_col_offset or 0)) for n in spans]
+
+
+def operations(source: str) -> list[Span]:
+    """Where the signs of arithmetic stand. Not every star is one: to Cosmic Ray the star of a signature is a product, too."""
+    spans: list[Span] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.BinOp):
+            spans.append(
+                ((node.left.end_lineno or 0, node.left.end_col_offset or 0), (node.right.lineno, node.right.col_offset))
+            )
+        elif isinstance(node, ast.AugAssign):
+            ends = node.target.end_lineno or 0, node.target.end_col_offset or 0
+            spans.append((ends, (node.value.lineno, node.value.col_offset)))
+    return spans
 
 
 def mutated(mutant: Mutant) -> str:

@@ -142,6 +142,22 @@ def test_draws_have_what_they_promise():
     assert Draws("test", 1).random() != Draws("test", 2).random() != Draws("other", 1).random()
 
 
+def test_draws_come_from_the_whole_range_they_name():
+    draws = Draws("test", 0)
+    assert set(draws.matrix(40, 40).entries()) == set(range(-3, 4))
+    assert set(draws.matrix(40, 40, 1).entries()) == {-1, 0, 1}
+    shares = [row for _ in range(300) for row in draws.pattern(2).tolist()]
+    assert {left / right for left, right in shares} == {fmpq(a, b) for a in range(1, 6) for b in range(1, 6)}
+    # weights of 1 to 5 on two keys, beside a sink of 1 to 9
+    kept = {sum(row) for _ in range(600) for row in draws.pattern(2, sinks=True).tolist()}
+    assert kept == {fmpq(t, t + s) for t in range(2, 11) for s in range(1, 10)}
+    causal = draws.pattern(4, causal=True).tolist()
+    assert [[entry > 0 for entry in row] for row in causal] == [[j <= i for j in range(4)] for i in range(4)]
+    # By Cayley's formula tan(angle/2) is the skew entry: -4 to 4, a difference of two entries of -2 to 2.
+    turns = [draws.rotation(2) for _ in range(200)]
+    assert {turn[1, 0] / (1 + turn[0, 0]) for turn in turns} == set(range(-4, 5))
+
+
 def test_balls_decide_only_what_they_can():
     third, blurred = arb(fmpq(1, 3)), arb(0, 1)
     assert ball_arithmetic.at_most(third, arb(1)) is True

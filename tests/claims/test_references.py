@@ -2,9 +2,23 @@
 
 import numpy as np
 import pytest
+import torch
 from flint import fmpq
 
-from uncollapse.claims import CLAIMS, attention_never_gains_rank, balls, pgop_overhead
+from uncollapse.claims import (
+    CLAIMS,
+    attention_never_gains_rank,
+    balls,
+    ffn_width_four,
+    layernorm_and_distance,
+    leaders,
+    pgop_gauge,
+    pgop_overhead,
+    random_residuals_are_geometric,
+    residual_needs_no_mlp,
+    scaling_fixed_points,
+    width_collapse,
+)
 from uncollapse.claims.attention_only_collapse import after, in_dongs_gauge
 from uncollapse.claims.draws import softmax as exact_softmax
 from uncollapse.claims.entropy_floor import floor_by_max, floor_by_mean
@@ -116,3 +130,110 @@ def test_the_limit_of_the_overhead_is_the_papers() -> None:
     """Below 1.6 %: 1/63 is, 1/62 is not."""
     limit = pgop_overhead.LIMIT
     assert limit == fmpq(16, 1000)
+
+
+def test_two_tokens_through_norms_are_what_numpy_makes_of_them():
+    """Twelve layers of softmax(X M X^T) X under a causal mask, with a norm behind each and without."""
+    form = np.array([[0.75, 0.0], [0.0, 0.0]])
+
+    def through(x, eps):
+        for _ in range(12):
+            y = x.copy()
+            y[1] = softmax(x[1] @ form @ x.T) @ x
+            if eps is not None:
+                y = (y - y.mean(1, keepdims=True)) / np.sqrt(y.var(1, keepdims=True) + eps)
+            x = y
+        return x
+
+    for start in (layernorm_and_distance.START, layernorm_and_distance.MERGES):
+        for eps in (None, fmpq(1, 10)):
+            found = layernorm_and_distance.stack(exact.rational(start), exact.rational([[fmpq(3, 4), 0], [0, 0]]), eps)
+            expected = through(np.array(start, dtype=float), None if eps is None else 0.1)
+            assert np.allclose(middle(found), expected)
+            share = ((expected - expected.mean(0)) ** 2).sum() / (expected**2).sum()
+            assert float(layernorm_and_distance.relative(found).mid()) == pytest.approx(share)
+    assert layernorm_and_distance.normalised(exact.rational([[3, 1], [0, 5]])) == exact.rational([[1, -1], [-1, 1]])
+
+
+def test_rows_at_twice_the_logits_are_softmax_rows():
+    row = [fmpq(1, 2), fmpq(1, 3), fmpq(1, 6)]
+    expected = softmax(3 * np.log([1 / 2, 1 / 3, 1 / 6]))
+    assert np.allclose([float(e) for e in scaling_fixed_points.scaled(row, 3)], expected)
+    assert scaling_fixed_points.normalised([1, 3, 0]) == [fmpq(1, 4), fmpq(3, 4), 0]
+    assert scaling_fixed_points.uniform_on([fmpq(2, 5), fmpq(2, 5), fmpq(1, 5)]) == [fmpq(1, 2), fmpq(1, 2), 0]
+    assert scaling_fixed_points.distance([fmpq(1), fmpq(0)], [fmpq(1, 4), fmpq(1, 2)]) == fmpq(3, 4)
+
+
+def test_leaders_are_their_own_strongest_keys():
+    x, one = exact.rational([[2], [1], [-1], [-3], [2]]), exact.identity(1)
+    assert leaders.strongest(x, one) == [[0, 4], [0, 4], [3], [3], [0, 4]]
+    assert leaders.strongest(x, one, causal=True) == [[0], [0], [2], [3], [0, 4]]
+    assert leaders.leaders(x, one) == {0, 3, 4}
+    assert leaders.leaders(x, one, causal=True) == {0, 2, 3, 4}
+    assert leaders.hard_max(x, one).tolist()[1] == [fmpq(1, 2), 0, 0, 0, fmpq(1, 2)]
+    assert not leaders.is_tied(x, one)  # both strongest keys are the same token
+    assert leaders.is_tied(exact.rational([[0], [1], [-1]]), one)
+
+
+def test_gate_profiles_are_alike_up_to_a_factor():
+    gates = exact.rational([[1, 2, 1, 3, 2], [2, 4, 1, 3, 5]])
+    assert sorted(pgop_gauge.class_sizes(gates)) == [1, 2, 2]
+    assert pgop_gauge._sum_of_squares([1, 2], 3) == 9 + 36
+
+
+def test_the_expected_energy_is_that_of_all_weights_in_numpy():
+    """E|x (I + W)|^2 over the 81 matrices of entries 0, 1 and -1 with probabilities 1/2, 1/4, 1/4, times alpha."""
+    x, alpha = np.array([2.0, -1.0]), 1.5
+    entries = [(0, 0.5), (1, 0.25), (-1, 0.25)]
+    total = sum(
+        a[1] * b[1] * c[1] * d[1] * ((x @ (np.eye(2) + alpha * np.array([[a[0], b[0]], [c[0], d[0]]]))) ** 2).sum()
+        for a in entries
+        for b in entries
+        for c in entries
+        for d in entries
+    )
+    found = random_residuals_are_geometric.expected_energy(exact.rational([[2, -1]]), fmpq(3, 2), 1)
+    assert float(found) == pytest.approx(total)
+    twice = random_residuals_are_geometric.expected_energy(exact.rational([[2, -1]]), fmpq(3, 2), 2)
+    assert float(twice) == pytest.approx(total * (1 + alpha**2))
+    assert random_residuals_are_geometric.squared(3, fmpq(2), 2) == fmpq(3, 7)
+    assert random_residuals_are_geometric.relative(exact.rational([[2, 0], [0, 0]])) == fmpq(1, 2)
+
+
+def test_the_path_near_the_identity_is_that_of_numpy():
+    x, weight = np.array([[1.0, 0.0], [0.5, 2.0]]), np.array([[1.0, 0.25], [0.0, 0.75]])
+    found = residual_needs_no_mlp.approaching(
+        exact.rational([[1, 0], [fmpq(1, 2), 2]]), exact.rational([[1, fmpq(1, 4)], [0, fmpq(3, 4)]]), 3
+    )
+    assert len(found) == 4
+    for share in found:
+        assert float(share) == pytest.approx(((x - x.mean(0)) ** 2).sum() / (x**2).sum())
+        x = x + np.full((2, 2), 0.5) @ x @ weight
+
+
+def test_patterns_at_initialisation_are_softmax_patterns():
+    generator = torch.Generator().manual_seed(3)
+    logits = 0.5 * torch.randn(6, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64).numpy()
+    assert np.allclose(width_collapse.independent(6, generator, False), softmax(logits))
+    causal = width_collapse.independent(6, torch.Generator().manual_seed(3), True).numpy()
+    assert np.allclose(causal, softmax(np.where(np.tri(6) > 0, logits, -np.inf)))
+    q, k = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64).numpy()
+    seen = width_collapse.gaussian(5, torch.Generator().manual_seed(4), False, 4)
+    assert np.allclose(seen, softmax(q @ k.T / 2))
+    assert width_collapse.second_singular_value(seen) == pytest.approx(np.linalg.svd(seen.numpy())[1][1])
+    values = [3.0, 2.0, 2.5, 1.0]
+    expected = np.polyfit(np.log(width_collapse.TOKENS), np.log(values), 1)[0]
+    assert width_collapse.slope(values) == pytest.approx(expected)
+    assert width_collapse.TOKENS == (64, 128, 256, 512)
+
+
+def test_the_hidden_layer_is_measured_as_numpy_measures_it():
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.relu(x @ torch.randn(3, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    a, b = (np.column_stack([part.numpy(), np.ones(20)]) for part in (x[:20], x[20:]))
+    rest = y[20:].numpy() - b @ np.linalg.lstsq(a, y[:20].numpy(), rcond=None)[0]
+    total = y[20:].numpy() - y[20:].numpy().mean(0)
+    assert ffn_width_four.innovation(x, y) == pytest.approx((rest**2).sum() / (total**2).sum())
+    sigma = np.linalg.svd((x - x.mean(0)).numpy(), compute_uv=False)
+    share = sigma / sigma.sum()
+    assert ffn_width_four.effective_rank(x) == pytest.approx(np.exp(-(share * np.log(share)).sum()))

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from uncollapse.claims import CLAIMS
+from uncollapse.claims import (
+    CLAIMS,
+    attention_never_gains_rank,
+    attention_only_collapse,
+    causal_collapse_is_geometric,
+    head_permutation,
+    residual_obstructs_collapse,
+)
 
 Matrix = list[list[Fraction]]
 HALF = Fraction(1, 2)
@@ -116,7 +123,11 @@ EXAMPLES: dict[str, Callable[..., Any]] = {
     ),
     "causal-collapse-is-geometric": lambda x, m: x[0] == x[1] != x[2] and m == [[1]] and {*x[0], *x[2]} == {0, 1},
     "relative-bias-collapse-is-geometric": lambda x, m, b: (
-        b[0] == b[1] and b[0][0] != b[0][1] and x[0] != x[1] and m == [[1]]
+        b[0] == b[1]
+        and [e / sum(b[0]) for e in b[0]] == [Fraction(3, 4), Fraction(1, 4)]
+        and max(b[0]) == 3
+        and x == [[Fraction(1, 4)], [-Fraction(1, 4)]]
+        and m == [[1]]
     ),
     "leaders": lambda x, m, a: (
         a == identity(2)
@@ -128,8 +139,17 @@ EXAMPLES: dict[str, Callable[..., Any]] = {
         and (rank(x), rank(y)) == (1, 2)
         and a == softmax(scaled(times(x, turned(x)), 0))
         and b == softmax(times(x, turned(x)))
+        and v == identity(2) == w[::-1]
+        and sum(e != 0 for row in x for e in row) == 1
     ),
-    "consensus-is-invariant": lambda a, x, y: times(a, x) == y and rank(centred(x)) == 0 and rank(centred(y)) == 1,
+    # the rest of what the sink leaves is positive
+    "consensus-is-invariant": lambda a, x, y: (
+        times(a, x) == y
+        and rank(centred(x)) == 0
+        and rank(centred(y)) == 1
+        and (sum(a[0]), sum(a[1])) == (1, HALF)
+        and x == [[1], [1]]
+    ),
     "layernorm-affine-rank": lambda loses, gains: (
         all(apart(normed(loses, eps)) == 0 and apart(normed(gains, eps)) == 2 for eps in (0, 1e-5, 1))
         and rank(centred(loses)) == rank(centred(gains)) == 1
@@ -145,6 +165,8 @@ EXAMPLES: dict[str, Callable[..., Any]] = {
         and times(a, x) == y
         and z == x
         and np.allclose(normed(y, 0), np.array(z, dtype=float))
+        and times(x, m, turned(x))[1] == [-1, 1]
+        and sum(e != 0 for row in m for e in row) == 1
     ),
     "residual-obstructs-collapse": lambda x, a, w, y: plus(x, times(a, x, w)) == y and (rank(x), rank(y)) == (1, 0),
     "residual-needs-no-mlp": lambda x, a, w: (
@@ -153,26 +175,43 @@ EXAMPLES: dict[str, Callable[..., Any]] = {
         and rank(plus(x, times(a, x, w))) == 2
     ),
     "random-residuals-are-geometric": lambda x, w, y: (
-        plus(x, times([[HALF, HALF], [HALF, HALF]], x, w)) == y and centred(y) == y and centred(x) != x
+        plus(x, times([[HALF, HALF], [HALF, HALF]], x, w)) == y
+        and centred(y) == y
+        and centred(x) != x
+        and x == [[2], [0]]
+        and w == [[-1]]
     ),
-    "mlp-leaves-the-span": lambda x, a, w, y: times(a, x, w) == y and rank([*x, *y]) == rank(x) + 1,
+    "mlp-leaves-the-span": lambda x, a, w, y: (
+        times(a, x, w) == y and rank([*x, *y]) == rank(x) + 1 and a == [[1]] and x == [[1, 0]]
+    ),
     "mlp-leaves-the-reachable-space": lambda x, w, y: (
         times(relu(times(x, w)), w) == y != x
         and rank([*x, *y]) == rank(x) == 1
-        and min(min(r) for r in x) < 0 < max(max(r) for r in x)
+        and [sum(map(abs, r)) for r in x] == [1, 1]
+        and sum(x[0]) == -sum(x[1])
     ),
     "attention-is-affine-given-patterns": lambda x, y, z: (
         times(softmax(times(x, turned(x))), x) == y
         and times(softmax(scaled(times(x, turned(x)), 4)), scaled(x, 2)) == z
         and z != scaled(y, 2)
+        and x == [[1], [-1]]
     ),
-    "head-channel-ambiguity": lambda w, o, y: times(o, w) == y and rank(w) == 2 and times(y, turned(w)) == o,
+    "head-channel-ambiguity": lambda w, o, y: (
+        times(o, w) == y and rank(w) == 2 and times(y, turned(w)) == o and w == identity(2)[::-1] and o == [[1, 2]]
+    ),
     "head-observers": lambda o, w: times(o, w) == [[0]] and (o, w) == ([[0]], [[0]]),
     "attention-weights-unidentifiable": lambda v, a, y: (
-        times(a, v) == y and y[0] == y[1] and a[0] != a[1] and all(sum(r) == 1 for r in a) and meets_no_smaller_pair(v)
+        times(a, v) == y
+        and y[0] == y[1]
+        and a == [[Fraction(1, 3)] * 3, [HALF, 0, HALF]]
+        and v == [[0], [1], [2]]
+        and meets_no_smaller_pair(v)
     ),
     "mlp-cannot-unmix": lambda o, w, y, first, second, back: (
-        times(o, w) == y and times(relu(times(y, first)), second) == back == o and min(o[0]) < 0 < max(o[0])
+        times(o, w) == y
+        and times(relu(times(y, first)), second) == back == o
+        and o == [[1, -2]]
+        and w == identity(2)[::-1]
     ),
     "pgop-overhead": lambda sizes, share: (
         share[0][0]
@@ -180,14 +219,18 @@ EXAMPLES: dict[str, Callable[..., Any]] = {
         == 1 / sizes[0][2]
         > Fraction(16, 1000)
     ),
-    "pgop-gauge": lambda g, w: survivors(g, w) == 3 and w == [[1], [0]],
+    "pgop-gauge": lambda g, w: survivors(g, w) == 3 and w == [[1], [0]] and g == [[1, 1], [1, 2]],
     "pgop-recovery": lambda g, o: (
-        all(sum(a * b for a, b in zip(*rows, strict=True)) == 0 for rows in zip(g, o, strict=True)) and rank(g) == 2
+        all(sum(a * b for a, b in zip(*rows, strict=True)) == 0 for rows in zip(g, o, strict=True))
+        and g == [[1, 1], [1, 2]]
+        and o[0] != o[1]
     ),
-    "channel-gates": lambda g, w: survivors(g, w) == 4 and rank(g) == 1 and g[0] != g[1] and w == identity(2),
+    "channel-gates": lambda g, w: survivors(g, w) == 4 and g == [[1, 1], [2, 2]] and w == identity(2),
     "last-token-collapse": lambda n, gap, spacing: gap[0][0] == 1 / n[0][0] == spacing[0][0] == Fraction(1, 2**9),
     "scaling-fixed-points": lambda row, end: (
-        sum(row[0]) == 1 and (row[0][1] / row[0][0]) ** 128 < Fraction(1, 100) and end == [[1, 0, 0]]
+        row[0] == [Fraction(51, 100), Fraction(49, 100), 0]
+        and (row[0][1] / row[0][0]) ** 128 < Fraction(1, 100)
+        and end == [[1, 0, 0]]
     ),
     "sinks-against-overmixing": lambda a, v, y: (
         times(a, v) == y
@@ -196,10 +239,14 @@ EXAMPLES: dict[str, Callable[..., Any]] = {
         and v[1] == v[2]
         and all(sum(r) == 1 for r in a)
         and y == [[HALF], [1]]
+        and v[1] == [1]
+        and a[1] == [0, HALF, HALF]
+        and a[0][1] == a[0][2]
     ),
     "token-permutation": lambda x, y, z: (
         times(softmax([[0, 0], [0, 0]], causal=True), x[::-1]) == y
         and times(softmax([[0, 0], [0, 0]], causal=True), x)[::-1] == z != y
+        and x == [[0], [1]]
     ),
     "head-permutation": lambda x, y, z: y != z and y == [r[::-1] for r in z],
     "value-output-gauge": lambda v, w: v == [[1], [1]] and w == [[1, 1]],
@@ -207,7 +254,9 @@ EXAMPLES: dict[str, Callable[..., Any]] = {
     "gauge-with-norms": lambda x, k, moved: (
         times(x, k) == times(x, moved) and k != moved and all(sum(r) == 0 for r in x)
     ),
-    "four-symmetries": lambda s, p, q: softmax(s) == p and softmax(scaled(s, 2)) == q and p != q,
+    "four-symmetries": lambda s, p, q: (
+        softmax(s) == p and softmax(scaled(s, 2)) == q and p == [[Fraction(1, 3), Fraction(2, 3)]]
+    ),
 }
 
 
@@ -219,6 +268,42 @@ def test_the_example_does_what_it_says(claim: str) -> None:
         return
     matrices = [[[Fraction(e) for e in row] for row in rows] for rows in shown.matrices.values()]
     assert EXAMPLES[claim](*matrices)
+
+
+def test_the_swap_of_heads_is_of_the_smallest_weights() -> None:
+    """All entries 0 or 1, no logits, so that every pattern is uniform; heads 1 and 3 write, each of its own group's values."""
+    module = head_permutation
+    entries = {
+        e for block in (module._X, *module._Q, *module._OUT, *module._K, *module._V) for row in block for e in row
+    }
+    assert entries == {0, 1}
+    assert not np.any(module._Q)
+    assert not np.any(module._K)
+    assert np.array(module._OUT).tolist() == [[[1, 0]], [[0, 0]], [[0, 1]], [[0, 0]]]
+    first, second = (np.full((2, 2), 0.5) @ np.eye(2) @ np.array(v, dtype=float) for v in module._V)
+    heads = np.array(module._OUT, dtype=float)
+    shown = CLAIMS["head-permutation"].run(12, 0).counterexample
+    assert shown is not None
+    y, z = ([[float(Fraction(e)) for e in row] for row in shown.matrices[key]] for key in list(shown.matrices)[1:])
+    assert np.allclose(y, first @ heads[0] + second @ heads[2])
+    assert np.allclose(z, first @ heads[2] + second @ heads[0])
+
+
+def test_the_words_name_the_numbers() -> None:
+    turned_by_position = [
+        p.what for p in CLAIMS["causal-collapse-is-geometric"].run(12, 0).evidence if "RoPE" in p.what
+    ]
+    assert "from {}, {}:".format(*causal_collapse_is_geometric.ROTATED) in turned_by_position[0]
+    for claim in ("residual-obstructs-collapse", "attention-never-gains-rank", "attention-only-collapse"):
+        assert CLAIMS[claim].run(12, 0).counterexample is not None
+    assert set(residual_obstructs_collapse.SATURATED) == {(1, 0), (0, 1)}  # the fewest and smallest of rank two
+    assert attention_never_gains_rank.BIAS == ((0, 1),)
+    a, b = (np.array(m) for m in attention_only_collapse.GAUGE)
+
+    def squared(z: np.ndarray) -> int:
+        return int(np.abs(z).sum(0).max() * np.abs(z).sum(1).max())
+
+    assert (squared(a), squared(b), squared(a + b)) == (2, 2, 9)  # sqrt 2 + sqrt 2 < 3
 
 
 def observed(claim: str, start: str) -> list[str]:
@@ -292,6 +377,36 @@ def test_random_residuals_fall_as_numpy_says() -> None:
         ("value-output-gauge", "heads with one and the same pattern", "5"),
         ("residual-obstructs-collapse", "post-norm with two", "rank 2 -> 1"),
         ("residual-needs-no-mlp", "near W = I", f"1/{1 + 4**10}"),
+        ("four-symmetries", "the weights (1/3, 2/3)", "[['1/5', '4/5']]"),
+        ("leaders", "the same with logits 5 and 20", f"1 - {2 / (4**5 + 1):.1e}, 1 - {2 / (4**20 + 1):.1e}"),
+        ("residual-obstructs-collapse", "an exceptional W", "rank 1 -> 0"),
+        ("random-residuals-are-geometric", "W = -I removes", "[['1'], ['-1']]"),
+        ("last-token-collapse", "the exact last state", "4/5"),
+        ("last-token-collapse", "in float32 the prompts", f"{511 / 512:.6f} and 1"),
+        ("attention-never-gains-rank", "one softmax head with", "1 -> 2"),
+        ("attention-never-gains-rank", "two softmax heads", "1 -> 2"),
+        ("consensus-is-invariant", "a sink lifts", "0 -> 1"),
+        ("consensus-is-invariant", "equal row sums", "0"),
+        ("rmsnorm-rank", "a zero in gamma", "2 -> 1"),
+        ("layernorm-matrix-rank", "rank unchanged on the 2 x 2 swap, eps 0", "2 -> 1"),
+        ("layernorm-matrix-rank", "rank unchanged on the 2 x 2 swap, eps 1", "2 -> 1"),
+        ("layernorm-affine-rank", "affine rank unchanged on two", "1 -> 0, brackets (1, 1, 1)"),
+        ("layernorm-affine-rank", "affine rank unchanged on three", "1 -> 2, brackets (1, 0, 0)"),
+        ("layernorm-and-distance", "one layer exactly", "[['1', '-1'], ['-3/5', '3/5']]"),
+        ("mlp-leaves-the-span", "one token, one head", "rank of X and Y together 2, of X alone 1"),
+        ("mlp-leaves-the-reachable-space", "it need not", "inside"),
+        ("mlp-leaves-the-reachable-space", "tokens on which ReLU is", "inside"),
+        ("mlp-leaves-the-reachable-space", "a mean subtraction alone", "outside"),
+        ("head-channel-ambiguity", "H = 2 heads", "0"),
+        ("head-observers", "at O = 0", "2 against 1"),
+        ("attention-weights-unidentifiable", "weights (1/3", "[['1'], ['1']]"),
+        ("mlp-cannot-unmix", "two heads of width one", "[['1', '-2']]"),
+        ("pgop-gauge", "with D = 2 > d = 1", "3"),
+        ("pgop-recovery", "two positions, two heads", "0"),
+        ("channel-gates", "D = 2, W_O of rank 1", "3"),
+        ("channel-gates", "two channels with", "4"),
+        ("sinks-against-overmixing", "a share that differs", "[['1/2'], ['1']]"),
+        ("token-permutation", "a causal mask", "[['1'], ['1/2']] against [['1/2'], ['0']]"),
     ],
 )
 def test_the_figure_in_the_evidence(claim: str, start: str, figure: str) -> None:

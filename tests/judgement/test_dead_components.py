@@ -18,7 +18,7 @@ import uncollapse as uc
 from tests.helpers.tiny_models import FAMILIES, batch_for
 from uncollapse.judgement.dead_components import dead_components
 from uncollapse.records.common import Finding
-from uncollapse.records.diagnosis import PartRecord
+from uncollapse.records.diagnosis import EmbeddingRecord, PartRecord
 
 Plant = Callable[[Any], None]
 WIDTH, HEADS, HEAD = 32, 4, 8
@@ -339,3 +339,105 @@ def test_the_query_heads_of_a_dead_key_value_head_are_named() -> None:
     (finding,) = dead_components([replace(heads, value_variation=dead)], [])
     assert (finding.code, finding.head) == ("DEAD-KEY-VALUE-GROUP", 3)
     assert "(1): the query heads 3–5 that share it" in finding.message
+
+
+EPSILON = 2.0**-23
+JUST = 1 + 2.0**-10
+
+
+def heads_of(**figures: Any) -> list[tuple[str, int | None]]:
+    """What is said of an attention of four heads."""
+    attention = part(sublayer="attention", kind="self", heads=4, epsilon=EPSILON, **figures)
+    return [(f.code, f.head) for f in dead_components([attention], [])]
+
+
+def test_heads_are_silent_up_to_four_roundings_of_their_values_or_a_sixteenth_of_one_of_the_stream() -> None:
+    values = [1.0, 4 * EPSILON, 4 * EPSILON * JUST, 0.0]
+    assert heads_of(value_variation=values) == [("DEAD-HEAD", 1), ("DEAD-HEAD", 3)]
+    written = [2.0**-27, 2.0**-27 * JUST, 1.0, 0.0]
+    assert heads_of(head_output=written) == [("DEAD-HEAD", 0), ("DEAD-HEAD", 3)]
+    assert heads_of(head_output=written[:3]) == []  # of other heads than these
+    assert heads_of(value_variation=[0.0, 1.0, 1.0]) == []  # nor can three values be shared by four
+    assert heads_of(value_variation=[0.0, 1.0]) == [("DEAD-HEAD", 0), ("DEAD-HEAD", 1)]  # two share each
+
+
+@pytest.mark.parametrize("figure", ["query_variation", "key_variation", "logit_range"])
+def test_heads_are_blind_up_to_four_roundings_and_said_at_once_if_all_are(figure: str) -> None:
+    assert heads_of(**{figure: [4 * EPSILON, 4 * EPSILON * JUST, 1.0, 0.0]}) == [("HEAD-BLIND", 0), ("HEAD-BLIND", 3)]
+    assert heads_of(**{figure: [0.0] * 4}) == [("HEAD-BLIND", None)]
+    assert heads_of(**{figure: [0.0, 1.0]}) == [("HEAD-BLIND", 0), ("HEAD-BLIND", 1)]
+    assert heads_of(**{figure: [0.0] * 3}) == []
+    alone = part(sublayer="attention", kind="self", heads=1, **{figure: [0.0]})
+    assert [(f.code, f.head) for f in dead_components([alone], [])] == [("HEAD-BLIND", 0)]
+
+
+def test_a_copy_is_named_unless_more_is_said_of_the_pair() -> None:
+    assert heads_of(copied_heads=[(0, 2), (1, 3)]) == [("HEAD-COPIED", 2), ("HEAD-COPIED", 3)]
+    assert heads_of(copied_heads=[(0, 2), (1, 3)], head_output=[1.0, 1.0, 0.0, 1.0]) == [
+        ("DEAD-HEAD", 2),
+        ("HEAD-COPIED", 3),
+    ]
+    blind = [("HEAD-BLIND", 0), ("HEAD-BLIND", 2), ("HEAD-COPIED", 3)]
+    assert heads_of(copied_heads=[(0, 2), (1, 3)], key_variation=[0.0, 1.0, 0.0, 1.0]) == blind
+    one_blind = [("HEAD-BLIND", 0), ("HEAD-COPIED", 2), ("HEAD-COPIED", 3)]
+    assert heads_of(copied_heads=[(0, 2), (1, 3)], key_variation=[0.0, 1.0, 1.0, 1.0]) == one_blind
+
+
+@pytest.mark.parametrize(
+    ("update", "stream", "epsilon", "is_found"),
+    [
+        (0.03, 0.31, 2.0**-7, True),  # at most three hundredths in half precision
+        (0.0301, 0.9, 2.0**-7, False),
+        (0.01, 0.3, 2.0**-7, False),  # a tenth of what the stream has is not more than that
+        (16 * 2.0**-10, 0.9, 2.0**-10, True),
+        (16.1 * 2.0**-10, 0.9, 2.0**-10, False),
+        (1.6e-7, 0.9, 2.0**-52, True),  # in double precision as good as in single
+        (1.61e-7, 0.9, 2.0**-52, False),
+    ],
+)
+def test_one_direction_is_one_up_to_sixteen_roundings(
+    update: float, stream: float, epsilon: float, is_found: bool
+) -> None:
+    mlp = part(update_directions=update, stream_directions=stream, epsilon=epsilon)
+    assert [f.code for f in dead_components([mlp], [])] == ["MLP-RANK-ONE"] * is_found
+    assert list(dead_components([replace(mlp, stream_directions=None)], [])) == []
+
+
+def test_tokens_differ_by_more_than_ten_roundings() -> None:
+    mlp = part(update_size=2.0**-24, epsilon=2.0**-7, stream_variation=10 * 2.0**-7)
+    beside = part(sublayer="attention", kind="self")
+    assert list(dead_components([beside, mlp], [])) == []
+    seen = dead_components([beside, replace(mlp, stream_variation=10 * 2.0**-7 * JUST)], [])
+    assert [f.code for f in seen] == ["DEAD-MLP"]
+
+
+@pytest.mark.parametrize(("roundings", "is_found"), [(4.0, True), (4 * JUST, False)])
+def test_embeddings_are_equal_up_to_four_roundings(roundings: float, is_found: bool) -> None:
+    embedding = EmbeddingRecord(stack=None, block=0, apart=roundings * EPSILON, pairs=7, epsilon=EPSILON)
+    found = list(dead_components([], [embedding]))
+    assert [f.code for f in found] == ["EMBEDDINGS-EQUAL"] * is_found
+    for finding in found:
+        assert (finding.block, finding.value, finding.threshold) == (None, 4 * EPSILON, 4 * EPSILON)
+        assert "7 pairs" in finding.message
+
+
+@pytest.mark.parametrize(("blocks", "severity"), [(1, "warning"), (2, "info")])
+def test_a_state_is_an_initialisation_only_if_it_is_so_in_every_block(blocks: int, severity: str) -> None:
+    """One sublayer alone is no pattern."""
+    parts = [part(block=b, update_size=0.0, initial=True, initial_evidence="zero") for b in range(blocks)]
+    beside = [part(block=b, sublayer="attention", kind="self") for b in range(blocks)]
+    found = list(dead_components([*parts, *beside], []))
+    assert [(f.code, f.severity, f.value) for f in found] == [("DEAD-MLP", severity, 0.0)] * blocks
+    assert all(("This is how it was initialised: zero" in f.message) == (severity == "info") for f in found)
+    broken = [replace(parts[0], update_size=1.0), *parts[1:]]
+    assert all(f.severity == "warning" for f in dead_components([*broken, *beside], []))
+
+
+def test_a_block_that_changes_nothing_is_one_finding() -> None:
+    parts = [part(block_change=0.0), part(sublayer="attention", kind="self", block_change=0.0)]
+    (finding,) = dead_components(parts, [])
+    assert (finding.code, finding.value, finding.kind, finding.head) == ("DEAD-BLOCK", 0.0, None, None)
+    assert finding.message.startswith("Block 0 changes nothing")
+    (finding,) = dead_components([replace(each, block_change=0.25, update_size=0.0) for each in parts], [])
+    assert (finding.code, finding.value) == ("DEAD-BLOCK", 0.25)
+    assert list(dead_components([replace(each, block_change=0.25) for each in parts], [])) == []

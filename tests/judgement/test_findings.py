@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -466,3 +468,160 @@ def test_a_finding_marks_what_is_at_fault() -> None:
     one = replace(whole, phenomenon="dead-component", head=1)
     assert [names_head(one, each) for each in attention] == [False, True, False]
     assert not any(names_head(replace(one, head=None, kind=None), each) for each in attention)
+
+
+def test_what_was_found_cannot_be_changed() -> None:
+    own = [each for each in vars(rules).values() if getattr(each, "__module__", "") == rules.__name__]
+    kept = [each for each in own if isinstance(each, type) and dataclasses.is_dataclass(each)]
+    assert kept
+    assert all(each.__dataclass_params__.frozen for each in kept)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("part", "severity"), [(0.99, "critical"), (1.01, "warning")])
+@pytest.mark.parametrize("start", [1.0, 0.5])
+def test_the_square_of_the_limit_is_a_critical_loss_of_rank(part: float, severity: str, start: float) -> None:
+    sites = [site(None, 0.9, rank=start), site(0, 0.9, rank=start * rules.RANK**2 * part)]
+    (finding,) = found(sites, code="DEPTH-RANK")
+    assert (finding.severity, finding.block) == (severity, 0)
+
+
+def test_a_rank_can_fall_to_nothing_but_not_from_nothing() -> None:
+    (finding,) = found([site(None, 0.9), site(0, 0.9, rank=0.0)], code="DEPTH-RANK")
+    assert (finding.severity, finding.value, finding.block) == ("critical", 0.0, 0)
+    nothing = [site(None, 0.9, rank=0.0), site(0, 0.9, rank=0.0)]
+    assert [r for r in rules.readings(nothing, [], []) if r.finding.code == "DEPTH-RANK"] == []
+    assert [r for r in rules.readings([site(None, 0.9)], [], []) if r.finding.code == "DEPTH-RANK"] == []
+
+
+def test_the_margin_is_the_logarithm_of_how_far_past_the_threshold() -> None:
+    sites = trajectory(1.0, 0.9, rules.CONSENSUS / 2, carried=(0.9, 0.2))
+    (reading,) = [r for r in rules.readings(sites, [], []) if r.finding.code == "DEPTH-CONSENSUS"]
+    assert reading.margin == pytest.approx(math.log(2))
+    sites = trajectory(1.0, 0.9, 0.0, carried=(0.9, 0.2))
+    (reading,) = [r for r in rules.readings(sites, [], []) if r.finding.code == "DEPTH-CONSENSUS"]
+    assert reading.margin == pytest.approx(math.log(rules.CONSENSUS / 1e-12))
+
+
+def test_the_thresholds_are_those_that_were_measured() -> None:
+    """docs/validity.md: the smallest healthy distance, half of it, and what is in force."""
+    page = (Path(__file__).parents[2] / "docs" / "validity.md").read_text("utf-8")
+    rows = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")
+    ]
+    told = {row[0]: row for row in rows if len(row) == 6}
+    for code, constant in (
+        ("DEPTH-CONSENSUS", rules.CONSENSUS),
+        ("DEPTH-RANK", rules.RANK),
+        ("WIDTH-UNIFORM", rules.UNUSED_KEYS),
+        ("WIDTH-RANK-ONE", rules.CONTRACTION),
+        ("HEADS-IDENTICAL", rules.DISTINCTNESS),
+    ):
+        smallest, half, in_force = (float(cell.partition(" ")[0]) for cell in told[code][2:5])
+        assert constant == in_force <= half + 5e-4
+        assert half == pytest.approx(smallest / 2, rel=0.01)
+    frozen = told["ENTROPY-FROZEN"][1]
+    assert f"keys within reach / {rules.WITHIN_REACH} and rest entropy / {rules.REST_ENTROPY}" in frozen
+    assert (rules.LOST_HEADS, rules.FEW_TOKENS) == (1 / 2, 16)  # half a head; "min(1, n/16)"
+    assert f"min(1, n/{rules.FEW_TOKENS})" in told["WIDTH-RANK-ONE"][1]
+
+
+HALF = rules.Thresholds(
+    consensus=0.5, rank=0.5, unused_keys=0.5, contraction=0.5, rest_entropy=0.5, within_reach=0.5, distinctness=0.5
+)
+
+
+def read(code: str, sites: list[SiteRecord] = HEALTHY, attention: Any = (), heads: Any = (), limits: Any = HALF) -> Any:
+    return [r for r in rules.readings(sites, attention, heads, thresholds=limits) if r.finding.code == code]
+
+
+def test_at_the_threshold_itself_nothing_fires() -> None:
+    """Numbers without rounding: a distance that equals its threshold is not below it."""
+    (depth,) = read("DEPTH-CONSENSUS", trajectory(1.0, 0.5))
+    (rank,) = read("DEPTH-RANK", [site(None, 0.9), site(0, 0.9, rank=0.5)])
+    (uniform,) = read("WIDTH-UNIFORM", attention=[head(0, share=0.5)])
+    (single,) = read("WIDTH-RANK-ONE", attention=[head(0, contraction=0.5)])
+    (frozen,) = read("ENTROPY-FROZEN", attention=[head(0, rest=0.5)])
+    (alike,) = read("HEADS-IDENTICAL", heads=[projection(0.75, head_width=32)])  # 1/4 of what random spaces have, 1/2
+    assert [r.margin for r in (depth, rank, uniform, single, frozen, alike)] == [0.0] * 6
+
+
+def test_a_fall_passes_its_threshold_where_it_is_below() -> None:
+    (depth,) = read("DEPTH-CONSENSUS", trajectory(1.0, 0.5, 0.25))
+    assert "from block 1 on, and" in depth.finding.message
+    (rank,) = read("DEPTH-RANK", [site(None, 0.9), site(0, 0.9, rank=0.5), site(1, 0.9, rank=0.25)])
+    assert (rank.finding.block, rank.finding.severity) == (1, "warning")  # the square of 1/2 is not below itself
+    limits = replace(HALF, consensus=0.625)
+    (depth,) = read("DEPTH-CONSENSUS", trajectory(1.0, 0.0625), limits=limits)
+    assert depth.finding.severity == "warning"  # a tenth, and not below it
+
+
+def test_a_head_at_its_threshold_is_not_counted_as_frozen() -> None:
+    attention = [head(0, rest=0.5), head(1, rest=0.25), head(2), head(3)]
+    (frozen,) = read("ENTROPY-FROZEN", attention=attention)
+    assert "1 of 4 heads" in frozen.finding.message
+    assert (frozen.finding.severity, frozen.finding.head) == ("warning", 1)
+
+
+@pytest.mark.parametrize(("reach", "value", "threshold"), [(None, 0.25, 0.5), (0.125, 0.125, 0.75)])
+def test_frozen_names_the_figure_that_decided(reach: float | None, value: float, threshold: float) -> None:
+    limits = replace(HALF, within_reach=0.75)
+    (frozen,) = read("ENTROPY-FROZEN", attention=[head(0, rest=0.25, reach=reach)], limits=limits)
+    assert (frozen.finding.value, frozen.finding.threshold) == (value, threshold)
+    assert ("have a weight of 0 beside it" in frozen.finding.message) == (reach is not None)
+    assert reach is None or "88% of the other keys" in frozen.finding.message
+
+
+def test_a_place_that_was_not_measured_does_not_end_the_search() -> None:
+    blank = replace(head(0, 0), key_share=None, value_contraction=None, rest_entropy=None)
+    bad = head(0, 1, share=1.0, contraction=0.0, rest=0.0)
+    codes = {(f.code, f.block) for f in found(attention=[blank, bad])}
+    assert codes == {("WIDTH-UNIFORM", 1), ("WIDTH-RANK-ONE", 1), ("ENTROPY-FROZEN", 1)}
+    unknown = replace(projection(1.0), write_space_overlap=None, kernel_dimension=None)
+    single = replace(projection(0.3), heads=1, write_space_overlap=[[1.0]])
+    shapeless = replace(projection(1.0), width=0, kernel_dimension=None)
+    narrow = replace(projection(0.999, head_width=1, width=3), kernel_dimension=None)
+    for other in (unknown, single, shapeless, narrow):
+        hits = {f.code for f in found(heads=[replace(other, block=0), projection(1.0, kernel=24)])}
+        assert hits == {"HEADS-IDENTICAL", "HEADS-KERNEL"}
+
+
+@pytest.mark.parametrize("first", ["one token repeated", "alike", "no blocks", "not from the embedding"])
+def test_one_stack_that_cannot_be_judged_does_not_silence_the_other(first: str) -> None:
+    fall = trajectory(0.95, 0.9, 0.01, carried=(0.9, 0.2))
+    other = {
+        "one token repeated": [replace(HEALTHY[0], distinct_tokens=measured(1)), *HEALTHY[1:]],
+        "alike": trajectory(0.01, 0.01),
+        "no blocks": HEALTHY[:1],
+        "not from the embedding": HEALTHY[1:],
+    }[first]
+    sites = [replace(s, stack="encoder") for s in other] + [replace(s, stack="decoder") for s in fall]
+    hits = [(f.stack, f.block) for f in found(sites, code="DEPTH-CONSENSUS") if f.severity != "info"]
+    assert hits == [("decoder", 1)]
+    lost = [site(None, 0.9), site(0, 0.9, rank=0.1)]
+    sites = [replace(s, stack="encoder") for s in HEALTHY[:1]] + [replace(s, stack="decoder") for s in lost]
+    assert [(f.stack, f.block) for f in found(sites, code="DEPTH-RANK")] == [("decoder", 0)]
+
+
+@pytest.mark.parametrize(("start", "is_judged"), [(0.1, True), (0.099, False)])
+def test_a_tenth_apart_at_entry_is_enough(start: float, is_judged: bool) -> None:
+    (finding,) = found(trajectory(start, start, start / 20, carried=(0.9, 0.2)), code="DEPTH-CONSENSUS")
+    assert (finding.block is not None) == is_judged
+    assert is_judged or finding.value == start
+
+
+@pytest.mark.parametrize(("logit", "initial"), [(0.0624, False), (0.0626, True)])
+def test_logits_a_sixteenth_as_large_as_at_initialisation_are_not_initial(logit: float, initial: bool) -> None:
+    """A typical value of 1/2 gives logits of about 1/4."""
+    uniform = replace(head(0, share=1.0), max_logit=measured(logit / 4))
+    part = PartRecord(
+        block=0,
+        stack=None,
+        sublayer="attention",
+        kind="self",
+        initial=True,
+        initial_evidence="as drawn",
+        typical_value=0.5,
+    )
+    (finding,) = [f for f in rules.findings(HEALTHY, [uniform], [], [part]) if f.code == "WIDTH-UNIFORM"]
+    assert finding.severity == ("info" if initial else "warning")
+    assert ("as drawn" in finding.message) == initial

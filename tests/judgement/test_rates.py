@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from uncollapse.judgement.rates import rate
+from uncollapse.judgement.rates import FLOOR, rate
 from uncollapse.records.ablation import RateRecord
 
 EPSILON = 2.0**-52
@@ -55,6 +55,15 @@ def test_the_slope_is_that_of_the_next_logarithm_on_this_one() -> None:
     found = rate([math.exp(-(3.0**i)) for i in range(4)], EPSILON)
     assert (found.slope, found.slope_low, found.slope_high) == pytest.approx((3.0, 3.0, 3.0))
     assert found.kind == "doubly exponential"
+
+
+@pytest.mark.parametrize(("last", "kind"), [(2.1, "doubly exponential"), (1.9, "open")])
+def test_the_step_onto_the_floor_is_held_against_the_one_before(last: float, kind: str) -> None:
+    """Two steps above the floor are too few for a law of their own; the last one loses more than twice as much, or does not."""
+    first = FLOOR * EPSILON
+    step = math.log(1 / first) / (1 + last)
+    found = rate([1.0, math.exp(-step), first / 2], EPSILON)
+    assert (found.kind, found.floor_block) == (kind, 1)
 
 
 def test_a_slope_counts_only_if_its_interval_leaves_out_one() -> None:

@@ -828,3 +828,10 @@ def test_the_distance_after_a_norm_has_no_unit_even_where_squares_differ_by_more
     sizes = torch.tensor([1e-100, 1e-50, 1.0, 1e50, 1e100], dtype=torch.float64)
     plain = geometry.consensus_after_norm(x, centred=centred)
     assert torch.allclose(geometry.consensus_after_norm(x * sizes[:, None], centred=centred), plain, rtol=1e-12)
+
+
+def test_what_was_found_cannot_be_changed() -> None:
+    own = [each for each in vars(geometry).values() if getattr(each, "__module__", "") == geometry.__name__]
+    kept = [each for each in own if isinstance(each, type) and dataclasses.is_dataclass(each)]
+    assert kept
+    assert all(each.__dataclass_params__.frozen for each in kept)  # type: ignore[attr-defined]

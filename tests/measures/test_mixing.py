@@ -1,5 +1,6 @@
 """Attention measures against row-by-row references, closed forms and the laws they must obey."""
 
+import dataclasses
 import doctest
 import itertools
 import math
@@ -652,3 +653,79 @@ def test_padded_keys_change_neither_the_rest_nor_the_share() -> None:
     for name in ("rest_entropy", "key_share"):
         torch.testing.assert_close(getattr(padded, name)[..., :24], getattr(plain, name))
         assert getattr(padded, name)[..., 24:].isnan().all()
+
+
+def test_what_was_found_cannot_be_changed() -> None:
+    own = [each for each in vars(mixing).values() if getattr(each, "__module__", "") == mixing.__name__]
+    kept = [each for each in own if isinstance(each, type) and dataclasses.is_dataclass(each)]
+    assert kept
+    assert all(each.__dataclass_params__.frozen for each in kept)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_half_of_the_lowest_number_is_where_forbidden_begins(dtype: torch.dtype) -> None:
+    lowest = torch.finfo(dtype).min
+    given = torch.tensor([0.0, 0.0, 0.45 * lowest, 0.55 * lowest], dtype=dtype).view(1, 1, 1, 4)
+    q = torch.ones(1, 1, 1, 1, dtype=dtype)
+    assert mixing.row_statistics(q, torch.zeros(1, 1, 4, 1, dtype=dtype), bias=given).allowed_keys.item() == 3
+    weights = torch.tensor([0.5, 0.5, 0.0, 0.0], dtype=dtype).view(1, 1, 1, 4)
+    assert mixing.row_statistics_from_weights(weights, given).allowed_keys.item() == 3
+
+
+@pytest.mark.parametrize("keys", [2, 3, 4, 15, 16])
+@pytest.mark.parametrize("route", ["logits", "weights"])
+def test_from_how_many_keys_on_a_row_has_a_share_and_a_rest(keys: int, route: str) -> None:
+    """The share from 4 keys on, the rest and the reach from 16."""
+    k = torch.linspace(0, 1, keys).view(1, 1, keys, 1)
+    rows = mixing.row_statistics(torch.ones(1, 1, 1, 1), k, scale=1.0)
+    if route == "weights":
+        rows = mixing.row_statistics_from_weights(k.mT.softmax(-1))
+    assert rows.key_share.isnan().item() == (keys < 4)
+    assert rows.rest_entropy.isnan().item() == rows.keys_within_reach.isnan().item() == (keys < 16)
+
+
+def test_single_precision_reaches_88_below_the_strongest_of_the_others() -> None:
+    k = torch.tensor([50.0, *[0.0] * 14, -87.9, -88.1]).view(1, 1, 17, 1)
+    rows = mixing.row_statistics(torch.ones(1, 1, 1, 1), k, scale=1.0)
+    assert rows.keys_within_reach.item() == pytest.approx(15 / 16)
+    plain = torch.tensor([0.0, *[0.0] * 14, -87.9, -88.1]).view(1, 1, 17, 1)
+    assert mixing.row_statistics(torch.ones(1, 1, 1, 1), plain, scale=1.0).keys_within_reach.item() == pytest.approx(
+        15 / 16
+    )
+
+
+@pytest.mark.parametrize("left", [0.5, 0.2, 1e-2, 1e-4, 2e-6, 5e-7, 1e-9])
+def test_the_rest_keeps_its_digits_however_little_is_left_to_it(left: float) -> None:
+    """The others have weights like 1 to 19 among them, and together this share of the row."""
+    others = np.arange(1, 20) / np.arange(1, 20).sum()
+    expected = -float((others * np.log(others)).sum()) / math.log(19)
+    logits = torch.tensor([math.log(1 - left), *np.log(others * left)]).float().view(1, 1, 20, 1)
+    rows = mixing.row_statistics(torch.ones(1, 1, 1, 1), logits, scale=1.0)
+    assert rows.rest_entropy.item() == pytest.approx(expected, rel=2e-5)
+    rows = mixing.row_statistics_from_weights(logits.mT.softmax(-1))
+    assert rows.rest_entropy.item() == pytest.approx(expected, rel=2e-5)
+
+
+def test_no_entropy_and_no_variance_is_below_zero() -> None:
+    q, k = (torch.randn(2, 2, 64, 16, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    for size in (0.0, 1e-4, 1.0, 30.0, 300.0):
+        rows = mixing.row_statistics(size * q, k, causal=True, susceptibility=True)
+        for figure in (
+            rows.entropy,
+            rows.entropy_floor,
+            rows.susceptibility,
+            mixing.entropy_floor(size * q, k, causal=True),
+        ):
+            assert figure is not None
+            assert bool((figure >= 0).all())
+        assert bool((mixing.entropy(mixing.attention_weights(size * q, k, causal=True)) >= 0).all())
+
+
+def test_the_length_of_dispersion_is_finite_for_every_range_and_weight() -> None:
+    assert mixing.dispersion_length(0.0) == 2
+    assert mixing.dispersion_length(5.0, weight=1.0) == 1
+    assert mixing.dispersion_length(690.0) == pytest.approx(1 + math.exp(690))
+    assert math.isfinite(mixing.dispersion_length(1e6))
+    for logit_range, weight in ((-1e-9, 0.5), (math.inf, 0.5), (1.0, 0.0), (1.0, 1.0000001), (math.nan, 0.5)):
+        with pytest.raises(InputError, match="dispersion_length"):
+            mixing.dispersion_length(logit_range, weight)

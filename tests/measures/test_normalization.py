@@ -4,6 +4,7 @@ Two references that share nothing with the code under test: rows made so that ev
 layer's output is a rational matrix), and finite fields in which every deviation has a square root.
 """
 
+import dataclasses
 import math
 import random
 from fractions import Fraction
@@ -13,7 +14,7 @@ import torch
 from flint import nmod_mat
 
 from uncollapse.errors import InputError
-from uncollapse.measures import exact
+from uncollapse.measures import exact, normalization
 from uncollapse.measures.normalization import rank_change
 
 REGIMES = [
@@ -349,3 +350,10 @@ def test_the_rounding_of_a_large_mean_is_no_direction(mean):
     x = torch.randn(300, 5, generator=generator, dtype=torch.float64) @ flat
     change = rank_change(x + mean * torch.rand(300, 1, generator=generator, dtype=torch.float64))
     assert (change.before, change.after, change.brackets) == ((6, 6), (5, 5), (0, 0, 1))
+
+
+def test_what_was_found_cannot_be_changed():
+    own = [each for each in vars(normalization).values() if getattr(each, "__module__", "") == normalization.__name__]
+    kept = [each for each in own if isinstance(each, type) and dataclasses.is_dataclass(each)]
+    assert kept
+    assert all(each.__dataclass_params__.frozen for each in kept)

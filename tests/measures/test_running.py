@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from uncollapse.measures import running
 from uncollapse.measures.running import WIDEST, Running, RunningCloud
 
 values = st.lists(
@@ -74,7 +76,13 @@ def test_two_processes_agree_on_the_statistics_of_both(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("backends", "expected"),
-    [("cuda:nccl", "cuda:1"), ("cpu:gloo,cuda:gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu"), ("cpu:mpi", "cpu")],
+    [
+        ("cuda:nccl", "cuda:1"),
+        ("cuda:nccl,xpu:xccl", "cuda:1"),
+        ("cpu:gloo,cuda:gloo", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cpu"),
+        ("cpu:mpi", "cpu"),
+    ],
 )
 def test_processes_exchange_tensors_where_their_backend_takes_them(
     backends: str, expected: str, monkeypatch: pytest.MonkeyPatch
@@ -88,6 +96,7 @@ def test_processes_exchange_tensors_where_their_backend_takes_them(
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda given: backends if given is group else "")
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.xpu, "current_device", lambda: 5)
     with FakeTensorMode():  # tensors that know a device without having one
         reduced = Running.empty(3).reduced(group)
     assert placed == [expected] * 4
@@ -102,3 +111,10 @@ def test_what_is_reduced_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> N
     own = Running.empty(1).add(torch.tensor([[3.0]]))
     assert own.reduced().summary(0) == (3.0, 6.0, 6.0, 2)
     assert own.summary(0) == (3.0, 3.0, 3.0, 1)
+
+
+def test_what_was_found_cannot_be_changed() -> None:
+    own = [each for each in vars(running).values() if getattr(each, "__module__", "") == running.__name__]
+    kept = [each for each in own if isinstance(each, type) and dataclasses.is_dataclass(each)]
+    assert kept
+    assert all(each.__dataclass_params__.frozen for each in kept)  # type: ignore[attr-defined]

@@ -123,6 +123,13 @@ def test_easy_projections_are_never_decomposed(case: str, monkeypatch: pytest.Mo
     assert math.isfinite(heads.conditioning(spaces, 4))
 
 
+def test_gains_of_a_tall_projection_need_no_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More directions than the stream has: every head is undetermined by far."""
+    spaces = write_spaces.WriteSpaces(CASES["tall"]().float(), 4)
+    monkeypatch.setattr(spaces, "_gains_by_decomposition", None)
+    assert spaces.gains.tolist() == [math.inf] * 4
+
+
 @pytest.mark.parametrize(("head_width", "width"), [(8, 64), (1, 12), (5, 9), (20, 12)])
 def test_the_overlap_of_random_write_spaces_is_that_of_draws(head_width: int, width: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -148,6 +155,7 @@ def test_the_overlap_of_random_lines_has_the_moments_of_a_squared_coordinate(wid
     assert mean == pytest.approx(1 / width)
     assert deviation**2 == pytest.approx(3 / (width * (width + 2)) - 1 / width**2)
     assert random_projections.random_write_space_overlap(width, width) == (1.0, 0.0)
+    assert random_projections.random_write_space_overlap(1, 1) == (1.0, 0.0)
 
 
 def test_a_gain_is_as_random_between_the_outer_points():

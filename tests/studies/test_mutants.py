@@ -1,6 +1,6 @@
 """The mutation study: which tests a mutant meets, and that the list of equivalents speaks of code that is there."""
 
-from studies.mutants.drawing import PACKAGE, Mutant, equivalents, silent
+from studies.mutants.drawing import PACKAGE, Mutant, equivalents, operations, silent
 from studies.mutants.reaching import Reach, where
 
 
@@ -49,3 +49,11 @@ def test_a_condition_is_met_at_its_own_line_and_not_in_its_body() -> None:
 def test_how_many_and_how_large_matrices_are_drawn_is_left_out() -> None:
     text = "for _ in range(max(1, trials // 5)):\n    x = draws.matrix(2, 3)\n    y = max(1, 2)\n"
     assert [text.splitlines()[a[0] - 1][a[1] : b[1]] for a, b in silent(text)] == ["max(1, trials // 5)", "2", "3"]
+
+
+def test_a_star_that_multiplies_nothing_is_no_arithmetic() -> None:
+    source = "def f(a, *, b):\n    return g(*a, *b) ** a * c - d\n\n\nf.x *= 2\n"
+    lines = source.splitlines()
+    signs = {lines[row - 1][first:last].strip() for (row, first), (_, last) in operations(source)}
+    assert signs == {"**", "*", "-", "*="}
+    assert not any(row == 1 for (row, _), _ in operations(source))
