@@ -307,6 +307,7 @@ def noting(log: Path, monkeypatch: pytest.MonkeyPatch, before: Callable[[Any], o
     monkeypatch.setattr(sweep_workers, "measured", noted)
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_moments_it_loses_one_each_time_at_most(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

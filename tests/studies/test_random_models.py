@@ -344,7 +344,10 @@ KNOWN_FAULTS: dict[int, str] = {}
 MOST_NOT_READ = 5  # of the 9 to 15 models in a chunk that should be read: one more than any chunk has; the aim is one
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+# Half of them run by default, the others with the slow tests.
+@pytest.mark.parametrize(
+    "chunk", [c if c < CHUNKS // 2 else pytest.param(c, marks=pytest.mark.slow) for c in range(CHUNKS)]
+)
 def test_no_figure_and_no_removal_is_silently_wrong(chunk: int) -> None:
     results = [compared(seed) for seed in range(chunk * SEEDS, (chunk + 1) * SEEDS)]
     known = [r for r in results if r.seed in KNOWN_FAULTS]

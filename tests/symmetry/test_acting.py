@@ -210,7 +210,7 @@ def test_sinks_see_a_shift_of_the_value_bias_and_of_the_key_bias() -> None:
     shifts = torch.ones(one.group_count, 8, dtype=torch.float64)
     with transformed(model, [(one, replace(ValueOutputGauge.identity(one), shifts=shifts))]):
         assert gap(output(model, batch), before) > BROKEN
-    assert "sinks" in ValueOutputGauge.surviving(one).surviving
+    assert "which sink columns make visible" in ValueOutputGauge.surviving(one).surviving
     with_sinks = replace(live("bert")[3][0], sinks=True)  # GPT-OSS itself rotates all of its channels
     assert QueryKeyGauge.random(generator(), with_sinks).shifts is None
     assert QueryKeyGauge.surviving(with_sinks).dimension == 4 * 64
