@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 
+import uncollapse as uc
 from tests.helpers import families
 from tests.helpers.observing import attention_table, eager, entropies, observe, site_table
 from tests.helpers.tiny_models import FAMILIES, text_batch
@@ -272,3 +274,18 @@ def test_heads_that_share_a_mask_and_a_softmax_each_know_what_is_forbidden() -> 
     assert attention_table(observed, "max_logit") == pytest.approx(
         np.array([l.mean(0).numpy() for l in largest]), abs=1e-6
     )
+
+
+def test_labels_that_were_cut_from_longer_ones_are_taken() -> None:
+    """T5 calls `view` on its labels, and a slice along the tokens does not lie row after row."""
+    torch.manual_seed(0)
+    shape = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    config = hf.T5Config(vocab_size=64, **shape, decoder_start_token_id=0, pad_token_id=0)
+    model = hf.T5ForConditionalGeneration(config).eval()
+    longer = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(0))
+    ids, whole = text_batch()["input_ids"], longer[:, :7].contiguous()
+    figures = [
+        [site.consensus.mean for site in uc.diagnose(model, batches=[{"input_ids": ids, "labels": y}]).trajectory]
+        for y in (whole, longer[:, :7])
+    ]
+    assert figures[0] == figures[1]

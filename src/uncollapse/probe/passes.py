@@ -154,8 +154,13 @@ def capture(
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors there, in memory as they lie: in half precision another order rounds otherwise."""
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """The batch with its tensors there. Numbers stay in memory as they lie: in half precision another order rounds otherwise. Ids,
+    labels and masks are laid out row after row: they round to nothing, and models call `view` on them."""
+    return {k: _laid(v.to(device)) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _laid(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.contiguous()
 
 
 def sequences_before(batches: Sequence[Mapping[str, Any]]) -> list[int]:
