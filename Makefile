@@ -88,7 +88,7 @@ other-tools: $(INSTALLED) ## what docs/with-other-tools.md says, with Transforme
 references: $(INSTALLED) ## the figures of healthy models beside those of a page (ten minutes; measures what is missing)
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.references
 
-pictures: $(INSTALLED) browser ## every picture of README and docs anew, from real runs (those of results take hours, unless their runs are saved)
+pictures: $(INSTALLED) browser ## every picture of README and docs anew, from real runs (about an hour; less where runs are saved)
 	$(BIN)/python -m studies.screens
 	$(BIN)/python -m studies.tutorial
 	$(BIN)/python -m studies.results

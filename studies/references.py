@@ -54,7 +54,7 @@ def main() -> None:
     torch.set_num_threads(1)
     known = {}
     if PLACE.exists():  # with --anew too: one that is broken off leaves the others as they were
-        known = {each["name"]: HealthyModel(**each) for each in json.loads(PLACE.read_text())}
+        known = {each["name"]: HealthyModel(**each) for each in json.loads(PLACE.read_text(encoding="utf-8"))}
     for name, subject in SUBJECTS.items():
         if name in given.models or (subject.is_healthy and (given.anew or name not in known)):
             known[name] = measured(name, subject)

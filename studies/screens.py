@@ -27,11 +27,11 @@ TERMINALS = {
     "terminal-diagnose.svg": ("uncollapse diagnose demo", 42),
     "terminal-ablate.svg": ("uncollapse ablate demo --without residual", 34),
 }
-WIDTH, HEIGHT, COLUMNS = 1280, 2790, 100
+WIDTH, COLUMNS = 1280, 100
 
 
 def page(folder: Path) -> None:
-    """The upper part of the page of `uncollapse diagnose demo`, as a browser on a desk shows it."""
+    """The page of `uncollapse diagnose demo` down to the map of the heads, as a browser on a desk shows it."""
     chromium = shutil.which("chromium")
     assert chromium is not None, "the page is looked at in Debian's chromium: apt-get install chromium"
     with tempfile.TemporaryDirectory() as place:
@@ -39,7 +39,8 @@ def page(folder: Path) -> None:
         uc.diagnose("demo").to_html(written)
         with Browser(chromium) as browser:
             browser.open(written, width=WIDTH)
-            browser.picture(folder / PAGE, height=HEIGHT)
+            end = browser.value("scrollY + document.querySelector('#attention figure').getBoundingClientRect().bottom")
+            browser.picture(folder / PAGE, height=round(end) + 24)
 
 
 def terminal(command: str, rows: int) -> str:

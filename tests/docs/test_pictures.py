@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from studies import screens
+from studies import pretrained, screens
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "docs" / "images"
@@ -32,10 +32,8 @@ def test_make_pictures_makes_all_of_them() -> None:
         place = ROOT / "studies" / module
         files = place.glob("*.py") if place.is_dir() else [place.with_suffix(".py")]
         source += "".join(file.read_text(encoding="utf-8") for file in files)
-    made = [re.escape(name) for name in re.findall(r"[\w{}-]+\.(?:svg|png)", source)]
-    patterns = [re.sub(r"\\\{\w+\\\}", r"[\\w-]+", name) for name in made]
-    for name in shown():
-        assert any(re.fullmatch(pattern, name) for pattern in patterns), name
+    named = re.findall(r"[\w{}-]+\.(?:svg|png)", source)
+    assert shown() == {name.replace("{key}", key) for name in named for key in pretrained.SUBJECTS}
 
 
 def test_pictures_fetch_nothing() -> None:

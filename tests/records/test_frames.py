@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import io
 import json
@@ -229,6 +230,13 @@ def test_parquet_files_read_back_as_the_tables(tmp_path: Path) -> None:
     result.to_parquet(tmp_path / "tables")
     for name, table in frames.tables(result.record).items():
         assert pyarrow.parquet.read_table(tmp_path / "tables" / f"{name}.parquet").to_pydict() == table.columns
+
+
+def test_only_the_first_of_several_processes_writes_tables(tmp_path: Path) -> None:
+    other = dataclasses.replace(uc.load(GOLDEN / "heads.json"), is_first=False)
+    other.to_csv(tmp_path / "tables")
+    other.to_parquet(tmp_path / "tables")
+    assert not (tmp_path / "tables").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

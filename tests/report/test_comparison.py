@@ -84,3 +84,13 @@ def test_a_figure_that_is_not_positive_has_no_doublings() -> None:
     assert found[changes[0].block or 0, changes[0].head or 0]["value"] is None
     assert sum(row["value"] is None for row in found.values()) == 1
     assert "not comparable" in page.words
+
+
+def test_a_logit_that_became_zero_is_the_one_that_moved_most() -> None:
+    record = samples.compared()
+    changes = [c for c in record.heads if c.measure == "max_logit"]
+    gone = replace(changes[5], before=8.21, after=0.0, moved=True)
+    heads = [gone if c is changes[5] else c for c in record.heads]
+    tile = draw(replace(record, heads=heads)).split("<dt>logits moved most</dt>")[1].split("</dd>")[0]
+    assert "<b>8.21 → 0</b>" in tile
+    assert f"block {gone.block}, head {gone.head}" in tile

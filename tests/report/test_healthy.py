@@ -49,8 +49,8 @@ def test_a_model_measured_again_gives_its_ranges() -> None:
     assert (stored.causal, stored.norm_placement) == (healthy.is_causal(record), record.model.norm_placement)
 
 
-def causal(is_causal: bool | None, placement: str) -> Any:
-    record = samples.encoder()
+def causal(is_causal: bool | None, placement: str, name: str = "a model") -> Any:
+    record = samples.encoder(name)
     read = anatomy(0)
     blocks = [
         replace(block, parts=[replace(part, causal=is_causal) if part.attention else part for part in block.parts])
@@ -84,7 +84,28 @@ def test_a_model_is_compared_with_those_of_its_kind(is_causal: bool | None, plac
     assert entropy is not None
     assert (entropy.low, entropy.high) == (min(low for low, _ in ranges), max(high for _, high in ranges))
     assert entropy.lows == (min(low for low, _ in ranges), max(low for low, _ in ranges))
-    assert entropy.highs == (min(high for _, high in ranges), max(high for _, high in ranges))
+
+
+@pytest.mark.parametrize(
+    ("itself", "name"),
+    [
+        ("minilm", "all-MiniLM-L6-v2"),
+        ("minilm", "sentence-transformers/all-minilm-l6-v2@main"),
+        ("mpnet", "models/all-mpnet-base-v2/"),
+    ],
+)
+def test_a_model_is_not_compared_with_itself(itself: str, name: str) -> None:
+    found = references(causal(False, "post", name))
+    assert found.kind == "5 other healthy models with a full mask and post norm"
+    assert "the range in 5 other healthy models" in found.sentence
+    wanted = {m["name"] for m in MODELS if not m["causal"] and m["norm_placement"] == "post"} - {itself}
+    assert {each.name for each in found.models} == wanted
+
+
+def test_every_name_of_a_healthy_model_is_of_one() -> None:
+    about = {model["name"]: model["about"].lower() for model in MODELS}
+    for model, name in healthy.KNOWN_AS.items():
+        assert about[model].startswith(name.lower())
 
 
 def test_an_encoder_and_a_decoder_are_compared_with_all() -> None:

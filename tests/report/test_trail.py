@@ -60,7 +60,7 @@ def test_the_printout_says_each_alarm_and_what_happened_next(trail: Path) -> Non
     assert "It was over at step 9." in words
     assert "The loss was 3.70 then and is 2.90 now." in words
     assert "Remedy:" in words
-    assert re.search(r"1 alarm in 12 looks up to step 11, 1 of them over\.", words)
+    assert re.search(r"1 alarm in 12 looks up to step 11; it is over\.", words)
     assert max(map(len, printed(record(trail), 60).splitlines())) <= 60
 
 

@@ -56,7 +56,7 @@ from uncollapse.claims import (
     value_output_gauge,
     width_collapse,
 )
-from uncollapse.claims.ledger import Claim
+from uncollapse.claims.ledger import FEWEST, Claim
 from uncollapse.errors import InputError
 from uncollapse.records.ledger import Ledger
 
@@ -151,7 +151,7 @@ def verify(
             progress(names[-1], len(names), len(names))
     finally:
         torch.set_num_threads(threads)
-    return Ledger(_versions(), trials, seed, results)
+    return Ledger(_versions(), max(trials, FEWEST), seed, results)  # as many as were drawn
 
 
 def _versions() -> dict[str, str]:

@@ -144,13 +144,13 @@ def tables(record: Any) -> dict[str, Table]:
     return found
 
 
-def table_of(record: Any, name: str, *, function: str = "frame") -> Table:
-    """One table of a record. Raises `InputError` in the name of `function` where the record has none of that name."""
+def table_of(record: Any, name: str) -> Table:
+    """One table of a record. Raises `InputError` where the record has none of that name."""
     found = tables(record)
     if name not in found:
         close = difflib.get_close_matches(name, found, 1)
         hint = f"The nearest is {close[0]!r}" if close else "None of its tables is spelt like that"
-        raise InputError(f"{function}: expected one of {', '.join(found)}, got {name!r}. {hint}. Pass one of them.")
+        raise InputError(f"frame: expected one of {', '.join(found)}, got {name!r}. {hint}. Pass one of them.")
     return found[name]
 
 

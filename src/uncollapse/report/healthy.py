@@ -3,7 +3,8 @@
 `healthy.json` holds the lowest and the highest value of each figure in every healthy model of `studies/validity`, as the model is
 and on its own text (at most 64 tokens per sequence, or 400 frames of speech). `make references` writes it anew. A record is
 compared with the models *of its kind*: the same mask (causal or full) and the same place of the norms, if there are three such
-models; otherwise with those of the same mask, whatever their norms.
+models; otherwise with those of the same mask, whatever their norms. No model is compared with itself: the one that bears the
+record's name is left out, and the page then speaks of "other" healthy models.
 
 A range is what was met, and no threshold: a figure outside it is unusual, and `findings` says what is wrong.
 
@@ -25,6 +26,12 @@ from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.report.wording import count, number
 
 ENOUGH = 3  # models of a kind; with fewer, the place of the norms is not asked for
+KNOWN_AS = {  # the last part of the names under which people load them; a model under another name is not recognised
+    "gemma3": "gemma-3-270m",
+    "minilm": "all-MiniLM-L6-v2",
+    "mpnet": "all-mpnet-base-v2",
+    "smollm2": "SmolLM2-135M-Instruct",
+}
 SITE = ("consensus_distance", "consensus_after_norm", "token_similarity", "stream_carried", "rank_gap")
 SITE_SHARES = {  # relative to what so many tokens of this width can reach
     "rank": "attainable_rank",
@@ -62,14 +69,12 @@ class HealthyModel:
 
 @dataclass(frozen=True)
 class Range:
-    """What a figure was in the healthy models of a kind. `low` and `high` over all their places; `lows` and `highs` are the range
-    of the models' own lowest and highest values, which is what a lowest or highest value has to be compared with."""
+    """What a figure was in the healthy models of a kind. `low` and `high` over all their places; `lows` is the range of the models'
+    own lowest values, which is what a lowest value has to be compared with."""
 
     low: float
     high: float
     lows: tuple[float, float]
-    highs: tuple[float, float]
-    models: int
 
 
 @functools.cache
@@ -91,8 +96,8 @@ class References:
         found = [model.ranges[figure] for model in self.models if figure in model.ranges]
         if not found:
             return None
-        lows, highs = [low for low, _ in found], [high for _, high in found]
-        return Range(min(lows), max(highs), (min(lows), max(lows)), (min(highs), max(highs)), len(found))
+        lows = [low for low, _ in found]
+        return Range(min(lows), max(high for _, high in found), (min(lows), max(lows)))
 
     def words(self, figure: str) -> str:
         """The range of a figure in print; empty where there is none."""
@@ -103,11 +108,6 @@ class References:
         """What the lowest value of a figure is in these models, from model to model."""
         found = self.of(figure)
         return "" if found is None else in_words(*found.lows)
-
-    def highest(self, figure: str) -> str:
-        """What the highest value of a figure is in these models, from model to model."""
-        found = self.of(figure)
-        return "" if found is None else in_words(*found.highs)
 
     def columns(self, part: str) -> dict[str, str]:
         """What stands under the titles of a table: for each measure of a part of the record, the range in these models."""
@@ -151,16 +151,19 @@ def in_words(low: float, high: float) -> str:
 
 
 def references(record: Any) -> References:
-    """The healthy models of the kind of this record's model."""
+    """The healthy models of the kind of this record's model, without that model itself."""
     causal, placement = is_causal(record), record.model.norm_placement
-    of_mask = tuple(model for model in healthy_models() if model.causal is causal)
+    name = record.model.name.partition("@")[0].rstrip("/").rpartition("/")[2].lower()
+    others = tuple(model for model in healthy_models() if KNOWN_AS.get(model.name, "").lower() != name)
+    noun = "healthy model" if len(others) == len(healthy_models()) else "other healthy model"
+    of_mask = tuple(model for model in others if model.causal is causal)
     both = tuple(model for model in of_mask if model.norm_placement == placement)
     mask = "causal" if causal else "full"
     if causal is None:
-        return References(count(len(healthy_models()), "healthy model"), healthy_models())
+        return References(count(len(others), noun), others)
     if len(both) >= ENOUGH:
-        return References(f"{count(len(both), 'healthy model')} with a {mask} mask and {placement} norm", both)
-    return References(f"{count(len(of_mask), 'healthy model')} with a {mask} mask", of_mask)
+        return References(f"{count(len(both), noun)} with a {mask} mask and {placement} norm", both)
+    return References(f"{count(len(of_mask), noun)} with a {mask} mask", of_mask)
 
 
 def sentence_of_symmetry(healthy: References, phenomenon: str) -> str:

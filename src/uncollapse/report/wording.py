@@ -33,11 +33,8 @@ SYMMETRY_NAMES = {
 }
 
 
-TOKEN_CLOUD = (
-    "rank-collapse-depth",
-    "numerics",
-    "dimensional-collapse",
-)  # phenomena whose findings name a site of the trajectory
+# Phenomena whose findings name a site of the trajectory.
+TOKEN_CLOUD = ("rank-collapse-depth", "numerics", "dimensional-collapse")
 
 
 def number(value: float | int | None, digits: int = 3) -> str:

@@ -59,10 +59,11 @@ def _tiles(record: ComparisonRecord) -> list[Tile]:
         Tile("figures that moved", f"{moved:,}", f"of {len(record.sites) + len(record.heads):,}"),
         Tile("no longer found", str(len(record.gone)), "findings of the first"),
     ]
-    heads = [c for c in say.moved_heads(record) if c.measure == "max_logit" and c.factor is not None]
-    if heads:
-        place = wording.place(block=heads[0].block, head=heads[0].head, stack=heads[0].stack)
-        tiles.append(Tile("logits moved most", say.factor(heads[0]), place))
+    most = next((change for change in say.moved_heads(record) if change.measure == "max_logit"), None)
+    if most is not None:
+        place = wording.place(block=most.block, head=most.head, stack=most.stack, kind=most.kind)
+        both = f"{wording.number(most.before)} → {wording.number(most.after)}"
+        tiles.append(Tile("logits moved most", both if most.factor is None else say.factor(most), place))
     return tiles
 
 

@@ -125,4 +125,4 @@ def _block(router: RouterRecord) -> str:
 def _numbers(dead: Sequence[int] | None) -> str | None:
     if dead is None:
         return None
-    return "none" if not dead else wording.numbers_in_words(dead).removeprefix("blocks ").removeprefix("block ")
+    return "none" if not dead else wording.numbers_in_words(dead).partition(" ")[2]

@@ -82,7 +82,7 @@ class _Row:
             counts.get(severity, 0) * 1000**place for place, severity in enumerate(("info", "warning", "critical"))
         )
         words = "failed" if self.checkpoint.failure else wording.counts_in_words(self.checkpoint.findings) or "none"
-        return Cell(words, sort=float("1e12") if self.checkpoint.failure else float(weight))
+        return Cell(words, sort=1e12 if self.checkpoint.failure else float(weight))
 
 
 def _table(record: SweepRecord) -> Table:

@@ -33,7 +33,8 @@ def headline(record: TrailRecord) -> str:
         return f"No alarm in {looked}."
     first = alarms[0]
     over = sum(over_at(record, alarm) is not None for alarm in alarms)
-    standing = f", {over} of them over" if over else ""
+    subject = "it is" if len(alarms) == 1 else f"{over} of them {'is' if over == 1 else 'are'}"
+    standing = f"; {subject} over" if over else ""
     return (
         f"{wording.count(len(alarms), 'alarm')} in {looked}{standing}. The first: {first.code} at step {first.step:,}, "
         f"{wording.finding_place(first)}."
