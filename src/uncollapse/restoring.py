@@ -49,14 +49,11 @@ class Changes:
         setattr(owner, name, value)
 
     def place(self, mapping: MutableMapping[str, Any], name: str, value: Any) -> None:
-        """Put `value` under `name`, whether or not something stands there: in a module's own `vars`, in the environment."""
-        before = mapping.get(name, _ABSENT)
-        self.undo(
-            functools.partial(mapping.pop, name, None)
-            if before is _ABSENT
-            else functools.partial(mapping.__setitem__, name, before)
-        )
-        mapping[name] = value
+        """Put `value` under `name`, whether or not something stands there: in a module's own `vars`, in the environment. Several
+        may be put there and taken out in any order."""
+        token = object()
+        self.undo(functools.partial(_take_out, mapping, name, token))
+        _put_in(mapping, name, token, value)
 
     def switch(self, read: Callable[[], T], write: Callable[[T], object], value: T) -> None:
         """Change a setting that is read and written by functions."""
@@ -232,6 +229,40 @@ def _marks(module: nn.Module) -> tuple[dict[int, bool], ...]:
         module._forward_hooks_with_kwargs,
         module._forward_hooks_always_called,
     )
+
+
+@dataclass
+class _Placed:
+    """What stood in a mapping under a name, and what was put there since, the latest last. It keeps the mapping, so that no other
+    one gets its number."""
+
+    mapping: MutableMapping[str, Any]
+    before: Any
+    since: list[tuple[object, Any]] = field(default_factory=list)
+
+
+_placed: dict[tuple[int, str], _Placed] = {}
+
+
+def _put_in(mapping: MutableMapping[str, Any], name: str, token: object, value: Any) -> None:
+    found = _placed.setdefault((id(mapping), name), _Placed(mapping, mapping.get(name, _ABSENT)))
+    found.since.append((token, value))
+    mapping[name] = value
+
+
+def _take_out(mapping: MutableMapping[str, Any], name: str, token: object) -> None:
+    found = _placed.get((id(mapping), name))
+    if found is None:
+        return
+    found.since[:] = [each for each in found.since if each[0] is not token]
+    if found.since:
+        mapping[name] = found.since[-1][1]
+        return
+    if found.before is _ABSENT:
+        mapping.pop(name, None)
+    else:
+        mapping[name] = found.before
+    _placed.pop((id(mapping), name), None)
 
 
 @dataclass

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from uncollapse.anatomy.masking import forbidden_by_addition
+from uncollapse.anatomy.masking import forbidden_by_addition, step_without
 
 
 @pytest.mark.parametrize("number", [-math.inf, -1e9, -1e4, -100.0, torch.finfo(torch.float32).min])
@@ -34,3 +34,12 @@ def test_the_distances_of_a_few_tokens_are_a_bias() -> None:
     forbidden, shifts = forbidden_by_addition(-0.5 * distance)
     assert forbidden is None
     assert shifts
+
+
+def test_keys_that_are_forbidden_by_their_numbers_stay_so_beside_padding() -> None:
+    """What is written at places, not where something is true, is no mask; padding has another shape than the numbers of places."""
+    logits, hidden = torch.zeros(4, 2, 7, 7), torch.zeros(4, 1, 1, 7, dtype=torch.bool)
+    places = torch.tensor([1, 3, 5])
+    step_without(torch.Tensor.__setitem__, (logits, (..., places), -math.inf), {}, 1, False, hidden)
+    assert bool((logits[..., places] == -math.inf).all())
+    assert int((logits != 0).sum()) == 4 * 2 * 7 * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -121,7 +122,9 @@ def noted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_a_model_in_two_processes_is_the_whole_model(kind: str, noted: list[dict[str, Any]]) -> None:
     for own in noted:
         assert "failed" not in own, own["failed"]
+        assert "attribute" in own[kind]
         _require_whole(own[kind])
+    assert "monitor" in noted[0][kind]  # the whole model's monitor looks in the first process only
 
 
 @pytest.mark.slow
@@ -195,7 +198,31 @@ def test_gathered_weights_are_let_go_also_after_an_exception() -> None:
         assert module.weight is part
 
 
-def test_a_probe_of_one_process_gathers_nothing(tmp_path: Path) -> None:
+def _doubling(_module: nn.Module, _given: Any, output: Tensor) -> Tensor:
+    """What a tensor-parallel layer does to what one process gives."""
+    return 2 * output
+
+
+_doubling.__module__ = "torch.distributed.tensor.parallel.style"
+
+
+def test_the_exchange_of_activations_rests_until_the_last_has_left_and_goes_on_in_a_copy() -> None:
+    module, given = nn.Linear(3, 4), torch.eye(3)
+    alone = module(given)
+    module.register_forward_hook(_doubling)
+    first, second = gathered_weights(module), gathered_weights(module)
+    first.__enter__()
+    second.__enter__()
+    assert torch.equal(module(given), alone)
+    assert torch.equal(copy.deepcopy(module)(given), 2 * alone)
+    first.__exit__(None, None, None)
+    assert torch.equal(module(given), alone)
+    second.__exit__(None, None, None)
+    assert torch.equal(module(given), 2 * alone)
+    assert list(module._forward_hooks.values()) == [_doubling]
+
+
+def test_a_probe_of_one_process_gathers_nothing() -> None:
     model = llama()
     weights = {name: id(p) for name, p in model.named_parameters()}
     uc.diagnose(model, batches=[text_batch()])

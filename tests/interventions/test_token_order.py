@@ -221,6 +221,86 @@ def test_a_mask_and_a_bias_are_told_apart_only_where_one_addition_joins_just_tho
         pass
 
 
+class WrittenInto(TokenFirst):
+    """A bias that is written into the mask, in the attention: the sum is not what the addition returns, but the mask itself."""
+
+    def __init__(self, *, is_fused: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(WrittenIntoBlock(is_fused=is_fused) for _ in range(2))
+
+
+class WrittenIntoBlock(TokenFirstBlock):
+    def __init__(self, *, is_fused: bool) -> None:
+        super().__init__()
+        self.is_fused, self.hides = is_fused, True
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 1, 3, 0, 4)
+        places = torch.arange(len(x))
+        distance = (places[:, None] - places).float()
+        mask = torch.zeros_like(distance).masked_fill(distance < 0, -math.inf if self.hides else 0.0)
+        mask.add_(-0.3 * distance.abs())
+        if self.is_fused:
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            y = (q @ k.mT / math.sqrt(8) + mask).softmax(-1) @ v
+        x = x + self.out(y.permute(2, 0, 1, 3).flatten(2))
+        return x + self.mlp(x).relu()
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_a_bias_that_is_written_into_a_mask_stays_without_the_mask(is_fused: bool) -> None:
+    torch.manual_seed(0)
+    model = WrittenInto(is_fused=is_fused).eval()
+    batch = {"input_ids": torch.randint(30, (7, 4), generator=torch.Generator().manual_seed(0))}
+    with torch.no_grad():
+        whole = model(**batch)
+        for block in model.blocks:
+            block.hides = False
+        expected = model(**batch)
+        for block in model.blocks:
+            block.hides = True
+        with uc.without(model, "mask", batch=batch):
+            got = model(**batch)
+    assert not torch.equal(expected, whole)
+    assert torch.equal(got, expected)
+
+
+class PaddedElsewhere(TokenFirst):
+    """Joined once for all sequences, and padding is hidden by another operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(PaddedElsewhereBlock() for _ in range(2))
+
+
+class PaddedElsewhereBlock(TokenFirstBlock):
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 1, 3, 0, 4)
+        places = torch.arange(len(x))
+        distance = (places[:, None] - places).float()[None, None]
+        own, bias = torch.zeros_like(distance).masked_fill(distance < 0, -math.inf), -0.3 * distance.abs()
+        logits = q @ k.mT + (own + bias)
+        y = logits.masked_fill(hidden < 0, -math.inf).softmax(-1) @ v
+        x = x + self.out(y.permute(2, 0, 1, 3).flatten(2))
+        return x + self.mlp(x).relu()
+
+
+def test_a_mask_and_a_bias_that_no_padding_can_stand_in_are_refused_in_words() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(30, (7, 4), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(4, 7, dtype=torch.long)
+    mask[0, 5:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    model = PaddedElsewhere().eval()
+    with (
+        torch.no_grad(),
+        pytest.raises(uc.UnsupportedModel, match="also adds a bias"),
+        uc.without(model, "mask", batch=batch),
+    ):
+        model(**batch)
+
+
 class Windowed(TokenFirst):
     """Token-first, and no token sees one that is more than three away: on a piece of three tokens that forbids nothing."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +18,6 @@ from tests.helpers.tiny_models import FAMILIES as SMALL
 from tests.helpers.tiny_models import text_batch
 from tests.reference import identifiability as reference
 from uncollapse.gates.projection import PositionGatedProjection
-from uncollapse.judgement import identifiability
 from uncollapse.records.diagnosis import HeadsRecord
 
 COUNTS = ("width", "output_projection_rank", "kernel_dimension", "contribution_ambiguity")
@@ -315,12 +313,3 @@ def test_every_missing_figure_has_its_reason(name: str) -> None:
     for record in uc.diagnose(family.build(), batches=[inputs_for(family)]).record.heads:
         missing = {key for key, value in vars(record).items() if value is None} - {"stack"}
         assert missing <= set(record.unavailable)
-
-
-def test_what_was_found_cannot_be_changed() -> None:
-    own = [
-        each for each in vars(identifiability).values() if getattr(each, "__module__", "") == identifiability.__name__
-    ]
-    kept = [each for each in own if isinstance(each, type) and dataclasses.is_dataclass(each)]
-    assert kept
-    assert all(each.__dataclass_params__.frozen for each in kept)  # type: ignore[attr-defined]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,6 @@ from torch import nn
 import uncollapse as uc
 from tests.helpers.tiny_models import FAMILIES
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.judgement import order_parameters, reading
 from uncollapse.judgement.order_parameters import Components, symmetry_records
 from uncollapse.records.common import PHENOMENA
 from uncollapse.records.diagnosis import DiagnosisRecord
@@ -106,13 +103,3 @@ def test_each_component_is_named_where_it_acts_and_only_if_present(
 
     assert word in words(Components(**{**vars(NONE), **component}))
     assert word not in words(NONE)
-
-
-def test_what_was_found_cannot_be_changed() -> None:
-    own = [
-        each for each in vars(order_parameters).values() if getattr(each, "__module__", "") == order_parameters.__name__
-    ]
-    kept = [each for each in own if isinstance(each, type) and dataclasses.is_dataclass(each)]
-    assert kept
-    assert all(each.__dataclass_params__.frozen for each in kept)  # type: ignore[attr-defined]
-    assert all(each.__dataclass_params__.frozen for each in (reading.Read,))  # type: ignore[attr-defined]

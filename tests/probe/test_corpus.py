@@ -280,6 +280,15 @@ def test_an_output_is_a_pooling_if_each_sequence_alone_makes_its_row(kind: str) 
     assert found["vector"].centred_effective_rank == pytest.approx(mean.centred_effective_rank, rel=1e-4)
 
 
+def test_an_input_with_one_number_for_each_sequence_does_not_hide_a_pooling() -> None:
+    class Labelled(Pooled):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return super().forward(input_ids, attention_mask)
+
+    batches = [batch | {"labels": torch.zeros(len(batch["input_ids"]), 1)} for batch in padded(False)]
+    assert ("vector", "own") in entries(Labelled("own"), batches)
+
+
 def test_an_output_of_another_width_on_another_process_is_no_pooling(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = OwnPooling(0), OwnPooling(0)
     one.take(text_batch(tokens=9), {"starts": torch.ones(3, 9), "vector": torch.ones(3, 8)})

@@ -19,7 +19,7 @@ from tests.helpers import families
 from tests.helpers.observing import attention_table, eager, entropies, observe, site_table
 from tests.helpers.tiny_models import FAMILIES, text_batch
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.probe.passes import Observations, capture
+from uncollapse.probe.passes import NextPass, Observations, capture
 from uncollapse.probe.sites import PLAIN_MEASURES, STREAM_MEASURES
 
 
@@ -88,6 +88,29 @@ def test_everything_is_restored_after_an_interruption(
     assert not any("forward" in vars(m) for m in model.modules())
     with torch.no_grad():
         assert torch.equal(model(**batches[0])[0], before)
+
+
+def test_a_training_pass_after_an_interrupted_one_is_not_taken_for_its_end() -> None:
+    """torch calls no hook after Ctrl-C."""
+    model = FAMILIES["llama"].build().train()
+    batch, anatomy = text_batch(), proved_anatomy(model, text_batch())
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    seen = NextPass(model, anatomy, {"sites", "attention"})
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    stopping = model.get_submodule("layers.1.mlp").register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch)
+    stopping.remove()
+    model(**batch)
+    assert (seen.is_broken, seen.is_over) == (True, False)
+    seen.close()
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
+    again = NextPass(model, anatomy, {"sites", "attention"})
+    model(**batch)
+    assert again.observations is not None
 
 
 def test_what_is_kept_does_not_grow_with_the_corpus() -> None:
@@ -289,3 +312,30 @@ def test_labels_that_were_cut_from_longer_ones_are_taken() -> None:
         for y in (whole, longer[:, :7])
     ]
     assert figures[0] == figures[1]
+
+
+class TokenFirst(nn.Module):
+    """Takes its token numbers as [token, sequence]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = FAMILIES["bert"].build()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.inner(input_ids=tokens.T).last_hidden_state
+
+
+def test_sequences_are_counted_along_their_own_axis() -> None:
+    """Every fourth of them is held out; in batches of 12 tokens none would be, were the tokens counted."""
+    model = TokenFirst().eval()
+    batches = [text_batch(2, tokens=12, seed=seed)["input_ids"] for seed in range(12)]
+    turned, plain = (
+        [update.nonlinear_innovation for update in uc.diagnose(each, batches=given, level="full").record.updates]
+        for each, given in (
+            (model, [{"tokens": ids.T.contiguous()} for ids in batches]),
+            (model.inner, [{"input_ids": ids} for ids in batches]),
+        )
+    )
+    expected = [one.mean for one in plain if one is not None]
+    assert expected
+    assert [one.mean for one in turned if one is not None] == pytest.approx(expected)

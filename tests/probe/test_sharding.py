@@ -16,10 +16,11 @@ import uncollapse as uc
 from tests.helpers.several_processes import differences, experts, in_two, llama, padded_batches
 from tests.helpers.tiny_models import FAMILIES, batch_for, text_batch
 from uncollapse import processes
+from uncollapse.anatomy.interception import ChangedPath
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.measures import running
 from uncollapse.measures.affine_fit import AffineFit
-from uncollapse.probe import corpus
+from uncollapse.probe import corpus, sharding
 from uncollapse.probe.passes import sequences_before
 from uncollapse.probe.sharding import few_sequences
 
@@ -146,9 +147,8 @@ def test_two_processes_say_what_one_says(case: str, noted: list[dict[str, Any]])
 def test_what_is_compared_has_routers_and_more_points_than_are_kept(noted: list[dict[str, Any]]) -> None:
     for own in noted:
         assert own["routers"] == 2
-        assert own["sampled beyond 40"] == {
-            None
-        }  # the second moment has all of them, the comparisons only those that are kept
+        # The second moment has all of them, the comparisons only those that are kept.
+        assert own["sampled beyond 40"] == {None}
         assert own["sampled beyond 8"] == {8}
 
 
@@ -212,7 +212,8 @@ def test_fits_about_different_origins_add_up() -> None:
 
 
 def test_sequences_are_counted_over_the_whole_corpus() -> None:
-    assert sequences_before([text_batch(3), text_batch(1), text_batch(2)]) == [0, 3, 4]
+    model, batches = FAMILIES["bert"].build().eval(), [text_batch(sequences) for sequences in (3, 1, 2)]
+    assert sequences_before(batches, proved_anatomy(model, batches[0])) == [0, 3, 4]
 
 
 def test_the_start_of_a_corpus_keeps_its_padding() -> None:
@@ -223,3 +224,45 @@ def test_the_start_of_a_corpus_keeps_its_padding() -> None:
     vision = FAMILIES["vit"].build().eval()
     pixels = batch_for(FAMILIES["vit"])
     assert len(few_sequences(pixels, proved_anatomy(vision, pixels))["pixel_values"]) == 1
+
+
+def test_a_mask_over_pairs_of_tokens_is_not_cut_into_sequences() -> None:
+    """With as many sequences as tokens it looks like one for each sequence."""
+    model, batch = llama(), text_batch(7, tokens=7)
+    anatomy = proved_anatomy(model, padded_batches(1)[0])
+    assert len(few_sequences(batch, anatomy)["input_ids"]) == 1
+    given = batch | {"pairs": torch.ones(7, 7).tril()}
+    assert few_sequences(given, anatomy) is given
+
+
+def test_a_pass_that_is_made_again_gives_each_output_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = llama(), padded_batches(3)
+    monkeypatch.setattr(sharding, "_same_start", lambda *_: False)
+    given: list[Any] = []
+    sharding.capture_shared(
+        model,
+        batches,
+        proved_anatomy(model, batches[0]),
+        caller="diagnose",
+        on_output=lambda batch, _: given.append(batch["input_ids"].tolist()),
+    )
+    assert given == [batch["input_ids"].tolist() for batch in batches]
+
+
+def test_where_the_start_of_the_corpus_goes_another_way_its_first_batch_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, batches = llama(), padded_batches(2)
+    anatomy = proved_anatomy(model, batches[0])
+
+    def changing(*_: Any, **__: Any) -> Any:
+        changed = ChangedPath("another way")
+        changed.number = 0
+        raise changed
+
+    monkeypatch.setattr(processes, "number", lambda: 1)
+    monkeypatch.setattr(sharding, "capture", changing)
+    with pytest.raises(ChangedPath) as raised:
+        sharding.capture_shared(model, batches, anatomy, caller="diagnose")
+    assert raised.value.batch is not None
+    assert torch.equal(raised.value.batch["input_ids"], batches[0]["input_ids"])

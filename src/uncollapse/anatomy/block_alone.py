@@ -395,11 +395,11 @@ class BlockAlone:
             for point, number in (residual.gates if hold and (parts or stream is not None) else ())
         }
         if is_all is not None and self._may_end_early:
+            found = self._found
 
             def may_end() -> bool:
                 return is_all() and found.is_untouched()
 
-            found = self._found
             handlers = {point: _ending(handler, may_end) for point, handler in (handlers or {}).items()}
         layers = (watching or {}, handlers or {}, held, removal(self.block, parts))
         acting = {p: in_turn(*(layer[p] for layer in layers if p in layer)) for layer in layers for p in layer}

@@ -88,8 +88,10 @@ def sends_elsewhere(model: nn.Module, batch: Mapping[str, Any]) -> bool:
 def example(batch: Mapping[str, Any], tokens: int = EXAMPLE_TOKENS, real: Tensor | None = None) -> dict[str, Any]:
     """One sequence of a batch, cut to at most `tokens` real tokens where it is made of token numbers. real: see `fitting_piece`."""
     reference = _token_numbers(batch)
-    first = next((t for t in batch.values() if isinstance(t, Tensor) and t.ndim), None)
-    size = 1 if first is None else first.shape[0] if reference is None else reference.shape[0]
+    first = (
+        next((t for t in batch.values() if isinstance(t, Tensor) and t.ndim), None) if reference is None else reference
+    )
+    size = 1 if first is None else first.shape[0]
     keep: dict[str, Tensor] = {}
     row = 0
     for name in ("attention_mask", "decoder_attention_mask"):

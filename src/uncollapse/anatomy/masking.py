@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.anatomy.operands import ADDING_PRODUCTS, UnreadableError, replaced
-from uncollapse.anatomy.tracing import operands_of, operation_name
+from uncollapse.anatomy.tracing import operands_of, operation_name, writes_in_place
 
 _ADDITIONS = {"add", "sub"} | ADDING_PRODUCTS  # the first operand of an adding product may be a mask on its logits
 
@@ -136,25 +136,19 @@ def step_without(
         if hidden is not None:
             least = torch.finfo(mask.dtype).min
             open_mask = torch.where(hidden, -least if name == "sub" else least, open_mask)
-        open_mask = laid_like(open_mask, mask)
-        return function(
-            *(open_mask if a is mask else a for a in args),
-            **{k: open_mask if v is mask else v for k, v in given.items()},
-        )
+        return _with(function, args, given, mask, laid_like(open_mask, mask))
     if name == "mul":
         if not bool(((mask == 0) | (mask == 1)).all()):
             return function(*args, **given)
         kept = torch.ones_like(mask)
         if hidden is not None and after_softmax is not False:
             kept = laid_like(torch.where(hidden, torch.zeros((), dtype=kept.dtype), kept), mask)
-        return function(
-            *(kept if a is mask else a for a in args), **{k: kept if v is mask else v for k, v in given.items()}
-        )
-    nothing = laid_like(torch.zeros(1, dtype=torch.bool, device=mask.device) if hidden is None else hidden, mask)
+        return _with(function, args, given, mask, kept)
+    nothing = torch.zeros(1, dtype=torch.bool, device=mask.device) if hidden is None else hidden
     if name == "masked_fill":
         if not _forbids(args[2] if len(args) > 2 else given.get("value"), after_softmax):
             return function(*args, **given)
-        return function(args[0], nothing, args[2] if len(args) > 2 else given["value"])
+        return function(args[0], laid_like(nothing, mask), args[2] if len(args) > 2 else given["value"])
     if name == "setitem":
         if not _forbids(args[2], after_softmax) or mask.dtype != torch.bool:
             return function(*args, **given)
@@ -179,8 +173,10 @@ def laid_like(other: Tensor, mask: Tensor) -> Tensor:
 def _with(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], one: Tensor, other: Tensor
 ) -> Any:
-    args, kwargs = replaced(args, one, other), replaced(dict(kwargs), one, other)
-    return function(*args, **kwargs)
+    """The result of an operation with another tensor in the place of `one`. What it writes into the other it writes into `one` as
+    well: the model may go on with that."""
+    result = function(*replaced(args, one, other), **replaced(dict(kwargs), one, other))
+    return one.copy_(result) if args and args[0] is one and writes_in_place(function) else result
 
 
 def _alternatives(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:

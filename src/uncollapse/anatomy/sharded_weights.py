@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,13 +39,17 @@ def is_part(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor, gathered from all processes if this is a part of it. All of them must ask."""
-    return tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+    part: Any = tensor
+    gathered: Tensor = part.full_tensor() if is_part(tensor) else tensor
+    return gathered
 
 
 def at_hand(module: nn.Module, name: str) -> Tensor:
     """A module's own parameter as a whole, wherever it is kept: gathered from all processes, or read from where accelerate keeps
     it between runs. It stays on `meta` where nobody knows."""
-    tensor: Tensor = module._parameters[name].detach()  # type: ignore[union-attr]
+    parameter = module._parameters[name]
+    assert parameter is not None
+    tensor = parameter.detach()
     if not tensor.is_meta:
         return whole(tensor)
     hook: Any = getattr(module, "_hf_hook", None)
@@ -87,7 +91,9 @@ def require_gatherable(caller: str, model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def gathered_weights(model: nn.Module) -> Iterator[None]:
-    """Within the block each module of a tensor-parallel model that has parts of weights runs with its whole ones."""
+    """Within the block each module of a tensor-parallel model that has parts of weights runs with its whole ones. Such blocks may
+    be left in any order."""
+    holder = object()
     with restoring() as changes:
         for module in model.modules():
             if any(p is not None and is_part(p) for p in module._parameters.values()):
@@ -97,9 +103,11 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
                 changes.hook(module, "forward", gathering.let_go, always_call=True)
             for table in (module._forward_pre_hooks, module._forward_hooks):
                 for key, hook in list(table.items()):
-                    if _exchanges(hook):
-                        changes.undo(functools.partial(_put_back, table, key, hook))
-                        table[key] = _resting
+                    if isinstance(hook, _Resting) or _exchanges(hook):
+                        resting = hook if isinstance(hook, _Resting) else _Resting(hook)
+                        changes.undo(functools.partial(resting.let_go, holder, table, key))
+                        resting.holders.add(holder)
+                        table[key] = resting
         yield
 
 
@@ -120,13 +128,26 @@ def _exchanges(hook: Any) -> bool:
     return str(getattr(function, "__module__", "")).startswith(_EXCHANGING)
 
 
-def _resting(*_: Any) -> None:
-    """Stands where a hook was that exchanges activations."""
+class _Resting:
+    """Stands where a hook was that exchanges activations, until the last of its holders lets it go. A copy is the hook itself."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook, self.holders = hook, set[object]()
+
+    def __call__(self, *_: Any) -> None:
+        """Nothing is exchanged."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.hook,)
+
+    def let_go(self, holder: object, table: dict[int, Any], key: int) -> None:
+        self.holders.discard(holder)
+        if not self.holders and table.get(key) is self:
+            table[key] = self.hook
 
 
-def _put_back(table: Any, key: int, hook: Any) -> None:
-    if key in table:
-        table[key] = hook
+def _itself(hook: Callable[..., Any]) -> Callable[..., Any]:
+    return hook
 
 
 class _Gathering:

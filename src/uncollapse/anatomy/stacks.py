@@ -36,7 +36,7 @@ from uncollapse.anatomy.vocabulary import Anatomy, Block, Stack, StreamAxes, Tok
 
 
 class Alone(Protocol):
-    """A block by itself on the arguments of one pass; see `proof.BlockAlone`."""
+    """A block by itself on the arguments of one pass; see `block_alone.BlockAlone`."""
 
     block: Block
     stream: Tensor

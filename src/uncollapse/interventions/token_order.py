@@ -4,7 +4,8 @@ Without both, a Transformer is a function on sets: permuting the tokens permutes
 checked before it is believed.
 
 * The *mask*: every real token may attend to every real token. Padding stays hidden, as the batch's `attention_mask` says. At
-  a fused call the mask operand is replaced; before a softmax of the model's own, nothing is forbidden any more.
+  a fused call the mask operand is replaced; before a softmax of the model's own, nothing is forbidden any more. Of a mask that
+  the attention adds to a bias first, the bias stays.
 * *Positions*: every token is told that it stands at position 0, through `position_ids`. That removes learned tables and
   rotary embeddings. A model that does not take `position_ids`, or that knows positions in another way as well (relative
   biases, convolutions), is refused.
@@ -173,7 +174,8 @@ def _is_open(mask: Tensor, hidden: Tensor | None) -> bool:
 
 def _unmasked_sum(axes: Sequence[str | None], padding: _Padding, call: AttentionCall) -> Handler:
     """An addition that joins a mask and a bias, without the mask: one operand forbids, whatever the other holds, and is no bias
-    itself. Where none does, or both may, everything stays, and what still forbids is refused where it is met."""
+    itself. Where none does, or both may, or padding has no place there, everything stays, and what still forbids is refused where
+    it is met."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         operands = operands_of("add", args, kwargs)
@@ -185,7 +187,10 @@ def _unmasked_sum(axes: Sequence[str | None], padding: _Padding, call: Attention
             shape = result_shape(function, args, kwargs)
             if len(shape) != len(axes):
                 return function(*args, **kwargs)
-            hidden = spread_out(~_with_other_keys(real, shape[-1], call), axes, shape)
+            try:
+                hidden = spread_out(~_with_other_keys(real, shape[-1], call), axes, shape)
+            except UnreadableError:  # one row for all sequences, say
+                return function(*args, **kwargs)
         return step_without(function, args, kwargs, masks[0], False, hidden)
 
     return handler

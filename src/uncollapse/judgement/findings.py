@@ -11,8 +11,9 @@ attention frozen by logits that are too large as a whole (`ENTROPY-FROZEN`); seq
 (`CORPUS-DIMENSIONS`); and NaN or infinity (`NUMERICS-NOT-FINITE`).
 
 A rule fires below half the smallest distance found in any healthy run of `studies/validity`. There, each model is scored by what
-the others give (docs/validity.md). A distance also depends on the number of
-tokens, the width, the mask and the precision. The measure or the rule corrects for that, and says why.
+the others give (docs/validity.md). `CORPUS-DIMENSIONS` is not among them: its threshold comes from other runs, one model decides
+it, and no damage was scored (docs/corpus-geometry.md). A distance also depends on the number of tokens, the width, the mask and
+the precision. The measure or the rule corrects for that, and says why.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ DISTINCTNESS = 0.09
 LOST_HEADS = 0.5
 
 # Centred effective rank of the corpus, a point per sequence, as a share of the embedding's. Half the smallest of the healthy models
-# in docs/corpus-geometry.md. Those are other runs than the validity study's, which have too few sequences.
+# in docs/corpus-geometry.md, one of which decides it. Those are other runs than the validity study's, which have too few sequences.
 DIMENSIONS = 0.21
 
 # Below this many tokens, the spread that attention keeps is judged in proportion to the length; see `rank_one`.
@@ -380,8 +381,9 @@ def dimensions_lost(observed: Observed) -> Iterator[Reading]:
             message=f"All sequences lie in few directions from {_place(first.block, first.stack)} on. Pooled in the way that keeps "
             f"most ({worst.pooling}), they use {_directions(worst):.1f} of {worst.attainable_centred_rank} directions at "
             f"{_place(at.block, at.stack)} (centred effective rank); at the embedding it was {entry:.1f}.",
-            remedy="Look at what this block adds: a gain or an update that few directions dominate. In contrastive training, check "
-            "the temperature, the negatives and the weight decay of the last layers.",
+            remedy="Compare with a healthy run of this model, if there is one: a single model decides this threshold "
+            "(docs/corpus-geometry.md). Look at what this block adds: a gain or an update that few directions dominate. In "
+            "contrastive training, check the temperature, the negatives and the weight decay of the last layers.",
             reference=_JING,
             stack=first.stack,
         )

@@ -2,15 +2,14 @@
 
 A `Running` holds one figure for every element of a fixed shape (say head, or measure × head). Sequences where a figure is
 undefined (NaN) do not count for that element. Two `Running`s of the same shape merge exactly as if one had seen both
-corpora, up to the order of a float64 sum; across processes `Running.reduced` does the same with three all-reduces.
+corpora, up to the order of a float64 sum.
 
 A `RunningCloud` holds points of one width: the points themselves while there are few, their mean and second moment beyond. It
-merges and reduces in the same way. Above a width of `WIDEST` it keeps a uniform sample of the points in place of the second moment.
+merges in the same way. Above a width of `WIDEST` it keeps a uniform sample of the points in place of the second moment.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -54,16 +53,6 @@ class Running:
             torch.maximum(self.high, other.high),
             self.count + other.count,
         )
-
-    def reduced(self, group: torch.distributed.ProcessGroup | None = None) -> Running:
-        """Merged over the processes of a `torch.distributed` group; every process gets the same, on the CPU."""
-        device = reducing_device(group)
-        total, low, high, count = (t.to(device, copy=True) for t in (self.total, self.low, self.high, self.count))
-        torch.distributed.all_reduce(total, torch.distributed.ReduceOp.SUM, group)
-        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.SUM, group)
-        torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN, group)
-        torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX, group)
-        return Running(total.cpu(), low.cpu(), high.cpu(), count.cpu())
 
     def summary(self, *index: int) -> tuple[float, float, float, int]:
         """(mean, min, max, n) of one element; mean is NaN where nothing was observed."""
@@ -139,38 +128,6 @@ class RunningCloud:
             merged = replace(merged, scatter=self._scattered() + other._scattered() + between)
         return merged._sampled()
 
-    def reduced(self, group: torch.distributed.ProcessGroup | None = None) -> RunningCloud:
-        """Merged over the processes of a `torch.distributed` group, which must hold clouds of one width; every process gets the
-        same, on the CPU. The processes exchange the points that they keep, and their second moments where not all are kept."""
-        device = reducing_device(group)
-        sizes = _gathered(torch.tensor([self.count, self.pointing, len(self.points)], device=device), group)
-        most = max(int(size[2]) for size in sizes)
-        is_whole = all(int(size[2]) == int(size[0]) for size in sizes)
-        padded = torch.zeros(max(most, 1), len(self.mean) + 1, dtype=torch.float64, device=device)
-        padded[: len(self.points), :-1] = self.points.to(device)
-        padded[: len(self.points), -1] = self.keys.to(device)
-        points = _gathered(padded, group)
-        sums = _gathered(torch.stack([self.mean, self.unit]).to(device), group)
-        scatters: list[Tensor | None] = [None] * len(sizes)
-        if not is_whole and len(self.mean) <= WIDEST:
-            scatters = [*_gathered(self._scattered().to(device), group)]
-        parts = [
-            RunningCloud(
-                int(size[0]),
-                int(size[1]),
-                sums_of[0].cpu(),
-                sums_of[1].cpu(),
-                kept[: int(size[2]), :-1].to("cpu", self.points.dtype),
-                kept[: int(size[2]), -1].cpu(),
-                None if scatter is None else scatter.cpu(),
-            )
-            for size, sums_of, kept, scatter in zip(sizes, sums, points, scatters, strict=True)
-        ]
-        merged = parts[0]
-        for part in itertools.islice(parts, 1, None):
-            merged = merged.merge(part)
-        return merged
-
     def on_cpu(self) -> RunningCloud:
         """The same, its tensors on the CPU."""
         return replace(
@@ -211,16 +168,10 @@ class RunningCloud:
         return replace(self, points=self.points[kept].clone(), keys=self.keys[kept])
 
 
-def _gathered(own: Tensor, group: torch.distributed.ProcessGroup | None) -> list[Tensor]:
-    """The tensor of every process, all of one shape."""
-    found = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(found, own.contiguous(), group)
-    return found
-
-
-def reducing_device(group: torch.distributed.ProcessGroup | None = None) -> torch.device:
-    """Where the group's backend takes tensors: the CPU if it can (gloo), else the current device of its kind (NCCL: CUDA)."""
-    backends = torch.distributed.get_backend_config(group)  # such as "cpu:gloo,cuda:nccl"
+def reducing_device() -> torch.device:
+    """Where processes exchange tensors: the CPU if their backend takes them there (gloo), else the current device of its kind
+    (NCCL: CUDA)."""
+    backends = torch.distributed.get_backend_config()  # such as "cpu:gloo,cuda:nccl"
     kinds = [backend.split(":")[0] for backend in backends.split(",")]
     if "cpu" in kinds:
         return torch.device("cpu")

@@ -98,15 +98,15 @@ _remembered: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Anatomy], di
 def _poked(model: nn.Module, batch: Mapping[str, Any], names: list[str]) -> dict[str, int]:
     """The width of those of these outputs that are poolings; 0 of the others."""
     device, nothing = device_of(model), dict.fromkeys(names, 0)
+    lengths = [length for v in batch.values() if (length := _length(v)) > 1]
+    shorter = example_batch(batch, min([TOKENS, *(length - 1 for length in lengths)]))
+    piece = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in shorter.items()}
+    if _sequences(piece) < 3:
+        return nothing
     try:
-        lengths = [length for v in batch.values() if (length := _length(v))]
-        shorter = example_batch(batch, min([TOKENS, *(length - 1 for length in lengths)]))
-        piece = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in shorter.items()}
-        if _sequences(piece) < 3:
-            return nothing
         with probing(model):
             before, after = (dict(_rows(model(**given))) for given in (piece, _replaced(piece)))
-    except Exception:  # whatever it is: the pass itself went well, and nothing is known of its outputs
+    except Exception:  # the model's own code may raise anything on a piece; then nothing is known of its outputs
         return nothing
     # An output that is as wide as the piece is long, where the corpus is no longer, may be a figure for each token.
     uncut = {length for name, v in piece.items() if (length := _length(v)) == _length(batch[name])}

@@ -7,8 +7,8 @@ outputs are bit-identical; hooks and wrapped forwards are gone afterwards, also 
 
 `capture` observes only the passes that it starts itself. If another thread runs the model meanwhile, or another model that
 shares its modules does, their outputs are right and enter no figure; but they see the model in evaluation mode and without
-its key-value cache, as the probe does. Do not train in one thread while probing in another. `NextPass`
-observes one that somebody else makes, in training.
+its key-value cache, as the probe does. Do not train in one thread while probing in another. `NextPass` observes one that somebody
+else makes, in training.
 
 When not to use this: to look at activations. Nothing is stored; a hook of your own does that better.
 """
@@ -54,22 +54,12 @@ Watched = Literal[
     "sites", "corpus", "corpus tokens", "routers", "attention", "rows", "spectra", "projections", "sublayers", "parts"
 ]
 
+_CORE: Final[frozenset[Watched]] = frozenset(
+    {"sites", "corpus", "routers", "attention", "rows", "projections", "parts"}
+)
 WATCHED: Final[Mapping[Level, frozenset[Watched]]] = {
-    "core": frozenset({"sites", "corpus", "routers", "attention", "rows", "projections", "parts"}),
-    "full": frozenset(
-        {
-            "sites",
-            "corpus",
-            "corpus tokens",
-            "routers",
-            "attention",
-            "rows",
-            "spectra",
-            "projections",
-            "sublayers",
-            "parts",
-        }
-    ),
+    "core": _CORE,
+    "full": _CORE | frozenset({"corpus tokens", "spectra", "sublayers"}),
 }
 
 
@@ -130,7 +120,7 @@ def capture(
     probe = _Probe(model, anatomy, level, frozenset(WATCHED[level] if watch is None else watch), digest, seed=seed)
     device = device_of(model)
     if before is None:
-        before = sequences_before(batches)
+        before = sequences_before(batches, anatomy)
     if origins is not None:
         probe.start_from(origins)
     with contextlib.closing(probe), probing(model, seed), probe.installed(), runs_checked(model, anatomy) as check:
@@ -163,10 +153,17 @@ def _laid(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_floating_point() or tensor.is_complex() else tensor.contiguous()
 
 
-def sequences_before(batches: Sequence[Mapping[str, Any]]) -> list[int]:
+def sequences_before(batches: Sequence[Mapping[str, Any]], anatomy: Anatomy) -> list[int]:
     """How many sequences come before each batch, as they are given."""
-    sizes = [next((v.shape[0] for v in b.values() if isinstance(v, Tensor) and v.ndim), 1) for b in batches]
-    return [0, *itertools.accumulate(sizes)][:-1]
+    return [0, *itertools.accumulate(_sequences(batch, anatomy) for batch in batches)][:-1]
+
+
+def _sequences(batch: Mapping[str, Any], anatomy: Anatomy) -> int:
+    """How many there are in a batch: as its token numbers say, or else the first axis of its first tensor."""
+    for stack in anatomy.stacks:
+        if stack.ids is not None and stack.ids in batch:
+            return int(batch[stack.ids].shape[stack.ids_transposed])
+    return next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
 
 
 class NextPass:
@@ -212,6 +209,10 @@ class NextPass:
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         is_training = model.training and torch.is_grad_enabled()
+        if is_training and self._checking is not None and self._is_in_it():
+            # That pass ended with what torch calls no hook for, such as Ctrl-C.
+            self.is_broken = True
+            self._probe.own.end()
         has_begun = self._checking is not None or self.is_broken
         if has_begun or not is_training or threading.get_ident() != self._thread:
             return

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from uncollapse import processes
 from uncollapse.anatomy.interception import ChangedPath, device_of
+from uncollapse.anatomy.stacks import per_token
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.measures.affine_fit import AffineFit, Sums
 from uncollapse.measures.running import Running, RunningCloud
@@ -43,28 +44,31 @@ def capture_shared(
     **options: Any,
 ) -> Observations:
     """What `capture` observes of all `batches`, of which each process runs its share; every process has all of them. `options` are
-    those of `capture`; `on_output` is given the process's own.
+    those of `capture`; `on_output` is given the process's own, each once.
 
     Raises what `capture` raises, in every process: `ChangedPath` with the first batch that was met. `LostProcess` where another
     process ended.
     """
-    own = range(processes.number(), len(batches), processes.count())
-    share, before = [batches[i] for i in own], [sequences_before(batches)[i] for i in own]
+    own, counted = range(processes.number(), len(batches), processes.count()), sequences_before(batches, anatomy)
+    share, before = [batches[i] for i in own], [counted[i] for i in own]
     counts_distances = "parts" in (options.get("watch") or WATCHED[options.get("level", "core")])
     for start in (few_sequences(batches[0], anatomy), batches[0]):
         changed: ChangedPath | None = None
         origins: list[PartActivity] | None = None
+        running: Sequence[int] = [0]  # the numbers of the batches that are run
         with processes.agreed(caller):
             try:
                 if counts_distances and share and processes.number():
                     alone = {k: v for k, v in options.items() if k not in {"progress", "on_output"}}
                     origins = capture(model, [start], anatomy, **alone).parts
+                running = own
                 observed = capture(model, share, anatomy, before=before, origins=origins, **options)
             except ChangedPath as met:
                 changed = met
-        _raise_first(changed, own, batches, model, caller)
+        _raise_first(changed, running, batches, model, caller)
         if not counts_distances or _same_start(observed.parts, origins, caller):
             break
+        options["on_output"] = None  # it has all outputs: the pass is made again for its figures alone
     else:
         _lay_starts_apart(observed.parts, caller)
     unite(observed, caller)
@@ -73,12 +77,14 @@ def capture_shared(
 
 def few_sequences(batch: Mapping[str, Any], anatomy: Anatomy) -> Mapping[str, Any]:
     """The first sequence of a batch, and of each mask the one with the most padding: some models go another way without any. All
-    of the batch, where its sequences are not told by its first axis."""
+    of the batch, where its sequences are not told by its first axis, or a square tensor may be a mask over pairs of tokens."""
     in_rows = all(b.axes is not None and b.axes.sequence == 0 and not b.chooses_tokens for b in anatomy.blocks)
     if not in_rows or any(stack.ids_transposed for stack in anatomy.stacks):
         return batch
     tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
     size = next((len(value) for value in tensors.values()), 1)
+    if {name for name, value in tensors.items() if value.shape == (size, size)} - per_token(anatomy):
+        return batch
     masks = [t for t in tensors.values() if t.ndim == 2 and len(t) == size and bool(((t == 0) | (t == 1)).all())]
     rows = sorted({0, *(int(mask.sum(1).argmin()) for mask in masks)})
     return {name: value[rows] if name in tensors and len(value) == size else value for name, value in batch.items()}
@@ -110,13 +116,13 @@ def _lay_starts_apart(parts: Sequence[PartActivity], caller: str) -> None:
 
 def _raise_first(
     changed: ChangedPath | None,
-    own: Sequence[int],
+    running: Sequence[int],
     batches: Sequence[Mapping[str, Any]],
     model: nn.Module,
     caller: str,
 ) -> None:
     """Where the model took another path in some process, raise that in all of them, with the first batch that shows it."""
-    number = None if changed is None else 0 if changed.number is None else own[changed.number]
+    number = None if changed is None else 0 if changed.number is None else running[changed.number]
     first = min((n for n in processes.gathered(number, caller) if n is not None), default=None)
     if first is not None:
         raised = changed or ChangedPath(f"{caller}: the model took another path in another process")

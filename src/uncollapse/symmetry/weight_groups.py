@@ -47,11 +47,8 @@ class HeadWeights:
     output_bias: Float[Tensor, " width"] | None = None
 
 
-BIASES = {
-    "queries": "query_bias",
-    "keys": "key_bias",
-    "values": "value_bias",
-}  # the field of `HeadWeights` that holds a role's
+# By role the field of `HeadWeights` that holds its bias.
+BIASES = {"queries": "query_bias", "keys": "key_bias", "values": "value_bias"}
 
 
 class WeightElement(Protocol):
