@@ -45,6 +45,11 @@ class MonitorCallback(TrainerCallback):  # type: ignore[misc]  # transformers is
             losses = (entry["loss"] for entry in reversed(state.log_history) if "loss" in entry)
             self.monitor.step(state.global_step, loss=next(losses, None))
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Take off what waits for a further step."""
+        if self.monitor is not None:
+            self.monitor.close()
+
 
 def _logging(trainer: Trainer) -> Log:
     """`trainer.log`, without a reference that would keep the trainer and its model alive."""

@@ -56,3 +56,8 @@ class MonitorCallback(Callback):  # type: ignore[misc]  # Lightning is not type-
         # Lightning has divided it by the number of batches that make a step.
         loss = given.detach() * trainer.accumulate_grad_batches if isinstance(given, Tensor) else None
         self.monitor.step(trainer.global_step, loss=loss)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take off what waits for a further step."""
+        if self.monitor is not None:
+            self.monitor.close()

@@ -28,12 +28,14 @@ T = TypeVar("T")
 How = Literal["sum", "least", "most"]
 
 PATIENCE = 120.0  # seconds until a process that does not come was probably not called
+# How long a launched process waits for one that still computes. One that has ended is noticed at once, by its connection.
+LASTING = timedelta(days=7)
 _EVERY = 0.02
 _MEETING = "uncollapse/meeting"
 _LARGEST = 1 << 22  # numbers that are exchanged at once
 
 
-class LostProcess(UncollapseError):  # noqa: N818 - what is found, as in the other errors
+class LostProcess(UncollapseError):  # noqa: N818 - it names what was found, like `UnsupportedModel`
     """Another process of the group ended, or stopped, before all was done."""
 
 
@@ -92,7 +94,7 @@ def agreed(caller: str) -> Iterator[None]:
         yield
     except LostProcess:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever it is: the others would wait for this process
         with contextlib.suppress(LostProcess):  # the error of this one says more
             gathered(_said(caller, error), caller)
         raise
@@ -150,9 +152,8 @@ def _reduced(how: How, flat: Tensor) -> Tensor:
     if how == "sum" or not flat.is_floating_point():
         torch.distributed.all_reduce(flat, operation)
         return flat
-    unknown = flat.isnan().to(
-        torch.int32
-    )  # which of two numbers is larger, one of them NaN, each backend decides itself
+    # Which of two numbers is larger, one of them NaN, each backend decides itself.
+    unknown = flat.isnan().to(torch.int32)
     flat = flat.nan_to_num(nan=torch.inf if how == "least" else -torch.inf, posinf=torch.inf, neginf=-torch.inf)
     torch.distributed.all_reduce(flat, operation)
     torch.distributed.all_reduce(unknown, operations.MAX)
@@ -172,7 +173,3 @@ def _lost(caller: str) -> Iterator[None]:
             f"{caller}: expected all {count()} processes to stay until the end, got one that ended before ({reason}). It may have "
             "been out of memory, or stopped. Nothing was written: run it again."
         ) from error
-
-
-LASTING = timedelta(days=7)
-"""How long a launched process waits for one that computes longer. One that has ended is noticed at once, by its connection."""

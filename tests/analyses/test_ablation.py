@@ -14,6 +14,8 @@ from torch import nn
 import uncollapse as uc
 from tests.helpers.families import FAMILIES, inputs_for
 from tests.helpers.tiny_models import text_batch
+from uncollapse.analyses import preparation
+from uncollapse.anatomy.interception import ChangedPath
 from uncollapse.judgement.predictions import rate_without_residual, verdicts
 from uncollapse.judgement.rates import rate
 from uncollapse.records.ablation import AblationRecord, AblationRun, RateRecord
@@ -334,3 +336,33 @@ def test_the_loss_of_an_encoder_decoder_is_that_of_the_decoders_tokens() -> None
     expected = -log_shares.gather(-1, batch["decoder_input_ids"][:, 1:, None]).mean()
     assert found is not None
     assert found.mean == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_what_was_seen_before_a_pass_began_anew_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the second batch the model takes another way, is proved anew, and the pass begins with the first batch again."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=100, n_embd=32, n_head=4, n_layer=2, n_positions=32)
+    model, batches = transformers.GPT2LMHeadModel(config).eval(), [text_batch(4, 9), text_batch(3, 7)]
+    expected = uc.ablate(model, batches=batches, without=[("mlp",)]).record.runs
+    captured, passes = preparation.capture, [0]
+
+    def capture(model: Any, batches: Any, *given: Any, **options: Any) -> Any:
+        passes[0] += 1
+        if passes[0] > 1:
+            return captured(model, batches, *given, **options)
+        captured(model, batches[:1], *given, **options)
+        changed = ChangedPath("another way")
+        changed.batch = batches[1]
+        raise changed
+
+    monkeypatch.setattr(preparation, "capture", capture)
+    assert uc.ablate(model, batches=batches, without=[("mlp",)]).record.runs == expected
+    passes[0] = 0
+    pooler = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32
+        )
+    ).eval()
+    corpus = [entry for entry in uc.diagnose(pooler, batches=batches).record.corpus if entry.pooling == "own"]
+    assert [entry.points for entry in corpus] == [7]
+    assert passes[0] > 1

@@ -15,7 +15,7 @@ import transformers as hf
 from accelerate.utils import offload
 
 import uncollapse as uc
-from tests.helpers.several_processes import differences, padded_batches
+from tests.helpers.several_processes import SIZES, differences, padded_batches
 from uncollapse.sources import load_model
 
 BUDGET = 1.5e9
@@ -61,15 +61,7 @@ print(peak[0] - before)
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
+    config = hf.LlamaConfig(**SIZES | {"num_hidden_layers": 3}, tie_word_embeddings=False)
     hf.LlamaModel(config).save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     return tmp_path

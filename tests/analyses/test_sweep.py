@@ -80,16 +80,14 @@ def test_each_record_is_the_diagnosis_of_its_checkpoint_and_the_summary_its_wors
         kept = records.load(tmp_path / "out" / checkpoint.file)
         assert kept == alone
         blocks = [site for site in alone.trajectory if site.block is not None]
-        lowest = min(blocks, key=lambda site: site.consensus_after_norm.mean)  # type: ignore[union-attr]
+        lowest = min((s.consensus_after_norm.mean, s.block) for s in blocks if s.consensus_after_norm)
         figure = checkpoint.figures["consensus_after_norm"]
-        assert (figure.worst, figure.block, figure.head) == (lowest.consensus_after_norm.mean, lowest.block, None)  # type: ignore[union-attr]
-        sharpest = max(alone.attention, key=lambda head: head.max_logit.mean)  # type: ignore[union-attr]
+        assert (figure.worst, figure.block, figure.head) == (*lowest, None)
+        logits = {(head.block, head.head): head.max_logit.mean for head in alone.attention if head.max_logit}
+        sharpest = max(logits, key=logits.__getitem__)
         figure = checkpoint.figures["max_logit"]
-        assert (figure.worst, figure.block, figure.head) == (sharpest.max_logit.mean, sharpest.block, sharpest.head)  # type: ignore[union-attr]
-        assert figure.along == [
-            max(head.max_logit.mean for head in alone.attention if head.block == block)  # type: ignore[union-attr]
-            for block in range(2)
-        ]
+        assert (figure.worst, figure.block, figure.head) == (logits[sharpest], *sharpest)
+        assert figure.along == [max(logits[block, head] for head in range(2)) for block in range(2)]
         assert checkpoint.findings == alone.findings
     assert {
         c.step for c in found.record.checkpoints if any((f.code, f.block) == ("WIDTH-UNIFORM", 1) for f in c.findings)
@@ -248,6 +246,21 @@ def test_options_that_no_checkpoint_can_have_are_refused_before_anything_is_meas
     with pytest.raises(uc.InputError, match=said):
         uc.sweep(given.pop("models"), given.pop("texts"), out=tmp_path / "out", **given)
     assert measured == []
+
+
+def test_a_checkpoint_that_cannot_be_locked_is_refused_in_one_line(
+    run: Path, tmp_path: Path, measured: list[str]
+) -> None:
+    uc.sweep(run / "checkpoint-0", TEXTS, out=tmp_path)
+    for record in tmp_path.glob("*.json.gz"):
+        record.unlink()
+        lock = tmp_path / ".locks" / f"{record.name}.lock"
+        lock.unlink()
+        lock.mkdir()
+    with pytest.raises(uc.InputError, match=r"can be locked, got .* directory") as refused:
+        uc.sweep(run / "checkpoint-0", TEXTS, out=tmp_path)
+    assert "\n" not in str(refused.value)
+    assert len(measured) == 1
 
 
 def test_a_revision_of_the_hub_is_one_commit(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,15 @@ import transformers as hf
 from torch import Tensor
 
 Checks = Callable[[int, dict[str, Any]], None]
+SIZES: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
 def in_two(checks: Checks, folder: Path) -> list[dict[str, Any]]:
@@ -29,7 +38,7 @@ def _worker(rank: int, checks: Checks, folder: str) -> None:
     noted: dict[str, Any] = {}
     try:
         checks(rank, noted)
-    except Exception:
+    except Exception:  # whatever it is: the test shows it
         noted["failed"] = traceback.format_exc()
     Path(folder, f"{rank}").write_bytes(pickle.dumps(noted))
     d.destroy_process_group()
@@ -37,51 +46,21 @@ def _worker(rank: int, checks: Checks, folder: str) -> None:
 
 def llama(dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(0)
-    config = hf.LlamaConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-    return hf.LlamaForCausalLM(config).eval().to(dtype)
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, tie_word_embeddings=False)).eval().to(dtype)
 
 
 def experts(dtype: torch.dtype = torch.float64) -> Any:
     """A model with two routers."""
     torch.manual_seed(0)
-    config = hf.MixtralConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=64,
-        experts_implementation="eager",  # the fused experts know no float64
-    )
+    # The fused experts know no float64.
+    config = hf.MixtralConfig(**SIZES, num_local_experts=4, experts_implementation="eager")
     return hf.MixtralForCausalLM(config).eval().to(dtype)
 
 
 def hardly_trained() -> Any:
     """A model with norms on its queries and keys, whose gains have left their start a little and whose output layer has learnt."""
     torch.manual_seed(0)
-    config = hf.Qwen3Config(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-    model: Any = hf.Qwen3ForCausalLM(config).eval().double()
+    model: Any = hf.Qwen3ForCausalLM(hf.Qwen3Config(**SIZES, head_dim=8, tie_word_embeddings=False)).eval().double()
     with torch.no_grad():
         for layer in model.model.layers:
             layer.input_layernorm.weight[0] *= 1.1

@@ -65,6 +65,17 @@ def test_the_trainer_gives_the_same_weights_and_logs_the_figures(bf16: bool, tmp
     assert readings[-1].loss is not None
 
 
+def test_nothing_waits_in_the_model_when_training_is_over(tmp_path: Path) -> None:
+    own = trainer(tmp_path)
+    callback = MonitorCallback(own, probe(), every=7, on="train")  # it would read the step after the last one
+    own.add_callback(callback)
+    own.train()
+    assert callback.monitor is not None
+    assert [reading.step for reading in callback.monitor.readings] == [1]
+    assert not any("__reduce_ex__" in vars(module) for module in own.model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in own.model.modules())
+
+
 def test_the_monitor_is_freed_with_its_callback(tmp_path: Path) -> None:
     own = trainer(tmp_path)
     callback = MonitorCallback(own, probe(), every=3)

@@ -61,3 +61,12 @@ def test_without_a_name_the_module_itself_is_looked_at(adapter: Any) -> None:
     callback = adapter.MonitorCallback(probe(), every=2)
     callback.on_train_start(SimpleNamespace(global_step=0, loggers=[]), gpt2())
     assert len(callback.monitor.readings) == 1
+
+
+def test_nothing_waits_in_the_model_when_training_is_over(adapter: Any) -> None:
+    trainer, model = SimpleNamespace(global_step=0, loggers=[]), gpt2()
+    callback = adapter.MonitorCallback(probe(), every=2, on="train")
+    callback.on_train_start(trainer, model)
+    assert any(module._forward_pre_hooks for module in model.modules())
+    callback.on_train_end(trainer, model)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

@@ -7,6 +7,8 @@ import gc
 import io
 import logging
 import weakref
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 import uncollapse as uc
 from tests.monitoring.test_bit_identical import data, loss_of, probe
 from uncollapse.errors import InputError, UncollapseError
+from uncollapse.records import trail
 
 
 def gpt2(**dropout: float) -> nn.Module:
@@ -81,7 +84,7 @@ def test_it_reads_the_training_batch_in_its_own_pass_and_runs_nothing() -> None:
     assert [reading.step for reading in monitor.readings] == [0, 3, 6]
     for reading in monitor.readings:
         assert reading.sites["consensus_distance"] == pytest.approx(found[reading.step], rel=1e-5)
-        assert all(value is not None for value in reading.heads["max_logit"])
+        assert all(value is not None for name in ("max_logit", "rest_entropy") for value in reading.heads[name])
     assert passes == [False, True] * 8
     assert monitor.record is not None
     assert monitor.record.probe.source == "training batches"
@@ -93,7 +96,7 @@ def test_dropout_in_the_stream_is_read_as_it_is_and_in_attention_it_leaves_figur
     found = train(model, monitor, range(3))
     for reading in monitor.readings:
         assert reading.sites["consensus_distance"] == pytest.approx(found[reading.step], rel=1e-5)
-        assert not any(value is not None for values in (reading.heads.get("rest_entropy", []),) for value in values)
+        assert "rest_entropy" not in reading.heads
 
 
 def test_steps_may_be_counted_in_strides() -> None:
@@ -213,6 +216,68 @@ def test_a_copy_made_while_it_waits_is_of_the_model_alone() -> None:
     assert len(monitor.readings) == 1
     monitor.close()
     assert [set(vars(module)) for module in model.modules()] == before
+
+
+def test_a_monitor_that_was_closed_reads_nothing_more() -> None:
+    model = gpt2()
+    monitor = uc.Monitor(model, probe(), every=1, on="train")
+    train(model, monitor, range(2))
+    monitor.close()
+    seen = Seen(model)
+    before = _hooks(model)
+    for step in (2, 3):
+        loss_of(model, data(step)).backward()
+        assert monitor.step(step) == []
+        assert _hooks(model) == before
+    assert seen.streams
+    assert [reading.step for reading in monitor.readings] == [0, 1]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_monitors_of_one_model_may_be_closed_in_any_order(first: int) -> None:
+    model = gpt2()
+    before = [set(vars(module)) for module in model.modules()]
+    monitors = [uc.Monitor(model, probe(), on="train") for _ in range(2)]
+    monitors[first].close()
+    assert _hooks(copy.deepcopy(model)) == 0  # the other one still waits
+    monitors[1 - first].close()
+    assert [set(vars(module)) for module in model.modules()] == before
+
+
+def test_a_trail_of_a_probe_is_not_gone_on_with_in_training_passes(tmp_path: Path) -> None:
+    model = gpt2()
+    uc.Monitor(model, probe(), trail=tmp_path / "probe.jsonl").step(0)
+    monitor = uc.Monitor(model, probe(), every=1, on="train", trail=tmp_path / "probe.jsonl")
+    with pytest.raises(InputError, match="on='train' and not on='probe'"):
+        train(model, monitor, range(1, 2))
+    train(model, uc.Monitor(model, probe(), every=1, on="train", trail=tmp_path / "train.jsonl"), range(2))
+    with pytest.raises(InputError, match="on='probe' and not on='train'"):
+        uc.Monitor(model, probe(), trail=tmp_path / "train.jsonl").step(2)
+
+
+def test_each_kind_of_warning_is_given_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = gpt2()
+    monitor = uc.Monitor(model, probe(), every=1, on="train", trail=tmp_path / "run.jsonl")
+    train(model, monitor, range(1))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trail, "_write", full)
+    train(model, monitor, range(1, 3))
+    for step in (3, 4):
+        # A pass that is over, and another one than was proved.
+        monkeypatch.setattr(
+            monitor, "_next", SimpleNamespace(is_broken=False, is_over=True, observations=None, problem="?")
+        )
+        assert monitor.step(step) == []
+    warnings = [record.getMessage() for record in caplog.records if record.name.startswith("uncollapse")]
+    assert [each.partition(",")[0] for each in warnings] == [
+        "Monitor: expected a trail that takes more",
+        "Monitor: expected a training pass like the first",
+    ]
 
 
 @pytest.mark.parametrize("is_read", [True, False])

@@ -226,6 +226,7 @@ def _run(
             level=prepared.level,
             watch=_watched(prepared.level, combination),
             digest=lambda _: {},
+            begin=outputs.begin,
             on_output=outputs.add,
         )
     if not combination:
@@ -274,6 +275,10 @@ class _Outputs:
     def __init__(self, prepared: Prepared, is_causal: bool, whole: list[Tensor] | None) -> None:
         """The stack that gives the output, the last one, says which tensors of a batch are its token numbers and its padding."""
         self.prepared, self.is_causal, self.whole = prepared, is_causal, whole
+        self.begin()
+
+    def begin(self) -> None:
+        """Nothing is kept as yet."""
         self.vectors: list[Tensor] = []
         self.reason = ""  # why there are no vectors of the tokens alone
         self.loss, self.shift = Running.empty(), Running.empty()
@@ -313,13 +318,13 @@ class _Outputs:
 
 
 def _sequence_first(output: Tensor, stack: Stack, axes: StreamAxes | None, batch: Mapping[str, Any]) -> Tensor | None:
-    """An output [sequence, token, width] of a stack; None where it is not known which of its first two axes are the sequences."""
+    """An output [sequence, token, width] of a stack; None where it is not known which of its first two axes are the sequences.
+
+    Where tokens come first in the stream they may or may not in the output."""
     if output.ndim != 3 or axes is None or axes.sequence is None or axes.sequence < min(axes.token):
         return output
     ids = None if stack.ids is None else batch.get(stack.ids)
-    if (
-        ids is None or ids.shape[0] == ids.shape[1]
-    ):  # tokens come first in the stream; in the output they may or may not
+    if ids is None or ids.shape[0] == ids.shape[1]:
         return None
     first, second = ids.shape[::-1] if stack.ids_transposed else ids.shape
     own = max((mask.before for mask in stack.masks), default=0)

@@ -96,12 +96,18 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
     """One probe pass and one pass per context length, as one record with its findings."""
     # Before the pass, so that whoever watches the model sees the text last.
     bounds = logit_bounds(prepared.loaded.model, prepared.anatomy, prepared.batches[0])
-    pooling = OwnPooling(prepared.seed)
+    pooling: OwnPooling
+
+    def begin() -> None:
+        nonlocal pooling
+        pooling = OwnPooling(prepared.seed)
+
     observed = prepared.captured(
         level=prepared.level,
         digest=weights_reader(prepared.loaded.model),
         progress=prepared.progress,
-        on_output=pooling.take,
+        begin=begin,
+        on_output=lambda batch, output: pooling.take(batch, output),
     )
     pooling.unite("diagnose")
     return prepared.judged(lambda: _judged(prepared, observed, pooling, bounds, context_lengths))

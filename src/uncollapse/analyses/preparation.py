@@ -149,22 +149,27 @@ class Prepared:
         made = {number: one for each in processes.gathered(own, self.caller) for number, one in each.items()}
         return [made[number] for number in numbers]
 
-    def captured(self, **options: Any) -> Observations:
+    def captured(self, *, begin: Callable[[], object] = lambda: None, **options: Any) -> Observations:
         """One probe pass, with the options of `capture`. Where the model takes another way than was proved, on account of
-        something that cannot be seen from outside, it is proved anew on the very batch: once, or once for each size of batch."""
+        something that cannot be seen from outside, it is proved anew on the very batch: once, or once for each size of batch.
+
+        begin: called before each try. What `on_output` was given in a try that failed does not count.
+        """
         model = self.loaded.model
         for _ in {sizes_of(batch) for batch in self.batches}:
             try:
+                begin()
                 return self._captured(**options)
             except ChangedPath as changed:
                 if changed.batch is None or is_ablated(model):
                     raise
                 self.anatomy = proved_anatomy(model, changed.batch, self.layout, anew=True)
+        begin()
         return self._captured(**options)
 
     def _captured(self, **options: Any) -> Observations:
         model = self.loaded.model
-        if not (self.is_first or not self.shares) and options.get("digest") is not None:
+        if self.shares and not self.is_first and options.get("digest") is not None:
             options["digest"] = lambda _: {}  # the first process has met them all, and judges
         if self.shares:
             return capture_shared(model, self.batches, self.anatomy, caller=self.caller, seed=self.seed, **options)

@@ -81,10 +81,14 @@ class Recorded(Generic[Held]):
     def to_csv(self, folder: str | Path) -> None:
         """Write every table as `<folder>/<table>.csv`, in UTF-8. A folder that is not there is made. An empty field is a figure
         that was not measured. Raises `InputError` where a file cannot be written; every file is whole or not there."""
+        if not self.is_first:
+            return
         self._write_tables(folder, {name: table.csv() for name, table in frames.tables(self.record).items()}, "csv")
 
     def to_parquet(self, folder: str | Path) -> None:
         """Write every table as `<folder>/<table>.parquet`. Needs pyarrow; otherwise like `to_csv`."""
+        if not self.is_first:
+            return
         frames.require_parquet("to_parquet")
         files = {name: table.parquet() for name, table in frames.tables(self.record).items()}
         self._write_tables(folder, files, "parquet")

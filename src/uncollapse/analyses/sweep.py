@@ -19,7 +19,7 @@ from typing import Any, Unpack
 from filelock import FileLock
 
 from uncollapse import processes, sources
-from uncollapse.analyses.preparation import DEFAULT_SEQUENCES, DEFAULTS, ProbeOptions, require_options
+from uncollapse.analyses.preparation import DEFAULT_SEQUENCES, ProbeOptions, require_options
 from uncollapse.analyses.recording import versions
 from uncollapse.analyses.result import Recorded
 from uncollapse.analyses.sweep_folder import SweepFolder
@@ -161,7 +161,7 @@ class _Described:
             "trust_remote_code": chosen["trust_remote_code"],
             "layout": None if layout is None else repr(layout),
         }
-        machine = {key: _plain(chosen.get(key)) for key in MACHINE if key in DEFAULTS}
+        machine = {key: _plain(chosen.get(key)) for key in MACHINE}
         passed_on = {key: value for key, value in chosen.items() if key not in ("progress", "batches")}
         arguments = {**passed_on, "texts": read, "batches": batches, "level": level, "context_lengths": lengths}
         return _Described(deciding, machine, arguments)

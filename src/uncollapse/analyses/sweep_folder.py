@@ -67,12 +67,18 @@ class SweepFolder:
         return self._lock_file(task).exists()
 
     def locked(self, task: Task) -> FileLock | None:
-        """A lock to be released when the record is written; None where another process has it."""
+        """A lock to be released when the record is written; None where another process has it. Raises `InputError` where nobody
+        can lock it."""
         lock = FileLock(self._lock_file(task), timeout=0)
         try:
             lock.acquire()
         except Timeout:
             return None
+        except OSError as error:
+            raise InputError(
+                f"sweep: expected a folder in which {lock.lock_file!r} can be locked, got {error.strerror or error}. It may belong "
+                "to somebody else, or the disk may be full. Make it writable, or name another folder."
+            ) from None
         return lock
 
     def _lock_file(self, task: Task) -> Path:

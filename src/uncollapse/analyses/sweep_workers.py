@@ -109,9 +109,8 @@ class OnRay:
             task = self._running.pop(reference)
             try:
                 done.append((task, self._ray.get(reference)))
-            except (
-                self._ray.exceptions.RayError
-            ) as error:  # the worker died; what a task raises itself is a record already
+            # The worker died: what a task raises itself is a record already.
+            except self._ray.exceptions.RayError as error:
                 said = " ".join(f"{type(error).__name__}: {error}".split())
                 done.append((task, failed(task, Failure("crashed", said[:500]))))
         return done

@@ -128,7 +128,7 @@ class Monitor:
         self._looks = 0
         self._file: TrailFile | None = None
         self._unwritten: list[TrailReading] = []
-        self._has_warned = False
+        self._warned: set[str] = set()
         self._is_first = processes.number() == 0
         self._is_sharded = is_sharded(model)
         self._looks_here = self._is_first or self._is_sharded
@@ -142,6 +142,7 @@ class Monitor:
             self._prepared.batches = own
         self._next: NextPass | None = None
         self._last_step: int | None = None
+        self._is_closed = False
         if on == "train" and self._prepared is not None:
             _require_whole_and_open(model, is_sharded=self._is_sharded)
             self._prepared.source = "training batches"
@@ -159,7 +160,7 @@ class Monitor:
         if self._prepared is None:
             return []
         if self.on == "train":
-            return self._step_of_training(step, loss)
+            return [] if self._is_closed else self._step_of_training(step, loss)
         return [] if self._looks and step % self.every else self.look(step, loss=loss)
 
     def look(self, step: int, *, loss: float | Tensor | None = None) -> list[Alarm]:
@@ -176,6 +177,7 @@ class Monitor:
 
     def close(self) -> None:
         """Take off what waits for the next training pass. The monitor reads nothing more with `on="train"`."""
+        self._is_closed = True
         if self._next is not None:
             self._next.close()
             self._next = None
@@ -352,10 +354,11 @@ class Monitor:
                 reading.step,
             )
 
-    def _warn(self, *message: Any) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            _logger.warning(*message)
+    def _warn(self, message: str, *details: object) -> None:
+        """Say it, each kind of message once in a run."""
+        if message not in self._warned:
+            self._warned.add(message)
+            _logger.warning(message, *details)
 
 
 def _baseline(

@@ -200,6 +200,12 @@ class TrailFile:
                 f"Monitor: expected the probe of the trail {str(self.path)!r}, got other batches. Figures of two probes do not "
                 "make one curve. Pass the batches it began with, or name another path."
             )
+        was_on, is_on = (each.options.get("on", "probe") for each in (earlier, record))
+        if was_on != is_on:
+            raise InputError(
+                f"Monitor: expected a trail that was read on={is_on!r} and not on={was_on!r}, got {str(self.path)!r}. Figures of a "
+                "fixed probe and of training batches do not make one curve. Name another path."
+            )
         self.earlier = earlier.readings
 
     def append(self, reading: TrailReading) -> None:

