@@ -4,8 +4,8 @@ A `TorchFunctionMode` sees every torch call the model's own code makes, whatever
 written; module hooks supply the call stack. Values are numbered in static single assignment form: an in-place
 operation makes a new value of every tensor on that storage, an operation that returns its own input makes none.
 
-When not to use this: on long inputs. Every tensor of the pass is kept alive so that identities stay unique; eight
-tokens tell as much about the wiring as eight thousand.
+When not to use this: on long inputs. Every tensor of the pass is kept alive so that identities stay unique, weights aside that a
+module has only while it runs (offloaded, gathered); eight tokens tell as much about the wiring as eight thousand.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -216,16 +217,24 @@ _COPIED = 1 << 20  # numbers in a weight that is copied because it will be freed
 @dataclass
 class Tape:
     """What is needed to run pieces of a pass again: the operations by node, and each node's tensor with its version.
-    `clear` it when the reading is over: it keeps every tensor of the pass alive."""
+    `clear` it when the reading is over: it keeps every tensor of the pass alive, but for weights that a module has only while it
+    runs, and views of them. Those are let go (`passing`), the small ones copied."""
 
     operations: dict[int, Operation] = field(default_factory=dict)
     copies: dict[int, Tensor] = field(default_factory=dict)
     tensors: dict[int, tuple[Tensor, int | None]] = field(default_factory=dict)
+    passing: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
+
+    def is_of(self, tensor: Tensor, node: int) -> bool:
+        """Whether `tensor` is the very one that node was made with."""
+        passing = self.passing.get(node)
+        return (self.tensors[node][0] if passing is None else passing()) is tensor
 
     def clear(self) -> None:
         self.operations.clear()
         self.copies.clear()
         self.tensors.clear()
+        self.passing.clear()
 
 
 @dataclass
@@ -351,7 +360,8 @@ class _Recorder(TorchFunctionMode):
         self._ordinals: dict[tuple[int, str], int] = {}
         self._module_calls: dict[str, int] = {}
         self.tape = Tape()
-        self._parameters = {id(p) for p in (*model.parameters(), *model.buffers())}
+        self._own = [*model.parameters(), *model.buffers()]  # kept: the numbers are theirs as long as they are there
+        self._parameters = {id(p) for p in self._own}
         for tensor in batch:
             self._new(tensor, "batch", (), is_data=True)
 
@@ -395,20 +405,36 @@ class _Recorder(TorchFunctionMode):
         self.ancestors.append(ancestors)
         self.learned_ancestors.append(learned)
         self.consumers.append([])
-        self._remember(tensor, index)
-        self.tape.tensors[index] = (tensor, _version(tensor))
+        is_passing = is_parameter and self._is_passing(tensor, operation, inputs)
+        self._remember(tensor, index, is_passing=is_passing)
+        if is_passing:
+            self.tape.passing[index] = weakref.ref(tensor)
+        else:
+            self.tape.tensors[index] = (tensor, _version(tensor))
         if is_parameter and id(tensor) not in self._parameters and tensor.numel() <= _COPIED:
-            # Of a sharded model, whose whole weights are freed behind a block.
+            # Of a sharded or offloaded model, whose whole weights are gone behind their module.
             self.tape.copies[index] = tensor.detach().clone()
         return index
 
-    def _remember(self, tensor: Tensor, index: int) -> None:
-        if id(tensor) not in self._value_of:
-            self._alive.append(tensor)
+    def _is_passing(self, tensor: Tensor, operation: str, inputs: tuple[int, ...]) -> bool:
+        """Whether this is a weight that its module has only while it runs, or a view of one."""
+        if operation == "parameter":
+            return id(tensor) not in self._parameters
+        storage = _storage(tensor)
+        passing = (self.tape.passing[i]() for i in inputs if i in self.tape.passing)
+        return storage != 0 and any(one is not None and _storage(one) == storage for one in passing)
+
+    def _remember(self, tensor: Tensor, index: int, *, is_passing: bool) -> None:
+        number = id(tensor)
+        if number not in self._value_of:
             storage = _storage(tensor)
             if storage:
-                self._on_storage.setdefault(storage, []).append(id(tensor))
-        self._value_of[id(tensor)] = index
+                self._on_storage.setdefault(storage, []).append(number)
+            if is_passing:  # its number, and the place of its memory, may then be those of another tensor
+                weakref.finalize(tensor, _forget, self._value_of, self._on_storage, number, storage)
+            else:
+                self._alive.append(tensor)
+        self._value_of[number] = index
 
     def value(self, tensor: Tensor) -> int:
         known = self._value_of.get(id(tensor))
@@ -421,7 +447,7 @@ class _Recorder(TorchFunctionMode):
         """The arguments of an operation with references in the place of tensors."""
         if isinstance(value, Tensor):
             node = self._value_of.get(id(value))
-            return value if node is None else Reference(node, self.tape.tensors[node][0] is value)
+            return value if node is None else Reference(node, self.tape.is_of(value, node))
         if type(value) in (list, tuple):
             return type(value)(self._referred(v) for v in value)
         if type(value) is dict:
@@ -520,6 +546,12 @@ class _Recorder(TorchFunctionMode):
 
     def _values_at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Path, int]:
         return {path: self.value(item) for given in (args, kwargs) for path, item in tensors_at(given)}
+
+
+def _forget(value_of: dict[int, int], on_storage: dict[int, list[int]], number: int, storage: int) -> None:
+    value_of.pop(number, None)
+    if number in on_storage.get(storage, ()):
+        on_storage[storage].remove(number)
 
 
 def _storage(tensor: Tensor) -> int:
