@@ -60,7 +60,7 @@ def recorded_tensor(trace: Trace) -> Callable[[int], Tensor]:
         copy = trace.tape.copies.get(node)
         if copy is not None:
             return copy
-        found, version = trace.tape.tensors.get(node, (None, None))
+        found, version = trace.tape.tensor(node), trace.tape.tensors[node][1]
         if found is None or (found.numel() and not found.is_meta and is_freed(found)):
             raise NotReplayable(
                 f"a weight beside the path ({trace.nodes[node].operation}) exists only while its block runs"

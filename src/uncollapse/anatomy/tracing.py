@@ -211,30 +211,29 @@ class Operation:
     is_exchangeable: bool = True
 
 
-_COPIED = 1 << 20  # numbers in a weight that is copied because it will be freed: norms have no more
+_LARGE = 1 << 18  # bytes: more than any vector has
+_COPIED = 1 << 17  # numbers in a weight that is copied because it will be freed: norms have no more
 
 
 @dataclass
 class Tape:
     """What is needed to run pieces of a pass again: the operations by node, and each node's tensor with its version.
-    `clear` it when the reading is over: it keeps every tensor of the pass alive, but for weights that a module has only while it
-    runs, and views of them. Those are let go (`passing`), the small ones copied."""
+    `clear` it when the reading is over: it keeps every tensor of the pass alive. Weights that a module has only while it runs, and
+    large tensors that are made of these alone, are let go, the small weights copied."""
 
     operations: dict[int, Operation] = field(default_factory=dict)
     copies: dict[int, Tensor] = field(default_factory=dict)
-    tensors: dict[int, tuple[Tensor, int | None]] = field(default_factory=dict)
-    passing: dict[int, weakref.ref[Tensor]] = field(default_factory=dict)
+    tensors: dict[int, tuple[Tensor | weakref.ref[Tensor], int | None]] = field(default_factory=dict)
 
-    def is_of(self, tensor: Tensor, node: int) -> bool:
-        """Whether `tensor` is the very one that node was made with."""
-        passing = self.passing.get(node)
-        return (self.tensors[node][0] if passing is None else passing()) is tensor
+    def tensor(self, node: int) -> Tensor | None:
+        """The very tensor of a node; None if it is gone."""
+        found = self.tensors[node][0]
+        return found() if isinstance(found, weakref.ref) else found
 
     def clear(self) -> None:
         self.operations.clear()
         self.copies.clear()
         self.tensors.clear()
-        self.passing.clear()
 
 
 @dataclass
@@ -359,6 +358,7 @@ class _Recorder(TorchFunctionMode):
         self._on_storage: dict[int, list[int]] = {}
         self._ordinals: dict[tuple[int, str], int] = {}
         self._module_calls: dict[str, int] = {}
+        self._passing: set[int] = set()
         self.tape = Tape()
         self._own = [*model.parameters(), *model.buffers()]  # kept: the numbers are theirs as long as they are there
         self._parameters = {id(p) for p in self._own}
@@ -405,24 +405,22 @@ class _Recorder(TorchFunctionMode):
         self.ancestors.append(ancestors)
         self.learned_ancestors.append(learned)
         self.consumers.append([])
-        is_passing = is_parameter and self._is_passing(tensor, operation, inputs)
+        is_own = id(tensor) in self._parameters
+        is_passing = not is_data and not is_own and self._is_passing(tensor, operation, inputs)
         self._remember(tensor, index, is_passing=is_passing)
         if is_passing:
-            self.tape.passing[index] = weakref.ref(tensor)
-        else:
-            self.tape.tensors[index] = (tensor, _version(tensor))
-        if is_parameter and id(tensor) not in self._parameters and tensor.numel() <= _COPIED:
-            # Of a sharded or offloaded model, whose whole weights are gone behind their module.
+            self._passing.add(index)
+        self.tape.tensors[index] = (weakref.ref(tensor) if is_passing else tensor, _version(tensor))
+        if is_parameter and not is_own and tensor.numel() <= _COPIED:
             self.tape.copies[index] = tensor.detach().clone()
         return index
 
     def _is_passing(self, tensor: Tensor, operation: str, inputs: tuple[int, ...]) -> bool:
-        """Whether this is a weight that its module has only while it runs, or a view of one."""
+        """Whether this is a weight that its module has only while it runs, what accelerate makes it of, or made of such alone."""
         if operation == "parameter":
-            return id(tensor) not in self._parameters
-        storage = _storage(tensor)
-        passing = (self.tape.passing[i]() for i in inputs if i in self.tape.passing)
-        return storage != 0 and any(one is not None and _storage(one) == storage for one in passing)
+            return True
+        made_of_such = bool(inputs) and self._passing.issuperset(inputs)
+        return _bytes(tensor) > _LARGE and (operation == "constant" or made_of_such)
 
     def _remember(self, tensor: Tensor, index: int, *, is_passing: bool) -> None:
         number = id(tensor)
@@ -447,7 +445,7 @@ class _Recorder(TorchFunctionMode):
         """The arguments of an operation with references in the place of tensors."""
         if isinstance(value, Tensor):
             node = self._value_of.get(id(value))
-            return value if node is None else Reference(node, self.tape.is_of(value, node))
+            return value if node is None else Reference(node, self.tape.tensor(node) is value)
         if type(value) in (list, tuple):
             return type(value)(self._referred(v) for v in value)
         if type(value) is dict:
@@ -470,6 +468,8 @@ class _Recorder(TorchFunctionMode):
         results = list(tensors_in(output))
         if not results and not in_place:
             return output
+        if any(isinstance(a, torch.UntypedStorage) for a in args):
+            return output  # a weight, read from a file in the middle of the pass: a constant, once it is used
         operands = operands_of(name, args, kwargs)[: 1 if name in _TEMPLATES else None]
         inputs = tuple(self.value(t) for t in operands)
         is_data = any(self.nodes[i].is_data for i in inputs)
@@ -559,6 +559,14 @@ def _storage(tensor: Tensor) -> int:
         return int(tensor.untyped_storage().data_ptr())
     except (RuntimeError, NotImplementedError):  # a tensor subclass without storage of its own
         return 0
+
+
+def _bytes(tensor: Tensor) -> int:
+    """What a tensor keeps in memory, those that it is a view of included."""
+    try:
+        return int(tensor.untyped_storage().nbytes())
+    except (RuntimeError, NotImplementedError):  # as above
+        return tensor.numel() * tensor.element_size()
 
 
 def _version(tensor: Tensor) -> int | None:
