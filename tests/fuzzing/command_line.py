@@ -162,7 +162,9 @@ def _arguments(folder: Path, draw: random.Random) -> list[str]:
             given += draw.choices(models, k=draw.choice([0, 1, 1, 1, 2]))
             outs = ["out"] if draw.random() < 0.7 else [str(folder), "/proc", "/no/such", "out\0", *files, *_WORDS]
             given += ["--out", draw.choice(outs)] if draw.random() < 0.95 else []
-            given += ["--shard", draw.choice(["1/2", "2/2", "2/1", "0/0", "1/", *_NUMBERS])] if draw.random() < 0.3 else []
+            given += (
+                ["--shard", draw.choice(["1/2", "2/2", "2/1", "0/0", "1/", *_NUMBERS])] if draw.random() < 0.3 else []
+            )
             given += ["--retry"] if draw.random() < 0.2 else []
         case _:
             given += [draw.choice([str(model), str(model), "demo", *_WORDS])]
