@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.attention_graph import MixingProduct, mixing_products, sum_behind
+from uncollapse.anatomy.attention_graph import MixingProduct, making, mixing_products
 from uncollapse.anatomy.interception import Point, device_of
 from uncollapse.anatomy.norm_reading import Piece, cuts, kind_between, next_products, pieces_between
 from uncollapse.anatomy.replaying import between
@@ -574,11 +574,11 @@ class _Reader:
                     self._point(index),
                     operand,
                     None if found.score is None else index > found.score,
-                    joined=self._joined(self.t.nodes[index].inputs[operand], index),
+                    made=self._made(self.t.nodes[index].inputs[operand]),
                 )
                 for index, operand in found.masking
             ),
-            joined=self._joined(node.inputs[3], product) if found.is_fused and len(node.inputs) > 3 else None,
+            made=self._made(node.inputs[3]) if found.is_fused and len(node.inputs) > 3 else (),
             drops_columns=self._drops_columns(found),
             value_bias=any(map(self._has_bias, self._learned_behind(value))),
             output_bias=projection is not None and any(map(self._has_bias, self._products_of(place, projection))),
@@ -590,9 +590,8 @@ class _Reader:
             key_operand=compared.index(key) if key in compared else 1,
         )
 
-    def _joined(self, operand: int, product: int) -> Point | None:
-        made = sum_behind(self.t, operand, product)
-        return None if made is None else self._point(made)
+    def _made(self, operand: int) -> tuple[Point, ...]:
+        return tuple(dict.fromkeys(self._point(index) for index in making(self.t, operand)))
 
     def _similarity(self, found: MixingProduct) -> tuple[int | None, int | None, int | None]:
         """The product of queries with keys and its two operands; nothing where several products are summed before the softmax."""
