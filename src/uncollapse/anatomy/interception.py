@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack
 
 from uncollapse.anatomy.tracing import counted_name, opened, operation_name, tensors_in
 from uncollapse.errors import UncollapseError
@@ -337,6 +337,11 @@ def _wrap(
             changes.hook(child, "forward_pre", down)
             changes.hook(child, "forward", up, always_call=True)
     changes.wrap(module, around)
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """The function modes in force at this place, the outermost first, but for those of handlers."""
+    return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, _Owner)]
 
 
 def in_turn(*handlers: Handler) -> Handler:
