@@ -19,7 +19,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -559,8 +559,11 @@ def attention_weights(
     """
     scores = _scores("attention_weights", q, k, allowed, bias, key_mask, None, causal, scale, softcap)
     weights = torch.zeros(scores.sizes, dtype=scores.dtype, device=scores.device)
-    for tile, S, _, keep in _tiles(scores):
-        weights[tile] = torch.softmax(S, -1) if keep is None else torch.softmax(S, -1) * keep
+    for tile, S, P, keep in _tiles(scores):
+        torch.softmax(S, -1, out=P)
+        if keep is not None:
+            P[..., keep.start :].mul_(keep.kept)
+        weights[tile] = P
     return weights.flatten(1, 2)
 
 
@@ -671,9 +674,18 @@ def _self_scores(name: str, q: Tensor, k: Tensor, mask: Tensor | None, causal: b
     return _scores(name, q, k, None, None, mask, query_mask, causal, scale, None)
 
 
-def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, Tensor | None]]:
+class _Keep(NamedTuple):
+    """Which pairs of a tile are allowed: all before the column `start`, and behind it where `kept` [.., query, key], broadcastable,
+    is 1 and not 0. `counts` [.., query]: how many keys each row is allowed."""
+
+    start: int
+    kept: Tensor
+    counts: Tensor
+
+
+def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, _Keep | None]]:
     """Every tile with its logits, forbidden ones at `FORBIDDEN`, a scratch tensor of the same shape, and which pairs
-    are allowed, as 0 and 1, broadcastable (`None`: all). The two tensors are overwritten by the next tile."""
+    are allowed (`None`: all). The two tensors are overwritten by the next tile."""
     batch, groups, repeats, queries, keys = scores.sizes
     budget = (TILE_BYTES if scores.device.type == "cpu" else DEVICE_TILE_BYTES) // scores.dtype.itemsize
     row_step = min(queries, CAUSAL_ROWS if scores.causal else queries, max(1, budget // (repeats * keys)))
@@ -684,6 +696,8 @@ def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, Tensor | No
     memory = torch.empty(
         2, batch_step * group_step * repeats * row_step * keys, dtype=scores.dtype, device=scores.device
     )
+    # On the diagonal of a causal call: the same triangle in every tile.
+    triangle = torch.ones(row_step, row_step, dtype=torch.bool, device=scores.device).tril() if scores.causal else None
     for b, g, i in itertools.product(
         range(0, batch, batch_step), range(0, groups, group_step), range(0, queries, row_step)
     ):
@@ -697,15 +711,21 @@ def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, Tensor | No
         )
         shape = [part.stop - part.start for part in tile]
         S, scratch = memory[:, : math.prod(shape)].view(2, *shape)
-        allowed = scores.fill(tile, S)
+        allowed, start = scores.fill(tile, S), 0
         if scores.allowed is not None:
             allowed = _and(allowed, _cut(scores.allowed, tile))
-        if scores.causal:
-            row, key = (torch.arange(tile[n].start, tile[n].stop, device=scores.device) for n in (3, 4))
-            allowed = _and(allowed, key <= row[:, None])
-        keep = None if allowed is None else allowed.to(scores.dtype)
-        if keep is not None:
-            S.add_((1 - keep) * FORBIDDEN)
+        if triangle is not None and i < tile[4].stop:
+            below = triangle[: stop - i, : tile[4].stop - i]
+            if allowed is None:  # all keys before the tile's own rows are allowed
+                allowed, start = below, i
+            else:
+                allowed = allowed.expand(*allowed.shape[:-2], *shape[-2:]).clone()
+                allowed[..., i:] &= below
+        keep = None
+        if allowed is not None:
+            kept = allowed.to(scores.dtype)
+            S[..., start:].add_((1 - kept) * FORBIDDEN)
+            keep = _Keep(start, kept, start + kept.sum(-1).long())
         yield tile, S, scratch, keep
 
 
@@ -717,7 +737,7 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
     allowed_keys = torch.zeros(scores.sizes[:4], dtype=torch.int64, device=scores.device)
     for tile, S, P, keep in _tiles(scores):
         rows = tile[:4]
-        T = torch.tensor(S.shape[-1], device=S.device) if keep is None else keep.sum(-1).long()
+        T = torch.tensor(S.shape[-1], device=S.device) if keep is None else keep.counts
         maximum = S.amax(-1, keepdim=True)  # without its place, which costs ten times as much
         S.sub_(maximum)
         torch.softmax(S, -1, out=P)  # not torch.exp: it is ten times slower where a result underflows
@@ -729,7 +749,9 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
         found["entropy"][rows] = (0 - peak.log() - mean).clamp_(min=0)
         if susceptibility:
             found["variance"][rows] = (P.mul_(S).sum(-1) - mean.square()).clamp_(min=0)
-        torch.mul(S, 1 if keep is None else keep, out=P)
+        P.copy_(S)
+        if keep is not None:
+            P[..., keep.start :].mul_(keep.kept)
         lowest = P.amin(-1)
         if floor:
             total = P.sum(-1)
