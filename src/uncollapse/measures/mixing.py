@@ -19,7 +19,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -559,8 +559,11 @@ def attention_weights(
     """
     scores = _scores("attention_weights", q, k, allowed, bias, key_mask, None, causal, scale, softcap)
     weights = torch.zeros(scores.sizes, dtype=scores.dtype, device=scores.device)
-    for tile, S, _, keep in _tiles(scores):
-        weights[tile] = torch.softmax(S, -1) if keep is None else torch.softmax(S, -1) * keep
+    for tile, S, P, keep in _tiles(scores):
+        torch.softmax(S, -1, out=P)
+        if keep is not None:
+            P[..., keep.start :].mul_(keep.kept)
+        weights[tile] = P
     return weights.flatten(1, 2)
 
 
@@ -622,18 +625,17 @@ def _scores(
     shrunk = 0
     if not (is_ordinary(q, 40) and is_ordinary(k, 40) and abs(scale) < 1e6):
         dtype, shrunk = torch.float64, _shrinking(q, k, scale, key_mask, softcap)
-    Q = q.detach().to(dtype) * scale
+    Q, factor = q.detach().unflatten(1, sizes[1:3]), scale
     if shrunk:
-        Q = times_power_of_two(q.detach().double() * scale, torch.tensor(-shrunk, device=q.device))
-    Q = Q.view(*sizes[:4], -1)
-    K = k.detach().to(dtype).contiguous()
+        Q, factor = times_power_of_two(Q.double() * scale, torch.tensor(-shrunk, device=q.device)), 1.0
+    K = k.detach().to(dtype)
     if key_mask is not None:
         K = torch.where(key_mask[:, None, :, None], K, 0)  # whatever padding holds: NaN + FORBIDDEN would stay NaN
     B = None if bias is None else _pairwise(name, "bias", bias.detach(), sizes)
 
     def fill(tile: _Tile, S: Tensor) -> Tensor | None:
-        rows = Q[tile[:4]].flatten(0, 1).flatten(1, 2)
-        keys = K[tile[0], tile[1], tile[4]].flatten(0, 1)
+        rows = (Q[tile[:4]].to(dtype) * factor).flatten(0, 1).flatten(1, 2)
+        keys = K[tile[0], tile[1], tile[4]].flatten(0, 1)  # a copy as large as the tile's, if any
         # with `out`, autocast leaves the product in the dtype at hand
         torch.bmm(rows, keys.mT, out=S.view(rows.shape[0], rows.shape[1], keys.shape[1]))
         if softcap is not None:
@@ -671,9 +673,18 @@ def _self_scores(name: str, q: Tensor, k: Tensor, mask: Tensor | None, causal: b
     return _scores(name, q, k, None, None, mask, query_mask, causal, scale, None)
 
 
-def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, Tensor | None]]:
+class _Keep(NamedTuple):
+    """Which pairs of a tile are allowed: all before the column `start`, and behind it where `kept` [.., query, key], broadcastable,
+    is 1 and not 0. `counts` [.., query]: how many keys each row is allowed."""
+
+    start: int
+    kept: Tensor
+    counts: Tensor
+
+
+def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, _Keep | None]]:
     """Every tile with its logits, forbidden ones at `FORBIDDEN`, a scratch tensor of the same shape, and which pairs
-    are allowed, as 0 and 1, broadcastable (`None`: all). The two tensors are overwritten by the next tile."""
+    are allowed (`None`: all). The two tensors are overwritten by the next tile."""
     batch, groups, repeats, queries, keys = scores.sizes
     budget = (TILE_BYTES if scores.device.type == "cpu" else DEVICE_TILE_BYTES) // scores.dtype.itemsize
     row_step = min(queries, CAUSAL_ROWS if scores.causal else queries, max(1, budget // (repeats * keys)))
@@ -684,6 +695,8 @@ def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, Tensor | No
     memory = torch.empty(
         2, batch_step * group_step * repeats * row_step * keys, dtype=scores.dtype, device=scores.device
     )
+    # On the diagonal of a causal call: the same triangle in every tile.
+    triangle = torch.ones(row_step, row_step, dtype=torch.bool, device=scores.device).tril() if scores.causal else None
     for b, g, i in itertools.product(
         range(0, batch, batch_step), range(0, groups, group_step), range(0, queries, row_step)
     ):
@@ -697,67 +710,93 @@ def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, Tensor | No
         )
         shape = [part.stop - part.start for part in tile]
         S, scratch = memory[:, : math.prod(shape)].view(2, *shape)
-        allowed = scores.fill(tile, S)
+        allowed, start = scores.fill(tile, S), 0
         if scores.allowed is not None:
             allowed = _and(allowed, _cut(scores.allowed, tile))
-        if scores.causal:
-            row, key = (torch.arange(tile[n].start, tile[n].stop, device=scores.device) for n in (3, 4))
-            allowed = _and(allowed, key <= row[:, None])
-        keep = None if allowed is None else allowed.to(scores.dtype)
-        if keep is not None:
-            S.add_((1 - keep) * FORBIDDEN)
+        if triangle is not None and i < tile[4].stop:
+            below = triangle[: stop - i, : tile[4].stop - i]
+            if allowed is None:  # all keys before the tile's own rows are allowed
+                allowed, start = below, i
+            else:
+                allowed = allowed.expand(*allowed.shape[:-2], *shape[-2:]).clone()
+                allowed[..., i:] &= below
+        keep = None
+        if allowed is not None:
+            kept = allowed.to(scores.dtype)
+            S[..., start:].add_((1 - kept) * FORBIDDEN)
+            keep = _Keep(start, kept, start + kept.sum(-1).long())
         yield tile, S, scratch, keep
 
 
 def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
-    found = {
+    # What is read off the logits, tile by tile; figures come from it at the end, for all rows at once.
+    read = {
         name: torch.zeros(scores.sizes[:4], dtype=scores.dtype, device=scores.device)
-        for name in ("entropy", "rest", "reach", "second", "maximum", "peak", "floor", "variance")
+        for name in ("maximum", "peak", "others", "mean", "variance", "total", "squares")
     }
     allowed_keys = torch.zeros(scores.sizes[:4], dtype=torch.int64, device=scores.device)
+    numbers = torch.arange(allowed_keys.numel(), device=scores.device).view(scores.sizes[:4])
+    beside: list[tuple[Tensor, dict[str, Tensor]]] = []  # numbers of rows that are looked at by themselves, and their figures
     for tile, S, P, keep in _tiles(scores):
         rows = tile[:4]
-        T = torch.tensor(S.shape[-1], device=S.device) if keep is None else keep.sum(-1).long()
+        allowed_keys[rows] = S.shape[-1] if keep is None else keep.counts
         maximum = S.amax(-1, keepdim=True)  # without its place, which costs ten times as much
         S.sub_(maximum)
         torch.softmax(S, -1, out=P)  # not torch.exp: it is ten times slower where a result underflows
         peak = P.amax(-1)
         others = _others(P, peak)
         mean = P.mul_(S).sum(-1)  # the strongest adds nothing here: its S is 0
-        allowed_keys[rows] = T
-        found["maximum"][rows], found["peak"][rows] = maximum[..., 0], peak
-        found["entropy"][rows] = (0 - peak.log() - mean).clamp_(min=0)
+        read["maximum"][rows], read["peak"][rows] = maximum[..., 0], peak
+        read["others"][rows], read["mean"][rows] = others, mean
         if susceptibility:
-            found["variance"][rows] = (P.mul_(S).sum(-1) - mean.square()).clamp_(min=0)
-        torch.mul(S, 1 if keep is None else keep, out=P)
-        lowest = P.amin(-1)
+            read["variance"][rows] = P.mul_(S).sum(-1)
+        if keep is not None:
+            S[..., keep.start :].mul_(keep.kept)  # a forbidden pair is as good as the strongest, and adds nothing
+        lowest = S.amin(-1)
         if floor:
-            total = P.sum(-1)
-            square_norm = P.mul_(P).sum(-1) - total.square() / T
-            found["floor"][rows] = torch.maximum(-peak.log(), _floor_from_norm(square_norm, T))
-        found["rest"][rows] = (others.log() - (peak.log() + mean / others)).clamp_(min=0)
-        found["reach"][rows] = T - 1
-        # There one of the others may be out of reach, or all are lost beside the strongest: they are looked at by themselves.
-        apart = ~((lowest > -UNDERFLOW) & (others > LEAST_REST)) & (T >= FEW_RIVALS)
-        if bool(apart.any()):
-            for name, figure in _beside_strongest(S[apart]).items():
-                found[name][rows][apart] = figure
-    dead = allowed_keys == 0
+            read["total"][rows], read["squares"][rows] = S.sum(-1), torch.mul(S, S, out=P).sum(-1)
+        # Where one of the others may be out of reach, or all are lost beside the strongest, they are looked at by themselves.
+        near = (lowest > -UNDERFLOW) & (others > LEAST_REST)
+        if not bool(near.all()):
+            alone = ~near & (allowed_keys[rows] >= FEW_RIVALS)
+            if bool(alone.any()):
+                if keep is not None:
+                    S[..., keep.start :].add_((1 - keep.kept) * FORBIDDEN)
+                beside.append((numbers[rows][alone], _beside_strongest(S[alone])))
+    T, mean, others, log_peak = allowed_keys, read["mean"], read["others"], read["peak"].log()
+    found = {
+        "maximum": read["maximum"],
+        "peak": read["peak"],
+        "entropy": (0 - log_peak - mean).clamp_(min=0),
+        "variance": (read["variance"] - mean.square()).clamp_(min=0),
+        "floor": torch.zeros_like(mean),
+        "rest": (others.log() - (log_peak + mean / others)).clamp_(min=0),
+        "reach": (T - 1).to(mean.dtype),
+        "second": torch.zeros_like(mean),
+    }
+    if floor:
+        square_norm = read["squares"] - read["total"].square() / T
+        found["floor"] = torch.maximum(-log_peak, _floor_from_norm(square_norm, T))
+    for places, figures in beside:
+        for name, figure in figures.items():
+            found[name].view(-1)[places] = figure
+    dead = T == 0
     if scores.query_mask is not None:
         dead |= ~scores.query_mask[:, None, None]
     if scores.shrunk:
         for name, power in (("maximum", 1), ("variance", 2)):
             found[name] = times_power_of_two(found[name], torch.tensor(power * scores.shrunk, device=scores.device))
     results = {name: value.masked_fill_(dead, math.nan).flatten(1, 2) for name, value in found.items()}
-    return _Rows(allowed_keys=allowed_keys.masked_fill_(dead, 0).flatten(1, 2), **results)
+    return _Rows(allowed_keys=T.masked_fill_(dead, 0).flatten(1, 2), **results)
 
 
 def _others(P: Tensor, peak: Tensor) -> Tensor:
     """What the weights `P` leave to all but the strongest, without the digits that one takes away from them."""
-    if bool((peak <= FLAT).all()):
-        return 1 - peak
-    rest: Tensor = P.double().sum(-1) - peak.double()
-    return rest.to(P.dtype)
+    others = 1 - peak
+    sharp = ~(peak <= FLAT)
+    if bool(sharp.any()):
+        others[sharp] = (P[sharp].double().sum(-1) - peak[sharp].double()).to(P.dtype)
+    return others
 
 
 def _beside_strongest(S: Tensor) -> dict[str, Tensor]:
