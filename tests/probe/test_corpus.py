@@ -173,7 +173,8 @@ def test_at_core_the_tokens_are_a_sample_of_those_of_level_full() -> None:
     model, batch = model_of("gpt2"), text_batch()
     few, every = entries(model, [batch]), entries(model, [batch], level="full")
     sites = [site for site, pooling in every if pooling == "tokens"]
-    assert sites and batch["attention_mask"].sum() <= FEW_TOKENS
+    assert sites
+    assert batch["attention_mask"].sum() <= FEW_TOKENS
     for site in sites:
         assert few[site, "tokens"] == every[site, "tokens"]
     batches = [text_batch(seed=seed) for seed in range(9)]
@@ -207,7 +208,8 @@ def test_a_sample_is_that_of_the_smallest_keys_however_the_points_come(most: int
 
     whole, parts = sampled(slice(60)), sampled(slice(5), slice(5, 40), slice(40, 60))
     one, other = sampled(slice(31)), sampled(slice(31, 60))
-    assert one.cloud is not None and other.cloud is not None
+    assert one.cloud is not None
+    assert other.cloud is not None
     merged = one.cloud.merge(other.cloud)
     one.put(merged)
     one.seen += other.seen
@@ -216,9 +218,7 @@ def test_a_sample_is_that_of_the_smallest_keys_however_the_points_come(most: int
         assert (record.points, record.sampled) == (58, most if most < 58 else None)
         assert statistics.cloud is not None
         order = np.lexsort(statistics.cloud.points.double().numpy().T)
-        np.testing.assert_array_equal(
-            statistics.cloud.points.double().numpy()[order], expected[np.lexsort(expected.T)]
-        )
+        np.testing.assert_array_equal(statistics.cloud.points.double().numpy()[order], expected[np.lexsort(expected.T)])
         np.testing.assert_allclose(statistics.cloud.mean.numpy(), expected.mean(axis=0), atol=1e-12)
 
 

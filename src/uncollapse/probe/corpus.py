@@ -221,7 +221,7 @@ class Rows:
         return float(independent.rsqrt().mean()) if len(self.there) else 1.0
 
     def laid_out(self, keys: Tensor, cloud: Tensor) -> Tensor:
-        """The keys of the real tokens, with infinity where a token of the cloud is padding: one for each, sequence after sequence."""
+        """The keys of the real tokens, with infinity for those that are padding: one for each token of the cloud."""
         if self.mask is None:
             return keys
         found = keys.new_full(cloud.shape[:2], torch.inf)

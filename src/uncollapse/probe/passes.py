@@ -112,11 +112,11 @@ def capture(
 
     watch: what to observe, by default all that belongs to the level (`WATCHED`). `"sites"`: the token clouds between blocks;
     without it they are only counted where they are not finite. `"corpus"`: the cloud over all sequences at every site, a point per
-    sequence; `"all tokens"`: that of all tokens, `"few tokens"`: that of a sample of them. `"routers"`: which experts tokens are sent to. `"attention"`: whether the
-    pass bears the reading out, and the spread that each head keeps; with `"rows"` also every row, with `"spectra"` also the
-    decomposed matrices. `"projections"`: matrix and energy of the output projections. `"sublayers"`: what each adds and what each
-    norm does. `"parts"`: whether each part does anything; of heads, as far as their attention and projections are watched. What
-    is not watched leaves its statistics empty and changes no other figure.
+    sequence; `"all tokens"`: that of all tokens, `"few tokens"`: that of a sample of them. `"routers"`: which experts tokens are
+    sent to. `"attention"`: whether the pass bears the reading out, and the spread that each head keeps; with `"rows"` also every
+    row, with `"spectra"` also the decomposed matrices. `"projections"`: matrix and energy of the output projections. `"sublayers"`:
+    what each adds and what each norm does. `"parts"`: whether each part does anything; of heads, as far as their attention and
+    projections are watched. What is not watched leaves its statistics empty and changes no other figure.
 
     digest: is given the statistics of an attention while the matrix of its output projection is there, where that is no tensor of
     the model that stays (sharded, offloaded): it returns their `figures`, and the matrix is let go. None: every matrix is kept.
