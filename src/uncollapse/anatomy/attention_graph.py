@@ -12,15 +12,16 @@ whether rows sum to one is found on the live model (`proof`, and in each measure
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from uncollapse.anatomy.operands import FUSED
-from uncollapse.anatomy.tracing import Trace
+from uncollapse.anatomy.tracing import PASSES, Trace
 
 MASKING = frozenset(["add", "sub", "masked_fill", "where", "mul", "setitem", "masked_scatter"])
 _CHOICES = frozenset(["getitem", "index_select", "gather", "index", "take", "chunk", "split", "unbind"])
 _ADDING = frozenset(["baddbmm", "addmm"])
+_JOINS = frozenset(["cat", "concat", "concatenate"])
 _JOINING = frozenset(["add", "sub", "masked_fill", "where", "setitem"])
 _SOFTMAXES = frozenset(["softmax", "special_softmax", "log_softmax"])
 _EXPONENTIALS = frozenset(["exp", "exp2"])
@@ -179,6 +180,40 @@ def _logits(t: Trace, score: int, similarity: Iterable[int]) -> int:
         if t.depends(second, first) and t.nodes[second].size < t.nodes[first].size:
             return first
     return given
+
+
+def has_other_data(t: Trace, values: int) -> bool:
+    """Whether the values of a product are joined of several that were each learned from what the model was given: those of its own
+    stream and those of another, say. Virtual tokens were not."""
+    given = sum(1 << node.index for node in t.nodes if node.operation == "batch")
+    frontier, seen = [values], set[int]()
+    while frontier:
+        index = frontier.pop()
+        node = t.nodes[index]
+        if index in seen:
+            continue
+        seen.add(index)
+        if node.operation in _JOINS and sum(t.is_learned_from(i) and bool(t.ancestors[i] & given) for i in node.inputs) > 1:
+            return True
+        if node.operation in PASSES:
+            frontier.extend(node.inputs)
+    return False
+
+
+def serves_weights(
+    t: Trace, product: int, products: Mapping[int, MixingProduct], stream: int, targets: Collection[int]
+) -> bool:
+    """Whether what a product mixes reaches the `targets` through the weights of others alone: it takes part in choosing whom these
+    attend to, and mixes nothing that is added. `stream`: where the way back ends."""
+    crossed: set[int] = set()
+    frontier = list(targets)
+    while frontier:
+        met = behind(t, frontier, lambda i: i not in products and i != stream) & products.keys()
+        if product in met:
+            return False
+        frontier = [products[i].values for i in met - crossed]
+        crossed |= met
+    return True
 
 
 def making(t: Trace, operand: int) -> tuple[int, ...]:
