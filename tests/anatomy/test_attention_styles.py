@@ -314,6 +314,82 @@ def test_pieces_of_a_sequence_that_see_the_same_keys_are_no_heads() -> None:
         assert "answers for" in a.unavailable["entropy"]
 
 
+def normed(weights: Tensor) -> Tensor:
+    return weights / weights.sum(-1, keepdim=True)
+
+
+# Ways to hide pairs, from logits and from what is hidden to weights.
+MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "lower triangle of the weights": lambda x, later: normed(
+        x.softmax(-1).tril() if bool(later.any()) else x.softmax(-1)
+    ),
+    "lower triangle of the exponentials": lambda x, later: normed(x.exp().tril() if bool(later.any()) else x.exp()),
+    "the lesser of two": lambda x, later: torch.minimum(x, torch.where(later, -1e9, math.inf)).softmax(-1),
+    "so many times the mask": lambda x, later: torch.add(x, later.float(), alpha=-1e4).softmax(-1),
+    "so many times the mask less": lambda x, later: torch.sub(x, later.float(), alpha=1e4).softmax(-1),
+    "an einsum of weights and mask": lambda x, later: normed(
+        torch.einsum("bhij,ij->bhij", x.softmax(-1), (~later).float())
+    ),
+    "a product that is added": lambda x, later: torch.addcmul(x, later.float(), torch.tensor(-1e9)).softmax(-1),
+    "a method that chooses": lambda x, later: x.where(~later, x.new_tensor(-math.inf)).softmax(-1),
+    "a tensor full of one number": lambda x, later: torch.where(later, torch.full_like(x, -1e4), x).softmax(-1),
+    "ones and zeros, then a number": lambda x, later: (x * (~later).float() - 1e9 * later.float()).softmax(-1),
+}
+
+
+def hiding(way: str, *, hides: bool = True) -> Callable[[Styled, Tensor, Tensor, Tensor], Tensor]:
+    def mix(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1) & hides
+        weights = MASKS[way](q @ k.mT / q.shape[-1] ** 0.5, later)
+        self.seen.append(weights)
+        return weights @ v
+
+    return mix
+
+
+@pytest.mark.parametrize("way", MASKS)
+def test_a_mask_is_one_whatever_operation_hides_by_it(way: str) -> None:
+    model = StyledModel(hiding(way)).eval()
+    batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
+    record = uc.diagnose(model, batches=[batch]).record
+    for number, block in enumerate(model.blocks):
+        assert isinstance(block, StyledBlock)
+        block.attention.seen.clear()
+        with torch.no_grad():
+            model(**batch)
+        weights = block.attention.seen[-1].double().numpy()
+        for a in (a for a in record.attention if a.block == number):
+            assert a.normalized_entropy is not None, a.unavailable
+            assert a.normalized_entropy.mean == pytest.approx(np.mean(_normalised(weights[:, a.head])), rel=1e-4)
+    with torch.no_grad(), uc.without(model, "mask", batch=batch):
+        got = model(**batch)
+    for block in model.blocks:
+        assert isinstance(block, StyledBlock)
+        block.attention.style = hiding(way, hides=False)
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(**batch))
+
+
+def drawn_towards(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Logits that are drawn to a low number where a pair is hidden, in an operation that nobody looks at for that."""
+    logits = q @ k.mT
+    later = torch.ones(logits.shape[-2:]).triu(1).expand_as(logits)
+    weights = torch.lerp(logits, torch.full_like(logits, -1e9), later).softmax(-1)
+    self.seen.append(weights)
+    return weights @ v
+
+
+def test_pairs_without_weight_that_nothing_was_seen_to_forbid_are_not_counted_as_allowed() -> None:
+    model = StyledModel(drawn_towards).eval()
+    batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
+    for a in uc.diagnose(model, batches=[batch]).record.attention:
+        assert a.entropy is not None
+        assert a.normalized_entropy is None
+        assert a.entropy_floor is None
+        assert a.key_share is None
+        assert a.unavailable["normalized_entropy"] == "pairs have no weight that nothing was seen to forbid"
+
+
 def recurrent(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A delta rule: it mixes values of which each was corrected by those before. The state at the end is made, and let go."""
     own = torch.eye(k.shape[2]) + (k @ k.mT / 8).tril(-1)

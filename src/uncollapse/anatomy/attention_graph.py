@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from uncollapse.anatomy.masking import BY_RESULT
 from uncollapse.anatomy.operands import FUSED
 from uncollapse.anatomy.tracing import PASSES, Trace
 
-MASKING = frozenset(["add", "sub", "masked_fill", "where", "mul", "setitem", "masked_scatter"])
+MASKING = frozenset(["add", "sub", "masked_fill", "where", "mul", "setitem"])
 _CHOICES = frozenset(["getitem", "index_select", "gather", "index", "take", "chunk", "split", "unbind"])
 _ADDING = frozenset(["baddbmm", "addmm"])
 _JOINS = frozenset(["cat", "concat", "concatenate"])
@@ -193,7 +194,10 @@ def has_other_data(t: Trace, values: int) -> bool:
         if index in seen:
             continue
         seen.add(index)
-        if node.operation in _JOINS and sum(t.is_learned_from(i) and bool(t.ancestors[i] & given) for i in node.inputs) > 1:
+        if (
+            node.operation in _JOINS
+            and sum(t.is_learned_from(i) and bool(t.ancestors[i] & given) for i in node.inputs) > 1
+        ):
             return True
         if node.operation in PASSES:
             frontier.extend(node.inputs)
@@ -237,6 +241,10 @@ def making(t: Trace, operand: int) -> tuple[int, ...]:
 def _masking(t: Trace, between: Iterable[int], similarity: Iterable[int]) -> tuple[tuple[int, int], ...]:
     """The nodes that may forbid a pair: they take the logits or weights, and something that nothing learned has made."""
     products = set(similarity)
+
+    def of_them(index: int) -> bool:
+        return index in products or any(t.depends(index, p) for p in products)
+
     # A product that adds something to its logits adds its first operand: nn.MultiheadAttention's mask.
     found = [
         (p, 0)
@@ -245,11 +253,14 @@ def _masking(t: Trace, between: Iterable[int], similarity: Iterable[int]) -> tup
     ]
     for index in between:
         node = t.nodes[index]
+        if node.operation in BY_RESULT:
+            own = [number for number, i in enumerate(node.inputs) if t.nodes[i].shape == node.shape and of_them(i)]
+            if len(own) == 1 and not any(t.is_learned_from(i) for i in node.inputs if not of_them(i)):
+                found.append((index, own[0]))
         if node.operation not in MASKING:
             continue
         for number, operand in enumerate(node.inputs):
-            on_the_way = operand in products or any(t.depends(operand, p) for p in products)
-            if not on_the_way and not t.is_learned_from(operand):
+            if not of_them(operand) and not t.is_learned_from(operand):
                 found.append((index, number))
                 break
     return tuple(found)

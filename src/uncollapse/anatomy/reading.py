@@ -1198,8 +1198,8 @@ class _Reader:
 
     def _require_every_attention(self, blocks: list[Block]) -> None:
         """Refuse a picture that leaves out a block: attention inside a module of a class that is a block elsewhere, or, of a
-        kind that blocks have, inside a member of a list. A pooling head's may stand outside the blocks; what reaches nothing that the
-        model returns, such as the state that a recurrent layer would hand on to a next text, is nobody's."""
+        kind that blocks have, inside a member of a list. A pooling head's may stand outside the blocks. What reaches nothing that
+        the model returns, such as the state that a recurrent layer would hand on to a next text, is nobody's."""
         inside = {c.product for b in blocks for p in b.parts for c in p.attention}
         kinds = {type(self.model.get_submodule(point.owner)) for point in inside}
         classes = {type(self.model.get_submodule(b.module.name)) for b in blocks if not b.label}
