@@ -26,7 +26,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-SECONDS_A_TYPE = 60
+SECONDS_A_TYPE = 240
 SECONDS_A_START = 600  # imports, on a machine that has other things to do
 WORKERS = 2
 MEMORY = 7 * 2**30
