@@ -519,32 +519,31 @@ def frozen(observed: Observed) -> Iterator[Reading]:
     gradients. The entropy of the whole row would mislead: a head that looks only at the first token, or at itself, has none and
     is healthy. So would the entropy of the rest alone: a head that looks at two fixed positions leaves one clear winner there, and
     every other key within reach. And so would the reach alone: a bias that falls with distance puts far keys out of reach and
-    spreads the near ones. A head is frozen if both say so.
-
-    Records of before have no reach; there the entropy of the rest decides."""
+    spreads the near ones. A head is frozen if both say so, and not judged where the reach is not known: healthy heads have rest
+    entropies down to 0.024, and records from before the reach was kept took theirs from weights, where small ones had underflowed.
+    """
     for records in _with_different_tokens(observed):
-        measured = [
-            (r, _thaw(r, observed.thresholds), r.rest_entropy.mean) for r in records if r.rest_entropy is not None
-        ]
-        judged = [(record, thaw, rest) for record, thaw, rest in measured if thaw is not None]
+        judged = [(r, thaw) for r in records if (thaw := _thaw(r, observed.thresholds)) is not None]
         if not judged:
             continue
-        hit = sum(thaw < 1 for _, thaw, _ in judged)
-        worst, least, rest = min(judged, key=lambda each: each[1])
+        hit = sum(thaw < 1 for _, thaw in judged)
+        worst, least = min(judged, key=lambda each: each[1])
+        rest, reach = worst.rest_entropy, worst.keys_within_reach
+        assert rest is not None  # otherwise not judged
+        assert reach is not None
         logit = "" if worst.max_logit is None else f", largest logit {worst.max_logit.mean:.3g}"
-        reach = worst.keys_within_reach
-        lost = "" if reach is None else f"{1 - reach.mean:.0%} of the other keys have a weight of 0 beside it, "
         finding = Finding(
             code="ENTROPY-FROZEN",
             phenomenon="entropy-collapse",
             severity="critical" if 2 * hit >= len(records) else "warning",
             block=worst.block,
             head=worst.head,
-            value=rest if reach is None else reach.mean,
-            threshold=observed.thresholds.rest_entropy if reach is None else observed.thresholds.within_reach,
+            value=reach.mean,
+            threshold=observed.thresholds.within_reach,
             message=f"In {_place(worst.block, worst.stack)}, {hit} of {len(records)} heads are frozen onto single keys by their "
             f"logits. The worst is head {worst.head}: even without the strongest key of each row, one key takes nearly all of "
-            f"the weight ({lost}normalised entropy {rest:.2g}{logit}).",
+            f"the weight ({1 - reach.mean:.0%} of the other keys have a weight of 0 beside it, normalised entropy {rest.mean:.2g}"
+            f"{logit}).",
             remedy="Lower the learning rate, or bound the logits with query-key normalisation, sigma-reparametrisation or "
             "soft-capping.",
             reference=_ZHAI,
@@ -556,12 +555,11 @@ def frozen(observed: Observed) -> Iterator[Reading]:
 
 def _thaw(record: AttentionRecord, thresholds: Thresholds) -> float | None:
     """How far a head is from frozen, 1 at the threshold: by the keys within reach or by the entropy of the rest, whichever is
-    farther. None where the reach is not known though it was asked for."""
-    assert record.rest_entropy is not None
+    farther. None where the reach is not known."""
+    if record.rest_entropy is None or record.keys_within_reach is None:
+        return None
     spread = record.rest_entropy.mean / thresholds.rest_entropy
-    if record.keys_within_reach is not None:
-        return max(spread, record.keys_within_reach.mean / thresholds.within_reach)
-    return None if "keys_within_reach" in record.unavailable else spread
+    return max(spread, record.keys_within_reach.mean / thresholds.within_reach)
 
 
 def identical_heads(observed: Observed) -> Iterator[Reading]:
