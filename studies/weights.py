@@ -302,9 +302,9 @@ def smart_turn() -> Path:
 
 
 def dinov2() -> Path:
-    """DINOv2-small trained on to find what a picture is about, without the decoder behind it: 12 blocks of width 384 over patches of
-    14 x 14 pixels. The package has it as an ONNX graph in single precision. Held against the graph, the last states differ by 3e-6
-    of their size.
+    """DINOv2-small trained on to find what a picture is about, without the decoder behind it: 12 blocks of width 384 over patches
+    of 14 x 14 pixels. The package has it as an ONNX graph in single precision. Held against the graph, the last states differ by
+    1e-6 of their size.
 
     Weights of products have lost their names there. Each is found by the named bias that is added to its product."""
     place = WEIGHTS / "dinov2"
@@ -326,7 +326,12 @@ def dinov2() -> Path:
             "embeddings.position_embeddings": torch.cat(sorted(positions, key=lambda t: len(t[0])), dim=1),
             "embeddings.mask_token": torch.zeros(1, 384),  # for masked patches, of which there are none
         }
-        older = {"q_proj": "attention.query", "k_proj": "attention.key", "v_proj": "attention.value", "o_proj": "output.dense"}
+        older = {
+            "q_proj": "attention.query",
+            "k_proj": "attention.key",
+            "v_proj": "attention.value",
+            "o_proj": "output.dense",
+        }
         for name in model.state_dict():
             old = f"backbone.{name}"
             for new, there in older.items():

@@ -230,7 +230,7 @@ PIXELS, PATCH = 224, 14  # the side of a picture that DINOv2 sees, and of a patc
 
 
 def _seen(pictures: Tensor) -> Batches:
-    """Pictures [picture, colour, height, width] from 0 to 1 as DINOv2 gets them: colours without ImageNet's mean, over its deviation.
+    """Pictures [picture, colour, height, width] from 0 to 1 as DINOv2 gets them: without ImageNet's mean colour, over its deviation.
     The mask is that of the patches and the class token."""
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     patches = (PIXELS // PATCH) ** 2
@@ -243,17 +243,18 @@ def _photographs() -> Tensor:
     return torch.stack(bytes_).permute(0, 3, 1, 2).float() / 255
 
 
-def _noise() -> Tensor:
-    return torch.rand(2, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(0))
-
-
 OTHER_PICTURES: dict[str, Callable[[], Batches]] = {
     "pictures of one colour": lambda: _seen(torch.tensor([0.2, 0.8])[:, None, None, None].expand(2, 3, PIXELS, PIXELS)),
-    "noise for a picture": lambda: _seen(_noise()),
     "one patch over and over": lambda: _seen(
         _photographs()[..., 96 : 96 + PATCH, 96 : 96 + PATCH].repeat(1, 1, PIXELS // PATCH, PIXELS // PATCH)
     ),
 }
+
+
+def dinov2_on_noise() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Noise in which every pixel is drawn alone, so that no patch shows anything that another does not."""
+    noise = torch.rand(2, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(0))
+    return _dinov2()[0], _seen(noise)[0]
 
 
 def _dinov2() -> tuple[nn.Module, Batches]:
@@ -300,8 +301,8 @@ SUBJECTS: dict[str, Subject] = {
         odd=OTHER_SOUNDS,
     ),
     "dinov2": Subject(
-        "DINOv2-small, vision, trained on to find what a picture is about: 12 blocks of width 384, pre-norm with scaled updates, full "
-        "mask, learned positions, 256 patches and a class token",
+        "DINOv2-small, vision, trained on to find what a picture is about: 12 blocks of width 384, pre-norm with scaled updates, "
+        "full mask, learned positions, 256 patches and a class token",
         _dinov2,
         is_real=True,
         scale=0.5,

@@ -448,7 +448,11 @@ def test_the_most_severe_comes_first_then_along_depth() -> None:
         (0.02, 1.0, False),  # two peaks at fixed offsets
         (0.2, 0.1, False),  # a bias that falls with distance
         (0.02, 0.1, True),
-        (0.0, None, False),  # a record from before the reach was kept: its rest entropy may be that of underflowed weights
+        (
+            0.0,
+            None,
+            False,
+        ),  # a record from before the reach was kept: its rest entropy may be that of underflowed weights
     ],
 )
 def test_a_head_is_frozen_if_its_other_keys_are_out_of_reach_and_one_of_them_wins(

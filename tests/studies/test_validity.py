@@ -287,8 +287,8 @@ def test_what_is_kept_of_an_output_is_its_differences_between_tokens() -> None:
 
 
 def test_a_reader_tells_apart_what_lies_apart_and_not_what_came_together() -> None:
-    """Twenty-four tokens with noise around eight places, 16 features. Shrunk to a hundredth they are lost to whoever reads in the old
-    scale. Turned, or anywhere else, they are lost to whoever does not learn anew, and to nobody else: they only moved."""
+    """Twenty-four tokens with noise around eight places, 16 features. Shrunk to a hundredth they are lost to whoever reads in the
+    old scale. Turned, or anywhere else, they are lost to whoever does not learn anew, and to nobody else: they only moved."""
     torch.manual_seed(0)
     batch = {"attention_mask": torch.ones(2, 24)}
     batch["attention_mask"][1, 20:] = 0

@@ -233,7 +233,8 @@ def consensus(observed: Observed) -> Iterator[Reading]:
             f"{start:.2g} at the embedding, under {limit:.0%} of that from {_place(at.block, at.stack)} on, and lowest "
             f"({worst.distance:.2g}) at {_place(worst.site.block, worst.site.stack)}{worst.by}.{only_common}",
             remedy="Run `uncollapse ablate` to see what keeps the tokens apart. From this block on, check that the residual "
-            "connections are intact and not scaled down.",
+            "connections are intact and not scaled down, and that no part that all tokens share outgrows the rest. On noise in "
+            "place of pictures a healthy model may do the same: diagnose on real data.",
             reference=_DONG,
             stack=began.stack,
         )
