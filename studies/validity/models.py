@@ -230,7 +230,7 @@ PIXELS, PATCH = 224, 14  # the side of a picture that DINOv2 sees, and of a patc
 
 
 def _seen(pictures: Tensor) -> Batches:
-    """Pictures [picture, colour, height, width] from 0 to 1 as DINOv2 gets them: without ImageNet's mean colour, over its deviation.
+    """Pictures [picture, colour, height, width] from 0 to 1 as DINOv2 gets them: less ImageNet's mean, over its deviation.
     The mask is that of the patches and the class token."""
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     patches = (PIXELS // PATCH) ** 2

@@ -66,8 +66,9 @@ def causal(is_causal: bool | None, placement: str, name: str = "a model") -> Any
         (False, "post", "6 healthy models with a full mask and post norm"),
         (True, "pre", "7 healthy models with a causal mask and pre norm"),
         (True, "sandwich", "9 healthy models with a causal mask"),
-        (False, "pre", "8 healthy models with a full mask"),
-        (None, "pre", "17 healthy models"),
+        (False, "pre", "3 healthy models with a full mask and pre norm"),
+        (False, "sandwich", "9 healthy models with a full mask"),
+        (None, "pre", "18 healthy models"),
     ],
 )
 def test_a_model_is_compared_with_those_of_its_kind(is_causal: bool | None, placement: str, kind: str) -> None:
@@ -113,7 +114,7 @@ def test_an_encoder_and_a_decoder_are_compared_with_all() -> None:
     record = causal(False, "post")
     blocks = [*record.anatomy.blocks[:3], *causal(True, "post").anatomy.blocks[3:]]
     mixed = replace(record, anatomy=replace(record.anatomy, blocks=blocks))
-    assert references(mixed).kind == "17 healthy models"
+    assert references(mixed).kind == "18 healthy models"
 
 
 def test_figures_are_shares_where_sizes_differ() -> None:
