@@ -199,6 +199,15 @@ def test_a_block_is_held_against_those_before_it_too() -> None:
     assert found(slow, code="DEPTH-CONSENSUS")[0].block == 2
 
 
+@pytest.mark.parametrize(("shares", "block"), [((0.9, 0.16, 0.12), 1), ((0.9, 0.7, 0.06), 2), ((0.15, 0.14, 0.12), 0)])
+def test_where_the_stream_is_carried_on_the_fall_began_where_tokens_came_together_most(
+    shares: tuple[float, ...], block: int
+) -> None:
+    """A common part that came in at one block: the threshold, 13 %, is passed there or later."""
+    (finding,) = found(trajectory(0.9, *(0.9 * s for s in shares), carried=(1.0, 0.05, 1.0)), code="DEPTH-CONSENSUS")
+    assert finding.block == block
+
+
 def test_tokens_that_enter_alike_are_information_and_silence_depth_and_width() -> None:
     alike = trajectory(0.01, 0.001, 0.001)
     (finding,) = found(alike, [head(0, share=1.0, contraction=0.0)])

@@ -217,8 +217,8 @@ def consensus(observed: Observed) -> Iterator[Reading]:
         crossed = next((i for i, read in enumerate(after) if read.share < limit), None)
         worst = min(after, key=lambda read: read.share)
         end = after.index(worst) if crossed is None else crossed
+        at, began = after[end].site, _onset(after[: end + 1], observed.thresholds)
         sites_until = [read.site for read in after[: end + 1]]
-        at, began = after[end].site, _onset(sites_until, observed.thresholds)
         only_common = _only_a_common_part_grew(sites_until, began, observed.parts)
         severity: Severity = "info" if only_common else "critical" if worst.share < limit / 10 else "warning"
         finding = Finding(
@@ -255,19 +255,24 @@ def _only_a_common_part_grew(sites: Sequence[SiteRecord], began: SiteRecord, par
     )
 
 
-def _onset(sites: Sequence[SiteRecord], thresholds: Thresholds) -> SiteRecord:
-    """Where the fall that ends at the last of these sites began: the block that best separates the blocks that carry the stream
+def _onset(until: Sequence[Read], thresholds: Thresholds) -> SiteRecord:
+    """Where the fall that ends at the last of these places began: the block that best separates the blocks that carry the stream
     on from those that do not. A fall spreads over several blocks, so the place where it passes a threshold comes too late. And
-    one block in the middle of a fall may carry the stream on, so the fall does not end at the first such block."""
+    one block in the middle of a fall may carry the stream on, so the fall does not end at the first such block.
+
+    Where the last block does carry the stream on, no residual is at fault. Something that all tokens share came in, and the block
+    is meant at which the tokens came together most."""
     falls, most = [], 0.0
-    for site in sites:
-        carried = math.inf if site.stream_carried is None else site.stream_carried.mean
+    for read in until:
+        carried = math.inf if read.site.stream_carried is None else read.site.stream_carried.mean
         falls.append(carried < max(thresholds.carried, thresholds.carried_before * min(most, 1.0)))
         most = max(most, carried)
     if not falls[-1]:
-        return sites[-1]
+        shares = [1.0, *(max(read.share, 1e-12) for read in until)]
+        nearer = [before / share for before, share in itertools.pairwise(shares)]
+        return until[nearer.index(max(nearer))].site
     on_the_wrong_side = [sum(falls[:began]) + falls[began:].count(False) for began in range(len(falls))]
-    return sites[on_the_wrong_side.index(min(on_the_wrong_side))]
+    return until[on_the_wrong_side.index(min(on_the_wrong_side))].site
 
 
 def _alike_from_the_start(embedding: SiteRecord, value: float) -> Reading:
