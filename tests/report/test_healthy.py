@@ -269,8 +269,8 @@ def test_a_comparison_has_the_references_of_what_both_models_are() -> None:
     assert references(record).kind == "5 other healthy models with a full mask and post norm"
     one, other = record.models
     mixed = replace(record, models=[one, replace(other, norm_placement="pre", name="another")])
-    assert references(mixed).kind == "7 other healthy models with a full mask"
-    assert references(replace(record, is_causal=None)).kind == "16 other healthy models"
+    assert references(mixed).kind == "8 other healthy models with a full mask"
+    assert references(replace(record, is_causal=None)).kind == "17 other healthy models"
     kind, page = references(record), Page(draw(record))
     figures = page.text.split("<figure")[1:]
     beside = [figure for figure in figures if "Healthy models:" in figure]
@@ -314,7 +314,7 @@ def test_a_run_has_those_of_the_model_that_trains(tmp_path: Path) -> None:
     assert f"Healthy models: {kind.beside('max_logit').removeprefix('healthy ')}." in page.text
     assert f"Healthy models: highest {kind.worst('max_logit')}." in page.text
     assert f"largest logit {kind.worst('max_logit').replace(' … ', ' to ')}." in printed(record)
-    assert references(replace(record, is_causal=None)).kind == "17 healthy models"  # a trail of before
+    assert references(replace(record, is_causal=None)).kind == "18 healthy models"  # a trail of before
 
 
 def test_an_attribution_says_what_random_weights_have() -> None:
