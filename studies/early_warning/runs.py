@@ -17,6 +17,7 @@ from studies.early_warning.models import VOCABULARY, LanguageModel, Shape
 BATCH, EVERY, PROBED = 8, 5, 8
 HELD_OUT = 0.9  # the probe comes from the text behind this share of it
 OTHERS = ("loss spike", "gradient norm", "trainscope", "arc-vigil")
+Alarm = tuple[int, int, str, str, int | None, str]  # step, onset, code, phenomenon, block, against
 Fault = Callable[[LanguageModel, int], None]
 
 
@@ -42,13 +43,13 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run showed: the loss at every step, the monitor's alarms, when the other rules spoke first, and the smallest consensus
-    distance at each look. `suspect`: what `arc-vigil` named."""
+    """What a run showed: the loss at every step, the monitor's alarms, when each other rule first spoke of the fault, the smallest
+    consensus distance at each look, and whom `arc-vigil` suspected."""
 
     scenario: str
     seed: int
     losses: list[float]
-    alarms: list[tuple[int, int, str, str, int | None, str]] = field(default_factory=list)
+    alarms: list[Alarm] = field(default_factory=list)
     others: dict[str, int | None] = field(default_factory=dict)
     consensus: list[tuple[int, float]] = field(default_factory=list)
     suspect: str | None = None
@@ -162,25 +163,28 @@ class NormRule:
 
 
 class OtherRules:
-    """What people use without a monitor, and two monitors of others, each with its own defaults: the first step at which each
-    speaks. Of trainscope's CUSUM only what points upwards counts. arc-vigil is asked about each block by name."""
+    """What people use without a monitor, and two monitors of others, each with its own defaults: the first step from `begins` on at
+    which each speaks. Of trainscope's CUSUM only what points upwards counts. arc-vigil is asked about each block by name."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, begins: int) -> None:
         try:
             from arc_vigil import BendexMonitor
             from trainscope.core.detectors import ChangePointDetector
         except ImportError as error:
-            raise SystemExit(f"studies.early_warning: expected {error.name}, which `make early-warning` installs.") from None
+            raise SystemExit(
+                f"studies.early_warning: expected {error.name}, which `make early-warning` installs."
+            ) from None
         self._spike, self._norm, self._cusum = SpikeRule(), NormRule(), ChangePointDetector()
         blocks = [f"blocks.{number}" for number in range(len(model.blocks))]
         self._vigil = BendexMonitor(model, monitored_modules=["token", "position", *blocks, "norm", "predict"])
         self.first: dict[str, int | None] = dict.fromkeys(OTHERS)
+        self._begins = begins
         self.suspect: str | None = None
 
     def before(self, step: int) -> None:
         """Before the forward pass."""
         event = self._vigil.observe(step)
-        if event is not None and self.first["arc-vigil"] is None:
+        if event is not None and step >= self._begins and self.first["arc-vigil"] is None:
             self.first["arc-vigil"], self.suspect = step, event["suspect_module"]
 
     def after(self, step: int, loss: float, norm: float) -> None:
@@ -191,7 +195,7 @@ class OtherRules:
             "trainscope": (self._cusum.update(loss) or 0.0) > 0,
         }
         for name, speaks_now in speaks.items():
-            if speaks_now and self.first[name] is None:
+            if speaks_now and step >= self._begins and self.first[name] is None:
                 self.first[name] = step
 
 
@@ -202,7 +206,7 @@ def run(scenario: Scenario, seed: int) -> Run:
     model = LanguageModel(shape)
     optimizer = torch.optim.AdamW(model.parameters(), scenario.rate, weight_decay=scenario.weight_decay)
     generator = torch.Generator().manual_seed(seed + 1)
-    monitor, others = uc.Monitor(model, probe(shape), every=EVERY), OtherRules(model)
+    monitor, others = uc.Monitor(model, probe(shape), every=EVERY), OtherRules(model, scenario.begins)
     losses: list[float] = []
     for step in range(scenario.steps):
         for group in optimizer.param_groups:
@@ -222,9 +226,7 @@ def run(scenario: Scenario, seed: int) -> Run:
                 scenario.fault(model, step)
         losses.append(round(float(loss.detach()), 4))
         others.after(step, losses[-1], norm)
-    alarms: list[tuple[int, int, str, str, int | None, str]] = [
-        (a.step, a.onset, a.code, a.phenomenon, a.block, a.against) for a in monitor.alarms
-    ]
+    alarms: list[Alarm] = [(a.step, a.onset, a.code, a.phenomenon, a.block, a.against) for a in monitor.alarms]
     worst = [
         (r.step, float(f"{min(v for v in r.sites['consensus_after_norm'] if v is not None):.4g}"))
         for r in monitor.readings

@@ -1,4 +1,5 @@
-"""`compare`: diagnoses beside each other, the first as the base. Base against fine-tune, checkpoint against checkpoint, model against mended model."""
+"""`compare`: diagnoses beside each other, the first as the base. Base against fine-tune, checkpoint against checkpoint, model
+against mended model."""
 
 from __future__ import annotations
 
