@@ -94,12 +94,12 @@ DEPTH, ENTROPY = "rank-collapse-depth", "entropy-collapse"
 PLAIN = "learning rate 2e-3"
 SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
-        "post-norm, 18 blocks, no warm-up", replace(DEEP, post=True), 1e-3, 0, 220, DEPTH, "pre-norm, 18 blocks"
+        "post-norm, 18 blocks, no warm-up", replace(DEEP, post=True), 1e-3, 0, 200, DEPTH, "pre-norm, 18 blocks"
     ),
-    Scenario("pre-norm, 18 blocks", DEEP, 1e-3, 40, 220),
-    Scenario("attention only, 8 blocks", Shape(8, 32, 4, 32, wide_start=True, attention_only=True), 1e-3, 20, 220,
+    Scenario("pre-norm, 18 blocks", DEEP, 1e-3, 40, 200),
+    Scenario("attention only, 8 blocks", Shape(8, 32, 4, 32, wide_start=True, attention_only=True), 1e-3, 20, 200,
              DEPTH, "whole, 8 blocks"),
-    Scenario("whole, 8 blocks", Shape(8, 32, 4, 32, wide_start=True), 1e-3, 20, 220),
+    Scenario("whole, 8 blocks", Shape(8, 32, 4, 32, wide_start=True), 1e-3, 20, 200),
     Scenario("residual decays, 12 blocks", TWELVE, 1e-3, 20, 240, DEPTH, "pre-norm, 12 blocks",
              functools.partial(decaying, begins=80, block=4, kept=0.95), 80, 4),
     Scenario("pre-norm, 12 blocks", TWELVE, 1e-3, 20, 240),
