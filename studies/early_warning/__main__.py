@@ -22,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run after so many minutes")
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
     parser.add_argument(
         "--runs", type=Path, default=Path("build/early-warning.jsonl"), help="finished runs are kept here"
@@ -29,12 +30,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    started = time.monotonic()
     given.runs.parent.mkdir(parents=True, exist_ok=True)
     lines = given.runs.read_text("utf-8").splitlines() if given.runs.exists() else []
     done = {(r.scenario, r.seed): r for r in (Run(**json.loads(line)) for line in lines)}
     for seed in range(given.first, given.seeds):
         for scenario in SCENARIOS:
-            if given.only not in scenario.name or (scenario.name, seed) in done:
+            is_late = time.monotonic() - started > 60 * given.minutes
+            if is_late or given.only not in scenario.name or (scenario.name, seed) in done:
                 continue
             begun = time.monotonic()
             found = done[scenario.name, seed] = run(scenario, seed)

@@ -28,6 +28,7 @@ from tests.helpers.own_models import OwnGPT
 from tests.helpers.tiny_models import FAMILIES, text_batch
 from tests.monitoring.test_bit_identical import gpt2, plain, probe
 from uncollapse import records
+from uncollapse.monitoring import monitor as monitor_module
 from uncollapse.records import trail
 from uncollapse.records.trail import TrailRecord, line
 
@@ -325,6 +326,21 @@ def test_every_reading_is_a_line_that_can_be_read_while_the_file_grows(tmp_path:
     again = tmp_path / "again.json"
     uc.load(path).to_json(again)
     assert uc.load(again) == uc.load(path)
+
+
+def test_with_a_trail_only_the_last_readings_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor_module, "IN_MEMORY", 3)
+    first = watched(tmp_path / "run.jsonl", range(5))
+    again = watched(tmp_path / "run.jsonl", range(5, 9))
+    for monitor, steps in ((first, 5), (again, 9)):
+        assert monitor.record is not None
+        assert len(monitor.record.readings) == 3
+        assert [r.step for r in monitor.readings][:steps] == list(range(steps))
+    assert again.readings[0].loss == 3.5
+    alone = uc.Monitor(gpt2(), probe(), every=1)
+    for step in range(5):
+        alone.step(step)
+    assert [r.step for r in alone.readings] == list(range(5))
 
 
 def test_figures_survive_the_file_to_six_digits(tmp_path: Path) -> None:

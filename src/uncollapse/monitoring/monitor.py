@@ -67,6 +67,7 @@ Log = Callable[[dict[str, float], int], object]
 Watched = Literal["tokens", "corpus", "experts", "attention", "heads", "parts", "weights"]
 WATCHED: Final[tuple[Watched, ...]] = ("tokens", "corpus", "experts", "attention", "heads", "parts", "weights")
 _logger = logging.getLogger(__name__)  # a warning of `warnings` would end a run for which warnings are errors
+IN_MEMORY = 256  # looks whose readings stay in memory where a trail has all of them
 DECOMPOSED_EVERY = 10  # looks: output projections and updates are decomposed, which takes longer
 
 
@@ -139,6 +140,7 @@ class Monitor:
         self._beside = BaselineAlarms([])  # until the heads are known
         self._looks = 0
         self._file: TrailFile | None = None
+        self._let_go = False  # whether readings of the trail have left memory
         self._unwritten: list[TrailReading] = []
         self._warned: set[str] = set()
         self._is_first = processes.number() == 0
@@ -163,8 +165,14 @@ class Monitor:
 
     @property
     def readings(self) -> list[TrailReading]:
-        """What was read at each look, also before a restart if there is a trail."""
-        return [] if self.record is None else self.record.readings
+        """What was read at each look, also before a restart if there is a trail. Without one all stay in memory. With one only the
+        last do, and the others are read from the file."""
+        if self.record is None:
+            return []
+        here = self.record.readings
+        if self._file is None or not self._let_go:
+            return here
+        return [r for r in self._file.readings() if r.step < here[0].step] + here
 
     def step(self, step: int, *, loss: float | Tensor | None = None) -> list[Alarm]:
         """Say that training has done step number `step`; look if it is time to. Returns the alarms that this look raised.
@@ -336,6 +344,7 @@ class Monitor:
             standing |= {alarm.key: alarm for alarm in earlier.alarms}
             for key in earlier.cleared:
                 standing.pop(key, None)
+        self._file.earlier.clear()
         for alarm in standing.values():
             match alarm.against:
                 case "threshold":
@@ -353,6 +362,9 @@ class Monitor:
             return
         if self._file is not None:
             self._write_trail(self._file, reading)
+            if len(self.record.readings) > max(IN_MEMORY, len(self._unwritten)):
+                self.record.readings[:] = self.record.readings[-max(IN_MEMORY, len(self._unwritten)) :]
+                self._let_go = True
         if self._log is not None:
             named = figures.flat(reading, self.record.sites, self.record.heads, each_head=self._each_head)
             standing = float(len(self.alarms))
