@@ -30,6 +30,7 @@ import transformers
 
 import uncollapse as uc
 
+
 def taken(action: Callable[[], object]) -> float:
     """Seconds of this process."""
     begun = time.process_time()

@@ -61,6 +61,7 @@ def compare(a: Given, b: Given, *more: Given) -> Comparison:
             probes=[each.probe for each in (before, after, *others)],
             **_beside(before, after),
             further=[Further(name, **_beside(before, other)) for name, other in zip(names[2:], others, strict=True)],
+            is_causal=_of_all([None if r.anatomy is None else r.anatomy.is_causal for r in (before, after, *others)]),
         )
     )
 
@@ -104,6 +105,10 @@ def _beside(before: DiagnosisRecord, after: DiagnosisRecord) -> dict[str, Any]:
         "findings": found,
         "unavailable": unavailable,
     }
+
+
+def _of_all(said: list[bool | None]) -> bool | None:
+    return said[0] if len(set(said)) == 1 else None
 
 
 def _diagnosis(given: Given) -> DiagnosisRecord:

@@ -264,6 +264,7 @@ class Monitor:
                     },
                     sites=places(trajectory),
                     heads=head_places(attention),
+                    is_causal=_is_causal(self._prepared),
                 ),
             )
         assert self.record is not None
@@ -458,6 +459,12 @@ def _kept(value: Any) -> Any:
 def _nothing(_: object) -> dict[str, Any]:
     """What is kept of a projection that does not stay, at a look that decomposes none."""
     return {}
+
+
+def _is_causal(prepared: Prepared) -> bool | None:
+    parts = [part for block in prepared.anatomy.blocks for part in block.parts if part.kind == "attention"]
+    found = {part.is_causal for part in parts}
+    return found.pop() if len(found) == 1 else None
 
 
 def _number(loss: float | Tensor | None) -> float | None:

@@ -53,6 +53,7 @@ class ComparisonRecord:
     """Two diagnoses, the earlier one first. `same_probe` is null if a record is too old to say. `sites` and `heads` hold what could
     be compared, `unavailable` says what could not and why. `smallest`: by measure the smallest relative change that the two probes
     can show. `appeared` and `gone` are findings of the diagnoses that only one has; `findings` is what got worse.
+    `is_causal`: whether in all models tokens see only earlier ones; null where they differ, or it is not known.
 
     Where more than two were given, `models` and `probes` hold all of them, and `further` what each after the second is beside the
     first."""
@@ -69,6 +70,7 @@ class ComparisonRecord:
     gone: list[Finding]
     findings: list[Finding]
     unavailable: dict[str, str] = field(default_factory=dict)
+    is_causal: bool | None = None
     further: list[Further] = field(default_factory=list)
 
     @property

@@ -12,6 +12,7 @@ import altair as alt
 from uncollapse.records.comparison import Change, ComparisonRecord
 from uncollapse.report import wording
 from uncollapse.report.comparison import wording as say
+from uncollapse.report.healthy import References, references
 from uncollapse.report.page import cells, sheet
 from uncollapse.report.page.curves import depth_axis
 from uncollapse.report.page.figures import (
@@ -38,8 +39,11 @@ COLORS, DASHES = (BLUE, ORANGE, PURPLE, TEAL), ("", "6 3", "2 2")
 
 def document(record: ComparisonRecord) -> str:
     """The page of one comparison. More than two diagnoses are drawn on it together, each beside the first."""
-    curves = [_curve(record, measure) for measure in ("consensus_after_norm", "effective_rank", "stream_carried")]
-    maps = _maps(record)
+    healthy = references(record)
+    curves = [
+        _curve(record, measure, healthy) for measure in ("consensus_after_norm", "effective_rank", "stream_carried")
+    ]
+    maps = _maps(record, healthy)
     return sheet.render(
         "comparison/page.html.j2",
         styles=["page/page.css"],
@@ -48,24 +52,25 @@ def document(record: ComparisonRecord) -> str:
         record=record,
         say=say,
         tiles=_tiles(record),
+        healthy=healthy,
         depth=Panel(
             "",
             [chart for chart in curves if chart],
-            _tables(record, "sites", "sites-table", "Every figure of the stream"),
+            _tables(record, "sites", "sites-table", "Every figure of the stream", healthy),
         ),
         maps=maps,
         heads=Panel(
             "",
             [chart for each in maps for chart in each.charts],
-            _tables(record, "heads", HEADS_TABLE, "Every figure of the heads"),
+            _tables(record, "heads", HEADS_TABLE, "Every figure of the heads", healthy),
         ),
     )
 
 
-def _tables(record: ComparisonRecord, what: str, key: str, caption: str) -> list[cells.Table]:
+def _tables(record: ComparisonRecord, what: str, key: str, caption: str, healthy: References) -> list[cells.Table]:
     """One table for each but the first."""
     return [
-        _table(getattr(pair, what), _key(key, number), f"{caption}: {name}" if record.further else caption)
+        _table(getattr(pair, what), _key(key, number), f"{caption}: {name}" if record.further else caption, healthy)
         for number, (name, pair) in enumerate(say.pairs(record))
     ]
 
@@ -99,7 +104,12 @@ def _tiles(record: ComparisonRecord) -> list[Tile]:
     return tiles
 
 
-def _curve(record: ComparisonRecord, measure: str) -> Chart | None:
+def _beside(healthy: References, measure: str) -> str:
+    words = healthy.beside(measure).removeprefix("healthy ")
+    return f"Healthy models: {words}." if words else ""
+
+
+def _curve(record: ComparisonRecord, measure: str, healthy: References) -> Chart | None:
     """A figure along depth, a line for each diagnosis."""
     by_pair = [[change for change in pair.sites if change.measure == measure] for pair in record.pairs]
     longest = max(by_pair, key=len)
@@ -129,7 +139,14 @@ def _curve(record: ComparisonRecord, measure: str) -> Chart | None:
     title = say.TITLES[measure].capitalize()
     legend = [Key(name, color, dash=dash) for name, color, dash in zip(names, colors, dashes, strict=True)]
     which = "of every model" if record.further else "before and after"
-    return Chart(f"depth-{measure}".replace("_", "-"), title, f"{title} along depth, {which}.", spec, legend)
+    return Chart(
+        f"depth-{measure}".replace("_", "-"),
+        title,
+        f"{title} along depth, {which}.",
+        spec,
+        legend,
+        reference=_beside(healthy, measure),
+    )
 
 
 @dataclass(frozen=True)
@@ -141,7 +158,7 @@ class Maps:
     charts: list[Chart]
 
 
-def _maps(record: ComparisonRecord) -> list[Maps]:
+def _maps(record: ComparisonRecord, healthy: References) -> list[Maps]:
     """The heads of the models side by side, on one scale, and the differences beside them."""
     several = len({kind for pair in record.pairs for _, kind in wording.groups(pair.heads)}) > 1
     found: dict[tuple[str, Any, Any], list[Chart]] = {}
@@ -153,7 +170,9 @@ def _maps(record: ComparisonRecord) -> list[Maps]:
                 changes = [change for change in heads if change.measure == measure]
                 if changes:
                     key = cells.slug("map", measure.replace("_", "-"), stack, kind)
-                    drawn = _three(changes, measure, key, [say.names(record)[0], name], rows_of)
+                    drawn = _three(
+                        changes, measure, key, [say.names(record)[0], name], rows_of, _beside(healthy, measure)
+                    )
                     there = found.setdefault((measure, stack, kind), [])
                     if not record.further:
                         there += drawn
@@ -173,7 +192,12 @@ def _heading(measure: str, where: str) -> str:
 
 
 def _three(
-    changes: Sequence[Change], measure: str, key: str, names: Sequence[str], rows_of: Mapping[int, str]
+    changes: Sequence[Change],
+    measure: str,
+    key: str,
+    names: Sequence[str],
+    rows_of: Mapping[int, str],
+    reference: str,
 ) -> list[Chart]:
     highest = max(1.0 if measure in SHARES else 0.0, *(max(c.before, c.after) for c in changes))
     lowest = min(0.0, *(min(c.before, c.after) for c in changes))
@@ -199,6 +223,7 @@ def _three(
                 for c, value in zip(changes, values, strict=True)
             ],
             scale,
+            "" if part == "change" else reference,
         )
         for part, words, values, scale in drawn
     ]
@@ -208,7 +233,7 @@ def _doublings(change: Change) -> float | None:
     return None if change.factor is None else math.log2(change.factor)
 
 
-def _map(key: str, title: str, label: str, drawn: list[dict[str, Any]], scale: alt.Scale) -> Chart:
+def _map(key: str, title: str, label: str, drawn: list[dict[str, Any]], scale: alt.Scale, reference: str) -> Chart:
     """One map: a row per block, a column per head. Each cell leads to its row in the table."""
     blocks, columns = len({cell["block"] for cell in drawn}), 1 + max(cell["head"] for cell in drawn)
     base = alt.Chart(rows(drawn)).encode(
@@ -226,12 +251,12 @@ def _map(key: str, title: str, label: str, drawn: list[dict[str, Any]], scale: a
     height = max(60, min(500, 24 * blocks))
     spec = specification(alt.layer(*layers).properties(width="container", height=height, autosize=FIT))
     legend = [Key("not comparable", GREY, "area")] if any(cell["value"] is None for cell in drawn) else []
-    return Chart(key, title, label, spec, legend)
+    return Chart(key, title, label, spec, legend, reference=reference)
 
 
-def _table(changes: Sequence[Change], key: str, caption: str) -> cells.Table:
-    titles = ("place", "figure", "before", "after", "factor", "noise", "moved")
-    columns = [cells.Column(title, numeric=title not in ("place", "figure", "moved")) for title in titles]
+def _table(changes: Sequence[Change], key: str, caption: str, healthy: References) -> cells.Table:
+    titles = ("place", "figure", "before", "after", "healthy", "factor", "noise", "moved")
+    columns = [cells.Column(title, numeric=title not in ("place", "figure", "healthy", "moved")) for title in titles]
     found = []
     for number, change in enumerate(changes):
         place = wording.place(block=change.block, head=change.head, stack=change.stack, kind=change.kind)
@@ -240,6 +265,7 @@ def _table(changes: Sequence[Change], key: str, caption: str) -> cells.Table:
             cells.cell(say.TITLES[change.measure]),
             cells.cell(change.before),
             cells.cell(change.after),
+            cells.cell(healthy.beside(change.measure).removeprefix("healthy ")),
             cells.Cell(say.factor(change), sort=change.factor),
             cells.cell(change.noise) if change.noise is not None else cells.Cell(wording.ABSENT, reason="one sequence"),
             cells.cell("yes" if change.moved else "no"),
