@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run after so many minutes")
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
     parser.add_argument(
-        "--runs", type=Path, default=Path("build/early-warning.jsonl"), help="finished runs are kept here"
+        "--runs", type=Path, default=Path(".cache/early-warning.jsonl"), help="finished runs are kept here"
     )
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
