@@ -791,4 +791,7 @@ def test_a_causal_tile_ends_at_its_last_row(monkeypatch: pytest.MonkeyPatch) -> 
     for tile, S, _, keep in mixing._tiles(scores):
         assert keep is not None
         allowed = torch.arange(tile[4].stop) <= torch.arange(tile[3].start, tile[3].stop)[:, None]
-        assert torch.equal(keep.expand(S.shape)[0, 0, 0].bool(), allowed)
+        found = torch.ones(S.shape)
+        found[..., keep.start :] = keep.kept
+        assert torch.equal(found[0, 0, 0].bool(), allowed)
+        assert keep.counts.expand(S.shape[:-1])[0, 0, 0].tolist() == allowed.sum(-1).tolist()
