@@ -161,7 +161,8 @@ class AttentionCall:
     `similarity` is the product of queries with keys (the fused call itself; None where several are summed before the
     softmax), with the numbers of its two operands. `pair` are the axes of the weights that hold queries and keys, where the
     product leaves that open and pokes told. `drops_columns`: the softmax also ran over columns that mix no value (a sink).
-    `made`: of a fused call, how its mask was made, as in `MaskingStep`.
+    `made`: of a fused call, how its mask was made, as in `MaskingStep`. `has_other_data`: its values are joined of several that
+    come from data. `serves_weights`: what it mixes reaches what the sublayer adds through the weights of other calls alone.
 
     The proof adds what the leading axes of the product hold (`lead`, in order), how many of the keys stand `before` those that
     are tokens and belong to none (a sink's column), whether there are as many keys as the stream has tokens (`keys_of_tokens`)
@@ -197,6 +198,8 @@ class AttentionCall:
     unreadable: str | None = None
     pair: tuple[int, int] | None = None
     made: tuple[Point, ...] = field(default=(), compare=False)
+    has_other_data: bool = False
+    serves_weights: bool = False
 
     @property
     def is_fused(self) -> bool:
