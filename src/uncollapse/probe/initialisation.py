@@ -275,7 +275,7 @@ def _in_scale(w: Tensor) -> Tensor:
 
 
 def _computable(w: Tensor) -> Tensor:
-    """In single precision, or double where it was stored so: half as much memory serves figures of which chance leaves three digits."""
+    """In single precision, or double where it was stored so: chance leaves these figures three digits."""
     return w if w.dtype == torch.float64 else w.float()
 
 
