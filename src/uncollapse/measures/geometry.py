@@ -915,8 +915,13 @@ def _consensus_after_norm(x: Tensor, real: Tensor, gram: Tensor, centred: bool) 
     is_long = x.shape[-2] > x.shape[-1]
     count = real.sum(-1)
     squares = torch.linalg.vector_norm(x, dim=-1).square() if is_long else gram.diagonal(dim1=-2, dim2=-1)
-    mean = torch.where(real, x.mean(-1, dtype=torch.float64), 0) if centred else torch.zeros_like(squares)
-    freed = squares - x.shape[-1] * mean.square()
+    mean, freed = torch.zeros_like(squares), squares
+    if centred:
+        for dtype in (x.dtype, torch.float64):  # in float64 where little is left without the means
+            mean = torch.where(real, x.mean(-1, dtype=dtype), 0).double()
+            freed = squares - x.shape[-1] * mean.square()
+            if dtype.itemsize > 2 and bool(torch.where(real, freed > 0.1 * squares, True).all()):
+                break
     weights = torch.where(real, freed.clamp(min=0).rsqrt(), 0)
     if is_long:
         summed = (weights.unsqueeze(-2) @ x).square().sum((-2, -1))
