@@ -44,6 +44,7 @@ FEWEST_ENTRIES = 256  # of a matrix that says anything about its distribution
 MOVED = 0.25  # of their size: less than this, and vectors, rows, columns and whole matrices are near where they start
 LEARNT = 0.5  # of a matrix's energy, in directions that a random matrix does not have
 POWER_STEPS = 24
+PIECE = 2**18  # numbers that are in float64 at once
 
 Sizes = Callable[[int], list[tuple[torch.Size, float]]]  # by block: shape and size of its query and key weights
 
@@ -135,12 +136,12 @@ def _learnt_outside(model: nn.Module, anatomy: Anatomy) -> str | None:
         p = at_hand(model.get_submodule(owner), name)
         if not _is_matrix(p) or p.is_meta or not p.is_floating_point():
             continue
-        if type(p.data) is not Tensor or p.numel() < FEWEST_ENTRIES or not bool(p.isfinite().all()):
+        if type(p.data) is not Tensor or p.numel() < FEWEST_ENTRIES:
             continue
-        w = p.detach().double().flatten(1)
-        size = float(w.square().mean().sqrt())
-        energy = w.square().mean(-1)
-        if size == 0 or float(energy.std()) < 0.1 * size**2 / math.sqrt(w.shape[1]):
+        w = p.detach().flatten(1)
+        rows, _ = _energies(w)
+        size, energy = math.sqrt(float(rows.sum()) / w.numel()), rows / w.shape[1]
+        if not math.isfinite(size) or size == 0 or float(energy.std()) < 0.1 * size**2 / math.sqrt(w.shape[1]):
             continue
         share = _beyond_random(w, size)
         if share > LEARNT:
@@ -180,14 +181,13 @@ def _against_start(p: Tensor, beside: list[Tensor]) -> Iterator[_Trace]:
         return
     scales = [abs(float(p.mean()))]
     for each in beside:
-        w = each.double()
-        scale = float(w.square().mean().sqrt())
+        scale = _size(each)
         if not _is_matrix(each):
             scales.append(scale)
             continue
-        scales.append(scale * math.sqrt(w.numel() / len(p)))
+        scales.append(scale * math.sqrt(each.numel() / len(p)))
         close = abs(size / scale - 1) <= DEVIATIONS * 0.45 / math.sqrt(len(p)) if scale else False
-        if close and float(p.abs().max()) <= math.sqrt(3) * scale * (1 + DEVIATIONS * 0.45 / math.sqrt(w.numel())):
+        if close and float(p.abs().max()) <= math.sqrt(3) * scale * (1 + DEVIATIONS * 0.45 / math.sqrt(each.numel())):
             return
     moved = float(p.std(correction=0)) / max(*scales, 1e-300)
     yield _Trace(moved / MOVED, moved, f"was moved from where such a vector starts, by {moved:.2g} of its scale")
@@ -222,24 +222,26 @@ def _against_drawn(p: Tensor) -> Iterator[_Trace]:
     """What speaks against independent draws from one distribution no wider than a Gaussian, the cheapest first."""
     if p.numel() < FEWEST_ENTRIES or bool((p == p.flatten()[0]).all()):
         return
-    w = p.double().flatten(0, -2) if p.ndim > 2 and p.shape[0] < p.shape[-1] else p.double().flatten(1)
-    count, size = w.numel(), float(w.square().mean().sqrt())
+    w = p.detach().flatten(0, -2) if p.ndim > 2 and p.shape[0] < p.shape[-1] else p.detach().flatten(1)
+    rows, columns = _energies(w)
+    count, size = w.numel(), math.sqrt(float(rows.sum()) / w.numel())
     if not math.isfinite(size):
         yield _Trace(1.0, 1.0, "is not finite")
         return
-    mean = abs(float(w.mean())) / size
+    mean = abs(sum(float(piece.sum()) for piece in _pieces(w))) / count / size
     if mean > DEVIATIONS / math.sqrt(count):
         yield _Trace(mean / MOVED, mean, "has a mean")
-    tail = float((w / size).pow(4).mean())
+    tail = sum(float((piece / size).square().square().sum()) for piece in _pieces(w)) / count
     slack = DEVIATIONS * math.sqrt(24 / count)
     beyond = max(UNIFORM - slack - tail, tail - GAUSSIAN - slack)
     if beyond > 0:
         yield _Trace(beyond / MOVED, beyond, f"is not one random draw (fourth moment {tail:.3g}, a Gaussian has 3)")
-    for each, name in ((w, "rows"), (w.T, "columns")):
-        energy = (each / size).square().mean(-1)
+    for sums, name in ((rows, "rows"), (columns, "columns")):
+        each = count // len(sums)
+        energy = sums / size**2 / each
         if len(energy) <= 2:
             continue
-        chance = (tail - 1) / each.shape[1]
+        chance = (tail - 1) / each
         excess = float(energy.var()) - chance * (1 + DEVIATIONS * math.sqrt(2 / (len(energy) - 1)))
         if excess > 0:
             spread = math.sqrt(excess)
@@ -255,8 +257,13 @@ def _beyond_random(w: Tensor, size: float) -> float:
     edge = size * (math.sqrt(w.shape[0]) + math.sqrt(w.shape[1])) * (1 + 3 * min(w.shape) ** (-2 / 3))
     if _largest_singular_value(w) <= edge:
         return 0.0
-    short = w if w.shape[0] <= w.shape[1] else w.T
-    energies = torch.linalg.eigvalsh(short @ short.T).clamp(min=0)
+    if w.shape[0] <= w.shape[1]:
+        gram = w.double() @ w.double().T
+    else:
+        gram = torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64, device=w.device)
+        for piece in _pieces(w):
+            gram.addmm_(piece.T, piece)
+    energies = torch.linalg.eigvalsh(gram).clamp(min=0)
     return float(energies[energies > edge**2].sum() / energies.sum())
 
 
@@ -265,9 +272,9 @@ def _largest_singular_value(w: Tensor) -> float:
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(w.shape[1], generator=generator, dtype=torch.float64).to(w.device)
     for _ in range(POWER_STEPS):
-        v = w.T @ (w @ v)
+        v = sum((piece.T @ (piece @ v) for piece in _pieces(w)), torch.zeros_like(v))
         v = v / v.norm().clamp(min=1e-300)
-    return float((w @ v).norm())
+    return math.sqrt(sum(float((piece @ v).square().sum()) for piece in _pieces(w)))
 
 
 def _against_alike(others: list[list[tuple[torch.Size, float]]], mine: list[tuple[torch.Size, float]]) -> str | None:
@@ -284,7 +291,25 @@ def _against_alike(others: list[list[tuple[torch.Size, float]]], mine: list[tupl
 
 def _size(weight: Tensor) -> float:
     """The root mean square of its entries."""
-    return float(weight.double().square().mean().sqrt())
+    w = weight.detach()
+    rows, _ = _energies(w.flatten(1) if w.ndim > 1 else w.reshape(1, -1))
+    return math.sqrt(float(rows.sum()) / weight.numel())
+
+
+def _energies(w: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of squares of each row and of each column, in float64."""
+    rows, columns = [], torch.zeros(w.shape[1], dtype=torch.float64, device=w.device)
+    for piece in _pieces(w):
+        squares = piece.square()
+        rows.append(squares.sum(-1))
+        columns += squares.sum(0)
+    return torch.cat(rows), columns
+
+
+def _pieces(w: Tensor) -> Iterator[Tensor]:
+    """A matrix in float64, a few rows at a time: the whole of an embedding would be as large as the model."""
+    for rows in w.split(max(1, PIECE // w.shape[1])):
+        yield rows.double()
 
 
 def _query_key_weights(model: nn.Module, block: Block) -> list[Tensor]:
