@@ -15,6 +15,10 @@ from uncollapse.anatomy.tracing import operands_of, operation_name, writes_in_pl
 _ADDITIONS = {"add", "sub"} | ADDING_PRODUCTS  # the first operand of an adding product may be a mask on its logits
 
 
+# What these do to the pairs is told by their result: the operand that takes part is the logits' or the weights' own.
+BY_RESULT = frozenset(
+    ["tril", "triu", "minimum", "fmin", "addcmul", "lerp", "einsum", "scatter", "index_fill", "masked_scatter"]
+)
 LEAST_SHARE = 1e-30  # a weight below this share of its row's largest is the weight of a forbidden pair
 FAR_BELOW = math.log(LEAST_SHARE)  # of a logit: 69 nats below the row's best
 
@@ -55,8 +59,25 @@ def forbids_and_shifts(
     if name not in _ADDITIONS:
         return False
     mask = operands_of(name, tuple(args), kwargs)[operand]
-    forbidden, shifts = forbidden_by_addition(-mask if name == "sub" else mask)
+    forbidden, shifts = forbidden_by_addition(_times(mask, factor_of(function, kwargs)))
     return forbidden is not None and shifts
+
+
+def factor_of(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> float:
+    """By what an operation multiplies the mask that it adds to the logits: -1 where it subtracts it."""
+    name = operation_name(function)
+    factor = kwargs.get("beta" if name in ADDING_PRODUCTS else "alpha", 1)
+    return -float(factor) if name == "sub" else float(factor)
+
+
+def _times(mask: Tensor, factor: float) -> Tensor:
+    return mask if factor == 1 or not mask.is_floating_point() else mask * factor
+
+
+def out_of_reach(dtype: torch.dtype, factor: float) -> float:
+    """What an operation adds `factor` times to a logit to put its pair out of reach."""
+    bounds = torch.finfo(dtype)
+    return min(max(bounds.min / factor, bounds.min), bounds.max)
 
 
 def _far_below(operand: Tensor) -> Tensor | None:
@@ -84,15 +105,17 @@ def forbidden_by_step(
     name = operation_name(function)
     mask = operands_of(name, tuple(args), kwargs)[operand]
     found: Tensor | None = None
-    if name in _ADDITIONS and after_softmax is not True:
-        found, _ = forbidden_by_addition(-mask if name == "sub" else mask)
+    if name in BY_RESULT:
+        found = _forbidden_by_result(mask, result, after_softmax)
+    elif name in _ADDITIONS and after_softmax is not True:
+        found, _ = forbidden_by_addition(_times(mask, factor_of(function, kwargs)))
     elif name == "mul":
         if after_softmax is not False and mask.numel() > 1 and bool(((mask == 0) | (mask == 1)).all()):
             found = mask == 0
     elif name in {"masked_fill", "setitem"} and mask.dtype == torch.bool:
         if _forbids(args[2] if len(args) > 2 else kwargs.get("value"), after_softmax):
             found = mask
-    elif name == "where" and mask.dtype == torch.bool and operand == 0:
+    elif name == "where" and mask.dtype == torch.bool:
         first, second = _alternatives(args, kwargs)
         if isinstance(first, Tensor) and first.shape == result.shape and _forbids(second, after_softmax):
             found = ~mask
@@ -104,6 +127,19 @@ def forbidden_by_step(
     return found if fits else None
 
 
+def _forbidden_by_result(given: Tensor, result: Tensor, after_softmax: bool | None) -> Tensor | None:
+    """The pairs that an operation put out of reach, as told by logits or weights before and after it: all others stay what they
+    were. None where it does anything else."""
+    if given.shape != result.shape or not result.is_floating_point():
+        return None
+    gone = torch.zeros_like(result, dtype=torch.bool)
+    if after_softmax is not False:
+        gone |= (result == 0) & (given != 0)
+    if after_softmax is not True:
+        gone |= result <= given + FAR_BELOW
+    return gone if bool(((given == result) | gone).all()) else None
+
+
 def result_shape(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
     """The shape of what an operation between logits and weights will return."""
     name = operation_name(function)
@@ -112,6 +148,8 @@ def result_shape(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
         return (*given[1].shape[:-1], given[2].shape[-1])
     if name == "setitem":
         return tuple(given[0].shape)
+    if name in BY_RESULT:
+        return tuple(max((t.shape for t in given), key=len))
     return tuple(torch.broadcast_shapes(*(t.shape for t in given)))
 
 
@@ -128,14 +166,23 @@ def step_without(
     name = operation_name(function)
     given = dict(kwargs)
     mask = operands_of(name, args, given)[operand]
+    if name in BY_RESULT:
+        result = function(*args, **given)
+        forbidden = None if writes_in_place(function) else _forbidden_by_result(mask, result, after_softmax)
+        if forbidden is None:
+            return result
+        found = torch.where(forbidden, mask, result)
+        least = torch.finfo(result.dtype).min if after_softmax is False else 0.0
+        return laid_like(found if hidden is None else torch.where(hidden, least, found), result)
     if name in _ADDITIONS:
-        forbidden, _ = forbidden_by_addition(-mask if name == "sub" else mask)
+        factor = factor_of(function, given)
+        forbidden, _ = forbidden_by_addition(_times(mask, factor))
         if forbidden is None:
             return function(*args, **given)
         open_mask = mask.masked_fill(forbidden, 0)
         if hidden is not None:
-            least = torch.finfo(mask.dtype).min
-            open_mask = torch.where(hidden, -least if name == "sub" else least, open_mask)
+            reach = out_of_reach(open_mask.dtype, factor) if open_mask.is_floating_point() else 0
+            open_mask = torch.where(hidden, reach, open_mask)
         return _with(function, args, given, mask, laid_like(open_mask, mask))
     if name == "mul":
         if not bool(((mask == 0) | (mask == 1)).all()):
@@ -160,6 +207,61 @@ def step_without(
             return function(*args, **given)
         return _with(function, args, given, mask, laid_like(~nothing if keeps_first else nothing, mask))
     return function(*args, **given)
+
+
+def without_what_forbids(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[bool, Any]:
+    """Whether an operation, on the way to an operand of the logits, puts a mask into it, and its result without: of an addition
+    whatever operand is a mask, and surely no bias; of a filling or a choice the number that forbids. Runs nothing where it puts in
+    none. What is written in place is written into the first operand."""
+    name = operation_name(function)
+    operands = operands_of(name, args, kwargs)
+    if name in {"add", "sub"}:
+        opened, given, named = False, args, dict(kwargs)
+        for number, operand in enumerate(operands):
+            if _only_forbids(-operand if name == "sub" and number else operand):
+                opened = True
+                if writes_in_place(function) and number == 0:
+                    operand.zero_()
+                else:
+                    given = replaced(given, operand, torch.zeros_like(operand))
+                    named = replaced(named, operand, torch.zeros_like(operand))
+        return opened, function(*given, **named) if opened else None
+    if name == "masked_fill":
+        value = args[2] if len(args) > 2 else kwargs.get("value")
+        if not _is_out_of_reach(value):
+            return False, None
+        return True, function(operands[0], torch.zeros_like(operands[1]), value)
+    if name == "setitem":
+        return _is_out_of_reach(args[2]), None
+    if name == "where" and operands and operands[0].dtype == torch.bool and len([*args, *kwargs]) == 3:
+        first, second = _alternatives(args, kwargs)
+        for chosen, other in ((True, second), (False, first)):
+            if _is_out_of_reach(other):
+                condition = operands[0] if args and args[0] is operands[0] else kwargs.get("condition", args[1])
+                return True, torch.where(torch.full_like(condition, chosen), first, second)
+    return False, None
+
+
+def _only_forbids(operand: Tensor) -> bool:
+    """Whether an operand is a mask, and surely no bias: a bias over very few tokens may be one number beside zero, too."""
+    forbidden, shifts = forbidden_by_addition(operand)
+    return forbidden is not None and not shifts and bool((operand[forbidden.expand(operand.shape)] <= FAR_BELOW).all())
+
+
+def _is_out_of_reach(value: Any) -> bool:
+    """Whether a value is one number that puts any pair out of reach, whatever its bias."""
+    number = _one_number(value)
+    return number is not None and number <= FAR_BELOW
+
+
+def step_with(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], operand: int, other: Tensor
+) -> Any:
+    """The result of an operation that adds `other` to the logits in the place of its operand number `operand`."""
+    mask = operands_of(operation_name(function), args, kwargs)[operand]
+    return _with(function, args, dict(kwargs), mask, laid_like(other, mask))
 
 
 def laid_like(other: Tensor, mask: Tensor) -> Tensor:
@@ -189,13 +291,21 @@ def _alternatives(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, 
 
 def _forbids(value: Any, after_softmax: bool | None) -> bool:
     """Whether a pair that is given this value is meant to be left out: a negative logit, or no weight."""
-    if value is None:
+    number = _one_number(value)
+    if number is None:
         return False
-    tensor = torch.as_tensor(value)
-    if tensor.numel() != 1:
-        return False
-    number = float(tensor)
     return (number == 0 and after_softmax is not False) or (number < 0 and after_softmax is not True)
+
+
+def _one_number(value: Any) -> float | None:
+    """The number that a value is, everywhere where it is a tensor; None where it is none, or several."""
+    if value is None:
+        return None
+    tensor = torch.as_tensor(value)
+    if not tensor.numel() or tensor.is_complex():
+        return None
+    first = tensor.flatten()[0] if tensor.numel() > 1 else tensor
+    return float(first) if tensor.numel() == 1 or bool((tensor == first).all()) else None
 
 
 def spread_out(mask: Tensor, axes: Sequence[str | None], shape: Sequence[int]) -> Tensor:

@@ -182,7 +182,9 @@ class Attention:
                 key_mask=functools.partial(self._key_mask, statistics),
                 rows=self.rows,
                 susceptibility=self.susceptibility,
-                spectra=self.spectra,
+                # A matrix that several calls make is put together before it is looked at.
+                spectra=self.spectra and not shares_queries,
+                keeps_weights=self.spectra and shares_queries,
                 deliver=functools.partial(deliver, position),
                 refuse=refuse,
             )
@@ -236,8 +238,15 @@ class Attention:
                 key_mask = self._key_mask(statistics, each.values.shape[-2], sequences)
                 before, after = spread(each.values, key_mask), spread(each.mixed, query_mask)
                 own["value_contraction"] = after / before.repeat_interleave(count // before.shape[1], 1)
+                spectrum = each.spectrum
                 if each.weights is not None:
-                    own |= pattern_spectra(each.weights, query_mask, key_mask)
+                    spectrum = mixing.leading_spectrum_from_weights(
+                        each.weights, query_mask=query_mask, key_mask=key_mask
+                    )
+                if spectrum is not None:
+                    own |= _spectra(spectrum)
+                    if bool((spectrum.error > mixing.COARSE).any()):
+                        statistics.reasons |= dict.fromkeys(_SPECTRA, _CLOSE_TOGETHER)
             statistics.reasons |= each.reasons
             statistics.deviation = max(statistics.deviation, each.deviation)
             statistics.row_sums = (
@@ -299,17 +308,11 @@ def spread(x: Tensor, mask: Tensor | None) -> Tensor:
     return energy.sqrt()
 
 
-def pattern_spectra(weights: Tensor, query_mask: Tensor | None, key_mask: Tensor | None) -> dict[str, Tensor]:
-    """Contraction and leading singular values [batch, head] of weights [batch, head, query, key], sequence by sequence."""
-    found: dict[str, list[Tensor]] = {"contraction": [], "spectral_gap": [], "second_singular_value": []}
-    for i in range(weights.shape[0]):
-        one = weights[i]
-        if query_mask is not None:
-            one = one[:, query_mask[i]]
-        if key_mask is not None:
-            one = one[:, :, key_mask[i]]
-        first, second = mixing.leading_singular_values(one).unbind(-1)
-        found["contraction"].append(mixing.contraction(one))
-        found["spectral_gap"].append(1 - second / first)
-        found["second_singular_value"].append(second)
-    return {name: torch.stack(values) for name, values in found.items()}
+_SPECTRA = ["contraction", "spectral_gap", "second_singular_value"]
+_CLOSE_TOGETHER = "its largest singular values lie so close together that products do not tell them to a hundredth"
+
+
+def _spectra(spectrum: mixing.LeadingSpectrum) -> dict[str, Tensor]:
+    """Contraction, gap and second singular value, [batch, head] each."""
+    first, second = spectrum.singular_values.unbind(-1)
+    return dict(zip(_SPECTRA, (spectrum.contraction, 1 - second / first, second), strict=True))

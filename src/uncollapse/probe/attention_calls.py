@@ -18,7 +18,7 @@ from torch import Tensor
 
 from uncollapse.anatomy.carrying import Observer, Way
 from uncollapse.anatomy.interception import Point
-from uncollapse.anatomy.masking import LEAST_SHARE, forbidden_by_addition
+from uncollapse.anatomy.masking import FAR_BELOW, LEAST_SHARE, forbidden_by_addition
 from uncollapse.anatomy.operands import Mixed, UnreadableError, arranged, fused_arguments, product_operands, replaced
 from uncollapse.anatomy.output_maps import laid_out, unreplaced
 from uncollapse.anatomy.tracing import operands_of, operation_name
@@ -42,7 +42,8 @@ class Forbidding:
 class AttentionRows:
     """One attention call in one pass. shape: sequences, heads and queries. rows: of [sequence, head, query], where they are
     wanted. values [sequence, head, key, width] and mixed [sequence, head, query, width] over the keys that are tokens, None
-    where attention stays within windows. `weights` only where spectra are wanted. `deviation`: how far weights times values are
+    where attention stays within windows. spectrum [sequence, head]: where spectra are wanted. `weights` only where they are wanted.
+    `deviation`: how far weights times values are
     from the result, over the result's size. `row_sums`: the smallest and the largest sum of a row's weights over the keys that
     are tokens. `forbids`: what forbade pairs. `finite`: some row's weights are numbers. queries and keys
     [sequence, head, token, width]: of a fused call. `logit_range` [sequence, head, query]: of other calls, how far the logits of a
@@ -52,6 +53,7 @@ class AttentionRows:
     rows: mixing.RowStatistics | None
     values: Tensor | None
     mixed: Tensor | None
+    spectrum: mixing.LeadingSpectrum | None
     weights: Tensor | None
     deviation: float
     row_sums: tuple[float, float]
@@ -78,6 +80,7 @@ class CallObserver:
         rows: bool,
         susceptibility: bool,
         spectra: bool,
+        keeps_weights: bool,
         deliver: Callable[[AttentionRows], None],
         refuse: Callable[[str], None],
     ) -> None:
@@ -85,6 +88,7 @@ class CallObserver:
         self.sequences, self.tokens = sequences, tokens
         self.query_mask, self.key_mask = query_mask, key_mask
         self.rows, self.susceptibility, self.spectra = rows, susceptibility, spectra
+        self.keeps_weights = keeps_weights
         self.deliver, self.refuse = deliver, refuse
         self.way = Way(call)
 
@@ -175,6 +179,8 @@ class CallObserver:
         if barred is not None:
             real &= ~barred.all(-1)
         sums = A.double().sum(-1)[real] if bool(real.any()) else A.new_ones(1, dtype=torch.float64)
+        if self.rows and _is_hiding(A, L, barred, real, self.key_mask(A.shape[-1], A.shape[0])):
+            reasons = reasons | dict.fromkeys(OF_ALLOWED_KEYS, "pairs have no weight that nothing was seen to forbid")
         finite = sums[sums.isfinite()]
         low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (math.nan, math.nan)
         lowest = float(A.nan_to_num(0.0).min()) if A.numel() else 0.0
@@ -191,10 +197,15 @@ class CallObserver:
             rows = mixing.row_statistics_from_weights(
                 A, L, allowed=allowed, query_mask=queries, susceptibility=self.susceptibility
             )
-        full = A / A.sum(-1, keepdim=True) if self.spectra and result.shape[2] == 1 else None
+        whole = result.shape[2] == 1
+        full = A / A.sum(-1, keepdim=True) if self.keeps_weights and whole else None
+        spectrum = None
+        if self.spectra and whole:
+            key_mask = self.key_mask(A.shape[-1], A.shape[0])
+            spectrum = mixing.leading_spectrum_from_weights(A, query_mask=queries, key_mask=key_mask)
         forbids = () if barred is None else tuple(forbade)
         borne_out = _BorneOut(deviation, (low, high), bool(finite.numel()))
-        found = self._found(rows, values, result, full, borne_out, forbids, reasons)
+        found = self._found(rows, values, result, spectrum, full, borne_out, forbids, reasons)
         return found if L is None or not self.rows else replace(found, logit_range=_range(L, barred))
 
     def _with_padding(self, A: Tensor, barred: Tensor | None, queries: Tensor | None) -> Tensor | None:
@@ -251,18 +262,24 @@ class CallObserver:
                 )
             )
         rows = _joined(parts)
-        weights = None
-        if self.spectra and windows == 1:
-            weights = mixing.attention_weights(
-                q[:, :, 0],
-                k[:, :, 0][..., keys, :],
-                allowed=None if allowed is None else allowed[:, :, 0],
-                bias=None if bias is None else bias[:, :, 0],
-                causal=causal,
-                scale=given.get("scale"),
-            )
+        weights = spectrum = None
+        if windows == 1 and (self.spectra or self.keeps_weights):
+            own_keys = k[:, :, 0][..., keys, :]
+            options: dict[str, Any] = {
+                "allowed": None if allowed is None else allowed[:, :, 0],
+                "bias": None if bias is None else bias[:, :, 0],
+                "causal": causal,
+                "scale": given.get("scale"),
+            }
+            if self.spectra:
+                key_mask = self.key_mask(count, q.shape[0])
+                spectrum = mixing.leading_spectrum(
+                    q[:, :, 0], own_keys, query_mask=query_mask, key_mask=key_mask, **options
+                )
+            if self.keeps_weights:
+                weights = mixing.attention_weights(q[:, :, 0], own_keys, **options)
         borne_out = _BorneOut(deviation, (1.0, 1.0), is_finite)
-        found = self._found(rows, v[..., keys, :], result, weights, borne_out, forbids, {})
+        found = self._found(rows, v[..., keys, :], result, spectrum, weights, borne_out, forbids, {})
         return found if windows > 1 else replace(found, queries=q[:, :, 0], keys=k[:, :, 0][..., keys, :])
 
     def _mask_of(
@@ -303,6 +320,7 @@ class CallObserver:
         rows: mixing.RowStatistics | None,
         values: Tensor,
         result: Tensor,
+        spectrum: mixing.LeadingSpectrum | None,
         weights: Tensor | None,
         borne_out: _BorneOut,
         forbids: tuple[Forbidding, ...],
@@ -319,6 +337,7 @@ class CallObserver:
             rows,
             values[:, :, 0] if whole else None,
             result[:, :, 0] if whole else None,
+            spectrum,
             weights,
             borne_out.deviation,
             borne_out.row_sums,
@@ -334,6 +353,34 @@ class _BorneOut(NamedTuple):
     deviation: float
     row_sums: tuple[float, float]
     finite: bool
+
+
+OF_ALLOWED_KEYS = (
+    "normalized_entropy",
+    "entropy_floor",
+    "rest_entropy",
+    "keys_within_reach",
+    "key_share",
+)
+
+
+def _is_hiding(
+    weights: Tensor, logits: Tensor | None, barred: Tensor | None, queries: Tensor, keys: Tensor | None
+) -> bool:
+    """Whether a real pair, not all of it barred, is out of reach in every sequence and head: then a mask may have been overlooked.
+    weights, logits [sequence, head, query, key], queries [sequence, head, query], keys [sequence, key]."""
+    if logits is not None:  # which half precision does not take for 0
+        away = logits - logits.amax(-1, keepdim=True)
+        in_reach = away > FAR_BELOW
+    else:
+        in_reach = weights.nan_to_num(0).double() > LEAST_SHARE * weights.nan_to_num(0).amax(-1, keepdim=True).double()
+    told = queries[..., None].expand(weights.shape)
+    told = told if keys is None else told & keys[:, None, None]
+    heard = (in_reach & told).any(1).any(0)
+    if barred is not None:
+        told = told & ~barred
+    open_pairs = told if logits is None else told & ~logits.isneginf()  # to those nobody gives weight, whoever says so
+    return bool((open_pairs.any(1).any(0) & ~heard).any())
 
 
 def _range(logits: Tensor, barred: Tensor | None) -> Tensor:
@@ -373,6 +420,7 @@ def in_sequence(parts: Sequence[AttentionRows]) -> AttentionRows:
         _joined([part.rows for part in parts if part.rows is not None]),
         parts[0].values,
         joined("mixed", 2),
+        None,
         joined("weights", 2),
         max(part.deviation for part in parts),
         (min(part.row_sums[0] for part in parts), max(part.row_sums[1] for part in parts)),

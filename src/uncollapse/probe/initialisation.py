@@ -29,6 +29,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,8 @@ FEWEST_ENTRIES = 256  # of a matrix that says anything about its distribution
 MOVED = 0.25  # of their size: less than this, and vectors, rows, columns and whole matrices are near where they start
 LEARNT = 0.5  # of a matrix's energy, in directions that a random matrix does not have
 POWER_STEPS = 24
-PIECE = 2**18  # numbers that are in float64 at once
 
+Answer = TypeVar("Answer")
 Sizes = Callable[[int], list[tuple[torch.Size, float]]]  # by block: shape and size of its query and key weights
 
 
@@ -133,20 +134,25 @@ def _learnt_outside(model: nn.Module, anatomy: Anatomy) -> str | None:
         if path.startswith(inside):
             continue
         owner, _, name = path.rpartition(".")
-        p = at_hand(model.get_submodule(owner), name)
+        module = model.get_submodule(owner)
+        p = at_hand(module, name)
         if not _is_matrix(p) or p.is_meta or not p.is_floating_point():
             continue
-        if type(p.data) is not Tensor or p.numel() < FEWEST_ENTRIES:
+        if type(p.data) is not Tensor or p.numel() < FEWEST_ENTRIES or not bool(p.isfinite().all()):
             continue
-        w = p.detach().flatten(1)
-        rows, _ = _energies(w)
-        size, energy = math.sqrt(float(rows.sum()) / w.numel()), rows / w.shape[1]
-        if not math.isfinite(size) or size == 0 or float(energy.std()) < 0.1 * size**2 / math.sqrt(w.shape[1]):
-            continue
-        share = _beyond_random(w, size)
+        share = _once(module, name, p, _learnt)
         if share > LEARNT:
             return f"{share:.2g} of the energy of {path} is in directions that training gave it"
     return None
+
+
+def _learnt(p: Tensor) -> float:
+    """The share of a matrix's energy that is in directions training gave it; 0 for one that was not drawn."""
+    w = _in_scale(p.flatten(1))
+    size, energy = _size(w), _row_energies(w)
+    if size == 0 or float(energy.std()) < 0.1 * size**2 / math.sqrt(w.shape[1]):
+        return 0.0
+    return _beyond_random(w, size)
 
 
 def _modules(model: nn.Module, anatomy: Anatomy, block: Block) -> Iterator[nn.Module]:
@@ -181,32 +187,44 @@ def _against_start(p: Tensor, beside: list[Tensor]) -> Iterator[_Trace]:
         return
     scales = [abs(float(p.mean()))]
     for each in beside:
-        scale = _size(each)
+        w = each.double()
+        scale = float(w.square().mean().sqrt())
         if not _is_matrix(each):
             scales.append(scale)
             continue
-        scales.append(scale * math.sqrt(each.numel() / len(p)))
+        scales.append(scale * math.sqrt(w.numel() / len(p)))
         close = abs(size / scale - 1) <= DEVIATIONS * 0.45 / math.sqrt(len(p)) if scale else False
-        if close and float(p.abs().max()) <= math.sqrt(3) * scale * (1 + DEVIATIONS * 0.45 / math.sqrt(each.numel())):
+        if close and float(p.abs().max()) <= math.sqrt(3) * scale * (1 + DEVIATIONS * 0.45 / math.sqrt(w.numel())):
             return
     moved = float(p.std(correction=0)) / max(*scales, 1e-300)
     yield _Trace(moved / MOVED, moved, f"was moved from where such a vector starts, by {moved:.2g} of its scale")
 
 
-_remembered: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[torch.Size, Marks, list[_Trace]]]] = (
+_remembered: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], tuple[torch.Size, Marks, Any]]] = (
     weakref.WeakKeyDictionary()
-)  # by module and name of the weight
+)  # by module, name of the weight and question
 
 
 def _drawn(module: nn.Module, name: str, p: Tensor) -> list[_Trace]:
-    """`_against_drawn` up to the first that settles it, once for each state of the weight."""
+    """`_against_drawn` up to the first that settles it."""
+    return _once(module, name, p, _traces)
+
+
+def _once(module: nn.Module, name: str, p: Tensor, question: Callable[[Tensor], Answer]) -> Answer:
+    """What a weight says, once for each state of it."""
     if p.element_size() < 2:  # in eight bits nothing can be marked
-        return _until_settled(_against_drawn(p))
+        return question(p)
     known, marks = _remembered.setdefault(module, {}), weight_marks(p.flatten(1))
-    last = known.get(name)
+    key = name, question.__name__
+    last = known.get(key)
     if last is None or last[0] != p.shape or not are_alike(last[1], marks):
-        last = known[name] = p.shape, marks, _until_settled(_against_drawn(p))
-    return last[2]
+        last = known[key] = p.shape, marks, question(p)
+    answer: Answer = last[2]
+    return answer
+
+
+def _traces(p: Tensor) -> list[_Trace]:
+    return _until_settled(_against_drawn(p))
 
 
 def _until_settled(traces: Iterator[_Trace]) -> list[_Trace]:
@@ -222,26 +240,24 @@ def _against_drawn(p: Tensor) -> Iterator[_Trace]:
     """What speaks against independent draws from one distribution no wider than a Gaussian, the cheapest first."""
     if p.numel() < FEWEST_ENTRIES or bool((p == p.flatten()[0]).all()):
         return
-    w = p.detach().flatten(0, -2) if p.ndim > 2 and p.shape[0] < p.shape[-1] else p.detach().flatten(1)
-    rows, columns = _energies(w)
-    count, size = w.numel(), math.sqrt(float(rows.sum()) / w.numel())
+    w = _in_scale(p.flatten(0, -2) if p.ndim > 2 and p.shape[0] < p.shape[-1] else p.flatten(1))
+    count, size = w.numel(), _size(w)
     if not math.isfinite(size):
         yield _Trace(1.0, 1.0, "is not finite")
         return
-    mean = abs(sum(float(piece.sum()) for piece in _pieces(w))) / count / size
+    mean = abs(float(w.mean())) / size
     if mean > DEVIATIONS / math.sqrt(count):
         yield _Trace(mean / MOVED, mean, "has a mean")
-    tail = sum(float((piece / size).square().square().sum()) for piece in _pieces(w)) / count
+    tail = float(torch.linalg.vector_norm(w, 4)) ** 4 / count / size**4
     slack = DEVIATIONS * math.sqrt(24 / count)
     beyond = max(UNIFORM - slack - tail, tail - GAUSSIAN - slack)
     if beyond > 0:
         yield _Trace(beyond / MOVED, beyond, f"is not one random draw (fourth moment {tail:.3g}, a Gaussian has 3)")
-    for sums, name in ((rows, "rows"), (columns, "columns")):
-        each = count // len(sums)
-        energy = sums / size**2 / each
+    for each, name in ((w, "rows"), (w.T, "columns")):
+        energy = _row_energies(each) / size**2
         if len(energy) <= 2:
             continue
-        chance = (tail - 1) / each
+        chance = (tail - 1) / each.shape[1]
         excess = float(energy.var()) - chance * (1 + DEVIATIONS * math.sqrt(2 / (len(energy) - 1)))
         if excess > 0:
             spread = math.sqrt(excess)
@@ -251,30 +267,44 @@ def _against_drawn(p: Tensor) -> Iterator[_Trace]:
         yield _Trace(structure / LEARNT, structure, "has directions larger than a random matrix has")
 
 
+def _in_scale(w: Tensor) -> Tensor:
+    """A matrix over its largest entry, in the precision it needs: single, and double for a matrix in double. Powers of small
+    weights would underflow."""
+    low, high = (float(end) for end in w.aminmax())
+    return (w if w.dtype == torch.float64 else w.float()) / (max(-low, high) or 1.0)
+
+
+def _size(weight: Tensor) -> float:
+    """The root mean square of its entries."""
+    return float(torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32))) / math.sqrt(
+        weight.numel()
+    )
+
+
+def _row_energies(w: Tensor) -> Tensor:
+    """The mean square of each row."""
+    return torch.linalg.vector_norm(w, dim=-1).double().square() / w.shape[-1]
+
+
 def _beyond_random(w: Tensor, size: float) -> float:
     """The share of the energy in singular values above the edge of a random matrix of this size: sqrt(m) + sqrt(n) entries, with
     three widths of the Tracy-Widom law to spare. All singular values are looked for only where the largest is above it."""
     edge = size * (math.sqrt(w.shape[0]) + math.sqrt(w.shape[1])) * (1 + 3 * min(w.shape) ** (-2 / 3))
     if _largest_singular_value(w) <= edge:
         return 0.0
-    if w.shape[0] <= w.shape[1]:
-        gram = w.double() @ w.double().T
-    else:
-        gram = torch.zeros(w.shape[1], w.shape[1], dtype=torch.float64, device=w.device)
-        for piece in _pieces(w):
-            gram.addmm_(piece.T, piece)
-    energies = torch.linalg.eigvalsh(gram).clamp(min=0)
+    short = w if w.shape[0] <= w.shape[1] else w.T
+    energies = torch.linalg.eigvalsh((short @ short.T).double()).clamp(min=0)
     return float(energies[energies > edge**2].sum() / energies.sum())
 
 
 def _largest_singular_value(w: Tensor) -> float:
     """From below, by power iteration."""
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(w.shape[1], generator=generator, dtype=torch.float64).to(w.device)
+    v = torch.randn(w.shape[1], generator=generator, dtype=torch.float64).to(w)
     for _ in range(POWER_STEPS):
-        v = sum((piece.T @ (piece @ v) for piece in _pieces(w)), torch.zeros_like(v))
-        v = v / v.norm().clamp(min=1e-300)
-    return math.sqrt(sum(float((piece @ v).square().sum()) for piece in _pieces(w)))
+        v = w.T @ (w @ v)
+        v = v / v.norm().clamp(min=1e-30)
+    return float((w @ v).norm())
 
 
 def _against_alike(others: list[list[tuple[torch.Size, float]]], mine: list[tuple[torch.Size, float]]) -> str | None:
@@ -287,29 +317,6 @@ def _against_alike(others: list[list[tuple[torch.Size, float]]], mine: list[tupl
         if 2 * differ > len(others):
             return "its query and key weights are of another size than those of other blocks"
     return None
-
-
-def _size(weight: Tensor) -> float:
-    """The root mean square of its entries."""
-    w = weight.detach()
-    rows, _ = _energies(w.flatten(1) if w.ndim > 1 else w.reshape(1, -1))
-    return math.sqrt(float(rows.sum()) / weight.numel())
-
-
-def _energies(w: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of squares of each row and of each column, in float64."""
-    rows, columns = [], torch.zeros(w.shape[1], dtype=torch.float64, device=w.device)
-    for piece in _pieces(w):
-        squares = piece.square()
-        rows.append(squares.sum(-1))
-        columns += squares.sum(0)
-    return torch.cat(rows), columns
-
-
-def _pieces(w: Tensor) -> Iterator[Tensor]:
-    """A matrix in float64, a few rows at a time: the whole of an embedding would be as large as the model."""
-    for rows in w.split(max(1, PIECE // w.shape[1])):
-        yield rows.double()
 
 
 def _query_key_weights(model: nn.Module, block: Block) -> list[Tensor]:

@@ -34,7 +34,7 @@ from uncollapse.measures import geometry
 from uncollapse.measures.affine_fit import HELD_OUT_EVERY, AffineFit
 from uncollapse.measures.normalization import Ranks
 from uncollapse.measures.running import Running
-from uncollapse.probe.norm_law import NormLaw, norm_law
+from uncollapse.probe.norm_law import Images, NormLaw, norm_law
 from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import NormRecord, UpdateRecord
 from uncollapse.restoring import restoring
@@ -437,38 +437,61 @@ class Sublayers:
             statistics.reasons = dict.fromkeys(["affine_rank_before", "affine_rank_after", "brackets"], _NO_TOKENS)
             return
         precision = max(given.dtype, output.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        measured = geometry.cloud_measures(before.x, before.real, precision=precision)
-        ranks_after = geometry.cloud_measures(after.x, after.real, precision=precision).affine_rank
-        brackets = torch.full((len(before.x), 3), math.nan, dtype=torch.float64)
+        ranks = geometry.cloud_ranks(before.x, before.real, precision=precision)
         where = norm.where if norm.piece is not None else norm.module.name
         if where not in self._laws:
             self._laws[where] = (
                 None if run is None else norm_law(run, norm.kind, given.shape, given.dtype, given.device)
             )
         law = self._laws[where]
-        sound = before.real & (before.finite & after.finite).unsqueeze(-1)
+        ranks_after, brackets = before.missing(), torch.full((len(before.x), 3), math.nan, dtype=torch.float64)
         if run is None:
             statistics.reasons["brackets"] = (
                 "it is written out over several operations, so it is not known what it does to other tokens"
             )
         elif law is None:
             statistics.reasons["brackets"] = "it cannot be run on other tokens by itself, or takes more than the stream"
-        elif not law.holds(before.x[sound], after.x[sound], precision):
-            statistics.reasons["brackets"] = (
-                "its output is not gamma (x - mean) / deviation + beta, with or without the mean"
-            )
         else:
-            for i in sound.any(-1).nonzero().flatten().tolist():
-                known = Ranks(int(measured.rank[i]), int(measured.affine_rank[i]))
-                found = law.brackets(before.x[i][sound[i]], known, precision)
-                if found is not None:
-                    brackets[i] = torch.tensor(found, dtype=torch.float64)
-                else:
-                    statistics.reasons["brackets"] = (
-                        "a few tokens are so much larger that they hide the rank of the others"
-                    )
-        ranks = torch.stack([measured.affine_rank.cpu(), ranks_after.cpu()], -1)
-        statistics.values = statistics.values.add(torch.cat([ranks, brackets], -1))
+            sound = before.real & (before.finite & after.finite).unsqueeze(-1)
+            images = law.images(before.x, after.x, sound, precision)
+            if images.holds:
+                ranks_after = images.given_affine
+                brackets = _brackets(law, images, before.x, sound, ranks, precision, statistics)
+            else:
+                statistics.reasons["brackets"] = (
+                    "its output is not gamma (x - mean) / deviation + beta, with or without the mean"
+                )
+        rest = ranks_after.isnan().nonzero().flatten()
+        if len(rest):
+            _, found = geometry.cloud_ranks(after.x[rest], after.real[rest], precision=precision)
+            ranks_after = ranks_after.index_put((rest,), found)
+        both = torch.stack([ranks[1].cpu(), ranks_after.cpu()], -1)
+        statistics.values = statistics.values.add(torch.cat([both, brackets], -1))
+
+
+def _brackets(
+    law: NormLaw,
+    images: Images,
+    x: Tensor,
+    sound: Tensor,
+    ranks: tuple[Tensor, Tensor],
+    precision: torch.dtype,
+    statistics: NormStatistics,
+) -> Tensor:
+    """The brackets of each sequence [sequence, 3], NaN where there are none."""
+    rank, affine_rank = ranks
+    found = torch.stack(
+        [rank - affine_rank, images.rank - images.affine_rank, rank - images.rank], -1
+    )
+    fit = (found >= 0).all(-1) & (found[:, :2] <= 1).all(-1)
+    found = torch.where((images.full & fit).unsqueeze(-1), found, math.nan).cpu()
+    for i in (sound.any(-1) & ~images.full).nonzero().flatten().tolist():
+        one = law.brackets(x[i][sound[i]], Ranks(int(rank[i]), int(affine_rank[i])), precision)
+        if one is not None:
+            found[i] = torch.tensor(one, dtype=torch.float64)
+    if bool((found.isnan().all(-1) & sound.any(-1).cpu()).any()):
+        statistics.reasons["brackets"] = "a few tokens are so much larger that they hide the rank of the others"
+    return found
 
 
 def _rerun(
