@@ -28,6 +28,7 @@ from torch import Tensor
 from uncollapse.errors import InputError
 from uncollapse.measures import leading_spectrum as krylov
 from uncollapse.measures.admission import admitting, at_size_one, described, is_ordinary, times_power_of_two
+from uncollapse.measures.symmetric_eigenvalues import eigenvalues
 
 TILE_BYTES = 4 << 20  # measured: 1 to 4 MiB are equal, from 8 MiB on the tile leaves the cache and costs double
 DEVICE_TILE_BYTES = 64 << 20  # accelerators want few large launches
@@ -996,25 +997,33 @@ def _decomposed(A: Tensor, rows: Tensor, columns: Tensor) -> krylov.Leading:
     found = A.new_full((4, len(A)), math.nan, dtype=torch.float64)
     found[3] = 0
     kinds, kind = torch.unique(torch.cat([rows, columns], -1), dim=0, return_inverse=True)
+    members, matrices, grams = [], [], []
     for number, real in enumerate(kinds):
-        own, (some_rows, some_columns) = kind == number, real.split([rows.shape[-1], columns.shape[-1]])
+        own, (some_rows, some_columns) = (kind == number).nonzero()[:, 0], real.split([rows.shape[-1], columns.shape[-1]])
         if not bool(some_rows.any() and some_columns.any()):
             continue
-        one = A[own][:, some_rows][:, :, some_columns].double()
-        finite = one.isfinite().all(-1).all(-1)
-        one = torch.where(finite[:, None, None], one, 0)
+        one = A[own]
+        if not bool(real.all()):
+            one = one[:, some_rows][:, :, some_columns]
+        one = one.double()
+        finite = one.sum((-2, -1)).isfinite()  # no weight but a finite one leaves the sum finite
+        if not bool(finite.all()):
+            one = torch.where(finite[:, None, None], one, 0)
         centred = one - one.mean(-2, keepdim=True)
-        centred = centred - centred.mean(-1, keepdim=True)
-        values = torch.full((4, len(one)), math.nan, dtype=torch.float64, device=A.device)
-        values[2] = torch.linalg.eigvalsh(_gram(centred))[..., -1].clamp(min=0).sqrt()
+        centred -= centred.mean(-1, keepdim=True)
+        members.append((own, finite))
+        matrices.append(one)
+        grams += [_gram(one), _gram(centred)]
+    values = iter(eigenvalues(grams))
+    for (own, finite), one in zip(members, matrices, strict=True):
+        squares, largest = next(values).clamp(min=0), next(values)[..., -1].clamp(min=0)
+        first, second = largest.new_full((2, len(one)), math.nan)
         if min(one.shape[-2:]) > 1:
-            squares = torch.linalg.eigvalsh(_gram(one))[..., -2:].clamp(min=0)
-            values[0], values[1] = squares[..., 1].sqrt(), squares[..., 0].sqrt()
-            coarse = (squares[..., 0] < 1e-8 * squares[..., 1]) & finite
+            first, second = squares[..., -1].sqrt(), squares[..., -2].sqrt()
+            coarse = (squares[..., -2] < 1e-8 * squares[..., -1]) & finite
             if bool(coarse.any()):
-                values[1, coarse] = torch.linalg.svdvals(one[coarse])[..., 1]
-        values[3] = 0
-        found[:, own] = values.masked_fill(~finite, math.nan)
+                second[coarse] = torch.linalg.svdvals(one[coarse])[..., 1]
+        found[:3, own] = torch.stack([first, second, largest.sqrt()]).masked_fill(~finite, math.nan)
     return krylov.Leading(*found.unbind(0))
 
 
