@@ -30,7 +30,8 @@ from uncollapse.measures import leading_spectrum as krylov
 from uncollapse.measures.admission import admitting, at_size_one, described, is_ordinary, times_power_of_two
 from uncollapse.measures.symmetric_eigenvalues import eigenvalues
 
-TILE_BYTES = 4 << 20  # measured: 1 to 4 MiB are equal, from 8 MiB on the tile leaves the cache and costs double
+TILE_BYTES = 2 << 20  # measured: 1 to 4 MiB are equal, from 8 MiB on the tile leaves the cache and costs double
+LEAST_ROWS = 64  # of a tile of long rows, if these are no more than four times as much: every tile has its price in calls
 DEVICE_TILE_BYTES = 64 << 20  # accelerators want few large launches
 CAUSAL_ROWS = 128  # rows of a causal tile: its keys end with its last row, so that half of all pairs are never computed
 FEW_KEYS = 4  # rows over fewer keys have no key share: two keys leave little to be uniform about
@@ -793,7 +794,8 @@ def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, _Keep | Non
     """Every tile with its logits, forbidden ones at `FORBIDDEN`, a scratch tensor of the same shape, and which pairs
     are allowed (`None`: all). The two tensors are overwritten by the next tile."""
     batch, groups, repeats, queries, keys = scores.sizes
-    budget = (TILE_BYTES if scores.device.type == "cpu" else DEVICE_TILE_BYTES) // scores.dtype.itemsize
+    wanted = min(LEAST_ROWS * repeats * keys * scores.dtype.itemsize, 4 * TILE_BYTES)
+    budget = (max(TILE_BYTES, wanted) if scores.device.type == "cpu" else DEVICE_TILE_BYTES) // scores.dtype.itemsize
     row_step = min(queries, CAUSAL_ROWS if scores.causal else queries, max(1, budget // (repeats * keys)))
     starts = list(range(0, queries, row_step))
     if scores.causal:  # early rows see few keys: more of them fit
