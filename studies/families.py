@@ -107,7 +107,11 @@ def _captured(model: Any, batch: dict[str, Any], anatomy: Any) -> dict[str, Any]
     with probing(model):
         plain = [t.clone() for t in tensors_in(model(**batch))]
     seen: list[Any] = []
-    hook = model.register_forward_hook(lambda _m, _a, output: seen.extend(t.clone() for t in tensors_in(output)))
+
+    def keep(_: Any, _given: Any, output: Any) -> None:
+        seen[:] = [t.clone() for t in tensors_in(output)]  # a pass that only sends the model on its way comes before
+
+    hook = model.register_forward_hook(keep)
     try:
         observed = capture(model, [batch], anatomy)
     except Exception as error:

@@ -66,7 +66,7 @@ class Changes:
         """Register a hook. It is found again by its function: the handle would be lost to an exception on its way here."""
         hook = _Hook(function)
         mark_own(hook)
-        self.undo(functools.partial(_take_off, module, hook))
+        self.undo(functools.partial(_take_off, module, kind, hook))
         getattr(module, f"register_{kind}_hook")(hook, **options)
 
     def wrap(self, module: nn.Module, wrapping: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -198,9 +198,9 @@ class _Hook:
         return self.function(*args) if self.is_up else None
 
 
-def _take_off(module: nn.Module, hook: _Hook) -> None:
+def _take_off(module: nn.Module, kind: Literal["forward", "forward_pre"], hook: _Hook) -> None:
     hook.is_up = False
-    remove_hook(module, hook)
+    _remove(module, module._forward_hooks if kind == "forward" else module._forward_pre_hooks, hook)
 
 
 def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,10 +217,14 @@ def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
 def remove_hook(module: nn.Module, function: Callable[..., Any]) -> None:
     """Take a hook off a module, wherever it stands among its forward hooks."""
     for table in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, hook in list(table.items()) if hook is function]:
-            for marks in _marks(module):
-                marks.pop(key, None)
-            table.pop(key, None)
+        _remove(module, table, function)
+
+
+def _remove(module: nn.Module, table: MutableMapping[int, Any], function: Callable[..., Any]) -> None:
+    for key in [key for key, hook in list(table.items()) if hook is function]:
+        for marks in _marks(module):
+            marks.pop(key, None)
+        table.pop(key, None)
 
 
 def _marks(module: nn.Module) -> tuple[dict[int, bool], ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 import uncollapse as uc
 from tests.helpers.families import FAMILIES, inputs_for
@@ -260,7 +260,7 @@ def test_bad_arguments_are_refused_in_words(arguments: dict[str, Any], message: 
 
 def test_a_model_whose_residual_cannot_be_located_is_refused() -> None:
     with pytest.raises(uc.UnsupportedModel, match="0 residual additions"):
-        uc.ablate(torch.nn.Embedding(8, 4), batches=[{"input": torch.ones(2, 3, dtype=torch.long)}])
+        uc.ablate(nn.Embedding(8, 4), batches=[{"input": torch.ones(2, 3, dtype=torch.long)}])
 
 
 def test_a_run_that_is_not_finite_says_so() -> None:
@@ -366,3 +366,40 @@ def test_what_was_seen_before_a_pass_began_anew_does_not_count(monkeypatch: pyte
     corpus = [entry for entry in uc.diagnose(pooler, batches=batches).record.corpus if entry.pooling == "own"]
     assert [entry.points for entry in corpus] == [7]
     assert passes[0] > 1
+
+
+class _TokenFirst(nn.Module):
+    """Tokens come before sequences in the stream, in the output where `turns` is False."""
+
+    def __init__(self, *, turns: bool, vectors: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.turns = nn.Linear(16, 16) if vectors else nn.Embedding(30, 16), turns
+        self.qkv, self.out, self.mlp = (nn.Linear(16, n) for n in (48, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x).transpose(0, 1)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 1, 3, 0, 4)
+        x = x + self.out(((q @ k.mT).softmax(-1) @ v).permute(2, 0, 1, 3).flatten(2))
+        x = x + self.mlp(x).relu()
+        return x.transpose(0, 1) if self.turns else x
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("turns", [False, True])
+def test_the_output_s_turn_is_a_sequence_s_whichever_axis_holds_it(turns: bool, vectors: bool) -> None:
+    """As many sequences as tokens: their sizes do not tell which is which, in the output or on the way there."""
+    model = _TokenFirst(turns=turns, vectors=vectors).eval()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 6, 16, generator=generator) if vectors else torch.randint(30, (6, 6), generator=generator)
+    run = uc.ablate(model, batches=[{"x": x}], without=[("mlp",)]).runs[1]
+    with torch.no_grad():
+        whole = model(x)
+        for weights in model.mlp.parameters():
+            weights.zero_()
+        left = model(x)
+    means = [(t if turns else t.transpose(0, 1)).double().mean(1) for t in (whole, left)]
+    expected = 1 - torch.cosine_similarity(*means, dim=-1)
+    assert run.output_shift is not None
+    assert run.output_shift.mean == pytest.approx(float(expected.mean()), rel=1e-5)
+    assert run.output_shift.n == 6

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 import uncollapse as uc
 from uncollapse.analyses.preparation import with_true_positions
 from uncollapse.anatomy import proof
 from uncollapse.anatomy.module_states import left_as_found
-from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.probing import float64_kept, probing
 from uncollapse.anatomy.situations import REMEMBERED, Situation, model_state
 
 WIDTH, HEADS = 32, 4
@@ -359,6 +360,38 @@ def test_autocast_by_accelerate() -> None:
     with uc.without(model, "mlp"):
         removed = model(**batch())
     assert not torch.equal(removed, model(**batch()))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_model_that_is_kept_in_float64_is_proved_as_such(attention: str) -> None:
+    """Its own code casts to single precision, in the rotary embedding and the norms: a block run alone must not do so either."""
+    model = llama(attn_implementation=attention).double()
+    with float64_kept(model):
+        found = proof.proved_anatomy(model, batch(name="input_ids"))
+    assert [call.unreadable for block in found.blocks for part in block.parts for call in part.attention] == [None] * 2
+    deviations = {identity.deviation for identity in found.proof}
+    assert deviations == {0.0}
+
+
+class Rectifying(TorchFunctionMode):
+    """Runs every GELU as a ReLU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {})) if func is not functional.gelu else functional.relu(*args)
+
+
+class UnderAMode(Stacked):
+    """Its own forward runs the blocks under a function mode of its own."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        with Rectifying():
+            return super().forward(ids)
+
+
+def test_a_block_runs_alone_under_the_function_modes_it_ran_under() -> None:
+    model = UnderAMode().eval()
+    found = proof.proved_anatomy(model, batch())
+    assert {identity.deviation for identity in found.proof} == {0.0}
 
 
 def test_no_cast_weight_is_left_behind_in_the_users_autocast() -> None:

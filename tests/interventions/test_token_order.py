@@ -171,134 +171,185 @@ def test_positions_of_token_first_numbers_are_refused_in_words() -> None:
         pass
 
 
-class MaskAndBias(TokenFirst):
-    """Distances and a causal mask, summed before they are added to the logits."""
+class BiasAndMask(nn.Module):
+    """A causal mask and a bias over distances that become one operand of the logits, `way` says how. Without the mask (`hides`
+    False) the same bias is added."""
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
-    ) -> Tensor:
-        x, tokens = self.embed(input_ids.T), torch.arange(input_ids.shape[1])
-        distance = (tokens[:, None] - tokens).float()
-        summed = -0.3 * distance + torch.zeros_like(distance).masked_fill(distance < 0, -math.inf)
-        for block in self.blocks:
-            x = block(x, summed)
-        return x.transpose(0, 1)
-
-
-def test_a_mask_that_is_one_with_a_bias_is_not_taken_for_a_mask_alone() -> None:
-    torch.manual_seed(0)
-    batch = {"input_ids": torch.randint(30, (4, 7), generator=torch.Generator().manual_seed(0))}
-    with pytest.raises(uc.UnsupportedModel, match="also adds a bias"), uc.without(MaskAndBias(), "mask", batch=batch):
-        pass
-
-
-class JoinedTwice(TokenFirst):
-    """Two masks and a bias, joined in the attention: of two masks nobody says which is the one that is meant."""
-
-    def __init__(self) -> None:
+    def __init__(self, way: str, *, is_fused: bool = False, apart: bool = False) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(JoinedBlock() for _ in range(2))
+        torch.manual_seed(0)
+        self.embed, self.hides, self.way, self.apart = nn.Embedding(30, 16), True, way, apart
+        self.blocks = nn.ModuleList(BiasAndMaskBlock(is_fused=is_fused) for _ in range(3))
 
-
-class JoinedBlock(TokenFirstBlock):
-    second = -math.inf
-
-    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 1, 3, 0, 4)
-        places = torch.arange(len(x))
-        distance = (places[:, None] - places).float()
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x, places = self.embed(input_ids), torch.arange(input_ids.shape[1])
+        distance = (places[:, None] - places).float()[None, None]
         bias = -0.3 * distance.abs()
-        own = torch.zeros_like(distance).masked_fill(distance < 0, self.second)
-        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias + own + hidden)
-        x = x + self.out(y.permute(2, 0, 1, 3).flatten(2))
-        return x + self.mlp(x).relu()
+        own = bias if self.apart else joined(bias, (distance < 0) & self.hides, self.way)
+        for block in self.blocks:
+            joined_there = joined(own, (distance < 0) & self.hides, self.way) if self.apart else own
+            x = block(x, joined_there, attention_mask)
+        return x
 
 
-def test_a_mask_and_a_bias_are_told_apart_only_where_one_addition_joins_just_those_two() -> None:
-    torch.manual_seed(0)
-    batch = {"input_ids": torch.randint(30, (4, 7), generator=torch.Generator().manual_seed(0))}
-    with pytest.raises(uc.UnsupportedModel, match="also adds a bias"), uc.without(JoinedTwice(), "mask", batch=batch):
-        pass
-
-
-class WrittenInto(TokenFirst):
-    """A bias that is written into the mask, in the attention: the sum is not what the addition returns, but the mask itself."""
-
+class BiasAndMaskBlock(nn.Module):
     def __init__(self, *, is_fused: bool) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(WrittenIntoBlock(is_fused=is_fused) for _ in range(2))
+        self.qkv, self.out, self.mlp, self.is_fused = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 16), is_fused
 
-
-class WrittenIntoBlock(TokenFirstBlock):
-    def __init__(self, *, is_fused: bool) -> None:
-        super().__init__()
-        self.is_fused, self.hides = is_fused, True
-
-    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 1, 3, 0, 4)
-        places = torch.arange(len(x))
-        distance = (places[:, None] - places).float()
-        mask = torch.zeros_like(distance).masked_fill(distance < 0, -math.inf if self.hides else 0.0)
-        mask.add_(-0.3 * distance.abs())
+    def forward(self, x: Tensor, bias: Tensor, attention_mask: Tensor | None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
         if self.is_fused:
-            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            if attention_mask is not None:
+                bias = bias.masked_fill(attention_mask[:, None, None] == 0, -1e9)
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         else:
-            y = (q @ k.mT / math.sqrt(8) + mask).softmax(-1) @ v
-        x = x + self.out(y.permute(2, 0, 1, 3).flatten(2))
+            logits = q @ k.mT + bias
+            if attention_mask is not None:
+                logits = logits.masked_fill(attention_mask[:, None, None] == 0, -1e9)
+            y = logits.softmax(-1) @ v
+        x = x + self.out(y.transpose(1, 2).flatten(2))
         return x + self.mlp(x).relu()
+
+
+def joined(bias: Tensor, hidden: Tensor, way: str) -> Tensor:
+    """One operand of a bias and of a mask, in one of the ways in which people write it."""
+    least = torch.finfo(bias.dtype).min
+    if way == "filled":
+        return bias.masked_fill(hidden, -math.inf)
+    if way == "filled in place":
+        return bias.clone().masked_fill_(hidden, -1e9)
+    if way == "chosen":
+        return torch.where(hidden, least, bias)
+    if way == "chosen from a tensor":
+        return torch.where(~hidden, bias, torch.full_like(bias, -1e4))
+    if way == "written into":
+        found = bias.expand(1, 2, *bias.shape[2:]).clone()
+        found[hidden.expand_as(found)] = -math.inf
+        return found
+    mask = torch.zeros_like(bias).masked_fill(hidden, -math.inf)
+    if way == "subtracted":
+        return bias - hidden.float() * 1e9
+    if way == "two masks":
+        further = torch.zeros_like(bias).masked_fill(hidden.tril(-3) | hidden.triu(3), -1e9)
+        return (bias + mask + further).to(bias.dtype).contiguous()
+    if way == "mask first":
+        mask += bias
+        return mask
+    return (mask + bias).expand(1, 2, *bias.shape[2:])[:, :1]
+
+
+WAYS = [
+    "filled",
+    "filled in place",
+    "chosen",
+    "chosen from a tensor",
+    "written into",
+    "subtracted",
+    "two masks",
+    "mask first",
+    "added and moved",
+]
 
 
 @pytest.mark.parametrize("is_fused", [True, False])
-def test_a_bias_that_is_written_into_a_mask_stays_without_the_mask(is_fused: bool) -> None:
-    torch.manual_seed(0)
-    model = WrittenInto(is_fused=is_fused).eval()
-    batch = {"input_ids": torch.randint(30, (7, 4), generator=torch.Generator().manual_seed(0))}
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bias_stays_where_a_mask_was_put_into_it(way: str, is_fused: bool) -> None:
+    """Whatever puts the mask in, and wherever: once for all blocks, or once in each pass of a block."""
+    model = BiasAndMask(way, is_fused=is_fused, apart=way in {"chosen", "added and moved"}).eval()
+    batch = {"input_ids": torch.randint(30, (4, 7), generator=torch.Generator().manual_seed(0))}
     with torch.no_grad():
         whole = model(**batch)
-        for block in model.blocks:
-            block.hides = False
-        expected = model(**batch)
-        for block in model.blocks:
-            block.hides = True
         with uc.without(model, "mask", batch=batch):
             got = model(**batch)
-    assert not torch.equal(expected, whole)
+        assert torch.equal(model(**batch), whole)
+        model.hides = False
+        expected = model(**batch)
+    assert not torch.allclose(expected, whole)
     assert torch.equal(got, expected)
 
 
-class PaddedElsewhere(TokenFirst):
-    """Joined once for all sequences, and padding is hidden by another operation."""
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_of_a_mask_and_a_bias_made_once_for_all_blocks_the_mask_is_removed_in_one_block_alone(is_fused: bool) -> None:
+    model = BiasAndMask("filled", is_fused=is_fused).eval()
+    batch = {"input_ids": torch.randint(30, (4, 7), generator=torch.Generator().manual_seed(0))}
+    seen: list[Tensor] = []
+    model.blocks[1].register_forward_hook(lambda _m, args, out: seen.extend([args[0], args[1], out]))
+    with torch.no_grad():
+        whole = model(**batch)
+        with uc.without(model, "mask", blocks=[1], batch=batch):
+            seen.clear()
+            got = model(**batch)
+        x, bias, output = seen
+        open_bias = -0.3 * (torch.arange(7)[:, None] - torch.arange(7)).float().abs()[None, None]
+        assert bool(bias.isinf().any())  # the others are still given the mask
+        assert torch.equal(output, model.blocks[1](x, open_bias, None))
+        assert torch.equal(got, model.blocks[2](output, bias, None))
+        assert not torch.equal(got, whole)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(PaddedElsewhereBlock() for _ in range(2))
 
-
-class PaddedElsewhereBlock(TokenFirstBlock):
-    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 1, 3, 0, 4)
-        places = torch.arange(len(x))
-        distance = (places[:, None] - places).float()[None, None]
-        own, bias = torch.zeros_like(distance).masked_fill(distance < 0, -math.inf), -0.3 * distance.abs()
-        logits = q @ k.mT + (own + bias)
-        y = logits.masked_fill(hidden < 0, -math.inf).softmax(-1) @ v
-        x = x + self.out(y.permute(2, 0, 1, 3).flatten(2))
-        return x + self.mlp(x).relu()
-
-
-def test_a_mask_and_a_bias_that_no_padding_can_stand_in_are_refused_in_words() -> None:
-    torch.manual_seed(0)
-    ids = torch.randint(30, (7, 4), generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_padding_stays_hidden_where_a_mask_leaves_its_bias(is_fused: bool) -> None:
+    model = BiasAndMask("filled", is_fused=is_fused).eval()
+    ids = torch.randint(30, (4, 7), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(4, 7, dtype=torch.long)
     mask[0, 5:] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
-    model = PaddedElsewhere().eval()
-    with (
-        torch.no_grad(),
-        pytest.raises(uc.UnsupportedModel, match="also adds a bias"),
-        uc.without(model, "mask", batch=batch),
-    ):
+    with torch.no_grad():
+        with uc.without(model, "mask", batch=batch):
+            got = model(**batch)
+        model.hides = False
+        expected = model(**batch)
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()])
+
+
+class TableWithMask(BiasAndMask):
+    """A bias that was filled before the model runs: what it was at a forbidden pair nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__("filled")
+        places = torch.arange(7)
+        distance = (places[:, None] - places).float()[None, None]
+        self.register_buffer("table", (-0.3 * distance.abs()).masked_fill(distance < 0, -math.inf))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x, self.table, attention_mask)
+        return x
+
+
+def test_a_mask_that_was_one_with_a_bias_before_the_model_ran_is_not_taken_for_a_mask_alone() -> None:
+    batch = {"input_ids": torch.randint(30, (4, 7), generator=torch.Generator().manual_seed(0))}
+    with pytest.raises(uc.UnsupportedModel, match="also adds a bias"), uc.without(TableWithMask(), "mask", batch=batch):
+        pass
+
+
+class SmallNumbers(BiasAndMask):
+    """What is filled in is a number that a bias may have, too: nobody says that it forbids."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x, places = self.embed(input_ids), torch.arange(input_ids.shape[1])
+        distance = (places[:, None] - places).float()[None, None]
+        bias = (-0.3 * distance.abs()).masked_fill(distance < 0, -5.0)
+        hidden = torch.zeros_like(bias).masked_fill(distance < -3, -math.inf)
+        for block in self.blocks:
+            x = block(x, bias + hidden, attention_mask)
+        return x
+
+
+def test_a_small_number_that_is_filled_into_a_bias_is_part_of_the_bias() -> None:
+    model = SmallNumbers("filled").eval()
+    batch = {"input_ids": torch.randint(30, (4, 7), generator=torch.Generator().manual_seed(0))}
+    seen: list[Tensor] = []
+    model.blocks[0].register_forward_hook(lambda _m, args, out: seen.extend([args[0], out]))
+    with torch.no_grad(), uc.without(model, "mask", batch=batch):
+        seen.clear()
         model(**batch)
+    x, output = seen
+    distance = (torch.arange(7)[:, None] - torch.arange(7)).float()[None, None]
+    with torch.no_grad():
+        assert torch.equal(output, model.blocks[0](x, (-0.3 * distance.abs()).masked_fill(distance < 0, -5.0), None))
 
 
 class Windowed(TokenFirst):

@@ -27,10 +27,12 @@ from uncollapse.analyses.anatomy_recording import anatomy_record
 from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
 from uncollapse.analyses.recording import model_info, probe_record, site_records, versions
 from uncollapse.analyses.result import Recorded
-from uncollapse.anatomy.probing import float64_kept
+from uncollapse.anatomy.influence import moved, poked, without_zeros
+from uncollapse.anatomy.probing import float64_kept, probing, seed_all
+from uncollapse.anatomy.proof import known_example
 from uncollapse.anatomy.stacks import given_mask, hides
+from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.tracing import tensors_in
-from uncollapse.anatomy.vocabulary import Stack, StreamAxes
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.interventions.overlooked_norms import asked_once
 from uncollapse.interventions.without import require_blocks, require_components, require_effect
@@ -97,7 +99,7 @@ def ablate(
     progress = prepared.progress
     affected = require_blocks(blocks, prepared.anatomy)
     prepared.require_same("options", (combinations, sorted(affected)))
-    is_causal = _is_causal(prepared)
+    is_causal, sequence_axis = _is_causal(prepared), _sequence_axis(prepared)
     whole: list[Tensor] = []
     runs: list[AblationRun] = []
     first: Observations | None = None
@@ -109,7 +111,7 @@ def ablate(
             try:
                 if combination:
                     require_effect(prepared.loaded.model, combination, blocks, prepared.batches[0])
-                observed, run = _run(prepared, combination, blocks, is_causal, whole)
+                observed, run = _run(prepared, combination, blocks, is_causal, whole, sequence_axis)
             except UnsupportedModel as error:
                 if without is not None or not combination:
                     raise
@@ -214,10 +216,11 @@ def _run(
     blocks: Collection[int] | Literal["all", "all+outer"] | None,
     is_causal: bool,
     whole: list[Tensor],
+    sequence_axis: int | None,
 ) -> tuple[Observations, AblationRun]:
     """One probe pass without `combination`. `whole` collects the mean output vectors of the whole model for the later runs."""
     model = prepared.loaded.model
-    outputs = _Outputs(prepared, is_causal, whole if combination else None)
+    outputs = _Outputs(prepared, is_causal, whole if combination else None, sequence_axis)
     with contextlib.ExitStack() as stack:
         if combination:
             stack.enter_context(taken_away(model, *combination, blocks=blocks, batch=prepared.batches[0]))
@@ -272,9 +275,11 @@ def _watched(level: Level, combination: tuple[str, ...]) -> set[Watched]:
 class _Outputs:
     """What is kept of the model's outputs: one mean vector per sequence, and running statistics of loss and shift."""
 
-    def __init__(self, prepared: Prepared, is_causal: bool, whole: list[Tensor] | None) -> None:
+    def __init__(
+        self, prepared: Prepared, is_causal: bool, whole: list[Tensor] | None, sequence_axis: int | None
+    ) -> None:
         """The stack that gives the output, the last one, says which tensors of a batch are its token numbers and its padding."""
-        self.prepared, self.is_causal, self.whole = prepared, is_causal, whole
+        self.prepared, self.is_causal, self.whole, self.sequence_axis = prepared, is_causal, whole, sequence_axis
         self.begin()
 
     def begin(self) -> None:
@@ -292,16 +297,16 @@ class _Outputs:
         logits = getattr(output, "logits", None)
         if self.is_causal and logits is not None and ids is not None and logits.shape[:-1] == ids.shape:
             self.loss = self.loss.add(_next_token_loss(logits, ids, real))
-        vectors = next((t for t in tensors_in(output) if t.is_floating_point() and t.ndim >= 2), None)
-        if vectors is None:
-            return
-        laid = _sequence_first(vectors, stack, anatomy.blocks[stack.blocks[-1]].axes, batch)
+        laid = _vectors(output)
         if laid is None:
+            return
+        if self.sequence_axis is None:
             self.reason = "which axis of the output holds the sequences is not known"
         elif any(m.unit != "token" and hides(m, batch) for m in stack.masks):
             self.reason = "which rows of the output are padding is not known"
-        if laid is None or self.reason:
+        if self.reason:
             return
+        laid = laid.transpose(0, 1) if self.sequence_axis == 1 and laid.ndim == 3 else laid
         if real is not None and laid.ndim == 3:  # the output may lack what the stream begins with by itself
             real = real[:, real.shape[1] - laid.shape[1] :] if laid.shape[1] < real.shape[1] else real
             if real.shape != laid.shape[:2]:
@@ -317,23 +322,43 @@ class _Outputs:
                 self.shift = self.shift.add(1 - torch.cosine_similarity(pooled, reference, dim=-1))
 
 
-def _sequence_first(output: Tensor, stack: Stack, axes: StreamAxes | None, batch: Mapping[str, Any]) -> Tensor | None:
-    """An output [sequence, token, width] of a stack; None where it is not known which of its first two axes are the sequences.
+def _sequence_axis(prepared: Prepared) -> int | None:
+    """Which of the first two axes of an output [·, ·, width] holds the sequences: the one along which a single place moves when
+    the stream of one sequence is changed before the last block. 0 of an output without tokens; None where nothing told it. Asked
+    on the example that the anatomy was proved on."""
+    model, anatomy = prepared.loaded.model, prepared.anatomy
+    block = anatomy.blocks[anatomy.stacks[-1].blocks[-1]]
+    example = known_example(model) or prepared.batches[0]
+    axes, sequences = block.axes, list[int]()
 
-    Where tokens come first in the stream they may or may not in the output."""
-    if output.ndim != 3 or axes is None or axes.sequence is None or axes.sequence < min(axes.token):
-        return output
-    ids = None if stack.ids is None else batch.get(stack.ids)
-    if ids is None or ids.shape[0] == ids.shape[1]:
+    def change(stream: Tensor) -> Tensor:
+        assert axes is not None
+        assert axes.sequence is not None
+        sequences.append(stream.shape[axes.sequence])
+        return poked(stream, axes.sequence, torch.tensor([0]))
+
+    with probing(model), without_zeros(model):  # a head that starts at zero would show nothing
+        plain = _vectors(model(**example))
+        if plain is None or plain.ndim != 3:
+            return 0
+        if axes is None or axes.sequence is None:
+            return None
+        seed_all(0)
+        with met(model, [(block.entry, change)]):
+            changed = _vectors(model(**example))
+    if changed is None or changed.shape != plain.shape:
         return None
-    first, second = ids.shape[::-1] if stack.ids_transposed else ids.shape
-    own = max((mask.before for mask in stack.masks), default=0)
-    for rows in (second, second + own):
-        if output.shape[:2] == (first, rows):
-            return output
-        if output.shape[:2] == (rows, first):
-            return output.transpose(0, 1)
-    return None
+    found = [
+        axis
+        for axis in (0, 1)
+        if plain.shape[axis] == sequences[-1] and moved(plain, changed, axis).nonzero().flatten().tolist() == [0]
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _vectors(output: Any) -> Tensor | None:
+    """The first tensor of an output that may hold one vector for each token or sequence."""
+    return next((t for t in tensors_in(output) if t.is_floating_point() and t.ndim >= 2), None)
 
 
 def _pooled(output: Tensor, mask: Tensor | None) -> Tensor:

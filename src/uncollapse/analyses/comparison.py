@@ -79,8 +79,13 @@ def compare(a: Given, b: Given) -> Comparison:
             gone=gone,
             findings=found,
             unavailable=unavailable,
+            is_causal=_of_both(*(None if r.anatomy is None else r.anatomy.is_causal for r in (before, after))),
         )
     )
+
+
+def _of_both(one: bool | None, other: bool | None) -> bool | None:
+    return one if one == other else None
 
 
 def _diagnosis(given: Given) -> DiagnosisRecord:

@@ -21,9 +21,7 @@ from uncollapse.anatomy.tracing import Trace
 MASKING = frozenset(["add", "sub", "masked_fill", "where", "mul", "setitem", "masked_scatter"])
 _CHOICES = frozenset(["getitem", "index_select", "gather", "index", "take", "chunk", "split", "unbind"])
 _ADDING = frozenset(["baddbmm", "addmm"])
-_KEEPS_AXES = frozenset(
-    ["pad", "expand", "to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous", "clone"]
-)
+_JOINING = frozenset(["add", "sub", "masked_fill", "where", "setitem"])
 _SOFTMAXES = frozenset(["softmax", "special_softmax", "log_softmax"])
 _EXPONENTIALS = frozenset(["exp", "exp2"])
 
@@ -183,17 +181,22 @@ def _logits(t: Trace, score: int, similarity: Iterable[int]) -> int:
     return given
 
 
-def sum_behind(t: Trace, operand: int, product: int) -> int | None:
-    """The addition of two values, in the code that runs the operation `product`, whose sum is this operand with its axes as they
-    were: a mask and a bias may have been joined there."""
-    at, call = operand, t.nodes[product].call
-    while t.nodes[at].operation in _KEEPS_AXES and len(t.nodes[at].inputs) == 1:
-        (behind_it,) = t.nodes[at].inputs
-        if len(t.nodes[behind_it].shape) != len(t.nodes[at].shape):
-            return None
-        at = behind_it
-    node = t.nodes[at]
-    return at if node.operation == "add" and node.call == call and len(node.inputs) == 2 else None
+def making(t: Trace, operand: int) -> tuple[int, ...]:
+    """How an operand of the logits came to hold a mask beside a bias, if it does: the values, in order, that an addition, a filling
+    or a choice made on the way to it, and those that were made of these."""
+    products = t.is_matrix_product
+    reached, frontier = set[int](), [operand]
+    while frontier:
+        index = frontier.pop()
+        if index not in reached and t.nodes[index].inputs and not products(index):
+            reached.add(index)
+            frontier.extend(t.nodes[index].inputs)
+    found: set[int] = set()
+    for index in sorted(reached):
+        node = t.nodes[index]
+        if node.is_floating and (node.operation in _JOINING or any(i in found for i in node.inputs)):
+            found.add(index)
+    return tuple(sorted(found))
 
 
 def _masking(t: Trace, between: Iterable[int], similarity: Iterable[int]) -> tuple[tuple[int, int], ...]:

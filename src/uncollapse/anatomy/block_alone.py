@@ -11,16 +11,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from uncollapse.anatomy.autocast import AutocastState
 from uncollapse.anatomy.carrying import Observer
-from uncollapse.anatomy.interception import Handler, Point, in_turn, is_putting_another, putting_another
+from uncollapse.anatomy.interception import Handler, Point, function_modes, in_turn, is_putting_another, putting_another
 from uncollapse.anatomy.module_states import ModuleStates
 from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.output_maps import giving, opening, output_map
@@ -49,20 +50,28 @@ POKE_SEED = 2_604_236_810
 @dataclass
 class BlockRun:
     """What one block saw: the arguments of the module in whose code it stands, the stream at its entry and exit, its additions,
-    and the gates on the stream's way. `earlier` counts the runs of every module before it in the pass."""
+    and the gates on the stream's way. `precision` and `modes` are what the model's own forward had put in force around it, such as
+    one that keeps it in float64. `earlier` counts the runs of every module before it in the pass."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     stream: Tensor | None = None
     precision: AutocastState | None = None
+    modes: tuple[TorchFunctionMode, ...] = ()
     output: Tensor | None = None
     sums: dict[Point, MetAddition] = field(default_factory=dict)
     gates: dict[tuple[Point, int], Tensor] = field(default_factory=dict)
     earlier: dict[str, int] = field(default_factory=dict)
 
-    def entered(self) -> contextlib.AbstractContextManager[Any]:
-        """The autocast state in which the block ran."""
-        return contextlib.nullcontext() if self.precision is None else self.precision.entered()
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """The autocast state and the function modes in which the block ran."""
+        with contextlib.ExitStack() as stack:
+            if self.precision is not None:
+                stack.enter_context(self.precision.entered())
+            for mode in self.modes:
+                stack.enter_context(mode)
+            yield
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ def observe_blocks(
         for point, handler in recorders(block, run).items():
             handlers.setdefault(point, []).append(handler)
     devices = {p.device.type for p in model.parameters()} - {"meta"}
-    thread = threading.get_ident()
+    thread, outside = threading.get_ident(), function_modes()
     with restoring() as changes:
         counts: dict[str, int] = {}
         by_module: dict[str, list[tuple[int, BlockRun]]] = {}
@@ -126,6 +135,7 @@ def observe_blocks(
                     if call == counts.get(name, 0):
                         run.args, run.kwargs, run.earlier = copied(args, model), copied(kwargs, model), dict(counts)
                         run.precision = AutocastState.here(*devices)
+                        run.modes = tuple(mode for mode in function_modes() if mode not in outside)
                 counts[name] = counts.get(name, 0) + 1
 
             changes.hook(module, "forward_pre", enter, with_kwargs=True)

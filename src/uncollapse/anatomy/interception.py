@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack
 
 from uncollapse.anatomy.tracing import counted_name, opened, operation_name, tensors_in
 from uncollapse.errors import UncollapseError
@@ -193,15 +193,19 @@ class Runs(threading.local):
 
 @contextlib.contextmanager
 def counted(model: nn.Module, owners: Iterable[str], within: nn.Module | None = None) -> Iterator[Runs]:
-    """Count runs of the `owners` from the start of each pass. A pass is a call of `model`, of `within`, or of any module
-    around an owner that is called from outside all of these: `generate` runs an encoder by itself, `get_text_features` a
-    tower."""
+    """Count runs of the `owners` from the start of each pass. A pass is a call of `model`, or of any module around an owner that is
+    called from outside the model: `generate` runs an encoder by itself, `get_text_features` a tower. Of a module of the model
+    that is run by itself, `within`, it is a call of that one; no other is counted then."""
     runs = Runs()
-    around = {name[:end] for name in owners for end in [*(i for i, c in enumerate(name) if c == "."), len(name)]}
-    modules = {id(m): m for m in (model, within or model, *(model.get_submodule(name) for name in sorted(around)))}
+    if within is None:
+        around = {name[:end] for name in owners for end in [*(i for i, c in enumerate(name) if c == "."), len(name)]}
+        modules = {id(m): m for m in (model, *(model.get_submodule(name) for name in sorted(around)))}
+    else:
+        modules = {id(within): within}
 
     def enter(module: nn.Module, *_: Any) -> None:
-        if runs.depth == 0 or module is model:  # Ctrl-C skips the hooks on the way out: the model itself starts afresh
+        # Ctrl-C skips the hooks on the way out: the model itself starts afresh.
+        if runs.depth == 0 or module is (within or model):
             runs.depth = 0
             runs.counts.clear()
         runs.depth += 1
@@ -333,6 +337,11 @@ def _wrap(
             changes.hook(child, "forward_pre", down)
             changes.hook(child, "forward", up, always_call=True)
     changes.wrap(module, around)
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """The function modes in force at this place, the outermost first, but for those of handlers."""
+    return [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, _Owner)]
 
 
 def in_turn(*handlers: Handler) -> Handler:

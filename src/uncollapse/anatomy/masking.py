@@ -162,6 +162,61 @@ def step_without(
     return function(*args, **given)
 
 
+def without_what_forbids(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[bool, Any]:
+    """Whether an operation, on the way to an operand of the logits, puts a mask into it, and its result without: of an addition
+    whatever operand is a mask, and surely no bias; of a filling or a choice the number that forbids. Runs nothing where it puts in
+    none. What is written in place is written into the first operand."""
+    name = operation_name(function)
+    operands = operands_of(name, args, kwargs)
+    if name in {"add", "sub"}:
+        opened, given, named = False, args, dict(kwargs)
+        for number, operand in enumerate(operands):
+            if _only_forbids(-operand if name == "sub" and number else operand):
+                opened = True
+                if writes_in_place(function) and number == 0:
+                    operand.zero_()
+                else:
+                    given = replaced(given, operand, torch.zeros_like(operand))
+                    named = replaced(named, operand, torch.zeros_like(operand))
+        return opened, function(*given, **named) if opened else None
+    if name == "masked_fill":
+        value = args[2] if len(args) > 2 else kwargs.get("value")
+        if not _is_out_of_reach(value):
+            return False, None
+        return True, function(operands[0], torch.zeros_like(operands[1]), value)
+    if name == "setitem":
+        return _is_out_of_reach(args[2]), None
+    if name == "where" and operands and operands[0].dtype == torch.bool and len([*args, *kwargs]) == 3:
+        first, second = _alternatives(args, kwargs)
+        for chosen, other in ((True, second), (False, first)):
+            if _is_out_of_reach(other):
+                condition = operands[0] if args and args[0] is operands[0] else kwargs.get("condition", args[1])
+                return True, torch.where(torch.full_like(condition, chosen), first, second)
+    return False, None
+
+
+def _only_forbids(operand: Tensor) -> bool:
+    """Whether an operand is a mask, and surely no bias: a bias over very few tokens may be one number beside zero, too."""
+    forbidden, shifts = forbidden_by_addition(operand)
+    return forbidden is not None and not shifts and bool((operand[forbidden.expand(operand.shape)] <= FAR_BELOW).all())
+
+
+def _is_out_of_reach(value: Any) -> bool:
+    """Whether a value is one number that puts any pair out of reach, whatever its bias."""
+    number = _one_number(value)
+    return number is not None and number <= FAR_BELOW
+
+
+def step_with(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], operand: int, other: Tensor
+) -> Any:
+    """The result of an operation that adds `other` to the logits in the place of its operand number `operand`."""
+    mask = operands_of(operation_name(function), args, kwargs)[operand]
+    return _with(function, args, dict(kwargs), mask, laid_like(other, mask))
+
+
 def laid_like(other: Tensor, mask: Tensor) -> Tensor:
     """What takes the place of a mask, in memory as that is where it can be: the order in which a sum is added up, and with it the
     last digit, follows from how its operands lie. Where nothing was forbidden, no bit is to change."""
@@ -189,13 +244,21 @@ def _alternatives(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, 
 
 def _forbids(value: Any, after_softmax: bool | None) -> bool:
     """Whether a pair that is given this value is meant to be left out: a negative logit, or no weight."""
-    if value is None:
+    number = _one_number(value)
+    if number is None:
         return False
-    tensor = torch.as_tensor(value)
-    if tensor.numel() != 1:
-        return False
-    number = float(tensor)
     return (number == 0 and after_softmax is not False) or (number < 0 and after_softmax is not True)
+
+
+def _one_number(value: Any) -> float | None:
+    """The number that a value is, everywhere where it is a tensor; None where it is none, or several."""
+    if value is None:
+        return None
+    tensor = torch.as_tensor(value)
+    if not tensor.numel() or tensor.is_complex():
+        return None
+    first = tensor.flatten()[0] if tensor.numel() > 1 else tensor
+    return float(first) if tensor.numel() == 1 or bool((tensor == first).all()) else None
 
 
 def spread_out(mask: Tensor, axes: Sequence[str | None], shape: Sequence[int]) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.attention_graph import MixingProduct, mixing_products, sum_behind
+from uncollapse.anatomy.attention_graph import MixingProduct, making, mixing_products
 from uncollapse.anatomy.interception import Point, device_of
 from uncollapse.anatomy.norm_reading import Piece, cuts, kind_between, next_products, pieces_between
 from uncollapse.anatomy.replaying import between
@@ -574,11 +574,11 @@ class _Reader:
                     self._point(index),
                     operand,
                     None if found.score is None else index > found.score,
-                    joined=self._joined(self.t.nodes[index].inputs[operand], index),
+                    made=self._made(self.t.nodes[index].inputs[operand]),
                 )
                 for index, operand in found.masking
             ),
-            joined=self._joined(node.inputs[3], product) if found.is_fused and len(node.inputs) > 3 else None,
+            made=self._made(node.inputs[3]) if found.is_fused and len(node.inputs) > 3 else (),
             drops_columns=self._drops_columns(found),
             value_bias=any(map(self._has_bias, self._learned_behind(value))),
             output_bias=projection is not None and any(map(self._has_bias, self._products_of(place, projection))),
@@ -590,9 +590,8 @@ class _Reader:
             key_operand=compared.index(key) if key in compared else 1,
         )
 
-    def _joined(self, operand: int, product: int) -> Point | None:
-        made = sum_behind(self.t, operand, product)
-        return None if made is None else self._point(made)
+    def _made(self, operand: int) -> tuple[Point, ...]:
+        return tuple(dict.fromkeys(self._point(index) for index in making(self.t, operand)))
 
     def _similarity(self, found: MixingProduct) -> tuple[int | None, int | None, int | None]:
         """The product of queries with keys and its two operands; nothing where several products are summed before the softmax."""
@@ -1191,13 +1190,14 @@ class _Reader:
 
     def _require_every_attention(self, blocks: list[Block]) -> None:
         """Refuse a picture that leaves out a block: attention inside a module of a class that is a block elsewhere, or, of a
-        kind that blocks have, inside a member of a list. A pooling head's may stand outside the blocks."""
+        kind that blocks have, inside a member of a list. A pooling head's may stand outside the blocks; what reaches nothing that the
+        model returns, such as the state that a recurrent layer would hand on to a next text, is nobody's."""
         inside = {c.product for b in blocks for p in b.parts for c in p.attention}
         kinds = {type(self.model.get_submodule(point.owner)) for point in inside}
         classes = {type(self.model.get_submodule(b.module.name)) for b in blocks if not b.label}
         for product in self.attentions:
             point = self._point(product)
-            if point in inside:
+            if point in inside or not any(self.t.depends(result, product) for result in self.t.results):
                 continue
             names = [self.t.calls[i].name for i in self.t.call_path(self.t.nodes[product].call) if self.t.calls[i].name]
             of_a_kind = type(self.model.get_submodule(point.owner)) in kinds and any(map(self._is_listed, names))

@@ -11,6 +11,7 @@ tokens tell as much about the wiring as eight thousand.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -215,17 +216,20 @@ _COPIED = 1 << 20  # numbers in a weight that is copied because it will be freed
 
 @dataclass
 class Tape:
-    """What is needed to run pieces of a pass again: the operations by node, and each node's tensor with its version.
+    """What is needed to run pieces of a pass again: the operations by node, and each node's tensor with its version. `noise` are
+    the random values that pieces were run on, by shape and seed: most pieces begin with the same shape.
     `clear` it when the reading is over: it keeps every tensor of the pass alive."""
 
     operations: dict[int, Operation] = field(default_factory=dict)
     copies: dict[int, Tensor] = field(default_factory=dict)
     tensors: dict[int, tuple[Tensor, int | None]] = field(default_factory=dict)
+    noise: dict[tuple[tuple[int, ...], int], Tensor] = field(default_factory=dict)
 
     def clear(self) -> None:
         self.operations.clear()
         self.copies.clear()
         self.tensors.clear()
+        self.noise.clear()
 
 
 @dataclass
@@ -249,9 +253,14 @@ class Trace:
 
     def is_learned_product(self, index: int) -> bool:
         """A matrix product of data with a weight."""
-        node = self.nodes[index]
-        return (
-            node.operation in MATRIX_PRODUCTS
+        return index in self._learned_products
+
+    @functools.cached_property
+    def _learned_products(self) -> frozenset[int]:
+        return frozenset(
+            node.index
+            for node in self.nodes
+            if node.operation in MATRIX_PRODUCTS
             and node.is_data
             and sum(self.nodes[i].is_data for i in node.inputs) == 1
             and any(self.nodes[i].is_parameter for i in node.inputs)

@@ -134,14 +134,14 @@ class MaskingStep:
     """An operation on the way from the logits to the weights that may forbid a pair, and the number of the operand that would.
     What it forbids is read off that operand in each pass: 0 and one negative number where it is added, booleans where it chooses,
     0 and 1 where it multiplies. Whether it forbids anything is no matter of the model but of the batch. `axes` says of each axis
-    of its result what it holds: `sequence`, `key`, `query`, `head`, both in one, or None. `joined`: the addition, in the same
-    code, that made this operand of two, such as a mask and a bias."""
+    of its result what it holds: `sequence`, `key`, `query`, `head`, both in one, or None. `made`: the operations that may have put
+    a mask into this operand beside a bias, and those that made the operand of that, in order, wherever they stand."""
 
     point: Point
     operand: int
     after_softmax: bool | None = False
     axes: tuple[str | None, ...] = ()
-    joined: Point | None = None
+    made: tuple[Point, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class AttentionCall:
     `similarity` is the product of queries with keys (the fused call itself; None where several are summed before the
     softmax), with the numbers of its two operands. `pair` are the axes of the weights that hold queries and keys, where the
     product leaves that open and pokes told. `drops_columns`: the softmax also ran over columns that mix no value (a sink).
-    `joined`: of a fused call, the addition in the same code that made its mask of two operands.
+    `made`: of a fused call, how its mask was made, as in `MaskingStep`.
 
     The proof adds what the leading axes of the product hold (`lead`, in order), how many of the keys stand `before` those that
     are tokens and belong to none (a sink's column), whether there are as many keys as the stream has tokens (`keys_of_tokens`)
@@ -196,7 +196,7 @@ class AttentionCall:
     shares_queries: bool = False
     unreadable: str | None = None
     pair: tuple[int, int] | None = None
-    joined: Point | None = None
+    made: tuple[Point, ...] = field(default=(), compare=False)
 
     @property
     def is_fused(self) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,19 +26,20 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import ChangedPath, Handler, Point, in_turn, intercepted
 from uncollapse.anatomy.masking import (
-    FAR_BELOW,
     forbidden_by_addition,
     forbids_and_shifts,
     laid_like,
     result_shape,
     spread_out,
+    step_with,
     step_without,
+    without_what_forbids,
 )
-from uncollapse.anatomy.operands import UnreadableError, arranged, fused_arguments, product_operands
+from uncollapse.anatomy.operands import UnreadableError, arranged, fused_arguments, product_operands, replaced
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.stacks import given_mask, hides
 from uncollapse.anatomy.streams import Action, met
-from uncollapse.anatomy.tracing import operands_of, operation_name
+from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in, writes_in_place
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, MaskingStep, Place, StreamAxes
 from uncollapse.errors import UncollapseError, UnsupportedModel
 from uncollapse.restoring import in_this_thread, restoring
@@ -52,6 +54,7 @@ def mask_removed(
     paddings = [_Padding() for _ in anatomy.stacks]
 
     def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        bares.clear()
         given = bound(model, args, kwargs)
         for stack, padding in zip(anatomy.stacks, paddings, strict=True):
             mask = given_mask(stack, given)
@@ -63,6 +66,7 @@ def mask_removed(
                 )
 
     handlers: dict[Point, Handler] = {}
+    bares, made = Bares(), dict[Point, Handler]()
     streams: list[tuple[Place, Action]] = []
     entered = _Entered()
     for number, block in enumerate(anatomy.blocks):
@@ -71,13 +75,10 @@ def mask_removed(
             (p, c) for p in block.parts if p.kind == "attention" for c in p.attention if number in blocks
         ):
             if call.is_fused:
-                handlers[call.product] = _unmasked_fused(call, padding)
-            if call.joined is not None:
-                handlers[call.joined] = _unmasked_sum(_axes_of(call), padding, call)
+                handlers[call.product] = _unmasked_fused(call, padding, bares)
             for step in call.masking:
-                handlers[step.point] = _unmasked_step(step, padding, call)
-                if step.joined is not None:
-                    handlers[step.joined] = _unmasked_sum(step.axes, padding, call)
+                handlers[step.point] = _unmasked_step(step, padding, call, bares)
+            made |= {point: bares.beside for made_by in (call, *call.masking) for point in made_by.made}
             in_turn_with = part.attention if call.shares_queries else (call,)
             counts = call.queries_of_tokens or call.shares_queries
             if counts and call.unreadable is None and not block.chooses_tokens:
@@ -88,6 +89,7 @@ def mask_removed(
     with restoring() as changes:
         changes.hook(model, "forward_pre", remember if everywhere else in_this_thread(remember), with_kwargs=True)
         changes.enter(met(model, streams, strict=False))
+        changes.enter(intercepted(model, made, strict=False, everywhere=everywhere))  # a batch may need no mask
         changes.enter(intercepted(model, handlers, everywhere=everywhere))
         yield
 
@@ -97,6 +99,45 @@ class _Padding(threading.local):
 
     def __init__(self) -> None:
         self.real: Tensor | None = None
+
+
+class Bares(threading.local):
+    """Operands of the logits as the model's own code makes them when nothing is forbidden, in the pass that this thread is in. What
+    makes such an operand runs a second time, on what was made so before, and without what puts a mask in."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing has been made yet."""
+        self.known: dict[int, tuple[Tensor, Tensor]] = {}  # with the operand itself, lest another one gets its number
+
+    def of(self, operand: Tensor) -> Tensor | None:
+        """The operand with nothing forbidden; None where nothing was seen to forbid, or it came here unseen."""
+        known = self.known.get(id(operand))
+        return None if known is None else known[1]
+
+    def beside(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Handler of an operation that makes such an operand, or something that it is made of."""
+        once_more = inspect.unwrap(function)  # this run is none of the model's own
+        given, named, is_bare = args, kwargs, False
+        for tensor in operands_of(operation_name(function), args, kwargs):
+            bare = self.of(tensor)
+            if bare is not None:
+                given, named, is_bare = replaced(given, tensor, bare), replaced(named, tensor, bare), True
+        in_place = writes_in_place(function)
+        if in_place:
+            given = (given[0].clone(), *given[1:])
+        is_opened, result = without_what_forbids(once_more, given, named)
+        if is_bare and not is_opened:
+            result = once_more(*given, **named)
+        output = function(*args, **kwargs)
+        if is_bare or is_opened:
+            pairs = zip(
+                tensors_in(args[0] if in_place else output), tensors_in(given[0] if in_place else result), strict=True
+            )
+            self.known |= {id(tensor): (tensor, bare) for tensor, bare in pairs}
+        return output
 
 
 class _Entered(threading.local):
@@ -140,7 +181,7 @@ def _answering(call: AttentionCall, several: Sequence[AttentionCall], block: Blo
     return handler
 
 
-def _unmasked_fused(call: AttentionCall, padding: _Padding) -> Handler:
+def _unmasked_fused(call: AttentionCall, padding: _Padding, bares: Bares) -> Handler:
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = fused_arguments(args, kwargs)
         query, mask, real = given["query"], given.get("attn_mask"), padding.real
@@ -149,9 +190,11 @@ def _unmasked_fused(call: AttentionCall, padding: _Padding) -> Handler:
             shape = (*query.shape[:-2], 1, given["key"].shape[-2])
             shown = spread_out(_with_other_keys(real, shape[-1], call), _axes_of(call), shape)
         if mask is not None and mask.dtype != torch.bool and forbidden_by_addition(mask)[1]:
-            if not _is_open(mask, None if shown is None else ~shown):
-                raise UnsupportedModel(_MASK_AND_BIAS + " Load the model with attn_implementation='eager'.")
-            given |= {"is_causal": False}  # the mask was taken out where it was joined with the bias
+            if forbidden_by_addition(mask)[0] is None:
+                bare = mask if shown is None else mask.masked_fill(~shown, torch.finfo(mask.dtype).min)
+            else:
+                bare = _bare(mask, bares.of(mask), None if shown is None else ~shown, call)
+            given |= {"is_causal": False, "attn_mask": laid_like(bare, mask)}
         else:
             given |= {"is_causal": False, "attn_mask": shown if mask is None else _opened(mask, shown)}
         return function(given.pop("query"), given.pop("key"), given.pop("value"), **given)
@@ -164,42 +207,32 @@ def _axes_of(call: AttentionCall) -> list[str | None]:
     return [*(_AXIS[axis.role] for axis in call.lead), None, "key"]
 
 
-def _is_open(mask: Tensor, hidden: Tensor | None) -> bool:
-    """Whether a bias forbids nothing but `hidden` pairs (None: nothing at all)."""
-    forbidden, _ = forbidden_by_addition(mask)
-    if forbidden is None:
-        return True
-    return hidden is not None and not bool((forbidden & ~hidden).any())
+def _bare(
+    operand: Tensor, bare: Tensor | None, hidden: Tensor | None, call: AttentionCall, *, subtracted: bool = False
+) -> Tensor:
+    """What an operand of the logits that holds a mask beside a bias is without the mask, with `hidden` pairs out of reach (None:
+    none). `bare`: the same as far as it could be made.
 
-
-def _unmasked_sum(axes: Sequence[str | None], padding: _Padding, call: AttentionCall) -> Handler:
-    """An addition that joins a mask and a bias, without the mask: one operand forbids, whatever the other holds, and is no bias
-    itself. Where none does, or both may, or padding has no place there, everything stays, and what still forbids is refused where
-    it is met."""
-
-    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        operands = operands_of("add", args, kwargs)
-        masks = [number for number, operand in enumerate(operands) if _only_forbids(operand)]
-        if len(masks) != 1:
-            return function(*args, **kwargs)
-        real, hidden = padding.real, None
-        if real is not None:
-            shape = result_shape(function, args, kwargs)
-            if len(shape) != len(axes):
-                return function(*args, **kwargs)
-            try:
-                hidden = spread_out(~_with_other_keys(real, shape[-1], call), axes, shape)
-            except UnreadableError:  # one row for all sequences, say
-                return function(*args, **kwargs)
-        return step_without(function, args, kwargs, masks[0], False, hidden)
-
-    return handler
-
-
-def _only_forbids(operand: Tensor) -> bool:
-    """Whether an operand is a mask, and surely no bias: a bias over very few tokens may be one number beside zero, too."""
-    forbidden, shifts = forbidden_by_addition(operand)
-    return forbidden is not None and not shifts and bool((operand[forbidden.expand(operand.shape)] <= FAR_BELOW).all())
+    Raises `UnsupportedModel` where it could not, where a pair is still out of reach, or where the bias would be another one."""
+    sign = -1 if subtracted else 1
+    forbidden, _ = forbidden_by_addition(sign * operand)
+    assert forbidden is not None
+    is_told = bare is not None and bare.shape == operand.shape
+    if is_told:
+        assert bare is not None
+        remains, _ = forbidden_by_addition(sign * bare)
+        is_told = remains is None or (hidden is not None and not bool((remains & ~hidden).any()))
+        is_told = is_told and bool(((bare == operand) | forbidden).all())
+    if not is_told:
+        advice = (
+            "Load the model with attn_implementation='eager'" if call.is_fused else "Add the two one after the other"
+        )
+        raise UnsupportedModel(
+            "without: expected a mask that only forbids, got one that also adds a bias to the logits. The bias of a forbidden pair "
+            f"is not known. {advice}, or remove another component."
+        )
+    assert bare is not None
+    return bare if hidden is None else torch.where(hidden, sign * torch.finfo(bare.dtype).min, bare)
 
 
 def _opened(mask: Tensor, shown: Tensor | None) -> Tensor:
@@ -211,10 +244,6 @@ def _opened(mask: Tensor, shown: Tensor | None) -> Tensor:
     return laid_like(bare if shown is None else bare.masked_fill(~shown, torch.finfo(mask.dtype).min), mask)
 
 
-_MASK_AND_BIAS = (
-    "without: expected a mask that only forbids, got one that also adds a bias to the logits. The bias of a forbidden pair is "
-    "not known."
-)
 _AXIS = {"head": None, "window": None, "sequence": "sequence"} | {s: s for s in ("sequence-major", "sequence-minor")}
 
 
@@ -226,7 +255,7 @@ def _with_other_keys(real: Tensor, keys: int, call: AttentionCall) -> Tensor:
     return torch.cat(parts, 1)
 
 
-def _unmasked_step(step: MaskingStep, padding: _Padding, call: AttentionCall) -> Handler:
+def _unmasked_step(step: MaskingStep, padding: _Padding, call: AttentionCall, bares: Bares) -> Handler:
     """An operation between logits and weights that no longer forbids anything but padded keys."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -239,11 +268,8 @@ def _unmasked_step(step: MaskingStep, padding: _Padding, call: AttentionCall) ->
         if forbids_and_shifts(function, args, kwargs, step.operand):
             name = operation_name(function)
             mask = operands_of(name, args, kwargs)[step.operand]
-            if step.joined is None or not _is_open(-mask if name == "sub" else mask, hidden):
-                raise UnsupportedModel(
-                    _MASK_AND_BIAS + " Add the two one after the other, or remove another component."
-                )
-            return function(*args, **kwargs)  # the mask was taken out where it was joined with the bias
+            bare = _bare(mask, bares.of(mask), hidden, call, subtracted=name == "sub")
+            return step_with(function, args, kwargs, step.operand, bare)
         return step_without(function, args, kwargs, step.operand, step.after_softmax, hidden)
 
     return handler

@@ -732,18 +732,17 @@ def _scores(
     shrunk = 0
     if not (is_ordinary(q, 40) and is_ordinary(k, 40) and abs(scale) < 1e6):
         dtype, shrunk = torch.float64, _shrinking(q, k, scale, key_mask, softcap)
-    Q = q.detach().to(dtype) * scale
+    Q, factor = q.detach().unflatten(1, sizes[1:3]), scale
     if shrunk:
-        Q = times_power_of_two(q.detach().double() * scale, torch.tensor(-shrunk, device=q.device))
-    Q = Q.view(*sizes[:4], -1)
-    K = k.detach().to(dtype).contiguous()
+        Q, factor = times_power_of_two(Q.double() * scale, torch.tensor(-shrunk, device=q.device)), 1.0
+    K = k.detach().to(dtype)
     if key_mask is not None:
         K = torch.where(key_mask[:, None, :, None], K, 0)  # whatever padding holds: NaN + FORBIDDEN would stay NaN
     B = None if bias is None else _pairwise(name, "bias", bias.detach(), sizes)
 
     def fill(tile: _Tile, S: Tensor) -> Tensor | None:
-        rows = Q[tile[:4]].flatten(0, 1).flatten(1, 2)
-        keys = K[tile[0], tile[1], tile[4]].flatten(0, 1)
+        rows = (Q[tile[:4]].to(dtype) * factor).flatten(0, 1).flatten(1, 2)
+        keys = K[tile[0], tile[1], tile[4]].flatten(0, 1)  # a copy as large as the tile's, if any
         # with `out`, autocast leaves the product in the dtype at hand
         torch.bmm(rows, keys.mT, out=S.view(rows.shape[0], rows.shape[1], keys.shape[1]))
         if softcap is not None:
@@ -852,48 +851,65 @@ def _weight_tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor]]:
 
 
 def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
-    found = {
+    # What is read off the logits, tile by tile; figures come from it at the end, for all rows at once.
+    read = {
         name: torch.zeros(scores.sizes[:4], dtype=scores.dtype, device=scores.device)
-        for name in ("entropy", "rest", "reach", "second", "maximum", "peak", "floor", "variance")
+        for name in ("maximum", "peak", "others", "mean", "variance", "total", "squares")
     }
     allowed_keys = torch.zeros(scores.sizes[:4], dtype=torch.int64, device=scores.device)
+    numbers = torch.arange(allowed_keys.numel(), device=scores.device).view(scores.sizes[:4])
+    beside: list[tuple[Tensor, dict[str, Tensor]]] = []  # numbers of rows that are looked at by themselves, and their figures
     for tile, S, P, keep in _tiles(scores):
         rows = tile[:4]
-        T = torch.tensor(S.shape[-1], device=S.device) if keep is None else keep.counts
+        allowed_keys[rows] = S.shape[-1] if keep is None else keep.counts
         maximum = S.amax(-1, keepdim=True)  # without its place, which costs ten times as much
         S.sub_(maximum)
         torch.softmax(S, -1, out=P)  # not torch.exp: it is ten times slower where a result underflows
         peak = P.amax(-1)
         others = _others(P, peak)
         mean = P.mul_(S).sum(-1)  # the strongest adds nothing here: its S is 0
-        allowed_keys[rows] = T
-        found["maximum"][rows], found["peak"][rows] = maximum[..., 0], peak
-        found["entropy"][rows] = (0 - peak.log() - mean).clamp_(min=0)
+        read["maximum"][rows], read["peak"][rows] = maximum[..., 0], peak
+        read["others"][rows], read["mean"][rows] = others, mean
         if susceptibility:
-            found["variance"][rows] = (P.mul_(S).sum(-1) - mean.square()).clamp_(min=0)
-        P.copy_(S)
+            read["variance"][rows] = P.mul_(S).sum(-1)
         if keep is not None:
-            P[..., keep.start :].mul_(keep.kept)
-        lowest = P.amin(-1)
+            S[..., keep.start :].mul_(keep.kept)  # a forbidden pair is as good as the strongest, and adds nothing
+        lowest = S.amin(-1)
         if floor:
-            total = P.sum(-1)
-            square_norm = P.mul_(P).sum(-1) - total.square() / T
-            found["floor"][rows] = torch.maximum(-peak.log(), _floor_from_norm(square_norm, T))
-        found["rest"][rows] = (others.log() - (peak.log() + mean / others)).clamp_(min=0)
-        found["reach"][rows] = T - 1
-        # There one of the others may be out of reach, or all are lost beside the strongest: they are looked at by themselves.
-        apart = ~((lowest > -UNDERFLOW) & (others > LEAST_REST)) & (T >= FEW_RIVALS)
-        if bool(apart.any()):
-            for name, figure in _beside_strongest(S[apart]).items():
-                found[name][rows][apart] = figure
-    dead = allowed_keys == 0
+            read["total"][rows], read["squares"][rows] = S.sum(-1), torch.mul(S, S, out=P).sum(-1)
+        # Where one of the others may be out of reach, or all are lost beside the strongest, they are looked at by themselves.
+        near = (lowest > -UNDERFLOW) & (others > LEAST_REST)
+        if not bool(near.all()):
+            alone = ~near & (allowed_keys[rows] >= FEW_RIVALS)
+            if bool(alone.any()):
+                if keep is not None:
+                    S[..., keep.start :].add_((1 - keep.kept) * FORBIDDEN)
+                beside.append((numbers[rows][alone], _beside_strongest(S[alone])))
+    T, mean, others, log_peak = allowed_keys, read["mean"], read["others"], read["peak"].log()
+    found = {
+        "maximum": read["maximum"],
+        "peak": read["peak"],
+        "entropy": (0 - log_peak - mean).clamp_(min=0),
+        "variance": (read["variance"] - mean.square()).clamp_(min=0),
+        "floor": torch.zeros_like(mean),
+        "rest": (others.log() - (log_peak + mean / others)).clamp_(min=0),
+        "reach": (T - 1).to(mean.dtype),
+        "second": torch.zeros_like(mean),
+    }
+    if floor:
+        square_norm = read["squares"] - read["total"].square() / T
+        found["floor"] = torch.maximum(-log_peak, _floor_from_norm(square_norm, T))
+    for places, figures in beside:
+        for name, figure in figures.items():
+            found[name].view(-1)[places] = figure
+    dead = T == 0
     if scores.query_mask is not None:
         dead |= ~scores.query_mask[:, None, None]
     if scores.shrunk:
         for name, power in (("maximum", 1), ("variance", 2)):
             found[name] = times_power_of_two(found[name], torch.tensor(power * scores.shrunk, device=scores.device))
     results = {name: value.masked_fill_(dead, math.nan).flatten(1, 2) for name, value in found.items()}
-    return _Rows(allowed_keys=allowed_keys.masked_fill_(dead, 0).flatten(1, 2), **results)
+    return _Rows(allowed_keys=T.masked_fill_(dead, 0).flatten(1, 2), **results)
 
 
 # Leading singular values ---------------------------------------------------------------------------------------------
@@ -1043,10 +1059,11 @@ def _usable(found: krylov.Leading, rows: Tensor, columns: Tensor) -> krylov.Lead
 
 def _others(P: Tensor, peak: Tensor) -> Tensor:
     """What the weights `P` leave to all but the strongest, without the digits that one takes away from them."""
-    if bool((peak <= FLAT).all()):
-        return 1 - peak
-    rest: Tensor = P.double().sum(-1) - peak.double()
-    return rest.to(P.dtype)
+    others = 1 - peak
+    sharp = ~(peak <= FLAT)
+    if bool(sharp.any()):
+        others[sharp] = (P[sharp].double().sum(-1) - peak[sharp].double()).to(P.dtype)
+    return others
 
 
 def _beside_strongest(S: Tensor) -> dict[str, Tensor]:

@@ -240,6 +240,7 @@ class Monitor:
                     },
                     sites=places(trajectory),
                     heads=head_places(attention),
+                    is_causal=_is_causal(self._prepared),
                 ),
             )
         assert self.record is not None
@@ -421,6 +422,12 @@ def _inside_ddp(model: nn.Module) -> nn.Module:
 def _kept(value: Any) -> Any:
     """A copy: the probe stays what it is, whatever the caller does to its tensors."""
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _is_causal(prepared: Prepared) -> bool | None:
+    parts = [part for block in prepared.anatomy.blocks for part in block.parts if part.kind == "attention"]
+    found = {part.is_causal for part in parts}
+    return found.pop() if len(found) == 1 else None
 
 
 def _number(loss: float | Tensor | None) -> float | None:

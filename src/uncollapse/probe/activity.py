@@ -35,7 +35,7 @@ from uncollapse.probe.attention_calls import AttentionRows
 from uncollapse.probe.clouds import Clouds
 from uncollapse.probe.observing import unasked
 from uncollapse.probe.projections import projection_matrix
-from uncollapse.probe.sizes import HUGE, TINY, norms, single
+from uncollapse.probe.sizes import HUGE, TINY, as_they_are, norms, single
 from uncollapse.records.diagnosis import EmbeddingRecord, PartRecord
 from uncollapse.restoring import restoring
 
@@ -552,7 +552,7 @@ def _farthest(x: Tensor, origin: Tensor, sound: Tensor) -> Tensor:
     """The largest distance of the vectors [sequence, part, token, width] from one of each part, [part] in float64."""
 
     def of(x: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(x - origin.to(x), dim=-1).where(sound[:, None], 0).amax((0, 2)).double()
+        return as_they_are(x - origin.to(x)).where(sound[:, None], 0).amax((0, 2)).double()
 
     found = of(single(x))
     return found if x.dtype == torch.float64 or bool(((found > TINY) & (found < HUGE)).all()) else of(x.double())

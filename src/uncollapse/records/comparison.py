@@ -37,7 +37,8 @@ class Change:
 class ComparisonRecord:
     """Two diagnoses, the earlier one first. `same_probe` is null if a record is too old to say. `sites` and `heads` hold what could
     be compared, `unavailable` says what could not and why. `smallest`: by measure the smallest relative change that the two probes
-    can show. `appeared` and `gone` are findings of the diagnoses that only one has; `findings` is what got worse."""
+    can show. `appeared` and `gone` are findings of the diagnoses that only one has; `findings` is what got worse.
+    `is_causal`: whether in both models tokens see only earlier ones; null where they differ, or it is not known."""
 
     schema: Literal["uncollapse/comparison/1"]
     versions: dict[str, str]
@@ -51,3 +52,4 @@ class ComparisonRecord:
     gone: list[Finding]
     findings: list[Finding]
     unavailable: dict[str, str] = field(default_factory=dict)
+    is_causal: bool | None = None

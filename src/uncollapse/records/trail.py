@@ -74,7 +74,8 @@ class TrailReading:
 
 @dataclass(frozen=True)
 class TrailRecord:
-    """A monitored run. `options` are those of the monitor."""
+    """A monitored run. `options` are those of the monitor. `is_causal`: whether tokens see only earlier ones; null where that
+    differs between attentions, or is not known."""
 
     schema: Literal["uncollapse/trail/1"]
     versions: dict[str, str]
@@ -84,6 +85,7 @@ class TrailRecord:
     sites: list[SitePlace]
     heads: list[HeadPlace]
     readings: list[TrailReading] = field(default_factory=list)
+    is_causal: bool | None = None
 
     @property
     def alarms(self) -> list[Alarm]:

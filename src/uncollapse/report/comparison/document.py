@@ -12,6 +12,7 @@ import altair as alt
 from uncollapse.records.comparison import Change, ComparisonRecord
 from uncollapse.report import wording
 from uncollapse.report.comparison import wording as say
+from uncollapse.report.healthy import References, references
 from uncollapse.report.page import cells, sheet
 from uncollapse.report.page.curves import depth_axis
 from uncollapse.report.page.figures import BLUE, FIT, GREY, ORANGE, Chart, Key, rows, specification, ticks
@@ -24,8 +25,11 @@ HEADS_TABLE = "heads-table"
 
 def document(record: ComparisonRecord) -> str:
     """The page of one comparison."""
-    curves = [_curve(record, measure) for measure in ("consensus_after_norm", "effective_rank", "stream_carried")]
-    maps = _maps(record)
+    healthy = references(record)
+    curves = [
+        _curve(record, measure, healthy) for measure in ("consensus_after_norm", "effective_rank", "stream_carried")
+    ]
+    maps = _maps(record, healthy)
     return sheet.render(
         "comparison/page.html.j2",
         styles=["page/page.css"],
@@ -34,16 +38,17 @@ def document(record: ComparisonRecord) -> str:
         record=record,
         say=say,
         tiles=_tiles(record),
+        healthy=healthy,
         depth=Panel(
             "",
             [chart for chart in curves if chart],
-            [_table(record.sites, "sites-table", "Every figure of the stream")],
+            [_table(record.sites, "sites-table", "Every figure of the stream", healthy)],
         ),
         maps=maps,
         heads=Panel(
             "",
             [chart for each in maps for chart in each.charts],
-            [_table(record.heads, HEADS_TABLE, "Every figure of the heads")],
+            [_table(record.heads, HEADS_TABLE, "Every figure of the heads", healthy)],
         ),
     )
 
@@ -67,7 +72,12 @@ def _tiles(record: ComparisonRecord) -> list[Tile]:
     return tiles
 
 
-def _curve(record: ComparisonRecord, measure: str) -> Chart | None:
+def _beside(healthy: References, measure: str) -> str:
+    words = healthy.beside(measure).removeprefix("healthy ")
+    return f"Healthy models: {words}." if words else ""
+
+
+def _curve(record: ComparisonRecord, measure: str, healthy: References) -> Chart | None:
     """A figure along depth, before and after."""
     changes = [change for change in record.sites if change.measure == measure]
     if len(changes) < 2:
@@ -88,7 +98,14 @@ def _curve(record: ComparisonRecord, measure: str) -> Chart | None:
     spec = specification(layers.properties(width="container", height=210, autosize=FIT))
     title = say.TITLES[measure].capitalize()
     legend = [Key(names[0], BLUE), Key(names[1], ORANGE)]
-    return Chart(f"depth-{measure}".replace("_", "-"), title, f"{title} along depth, before and after.", spec, legend)
+    return Chart(
+        f"depth-{measure}".replace("_", "-"),
+        title,
+        f"{title} along depth, before and after.",
+        spec,
+        legend,
+        reference=_beside(healthy, measure),
+    )
 
 
 @dataclass(frozen=True)
@@ -99,7 +116,7 @@ class Maps:
     charts: list[Chart]
 
 
-def _maps(record: ComparisonRecord) -> list[Maps]:
+def _maps(record: ComparisonRecord, healthy: References) -> list[Maps]:
     """The heads of both models side by side, on one scale, and the difference beside them."""
     groups = wording.groups(record.heads)
     several = len({kind for _, kind in groups}) > 1
@@ -112,13 +129,18 @@ def _maps(record: ComparisonRecord) -> list[Maps]:
                 title = say.TITLES[measure].capitalize()
                 key = cells.slug("map", measure.replace("_", "-"), stack, kind)
                 rows_of = {id(change): f"{HEADS_TABLE}-{number}" for number, change in enumerate(record.heads)}
-                charts = _three(changes, measure, key, say.names(record), rows_of)
+                charts = _three(changes, measure, key, say.names(record), rows_of, _beside(healthy, measure))
                 found.append(Maps(f"{title}, {where.lower()}" if where else title, charts))
     return found
 
 
 def _three(
-    changes: Sequence[Change], measure: str, key: str, names: Sequence[str], rows_of: Mapping[int, str]
+    changes: Sequence[Change],
+    measure: str,
+    key: str,
+    names: Sequence[str],
+    rows_of: Mapping[int, str],
+    reference: str,
 ) -> list[Chart]:
     highest = max(1.0 if measure in SHARES else 0.0, *(max(c.before, c.after) for c in changes))
     lowest = min(0.0, *(min(c.before, c.after) for c in changes))
@@ -144,6 +166,7 @@ def _three(
                 for c, value in zip(changes, values, strict=True)
             ],
             scale,
+            "" if part == "change" else reference,
         )
         for part, words, values, scale in drawn
     ]
@@ -153,7 +176,7 @@ def _doublings(change: Change) -> float | None:
     return None if change.factor is None else math.log2(change.factor)
 
 
-def _map(key: str, title: str, label: str, drawn: list[dict[str, Any]], scale: alt.Scale) -> Chart:
+def _map(key: str, title: str, label: str, drawn: list[dict[str, Any]], scale: alt.Scale, reference: str) -> Chart:
     """One map: a row per block, a column per head. Each cell leads to its row in the table."""
     blocks, columns = len({cell["block"] for cell in drawn}), 1 + max(cell["head"] for cell in drawn)
     base = alt.Chart(rows(drawn)).encode(
@@ -171,12 +194,12 @@ def _map(key: str, title: str, label: str, drawn: list[dict[str, Any]], scale: a
     height = max(60, min(500, 24 * blocks))
     spec = specification(alt.layer(*layers).properties(width="container", height=height, autosize=FIT))
     legend = [Key("not comparable", GREY, "area")] if any(cell["value"] is None for cell in drawn) else []
-    return Chart(key, title, label, spec, legend)
+    return Chart(key, title, label, spec, legend, reference=reference)
 
 
-def _table(changes: Sequence[Change], key: str, caption: str) -> cells.Table:
-    titles = ("place", "figure", "before", "after", "factor", "noise", "moved")
-    columns = [cells.Column(title, numeric=title not in ("place", "figure", "moved")) for title in titles]
+def _table(changes: Sequence[Change], key: str, caption: str, healthy: References) -> cells.Table:
+    titles = ("place", "figure", "before", "after", "healthy", "factor", "noise", "moved")
+    columns = [cells.Column(title, numeric=title not in ("place", "figure", "healthy", "moved")) for title in titles]
     found = []
     for number, change in enumerate(changes):
         place = wording.place(block=change.block, head=change.head, stack=change.stack, kind=change.kind)
@@ -185,6 +208,7 @@ def _table(changes: Sequence[Change], key: str, caption: str) -> cells.Table:
             cells.cell(say.TITLES[change.measure]),
             cells.cell(change.before),
             cells.cell(change.after),
+            cells.cell(healthy.beside(change.measure).removeprefix("healthy ")),
             cells.Cell(say.factor(change), sort=change.factor),
             cells.cell(change.noise) if change.noise is not None else cells.Cell(wording.ABSENT, reason="one sequence"),
             cells.cell("yes" if change.moved else "no"),

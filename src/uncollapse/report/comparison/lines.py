@@ -11,10 +11,12 @@ from rich.table import Table
 from uncollapse.records.comparison import Change, ComparisonRecord
 from uncollapse.report import wording
 from uncollapse.report.comparison import wording as say_it
+from uncollapse.report.healthy import references
 from uncollapse.report.terminal import plain
 from uncollapse.report.terminal.findings import SIGNS, STYLES
 
 HEADS = 12  # rows of heads that moved
+HEALTHY = ("max_logit", "rest_entropy")  # of the heads, what the sentence about healthy models says
 COLUMNS = ("consensus_after_norm", "effective_rank", "stream_carried")
 
 
@@ -28,6 +30,9 @@ def print_record(record: ComparisonRecord, console: Console) -> None:
     console.print()
     if record.sites:
         console.print(_blocks(record, console))
+        console.print()
+    if sentence := _healthy_sentence(record):
+        say(sentence, "dim")
         console.print()
     heads = say_it.moved_heads(record)
     if heads:
@@ -46,6 +51,12 @@ def print_record(record: ComparisonRecord, console: Console) -> None:
     if record.gone:
         places = "; ".join(f"{f.code} ({wording.finding_place(f)})" for f in record.gone)
         say(f"No longer found: {places}.")
+
+
+def _healthy_sentence(record: ComparisonRecord) -> str:
+    healthy, there = references(record), {change.measure for change in (*record.sites, *record.heads)}
+    shown = [m for m in (*COLUMNS, *HEALTHY) if m in there]
+    return healthy.said({say_it.TITLES[m]: healthy.beside(m).removeprefix("healthy ") for m in shown})
 
 
 def _blocks(record: ComparisonRecord, console: Console) -> Table:
