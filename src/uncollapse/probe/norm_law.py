@@ -204,7 +204,8 @@ class NormLaw:
         distance = size - gradient / mu
         lowest = 1 / (1.001 * (length + gradient / mu.square()) / distance + width / mu)
         there = (distance > 0) & (lowest.sqrt() > 1.001 * (own - apart.sqrt()))
-        return torch.where(lacking, width - 1.0, float(width)).masked_fill(~(certain & (lacking | there)), math.nan)
+        found = torch.where(lacking, width - 1.0, float(width)).to(energy)
+        return found.masked_fill(~(certain & (lacking | there)), math.nan)
 
     def _kernel(self) -> Tensor:
         """An orthonormal basis, in rows, of the features' directions that no output (without beta) has a part in."""
