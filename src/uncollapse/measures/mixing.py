@@ -576,8 +576,8 @@ def attention_weights(
 
 @dataclass(frozen=True)
 class LeadingSpectrum:
-    """Of each attention matrix: `contraction`, the two `leading_singular_values`, and how far these may be too small (`error`, a
-    share of each). Float64. NaN where the functions of these names have it, and where the error is above `COARSE`."""
+    """Of each attention matrix: `contraction`, the two `leading_singular_values`, and how far these may be too small: `error`, a
+    share of each, or of 1e-4 sigma_1 where that is more. Float64. NaN where the functions of these names have it, and where the error is above `COARSE`."""
 
     contraction: Float[Tensor, "batch head"]
     singular_values: Float[Tensor, "batch head 2"]
@@ -604,7 +604,7 @@ def leading_spectrum(
     weights that lie in memory while a head or a few are at work (`KEPT_BYTES`), or, of longer sequences, tile by tile, where a product
     costs about as much as the attention itself. Memory O(n).
 
-    `error` is how far a value may lie below the one it stands for, as a share: it stops at `CLOSE`, or at `TILED_CLOSE` where the
+    `error` is how far a value may lie below the one it stands for, as a share of it (or of 1e-4 sigma_1): it stops at `CLOSE`, or at `TILED_CLOSE` where the
     weights do not fit, and gives up after `TILED_BLOCKS` blocks there. What lies in memory and is not `CLOSE` after
     `BLOCKS` is decomposed. Logits in single precision add 1e-6 of sigma_1 or so.
 
@@ -1004,6 +1004,8 @@ def _dense_spectrum(A: Tensor, rows: Tensor, columns: Tensor) -> krylov.Leading:
         return _usable(_decomposed(A, rows, columns), rows, columns)
     found = krylov.leading(krylov.Dense(A, rows, columns), vectors=VECTORS, steps=BLOCKS, tolerance=CLOSE)
     apart = found.error > CLOSE
+    for i in (1, 2):  # what is small beside sigma_1 has few digits in single precision
+        apart |= found[i] < krylov.SMALL * found.first
     if bool(apart.any()):
         for value, again in zip(found, _decomposed(A[apart], rows[apart], columns[apart]), strict=True):
             value[apart] = again
