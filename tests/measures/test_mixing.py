@@ -264,6 +264,10 @@ def test_memory_does_not_grow_with_the_square_of_the_tokens():
             mixing.susceptibility(q, k, mask=mask, causal=causal)
             mixing.entropy_floor(q, k, mask=mask, causal=causal)
     assert watch.elements < tokens**2 / 2
+    q, k = queries_and_keys(1, 1, 1, 3000, 3000, 2, torch.float32)
+    with LargestTensor() as watch:
+        mixing.leading_spectrum(q, k, causal=True)
+    assert watch.elements < 3000**2 / 2
     many = torch.randn(16384, 1, 16, 2)  # nor with the pairs of many short sequences
     with LargestTensor() as watch:
         mixing.row_statistics(many, many)

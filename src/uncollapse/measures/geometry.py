@@ -27,6 +27,7 @@ from torch import Tensor
 from uncollapse.errors import InputError
 from uncollapse.measures.admission import admitting, at_size_one, is_ordinary, times_power_of_two
 from uncollapse.measures.storage_noise import storage_noise
+from uncollapse.measures.symmetric_eigenvalues import eigenvalues
 
 _EPS_64 = torch.finfo(torch.float64).eps
 _MASSIVE_RATIO = 10.0  # a token's norm over the median token norm of its sequence
@@ -1024,8 +1025,9 @@ def _column_gram(x: Tensor) -> Tensor:
 def _eigenvalues(gram: Tensor, attainable: Tensor, groups: _Groups) -> Tensor:
     """Descending, as many as the real rows allow; the places beyond are 0."""
     values = gram.new_zeros(gram.shape[:-1])
-    for sequences, side, _ in groups:
-        values[sequences, :side] = torch.linalg.eigvalsh(gram[sequences, :side, :side]).flip(-1)
+    found = eigenvalues([gram[sequences, :side, :side] for sequences, side, _ in groups])
+    for (sequences, side, _), ascending in zip(groups, found, strict=True):
+        values[sequences, :side] = ascending.flip(-1)
     return values.clamp(min=0).where(_places(values, attainable), 0)
 
 
