@@ -132,12 +132,16 @@ class _Basis:
         return (X - mean) * self.keys.unsqueeze(-1)
 
     def take(self, X: Tensor, Y: Tensor, Z: Tensor) -> None:
-        self.Q, self.Y, self.Z = (torch.cat(pair, -1) for pair in ((self.Q, X), (self.Y, Y), (self.Z, Z)))
+        self.Q, self.Y, self.Z = (
+            torch.cat(pair, -1) for pair in ((self.Q, X), (self.Y, Y), (self.Z, Z))
+        )
 
     def ritz(self) -> Leading:
         """Rayleigh and Ritz in the span of Q for B, and in that of Q and the constant unit vector u for A: with a the mean row of A
         and w = Q^T a it is A Q = Y + 1 w^T, and A u = A 1 / sqrt(n_k)."""
-        Q, Y, Z, a, sums, of_ones = (t.double() for t in (self.Q, self.Y, self.Z, self.mean, self.sums, self.of_ones))
+        Q, Y, Z, a, sums, of_ones = (
+            t.double() for t in (self.Q, self.Y, self.Z, self.mean, self.sums, self.of_ones)
+        )
         root, n_q = self.count_keys.sqrt()[:, None], self.count_queries[:, None]
         keys = self.keys.double()
         T = Y.mT @ Y

@@ -40,9 +40,7 @@ FLAT = 0.75  # up to this weight of the strongest key, 1 less it keeps the digit
 LEAST_REST = 1e-6  # below this share of a row, what the others have is taken from their own logits
 UNDERFLOW = 88.0  # exp(-88) is where single precision, and bfloat16 with it, ends
 DIRECT = 128  # up to so many rows a decomposition is as fast as products are
-KEPT_BYTES = (
-    24 << 20
-)  # of weights that lie in memory at once while their spectra are taken; larger matrices exist in tiles only
+KEPT_BYTES = 24 << 20  # of weights that lie in memory at once while their spectra are taken; larger matrices exist in tiles only
 VECTORS = 16  # of a block; products with fewer are no faster
 BLOCKS = 16  # so many products at most where the weights lie in memory
 TILED_BLOCKS = 8  # and where they are made anew for each
@@ -806,9 +804,7 @@ def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, _Keep | Non
         starts.pop()
     ends = [*starts[1:], queries]
     row_step = max(end - start for start, end in zip(starts, ends, strict=True))
-    head = max(
-        repeats * (end - i) * (min(end, keys) if scores.causal else keys) for i, end in zip(starts, ends, strict=True)
-    )
+    head = max(repeats * (end - i) * (min(end, keys) if scores.causal else keys) for i, end in zip(starts, ends, strict=True))
     group_step = min(groups, max(1, budget // head))
     batch_step = min(batch, max(1, budget // (head * groups)))
     # one buffer for all tiles: memory that is fresh for each would cost more than the arithmetic
@@ -862,9 +858,7 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
     }
     allowed_keys = torch.zeros(scores.sizes[:4], dtype=torch.int64, device=scores.device)
     numbers = torch.arange(allowed_keys.numel(), device=scores.device).view(scores.sizes[:4])
-    beside: list[
-        tuple[Tensor, dict[str, Tensor]]
-    ] = []  # numbers of rows that are looked at by themselves, and their figures
+    beside: list[tuple[Tensor, dict[str, Tensor]]] = []  # numbers of rows that are looked at by themselves, and their figures
     for tile, S, P, keep in _tiles(scores):
         rows = tile[:4]
         allowed_keys[rows] = S.shape[-1] if keep is None else keep.counts
@@ -930,7 +924,9 @@ def _over_parts(
     rows = []
     for b in range(0, batch, batch_step):
         stop = min(b + batch_step, batch)
-        parts = [found(slice(b, stop), slice(g, min(g + group_step, groups))) for g in range(0, groups, group_step)]
+        parts = [
+            found(slice(b, stop), slice(g, min(g + group_step, groups))) for g in range(0, groups, group_step)
+        ]
         rows.append([torch.cat([each.view(stop - b, -1) for each in same], 1) for same in zip(*parts, strict=True)])
     first, second, contraction, error = (torch.cat(same) for same in zip(*rows, strict=True))
     return LeadingSpectrum(contraction, torch.stack([first, second], -1), error)
@@ -981,9 +977,7 @@ class _Tiled:
 
     def begun(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sums, made = torch.zeros_like(self.queries), X.new_zeros(len(X), X.shape[-1] + 1, X.shape[-2])
-        X = torch.cat(
-            [X, X.new_zeros(()).expand(*X.shape[:-1], 1)], -1
-        )  # the place of 1, whose product is the sum of the rows
+        X = torch.cat([X, X.new_zeros(()).expand(*X.shape[:-1], 1)], -1)  # the place of 1, whose product is the sum of the rows
         for A, rows, columns in self._tiles():
             Y = A @ X[:, columns]
             sums[:, rows] = Y[..., 0]
