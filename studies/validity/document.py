@@ -284,8 +284,8 @@ def depth_by_model(scores: Scores) -> str:
     placed = {name: "after" if "post-norm" in SUBJECTS[name].about else "before" for name in scores.measured}
     rows = [_depth_row(scores, f"`{name}`", placed[name], [name], DEPTH) for name in scores.measured]
     for plant in DEPTH:
-        for placement in ("after", "before"):
-            names = [name for name in scores.measured if placed[name] == placement]
+        for placement in ("after", "before", "either"):
+            names = [name for name in scores.measured if placement in (placed[name], "either")]
             rows.append(_depth_row(scores, f"**{plant}**", placement, names, [plant]))
     header = ["", "norms", "cases", "never moved by half", "share of the distance", "area under the ROC", "alarm"]
     return table([*header, "place right"], rows)

@@ -268,17 +268,20 @@ def _against_drawn(p: Tensor) -> Iterator[_Trace]:
 
 
 def _in_scale(w: Tensor) -> Tensor:
-    """A matrix over its largest entry, in the precision it needs: single, and double for a matrix in double. Powers of small
-    weights would underflow."""
+    """A matrix over its largest entry, in single precision if it is not in double. Powers of small weights would underflow."""
+    w = _computable(w)
     low, high = (float(end) for end in w.aminmax())
-    return (w if w.dtype == torch.float64 else w.float()) / (max(-low, high) or 1.0)
+    return w / (max(-low, high) or 1.0)
+
+
+def _computable(w: Tensor) -> Tensor:
+    """In single precision, or double where it was stored so: chance leaves these figures three digits."""
+    return w if w.dtype == torch.float64 else w.float()
 
 
 def _size(weight: Tensor) -> float:
     """The root mean square of its entries."""
-    return float(torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32))) / math.sqrt(
-        weight.numel()
-    )
+    return float(torch.linalg.vector_norm(_computable(weight))) / math.sqrt(weight.numel())
 
 
 def _row_energies(w: Tensor) -> Tensor:
