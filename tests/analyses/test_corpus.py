@@ -22,7 +22,7 @@ def healthy() -> uc.Diagnosis:
 
 def test_a_healthy_model_raises_no_finding(healthy: uc.Diagnosis) -> None:
     assert healthy.findings == []
-    assert {entry.pooling for entry in healthy.record.corpus} == {"mean", "last", "first", "own"}
+    assert {entry.pooling for entry in healthy.record.corpus} == {"tokens", "mean", "last", "first", "own"}
     assert [entry.site for entry in healthy.record.corpus if entry.pooling == "own"] == ["pooler_output"]
     assert from_json(healthy.to_json(), DiagnosisRecord) == healthy.record
 

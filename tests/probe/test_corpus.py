@@ -20,7 +20,7 @@ from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.measures.corpus import corpus_measures
 from uncollapse.measures.running import RunningCloud
 from uncollapse.probe import own_pooling
-from uncollapse.probe.corpus import CorpusStatistics, Rows
+from uncollapse.probe.corpus import FEW_TOKENS, CorpusStatistics, Rows
 from uncollapse.probe.own_pooling import OwnPooling
 from uncollapse.probe.passes import capture
 from uncollapse.probe.sites import SiteStatistics
@@ -168,10 +168,58 @@ def test_what_was_taken_stays_what_it_was_where_the_stream_is_written_in_place()
             )
 
 
-def test_at_core_the_tokens_are_left_to_level_full() -> None:
-    poolings = {pooling for _, pooling in entries(model_of("gpt2"), [text_batch()])}
-    assert {"mean", "last", "first"} <= poolings
-    assert "tokens" not in poolings
+def test_at_core_the_tokens_are_a_sample_of_those_of_level_full() -> None:
+    """All of them while there are no more than the sample has; beyond it those with the smallest keys."""
+    model, batch = model_of("gpt2"), text_batch()
+    few, every = entries(model, [batch]), entries(model, [batch], level="full")
+    sites = [site for site, pooling in every if pooling == "tokens"]
+    assert sites
+    assert batch["attention_mask"].sum() <= FEW_TOKENS
+    for site in sites:
+        assert few[site, "tokens"] == every[site, "tokens"]
+    batches = [text_batch(seed=seed) for seed in range(9)]
+    few, every = entries(model, batches), entries(model, batches, level="full")
+    for site in sites:
+        drawn, all_of_them = few[site, "tokens"], every[site, "tokens"]
+        assert drawn.points == all_of_them.points == sum(int(each["attention_mask"].sum()) for each in batches)
+        assert (drawn.sampled, all_of_them.sampled) == (FEW_TOKENS, None)
+        assert drawn.attainable_rank == min(FEW_TOKENS, drawn.width)
+        assert drawn.mean_cosine == pytest.approx(all_of_them.mean_cosine, abs=0.1)
+        if site != "embedding":
+            assert drawn.compared == FEW_TOKENS
+            assert drawn.cosine == pytest.approx(all_of_them.cosine, abs=0.1)
+
+
+@pytest.mark.parametrize("most", [1, 7, 60])
+def test_a_sample_is_that_of_the_smallest_keys_however_the_points_come(most: int) -> None:
+    """Against NumPy, in one lot, in lots, and put together from two processes; points that are not finite are not drawn."""
+    generator = torch.Generator().manual_seed(most)
+    x, drawn = torch.randn(60, 9, generator=generator), torch.rand(60, generator=generator, dtype=torch.float64)
+    x[[3, 20]] = torch.tensor([[math.nan], [math.inf]])
+    finite = np.isfinite(x.numpy()).all(axis=1)
+    chosen = np.flatnonzero(finite)[np.argsort(drawn.numpy()[finite])[:most]]
+    expected = x.double().numpy()[np.sort(chosen)]
+
+    def sampled(*lots: slice) -> CorpusStatistics:
+        statistics = CorpusStatistics(SiteStatistics("block.0", 0, None, width=9), "tokens", None, most=most)
+        for lot in lots:
+            statistics.take(x[lot], drawn[lot], EPS)
+        return statistics
+
+    whole, parts = sampled(slice(60)), sampled(slice(5), slice(5, 40), slice(40, 60))
+    one, other = sampled(slice(31)), sampled(slice(31, 60))
+    assert one.cloud is not None
+    assert other.cloud is not None
+    merged = one.cloud.merge(other.cloud)
+    one.put(merged)
+    one.seen += other.seen
+    for statistics in (whole, parts, one):
+        (record,) = corpus_records([statistics])
+        assert (record.points, record.sampled) == (58, most if most < 58 else None)
+        assert statistics.cloud is not None
+        order = np.lexsort(statistics.cloud.points.double().numpy().T)
+        np.testing.assert_array_equal(statistics.cloud.points.double().numpy()[order], expected[np.lexsort(expected.T)])
+        np.testing.assert_allclose(statistics.cloud.mean.numpy(), expected.mean(axis=0), atol=1e-12)
 
 
 def test_a_pass_that_does_not_watch_it_holds_no_cloud() -> None:

@@ -52,7 +52,7 @@ def figures(observed: Observations) -> dict[str, Any]:
         "sites": [told(s.plain) + told(s.massive) + told(s.stream) for s in observed.sites],
         "attention": [[(a.deviation, a.row_sums, a.forbids, a.finite)] for a in observed.attention],
         "corpus": [clouded(c) for c in observed.corpus if c.pooling != "tokens"],
-        "corpus tokens": [clouded(c) for c in observed.corpus if c.pooling == "tokens"],
+        "all tokens": [clouded(c) for c in observed.corpus if c.pooling == "tokens"],
         "routers": [r.load.tolist() for r in observed.routers],
         "rows": [],
         "spectra": [],

@@ -8,18 +8,26 @@ import json
 import math
 from dataclasses import replace
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from rich.console import Console
 from studies.validity.models import SUBJECTS
 
 import uncollapse as uc
+from tests.helpers import heads_samples
 from tests.helpers import records_samples as samples
+from tests.helpers.own_models import OwnGPT
 from tests.helpers.pages import Page
+from tests.helpers.sweep_samples import swept
+from tests.helpers.tiny_models import text_batch
 from tests.report.test_anatomy import anatomy
+from uncollapse.measures.random_projections import random_noise_gain
 from uncollapse.report import draw, healthy, show
-from uncollapse.report.healthy import figures, healthy_models, references
+from uncollapse.report.healthy import References, figures, healthy_models, in_percent, in_words, references
 
 MODELS: list[dict[str, Any]] = json.loads(resources.files("uncollapse.report").joinpath("healthy.json").read_text())
 
@@ -66,8 +74,9 @@ def causal(is_causal: bool | None, placement: str, name: str = "a model") -> Any
         (False, "post", "6 healthy models with a full mask and post norm"),
         (True, "pre", "7 healthy models with a causal mask and pre norm"),
         (True, "sandwich", "9 healthy models with a causal mask"),
-        (False, "pre", "8 healthy models with a full mask"),
-        (None, "pre", "17 healthy models"),
+        (False, "pre", "3 healthy models with a full mask and pre norm"),
+        (False, "sandwich", "9 healthy models with a full mask"),
+        (None, "pre", "18 healthy models"),
     ],
 )
 def test_a_model_is_compared_with_those_of_its_kind(is_causal: bool | None, placement: str, kind: str) -> None:
@@ -113,7 +122,7 @@ def test_an_encoder_and_a_decoder_are_compared_with_all() -> None:
     record = causal(False, "post")
     blocks = [*record.anatomy.blocks[:3], *causal(True, "post").anatomy.blocks[3:]]
     mixed = replace(record, anatomy=replace(record.anatomy, blocks=blocks))
-    assert references(mixed).kind == "17 healthy models"
+    assert references(mixed).kind == "18 healthy models"
 
 
 def test_figures_are_shares_where_sizes_differ() -> None:
@@ -181,6 +190,143 @@ def test_a_printout_says_what_its_figures_are_elsewhere() -> None:
     assert "In 6 healthy models with a full mask and post norm: consensus 0.55 to 0.98, effective rank" in printed
     lowest = references(causal(False, "post")).lowest("attention.normalized_entropy")
     assert f"lowest head {lowest.replace(' … ', ' to ')}." in printed
+
+
+def printed(record: Any, width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    show(record, console)
+    return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+
+
+def extremes(kind: References, figure: str) -> tuple[list[float], list[float]]:
+    """The lowest and the highest values of the models of a kind, from the file."""
+    pairs = [m["ranges"][figure] for m in MODELS if m["name"] in {each.name for each in kind.models}]
+    return [low for low, _ in pairs], [high for _, high in pairs]
+
+
+def test_a_worst_value_is_compared_with_worst_values() -> None:
+    """The lowest with the lowest of each model; the largest logit with the largest of each."""
+    kind = references(causal(False, "post"))
+    lows, _ = extremes(kind, "attention.rest_entropy")
+    assert kind.worst("rest_entropy") == in_words(min(lows), max(lows))
+    _, highs = extremes(kind, "attention.max_logit")
+    assert kind.worst("max_logit") == kind.highest("attention.max_logit") == in_words(min(highs), max(highs))
+    lows, _ = extremes(kind, "trajectory.affine_rank")
+    assert kind.worst("affine_rank_share") == in_percent(min(lows), max(lows))
+    assert kind.worst("effective_rank") == kind.worst("consensus_distance") == kind.worst("not_finite") == ""
+    assert kind.beside("effective_rank").endswith("of attainable")
+    assert kind.beside("dead_experts") == ""
+    assert kind.said({"a b": "1 … 2", "c": ""}) == f"In {kind.kind}: a b 1 to 2."
+    assert kind.said({"c": ""}) == ""
+
+
+def test_the_page_and_the_printout_of_heads_say_what_is_healthy_and_what_is_random() -> None:
+    record = heads_samples.healthy()
+    kind, page = references(record), Page(draw(record))
+    blocks = titles_with_reference(page, "blocks-table")
+    assert blocks["relative noise gain"] == f"healthy {kind.words('heads.condition_number')}"
+    assert blocks["largest overlap"].endswith(f"; healthy {kind.words('heads.largest_overlap')}")
+    assert "times that" in blocks["largest energy share"]
+    heads = titles_with_reference(page, "heads-table")
+    assert "healthy" not in " ".join(heads.values())
+    assert heads["energy share"] == blocks["largest energy share"].partition(";")[0]
+    assert f"healthy: {kind.highest('heads.condition_number')}" in page.text
+    assert kind.sentence.split(", each")[0] in page.text
+    assert f"noise gain {kind.words('heads.condition_number').replace(' … ', ' to ')}," in printed(record)
+
+
+def test_an_ablation_stands_beside_healthy_models_which_are_whole() -> None:
+    record = samples.ablation()
+    kind, page = references(record), Page(draw(record))
+    consensus = kind.words("trajectory.consensus_distance")
+    assert f"healthy: {consensus}" in page.text
+    assert f"Healthy models: {consensus}." in page.text
+    quality = titles_with_reference(page, "quality-table")
+    assert quality["lowest consensus distance"] == f"healthy {consensus}"
+    assert quality["lowest affine rank"].startswith("healthy lowest ")
+    assert quality["output shift"] == ""  # a distance from the whole model
+    assert titles_with_reference(page, "every-table")["token similarity"].startswith("healthy ")
+    assert f"r {consensus.replace(' … ', ' to ')}," in printed(record)
+
+
+def test_an_ablation_judged_without_the_largest_tokens_has_their_reference() -> None:
+    record = samples.ablation()
+    (run, *others) = record.runs
+    sites = [replace(site, massive_tokens_left_out=left_out(site)) for site in run.trajectory]
+    without = replace(record, runs=[replace(run, trajectory=sites), *others])
+    kind = references(without)
+    assert f"healthy: {kind.words('left_out.consensus_distance')}" in draw(without)
+
+
+def left_out(site: Any) -> Any:
+    read = samples.encoder().trajectory[1].massive_tokens_left_out
+    assert read is not None
+    return replace(read, consensus_distance=replace(site.consensus_distance, mean=site.consensus_distance.mean / 2))
+
+
+def test_a_comparison_has_the_references_of_what_both_models_are() -> None:
+    record = replace(samples.compared(causal(False, "post", "all-MiniLM-L6-v2")), is_causal=False)
+    assert references(record).kind == "5 other healthy models with a full mask and post norm"
+    one, other = record.models
+    mixed = replace(record, models=[one, replace(other, norm_placement="pre", name="another")])
+    assert references(mixed).kind == "8 other healthy models with a full mask"
+    assert references(replace(record, is_causal=None)).kind == "17 other healthy models"
+    kind, page = references(record), Page(draw(record))
+    figures = page.text.split("<figure")[1:]
+    beside = [figure for figure in figures if "Healthy models:" in figure]
+    differences = [figure for figure in figures if "<b>Difference" in figure]
+    assert len(beside) + len(differences) == len(figures)
+    assert not any("Healthy" in figure for figure in differences)
+    words = kind.beside("max_logit").removeprefix("healthy ")
+    assert f"Healthy models: {words}." in page.text
+    assert f"largest logit {words.replace(' … ', ' to ')}" in printed(record)
+
+
+def test_a_sweep_has_those_of_each_of_its_runs() -> None:
+    record = swept()
+    runs = [replace(run, is_causal=number == 1) for number, run in enumerate(record.runs)]
+    record = replace(record, runs=runs)
+    kinds = [references(run) for run in runs]
+    page = Page(draw(record))
+    titles = titles_with_reference(page, "checkpoints-table")
+    assert titles["largest logit"] == "; or ".join(f"healthy {kind.worst('max_logit')}" for kind in kinds)
+    assert titles["consensus distance after normalisation"].startswith("healthy ")
+    assert titles["findings"] == titles["step"] == ""
+    for kind in kinds:
+        assert kind.sentence.split(", each")[0] in page.text
+        assert f"In {kind.kind}: lowest consensus" in printed(record)
+    assert f"Healthy models: highest {kinds[0].worst('max_logit')}." in page.text
+    assert f"Healthy models: lowest {kinds[0].worst('consensus_after_norm')}." in page.text
+    assert "rest entropy" not in printed(record).partition("In ")[2].partition(".")[0]  # no checkpoint has it
+
+
+def test_a_run_has_those_of_the_model_that_trains(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = OwnGPT()
+    monitor = uc.Monitor(model, [{"idx": torch.randint(60, (4, 9))}], every=1, trail=tmp_path / "run.jsonl")
+    for step in range(3):
+        monitor.step(step)
+    record = monitor.record
+    assert record is not None
+    assert record.is_causal is True
+    kind, page = references(record), Page(draw(record))
+    assert kind.kind == "7 healthy models with a causal mask and pre norm"
+    assert f"Healthy models: {kind.beside('max_logit').removeprefix('healthy ')}." in page.text
+    assert f"Healthy models: highest {kind.worst('max_logit')}." in page.text
+    assert f"largest logit {kind.worst('max_logit').replace(' … ', ' to ')}." in printed(record)
+    assert references(replace(record, is_causal=None)).kind == "18 healthy models"  # a trail of before
+
+
+def test_an_attribution_says_what_random_weights_have() -> None:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 64}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+    titles = titles_with_reference(
+        Page(draw(uc.attribute(model, text_batch(), uc.logit_difference(5, 7)).record)), "heads-table"
+    )
+    median = random_noise_gain(4, 8, 32).single[1]
+    assert float(titles["noise gain"].removeprefix("random ")) == pytest.approx(median, rel=0.01)
+    assert titles["direct"] == titles["total"] == ""  # effects of this model on this metric
 
 
 def test_examples() -> None:

@@ -19,6 +19,7 @@ from tests.monitoring.test_bit_identical import probe
 from uncollapse import report
 from uncollapse.cli.commands import main
 from uncollapse.records.trail import TrailRecord
+from uncollapse.report.healthy import references
 from uncollapse.report.trail import charts
 
 
@@ -86,7 +87,7 @@ def test_the_page_has_curves_and_maps_with_the_alarms_marked(trail: Path) -> Non
 def test_an_alarm_marks_the_attention_that_it_is_about(trail: Path) -> None:
     run = record(trail)
     both = replace(run, heads=[*run.heads, *(replace(head, kind="cross") for head in run.heads)])
-    (chart,) = (chart for chart in charts.head_maps(both) if chart.key == "heads-rest-entropy")
+    (chart,) = (chart for chart in charts.head_maps(both, references(both)) if chart.key == "heads-rest-entropy")
     assert [cell["row"] for cell in _values(chart.spec, 1)] == [8 + run.alarms[0].head]
 
 

@@ -160,6 +160,8 @@ def _corpus_record(
     found = measured or corpus_measures([RunningCloud.of(torch.zeros(0, max(width, 1)), torch.zeros(0))], [0.0])[0]
     compared_with = beside or Comparison(None, None, None, None)
     values = {**vars(found), **vars(compared_with)}
+    if cloud is not None and statistics.seen > cloud.count:  # the cloud is a sample of what was seen
+        values |= {"points": statistics.seen, "sampled": cloud.count}
     nothing = statistics.reason or ("NaN or infinity in every sequence" if site.not_finite else "no point was seen")
     unavailable = {
         name: _why_not(name, found, statistics, nothing)

@@ -272,6 +272,7 @@ class _Looked:
             record.probe,
             [f"{site.stack} {site.site}" if site.stack else site.site for site in record.trajectory],
             [_attention(place) for place in _attentions(record.attention)],
+            None if record.anatomy is None else record.anatomy.is_causal,
         )
         return _Looked(replace(known, figures=figures, findings=record.findings), run)
 

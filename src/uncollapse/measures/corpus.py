@@ -314,7 +314,8 @@ def _singular_values(x: Tensor, floor: Tensor, wanted: Tensor, attainable: int) 
     values = squares.sqrt()
     rows = (lost[:, :attainable].any(-1) & wanted).nonzero().squeeze(-1)
     if len(rows):
-        values[rows, :attainable] = torch.linalg.svdvals(x[rows])[:, :attainable]
+        upright = x[rows].mT if n < width else x[rows]  # the other way it takes twice as long
+        values[rows, :attainable] = torch.linalg.svdvals(upright)[:, :attainable]
     return values
 
 
@@ -407,20 +408,28 @@ def subspace_novelty(
     Raises `InputError` for clouds of other shapes.
     """
     _require_alike("subspace_novelty", before, after, width=True)
-    return _novelty(_centred(before), _centred(after))
+    x, y = _centred(before), _centred(after)
+    return _novelty(x, y, _gram(x, y))
 
 
-def _novelty(x: Tensor, y: Tensor) -> Tensor:
-    """Of centred clouds."""
-    if x.shape[-2] < x.shape[-1]:
-        squares, left = torch.linalg.eigh(x @ x.mT)
-        directions = x.mT @ left * torch.where(squares > 0, squares, math.inf).rsqrt().unsqueeze(-2)
+def _gram(x: Tensor, y: Tensor) -> Tensor | None:
+    """X X^T, which novelty and CKA are computed from where points are fewer than dimensions; None where they are not."""
+    return x @ x.mT if x.shape[-2] < min(x.shape[-1], y.shape[-1]) else None
+
+
+def _novelty(x: Tensor, y: Tensor, K: Tensor | None) -> Tensor:
+    """Of centred clouds of one width, with their `_gram`."""
+    if K is not None:
+        squares, left = torch.linalg.eigh(K)
+        scale = torch.where(squares > 0, squares, math.inf).rsqrt().unsqueeze(-2)
+        along = (y @ x.mT) @ left * scale  # the directions are X^T u / sigma
     else:
         squares, directions = torch.linalg.eigh(x.mT @ x)
-    squares, directions = squares.clamp(min=0).flip(-1), directions.flip(-1)
+        along = y @ directions
+    squares, along = squares.clamp(min=0).flip(-1), along.flip(-1)
     held = squares.cumsum(-1)
     needed = held - squares < HELD * held[..., -1:]  # those before it do not hold enough
-    inside = ((y @ directions).square().sum(-2) * needed).sum(-1)
+    inside = (along.square().sum(-2) * needed).sum(-1)
     return (1 - inside / y.square().sum((-2, -1))).clamp(0, 1).where(held[..., -1] > 0, math.nan)
 
 
@@ -448,14 +457,15 @@ def linear_cka(
     Raises `InputError` for clouds of different numbers of points.
     """
     _require_alike("linear_cka", before, after, width=False)
-    return _ckas(_centred(before), _centred(after))[int(unbiased)]
+    x, y = _centred(before), _centred(after)
+    return _ckas(x, y, _gram(x, y))[int(unbiased)]
 
 
-def _ckas(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The plain one and the unbiased one, of centred clouds."""
+def _ckas(x: Tensor, y: Tensor, K: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The plain one and the unbiased one, of centred clouds, with their `_gram`."""
     n = x.shape[-2]
-    if n < min(x.shape[-1], y.shape[-1]):
-        K, L = x @ x.mT, y @ y.mT
+    if K is not None:
+        L = y @ y.mT
         products = tuple(_inner(A, B) for A, B in ((K, L), (K, K), (L, L)))
     else:
         products = tuple(_inner(A, A) for A in (y.mT @ x, x.mT @ x, y.mT @ y))
@@ -500,9 +510,10 @@ def compared(before: Sequence[RunningCloud], after: Sequence[RunningCloud]) -> l
             is_square = width == behind
             unknown = torch.full((len(places),), math.nan)
             x, y = _centred(X), _centred(Y)
-            novelty = _novelty(x, y) if is_square else unknown
+            K = _gram(x, y)
+            novelty = _novelty(x, y, K) if is_square else unknown
             turned = torch.nn.functional.cosine_similarity(X, Y, dim=-1, eps=0).nanmean(-1) if is_square else unknown
-            cka, unbiased = _ckas(x, y)
+            cka, unbiased = _ckas(x, y, K)
             for place, *figures in zip(
                 places, *(each.tolist() for each in (novelty, cka, unbiased, turned)), strict=True
             ):

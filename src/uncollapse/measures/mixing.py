@@ -19,16 +19,19 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from uncollapse.errors import InputError
+from uncollapse.measures import leading_spectrum as krylov
 from uncollapse.measures.admission import admitting, at_size_one, described, is_ordinary, times_power_of_two
+from uncollapse.measures.symmetric_eigenvalues import eigenvalues
 
 TILE_BYTES = 2 << 20  # measured: 1 to 4 MiB are equal, from 8 MiB on the tile leaves the cache and costs double
+LEAST_ROWS = 64  # of a tile of long rows, if these are no more than four times as much: every tile has its price in calls
 DEVICE_TILE_BYTES = 64 << 20  # accelerators want few large launches
 CAUSAL_ROWS = 128  # rows of a causal tile: its keys end with its last row, so that half of all pairs are never computed
 FEW_KEYS = 4  # rows over fewer keys have no key share: two keys leave little to be uniform about
@@ -36,6 +39,13 @@ FEW_RIVALS = 16  # rows over fewer keys have no rest entropy: with few others, o
 FLAT = 0.75  # up to this weight of the strongest key, 1 less it keeps the digits of what the others have
 LEAST_REST = 1e-6  # below this share of a row, what the others have is taken from their own logits
 UNDERFLOW = 88.0  # exp(-88) is where single precision, and bfloat16 with it, ends
+DIRECT = 128  # up to so many rows a decomposition is as fast as products are
+KEPT_BYTES = 24 << 20  # of weights that lie in memory at once while their spectra are taken; larger matrices exist in tiles only
+VECTORS = 16  # of a block; products with fewer are no faster
+BLOCKS = 16  # so many products at most where the weights lie in memory
+TILED_BLOCKS = 8  # and where they are made anew for each
+CLOSE, TILED_CLOSE = 3e-7, 1e-4  # when to stop: the error of a leading singular value, as a share of it
+COARSE = 1e-2  # a larger error makes no figure
 FORBIDDEN = -1e37  # the logit of a forbidden pair. Finite, since 0 * FORBIDDEN is 0 where 0 * -inf would be NaN
 
 
@@ -559,9 +569,109 @@ def attention_weights(
     """
     scores = _scores("attention_weights", q, k, allowed, bias, key_mask, None, causal, scale, softcap)
     weights = torch.zeros(scores.sizes, dtype=scores.dtype, device=scores.device)
-    for tile, S, _, keep in _tiles(scores):
-        weights[tile] = torch.softmax(S, -1) if keep is None else torch.softmax(S, -1) * keep
+    for tile, P in _weight_tiles(scores):
+        weights[tile] = P
     return weights.flatten(1, 2)
+
+
+@dataclass(frozen=True)
+class LeadingSpectrum:
+    """Of each attention matrix: `contraction`, the two `leading_singular_values`, and how far these may be too small: `error`, a
+    share of each, or of 1e-4 sigma_1 where that is more. Float64. NaN where the functions of these names have it, and where the error is above `COARSE`."""
+
+    contraction: Float[Tensor, "batch head"]
+    singular_values: Float[Tensor, "batch head 2"]
+    error: Float[Tensor, "batch head"]
+
+
+@admitting
+def leading_spectrum(
+    q: Float[Tensor, "batch head query width"],
+    k: Float[Tensor, "batch group key width"],
+    *,
+    allowed: Bool[Tensor, "#batch #head #query #key"] | None = None,
+    bias: Float[Tensor, "#batch #head #query #key"] | None = None,
+    key_mask: Bool[Tensor, "batch key"] | None = None,
+    query_mask: Bool[Tensor, "batch query"] | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> LeadingSpectrum:
+    """`contraction` and `leading_singular_values` of the weights that a fused attention call used, which need not exist at once.
+
+    sigma_1 (C_q A C_k), sigma_1 (A) and sigma_2 (A), with a_ij as in `attention_weights`. Up to `DIRECT` rows they are the roots of
+    eigenvalues of A^T A. Beyond, block Lanczos takes A^T A X for blocks of `VECTORS` vectors (`measures.leading_spectrum`): with
+    weights that lie in memory while a head or a few are at work (`KEPT_BYTES`), or, of longer sequences, tile by tile, where a product
+    costs about as much as the attention itself. Memory O(n).
+
+    `error` is how far a value may lie below the one it stands for, as a share of it (or of 1e-4 sigma_1): it stops at `CLOSE`, or at `TILED_CLOSE` where the
+    weights do not fit, and gives up after `TILED_BLOCKS` blocks there. What lies in memory and is not `CLOSE` after
+    `BLOCKS` is decomposed. Logits in single precision add 1e-6 of sigma_1 or so.
+
+    Singular values that lie close together, as those of heads that look at a neighbour, converge slowly. The bound holds if the
+    random start met every direction, which it does with probability one, and by how much it does is not proved.
+
+    `key_mask` leaves out the columns of padded keys, whatever weight they have: `allowed` is what forbids them.
+
+    >>> spectrum = leading_spectrum(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2))  # every row is uniform
+    >>> spectrum.singular_values.round(decimals=6).tolist(), spectrum.contraction.round(decimals=6).tolist()
+    ([[[1.0, 0.0]]], [[0.0]])
+
+    Sources as in the two functions. Raises `InputError` as `row_statistics` does.
+    """
+    name = "leading_spectrum"
+    scores = _scores(name, q, k, allowed, bias, None, query_mask, causal, scale, softcap)
+    batch, groups, repeats, queries, keys = scores.sizes
+    columns = None if key_mask is None else _real_tokens(name, "key_mask", key_mask, batch, keys)
+    size = repeats * queries * keys * (8 if max(queries, keys) <= DIRECT else scores.dtype.itemsize)
+
+    def found(part: slice, heads: slice) -> krylov.Leading:
+        few = _part(scores, part, heads)
+        rows, real = _real_matrices(few.sizes, part, query_mask, columns, scores)
+        if size > KEPT_BYTES:
+            tiled = _Tiled(few, rows, real)
+            return _usable(
+                krylov.leading(tiled, vectors=VECTORS, steps=TILED_BLOCKS, tolerance=TILED_CLOSE), rows, real
+            )
+        A = torch.zeros(few.sizes, dtype=few.dtype, device=few.device)
+        for tile, weights in _weight_tiles(few):
+            A[tile] = weights
+        return _dense_spectrum(A.flatten(0, 2), rows, real)
+
+    return _over_parts(found, batch, groups, repeats, size)
+
+
+@admitting
+def leading_spectrum_from_weights(
+    weights: Float[Tensor, "batch head query key"],
+    *,
+    key_mask: Bool[Tensor, "batch key"] | None = None,
+    query_mask: Bool[Tensor, "batch query"] | None = None,
+) -> LeadingSpectrum:
+    """`leading_spectrum` of a softmax that the model ran itself, from its weights. Each row is scaled to sum to one over all keys.
+
+    Raises `InputError` where the tensors do not fit together.
+    """
+    name = "leading_spectrum_from_weights"
+    if weights.ndim != 4 or not weights.is_floating_point() or not weights.numel():
+        raise InputError(
+            f"{name}: expected floating-point weights[batch, head, query, key], got {described(weights)}. "
+            "Heads may be folded into the batch. Reshape."
+        )
+    batch, heads, queries, keys = weights.shape
+    rows_mask = None if query_mask is None else _real_tokens(name, "query_mask", query_mask, batch, queries)
+    columns = None if key_mask is None else _real_tokens(name, "key_mask", key_mask, batch, keys)
+    dtype = _accumulation(weights.dtype)
+
+    def found(part: slice, few: slice) -> krylov.Leading:
+        A = weights.detach()[part, few].to(dtype)
+        A = A / A.sum(-1, keepdim=True)
+        sizes = (A.shape[0], A.shape[1], 1, queries, keys)
+        rows, real = _real_matrices(sizes, part, rows_mask, columns, weights)
+        return _dense_spectrum(A.flatten(0, 1), rows, real)
+
+    size = queries * keys * (8 if max(queries, keys) <= DIRECT else dtype.itemsize)
+    return _over_parts(found, batch, heads, 1, size)
 
 
 # The one pass over the logits ---------------------------------------------------------------------------------------
@@ -622,18 +732,17 @@ def _scores(
     shrunk = 0
     if not (is_ordinary(q, 40) and is_ordinary(k, 40) and abs(scale) < 1e6):
         dtype, shrunk = torch.float64, _shrinking(q, k, scale, key_mask, softcap)
-    Q = q.detach().to(dtype) * scale
+    Q, factor = q.detach().unflatten(1, sizes[1:3]), scale
     if shrunk:
-        Q = times_power_of_two(q.detach().double() * scale, torch.tensor(-shrunk, device=q.device))
-    Q = Q.view(*sizes[:4], -1)
-    K = k.detach().to(dtype).contiguous()
+        Q, factor = times_power_of_two(Q.double() * scale, torch.tensor(-shrunk, device=q.device)), 1.0
+    K = k.detach().to(dtype)
     if key_mask is not None:
         K = torch.where(key_mask[:, None, :, None], K, 0)  # whatever padding holds: NaN + FORBIDDEN would stay NaN
     B = None if bias is None else _pairwise(name, "bias", bias.detach(), sizes)
 
     def fill(tile: _Tile, S: Tensor) -> Tensor | None:
-        rows = Q[tile[:4]].flatten(0, 1).flatten(1, 2)
-        keys = K[tile[0], tile[1], tile[4]].flatten(0, 1)
+        rows = (Q[tile[:4]].to(dtype) * factor).flatten(0, 1).flatten(1, 2)
+        keys = K[tile[0], tile[1], tile[4]].flatten(0, 1)  # a copy as large as the tile's, if any
         # with `out`, autocast leaves the product in the dtype at hand
         torch.bmm(rows, keys.mT, out=S.view(rows.shape[0], rows.shape[1], keys.shape[1]))
         if softcap is not None:
@@ -671,23 +780,40 @@ def _self_scores(name: str, q: Tensor, k: Tensor, mask: Tensor | None, causal: b
     return _scores(name, q, k, None, None, mask, query_mask, causal, scale, None)
 
 
-def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, Tensor | None]]:
+class _Keep(NamedTuple):
+    """Which pairs of a tile are allowed: all before the column `start`, and behind it where `kept` [.., query, key], broadcastable,
+    is 1 and not 0. `counts` [.., query]: how many keys each row is allowed."""
+
+    start: int
+    kept: Tensor
+    counts: Tensor
+
+
+def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, _Keep | None]]:
     """Every tile with its logits, forbidden ones at `FORBIDDEN`, a scratch tensor of the same shape, and which pairs
-    are allowed, as 0 and 1, broadcastable (`None`: all). The two tensors are overwritten by the next tile."""
+    are allowed (`None`: all). The two tensors are overwritten by the next tile."""
     batch, groups, repeats, queries, keys = scores.sizes
-    budget = (TILE_BYTES if scores.device.type == "cpu" else DEVICE_TILE_BYTES) // scores.dtype.itemsize
+    wanted = min(LEAST_ROWS * repeats * keys * scores.dtype.itemsize, 4 * TILE_BYTES)
+    budget = (max(TILE_BYTES, wanted) if scores.device.type == "cpu" else DEVICE_TILE_BYTES) // scores.dtype.itemsize
     row_step = min(queries, CAUSAL_ROWS if scores.causal else queries, max(1, budget // (repeats * keys)))
-    head = repeats * row_step * keys
+    starts = list(range(0, queries, row_step))
+    if scores.causal:  # early rows see few keys: more of them fit
+        starts = [0]
+        while (seen := min(starts[-1] + CAUSAL_ROWS, keys)) and starts[-1] < queries:
+            starts.append(starts[-1] + min(CAUSAL_ROWS, max(1, budget // (repeats * seen))))
+        starts.pop()
+    ends = [*starts[1:], queries]
+    row_step = max(end - start for start, end in zip(starts, ends, strict=True))
+    head = max(repeats * (end - i) * (min(end, keys) if scores.causal else keys) for i, end in zip(starts, ends, strict=True))
     group_step = min(groups, max(1, budget // head))
     batch_step = min(batch, max(1, budget // (head * groups)))
     # one buffer for all tiles: memory that is fresh for each would cost more than the arithmetic
-    memory = torch.empty(
-        2, batch_step * group_step * repeats * row_step * keys, dtype=scores.dtype, device=scores.device
-    )
-    for b, g, i in itertools.product(
-        range(0, batch, batch_step), range(0, groups, group_step), range(0, queries, row_step)
+    memory = torch.empty(2, batch_step * group_step * head, dtype=scores.dtype, device=scores.device)
+    # On the diagonal of a causal call: the same triangle in every tile.
+    triangle = torch.ones(row_step, row_step, dtype=torch.bool, device=scores.device).tril() if scores.causal else None
+    for b, g, (i, stop) in itertools.product(
+        range(0, batch, batch_step), range(0, groups, group_step), list(zip(starts, ends, strict=True))
     ):
-        stop = min(i + row_step, queries)
         tile = (
             slice(b, min(b + batch_step, batch)),
             slice(g, min(g + group_step, groups)),
@@ -697,67 +823,249 @@ def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, Tensor | No
         )
         shape = [part.stop - part.start for part in tile]
         S, scratch = memory[:, : math.prod(shape)].view(2, *shape)
-        allowed = scores.fill(tile, S)
+        allowed, start = scores.fill(tile, S), 0
         if scores.allowed is not None:
             allowed = _and(allowed, _cut(scores.allowed, tile))
-        if scores.causal:
-            row, key = (torch.arange(tile[n].start, tile[n].stop, device=scores.device) for n in (3, 4))
-            allowed = _and(allowed, key <= row[:, None])
-        keep = None if allowed is None else allowed.to(scores.dtype)
-        if keep is not None:
-            S.add_((1 - keep) * FORBIDDEN)
+        if triangle is not None and i < tile[4].stop:
+            below = triangle[: stop - i, : tile[4].stop - i]
+            if allowed is None:  # all keys before the tile's own rows are allowed
+                allowed, start = below, i
+            else:
+                allowed = allowed.expand(*allowed.shape[:-2], *shape[-2:]).clone()
+                allowed[..., i:] &= below
+        keep = None
+        if allowed is not None:
+            kept = allowed.to(scores.dtype)
+            S[..., start:].add_((1 - kept) * FORBIDDEN)
+            keep = _Keep(start, kept, start + kept.sum(-1).long())
         yield tile, S, scratch, keep
 
 
+def _weight_tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor]]:
+    """Every tile with its weights: 0 for forbidden pairs, and in rows that are allowed no key."""
+    for tile, S, P, keep in _tiles(scores):
+        torch.softmax(S, -1, out=P)
+        if keep is not None:
+            P[..., keep.start :].mul_(keep.kept)
+        yield tile, P
+
+
 def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
-    found = {
+    # What is read off the logits, tile by tile; figures come from it at the end, for all rows at once.
+    read = {
         name: torch.zeros(scores.sizes[:4], dtype=scores.dtype, device=scores.device)
-        for name in ("entropy", "rest", "reach", "second", "maximum", "peak", "floor", "variance")
+        for name in ("maximum", "peak", "others", "mean", "variance", "total", "squares")
     }
     allowed_keys = torch.zeros(scores.sizes[:4], dtype=torch.int64, device=scores.device)
+    numbers = torch.arange(allowed_keys.numel(), device=scores.device).view(scores.sizes[:4])
+    beside: list[tuple[Tensor, dict[str, Tensor]]] = []  # numbers of rows that are looked at by themselves, and their figures
     for tile, S, P, keep in _tiles(scores):
         rows = tile[:4]
-        T = torch.tensor(S.shape[-1], device=S.device) if keep is None else keep.sum(-1).long()
+        allowed_keys[rows] = S.shape[-1] if keep is None else keep.counts
         maximum = S.amax(-1, keepdim=True)  # without its place, which costs ten times as much
         S.sub_(maximum)
         torch.softmax(S, -1, out=P)  # not torch.exp: it is ten times slower where a result underflows
         peak = P.amax(-1)
         others = _others(P, peak)
         mean = P.mul_(S).sum(-1)  # the strongest adds nothing here: its S is 0
-        allowed_keys[rows] = T
-        found["maximum"][rows], found["peak"][rows] = maximum[..., 0], peak
-        found["entropy"][rows] = (0 - peak.log() - mean).clamp_(min=0)
+        read["maximum"][rows], read["peak"][rows] = maximum[..., 0], peak
+        read["others"][rows], read["mean"][rows] = others, mean
         if susceptibility:
-            found["variance"][rows] = (P.mul_(S).sum(-1) - mean.square()).clamp_(min=0)
-        torch.mul(S, 1 if keep is None else keep, out=P)
-        lowest = P.amin(-1)
+            read["variance"][rows] = P.mul_(S).sum(-1)
+        if keep is not None:
+            S[..., keep.start :].mul_(keep.kept)  # a forbidden pair is as good as the strongest, and adds nothing
+        lowest = S.amin(-1)
         if floor:
-            total = P.sum(-1)
-            square_norm = P.mul_(P).sum(-1) - total.square() / T
-            found["floor"][rows] = torch.maximum(-peak.log(), _floor_from_norm(square_norm, T))
-        found["rest"][rows] = (others.log() - (peak.log() + mean / others)).clamp_(min=0)
-        found["reach"][rows] = T - 1
-        # There one of the others may be out of reach, or all are lost beside the strongest: they are looked at by themselves.
-        apart = ~((lowest > -UNDERFLOW) & (others > LEAST_REST)) & (T >= FEW_RIVALS)
-        if bool(apart.any()):
-            for name, figure in _beside_strongest(S[apart]).items():
-                found[name][rows][apart] = figure
-    dead = allowed_keys == 0
+            read["total"][rows], read["squares"][rows] = S.sum(-1), torch.mul(S, S, out=P).sum(-1)
+        # Where one of the others may be out of reach, or all are lost beside the strongest, they are looked at by themselves.
+        near = (lowest > -UNDERFLOW) & (others > LEAST_REST)
+        if not bool(near.all()):
+            alone = ~near & (allowed_keys[rows] >= FEW_RIVALS)
+            if bool(alone.any()):
+                if keep is not None:
+                    S[..., keep.start :].add_((1 - keep.kept) * FORBIDDEN)
+                beside.append((numbers[rows][alone], _beside_strongest(S[alone])))
+    T, mean, others, log_peak = allowed_keys, read["mean"], read["others"], read["peak"].log()
+    found = {
+        "maximum": read["maximum"],
+        "peak": read["peak"],
+        "entropy": (0 - log_peak - mean).clamp_(min=0),
+        "variance": (read["variance"] - mean.square()).clamp_(min=0),
+        "floor": torch.zeros_like(mean),
+        "rest": (others.log() - (log_peak + mean / others)).clamp_(min=0),
+        "reach": (T - 1).to(mean.dtype),
+        "second": torch.zeros_like(mean),
+    }
+    if floor:
+        square_norm = read["squares"] - read["total"].square() / T
+        found["floor"] = torch.maximum(-log_peak, _floor_from_norm(square_norm, T))
+    for places, figures in beside:
+        for name, figure in figures.items():
+            found[name].view(-1)[places] = figure
+    dead = T == 0
     if scores.query_mask is not None:
         dead |= ~scores.query_mask[:, None, None]
     if scores.shrunk:
         for name, power in (("maximum", 1), ("variance", 2)):
             found[name] = times_power_of_two(found[name], torch.tensor(power * scores.shrunk, device=scores.device))
     results = {name: value.masked_fill_(dead, math.nan).flatten(1, 2) for name, value in found.items()}
-    return _Rows(allowed_keys=allowed_keys.masked_fill_(dead, 0).flatten(1, 2), **results)
+    return _Rows(allowed_keys=T.masked_fill_(dead, 0).flatten(1, 2), **results)
+
+
+# Leading singular values ---------------------------------------------------------------------------------------------
+
+
+def _over_parts(
+    found: Callable[[slice, slice], krylov.Leading], batch: int, groups: int, repeats: int, size: int
+) -> LeadingSpectrum:
+    """The spectra of as many sequences and groups at a time as `KEPT_BYTES` have room for, a group's matrices taking `size` bytes."""
+    group_step = min(groups, max(1, KEPT_BYTES // size))
+    batch_step = min(batch, max(1, KEPT_BYTES // (size * groups)))
+    rows = []
+    for b in range(0, batch, batch_step):
+        stop = min(b + batch_step, batch)
+        parts = [
+            found(slice(b, stop), slice(g, min(g + group_step, groups))) for g in range(0, groups, group_step)
+        ]
+        rows.append([torch.cat([each.view(stop - b, -1) for each in same], 1) for same in zip(*parts, strict=True)])
+    first, second, contraction, error = (torch.cat(same) for same in zip(*rows, strict=True))
+    return LeadingSpectrum(contraction, torch.stack([first, second], -1), error)
+
+
+def _part(scores: _Scores, batch: slice, groups: slice) -> _Scores:
+    """The scores of some sequences and groups."""
+
+    def fill(tile: _Tile, S: Tensor) -> Tensor | None:
+        b, g, *others = tile
+        moved = slice(b.start + batch.start, b.stop + batch.start), slice(g.start + groups.start, g.stop + groups.start)
+        return scores.fill((*moved, *others), S)  # type: ignore[arg-type] - five slices
+
+    allowed = scores.allowed
+    if allowed is not None:
+        allowed = allowed[batch] if allowed.shape[0] > 1 else allowed
+        allowed = allowed[:, groups] if allowed.shape[1] > 1 else allowed
+    sizes = (batch.stop - batch.start, groups.stop - groups.start, *scores.sizes[2:])
+    return replace(scores, sizes=sizes, fill=fill, allowed=allowed, query_mask=None)
+
+
+def _real_matrices(
+    sizes: tuple[int, int, int, int, int],
+    part: slice,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    like: Tensor | _Scores,
+) -> tuple[Tensor, Tensor]:
+    """Which rows and columns are real, for every matrix of these sequences: [matrix, query] and [matrix, key]."""
+    batch, groups, repeats, queries, keys = sizes
+    found = []
+    for mask, tokens in ((query_mask, queries), (key_mask, keys)):
+        real = torch.ones(batch, tokens, dtype=torch.bool, device=like.device) if mask is None else mask[part]
+        found.append(real.to(like.device).repeat_interleave(groups * repeats, 0))
+    return found[0], found[1]
+
+
+class _Tiled:
+    """`krylov.Products` of the weights of one group's heads, which are made anew, tile by tile, for each product."""
+
+    def __init__(self, scores: _Scores, rows: Tensor, columns: Tensor) -> None:
+        self.scores, self.queries, self.keys = scores, rows.to(scores.dtype), columns.to(scores.dtype)
+
+    def _tiles(self) -> Iterator[tuple[Tensor, slice, slice]]:
+        """Weights [matrix, query, key], 0 in padded rows, and which rows and columns they are."""
+        for (_, _, _, rows, columns), P in _weight_tiles(self.scores):
+            yield P.flatten(0, 2).mul_(self.queries[:, rows].unsqueeze(-1)), rows, columns
+
+    def begun(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sums, made = torch.zeros_like(self.queries), X.new_zeros(len(X), X.shape[-1] + 1, X.shape[-2])
+        X = torch.cat([X, X.new_zeros(()).expand(*X.shape[:-1], 1)], -1)  # the place of 1, whose product is the sum of the rows
+        for A, rows, columns in self._tiles():
+            Y = A @ X[:, columns]
+            sums[:, rows] = Y[..., 0]
+            Y[..., -1] = 1
+            made[..., columns].baddbmm_(Y.mT, A)
+        made *= self.keys.unsqueeze(-2)
+        return made[:, :-1].mT, made[:, -1] / self.queries.sum(-1, keepdim=True), sums
+
+    def centred(self, X: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        # A^T Y as rows: that product is faster with the weights on its right
+        made, of_X = X.new_zeros(X.mT.shape), X.new_zeros(*self.queries.shape, X.shape[-1])
+        for A, rows, columns in self._tiles():
+            Y = (A @ X[:, columns]).sub_(mean.unsqueeze(-2)).mul_(self.queries[:, rows].unsqueeze(-1))
+            of_X[:, rows] = Y
+            made[..., columns].baddbmm_(Y.mT, A)
+        return of_X, made.mul_(self.keys.unsqueeze(-2)).mT
+
+
+def _dense_spectrum(A: Tensor, rows: Tensor, columns: Tensor) -> krylov.Leading:
+    """Of weights [matrix, query, key] in memory, with their real rows [matrix, query] and columns [matrix, key]."""
+    if not bool(rows.all() and columns.all()):  # whatever padding holds
+        A = torch.where(rows.unsqueeze(-1) & columns.unsqueeze(-2), A, 0)
+    if max(A.shape[-2:]) <= DIRECT:
+        return _usable(_decomposed(A, rows, columns), rows, columns)
+    found = krylov.leading(krylov.Dense(A, rows, columns), vectors=VECTORS, steps=BLOCKS, tolerance=CLOSE)
+    apart = found.error > CLOSE
+    for i in (1, 2):  # what is small beside sigma_1 has few digits in single precision
+        apart |= found[i] < krylov.SMALL * found.first
+    if bool(apart.any()):
+        for value, again in zip(found, _decomposed(A[apart], rows[apart], columns[apart]), strict=True):
+            value[apart] = again
+    return _usable(found, rows, columns)
+
+
+def _decomposed(A: Tensor, rows: Tensor, columns: Tensor) -> krylov.Leading:
+    """The same from decompositions: roots of eigenvalues of A^T A in float64, and singular values where a root would lose its digits."""
+    found = A.new_full((4, len(A)), math.nan, dtype=torch.float64)
+    found[3] = 0
+    kinds, kind = torch.unique(torch.cat([rows, columns], -1), dim=0, return_inverse=True)
+    members, matrices, grams = [], [], []
+    for number, real in enumerate(kinds):
+        own, (some_rows, some_columns) = (kind == number).nonzero()[:, 0], real.split([rows.shape[-1], columns.shape[-1]])
+        if not bool(some_rows.any() and some_columns.any()):
+            continue
+        one = A[own]
+        if not bool(real.all()):
+            one = one[:, some_rows][:, :, some_columns]
+        one = one.double()
+        finite = one.sum((-2, -1)).isfinite()  # no weight but a finite one leaves the sum finite
+        if not bool(finite.all()):
+            one = torch.where(finite[:, None, None], one, 0)
+        centred = one - one.mean(-2, keepdim=True)
+        centred -= centred.mean(-1, keepdim=True)
+        members.append((own, finite))
+        matrices.append(one)
+        grams += [_gram(one), _gram(centred)]
+    values = iter(eigenvalues(grams))
+    for (own, finite), one in zip(members, matrices, strict=True):
+        squares, largest = next(values).clamp(min=0), next(values)[..., -1].clamp(min=0)
+        first, second = largest.new_full((2, len(one)), math.nan)
+        if min(one.shape[-2:]) > 1:
+            first, second = squares[..., -1].sqrt(), squares[..., -2].sqrt()
+            coarse = (squares[..., -2] < 1e-8 * squares[..., -1]) & finite
+            if bool(coarse.any()):
+                second[coarse] = torch.linalg.svdvals(one[coarse])[..., 1]
+        found[:3, own] = torch.stack([first, second, largest.sqrt()]).masked_fill(~finite, math.nan)
+    return krylov.Leading(*found.unbind(0))
+
+
+def _gram(A: Tensor) -> Tensor:
+    return A @ A.mT if A.shape[-2] < A.shape[-1] else A.mT @ A
+
+
+def _usable(found: krylov.Leading, rows: Tensor, columns: Tensor) -> krylov.Leading:
+    """NaN where the error leaves no figure, and where too few rows or columns are real."""
+    unknown, (n_q, n_k) = found.error > COARSE, (real.sum(-1) for real in (rows, columns))
+    few = unknown | (n_q < 2) | (n_k < 2)
+    first, second = (value.masked_fill(few, math.nan) for value in found[:2])
+    return krylov.Leading(first, second, found.contraction.masked_fill(unknown, math.nan), found.error)
 
 
 def _others(P: Tensor, peak: Tensor) -> Tensor:
     """What the weights `P` leave to all but the strongest, without the digits that one takes away from them."""
-    if bool((peak <= FLAT).all()):
-        return 1 - peak
-    rest: Tensor = P.double().sum(-1) - peak.double()
-    return rest.to(P.dtype)
+    others = 1 - peak
+    sharp = ~(peak <= FLAT)
+    if bool(sharp.any()):
+        others[sharp] = (P[sharp].double().sum(-1) - peak[sharp].double()).to(P.dtype)
+    return others
 
 
 def _beside_strongest(S: Tensor) -> dict[str, Tensor]:

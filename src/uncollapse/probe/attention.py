@@ -20,7 +20,9 @@ from uncollapse.measures.running import Running
 from uncollapse.probe.attention_calls import AttentionRows, CallObserver, Forbidding, in_sequence
 from uncollapse.probe.clouds import Clouds
 from uncollapse.probe.observing import Look, looking
+from uncollapse.probe.sizes import as_they_are, norms, single
 
+LEAST_APART = 0.1  # share of the energy that must be centred for a difference to say it
 ATTENTION_MEASURES = [
     "entropy",
     "normalized_entropy",
@@ -180,7 +182,9 @@ class Attention:
                 key_mask=functools.partial(self._key_mask, statistics),
                 rows=self.rows,
                 susceptibility=self.susceptibility,
-                spectra=self.spectra,
+                # A matrix that several calls make is put together before it is looked at.
+                spectra=self.spectra and not shares_queries,
+                keeps_weights=self.spectra and shares_queries,
                 deliver=functools.partial(deliver, position),
                 refuse=refuse,
             )
@@ -234,8 +238,15 @@ class Attention:
                 key_mask = self._key_mask(statistics, each.values.shape[-2], sequences)
                 before, after = spread(each.values, key_mask), spread(each.mixed, query_mask)
                 own["value_contraction"] = after / before.repeat_interleave(count // before.shape[1], 1)
+                spectrum = each.spectrum
                 if each.weights is not None:
-                    own |= pattern_spectra(each.weights, query_mask, key_mask)
+                    spectrum = mixing.leading_spectrum_from_weights(
+                        each.weights, query_mask=query_mask, key_mask=key_mask
+                    )
+                if spectrum is not None:
+                    own |= _spectra(spectrum)
+                    if bool((spectrum.error > mixing.COARSE).any()):
+                        statistics.reasons |= dict.fromkeys(_SPECTRA, _CLOSE_TOGETHER)
             statistics.reasons |= each.reasons
             statistics.deviation = max(statistics.deviation, each.deviation)
             statistics.row_sums = (
@@ -278,27 +289,30 @@ def _means_over_rows(rows: mixing.RowStatistics) -> dict[str, Tensor]:
 
 
 def spread(x: Tensor, mask: Tensor | None) -> Tensor:
-    """||C X||_F over real tokens for x [batch, head, token, width], as [batch, head] in float64."""
-    x = x.float() if x.dtype != torch.float64 else x
-    if mask is None:
-        return torch.linalg.vector_norm(x - x.mean(-2, keepdim=True), dim=(-2, -1)).double()
-    clean = torch.where(mask[:, None, :, None], x, 0.0)
-    mean = clean.sum(-2, keepdim=True) / mask[:, None, :, None].sum(-2, keepdim=True)
-    sizes = torch.linalg.vector_norm(clean.sub_(mean), dim=-1)  # in place: one tensor less to write
-    return torch.where(mask[:, None], sizes, 0).square().sum(-1).sqrt().double()
+    """||C X||_F over real tokens for x [batch, head, token, width], as [batch, head] in float64: from the tokens' sizes and their
+    sum, and from centred tokens where that difference loses digits."""
+    x, sizes = single(x), norms(x)
+    real = x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool) if mask is None else mask
+    if mask is not None:
+        # A product does where padding is finite, at a fifth of the cost.
+        is_finite = bool(sizes.isfinite().all())
+        x = x * mask[:, None, :, None] if is_finite else torch.where(mask[:, None, :, None], x, 0)
+        sizes = sizes.where(mask[:, None], 0)
+    count, total, common = real.sum(-1, keepdim=True), sizes.square().sum(-1), x.sum(-2)
+    energy = total - common.double().square().sum(-1) / count
+    lost = ~(energy > LEAST_APART * total)
+    if bool(lost.any()):
+        sequence = lost.nonzero()[:, 0]
+        apart = as_they_are(x[lost] - (common[lost] / count[sequence]).unsqueeze(-2))
+        energy[lost] = apart.where(real[sequence], 0).double().square().sum(-1)
+    return energy.sqrt()
 
 
-def pattern_spectra(weights: Tensor, query_mask: Tensor | None, key_mask: Tensor | None) -> dict[str, Tensor]:
-    """Contraction and leading singular values [batch, head] of weights [batch, head, query, key], sequence by sequence."""
-    found: dict[str, list[Tensor]] = {"contraction": [], "spectral_gap": [], "second_singular_value": []}
-    for i in range(weights.shape[0]):
-        one = weights[i]
-        if query_mask is not None:
-            one = one[:, query_mask[i]]
-        if key_mask is not None:
-            one = one[:, :, key_mask[i]]
-        first, second = mixing.leading_singular_values(one).unbind(-1)
-        found["contraction"].append(mixing.contraction(one))
-        found["spectral_gap"].append(1 - second / first)
-        found["second_singular_value"].append(second)
-    return {name: torch.stack(values) for name, values in found.items()}
+_SPECTRA = ["contraction", "spectral_gap", "second_singular_value"]
+_CLOSE_TOGETHER = "its largest singular values lie so close together that products do not tell them to a hundredth"
+
+
+def _spectra(spectrum: mixing.LeadingSpectrum) -> dict[str, Tensor]:
+    """Contraction, gap and second singular value, [batch, head] each."""
+    first, second = spectrum.singular_values.unbind(-1)
+    return dict(zip(_SPECTRA, (spectrum.contraction, 1 - second / first, second), strict=True))

@@ -42,7 +42,8 @@ class Forbidding:
 class AttentionRows:
     """One attention call in one pass. shape: sequences, heads and queries. rows: of [sequence, head, query], where they are
     wanted. values [sequence, head, key, width] and mixed [sequence, head, query, width] over the keys that are tokens, None
-    where attention stays within windows. `weights` only where spectra are wanted. `deviation`: how far weights times values are
+    where attention stays within windows. spectrum [sequence, head]: where spectra are wanted. `weights` only where they are wanted.
+    `deviation`: how far weights times values are
     from the result, over the result's size. `row_sums`: the smallest and the largest sum of a row's weights over the keys that
     are tokens. `forbids`: what forbade pairs. `finite`: some row's weights are numbers. queries and keys
     [sequence, head, token, width]: of a fused call. `logit_range` [sequence, head, query]: of other calls, how far the logits of a
@@ -52,6 +53,7 @@ class AttentionRows:
     rows: mixing.RowStatistics | None
     values: Tensor | None
     mixed: Tensor | None
+    spectrum: mixing.LeadingSpectrum | None
     weights: Tensor | None
     deviation: float
     row_sums: tuple[float, float]
@@ -78,6 +80,7 @@ class CallObserver:
         rows: bool,
         susceptibility: bool,
         spectra: bool,
+        keeps_weights: bool,
         deliver: Callable[[AttentionRows], None],
         refuse: Callable[[str], None],
     ) -> None:
@@ -85,6 +88,7 @@ class CallObserver:
         self.sequences, self.tokens = sequences, tokens
         self.query_mask, self.key_mask = query_mask, key_mask
         self.rows, self.susceptibility, self.spectra = rows, susceptibility, spectra
+        self.keeps_weights = keeps_weights
         self.deliver, self.refuse = deliver, refuse
         self.way = Way(call)
 
@@ -193,10 +197,15 @@ class CallObserver:
             rows = mixing.row_statistics_from_weights(
                 A, L, allowed=allowed, query_mask=queries, susceptibility=self.susceptibility
             )
-        full = A / A.sum(-1, keepdim=True) if self.spectra and result.shape[2] == 1 else None
+        whole = result.shape[2] == 1
+        full = A / A.sum(-1, keepdim=True) if self.keeps_weights and whole else None
+        spectrum = None
+        if self.spectra and whole:
+            key_mask = self.key_mask(A.shape[-1], A.shape[0])
+            spectrum = mixing.leading_spectrum_from_weights(A, query_mask=queries, key_mask=key_mask)
         forbids = () if barred is None else tuple(forbade)
         borne_out = _BorneOut(deviation, (low, high), bool(finite.numel()))
-        found = self._found(rows, values, result, full, borne_out, forbids, reasons)
+        found = self._found(rows, values, result, spectrum, full, borne_out, forbids, reasons)
         return found if L is None or not self.rows else replace(found, logit_range=_range(L, barred))
 
     def _with_padding(self, A: Tensor, barred: Tensor | None, queries: Tensor | None) -> Tensor | None:
@@ -253,18 +262,24 @@ class CallObserver:
                 )
             )
         rows = _joined(parts)
-        weights = None
-        if self.spectra and windows == 1:
-            weights = mixing.attention_weights(
-                q[:, :, 0],
-                k[:, :, 0][..., keys, :],
-                allowed=None if allowed is None else allowed[:, :, 0],
-                bias=None if bias is None else bias[:, :, 0],
-                causal=causal,
-                scale=given.get("scale"),
-            )
+        weights = spectrum = None
+        if windows == 1 and (self.spectra or self.keeps_weights):
+            own_keys = k[:, :, 0][..., keys, :]
+            options: dict[str, Any] = {
+                "allowed": None if allowed is None else allowed[:, :, 0],
+                "bias": None if bias is None else bias[:, :, 0],
+                "causal": causal,
+                "scale": given.get("scale"),
+            }
+            if self.spectra:
+                key_mask = self.key_mask(count, q.shape[0])
+                spectrum = mixing.leading_spectrum(
+                    q[:, :, 0], own_keys, query_mask=query_mask, key_mask=key_mask, **options
+                )
+            if self.keeps_weights:
+                weights = mixing.attention_weights(q[:, :, 0], own_keys, **options)
         borne_out = _BorneOut(deviation, (1.0, 1.0), is_finite)
-        found = self._found(rows, v[..., keys, :], result, weights, borne_out, forbids, {})
+        found = self._found(rows, v[..., keys, :], result, spectrum, weights, borne_out, forbids, {})
         return found if windows > 1 else replace(found, queries=q[:, :, 0], keys=k[:, :, 0][..., keys, :])
 
     def _mask_of(
@@ -305,6 +320,7 @@ class CallObserver:
         rows: mixing.RowStatistics | None,
         values: Tensor,
         result: Tensor,
+        spectrum: mixing.LeadingSpectrum | None,
         weights: Tensor | None,
         borne_out: _BorneOut,
         forbids: tuple[Forbidding, ...],
@@ -321,6 +337,7 @@ class CallObserver:
             rows,
             values[:, :, 0] if whole else None,
             result[:, :, 0] if whole else None,
+            spectrum,
             weights,
             borne_out.deviation,
             borne_out.row_sums,
@@ -403,6 +420,7 @@ def in_sequence(parts: Sequence[AttentionRows]) -> AttentionRows:
         _joined([part.rows for part in parts if part.rows is not None]),
         parts[0].values,
         joined("mixed", 2),
+        None,
         joined("weights", 2),
         max(part.deviation for part in parts),
         (min(part.row_sums[0] for part in parts), max(part.row_sums[1] for part in parts)),

@@ -2,7 +2,8 @@
 
 A sequence is pooled in three ways, over the tokens that the diagnosis counts: the mean of its real tokens, its last real token, its
 first. That is a point per sequence and costs next to nothing. The cloud of all tokens costs a product as large as a twelfth of a
-block at every site, so it is taken where somebody asks for it (level `full`).
+block at every site, so it is taken where somebody asks for it (level `full`). At level `core` a uniform sample of the tokens
+(`FEW_TOKENS`) stands for it.
 
 When not to use it: for what happens within a sequence. `sites` measures that.
 """
@@ -13,7 +14,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -29,24 +30,31 @@ from uncollapse.probe.sizes import single
 from uncollapse.records.diagnosis import Pooling
 
 POOLED: Final[tuple[Pooling, ...]] = ("mean", "last", "first")
+FEW_TOKENS: Final = 64  # of a sample of the tokens: their spectra cost what those of a pooling of 64 sequences cost
 
 
 @dataclass
 class CorpusStatistics:
     """The cloud at one site in one pooling. `before`: the one at the site that enters the block, None at an embedding. `epsilon` is
-    the rounding of a point beside its size. `reason` says why there are no points."""
+    the rounding of a point beside its size. `reason` says why there are no points. `most`: keep no more points than these, those
+    with the smallest keys; None keeps what a `RunningCloud` keeps. `seen`: with `most`, how many finite points there were."""
 
     site: SiteStatistics
     pooling: Pooling
     before: CorpusStatistics | None
     epsilon: float = 0.0
     reason: str = ""
+    most: int | None = None
+    seen: int = 0
     _cloud: RunningCloud | None = None
     _waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def take(self, points: Tensor, keys: Tensor, epsilon: float) -> None:
-        """Further points, each with its key."""
+        """Further points, each with its key. With `most`, a key of infinity says that this is none."""
         self.epsilon = max(self.epsilon, epsilon)
+        if self.most is not None:
+            points, keys, seen = _with_smallest_keys(points, keys, self.most)
+            self.seen += seen
         self._waiting.append((points, keys))
         if sum(len(waiting) for _, waiting in self._waiting) >= WIDEST:
             self._fold()
@@ -56,17 +64,39 @@ class CorpusStatistics:
             points, keys = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
             self._cloud = RunningCloud.of(points, keys) if self._cloud is None else self._cloud.add(points, keys)
             self._waiting.clear()
+            self._thin()
+
+    def _thin(self) -> None:
+        cloud = self._cloud
+        if cloud is not None and self.most is not None and len(cloud.keys) > self.most:
+            points, keys, _ = _with_smallest_keys(cloud.points, cloud.keys, self.most)
+            self._cloud = RunningCloud.of(points, keys)
 
     def put(self, cloud: RunningCloud | None) -> None:
         """Take this in place of what was seen so far: what several processes saw together."""
         self._cloud = cloud
         self._waiting.clear()
+        self._thin()
 
     @property
     def cloud(self) -> RunningCloud | None:
         """What was seen so far; None where no point was."""
         self._fold()
         return self._cloud
+
+
+def _with_smallest_keys(points: Tensor, keys: Tensor, most: int) -> tuple[Tensor, Tensor, int]:
+    """Of the points that are finite, and whose keys are, those with the smallest keys, in their order; their keys; and how many
+    there were to choose from."""
+    wanted = keys.isfinite()
+    fine = points.sum(-1).isfinite()  # one pass that keeps nothing; the sum of finite numbers may leave the format
+    if not bool((fine | ~wanted).all()):
+        fine = points.isfinite().all(-1)
+    places = (fine & wanted).nonzero()[:, 0]
+    seen = len(places)
+    if seen > most:
+        places = places[keys[places].topk(most, largest=False, sorted=False).indices].sort().values
+    return points[places], keys[places], seen
 
 
 class Corpus:
@@ -80,7 +110,7 @@ class Corpus:
         is_own: Callable[[], bool],
         *,
         poolings: tuple[Pooling, ...] = POOLED,
-        tokens: bool = False,
+        tokens: Literal["none", "few", "all"] = "none",
         seed: int = 0,
     ) -> None:
         self.anatomy, self.clouds, self._is_own = anatomy, clouds, is_own
@@ -93,13 +123,17 @@ class Corpus:
         # In this batch: by stack and number of points; by stack, number of tokens and device.
         self._keys: dict[tuple[int, int], Tensor] = {}
         self._rows: dict[tuple[int, int, torch.device], Rows] = {}
-        wanted: tuple[Pooling, ...] = ("tokens", *poolings) if tokens else poolings
+        wanted: tuple[Pooling, ...] = poolings if tokens == "none" else ("tokens", *poolings)
+        most = FEW_TOKENS if tokens == "few" else None
         remaining = iter(sites)
         for stack in anatomy.stacks:
             before: dict[Pooling, CorpusStatistics] = {}
             for number in (None, *stack.blocks):
                 site = next(remaining)
-                own = [CorpusStatistics(site, pooling, before.get(pooling)) for pooling in wanted]
+                own = [
+                    CorpusStatistics(site, pooling, before.get(pooling), most=most if pooling == "tokens" else None)
+                    for pooling in wanted
+                ]
                 before = {statistics.pooling: statistics for statistics in own}
                 self.statistics += own
                 block = stack.blocks[0] if number is None else number
@@ -135,6 +169,11 @@ class Corpus:
                 rows = self._rows[stack, cloud.shape[1], cloud.device] = Rows.of(cloud, mask)
             epsilon, x = torch.finfo(stream.dtype).eps, single(cloud.detach())
             for statistics in own:
+                if statistics.most is not None:  # no copy of all tokens for a few of them
+                    count = int(rows.counts.sum())
+                    drawn = rows.laid_out(self._drawn(stack, count, x.device), x)
+                    statistics.take(x.flatten(0, 1), drawn, max(epsilon, torch.finfo(x.dtype).eps))
+                    continue
                 points = rows.pooled(x, statistics.pooling)
                 least = torch.finfo(points.dtype).eps
                 is_coarse = statistics.pooling == "mean" and epsilon > least
@@ -180,6 +219,14 @@ class Rows:
             differing = differing * (self.mask[:, 1:] & self.mask[:, :-1])
         independent = 1 + differing.sum(1)[self.there].double()
         return float(independent.rsqrt().mean()) if len(self.there) else 1.0
+
+    def laid_out(self, keys: Tensor, cloud: Tensor) -> Tensor:
+        """The keys of the real tokens, with infinity for those that are padding: one for each token of the cloud."""
+        if self.mask is None:
+            return keys
+        found = keys.new_full(cloud.shape[:2], torch.inf)
+        found[self.mask] = keys
+        return found.flatten()
 
     def pooled(self, cloud: Tensor, pooling: Pooling) -> Tensor:
         """The points [point, width] of a cloud in single precision at least. Sequences without a real token have none."""

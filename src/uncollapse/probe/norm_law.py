@@ -10,19 +10,33 @@ When not to use it: for a layer that does not behave like a norm, or for a matri
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.offloaded_weights import held_weights
 from uncollapse.anatomy.sharded_weights import whole_weights
 from uncollapse.errors import InputError
 from uncollapse.measures import normalization
 from uncollapse.measures.storage_noise import storage_noise
 
 _EPS_64 = torch.finfo(torch.float64).eps
+
+
+class Images(NamedTuple):
+    """What a norm made of sequences. `holds`: whether it made it by its law. [sequence] each: `full`, whether the image without
+    beta has every rank that it can have; its `rank` and `affine_rank` then; `given_affine`, that of the output itself, NaN where it
+    does not follow."""
+
+    holds: bool
+    full: Tensor
+    rank: Tensor
+    affine_rank: Tensor
+    given_affine: Tensor
 
 
 @dataclass(frozen=True)
@@ -89,6 +103,111 @@ class NormLaw:
                 return None
         return found if min(found) >= 0 and max(found[:2]) <= 1 else None
 
+    def images(self, x: Tensor, y: Tensor, real: Tensor, precision: torch.dtype) -> Images:
+        """`holds` for all tokens, and for each sequence of `x` [sequence, token, width] with the output `y` the certificate of
+        `brackets`. `real` [sequence, token] marks tokens that are real and finite."""
+        real = real.unsqueeze(-1)
+        x, y = torch.where(real, x, 0).double(), torch.where(real, y, 0).double()
+        gamma, beta = self.gamma.to(x.device), self.beta.to(x.device)
+        width, count = x.shape[-1], real.sum((-2, -1))
+        sizes = x.abs()
+        weights = torch.stack([gamma.square(), (gamma * beta).abs()], -1)
+        squared, crossed = (x.square() @ weights[:, 0]).unsqueeze(-1), sizes @ weights
+        scale = x.square().mean(-1, keepdim=True)
+        if self.kind == "layer":
+            mean = sizes.mean(-1, keepdim=True)
+            squared = squared + 2 * mean * crossed[..., :1] + mean.square() * weights[:, 0].sum()
+            crossed = crossed[..., 1:] + mean * weights[:, 1].sum()
+            x = x - x.mean(-1, keepdim=True)
+            scale = x.square().mean(-1, keepdim=True)
+        else:
+            crossed = crossed[..., 1:]
+        scale = torch.where(real, (scale + self.eps).rsqrt(), 0)
+        normed = x * scale * gamma
+        squared, crossed = squared * scale.square(), crossed * scale
+        # As in `holds`: ||origin + |beta|||_F over all tokens.
+        allowed = (squared + 2 * crossed + real * beta.square().sum()).sum()
+        apart = torch.where(real, y - normed - beta, 0).square().sum((-2, -1))
+        rounding = max(torch.finfo(precision).eps, torch.finfo(torch.float32).eps)
+        holds = bool(apart.sum() <= (16 * rounding) ** 2 * allowed)
+        eps = torch.finfo(precision).eps
+        n, size = count.clamp(min=1).double(), squared.sum((-2, -1)).sqrt()
+        cut = storage_noise(eps, size, n, width) + 4 * (n + width) * _EPS_64 * size
+        energy = normed.square().sum((-2, -1))
+        # The output has its own tolerance (`geometry.rank`), and differs from the law by rounding: it has the rank as well where
+        # the image is above both.
+        output = y.square().sum((-2, -1)).sqrt()
+        storage = storage_noise(eps, output, n, width)
+        own = storage + (n + width) * _EPS_64 * output + apart.sqrt()
+        least = torch.maximum((2 * cut).square(), 64 * max(x.shape[-2:]) * _EPS_64 * energy)
+        more = torch.maximum(least, 2 * own.square())
+        kernel = self._kernel().to(x.device)
+        most = width - len(kernel)
+        usable = (count > 0) & energy.isfinite() & (energy > 0)
+        if x.shape[-2] <= most:
+            gram = normed @ normed.mT
+            gram = gram + torch.diag_embed((~real[..., 0]) * (1 + energy + more).unsqueeze(-1))
+            full = usable & _all_exceed(gram, least)
+            rank, affine = count.double(), (count - 1).double()
+            given = affine.masked_fill(~(full & _all_exceed(gram, more)), math.nan)
+        else:
+            gram = normed.mT @ normed
+            total = normed.sum(-2)
+            filling = energy[:, None, None] * (kernel.mT @ kernel)
+            centred = gram - total.unsqueeze(-1) * (total / n.unsqueeze(-1)).unsqueeze(-2)
+            full = usable & (count > most) & _all_exceed(gram + filling, least) & _all_exceed(centred + filling, least)
+            rank = affine = torch.full_like(energy, most)
+            given = self._given_affine_rank(y, real, kernel, centred + filling, energy, storage, own, apart, full)
+        return Images(holds, full, rank, affine, given)
+
+    @staticmethod
+    def _given_affine_rank(
+        y: Tensor,
+        real: Tensor,
+        kernel: Tensor,
+        filled: Tensor,
+        energy: Tensor,
+        storage: Tensor,
+        own: Tensor,
+        apart: Tensor,
+        full: Tensor,
+    ) -> Tensor:
+        """The affine rank of outputs with more tokens than features, NaN where it is not certain. Off the kernel K all eigenvalues of
+        M, that of Y^T C Y, are above some mu, as a Cholesky factor says. Along it there is rounding only, of which the rest explains a
+        part: what is left for v = (K - w) / ||K - w|| is above the tolerance, or below. Below, it is no rank: no singular value is
+        larger than ||C Y v||. Above it is one: with s = ||C Y (K - w)||^2 less ||g||^2 / mu, g its gradient by w, the squared distance
+        to the rest, all eigenvalues are at least 1 / ((1 + ||w||^2) / s + d / mu), as the trace of the inverse says.
+        """
+        n = real.sum((-2, -1)).clamp(min=1).double()
+        width = y.shape[-1]
+        least = torch.maximum(1e-4 * energy / width, 8 * own.square())
+        mu = (least.sqrt() - apart.sqrt()).square()
+        identity = torch.eye(width, dtype=filled.dtype, device=filled.device)
+        factor, info = torch.linalg.cholesky_ex(filled - least[:, None, None] * identity)
+        certain = full & (info == 0)
+        if not len(kernel):
+            return torch.full_like(energy, width).masked_fill(~certain, math.nan)
+        if len(kernel) > 1 or not bool(certain.any()):
+            return torch.full_like(energy, math.nan)
+
+        def centred(x: Tensor) -> Tensor:
+            return torch.where(real, x - x.sum(-2, keepdim=True) / n[:, None, None], 0)
+
+        factor = torch.where(certain[:, None, None], factor, identity)
+        along = centred(y @ kernel.mT)
+        w = torch.cholesky_solve((along.mT @ y).mT, factor)
+        w = w - kernel.mT @ (kernel @ w)
+        left = centred(y @ (kernel.mT - w))
+        length, size = 1 + w.square().sum((-2, -1)), left.square().sum((-2, -1))
+        lacking = (size / length).sqrt() < 0.999 * storage
+        gradient = (left.mT @ y).mT
+        gradient = (gradient - kernel.mT @ (kernel @ gradient)).square().sum((-2, -1))
+        distance = size - gradient / mu
+        lowest = 1 / (1.001 * (length + gradient / mu.square()) / distance + width / mu)
+        there = (distance > 0) & (lowest.sqrt() > 1.001 * (own - apart.sqrt()))
+        found = torch.where(lacking, width - 1.0, float(width)).to(energy)
+        return found.masked_fill(~(certain & (lacking | there)), math.nan)
+
     def _kernel(self) -> Tensor:
         """An orthonormal basis, in rows, of the features' directions that no output (without beta) has a part in."""
         zero = (self.gamma == 0).nonzero().flatten()
@@ -101,6 +220,13 @@ def _exceeds(gram: Tensor, least: Tensor) -> bool:
     """Whether all eigenvalues are above."""
     shifted = gram - least * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return bool(torch.linalg.cholesky_ex(shifted).info == 0)
+
+
+def _all_exceed(grams: Tensor, least: Tensor) -> Tensor:
+    """Of each, whether all eigenvalues are above."""
+    identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+    shifted = torch.where(grams.isfinite().all(-1, keepdim=True).all(-2, keepdim=True), grams, 0)
+    return torch.linalg.cholesky_ex(shifted - least[:, None, None] * identity).info == 0
 
 
 def norm_law(
@@ -136,12 +262,13 @@ def norm_law(
         return (plus - minus) / 2, (plus + minus) / 2
 
     try:
-        odd, even = parts(size)
-        z = tokens.double()
-        z = z - z.mean(-1, keepdim=True) if kind == "layer" else z
-        z = z / z.square().mean(-1, keepdim=True).sqrt()
-        gamma, beta = (odd * z).sum(0) / z.square().sum(0), even.mean(0)
-        eps = _eps(lambda t: float((parts(t)[0] * odd).sum() / odd.square().sum()))
+        with held_weights(norm) if isinstance(norm, nn.Module) else contextlib.nullcontext():
+            odd, even = parts(size)
+            z = tokens.double()
+            z = z - z.mean(-1, keepdim=True) if kind == "layer" else z
+            z = z / z.square().mean(-1, keepdim=True).sqrt()
+            gamma, beta = (odd * z).sum(0) / z.square().sum(0), even.mean(0)
+            eps = _eps(lambda t: float((parts(t)[0] * odd).sum() / odd.square().sum()))
     except (RuntimeError, ValueError, TypeError):
         return None
     held = vars(norm).values() if isinstance(norm, nn.Module) else ()

@@ -51,15 +51,25 @@ from uncollapse.restoring import reduced_as_found, restoring
 Progress = Callable[[str, int, int], None]
 Level = Literal["core", "full"]
 Watched = Literal[
-    "sites", "corpus", "corpus tokens", "routers", "attention", "rows", "spectra", "projections", "sublayers", "parts"
+    "sites",
+    "corpus",
+    "few tokens",
+    "all tokens",
+    "routers",
+    "attention",
+    "rows",
+    "spectra",
+    "projections",
+    "sublayers",
+    "parts",
 ]
 
-_CORE: Final[frozenset[Watched]] = frozenset(
+_BOTH: Final[frozenset[Watched]] = frozenset(
     {"sites", "corpus", "routers", "attention", "rows", "projections", "parts"}
 )
 WATCHED: Final[Mapping[Level, frozenset[Watched]]] = {
-    "core": _CORE,
-    "full": _CORE | frozenset({"corpus tokens", "spectra", "sublayers"}),
+    "core": _BOTH | {"few tokens"},
+    "full": _BOTH | {"all tokens", "spectra", "sublayers"},
 }
 
 
@@ -102,11 +112,11 @@ def capture(
 
     watch: what to observe, by default all that belongs to the level (`WATCHED`). `"sites"`: the token clouds between blocks;
     without it they are only counted where they are not finite. `"corpus"`: the cloud over all sequences at every site, a point per
-    sequence; `"corpus tokens"`: that of all tokens. `"routers"`: which experts tokens are sent to. `"attention"`: whether the
-    pass bears the reading out, and the spread that each head keeps; with `"rows"` also every row, with `"spectra"` also the
-    decomposed matrices. `"projections"`: matrix and energy of the output projections. `"sublayers"`: what each adds and what each
-    norm does. `"parts"`: whether each part does anything; of heads, as far as their attention and projections are watched. What
-    is not watched leaves its statistics empty and changes no other figure.
+    sequence; `"all tokens"`: that of all tokens, `"few tokens"`: that of a sample of them. `"routers"`: which experts tokens are
+    sent to. `"attention"`: whether the pass bears the reading out, and the spread that each head keeps; with `"rows"` also every
+    row, with `"spectra"` also the decomposed matrices. `"projections"`: matrix and energy of the output projections. `"sublayers"`:
+    what each adds and what each norm does. `"parts"`: whether each part does anything; of heads, as far as their attention and
+    projections are watched. What is not watched leaves its statistics empty and changes no other figure.
 
     digest: is given the statistics of an attention while the matrix of its output projection is there, where that is no tensor of
     the model that stays (sharded, offloaded): it returns their `figures`, and the matrix is let go. None: every matrix is kept.
@@ -307,14 +317,14 @@ class _Probe:
         self.observations = Observations(sites.statistics, [statistics for _, statistics in attending])
         self.observers: list[Observer] = [sites]
         self.counting: list[Corpus | Sublayers] = []  # those that ask how much of the corpus comes before a batch
-        if watch & {"corpus", "corpus tokens"}:
+        if watch & {"corpus", "few tokens", "all tokens"}:
             corpus = Corpus(
                 anatomy,
                 sites.statistics,
                 self.clouds,
                 self.own.is_own,
                 poolings=POOLED if "corpus" in watch else (),
-                tokens="corpus tokens" in watch,
+                tokens="all" if "all tokens" in watch else "few" if "few tokens" in watch else "none",
                 seed=seed,
             )
             self.observations.corpus = corpus.statistics

@@ -335,6 +335,7 @@ def notes(observed: Observations) -> Iterator[Note]:
     for cloud in observed.corpus:
         yield _noted(cloud, "reason", _last)
         yield _noted(cloud, "epsilon", max)
+        yield _noted(cloud, "seen", sum)
     for router in observed.routers:
         yield _noted(router, "reason", _last)
     for attention in observed.attention:

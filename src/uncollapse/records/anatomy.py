@@ -136,3 +136,10 @@ class AnatomyRecord:
     blocks: list[BlockAnatomy]
     stacks: list[StackAnatomy]
     not_measured: list[NotMeasured] = field(default_factory=list)
+
+    @property
+    def is_causal(self) -> bool | None:
+        """Whether tokens see only earlier ones; None where no attention says, and where one stack does and the other does not."""
+        found = [part.causal for block in self.blocks for part in block.parts if part.kind == "attention"]
+        known = {causal for causal in found if causal is not None}
+        return known.pop() if len(known) == 1 else None

@@ -54,7 +54,8 @@ class SweptCheckpoint:
 @dataclass(frozen=True)
 class SweptRun:
     """Checkpoints of one model, in order. `sites` and `attentions` are the places that `along` belongs to. `model` and `probe` are
-    those of the first that was measured, None where none was."""
+    those of the first that was measured, None where none was. `is_causal`: whether its tokens see only earlier ones; None where
+    that differs between attentions, or is not known."""
 
     name: str
     checkpoints: list[SweptCheckpoint]
@@ -62,6 +63,7 @@ class SweptRun:
     probe: Probe | None = None
     sites: list[str] = field(default_factory=list)
     attentions: list[str] = field(default_factory=list)
+    is_causal: bool | None = None
 
 
 @dataclass(frozen=True)

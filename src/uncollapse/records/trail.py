@@ -74,7 +74,8 @@ class TrailReading:
 
 @dataclass(frozen=True)
 class TrailRecord:
-    """A monitored run. `options` are those of the monitor."""
+    """A monitored run. `options` are those of the monitor. `is_causal`: whether tokens see only earlier ones; null where that
+    differs between attentions, or is not known."""
 
     schema: Literal["uncollapse/trail/1"]
     versions: dict[str, str]
@@ -84,6 +85,7 @@ class TrailRecord:
     sites: list[SitePlace]
     heads: list[HeadPlace]
     readings: list[TrailReading] = field(default_factory=list)
+    is_causal: bool | None = None
 
     @property
     def alarms(self) -> list[Alarm]:
@@ -207,6 +209,14 @@ class TrailFile:
                 "fixed probe and of training batches do not make one curve. Name another path."
             )
         self.earlier = earlier.readings
+
+    def readings(self) -> list[TrailReading]:
+        """What the file holds, as far as it can be read."""
+        try:
+            text = self.path.read_text("utf-8", "replace")
+        except OSError:
+            return []
+        return from_lines(text, repr(str(self.path)), function="Monitor").readings if is_trail(text) else []
 
     def append(self, reading: TrailReading) -> None:
         """Add one reading. The file is open for that long only, so nothing has to be closed when a run ends or dies.

@@ -1,10 +1,11 @@
 """What the same figure is in healthy models: the reference that stands beside a figure on a page and in the terminal.
 
 `healthy.json` holds the lowest and the highest value of each figure in every healthy model of `studies/validity`, as the model is
-and on its own text (at most 64 tokens per sequence, or 400 frames of speech). `make references` writes it anew. A record is
-compared with the models *of its kind*: the same mask (causal or full) and the same place of the norms, if there are three such
-models; otherwise with those of the same mask, whatever their norms. No model is compared with itself: the one that bears the
-record's name is left out, and the page then speaks of "other" healthy models.
+and on its own input (at most 64 tokens per sequence, 400 frames of speech, or the 256 patches of a picture). `make references`
+writes it anew. A record is compared with the models *of its kind*: the same mask (causal or full) and the same place of the
+norms, if there are three such models; otherwise with those of the same mask, whatever their norms. So is a run, a sweep, or a
+comparison of two models that are of one kind. No model is compared with itself: the one that bears the record's name is left out,
+and the page then speaks of "other" healthy models.
 
 A range is what was met, and no threshold: a figure outside it is unusual, and `findings` says what is wrong.
 
@@ -16,13 +17,15 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from uncollapse.records.common import Statistic
+from uncollapse.records.anatomy import AnatomyRecord
+from uncollapse.records.common import ModelInfo, Statistic
 from uncollapse.records.diagnosis import DiagnosisRecord
+from uncollapse.records.figures import WORST_IS_LARGEST
 from uncollapse.report.wording import count, number
 
 ENOUGH = 3  # models of a kind; with fewer, the place of the norms is not asked for
@@ -53,6 +56,18 @@ ATTENTION = (
     "spectral_gap",
     "second_singular_value",
 )
+# Under what name a trail, a sweep or a comparison has a figure of the record. Not the consensus distance: it is that without the
+# largest tokens in one model and that with them in another.
+PLACES = {
+    "consensus_after_norm": "trajectory.consensus_after_norm",
+    "stream_carried": "trajectory.stream_carried",
+    "effective_rank": "trajectory.effective_rank",
+    "affine_rank_share": "trajectory.affine_rank",
+    **{
+        name: f"attention.{name}"
+        for name in ("normalized_entropy", "rest_entropy", "key_share", "max_logit", "value_contraction")
+    },
+}
 UPDATES = ("out_of_span_energy", "nonlinear_innovation", "relative_norm")
 
 
@@ -69,12 +84,13 @@ class HealthyModel:
 
 @dataclass(frozen=True)
 class Range:
-    """What a figure was in the healthy models of a kind. `low` and `high` over all their places; `lows` is the range of the models'
-    own lowest values, which is what a lowest value has to be compared with."""
+    """What a figure was in the healthy models of a kind. `low` and `high` over all their places; `lows` and `highs` are the ranges
+    of the models' own lowest and highest values, which is what a lowest or a highest value has to be compared with."""
 
     low: float
     high: float
     lows: tuple[float, float]
+    highs: tuple[float, float]
 
 
 @functools.cache
@@ -96,8 +112,8 @@ class References:
         found = [model.ranges[figure] for model in self.models if figure in model.ranges]
         if not found:
             return None
-        lows = [low for low, _ in found]
-        return Range(min(lows), max(high for _, high in found), (min(lows), max(lows)))
+        lows, highs = ([pair[end] for pair in found] for end in (0, 1))
+        return Range(min(lows), max(highs), (min(lows), max(lows)), (min(highs), max(highs)))
 
     def words(self, figure: str) -> str:
         """The range of a figure in print; empty where there is none."""
@@ -108,6 +124,31 @@ class References:
         """What the lowest value of a figure is in these models, from model to model."""
         found = self.of(figure)
         return "" if found is None else in_words(*found.lows)
+
+    def highest(self, figure: str) -> str:
+        """What the highest value of a figure is in these models, from model to model."""
+        found = self.of(figure)
+        return "" if found is None else in_words(*found.highs)
+
+    def worst(self, measure: str) -> str:
+        """What the worst value of one of `PLACES` is from model to model: the lowest, or the highest where that is the worse. Empty
+        where nothing is known, and for ranks, whose share is known and not they themselves."""
+        found = self.of(PLACES[measure]) if measure in PLACES and measure != "effective_rank" else None
+        if found is None:
+            return ""
+        ends = found.highs if measure in WORST_IS_LARGEST else found.lows
+        return in_percent(*ends) if measure == "affine_rank_share" else in_words(*ends)
+
+    def beside(self, measure: str) -> str:
+        """What one of `PLACES` is in these models, as it stands under a title; empty where nothing is known."""
+        figure = PLACES.get(measure, "")
+        return self._column(figure) if self.of(figure) else ""
+
+    def said(self, figures: Mapping[str, str]) -> str:
+        """A sentence for the terminal: what each figure, by its name in print, is in these models; empty where nothing is known of
+        any."""
+        known = [f"{name} {words}" for name, words in figures.items() if words]
+        return f"In {self.kind}: {', '.join(known).replace(' … ', ' to ')}." if known else ""
 
     def columns(self, part: str) -> dict[str, str]:
         """What stands under the titles of a table: for each measure of a part of the record, the range in these models."""
@@ -152,9 +193,11 @@ def in_words(low: float, high: float) -> str:
 
 def references(record: Any) -> References:
     """The healthy models of the kind of this record's model, without that model itself."""
-    causal, placement = is_causal(record), record.model.norm_placement
-    name = record.model.name.partition("@")[0].rstrip("/").rpartition("/")[2].lower()
-    others = tuple(model for model in healthy_models() if KNOWN_AS.get(model.name, "").lower() != name)
+    measured: list[ModelInfo] = record.models if hasattr(record, "models") else [record.model]
+    causal, placements = is_causal(record), {model.norm_placement for model in measured}
+    placement = placements.pop() if len(placements) == 1 else None
+    names = {model.name.partition("@")[0].rstrip("/").rpartition("/")[2].lower() for model in measured}
+    others = tuple(model for model in healthy_models() if KNOWN_AS.get(model.name, "").lower() not in names)
     noun = "healthy model" if len(others) == len(healthy_models()) else "other healthy model"
     of_mask = tuple(model for model in others if model.causal is causal)
     both = tuple(model for model in of_mask if model.norm_placement == placement)
@@ -174,13 +217,9 @@ def sentence_of_symmetry(healthy: References, phenomenon: str) -> str:
 
 def is_causal(record: Any) -> bool | None:
     """Whether tokens see only earlier ones; `None` where no record says, and where one stack does and the other does not."""
-    said = getattr(record, "is_causal", None)
-    anatomy = getattr(record, "anatomy", None)
-    if said is not None or anatomy is None:
-        return said
-    found = [part.causal for block in anatomy.blocks for part in block.parts if part.kind == "attention"]
-    known = {causal for causal in found if causal is not None}
-    return known.pop() if len(known) == 1 else None
+    said: bool | None = getattr(record, "is_causal", None)
+    anatomy: AnatomyRecord | None = getattr(record, "anatomy", None)
+    return said if said is not None or anatomy is None else anatomy.is_causal
 
 
 def figures(record: DiagnosisRecord) -> dict[str, list[float]]:

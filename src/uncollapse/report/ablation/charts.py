@@ -38,8 +38,9 @@ def keys(record: AblationRecord) -> list[Key]:
     return found
 
 
-def consensus_chart(record: AblationRecord, key: str) -> Chart | None:
-    """The consensus distance of every run along depth. Points at the rounding floor are hollow and grey, without a line."""
+def consensus_chart(record: AblationRecord, key: str, healthy: str = "") -> Chart | None:
+    """The consensus distance of every run along depth. Points at the rounding floor are hollow and grey, without a line. `healthy`:
+    what it is in healthy models."""
     sites = followed(record.runs[0].trajectory)
     drawn = [(number, line, run) for number, (line, run) in enumerate(zip(keys(record), record.runs, strict=True))]
     points = [point for number, line, run in drawn for point in _points(number, line, run)]
@@ -75,7 +76,8 @@ def consensus_chart(record: AblationRecord, key: str) -> Chart | None:
         legend += [Key("rounding error", GREY, "ring"), Key("rounding floor and below", GREY, "band")]
     spec = specification(alt.layer(*layers).properties(width="container", height=380, autosize=FIT))
     label = "Consensus distance of every run along depth, on a logarithmic axis."
-    return Chart(key, "Consensus distance along depth", label, spec, legend)
+    reference = f"Healthy models: {healthy}." if healthy else ""
+    return Chart(key, "Consensus distance along depth", label, spec, legend, reference=reference)
 
 
 def _points(number: int, line: Key, run: AblationRun) -> list[dict[str, Any]]:

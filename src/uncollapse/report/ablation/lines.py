@@ -16,6 +16,7 @@ from uncollapse.records.diagnosis import followed
 from uncollapse.report import wording
 from uncollapse.report.ablation import wording as say_it
 from uncollapse.report.anatomy import not_measured_sentences
+from uncollapse.report.healthy import in_percent, references
 from uncollapse.report.terminal import plain
 
 STYLES = {"agrees": "green", "disagrees": "bold red", "open": "bold yellow"}
@@ -35,6 +36,8 @@ def print_record(record: AblationRecord, console: Console) -> None:
     console.print(_fitting(record, console))
     console.print()
     say(_caption(record), "dim")
+    if sentence := _healthy_sentence(record):
+        say(sentence, "dim")
     console.print()
     say(say_it.headline(record), "bold")
     if sentence := say_it.positions_sentence(record):
@@ -45,6 +48,13 @@ def print_record(record: AblationRecord, console: Console) -> None:
     console.print()
     say(say_it.CAVEAT, "bold")
     say(_closing(record))
+
+
+def _healthy_sentence(record: AblationRecord) -> str:
+    healthy = references(record)
+    ranks = healthy.of("trajectory.affine_rank")
+    lowest = f"{in_percent(*ranks.lows)} at the lowest" if ranks else ""
+    return healthy.said({"r": say_it.healthy_consensus(record, healthy), "affine rank": lowest})
 
 
 def _fitting(record: AblationRecord, console: Console) -> Table:

@@ -10,6 +10,7 @@ from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import SiteRecord, followed
 from uncollapse.report import wording
 from uncollapse.report.ablation import wording as say
+from uncollapse.report.healthy import References, in_percent
 from uncollapse.report.page import cells
 from uncollapse.report.page.cells import Cell, Column, Measure, Table, slug
 from uncollapse.report.page.trajectory import NOT_FINITE, TRAJECTORY
@@ -156,7 +157,17 @@ def _share(run: AblationRun) -> Cell | None:
     return Cell(wording.percent(share[0]), where, share[0])
 
 
-def rates_table(record: AblationRecord, key: str) -> Table:
+def _elsewhere(record: AblationRecord, healthy: References) -> dict[str, str]:
+    """What the figures of a run are in healthy models, which are whole."""
+    consensus = say.healthy_consensus(record, healthy)
+    ranks = healthy.of("trajectory.affine_rank")
+    return {
+        "consensus_distance": f"healthy {consensus}" if consensus else "",
+        "affine_rank": f"healthy lowest {in_percent(*ranks.lows)}" if ranks else "",
+    }
+
+
+def rates_table(record: AblationRecord, key: str, healthy: References) -> Table:
     """One row per run: how its consensus distance falls."""
     return cells.table(
         key,
@@ -173,10 +184,11 @@ def rates_table(record: AblationRecord, key: str) -> Table:
         ],
         _numbered(record),
         lambda row: slug("rate", row.number),
+        references=_elsewhere(record, healthy),
     )
 
 
-def quality_table(record: AblationRecord, key: str) -> Table:
+def quality_table(record: AblationRecord, key: str, healthy: References) -> Table:
     """One row per run: the collapse in both measures, and what happens to the model's output."""
     return cells.table(
         key,
@@ -191,6 +203,7 @@ def quality_table(record: AblationRecord, key: str) -> Table:
         ],
         _numbered(record),
         lambda row: slug("quality", row.number),
+        references=_elsewhere(record, healthy),
     )
 
 
@@ -232,7 +245,7 @@ def attention_contraction(record: AblationRecord, run: AblationRun, block: int |
     return run.attention_contraction[block]
 
 
-def every_table(record: AblationRecord, key: str) -> Table:
+def every_table(record: AblationRecord, key: str, healthy: References) -> Table:
     """One row per run and site, with every figure."""
     among = say.components(record)
     left_out = say.largest_norms_left_out(record)
@@ -254,4 +267,5 @@ def every_table(record: AblationRecord, key: str) -> Table:
         measures,
         rows,
         lambda at: run_site_key(at.number, at.site),
+        references=healthy.columns("trajectory"),
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from uncollapse.records.ablation import AblationRecord, AblationRun, VerdictRecord
 from uncollapse.records.diagnosis import SiteRecord, followed
 from uncollapse.report import wording
+from uncollapse.report.healthy import References
 from uncollapse.report.wording import NAMES, listed, number
 
 ALWAYS_MARKED = ("norm", "residual", "mlp")
@@ -268,6 +269,12 @@ def answers_in_words(record: AblationRecord) -> str:
         for kind, word in (("agrees", "agree"), ("disagrees", "disagree"), ("open", "open"))
         if kind in given
     )
+
+
+def healthy_consensus(record: AblationRecord, healthy: References) -> str:
+    """What the consensus distance is in healthy models; without the tokens of enormous norm if it is judged without them here."""
+    part = "left_out" if largest_norms_left_out(record) else "trajectory"
+    return healthy.words(f"{part}.consensus_distance")
 
 
 def largest_norms_left_out(record: AblationRecord) -> bool:

@@ -44,7 +44,19 @@ def effects_table(record: AttributionRecord, effects: Sequence[EffectRecord], ta
         ]
         if not any(effect.indistinguishable_from for effect in effects):
             measures.pop()
-    return table(table_key, caption, [(Column("component", numeric=False), place)], measures, effects, _unique(effects))
+    naming = [(Column("component", numeric=False), place)]
+    elsewhere = {"noise_gain": f"random {random}"} if (random := _random_gain(effects)) else {}
+    return table(table_key, caption, naming, measures, effects, _unique(effects), references=elsewhere)
+
+
+def _random_gain(effects: Sequence[EffectRecord]) -> str:
+    """The noise gain of random weights of that size: `behind_random` is to `behind` as it is to the head's own."""
+    found = [
+        e.noise_gain * e.behind_random / e.behind
+        for e in effects
+        if e.noise_gain is not None and e.behind_random is not None and e.behind
+    ]
+    return " or ".join(dict.fromkeys(map(wording.number, found)))
 
 
 def _unique(effects: Sequence[EffectRecord]) -> Callable[[EffectRecord], str]:

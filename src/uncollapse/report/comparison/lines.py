@@ -11,23 +11,50 @@ from rich.table import Table
 from uncollapse.records.comparison import Change, ComparisonRecord
 from uncollapse.report import wording
 from uncollapse.report.comparison import wording as say_it
+from uncollapse.report.healthy import references
 from uncollapse.report.terminal import plain
 from uncollapse.report.terminal.findings import SIGNS, STYLES
 
 HEADS = 12  # rows of heads that moved
+HEALTHY = ("max_logit", "rest_entropy")  # of the heads, what the sentence about healthy models says
 COLUMNS = ("consensus_after_norm", "effective_rank", "stream_carried")
 
 
 def print_record(record: ComparisonRecord, console: Console) -> None:
-    """Print it to `console`."""
+    """Print it to `console`: one table of all, where there are more than two, and each beside the first."""
     say = functools.partial(plain.say, console)
-    say(" → ".join(say_it.names(record)), "bold")
+    if record.further:
+        say(say_it.headline(record), "bold")
+        console.print()
+        console.print(_overview(record, console))
+        console.print()
+    for name, pair in say_it.pairs(record):
+        say(f"{say_it.names(record)[0]} → {name}", "bold")
+        _print_pair(pair, console)
+        if record.further:
+            console.print()
+
+
+def _overview(record: ComparisonRecord, console: Console) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in ("beside the first", "figures that moved", "got worse", "no longer found"):
+        table.add_column(title, justify="left" if title in ("beside the first", "got worse") else "right")
+    for row in say_it.overview(record):
+        table.add_row(*(plain.plain(console, cell) for cell in row))
+    return table
+
+
+def _print_pair(record: ComparisonRecord, console: Console) -> None:
+    say = functools.partial(plain.say, console)
     say(say_it.probe_sentence(record))
     for sentence in say_it.not_compared(record):
         say(sentence, "bold")
     console.print()
     if record.sites:
         console.print(_blocks(record, console))
+        console.print()
+    if sentence := _healthy_sentence(record):
+        say(sentence, "dim")
         console.print()
     heads = say_it.moved_heads(record)
     if heads:
@@ -46,6 +73,12 @@ def print_record(record: ComparisonRecord, console: Console) -> None:
     if record.gone:
         places = "; ".join(f"{f.code} ({wording.finding_place(f)})" for f in record.gone)
         say(f"No longer found: {places}.")
+
+
+def _healthy_sentence(record: ComparisonRecord) -> str:
+    healthy, there = references(record), {change.measure for change in (*record.sites, *record.heads)}
+    shown = [m for m in (*COLUMNS, *HEALTHY) if m in there]
+    return healthy.said({say_it.TITLES[m]: healthy.beside(m).removeprefix("healthy ") for m in shown})
 
 
 def _blocks(record: ComparisonRecord, console: Console) -> Table:

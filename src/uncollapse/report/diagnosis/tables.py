@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -11,7 +11,7 @@ from uncollapse.records.common import Finding, Statistic
 from uncollapse.records.diagnosis import AttentionRecord, DiagnosisRecord, HeadsRecord, SiteRecord, StreamRecord
 from uncollapse.report import anatomy as taken
 from uncollapse.report import wording
-from uncollapse.report.healthy import References, in_words
+from uncollapse.report.healthy import References
 from uncollapse.report.page.cells import (
     Cell,
     Column,
@@ -29,7 +29,7 @@ from uncollapse.report.page.cells import (
     slug,
     table,
 )
-from uncollapse.report.page.heads import block_name, largest_overlap
+from uncollapse.report.page.heads import block_name, largest_overlap, one_of, references_of_heads
 from uncollapse.report.page.trajectory import NOT_FINITE, TRAJECTORY
 
 LEFT_OUT_MEASURES = [
@@ -205,31 +205,8 @@ def heads_table(record: DiagnosisRecord, key: str, healthy: References) -> Table
         record.heads,
         block_key,
         lambda heads: severity_of(record.findings, lambda f: names_heads(f, heads)),
-        _references_of_heads(record.heads, healthy),
+        references_of_heads(record.heads, healthy),
     )
-
-
-def _references_of_heads(heads: Sequence[HeadsRecord], healthy: References) -> dict[str, str]:
-    """What the figures of a block's heads are elsewhere: forced by the shape, in random weights of the size, in healthy models."""
-    said = {
-        "kernel_dimension": f"forced by the shape: {_one_of(max(0, h.heads * h.head_width - h.width) for h in heads)}"
-    }
-    if condition := healthy.words("heads.condition_number"):
-        said["condition_number"] = f"healthy {condition}"
-    random = _one_of(h.head_width / h.width for h in heads if h.width)
-    healthy_overlap = healthy.words("heads.largest_overlap")
-    beside = f"; healthy {healthy_overlap}" if healthy_overlap else ""
-    said["write_space_overlap"] = f"random pair {random}{beside}"
-    shares = healthy.of("heads.largest_energy_share")
-    even = _one_of(1 / h.heads for h in heads if h.heads)
-    beside = f"; healthy {in_words(shares.low, shares.high)} times that" if shares else ""
-    said["energy_share"] = f"even {even}{beside}"
-    return said
-
-
-def _one_of(values: Iterable[float]) -> str:
-    """The values that occur, in print."""
-    return " or ".join(dict.fromkeys(map(wording.number, values)))
 
 
 @dataclass(frozen=True)
@@ -403,7 +380,7 @@ def shares_table(heads: Sequence[HeadsRecord], key: str) -> Table | None:
         records,
         lambda share: slug("share", share.block.stack, share.block.kind, share.block.block, share.head),
         references={
-            "energy_share": f"even {_one_of(1 / h.heads for h in heads if h.heads > 1)}",
-            "write_space_overlap": f"random pair {_one_of(h.head_width / h.width for h in heads if h.width)}",
+            "energy_share": f"even {one_of(1 / h.heads for h in heads if h.heads > 1)}",
+            "write_space_overlap": f"random pair {one_of(h.head_width / h.width for h in heads if h.width)}",
         },
     )

@@ -6,6 +6,7 @@ from uncollapse.records.heads import IdentifiabilityRecord
 from uncollapse.report import wording
 from uncollapse.report.heads import tables
 from uncollapse.report.heads import wording as say
+from uncollapse.report.healthy import References, references
 from uncollapse.report.page import cells, sheet
 from uncollapse.report.page.heads import chosen_block_data, energy_bars, overlap_matrix
 from uncollapse.report.page.panels import Panel, Tile, bundle
@@ -13,6 +14,7 @@ from uncollapse.report.page.panels import Panel, Tile, bundle
 
 def document(record: IdentifiabilityRecord) -> str:
     """The page of one model's heads."""
+    healthy = references(record)
     drawn = [overlap_matrix(record.heads), energy_bars(record.heads)]
     return sheet.render(
         "heads/page.html.j2",
@@ -21,12 +23,13 @@ def document(record: IdentifiabilityRecord) -> str:
         title=record.model.name,
         record=record,
         say=say,
-        tiles=_tiles(record),
+        tiles=_tiles(record, healthy),
+        healthy=healthy,
         answers=say.answers(record),
         maps=[(heads, say.mark(heads)) for heads in record.heads],
         chosen=chosen_block_data(record.heads),
         panel=Panel("", [chart for chart in drawn if chart], []),
-        blocks=tables.blocks_table(record, "blocks-table"),
+        blocks=tables.blocks_table(record, "blocks-table", healthy),
         heads=tables.heads_table(record.heads, record.findings, "heads-table"),
         findings=[[(each, _target(each.block, record)) for each in group] for group in wording.alike(record.findings)],
     )
@@ -37,7 +40,7 @@ def _target(block: int | None, record: IdentifiabilityRecord) -> str:
     return next((cells.block_key(heads) for heads in record.heads if heads.block == block), "")
 
 
-def _tiles(record: IdentifiabilityRecord) -> list[Tile]:
+def _tiles(record: IdentifiabilityRecord, healthy: References) -> list[Tile]:
     judged = [heads for heads in record.heads if heads.verdict is not None]
     tiles = []
     yes = [heads for heads in judged if heads.verdict == say.YES]
@@ -50,10 +53,15 @@ def _tiles(record: IdentifiabilityRecord) -> list[Tile]:
         gain, where = max(gains, key=lambda pair: pair[0])
         beside = say.beside_random(gain, where.random_noise_gain) if where.heads > 1 else ""
         detail = ", ".join(filter(None, [wording.blocks_in_words([where]), beside]))
-        tiles.append(Tile("largest relative noise gain", wording.number(gain), detail))
+        reference = healthy.highest("heads.condition_number")
+        tiles.append(
+            Tile("largest relative noise gain", wording.number(gain), detail, reference and f"healthy: {reference}")
+        )
     kernels = [(heads.kernel_dimension or 0, heads) for heads in judged]
     if kernels:
         kernel, where = max(kernels, key=lambda pair: pair[0])
         detail = wording.blocks_in_words([where]) if kernel else "every head output follows from the layer’s output"
-        tiles.append(Tile("largest kernel per token", wording.number(kernel), detail))
+        forced = max(max(0, heads.heads * heads.head_width - heads.width) for heads in judged)
+        reference = f"forced by the shape: {wording.number(forced)}"
+        tiles.append(Tile("largest kernel per token", wording.number(kernel), detail, reference))
     return tiles

@@ -15,6 +15,7 @@ from uncollapse.report import wording
 from uncollapse.report.anatomy import not_measured_sentences
 from uncollapse.report.heads import tables
 from uncollapse.report.heads import wording as say_it
+from uncollapse.report.healthy import in_words, references
 from uncollapse.report.page.heads import block_name, largest_overlap
 from uncollapse.report.terminal import plain
 from uncollapse.report.terminal.columns import Column, flat, width
@@ -53,6 +54,8 @@ def print_record(record: IdentifiabilityRecord, console: Console) -> None:
     console.print(table)
     console.print()
     say(CAPTION, "dim")
+    if sentence := _healthy_sentence(record):
+        say(sentence, "dim")
     if left_out:
         say(f"Hidden because the terminal is only {console.width} columns wide: {', '.join(left_out)}.", "dim")
     say(say_it.CAVEAT)
@@ -127,6 +130,18 @@ CAPTION = (
     "attributable. Overlap and angle are between the write spaces of two heads (h3,7). Share is the share of the centred energy "
     f"written on this text. {wording.ABSENT} means not measured; the page and the JSON say why."
 )
+
+
+def _healthy_sentence(record: IdentifiabilityRecord) -> str:
+    healthy = references(record)
+    shares = healthy.of("heads.largest_energy_share")
+    return healthy.said(
+        {
+            "noise gain": healthy.words("heads.condition_number"),
+            "largest overlap": healthy.words("heads.largest_overlap"),
+            "largest share": "" if shares is None else f"{in_words(shares.low, shares.high)} times an even one",
+        }
+    )
 
 
 def _table(record: IdentifiabilityRecord, columns: list[Column[HeadsRecord]], console: Console) -> Table:

@@ -11,6 +11,7 @@ from uncollapse.records.diagnosis import HeadsRecord
 from uncollapse.records.heads import IdentifiabilityRecord
 from uncollapse.report import wording
 from uncollapse.report.heads import wording as say
+from uncollapse.report.healthy import References
 from uncollapse.report.page.cells import (
     Cell,
     Column,
@@ -23,7 +24,7 @@ from uncollapse.report.page.cells import (
     slug,
     table,
 )
-from uncollapse.report.page.heads import block_name, largest_overlap
+from uncollapse.report.page.heads import block_name, largest_overlap, references_of_heads
 
 INFINITE = "∞"
 BEYOND = 1e300  # what an infinite gain is sorted as: the page's script compares numbers
@@ -95,7 +96,7 @@ def largest_share(record: HeadsRecord) -> tuple[float, int] | None:
     return (max(seen)[0], -max(seen)[1]) if seen else None
 
 
-def blocks_table(record: IdentifiabilityRecord, key: str) -> Table:
+def blocks_table(record: IdentifiabilityRecord, key: str, healthy: References) -> Table:
     """One row per attention call."""
     order = {id(heads): float(index) for index, heads in enumerate(record.heads)}
 
@@ -167,6 +168,7 @@ def blocks_table(record: IdentifiabilityRecord, key: str) -> Table:
         record.heads,
         block_key,
         lambda heads: severity_of(record.findings, lambda f: names_heads(f, heads)),
+        references_of_heads(record.heads, healthy),
     )
 
 
@@ -176,6 +178,9 @@ def heads_table(heads: Sequence[HeadsRecord], findings: Sequence[Finding], key: 
     if not any(row.verdict() or row.energy_share for row in rows):
         return None
     order = {id(block): float(index) for index, block in enumerate(heads)}
+    elsewhere = references_of_heads(
+        heads, None
+    )  # the ranges of healthy models are those of blocks, not of single heads
     return table(
         key,
         "Every head",
@@ -193,4 +198,5 @@ def heads_table(heads: Sequence[HeadsRecord], findings: Sequence[Finding], key: 
         rows,
         lambda one: one.key,
         lambda one: severity_of(findings, lambda f: names_heads(f, one.block) and f.head == one.head),
+        elsewhere,
     )

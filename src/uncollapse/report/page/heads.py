@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import altair as alt
 
 from uncollapse.records.diagnosis import HeadsRecord
 from uncollapse.report import wording
+from uncollapse.report.healthy import References, in_words
 from uncollapse.report.page import cells
 from uncollapse.report.page.figures import FIT, GREY, TEAL, Chart, Key, specification, ticks
 
@@ -90,3 +91,27 @@ def largest_overlap(record: HeadsRecord) -> tuple[float, int, int] | None:
 def block_name(heads: HeadsRecord) -> str:
     """The number of the block, with its stack and kind if the model has several."""
     return wording.place(block=heads.block, stack=heads.stack, kind=heads.kind).removeprefix("block ")
+
+
+def references_of_heads(heads: Sequence[HeadsRecord], healthy: References | None) -> dict[str, str]:
+    """What the figures of a block's heads are elsewhere: forced by the shape, in random weights of the size, and in healthy models
+    if they are given."""
+    said = {
+        "kernel_dimension": f"forced by the shape: {one_of(max(0, h.heads * h.head_width - h.width) for h in heads)}"
+    }
+    if condition := healthy.words("heads.condition_number") if healthy else "":
+        said["condition_number"] = f"healthy {condition}"
+    random = one_of(h.head_width / h.width for h in heads if h.width)
+    healthy_overlap = healthy.words("heads.largest_overlap") if healthy else ""
+    beside = f"; healthy {healthy_overlap}" if healthy_overlap else ""
+    said["write_space_overlap"] = f"random pair {random}{beside}"
+    shares = healthy.of("heads.largest_energy_share") if healthy else None
+    even = one_of(1 / h.heads for h in heads if h.heads)
+    beside = f"; healthy {in_words(shares.low, shares.high)} times that" if shares else ""
+    said["energy_share"] = f"even {even}{beside}"
+    return said
+
+
+def one_of(values: Iterable[float]) -> str:
+    """The values that occur, in print."""
+    return " or ".join(dict.fromkeys(map(wording.number, values)))

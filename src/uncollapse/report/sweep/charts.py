@@ -10,6 +10,7 @@ import altair as alt
 
 from uncollapse.records.figures import WORST_IS_LARGEST
 from uncollapse.records.sweep import SweptFigure, SweptRun
+from uncollapse.report.healthy import References
 from uncollapse.report.page.curves import depth_axis, hover_columns, shared
 from uncollapse.report.page.figures import FIT, GREY, ORANGE, RED, Chart, Key, rows, specification
 from uncollapse.report.sweep import wording as say
@@ -17,7 +18,9 @@ from uncollapse.report.sweep import wording as say
 IN_TABLE = "Its figures are in the table of all checkpoints."
 
 
-def measure_chart(run: SweptRun, number: int, measure: str, keys: Sequence[str]) -> Chart | None:
+def measure_chart(
+    run: SweptRun, number: int, measure: str, keys: Sequence[str], healthy: References | None = None
+) -> Chart | None:
     """A line for the block in which the measure is worst, over a band of all blocks; None where fewer than two checkpoints have
     it in any block. `number` is that of the run; `keys` are those of the rows."""
     places = run.attentions if measure in say.OF_HEADS else run.sites
@@ -58,7 +61,21 @@ def measure_chart(run: SweptRun, number: int, measure: str, keys: Sequence[str])
     ]
     title = say.TITLES[measure]
     key = f"run-{number}-{measure}".replace("_", "-")
-    return Chart(key, title, f"{title} against the checkpoints.", spec, legend, figures=IN_TABLE)
+    return Chart(
+        key,
+        title,
+        f"{title} against the checkpoints.",
+        spec,
+        legend,
+        figures=IN_TABLE,
+        reference=_reference(healthy, measure),
+    )
+
+
+def _reference(healthy: References | None, measure: str) -> str:
+    words = "" if healthy is None else healthy.worst(measure)
+    end = "highest" if measure in WORST_IS_LARGEST else "lowest"
+    return f"Healthy models: {end} {words}." if words else ""
 
 
 def _point(index: int, figure: SweptFigure, of_blocks: Sequence[int], place: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from functools import partial
 
 from uncollapse.records.sweep import SweepRecord, SweptCheckpoint, SweptRun
 from uncollapse.report import wording
+from uncollapse.report.healthy import References, references
 from uncollapse.report.page import sheet
 from uncollapse.report.page.cells import Cell, Column, Measure, Table, severity_of, slug, table
 from uncollapse.report.page.panels import Panel, Tile, bundle
@@ -24,6 +25,7 @@ def document(record: SweepRecord) -> str:
         record=record,
         say=say,
         tiles=_tiles(record),
+        healthy=_sentences(record),
         firsts=[(each, row_key(record.runs.index(each.run), each.index)) for each in say.firsts(record)],
         curves=_curves(record),
         checkpoints=_table(record),
@@ -49,11 +51,27 @@ def _tiles(record: SweepRecord) -> list[Tile]:
     return tiles
 
 
+def _references(run: SweptRun) -> References | None:
+    return None if run.model is None else references(run)
+
+
+def _sentences(record: SweepRecord) -> list[str]:
+    """What “healthy” means beside the figures: once for each kind of models."""
+    return list(dict.fromkeys(found.sentence for run in record.runs if (found := _references(run)) is not None))
+
+
+def _elsewhere(record: SweepRecord, measure: str) -> str:
+    """What the worst figure of a checkpoint is in healthy models of the kind of each run."""
+    found = [known.worst(measure) for run in record.runs if (known := _references(run)) is not None]
+    return "; or ".join(dict.fromkeys(f"healthy {words}" for words in found if words))
+
+
 def _curves(record: SweepRecord) -> list[Panel]:
     panels = []
     for number, run in enumerate(record.runs):
         keys = [row_key(number, index) for index in range(len(run.checkpoints))]
-        drawn = [charts.measure_chart(run, number, measure, keys) for measure in say.measures([run])]
+        healthy = _references(run)
+        drawn = [charts.measure_chart(run, number, measure, keys, healthy) for measure in say.measures([run])]
         found = [chart for chart in drawn if chart is not None]
         if found:
             panels.append(Panel(run.name if len(record.runs) > 1 else "", found, []))
@@ -112,6 +130,7 @@ def _table(record: SweepRecord) -> Table:
         rows,
         lambda row: row.key,
         lambda row: severity_of(row.checkpoint.findings, lambda _: True),
+        {measure: _elsewhere(record, measure) for measure in measures},
     )
 
 

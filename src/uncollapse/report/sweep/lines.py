@@ -10,6 +10,7 @@ from rich.table import Table
 
 from uncollapse.records.sweep import SweepRecord, SweptCheckpoint
 from uncollapse.report import wording
+from uncollapse.report.healthy import references
 from uncollapse.report.sweep import wording as say_it
 from uncollapse.report.terminal import plain
 from uncollapse.report.terminal.findings import SIGNS, STYLES
@@ -35,6 +36,10 @@ def print_record(record: SweepRecord, console: Console) -> None:
         last = len(run.checkpoints) - 1
         shown = [c for i, c in enumerate(run.checkpoints) if i % step == 0 or i in notable or i == last]
         console.print(_table(shown, console))
+        there = {measure for checkpoint in run.checkpoints for measure in checkpoint.figures}
+        healthy = references(run) if run.model is not None else None
+        if healthy is not None and any(m in there for m in COLUMNS):
+            say(healthy.said({title: healthy.worst(m) for m, title in COLUMNS.items() if m in there}), "dim")
         if len(shown) < len(run.checkpoints):
             say(f"and {wording.count(len(run.checkpoints) - len(shown), 'checkpoint')} between them", "dim")
         console.print()

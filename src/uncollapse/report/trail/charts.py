@@ -9,6 +9,7 @@ from typing import Any
 import altair as alt
 
 from uncollapse.records.trail import TrailReading, TrailRecord
+from uncollapse.report.healthy import References
 from uncollapse.report.page.figures import BLUE, FIT, ORANGE, PURPLE, RED, TEAL, Chart, Key, rows, specification
 from uncollapse.report.trail.wording import HEAD_TITLES, SITE_TITLES
 
@@ -60,7 +61,7 @@ def margin_chart(record: TrailRecord) -> Chart | None:
     return _chart("margins", "How near each rule is", label, layers, legend + _alarm_key(record))
 
 
-def worst_charts(record: TrailRecord) -> list[Chart]:
+def worst_charts(record: TrailRecord, healthy: References) -> list[Chart]:
     """The worst head's and the worst block's figure over the steps."""
     found = []
     for measure, which in (("consensus_after_norm", min), ("rest_entropy", min), ("max_logit", max)):
@@ -75,20 +76,24 @@ def worst_charts(record: TrailRecord) -> list[Chart]:
         base = alt.Chart(rows(points)).encode(x=_steps(record), y=_y(zero=which is min))
         layers = [*_alarm_rules(record), base.mark_line(color=TEAL, strokeWidth=2)]
         place = "block" if measure in SITE_TITLES else "head"
-        found.append(_chart(f"worst-{measure}", f"{title}, worst {place}", f"{title} over the steps.", layers, []))
+        words = healthy.worst(measure)
+        end = "lowest" if which is min else "highest"
+        reference = f"Healthy models: {end} {words}." if words else ""
+        label = f"{title} over the steps."
+        found.append(_chart(f"worst-{measure}", f"{title}, worst {place}", label, layers, [], reference))
     return found
 
 
-def block_maps(record: TrailRecord) -> list[Chart]:
+def block_maps(record: TrailRecord, healthy: References) -> list[Chart]:
     """One map for each measure of the stream: a row for each site, a column for each look."""
     names = [site.site for site in record.sites]
-    return [_map(record, measure, names, is_heads=False) for measure in _known(record, SITE_TITLES)]
+    return [_map(record, measure, names, healthy, is_heads=False) for measure in _known(record, SITE_TITLES)]
 
 
-def head_maps(record: TrailRecord) -> list[Chart]:
+def head_maps(record: TrailRecord, healthy: References) -> list[Chart]:
     """One map for each measure of the heads: a row for each head, a column for each look."""
     names = [f"{head.block}.{head.head}" + (" cross" if head.kind == "cross" else "") for head in record.heads]
-    return [_map(record, measure, names, is_heads=True) for measure in _known(record, HEAD_TITLES)]
+    return [_map(record, measure, names, healthy, is_heads=True) for measure in _known(record, HEAD_TITLES)]
 
 
 def _known(record: TrailRecord, titles: Mapping[str, str]) -> list[str]:
@@ -96,7 +101,7 @@ def _known(record: TrailRecord, titles: Mapping[str, str]) -> list[str]:
     return [measure for measure in titles if measure in there]
 
 
-def _map(record: TrailRecord, measure: str, names: Sequence[str], *, is_heads: bool) -> Chart:
+def _map(record: TrailRecord, measure: str, names: Sequence[str], healthy: References, *, is_heads: bool) -> Chart:
     shown = record.readings[:: max(1, math.ceil(len(record.readings) / COLUMNS))]
     cells = [
         {"step": reading.step, "row": i, "value": value}
@@ -122,7 +127,10 @@ def _map(record: TrailRecord, measure: str, names: Sequence[str], *, is_heads: b
     spec = specification(alt.layer(*layers).properties(width="container", height=height, autosize=FIT))
     legend = [Key("an alarm is raised", RED, "box")] if marked else []
     key = f"{'heads' if is_heads else 'blocks'}-{measure}".replace("_", "-")
-    return Chart(key, title, f"{title}. Every column is a look.", spec, legend, figures=IN_ALARMS)
+    words = healthy.beside(measure).removeprefix("healthy ")
+    reference = f"Healthy models: {words}." if words else ""
+    label = f"{title}. Every column is a look."
+    return Chart(key, title, label, spec, legend, figures=IN_ALARMS, reference=reference)
 
 
 def _marked(record: TrailRecord, shown: Sequence[TrailReading], is_heads: bool) -> list[dict[str, Any]]:
@@ -168,6 +176,8 @@ def _alarm_key(record: TrailRecord) -> list[Key]:
     return [Key("alarm", RED)] if record.alarms else []
 
 
-def _chart(key: str, title: str, label: str, layers: Sequence[alt.Chart], legend: list[Key]) -> Chart:
+def _chart(
+    key: str, title: str, label: str, layers: Sequence[alt.Chart], legend: list[Key], reference: str = ""
+) -> Chart:
     spec = specification(alt.layer(*layers).properties(width="container", height=210, autosize=FIT))
-    return Chart(key.replace("_", "-"), title, label, spec, legend, figures=IN_ALARMS)
+    return Chart(key.replace("_", "-"), title, label, spec, legend, figures=IN_ALARMS, reference=reference)

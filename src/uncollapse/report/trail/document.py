@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from uncollapse.records.trail import TrailRecord
 from uncollapse.report import wording
+from uncollapse.report.healthy import references
 from uncollapse.report.page import sheet
 from uncollapse.report.page.panels import Panel, Tile, bundle
 from uncollapse.report.trail import charts
@@ -12,9 +13,12 @@ from uncollapse.report.trail import wording as say
 
 def document(record: TrailRecord) -> str:
     """The page of one run."""
+    healthy = references(record)
     has_readings = bool(record.readings)
     curves = (
-        [charts.loss_chart(record), charts.margin_chart(record), *charts.worst_charts(record)] if has_readings else []
+        [charts.loss_chart(record), charts.margin_chart(record), *charts.worst_charts(record, healthy)]
+        if has_readings
+        else []
     )
     return sheet.render(
         "trail/page.html.j2",
@@ -24,10 +28,11 @@ def document(record: TrailRecord) -> str:
         record=record,
         say=say,
         tiles=_tiles(record),
+        healthy=healthy,
         alarms=[(alarm, say.what_next(record, alarm)) for alarm in record.alarms],
         curves=Panel("", [chart for chart in curves if chart is not None], []),
-        blocks=Panel("", charts.block_maps(record), []),
-        heads=Panel("", charts.head_maps(record), []),
+        blocks=Panel("", charts.block_maps(record, healthy), []),
+        heads=Panel("", charts.head_maps(record, healthy), []),
     )
 
 

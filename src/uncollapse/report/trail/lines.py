@@ -10,11 +10,18 @@ from rich.table import Table
 
 from uncollapse.records.trail import TrailReading, TrailRecord
 from uncollapse.report import wording
+from uncollapse.report.healthy import references
 from uncollapse.report.terminal import plain
 from uncollapse.report.terminal.findings import SIGNS, STYLES
 from uncollapse.report.trail import wording as say_it
 
 SHOWN = 16  # looks that have a row: the first, the last, those with an alarm, and some between
+
+COLUMNS = {
+    "consensus_after_norm": "lowest consensus",
+    "rest_entropy": "lowest rest entropy",
+    "max_logit": "largest logit",
+}
 
 
 def print_record(record: TrailRecord, console: Console) -> None:
@@ -26,6 +33,10 @@ def print_record(record: TrailRecord, console: Console) -> None:
     console.print()
     if record.readings:
         console.print(_table(record, console))
+        healthy = references(record)
+        there = {measure for reading in record.readings for measure in (*reading.sites, *reading.heads)}
+        if sentence := healthy.said({title: healthy.worst(m) for m, title in COLUMNS.items() if m in there}):
+            say(sentence, "dim")
         console.print()
     say(say_it.headline(record), "bold")
     for alarm in record.alarms:
@@ -42,7 +53,7 @@ def print_record(record: TrailRecord, console: Console) -> None:
 
 def _table(record: TrailRecord, console: Console) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for title in ("step", "loss", "lowest consensus", "lowest rest entropy", "largest logit", "nearest rule", "alarms"):
+    for title in ("step", "loss", *COLUMNS.values(), "nearest rule", "alarms"):
         table.add_column(title, justify="left" if title in ("nearest rule", "alarms") else "right")
     for reading in _shown(record.readings):
         nearest = max(reading.margins.items(), key=lambda item: item[1], default=None)
