@@ -2,8 +2,8 @@
 
 A matrix enters by its products alone (`Products`), so it may exist as one tile at a time. The products of the centred matrix
 B = C_q A C_k span a Krylov space (block Lanczos, fully orthogonalised): its start is a random block and the mean row of A. With
-that row in it the space serves A as well, for A = B + 1 a^T + C_q A 1 1^T / n_k. The Rayleigh-Ritz values there never exceed what they
-stand for; `error` says how far below they can be.
+that row in it the space serves A as well, for A = B + 1 a^T + C_q A 1 1^T / n_k. The Rayleigh-Ritz values there never exceed what
+they stand for; `error` says how far below they can be.
 
 When not to use it: for all singular values, or for matrices of a few dozen rows. `torch.linalg.svdvals` is as fast there.
 """
