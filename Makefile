@@ -72,7 +72,8 @@ validity: $(INSTALLED) ## docs/validity.md anew: known damage planted into healt
 families: $(INSTALLED) ## try every model type of transformers; writes docs/families.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.families --out docs/families.md
 
-early-warning: $(INSTALLED) ## train small models into failure, beside their healthy twins; writes docs/early-warning.md
+early-warning: $(INSTALLED) ## train small models into failure, beside their healthy twins; writes docs/early-warning.md (half an hour; goes on where it stopped)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group early-warning
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.early_warning --out docs/early-warning.md
 
 random-models: $(INSTALLED) ## ten thousand random small Transformers against the truth they record (an hour; goes on where it stopped)
@@ -93,6 +94,7 @@ pictures: $(INSTALLED) browser ## every picture of README and docs anew, from re
 	$(BIN)/python -m studies.tutorial
 	$(BIN)/python -m studies.results
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.position_gates
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group early-warning
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.early_warning --out docs/early-warning.md
 
 fuzz: $(INSTALLED) ## 100,000 drawn cases of what nobody expects; writes their figures into docs/reliability.md (minutes)

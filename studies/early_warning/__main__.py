@@ -1,6 +1,6 @@
 """Train, and write docs/early-warning.md.
 
-python -m studies.early_warning --seeds 3          about a quarter of an hour on one core
+python -m studies.early_warning          about half an hour on one core; goes on where it stopped
 """
 
 from __future__ import annotations
@@ -20,20 +20,24 @@ from studies.early_warning.runs import SCENARIOS, Run, run
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run after so many minutes")
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
     parser.add_argument(
-        "--runs", type=Path, default=Path("build/early-warning.jsonl"), help="finished runs are kept here"
+        "--runs", type=Path, default=Path(".cache/early-warning.jsonl"), help="finished runs are kept here"
     )
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    started = time.monotonic()
     given.runs.parent.mkdir(parents=True, exist_ok=True)
     lines = given.runs.read_text("utf-8").splitlines() if given.runs.exists() else []
     done = {(r.scenario, r.seed): r for r in (Run(**json.loads(line)) for line in lines)}
-    for seed in range(given.seeds):
+    for seed in range(given.first, given.seeds):
         for scenario in SCENARIOS:
-            if given.only not in scenario.name or (scenario.name, seed) in done:
+            is_late = time.monotonic() - started > 60 * given.minutes
+            if is_late or given.only not in scenario.name or (scenario.name, seed) in done:
                 continue
             begun = time.monotonic()
             found = done[scenario.name, seed] = run(scenario, seed)

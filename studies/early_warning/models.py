@@ -14,7 +14,7 @@ VOCABULARY = 128  # ASCII
 @dataclass(frozen=True)
 class Shape:
     """How the model is built. `post`: the norm stands behind the residual addition. `bounded`: queries and keys are normalised.
-    `wide_start`: Xavier's weights instead of GPT-2's small ones."""
+    `wide_start`: Xavier's weights instead of GPT-2's small ones. `attention_only`: neither MLPs nor residual connections."""
 
     blocks: int = 4
     width: int = 48
@@ -23,6 +23,7 @@ class Shape:
     post: bool = False
     bounded: bool = False
     wide_start: bool = False
+    attention_only: bool = False
 
 
 class Attention(nn.Module):
@@ -48,15 +49,19 @@ class Block(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.post = shape.post
-        self.attention = Attention(shape)
-        self.mlp = nn.Sequential(
-            nn.Linear(shape.width, 4 * shape.width), nn.GELU(), nn.Linear(4 * shape.width, shape.width)
-        )
-        self.first, self.second = nn.LayerNorm(shape.width), nn.LayerNorm(shape.width)
-
-        self.register_buffer("kept", torch.ones(()))  # how much of the stream a residual connection keeps
+        self.attention, self.first = Attention(shape), nn.LayerNorm(shape.width)
+        self.mlp = self.second = None
+        if not shape.attention_only:
+            self.mlp = nn.Sequential(
+                nn.Linear(shape.width, 4 * shape.width), nn.GELU(), nn.Linear(4 * shape.width, shape.width)
+            )
+            self.second = nn.LayerNorm(shape.width)
+        # How much of the stream a residual connection keeps.
+        self.register_buffer("kept", torch.zeros(()) if shape.attention_only else torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.mlp is None or self.second is None:
+            return self.kept * x + self.attention(self.first(x))
         if self.post:
             x = self.first(x + self.attention(x))
             return self.second(x + self.mlp(x))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from studies.validity import planting
-from studies.validity.models import OTHER_SOUNDS, Batches, Subject, features
+from studies.validity.models import Batches, Subject
 from uncollapse.analyses.recording import attention_records, site_records
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.vocabulary import Anatomy
@@ -32,6 +32,7 @@ from uncollapse.records.common import Phenomenon
 from uncollapse.records.diagnosis import AttentionRecord, EmbeddingRecord, HeadsRecord, PartRecord, SiteRecord, stacks
 
 RESIDUAL = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
+COMMON = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 LOGITS_UP = (1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 50.0, 100.0)
 LOGITS_DOWN = (1.0, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05, 0.0)
 ALIKE = (0.0, 0.3, 0.5, 0.65, 0.75, 0.85, 0.9, 0.95, 1.0)
@@ -88,7 +89,7 @@ class Bench:
     """A healthy model, observed again and again."""
 
     def __init__(self, subject: Subject, name: str) -> None:
-        self.name = name
+        self.subject, self.name = subject, name
         self.model, self.batches = subject.open()
         self.anatomy = proved_anatomy(self.model, self.batches[0])
         # Where the model forms its logits itself, as MPNet does, nothing is planted at the attention.
@@ -185,6 +186,7 @@ def damaged(bench: Bench, scale: float) -> Iterator[Case]:
         yield from (_width(bench, block, "queries alike") for block in bench.draw(count(2), blocks))
     yield from (_copies(bench) for _ in range(count(5)))
     yield from (_rank(bench, block) for block in bench.draw(count(2), blocks))
+    yield from (_common(bench, block) for block in bench.draw(count(6), blocks))
 
 
 def _depth(bench: Bench, first: int) -> Case:
@@ -195,6 +197,19 @@ def _depth(bench: Bench, first: int) -> Case:
 
     for factor in RESIDUAL:
         context = planting.residual_scaled(bench.model, bench.anatomy, first, factor)
+        case.runs.append(bench.observe(context, orders=orders, kept_too=True))
+    return case
+
+
+def _common(bench: Bench, block: int) -> Case:
+    case = bench.case("a common part added", "rank-collapse-depth", block, None, COMMON)
+    seed = bench.random.randrange(2**31)
+
+    def orders(trajectory: list[SiteRecord], _: Any) -> dict[str, float]:
+        return {"consensus as read": consensus_as_read(trajectory, block)}
+
+    for dose in COMMON:
+        context = planting.common_part_added(bench.model, bench.anatomy, block, dose, seed)
         case.runs.append(bench.observe(context, orders=orders, kept_too=True))
     return case
 
@@ -371,8 +386,8 @@ def confounded(bench: Bench) -> Iterator[Case]:
         for period, name in ((1, "one token repeated"), (2, "two tokens in turn"), (8, "eight tokens repeated")):
             yield one(name, batches=[_repeated(b, period) for b in batches])
     else:
-        for name, sound in OTHER_SOUNDS.items():
-            yield one(name, batches=[features(sound)])
+        for name, given in bench.subject.odd.items():
+            yield one(name, batches=given())
     for place in bench.draw(2 * bench.has_operands, blocks):
         some = bench.draw(
             planting.attention_call(anatomy, place).heads // 2, planting.attention_call(anatomy, place).heads

@@ -36,9 +36,10 @@ MEASURED = {
 }
 GOAL = 0.95  # for the area under the ROC and the share of right places, by the independent quantities
 LOGITS_UP = [plant for plant in ORDER if plant.startswith("logits scaled up")]
+DEPTH = [plant for plant, order in INDEPENDENT.items() if order == TOLD_APART]
 # Order parameters taken as they stand, without a resolution.
 PLAIN: list[tuple[Phenomenon, dict[str, str]]] = [
-    ("rank-collapse-depth", {"residual scaled down": "consensus as read"}),
+    ("rank-collapse-depth", dict.fromkeys(DEPTH, "consensus as read")),
     ("rank-collapse-width", {"logits to zero": "unused keys"}),
     ("rank-collapse-width", {"queries alike": "value contraction"}),
     ("head-channel-non-identifiability", {"one head made a copy of another": "distinctness"}),
@@ -281,16 +282,17 @@ def warned_places(scores: Scores) -> str:
 def depth_by_model(scores: Scores) -> str:
     """Where tokens can be told apart half as well: how far apart they are, the alarms, and the area among all healthy runs."""
     placed = {name: "after" if "post-norm" in SUBJECTS[name].about else "before" for name in scores.measured}
-    rows = [_depth_row(scores, f"`{name}`", placed[name], [name]) for name in scores.measured]
-    for placement in ("after", "before"):
-        names = [name for name in scores.measured if placed[name] == placement]
-        rows.append(_depth_row(scores, "**all**", placement, names))
-    header = ["model", "norms", "cases", "never moved by half", "share of the distance", "area under the ROC", "alarm"]
-    return table(header, rows)
+    rows = [_depth_row(scores, f"`{name}`", placed[name], [name], DEPTH) for name in scores.measured]
+    for plant in DEPTH:
+        for placement in ("after", "before", "either"):
+            names = [name for name in scores.measured if placement in (placed[name], "either")]
+            rows.append(_depth_row(scores, f"**{plant}**", placement, names, [plant]))
+    header = ["", "norms", "cases", "never moved by half", "share of the distance", "area under the ROC", "alarm"]
+    return table([*header, "place right"], rows)
 
 
-def _depth_row(scores: Scores, title: str, placement: str, names: Sequence[str]) -> list[str]:
-    cases = list(scores.cases(lambda c: c.phenomenon == "rank-collapse-depth" and c.subject in names))
+def _depth_row(scores: Scores, title: str, placement: str, names: Sequence[str], plants: Sequence[str]) -> list[str]:
+    cases = list(scores.cases(lambda c: c.plant in plants and c.subject in names))
     at = [(case, runs[i]) for case, runs in cases if (i := scoring.moved_by_half(case, TOLD_APART)) is not None]
     margins = [j.score("rank-collapse-depth") for _, j in at]
     shares = sorted(j.run.orders["consensus as read"] for _, j in at)
@@ -298,7 +300,8 @@ def _depth_row(scores: Scores, title: str, placement: str, names: Sequence[str])
     spread = f"{figure(shares[0])} to {figure(shares[-1])}" if shares else "–"
     found = "–" if math.isnan(area) else f"{area:.3f}"
     warned = percent(scoring.share(m > 0 for m in margins))
-    return [title, placement, str(len(at)), str(len(cases) - len(at)), spread, found, warned]
+    right = percent(scoring.share(scoring.is_located(case, j.top("rank-collapse-depth")) for case, j in at))
+    return [title, placement, str(len(at)), str(len(cases) - len(at)), spread, found, warned, right]
 
 
 def missed_goals(scores: Scores) -> list[str]:
@@ -331,20 +334,19 @@ def when(scores: Scores) -> str:
 
 
 def depth_ladder(scores: Scores) -> str:
-    """The quantities of depth along the ladder, over all places."""
-    cases = list(scores.cases(lambda c: c.phenomenon == "rank-collapse-depth"))
-    if not cases:
-        return ""
-    ladder = cases[0][0].severities
-    rows = []
-    for order in ("consensus as read", TOLD_APART, AS_BEFORE, OUTPUT_KEPT):
-        rows.append(
-            [
-                f"{order} (median)",
-                *(figure(_median([c.runs[i].orders[order] for c, _ in cases])) for i in range(len(ladder))),
-            ]
-        )
-    return table([f"{len(cases)} places", *(f"{s:g}" for s in ladder)], rows)
+    """The quantities of depth along the ladder of each plant, over all places."""
+    blocks = []
+    for plant in DEPTH:
+        cases = list(scores.cases(lambda c, plant=plant: c.plant == plant))  # type: ignore[misc]
+        if not cases:
+            continue
+        ladder = cases[0][0].severities
+        rows = []
+        for order in ("consensus as read", TOLD_APART, AS_BEFORE, OUTPUT_KEPT):
+            medians = (figure(_median([c.runs[i].orders[order] for c, _ in cases])) for i in range(len(ladder)))
+            rows.append([f"{order} (median)", *medians])
+        blocks.append(table([f"**{plant}** ({len(cases)} places)", *(f"{s:g}" for s in ladder)], rows))
+    return "\n\n".join(blocks)
 
 
 def not_derived() -> str:

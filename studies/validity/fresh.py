@@ -1,6 +1,7 @@
 """Models that no threshold can be derived from, and that must not be accused all the same: as initialised, after the first steps
 of an optimiser, and two towers of which one is given pictures of one colour. Beside them models that were trained while their
-attention stayed uniform, which must be accused. Diagnosed whole, through the public function.
+attention stayed uniform, which must be accused, and a healthy one that is shown nothing but noise. Diagnosed whole, through the
+public function.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import uncollapse as uc
+from studies.validity.models import dinov2_on_noise
 
 WIDTH, HEADS, VOCABULARY = 64, 4, 64
 
@@ -130,6 +132,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Tensor]]]] = {
     "the same, then gains reset": _trained("Llama", 1e-3, 200, frozen=True, reset=True),
     "two towers as initialised, pictures of one colour": _towers(_Block),
     "the same, and the text tower collapses": _towers(_Collapsing),
+    "DINOv2-small on noise instead of pictures": dinov2_on_noise,
 }
 
 

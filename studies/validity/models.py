@@ -9,7 +9,7 @@ positions, shared key-value heads and query-key norms.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Subject:
     is_real: bool = False
     is_healthy: bool = True
     scale: float = 1.0  # of the number of damaged places
+    odd: dict[str, Callable[[], Batches]] = field(default_factory=dict)  # odd inputs, where the input is not text
 
 
 def _trained(
@@ -206,10 +207,16 @@ def _speech() -> Tensor:
     return torch.stack([sound[: SECONDS * SAMPLES], sound[-SECONDS * SAMPLES :]])
 
 
-OTHER_SOUNDS: dict[str, Callable[[], Tensor]] = {
-    "silence": lambda: torch.zeros(2, SECONDS * SAMPLES),
-    "white noise": lambda: 0.1 * torch.randn(2, SECONDS * SAMPLES, generator=torch.Generator().manual_seed(0)),
-    "half a second of speech over and over": lambda: _speech()[:, SAMPLES : 3 * SAMPLES // 2].repeat(1, 2 * SECONDS),
+def _sounds(sound: Callable[[], Tensor]) -> Callable[[], Batches]:
+    return lambda: [features(sound)]
+
+
+OTHER_SOUNDS = {
+    "silence": _sounds(lambda: torch.zeros(2, SECONDS * SAMPLES)),
+    "white noise": _sounds(lambda: 0.1 * torch.randn(2, SECONDS * SAMPLES, generator=torch.Generator().manual_seed(0))),
+    "half a second of speech over and over": _sounds(
+        lambda: _speech()[:, SAMPLES : 3 * SAMPLES // 2].repeat(1, 2 * SECONDS)
+    ),
 }
 
 
@@ -217,6 +224,43 @@ def _smart_turn() -> tuple[nn.Module, Batches]:
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     return WhisperEncoder.from_pretrained(weights.smart_turn()).eval(), [features(_speech)]
+
+
+PIXELS, PATCH = 224, 14  # the side of a picture that DINOv2 sees, and of a patch
+
+
+def _seen(pictures: Tensor) -> Batches:
+    """Pictures [picture, colour, height, width] from 0 to 1 as DINOv2 gets them: less ImageNet's mean, over its deviation.
+    The mask is that of the patches and the class token."""
+    mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    patches = (PIXELS // PATCH) ** 2
+    mask = torch.ones(len(pictures), patches + 1, dtype=torch.long)
+    return [{"pixel_values": (pictures - mean) / deviation, "attention_mask": mask}]
+
+
+def _photographs() -> Tensor:
+    bytes_ = [torch.tensor(weights.pixels(picture, PIXELS)) for picture in weights.pictures()]
+    return torch.stack(bytes_).permute(0, 3, 1, 2).float() / 255
+
+
+OTHER_PICTURES: dict[str, Callable[[], Batches]] = {
+    "pictures of one colour": lambda: _seen(torch.tensor([0.2, 0.8])[:, None, None, None].expand(2, 3, PIXELS, PIXELS)),
+    "one patch over and over": lambda: _seen(
+        _photographs()[..., 96 : 96 + PATCH, 96 : 96 + PATCH].repeat(1, 1, PIXELS // PATCH, PIXELS // PATCH)
+    ),
+}
+
+
+def dinov2_on_noise() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Noise in which every pixel is drawn alone, so that no patch shows anything that another does not."""
+    noise = torch.rand(2, 3, PIXELS, PIXELS, generator=torch.Generator().manual_seed(0))
+    return _dinov2()[0], _seen(noise)[0]
+
+
+def _dinov2() -> tuple[nn.Module, Batches]:
+    import transformers
+
+    return transformers.Dinov2Model.from_pretrained(weights.dinov2()).eval(), _seen(_photographs())
 
 
 SUBJECTS: dict[str, Subject] = {
@@ -254,6 +298,15 @@ SUBJECTS: dict[str, Subject] = {
         _smart_turn,
         is_real=True,
         scale=0.5,
+        odd=OTHER_SOUNDS,
+    ),
+    "dinov2": Subject(
+        "DINOv2-small, vision, trained on to find what a picture is about: 12 blocks of width 384, pre-norm with scaled updates, "
+        "full mask, learned positions, 256 patches and a class token",
+        _dinov2,
+        is_real=True,
+        scale=0.5,
+        odd=OTHER_PICTURES,
     ),
     "mpnet": Subject(
         "all-mpnet-base-v2: 12 blocks, post-norm, full mask, relative position bias, English",

@@ -64,6 +64,21 @@ def residual_scaled(model: nn.Module, anatomy: Anatomy, first: int, factor: floa
     return intercepted(model, handlers)
 
 
+def common_part_added(model: nn.Module, anatomy: Anatomy, block: int, dose: float, seed: int) -> Any:
+    """One vector added to all tokens where `block` first adds to the stream, in a random direction: `dose` times as long as the
+    median token there. What distinguishes the tokens stays in the stream, and is small beside what they share to every norm that
+    reads it from there on."""
+    residual = anatomy.blocks[block].residuals[0]
+    node = next(n for n in residual.additions if {STREAM} in n.leaves)
+
+    def act(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        stream: Tensor = function(*args, **kwargs)
+        direction = torch.randn(stream.shape[-1], generator=torch.Generator().manual_seed(seed)).to(stream)
+        return stream + dose * stream.norm(dim=-1).median() * direction / direction.norm()
+
+    return intercepted(model, {node.point: act})
+
+
 def _scaling(factor: float, operand: int) -> Handler:
     def act(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         stream = list(tensors_in([args, kwargs]))[operand]
@@ -266,60 +281,67 @@ def low_rank(stream: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reader:
-    """Somebody who learnt to tell tokens from a model's output: linear, one class a token of the vocabulary that occurs (for
-    speech, which has none, a stretch of eight frames)."""
+    """Somebody who learnt which token of a sequence stands where from a model's output: linear, one class a token, for each
+    sequence anew."""
 
-    mean: Tensor
-    scale: Tensor
-    weight: Tensor  # [width, class]
+    scale: Tensor  # of each feature
+    means: list[Tensor]  # of a sequence, by feature
+    weights: list[Tensor]  # of a sequence, [width, token]
 
     def told_apart(self, outputs: Sequence[Tensor], batches: Sequence[Mapping[str, Any]]) -> float:
         """How much what it says depends on which token it looks at: the mutual information between the token's place in its
         sequence and the class, H(mean of p) - mean of H(p), in nats; the mean over sequences. 0 just if it says the same of every
-        token, whether or not it is right. Not finite outputs say nothing of anything."""
+        token, whether or not it is right, and at most the logarithm of the number of tokens. Not finite outputs say nothing of
+        anything."""
         found = []
-        for output, batch in zip(outputs, batches, strict=True):
-            if not bool(output.isfinite().all()):
+        for states, mean, weight in zip(_sequences(outputs, batches), self.means, self.weights, strict=True):
+            if not bool(states.isfinite().all()):
                 return 0.0
-            said = (((output - self.mean) / self.scale) @ self.weight).softmax(-1)
-            for row, real in zip(said, batch["attention_mask"].bool(), strict=True):
-                p = row[real]
-                found.append(float(torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(-1).mean()))
+            p = (((states - mean) / self.scale) @ weight).softmax(-1)
+            found.append(float(torch.special.entr(p.mean(0)).sum() - torch.special.entr(p).sum(-1).mean()))
         return sum(found) / len(found)
 
 
 def reader(outputs: Sequence[Tensor], batches: Sequence[Mapping[str, Any]], scale: Tensor | None = None) -> Reader:
-    """Multinomial logistic regression from each feature of the output to the token that stands there. Each feature is centred, and
-    divided by `scale`, by default its own deviation. The penalty, one thousandth of the squared weights beside the mean loss, keeps
-    weights bounded: with the scale of a healthy output, differences that have shrunk are lost to whoever learns anew, too. Not
-    finite outputs teach nothing."""
-    if not all(bool(output.isfinite().all()) for output in outputs):
-        width = outputs[0].shape[-1]
-        return Reader(torch.zeros(width).double(), torch.ones(width).double(), torch.zeros(width, 2).double())
-    states, labels = [], []
-    for output, batch in zip(outputs, batches, strict=True):
-        real = batch["attention_mask"].bool()
-        ids = batch.get("input_ids")
-        given = ids if ids is not None else (torch.arange(real.shape[1]) // 8).expand(real.shape)
-        states.append(output[real])
-        labels.append(given[real])
-    x = torch.cat(states)
-    _, y = torch.cat(labels).unique(return_inverse=True)
-    mean = x.mean(0)
-    scale = x.std(0).clamp(min=1e-12) if scale is None else scale
-    z = (x - mean) / scale
-    weight = torch.zeros(x.shape[1], int(y.max()) + 1, dtype=x.dtype, requires_grad=True)
+    """Multinomial logistic regression, for each sequence, from the output to the token that stands there. Each feature is centred,
+    and divided by `scale`, by default its own deviation. The penalty, one thousandth of the squared weights beside the mean loss,
+    keeps weights bounded: with the scale of a healthy output, differences that have shrunk are lost to whoever learns anew, too.
+    Not finite outputs teach nothing."""
+    sequences = _sequences(outputs, batches)
+    scale = torch.cat(sequences).std(0).clamp(min=1e-12) if scale is None else scale
+    means = [states.mean(0) for states in sequences]
+    weights = [_learnt((states - mean) / scale) for states, mean in zip(sequences, means, strict=True)]
+    return Reader(scale, means, weights)
+
+
+def _sequences(outputs: Sequence[Tensor], batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """The states of the real tokens of each sequence, [token, width]."""
+    return [
+        row[real]
+        for output, batch in zip(outputs, batches, strict=True)
+        for row, real in zip(output, batch["attention_mask"].bool(), strict=True)
+    ]
+
+
+def _learnt(z: Tensor) -> Tensor:
+    """The weights of the regression from features [token, width] to tokens. They lie in what the features span, where they are
+    sought."""
+    if not bool(z.isfinite().all()):
+        return torch.zeros(z.shape[1], len(z), dtype=z.dtype)
+    U, values, V = torch.linalg.svd(z, full_matrices=False)
+    there, tokens = U * values, torch.arange(len(z))
+    weight = torch.zeros(len(values), len(z), dtype=z.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight], max_iter=60, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        found = torch.nn.functional.cross_entropy(z @ weight, y) + 1e-3 * weight.square().sum()
+        found = torch.nn.functional.cross_entropy(there @ weight, tokens) + 1e-3 * weight.square().sum()
         found.backward()
         return found
 
     with torch.enable_grad():
         optimizer.step(loss)
-    return Reader(mean, scale, weight.detach())
+    return V.T @ weight.detach()
 
 
 def outputs(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:

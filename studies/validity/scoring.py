@@ -23,6 +23,7 @@ from uncollapse.records.common import PHENOMENA, Phenomenon
 # The order parameter by which each plant is graded.
 ORDER = {
     "residual scaled down": "consensus as read",
+    "a common part added": "consensus as read",
     "logits scaled up in one head": "keys within reach",
     "logits scaled up in one block": "keys within reach",
     "logits scaled up in all blocks": "keys within reach",
@@ -34,12 +35,13 @@ ORDER = {
 # For the same plants one that no rule holds against a threshold, nor a function of it.
 INDEPENDENT = {
     "residual scaled down": TOLD_APART,
+    "a common part added": TOLD_APART,
     "logits to zero": "rows apart",
     "queries alike": "rows apart",
     "one head made a copy of another": "smallest angle",
     "rank of the projection reduced": "effective rank",
 }
-STRICTER = {"residual scaled down": AS_BEFORE}
+STRICTER = dict.fromkeys(("residual scaled down", "a common part added"), AS_BEFORE)
 # The field of a rule's threshold; two constants make that of the frozen heads, which is told in units of what is in force.
 FIELDS = {
     "DEPTH-CONSENSUS": "consensus",

@@ -159,3 +159,44 @@ def test_the_command_writes_the_record_and_the_page(
     assert page == report.draw(uc.load(tmp_path / "c.json").record)
     assert run("--quiet", "--fail-on", "warning") == 1
     assert run("--quiet", "--fail-on", "critical") == 0
+
+
+def test_several_are_each_compared_with_the_first(
+    before: uc.Diagnosis, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one, two = (uc.diagnose(model(grown), batches=batch(), name=f"x{grown}") for grown in (1.2, 2.0))
+    other_probe = uc.diagnose(model(), batches=batch(seed=6), name="other")
+    found = uc.compare(before, one, two, other_probe)
+    for pair, alone in zip(found.pairs, (one, two, other_probe), strict=True):
+        assert pair.record == uc.compare(before, alone).record
+    assert found.findings == [f for pair in found.pairs for f in pair.findings]
+    assert found.moved == [change for pair in found.pairs for change in pair.moved]
+    logits = [pair.record.findings for pair in found.pairs]
+    assert [any(f.code == "BASELINE-LOGITS" for f in findings) for findings in logits] == [False, True, False]
+    assert [each.name for each in found.record.further] == ["x2.0", "other"]
+    assert uc.load(tmp_path / "c.json").record == found.record if found.to_json(tmp_path / "c.json") else False
+    schema = json.loads((Path(uc.__file__).parent / "schemas" / "comparison-1.json").read_text("utf-8"))
+    jsonschema.validate(json.loads(found.to_json()), schema)
+    changes = found.frame("further_heads", backend="pyarrow").to_pydict()
+    assert len(changes["after"]) == len(found.record.further[0].heads)
+    assert set(changes["after"]) == {"x2.0"}
+
+    for name, each in {"a": before, "b": one, "c": two}.items():
+        each.to_json(tmp_path / f"{name}.json")
+    paths = [str(tmp_path / f"{name}.json") for name in "abc"]
+    for names, code in ((paths, 1), (paths[:2], 0)):
+        with pytest.raises(SystemExit) as ended:
+            main(["compare", *names, "--fail-on", "warning", "--html", str(tmp_path / "page.html")])
+        assert ended.value.code == code, names
+        printed = " ".join(capfd.readouterr().out.split())
+        assert ("Something got worse in 1 of 2, compared with before." in printed) is (len(names) == 3)
+        assert "before → x1.2" in printed
+
+
+def test_models_of_one_name_are_numbered(before: uc.Diagnosis) -> None:
+    found = uc.compare(before, before, before)
+    assert [each.name for each in found.record.further] == ["before (3)"]
+    text = io.StringIO()
+    found.show(Console(file=text, width=100))
+    assert "before → before (2)" in text.getvalue()
+    assert "before → before (3)" in text.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import uncollapse as uc
+from uncollapse.anatomy.proof import proved_anatomy
 
 WIDTH, HEADS = 24, 4
 
@@ -97,11 +99,11 @@ def into_the_stream(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,bkhd->bqd", weights, wide)
 
 
-def distances(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def distances(self: Styled, q: Tensor, k: Tensor, v: Tensor, mask: Callable[[Tensor], Tensor] = causal) -> Tensor:
     """Bloom's: slopes that the model keeps make the operand that baddbmm adds, the mask in it."""
     size = q.shape[2]
     distance = (torch.arange(size) - torch.arange(size)[:, None]).abs()
-    bias = causal(-self.talk.diagonal()[:, None, None] * distance)[None].expand(len(q), -1, -1, -1)
+    bias = mask(-self.talk.diagonal()[:, None, None] * distance)[None].expand(len(q), -1, -1, -1)
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
     weights = torch.baddbmm(bias.flatten(0, 1), q, k.mT).softmax(-1)
     self.seen.append(weights.unflatten(0, (-1, HEADS)))
@@ -208,16 +210,204 @@ def test_heads_that_an_einsum_adds_up_are_contributions_by_themselves() -> None:
     torch.testing.assert_close(first.contributions.sum(2) + first.bias, added)
 
 
-def test_a_mask_that_is_one_operand_with_a_bias_is_not_taken_away_in_silence() -> None:
-    """What the bias of a forbidden pair would be is not known."""
+def test_of_a_mask_that_is_one_operand_with_a_bias_the_bias_stays() -> None:
+    """What the bias of a forbidden pair is, the model's own code says when it masks none."""
     model = StyledModel(distances).eval()
     batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
-    with (
-        torch.no_grad(),
-        uc.without(model, "mask", batch=batch),
-        pytest.raises(uc.UnsupportedModel, match="also adds a bias"),
-    ):
-        model(**batch)
+    with torch.no_grad():
+        with uc.without(model, "mask", batch=batch):
+            got = model(**batch)
+        whole = model(**batch)
+        for block in model.blocks:
+            assert isinstance(block, StyledBlock)
+            block.attention.style = functools.partial(distances, mask=lambda bias: bias)
+        expected = model(**batch)
+    assert not torch.equal(whole, expected)
+    assert torch.equal(got, expected)
+
+
+def choosing(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """An indexer chooses the keys of each query (DeepSeek's sparse attention): its own heads are added up by a product of data with
+    data, and what that gives only says who is seen."""
+    scores = (q[:, :2, :, :3] @ k[:, :1, :, :3].mT).relu()  # [sequence, head, query, key]
+    shares = q[:, :2, :, 3].softmax(1)
+    index = (shares.permute(0, 2, 1)[:, :, None] @ scores.permute(0, 2, 1, 3)).squeeze(2)
+    kept = torch.zeros_like(index).scatter(-1, causal(index).topk(2, -1).indices, 1.0)
+    logits = causal((q @ k.mT / q.shape[-1] ** 0.5).masked_fill(kept[:, None] == 0, -math.inf))
+    logits = torch.where(logits.isneginf().all(-1, keepdim=True), causal(q @ k.mT), logits)
+    weights = logits.softmax(-1)
+    self.seen.append(weights)
+    return weights @ v
+
+
+def test_what_only_chooses_the_keys_of_an_attention_is_none_itself() -> None:
+    model = StyledModel(choosing).eval()
+    batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
+    record = uc.diagnose(model, batches=[batch]).record
+    assert [(a.block, a.head) for a in record.attention] == [(b, h) for b in range(2) for h in range(HEADS)]
+    for number, block in enumerate(model.blocks):
+        assert isinstance(block, StyledBlock)
+        block.attention.seen.clear()
+        with torch.no_grad():
+            model(**batch)
+        weights = block.attention.seen[-1].double()
+        entropy = -torch.xlogy(weights, weights).sum(-1).mean((0, 2))
+        for a in (a for a in record.attention if a.block == number):
+            assert a.entropy is not None, a.unavailable
+            assert a.entropy.mean == pytest.approx(float(entropy[a.head]), rel=1e-4)
+
+
+class Remembering(nn.Module):
+    """Every block's attention sees the tokens of a text before, too: their keys are made from them, and stand in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.blocks = nn.Embedding(32, WIDTH), nn.ModuleList(RememberingBlock() for _ in range(2))
+
+    def forward(self, idx: Tensor, before: Tensor) -> Tensor:
+        x, memory = self.embed(idx), self.embed(before)
+        for block in self.blocks:
+            x = block(x, memory)
+        return x
+
+
+class RememberingBlock(StyledBlock):
+    def __init__(self) -> None:
+        super().__init__(into_the_stream)
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:  # type: ignore[override]
+        own = self.attention
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in own.qkv(self.norm1(x)).chunk(3, -1))
+        _, older, others = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in own.qkv(memory).chunk(3, -1))
+        k, v = torch.cat([older, k], 2), torch.cat([others, v], 2)
+        x = x + own.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+def test_keys_of_another_text_are_no_sink() -> None:
+    """A sink is a key that no token makes. Tokens of another stream are tokens, and nothing is said of some of the keys alone."""
+    generator = torch.Generator().manual_seed(1)
+    batch = {
+        "idx": torch.randint(0, 32, (3, 11), generator=generator),
+        "before": torch.randint(0, 32, (3, 5), generator=generator),
+    }
+    record = uc.diagnose(Remembering().eval(), batches=[batch]).record
+    assert {(a.entropy, a.unavailable["entropy"]) for a in record.attention} == {
+        (None, "it attends to tokens of its own stream and to those of another at once")
+    }
+
+
+def overlapping(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two pieces of the sequence, whose keys are those of both."""
+    q = torch.stack(q.chunk(2, 2), 2)
+    weights = torch.einsum("bhpqd,bhkd->bhpqk", q, k).softmax(-1)
+    wide = v[:, :, None].expand(-1, -1, 2, -1, -1)
+    return torch.einsum("bhpqk,bhpkd->bhpqd", weights, wide).flatten(2, 3)
+
+
+def test_pieces_of_a_sequence_that_see_the_same_keys_are_no_heads() -> None:
+    model = StyledModel(overlapping).eval()
+    batch = {"idx": torch.randint(0, 32, (3, 12), generator=torch.Generator().manual_seed(1))}
+    for a in uc.diagnose(model, batches=[batch]).record.attention:
+        assert a.entropy is None
+        assert "answers for" in a.unavailable["entropy"]
+
+
+def normed(weights: Tensor) -> Tensor:
+    return weights / weights.sum(-1, keepdim=True)
+
+
+# Ways to hide pairs, from logits and from what is hidden to weights.
+MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "lower triangle of the weights": lambda x, later: normed(
+        x.softmax(-1).tril() if bool(later.any()) else x.softmax(-1)
+    ),
+    "lower triangle of the exponentials": lambda x, later: normed(x.exp().tril() if bool(later.any()) else x.exp()),
+    "the lesser of two": lambda x, later: torch.minimum(x, torch.where(later, -1e9, math.inf)).softmax(-1),
+    "so many times the mask": lambda x, later: torch.add(x, later.float(), alpha=-1e4).softmax(-1),
+    "so many times the mask less": lambda x, later: torch.sub(x, later.float(), alpha=1e4).softmax(-1),
+    "an einsum of weights and mask": lambda x, later: normed(
+        torch.einsum("bhij,ij->bhij", x.softmax(-1), (~later).float())
+    ),
+    "a product that is added": lambda x, later: torch.addcmul(x, later.float(), torch.tensor(-1e9)).softmax(-1),
+    "a method that chooses": lambda x, later: x.where(~later, x.new_tensor(-math.inf)).softmax(-1),
+    "a tensor full of one number": lambda x, later: torch.where(later, torch.full_like(x, -1e4), x).softmax(-1),
+    "ones and zeros, then a number": lambda x, later: (x * (~later).float() - 1e9 * later.float()).softmax(-1),
+}
+
+
+def hiding(way: str, *, hides: bool = True) -> Callable[[Styled, Tensor, Tensor, Tensor], Tensor]:
+    def mix(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1) & hides
+        weights = MASKS[way](q @ k.mT / q.shape[-1] ** 0.5, later)
+        self.seen.append(weights)
+        return weights @ v
+
+    return mix
+
+
+@pytest.mark.parametrize("way", MASKS)
+def test_a_mask_is_one_whatever_operation_hides_by_it(way: str) -> None:
+    model = StyledModel(hiding(way)).eval()
+    batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
+    record = uc.diagnose(model, batches=[batch]).record
+    for number, block in enumerate(model.blocks):
+        assert isinstance(block, StyledBlock)
+        block.attention.seen.clear()
+        with torch.no_grad():
+            model(**batch)
+        weights = block.attention.seen[-1].double().numpy()
+        for a in (a for a in record.attention if a.block == number):
+            assert a.normalized_entropy is not None, a.unavailable
+            assert a.normalized_entropy.mean == pytest.approx(np.mean(_normalised(weights[:, a.head])), rel=1e-4)
+    with torch.no_grad(), uc.without(model, "mask", batch=batch):
+        got = model(**batch)
+    for block in model.blocks:
+        assert isinstance(block, StyledBlock)
+        block.attention.style = hiding(way, hides=False)
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(**batch))
+
+
+def drawn_towards(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Logits that are drawn to a low number where a pair is hidden, in an operation that nobody looks at for that."""
+    logits = q @ k.mT
+    later = torch.ones(logits.shape[-2:]).triu(1).expand_as(logits)
+    weights = torch.lerp(logits, torch.full_like(logits, -1e9), later).softmax(-1)
+    self.seen.append(weights)
+    return weights @ v
+
+
+def test_pairs_without_weight_that_nothing_was_seen_to_forbid_are_not_counted_as_allowed() -> None:
+    model = StyledModel(drawn_towards).eval()
+    batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
+    for a in uc.diagnose(model, batches=[batch]).record.attention:
+        assert a.entropy is not None
+        assert a.normalized_entropy is None
+        assert a.entropy_floor is None
+        assert a.key_share is None
+        assert a.unavailable["normalized_entropy"] == "pairs have no weight that nothing was seen to forbid"
+
+
+def recurrent(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A delta rule: it mixes values of which each was corrected by those before. The state at the end is made, and let go."""
+    own = torch.eye(k.shape[2]) + (k @ k.mT / 8).tril(-1)
+    corrected = torch.linalg.solve_triangular(own, v, upper=False)
+    _ = k.mT @ corrected
+    return (q @ k.mT).tril() @ corrected
+
+
+def test_a_state_that_nothing_returned_depends_on_is_no_attention_without_a_block() -> None:
+    """Layers of both kinds in turn, as Qwen3-Next has them."""
+    model = StyledModel(unchunked).eval()
+    model.blocks.insert(0, StyledBlock(recurrent))
+    batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
+    found = proved_anatomy(model, batch)
+    assert [[part.kind for part in block.parts] for block in found.blocks] == [
+        ["mixer", "mlp"],
+        *[["attention", "mlp"]] * 2,
+    ]
 
 
 def chunked(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

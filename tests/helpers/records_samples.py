@@ -549,6 +549,19 @@ def compared(record: DiagnosisRecord | None = None) -> ComparisonRecord:
     return compare(before, replace(before, attention=later)).record
 
 
+def compared_three() -> ComparisonRecord:
+    """An encoder, the same again, and the same with a head whose logits are four times as large."""
+    first, probe = encoder(), replace(encoder().probe, fingerprint="the same text")
+    named = [replace(first, model=replace(first.model, name=n), probe=probe) for n in ("first", "second", "third")]
+    grown = [
+        replace(each, max_logit=each.max_logit and statistic(4 * each.max_logit.mean, 0.2))
+        if (each.block, each.head) == (2, 1)
+        else each
+        for each in first.attention
+    ]
+    return compare(*named[:2], replace(named[2], attention=grown)).record
+
+
 FLOOR = 3.552713678800501e-15
 NO_COLLAPSE = RateRecord("none", 0.95, 0.8, 0.5, 1.1, FLOOR, None)
 

@@ -6,6 +6,8 @@ Each plant changes the weights of one part of a random model. The healthy models
 from __future__ import annotations
 
 import functools
+import inspect
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 import uncollapse as uc
 from tests.helpers.tiny_models import FAMILIES, batch_for
+from uncollapse.judgement import dead_components as dead
 from uncollapse.judgement.dead_components import dead_components
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import EmbeddingRecord, PartRecord
@@ -441,3 +444,10 @@ def test_a_block_that_changes_nothing_is_one_finding() -> None:
     (finding,) = dead_components([replace(each, block_change=0.25, update_size=0.0) for each in parts], [])
     assert (finding.code, finding.value) == ("DEAD-BLOCK", 0.25)
     assert list(dead_components([replace(each, block_change=0.25) for each in parts], [])) == []
+
+
+def test_every_code_that_a_finding_can_have_is_in_the_list() -> None:
+    """A monitor tells by it which of its alarms are about parts."""
+    written = set(re.findall(r'"((?:DEAD|HEAD|MLP|CONSTANT|EMBEDDINGS)-[A-Z-]+)"', inspect.getsource(dead)))
+    made = {f"DEAD-{name}" for name in ("ATTENTION", "MLP")}  # written as f"DEAD-{name.upper()}"
+    assert written | made == set(dead.CODES)

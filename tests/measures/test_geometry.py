@@ -121,6 +121,13 @@ def test_every_measure_equals_its_definition_written_out(
         assert_same(measured(x), {name: torch.tensor(value).double() for name, value in expected.items()}, 1e-7)
 
 
+@pytest.mark.parametrize("kind", ["healthy", "near consensus", "decaying"])
+def test_wide_grams_are_put_together_from_parts(kind: str) -> None:
+    for n, d in [(230, 205), (205, 230), (204, 204)]:
+        x = cloud(kind, n, d, torch.float32)
+        assert_same(all_fast(x[None], None), all_single(x[None], None), 1e-7)
+
+
 @dtypes
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_routes_agree_on_a_padded_batch(dtype: torch.dtype, kind: str) -> None:

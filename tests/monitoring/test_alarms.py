@@ -8,7 +8,7 @@ import uncollapse as uc
 from tests.helpers.own_models import OwnGPT
 from tests.monitoring.test_bit_identical import probe
 from uncollapse.judgement.findings import CONSENSUS
-from uncollapse.monitoring.alarms import ThresholdAlarms
+from uncollapse.monitoring.alarms import MOST, ThresholdAlarms
 from uncollapse.records.common import Finding
 from uncollapse.records.trail import Alarm, TrailReading
 
@@ -53,6 +53,19 @@ def test_a_stream_that_was_healthy_and_falls_is_one_alarm() -> None:
     assert alarm.step == 5 * (len(FRESH) + 6)  # the second look over the threshold
     (alarm,) = raised((0.9, *[CONSENSUS * 0.9] * 4))
     assert alarm.step == 10
+
+
+def test_a_part_that_never_lived_is_no_alarm_however_long_it_is_dead() -> None:
+    key = "DEAD-MLP/block.1/mlp"
+    dead = {key: Finding("DEAD-MLP", "dead-component", "warning", 1, None, 0.0, 1e-7, "It adds nothing.", "", "")}
+    for first, count in (({key: MOST}, 0), ({}, 1)):
+        alarms = ThresholdAlarms()
+        alarms.look(0, first, dead, {1})
+        raised = [a for step in range(1, 60) for a in alarms.look(step, {key: MOST}, dead, {1})[0]]
+        assert [a.step for a in raised] == [2] * count
+    alarms = ThresholdAlarms()  # another block was seen, this one was not
+    alarms.look(0, {}, dead, {0, None})
+    assert not [a for step in range(1, 60) for a in alarms.look(step, {key: MOST}, dead, {0, 1})[0]]
 
 
 def test_a_trend_is_news_only_of_a_place_that_was_healthy() -> None:

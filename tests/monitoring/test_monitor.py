@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import IO
@@ -27,6 +28,7 @@ from tests.helpers.own_models import OwnGPT
 from tests.helpers.tiny_models import FAMILIES, text_batch
 from tests.monitoring.test_bit_identical import gpt2, plain, probe
 from uncollapse import records
+from uncollapse.monitoring import monitor as monitor_module
 from uncollapse.records import trail
 from uncollapse.records.trail import TrailRecord, line
 
@@ -164,6 +166,122 @@ def test_numbers_that_are_not_finite_are_an_alarm_at_once() -> None:
     assert json.loads(line(monitor.readings[-1]))["alarms"]  # `line` refuses what is not finite
 
 
+# Parts that die ------------------------------------------------------------------------------------------------------
+
+
+def head_writes_nothing(model: nn.Module) -> None:
+    model.blocks[1].attention.out.weight[:, 8:16] = 0
+
+
+def head_reads_nothing(model: nn.Module) -> None:
+    model.blocks[1].attention.qkv.weight[72:80] = 0
+    model.blocks[1].attention.qkv.bias[72:80] = 0
+
+
+def attention_writes_nothing(model: nn.Module) -> None:
+    model.blocks[2].attention.out.weight.zero_()
+    model.blocks[2].attention.out.bias.zero_()
+
+
+def mlp_writes_nothing(model: nn.Module) -> None:
+    model.blocks[2].mlp[2].weight.zero_()
+    model.blocks[2].mlp[2].bias.zero_()
+
+
+def mlp_writes_a_constant(model: nn.Module) -> None:
+    model.blocks[0].mlp[2].weight.zero_()
+
+
+def block_does_nothing(model: nn.Module) -> None:
+    attention_writes_nothing(model)
+    mlp_writes_nothing(model)
+
+
+Plant = Callable[[nn.Module], None]
+
+
+def dying(plants: dict[int, Plant], steps: int = 10, trail: Path | None = None) -> uc.Monitor:
+    """A model looked at after each step; `plants` says what is done to it before which."""
+    model = OwnGPT()
+    monitor = uc.Monitor(model, [{"idx": probe()[0]["input_ids"]}], every=1, trail=trail)
+    for step in range(steps):
+        with torch.no_grad():
+            plants.get(step, lambda _: None)(model)
+        monitor.step(step)
+    return monitor
+
+
+def healed(model: nn.Module) -> None:
+    model.load_state_dict(OwnGPT().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("plant", "code", "block", "head"),
+    [
+        (head_writes_nothing, "DEAD-HEAD", 1, 1),
+        (head_reads_nothing, "DEAD-HEAD", 1, 1),
+        (attention_writes_nothing, "DEAD-ATTENTION", 2, None),
+        (mlp_writes_nothing, "DEAD-MLP", 2, None),
+        (mlp_writes_a_constant, "CONSTANT-UPDATE", 0, None),
+        (block_does_nothing, "DEAD-BLOCK", 2, None),
+    ],
+)
+def test_a_part_that_dies_is_one_alarm_and_one_that_never_lived_is_none(
+    plant: Plant, code: str, block: int, head: int | None
+) -> None:
+    alarms = dying({4: plant}).alarms
+    assert [(a.step, a.onset, a.code, a.phenomenon, a.block, a.head) for a in alarms] == [
+        (5, 4, code, "dead-component", block, head)
+    ]
+    assert alarms[0].remedy
+    assert dying({0: plant}).alarms == []
+
+
+def test_a_part_that_lives_again_is_said_to_be_over_and_may_die_again() -> None:
+    monitor = dying({0: mlp_writes_nothing, 1: healed, 8: mlp_writes_nothing, 10: healed, 16: mlp_writes_nothing}, 20)
+    key = "DEAD-MLP/block.2/mlp"
+    assert [(a.step, a.key) for a in monitor.alarms] == [(9, key), (17, key)]
+    assert [r.step for r in monitor.readings if key in r.cleared] == [12]
+
+
+def test_an_attention_inside_a_dead_block_is_not_said_to_live_again() -> None:
+    monitor = dying({4: attention_writes_nothing, 7: mlp_writes_nothing}, 14)
+    assert [(a.step, a.code) for a in monitor.alarms] == [(5, "DEAD-ATTENTION"), (8, "DEAD-BLOCK")]
+    assert not any(r.cleared for r in monitor.readings)
+
+
+def test_two_heads_of_one_block_are_two_alarms() -> None:
+    def second(model: nn.Module) -> None:
+        model.blocks[1].attention.out.weight[:, 24:] = 0
+
+    monitor = dying({3: head_writes_nothing, 6: second})
+    assert [(a.step, a.head) for a in monitor.alarms] == [(4, 1), (7, 3)]
+    assert monitor.readings[-1].sites["dead_parts"] == [0.0, 0.0, 2.0, 0.0]
+
+
+def test_a_dead_part_is_remembered_across_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    dying({3: head_writes_nothing}, 4, path)  # dead for one look: no alarm yet
+    model = OwnGPT()
+    with torch.no_grad():
+        head_writes_nothing(model)
+    again = uc.Monitor(model, [{"idx": probe()[0]["input_ids"]}], every=1, trail=path)
+    assert [(a.step, a.onset, a.code) for a in again.step(4)] == [(4, 3, "DEAD-HEAD")]
+    third = uc.Monitor(model, [{"idx": probe()[0]["input_ids"]}], every=1, trail=path)
+    assert "DEAD-HEAD" not in [a.code for a in third.step(5)]
+
+
+def test_nothing_is_said_of_parts_that_are_not_watched() -> None:
+    model = OwnGPT()
+    monitor = uc.Monitor(model, [{"idx": probe()[0]["input_ids"]}], every=1, watch=["tokens", "attention"])
+    for step in range(5):
+        with torch.no_grad():
+            mlp_writes_nothing(model)
+        monitor.step(step)
+    assert monitor.alarms == []
+    assert "dead_parts" not in monitor.readings[0].sites
+
+
 def test_the_model_is_freed_with_its_monitor() -> None:
     model = gpt2()
     monitor = uc.Monitor(model, probe(), every=1)
@@ -208,6 +326,21 @@ def test_every_reading_is_a_line_that_can_be_read_while_the_file_grows(tmp_path:
     again = tmp_path / "again.json"
     uc.load(path).to_json(again)
     assert uc.load(again) == uc.load(path)
+
+
+def test_with_a_trail_only_the_last_readings_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor_module, "IN_MEMORY", 3)
+    first = watched(tmp_path / "run.jsonl", range(5))
+    again = watched(tmp_path / "run.jsonl", range(5, 9))
+    for monitor, steps in ((first, 5), (again, 9)):
+        assert monitor.record is not None
+        assert len(monitor.record.readings) == 3
+        assert [r.step for r in monitor.readings][:steps] == list(range(steps))
+    assert again.readings[0].loss == 3.5
+    alone = uc.Monitor(gpt2(), probe(), every=1)
+    for step in range(5):
+        alone.step(step)
+    assert [r.step for r in alone.readings] == list(range(5))
 
 
 def test_figures_survive_the_file_to_six_digits(tmp_path: Path) -> None:
@@ -371,7 +504,7 @@ def test_what_was_read_survives_kill_9(tmp_path: Path) -> None:
         ({"every": 0}, "every=1 or more"),
         ({"patience": 0}, "patience=1 or more"),
         ({"false_alarms": 0}, "between 0 and 1"),
-        ({"watch": ["tokns"]}, "tokens, corpus, experts, attention, heads, weights"),
+        ({"watch": ["tokns"]}, "tokens, corpus, experts, attention, heads, parts, weights"),
         ({"watch": "tokens"}, "tokens, corpus, experts"),
         ({"baseline": 3}, "a diagnosis or a trail"),
         ({"trail": "no/such/folder/run.jsonl"}, "a trail that can be written"),

@@ -18,11 +18,17 @@ def raised(looks: list[tuple[int, float]]) -> list[Alarm]:
 
 
 def test_a_steady_rise_is_an_alarm_once_with_the_steps_that_are_left() -> None:
-    (alarm,) = raised([(10 * look, -1.3 + 0.05 * look) for look in range(20)])
+    (alarm,) = raised([(10 * look, -0.68 + 0.03 * look) for look in range(20)])
     assert (alarm.code, alarm.against, alarm.severity, alarm.onset) == ("ENTROPY-FROZEN", "trend", "warning", 0)
     assert alarm.step < 200
-    left = round((1.3 - 0.05 * alarm.step / 10) / 0.005, -2)  # to one digit
+    left = round((0.68 - 0.03 * alarm.step / 10) / 0.003, -2)  # to one digit
     assert f"about {left:.0f} steps" in alarm.message
+
+
+def test_a_steady_rise_among_healthy_distances_is_none() -> None:
+    """Thresholds are half of the smallest healthy distance: whatever is farther than twice the threshold is healthy."""
+    assert raised([(10 * look, -1.3 + 0.03 * look) for look in range(20)]) == []
+    assert raised([(10 * look, -1.3 + 0.03 * look) for look in range(24)])
 
 
 def test_what_goes_up_and_down_is_none() -> None:

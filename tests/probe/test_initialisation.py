@@ -178,3 +178,49 @@ def test_parameters_without_entries_say_nothing() -> None:
     for layer in given.model.layers:
         layer.input_layernorm.weight = nn.Parameter(torch.empty(0))
     assert initialisation.evidence(given, anatomy, [0])[0].initial
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+@pytest.mark.parametrize("scale", [1.0, 0.02])
+def test_a_random_draw_is_one_in_every_number_format(dtype: torch.dtype, scale: float) -> None:
+    torch.manual_seed(0)
+    held = nn.Module()
+    held.weight = nn.Parameter((scale * torch.randn(96, 192)).to(dtype), requires_grad=False)
+    assert initialisation._drawn(held, "weight", held.weight) == []
+    assert initialisation._size(held.weight) == pytest.approx(scale, rel=0.05)
+
+
+def test_small_weights_are_judged_as_large_ones() -> None:
+    """Their squares and fourth powers are no numbers of single precision."""
+    torch.manual_seed(0)
+    drawn = torch.randn(96, 192)
+    learnt = drawn * torch.linspace(0.2, 1.8, 192)
+    for weight in (drawn, learnt):
+        large, small = (initialisation._traces(weight * scale) for scale in (1.0, 1e-15))
+        assert [t.words for t in large] == [t.words for t in small]
+        assert [t.share for t in large] == pytest.approx([t.share for t in small], rel=1e-3)
+
+
+def test_what_is_outside_the_blocks_is_asked_once_for_each_state_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = model("gpt2")
+    with torch.no_grad():
+        given.transformer.h[1].ln_1.weight[0] += 0.01  # a trace, so that the rest of the model is asked
+    anatomy = proved_anatomy(given, {"input_ids": torch.arange(14).view(2, 7)})
+    asked: list[torch.Size] = []
+
+    def counted(p: Tensor, real: Any = initialisation._learnt) -> float:
+        asked.append(p.shape)
+        return float(real(p))
+
+    monkeypatch.setattr(initialisation, "_learnt", counted)
+    first = initialisation.evidence(given, anatomy, [0, 1, 2])
+    assert len(asked) == 2  # the table of words, which is the output layer too, and that of positions
+    assert initialisation.evidence(given, anatomy, [0, 1, 2]) == first
+    assert first[1].initial
+    assert len(asked) == 2
+    with torch.no_grad():
+        given.lm_head.weight.add_(torch.outer(torch.randn(64), torch.randn(64)))
+    assert not initialisation.evidence(given, anatomy, [1])[1].initial
+    assert len(asked) == 3

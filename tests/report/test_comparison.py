@@ -94,3 +94,21 @@ def test_a_logit_that_became_zero_is_the_one_that_moved_most() -> None:
     tile = draw(replace(record, heads=heads)).split("<dt>logits moved most</dt>")[1].split("</dd>")[0]
     assert "<b>8.21 → 0</b>" in tile
     assert f"block {gone.block}, head {gone.head}" in tile
+
+
+def test_more_than_two_are_drawn_together() -> None:
+    record = samples.compared_three()
+    page = Page(draw(record))
+    well_formed_and_accessible({"page": page}, "page")
+    lines = {row["line"] for row in page.rows_of("depth-consensus-after-norm", "line")}
+    assert lines == {"first", "second", "third"}
+    for number, pair in ((0, record.pairs[0]), (1, record.pairs[1])):
+        ending = f"-of-{number + 2}" if number else ""
+        drawn = cells(page, f"map-max-logit-self-change{ending}")
+        for row, change in enumerate(pair.heads):
+            if change.measure == "max_logit":
+                cell = drawn[change.block or 0, change.head or 0]
+                assert cell["value"] == pytest.approx(math.log2(change.after / change.before))
+                assert cell["row"] == f"heads-table{ending}-{row}"
+    assert "map-max-logit-self-after" not in page.charts()  # the maps would be too many
+    assert "Something got worse in 1 of 2, compared with first." in page.words

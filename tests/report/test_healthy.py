@@ -74,8 +74,9 @@ def causal(is_causal: bool | None, placement: str, name: str = "a model") -> Any
         (False, "post", "6 healthy models with a full mask and post norm"),
         (True, "pre", "7 healthy models with a causal mask and pre norm"),
         (True, "sandwich", "9 healthy models with a causal mask"),
-        (False, "pre", "8 healthy models with a full mask"),
-        (None, "pre", "17 healthy models"),
+        (False, "pre", "3 healthy models with a full mask and pre norm"),
+        (False, "sandwich", "9 healthy models with a full mask"),
+        (None, "pre", "18 healthy models"),
     ],
 )
 def test_a_model_is_compared_with_those_of_its_kind(is_causal: bool | None, placement: str, kind: str) -> None:
@@ -121,7 +122,7 @@ def test_an_encoder_and_a_decoder_are_compared_with_all() -> None:
     record = causal(False, "post")
     blocks = [*record.anatomy.blocks[:3], *causal(True, "post").anatomy.blocks[3:]]
     mixed = replace(record, anatomy=replace(record.anatomy, blocks=blocks))
-    assert references(mixed).kind == "17 healthy models"
+    assert references(mixed).kind == "18 healthy models"
 
 
 def test_figures_are_shares_where_sizes_differ() -> None:
@@ -268,8 +269,8 @@ def test_a_comparison_has_the_references_of_what_both_models_are() -> None:
     assert references(record).kind == "5 other healthy models with a full mask and post norm"
     one, other = record.models
     mixed = replace(record, models=[one, replace(other, norm_placement="pre", name="another")])
-    assert references(mixed).kind == "7 other healthy models with a full mask"
-    assert references(replace(record, is_causal=None)).kind == "16 other healthy models"
+    assert references(mixed).kind == "8 other healthy models with a full mask"
+    assert references(replace(record, is_causal=None)).kind == "17 other healthy models"
     kind, page = references(record), Page(draw(record))
     figures = page.text.split("<figure")[1:]
     beside = [figure for figure in figures if "Healthy models:" in figure]
@@ -313,7 +314,7 @@ def test_a_run_has_those_of_the_model_that_trains(tmp_path: Path) -> None:
     assert f"Healthy models: {kind.beside('max_logit').removeprefix('healthy ')}." in page.text
     assert f"Healthy models: highest {kind.worst('max_logit')}." in page.text
     assert f"largest logit {kind.worst('max_logit').replace(' … ', ' to ')}." in printed(record)
-    assert references(replace(record, is_causal=None)).kind == "17 healthy models"  # a trail of before
+    assert references(replace(record, is_causal=None)).kind == "18 healthy models"  # a trail of before
 
 
 def test_an_attribution_says_what_random_weights_have() -> None:

@@ -76,6 +76,38 @@ def test_queries_made_alike_are_query_weights_at_zero_beside_the_bias_that_gives
     assert all(a.value_contraction and a.value_contraction.mean > 1e-3 for a in attention if a.block == 1)
 
 
+def test_a_common_part_added_is_one_vector_for_all_tokens_from_its_block_on() -> None:
+    model, batches, anatomy = built("gpt2")
+    entries: dict[int, Tensor] = {}
+
+    def noting(block: int) -> Any:
+        return model.h[block].register_forward_hook(lambda _, __, out, b=block: entries.update({b: out}))
+
+    hooks = [noting(block) for block in range(len(model.h))]
+    whole = output(model, batches)
+    before = dict(entries)
+    with planting.common_part_added(model, anatomy, 1, 4.0, seed=0):
+        changed = output(model, batches)
+    after = dict(entries)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(before[0], after[0])
+    with torch.no_grad():
+        model.h[1].mlp.c_proj.weight.zero_()  # so that what was added is all that differs
+        model.h[1].mlp.c_proj.bias.zero_()
+        seen = []
+        with model.h[1].register_forward_hook(lambda _, __, out: seen.append(out)):
+            output(model, batches)
+            for _ in range(2):
+                with planting.common_part_added(model, anatomy, 1, 4.0, seed=0):
+                    output(model, batches)
+    added = seen[1] - seen[0]
+    torch.testing.assert_close(added, added[:1, :1].expand_as(added))
+    assert float(added[0, 0].norm() / seen[0].norm(dim=-1).median()) == pytest.approx(4, rel=1e-3)
+    assert torch.equal(seen[1], seen[2])
+    assert not torch.allclose(changed, whole)
+
+
 def test_a_residual_scaled_to_nothing_is_a_residual_removed() -> None:
     model, batches, anatomy = built("gpt2")
     with planting.residual_scaled(model, anatomy, 1, 0.0):
@@ -255,24 +287,42 @@ def test_what_is_kept_of_an_output_is_its_differences_between_tokens() -> None:
 
 
 def test_a_reader_tells_apart_what_lies_apart_and_not_what_came_together() -> None:
-    """Eight tokens, each somewhere of its own with a little noise: all ln 8 nats. Shrunk to a hundredth they are lost to whoever
-    reads in the old scale, and turned they are lost to whoever does not learn anew."""
+    """Twenty-four tokens with noise around eight places, 16 features. Shrunk to a hundredth they are lost to whoever reads in the
+    old scale. Turned, or anywhere else, they are lost to whoever does not learn anew, and to nobody else: they only moved."""
     torch.manual_seed(0)
-    ids = torch.arange(8).repeat(2, 3)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    healthy = torch.randn(8, 16, dtype=torch.float64)[ids] + 0.05 * torch.randn(2, 24, 16, dtype=torch.float64)
+    batch = {"attention_mask": torch.ones(2, 24)}
+    batch["attention_mask"][1, 20:] = 0
+    healthy = torch.randn(8, 16, dtype=torch.float64).repeat(3, 1) + torch.randn(2, 24, 16, dtype=torch.float64)
     learnt = planting.reader([healthy], [batch])
     whole = learnt.told_apart([healthy], [batch])
-    assert 0.8 * math.log(8) < whole < math.log(8)
-    together = healthy.mean() + 0.01 * (healthy - healthy.mean())
-    anew = planting.reader([together], [batch], learnt.scale)
-    assert anew.told_apart([together], [batch]) < 0.1 * whole
+    assert 0.7 * math.log(20) < whole < math.log(24)
+
+    def anew(states: torch.Tensor) -> float:
+        return planting.reader([states], [batch], learnt.scale).told_apart([states], [batch]) / whole
+
+    assert anew(healthy.mean() + 0.01 * (healthy - healthy.mean())) < 0.1
     turned = healthy @ torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64))[0]
-    again = planting.reader([turned], [batch], learnt.scale)
-    assert again.told_apart([turned], [batch]) > 0.8 * whole
+    elsewhere = healthy.std() * torch.randn_like(healthy)
+    for moved in (turned, elsewhere, healthy + 7):
+        assert anew(moved) > 0.9
+    assert learnt.told_apart([elsewhere], [batch]) < 0.9 * whole
+    padded = healthy.clone()
+    padded[1, 20:] = 1e6
+    assert anew(padded) == pytest.approx(1)
     equal = torch.ones_like(healthy)
     assert learnt.told_apart([equal], [batch]) == pytest.approx(0, abs=1e-12)
     assert planting.reader([equal / 0], [batch]).told_apart([equal / 0], [batch]) == 0
+
+
+def test_a_reader_has_reached_the_optimum_of_its_regression() -> None:
+    """Held against the gradient of the penalised loss, formed by hand."""
+    torch.manual_seed(0)
+    states = torch.randn(1, 12, 30, dtype=torch.float64)
+    found = planting.reader([states], [{"attention_mask": torch.ones(1, 12)}])
+    z = (states[0] - states[0].mean(0)) / states[0].std(0)
+    p = (z @ found.weights[0]).softmax(-1)
+    gradient = z.T @ (p - torch.eye(12)) / 12 + 2e-3 * found.weights[0]
+    assert float(gradient.abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize(("kept", "is_harmed"), [(0.51, False), (0.49, True), (None, False)])

@@ -1,4 +1,5 @@
-"""`compare`: two diagnoses beside each other. Base against fine-tune, checkpoint against checkpoint, model against mended model."""
+"""`compare`: diagnoses beside each other, the first as the base. Base against fine-tune, checkpoint against checkpoint, model
+against mended model."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from uncollapse.errors import InputError
 from uncollapse.judgement import comparison
 from uncollapse.records import load
 from uncollapse.records.common import SEVERITIES, Finding
-from uncollapse.records.comparison import COMPARISON_SCHEMA, Change, ComparisonRecord
+from uncollapse.records.comparison import COMPARISON_SCHEMA, Change, ComparisonRecord, Further
 from uncollapse.records.diagnosis import DiagnosisRecord
 
 Given = DiagnosisRecord | Recorded[Any] | str | os.PathLike[str]
@@ -24,26 +25,55 @@ class Comparison(Recorded[ComparisonRecord]):
 
     @property
     def findings(self) -> list[Finding]:
-        """What got worse, most severe first."""
-        return self.record.findings
+        """What got worse, most severe first; with several records, record after record."""
+        return [finding for pair in self.record.pairs for finding in pair.findings]
 
     @property
     def moved(self) -> list[Change]:
         """The figures that changed by more than two probes differ, block by block and head by head."""
-        return [change for change in (*self.record.sites, *self.record.heads) if change.moved]
+        return [change for pair in self.record.pairs for change in (*pair.sites, *pair.heads) if change.moved]
+
+    @property
+    def pairs(self) -> list[Comparison]:
+        """The first record beside each other one."""
+        return [Comparison(pair) for pair in self.record.pairs]
 
 
-def compare(a: Given, b: Given) -> Comparison:
+def compare(a: Given, b: Given, *more: Given) -> Comparison:
     """What changed from diagnosis `a` to diagnosis `b`, block by block and head by head.
 
-    a, b: what `diagnose` returned, its record, or a path to one. Their models must have the same blocks and heads.
+    a, b: what `diagnose` returned, its record, or a path to one. Their models must have the same blocks and heads. more: further
+    ones. `a` is the base: each of the others is compared with it, and `pairs` has them one by one. For checkpoint after
+    checkpoint, call `compare` for each two neighbours.
 
     If both were measured on the same probe (their records carry a fingerprint of it), every figure is compared. If not, noise is
     estimated from the sequences of each, and single heads are not compared: their figures depend on the text too much.
 
     Raises `InputError` for other records, and for models of different shape.
     """
-    before, after = _diagnosis(a), _diagnosis(b)
+    before, after, *others = (_diagnosis(given) for given in (a, b, *more))
+    names = _names([before, after, *others])
+    return Comparison(
+        ComparisonRecord(
+            schema=COMPARISON_SCHEMA,
+            versions=versions(),
+            models=[each.model for each in (before, after, *others)],
+            probes=[each.probe for each in (before, after, *others)],
+            **_beside(before, after),
+            further=[Further(name, **_beside(before, other)) for name, other in zip(names[2:], others, strict=True)],
+            is_causal=_of_all([None if r.anatomy is None else r.anatomy.is_causal for r in (before, after, *others)]),
+        )
+    )
+
+
+def _names(records: list[DiagnosisRecord]) -> list[str]:
+    """What each is called: its model's name, numbered where several bear the same."""
+    own = [record.model.name for record in records]
+    return [name if own.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(own, 1)]
+
+
+def _beside(before: DiagnosisRecord, after: DiagnosisRecord) -> dict[str, Any]:
+    """What a comparison says of two: the fields of `Further`."""
     _require_alike(before, after)
     prints = before.probe.fingerprint, after.probe.fingerprint
     same = prints[0] == prints[1] if all(prints) else None
@@ -65,27 +95,20 @@ def compare(a: Given, b: Given) -> Comparison:
     found = sorted(
         [*appeared, *worse], key=lambda f: (-SEVERITIES.index(f.severity), -1 if f.block is None else f.block)
     )
-    return Comparison(
-        ComparisonRecord(
-            schema=COMPARISON_SCHEMA,
-            versions=versions(),
-            models=[before.model, after.model],
-            probes=[before.probe, after.probe],
-            same_probe=same,
-            sites=sites,
-            heads=heads,
-            smallest=comparison.smallest([*sites, *heads]),
-            appeared=appeared,
-            gone=gone,
-            findings=found,
-            unavailable=unavailable,
-            is_causal=_of_both(*(None if r.anatomy is None else r.anatomy.is_causal for r in (before, after))),
-        )
-    )
+    return {
+        "same_probe": same,
+        "sites": sites,
+        "heads": heads,
+        "smallest": comparison.smallest([*sites, *heads]),
+        "appeared": appeared,
+        "gone": gone,
+        "findings": found,
+        "unavailable": unavailable,
+    }
 
 
-def _of_both(one: bool | None, other: bool | None) -> bool | None:
-    return one if one == other else None
+def _of_all(said: list[bool | None]) -> bool | None:
+    return said[0] if len(set(said)) == 1 else None
 
 
 def _diagnosis(given: Given) -> DiagnosisRecord:

@@ -12,15 +12,17 @@ whether rows sum to one is found on the live model (`proof`, and in each measure
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from uncollapse.anatomy.masking import BY_RESULT
 from uncollapse.anatomy.operands import FUSED
-from uncollapse.anatomy.tracing import Trace
+from uncollapse.anatomy.tracing import PASSES, Trace
 
-MASKING = frozenset(["add", "sub", "masked_fill", "where", "mul", "setitem", "masked_scatter"])
+MASKING = frozenset(["add", "sub", "masked_fill", "where", "mul", "setitem"])
 _CHOICES = frozenset(["getitem", "index_select", "gather", "index", "take", "chunk", "split", "unbind"])
 _ADDING = frozenset(["baddbmm", "addmm"])
+_JOINS = frozenset(["cat", "concat", "concatenate"])
 _JOINING = frozenset(["add", "sub", "masked_fill", "where", "setitem"])
 _SOFTMAXES = frozenset(["softmax", "special_softmax", "log_softmax"])
 _EXPONENTIALS = frozenset(["exp", "exp2"])
@@ -181,6 +183,43 @@ def _logits(t: Trace, score: int, similarity: Iterable[int]) -> int:
     return given
 
 
+def has_other_data(t: Trace, values: int) -> bool:
+    """Whether the values of a product are joined of several that were each learned from what the model was given: those of its own
+    stream and those of another, say. Virtual tokens were not."""
+    given = sum(1 << node.index for node in t.nodes if node.operation == "batch")
+    frontier, seen = [values], set[int]()
+    while frontier:
+        index = frontier.pop()
+        node = t.nodes[index]
+        if index in seen:
+            continue
+        seen.add(index)
+        if (
+            node.operation in _JOINS
+            and sum(t.is_learned_from(i) and bool(t.ancestors[i] & given) for i in node.inputs) > 1
+        ):
+            return True
+        if node.operation in PASSES:
+            frontier.extend(node.inputs)
+    return False
+
+
+def serves_weights(
+    t: Trace, product: int, products: Mapping[int, MixingProduct], stream: int, targets: Collection[int]
+) -> bool:
+    """Whether what a product mixes reaches the `targets` through the weights of others alone: it takes part in choosing whom these
+    attend to, and mixes nothing that is added. `stream`: where the way back ends."""
+    crossed: set[int] = set()
+    frontier = list(targets)
+    while frontier:
+        met = behind(t, frontier, lambda i: i not in products and i != stream) & products.keys()
+        if product in met:
+            return False
+        frontier = [products[i].values for i in met - crossed]
+        crossed |= met
+    return True
+
+
 def making(t: Trace, operand: int) -> tuple[int, ...]:
     """How an operand of the logits came to hold a mask beside a bias, if it does: the values, in order, that an addition, a filling
     or a choice made on the way to it, and those that were made of these."""
@@ -202,6 +241,10 @@ def making(t: Trace, operand: int) -> tuple[int, ...]:
 def _masking(t: Trace, between: Iterable[int], similarity: Iterable[int]) -> tuple[tuple[int, int], ...]:
     """The nodes that may forbid a pair: they take the logits or weights, and something that nothing learned has made."""
     products = set(similarity)
+
+    def of_them(index: int) -> bool:
+        return index in products or any(t.depends(index, p) for p in products)
+
     # A product that adds something to its logits adds its first operand: nn.MultiheadAttention's mask.
     found = [
         (p, 0)
@@ -210,11 +253,14 @@ def _masking(t: Trace, between: Iterable[int], similarity: Iterable[int]) -> tup
     ]
     for index in between:
         node = t.nodes[index]
+        if node.operation in BY_RESULT:
+            own = [number for number, i in enumerate(node.inputs) if t.nodes[i].shape == node.shape and of_them(i)]
+            if len(own) == 1 and not any(t.is_learned_from(i) for i in node.inputs if not of_them(i)):
+                found.append((index, own[0]))
         if node.operation not in MASKING:
             continue
         for number, operand in enumerate(node.inputs):
-            on_the_way = operand in products or any(t.depends(operand, p) for p in products)
-            if not on_the_way and not t.is_learned_from(operand):
+            if not of_them(operand) and not t.is_learned_from(operand):
                 found.append((index, number))
                 break
     return tuple(found)

@@ -15,6 +15,10 @@ from uncollapse.anatomy.tracing import operands_of, operation_name, writes_in_pl
 _ADDITIONS = {"add", "sub"} | ADDING_PRODUCTS  # the first operand of an adding product may be a mask on its logits
 
 
+# What these do to the pairs is told by their result: the operand that takes part is the logits' or the weights' own.
+BY_RESULT = frozenset(
+    ["tril", "triu", "minimum", "fmin", "addcmul", "lerp", "einsum", "scatter", "index_fill", "masked_scatter"]
+)
 LEAST_SHARE = 1e-30  # a weight below this share of its row's largest is the weight of a forbidden pair
 FAR_BELOW = math.log(LEAST_SHARE)  # of a logit: 69 nats below the row's best
 
@@ -55,8 +59,25 @@ def forbids_and_shifts(
     if name not in _ADDITIONS:
         return False
     mask = operands_of(name, tuple(args), kwargs)[operand]
-    forbidden, shifts = forbidden_by_addition(-mask if name == "sub" else mask)
+    forbidden, shifts = forbidden_by_addition(_times(mask, factor_of(function, kwargs)))
     return forbidden is not None and shifts
+
+
+def factor_of(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> float:
+    """By what an operation multiplies the mask that it adds to the logits: -1 where it subtracts it."""
+    name = operation_name(function)
+    factor = kwargs.get("beta" if name in ADDING_PRODUCTS else "alpha", 1)
+    return -float(factor) if name == "sub" else float(factor)
+
+
+def _times(mask: Tensor, factor: float) -> Tensor:
+    return mask if factor == 1 or not mask.is_floating_point() else mask * factor
+
+
+def out_of_reach(dtype: torch.dtype, factor: float) -> float:
+    """What an operation adds `factor` times to a logit to put its pair out of reach."""
+    bounds = torch.finfo(dtype)
+    return min(max(bounds.min / factor, bounds.min), bounds.max)
 
 
 def _far_below(operand: Tensor) -> Tensor | None:
@@ -84,15 +105,17 @@ def forbidden_by_step(
     name = operation_name(function)
     mask = operands_of(name, tuple(args), kwargs)[operand]
     found: Tensor | None = None
-    if name in _ADDITIONS and after_softmax is not True:
-        found, _ = forbidden_by_addition(-mask if name == "sub" else mask)
+    if name in BY_RESULT:
+        found = _forbidden_by_result(mask, result, after_softmax)
+    elif name in _ADDITIONS and after_softmax is not True:
+        found, _ = forbidden_by_addition(_times(mask, factor_of(function, kwargs)))
     elif name == "mul":
         if after_softmax is not False and mask.numel() > 1 and bool(((mask == 0) | (mask == 1)).all()):
             found = mask == 0
     elif name in {"masked_fill", "setitem"} and mask.dtype == torch.bool:
         if _forbids(args[2] if len(args) > 2 else kwargs.get("value"), after_softmax):
             found = mask
-    elif name == "where" and mask.dtype == torch.bool and operand == 0:
+    elif name == "where" and mask.dtype == torch.bool:
         first, second = _alternatives(args, kwargs)
         if isinstance(first, Tensor) and first.shape == result.shape and _forbids(second, after_softmax):
             found = ~mask
@@ -104,6 +127,19 @@ def forbidden_by_step(
     return found if fits else None
 
 
+def _forbidden_by_result(given: Tensor, result: Tensor, after_softmax: bool | None) -> Tensor | None:
+    """The pairs that an operation put out of reach, as told by logits or weights before and after it: all others stay what they
+    were. None where it does anything else."""
+    if given.shape != result.shape or not result.is_floating_point():
+        return None
+    gone = torch.zeros_like(result, dtype=torch.bool)
+    if after_softmax is not False:
+        gone |= (result == 0) & (given != 0)
+    if after_softmax is not True:
+        gone |= result <= given + FAR_BELOW
+    return gone if bool(((given == result) | gone).all()) else None
+
+
 def result_shape(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
     """The shape of what an operation between logits and weights will return."""
     name = operation_name(function)
@@ -112,6 +148,8 @@ def result_shape(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
         return (*given[1].shape[:-1], given[2].shape[-1])
     if name == "setitem":
         return tuple(given[0].shape)
+    if name in BY_RESULT:
+        return tuple(max((t.shape for t in given), key=len))
     return tuple(torch.broadcast_shapes(*(t.shape for t in given)))
 
 
@@ -128,14 +166,23 @@ def step_without(
     name = operation_name(function)
     given = dict(kwargs)
     mask = operands_of(name, args, given)[operand]
+    if name in BY_RESULT:
+        result = function(*args, **given)
+        forbidden = None if writes_in_place(function) else _forbidden_by_result(mask, result, after_softmax)
+        if forbidden is None:
+            return result
+        found = torch.where(forbidden, mask, result)
+        least = torch.finfo(result.dtype).min if after_softmax is False else 0.0
+        return laid_like(found if hidden is None else torch.where(hidden, least, found), result)
     if name in _ADDITIONS:
-        forbidden, _ = forbidden_by_addition(-mask if name == "sub" else mask)
+        factor = factor_of(function, given)
+        forbidden, _ = forbidden_by_addition(_times(mask, factor))
         if forbidden is None:
             return function(*args, **given)
         open_mask = mask.masked_fill(forbidden, 0)
         if hidden is not None:
-            least = torch.finfo(mask.dtype).min
-            open_mask = torch.where(hidden, -least if name == "sub" else least, open_mask)
+            reach = out_of_reach(open_mask.dtype, factor) if open_mask.is_floating_point() else 0
+            open_mask = torch.where(hidden, reach, open_mask)
         return _with(function, args, given, mask, laid_like(open_mask, mask))
     if name == "mul":
         if not bool(((mask == 0) | (mask == 1)).all()):

@@ -18,6 +18,8 @@ from torch import Tensor
 from uncollapse.anatomy.operands import Lead, Mixed, UnreadableError, arranged
 from uncollapse.anatomy.vocabulary import AttentionCall
 
+MIXES_FEATURES = "it mixes features, not tokens: one token moves every row of what it mixes"
+
 
 @dataclass(frozen=True)
 class Poked:
@@ -30,8 +32,11 @@ class Poked:
     memory: Mixed | None
 
 
-def located(call: AttentionCall, poked: Poked, tokens: int, *, alone: bool) -> AttentionCall:
+def located(
+    call: AttentionCall, poked: Poked, tokens: int, *, alone: bool, chooses_tokens: bool = False
+) -> AttentionCall:
     """`call` with what its axes hold. `tokens`: of one sequence of the stream. `alone`: the sublayer's only product.
+    `chooses_tokens`: it may answer for some of the tokens.
 
     Raises `UnreadableError` with the reason where pokes do not single out sequences, heads and keys.
     """
@@ -53,12 +58,17 @@ def located(call: AttentionCall, poked: Poked, tokens: int, *, alone: bool) -> A
         raise UnreadableError("nothing that it mixes depends on the tokens")
     before, after = int(keys.int().argmax()), int(keys.flip(0).int().argmax())
     of_tokens = len(keys) - before - after
+    if (before or after) and call.has_other_data and not is_cross:
+        raise UnreadableError("it attends to tokens of its own stream and to those of another at once")
     if int(keys.sum()) != of_tokens:
         raise UnreadableError("keys that are no tokens stand between those that are")
     if bool(rows.all() if is_cross else rows[keys].all()) and len(rows) > 1 and tokens > 1:
-        raise UnreadableError("it mixes features, not tokens: one token moves every row of what it mixes")
+        raise UnreadableError(MIXES_FEATURES)
     heads = math.prod(_sizes(mixed, lead, count, "head"))
     windows = math.prod(_sizes(mixed, lead, count, "window"))
+    if alone and not is_cross and not chooses_tokens and mixed.shape[-2] * windows < tokens:
+        # Pieces of the sequence whose keys overlap: a token is seen by all of two, as by heads.
+        raise UnreadableError(f"each of its slices answers for {mixed.shape[-2] * windows} of {tokens} tokens")
     return replace(
         call,
         lead=lead,

@@ -55,7 +55,8 @@ from uncollapse.anatomy.examples import (
 )
 from uncollapse.anatomy.influence import EVERY, Products, moved, poked, reaches, stream_axes, without_zeros
 from uncollapse.anatomy.interception import Handler, Point
-from uncollapse.anatomy.mixing_proof import Poked, located, placed
+from uncollapse.anatomy.mixing_proof import MIXES_FEATURES, Poked, located, placed
+from uncollapse.anatomy.offloaded_weights import held_weights
 from uncollapse.anatomy.operands import (
     Mixed,
     SeveralChoicesError,
@@ -223,8 +224,11 @@ def _prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None, *,
         known: dict[tuple[int, tuple[int, ...]], StreamAxes] = {}  # by stack and shape of its stream
         for number, (block, run) in enumerate(zip(anatomy.blocks, runs, strict=True)):
             try:
-                with run.entered():  # the norms that the proof repeats by themselves, too
-                    prover = _BlockProof(model, block, run, recorded)
+                prover = _BlockProof(model, block, run, recorded)
+                with contextlib.ExitStack() as stack:
+                    stack.enter_context(run.entered())  # the norms that the proof repeats by themselves, too
+                    if block.module.name in anatomy.own_modules:
+                        stack.enter_context(held_weights(prover.module))
                     prover.check(known, anatomy.stack_of(number))
                     prover.route()
             except UncollapseError:
@@ -668,10 +672,15 @@ class _BlockProof(HeadsWriting):
             first = 2 if memory is None else 3
             pokes = Poked(views[0], views[first:], views[1], None if memory is None else views[2])
             try:
-                known = located(call, pokes, tokens, alone=len(part.attention) == 1)
+                alone = len(part.attention) == 1
+                known = located(call, pokes, tokens, alone=alone, chooses_tokens=self.block.chooses_tokens)
                 found.append(replace(known, masking=self._masking_axes(known, others, sequences)))
             except UnreadableError as error:
                 found.append(replace(call, unreadable=str(error)))
+        choosing = [c for c in found if c.serves_weights and c.unreadable == MIXES_FEATURES]
+        if choosing:  # they only help to choose whom the others attend to, and attend to nothing
+            others_of = tuple(c for c, f in zip(part.attention, found, strict=True) if f not in choosing)
+            return self._mixes(number, replace(part, attention=others_of), stream, axes, reason)
         if any(call.shares_queries for call in found):
             alike = len({(c.heads, c.head_width, c.lead, c.before, c.after) for c in found}) == 1
             if not alike or not all(c.shares_queries for c in found) or not self._in_turn(found, others, axes):

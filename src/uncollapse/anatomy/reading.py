@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.attention_graph import MixingProduct, making, mixing_products
+from uncollapse.anatomy.attention_graph import MixingProduct, has_other_data, making, mixing_products, serves_weights
 from uncollapse.anatomy.interception import Point, device_of
 from uncollapse.anatomy.norm_reading import Piece, cuts, kind_between, next_products, pieces_between
 from uncollapse.anatomy.replaying import between
@@ -414,7 +414,14 @@ class _Reader:
         part_of: dict[int, int] = {found.stream: STREAM}
         if attending:
             scores = list(dict.fromkeys(s for leaf in attending for s in inside[leaf]))
-            calls = tuple(self._attention_call(s) for s in scores)
+            calls = tuple(
+                replace(
+                    self._attention_call(s),
+                    serves_weights=len(scores) > 1
+                    and serves_weights(self.t, s, self.attentions, found.stream, attending),
+                )
+                for s in scores
+            )
             crossing = all(not self.t.depends(self._value_node(s), found.stream) for s in scores)
             name = self.t.calls[self.t.nodes[scores[0]].call].name
             parts.append(Part("cross" if crossing else "attention", calls, name, read=self._read_place(found)))
@@ -579,6 +586,7 @@ class _Reader:
                 for index, operand in found.masking
             ),
             made=self._made(node.inputs[3]) if found.is_fused and len(node.inputs) > 3 else (),
+            has_other_data=has_other_data(self.t, value),
             drops_columns=self._drops_columns(found),
             value_bias=any(map(self._has_bias, self._learned_behind(value))),
             output_bias=projection is not None and any(map(self._has_bias, self._products_of(place, projection))),
@@ -1190,8 +1198,8 @@ class _Reader:
 
     def _require_every_attention(self, blocks: list[Block]) -> None:
         """Refuse a picture that leaves out a block: attention inside a module of a class that is a block elsewhere, or, of a
-        kind that blocks have, inside a member of a list. A pooling head's may stand outside the blocks; what reaches nothing that the
-        model returns, such as the state that a recurrent layer would hand on to a next text, is nobody's."""
+        kind that blocks have, inside a member of a list. A pooling head's may stand outside the blocks. What reaches nothing that
+        the model returns, such as the state that a recurrent layer would hand on to a next text, is nobody's."""
         inside = {c.product for b in blocks for p in b.parts for c in p.attention}
         kinds = {type(self.model.get_submodule(point.owner)) for point in inside}
         classes = {type(self.model.get_submodule(b.module.name)) for b in blocks if not b.label}

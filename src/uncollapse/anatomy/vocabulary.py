@@ -29,6 +29,7 @@ When not to use it: streams that a model keeps in tensors of their own are refus
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -161,7 +162,8 @@ class AttentionCall:
     `similarity` is the product of queries with keys (the fused call itself; None where several are summed before the
     softmax), with the numbers of its two operands. `pair` are the axes of the weights that hold queries and keys, where the
     product leaves that open and pokes told. `drops_columns`: the softmax also ran over columns that mix no value (a sink).
-    `made`: of a fused call, how its mask was made, as in `MaskingStep`.
+    `made`: of a fused call, how its mask was made, as in `MaskingStep`. `has_other_data`: its values are joined of several that
+    come from data. `serves_weights`: what it mixes reaches what the sublayer adds through the weights of other calls alone.
 
     The proof adds what the leading axes of the product hold (`lead`, in order), how many of the keys stand `before` those that
     are tokens and belong to none (a sink's column), whether there are as many keys as the stream has tokens (`keys_of_tokens`)
@@ -197,6 +199,8 @@ class AttentionCall:
     unreadable: str | None = None
     pair: tuple[int, int] | None = None
     made: tuple[Point, ...] = field(default=(), compare=False)
+    has_other_data: bool = False
+    serves_weights: bool = False
 
     @property
     def is_fused(self) -> bool:
@@ -435,6 +439,12 @@ class Anatomy:
     def stack_of(self, block: int) -> int:
         """The number of the stack that the block with this number belongs to."""
         return next(i for i, stack in enumerate(self.stacks) if block in stack.blocks)
+
+    @property
+    def own_modules(self) -> frozenset[str]:
+        """The names of the modules with a single block in their code. One with several may hold the weights of the whole model."""
+        calls = Counter(block.module for block in self.blocks)
+        return frozenset(call.name for call, blocks in calls.items() if blocks == 1)
 
     @property
     def norm_placement(self) -> str:

@@ -42,6 +42,7 @@ from uncollapse.cli.options import (
     MaxTokens,
     Model,
     Models,
+    More,
     Noise,
     Out,
     Parquet,
@@ -678,7 +679,11 @@ The figures that moved, for another program:
 
     uncollapse compare base.json tuned.json --json - | jq '.heads[] | select(.moved)'
 
-Diagnose both on the same text: only then can single heads be compared.
+Several checkpoints beside the one they came from, on one page:
+
+    uncollapse compare base.json step-500.json step-1000.json --html comparison.html
+
+Diagnose all on the same text: only then can single heads be compared.
 
 **Exit codes**: 0 done; 1 done, with a finding at or above --fail-on; 2 the records cannot be used; 130 interrupted.
 """
@@ -686,6 +691,7 @@ Diagnose both on the same text: only then can single heads be compared.
 def compare(
     before: Record,
     after: Record,
+    more: More = None,
     fail_on: FailOn = None,
     json: Json = None,
     html: Html = None,
@@ -693,14 +699,15 @@ def compare(
     parquet: Parquet = None,
     quiet: Quiet = False,
 ) -> None:
-    """Lay two diagnoses beside each other: what changed, block by block and head by head?"""
+    """Lay diagnoses beside each other: what changed since the first, block by block and head by head?"""
 
     def found(_: "Progress | None") -> "Comparison":
         from uncollapse.analyses.comparison import compare as comparison
 
-        return comparison(_stored(before), _stored(after))
+        return comparison(*(_stored(name) for _, name in given))
 
-    reads = Reads([("BEFORE", before), ("AFTER", after)])
+    given = [("BEFORE", before), ("AFTER", after), *((f"RECORD {n}", name) for n, name in enumerate(more or [], 3))]
+    reads = Reads(given)
     carry_out(found, reads=reads, outputs=Outputs(json, html, csv, parquet), quiet=quiet, fail_on=fail_on)
 
 

@@ -23,6 +23,10 @@ Record = Annotated[
         metavar="RECORD", help="A file that `--json`, `to_json` or a monitor wrote; `-` reads it from stdin."
     ),
 ]
+More = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RECORD]...", help="Further records. Each is compared with the first."),
+]
 Models = Annotated[
     list[str],
     typer.Argument(

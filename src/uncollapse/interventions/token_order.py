@@ -26,9 +26,11 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import ChangedPath, Handler, Point, in_turn, intercepted
 from uncollapse.anatomy.masking import (
+    factor_of,
     forbidden_by_addition,
     forbids_and_shifts,
     laid_like,
+    out_of_reach,
     result_shape,
     spread_out,
     step_with,
@@ -208,19 +210,18 @@ def _axes_of(call: AttentionCall) -> list[str | None]:
 
 
 def _bare(
-    operand: Tensor, bare: Tensor | None, hidden: Tensor | None, call: AttentionCall, *, subtracted: bool = False
+    operand: Tensor, bare: Tensor | None, hidden: Tensor | None, call: AttentionCall, factor: float = 1.0
 ) -> Tensor:
     """What an operand of the logits that holds a mask beside a bias is without the mask, with `hidden` pairs out of reach (None:
-    none). `bare`: the same as far as it could be made.
+    none). `bare`: the same as far as it could be made. `factor`: by what it is multiplied when it is added.
 
     Raises `UnsupportedModel` where it could not, where a pair is still out of reach, or where the bias would be another one."""
-    sign = -1 if subtracted else 1
-    forbidden, _ = forbidden_by_addition(sign * operand)
+    forbidden, _ = forbidden_by_addition(factor * operand)
     assert forbidden is not None
     is_told = bare is not None and bare.shape == operand.shape
     if is_told:
         assert bare is not None
-        remains, _ = forbidden_by_addition(sign * bare)
+        remains, _ = forbidden_by_addition(factor * bare)
         is_told = remains is None or (hidden is not None and not bool((remains & ~hidden).any()))
         is_told = is_told and bool(((bare == operand) | forbidden).all())
     if not is_told:
@@ -232,7 +233,7 @@ def _bare(
             f"is not known. {advice}, or remove another component."
         )
     assert bare is not None
-    return bare if hidden is None else torch.where(hidden, sign * torch.finfo(bare.dtype).min, bare)
+    return bare if hidden is None else torch.where(hidden, out_of_reach(bare.dtype, factor), bare)
 
 
 def _opened(mask: Tensor, shown: Tensor | None) -> Tensor:
@@ -266,9 +267,8 @@ def _unmasked_step(step: MaskingStep, padding: _Padding, call: AttentionCall, ba
             real = _with_other_keys(real, keys[0], call) if len(keys) == 1 else real
             hidden = spread_out(~real, step.axes, shape)
         if forbids_and_shifts(function, args, kwargs, step.operand):
-            name = operation_name(function)
-            mask = operands_of(name, args, kwargs)[step.operand]
-            bare = _bare(mask, bares.of(mask), hidden, call, subtracted=name == "sub")
+            mask = operands_of(operation_name(function), args, kwargs)[step.operand]
+            bare = _bare(mask, bares.of(mask), hidden, call, factor_of(function, kwargs))
             return step_with(function, args, kwargs, step.operand, bare)
         return step_without(function, args, kwargs, step.operand, step.after_softmax, hidden)
 

@@ -31,6 +31,19 @@ MANY_UNITS = 0.5
 # Widest share of a second direction in half precision, where 16 roundings would be more.
 SECOND_DIRECTION = 0.03
 
+# Every code that a finding about a part can have. What the wider ones say is not said again of what lies inside.
+WIDER_CODES = ("DEAD-BLOCK", "DEAD-ATTENTION", "DEAD-MLP", "CONSTANT-UPDATE")
+CODES = (
+    *WIDER_CODES,
+    "DEAD-HEAD",
+    "DEAD-KEY-VALUE-GROUP",
+    "DEAD-UNITS",
+    "HEAD-BLIND",
+    "HEAD-COPIED",
+    "MLP-RANK-ONE",
+    "EMBEDDINGS-EQUAL",
+)
+
 _REFERENCE = "docs/decisions/0007-dead-components.md"
 
 
@@ -219,6 +232,12 @@ def _blind_heads(part: PartRecord, count: int) -> list[int]:
         if variation and count % len(variation) == 0:
             found |= {head for head in range(count) if variation[head // (count // len(variation))] <= tolerance}
     return sorted(found)
+
+
+def measured_blocks(parts: Sequence[PartRecord], embeddings: Sequence[EmbeddingRecord]) -> set[int | None]:
+    """The blocks of which it is known whether a part of theirs is dead; None among them if it is known of the embedding."""
+    known = {part.block for part in parts if part.update_size is not None and part.stream_variation is not None}
+    return {*known, *(None for each in embeddings if each.apart is not None)}
 
 
 def _equal_embeddings(embeddings: Sequence[EmbeddingRecord]) -> Iterator[Finding]:

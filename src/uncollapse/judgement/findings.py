@@ -217,8 +217,8 @@ def consensus(observed: Observed) -> Iterator[Reading]:
         crossed = next((i for i, read in enumerate(after) if read.share < limit), None)
         worst = min(after, key=lambda read: read.share)
         end = after.index(worst) if crossed is None else crossed
+        at, began = after[end].site, _onset(after[: end + 1], observed.thresholds)
         sites_until = [read.site for read in after[: end + 1]]
-        at, began = after[end].site, _onset(sites_until, observed.thresholds)
         only_common = _only_a_common_part_grew(sites_until, began, observed.parts)
         severity: Severity = "info" if only_common else "critical" if worst.share < limit / 10 else "warning"
         finding = Finding(
@@ -233,7 +233,8 @@ def consensus(observed: Observed) -> Iterator[Reading]:
             f"{start:.2g} at the embedding, under {limit:.0%} of that from {_place(at.block, at.stack)} on, and lowest "
             f"({worst.distance:.2g}) at {_place(worst.site.block, worst.site.stack)}{worst.by}.{only_common}",
             remedy="Run `uncollapse ablate` to see what keeps the tokens apart. From this block on, check that the residual "
-            "connections are intact and not scaled down.",
+            "connections are intact and not scaled down, and that no part that all tokens share outgrows the rest. On noise in "
+            "place of pictures a healthy model may do the same: diagnose on real data.",
             reference=_DONG,
             stack=began.stack,
         )
@@ -254,19 +255,24 @@ def _only_a_common_part_grew(sites: Sequence[SiteRecord], began: SiteRecord, par
     )
 
 
-def _onset(sites: Sequence[SiteRecord], thresholds: Thresholds) -> SiteRecord:
-    """Where the fall that ends at the last of these sites began: the block that best separates the blocks that carry the stream
+def _onset(until: Sequence[Read], thresholds: Thresholds) -> SiteRecord:
+    """Where the fall that ends at the last of these places began: the block that best separates the blocks that carry the stream
     on from those that do not. A fall spreads over several blocks, so the place where it passes a threshold comes too late. And
-    one block in the middle of a fall may carry the stream on, so the fall does not end at the first such block."""
+    one block in the middle of a fall may carry the stream on, so the fall does not end at the first such block.
+
+    Where the last block does carry the stream on, no residual is at fault. Something that all tokens share came in, and the block
+    is meant at which the tokens came together most."""
     falls, most = [], 0.0
-    for site in sites:
-        carried = math.inf if site.stream_carried is None else site.stream_carried.mean
+    for read in until:
+        carried = math.inf if read.site.stream_carried is None else read.site.stream_carried.mean
         falls.append(carried < max(thresholds.carried, thresholds.carried_before * min(most, 1.0)))
         most = max(most, carried)
     if not falls[-1]:
-        return sites[-1]
+        shares = [1.0, *(max(read.share, 1e-12) for read in until)]
+        nearer = [before / share for before, share in itertools.pairwise(shares)]
+        return until[nearer.index(max(nearer))].site
     on_the_wrong_side = [sum(falls[:began]) + falls[began:].count(False) for began in range(len(falls))]
-    return sites[on_the_wrong_side.index(min(on_the_wrong_side))]
+    return until[on_the_wrong_side.index(min(on_the_wrong_side))].site
 
 
 def _alike_from_the_start(embedding: SiteRecord, value: float) -> Reading:
@@ -519,32 +525,31 @@ def frozen(observed: Observed) -> Iterator[Reading]:
     gradients. The entropy of the whole row would mislead: a head that looks only at the first token, or at itself, has none and
     is healthy. So would the entropy of the rest alone: a head that looks at two fixed positions leaves one clear winner there, and
     every other key within reach. And so would the reach alone: a bias that falls with distance puts far keys out of reach and
-    spreads the near ones. A head is frozen if both say so.
-
-    Records of before have no reach; there the entropy of the rest decides."""
+    spreads the near ones. A head is frozen if both say so, and not judged where the reach is not known: healthy heads have rest
+    entropies down to 0.024, and records from before the reach was kept took theirs from weights, where small ones had underflowed.
+    """
     for records in _with_different_tokens(observed):
-        measured = [
-            (r, _thaw(r, observed.thresholds), r.rest_entropy.mean) for r in records if r.rest_entropy is not None
-        ]
-        judged = [(record, thaw, rest) for record, thaw, rest in measured if thaw is not None]
+        judged = [(r, thaw) for r in records if (thaw := _thaw(r, observed.thresholds)) is not None]
         if not judged:
             continue
-        hit = sum(thaw < 1 for _, thaw, _ in judged)
-        worst, least, rest = min(judged, key=lambda each: each[1])
+        hit = sum(thaw < 1 for _, thaw in judged)
+        worst, least = min(judged, key=lambda each: each[1])
+        rest, reach = worst.rest_entropy, worst.keys_within_reach
+        assert rest is not None  # otherwise not judged
+        assert reach is not None
         logit = "" if worst.max_logit is None else f", largest logit {worst.max_logit.mean:.3g}"
-        reach = worst.keys_within_reach
-        lost = "" if reach is None else f"{1 - reach.mean:.0%} of the other keys have a weight of 0 beside it, "
         finding = Finding(
             code="ENTROPY-FROZEN",
             phenomenon="entropy-collapse",
             severity="critical" if 2 * hit >= len(records) else "warning",
             block=worst.block,
             head=worst.head,
-            value=rest if reach is None else reach.mean,
-            threshold=observed.thresholds.rest_entropy if reach is None else observed.thresholds.within_reach,
+            value=reach.mean,
+            threshold=observed.thresholds.within_reach,
             message=f"In {_place(worst.block, worst.stack)}, {hit} of {len(records)} heads are frozen onto single keys by their "
             f"logits. The worst is head {worst.head}: even without the strongest key of each row, one key takes nearly all of "
-            f"the weight ({lost}normalised entropy {rest:.2g}{logit}).",
+            f"the weight ({1 - reach.mean:.0%} of the other keys have a weight of 0 beside it, normalised entropy {rest.mean:.2g}"
+            f"{logit}).",
             remedy="Lower the learning rate, or bound the logits with query-key normalisation, sigma-reparametrisation or "
             "soft-capping.",
             reference=_ZHAI,
@@ -556,12 +561,11 @@ def frozen(observed: Observed) -> Iterator[Reading]:
 
 def _thaw(record: AttentionRecord, thresholds: Thresholds) -> float | None:
     """How far a head is from frozen, 1 at the threshold: by the keys within reach or by the entropy of the rest, whichever is
-    farther. None where the reach is not known though it was asked for."""
-    assert record.rest_entropy is not None
+    farther. None where the reach is not known."""
+    if record.rest_entropy is None or record.keys_within_reach is None:
+        return None
     spread = record.rest_entropy.mean / thresholds.rest_entropy
-    if record.keys_within_reach is not None:
-        return max(spread, record.keys_within_reach.mean / thresholds.within_reach)
-    return None if "keys_within_reach" in record.unavailable else spread
+    return max(spread, record.keys_within_reach.mean / thresholds.within_reach)
 
 
 def identical_heads(observed: Observed) -> Iterator[Reading]:

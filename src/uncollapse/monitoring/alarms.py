@@ -12,6 +12,8 @@ While it learns how often each token occurs, its tokens come together and part a
   which no healthy run does, or if it stays over its threshold for `STANDING` looks without getting better. Uniform attention that
   was never anything else raises none.
 * NaN and infinity are an alarm at once, at any place.
+* A part that does nothing (a head, an MLP, a block) is an alarm only where it did something before: some initialisations start
+  parts at zero, and a pruned head is dead on purpose. It is over when the part has done something again for `CALM` looks.
 * What flickers round its threshold is one alarm: it is over when the margin has been `HYSTERESIS` below for `CALM` looks.
 
 When not to use it: to judge one record. `findings` does that.
@@ -20,9 +22,10 @@ When not to use it: to judge one record. `findings` does that.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from uncollapse.judgement import dead_components
 from uncollapse.judgement.findings import CONSENSUS, Reading
 from uncollapse.records.common import SEVERITIES, Finding
 from uncollapse.records.trail import Against, Alarm
@@ -40,13 +43,22 @@ CALM, SETTLED, STANDING = 3, 5, 40
 
 def key_of(finding: Finding) -> str:
     """The rule and the place that a margin belongs to. Rules about the stream have one place a stack, wherever in it the finding
-    lies; the others have one an attention."""
+    lies; those about dead parts have one a part or head; the others have one an attention."""
     parts = [finding.code]
     if finding.stack is not None:
         parts.append(finding.stack)
+    if finding.code in dead_components.CODES:
+        parts.append(_block_word(finding.block))
+        if finding.code not in ("DEAD-BLOCK", "EMBEDDINGS-EQUAL"):
+            parts.append(finding.kind or "mlp")
+        return "/".join(parts if finding.head is None else [*parts, f"head.{finding.head}"])
     if not finding.code.startswith(("DEPTH", "CORPUS", "NUMERICS")):
         parts += [f"block.{finding.block}", finding.kind or "self"]
     return "/".join(parts)
+
+
+def _block_word(block: int | None) -> str:
+    return "embedding" if block is None else f"block.{block}"
 
 
 def judged(readings: Sequence[Reading]) -> dict[str, Reading]:
@@ -80,16 +92,24 @@ class ThresholdAlarms:
 
     patience: int = 2
     _places: dict[str, _Place] = field(default_factory=dict)
+    _measured: set[int | None] = field(default_factory=set)  # the blocks whose parts an earlier look has seen
 
     def look(
-        self, step: int, margins: Mapping[str, float], found: Mapping[str, Finding]
+        self,
+        step: int,
+        margins: Mapping[str, float],
+        found: Mapping[str, Finding],
+        measured: Collection[int | None] = (),
     ) -> tuple[list[Alarm], list[str]]:
         """The alarms that this look raises, and the keys of those that are over. `found` holds the finding of each key; without
-        it (a reading of an earlier part of the run) nothing is raised."""
+        it (a reading of an earlier part of the run) nothing is raised. `measured`: the blocks (None: the embedding) of which this
+        look knows whether their parts are dead. Those that are not named in `margins` do something."""
         raised, cleared = [], []
-        for key, margin in margins.items():
+        before = self._known_parts(margins)
+        for key, margin in [*margins.items(), *((key, -MOST) for key in self._alive(margins, measured))]:
             far, healthy = (STREAM_FAR, STREAM_HEALTHY) if key.startswith("DEPTH-CONSENSUS") else (FAR, HEALTHY)
-            place = self._places.setdefault(key, _Place(margin, margin < -far))
+            first = -MOST if key in before else margin
+            place = self._places.setdefault(key, _Place(first, first < -far))
             place.healthy = place.healthy + 1 if margin < -healthy else 0
             place.is_settled |= place.healthy >= SETTLED
             if margin > 0:
@@ -106,7 +126,21 @@ class ThresholdAlarms:
                     if place.raised >= 0:
                         cleared.append(key)
                     place.over, place.raised = 0, -1
+        self._measured |= set(measured)
         return raised, cleared
+
+    def _known_parts(self, margins: Mapping[str, float]) -> set[str]:
+        """Those of the dead parts that an earlier look saw doing something."""
+        return {key for key in margins if _is_of_part(key) and _block_of(key) in self._measured}
+
+    def _alive(self, margins: Mapping[str, float], measured: Collection[int | None]) -> Iterator[str]:
+        """The parts that were dead at some look and are not at this one. One that lies inside a dead one is not asked about."""
+        for key in self._places:
+            if key not in margins and _is_of_part(key) and _block_of(key) in measured:
+                _, *place = key.split("/")
+                around = (other.split("/") for other in margins)
+                if not any(o[0] in dead_components.WIDER_CODES and place[: len(o) - 1] == o[1:] for o in around):
+                    yield key
 
     def is_settled(self, key: str) -> bool:
         """Whether this place was healthy before."""
@@ -119,7 +153,7 @@ class ThresholdAlarms:
             return True
         if place.is_settled:
             return place.over >= self.patience or finding.severity == "critical"
-        if finding.phenomenon == "rank-collapse-width":
+        if finding.phenomenon in ("rank-collapse-width", "dead-component"):
             return False
         if margin > max(SEVERE, place.first + WORSE):
             return True
@@ -129,6 +163,16 @@ class ThresholdAlarms:
         """Take an alarm of an earlier part of the run as raised."""
         if key in self._places:
             self._places[key].raised = SEVERITIES.index(severity)
+
+
+def _is_of_part(key: str) -> bool:
+    return key.partition("/")[0] in dead_components.CODES
+
+
+def _block_of(key: str) -> int | None:
+    """The block of a dead part; None for the embedding."""
+    blocks = [word for word in key.split("/") if word.startswith("block.")]
+    return int(blocks[0].removeprefix("block.")) if blocks else None
 
 
 def alarm(finding: Finding, step: int, onset: int, against: Against, key: str) -> Alarm:

@@ -38,24 +38,36 @@ from uncollapse.anatomy.sharded_weights import is_sharded
 from uncollapse.anatomy.vocabulary import Layout
 from uncollapse.errors import InputError
 from uncollapse.judgement import findings
+from uncollapse.judgement.dead_components import measured_blocks
 from uncollapse.judgement.identifiability import heads_records, weights_reader
 from uncollapse.monitoring import figures
 from uncollapse.monitoring.alarms import ThresholdAlarms, judged, margins_of
 from uncollapse.monitoring.baselines import BaselineAlarms
 from uncollapse.monitoring.trends import TrendAlarms
 from uncollapse.monitoring.weights import Figures, Weights
+from uncollapse.probe.activity import embedding_records, part_records
 from uncollapse.probe.passes import NextPass, Observations
 from uncollapse.probe.routing import router_records
 from uncollapse.records import load
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import DiagnosisRecord
-from uncollapse.records.figures import corpus_figures, expert_figures, head_figures, head_places, places, site_figures
+from uncollapse.records.figures import (
+    DEAD_PARTS,
+    corpus_figures,
+    dead_parts,
+    expert_figures,
+    head_figures,
+    head_places,
+    places,
+    site_figures,
+)
 from uncollapse.records.trail import TRAIL_SCHEMA, Alarm, TrailFile, TrailReading, TrailRecord
 
 Log = Callable[[dict[str, float], int], object]
-Watched = Literal["tokens", "corpus", "experts", "attention", "heads", "weights"]
-WATCHED: Final[tuple[Watched, ...]] = ("tokens", "corpus", "experts", "attention", "heads", "weights")
+Watched = Literal["tokens", "corpus", "experts", "attention", "heads", "parts", "weights"]
+WATCHED: Final[tuple[Watched, ...]] = ("tokens", "corpus", "experts", "attention", "heads", "parts", "weights")
 _logger = logging.getLogger(__name__)  # a warning of `warnings` would end a run for which warnings are errors
+IN_MEMORY = 256  # looks whose readings stay in memory where a trail has all of them
 DECOMPOSED_EVERY = 10  # looks: output projections and updates are decomposed, which takes longer
 
 
@@ -83,7 +95,8 @@ class Monitor:
     every: look when the step is a multiple of it; the first call of `step` always looks.
     watch: any of `"tokens"` (the stream between blocks), `"corpus"` (all sequences together, a point each), `"experts"` (how many
     tokens each gets, where a router is found), `"attention"` (its heads), `"heads"` (the output projections, at every tenth
-    look), `"weights"` (how far each head's matrices moved since the last look; keeps one copy of them).
+    look), `"parts"` (whether a head, an MLP or a block has died), `"weights"` (how far each head's matrices moved since the last
+    look; keeps one copy of them).
     log: called with a flat dict of floats and the step; see `monitoring.figures` for the names. each_head: whether that dict has
     every head, or only each block's worst.
     trail: a file that gets one line a look; if it is there, the run goes on in it. A path that cannot be written is refused at the
@@ -127,10 +140,13 @@ class Monitor:
         self._beside = BaselineAlarms([])  # until the heads are known
         self._looks = 0
         self._file: TrailFile | None = None
+        self._let_go = False  # whether readings of the trail have left memory
         self._unwritten: list[TrailReading] = []
         self._warned: set[str] = set()
         self._is_first = processes.number() == 0
         self._is_sharded = is_sharded(model)
+        if on == "train":
+            _require_whole_and_open(model, is_sharded=self._is_sharded)
         self._looks_here = self._is_first or self._is_sharded
         self._weights: Weights | None = None
         self._prepared: Prepared | None = None
@@ -144,14 +160,19 @@ class Monitor:
         self._last_step: int | None = None
         self._is_closed = False
         if on == "train" and self._prepared is not None:
-            _require_whole_and_open(model, is_sharded=self._is_sharded)
             self._prepared.source = "training batches"
             self._wait()
 
     @property
     def readings(self) -> list[TrailReading]:
-        """What was read at each look, also before a restart if there is a trail."""
-        return [] if self.record is None else self.record.readings
+        """What was read at each look, also before a restart if there is a trail. Without one all stay in memory. With one only the
+        last do, and the others are read from the file."""
+        if self.record is None:
+            return []
+        here = self.record.readings
+        if self._file is None or not self._let_go:
+            return here
+        return [r for r in self._file.readings() if r.step < here[0].step] + here
 
     def step(self, step: int, *, loss: float | Tensor | None = None) -> list[Alarm]:
         """Say that training has done step number `step`; look if it is time to. Returns the alarms that this look raised.
@@ -172,7 +193,8 @@ class Monitor:
                 "Monitor: expected a monitor with a probe, got one with on='train'. It reads the next training pass and makes none "
                 "of its own. Call `step`, or leave out on='train'."
             )
-        observed = self._prepared.captured(level="core", watch=self._watched(), digest=weights_reader())
+        digest = weights_reader() if self._has_projections else _nothing
+        observed = self._prepared.captured(level="core", watch=self._watched(), digest=digest)
         return self._read(step, observed, loss)
 
     def close(self) -> None:
@@ -223,7 +245,9 @@ class Monitor:
         attention = [record for s in observed.attention for record in attention_records(s, "core")]
         projections = heads_records(observed.attention) if self._has_projections else []
         corpus = corpus_records(observed.corpus, between=False)
-        read = judged(findings.readings(trajectory, attention, projections, corpus=corpus))
+        parts, embeddings = part_records(observed.parts), embedding_records(observed.embeddings)
+        heads = attention if "attention" in self.watch else []
+        read = judged(findings.readings(trajectory, heads, projections, parts, embeddings, corpus=corpus))
         if self.record is None:
             self._begin(
                 step,
@@ -250,6 +274,7 @@ class Monitor:
             sites=(site_figures(trajectory) if "tokens" in self.watch else {})
             | corpus_figures(trajectory, corpus)
             | expert_figures(trajectory, router_records(observed.routers))
+            | dead_parts(trajectory, measured_blocks(parts, embeddings), [r.finding for r in read.values()])
             | of_sites,
             heads=(head_figures(attention) if "attention" in self.watch else {}) | of_heads,
             margins=margins_of(read),
@@ -280,8 +305,10 @@ class Monitor:
 
     def _judge(self, reading: TrailReading, found: dict[str, Finding]) -> None:
         """Put the alarms of this reading, and what is over, into it."""
+        dead, sites = reading.sites.get(DEAD_PARTS, []), [] if self.record is None else self.record.sites
+        measured = {site.block for site, count in zip(sites, dead, strict=False) if count is not None}
         for raised, cleared in (
-            self._threshold.look(reading.step, reading.margins, found),
+            self._threshold.look(reading.step, reading.margins, found, measured),
             self._trend.look(
                 reading.step, reading.margins, {key: f for key, f in found.items() if self._threshold.is_settled(key)}
             ),
@@ -298,6 +325,7 @@ class Monitor:
             "experts": {"routers"},
             "attention": {"attention", "rows"},
             "heads": {"projections"} if self._has_projections else set(),
+            "parts": {"parts", "attention", "projections"},
         }
         return set().union(*(parts.get(each, set()) for each in self.watch))
 
@@ -317,6 +345,7 @@ class Monitor:
             standing |= {alarm.key: alarm for alarm in earlier.alarms}
             for key in earlier.cleared:
                 standing.pop(key, None)
+        self._file.earlier.clear()
         for alarm in standing.values():
             match alarm.against:
                 case "threshold":
@@ -334,6 +363,9 @@ class Monitor:
             return
         if self._file is not None:
             self._write_trail(self._file, reading)
+            if len(self.record.readings) > max(IN_MEMORY, len(self._unwritten)):
+                self.record.readings[:] = self.record.readings[-max(IN_MEMORY, len(self._unwritten)) :]
+                self._let_go = True
         if self._log is not None:
             named = figures.flat(reading, self.record.sites, self.record.heads, each_head=self._each_head)
             standing = float(len(self.alarms))
@@ -422,6 +454,11 @@ def _inside_ddp(model: nn.Module) -> nn.Module:
 def _kept(value: Any) -> Any:
     """A copy: the probe stays what it is, whatever the caller does to its tensors."""
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _nothing(_: object) -> dict[str, Any]:
+    """What is kept of a projection that does not stay, at a look that decomposes none."""
+    return {}
 
 
 def _is_causal(prepared: Prepared) -> bool | None:

@@ -4,7 +4,8 @@ The false-alarm rate is set and not guessed. If the margins of a window were noi
 equally likely, so the number of pairs in order (Mann and Kendall) has an exact distribution. The window is the shortest in which a
 steady rise with a few pairs out of order is rarer than the rate that was asked for, shared out among all places and looks.
 
-A steady rise alone is no alarm: training moves every figure. It must also be near (`NEAR`), and at the rate of the window's later
+A steady rise alone is no alarm: training moves every figure. It must also be nearer to the threshold than any healthy run of the
+validity study (`NEAR`: thresholds are half of that distance), and at the rate of the window's later
 half (Theil and Sen: the median of all slopes) reach the threshold within `HORIZON` windows. The monitor asks only about places that
 were healthy before: the nearly uniform attention of a fresh model comes and goes near its threshold.
 
@@ -25,7 +26,7 @@ from uncollapse.monitoring.alarms import HYSTERESIS, alarm
 from uncollapse.records.common import Finding
 from uncollapse.records.trail import Alarm
 
-NEAR = math.log(4.0)
+NEAR = math.log(2.0)
 HORIZON = 4
 LOOKS = 1000  # the rate is that of so many looks together
 SLACK = 2  # pairs out of order that a rise may have

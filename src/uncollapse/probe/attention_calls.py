@@ -18,7 +18,7 @@ from torch import Tensor
 
 from uncollapse.anatomy.carrying import Observer, Way
 from uncollapse.anatomy.interception import Point
-from uncollapse.anatomy.masking import LEAST_SHARE, forbidden_by_addition
+from uncollapse.anatomy.masking import FAR_BELOW, LEAST_SHARE, forbidden_by_addition
 from uncollapse.anatomy.operands import Mixed, UnreadableError, arranged, fused_arguments, product_operands, replaced
 from uncollapse.anatomy.output_maps import laid_out, unreplaced
 from uncollapse.anatomy.tracing import operands_of, operation_name
@@ -179,6 +179,8 @@ class CallObserver:
         if barred is not None:
             real &= ~barred.all(-1)
         sums = A.double().sum(-1)[real] if bool(real.any()) else A.new_ones(1, dtype=torch.float64)
+        if self.rows and _is_hiding(A, L, barred, real, self.key_mask(A.shape[-1], A.shape[0])):
+            reasons = reasons | dict.fromkeys(OF_ALLOWED_KEYS, "pairs have no weight that nothing was seen to forbid")
         finite = sums[sums.isfinite()]
         low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (math.nan, math.nan)
         lowest = float(A.nan_to_num(0.0).min()) if A.numel() else 0.0
@@ -351,6 +353,34 @@ class _BorneOut(NamedTuple):
     deviation: float
     row_sums: tuple[float, float]
     finite: bool
+
+
+OF_ALLOWED_KEYS = (
+    "normalized_entropy",
+    "entropy_floor",
+    "rest_entropy",
+    "keys_within_reach",
+    "key_share",
+)
+
+
+def _is_hiding(
+    weights: Tensor, logits: Tensor | None, barred: Tensor | None, queries: Tensor, keys: Tensor | None
+) -> bool:
+    """Whether a real pair, not all of it barred, is out of reach in every sequence and head: then a mask may have been overlooked.
+    weights, logits [sequence, head, query, key], queries [sequence, head, query], keys [sequence, key]."""
+    if logits is not None:  # which half precision does not take for 0
+        away = logits - logits.amax(-1, keepdim=True)
+        in_reach = away > FAR_BELOW
+    else:
+        in_reach = weights.nan_to_num(0).double() > LEAST_SHARE * weights.nan_to_num(0).amax(-1, keepdim=True).double()
+    told = queries[..., None].expand(weights.shape)
+    told = told if keys is None else told & keys[:, None, None]
+    heard = (in_reach & told).any(1).any(0)
+    if barred is not None:
+        told = told & ~barred
+    open_pairs = told if logits is None else told & ~logits.isneginf()  # to those nobody gives weight, whoever says so
+    return bool((open_pairs.any(1).any(0) & ~heard).any())
 
 
 def _range(logits: Tensor, barred: Tensor | None) -> Tensor:

@@ -29,6 +29,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ MOVED = 0.25  # of their size: less than this, and vectors, rows, columns and wh
 LEARNT = 0.5  # of a matrix's energy, in directions that a random matrix does not have
 POWER_STEPS = 24
 
+Answer = TypeVar("Answer")
 Sizes = Callable[[int], list[tuple[torch.Size, float]]]  # by block: shape and size of its query and key weights
 
 
@@ -132,20 +134,25 @@ def _learnt_outside(model: nn.Module, anatomy: Anatomy) -> str | None:
         if path.startswith(inside):
             continue
         owner, _, name = path.rpartition(".")
-        p = at_hand(model.get_submodule(owner), name)
+        module = model.get_submodule(owner)
+        p = at_hand(module, name)
         if not _is_matrix(p) or p.is_meta or not p.is_floating_point():
             continue
         if type(p.data) is not Tensor or p.numel() < FEWEST_ENTRIES or not bool(p.isfinite().all()):
             continue
-        w = p.detach().double().flatten(1)
-        size = float(w.square().mean().sqrt())
-        energy = w.square().mean(-1)
-        if size == 0 or float(energy.std()) < 0.1 * size**2 / math.sqrt(w.shape[1]):
-            continue
-        share = _beyond_random(w, size)
+        share = _once(module, name, p, _learnt)
         if share > LEARNT:
             return f"{share:.2g} of the energy of {path} is in directions that training gave it"
     return None
+
+
+def _learnt(p: Tensor) -> float:
+    """The share of a matrix's energy that is in directions training gave it; 0 for one that was not drawn."""
+    w = _in_scale(p.flatten(1))
+    size, energy = _size(w), _row_energies(w)
+    if size == 0 or float(energy.std()) < 0.1 * size**2 / math.sqrt(w.shape[1]):
+        return 0.0
+    return _beyond_random(w, size)
 
 
 def _modules(model: nn.Module, anatomy: Anatomy, block: Block) -> Iterator[nn.Module]:
@@ -193,20 +200,31 @@ def _against_start(p: Tensor, beside: list[Tensor]) -> Iterator[_Trace]:
     yield _Trace(moved / MOVED, moved, f"was moved from where such a vector starts, by {moved:.2g} of its scale")
 
 
-_remembered: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[torch.Size, Marks, list[_Trace]]]] = (
+_remembered: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, str], tuple[torch.Size, Marks, Any]]] = (
     weakref.WeakKeyDictionary()
-)  # by module and name of the weight
+)  # by module, name of the weight and question
 
 
 def _drawn(module: nn.Module, name: str, p: Tensor) -> list[_Trace]:
-    """`_against_drawn` up to the first that settles it, once for each state of the weight."""
+    """`_against_drawn` up to the first that settles it."""
+    return _once(module, name, p, _traces)
+
+
+def _once(module: nn.Module, name: str, p: Tensor, question: Callable[[Tensor], Answer]) -> Answer:
+    """What a weight says, once for each state of it."""
     if p.element_size() < 2:  # in eight bits nothing can be marked
-        return _until_settled(_against_drawn(p))
+        return question(p)
     known, marks = _remembered.setdefault(module, {}), weight_marks(p.flatten(1))
-    last = known.get(name)
+    key = name, question.__name__
+    last = known.get(key)
     if last is None or last[0] != p.shape or not are_alike(last[1], marks):
-        last = known[name] = p.shape, marks, _until_settled(_against_drawn(p))
-    return last[2]
+        last = known[key] = p.shape, marks, question(p)
+    answer: Answer = last[2]
+    return answer
+
+
+def _traces(p: Tensor) -> list[_Trace]:
+    return _until_settled(_against_drawn(p))
 
 
 def _until_settled(traces: Iterator[_Trace]) -> list[_Trace]:
@@ -222,21 +240,21 @@ def _against_drawn(p: Tensor) -> Iterator[_Trace]:
     """What speaks against independent draws from one distribution no wider than a Gaussian, the cheapest first."""
     if p.numel() < FEWEST_ENTRIES or bool((p == p.flatten()[0]).all()):
         return
-    w = p.double().flatten(0, -2) if p.ndim > 2 and p.shape[0] < p.shape[-1] else p.double().flatten(1)
-    count, size = w.numel(), float(w.square().mean().sqrt())
+    w = _in_scale(p.flatten(0, -2) if p.ndim > 2 and p.shape[0] < p.shape[-1] else p.flatten(1))
+    count, size = w.numel(), _size(w)
     if not math.isfinite(size):
         yield _Trace(1.0, 1.0, "is not finite")
         return
     mean = abs(float(w.mean())) / size
     if mean > DEVIATIONS / math.sqrt(count):
         yield _Trace(mean / MOVED, mean, "has a mean")
-    tail = float((w / size).pow(4).mean())
+    tail = float(torch.linalg.vector_norm(w, 4)) ** 4 / count / size**4
     slack = DEVIATIONS * math.sqrt(24 / count)
     beyond = max(UNIFORM - slack - tail, tail - GAUSSIAN - slack)
     if beyond > 0:
         yield _Trace(beyond / MOVED, beyond, f"is not one random draw (fourth moment {tail:.3g}, a Gaussian has 3)")
     for each, name in ((w, "rows"), (w.T, "columns")):
-        energy = (each / size).square().mean(-1)
+        energy = _row_energies(each) / size**2
         if len(energy) <= 2:
             continue
         chance = (tail - 1) / each.shape[1]
@@ -249,6 +267,28 @@ def _against_drawn(p: Tensor) -> Iterator[_Trace]:
         yield _Trace(structure / LEARNT, structure, "has directions larger than a random matrix has")
 
 
+def _in_scale(w: Tensor) -> Tensor:
+    """A matrix over its largest entry, in single precision if it is not in double. Powers of small weights would underflow."""
+    w = _computable(w)
+    low, high = (float(end) for end in w.aminmax())
+    return w / (max(-low, high) or 1.0)
+
+
+def _computable(w: Tensor) -> Tensor:
+    """In single precision, or double where it was stored so: chance leaves these figures three digits."""
+    return w if w.dtype == torch.float64 else w.float()
+
+
+def _size(weight: Tensor) -> float:
+    """The root mean square of its entries."""
+    return float(torch.linalg.vector_norm(_computable(weight))) / math.sqrt(weight.numel())
+
+
+def _row_energies(w: Tensor) -> Tensor:
+    """The mean square of each row."""
+    return torch.linalg.vector_norm(w, dim=-1).double().square() / w.shape[-1]
+
+
 def _beyond_random(w: Tensor, size: float) -> float:
     """The share of the energy in singular values above the edge of a random matrix of this size: sqrt(m) + sqrt(n) entries, with
     three widths of the Tracy-Widom law to spare. All singular values are looked for only where the largest is above it."""
@@ -256,17 +296,17 @@ def _beyond_random(w: Tensor, size: float) -> float:
     if _largest_singular_value(w) <= edge:
         return 0.0
     short = w if w.shape[0] <= w.shape[1] else w.T
-    energies = torch.linalg.eigvalsh(short @ short.T).clamp(min=0)
+    energies = torch.linalg.eigvalsh((short @ short.T).double()).clamp(min=0)
     return float(energies[energies > edge**2].sum() / energies.sum())
 
 
 def _largest_singular_value(w: Tensor) -> float:
     """From below, by power iteration."""
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(w.shape[1], generator=generator, dtype=torch.float64).to(w.device)
+    v = torch.randn(w.shape[1], generator=generator, dtype=torch.float64).to(w)
     for _ in range(POWER_STEPS):
         v = w.T @ (w @ v)
-        v = v / v.norm().clamp(min=1e-300)
+        v = v / v.norm().clamp(min=1e-30)
     return float((w @ v).norm())
 
 
@@ -280,11 +320,6 @@ def _against_alike(others: list[list[tuple[torch.Size, float]]], mine: list[tupl
         if 2 * differ > len(others):
             return "its query and key weights are of another size than those of other blocks"
     return None
-
-
-def _size(weight: Tensor) -> float:
-    """The root mean square of its entries."""
-    return float(weight.double().square().mean().sqrt())
 
 
 def _query_key_weights(model: nn.Module, block: Block) -> list[Tensor]:

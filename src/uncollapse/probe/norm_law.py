@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.offloaded_weights import held_weights
 from uncollapse.anatomy.sharded_weights import whole_weights
 from uncollapse.errors import InputError
 from uncollapse.measures import normalization
@@ -261,12 +262,13 @@ def norm_law(
         return (plus - minus) / 2, (plus + minus) / 2
 
     try:
-        odd, even = parts(size)
-        z = tokens.double()
-        z = z - z.mean(-1, keepdim=True) if kind == "layer" else z
-        z = z / z.square().mean(-1, keepdim=True).sqrt()
-        gamma, beta = (odd * z).sum(0) / z.square().sum(0), even.mean(0)
-        eps = _eps(lambda t: float((parts(t)[0] * odd).sum() / odd.square().sum()))
+        with held_weights(norm) if isinstance(norm, nn.Module) else contextlib.nullcontext():
+            odd, even = parts(size)
+            z = tokens.double()
+            z = z - z.mean(-1, keepdim=True) if kind == "layer" else z
+            z = z / z.square().mean(-1, keepdim=True).sqrt()
+            gamma, beta = (odd * z).sum(0) / z.square().sum(0), even.mean(0)
+            eps = _eps(lambda t: float((parts(t)[0] * odd).sum() / odd.square().sum()))
     except (RuntimeError, ValueError, TypeError):
         return None
     held = vars(norm).values() if isinstance(norm, nn.Module) else ()

@@ -3,10 +3,10 @@ checkpoint by checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final
 
-from uncollapse.records.common import Statistic
+from uncollapse.records.common import Finding, Statistic
 from uncollapse.records.diagnosis import AttentionRecord, CorpusRecord, RouterRecord, SiteRecord
 from uncollapse.records.trail import HeadPlace, SitePlace
 
@@ -16,6 +16,7 @@ WORST_IS_LARGEST: Final = frozenset(
         "not_finite",
         "corpus_mean_cosine",
         "dead_experts",
+        "dead_parts",
         "max_logit",
         "query_key_norm",
         "update_queries",
@@ -44,6 +45,7 @@ SITE_FIGURES: Final[Mapping[str, Callable[[SiteRecord], float | None]]] = {
     "stream_carried": lambda site: _mean(site.stream_carried),
     "not_finite": lambda site: float(site.not_finite),
 }
+DEAD_PARTS: Final = "dead_parts"
 HEAD_FIGURES: Final = ("normalized_entropy", "rest_entropy", "key_share", "value_contraction", "max_logit")
 
 
@@ -75,6 +77,17 @@ def expert_figures(trajectory: Sequence[SiteRecord], routers: Sequence[RouterRec
         "expert_load_entropy": [None if router is None else router.entropy for router in at],
         "dead_experts": [None if router is None else float(len(router.dead or ())) for router in at],
     }
+
+
+def dead_parts(
+    trajectory: Sequence[SiteRecord], measured: Collection[int | None], found: Sequence[Finding]
+) -> dict[str, list[float | None]]:
+    """How many parts of each block do nothing, as `found` says; None for a block that is not among those `measured`."""
+    if not measured:
+        return {}
+    dead = [(f.block, f.stack) for f in found if f.phenomenon == "dead-component"]
+    counts = [float(dead.count((s.block, s.stack))) if s.block in measured else None for s in trajectory]
+    return {DEAD_PARTS: counts}
 
 
 def head_figures(attention: Sequence[AttentionRecord]) -> dict[str, list[float | None]]:

@@ -28,6 +28,7 @@ from typing import Any, Final, Literal, get_args, get_origin
 
 from uncollapse.errors import InputError
 from uncollapse.records.ablation import AblationRun
+from uncollapse.records.comparison import Further
 from uncollapse.records.diagnosis import SiteRecord
 from uncollapse.records.ledger import ClaimResult
 from uncollapse.records.sweep import SweptCheckpoint, SweptFigure, SweptRun
@@ -41,6 +42,7 @@ Cell = type[float] | type[int] | type[bool] | type[str]
 OUTER: Final[Mapping[type[Any], Mapping[str, str]]] = {
     AblationRun: {"without": "without"},
     ClaimResult: {"id": "id"},
+    Further: {"after": "name"},
     SiteRecord: {"site": "site"},
     SweptCheckpoint: {"checkpoint": "name"},
     SweptRun: {"run": "name"},

@@ -210,6 +210,14 @@ class TrailFile:
             )
         self.earlier = earlier.readings
 
+    def readings(self) -> list[TrailReading]:
+        """What the file holds, as far as it can be read."""
+        try:
+            text = self.path.read_text("utf-8", "replace")
+        except OSError:
+            return []
+        return from_lines(text, repr(str(self.path)), function="Monitor").readings if is_trail(text) else []
+
     def append(self, reading: TrailReading) -> None:
         """Add one reading. The file is open for that long only, so nothing has to be closed when a run ends or dies.
 

@@ -1,11 +1,11 @@
 """What the same figure is in healthy models: the reference that stands beside a figure on a page and in the terminal.
 
 `healthy.json` holds the lowest and the highest value of each figure in every healthy model of `studies/validity`, as the model is
-and on its own text (at most 64 tokens per sequence, or 400 frames of speech). `make references` writes it anew. A record is
-compared with the models *of its kind*: the same mask (causal or full) and the same place of the norms, if there are three such
-models; otherwise with those of the same mask, whatever their norms. So is a run, a sweep, or a comparison of two models that are of
-one kind. No model is compared with itself: the one that bears the
-record's name is left out, and the page then speaks of "other" healthy models.
+and on its own input (at most 64 tokens per sequence, 400 frames of speech, or the 256 patches of a picture). `make references`
+writes it anew. A record is compared with the models *of its kind*: the same mask (causal or full) and the same place of the
+norms, if there are three such models; otherwise with those of the same mask, whatever their norms. So is a run, a sweep, or a
+comparison of two models that are of one kind. No model is compared with itself: the one that bears the record's name is left out,
+and the page then speaks of "other" healthy models.
 
 A range is what was met, and no threshold: a figure outside it is unusual, and `findings` says what is wrong.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import altair as alt
@@ -15,16 +15,30 @@ from uncollapse.report.comparison import wording as say
 from uncollapse.report.healthy import References, references
 from uncollapse.report.page import cells, sheet
 from uncollapse.report.page.curves import depth_axis
-from uncollapse.report.page.figures import BLUE, FIT, GREY, ORANGE, Chart, Key, rows, specification, ticks
+from uncollapse.report.page.figures import (
+    BLUE,
+    FIT,
+    GREY,
+    ORANGE,
+    PURPLE,
+    TEAL,
+    Chart,
+    Key,
+    rows,
+    specification,
+    ticks,
+)
 from uncollapse.report.page.panels import Panel, Tile, bundle
 
 MAPPED = ("normalized_entropy", "max_logit", "rest_entropy", "value_contraction")
 SHARES = ("normalized_entropy", "rest_entropy", "key_share")  # from 0 to 1, and compared by their difference
 HEADS_TABLE = "heads-table"
+# Of the lines: the first diagnosis is blue.
+COLORS, DASHES = (BLUE, ORANGE, PURPLE, TEAL), ("", "6 3", "2 2")
 
 
 def document(record: ComparisonRecord) -> str:
-    """The page of one comparison."""
+    """The page of one comparison. More than two diagnoses are drawn on it together, each beside the first."""
     healthy = references(record)
     curves = [
         _curve(record, measure, healthy) for measure in ("consensus_after_norm", "effective_rank", "stream_carried")
@@ -42,18 +56,36 @@ def document(record: ComparisonRecord) -> str:
         depth=Panel(
             "",
             [chart for chart in curves if chart],
-            [_table(record.sites, "sites-table", "Every figure of the stream", healthy)],
+            _tables(record, "sites", "sites-table", "Every figure of the stream", healthy),
         ),
         maps=maps,
         heads=Panel(
             "",
             [chart for each in maps for chart in each.charts],
-            [_table(record.heads, HEADS_TABLE, "Every figure of the heads", healthy)],
+            _tables(record, "heads", HEADS_TABLE, "Every figure of the heads", healthy),
         ),
     )
 
 
+def _tables(record: ComparisonRecord, what: str, key: str, caption: str, healthy: References) -> list[cells.Table]:
+    """One table for each but the first."""
+    return [
+        _table(getattr(pair, what), _key(key, number), f"{caption}: {name}" if record.further else caption, healthy)
+        for number, (name, pair) in enumerate(say.pairs(record))
+    ]
+
+
+def _key(key: str, number: int) -> str:
+    """That of the second diagnosis is the plain one."""
+    return f"{key}-of-{number + 2}" if number else key
+
+
 def _tiles(record: ComparisonRecord) -> list[Tile]:
+    if record.further:
+        return [
+            Tile(name, wording.count(len(pair.findings), "finding"), f"{moved} figures moved")
+            for (name, pair), (_, moved, _, _) in zip(say.pairs(record), say.overview(record), strict=True)
+        ]
     moved = sum(change.moved for change in (*record.sites, *record.heads))
     tiles = [
         Tile(
@@ -78,30 +110,39 @@ def _beside(healthy: References, measure: str) -> str:
 
 
 def _curve(record: ComparisonRecord, measure: str, healthy: References) -> Chart | None:
-    """A figure along depth, before and after."""
-    changes = [change for change in record.sites if change.measure == measure]
-    if len(changes) < 2:
+    """A figure along depth, a line for each diagnosis."""
+    by_pair = [[change for change in pair.sites if change.measure == measure] for pair in record.pairs]
+    longest = max(by_pair, key=len)
+    if len(longest) < 2:
         return None
     names = say.names(record)
+    courses = [[change.before for change in longest], *([change.after for change in each] for each in by_pair)]
     points = [
         {"depth": depth, "y": value, "line": line}
-        for depth, change in enumerate(changes)
-        for line, value in zip(names, (change.before, change.after), strict=True)
+        for line, course in zip(names, courses, strict=True)
+        for depth, value in enumerate(course)
     ]
-    color = alt.Color("line:N", scale=alt.Scale(domain=names, range=[BLUE, ORANGE]), legend=None)
+    colors = [COLORS[i % len(COLORS)] for i in range(len(names))]
+    dashes = [DASHES[i // len(COLORS) % len(DASHES)] for i in range(len(names))]
     base = alt.Chart(rows(points)).encode(
-        x=depth_axis(["in" if c.block is None else str(c.block) for c in changes]),
+        x=depth_axis(["in" if c.block is None else str(c.block) for c in longest]),
         y=alt.Y("y:Q", scale=alt.Scale(zero=True), axis=alt.Axis(title=None, tickCount=5)),
-        color=color,
+        color=alt.Color("line:N", scale=alt.Scale(domain=names, range=colors), legend=None),
     )
-    layers = alt.layer(base.mark_line(strokeWidth=2), base.mark_circle(size=24, opacity=1))
+    lines = base.mark_line(strokeWidth=2)
+    if any(dashes):
+        patterns = [[float(d) for d in (dash or "1 0").split()] for dash in dashes]
+        scale = alt.Scale(domain=names, range=patterns)
+        lines = lines.encode(strokeDash=alt.StrokeDash("line:N", scale=scale, legend=None))
+    layers = alt.layer(lines, base.mark_circle(size=24, opacity=1))
     spec = specification(layers.properties(width="container", height=210, autosize=FIT))
     title = say.TITLES[measure].capitalize()
-    legend = [Key(names[0], BLUE), Key(names[1], ORANGE)]
+    legend = [Key(name, color, dash=dash) for name, color, dash in zip(names, colors, dashes, strict=True)]
+    which = "of every model" if record.further else "before and after"
     return Chart(
         f"depth-{measure}".replace("_", "-"),
         title,
-        f"{title} along depth, before and after.",
+        f"{title} along depth, {which}.",
         spec,
         legend,
         reference=_beside(healthy, measure),
@@ -110,28 +151,44 @@ def _curve(record: ComparisonRecord, measure: str, healthy: References) -> Chart
 
 @dataclass(frozen=True)
 class Maps:
-    """A figure of every head of one kind of attention: before, after, and how it changed."""
+    """A figure of every head of one kind of attention: before, after, and how it changed. Where there are more than two, before
+    and the changes."""
 
     heading: str
     charts: list[Chart]
 
 
 def _maps(record: ComparisonRecord, healthy: References) -> list[Maps]:
-    """The heads of both models side by side, on one scale, and the difference beside them."""
-    groups = wording.groups(record.heads)
-    several = len({kind for _, kind in groups}) > 1
-    found = []
-    for measure in MAPPED:
-        for (stack, kind), heads in groups.items():
-            changes = [change for change in heads if change.measure == measure]
-            if changes:
-                where = wording.group_name(stack, kind, several_kinds=several)
-                title = say.TITLES[measure].capitalize()
-                key = cells.slug("map", measure.replace("_", "-"), stack, kind)
-                rows_of = {id(change): f"{HEADS_TABLE}-{number}" for number, change in enumerate(record.heads)}
-                charts = _three(changes, measure, key, say.names(record), rows_of, _beside(healthy, measure))
-                found.append(Maps(f"{title}, {where.lower()}" if where else title, charts))
-    return found
+    """The heads of the models side by side, on one scale, and the differences beside them."""
+    several = len({kind for pair in record.pairs for _, kind in wording.groups(pair.heads)}) > 1
+    found: dict[tuple[str, Any, Any], list[Chart]] = {}
+    for number, (name, pair) in enumerate(say.pairs(record)):
+        table = _key(HEADS_TABLE, number)
+        rows_of = {id(change): f"{table}-{row}" for row, change in enumerate(pair.heads)}
+        for measure in MAPPED:
+            for (stack, kind), heads in wording.groups(pair.heads).items():
+                changes = [change for change in heads if change.measure == measure]
+                if changes:
+                    key = cells.slug("map", measure.replace("_", "-"), stack, kind)
+                    drawn = _three(
+                        changes, measure, key, [say.names(record)[0], name], rows_of, _beside(healthy, measure)
+                    )
+                    there = found.setdefault((measure, stack, kind), [])
+                    if not record.further:
+                        there += drawn
+                        continue
+                    before, _, change = drawn
+                    change = replace(change, key=_key(change.key, number), title=f"{name}: {change.title.lower()}")
+                    there += [change] if there else [before, change]
+    return [
+        Maps(_heading(measure, wording.group_name(stack, kind, several_kinds=several)), charts)
+        for (measure, stack, kind), charts in found.items()
+    ]
+
+
+def _heading(measure: str, where: str) -> str:
+    title = say.TITLES[measure].capitalize()
+    return f"{title}, {where.lower()}" if where else title
 
 
 def _three(
@@ -188,7 +245,7 @@ def _map(key: str, title: str, label: str, drawn: list[dict[str, Any]], scale: a
         "value:Q", scale=scale, legend=alt.Legend(title=None, orient="bottom", gradientLength=160, tickCount=4)
     )
     layers = [
-        base.mark_rect(color=GREY, opacity=0.25),
+        base.transform_filter("!isValid(datum.value)").mark_rect(color=GREY, opacity=0.25),
         base.transform_filter("isValid(datum.value)").mark_rect().encode(color=color),
     ]
     height = max(60, min(500, 24 * blocks))

@@ -21,9 +21,31 @@ COLUMNS = ("consensus_after_norm", "effective_rank", "stream_carried")
 
 
 def print_record(record: ComparisonRecord, console: Console) -> None:
-    """Print it to `console`."""
+    """Print it to `console`: one table of all, where there are more than two, and each beside the first."""
     say = functools.partial(plain.say, console)
-    say(" → ".join(say_it.names(record)), "bold")
+    if record.further:
+        say(say_it.headline(record), "bold")
+        console.print()
+        console.print(_overview(record, console))
+        console.print()
+    for name, pair in say_it.pairs(record):
+        say(f"{say_it.names(record)[0]} → {name}", "bold")
+        _print_pair(pair, console)
+        if record.further:
+            console.print()
+
+
+def _overview(record: ComparisonRecord, console: Console) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for title in ("beside the first", "figures that moved", "got worse", "no longer found"):
+        table.add_column(title, justify="left" if title in ("beside the first", "got worse") else "right")
+    for row in say_it.overview(record):
+        table.add_row(*(plain.plain(console, cell) for cell in row))
+    return table
+
+
+def _print_pair(record: ComparisonRecord, console: Console) -> None:
+    say = functools.partial(plain.say, console)
     say(say_it.probe_sentence(record))
     for sentence in say_it.not_compared(record):
         say(sentence, "bold")

@@ -22,13 +22,23 @@ TITLES = {
 
 
 def names(record: ComparisonRecord) -> list[str]:
-    """What the two are called: before and after, if they bear the same name."""
-    one, other = record.models[0].name, record.models[1].name
+    """What they are called: before and after, if the two bear the same name; numbered, if several of more do."""
+    own = [model.name for model in record.models]
+    if record.further:
+        return [own[0], _numbered(own[1], own, 1), *(each.name for each in record.further)]
+    one, other = own[0], own[1]
     return [f"{one} (before)", f"{other} (after)"] if one == other else [one, other]
+
+
+def _numbered(name: str, own: list[str], index: int) -> str:
+    return name if own.count(name) == 1 else f"{name} ({index + 1})"
 
 
 def headline(record: ComparisonRecord) -> str:
     """What got worse, in one sentence."""
+    if record.further:
+        worse = sum(bool(pair.findings) for pair in record.pairs)
+        return f"Something got worse in {worse} of {len(record.pairs)}, compared with {names(record)[0]}."
     moved = sum(change.moved for change in (*record.sites, *record.heads))
     total = len(record.sites) + len(record.heads)
     figures = f"{moved:,} of {wording.count(total, 'figure')} moved"
@@ -50,6 +60,21 @@ def probe_sentence(record: ComparisonRecord) -> str:
         return f"{lead}; how much of a difference comes from the text is not known."
     least = ", ".join(f"{TITLES[name]} {wording.percent(share)}" for name, share in record.smallest.items())
     return f"{lead}. Smaller changes than these may come from the text (1 % false alarms each): {least}."
+
+
+def pairs(record: ComparisonRecord) -> list[tuple[str, ComparisonRecord]]:
+    """The name of each but the first, and what it is beside the first."""
+    return list(zip(names(record)[1:], record.pairs, strict=True))
+
+
+def overview(record: ComparisonRecord) -> list[tuple[str, str, str, str]]:
+    """A row for each but the first: its name, how much moved, what got worse, and what is no longer found."""
+    found = []
+    for name, pair in pairs(record):
+        changes = [*pair.sites, *pair.heads]
+        moved = f"{sum(c.moved for c in changes):,} of {len(changes):,}"
+        found.append((name, moved, wording.counts_in_words(pair.findings) or "nothing", str(len(pair.gone))))
+    return found
 
 
 def moved_heads(record: ComparisonRecord) -> list[Change]:

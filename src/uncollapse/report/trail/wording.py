@@ -56,7 +56,7 @@ def what_next(record: TrailRecord, alarm: Alarm) -> str:
     said.append(f"It stands at step {later[-1].step:,}." if over is None else f"It was over at step {over:,}.")
     rule = alarm.key.removesuffix("/trend")
     margins = [(r.margins[rule], r.step) for r in later if rule in r.margins]
-    if margins:
+    if margins and alarm.phenomenon != "dead-component":  # a part is dead or it is not
         worst, step = max(margins)
         if alarm.against == "trend":
             crossed = next((s for margin, s in margins if margin > 0), None)
