@@ -239,7 +239,10 @@ def _suspects(scored: Sequence[Judged]) -> list[str]:
     """How often arc-vigil named the block that a fault was planted in."""
     planted = [each for each in scored if each.scenario.planted is not None and each.run.suspect is not None]
     right = sum(each.run.suspect == f"blocks.{each.scenario.planted}" for each in planted)
-    return [f"Where a fault was planted in one block, `arc-vigil` named that block in {_of(right, len(planted))} runs."]
+    return [
+        f"Where a fault was planted in one block, `arc-vigil` named that block in {_of(right, len(planted))} runs. Called as its",
+        "page says, it sees no gradients, for they are set to nothing by then; what speaks is the curvature of the weights' path.",
+    ]
 
 
 def _healthy_row(name: str, runs: Sequence[Run]) -> str:
