@@ -16,7 +16,7 @@ from uncollapse.judgement.findings import CONSENSUS
 from uncollapse.report import wording
 
 SMOOTHED, ABOVE = 10, 0.15  # steps, nats
-CHOSEN_ON = 2  # the constants of the alarms were chosen with the seeds up to this one in sight; the others are counted
+CHOSEN_ON = 1  # the constants of the alarms were chosen with the seeds up to this one in sight; the others are counted
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 PICTURED = "post-norm, 18 blocks, no warm-up"
 
@@ -172,8 +172,8 @@ MISSING = (
     "## What is missing",
     "",
     "The models are small and the runs short. The constants of the alarms (how deep, how long, how near) were chosen on other",
-    "seeds of these very kinds of runs; runs of another kind may need others. On the seeds that were looked at, trends of",
-    "`CORPUS-DIMENSIONS` gave false alarms, and trends were alarms far from the threshold. Both were mended before the count.",
+    "seeds of these very kinds of runs; runs of another kind may need others. Trends that were alarms far from the threshold were",
+    "mended before the count. Trends of `CORPUS-DIMENSIONS` went out after one more false alarm, on seed 2; it is counted.",
     "",
     "The rounding fault is one of storage: the query and key weights are kept in bfloat16, and each step rounds them away from",
     "zero. The published fault, a fused kernel whose result is rounded with a bias (arXiv 2510.04212), takes thousands of steps.",
