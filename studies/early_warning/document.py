@@ -158,7 +158,11 @@ def document(runs: Sequence[Run]) -> str:
         "model adapts: its loss suffers, its tokens stay apart. It is counted as healthy here, for there is no collapse to find.",
         "",
         *MISSING,
-        *([] if len(seeds) >= SEEDS else ["", f"{SEEDS} seeds are meant to be counted, {len(seeds)} have been run so far."]),
+        *(
+            []
+            if len(seeds) >= SEEDS
+            else ["", f"{SEEDS} seeds are meant to be counted, {len(seeds)} have been run so far."]
+        ),
         "",
     ]
     return "\n".join(lines)
