@@ -30,6 +30,7 @@ from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.sources import load_model
 
 PASSES = 1.6  # a warm diagnosis in passes: docs/performance.md
+KEPT = 20  # MiB: what a process keeps of what it has freed, and the anatomy
 CHECKPOINTS, SEQUENCES, TOKENS, BATCH = 3, 16, 256, 4
 
 
@@ -117,13 +118,15 @@ def measure(folder: Path, width: int, blocks: int) -> None:
     )
     found = json.loads(run.stdout.splitlines()[-1])
     places = BATCH * TOKENS
-    activations = 4 * places * (12 * width + 3 * 4 * width) + 3 * 8 * BATCH * min(TOKENS, width) ** 2
+    # A block in single precision, what is measured of it in double precision, and spectra.
+    activations = 4 * places * (12 * width + 3 * 4 * width) + 8 * places * (4 * width + 3 * 4 * width)
+    activations += 3 * 8 * BATCH * min(TOKENS, width) ** 2
     records = [path.stat().st_size for path in (folder / "out").glob("*.json.gz")]
     mib = 2**20
     parameters = sum(p.numel() for p in model.parameters())
     tokens = f"{SEQUENCES} x {TOKENS} tokens"
     counted, spent = CHECKPOINTS * sum(each.values()), found["seconds"]
-    held, most = (weights + activations) / mib, found["highest"] - found["before"]
+    held, most = (weights + activations) / mib + KEPT, found["highest"] - found["before"]
     print(f"{parameters:,} parameters, {weights / mib:.0f} MiB; one pass of {tokens} {one_pass:.2f} s")
     print(f"a warm diagnosis: {warm / one_pass:.2f} passes, taken for {PASSES}")
     print("counted for a checkpoint: " + ", ".join(f"{name} {value:.2f} s" for name, value in each.items()))

@@ -24,6 +24,7 @@ def mathml(latex: str) -> str:
     from latex2mathml.converter import convert
 
     text: str = convert(latex, display="block")
+    text = text.replace("<mo>&#x02016;</mo>", '<mo stretchy="false">&#x02016;</mo>')  # not as high as a sum beside it
     return re.sub(r"&#x([0-9A-Fa-f]+);", lambda found: _character(int(found.group(1), 16)), text)
 
 

@@ -25,7 +25,7 @@ PAGE = "page.png"
 # The printouts: a command, and the rows of it that fit a picture.
 TERMINALS = {
     "terminal-diagnose.svg": ("uncollapse diagnose demo", 42),
-    "terminal-ablate.svg": ("uncollapse ablate demo --without residual", 34),
+    "terminal-ablate.svg": ("uncollapse ablate demo --without residual", 36),
 }
 WIDTH, COLUMNS = 1280, 100
 

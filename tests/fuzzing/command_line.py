@@ -1,6 +1,7 @@
 """Command lines of any arguments, on streams in any state, each in a process of its own.
 
-The analyses are stood in for by stored results: what is tried is the parsing, the outputs, the streams and the exit code.
+The analyses are stood in for by stored results: what is tried is the parsing, the outputs, the streams and the exit code; of a
+sweep also which checkpoints it finds, its share of them, and its folder.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ import uncollapse as uc
 from tests.fuzzing.checkpoints import saved
 from tests.fuzzing.outcomes import COMPUTED, REFUSED
 from tests.fuzzing.records import GOLDEN, damaged_record
+from tests.helpers.sweep_samples import swept
+from uncollapse import sources
+from uncollapse.analyses import sweep
+from uncollapse.analyses.sweep_folder import SweepFolder
 from uncollapse.cli.commands import main
 
 CRASHED, LATE = 70, 60  # an exit code that no command has; seconds
-_COMMANDS = ("diagnose", "ablate", "heads", "symmetries", "verify", "show", "compare")
+_COMMANDS = ("diagnose", "ablate", "heads", "symmetries", "verify", "show", "compare", "sweep")
 _STREAMS = ("file", "file", "file", "file", "pipe", "closed", "full", "gone", "null", "read only")
 _NUMBERS = ("0", "1", "-1", "16", "4294967296", "1e9", "²", "99999999999999999999", "", "0x10", "nan")
 _WORDS = (
@@ -152,6 +157,15 @@ def _arguments(folder: Path, draw: random.Random) -> list[str]:
             )
         case "verify":
             given += [draw.choice(["head-permutation", "rmsnorm-rank", "no-such-claim"]), "--trials", "1"]
+        case "sweep":
+            models = [str(model)] if draw.random() < 0.7 else [str(folder), "demo", *files, *_WORDS]
+            given += draw.choices(models, k=draw.choice([0, 1, 1, 1, 2]))
+            outs = ["out"] if draw.random() < 0.7 else [str(folder), "/proc", "/no/such", "out\0", *files, *_WORDS]
+            given += ["--out", draw.choice(outs)] if draw.random() < 0.95 else []
+            given += (
+                ["--shard", draw.choice(["1/2", "2/2", "2/1", "0/0", "1/", *_NUMBERS])] if draw.random() < 0.3 else []
+            )
+            given += ["--retry"] if draw.random() < 0.2 else []
         case _:
             given += [draw.choice([str(model), str(model), "demo", *_WORDS])]
     for _ in range(draw.choice([0, 1, 1, 2, 3])):
@@ -190,6 +204,7 @@ def _run(
         code = CRASHED
         try:
             signal.alarm(LATE)
+            os.chdir(folder)
             _stand_in(results)
             for name, value in environment.items():
                 os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
@@ -259,6 +274,14 @@ def _stand_in(results: dict[str, Any]) -> None:
         stand_in = types.ModuleType(f"uncollapse.analyses.{module}")
         setattr(stand_in, function, lambda *_, result=result, **__: result)
         sys.modules[stand_in.__name__] = stand_in
+    sys.modules[sweep.__name__] = types.ModuleType(sweep.__name__)
+    vars(sys.modules[sweep.__name__])["sweep"] = _swept
+
+
+def _swept(models: list[str], *_: Any, out: str, shard: tuple[int, int] | None, **__: Any) -> Any:
+    sweep._share(sources.series(models), shard)
+    SweepFolder(out)
+    return sweep.Sweep(swept())
 
 
 @functools.cache

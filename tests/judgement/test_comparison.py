@@ -1,8 +1,9 @@
 """What a change between two records is called, on figures made by hand. tests/analyses/test_comparison.py compares models."""
 
 import math
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from statistics import NormalDist
+from typing import Any
 
 import pytest
 
@@ -12,13 +13,14 @@ from uncollapse.judgement.comparison import (
     has_moved,
     head_changes,
     noise,
+    site_changes,
     smallest,
     standard_error,
     worse,
 )
 from uncollapse.records.common import Statistic
 from uncollapse.records.comparison import Change
-from uncollapse.records.diagnosis import AttentionRecord
+from uncollapse.records.diagnosis import AttentionRecord, SiteRecord
 
 HALF_PERCENT = NormalDist().inv_cdf(0.995)  # 1 % in both tails
 
@@ -28,9 +30,9 @@ def change(measure: str = "max_logit", before: float = 2.0, after: float = 4.0, 
 
 
 def test_two_sequences_tell_the_noise() -> None:
-    """Two normal figures lie 2 x .5895 deviations apart by Blom's formula."""
+    """The range of n figures drawn evenly from [0, 1], whose deviation is sqrt(1/12), is (n - 1)/(n + 1) on average."""
     error = standard_error(Statistic(0.0, -1.0, 1.0, 2))
-    assert error == pytest.approx(2 / (2 * NormalDist().inv_cdf(1.625 / 2.25)) / math.sqrt(2))
+    assert error == pytest.approx(2 * 3 / math.sqrt(12) / math.sqrt(2))
     assert standard_error(Statistic(0.0, 0.0, 0.0, 1)) is None
 
 
@@ -129,4 +131,58 @@ def test_heads_are_compared_where_both_have_the_figure() -> None:
     found = head_changes(before, after, same_probe=True)
     assert [(c.measure, c.site, c.head, c.before, c.after, c.moved) for c in found] == [
         ("max_logit", "block.2", 0, 1.0, 2.0, True)
+    ]
+
+
+def site(name: str, value: float | None, stack: Any = None, measure: str = "consensus_distance") -> SiteRecord:
+    figures: dict[str, Any] = dict.fromkeys([field.name for field in fields(SiteRecord) if field.default is MISSING])
+    known = None if value is None else Statistic(value, value - 0.5, value + 0.5, 4)
+    return SiteRecord(**{**figures, "site": name, "stack": stack, measure: known})
+
+
+def test_sites_are_compared_by_name_and_stack_in_the_figures_that_both_have() -> None:
+    before = [
+        site("block.0", 1.0, "encoder"),
+        site("block.0", 2.0, "decoder"),
+        site("block.1", 3.0),
+        site("block.2", 4.0),
+    ]
+    after = [
+        site("block.0", 5.0, "decoder"),
+        site("block.0", 1.0, "encoder"),
+        site("block.1", None),
+        site("block.9", 1.0),
+    ]
+    found = site_changes(before, after, same_probe=True)
+    assert [(c.site, c.stack, c.before, c.after, c.noise, c.moved) for c in found] == [
+        ("block.0", "encoder", 1.0, 1.0, 0.0, False),
+        ("block.0", "decoder", 2.0, 5.0, 0.0, True),
+    ]
+    (other,) = site_changes(before[:1], after[1:2], same_probe=False)
+    assert other.noise == noise(before[0].consensus_distance, after[1].consensus_distance, same_probe=False)  # type: ignore[arg-type]
+    assert (other.head, other.kind) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "measure", ["consensus_after_norm", "consensus_distance", "effective_rank", "affine_rank", "stream_carried"]
+)
+def test_each_measure_of_a_site_is_compared(measure: str) -> None:
+    (found,) = site_changes([site("a", 1.0, measure=measure)], [site("a", 2.0, measure=measure)], same_probe=True)
+    assert (found.measure, found.after) == (measure, 2.0)
+
+
+@pytest.mark.parametrize(
+    "measure", ["max_logit", "rest_entropy", "normalized_entropy", "key_share", "value_contraction"]
+)
+def test_each_measure_of_a_head_is_compared_with_that_of_its_kind(measure: str) -> None:
+    def record(kind: Any, block: int, value: float) -> AttentionRecord:
+        empty = AttentionRecord(block, 0, None, kind, None, None, None, None)
+        return replace(empty, **{measure: Statistic(value, value, value, 4)})
+
+    before = [record("self", 1, 1.0), record("cross", 1, 2.0), record("self", 2, 3.0)]
+    after = [record("cross", 1, 7.0), record("self", 1, 5.0), record("self", 3, 9.0)]
+    found = head_changes(before, after, same_probe=True)
+    assert [(c.kind, c.block, c.measure, c.before, c.after) for c in found] == [
+        ("self", 1, measure, 1.0, 5.0),
+        ("cross", 1, measure, 2.0, 7.0),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,12 @@ from tests.helpers.projections import PROJECTIONS, hooked, projections, weight_o
 from tests.helpers.tiny_models import FAMILIES as SMALL
 from tests.helpers.tiny_models import text_batch
 from tests.reference import identifiability as reference
+from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.gates.projection import PositionGatedProjection
+from uncollapse.judgement import identifiability
+from uncollapse.measures import heads
+from uncollapse.measures.running import Running
+from uncollapse.probe.passes import capture
 from uncollapse.records.diagnosis import HeadsRecord
 
 COUNTS = ("width", "output_projection_rank", "kernel_dimension", "contribution_ambiguity")
@@ -313,3 +319,46 @@ def test_every_missing_figure_has_its_reason(name: str) -> None:
     for record in uc.diagnose(family.build(), batches=[inputs_for(family)]).record.heads:
         missing = {key for key, value in vars(record).items() if value is None} - {"stack"}
         assert missing <= set(record.unavailable)
+
+
+def test_a_projection_that_did_not_run_says_so_in_every_figure() -> None:
+    """Of each figure the reason that was noted, or that the projection did not run."""
+    model = SMALL["gpt2"].build()
+    statistics = capture(model, [text_batch()], proved_anatomy(model, text_batch()), watch={"projections"}).attention[0]
+    empty = replace(statistics, matrix=None, figures=None, energy=Running.empty(4), reasons={})
+    (record,) = identifiability.heads_records([empty])
+    never = "the output projection did not run"
+    named = [*identifiability.FROM_WEIGHTS, "gauge_dimension", "energy_share", "tokens", "factorization_ambiguity"]
+    assert record.unavailable == dict.fromkeys(named, never)
+    assert (record.width, record.tokens, record.energy_share) == (0, None, None)
+    assert record.ambiguous_degrees_of_freedom == (record.heads - 1) * record.head_width
+    (told,) = identifiability.heads_records([replace(empty, reasons={"matrix": "it is sparse", "energy_share": "why"})])
+    assert told.unavailable["verdict"] == "it is sparse"
+    assert told.unavailable["tokens"] == "why"
+    (read,) = identifiability.heads_records([replace(empty, matrix=statistics.matrix)])
+    assert read.verdict is not None
+    assert read.unavailable["energy_share"] == never
+    assert read.factorization_ambiguity is None
+
+
+@pytest.mark.parametrize(
+    ("sums", "sinks", "counted"),
+    [
+        ((1.0, 1.0), False, True),
+        ((0.9901, 1.0099), False, True),
+        ((0.9899, 1.0), False, False),
+        ((1.0, 1.0101), False, False),
+        ((math.inf, -math.inf), False, True),  # no row was seen
+        ((1.0, 1.0), True, False),
+    ],
+)
+def test_a_value_bias_is_free_where_rows_sum_to_one_within_a_hundredth(
+    sums: tuple[float, float], sinks: bool, counted: bool
+) -> None:
+    model = SMALL["gpt2"].build()
+    statistics = capture(model, [text_batch()], proved_anatomy(model, text_batch()), watch={"projections"}).attention[0]
+    call = statistics.call
+    assert call.value_bias
+    (record,) = identifiability.heads_records([replace(statistics, row_sums=sums, sinks=sinks)])
+    with_bias = heads.gauge_dimension(call.key_value_heads, call.head_width, value_bias=counted, output_bias=True)
+    assert record.gauge_dimension == with_bias

@@ -151,3 +151,26 @@ def test_the_rate_follows_from_the_pattern_at_consensus() -> None:
     assert rate_without_residual(False, [1.1e-4, 0.0], eps) == ""
     assert rate_without_residual(False, [0.0, 0.099], eps) == ""
     assert rate_without_residual(False, [0.0, 0.1], eps) == "geometrically"
+
+
+@pytest.mark.parametrize(
+    ("at_consensus", "epsilon", "how"),
+    [
+        ([1e-3], 1e-6, "doubly exponentially"),  # at sqrt(eps) itself
+        ([1.01e-3], 1e-6, ""),
+        ([1e-4, 1.01e-3], 1e-6, ""),  # the largest decides
+        ([0.0999], 1e-6, ""),
+        ([0.1], 1e-6, "geometrically"),
+        ([0.01, 0.1], 1e-6, "geometrically"),
+    ],
+)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_what_attention_keeps_apart_at_consensus_decides_the_rate(
+    at_consensus: list[float], epsilon: float, how: str, is_causal: bool
+) -> None:
+    assert rate_without_residual(is_causal, at_consensus, epsilon) == how
+
+
+def test_without_that_the_mask_alone_decides() -> None:
+    assert rate_without_residual(True, None, 1e-6) == "geometrically"
+    assert rate_without_residual(False, None, 1e-6) == "doubly exponentially"

@@ -1,11 +1,15 @@
 """How sequences fall whose law is known. tests/analyses/test_ablation.py has more of them, and those of models."""
 
 import math
+from dataclasses import MISSING, fields, replace
+from typing import Any
 
 import pytest
 
-from uncollapse.judgement.rates import FLOOR, rate
+from uncollapse.judgement.rates import FLOOR, consensus, depth_rate, rate
 from uncollapse.records.ablation import RateRecord
+from uncollapse.records.common import Stack, Statistic
+from uncollapse.records.diagnosis import SiteRecord
 
 EPSILON = 2.0**-52
 
@@ -75,3 +79,37 @@ def test_a_slope_counts_only_if_its_interval_leaves_out_one() -> None:
     assert found.slope > 1.5
     assert 0 < found.slope_low < 1
     assert found.kind == "open"
+
+
+def site(block: int | None, distance: float | None, stack: Stack | None = None, rank: float = 3.0) -> SiteRecord:
+    """One whose consensus distance is this; without one its tokens have that rank."""
+    figures: dict[str, Any] = dict.fromkeys([field.name for field in fields(SiteRecord) if field.default is MISSING])
+    own = None if distance is None else Statistic(distance, distance, distance, 2)
+    name = "embedding" if block is None else f"block.{block}"
+    figures |= {"site": name, "block": block, "stack": stack, "consensus_distance": own}
+    return SiteRecord(**figures | {"rank": Statistic(rank, 0.0, rank, 2)})
+
+
+def test_the_distance_is_followed_in_the_last_stack_and_zeros_agree() -> None:
+    trajectory = [
+        site(None, 0.9, "encoder"),
+        site(0, 0.8, "encoder"),
+        site(None, 0.7, "decoder"),
+        site(1, 0.6, "decoder"),
+    ]
+    assert consensus(trajectory) == [0.7, 0.6]
+    assert consensus([site(None, 0.5), site(0, None, rank=0.0)]) == [0.5, 0.0]
+    assert math.isnan(consensus([site(None, 0.5), site(0, None, rank=1.0)])[1])
+
+
+def test_the_rate_of_a_trajectory_names_the_block_that_reaches_the_floor() -> None:
+    """Blocks 4 to 7 of a decoder: the floor is reached in the third of them, block 6."""
+    falling = [1.0, 0.5, 0.125, 1e-18, 1e-18]
+    trajectory = [site(i + 3 if i else None, value, "decoder") for i, value in enumerate(falling)]
+    found = depth_rate([site(None, 1.0, "encoder"), *trajectory], EPSILON)
+    assert found is not None
+    assert found.floor_block == 6
+    assert found == replace(rate(falling, EPSILON), floor_block=6)
+    above = depth_rate(trajectory[:3], EPSILON)
+    assert above == rate(falling[:3], EPSILON)
+    assert depth_rate([*trajectory, site(9, None)], EPSILON) is None  # not finite

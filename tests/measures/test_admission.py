@@ -12,7 +12,9 @@ from torch import Tensor
 import uncollapse as uc
 from tests.helpers.hostile import CALLS, FORMATS, OTHERS, K, O, Q, W, X, called, public_functions, tensors_of
 from uncollapse import geometry, heads, mixing
-from uncollapse.measures.admission import at_size_one, times_power_of_two
+from uncollapse.errors import InputError
+from uncollapse.measures import corpus
+from uncollapse.measures.admission import at_size_one, is_ordinary, times_power_of_two
 
 EVERY = [(name, argument) for name in CALLS for argument in tensors_of(name)]
 SCALES = (1e-300, 1e-160, 1e-30, 1e30, 1e160, 1e300)
@@ -153,3 +155,44 @@ def test_a_power_of_two_rounds_nothing(size: float) -> None:
     scaled, exponent = at_size_one(x, (0, 1))
     assert 0.5 <= scaled.max() < 1
     assert torch.equal(times_power_of_two(scaled, exponent), x)
+
+
+def test_where_arguments_do_not_fit_the_cause_and_every_tensor_are_said() -> None:
+    with pytest.raises(InputError) as refusal:
+        corpus.isoscore(torch.ones(2, 3), "wide")  # type: ignore[arg-type]
+    cause = "'>' not supported between instances of 'str' and 'int'"
+    assert str(refusal.value) == (
+        f"isoscore: expected arguments that fit together, got values float32[2, 3]: {cause}. "
+        "See help(uncollapse.measures.corpus.isoscore) for their axes."
+    )
+
+
+@pytest.mark.parametrize(
+    ("largest", "exponent", "ordinary"),
+    [
+        (2.0**99, 100, True),
+        (2.0**100, 100, False),
+        (2.0**-99, 100, True),
+        (2.0**-100, 100, False),
+        (2.0**39, 40, True),
+        (2.0**40, 40, False),
+        (0.0, 100, True),
+        (math.inf, 100, False),
+        (math.nan, 100, False),
+    ],
+)
+def test_numbers_are_ordinary_within_a_range_of_exponents(largest: float, exponent: float, ordinary: bool) -> None:
+    for sign in (1, -1):
+        x = torch.tensor([0.0, sign * largest], dtype=torch.float64)
+        assert is_ordinary(x, exponent) is ordinary
+    assert is_ordinary(torch.tensor([2.0**100], dtype=torch.float64)) is False
+    assert is_ordinary(torch.zeros(0)) is True
+
+
+@pytest.mark.parametrize("exponent", [-2000, -3, 0, 5, 1001, 2001])
+def test_a_power_of_two_outside_of_the_range_is_taken_in_two_steps(exponent: int) -> None:
+    x = torch.tensor([1.5], dtype=torch.float64) * 2.0 ** (
+        -1000 if exponent > 1000 else 1000 if exponent < -1000 else 0
+    )
+    found = times_power_of_two(x, torch.tensor(exponent))
+    assert float(found) == pytest.approx(math.ldexp(float(x), exponent), rel=0)

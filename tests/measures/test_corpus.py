@@ -317,3 +317,94 @@ def test_the_examples_in_the_docstrings() -> None:
 def test_memory_is_bounded() -> None:
     cloud = cloud_of(points(8 * WIDEST, 16, 0).float())
     assert cloud.points.untyped_storage().nbytes() == WIDEST * 16 * 4
+
+
+def beyond(x: Tensor) -> RunningCloud:
+    """The cloud of `x` that keeps one point and the second moment: what is known of more points than are kept."""
+    centred = x - x.mean(0)
+    return RunningCloud(
+        len(x), len(x), x.mean(0), torch.nn.functional.normalize(x, dim=-1).sum(0), x[:1], keys(1), centred.mT @ centred
+    )
+
+
+@pytest.mark.parametrize(("part", "count"), [(1.2, 2), (0.8, 1)])
+def test_a_second_moment_resolves_what_float64_and_the_format_resolve(part: float, count: int) -> None:
+    """Directions below sqrt(d eps) of the largest are lost in a second moment; so is what the format rounds."""
+    n, d = 64, 4
+    signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64).repeat(n // 4, 1)
+    x = torch.zeros(n, d, dtype=torch.float64)
+    x[:, 0], x[:, 1] = signs[:, 0], signs[:, 1] * part * math.sqrt(d * EPS)
+    (fine,) = corpus.spectra([beyond(x)], [0.0])
+    assert int((fine.centred > 0).sum()) == int((fine.whole > 0).sum()) == count
+    eps = 1e-3
+    x[:, 1] = signs[:, 1]
+    x[:, 0] = signs[:, 0] * (1 / eps) * (n**-0.5 + d**-0.5) ** -1 / part
+    size = float(x.norm())
+    floor = eps * size * (n**-0.5 + d**-0.5)
+    x[:, 1] = signs[:, 1] * part * floor / math.sqrt(n)
+    (coarse,) = corpus.spectra([beyond(x)], [eps])
+    assert int((coarse.centred > 0).sum()) == count
+
+
+@pytest.mark.parametrize(("part", "spread"), [(1.2, True), (0.8, False)])
+def test_points_that_differ_by_less_than_their_rounding_have_no_spread_in_a_second_moment(
+    part: float, spread: bool
+) -> None:
+    n, d, eps = 64, 4, 1e-3
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(n // 2)
+    x = torch.ones(n, d, dtype=torch.float64)
+    floor = eps * float(x.norm()) * (n**-0.5 + d**-0.5)
+    x[:, 1] += signs * part * floor / math.sqrt(n)
+    (found,) = corpus.spectra([beyond(x)], [eps])
+    assert bool((found.centred > 0).any()) is spread
+    assert int((found.whole > 0).sum()) >= 1
+
+
+def test_the_clouds_of_one_call_hold_no_more_numbers_than_are_decomposed_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The figures are the same however many clouds go together, and none is left out."""
+    clouds = [cloud_of(points(6, 4, seed), seed) for seed in range(7)]
+    together = corpus_measures(clouds, [EPS] * 7)
+    beside = compared(clouds[:-1], clouds[1:])
+    for numbers, sizes in ((24, [1] * 7), (50, [2, 2, 2, 1]), (47, [1] * 7), (10, [1] * 7), (24 * 7, [7])):
+        monkeypatch.setattr(corpus, "_AT_ONCE", numbers)
+        assert [len(places) for places in corpus._alike(clouds)] == sizes
+        assert [vars(each) for each in corpus_measures(clouds, [EPS] * 7)] == [pytest.approx(vars(e)) for e in together]
+        assert [vars(each) for each in compared(clouds[:-1], clouds[1:])] == [pytest.approx(vars(e)) for e in beside]
+    single = [RunningCloud.of(torch.ones(1, 1), keys(1)) for _ in range(8)]
+    monkeypatch.setattr(corpus, "_AT_ONCE", 8)
+    assert [len(places) for places in corpus._alike(single)] == [8]
+
+
+def test_a_power_law_takes_the_fourth_to_the_hundredth_variance_and_ten_at_least() -> None:
+    values = torch.arange(1, 131).double() ** -0.75
+    disturbed = values.clone()
+    disturbed[[0, 1, 2, *range(100, 130)]] *= 0.37
+    assert corpus.power_law(disturbed) == corpus.power_law(values)
+    for place in (3, 99):
+        changed = values.clone()
+        changed[place] *= 0.99
+        assert corpus.power_law(changed).slope != pytest.approx(corpus.power_law(values).slope, rel=1e-9)
+    assert corpus.power_law(values[:12]).slope is None
+    slope = corpus.power_law(values[:13]).slope
+    assert slope == pytest.approx(1.5)
+
+
+def test_a_share_is_reached_where_only_rounding_is_missing() -> None:
+    tenth = torch.full((10,), math.sqrt(0.1), dtype=torch.float64)
+    assert corpus.directions_holding(tenth, 0.9).item() == 9
+    assert corpus.directions_holding(tenth, 0.9 + 1e-9).item() == 10
+    assert corpus.directions_holding(tenth, 0.9 - 1e-9).item() == 9
+
+
+def test_novelty_counts_outside_of_the_directions_that_hold_nine_tenths() -> None:
+    """Three directions with 0.5, 0.39 and 0.11 of the variance: the third is needed for 0.9. With 0.5, 0.4 and 0.1 it is not."""
+    corners = torch.tensor([[a, b, c] for a in (1.0, -1.0) for b in (1.0, -1.0) for c in (1.0, -1.0)]).double()
+    only_third = corners * torch.tensor([0.0, 0.0, 1.0])
+    for shares, novelty in (((0.5, 0.39, 0.11), 0.0), ((0.5, 0.41, 0.09), 1.0)):
+        before = corners * torch.tensor(shares).double().sqrt()
+        assert corpus.subspace_novelty(before, only_third.double()).item() == pytest.approx(novelty, abs=1e-12)
+        wide = torch.cat([before, torch.zeros(8, 9).double()], 1)  # fewer points than dimensions
+        third = torch.cat([only_third.double(), torch.zeros(8, 9).double()], 1)
+        assert corpus.subspace_novelty(wide, third).item() == pytest.approx(novelty, abs=1e-12)

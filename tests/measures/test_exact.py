@@ -191,3 +191,23 @@ def test_root_scaled_agrees_with_floats():
         centred = scaled - scaled.mean(0)
         assert exact.rank(big) == degree * int(torch.linalg.matrix_rank(scaled))
         assert exact.rank(shift * big) == degree * int((torch.linalg.svdvals(centred) > 1e-10).sum())
+
+
+@pytest.mark.parametrize(
+    ("value", "root"),
+    [
+        (fmpq(9, 4), fmpq(3, 2)),
+        (0, 0),
+        (1, 1),
+        (fmpq(1, 4), fmpq(1, 2)),
+        (-1, None),
+        (fmpq(-9, 4), None),
+        (2, None),
+        (fmpq(4, 3), None),  # the root of the top alone
+        (fmpq(3, 4), None),  # of the bottom alone
+        (10**40, 10**20),
+        (10**40 + 1, None),
+    ],
+)
+def test_the_rational_root_of_a_rational(value: object, root: object) -> None:
+    assert exact.square_root(value) == root

@@ -264,6 +264,10 @@ def test_memory_does_not_grow_with_the_square_of_the_tokens():
             mixing.susceptibility(q, k, mask=mask, causal=causal)
             mixing.entropy_floor(q, k, mask=mask, causal=causal)
     assert watch.elements < tokens**2 / 2
+    q, k = queries_and_keys(1, 1, 1, 3000, 3000, 2, torch.float32)
+    with LargestTensor() as watch:
+        mixing.leading_spectrum(q, k, causal=True)
+    assert watch.elements < 3000**2 / 2
     many = torch.randn(16384, 1, 16, 2)  # nor with the pairs of many short sequences
     with LargestTensor() as watch:
         mixing.row_statistics(many, many)
@@ -729,3 +733,69 @@ def test_the_length_of_dispersion_is_finite_for_every_range_and_weight() -> None
     for logit_range, weight in ((-1e-9, 0.5), (math.inf, 0.5), (1.0, 0.0), (1.0, 1.0000001), (math.nan, 0.5)):
         with pytest.raises(InputError, match="dispersion_length"):
             mixing.dispersion_length(logit_range, weight)
+
+
+@pytest.mark.parametrize(("exponent", "expected"), [(49, 0), (50, 2), (60, 22)])
+def test_logits_are_divided_by_what_brings_them_to_a_hundred_binary_digits(exponent: int, expected: int) -> None:
+    """|q| |k| d |scale| below 2^100 stays; beyond it the power of two by which it is exceeded is taken away."""
+    q = torch.full((1, 1, 2, 4), 2.0**exponent, dtype=torch.float64)
+    k = torch.full((1, 1, 3, 4), -(2.0**exponent), dtype=torch.float64)
+    k[0, 0, 2] = 2.0 ** (exponent + 7)  # masked
+    mask = torch.tensor([[True, True, False]])
+    assert mixing._shrinking(q, k, 1.0, mask, None) == expected
+    assert mixing._shrinking(q, k, 0.25, mask, None) == max(0, 2 * exponent - 100)
+    assert mixing._shrinking(q, k, -1.0, mask, None) == expected
+    assert mixing._shrinking(q, k, 1.0, None, None) == max(0, 2 * exponent + 7 + 2 - 100)
+    assert mixing._shrinking(q, k, 1.0, mask, 30.0) == 0  # a soft cap bounds them
+    assert mixing._shrinking(q * 0, k, 1.0, mask, None) == 0
+
+
+@pytest.mark.parametrize(
+    ("numbers", "causal", "rows", "groups", "batches"),
+    [
+        # Of 3 sequences, 2 groups of 2 heads, 6 queries and 5 keys: a row of all heads of a group has 10 numbers.
+        (10, False, 1, 1, 1),
+        (29, False, 2, 1, 1),
+        (30, False, 3, 1, 1),
+        (60, False, 6, 1, 1),
+        (119, False, 6, 1, 1),
+        (120, False, 6, 2, 1),
+        (239, False, 6, 2, 1),
+        (240, False, 6, 2, 2),
+        (10**9, False, 6, 2, 3),
+        (1, False, 1, 1, 1),
+    ],
+)
+def test_a_tile_is_as_large_as_the_budget_allows(
+    numbers: int, causal: bool, rows: int, groups: int, batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All keys of a row; then rows, then groups, then sequences, as many as fit."""
+    monkeypatch.setattr(mixing, "TILE_BYTES", 4 * numbers)
+    q, k = torch.randn(3, 4, 6, 8), torch.randn(3, 2, 5, 8)
+    scores = mixing._scores("test", q, k, None, None, None, None, causal, None, None)
+    seen = [(tile, S.shape) for tile, S, *_ in mixing._tiles(scores)]
+    assert max(shape[0] for _, shape in seen) == batches
+    assert max(shape[1] for _, shape in seen) == groups
+    assert {shape[2] for _, shape in seen} == {2}
+    assert max(shape[3] for _, shape in seen) == rows
+    covered = torch.zeros(3, 2, 2, 6, 5)
+    for tile, _ in seen:
+        covered[tile] += 1
+    assert bool((covered == 1).all())
+
+
+def test_a_causal_tile_ends_at_its_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mixing, "CAUSAL_ROWS", 4)
+    q, k = torch.randn(1, 1, 6, 8), torch.randn(1, 1, 6, 8)
+    scores = mixing._scores("test", q, k, None, None, None, None, True, None, None)
+    assert [(tile[3], tile[4]) for tile, *_ in mixing._tiles(scores)] == [
+        (slice(0, 4), slice(0, 4)),
+        (slice(4, 6), slice(0, 6)),
+    ]
+    for tile, S, _, keep in mixing._tiles(scores):
+        assert keep is not None
+        allowed = torch.arange(tile[4].stop) <= torch.arange(tile[3].start, tile[3].stop)[:, None]
+        found = torch.ones(S.shape)
+        found[..., keep.start :] = keep.kept
+        assert torch.equal(found[0, 0, 0].bool(), allowed)
+        assert keep.counts.expand(S.shape[:-1])[0, 0, 0].tolist() == allowed.sum(-1).tolist()

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uncollapse.measures import running
-from uncollapse.measures.running import Running, reducing_device
+from uncollapse.measures.running import Running, RunningCloud, reducing_device
 
 values = st.lists(
     st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan)), min_size=3, max_size=3), min_size=1, max_size=12
@@ -61,3 +61,52 @@ def test_what_was_found_cannot_be_changed() -> None:
     kept = [each for each in own if isinstance(each, type) and dataclasses.is_dataclass(each)]
     assert kept
     assert all(each.__dataclass_params__.frozen for each in kept)  # type: ignore[attr-defined]
+
+
+def test_a_cloud_without_points_leaves_the_other_as_it_is() -> None:
+    empty = RunningCloud.of(torch.zeros(0, 3), torch.zeros(0))
+    full = RunningCloud.of(torch.eye(3), torch.arange(3) / 3)
+    assert empty.merge(full) is full
+    assert full.merge(empty) is full
+    assert empty.merge(empty).count == 0
+
+
+def test_a_cloud_on_the_cpu_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "WIDEST", 4)
+    cloud = RunningCloud.of(torch.arange(15.0).view(5, 3), torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7]))
+    copy = cloud.on_cpu()
+    assert (copy.count, copy.pointing) == (5, 5)
+    for name in ("mean", "unit", "points", "keys", "scatter"):
+        assert torch.equal(getattr(copy, name), getattr(cloud, name))
+    few = RunningCloud.of(torch.eye(3), torch.arange(3) / 3)
+    assert few.on_cpu().scatter is None
+
+
+@pytest.mark.parametrize("count", [4, 5])
+@pytest.mark.parametrize("width", [4, 5])
+def test_beyond_so_many_points_those_with_the_smallest_keys_are_kept(
+    count: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With WIDEST 4: four points are kept whole, of five the four smallest keys; the moment up to width 4."""
+    monkeypatch.setattr(running, "WIDEST", 4)
+    x = torch.arange(float(count * width)).view(count, width) ** 2
+    keys = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7])[:count]
+    for cloud in (
+        RunningCloud.of(x, keys),
+        RunningCloud.of(x[:2], keys[:2]).add(x[2:], keys[2:]),
+    ):
+        kept = [row for row, key in zip(x.tolist(), keys.tolist(), strict=True) if count <= 4 or key < 0.8]
+        assert cloud.points.tolist() == kept
+        assert (cloud.scatter is not None) == (count > 4 and width <= 4)
+        if cloud.scatter is not None:
+            centred = x.double() - x.double().mean(0)
+            assert torch.allclose(cloud.scatter, centred.mT @ centred)
+        assert torch.allclose(cloud.mean, x.double().mean(0))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-12, 1.0, 1e18, 1e30])
+def test_directions_of_points_of_any_size_are_counted(size: float) -> None:
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [-4.0, 3.0]]) * size
+    cloud = RunningCloud.of(x, torch.rand(3))
+    assert (cloud.count, cloud.pointing) == (3, 2)
+    assert cloud.unit.tolist() == pytest.approx([0.6 - 0.8, 0.8 + 0.6])

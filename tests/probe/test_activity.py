@@ -9,6 +9,7 @@ from torch import Tensor
 
 from uncollapse.measures import heads
 from uncollapse.probe.activity import Directions, Units, Varying
+from uncollapse.probe.attention import spread
 from uncollapse.probe.projections import (
     MOST_ROUNDING,
     centred_energy,
@@ -92,6 +93,48 @@ def test_units_that_are_always_zero_count_only_where_no_other_ever_is() -> None:
     woken.add(other)
     assert woken.dead(1e-7) == [2]
     assert not Units().add(torch.full((2, 3), torch.nan))
+
+
+def test_norms_of_heads_are_those_of_their_vectors_however_they_lie() -> None:
+    x = drawn(2, 5, 12)
+    laid = [x.unflatten(-1, (3, 4)).transpose(1, 2), x.transpose(0, 1).unflatten(-1, (3, 4)).permute(1, 2, 0, 3)]
+    for heads_of in (*laid, laid[0].contiguous(), x[:1, :1].expand(2, 5, 12)):
+        expected = np.linalg.norm(heads_of.double().numpy(), axis=-1)
+        np.testing.assert_allclose(norms(heads_of).numpy(), expected, rtol=3e-7)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_units_that_have_settled_stay_alive_whatever_comes(seed: int) -> None:
+    units, more = Units(), drawn(30, 50, 6, seed=seed) * torch.logspace(-3, 3, 30)[:, None, None]
+    units.add(0.5 + 0.1 * drawn(8, 6, seed=seed + 90))
+    assert units.has_settled()
+    for hidden in more.abs():
+        units.add(hidden)
+        assert units.has_settled()
+        assert units.dead(float(torch.finfo(torch.bfloat16).eps)) == []
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_units_do_not_settle_while_one_of_them_is_dead(value: float) -> None:
+    hidden = drawn(20, 4)
+    hidden[:, 1] = value
+    units = Units()
+    assert units.add(hidden)
+    assert not units.has_settled()
+    assert not Units().has_settled()
+
+
+@pytest.mark.parametrize("common", [0.0, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("padding", [None, 0.0, 5.0, torch.nan, torch.inf])
+def test_the_spread_of_values_is_that_of_their_real_tokens(common: float, padding: float | None) -> None:
+    x = (drawn(3, 9, 8) + common).unflatten(-1, (2, 4)).transpose(1, 2)
+    mask = None if padding is None else holes(3, 9)
+    if mask is not None:
+        x = torch.where(mask[:, None, :, None], x, padding)
+    kept = [x[i, h] if mask is None else x[i, h][mask[i]] for i in range(3) for h in range(2)]
+    exact = [np.linalg.norm(y - y.mean(0)) for y in (one.double().numpy() for one in kept)]
+    # Single precision keeps what is common to an eps of its size.
+    np.testing.assert_allclose(spread(x, mask).flatten().numpy(), exact, rtol=1e-6, atol=2e-6 * common)
 
 
 @pytest.mark.parametrize("common", [0.0, 1.0, 1e3])

@@ -14,22 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse import bounds, processes, sources
+from uncollapse.analyses import agreement
 from uncollapse.anatomy.examples import example
 from uncollapse.anatomy.interception import ChangedPath, device_of
 from uncollapse.anatomy.probing import probing
-from uncollapse.anatomy.proof import known_example, proved_anatomy
-from uncollapse.anatomy.sharded_weights import is_sharded, require_faithful, require_gatherable
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.anatomy.sharded_weights import is_sharded, require_gatherable
 from uncollapse.anatomy.situations import sizes_of
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Layout
 from uncollapse.errors import InputError
 from uncollapse.interventions.without import is_ablated
-from uncollapse.probe.passes import Level, Observations, Progress, capture, on_device
+from uncollapse.probe.passes import Level, Observations, Progress, capture
 from uncollapse.probe.sharding import capture_shared
 from uncollapse.wrappers import class_of, module_of, seen_through, takes
 
 DEFAULT_SEQUENCES = 64
-SAME_OUTPUT = 0.02  # of a number: what formats and kernels of two machines differ by is less, two models differ by more
 Judged = TypeVar("Judged")
 Made = TypeVar("Made")
 
@@ -133,10 +133,7 @@ class Prepared:
     def require_same(self, what: str, value: object) -> None:
         """Refuse processes that were asked for different things: what they saw could not be put together."""
         if self.processes > 1:
-            first, *others = processes.gathered(repr(value), self.caller)
-            for which, other in enumerate(others, 1):
-                if other != first:
-                    raise _another(self.caller, what, which)
+            agreement.require_same(self.caller, what, value)
 
     def of_each_batch(self, work: Callable[[int], Made]) -> list[Made]:
         """What `work` makes of each batch, which it is given the number of. Processes that share the batches do so here, too, and
@@ -197,7 +194,8 @@ def prepare(
     processes.met(caller)
     with processes.agreed(caller):
         prepared = _prepared(caller, model, texts, chosen, level, head)
-    _require_same(prepared)
+    asked = prepared.options | {"level": prepared.level}
+    agreement.require_same_request(caller, prepared.loaded.model, prepared.batches, asked, shares=prepared.shares)
     return prepared
 
 
@@ -246,60 +244,6 @@ def _prepared(
         several,
         shares=several > 1 and not is_sharded(loaded.model),
     )
-
-
-def _require_same(prepared: Prepared) -> None:
-    """Refuse processes that were not given the same text, options and weights: a share of one is no share of the other."""
-    model = prepared.loaded.model
-    batch = on_device(known_example(model) or prepared.batches[0], device_of(model))
-    with processes.agreed(prepared.caller):
-        with probing(model):
-            output = model(**batch)
-        if not prepared.shares and not is_ablated(model):
-            require_faithful(prepared.caller, model, batch, output)
-    options = {k: v for k, v in prepared.options.items() if k not in {"device", "device_map"}} | {
-        "level": prepared.level
-    }
-    said = {
-        "texts or batches": sources.fingerprint(prepared.batches),
-        "options": repr(sorted(options.items(), key=str)),
-        "model": (type(model).__name__, sum(p.numel() for p in model.parameters())),
-        "weights": _weights_said(model) if prepared.shares else [],
-    }
-    (call, mine, output_of_first), *others = processes.gathered(
-        (prepared.caller, said, _summary(output)), prepared.caller
-    )
-    for which, (other_call, theirs, other_output) in enumerate(others, 1):
-        differ = [what for what in mine if mine[what] != theirs[what]]
-        if other_call != call:
-            differ = [f"call ({other_call} beside {call})"]
-        elif not differ and not torch.allclose(other_output, output_of_first, rtol=SAME_OUTPUT, atol=0, equal_nan=True):
-            differ = ["outputs"]
-        if differ:
-            raise _another(prepared.caller, differ[0], which)
-
-
-def _another(caller: str, what: str, which: int) -> InputError:
-    return InputError(
-        f"{caller}: expected the same in every process, got other {what} in process {which} than in process 0. The batches are "
-        "shared out here, so each process is given all of them. Pass the same to each, or alone=True."
-    )
-
-
-def _weights_said(model: nn.Module) -> list[int]:
-    """By what the parameters that are in memory are told from any others: the sum of the bits of each, read as whole numbers."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    found = []
-    for p in model.parameters():
-        if not p.is_meta and type(p.data) is Tensor and p.element_size() in kinds:
-            found.append(p.detach().contiguous().view(-1).view(kinds[p.element_size()]).sum(dtype=torch.int64))
-    return [int(each) for each in found]
-
-
-def _summary(output: Any) -> Tensor:
-    """Two numbers by which outputs are compared."""
-    first = next((t for t in tensors_in(output) if t.is_floating_point()), torch.zeros(1)).double()
-    return torch.stack([first.abs().mean(), first.square().mean()]).cpu()
 
 
 def require_options(function: Callable[..., object], probe: ProbeOptions, *, level: Level = "core") -> ProbeOptions:

@@ -179,13 +179,15 @@ def _first_norm(trace: Trace, source: int, later: list[int], *, moved: bool = Fa
 def _asked(
     run: Callable[[Tensor], dict[int, Tensor]], trace: Trace, source: int, candidates: list[int]
 ) -> tuple[int, Kind] | None:
-    device = trace.tape.tensors[source][0].device
+    given = trace.tape.tensor(source)
+    if given is None:
+        raise NotReplayable("it is made of weights that exist only while their module runs")
     shape = trace.nodes[source].shape
     noise = trace.tape.noise
     for seed in (0, 1):
         if (shape, seed) not in noise:
             noise[shape, seed] = random_input(shape, seed)
-    x, y = (noise[shape, seed].to(device) for seed in (0, 1))
+    x, y = (noise[shape, seed].to(given.device) for seed in (0, 1))
     plain, large = run(16 * x), run(256 * x)
     invariant = [i for i in candidates if same(plain[i], large[i])]
     if not invariant:

@@ -56,6 +56,7 @@ from uncollapse.anatomy.examples import (
 from uncollapse.anatomy.influence import EVERY, Products, moved, poked, reaches, stream_axes, without_zeros
 from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.mixing_proof import MIXES_FEATURES, Poked, located, placed
+from uncollapse.anatomy.offloaded_weights import held_weights
 from uncollapse.anatomy.operands import (
     Mixed,
     SeveralChoicesError,
@@ -223,8 +224,11 @@ def _prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None, *,
         known: dict[tuple[int, tuple[int, ...]], StreamAxes] = {}  # by stack and shape of its stream
         for number, (block, run) in enumerate(zip(anatomy.blocks, runs, strict=True)):
             try:
-                with run.entered():  # the norms that the proof repeats by themselves, too
-                    prover = _BlockProof(model, block, run, recorded)
+                prover = _BlockProof(model, block, run, recorded)
+                with contextlib.ExitStack() as stack:
+                    stack.enter_context(run.entered())  # the norms that the proof repeats by themselves, too
+                    if block.module.name in anatomy.own_modules:
+                        stack.enter_context(held_weights(prover.module))
                     prover.check(known, anatomy.stack_of(number))
                     prover.route()
             except UncollapseError:

@@ -57,11 +57,11 @@ def recorded_tensor(trace: Trace) -> Callable[[int], Tensor]:
     """The tensor of a node, as it was when it was made."""
 
     def tensor(node: int) -> Tensor:
-        found, version = trace.tape.tensors[node]
         copy = trace.tape.copies.get(node)
         if copy is not None:
             return copy
-        if found.numel() and not found.is_meta and is_freed(found):
+        found, version = trace.tape.tensor(node), trace.tape.tensors[node][1]
+        if found is None or (found.numel() and not found.is_meta and is_freed(found)):
             raise NotReplayable(
                 f"a weight beside the path ({trace.nodes[node].operation}) exists only while its block runs"
             )

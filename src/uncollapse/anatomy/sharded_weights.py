@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.offloaded_weights import kept_weight
 from uncollapse.anatomy.tracing import tensors_in
 from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.restoring import restoring
@@ -52,13 +53,8 @@ def at_hand(module: nn.Module, name: str) -> Tensor:
     tensor = parameter.detach()
     if not tensor.is_meta:
         return whole(tensor)
-    hook: Any = getattr(module, "_hf_hook", None)
-    for each in getattr(hook, "hooks", [hook]):
-        kept = getattr(each, "weights_map", None)
-        if kept is not None:
-            with contextlib.suppress(KeyError):
-                return torch.as_tensor(kept[name])
-    return tensor
+    kept = kept_weight(module, name)
+    return tensor if kept is None else kept
 
 
 def head_shards(projection: nn.Module) -> tuple[int, int]:

@@ -33,7 +33,8 @@ REMEMBERED = 8  # situations of one model
 LONGEST = 256  # entries of a list or mapping that is looked into
 _VALUES = (*PLAIN, enum.Enum, torch.dtype, torch.device)
 # `training` is another mode than a probe's, which is always evaluation; the rest is torch's own book-keeping.
-_NOT_STEERING = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "forward"}
+# What accelerate's hooks keep is which device the last input came from; that they are there shows in `forward`.
+_NOT_STEERING = frozenset(vars(nn.Module())) | {"_compiled_call_impl", "forward", "_hf_hook"}
 _NOT_STEERING_CONFIG = frozenset({"use_cache"})  # off in every probe
 
 Anatomy = TypeVar("Anatomy")

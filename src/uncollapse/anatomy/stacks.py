@@ -13,6 +13,7 @@ Token numbers belong to a stack if another number at a token moves that row of t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -31,6 +32,7 @@ from uncollapse.anatomy.influence import (
     segments,
     without_zeros,
 )
+from uncollapse.anatomy.offloaded_weights import held_weights
 from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.vocabulary import Anatomy, Block, Stack, StreamAxes, TokenMask
 
@@ -72,13 +74,16 @@ def find_stacks(
     model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, blocks_alone: Blocks
 ) -> tuple[Stack, ...]:
     """The stacks of the anatomy with what governs them in batches such as this small one. Within `probing` only."""
-    firsts = {i: first_attending(anatomy, stack) for i, stack in enumerate(anatomy.stacks)}
+    firsts = {i: first_attending(anatomy, one) for i, one in enumerate(anatomy.stacks)}
     wanted = {block for block in firsts.values() if block is not None}
     candidates = [name for name, value in batch.items() if isinstance(value, Tensor) and _may_govern(value)]
     numbers = [name for name, value in batch.items() if isinstance(value, Tensor) and _may_be_ids(value)]
-    entries = {stack.blocks[0] for stack in anatomy.stacks}
+    entries = {one.blocks[0] for one in anatomy.stacks}
     found = list(anatomy.stacks)
-    with without_zeros(model):
+    with contextlib.ExitStack() as stack:
+        for name in {anatomy.blocks[number].module.name for number in wanted | entries} & anatomy.own_modules:
+            stack.enter_context(held_weights(model.get_submodule(name)))
+        stack.enter_context(without_zeros(model))
         plain = blocks_alone(model, batch, anatomy, wanted | entries) if candidates or numbers else {}
         for name in candidates:
             for number, block in firsts.items():
@@ -93,10 +98,10 @@ def find_stacks(
                 embedded.add(number)
                 if not batch[name].is_floating_point():
                     found[number] = replace(found[number], ids=name, ids_transposed=is_transposed)
-        for number, stack in enumerate(found):
-            axes = anatomy.blocks[stack.blocks[0]].axes
+        for number, one in enumerate(found):
+            axes = anatomy.blocks[one.blocks[0]].axes
             if axes is not None and axes.sequence is None:
-                found[number] = replace(stack, segments_block=_widest(model, batch, anatomy, blocks_alone, stack))
+                found[number] = replace(one, segments_block=_widest(model, batch, anatomy, blocks_alone, one))
     return tuple(found)
 
 

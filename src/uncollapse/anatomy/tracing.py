@@ -4,8 +4,8 @@ A `TorchFunctionMode` sees every torch call the model's own code makes, whatever
 written; module hooks supply the call stack. Values are numbered in static single assignment form: an in-place
 operation makes a new value of every tensor on that storage, an operation that returns its own input makes none.
 
-When not to use this: on long inputs. Every tensor of the pass is kept alive so that identities stay unique; eight
-tokens tell as much about the wiring as eight thousand.
+When not to use this: on long inputs. Every tensor of the pass is kept alive so that identities stay unique, weights aside that a
+module has only while it runs (offloaded, gathered); eight tokens tell as much about the wiring as eight thousand.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -211,19 +212,26 @@ class Operation:
     is_exchangeable: bool = True
 
 
-_COPIED = 1 << 20  # numbers in a weight that is copied because it will be freed: norms have no more
+_LARGE = 1 << 18  # bytes: more than any vector has
+_COPIED = 1 << 17  # numbers in a weight that is copied because it will be freed: norms have no more
 
 
 @dataclass
 class Tape:
     """What is needed to run pieces of a pass again: the operations by node, and each node's tensor with its version. `noise` are
     the random values that pieces were run on, by shape and seed: most pieces begin with the same shape.
-    `clear` it when the reading is over: it keeps every tensor of the pass alive."""
+    `clear` it when the reading is over: it keeps every tensor of the pass alive. Weights that a module has only while it runs, and
+    large tensors that are made of these alone, are let go, the small weights copied."""
 
     operations: dict[int, Operation] = field(default_factory=dict)
     copies: dict[int, Tensor] = field(default_factory=dict)
-    tensors: dict[int, tuple[Tensor, int | None]] = field(default_factory=dict)
+    tensors: dict[int, tuple[Tensor | weakref.ref[Tensor], int | None]] = field(default_factory=dict)
     noise: dict[tuple[tuple[int, ...], int], Tensor] = field(default_factory=dict)
+
+    def tensor(self, node: int) -> Tensor | None:
+        """The very tensor of a node; None if it is gone."""
+        found = self.tensors[node][0]
+        return found() if isinstance(found, weakref.ref) else found
 
     def clear(self) -> None:
         self.operations.clear()
@@ -359,8 +367,10 @@ class _Recorder(TorchFunctionMode):
         self._on_storage: dict[int, list[int]] = {}
         self._ordinals: dict[tuple[int, str], int] = {}
         self._module_calls: dict[str, int] = {}
+        self._passing: set[int] = set()
         self.tape = Tape()
-        self._parameters = {id(p) for p in (*model.parameters(), *model.buffers())}
+        self._own = [*model.parameters(), *model.buffers()]  # kept: the numbers are theirs as long as they are there
+        self._parameters = {id(p) for p in self._own}
         for tensor in batch:
             self._new(tensor, "batch", (), is_data=True)
 
@@ -404,20 +414,34 @@ class _Recorder(TorchFunctionMode):
         self.ancestors.append(ancestors)
         self.learned_ancestors.append(learned)
         self.consumers.append([])
-        self._remember(tensor, index)
-        self.tape.tensors[index] = (tensor, _version(tensor))
-        if is_parameter and id(tensor) not in self._parameters and tensor.numel() <= _COPIED:
-            # Of a sharded model, whose whole weights are freed behind a block.
+        is_own = id(tensor) in self._parameters
+        is_passing = not is_data and not is_own and self._is_passing(tensor, operation, inputs)
+        self._remember(tensor, index, is_passing=is_passing)
+        if is_passing:
+            self._passing.add(index)
+        self.tape.tensors[index] = (weakref.ref(tensor) if is_passing else tensor, _version(tensor))
+        if is_parameter and not is_own and tensor.numel() <= _COPIED:
             self.tape.copies[index] = tensor.detach().clone()
         return index
 
-    def _remember(self, tensor: Tensor, index: int) -> None:
-        if id(tensor) not in self._value_of:
-            self._alive.append(tensor)
+    def _is_passing(self, tensor: Tensor, operation: str, inputs: tuple[int, ...]) -> bool:
+        """Whether this is a weight that its module has only while it runs, what accelerate makes it of, or made of such alone."""
+        if operation == "parameter":
+            return True
+        made_of_such = bool(inputs) and self._passing.issuperset(inputs)
+        return _bytes(tensor) > _LARGE and (operation == "constant" or made_of_such)
+
+    def _remember(self, tensor: Tensor, index: int, *, is_passing: bool) -> None:
+        number = id(tensor)
+        if number not in self._value_of:
             storage = _storage(tensor)
             if storage:
-                self._on_storage.setdefault(storage, []).append(id(tensor))
-        self._value_of[id(tensor)] = index
+                self._on_storage.setdefault(storage, []).append(number)
+            if is_passing:  # its number, and the place of its memory, may then be those of another tensor
+                weakref.finalize(tensor, _forget, self._value_of, self._on_storage, number, storage)
+            else:
+                self._alive.append(tensor)
+        self._value_of[number] = index
 
     def value(self, tensor: Tensor) -> int:
         known = self._value_of.get(id(tensor))
@@ -430,7 +454,7 @@ class _Recorder(TorchFunctionMode):
         """The arguments of an operation with references in the place of tensors."""
         if isinstance(value, Tensor):
             node = self._value_of.get(id(value))
-            return value if node is None else Reference(node, self.tape.tensors[node][0] is value)
+            return value if node is None else Reference(node, self.tape.tensor(node) is value)
         if type(value) in (list, tuple):
             return type(value)(self._referred(v) for v in value)
         if type(value) is dict:
@@ -453,6 +477,8 @@ class _Recorder(TorchFunctionMode):
         results = list(tensors_in(output))
         if not results and not in_place:
             return output
+        if any(isinstance(a, torch.UntypedStorage) for a in args):
+            return output  # a weight, read from a file in the middle of the pass: a constant, once it is used
         operands = operands_of(name, args, kwargs)[: 1 if name in _TEMPLATES else None]
         inputs = tuple(self.value(t) for t in operands)
         is_data = any(self.nodes[i].is_data for i in inputs)
@@ -531,11 +557,25 @@ class _Recorder(TorchFunctionMode):
         return {path: self.value(item) for given in (args, kwargs) for path, item in tensors_at(given)}
 
 
+def _forget(value_of: dict[int, int], on_storage: dict[int, list[int]], number: int, storage: int) -> None:
+    value_of.pop(number, None)
+    if number in on_storage.get(storage, ()):
+        on_storage[storage].remove(number)
+
+
 def _storage(tensor: Tensor) -> int:
     try:
         return int(tensor.untyped_storage().data_ptr())
     except (RuntimeError, NotImplementedError):  # a tensor subclass without storage of its own
         return 0
+
+
+def _bytes(tensor: Tensor) -> int:
+    """What a tensor keeps in memory, those that it is a view of included."""
+    try:
+        return int(tensor.untyped_storage().nbytes())
+    except (RuntimeError, NotImplementedError):  # as above
+        return tensor.numel() * tensor.element_size()
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -29,6 +29,7 @@ When not to use it: streams that a model keeps in tensors of their own are refus
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -438,6 +439,12 @@ class Anatomy:
     def stack_of(self, block: int) -> int:
         """The number of the stack that the block with this number belongs to."""
         return next(i for i, stack in enumerate(self.stacks) if block in stack.blocks)
+
+    @property
+    def own_modules(self) -> frozenset[str]:
+        """The names of the modules with a single block in their code. One with several may hold the weights of the whole model."""
+        calls = Counter(block.module for block in self.blocks)
+        return frozenset(call.name for call, blocks in calls.items() if blocks == 1)
 
     @property
     def norm_placement(self) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Point
@@ -41,6 +42,7 @@ FROM_WEIGHTS = (
     "random_head_noise_gain",
 )
 _ROUNDED_SUM = 0.01  # weights in half precision sum to one so far
+_DIGITS = 10  # single precision has 7
 
 
 @dataclass(frozen=True)
@@ -150,10 +152,8 @@ def _weight_figures(matrix: Tensor, count: int) -> dict[str, Any]:
         "output_projection_rank": matrix.shape[0] - kernel,
         "contribution_ambiguity": heads.contribution_ambiguity(spaces, count),
         "condition_number": _finite(conditioning),
-        "write_space_overlap": overlap.tolist(),
-        "smallest_principal_angle": [
-            [_finite(angle) for angle in row] for row in heads.smallest_principal_angle(spaces, count).tolist()
-        ],
+        "write_space_overlap": _of_pairs(overlap, matrix.dtype),
+        "smallest_principal_angle": _of_pairs(heads.smallest_principal_angle(spaces, count), matrix.dtype),
         "head_noise_gain": [_finite(gain) for gain in gains],
         "head_verdict": [heads.attribution_verdict(0, gain, single) for gain in gains],
         "verdict": heads.attribution_verdict(kernel, conditioning, together),
@@ -161,6 +161,15 @@ def _weight_figures(matrix: Tensor, count: int) -> dict[str, Any]:
         "random_noise_gain": together,
         "random_head_noise_gain": single,
     }
+
+
+def _of_pairs(figures: Tensor, weights: torch.dtype) -> list[list[float | None]]:
+    """A figure of every pair of heads, null where it is undefined. These are most of a large record's numbers, so they have
+    `_DIGITS` digits where the weights themselves have fewer."""
+    rows = [[_finite(figure) for figure in row] for row in figures.tolist()]
+    if torch.finfo(weights).eps < torch.finfo(torch.float32).eps:
+        return rows
+    return [[None if figure is None else float(f"{figure:.{_DIGITS}g}") for figure in row] for row in rows]
 
 
 def _finite(value: float) -> float | None:

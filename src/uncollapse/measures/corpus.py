@@ -314,7 +314,8 @@ def _singular_values(x: Tensor, floor: Tensor, wanted: Tensor, attainable: int) 
     values = squares.sqrt()
     rows = (lost[:, :attainable].any(-1) & wanted).nonzero().squeeze(-1)
     if len(rows):
-        values[rows, :attainable] = torch.linalg.svdvals(x[rows])[:, :attainable]
+        upright = x[rows].mT if n < width else x[rows]  # the other way it takes twice as long
+        values[rows, :attainable] = torch.linalg.svdvals(upright)[:, :attainable]
     return values
 
 

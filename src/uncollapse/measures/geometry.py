@@ -27,6 +27,7 @@ from torch import Tensor
 from uncollapse.errors import InputError
 from uncollapse.measures.admission import admitting, at_size_one, is_ordinary, times_power_of_two
 from uncollapse.measures.storage_noise import storage_noise
+from uncollapse.measures.symmetric_eigenvalues import eigenvalues
 
 _EPS_64 = torch.finfo(torch.float64).eps
 _MASSIVE_RATIO = 10.0  # a token's norm over the median token norm of its sequence
@@ -1024,8 +1025,9 @@ def _column_gram(x: Tensor) -> Tensor:
 def _eigenvalues(gram: Tensor, attainable: Tensor, groups: _Groups) -> Tensor:
     """Descending, as many as the real rows allow; the places beyond are 0."""
     values = gram.new_zeros(gram.shape[:-1])
-    for sequences, side, _ in groups:
-        values[sequences, :side] = torch.linalg.eigvalsh(gram[sequences, :side, :side]).flip(-1)
+    found = eigenvalues([gram[sequences, :side, :side] for sequences, side, _ in groups])
+    for (sequences, side, _), ascending in zip(groups, found, strict=True):
+        values[sequences, :side] = ascending.flip(-1)
     return values.clamp(min=0).where(_places(values, attainable), 0)
 
 
@@ -1046,7 +1048,21 @@ def _resolved(
     values = squares.sqrt()
     rows = (unsure & _places(values, attainable)).any(-1).nonzero().squeeze(-1)
     if len(rows):
-        values[rows] = torch.linalg.svdvals(_float64(x[rows], real[rows]))
+        values[rows] = _exact_values(x[rows], real[rows])
+    return values
+
+
+def _exact_values(x: Tensor, real: Tensor) -> Tensor:
+    """The singular values of clouds with the real tokens first, from these alone; the places beyond are 0."""
+    values = x.new_zeros(len(x), min(x.shape[-2:]), dtype=torch.float64)
+    step = _length_step(x.device)
+    lengths = (real.sum(-1) + step - 1) // step * step
+    for length in lengths.unique().clamp(1, x.shape[-2]).tolist():
+        rows = (lengths.clamp(1, x.shape[-2]) == length).nonzero().squeeze(-1)
+        cut = _float64(x[rows, :length], real[rows, :length])
+        # Upright: of a matrix that is wider than high LAPACK takes them at twice the price.
+        found = torch.linalg.svdvals(cut.mT if cut.shape[-2] < cut.shape[-1] else cut)
+        values[rows, : found.shape[-1]] = found
     return values
 
 
@@ -1072,8 +1088,14 @@ def _affine_ranks(x: Tensor, real: Tensor, gram: Tensor, ranks: Tensor, largest:
         attainable = (tokens[rows] - 1).clamp(max=width)
         whole: _Groups = [(slice(None), min(x.shape[-2:]), False)]
         centred = _centred(_float64(x[rows], real[rows]), real[rows])
-        squares = _eigenvalues(_gram(centred, real[rows], whole), attainable, whole)
-        values = _resolved(centred, real[rows], squares, attainable, largest[rows], tolerance[rows])
+        squares, least = _eigenvalues(_gram(centred, real[rows], whole), attainable, whole), tolerance[rows, None]
+        # Only on which side of the tolerance they are is asked, and the Gram errs by as much as its own largest says.
+        noise = max(x.shape[-2:]) * _EPS_64 * squares[:, :1]
+        unsure = ((squares - least.square()).abs() <= noise) & _places(squares, attainable)
+        values, again = squares.sqrt(), unsure.any(-1).nonzero().squeeze(-1)
+        if len(again):
+            values[again] = _exact_values(centred[again], real[rows][again])
+            values = values.where(_places(values, attainable), 0)
         affine[rows] = _count_above(values, tolerance[rows])
     return affine
 

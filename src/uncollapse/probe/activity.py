@@ -43,6 +43,7 @@ SKETCH = 8  # random directions in which the directions of an update are counted
 WIDEST_UNITS = 8192  # weights that are no plain parameters are read with one row a hidden unit
 FEWEST_TOKENS = 4
 SKETCHED = 1e-2  # below this share of a second direction, a sketch in single precision says little
+COARSEST = torch.finfo(torch.bfloat16).eps  # the rounding of the coarsest format that a model computes in
 MASK_VALUES = 2  # integers with no more values are masks or segments, and no ids
 
 
@@ -167,6 +168,14 @@ class Units:
             self.zeros = self.zeros | (hidden.abs().amin(0) == 0)
         self.tokens += len(hidden)
         return True
+
+    def has_settled(self) -> bool:
+        """Whether every unit has varied by so much that no further token can make it a dead one: smallest and largest only move
+        apart, and each step adds no more to their size than to their distance."""
+        if self.least is None or self.most is None or self.tokens < FEWEST_TOKENS:
+            return False
+        size = torch.maximum(self.least.abs(), self.most.abs())
+        return bool((self.most - self.least > 4 * COARSEST * size).all())
 
     def dead(self, epsilon: float) -> list[int] | None:
         """The units that carry nothing: constant at another value than 0, or read by no weight. A unit that is always 0 counts
@@ -463,17 +472,22 @@ class Activity:
             each.stream_directions.add(x, of_stream, sound)
 
     def _measure_units(self, each: PartActivity, part: Part, module: nn.Module, given: Tensor) -> None:
+        if each.units.has_settled():
+            return
         found = self._tokens_of(each.block, given, "the hidden layer")
         if found is None:
             each.reasons["dead_units"] = "the tokens of its hidden layer cannot be told apart"
             return
         cloud, mask = found
         is_first = each.units.least is None
-        rows = cloud.flatten(0, 1)
-        if mask is not None:
-            rows = rows.index_select(0, mask.to(rows.device).flatten().nonzero().squeeze(-1))
-        if not each.units.add(rows):
-            each.units.add(rows[_finite_tokens(rows)])
+        for some in (slice(0, 1), slice(1, None)):  # one sequence mostly says it
+            rows = cloud[some].flatten(0, 1)
+            if mask is not None:
+                rows = rows.index_select(0, mask[some].to(rows.device).flatten().nonzero().squeeze(-1))
+            if not each.units.add(rows):
+                each.units.add(rows[_finite_tokens(rows)])
+            if each.units.has_settled():
+                break
         if is_first and (given.shape[-1] <= WIDEST_UNITS or hasattr(module, "weight")):
             with contextlib.suppress(UncollapseError):  # then it is not known which units are read, only what they do
                 each.units.unread = (projection_matrix(module, given) == 0).all(-1).cpu()
@@ -505,7 +519,7 @@ class Activity:
             largest = _by_head(logit_range.unsqueeze(-1), query_mask).nan_to_num(0, 0, 0).amax((-2, -1)).cpu()
             each.logit_range = largest if each.logit_range is None else torch.maximum(each.logit_range, largest)
         known = [call.rows for call in calls if call.rows is not None]
-        if mixed is None or len(known) < len(calls):
+        if mixed is None or len(known) < len(calls) or each.copies == set():
             return
         patterns = [[getattr(rows, name) for rows in known] for name in ("entropy", "max_logit")]
         rows = [torch.cat(figures, 1) for figures in patterns if all(f is not None for f in figures)]

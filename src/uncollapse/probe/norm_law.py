@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.offloaded_weights import held_weights
 from uncollapse.anatomy.sharded_weights import whole_weights
 from uncollapse.errors import InputError
 from uncollapse.measures import normalization
@@ -156,12 +157,56 @@ class NormLaw:
             centred = gram - total.unsqueeze(-1) * (total / n.unsqueeze(-1)).unsqueeze(-2)
             full = usable & (count > most) & _all_exceed(gram + filling, least) & _all_exceed(centred + filling, least)
             rank = affine = torch.full_like(energy, most)
-            # Along the kernel the output, less its mean, has only rounding: at most ||C Y K||_F.
-            along = y @ kernel.mT
-            along = torch.where(real, along - along.sum(-2, keepdim=True) / n[:, None, None], 0)
-            lacking = along.square().sum((-2, -1)).sqrt() < 0.999 * storage
-            given = affine.masked_fill(~(full & lacking & _all_exceed(centred + filling, more)), math.nan)
+            given = self._given_affine_rank(y, real, kernel, centred + filling, energy, storage, own, apart, full)
         return Images(holds, full, rank, affine, given)
+
+    @staticmethod
+    def _given_affine_rank(
+        y: Tensor,
+        real: Tensor,
+        kernel: Tensor,
+        filled: Tensor,
+        energy: Tensor,
+        storage: Tensor,
+        own: Tensor,
+        apart: Tensor,
+        full: Tensor,
+    ) -> Tensor:
+        """The affine rank of outputs with more tokens than features, NaN where it is not certain. Off the kernel K all eigenvalues
+        of M, that of Y^T C Y, are above some mu, as a Cholesky factor says. Along it there is rounding only, and the rest explains
+        a part of that: what is left for v = (K - w) / ||K - w|| is above the tolerance, or below. Below, it is no rank: no least
+        singular value is larger than ||C Y v||. Above, it is one: with s = ||C Y (K - w)||^2 less ||g||^2 / mu, g its gradient by
+        w, the squared distance to the rest, all eigenvalues are at least 1 / ((1 + ||w||^2) / s + d / mu), the inverse's trace.
+        """
+        n = real.sum((-2, -1)).clamp(min=1).double()
+        width = y.shape[-1]
+        least = torch.maximum(1e-4 * energy / width, 8 * own.square())
+        mu = (least.sqrt() - apart.sqrt()).square()
+        identity = torch.eye(width, dtype=filled.dtype, device=filled.device)
+        factor, info = torch.linalg.cholesky_ex(filled - least[:, None, None] * identity)
+        certain = full & (info == 0)
+        if not len(kernel):
+            return torch.full_like(energy, width).masked_fill(~certain, math.nan)
+        if len(kernel) > 1 or not bool(certain.any()):
+            return torch.full_like(energy, math.nan)
+
+        def centred(x: Tensor) -> Tensor:
+            return torch.where(real, x - x.sum(-2, keepdim=True) / n[:, None, None], 0)
+
+        factor = torch.where(certain[:, None, None], factor, identity)
+        along = centred(y @ kernel.mT)
+        w = torch.cholesky_solve((along.mT @ y).mT, factor)
+        w = w - kernel.mT @ (kernel @ w)
+        left = centred(y @ (kernel.mT - w))
+        length, size = 1 + w.square().sum((-2, -1)), left.square().sum((-2, -1))
+        lacking = (size / length).sqrt() < 0.999 * storage
+        gradient = (left.mT @ y).mT
+        gradient = (gradient - kernel.mT @ (kernel @ gradient)).square().sum((-2, -1))
+        distance = size - gradient / mu
+        lowest = 1 / (1.001 * (length + gradient / mu.square()) / distance + width / mu)
+        there = (distance > 0) & (lowest.sqrt() > 1.001 * (own - apart.sqrt()))
+        found = torch.where(lacking, width - 1.0, float(width)).to(energy)
+        return found.masked_fill(~(certain & (lacking | there)), math.nan)
 
     def _kernel(self) -> Tensor:
         """An orthonormal basis, in rows, of the features' directions that no output (without beta) has a part in."""
@@ -217,12 +262,13 @@ def norm_law(
         return (plus - minus) / 2, (plus + minus) / 2
 
     try:
-        odd, even = parts(size)
-        z = tokens.double()
-        z = z - z.mean(-1, keepdim=True) if kind == "layer" else z
-        z = z / z.square().mean(-1, keepdim=True).sqrt()
-        gamma, beta = (odd * z).sum(0) / z.square().sum(0), even.mean(0)
-        eps = _eps(lambda t: float((parts(t)[0] * odd).sum() / odd.square().sum()))
+        with held_weights(norm) if isinstance(norm, nn.Module) else contextlib.nullcontext():
+            odd, even = parts(size)
+            z = tokens.double()
+            z = z - z.mean(-1, keepdim=True) if kind == "layer" else z
+            z = z / z.square().mean(-1, keepdim=True).sqrt()
+            gamma, beta = (odd * z).sum(0) / z.square().sum(0), even.mean(0)
+            eps = _eps(lambda t: float((parts(t)[0] * odd).sum() / odd.square().sum()))
     except (RuntimeError, ValueError, TypeError):
         return None
     held = vars(norm).values() if isinstance(norm, nn.Module) else ()

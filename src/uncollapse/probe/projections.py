@@ -33,7 +33,7 @@ from uncollapse.restoring import restoring
 Digest = Callable[[AttentionStatistics], dict[str, Any]]
 SCALE = 256.0
 SOMETHING_BETWEEN = "something acts between the attention and its output projection"
-LEAST_APART = 0.1  # share of the heads' energy that must be centred for a difference to say it
+LEAST_APART = 0.05  # share of the heads' energy that must be centred for a difference to say it
 MOST_ROUNDING = 1e-3  # of the heads' energy may be rounding: shares are then good to a percent
 
 
@@ -311,7 +311,7 @@ def centred_energy(cloud: Tensor, root: Tensor, sizes: Tensor, mask: Tensor | No
         total = sizes.where(real[:, None], 0).square().sum(-1)
         kept = x if bool(sizes.isfinite().all()) else torch.where(real.unsqueeze(-1), x, 0)  # whatever padding holds
         mean = (real.to(x).unsqueeze(-2) @ kept).squeeze(-2).double() / count
-    common = torch.einsum("shf,hfd->shd", mean.unflatten(-1, (len(root), -1)), root.double())
+    common = torch.einsum("shf,hfd->shd", mean.unflatten(-1, (len(root), -1)), root.to(x).double())
     energy = total - count * common.square().sum(-1)
     return energy if bool((energy > LEAST_APART * total).all()) else None
 

@@ -19,7 +19,7 @@ def single(x: Tensor) -> Tensor:
 def norms(x: Tensor) -> Tensor:
     """Of the vectors along the last axis, in float64: from squares in the format at hand, or in float64 where these might leave its
     range."""
-    found = as_they_are(single(x))
+    found = as_they_are(x, torch.promote_types(x.dtype, torch.float32))
     if x.dtype != torch.float64 and x.numel():
         low, high = found.aminmax()
         if not bool((low > TINY) & (high < HUGE)):
@@ -27,9 +27,10 @@ def norms(x: Tensor) -> Tensor:
     return found.double()
 
 
-def as_they_are(x: Tensor) -> Tensor:
-    """`norms` in the format of `x`, whatever its squares are there. Vectors are read as they lie in memory: heads that are split off
-    a width lie beside each other, and one head after another costs up to five times as much."""
-    order = sorted(range(x.ndim - 1), key=lambda axis: -x.stride(axis))
-    found: Tensor = torch.linalg.vector_norm(x.permute(*order, x.ndim - 1), dim=-1)
+def as_they_are(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`norms` in the format of `x` or another one, whatever its squares are there. Vectors are read as they lie in memory: heads
+    that are split off a width lie beside each other, and one head after another costs up to five times as much."""
+    strides = x.stride()
+    order = sorted(range(x.ndim - 1), key=lambda axis: -strides[axis])
+    found: Tensor = torch.linalg.vector_norm(x.permute(*order, x.ndim - 1), dim=-1, dtype=dtype)
     return found.permute(*(order.index(axis) for axis in range(x.ndim - 1)))

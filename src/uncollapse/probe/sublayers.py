@@ -35,6 +35,8 @@ from uncollapse.measures.affine_fit import HELD_OUT_EVERY, AffineFit
 from uncollapse.measures.normalization import Ranks
 from uncollapse.measures.running import Running
 from uncollapse.probe.norm_law import Images, NormLaw, norm_law
+from uncollapse.probe.observing import unasked
+from uncollapse.probe.sizes import norms
 from uncollapse.records.common import Statistic
 from uncollapse.records.diagnosis import NormRecord, UpdateRecord
 from uncollapse.restoring import restoring
@@ -45,6 +47,8 @@ TokensOf = Callable[[int, Tensor, str], tuple[Tensor, Tensor | None] | None]  # 
 UPDATE_MEASURES = ["relative_norm", "out_of_span_energy", "null_out_of_span_energy", "hidden_effective_rank"]
 NORM_MEASURES = ["affine_rank_before", "affine_rank_after", "one in X", "scales in image", "kernel"]
 NULL_SEQUENCES = 4  # how many other sequences of the batch are compared with the span of a sequence
+LITTLE = 1e-3  # below this share outside of a span, what is inside is not taken from the whole
+MUCH = 0.2  # above this share, it may be in single precision
 WIDEST_FIT = 1024  # beyond, the moments of the affine fit would no longer be small
 
 _UNDEFINED = "not finite or undefined on this text"
@@ -85,9 +89,14 @@ class _Cloud(NamedTuple):
     real: Tensor
     finite: Tensor
 
+    def clean(self) -> Tensor:
+        """Zero in padded rows and in sequences that are not finite."""
+        sound = self.real & self.finite.unsqueeze(-1)
+        return self.x if bool(sound.all()) else torch.where(sound.unsqueeze(-1), self.x, 0)
+
     def double(self) -> Tensor:
-        """In float64, zero in padded rows and in sequences that are not finite."""
-        return torch.where((self.real & self.finite.unsqueeze(-1)).unsqueeze(-1), self.x, 0).double()
+        """`clean` in float64."""
+        return self.clean().double()
 
     def missing(self) -> Tensor:
         return torch.full_like(self.finite, math.nan, dtype=torch.float64)
@@ -262,16 +271,17 @@ class Sublayers:
         if self.is_own():
             run = self._runs.get(name, 0)
             self._runs[name] = run + 1
-            with measuring(next(tensors_in([args, kwargs]))):
+            given = list(tensors_in([args, kwargs]))
+            with unasked(given), measuring(given[0]):
                 for action in self._entering.get(name, {}).get(run, ()):
                     action(args, kwargs)
 
     def _leave(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.is_own():
-            given = next(tensors_in([args, kwargs]))
+            given, got = next(tensors_in([args, kwargs])), next(tensors_in(output))
             with measuring(given):
                 for action in self._leaving.get(name, {}).get(self._runs[name] - 1, ()):
-                    action(module, given, next(tensors_in(output)))
+                    action(module, given, got)
 
     def _tokens(self, number: int, x: Tensor, what: str) -> _Cloud | None:
         """The tokens of the block's stack; None where they cannot be told."""
@@ -280,7 +290,7 @@ class Sublayers:
             return None
         cloud, mask = found
         real = torch.ones(cloud.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.to(x.device)
-        return _Cloud(cloud, real, (cloud.isfinite().all(-1) | ~real).all(-1))
+        return _Cloud(cloud, real, _finite(cloud, real))
 
     # Updates ------------------------------------------------------------------------------------------------------
     def _measure_span(self, number: int, stream: Tensor) -> None:
@@ -319,7 +329,8 @@ class Sublayers:
     ) -> Any:
         """Look at the operands of one addition, before an addition in place overwrites one of them; then let it happen."""
         if self.is_own():
-            with measuring(next(tensors_in([args, kwargs]))):
+            given = list(tensors_in([args, kwargs]))
+            with unasked(given), measuring(given[0]):
                 for operand, side in enumerate(sides):
                     if side is not None:
                         brought = summand(function, args, kwargs, operand)
@@ -354,7 +365,7 @@ class Sublayers:
             self._batch.partial[key] = (seen + 1, total)
             if seen + 1 < summands:
                 return
-            cloud = _Cloud(total, cloud.real, (total.isfinite().all(-1) | ~cloud.real).all(-1))
+            cloud = _Cloud(total, cloud.real, _finite(total, cloud.real))
         self._batch.sizes[key] = _size(cloud)
         columns = dict.fromkeys(UPDATE_MEASURES, cloud.missing())
         columns |= self._out_of_span(statistics, self._batch.spans.get(self._stack_of[key[0]]), cloud)
@@ -374,19 +385,29 @@ class Sublayers:
         if not span.known.any():
             statistics.reasons |= dict.fromkeys(names, "the embeddings span the whole width, or are not finite")
             return {}
-        x, basis, known = cloud.double(), span.basis.to(cloud.x.device), span.known.to(cloud.x.device)
-        energy = geometry.out_of_span_energy(x, basis=basis)
-        found = {names[0]: energy.where(known, math.nan)}
+        x, basis, known = cloud.clean(), span.basis.to(cloud.x.device), span.known.to(cloud.x.device)
+        total = norms(x).square().sum(-1)
+        energy = 1 - _inside(x.double(), basis) / total
+        few = (energy < LITTLE) & (total > 0) & known
+        if bool(few.any()):  # the difference has lost its digits there
+            energy[few] = geometry.out_of_span_energy(x[few].double(), basis=basis[few])
+        found = {names[0]: energy.where(known & (total > 0), math.nan)}
         others = min(NULL_SEQUENCES, len(x) - 1)
         if others < 1:
             statistics.reasons[names[1]] = "each batch has only one sequence, and the null value needs others"
             return found
-        inside, total = torch.zeros_like(energy), torch.zeros_like(energy)
-        for shift in range(1, others + 1):
-            other = x.roll(-shift, 0)
-            inside += (other @ basis.mT).square().sum((-2, -1))
-            total += other.square().sum((-2, -1))
-        found[names[1]] = (1 - inside / total).clamp(min=0).where(known & (total > 0), math.nan)
+        shifts = range(1, others + 1)
+        # A large share keeps its digits in single precision, which is twice as fast.
+        coarse = torch.promote_types(x.dtype, torch.float32)
+        around = torch.stack([total.roll(-shift, 0) for shift in shifts]).sum(0)
+        null = energy.new_zeros(())
+        for dtype in dict.fromkeys((coarse, torch.float64)):
+            moved, spans = x.to(dtype), basis.to(dtype)
+            inside = torch.stack([_inside(moved.roll(-shift, 0), spans) for shift in shifts]).sum(0)
+            null = (1 - inside / around).clamp(min=0)
+            if bool((null > MUCH)[known].all()):
+                break
+        found[names[1]] = null.where(known & (around > 0), math.nan)
         return found
 
     def _fit(self, block: int, statistics: UpdateStatistics, inputs: Tensor, update: _Cloud) -> None:
@@ -431,21 +452,32 @@ class Sublayers:
         output: Tensor,
     ) -> None:
         """`run` is what can be run on other tokens: a module, one operation, or nothing where the norm is written out."""
-        what = f"the norm {norm}"
+        where = norm.where if norm.piece is not None else norm.module.name
+        if where not in self._laws:  # the norm is run as the model runs it
+            self._laws[where] = (
+                None if run is None else norm_law(run, norm.kind, given.shape, given.dtype, given.device)
+            )
+        with unasked([given, output]):
+            self._add_ranks(statistics, block, f"the norm {norm}", given, output, self._laws[where], run is not None)
+
+    def _add_ranks(
+        self,
+        statistics: NormStatistics,
+        block: int,
+        what: str,
+        given: Tensor,
+        output: Tensor,
+        law: NormLaw | None,
+        runs: bool,
+    ) -> None:
         before, after = self._tokens(block, given, what), self._tokens(block, output, what)
         if before is None or after is None:
             statistics.reasons = dict.fromkeys(["affine_rank_before", "affine_rank_after", "brackets"], _NO_TOKENS)
             return
         precision = max(given.dtype, output.dtype, key=lambda dtype: torch.finfo(dtype).eps)
         ranks = geometry.cloud_ranks(before.x, before.real, precision=precision)
-        where = norm.where if norm.piece is not None else norm.module.name
-        if where not in self._laws:
-            self._laws[where] = (
-                None if run is None else norm_law(run, norm.kind, given.shape, given.dtype, given.device)
-            )
-        law = self._laws[where]
         ranks_after, brackets = before.missing(), torch.full((len(before.x), 3), math.nan, dtype=torch.float64)
-        if run is None:
+        if not runs:
             statistics.reasons["brackets"] = (
                 "it is written out over several operations, so it is not known what it does to other tokens"
             )
@@ -480,9 +512,7 @@ def _brackets(
 ) -> Tensor:
     """The brackets of each sequence [sequence, 3], NaN where there are none."""
     rank, affine_rank = ranks
-    found = torch.stack(
-        [rank - affine_rank, images.rank - images.affine_rank, rank - images.rank], -1
-    )
+    found = torch.stack([rank - affine_rank, images.rank - images.affine_rank, rank - images.rank], -1)
     fit = (found >= 0).all(-1) & (found[:, :2] <= 1).all(-1)
     found = torch.where((images.full & fit).unsqueeze(-1), found, math.nan).cpu()
     for i in (sound.any(-1) & ~images.full).nonzero().flatten().tolist():
@@ -514,9 +544,22 @@ def _rerun(
     return result
 
 
+def _finite(x: Tensor, real: Tensor) -> Tensor:
+    """Which sequences are finite in all real tokens."""
+    sound = x.sum(-1).isfinite() | ~real  # no value but a finite one leaves the sum finite
+    if not bool(sound.all()):  # the sum may have overflowed by itself
+        sound = x.isfinite().all(-1) | ~real
+    return sound.all(-1)
+
+
 def _size(cloud: _Cloud) -> Tensor:
     """||X||_F [sequence] over real tokens, NaN where they are not finite."""
-    return cloud.double().square().sum((-2, -1)).sqrt().where(cloud.finite, math.nan)
+    return norms(cloud.clean()).square().sum(-1).sqrt().where(cloud.finite, math.nan)
+
+
+def _inside(x: Tensor, basis: Tensor) -> Tensor:
+    """The energy of x [sequence, token, width] in the span of orthonormal rows [sequence, direction, width], in float64."""
+    return torch.linalg.vector_norm(x @ basis.mT, dim=(-2, -1), dtype=torch.float64).square()
 
 
 # Records ------------------------------------------------------------------------------------------------------------

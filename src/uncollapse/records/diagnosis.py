@@ -174,9 +174,10 @@ class HeadsRecord:
 
     `write_space_overlap[g][h]` is the mean squared cosine of the principal angles between the write spaces of two heads, 1 for
     identical ones. `smallest_principal_angle[g][h]` is the smallest of these angles in radians, null if one of the heads writes
-    nothing. `condition_number` is the relative noise gain of all heads together, `absolute_noise_gain` the absolute one, and
-    `head_noise_gain[h]` that of one head (absolute), null if its contribution is not determined. `head_verdict[h]` says the same in
-    words. `random_noise_gain` and `random_head_noise_gain` are what `condition_number` and `head_noise_gain` would be for random
+    nothing. Both have ten digits where the weights are in single precision, which has seven, or less. `condition_number` is the
+    relative noise gain of all heads together, `absolute_noise_gain` the absolute one, and `head_noise_gain[h]` that of one head
+    (absolute), null if its contribution is not determined. `head_verdict[h]` says the same in words. `random_noise_gain` and
+    `random_head_noise_gain` are what `condition_number` and `head_noise_gain` would be for random
     weights of this size: the 5 %, 50 % and 95 % points.
     """
 

@@ -62,7 +62,7 @@ def along_depth(record: AttributionRecord) -> Chart | None:
     if len(blocks) < 2:
         return None
     base = alt.Chart(rows(points)).encode(
-        x=alt.X("block:Q", axis=alt.Axis(title="block", values=ticks(max(blocks) + 1))),
+        x=alt.X("block:Q", axis=alt.Axis(title="block", values=ticks(max(blocks) + 1), format="d")),
         y=alt.Y("value:Q", axis=alt.Axis(title=None, tickCount=5)),
         color=alt.Color("line:N", scale=alt.Scale(domain=["attention", "MLP"], range=[BLUE, ORANGE]), legend=None),
     )

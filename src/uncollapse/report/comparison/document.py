@@ -245,7 +245,7 @@ def _map(key: str, title: str, label: str, drawn: list[dict[str, Any]], scale: a
         "value:Q", scale=scale, legend=alt.Legend(title=None, orient="bottom", gradientLength=160, tickCount=4)
     )
     layers = [
-        base.mark_rect(color=GREY, opacity=0.25),
+        base.transform_filter("!isValid(datum.value)").mark_rect(color=GREY, opacity=0.25),
         base.transform_filter("isValid(datum.value)").mark_rect().encode(color=color),
     ]
     height = max(60, min(500, 24 * blocks))

@@ -55,7 +55,7 @@ def entropy_map(
         legend=alt.Legend(title=None, orient="bottom", gradientLength=200, tickCount=5),
     )
     layers = [
-        base.mark_rect(color=GREY, opacity=0.25).encode(tooltip="row:N"),
+        base.transform_filter("!isValid(datum.value)").mark_rect(color=GREY, opacity=0.25).encode(tooltip="row:N"),
         base.transform_filter("isValid(datum.value)").mark_rect().encode(color=color, tooltip="row:N"),
     ]
     if labelled:
