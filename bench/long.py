@@ -1,4 +1,4 @@
-"""Long contexts and growth: what one attention call costs at 16,384 tokens, and how a diagnosis grows with everything it depends on.
+"""Long contexts and growth: what one attention call costs at 16,384 tokens, and how a diagnosis grows with what it depends on.
 
     python -m bench.long                       all of it, a few minutes
     python -m bench.long --parts call          only the attention call
@@ -129,7 +129,9 @@ def growth() -> dict[str, Any]:
             for what, action in calls.items():
                 points[what].append((math.log(size), math.log(min(seconds(action) for _ in range(3)))))
         slopes = {what: line_fit([x for x, _ in p], [y for _, y in p]).slope for what, p in points.items()}
-        said[name] = {what: round(slope or math.nan, 2) for what, slope in slopes.items()} | {"expected": EXPECTED[name]}
+        said[name] = {what: round(slope or math.nan, 2) for what, slope in slopes.items()} | {
+            "expected": EXPECTED[name]
+        }
     return said
 
 

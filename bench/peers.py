@@ -3,9 +3,9 @@
     make peers                        in an environment of its own; these packages are no part of the project's
     python -m bench.peers --only nnsight
 
-Each peer runs in a process of its own, between plain passes over the same length-sorted batches; the ratio is to their mean, and the
-best of `--rounds` is reported. The model is the packaged MiniLM, or GPT-2 small with random weights where a package takes only that
-kind. What a package does not batch is given text by text, as its own documentation has it.
+Each peer runs in a process of its own, between plain passes over the same length-sorted batches; the ratio is to their mean, and
+the best of `--rounds` is reported. The model is the packaged MiniLM, or GPT-2 small with random weights where a package takes only
+that kind. What a package does not batch is given text by text, as its own documentation has it.
 """
 
 from __future__ import annotations

@@ -842,3 +842,23 @@ def test_what_was_found_cannot_be_changed() -> None:
     kept = [each for each in own if isinstance(each, type) and dataclasses.is_dataclass(each)]
     assert kept
     assert all(each.__dataclass_params__.frozen for each in kept)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("tokens", "width"), [(9, 20), (20, 20), (40, 20), (1, 5), (5, 1)])
+def test_ranks_alone_are_those_of_all_measures(tokens: int, width: int, dtype: torch.dtype) -> None:
+    """Full and deficient clouds, a flat off the origin, nothing real, what is not finite, and numbers out of range."""
+    clouds = torch.randn(8, tokens, width, dtype=torch.float64)
+    clouds[1] = torch.randn(tokens, 1, dtype=torch.float64) * clouds[1, 0]
+    clouds[2] -= clouds[2].mean(0)
+    clouds[3] = clouds[3, :1] + 1e-3 * clouds[3]
+    clouds[4, :, 0] = 1
+    clouds[5, 0] = math.nan
+    mask = torch.ones(8, tokens, dtype=torch.bool)
+    mask[6] = False
+    mask[7, : tokens // 2] = False
+    for size in (1.0, 1e-200, 1e200) if dtype == torch.float64 else (1.0,):
+        x = (clouds * size).to(dtype)
+        found, whole = geometry.cloud_ranks(x, mask), geometry.cloud_measures(x, mask)
+        for ours, theirs in zip(found, (whole.rank, whole.affine_rank), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)

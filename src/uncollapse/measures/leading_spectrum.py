@@ -1,9 +1,9 @@
-"""The leading singular values of many attention matrices at once, and of the same matrices centred, by products with blocks of vectors.
+"""The leading singular values of many attention matrices, and of the same matrices centred, by products with blocks of vectors.
 
 A matrix enters by its products alone (`Products`), so it may exist as one tile at a time. The products of the centred matrix
-B = C_q A C_k span a Krylov space (block Lanczos, fully orthogonalised): its start is a random block and the mean row of A. With that
-row in it the space serves A as well, for A = B + 1 a^T + C_q A 1 1^T / n_k. The Rayleigh-Ritz values there never exceed what they
-stand for; `error` says how far below they can be.
+B = C_q A C_k span a Krylov space (block Lanczos, fully orthogonalised): its start is a random block and the mean row of A. With
+that row in it the space serves A as well, for A = B + 1 a^T + C_q A 1 1^T / n_k. The Rayleigh-Ritz values there never exceed what
+they stand for; `error` says how far below they can be.
 
 When not to use it: for all singular values, or for matrices of a few dozen rows. `torch.linalg.svdvals` is as fast there.
 """
@@ -18,15 +18,15 @@ from torch import Tensor
 
 
 class Products(Protocol):
-    """Matrices A [matrix, query, key], zero in padded rows and columns. `queries` [matrix, query] and `keys` [matrix, key] are 1 for
-    real ones and 0 for padding, in the format that products come in."""
+    """Matrices A [matrix, query, key], zero in padded rows and columns. `queries` [matrix, query] and `keys` [matrix, key] are 1
+    for real ones and 0 for padding, in the format that products come in."""
 
     queries: Tensor
     keys: Tensor
 
     def begun(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A^T A X for X [matrix, key, vector] whose first column is constant, the mean row of A over real queries [matrix, key], and
-        A 1 [matrix, query]."""
+        """A^T A X for X [matrix, key, vector] whose first column is constant, the mean row of A over real queries [matrix, key],
+        and A 1 [matrix, query]."""
         ...
 
     def centred(self, X: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,16 +132,12 @@ class _Basis:
         return (X - mean) * self.keys.unsqueeze(-1)
 
     def take(self, X: Tensor, Y: Tensor, Z: Tensor) -> None:
-        self.Q, self.Y, self.Z = (
-            torch.cat(pair, -1) for pair in ((self.Q, X), (self.Y, Y), (self.Z, Z))
-        )
+        self.Q, self.Y, self.Z = (torch.cat(pair, -1) for pair in ((self.Q, X), (self.Y, Y), (self.Z, Z)))
 
     def ritz(self) -> Leading:
         """Rayleigh and Ritz in the span of Q for B, and in that of Q and the constant unit vector u for A: with a the mean row of A
         and w = Q^T a it is A Q = Y + 1 w^T, and A u = A 1 / sqrt(n_k)."""
-        Q, Y, Z, a, sums, of_ones = (
-            t.double() for t in (self.Q, self.Y, self.Z, self.mean, self.sums, self.of_ones)
-        )
+        Q, Y, Z, a, sums, of_ones = (t.double() for t in (self.Q, self.Y, self.Z, self.mean, self.sums, self.of_ones))
         root, n_q = self.count_keys.sqrt()[:, None], self.count_queries[:, None]
         keys = self.keys.double()
         T = Y.mT @ Y

@@ -31,7 +31,9 @@ from uncollapse.measures.admission import admitting, at_size_one, described, is_
 from uncollapse.measures.symmetric_eigenvalues import eigenvalues
 
 TILE_BYTES = 2 << 20  # measured: 1 to 4 MiB are equal, from 8 MiB on the tile leaves the cache and costs double
-LEAST_ROWS = 64  # of a tile of long rows, if these are no more than four times as much: every tile has its price in calls
+LEAST_ROWS = (
+    64  # of a tile of long rows, if these are no more than four times as much: every tile has its price in calls
+)
 DEVICE_TILE_BYTES = 64 << 20  # accelerators want few large launches
 CAUSAL_ROWS = 128  # rows of a causal tile: its keys end with its last row, so that half of all pairs are never computed
 FEW_KEYS = 4  # rows over fewer keys have no key share: two keys leave little to be uniform about
@@ -40,7 +42,9 @@ FLAT = 0.75  # up to this weight of the strongest key, 1 less it keeps the digit
 LEAST_REST = 1e-6  # below this share of a row, what the others have is taken from their own logits
 UNDERFLOW = 88.0  # exp(-88) is where single precision, and bfloat16 with it, ends
 DIRECT = 128  # up to so many rows a decomposition is as fast as products are
-KEPT_BYTES = 24 << 20  # of weights that lie in memory at once while their spectra are taken; larger matrices exist in tiles only
+KEPT_BYTES = (
+    24 << 20
+)  # of weights that lie in memory at once while their spectra are taken; larger matrices exist in tiles only
 VECTORS = 16  # of a block; products with fewer are no faster
 BLOCKS = 16  # so many products at most where the weights lie in memory
 TILED_BLOCKS = 8  # and where they are made anew for each
@@ -577,7 +581,8 @@ def attention_weights(
 @dataclass(frozen=True)
 class LeadingSpectrum:
     """Of each attention matrix: `contraction`, the two `leading_singular_values`, and how far these may be too small: `error`, a
-    share of each, or of 1e-4 sigma_1 where that is more. Float64. NaN where the functions of these names have it, and where the error is above `COARSE`."""
+    share of each, or of 1e-4 sigma_1 where that is more. Float64. NaN where the functions of these names have it, and where the
+    error is above `COARSE`."""
 
     contraction: Float[Tensor, "batch head"]
     singular_values: Float[Tensor, "batch head 2"]
@@ -601,12 +606,12 @@ def leading_spectrum(
 
     sigma_1 (C_q A C_k), sigma_1 (A) and sigma_2 (A), with a_ij as in `attention_weights`. Up to `DIRECT` rows they are the roots of
     eigenvalues of A^T A. Beyond, block Lanczos takes A^T A X for blocks of `VECTORS` vectors (`measures.leading_spectrum`): with
-    weights that lie in memory while a head or a few are at work (`KEPT_BYTES`), or, of longer sequences, tile by tile, where a product
-    costs about as much as the attention itself. Memory O(n).
+    weights that lie in memory while a head or a few are at work (`KEPT_BYTES`), or, of longer sequences, tile by tile, where a
+    product costs about as much as the attention itself. Memory O(n).
 
-    `error` is how far a value may lie below the one it stands for, as a share of it (or of 1e-4 sigma_1): it stops at `CLOSE`, or at `TILED_CLOSE` where the
-    weights do not fit, and gives up after `TILED_BLOCKS` blocks there. What lies in memory and is not `CLOSE` after
-    `BLOCKS` is decomposed. Logits in single precision add 1e-6 of sigma_1 or so.
+    `error` is how far a value may lie below the one it stands for, as a share of it (or of 1e-4 sigma_1): it stops at `CLOSE`, or
+    at `TILED_CLOSE` where the weights do not fit, and gives up after `TILED_BLOCKS` blocks there. What lies in memory and is not
+    `CLOSE` after `BLOCKS` is decomposed. Logits in single precision add 1e-6 of sigma_1 or so.
 
     Singular values that lie close together, as those of heads that look at a neighbour, converge slowly. The bound holds if the
     random start met every direction, which it does with probability one, and by how much it does is not proved.
@@ -804,7 +809,9 @@ def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, _Keep | Non
         starts.pop()
     ends = [*starts[1:], queries]
     row_step = max(end - start for start, end in zip(starts, ends, strict=True))
-    head = max(repeats * (end - i) * (min(end, keys) if scores.causal else keys) for i, end in zip(starts, ends, strict=True))
+    head = max(
+        repeats * (end - i) * (min(end, keys) if scores.causal else keys) for i, end in zip(starts, ends, strict=True)
+    )
     group_step = min(groups, max(1, budget // head))
     batch_step = min(batch, max(1, budget // (head * groups)))
     # one buffer for all tiles: memory that is fresh for each would cost more than the arithmetic
@@ -858,7 +865,9 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
     }
     allowed_keys = torch.zeros(scores.sizes[:4], dtype=torch.int64, device=scores.device)
     numbers = torch.arange(allowed_keys.numel(), device=scores.device).view(scores.sizes[:4])
-    beside: list[tuple[Tensor, dict[str, Tensor]]] = []  # numbers of rows that are looked at by themselves, and their figures
+    beside: list[
+        tuple[Tensor, dict[str, Tensor]]
+    ] = []  # numbers of rows that are looked at by themselves, and their figures
     for tile, S, P, keep in _tiles(scores):
         rows = tile[:4]
         allowed_keys[rows] = S.shape[-1] if keep is None else keep.counts
@@ -918,15 +927,13 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
 def _over_parts(
     found: Callable[[slice, slice], krylov.Leading], batch: int, groups: int, repeats: int, size: int
 ) -> LeadingSpectrum:
-    """The spectra of as many sequences and groups at a time as `KEPT_BYTES` have room for, a group's matrices taking `size` bytes."""
+    """The spectra of as many sequences and groups at a time as `KEPT_BYTES` have room for; a group's matrices take `size` bytes."""
     group_step = min(groups, max(1, KEPT_BYTES // size))
     batch_step = min(batch, max(1, KEPT_BYTES // (size * groups)))
     rows = []
     for b in range(0, batch, batch_step):
         stop = min(b + batch_step, batch)
-        parts = [
-            found(slice(b, stop), slice(g, min(g + group_step, groups))) for g in range(0, groups, group_step)
-        ]
+        parts = [found(slice(b, stop), slice(g, min(g + group_step, groups))) for g in range(0, groups, group_step)]
         rows.append([torch.cat([each.view(stop - b, -1) for each in same], 1) for same in zip(*parts, strict=True)])
     first, second, contraction, error = (torch.cat(same) for same in zip(*rows, strict=True))
     return LeadingSpectrum(contraction, torch.stack([first, second], -1), error)
@@ -936,9 +943,10 @@ def _part(scores: _Scores, batch: slice, groups: slice) -> _Scores:
     """The scores of some sequences and groups."""
 
     def fill(tile: _Tile, S: Tensor) -> Tensor | None:
-        b, g, *others = tile
-        moved = slice(b.start + batch.start, b.stop + batch.start), slice(g.start + groups.start, g.stop + groups.start)
-        return scores.fill((*moved, *others), S)  # type: ignore[arg-type] - five slices
+        b, g, repeats, rows, columns = tile
+        b = slice(b.start + batch.start, b.stop + batch.start)
+        g = slice(g.start + groups.start, g.stop + groups.start)
+        return scores.fill((b, g, repeats, rows, columns), S)
 
     allowed = scores.allowed
     if allowed is not None:
@@ -977,7 +985,9 @@ class _Tiled:
 
     def begun(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sums, made = torch.zeros_like(self.queries), X.new_zeros(len(X), X.shape[-1] + 1, X.shape[-2])
-        X = torch.cat([X, X.new_zeros(()).expand(*X.shape[:-1], 1)], -1)  # the place of 1, whose product is the sum of the rows
+        X = torch.cat(
+            [X, X.new_zeros(()).expand(*X.shape[:-1], 1)], -1
+        )  # the place of 1, whose product is the sum of the rows
         for A, rows, columns in self._tiles():
             Y = A @ X[:, columns]
             sums[:, rows] = Y[..., 0]
@@ -1013,13 +1023,16 @@ def _dense_spectrum(A: Tensor, rows: Tensor, columns: Tensor) -> krylov.Leading:
 
 
 def _decomposed(A: Tensor, rows: Tensor, columns: Tensor) -> krylov.Leading:
-    """The same from decompositions: roots of eigenvalues of A^T A in float64, and singular values where a root would lose its digits."""
+    """The same from decompositions in float64: roots of eigenvalues of A^T A, and singular values where roots would lose digits."""
     found = A.new_full((4, len(A)), math.nan, dtype=torch.float64)
     found[3] = 0
     kinds, kind = torch.unique(torch.cat([rows, columns], -1), dim=0, return_inverse=True)
     members, matrices, grams = [], [], []
     for number, real in enumerate(kinds):
-        own, (some_rows, some_columns) = (kind == number).nonzero()[:, 0], real.split([rows.shape[-1], columns.shape[-1]])
+        own, (some_rows, some_columns) = (
+            (kind == number).nonzero()[:, 0],
+            real.split([rows.shape[-1], columns.shape[-1]]),
+        )
         if not bool(some_rows.any() and some_columns.any()):
             continue
         one = A[own]

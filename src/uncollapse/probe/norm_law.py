@@ -172,11 +172,11 @@ class NormLaw:
         apart: Tensor,
         full: Tensor,
     ) -> Tensor:
-        """The affine rank of outputs with more tokens than features, NaN where it is not certain. Off the kernel K all eigenvalues of
-        M, that of Y^T C Y, are above some mu, as a Cholesky factor says. Along it there is rounding only, of which the rest explains a
-        part: what is left for v = (K - w) / ||K - w|| is above the tolerance, or below. Below, it is no rank: no singular value is
-        larger than ||C Y v||. Above it is one: with s = ||C Y (K - w)||^2 less ||g||^2 / mu, g its gradient by w, the squared distance
-        to the rest, all eigenvalues are at least 1 / ((1 + ||w||^2) / s + d / mu), as the trace of the inverse says.
+        """The affine rank of outputs with more tokens than features, NaN where it is not certain. Off the kernel K all eigenvalues
+        of M, that of Y^T C Y, are above some mu, as a Cholesky factor says. Along it there is rounding only, and the rest explains
+        a part of that: what is left for v = (K - w) / ||K - w|| is above the tolerance, or below. Below, it is no rank: no least
+        singular value is larger than ||C Y v||. Above, it is one: with s = ||C Y (K - w)||^2 less ||g||^2 / mu, g its gradient by
+        w, the squared distance to the rest, all eigenvalues are at least 1 / ((1 + ||w||^2) / s + d / mu), the inverse's trace.
         """
         n = real.sum((-2, -1)).clamp(min=1).double()
         width = y.shape[-1]

@@ -512,9 +512,7 @@ def _brackets(
 ) -> Tensor:
     """The brackets of each sequence [sequence, 3], NaN where there are none."""
     rank, affine_rank = ranks
-    found = torch.stack(
-        [rank - affine_rank, images.rank - images.affine_rank, rank - images.rank], -1
-    )
+    found = torch.stack([rank - affine_rank, images.rank - images.affine_rank, rank - images.rank], -1)
     fit = (found >= 0).all(-1) & (found[:, :2] <= 1).all(-1)
     found = torch.where((images.full & fit).unsqueeze(-1), found, math.nan).cpu()
     for i in (sound.any(-1) & ~images.full).nonzero().flatten().tolist():
