@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest test-ray check bench results validity results-gates families early-warning references pictures random-models other-tools peers fuzz mutants ledger-page browser schema constraints clean help
+.PHONY: demo test test-all test-oldest test-ray check bench results validity results-gates families early-warning loggers references pictures random-models other-tools peers fuzz mutants ledger-page browser schema constraints clean help
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -86,6 +86,10 @@ other-tools: $(INSTALLED) ## what docs/with-other-tools.md says, with Transforme
 		.venv-tools/bin/pip install --quiet "torch==2.13.0" && \
 		.venv-tools/bin/pip install --quiet "torch==2.13.0" "$$lens" nnsight 'pyarrow<22' -e . && \
 		.venv-tools/bin/python -m studies.other_tools || exit 1; done
+
+loggers: $(INSTALLED) ## the loggers of docs/monitoring.md (TensorBoard, Weights & Biases offline, trackio), each in a real run
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group loggers
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies.loggers
 
 peers: $(INSTALLED) ## what other packages take on the same model and texts, in an environment of its own
 	@$(PYTHON) -m venv .venv-peers && .venv-peers/bin/pip install --quiet --upgrade 'pip>=25.1'

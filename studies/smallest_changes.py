@@ -27,7 +27,7 @@ from uncollapse.records.diagnosis import DiagnosisRecord
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "monitoring.md"
 BEGIN, END = "<!-- smallest changes -->", "<!-- end -->"
-PROBES, SEQUENCES, TOKENS = 12, 32, 128
+PROBES, SEQUENCES, TOKENS = 8, 32, 128
 PHENOMENA = {
     "consensus_after_norm": "depth: consensus distance after a norm",
     "effective_rank": "depth: effective rank",

@@ -100,7 +100,7 @@ def document(runs: Sequence[Run]) -> str:
         f"  In {first} of them the first alarm of all names it.",
         f"* **Before the loss shows it**: {_of(sum(lead > 0 for lead in leads), len(shown))} runs whose loss shows it at all.",
         f"  Lead: {_spread(leads, 'steps')}.",
-        f"* **Alarms on healthy runs**: {len(alarmed)} of {len(scored_healthy)} runs have one.",
+        f"* **Alarms on healthy runs**: {_of(len(alarmed), len(scored_healthy))} runs.",
         f"* On the seeds that were looked at: {_of(sum(e.alarm is not None for e in looked_at), len(looked_at))} found, alarms on",
         f"  {_of(sum(bool(run.alarms) for run in looked_at_healthy), len(looked_at_healthy))} healthy runs.",
         "",
@@ -171,8 +171,9 @@ RULES = {
 MISSING = (
     "## What is missing",
     "",
-    "The models are small and the runs short. The constants of the alarms (how deep, how long, how near) were chosen on seeds 0",
-    "and 1 of these very kinds of runs; runs of another kind may need others.",
+    "The models are small and the runs short. The constants of the alarms (how deep, how long, how near) were chosen on other",
+    "seeds of these very kinds of runs; runs of another kind may need others. Trends that were alarms far from the threshold were",
+    "mended before the count. Trends of `CORPUS-DIMENSIONS` went out after one more false alarm, on seed 2; it is counted.",
     "",
     "The rounding fault is one of storage: the query and key weights are kept in bfloat16, and each step rounds them away from",
     "zero. The published fault, a fused kernel whose result is rounded with a bias (arXiv 2510.04212), takes thousands of steps.",
@@ -239,7 +240,10 @@ def _suspects(scored: Sequence[Judged]) -> list[str]:
     """How often arc-vigil named the block that a fault was planted in."""
     planted = [each for each in scored if each.scenario.planted is not None and each.run.suspect is not None]
     right = sum(each.run.suspect == f"blocks.{each.scenario.planted}" for each in planted)
-    return [f"Where a fault was planted in one block, `arc-vigil` named that block in {_of(right, len(planted))} runs."]
+    return [
+        f"Where a fault was planted in one block, `arc-vigil` named that block in {_of(right, len(planted))} runs. Called as its",
+        "page says, it sees no gradients, for they are set to nothing by then; what speaks is the curvature of the weights' path.",
+    ]
 
 
 def _healthy_row(name: str, runs: Sequence[Run]) -> str:

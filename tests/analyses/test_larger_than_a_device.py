@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from accelerate.utils import offload
 
 import uncollapse as uc
 from tests.helpers.several_processes import SIZES, differences, padded_batches
+from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.tracing import trace
 from uncollapse.sources import load_model
 
 BUDGET = 1.5e9
@@ -97,6 +100,27 @@ def test_figures_from_disk_are_those_from_memory_and_the_weights_are_hardly_read
     uc.identify(loaded, batches=batches)
     assert {times for key, times in reads.items() if not key.endswith("o_proj.weight")} == {3}
     assert {times for key, times in reads.items() if key.endswith("o_proj.weight")} == {4}
+
+
+def test_a_trace_holds_no_weight_behind_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wider = SIZES | {"hidden_size": 320, "intermediate_size": 320, "num_key_value_heads": 4}  # 400 kB a weight
+    hf.LlamaModel(hf.LlamaConfig(**wider, tie_word_embeddings=False)).save_pretrained(tmp_path, max_shard_size="1MB")
+    loaded = load_model(str(tmp_path), max_memory="200KB").model
+    given: list[weakref.ref[torch.Tensor]] = []
+    read = offload.OffloadedWeightsLoader.__getitem__
+
+    def noted(self: Any, key: str) -> Any:
+        tensor = read(self, key)
+        if tensor.ndim > 1 and "embed" not in key:
+            given.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(offload.OffloadedWeightsLoader, "__getitem__", noted)
+    with probing(loaded):
+        traced = trace(loaded, padded_batches(1)[0])
+    assert len(given) == 14
+    assert not [one for one in given if one() is not None]
+    assert len({call.name for call in traced.calls if call.name.endswith("proj")}) == 14
 
 
 @pytest.mark.parametrize("size", ["3", "GiB", "-1GiB", "0GB", "3 apples"])

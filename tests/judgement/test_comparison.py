@@ -30,9 +30,9 @@ def change(measure: str = "max_logit", before: float = 2.0, after: float = 4.0, 
 
 
 def test_two_sequences_tell_the_noise() -> None:
-    """Two normal figures lie 2 x .5895 deviations apart by Blom's formula."""
+    """The range of n figures drawn evenly from [0, 1], whose deviation is sqrt(1/12), is (n - 1)/(n + 1) on average."""
     error = standard_error(Statistic(0.0, -1.0, 1.0, 2))
-    assert error == pytest.approx(2 / (2 * NormalDist().inv_cdf(1.625 / 2.25)) / math.sqrt(2))
+    assert error == pytest.approx(2 * 3 / math.sqrt(12) / math.sqrt(2))
     assert standard_error(Statistic(0.0, 0.0, 0.0, 1)) is None
 
 

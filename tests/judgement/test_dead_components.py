@@ -451,3 +451,26 @@ def test_every_code_that_a_finding_can_have_is_in_the_list() -> None:
     written = set(re.findall(r'"((?:DEAD|HEAD|MLP|CONSTANT|EMBEDDINGS)-[A-Z-]+)"', inspect.getsource(dead)))
     made = {f"DEAD-{name}" for name in ("ATTENTION", "MLP")}  # written as f"DEAD-{name.upper()}"
     assert written | made == set(dead.CODES)
+
+
+def test_a_run_takes_nothing_that_half_precision_rounded_off_for_dead() -> None:
+    """While a model is young its updates nearly agree; a part that is dead gives the same in every digit."""
+
+    def codes(part: PartRecord, *, in_a_run: bool) -> list[str]:
+        parts, _ = dead.exactly([part], []) if in_a_run else ([part], [])
+        return [finding.code for finding in dead_components(parts, [])]
+
+    young = PartRecord(
+        0, "mlp", None, None, epsilon=2.0**-7, tokens=64, update_size=0.1, update_variation=0.02, stream_variation=0.5
+    )
+    assert codes(young, in_a_run=False) == ["CONSTANT-UPDATE"]
+    assert codes(young, in_a_run=True) == []
+    gone = replace(young, update_variation=0.0)
+    assert codes(gone, in_a_run=False) == codes(gone, in_a_run=True) == ["CONSTANT-UPDATE"]
+    collapsed = replace(gone, stream_variation=0.05)  # below what bfloat16 tells apart: nothing is said about the part
+    assert codes(collapsed, in_a_run=False) == codes(collapsed, in_a_run=True) == []
+    single = replace(young, epsilon=2.0**-23, update_variation=5e-4)
+    assert dead.exactly([single], []) == ([single], [])
+    apart = EmbeddingRecord(None, 0, apart=0.01, pairs=8, epsilon=2.0**-7)
+    assert [f.code for f in dead_components([], [apart])] == ["EMBEDDINGS-EQUAL"]
+    assert [*dead_components([], dead.exactly([], [apart])[1])] == []

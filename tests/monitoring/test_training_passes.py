@@ -167,8 +167,12 @@ def test_a_pass_that_fails_is_not_read_and_its_error_comes_through(fails_at: int
 
 
 def test_what_cannot_be_read_is_refused() -> None:
+    model = gpt2()
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
     with pytest.raises(InputError, match="compiled"):
-        uc.Monitor(torch.compile(gpt2(), backend="eager"), probe(), on="train")
+        uc.Monitor(torch.compile(model, backend="eager"), probe(), on="train")
+    assert not passes  # before anything is proved
     with pytest.raises(InputError, match="on='probe' or on='train'"):
         uc.Monitor(gpt2(), probe(), on="both")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="makes none of its own"):

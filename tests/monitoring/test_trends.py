@@ -31,6 +31,13 @@ def test_a_steady_rise_among_healthy_distances_is_none() -> None:
     assert raised([(10 * look, -1.3 + 0.03 * look) for look in range(24)])
 
 
+def test_the_corpus_has_no_trend() -> None:
+    found = {"CORPUS-DIMENSIONS": FOUND["ENTROPY-FROZEN"]}
+    rises = TrendAlarms(0.01)
+    looks = [(10 * look, -0.68 + 0.03 * look) for look in range(20)]
+    assert not [a for step, margin in looks for a in rises.look(step, {"CORPUS-DIMENSIONS": margin}, found)[0]]
+
+
 def test_what_goes_up_and_down_is_none() -> None:
     assert raised([(10 * look, -1.0 + 0.2 * (look % 2)) for look in range(40)]) == []
 

@@ -183,9 +183,9 @@ def _logits(t: Trace, score: int, similarity: Iterable[int]) -> int:
     return given
 
 
-def has_other_data(t: Trace, values: int) -> bool:
-    """Whether the values of a product are joined of several that were each learned from what the model was given: those of its own
-    stream and those of another, say. Virtual tokens were not."""
+def has_other_data(t: Trace, values: int, stream: int) -> bool:
+    """Whether the values of a product are those of its own stream joined with others, learned from what the model was given as
+    well, but not by way of this stream. A column of zeros comes by that way, and virtual tokens were not given."""
     given = sum(1 << node.index for node in t.nodes if node.operation == "batch")
     frontier, seen = [values], set[int]()
     while frontier:
@@ -194,10 +194,8 @@ def has_other_data(t: Trace, values: int) -> bool:
         if index in seen:
             continue
         seen.add(index)
-        if (
-            node.operation in _JOINS
-            and sum(t.is_learned_from(i) and bool(t.ancestors[i] & given) for i in node.inputs) > 1
-        ):
+        others = [i for i in node.inputs if not t.depends(i, stream)] if node.operation in _JOINS else []
+        if len(others) < len(node.inputs) and any(t.is_learned_from(i) and t.ancestors[i] & given for i in others):
             return True
         if node.operation in PASSES:
             frontier.extend(node.inputs)

@@ -149,7 +149,7 @@ def result_shape(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
     if name == "setitem":
         return tuple(given[0].shape)
     if name in BY_RESULT:
-        return tuple(max((t.shape for t in given), key=len))
+        return max((tuple(t.shape) for t in given), key=len)
     return tuple(torch.broadcast_shapes(*(t.shape for t in given)))
 
 

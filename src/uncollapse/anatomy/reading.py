@@ -417,6 +417,7 @@ class _Reader:
             calls = tuple(
                 replace(
                     self._attention_call(s),
+                    has_other_data=has_other_data(self.t, self.attentions[s].values, found.stream),
                     serves_weights=len(scores) > 1
                     and serves_weights(self.t, s, self.attentions, found.stream, attending),
                 )
@@ -586,7 +587,6 @@ class _Reader:
                 for index, operand in found.masking
             ),
             made=self._made(node.inputs[3]) if found.is_fused and len(node.inputs) > 3 else (),
-            has_other_data=has_other_data(self.t, value),
             drops_columns=self._drops_columns(found),
             value_bias=any(map(self._has_bias, self._learned_behind(value))),
             output_bias=projection is not None and any(map(self._has_bias, self._products_of(place, projection))),

@@ -80,7 +80,7 @@ def mask_removed(
                 handlers[call.product] = _unmasked_fused(call, padding, bares)
             for step in call.masking:
                 handlers[step.point] = _unmasked_step(step, padding, call, bares)
-            made |= {point: bares.beside for made_by in (call, *call.masking) for point in made_by.made}
+            made |= dict.fromkeys([*call.made, *(point for step in call.masking for point in step.made)], bares.beside)
             in_turn_with = part.attention if call.shares_queries else (call,)
             counts = call.queries_of_tokens or call.shares_queries
             if counts and call.unreadable is None and not block.chooses_tokens:

@@ -19,7 +19,7 @@ from uncollapse.records.trail import HeadPlace
 
 GROWN: Final = 1.5  # a change by this factor is reported
 LEAST_LOGIT: Final = 1.0  # below, logits choose nothing, and their ratios say nothing
-FALSE_ALARMS: Final = 0.01  # for each figure
+FALSE_ALARMS: Final = 0.01  # for each figure, at most
 SHARE: Final = 0.05  # of the larger value: smaller changes are not called so, whatever the noise
 
 
@@ -94,16 +94,17 @@ HEAD_MEASURES: Final = ("max_logit", "rest_entropy", "normalized_entropy", "key_
 
 
 def standard_error(statistic: Statistic) -> float | None:
-    """That of the mean over sequences, from their range: n normal figures spread over 2 Φ⁻¹((n - 3/8)/(n + 1/4)) deviations
-    (Blom 1958). None for a single sequence.
+    """That of the mean over sequences, from their range: n evenly spread figures reach over sqrt(12) (n - 1)/(n + 1) of their
+    deviations. Normal ones reach farther, so their error is taken for larger than it is; figures that follow the length of a
+    text are nearly even (docs/monitoring.md). None for a single sequence.
 
     >>> round(standard_error(Statistic(0.0, -1.0, 1.0, 64)), 3)
-    0.053
+    0.074
     """
-    if statistic.n < 2:
+    n = statistic.n
+    if n < 2:
         return None
-    spread = 2 * NormalDist().inv_cdf((statistic.n - 0.375) / (statistic.n + 0.25))
-    return (statistic.max - statistic.min) / spread / math.sqrt(statistic.n)
+    return (statistic.max - statistic.min) * (n + 1) / (n - 1) / math.sqrt(12 * n)
 
 
 def noise(before: Statistic, after: Statistic, *, same_probe: bool) -> float | None:

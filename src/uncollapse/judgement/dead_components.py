@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from uncollapse.records.common import Finding, Severity
 from uncollapse.records.diagnosis import EmbeddingRecord, PartRecord
@@ -22,6 +23,7 @@ from uncollapse.records.diagnosis import EmbeddingRecord, PartRecord
 ROUNDING = 2.0**-23
 # An update whose variable part is below this share of it is constant. The smallest share of a healthy sublayer is above 0.1.
 CONSTANT = 1e-3
+SINGLE = 2.0**-23  # the same number, as the epsilon of a format
 # Vectors that ought to be equal differ by a few roundings, depending on how a product was split up.
 ROUNDINGS = 4
 # Of the tokens that a part reads: below this share they do not vary, and the part cannot be judged by them.
@@ -232,6 +234,21 @@ def _blind_heads(part: PartRecord, count: int) -> list[int]:
         if variation and count % len(variation) == 0:
             found |= {head for head in range(count) if variation[head // (count // len(variation))] <= tolerance}
     return sorted(found)
+
+
+def exactly(
+    parts: Sequence[PartRecord], embeddings: Sequence[EmbeddingRecord]
+) -> tuple[list[PartRecord], list[EmbeddingRecord]]:
+    """The same, as a run is judged: what half precision may have rounded off is not taken for nothing. While a model is young its
+    tokens nearly agree, and so do the updates of a healthy part, down to the digits of bfloat16. A part that is dead gives the same
+    in every digit."""
+    judged = [
+        replace(p, epsilon=SINGLE, stream_variation=p.stream_variation if _sees_different_tokens(p) else 0.0)
+        if p.epsilon > SINGLE and p.stream_variation is not None
+        else p
+        for p in parts
+    ]
+    return judged, [replace(each, epsilon=min(each.epsilon, SINGLE)) for each in embeddings]
 
 
 def measured_blocks(parts: Sequence[PartRecord], embeddings: Sequence[EmbeddingRecord]) -> set[int | None]:

@@ -27,12 +27,15 @@ def eigenvalues(batches: Sequence[Tensor]) -> list[Tensor]:
     work = sum(len(batch) * batch.shape[-1] ** 3 for batch in given if batch.device.type == "cpu")
     if threads == 1 or work < LEAST_WORK:
         return [torch.linalg.eigvalsh(batch) for batch in given]
+    # What is left over when a batch is divided goes to another thread each time: many batches hold a single matrix.
     parts = [batch.tensor_split(threads) for batch in given]
 
     def share(number: int) -> list[Tensor]:
         with torch.no_grad():
-            return [torch.linalg.eigvalsh(part[number]) for part in parts]
+            return [torch.linalg.eigvalsh(part[(number + place) % threads]) for place, part in enumerate(parts)]
 
     with ThreadPoolExecutor(threads) as pool:
         done = list(pool.map(share, range(threads)))
-    return [torch.cat(found) for found in zip(*done, strict=True)]
+    return [
+        torch.cat([done[(number - place) % threads][place] for number in range(threads)]) for place in range(len(given))
+    ]

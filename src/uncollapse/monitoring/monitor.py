@@ -38,7 +38,7 @@ from uncollapse.anatomy.sharded_weights import is_sharded
 from uncollapse.anatomy.vocabulary import Layout
 from uncollapse.errors import InputError
 from uncollapse.judgement import findings
-from uncollapse.judgement.dead_components import measured_blocks
+from uncollapse.judgement.dead_components import exactly, measured_blocks
 from uncollapse.judgement.identifiability import heads_records, weights_reader
 from uncollapse.monitoring import figures
 from uncollapse.monitoring.alarms import ThresholdAlarms, judged, margins_of
@@ -245,7 +245,7 @@ class Monitor:
         attention = [record for s in observed.attention for record in attention_records(s, "core")]
         projections = heads_records(observed.attention) if self._has_projections else []
         corpus = corpus_records(observed.corpus, between=False)
-        parts, embeddings = part_records(observed.parts), embedding_records(observed.embeddings)
+        parts, embeddings = exactly(part_records(observed.parts), embedding_records(observed.embeddings))
         heads = attention if "attention" in self.watch else []
         read = judged(findings.readings(trajectory, heads, projections, parts, embeddings, corpus=corpus))
         if self.record is None:

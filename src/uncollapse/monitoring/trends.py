@@ -7,7 +7,8 @@ steady rise with a few pairs out of order is rarer than the rate that was asked 
 A steady rise alone is no alarm: training moves every figure. It must also be nearer to the threshold than any healthy run of the
 validity study (`NEAR`: thresholds are half of that distance), and at the rate of the window's later
 half (Theil and Sen: the median of all slopes) reach the threshold within `HORIZON` windows. The monitor asks only about places that
-were healthy before: the nearly uniform attention of a fresh model comes and goes near its threshold.
+were healthy before: the nearly uniform attention of a fresh model comes and goes near its threshold. Of `CORPUS-DIMENSIONS` there is
+no trend: a single model decides its threshold, and while a model learns how often each token occurs, all sequences come near it.
 
 When not to use it: for what falls at once. `ThresholdAlarms` sees that; a trend needs a window of looks.
 """
@@ -31,6 +32,7 @@ HORIZON = 4
 LOOKS = 1000  # the rate is that of so many looks together
 SLACK = 2  # pairs out of order that a rise may have
 LONGEST = 24
+WITHOUT = ("CORPUS-DIMENSIONS",)
 
 
 @functools.cache
@@ -91,6 +93,8 @@ class TrendAlarms:
                 seen.pop()
             seen.append((step, margin))
             name = f"{key}/trend"
+            if key.startswith(WITHOUT):
+                continue
             if margin < -NEAR - HYSTERESIS and name in self._standing:
                 self._standing.remove(name)
                 cleared.append(name)

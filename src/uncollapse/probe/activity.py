@@ -480,10 +480,10 @@ class Activity:
             return
         cloud, mask = found
         is_first = each.units.least is None
-        for part in (slice(0, 1), slice(1, None)):  # one sequence mostly says it
-            rows = cloud[part].flatten(0, 1)
+        for some in (slice(0, 1), slice(1, None)):  # one sequence mostly says it
+            rows = cloud[some].flatten(0, 1)
             if mask is not None:
-                rows = rows.index_select(0, mask[part].to(rows.device).flatten().nonzero().squeeze(-1))
+                rows = rows.index_select(0, mask[some].to(rows.device).flatten().nonzero().squeeze(-1))
             if not each.units.add(rows):
                 each.units.add(rows[_finite_tokens(rows)])
             if each.units.has_settled():

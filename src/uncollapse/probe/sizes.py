@@ -28,8 +28,9 @@ def norms(x: Tensor) -> Tensor:
 
 
 def as_they_are(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`norms` in the format of `x` or another one, whatever its squares are there. Vectors are read as they lie in memory: heads that are split off
-    a width lie beside each other, and one head after another costs up to five times as much."""
-    order = sorted(range(x.ndim - 1), key=lambda axis: -x.stride(axis))
+    """`norms` in the format of `x` or another one, whatever its squares are there. Vectors are read as they lie in memory: heads
+    that are split off a width lie beside each other, and one head after another costs up to five times as much."""
+    strides = x.stride()
+    order = sorted(range(x.ndim - 1), key=lambda axis: -strides[axis])
     found: Tensor = torch.linalg.vector_norm(x.permute(*order, x.ndim - 1), dim=-1, dtype=dtype)
     return found.permute(*(order.index(axis) for axis in range(x.ndim - 1)))
