@@ -100,7 +100,7 @@ def document(runs: Sequence[Run]) -> str:
         f"  In {first} of them the first alarm of all names it.",
         f"* **Before the loss shows it**: {_of(sum(lead > 0 for lead in leads), len(shown))} runs whose loss shows it at all.",
         f"  Lead: {_spread(leads, 'steps')}.",
-        f"* **Alarms on healthy runs**: {len(alarmed)} of {len(scored_healthy)} runs have one.",
+        f"* **Alarms on healthy runs**: {_of(len(alarmed), len(scored_healthy))} runs.",
         f"* On the seeds that were looked at: {_of(sum(e.alarm is not None for e in looked_at), len(looked_at))} found, alarms on",
         f"  {_of(sum(bool(run.alarms) for run in looked_at_healthy), len(looked_at_healthy))} healthy runs.",
         "",
