@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all test-oldest test-ray check bench results validity results-gates families early-warning loggers references pictures random-models other-tools fuzz mutants ledger-page browser schema constraints clean help
+.PHONY: demo test test-all test-oldest test-ray check bench results validity results-gates families early-warning loggers references pictures random-models other-tools peers fuzz mutants ledger-page browser schema constraints clean help
 
 help: ## what the targets do
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -58,6 +58,7 @@ bench: $(INSTALLED) ## speed and memory, as ratios taken in one run
 	$(BIN)/python -m bench.gates
 	$(BIN)/python -m bench.monitor
 	$(BIN)/python -m bench.scale
+	$(BIN)/python -m bench.long
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --nproc-per-node 2 -m bench.processes
 
 results: $(INSTALLED) ## docs/results.md anew: real models without norms, residuals, MLPs (half an hour; goes on where it was broken off)
@@ -89,6 +90,13 @@ other-tools: $(INSTALLED) ## what docs/with-other-tools.md says, with Transforme
 loggers: $(INSTALLED) ## the loggers of docs/monitoring.md (TensorBoard, Weights & Biases offline, trackio), each in a real run
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group loggers
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.loggers
+
+peers: $(INSTALLED) ## what other packages take on the same model and texts, in an environment of its own
+	@$(PYTHON) -m venv .venv-peers && .venv-peers/bin/pip install --quiet --upgrade 'pip>=25.1'
+	@.venv-peers/bin/pip install --quiet "torch==2.13.0"
+	@.venv-peers/bin/pip install --quiet "torch==2.13.0" -e '.[demo]' attnspectra nnsight 'transformer-lens>=3' spectral-trust \
+		weightwatcher representation-geometry==0.1.0
+	OMP_NUM_THREADS=1 .venv-peers/bin/python -m bench.peers
 
 references: $(INSTALLED) ## the figures of healthy models beside those of a page (ten minutes; measures what is missing)
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.references
@@ -136,4 +144,4 @@ constraints: $(INSTALLED) ## write constraints.txt anew from what is installed
 	@{ grep '^#' constraints.txt; $(BIN)/pip freeze | grep '^[^#]*==' | sed 's/+cpu//'; } > constraints.new && mv constraints.new constraints.txt
 
 clean: ## remove what the targets made
-	rm -rf $(VENV) .venv-oldest .venv-tools .venv-ray report.html report.json .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest .venv-tools .venv-peers .venv-ray report.html report.json .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -103,7 +103,7 @@ def spectral_trust(model: Any, batches: Any) -> Action:
     loaded.tokenizer.save_pretrained(folder)
     options = {"save_plots": False, "save_intermediate": False, "verbose": False, "local_files_only": True}
     framework = package.GSPDiagnosticsFramework(
-        package.GSPConfig(model_name=folder, max_length=TOKENS, device="cpu", output_dir=folder, **options)
+        package.GSPConfig(model_name=folder, max_length=TOKENS, device="cpu", output_dir=tempfile.mkdtemp(), **options)
     )
     framework.instrumenter.load_model(folder)
     texts = (sources.default_texts(64, 0) * 2)[:SEQUENCES]

@@ -83,6 +83,7 @@ def context(measured: Mapping[str, Measured]) -> dict[str, object]:
         "independent_places": independent_places(scores),
         "warned_places": warned_places(scores),
         "depth_by_model": depth_by_model(scores),
+        "residuals_alone": residuals_alone(scores),
         "missed_goals": missed_goals(scores),
         "goal": GOAL,
         "when": when(scores),
@@ -302,6 +303,12 @@ def _depth_row(scores: Scores, title: str, placement: str, names: Sequence[str],
     warned = percent(scoring.share(m > 0 for m in margins))
     right = percent(scoring.share(scoring.is_located(case, j.top("rank-collapse-depth")) for case, j in at))
     return [title, placement, str(len(at)), str(len(cases) - len(at)), spread, found, warned, right]
+
+
+def residuals_alone(scores: Scores) -> str:
+    """The area of the older of the two plants in depth."""
+    found = scoring.at_half(scores, "rank-collapse-depth", independently(scores), DEPTH[:1])
+    return f"{found.area:.3f} over {found.cases} cases" if found.cases else "open, for none has moved by half"
 
 
 def missed_goals(scores: Scores) -> list[str]:

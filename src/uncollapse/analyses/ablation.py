@@ -99,8 +99,8 @@ def ablate(
     progress = prepared.progress
     affected = require_blocks(blocks, prepared.anatomy)
     prepared.require_same("options", (combinations, sorted(affected)))
-    is_causal, sequence_axis = _is_causal(prepared), _sequence_axis(prepared)
-    whole: list[Tensor] = []
+    is_causal = _is_causal(prepared)
+    whole: _Outputs | None = None
     runs: list[AblationRun] = []
     first: Observations | None = None
     left_out: dict[str, str] = {}
@@ -111,13 +111,13 @@ def ablate(
             try:
                 if combination:
                     require_effect(prepared.loaded.model, combination, blocks, prepared.batches[0])
-                observed, run = _run(prepared, combination, blocks, is_causal, whole, sequence_axis)
+                observed, run, outputs = _run(prepared, combination, blocks, is_causal, whole)
             except UnsupportedModel as error:
                 if without is not None or not combination:
                     raise
                 left_out[", ".join(combination)] = str(error)  # a run that nobody named: the others still say something
                 continue
-            first = first or observed
+            first, whole = first or observed, whole or outputs
             runs.append(run)
     if progress is not None:
         progress("runs", len(combinations), len(combinations))
@@ -215,12 +215,11 @@ def _run(
     combination: tuple[str, ...],
     blocks: Collection[int] | Literal["all", "all+outer"] | None,
     is_causal: bool,
-    whole: list[Tensor],
-    sequence_axis: int | None,
-) -> tuple[Observations, AblationRun]:
-    """One probe pass without `combination`. `whole` collects the mean output vectors of the whole model for the later runs."""
+    whole: _Outputs | None,
+) -> tuple[Observations, AblationRun, _Outputs]:
+    """One probe pass without `combination`. `whole`: the outputs of the whole model, which is run first."""
     model = prepared.loaded.model
-    outputs = _Outputs(prepared, is_causal, whole if combination else None, sequence_axis)
+    outputs = _Outputs(prepared, is_causal, whole)
     with contextlib.ExitStack() as stack:
         if combination:
             stack.enter_context(taken_away(model, *combination, blocks=blocks, batch=prepared.batches[0]))
@@ -232,8 +231,6 @@ def _run(
             begin=outputs.begin,
             on_output=outputs.add,
         )
-    if not combination:
-        whole.extend(outputs.vectors)
     trajectory = site_records(observed)
     unavailable = {}
     loss_seen, shift_seen, reason = outputs.loss, outputs.shift, outputs.reason
@@ -260,7 +257,7 @@ def _run(
         attention_contraction=[_most_alive(s.values) for s in observed.attention if s.kind == "self"],
         unavailable=unavailable,
     )
-    return observed, run
+    return observed, run, outputs
 
 
 def _watched(level: Level, combination: tuple[str, ...]) -> set[Watched]:
@@ -275,15 +272,15 @@ def _watched(level: Level, combination: tuple[str, ...]) -> set[Watched]:
 class _Outputs:
     """What is kept of the model's outputs: one mean vector per sequence, and running statistics of loss and shift."""
 
-    def __init__(
-        self, prepared: Prepared, is_causal: bool, whole: list[Tensor] | None, sequence_axis: int | None
-    ) -> None:
-        """The stack that gives the output, the last one, says which tensors of a batch are its token numbers and its padding."""
-        self.prepared, self.is_causal, self.whole, self.sequence_axis = prepared, is_causal, whole, sequence_axis
-        self.begin()
+    def __init__(self, prepared: Prepared, is_causal: bool, whole: _Outputs | None) -> None:
+        """The stack that gives the output, the last one, says which tensors of a batch are its token numbers and its padding.
+        whole: those of the whole model, with which others are compared."""
+        self.prepared, self.is_causal, self.whole = prepared, is_causal, whole
+        self.sequence_axis: int | None = None
 
     def begin(self) -> None:
-        """Nothing is kept as yet."""
+        """Nothing is kept as yet. Called before each try of the pass: the anatomy may be another one than before."""
+        self.sequence_axis = _sequence_axis(self.prepared) if self.whole is None else self.whole.sequence_axis
         self.vectors: list[Tensor] = []
         self.reason = ""  # why there are no vectors of the tokens alone
         self.loss, self.shift = Running.empty(), Running.empty()
@@ -316,7 +313,7 @@ class _Outputs:
         if self.whole is None:
             self.vectors.append(pooled)
         else:
-            reference = self.whole[len(self.vectors)]
+            reference = self.whole.vectors[len(self.vectors)]
             self.vectors.append(pooled[:0])  # only counts batches
             if reference.shape == pooled.shape:
                 self.shift = self.shift.add(1 - torch.cosine_similarity(pooled, reference, dim=-1))
@@ -338,6 +335,7 @@ def _sequence_axis(prepared: Prepared) -> int | None:
         return poked(stream, axes.sequence, torch.tensor([0]))
 
     with probing(model), without_zeros(model):  # a head that starts at zero would show nothing
+        seed_all(0)
         plain = _vectors(model(**example))
         if plain is None or plain.ndim != 3:
             return 0
@@ -346,8 +344,8 @@ def _sequence_axis(prepared: Prepared) -> int | None:
         seed_all(0)
         with met(model, [(block.entry, change)]):
             changed = _vectors(model(**example))
-    if changed is None or changed.shape != plain.shape:
-        return None
+    if not sequences or changed is None or changed.shape != plain.shape:
+        return None  # it went another way than was proved, say
     found = [
         axis
         for axis in (0, 1)

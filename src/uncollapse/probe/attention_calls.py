@@ -18,7 +18,7 @@ from torch import Tensor
 
 from uncollapse.anatomy.carrying import Observer, Way
 from uncollapse.anatomy.interception import Point
-from uncollapse.anatomy.masking import FAR_BELOW, LEAST_SHARE, forbidden_by_addition
+from uncollapse.anatomy.masking import LEAST_SHARE, forbidden_by_addition
 from uncollapse.anatomy.operands import Mixed, UnreadableError, arranged, fused_arguments, product_operands, replaced
 from uncollapse.anatomy.output_maps import laid_out, unreplaced
 from uncollapse.anatomy.tracing import operands_of, operation_name
@@ -355,6 +355,7 @@ class _BorneOut(NamedTuple):
     finite: bool
 
 
+FARTHEST = 1e3
 OF_ALLOWED_KEYS = (
     "normalized_entropy",
     "entropy_floor",
@@ -368,12 +369,10 @@ def _is_hiding(
     weights: Tensor, logits: Tensor | None, barred: Tensor | None, queries: Tensor, keys: Tensor | None
 ) -> bool:
     """Whether a real pair, not all of it barred, is out of reach in every sequence and head: then a mask may have been overlooked.
-    weights, logits [sequence, head, query, key], queries [sequence, head, query], keys [sequence, key]."""
-    if logits is not None:  # which half precision does not take for 0
-        away = logits - logits.amax(-1, keepdim=True)
-        in_reach = away > FAR_BELOW
-    else:
-        in_reach = weights.nan_to_num(0).double() > LEAST_SHARE * weights.nan_to_num(0).amax(-1, keepdim=True).double()
+    Steep logits put pairs far away, too, but not `FARTHEST` nats, nor do they make a weight 0 everywhere. weights, logits
+    [sequence, head, query, key], queries [sequence, head, query], keys [sequence, key]."""
+    # Half precision takes for 0 what is not, where logits are known.
+    in_reach = weights != 0 if logits is None else logits - logits.amax(-1, keepdim=True) > -FARTHEST
     told = queries[..., None].expand(weights.shape)
     told = told if keys is None else told & keys[:, None, None]
     heard = (in_reach & told).any(1).any(0)

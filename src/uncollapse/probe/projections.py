@@ -33,7 +33,7 @@ from uncollapse.restoring import restoring
 Digest = Callable[[AttentionStatistics], dict[str, Any]]
 SCALE = 256.0
 SOMETHING_BETWEEN = "something acts between the attention and its output projection"
-LEAST_APART = 0.05  # share of the heads' energy that must be centred for a difference to say it
+LEAST_APART = 0.1  # share of the heads' energy that must be centred for a difference to say it
 MOST_ROUNDING = 1e-3  # of the heads' energy may be rounding: shares are then good to a percent
 
 
