@@ -268,7 +268,7 @@ def _of(some: int, all_: int) -> str:
 
 
 def _range(seeds: Sequence[int]) -> str:
-    return "none yet" if not seeds else str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds)) or "none yet"
 
 
 def _spread(values: Sequence[int], unit: str = "", *, absent: str = "–") -> str:
