@@ -4,10 +4,10 @@
     python -m bench.long --parts call          only the attention call
     python -m bench.long --parts corpus --tokens 1000000
 
-`call`: row statistics, and the leading singular values by products, against torch's fused kernel, causal, batch 1, width 64 a head;
-memory is the peak resident size of a process of its own. `model`: GPT-2 small with its positions extended, one sequence. `growth`:
-exponents of processor time, fitted over doublings of one size with the others kept, beside what the count in docs/performance.md
-expects. `corpus`: peak memory of a diagnosis of ten thousand tokens and of many, with the packaged MiniLM.
+`call`: row statistics, and the leading singular values by products, against torch's fused kernel, causal, batch 1, width 64 per
+head; memory is the peak resident size of a process of its own. `model`: GPT-2 small with its positions extended, one sequence.
+`growth`: exponents of processor time, fitted over doublings of one size with the others kept, beside what the count in
+docs/performance.md expects. `corpus`: peak memory of a diagnosis of ten thousand tokens and of many, with the packaged MiniLM.
 """
 
 from __future__ import annotations

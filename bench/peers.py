@@ -139,7 +139,7 @@ PEERS: dict[str, tuple[Callable[[Any, Any], Action], str, str]] = {
     "weightwatcher": (weightwatcher, "minilm", "spectra of the weights alone; no text"),
     "uncollapse (GPT-2)": (ours("core"), "gpt2", "all of level core"),
     "transformer-lens": (transformer_lens, "gpt2", "entropy of patterns, singular values of the clouds, by hand"),
-    "representation-geometry": (representation_geometry, "gpt2", "spectra of one covariance a site over the corpus"),
+    "representation-geometry": (representation_geometry, "gpt2", "spectra of one covariance per site, over the corpus"),
 }
 
 

@@ -403,3 +403,29 @@ def test_the_output_s_turn_is_a_sequence_s_whichever_axis_holds_it(turns: bool, 
     assert run.output_shift is not None
     assert run.output_shift.mean == pytest.approx(float(expected.mean()), rel=1e-5)
     assert run.output_shift.n == 6
+
+
+class _OtherRows(nn.Module):
+    """What it returns has other rows than its tokens: `every` second one, the `first` three, or one number for each."""
+
+    def __init__(self, rows: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rows, self.bert = rows, FAMILIES["bert"].build()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        vectors = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+        return {"every": vectors[:, ::2], "first": vectors[:, :3], "number": vectors[..., 0]}[self.rows]
+
+
+@pytest.mark.parametrize("rows", ["every", "first", "number"])
+def test_which_rows_of_another_output_are_padding_is_not_guessed(rows: str) -> None:
+    batch = {"input_ids": torch.randint(1, 40, (4, 8), generator=torch.Generator().manual_seed(0))}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    model = _OtherRows(rows).eval()
+    whole = uc.ablate(model, batches=[batch], without=[("mlp",)]).runs[1]
+    assert whole.output_shift is not None
+    batch["attention_mask"][0, 5:] = 0
+    padded = uc.ablate(model, batches=[batch], without=[("mlp",)]).runs[1]
+    assert padded.output_shift is None
+    assert padded.unavailable["output_shift"] == "which rows of the output are padding is not known"

@@ -177,7 +177,8 @@ def test_several_are_each_compared_with_the_first(
     logits = [pair.record.findings for pair in found.pairs]
     assert [any(f.code == "BASELINE-LOGITS" for f in findings) for findings in logits] == [False, True, False]
     assert [each.name for each in found.record.further] == ["x2.0", "other"]
-    assert uc.load(tmp_path / "c.json").record == found.record if found.to_json(tmp_path / "c.json") else False
+    found.to_json(tmp_path / "c.json")
+    assert uc.load(tmp_path / "c.json").record == found.record
     schema = json.loads((Path(uc.__file__).parent / "schemas" / "comparison-1.json").read_text("utf-8"))
     jsonschema.validate(json.loads(found.to_json()), schema)
     changes = found.frame("further_heads", backend="pyarrow").to_pydict()

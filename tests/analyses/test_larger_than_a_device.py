@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import transformers as hf
@@ -100,6 +101,20 @@ def test_figures_from_disk_are_those_from_memory_and_the_weights_are_hardly_read
     uc.identify(loaded, batches=batches)
     assert {times for key, times in reads.items() if not key.endswith("o_proj.weight")} == {3}
     assert {times for key, times in reads.items() if key.endswith("o_proj.weight")} == {4}
+
+
+def test_padding_is_told_where_the_weights_on_disk_are_zero() -> None:
+    """A first attention that adds nothing yet: what hides tokens from it is told with other weights in their place."""
+    model = hf.LlamaModel(hf.LlamaConfig(**SIZES)).eval()
+    for p in model.layers[0].self_attn.o_proj.parameters():
+        torch.nn.init.zeros_(p)
+    inside = uc.diagnose(model, batches=padded_batches(2), name="zero").record
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in model.layers[0].parameters())
+    outside = uc.diagnose(model, batches=padded_batches(2), name="zero").record
+    assert differences(inside.trajectory, outside.trajectory, 1e-6) == []
+    assert differences(inside.attention, outside.attention, 1e-6) == []
+    assert outside.anatomy == inside.anatomy
 
 
 def test_a_trace_holds_no_weight_behind_its_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -334,6 +334,15 @@ MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a method that chooses": lambda x, later: x.where(~later, x.new_tensor(-math.inf)).softmax(-1),
     "a tensor full of one number": lambda x, later: torch.where(later, torch.full_like(x, -1e4), x).softmax(-1),
     "ones and zeros, then a number": lambda x, later: (x * (~later).float() - 1e9 * later.float()).softmax(-1),
+    "the mask less the logits": lambda x, later: torch.sub(-1e9 * later.float(), x).softmax(-1),
+}
+# Of each kind one is told in every run.
+FURTHER = {
+    "lower triangle of the exponentials",
+    "so many times the mask less",
+    "an einsum of weights and mask",
+    "a product that is added",
+    "ones and zeros, then a number",
 }
 
 
@@ -347,7 +356,7 @@ def hiding(way: str, *, hides: bool = True) -> Callable[[Styled, Tensor, Tensor,
     return mix
 
 
-@pytest.mark.parametrize("way", MASKS)
+@pytest.mark.parametrize("way", [pytest.param(w, marks=[pytest.mark.slow] if w in FURTHER else []) for w in MASKS])
 def test_a_mask_is_one_whatever_operation_hides_by_it(way: str) -> None:
     model = StyledModel(hiding(way)).eval()
     batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
@@ -370,8 +379,30 @@ def test_a_mask_is_one_whatever_operation_hides_by_it(way: str) -> None:
         torch.testing.assert_close(got, model(**batch))
 
 
+def cut_in_place(self: Styled, q: Tensor, k: Tensor, v: Tensor, *, hides: bool = True) -> Tensor:
+    """The weights themselves are written over: what they were before is gone."""
+    weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+    return normed(weights.tril_() if hides else weights) @ v
+
+
+def test_a_mask_that_is_written_into_the_weights_is_removed_and_its_pairs_are_not_counted_as_allowed() -> None:
+    model = StyledModel(cut_in_place).eval()
+    batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
+    for a in uc.diagnose(model, batches=[batch]).record.attention:
+        assert a.entropy is not None
+        assert a.unavailable["normalized_entropy"] == "pairs have no weight that nothing was seen to forbid"
+    with torch.no_grad(), uc.without(model, "mask", batch=batch):
+        got = model(**batch)
+    for block in model.blocks:
+        assert isinstance(block, StyledBlock)
+        block.attention.style = functools.partial(cut_in_place, hides=False)
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(**batch))
+
+
 def drawn_towards(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Logits that are drawn to a low number where a pair is hidden, in an operation that nobody looks at for that."""
+    """Logits that are drawn to a low number where a pair is hidden, by something that was laid out with the help of logits: it is
+    open which operand hides."""
     logits = q @ k.mT
     later = torch.ones(logits.shape[-2:]).triu(1).expand_as(logits)
     weights = torch.lerp(logits, torch.full_like(logits, -1e9), later).softmax(-1)

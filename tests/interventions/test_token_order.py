@@ -252,8 +252,18 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("is_fused", [True, False])
-@pytest.mark.parametrize("way", WAYS)
+# Of each kind one is told in every run, and one without the fused call.
+ALWAYS = {("filled", False), *((way, True) for way in ("filled", "chosen", "written into", "two masks", "mask first"))}
+
+
+@pytest.mark.parametrize(
+    ("way", "is_fused"),
+    [
+        pytest.param(way, is_fused, marks=[] if (way, is_fused) in ALWAYS else [pytest.mark.slow])
+        for way in WAYS
+        for is_fused in (True, False)
+    ],
+)
 def test_a_bias_stays_where_a_mask_was_put_into_it(way: str, is_fused: bool) -> None:
     """Whatever puts the mask in, and wherever: once for all blocks, or once in each pass of a block."""
     model = BiasAndMask(way, is_fused=is_fused, apart=way in {"chosen", "added and moved"}).eval()

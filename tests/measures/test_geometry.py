@@ -862,3 +862,16 @@ def test_ranks_alone_are_those_of_all_measures(tokens: int, width: int, dtype: t
         found, whole = geometry.cloud_ranks(x, mask), geometry.cloud_measures(x, mask)
         for ours, theirs in zip(found, (whole.rank, whole.affine_rank), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("width", [4, 16])
+@pytest.mark.parametrize("place", [0, 3, 7])
+def test_leaving_out_a_massive_token_keeps_all_others_where_their_gram_is_not_enough(place: int, width: int) -> None:
+    """Equal tokens leave no digits in a Gram matrix, so the cloud itself is decomposed."""
+    others = torch.randn(2, width, dtype=torch.float64)[[0, 0, 0, 0, 0, 0, 1]]
+    massive = 300 * torch.randn(1, width, dtype=torch.float64)
+    found = geometry.cloud_measures(torch.cat([others[:place], massive, others[place:]])).without_massive
+    alone = geometry.cloud_measures(others)
+    assert found.tokens_left_out == 1
+    for name in ("effective_rank", "stable_rank", "participation_ratio", "consensus_distance", "token_similarity"):
+        torch.testing.assert_close(getattr(found, name), getattr(alone, name))

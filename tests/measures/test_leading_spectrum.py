@@ -101,6 +101,52 @@ def test_heads_that_look_at_a_neighbour_are_right_or_refused(monkeypatch):
     assert (np.isnan(together(tiled)) | near).all()
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", [1e-7, 1e-4, 20.0])
+def test_heads_of_almost_one_direction_keep_their_figures(monkeypatch, way, size):
+    """Rows that are all but uniform, and rows that all look at the first key: what is left of them is small beside sigma_1."""
+    take(monkeypatch, way)
+    tokens, real = 200, torch.ones(1, 200, dtype=torch.bool)
+    bias = size * (torch.arange(tokens) == 0).float().expand(1, 1, tokens, tokens) if size > 1 else None
+    q, k = torch.randn(1, 2, tokens, 8), torch.randn(1, 2, tokens, 8) * min(size, 0.1)
+    truth = expected(mixing.attention_weights(q, k, bias=bias), real, real)
+    found = mixing.leading_spectrum(q, k, bias=bias)
+    assert (found.error < 1e-2).all()
+    np.testing.assert_allclose(together(found), truth, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kept", [1, 2, 5, 17, 40])
+def test_short_sequences_beside_long_ones(monkeypatch, way, kept):
+    """On the right of the batch and on the left, with padding that holds anything."""
+    take(monkeypatch, way)
+    monkeypatch.setattr(mixing, "DIRECT", 128)
+    tokens, mask = 150, torch.ones(3, 150, dtype=torch.bool)
+    mask[1, kept:] = mask[2, :-kept] = False
+    q, k = torch.randn(3, 4, tokens, 8), torch.randn(3, 2, tokens, 8)
+    options = {"allowed": mask[:, None, None], "causal": True}
+    truth = expected(mixing.attention_weights(q, k, **options), mask, mask) if kept > 1 else None
+    q[~mask[:, None].expand(3, 4, tokens)] = math.nan
+    found = mixing.leading_spectrum(q, k, query_mask=mask, key_mask=mask, **options)
+    if truth is None:
+        assert found.singular_values[1:].isnan().all()
+        assert (found.contraction[1:] == 0).all()
+    else:
+        np.testing.assert_allclose(together(found), truth, rtol=2e-4)
+
+
+@pytest.mark.parametrize("keys", [1, 2, 5, 16, 17])
+def test_many_queries_of_few_keys(keys):
+    q, k = torch.randn(1, 2, 150, 8), torch.randn(1, 2, keys, 8)
+    real = torch.ones(1, 150, dtype=torch.bool), torch.ones(1, keys, dtype=torch.bool)
+    found = mixing.leading_spectrum(q, k)
+    if keys == 1:
+        assert found.singular_values.isnan().all()
+        assert (found.contraction == 0).all()
+    else:
+        np.testing.assert_allclose(together(found), expected(mixing.attention_weights(q, k), *real), rtol=2e-6)
+
+
 def test_too_few_rows_have_no_second_direction():
     spectrum = mixing.leading_spectrum(torch.randn(1, 1, 1, 4), torch.randn(1, 1, 5, 4))
     assert spectrum.singular_values.isnan().all()

@@ -112,3 +112,31 @@ def test_more_than_two_are_drawn_together() -> None:
                 assert cell["row"] == f"heads-table{ending}-{row}"
     assert "map-max-logit-self-after" not in page.charts()  # the maps would be too many
     assert "Something got worse in 1 of 2, compared with first." in page.words
+
+
+def test_maps_in_a_row_have_one_scale_of_differences() -> None:
+    record = samples.compared_three()
+    last = record.further[0]
+    grown = [replace(c, after=32 * c.before) if c.measure == "max_logit" else c for c in last.heads]
+    page = Page(draw(replace(record, further=[replace(last, heads=grown)])))
+    one, other = (scale(page.spec(f"map-max-logit-self-change{end}")) for end in ("", "-of-3"))
+    assert one == other == [-5, 0, 5]
+
+
+def test_a_block_that_one_of_them_lacks_is_left_out_of_its_line_alone() -> None:
+    record = samples.compared_three()
+    last = record.further[0]
+    measure, gone = "consensus_after_norm", record.models[0].blocks // 2
+    kept = [c for c in last.sites if (c.measure, c.block) != (measure, gone)]
+    page = Page(draw(replace(record, further=[replace(last, sites=kept)])))
+    drawn = {(row["line"], row["depth"]): row["y"] for row in page.rows_of("depth-consensus-after-norm", "line")}
+    blocks = [change.block for change in record.sites if change.measure == measure]
+    assert ("third", blocks.index(gone)) not in drawn
+    for change in (c for c in kept if c.measure == measure):
+        assert drawn["third", blocks.index(change.block)] == change.after
+    # also where the pair that lacks it is the one that is longest otherwise, and where all but one lack it
+    fewer = [c for c in record.sites if (c.measure, c.block) != (measure, gone)]
+    page = Page(draw(replace(record, sites=fewer)))
+    drawn = {(row["line"], row["depth"]): row["y"] for row in page.rows_of("depth-consensus-after-norm", "line")}
+    assert ("second", blocks.index(gone)) not in drawn
+    assert {depth for line, depth in drawn if line == "first"} == set(range(len(blocks)))

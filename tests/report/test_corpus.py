@@ -39,3 +39,15 @@ def test_a_page_without_them_does_not_define_them() -> None:
     page = draw(samples.encoder())
     assert "CKA" not in page
     assert "entropy of the load" not in page
+
+
+def test_a_sample_of_the_tokens_is_not_called_every_token() -> None:
+    record = observed()
+    (cloud,) = record.corpus
+    sampled = replace(cloud, pooling="tokens", points=3627, sampled=64)
+    page = draw(replace(record, corpus=[sampled]))
+    assert "The corpus as one cloud: a sample of the tokens" in page
+    assert "3,627<small>64 of them taken</small>" in page
+    whole = draw(replace(record, corpus=[replace(sampled, sampled=None)]))
+    assert "The corpus as one cloud: every token" in whole
+    assert "of them taken" not in whole

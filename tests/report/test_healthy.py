@@ -277,7 +277,7 @@ def test_a_comparison_has_the_references_of_what_both_models_are() -> None:
     differences = [figure for figure in figures if "<b>Difference" in figure]
     assert len(beside) + len(differences) == len(figures)
     assert not any("Healthy" in figure for figure in differences)
-    words = kind.beside("max_logit").removeprefix("healthy ")
+    words = kind.beside("max_logit")
     assert f"Healthy models: {words}." in page.text
     assert f"largest logit {words.replace(' … ', ' to ')}" in printed(record)
 
@@ -311,7 +311,7 @@ def test_a_run_has_those_of_the_model_that_trains(tmp_path: Path) -> None:
     assert record.is_causal is True
     kind, page = references(record), Page(draw(record))
     assert kind.kind == "7 healthy models with a causal mask and pre norm"
-    assert f"Healthy models: {kind.beside('max_logit').removeprefix('healthy ')}." in page.text
+    assert f"Healthy models: {kind.beside('max_logit')}." in page.text
     assert f"Healthy models: highest {kind.worst('max_logit')}." in page.text
     assert f"largest logit {kind.worst('max_logit').replace(' … ', ' to ')}." in printed(record)
     assert references(replace(record, is_causal=None)).kind == "18 healthy models"  # a trail of before

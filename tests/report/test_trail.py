@@ -132,3 +132,11 @@ def test_a_number_that_is_not_finite_is_refused(loss: str, trail: Path, tmp_path
     (tmp_path / "spoilt.jsonl").write_text(spoilt, "utf-8")
     with pytest.raises(uc.InputError, match=r"finite numbers, got line 2 of .*spoilt\.jsonl"):
         uc.load(tmp_path / "spoilt.jsonl")
+
+
+def test_the_page_says_whether_a_probe_or_training_itself_was_read(trail: Path) -> None:
+    run = record(trail)
+    assert "a fixed probe went through the model" in report.draw(run)
+    page = report.draw(replace(run, options={**run.options, "on": "train"}))
+    assert "a fixed probe" not in page
+    assert "a training batch in its own forward pass" in page

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from uncollapse.anatomy.interception import Point
-from uncollapse.anatomy.masking import forbidden_by_step
-from uncollapse.anatomy.tracing import MATRIX_PRODUCTS, operands_of, operation_name, tensors_in
+from uncollapse.anatomy.masking import BY_RESULT, forbidden_by_step
+from uncollapse.anatomy.tracing import MATRIX_PRODUCTS, operands_of, operation_name, tensors_in, writes_in_place
 from uncollapse.anatomy.vocabulary import AttentionCall, MaskingStep
 
 Observer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]  # function, operands, result
@@ -106,6 +106,10 @@ class Way:
                     self._move(function, args, kwargs, output)
                 return
             results = [output] if isinstance(output, Tensor) else [args[0]] if name == "setitem" else []
+            if self.numbered is None and name in BY_RESULT and writes_in_place(function):
+                for result in results:  # what it did is told by what was there before, and that is gone
+                    self.known.pop(id(result), None)
+                return
             for result in results:
                 kept = [k for k in tracked if _fits(k, result)]
                 forbidden = logits_of = None

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from uncollapse.anatomy.masking import LEAST_SHARE
+from uncollapse.anatomy.offloaded_weights import replaced_weights
 from uncollapse.anatomy.tracing import is_freed, opened, operation_name
 from uncollapse.anatomy.turns import closed_to_others
 from uncollapse.anatomy.vocabulary import StreamAxes
@@ -47,6 +48,13 @@ def without_zeros(module: nn.Module, *, without_nan: bool = False) -> Iterator[N
     """
     generator = torch.Generator().manual_seed(0)
     copies: dict[int, nn.Parameter] = {}
+
+    def noise_like(parameter: Tensor) -> Tensor:
+        noise = torch.randn(parameter.shape, generator=generator)
+        # Biases are among them: a large one would hide in half precision what moves beside it.
+        noise = noise / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.02 + 0.004 * noise
+        return noise.to(parameter)
+
     silent = [
         (owner, name, parameter)
         for owner in module.modules()
@@ -58,11 +66,10 @@ def without_zeros(module: nn.Module, *, without_nan: bool = False) -> Iterator[N
             changes.enter(closed_to_others())
         for owner, name, parameter in silent:
             if id(parameter) not in copies:
-                noise = torch.randn(parameter.shape, generator=generator)
-                # Biases are among them: a large one would hide in half precision what moves beside it.
-                noise = noise / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.02 + 0.004 * noise
-                copies[id(parameter)] = nn.Parameter(noise.to(parameter), requires_grad=False)
+                copies[id(parameter)] = nn.Parameter(noise_like(parameter), requires_grad=False)
             changes.place(owner._parameters, name, copies[id(parameter)])
+        # Of weights that are kept elsewhere it shows when they are read.
+        changes.enter(replaced_weights(module, lambda w: noise_like(w) if _says_nothing(w, without_nan) else None))
         yield
 
 

@@ -13,8 +13,6 @@ from uncollapse.anatomy.operands import ADDING_PRODUCTS, UnreadableError, replac
 from uncollapse.anatomy.tracing import operands_of, operation_name, writes_in_place
 
 _ADDITIONS = {"add", "sub"} | ADDING_PRODUCTS  # the first operand of an adding product may be a mask on its logits
-
-
 # What these do to the pairs is told by their result: the operand that takes part is the logits' or the weights' own.
 BY_RESULT = frozenset(
     ["tril", "triu", "minimum", "fmin", "addcmul", "lerp", "einsum", "scatter", "index_fill", "masked_scatter"]
@@ -59,15 +57,18 @@ def forbids_and_shifts(
     if name not in _ADDITIONS:
         return False
     mask = operands_of(name, tuple(args), kwargs)[operand]
-    forbidden, shifts = forbidden_by_addition(_times(mask, factor_of(function, kwargs)))
+    forbidden, shifts = forbidden_by_addition(_times(mask, factor_of(function, kwargs, operand)))
     return forbidden is not None and shifts
 
 
-def factor_of(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> float:
-    """By what an operation multiplies the mask that it adds to the logits: -1 where it subtracts it."""
+def factor_of(function: Callable[..., Any], kwargs: Mapping[str, Any], operand: int) -> float:
+    """By what an operation multiplies the mask, its operand number `operand`, that it adds to the logits: -1 where it subtracts
+    it. What logits are added to, or subtracted from, stays as it is."""
     name = operation_name(function)
-    factor = kwargs.get("beta" if name in ADDING_PRODUCTS else "alpha", 1)
-    return -float(factor) if name == "sub" else float(factor)
+    if name in ADDING_PRODUCTS:
+        return float(kwargs.get("beta", 1))
+    factor = float(kwargs.get("alpha", 1)) if operand else 1.0
+    return -factor if name == "sub" and operand else factor
 
 
 def _times(mask: Tensor, factor: float) -> Tensor:
@@ -108,7 +109,7 @@ def forbidden_by_step(
     if name in BY_RESULT:
         found = _forbidden_by_result(mask, result, after_softmax)
     elif name in _ADDITIONS and after_softmax is not True:
-        found, _ = forbidden_by_addition(_times(mask, factor_of(function, kwargs)))
+        found, _ = forbidden_by_addition(_times(mask, factor_of(function, kwargs, operand)))
     elif name == "mul":
         if after_softmax is not False and mask.numel() > 1 and bool(((mask == 0) | (mask == 1)).all()):
             found = mask == 0
@@ -167,15 +168,17 @@ def step_without(
     given = dict(kwargs)
     mask = operands_of(name, args, given)[operand]
     if name in BY_RESULT:
+        before = mask.clone() if writes_in_place(function) else mask
         result = function(*args, **given)
-        forbidden = None if writes_in_place(function) else _forbidden_by_result(mask, result, after_softmax)
+        forbidden = _forbidden_by_result(before, result, after_softmax)
         if forbidden is None:
             return result
-        found = torch.where(forbidden, mask, result)
+        found = torch.where(forbidden, before, result)
         least = torch.finfo(result.dtype).min if after_softmax is False else 0.0
-        return laid_like(found if hidden is None else torch.where(hidden, least, found), result)
+        found = found if hidden is None else torch.where(hidden, least, found)
+        return result.copy_(found) if writes_in_place(function) else laid_like(found, result)
     if name in _ADDITIONS:
-        factor = factor_of(function, given)
+        factor = factor_of(function, given, operand)
         forbidden, _ = forbidden_by_addition(_times(mask, factor))
         if forbidden is None:
             return function(*args, **given)

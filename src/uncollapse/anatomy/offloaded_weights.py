@@ -1,20 +1,23 @@
 """Weights that accelerate keeps elsewhere between the runs of their modules: in memory, or in the files of a checkpoint.
 
 Between two runs such a parameter stands on `meta`. When its module runs, it is read, and then let go. `kept_weight` reads one for
-somebody who wants the numbers and not the run. Within `held_weights` a module that runs many times reads its weights once.
+somebody who wants the numbers and not the run. Within `held_weights` a module that runs many times reads its weights once; within
+`replaced_weights` it is given others.
 
-When not to use it: around a whole model, which would then be held as a whole.
+When not to use `held_weights`: around a whole model, which would then be held as a whole.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.turns import closed_to_others
 from uncollapse.restoring import restoring
 
 
@@ -32,7 +35,36 @@ def held_weights(module: nn.Module) -> Iterator[None]:
     with restoring() as changes:
         for each in module.modules():
             for hook in _offloading(each):
-                changes.set(hook, "weights_map", _Held(hook.weights_map))
+                changes.set(
+                    hook, "weights_map", _Given(hook.weights_map, functools.cache(hook.weights_map.__getitem__))
+                )
+        yield
+
+
+@contextlib.contextmanager
+def replaced_weights(module: nn.Module, other: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+    """Within the block `module`, and the modules in it, are given for each of their weights what `other` makes of it when it is
+    first read; the weight itself where that is None."""
+
+    def given(kept: Mapping[str, Any], names: Collection[str]) -> Callable[[str], Any]:
+        others: dict[str, Tensor | None] = {}
+
+        def read(name: str) -> Any:
+            weight = kept[name]
+            if name in names and name not in others:
+                others[name] = other(torch.as_tensor(weight))
+            put = others.get(name)
+            return weight if put is None else put
+
+        return read
+
+    offloading = [(each, hook) for each in module.modules() for hook in _offloading(each)]
+    with restoring() as changes:
+        if offloading:
+            changes.enter(closed_to_others())
+        for each, hook in offloading:
+            names = {name for name, _ in each.named_parameters()}
+            changes.set(hook, "weights_map", _Given(hook.weights_map, given(hook.weights_map, names)))
         yield
 
 
@@ -42,16 +74,14 @@ def _offloading(module: nn.Module) -> list[Any]:
     return [one for one in getattr(hook, "hooks", [hook]) if getattr(one, "weights_map", None) is not None]
 
 
-class _Held(Mapping[str, Any]):
-    """Weights by name, each read once."""
+class _Given(Mapping[str, Any]):
+    """Kept weights by name, as `read` gives them."""
 
-    def __init__(self, kept: Mapping[str, Any]) -> None:
-        self._kept, self._read = kept, dict[str, Any]()
+    def __init__(self, kept: Mapping[str, Any], read: Callable[[str], Any]) -> None:
+        self._kept, self._read = kept, read
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self._read:
-            self._read[name] = self._kept[name]
-        return self._read[name]
+        return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._kept)

@@ -268,7 +268,7 @@ def _unmasked_step(step: MaskingStep, padding: _Padding, call: AttentionCall, ba
             hidden = spread_out(~real, step.axes, shape)
         if forbids_and_shifts(function, args, kwargs, step.operand):
             mask = operands_of(operation_name(function), args, kwargs)[step.operand]
-            bare = _bare(mask, bares.of(mask), hidden, call, factor_of(function, kwargs))
+            bare = _bare(mask, bares.of(mask), hidden, call, factor_of(function, kwargs, step.operand))
             return step_with(function, args, kwargs, step.operand, bare)
         return step_without(function, args, kwargs, step.operand, step.after_softmax, hidden)
 

@@ -1127,8 +1127,9 @@ def _norm_sensitive(x: Tensor, real: Tensor, gram: Tensor, norms: Tensor, values
 
 
 def _norm_sensitive_again(x: Tensor, real: Tensor) -> dict[str, Tensor]:
-    """The same from the start, for the tokens left over."""
-    x = _float64(x, real)
+    """The same from the start, for the tokens left over, which may lie anywhere."""
+    real, places = real.sort(dim=-1, descending=True, stable=True)
+    x = _float64(x.gather(-2, places.unsqueeze(-1).expand_as(x)), real)
     whole: _Groups = [(slice(None), min(x.shape[-2:]), False)]
     gram, attainable = _gram(x, real, whole), real.sum(-1).clamp(max=x.shape[-1])
     squares = _eigenvalues(gram, attainable, whole)

@@ -41,7 +41,7 @@ FEW_RIVALS = 16  # rows over fewer keys have no rest entropy: with few others, o
 FLAT = 0.75  # up to this weight of the strongest key, 1 less it keeps the digits of what the others have
 LEAST_REST = 1e-6  # below this share of a row, what the others have is taken from their own logits
 UNDERFLOW = 88.0  # exp(-88) is where single precision, and bfloat16 with it, ends
-DIRECT = 128  # up to so many rows a decomposition is as fast as products are
+DIRECT = 128  # up to so many rows or keys a decomposition is as fast as products are
 KEPT_BYTES = (
     24 << 20
 )  # of weights that lie in memory at once while their spectra are taken; larger matrices exist in tiles only
@@ -604,14 +604,15 @@ def leading_spectrum(
 ) -> LeadingSpectrum:
     """`contraction` and `leading_singular_values` of the weights that a fused attention call used, which need not exist at once.
 
-    sigma_1 (C_q A C_k), sigma_1 (A) and sigma_2 (A), with a_ij as in `attention_weights`. Up to `DIRECT` rows they are the roots of
-    eigenvalues of A^T A. Beyond, block Lanczos takes A^T A X for blocks of `VECTORS` vectors (`measures.leading_spectrum`): with
-    weights that lie in memory while a head or a few are at work (`KEPT_BYTES`), or, of longer sequences, tile by tile, where a
+    sigma_1 (C_q A C_k), sigma_1 (A) and sigma_2 (A), with a_ij as in `attention_weights`. Up to `DIRECT` rows or keys they are the
+    roots of eigenvalues of A^T A. Beyond, block Lanczos takes A^T A X in blocks of `VECTORS` vectors (`measures.leading_spectrum`),
+    with weights that lie in memory while a head or a few are at work (`KEPT_BYTES`), or, of longer sequences, tile by tile, where a
     product costs about as much as the attention itself. Memory O(n).
 
     `error` is how far a value may lie below the one it stands for, as a share of it (or of 1e-4 sigma_1): it stops at `CLOSE`, or
-    at `TILED_CLOSE` where the weights do not fit, and gives up after `TILED_BLOCKS` blocks there. What lies in memory and is not
-    `CLOSE` after `BLOCKS` is decomposed. Logits in single precision add 1e-6 of sigma_1 or so.
+    at `TILED_CLOSE` where the weights do not fit, and gives up after `TILED_BLOCKS` blocks there, in double precision if single was
+    too coarse. What lies in memory and is not `CLOSE` after `BLOCKS` is decomposed. Logits in single precision add 1e-6 of sigma_1
+    or so.
 
     Singular values that lie close together, as those of heads that look at a neighbour, converge slowly. The bound holds if the
     random start met every direction, which it does with probability one, and by how much it does is not proved.
@@ -628,16 +629,16 @@ def leading_spectrum(
     scores = _scores(name, q, k, allowed, bias, None, query_mask, causal, scale, softcap)
     batch, groups, repeats, queries, keys = scores.sizes
     columns = None if key_mask is None else _real_tokens(name, "key_mask", key_mask, batch, keys)
-    size = repeats * queries * keys * (8 if max(queries, keys) <= DIRECT else scores.dtype.itemsize)
+    size = repeats * queries * keys * (8 if min(queries, keys) <= DIRECT else scores.dtype.itemsize)
 
     def found(part: slice, heads: slice) -> krylov.Leading:
         few = _part(scores, part, heads)
         rows, real = _real_matrices(few.sizes, part, query_mask, columns, scores)
-        if size > KEPT_BYTES:
-            tiled = _Tiled(few, rows, real)
-            return _usable(
-                krylov.leading(tiled, vectors=VECTORS, steps=TILED_BLOCKS, tolerance=TILED_CLOSE), rows, real
-            )
+        if size > KEPT_BYTES and min(queries, keys) > DIRECT:
+            there = real[0].nonzero()[:, 0]  # one sequence: its heads have the same padding
+            if len(there) <= DIRECT:
+                return _dense_spectrum(_weights_of(few, there), rows, real[:, there])
+            return _usable(_tiled_spectrum(few, rows, real), rows, real)
         A = torch.zeros(few.sizes, dtype=few.dtype, device=few.device)
         for tile, weights in _weight_tiles(few):
             A[tile] = weights
@@ -675,7 +676,7 @@ def leading_spectrum_from_weights(
         rows, real = _real_matrices(sizes, part, rows_mask, columns, weights)
         return _dense_spectrum(A.flatten(0, 1), rows, real)
 
-    size = queries * keys * (8 if max(queries, keys) <= DIRECT else dtype.itemsize)
+    size = queries * keys * (8 if min(queries, keys) <= DIRECT else dtype.itemsize)
     return _over_parts(found, batch, heads, 1, size)
 
 
@@ -973,15 +974,17 @@ def _real_matrices(
 
 
 class _Tiled:
-    """`krylov.Products` of the weights of one group's heads, which are made anew, tile by tile, for each product."""
+    """`krylov.Products` in `dtype` of the weights of one group's heads, which are made anew, tile by tile, for each product."""
 
-    def __init__(self, scores: _Scores, rows: Tensor, columns: Tensor) -> None:
-        self.scores, self.queries, self.keys = scores, rows.to(scores.dtype), columns.to(scores.dtype)
+    def __init__(self, scores: _Scores, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> None:
+        self.scores, self.padded, self.dtype = scores, ~rows, dtype
+        self.queries, self.keys = rows.to(dtype), columns.to(dtype)
 
     def _tiles(self) -> Iterator[tuple[Tensor, slice, slice]]:
         """Weights [matrix, query, key], 0 in padded rows, and which rows and columns they are."""
         for (_, _, _, rows, columns), P in _weight_tiles(self.scores):
-            yield P.flatten(0, 2).mul_(self.queries[:, rows].unsqueeze(-1)), rows, columns
+            A = P.flatten(0, 2).masked_fill_(self.padded[:, rows].unsqueeze(-1), 0)  # whatever padding holds
+            yield A.to(self.dtype), rows, columns
 
     def begun(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sums, made = torch.zeros_like(self.queries), X.new_zeros(len(X), X.shape[-1] + 1, X.shape[-2])
@@ -1006,11 +1009,32 @@ class _Tiled:
         return of_X, made.mul_(self.keys.unsqueeze(-2)).mT
 
 
+def _tiled_spectrum(scores: _Scores, rows: Tensor, columns: Tensor) -> krylov.Leading:
+    """Of weights that are made anew; once more in double precision where squares of what is small beside sigma_1 drown."""
+    found = None
+    for dtype in dict.fromkeys((scores.dtype, torch.float64)):
+        products = _Tiled(scores, rows, columns, dtype)
+        found = krylov.leading(products, vectors=VECTORS, steps=TILED_BLOCKS, tolerance=TILED_CLOSE)
+        if not bool((found.error > COARSE).any()):  # false for NaN
+            break
+    assert found is not None
+    return found
+
+
+def _weights_of(scores: _Scores, keys: Tensor) -> Tensor:
+    """The weights [matrix, query, key] of some keys, given by their places in ascending order."""
+    weights = torch.zeros(*scores.sizes[:4], len(keys), dtype=scores.dtype, device=scores.device)
+    for (*some, columns), P in _weight_tiles(scores):
+        seen = keys[keys < columns.stop]
+        weights[(*some, slice(len(seen)))] = P[..., seen]
+    return weights.flatten(0, 2)
+
+
 def _dense_spectrum(A: Tensor, rows: Tensor, columns: Tensor) -> krylov.Leading:
     """Of weights [matrix, query, key] in memory, with their real rows [matrix, query] and columns [matrix, key]."""
     if not bool(rows.all() and columns.all()):  # whatever padding holds
         A = torch.where(rows.unsqueeze(-1) & columns.unsqueeze(-2), A, 0)
-    if max(A.shape[-2:]) <= DIRECT:
+    if min(A.shape[-2:]) <= DIRECT:
         return _usable(_decomposed(A, rows, columns), rows, columns)
     found = krylov.leading(krylov.Dense(A, rows, columns), vectors=VECTORS, steps=BLOCKS, tolerance=CLOSE)
     apart = found.error > CLOSE

@@ -32,7 +32,7 @@ HORIZON = 4
 LOOKS = 1000  # the rate is that of so many looks together
 SLACK = 2  # pairs out of order that a rise may have
 LONGEST = 24
-WITHOUT = ("CORPUS-DIMENSIONS",)
+WITHOUT = ("CORPUS-DIMENSIONS",)  # rules that have no trend
 
 
 @functools.cache

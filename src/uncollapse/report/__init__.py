@@ -58,7 +58,7 @@ def draw(record: AnyRecord) -> str:
 
 
 def title(record: AnyRecord) -> str:
-    """What the record is about, in a few words: the model, both models of a comparison, or how many claims a ledger has and how
+    """What the record is about, in a few words: the model, the models of a comparison, or how many claims a ledger has and how
     many checkpoints a sweep."""
     match record:
         case Ledger():
@@ -66,7 +66,8 @@ def title(record: AnyRecord) -> str:
         case SweepRecord():
             return wording.count(len(record.checkpoints), "checkpoint")
         case ComparisonRecord():
-            return " → ".join(legible(model.name) for model in record.models)
+            base, *others = (legible(model.name) for model in record.models)
+            return f"{base} → {', '.join(others)}"
     return legible(record.model.name)
 
 

@@ -139,10 +139,14 @@ class References:
         ends = found.highs if measure in WORST_IS_LARGEST else found.lows
         return in_percent(*ends) if measure == "affine_rank_share" else in_words(*ends)
 
+    def worst_end(self, measure: str) -> str:
+        """The same with the end that it is; empty where nothing is known."""
+        words = self.worst(measure)
+        return f"{'highest' if measure in WORST_IS_LARGEST else 'lowest'} {words}" if words else ""
+
     def beside(self, measure: str) -> str:
-        """What one of `PLACES` is in these models, as it stands under a title; empty where nothing is known."""
-        figure = PLACES.get(measure, "")
-        return self._column(figure) if self.of(figure) else ""
+        """What one of `PLACES` is in these models, over all their places; empty where nothing is known."""
+        return self._everywhere(PLACES.get(measure, ""))
 
     def said(self, figures: Mapping[str, str]) -> str:
         """A sentence for the terminal: what each figure, by its name in print, is in these models; empty where nothing is known of
@@ -153,22 +157,26 @@ class References:
     def columns(self, part: str) -> dict[str, str]:
         """What stands under the titles of a table: for each measure of a part of the record, the range in these models."""
         figures = {name for model in self.models for name in model.ranges if name.rpartition(".")[0] == part}
-        return {measure: self._column(f"{part}.{measure}") for _, _, measure in (f.rpartition(".") for f in figures)}
+        return {figure.rpartition(".")[2]: f"healthy {self._everywhere(figure)}" for figure in figures}
 
-    def _column(self, figure: str) -> str:
+    def _everywhere(self, figure: str) -> str:
         found = self.of(figure)
-        assert found is not None
-        if figure.rpartition(".")[2] in SITE_SHARES:
-            return f"healthy {in_percent(found.low, found.high)} of attainable"
-        return f"healthy {in_words(found.low, found.high)}"
+        if found is not None and figure.rpartition(".")[2] in SITE_SHARES:
+            return f"{in_percent(found.low, found.high)} of attainable"
+        return self.words(figure)
 
     @property
     def sentence(self) -> str:
         """What “healthy” means beside a figure."""
         return (
-            f"“Healthy” is the range in {self.kind}, each on its own text of at most 64 tokens per sequence (400 frames of "
-            "speech). A figure outside it is unusual; whether it is a fault is for the findings to say."
+            f"“Healthy” is the range in {self.kind}, each on its own input: at most 64 tokens per sequence, 400 frames of "
+            "speech or 256 patches of a picture. A figure outside it is unusual; whether it is a fault is for the findings to say."
         )
+
+
+def under_title(words: str) -> str:
+    """What stands under the title of a chart, of a range in print; empty where there is none."""
+    return f"Healthy models: {words}." if words else ""
 
 
 def in_percent(low: float, high: float) -> str:

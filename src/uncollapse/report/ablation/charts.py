@@ -13,6 +13,7 @@ from uncollapse.records.diagnosis import followed
 from uncollapse.report import wording
 from uncollapse.report.ablation import tables
 from uncollapse.report.ablation import wording as say
+from uncollapse.report.healthy import under_title
 from uncollapse.report.page.curves import POINTED_SITES, depth_axis, hover_columns, shared
 from uncollapse.report.page.figures import BLUE, FIT, GREY, ORANGE, PURPLE, TEAL, Chart, Key, rows, specification
 
@@ -76,8 +77,7 @@ def consensus_chart(record: AblationRecord, key: str, healthy: str = "") -> Char
         legend += [Key("rounding error", GREY, "ring"), Key("rounding floor and below", GREY, "band")]
     spec = specification(alt.layer(*layers).properties(width="container", height=380, autosize=FIT))
     label = "Consensus distance of every run along depth, on a logarithmic axis."
-    reference = f"Healthy models: {healthy}." if healthy else ""
-    return Chart(key, "Consensus distance along depth", label, spec, legend, reference=reference)
+    return Chart(key, "Consensus distance along depth", label, spec, legend, reference=under_title(healthy))
 
 
 def _points(number: int, line: Key, run: AblationRun) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import altair as alt
 from uncollapse.records.comparison import Change, ComparisonRecord
 from uncollapse.report import wording
 from uncollapse.report.comparison import wording as say
-from uncollapse.report.healthy import References, references
+from uncollapse.report.healthy import References, references, under_title
 from uncollapse.report.page import cells, sheet
 from uncollapse.report.page.curves import depth_axis
 from uncollapse.report.page.figures import (
@@ -48,7 +48,7 @@ def document(record: ComparisonRecord) -> str:
         "comparison/page.html.j2",
         styles=["page/page.css"],
         scripts=[bundle(), sheet.source("page/page.js")],
-        title=" → ".join(say.names(record)),
+        title=say.title(record),
         record=record,
         say=say,
         tiles=_tiles(record),
@@ -104,28 +104,27 @@ def _tiles(record: ComparisonRecord) -> list[Tile]:
     return tiles
 
 
-def _beside(healthy: References, measure: str) -> str:
-    words = healthy.beside(measure).removeprefix("healthy ")
-    return f"Healthy models: {words}." if words else ""
-
-
 def _curve(record: ComparisonRecord, measure: str, healthy: References) -> Chart | None:
-    """A figure along depth, a line for each diagnosis."""
-    by_pair = [[change for change in pair.sites if change.measure == measure] for pair in record.pairs]
-    longest = max(by_pair, key=len)
-    if len(longest) < 2:
+    """A figure along depth, a line for each diagnosis. A pair lacks the places that one of the two has no figure of."""
+    by_pair = [{c.site: c for c in pair.sites if c.measure == measure} for pair in record.pairs]
+    places = _in_order({site: change for pair in by_pair for site, change in pair.items()})
+    if len(places) < 2:
         return None
     names = say.names(record)
-    courses = [[change.before for change in longest], *([change.after for change in each] for each in by_pair)]
     points = [
         {"depth": depth, "y": value, "line": line}
-        for line, course in zip(names, courses, strict=True)
-        for depth, value in enumerate(course)
+        for depth, place in enumerate(places)
+        for line, value in zip(
+            names,
+            [place.before, *(pair[place.site].after if place.site in pair else None for pair in by_pair)],
+            strict=True,
+        )
+        if value is not None
     ]
     colors = [COLORS[i % len(COLORS)] for i in range(len(names))]
     dashes = [DASHES[i // len(COLORS) % len(DASHES)] for i in range(len(names))]
     base = alt.Chart(rows(points)).encode(
-        x=depth_axis(["in" if c.block is None else str(c.block) for c in longest]),
+        x=depth_axis(["in" if c.block is None else str(c.block) for c in places]),
         y=alt.Y("y:Q", scale=alt.Scale(zero=True), axis=alt.Axis(title=None, tickCount=5)),
         color=alt.Color("line:N", scale=alt.Scale(domain=names, range=colors), legend=None),
     )
@@ -145,8 +144,17 @@ def _curve(record: ComparisonRecord, measure: str, healthy: References) -> Chart
         f"{title} along depth, {which}.",
         spec,
         legend,
-        reference=_beside(healthy, measure),
+        reference=under_title(healthy.beside(measure)),
     )
+
+
+def _in_order(by_site: Mapping[str, Change]) -> list[Change]:
+    """By block, the embedding of a stack before the first of its blocks."""
+    first: dict[str | None, int] = {}
+    for change in by_site.values():
+        if change.block is not None:
+            first[change.stack] = min(change.block, first.get(change.stack, change.block))
+    return sorted(by_site.values(), key=lambda c: first.get(c.stack, 0) - 0.5 if c.block is None else c.block)
 
 
 @dataclass(frozen=True)
@@ -161,6 +169,7 @@ class Maps:
 def _maps(record: ComparisonRecord, healthy: References) -> list[Maps]:
     """The heads of the models side by side, on one scale, and the differences beside them."""
     several = len({kind for pair in record.pairs for _, kind in wording.groups(pair.heads)}) > 1
+    everywhere = [change for pair in record.pairs for change in pair.heads]
     found: dict[tuple[str, Any, Any], list[Chart]] = {}
     for number, (name, pair) in enumerate(say.pairs(record)):
         table = _key(HEADS_TABLE, number)
@@ -170,9 +179,9 @@ def _maps(record: ComparisonRecord, healthy: References) -> list[Maps]:
                 changes = [change for change in heads if change.measure == measure]
                 if changes:
                     key = cells.slug("map", measure.replace("_", "-"), stack, kind)
-                    drawn = _three(
-                        changes, measure, key, [say.names(record)[0], name], rows_of, _beside(healthy, measure)
-                    )
+                    alike = [c for c in everywhere if (c.measure, c.stack, c.kind) == (measure, stack, kind)]
+                    both, reference = [say.names(record)[0], name], under_title(healthy.beside(measure))
+                    drawn = _three(changes, alike, measure, key, both, rows_of, reference)
                     there = found.setdefault((measure, stack, kind), [])
                     if not record.further:
                         there += drawn
@@ -193,24 +202,25 @@ def _heading(measure: str, where: str) -> str:
 
 def _three(
     changes: Sequence[Change],
+    alike: Sequence[Change],
     measure: str,
     key: str,
     names: Sequence[str],
     rows_of: Mapping[int, str],
     reference: str,
 ) -> list[Chart]:
-    highest = max(1.0 if measure in SHARES else 0.0, *(max(c.before, c.after) for c in changes))
-    lowest = min(0.0, *(min(c.before, c.after) for c in changes))
+    """`alike`: the changes of all pairs, which give the scales."""
+    highest = max(1.0 if measure in SHARES else 0.0, *(max(c.before, c.after) for c in alike))
+    lowest = min(0.0, *(min(c.before, c.after) for c in alike))
     level = alt.Scale(domain=[lowest, highest or 1.0], scheme="viridis")
-    differences = [c.after - c.before if measure in SHARES else _doublings(c) for c in changes]
-    most = max((abs(d) for d in differences if d is not None), default=0.0) or 1.0
+    most = max((abs(d) for c in alike if (d := _difference(c)) is not None), default=0.0) or 1.0
     most = most if measure in SHARES else max(2.0, min(6.0, most))
     change = alt.Scale(domain=[-most, 0, most], range=["#3f83c6", "#f4f4f4", "#d1403f"], interpolate="rgb", clamp=True)
     unit = "after − before" if measure in SHARES else "in doublings"
     drawn: list[tuple[str, str, Sequence[float | None], alt.Scale]] = [
         ("before", names[0], [c.before for c in changes], level),
         ("after", names[1], [c.after for c in changes], level),
-        ("change", f"Difference, {unit}", differences, change),
+        ("change", f"Difference, {unit}", [_difference(c) for c in changes], change),
     ]
     title = say.TITLES[measure]
     return [
@@ -229,7 +239,10 @@ def _three(
     ]
 
 
-def _doublings(change: Change) -> float | None:
+def _difference(change: Change) -> float | None:
+    """What the third map shows: of shares how far they moved, of other figures the doublings."""
+    if change.measure in SHARES:
+        return change.after - change.before
     return None if change.factor is None else math.log2(change.factor)
 
 
@@ -255,8 +268,8 @@ def _map(key: str, title: str, label: str, drawn: list[dict[str, Any]], scale: a
 
 
 def _table(changes: Sequence[Change], key: str, caption: str, healthy: References) -> cells.Table:
-    titles = ("place", "figure", "before", "after", "healthy", "factor", "noise", "moved")
-    columns = [cells.Column(title, numeric=title not in ("place", "figure", "healthy", "moved")) for title in titles]
+    titles = ("place", "figure", "before", "after", "factor", "noise", "moved", "healthy")
+    columns = [cells.Column(title, numeric=title not in ("place", "figure", "moved", "healthy")) for title in titles]
     found = []
     for number, change in enumerate(changes):
         place = wording.place(block=change.block, head=change.head, stack=change.stack, kind=change.kind)
@@ -265,10 +278,10 @@ def _table(changes: Sequence[Change], key: str, caption: str, healthy: Reference
             cells.cell(say.TITLES[change.measure]),
             cells.cell(change.before),
             cells.cell(change.after),
-            cells.cell(healthy.beside(change.measure).removeprefix("healthy ")),
             cells.Cell(say.factor(change), sort=change.factor),
             cells.cell(change.noise) if change.noise is not None else cells.Cell(wording.ABSENT, reason="one sequence"),
             cells.cell("yes" if change.moved else "no"),
+            cells.cell(healthy.beside(change.measure)),
         ]
         found.append(cells.Row(f"{key}-{number}", shown))
     return cells.Table(key, caption, columns, found, [], [])

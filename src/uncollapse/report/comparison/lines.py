@@ -78,7 +78,7 @@ def _print_pair(record: ComparisonRecord, console: Console) -> None:
 def _healthy_sentence(record: ComparisonRecord) -> str:
     healthy, there = references(record), {change.measure for change in (*record.sites, *record.heads)}
     shown = [m for m in (*COLUMNS, *HEALTHY) if m in there]
-    return healthy.said({say_it.TITLES[m]: healthy.beside(m).removeprefix("healthy ") for m in shown})
+    return healthy.said({say_it.TITLES[m]: healthy.beside(m) for m in shown})
 
 
 def _blocks(record: ComparisonRecord, console: Console) -> Table:

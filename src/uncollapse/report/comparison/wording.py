@@ -30,6 +30,12 @@ def names(record: ComparisonRecord) -> list[str]:
     return [f"{one} (before)", f"{other} (after)"] if one == other else [one, other]
 
 
+def title(record: ComparisonRecord) -> str:
+    """What is compared with what."""
+    base, *others = names(record)
+    return f"{base} → {', '.join(others)}"
+
+
 def _numbered(name: str, own: list[str], index: int) -> str:
     return name if own.count(name) == 1 else f"{name} ({index + 1})"
 

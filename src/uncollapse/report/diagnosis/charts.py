@@ -11,7 +11,7 @@ import altair as alt
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import AttentionRecord, SiteRecord
 from uncollapse.report import wording
-from uncollapse.report.healthy import References, in_percent
+from uncollapse.report.healthy import References, in_percent, under_title
 from uncollapse.report.page import cells
 from uncollapse.report.page.curves import Line, along_depth, measured
 from uncollapse.report.page.figures import BLUE, FIT, GREY, ORANGE, RED, TEAL, Chart, Key, rows, specification, ticks
@@ -178,8 +178,7 @@ def _pair_chart(
     if ringed:
         legend.append(Key("named by a finding", RED, "ring"))
     scale = ", on a logarithmic axis" if measure == "consensus_distance" else ""
-    words = healthy.words(f"trajectory.{measure}")
-    reference = f"Healthy models: {words}." if words else ""
+    reference = under_title(healthy.words(f"trajectory.{measure}"))
     label = f"{title} along depth{inside}{scale}."
     return Chart(f"{key}-{measure}".replace("_", "-"), title, label, spec, legend, reference=reference)
 

@@ -16,8 +16,9 @@ POOLINGS = {
     "first": "first token",
     "own": "the model's own pooling",
 }
+SAMPLED = {"tokens": "a sample of the tokens"}
 CORPUS = [
-    field("points", "points", "n"),
+    Measure("points", Column("points", "n"), lambda cloud: _points(cloud)),
     field("effective_rank", "effective rank", "RankMe"),
     field("attainable_rank", "attainable rank"),
     field("centred_effective_rank", "centred effective rank"),
@@ -54,7 +55,7 @@ def corpus_tables(clouds: Sequence[CorpusRecord], findings: Sequence[Finding]) -
     return [
         table(
             slug("corpus", pooling),
-            f"The corpus as one cloud: {name}",
+            f"The corpus as one cloud: {name if own[0].sampled is None else SAMPLED.get(pooling, name)}",
             [(Column("site", numeric=False), lambda cloud: Cell(_site(cloud), sort=_order(cloud)))],
             CORPUS,
             own,
@@ -64,6 +65,11 @@ def corpus_tables(clouds: Sequence[CorpusRecord], findings: Sequence[Finding]) -
         for pooling, name in POOLINGS.items()
         if (own := [cloud for cloud in clouds if cloud.pooling == pooling])
     ]
+
+
+def _points(cloud: CorpusRecord) -> Cell:
+    drawn = "" if cloud.sampled is None else f"{cloud.sampled:,} of them taken"
+    return Cell(wording.number(cloud.points), drawn, float(cloud.points))
 
 
 def routers_table(routers: Sequence[RouterRecord]) -> Table | None:

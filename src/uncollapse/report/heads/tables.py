@@ -178,9 +178,7 @@ def heads_table(heads: Sequence[HeadsRecord], findings: Sequence[Finding], key: 
     if not any(row.verdict() or row.energy_share for row in rows):
         return None
     order = {id(block): float(index) for index, block in enumerate(heads)}
-    elsewhere = references_of_heads(
-        heads, None
-    )  # the ranges of healthy models are those of blocks, not of single heads
+    elsewhere = references_of_heads(heads, None)  # healthy ranges are those of blocks, not of single heads
     return table(
         key,
         "Every head",

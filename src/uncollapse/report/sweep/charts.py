@@ -10,7 +10,7 @@ import altair as alt
 
 from uncollapse.records.figures import WORST_IS_LARGEST
 from uncollapse.records.sweep import SweptFigure, SweptRun
-from uncollapse.report.healthy import References
+from uncollapse.report.healthy import References, under_title
 from uncollapse.report.page.curves import depth_axis, hover_columns, shared
 from uncollapse.report.page.figures import FIT, GREY, ORANGE, RED, Chart, Key, rows, specification
 from uncollapse.report.sweep import wording as say
@@ -68,14 +68,8 @@ def measure_chart(
         spec,
         legend,
         figures=IN_TABLE,
-        reference=_reference(healthy, measure),
+        reference="" if healthy is None else under_title(healthy.worst_end(measure)),
     )
-
-
-def _reference(healthy: References | None, measure: str) -> str:
-    words = "" if healthy is None else healthy.worst(measure)
-    end = "highest" if measure in WORST_IS_LARGEST else "lowest"
-    return f"Healthy models: {end} {words}." if words else ""
 
 
 def _point(index: int, figure: SweptFigure, of_blocks: Sequence[int], place: int) -> dict[str, Any]:

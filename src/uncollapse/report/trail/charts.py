@@ -9,7 +9,7 @@ from typing import Any
 import altair as alt
 
 from uncollapse.records.trail import TrailReading, TrailRecord
-from uncollapse.report.healthy import References
+from uncollapse.report.healthy import References, under_title
 from uncollapse.report.page.figures import BLUE, FIT, ORANGE, PURPLE, RED, TEAL, Chart, Key, rows, specification
 from uncollapse.report.trail.wording import HEAD_TITLES, SITE_TITLES
 
@@ -76,9 +76,7 @@ def worst_charts(record: TrailRecord, healthy: References) -> list[Chart]:
         base = alt.Chart(rows(points)).encode(x=_steps(record), y=_y(zero=which is min))
         layers = [*_alarm_rules(record), base.mark_line(color=TEAL, strokeWidth=2)]
         place = "block" if measure in SITE_TITLES else "head"
-        words = healthy.worst(measure)
-        end = "lowest" if which is min else "highest"
-        reference = f"Healthy models: {end} {words}." if words else ""
+        reference = under_title(healthy.worst_end(measure))
         label = f"{title} over the steps."
         found.append(_chart(f"worst-{measure}", f"{title}, worst {place}", label, layers, [], reference))
     return found
@@ -110,7 +108,7 @@ def _map(record: TrailRecord, measure: str, names: Sequence[str], healthy: Refer
         if value is not None
     ]
     title = f"{HEAD_TITLES[measure]}, heads × steps" if is_heads else f"{SITE_TITLES[measure]}, blocks × steps"
-    x = alt.X("step:O", axis=alt.Axis(title="step", labelAngle=0, labelOverlap="greedy"))
+    x = alt.X("step:O", axis=alt.Axis(title="step", labelAngle=0, labelOverlap="greedy", labelSeparation=6))
     y = alt.Y("row:O", axis=alt.Axis(title=None, labelExpr=f"{list(names)!r}[datum.value]", labelOverlap="greedy"))
     color = alt.Color(
         "value:Q",
@@ -127,9 +125,7 @@ def _map(record: TrailRecord, measure: str, names: Sequence[str], healthy: Refer
     spec = specification(alt.layer(*layers).properties(width="container", height=height, autosize=FIT))
     legend = [Key("an alarm is raised", RED, "box")] if marked else []
     key = f"{'heads' if is_heads else 'blocks'}-{measure}".replace("_", "-")
-    words = healthy.beside(measure).removeprefix("healthy ")
-    reference = f"Healthy models: {words}." if words else ""
-    label = f"{title}. Every column is a look."
+    label, reference = f"{title}. Every column is a look.", under_title(healthy.beside(measure))
     return Chart(key, title, label, spec, legend, figures=IN_ALARMS, reference=reference)
 
 

@@ -57,7 +57,7 @@ def _table(record: TrailRecord, console: Console) -> Table:
         table.add_column(title, justify="left" if title in ("nearest rule", "alarms") else "right")
     for reading in _shown(record.readings):
         nearest = max(reading.margins.items(), key=lambda item: item[1], default=None)
-        near = "" if nearest is None else f"{nearest[0]} {nearest[1]:+.1f}"
+        near = "" if nearest is None else f"{nearest[0].partition('/')[0]} {nearest[1]:+.1f}"
         alarms = ", ".join(dict.fromkeys(alarm.code for alarm in reading.alarms))
         cells = [
             f"{reading.step:,}",
