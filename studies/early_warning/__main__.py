@@ -20,7 +20,7 @@ from studies.early_warning.runs import SCENARIOS, Run, run
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no further run after so many minutes")
     parser.add_argument("--only", default="", help="scenarios whose name contains this")

@@ -17,6 +17,7 @@ from uncollapse.report import wording
 
 SMOOTHED, ABOVE = 10, 0.15  # steps, nats
 CHOSEN_ON = 1  # the constants of the alarms were chosen with the seeds up to this one in sight; the others are counted
+SEEDS = 10
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 PICTURED = "post-norm, 18 blocks, no warm-up"
 
@@ -157,6 +158,11 @@ def document(runs: Sequence[Run]) -> str:
         "model adapts: its loss suffers, its tokens stay apart. It is counted as healthy here, for there is no collapse to find.",
         "",
         *MISSING,
+        *(
+            []
+            if len(seeds) >= SEEDS
+            else ["", f"{SEEDS} seeds are meant to be counted, {len(seeds)} have been run so far."]
+        ),
         "",
     ]
     return "\n".join(lines)
@@ -240,9 +246,11 @@ def _suspects(scored: Sequence[Judged]) -> list[str]:
     """How often arc-vigil named the block that a fault was planted in."""
     planted = [each for each in scored if each.scenario.planted is not None and each.run.suspect is not None]
     right = sum(each.run.suspect == f"blocks.{each.scenario.planted}" for each in planted)
+    named = f"Where a fault was planted in one block, `arc-vigil` named that block in {_of(right, len(planted))} runs."
     return [
-        f"Where a fault was planted in one block, `arc-vigil` named that block in {_of(right, len(planted))} runs. Called as its",
-        "page says, it sees no gradients, for they are set to nothing by then; what speaks is the curvature of the weights' path.",
+        *([named] if planted else []),
+        "Called as its page says, `arc-vigil` sees no gradients, for they are set to nothing by then. What speaks is the curvature",
+        "of the weights' path.",
     ]
 
 
@@ -260,7 +268,7 @@ def _of(some: int, all_: int) -> str:
 
 
 def _range(seeds: Sequence[int]) -> str:
-    return "none yet" if not seeds else str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    return ", ".join(map(str, seeds)) or "none yet"
 
 
 def _spread(values: Sequence[int], unit: str = "", *, absent: str = "–") -> str:

@@ -5,10 +5,10 @@ equally likely, so the number of pairs in order (Mann and Kendall) has an exact 
 steady rise with a few pairs out of order is rarer than the rate that was asked for, shared out among all places and looks.
 
 A steady rise alone is no alarm: training moves every figure. It must also be nearer to the threshold than any healthy run of the
-validity study (`NEAR`: thresholds are half of that distance), and at the rate of the window's later
-half (Theil and Sen: the median of all slopes) reach the threshold within `HORIZON` windows. The monitor asks only about places that
-were healthy before: the nearly uniform attention of a fresh model comes and goes near its threshold. Of `CORPUS-DIMENSIONS` there is
-no trend: a single model decides its threshold, and while a model learns how often each token occurs, all sequences come near it.
+validity study (`NEAR`: thresholds are half of that distance), and at the rate of the window's later half (Theil and Sen: the
+median of all slopes) reach the threshold within `HORIZON` windows. The monitor asks only about places that were healthy before:
+the nearly uniform attention of a fresh model comes and goes near its threshold. Of `CORPUS-DIMENSIONS` there is no trend: a
+single model decides its threshold, and while a model learns how often each token occurs, all sequences come near it.
 
 When not to use it: for what falls at once. `ThresholdAlarms` sees that; a trend needs a window of looks.
 """
