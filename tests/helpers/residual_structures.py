@@ -738,7 +738,7 @@ class ManifoldConstrained(Block):
 
 
 class Independent(Block):
-    """HY-V4: a sublayer reads the sum of the streams, weighed for each token, and writes to each of them; none is mixed on its way."""
+    """HY-V4: a sublayer reads the sum of the streams, weighed per token, and writes to each of them. None is mixed on its way."""
 
     def __init__(self) -> None:
         super().__init__()

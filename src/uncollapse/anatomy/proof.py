@@ -181,7 +181,7 @@ def known_example(model: nn.Module) -> dict[str, Any] | None:
 
 def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None) -> Anatomy:
     """Read and prove the anatomy on `batch`, which should be small. Nothing is remembered. A model that is none with one stream is
-    looked at as one with several side by side; so is one whose stream seems to be a grid of tokens, or shows no axis of features."""
+    looked at as one with several side by side; so is one whose stream seems to be a grid of tokens or shows no features."""
     try:
         single = _prove(model, batch, layout)
     except UnsupportedModel as refusal:
