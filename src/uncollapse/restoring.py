@@ -227,8 +227,10 @@ def _remove(module: nn.Module, table: MutableMapping[int, Any], function: Callab
 
 def take_off(module: nn.Module, key: int) -> None:
     """Take the hook of this number off a module."""
-    for table in (*_marks(module), module._forward_pre_hooks, module._forward_hooks):
-        table.pop(key, None)
+    for marks in _marks(module):
+        marks.pop(key, None)
+    module._forward_pre_hooks.pop(key, None)
+    module._forward_hooks.pop(key, None)
 
 
 def _marks(module: nn.Module) -> tuple[dict[int, bool], ...]:
