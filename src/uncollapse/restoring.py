@@ -222,9 +222,15 @@ def remove_hook(module: nn.Module, function: Callable[..., Any]) -> None:
 
 def _remove(module: nn.Module, table: MutableMapping[int, Any], function: Callable[..., Any]) -> None:
     for key in [key for key, hook in list(table.items()) if hook is function]:
-        for marks in _marks(module):
-            marks.pop(key, None)
-        table.pop(key, None)
+        take_off(module, key)
+
+
+def take_off(module: nn.Module, key: int) -> None:
+    """Take the hook of this number off a module."""
+    for marks in _marks(module):
+        marks.pop(key, None)
+    module._forward_pre_hooks.pop(key, None)
+    module._forward_hooks.pop(key, None)
 
 
 def _marks(module: nn.Module) -> tuple[dict[int, bool], ...]:

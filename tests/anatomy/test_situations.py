@@ -316,6 +316,32 @@ def test_a_model_that_a_short_text_changes_is_measured_as_the_user_runs_it() -> 
     assert not torch.equal(removed, short(**batch(tokens=6)))
 
 
+class Collecting(nn.Module):
+    """Reads the last but one hidden state of a language model, as LLaVA does of its image tower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = llama().model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        seen: Tensor = self.inner(input_ids, attention_mask, output_hidden_states=True).hidden_states[-2]
+        return seen
+
+
+def test_hooks_that_a_first_run_puts_up_are_taken_off_with_the_note_of_them() -> None:
+    model, ids = Collecting(), batch(name="input_ids")
+    expected = copy.deepcopy(model)(**ids)
+    uc.diagnose(model, batches=[ids])
+    with uc.without(model, "mlp"):
+        model(**ids)
+    assert torch.equal(model(**ids), expected)
+    assert len(model.inner(**ids, output_hidden_states=True).hidden_states) == 1 + 2
+    hooks = [tuple(m._forward_hooks.values()) for m in model.modules()]
+    uc.diagnose(model, batches=[ids])  # what was there before stays
+    assert [tuple(m._forward_hooks.values()) for m in model.modules()] == hooks
+    assert any(hooks)
+
+
 def test_bigbird_keeps_its_sparse_attention() -> None:
     torch.manual_seed(0)
     sizes = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -737,6 +737,23 @@ class ManifoldConstrained(Block):
         return h
 
 
+class Independent(Block):
+    """HY-V4: a sublayer reads the sum of the streams, weighed per token, and writes to each of them. None is mixed on its way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.ParameterList(0.1 * torch.randn(STREAMS * WIDTH, 2 * STREAMS) for _ in range(2))
+        self.bias = nn.ParameterList(torch.randn(2 * STREAMS) for _ in range(2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        for i, sublayer in enumerate((self.attend, self.think)):
+            made = nn.functional.rms_norm(h.flatten(2), (STREAMS * WIDTH,)) @ self.maps[i] + self.bias[i]
+            pre, post = made.split(STREAMS, -1)
+            update = sublayer(torch.sum(pre.sigmoid().unsqueeze(-1) * h, dim=2))
+            h = 2 * post.sigmoid().unsqueeze(-1) * update.unsqueeze(-2) + h
+        return h
+
+
 class StreamsFirst(HyperConnections):
     """The axis of the streams comes first."""
 
@@ -827,6 +844,7 @@ HYPER_CONNECTED: dict[str, Callable[[], HyperConnected]] = {
     "dynamic": functools.partial(HyperConnected, DynamicHyperConnections),
     "folded": FoldedHyperConnected,
     "manifold-constrained": functools.partial(HyperConnected, ManifoldConstrained),
+    "independent": functools.partial(HyperConnected, Independent),
     "streams first": StreamsFirstStack,
     "flat": FlatHyperConnected,
 }

@@ -7,6 +7,9 @@ user does, so whatever its runs leave behind is removed again.
 Put back are the attributes of every module, its submodules and its buffers, by identity. Parameters are not: sharded and
 offloaded models exchange them on their own account. Neither are attributes of torch's own modules, whose wrappers for several
 devices prepare themselves in their first run, nor what a forward writes into a tensor that stays the same.
+
+Hooks that a run has put on any module are taken off, for they go with the attributes: transformers notes on a model that it has
+put up the hooks that collect hidden states. Without the note and with the hooks, it would put them up again, and collect twice.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ import torch
 from torch import nn
 
 from uncollapse.anatomy.turns import closed_to_others
-from uncollapse.restoring import restoring
+from uncollapse.restoring import is_own, restoring, take_off
 
-# Hooks, mode, `forward`, how it is copied: others put those back.
+# Mode, `forward`, how it is copied: others put those back. Hooks are looked at one by one.
 _OWN = frozenset(vars(nn.Module())) | {"forward", "_compiled_call_impl", "__reduce_ex__", "__deepcopy__"}
 PLAIN = (bool, int, float, complex, str, type(None))
 
@@ -38,6 +41,7 @@ class _State:
     buffers: dict[str, Any]
     submodules: dict[str, Any]
     sizes: dict[str, int]
+    hooks: frozenset[int]
 
 
 class ModuleStates:
@@ -45,7 +49,7 @@ class ModuleStates:
 
     def __init__(self, model: nn.Module) -> None:
         self._states = [
-            _State(m, type(m), found := _attributes(m), dict(m._buffers), dict(m._modules), _sizes(found))
+            _State(m, type(m), found := _attributes(m), dict(m._buffers), dict(m._modules), _sizes(found), _hooks(m))
             for m in model.modules()
         ]
 
@@ -79,6 +83,8 @@ class ModuleStates:
     def put_back(self) -> None:
         """Make every module what it was. One that became of another class by its first run (lazy layers) stays that."""
         for state in self._states:
+            for key in _hooks(state.module) - state.hooks:
+                take_off(state.module, key)
             if type(state.module) is not state.kind:
                 continue
             for name in _attributes(state.module).keys() - state.attributes.keys():
@@ -97,6 +103,12 @@ def _differ(now: dict[str, Any], before: dict[str, Any]) -> bool:
 
 def _sizes(attributes: Mapping[str, Any]) -> dict[str, int]:
     return {name: len(value) for name, value in attributes.items() if isinstance(value, (list, set, dict))}
+
+
+def _hooks(module: nn.Module) -> frozenset[int]:
+    """The numbers of the hooks that others than this package have put on a module. torch gives no number twice."""
+    tables = (module._forward_pre_hooks, module._forward_hooks)
+    return frozenset(key for table in tables if table for key, hook in list(table.items()) if not is_own(hook))
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

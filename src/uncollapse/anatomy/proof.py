@@ -181,7 +181,7 @@ def known_example(model: nn.Module) -> dict[str, Any] | None:
 
 def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None) -> Anatomy:
     """Read and prove the anatomy on `batch`, which should be small. Nothing is remembered. A model that is none with one stream is
-    looked at as one with several side by side; so is one whose stream seems to be a grid of tokens."""
+    looked at as one with several side by side; so is one whose stream seems to be a grid of tokens or shows no features."""
     try:
         single = _prove(model, batch, layout)
     except UnsupportedModel as refusal:
@@ -196,7 +196,7 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
                     layout=refusal.layout,
                 ) from None
             raise refusal from None
-    if all(block.axes is None or len(block.axes.token) < 2 for block in single.blocks):
+    if all(block.axes is not None and len(block.axes.token) < 2 for block in single.blocks):
         return single
     try:
         return _prove(model, batch, layout, several=True)

@@ -197,6 +197,10 @@ class _Reader:
             return [max(data, key=lambda i: self.t.nodes[i].size)]
         return []
 
+    def _weighed(self, index: int) -> list[int]:
+        """The streams that a product with data may weigh before a sum mixes them."""
+        return [i for i in self._gated(index) if self.t.nodes[i].size == self.t.nodes[index].size]
+
     def _read_of(self, found: _Sum) -> int | None:
         """What a sublayer reads of several streams: behind the last product or sum that mixes them; None where it
         reads none, or more than one mixture of them."""
@@ -205,6 +209,7 @@ class _Reader:
         mixed: set[int] = set()
         for index in range(found.stream + 1, found.root):
             behind = [i for i in (self._passes(index), *self._picked(index)[:1], *self._mixed(index)) if i in onward]
+            behind = behind or [i for i in self._weighed(index) if i in onward and i not in mixed]
             if behind:
                 onward.add(index)
                 if self._mixed(index) or self._picked(index) or mixed & set(behind):
