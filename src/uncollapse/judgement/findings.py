@@ -44,15 +44,15 @@ from uncollapse.records.diagnosis import (
 # Consensus distance after a norm, as a share of the embedding's.
 CONSENSUS = 0.13
 # Share of the attainable rank, as a share of the embedding's.
-RANK = 0.41
+RANK = 0.38
 # Share of the keys left unused by the least uniform head of an attention, 1 - (exp(H) - 1) / (T - 1).
-UNUSED_KEYS = 0.11
+UNUSED_KEYS = 0.083
 # ||C A V|| / ||C V|| of the head that keeps most.
 CONTRACTION = 0.066
 # Normalised entropy of a row without its strongest key, for the most frozen head.
-REST_ENTROPY = 0.044
+REST_ENTROPY = 0.043
 # Share of the keys of a row, without its strongest, whose weight beside the strongest of them is not 0 in single precision.
-WITHIN_REACH = 0.5
+WITHIN_REACH = 0.49
 # Mean squared sine between two write spaces, relative to two random ones of the same size.
 DISTINCTNESS = 0.09
 # Dimensions that an output projection forgets beyond what its shape forces, in heads. Not a distance: twice the largest healthy
@@ -67,7 +67,7 @@ DIMENSIONS = 0.21
 FEW_TOKENS = 16
 # Where did the fall begin? A block belongs to the fall if it carries on less than this share of the stream, or less than this
 # share of the most that any earlier block carried on. Both are the middle of the range that locates most of the damaged cases.
-CARRIED, CARRIED_BEFORE = 0.7, 0.9
+CARRIED, CARRIED_BEFORE = 0.8, 0.7
 # With fewer different tokens than this, attention has nothing to choose from and too few keys to freeze out.
 DIFFERENT_TOKENS = 4
 # If the embedded tokens are this much alike, the blocks have nothing to lose: a text that repeats one token looks like that.

@@ -372,7 +372,12 @@ def _is_hiding(
     Steep logits put pairs far away, too, but not `FARTHEST` nats, nor do they make a weight 0 everywhere. weights, logits
     [sequence, head, query, key], queries [sequence, head, query], keys [sequence, key]."""
     # Half precision takes for 0 what is not, where logits are known.
-    in_reach = weights != 0 if logits is None else logits - logits.amax(-1, keepdim=True) > -FARTHEST
+    in_reach = weights != 0
+    if logits is not None:
+        best = logits.masked_fill(weights == 0, -math.inf).amax(-1, keepdim=True)
+        expected = weights.amax(-1, keepdim=True).double().log() + (logits - best)
+        lost = expected <= math.log(torch.finfo(weights.dtype).tiny)  # 0 by rounding alone
+        in_reach = (in_reach | lost) & (logits - logits.amax(-1, keepdim=True) > -FARTHEST)
     told = queries[..., None].expand(weights.shape)
     told = told if keys is None else told & keys[:, None, None]
     heard = (in_reach & told).any(1).any(0)
