@@ -39,6 +39,7 @@ GEOMETRY: Calls = {
             geometry.consensus_after_norm,
             geometry.token_similarity,
             geometry.cloud_measures,
+            geometry.cloud_ranks,
             geometry.rank_tolerance,
             geometry.rank_gap,
         ],
@@ -98,13 +99,18 @@ MIXING: Calls = {
             lambda f=f: f(Q, K, allowed=WEIGHTS),
             lambda f=f: f(Q, K, bias=WEIGHTS > 0),
         ]
-        for f in (mixing.row_statistics, mixing.attention_weights)
+        for f in (mixing.row_statistics, mixing.attention_weights, mixing.leading_spectrum)
     },
     "dispersion_length": [
         lambda: mixing.dispersion_length(-1.0),
         lambda: mixing.dispersion_length(math.inf),
         lambda: mixing.dispersion_length(NAN),
         lambda: mixing.dispersion_length(1.0, weight=0.0),
+    ],
+    "leading_spectrum_from_weights": [
+        lambda: mixing.leading_spectrum_from_weights(WORDS),
+        lambda: mixing.leading_spectrum_from_weights(WEIGHTS, query_mask=PADDED),
+        lambda: mixing.leading_spectrum_from_weights(WEIGHTS, key_mask=WEIGHTS),
     ],
     "row_statistics_from_weights": [
         lambda: mixing.row_statistics_from_weights(WORDS),

@@ -43,6 +43,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
             "token_similarity",
             "row_space",
             "cloud_measures",
+            "cloud_ranks",
         )
     },
     "geometry.stream_carried": (geometry.stream_carried, {"before": X, "after": Y, "mask": MASK}),
@@ -79,6 +80,14 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         {"weights": A, "logits": A.log(), "key_mask": KEYS},
     ),
     "mixing.attention_weights": (mixing.attention_weights, {"q": Q, "k": K, "key_mask": KEYS}),
+    "mixing.leading_spectrum": (
+        mixing.leading_spectrum,
+        {"q": Q, "k": K, "bias": _drawn(1, 4, 5, 5), "key_mask": KEYS, "query_mask": KEYS},
+    ),
+    "mixing.leading_spectrum_from_weights": (
+        mixing.leading_spectrum_from_weights,
+        {"weights": A, "key_mask": KEYS, "query_mask": KEYS},
+    ),
     "heads.kernel_dimension": (heads.kernel_dimension, {"output_projection": W}),
     **{
         f"heads.{name}": (getattr(heads, name), {"output_projection": W, "heads": 2})

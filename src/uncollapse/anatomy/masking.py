@@ -85,11 +85,16 @@ def _far_below(operand: Tensor) -> Tensor | None:
     """Pairs that a bias of many values puts out of reach: 69 nats below the row's best, in every head."""
     if operand.ndim < 2 or operand.shape[-1] < 2:
         return None
-    best = operand.amax(-1, keepdim=True)
-    below = (operand - best.nan_to_num(neginf=0.0)) <= FAR_BELOW
+    below = far_below(operand)
     if operand.ndim >= 3:
         below = below.all(-3, keepdim=True)
     return below if bool(below.any()) else None
+
+
+def far_below(operand: Tensor) -> Tensor:
+    """Which elements of a bias lie 69 nats below the best of their own row, whatever other heads and sequences hold."""
+    best = operand.amax(-1, keepdim=True)
+    return (operand - best.nan_to_num(neginf=0.0)) <= FAR_BELOW
 
 
 def forbidden_by_step(

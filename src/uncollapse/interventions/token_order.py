@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from uncollapse.anatomy.interception import ChangedPath, Handler, Point, in_turn, intercepted
 from uncollapse.anatomy.masking import (
     factor_of,
+    far_below,
     forbidden_by_addition,
     forbids_and_shifts,
     laid_like,
@@ -223,7 +224,7 @@ def _bare(
         assert bare is not None
         remains, _ = forbidden_by_addition(factor * bare)
         is_told = remains is None or (hidden is not None and not bool((remains & ~hidden).any()))
-        is_told = is_told and bool(((bare == operand) | forbidden).all())
+        is_told = is_told and bool(((bare == operand) | forbidden | far_below(factor * operand)).all())
     if not is_told:
         advice = (
             "Load the model with attn_implementation='eager'" if call.is_fused else "Add the two one after the other"
