@@ -393,6 +393,12 @@ def test_no_figure_and_no_removal_is_silently_wrong(chunk: int) -> None:
         ),
         (31115, "bfloat16", "behind a renormalisation a hidden key still moves last digits, in half precision many"),
         (37344, "float32", "the same under autocast, where the stream is float32"),
+        (
+            70643,
+            "float64",
+            "a softmax in single precision moves last digits of a model in double behind a renormalisation",
+        ),
+        (72427, "float64", "the same with heads mixed before the softmax"),
         (30055, "float32", "a square mask was cut to a few rows, as if it held one for each sequence"),
         (
             35779,

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from uncollapse.anatomy.masking import LEAST_SHARE
 from uncollapse.anatomy.offloaded_weights import replaced_weights
-from uncollapse.anatomy.tracing import is_freed, opened, operation_name
+from uncollapse.anatomy.tracing import is_freed, opened, operation_name, tensors_in
 from uncollapse.anatomy.turns import closed_to_others
 from uncollapse.anatomy.vocabulary import StreamAxes
 from uncollapse.restoring import restoring
@@ -145,14 +145,17 @@ class Products(TorchFunctionMode):
     """The operands of the first matrix products of a run, each with the axis that is contracted."""
 
     found: list[tuple[tuple[Tensor, int | None], tuple[Tensor, int | None]]] = field(default_factory=list)
+    formats: set[torch.dtype] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def coarsest(self) -> float:
-        """The rounding of the coarsest number format that a product was computed in (autocast)."""
+        """The rounding of the coarsest number format that a product was computed in (autocast), or of single precision if anything
+        was: a softmax, say. In half precision much else may be that no token goes through."""
         given = [t for pair in self.found for t, _ in pair if t.is_floating_point()]
-        return max((torch.finfo(t.dtype).eps for t in given), default=0.0)
+        formats = {t.dtype for t in given} | ({torch.float32} & self.formats)
+        return max((torch.finfo(each).eps for each in formats), default=0.0)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -166,7 +169,9 @@ class Products(TorchFunctionMode):
             pair = _contracted(operation_name(func), args, kwargs)
             if pair is not None:
                 self.found.append(pair)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self.formats |= {t.dtype for t in tensors_in(result) if t.is_floating_point()}
+        return result
 
 
 def _contracted(
