@@ -735,17 +735,53 @@ def test_the_length_of_dispersion_is_finite_for_every_range_and_weight() -> None
             mixing.dispersion_length(logit_range, weight)
 
 
-@pytest.mark.parametrize(("exponent", "expected"), [(49, 0), (50, 2), (60, 22)])
-def test_logits_are_divided_by_what_brings_them_to_a_hundred_binary_digits(exponent: int, expected: int) -> None:
-    """|q| |k| d |scale| below 2^100 stays; beyond it the power of two by which it is exceeded is taken away."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e20, 1e36, 1e38])
+@pytest.mark.parametrize("causal", [False, True])
+def test_one_key_far_below_all_others_leaves_their_figures(dtype: torch.dtype, size: float, causal: bool) -> None:
+    """As if it were forbidden; what is counted among all keys aside. Logits of nothing but ordinary numbers say what is right."""
+    q, k = torch.randn(1, 2, 24, 8, dtype=dtype), torch.randn(1, 2, 24, 8, dtype=dtype)
+    q[..., 7], k[..., 7] = 1, 0
+    seen = torch.ones(24, dtype=torch.bool)
+    seen[3] = False
+    options = {"causal": causal, "scale": 1.0, "susceptibility": True}
+    expected = mixing.row_statistics(q, k, allowed=seen.view(1, 1, 1, -1), **options)
+    k[:, :, 3, 7] = -size
+    found = mixing.row_statistics(q, k, **options)
+    for name in ("entropy", "max_logit", "susceptibility"):
+        torch.testing.assert_close(
+            getattr(found, name).double(), getattr(expected, name).double(), rtol=1e-5, atol=1e-5
+        )
+    assert (found.entropy_floor <= found.entropy + 1e-6).all()
+    assert not found.rest_entropy[..., 16:].isnan().any()
+    weights = mixing.attention_weights(q, k, causal=causal, scale=1.0)
+    assert (weights[..., 3] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e3, 1e17, 1e18, 1e19, 1e30])
+def test_the_floor_stays_below_the_entropy_where_squares_of_logits_leave_the_range(
+    dtype: torch.dtype, size: float
+) -> None:
+    """Three keys alike, and 21 far below: both are log 3."""
+    bias = torch.full((1, 1, 1, 24), -size, dtype=dtype)
+    bias[..., :3] = 0
+    rows = mixing.row_statistics(torch.ones(1, 1, 1, 1, dtype=dtype), torch.zeros(1, 1, 24, 1, dtype=dtype), bias=bias)
+    assert rows.entropy.item() == pytest.approx(math.log(3), rel=1e-6)
+    assert rows.entropy_floor.item() == pytest.approx(math.log(3), rel=1e-6)
+
+
+@pytest.mark.parametrize(("exponent", "expected"), [(239, 0), (240, 2), (250, 22)])
+def test_logits_are_divided_by_what_brings_them_to_480_binary_digits(exponent: int, expected: int) -> None:
+    """|q| |k| d |scale| below 2^480 stays; beyond it the power of two by which it is exceeded is taken away."""
     q = torch.full((1, 1, 2, 4), 2.0**exponent, dtype=torch.float64)
     k = torch.full((1, 1, 3, 4), -(2.0**exponent), dtype=torch.float64)
     k[0, 0, 2] = 2.0 ** (exponent + 7)  # masked
     mask = torch.tensor([[True, True, False]])
     assert mixing._shrinking(q, k, 1.0, mask, None) == expected
-    assert mixing._shrinking(q, k, 0.25, mask, None) == max(0, 2 * exponent - 100)
+    assert mixing._shrinking(q, k, 0.25, mask, None) == max(0, 2 * exponent - 480)
     assert mixing._shrinking(q, k, -1.0, mask, None) == expected
-    assert mixing._shrinking(q, k, 1.0, None, None) == max(0, 2 * exponent + 7 + 2 - 100)
+    assert mixing._shrinking(q, k, 1.0, None, None) == max(0, 2 * exponent + 7 + 2 - 480)
     assert mixing._shrinking(q, k, 1.0, mask, 30.0) == 0  # a soft cap bounds them
     assert mixing._shrinking(q * 0, k, 1.0, mask, None) == 0
 

@@ -51,6 +51,8 @@ TILED_BLOCKS = 8  # and where they are made anew for each
 CLOSE, TILED_CLOSE = 3e-7, 1e-4  # when to stop: the error of a leading singular value, as a share of it
 COARSE = 1e-2  # a larger error makes no figure
 FORBIDDEN = -1e37  # the logit of a forbidden pair. Finite, since 0 * FORBIDDEN is 0 where 0 * -inf would be NaN
+FARTHER = -(2.0**500)  # the same in double precision, for logits out of the ordinary
+LARGEST = 480  # binary digits of logits in double precision: their squares, and sums of these, stay within its range
 
 
 @dataclass(frozen=True)
@@ -700,6 +702,7 @@ class _Scores:
     query_mask: Tensor | None
     causal: bool
     shrunk: int = 0  # the logits are divided by this power of two
+    forbidden: float = FORBIDDEN  # what forbidden pairs have
 
 
 @dataclass(frozen=True)
@@ -735,9 +738,10 @@ def _scores(
     dtype = _accumulation(torch.promote_types(q.dtype, k.dtype))
     pairs = _pairs(name, sizes, allowed, key_mask, query_mask, causal)  # first, for what follows reads the masks
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    shrunk = 0
+    shrunk, forbidden = 0, FORBIDDEN
     if not (is_ordinary(q, 40) and is_ordinary(k, 40) and abs(scale) < 1e6):
-        dtype, shrunk = torch.float64, _shrinking(q, k, scale, key_mask, softcap)
+        dtype, forbidden = torch.float64, FARTHER
+        shrunk = _shrinking(q, k, scale, key_mask, softcap)
     Q, factor = q.detach().unflatten(1, sizes[1:3]), scale
     if shrunk:
         Q, factor = times_power_of_two(Q.double() * scale, torch.tensor(-shrunk, device=q.device)), 1.0
@@ -760,12 +764,13 @@ def _scores(
         S.add_(torch.where(possible, part, 0).to(dtype))
         return possible
 
-    return _Scores(sizes, dtype, q.device, fill, *pairs, shrunk=shrunk)
+    return _Scores(sizes, dtype, q.device, fill, *pairs, shrunk=shrunk, forbidden=forbidden)
 
 
 def _shrinking(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None, softcap: float | None) -> int:
-    """The power of two that logits are divided by so that they stay far above `FORBIDDEN`. Logits that large have one winner, or
-    an exact tie, at any size: neither entropy nor weights change."""
+    """The power of two that logits are divided by so that they stay far above `FARTHER`. Logits that large have one winner, or
+    an exact tie, at any size: neither entropy nor weights change. Of a row whose strongest key is small beside the largest logit
+    of the call they do; only numbers beyond 1e70 in double precision come there."""
     if softcap is not None:
         return 0
     real = k.detach() if key_mask is None else torch.where(key_mask[:, None, :, None], k.detach(), 0)
@@ -774,7 +779,7 @@ def _shrinking(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None, soft
         largest = float(tensor.double().abs().max())
         size += math.log2(largest) if 0 < largest < math.inf else 0.0
     size += math.log2(q.shape[-1]) + (math.log2(abs(scale)) if scale else 0.0)
-    return max(0, math.ceil(size) - 100)
+    return max(0, math.ceil(size) - LARGEST)
 
 
 def _self_scores(name: str, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> _Scores:
@@ -796,7 +801,7 @@ class _Keep(NamedTuple):
 
 
 def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, _Keep | None]]:
-    """Every tile with its logits, forbidden ones at `FORBIDDEN`, a scratch tensor of the same shape, and which pairs
+    """Every tile with its logits, forbidden ones at `scores.forbidden`, a scratch tensor of the same shape, and which pairs
     are allowed (`None`: all). The two tensors are overwritten by the next tile."""
     batch, groups, repeats, queries, keys = scores.sizes
     wanted = min(LEAST_ROWS * repeats * keys * scores.dtype.itemsize, 4 * TILE_BYTES)
@@ -844,7 +849,7 @@ def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, _Keep | Non
         keep = None
         if allowed is not None:
             kept = allowed.to(scores.dtype)
-            S[..., start:].add_((1 - kept) * FORBIDDEN)
+            S[..., start:].add_((1 - kept) * scores.forbidden)
             keep = _Keep(start, kept, start + kept.sum(-1).long())
         yield tile, S, scratch, keep
 
@@ -893,8 +898,8 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
             alone = ~near & (allowed_keys[rows] >= FEW_RIVALS)
             if bool(alone.any()):
                 if keep is not None:
-                    S[..., keep.start :].add_((1 - keep.kept) * FORBIDDEN)
-                beside.append((numbers[rows][alone], _beside_strongest(S[alone])))
+                    S[..., keep.start :].add_((1 - keep.kept) * scores.forbidden)
+                beside.append((numbers[rows][alone], _beside_strongest(S[alone], scores.forbidden)))
     T, mean, others, log_peak = allowed_keys, read["mean"], read["others"], read["peak"].log()
     found = {
         "maximum": read["maximum"],
@@ -907,11 +912,15 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
         "second": torch.zeros_like(mean),
     }
     if floor:
-        square_norm = read["squares"] - read["total"].square() / T
+        # total^2 / T is at most `squares`, total^2 may overflow. Beyond the range the norm is as good as endless.
+        square_norm = read["squares"] - read["total"] * (read["total"] / T)
+        square_norm.masked_fill_(read["squares"].isposinf(), 1e30)
         found["floor"] = torch.maximum(-log_peak, _floor_from_norm(square_norm, T))
     for places, figures in beside:
         for name, figure in figures.items():
             found[name].view(-1)[places] = figure
+    if scores.forbidden != FORBIDDEN:  # a logit, however low, and no weight of 0
+        found["second"].clamp_(min=FORBIDDEN / 2)
     dead = T == 0
     if scores.query_mask is not None:
         dead |= ~scores.query_mask[:, None, None]
@@ -1105,10 +1114,10 @@ def _others(P: Tensor, peak: Tensor) -> Tensor:
     return others
 
 
-def _beside_strongest(S: Tensor) -> dict[str, Tensor]:
+def _beside_strongest(S: Tensor, forbidden: float) -> dict[str, Tensor]:
     """Of rows of logits [row, key], relative to the strongest: the others by themselves, relative to the strongest of them. Far
     below the strongest of all they have no digits left. Writes into `S`."""
-    S.scatter_(-1, S.argmax(-1, keepdim=True), 2 * FORBIDDEN)
+    S.scatter_(-1, S.argmax(-1, keepdim=True), 2 * forbidden)
     second = S.amax(-1, keepdim=True)
     S.sub_(second)
     P = torch.softmax(S, -1)
