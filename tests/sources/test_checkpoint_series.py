@@ -35,8 +35,9 @@ def test_a_folder_of_checkpoints_stands_for_them_by_step(run: Path) -> None:
     assert series([run, run / "checkpoint-500"]) == found, "each once"
 
 
-def test_the_finished_model_beside_its_checkpoints_comes_last(run: Path) -> None:
-    (run / "config.json").write_text("{}")
+@pytest.mark.parametrize("file", ["config.json", "adapter_config.json"])
+def test_the_finished_model_beside_its_checkpoints_comes_last(file: str, run: Path) -> None:
+    (run / file).write_text("{}")
     found = series([run])
     assert [each.step for each in found] == [20, 500, 1000, None]
     assert (found[-1].name, found[-1].run) == (str(run), str(run))

@@ -27,6 +27,7 @@ from uncollapse.sources.loading import identified, on_the_hub
 _STEP = re.compile(
     r"(?:^|[-_])(?:global[-_]?)?(?:checkpoint|ckpt|step|iter|iteration|epoch)[-_]?([0-9]{1,15})(?![0-9])", re.I
 )
+_MODELS = ("config.json", "adapter_config.json")  # a folder with one of them is a model
 _SETTLED = 2.0  # seconds after which a file that changes again gets another time of change on any file system
 _PIECE = 2**22  # bytes
 
@@ -88,8 +89,8 @@ def _inside(name: str) -> list[str]:
         return []
     within = [entry.name for entry in os.scandir(os.path.expanduser(name)) if entry.is_dir()]
     found = [os.path.join(name, each) for each in sorted(within) if _STEP.search(each)]
-    own = [name] if os.path.isfile(os.path.join(os.path.expanduser(name), "config.json")) else []
-    return [*found, *own] if found else []
+    is_model = any(os.path.isfile(os.path.join(os.path.expanduser(name), file)) for file in _MODELS)
+    return [*found, name] if found and is_model else found
 
 
 def _checkpoint(name: str) -> Checkpoint:
