@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from uncollapse.records.sweep import SweepRecord, SweptCheckpoint
+from uncollapse.records.sweep import SweepRecord, SweptCheckpoint, SweptRun
 from uncollapse.report import wording
 from uncollapse.report.healthy import references
 from uncollapse.report.sweep import wording as say_it
@@ -36,12 +36,10 @@ def print_record(record: SweepRecord, console: Console) -> None:
         last = len(run.checkpoints) - 1
         shown = [c for i, c in enumerate(run.checkpoints) if i % step == 0 or i in notable or i == last]
         console.print(_table(shown, console))
-        there = {measure for checkpoint in run.checkpoints for measure in checkpoint.figures}
-        healthy = references(run) if run.model is not None else None
-        if healthy is not None and any(m in there for m in COLUMNS):
-            say(healthy.said({title: healthy.worst(m) for m, title in COLUMNS.items() if m in there}), "dim")
         if len(shown) < len(run.checkpoints):
             say(f"and {wording.count(len(run.checkpoints) - len(shown), 'checkpoint')} between them", "dim")
+        if sentence := _healthy_sentence(run):
+            say(sentence, "dim")
         console.print()
     say(say_it.headline(record), "bold")
     for each in firsts:
@@ -57,6 +55,13 @@ def print_record(record: SweepRecord, console: Console) -> None:
         if checkpoint.failure is not None:
             say(f"{checkpoint.name}: {checkpoint.failure.kind}", "bold")
             say(checkpoint.failure.message, indent=3)
+
+
+def _healthy_sentence(run: SweptRun) -> str:
+    if run.model is None:
+        return ""
+    healthy, there = references(run), {measure for checkpoint in run.checkpoints for measure in checkpoint.figures}
+    return healthy.said({title: healthy.worst(m) for m, title in COLUMNS.items() if m in there})
 
 
 def _table(checkpoints: list[SweptCheckpoint], console: Console) -> Table:
