@@ -184,18 +184,16 @@ def test_key_figures_and_maps_say_what_they_are_elsewhere() -> None:
 
 
 def test_a_printout_says_what_its_figures_are_elsewhere() -> None:
-    console = Console(file=io.StringIO(), width=200)
-    show(causal(False, "post"), console)
-    printed = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
-    assert "In 6 healthy models with a full mask and post norm: consensus 0.55 to 0.98, effective rank" in printed
+    words = printed(causal(False, "post"))
+    assert "In 6 healthy models with a full mask and post norm: consensus 0.55 to 0.98, effective rank" in words
     lowest = references(causal(False, "post")).lowest("attention.normalized_entropy")
-    assert f"lowest head {lowest.replace(' … ', ' to ')}." in printed
+    assert f"lowest head {lowest.replace(' … ', ' to ')}." in words
 
 
 def printed(record: Any, width: int = 200) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    show(record, console)
-    return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    file = io.StringIO()
+    show(record, Console(file=file, width=width))
+    return " ".join(file.getvalue().split())
 
 
 def extremes(kind: References, figure: str) -> tuple[list[float], list[float]]:
