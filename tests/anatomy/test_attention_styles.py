@@ -59,6 +59,22 @@ class StyledModel(nn.Module):
         return x
 
 
+def weights_met(model: StyledModel, batch: dict[str, Tensor]) -> list[Tensor]:
+    """The weights that each block's own code mixed by in one pass."""
+    attentions = [block.attention for block in model.blocks if isinstance(block, StyledBlock)]
+    for attention in attentions:
+        attention.seen.clear()
+    with torch.no_grad():
+        model(**batch)
+    return [attention.seen[-1].double() for attention in attentions]
+
+
+def restyle(model: StyledModel, style: Callable[[Styled, Tensor, Tensor, Tensor], Tensor]) -> None:
+    for block in model.blocks:
+        assert isinstance(block, StyledBlock)
+        block.attention.style = style
+
+
 def causal(logits: Tensor) -> Tensor:
     later = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1 + logits.shape[-1] - logits.shape[-2])
     return logits.masked_fill(later, -math.inf)
@@ -125,19 +141,14 @@ def test_the_entropies_are_those_of_what_the_model_mixed_by(style: str) -> None:
     model = StyledModel(STYLES[style]).eval()
     batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
     record = uc.diagnose(model, batches=[batch]).record
-    for number, block in enumerate(model.blocks):
-        assert isinstance(block, StyledBlock)
-        block.attention.seen.clear()
-        with torch.no_grad():
-            model(**batch)
-        weights = block.attention.seen[-1].double().numpy()
-        entropy = -np.where(weights > 0, weights * np.log(np.where(weights > 0, weights, 1)), 0).sum(-1).mean((0, 2))
+    for number, weights in enumerate(weights_met(model, batch)):
+        entropy = -torch.xlogy(weights, weights).sum(-1).mean((0, 2))
         found = {a.head: a for a in record.attention if a.block == number}
         assert len(found) == HEADS
         for head in range(HEADS):
             measured = found[head].entropy
             assert measured is not None, found[head].unavailable
-            assert measured.mean == pytest.approx(entropy[head], rel=1e-4)
+            assert measured.mean == pytest.approx(float(entropy[head]), rel=1e-4)
             share = found[head].normalized_entropy
             assert share is not None
             assert share.mean == pytest.approx(np.mean(_normalised(weights[:, head])), rel=1e-4)
@@ -188,9 +199,9 @@ def test_a_pair_is_forbidden_where_it_has_no_share_of_its_row_whatever_a_sink_ta
     assert leaking > 50
 
 
-def _normalised(weights: np.ndarray) -> list[float]:
+def _normalised(weights: Tensor) -> list[float]:
     """Entropy over log T of every row that is allowed T > 1 keys, of weights [sequence, query, key] of a causal head."""
-    rows = [row[: i + 1] for one in weights for i, row in enumerate(one) if i]
+    rows = [row[: i + 1] for one in weights.numpy() for i, row in enumerate(one) if i]
     return [float(-(r * np.log(r)).sum() / math.log(len(r))) for r in rows]
 
 
@@ -218,9 +229,7 @@ def test_of_a_mask_that_is_one_operand_with_a_bias_the_bias_stays() -> None:
         with uc.without(model, "mask", batch=batch):
             got = model(**batch)
         whole = model(**batch)
-        for block in model.blocks:
-            assert isinstance(block, StyledBlock)
-            block.attention.style = functools.partial(distances, mask=lambda bias: bias)
+        restyle(model, functools.partial(distances, mask=lambda bias: bias))
         expected = model(**batch)
     assert not torch.equal(whole, expected)
     assert torch.equal(got, expected)
@@ -245,12 +254,7 @@ def test_what_only_chooses_the_keys_of_an_attention_is_none_itself() -> None:
     batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
     record = uc.diagnose(model, batches=[batch]).record
     assert [(a.block, a.head) for a in record.attention] == [(b, h) for b in range(2) for h in range(HEADS)]
-    for number, block in enumerate(model.blocks):
-        assert isinstance(block, StyledBlock)
-        block.attention.seen.clear()
-        with torch.no_grad():
-            model(**batch)
-        weights = block.attention.seen[-1].double()
+    for number, weights in enumerate(weights_met(model, batch)):
         entropy = -torch.xlogy(weights, weights).sum(-1).mean((0, 2))
         for a in (a for a in record.attention if a.block == number):
             assert a.entropy is not None, a.unavailable
@@ -361,20 +365,13 @@ def test_a_mask_is_one_whatever_operation_hides_by_it(way: str) -> None:
     model = StyledModel(hiding(way)).eval()
     batch = {"idx": torch.randint(0, 32, (3, 11), generator=torch.Generator().manual_seed(1))}
     record = uc.diagnose(model, batches=[batch]).record
-    for number, block in enumerate(model.blocks):
-        assert isinstance(block, StyledBlock)
-        block.attention.seen.clear()
-        with torch.no_grad():
-            model(**batch)
-        weights = block.attention.seen[-1].double().numpy()
+    for number, weights in enumerate(weights_met(model, batch)):
         for a in (a for a in record.attention if a.block == number):
             assert a.normalized_entropy is not None, a.unavailable
             assert a.normalized_entropy.mean == pytest.approx(np.mean(_normalised(weights[:, a.head])), rel=1e-4)
     with torch.no_grad(), uc.without(model, "mask", batch=batch):
         got = model(**batch)
-    for block in model.blocks:
-        assert isinstance(block, StyledBlock)
-        block.attention.style = hiding(way, hides=False)
+    restyle(model, hiding(way, hides=False))
     with torch.no_grad():
         torch.testing.assert_close(got, model(**batch))
 
@@ -393,9 +390,7 @@ def test_a_mask_that_is_written_into_the_weights_is_removed_and_its_pairs_are_no
         assert a.unavailable["normalized_entropy"] == "pairs have no weight that nothing was seen to forbid"
     with torch.no_grad(), uc.without(model, "mask", batch=batch):
         got = model(**batch)
-    for block in model.blocks:
-        assert isinstance(block, StyledBlock)
-        block.attention.style = functools.partial(cut_in_place, hides=False)
+    restyle(model, functools.partial(cut_in_place, hides=False))
     with torch.no_grad():
         torch.testing.assert_close(got, model(**batch))
 

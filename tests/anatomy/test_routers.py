@@ -12,17 +12,8 @@ from torch import Tensor, nn
 
 import uncollapse as uc
 from tests.helpers.mixtures import Mixture, batch
+from tests.helpers.several_processes import SIZES
 from uncollapse.records.diagnosis import RouterRecord
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 def routers_of(model: nn.Module, batches: list[dict[str, Tensor]] | None = None) -> list[RouterRecord]:
@@ -31,7 +22,7 @@ def routers_of(model: nn.Module, batches: list[dict[str, Tensor]] | None = None)
 
 def test_the_load_is_that_of_the_models_own_router_logits() -> None:
     torch.manual_seed(0)
-    config = transformers.MixtralConfig(**SHAPE, num_local_experts=5, num_experts_per_tok=2, sliding_window=None)
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=5, num_experts_per_tok=2, sliding_window=None)
     model = transformers.MixtralForCausalLM(config).eval()
     given = [batch(0), batch(1)]
     counts, tokens = np.zeros((2, 5)), 0
@@ -58,7 +49,7 @@ def test_of_several_choices_the_one_among_experts_counts() -> None:
     """DeepSeek chooses groups first; its sigmoid scores are no distribution."""
     torch.manual_seed(0)
     config = transformers.DeepseekV3Config(
-        **SHAPE | {"num_key_value_heads": 4},
+        **SIZES | {"num_key_value_heads": 4},
         moe_intermediate_size=16,
         first_k_dense_replace=1,
         n_routed_experts=8,
