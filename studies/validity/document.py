@@ -108,7 +108,6 @@ def context(measured: Mapping[str, Measured]) -> dict[str, object]:
         "lost_heads": findings.LOST_HEADS,
         "different_tokens": findings.DIFFERENT_TOKENS,
         "carried": findings.CARRIED,
-        "carried_before": findings.CARRIED_BEFORE,
         "figure": figure,
     }
 
@@ -189,9 +188,8 @@ def disagreeing(scores: Scores) -> list[str]:
         for code, (worst, _) in scores.extremes(scores.measured).items()
         if not in_force(code, scoring.threshold(code, worst))
     ]
-    derived = scores.derived
-    if (derived.carried, derived.carried_before) != (findings.CARRIED, findings.CARRIED_BEFORE):
-        found.append(f"the beginning of a fall (derived: {derived.carried:g} and {derived.carried_before:g})")
+    if (derived := scores.derived).carried != findings.CARRIED:
+        found.append(f"the beginning of a fall (derived: {derived.carried:g})")
     return found
 
 
@@ -344,7 +342,7 @@ def depth_ladder(scores: Scores) -> str:
     """The quantities of depth along the ladder of each plant, over all places."""
     blocks = []
     for plant in DEPTH:
-        cases = list(scores.cases(lambda c, plant=plant: c.plant == plant))  # type: ignore[misc]
+        cases = _of_plant(scores, plant)
         if not cases:
             continue
         ladder = cases[0][0].severities
@@ -363,7 +361,11 @@ def not_derived() -> str:
 
 
 def _planted(scores: Scores, plant: str) -> str | None:
-    return next((c.phenomenon for c, _ in scores.cases(lambda c: c.plant == plant)), None)
+    return next((case.phenomenon for case, _ in _of_plant(scores, plant)), None)
+
+
+def _of_plant(scores: Scores, plant: str) -> list[tuple[Case, list[Judged]]]:
+    return list(scores.cases(lambda case: case.plant == plant))
 
 
 def plain(scores: Scores) -> str:
@@ -395,7 +397,7 @@ def by_severity(scores: Scores) -> str:
     """Share of the places where the planted collapse is found, along each ladder."""
     blocks = []
     for plant in ORDER:
-        of_it = list(scores.cases(lambda case, plant=plant: case.plant == plant))  # type: ignore[misc]
+        of_it = _of_plant(scores, plant)
         if not of_it:
             continue
         ladder = of_it[0][0].severities
