@@ -2,8 +2,8 @@
 
 A threshold is half of the least distance from collapse that any healthy run has (for the kernel, a count that grows, twice the
 most). Healthy are the models as they are, and the confounders that left them more than half of their output. No planted damage
-enters a threshold. The two constants that say where a fall in depth began are the middle of those that place most of the damaged
-cases; they, too, come from the other models.
+enters a threshold. The constant that says where a fall in depth began is the middle of those that place most of the damaged
+cases; it, too, comes from the other models.
 """
 
 from __future__ import annotations
@@ -65,9 +65,8 @@ HEALTHY_SHARE = 0.8  # of a resolved order parameter, which every healthy run th
 HARMED = 0.5  # of the output, which a change that is meant to be harmless must leave
 GROWS = {"HEADS-KERNEL"}  # counts what is lost, so that more is worse
 LEAST_LOST = 0.5  # of a head: where healthy projections lose nothing, twice nothing would be no threshold
-# Where to look for the constants that say where a fall began.
+# Where to look for the constant that says where a fall began.
 CARRIED = tuple(n / 10 for n in range(1, 10))
-CARRIED_BEFORE = tuple(n / 10 for n in range(5, 11))
 
 
 def value(thresholds: Thresholds, code: str) -> float:
@@ -168,22 +167,19 @@ class Scores:
         if FROZEN in extremes:
             share = threshold(FROZEN, extremes[FROZEN][0])
             given |= {"rest_entropy": IN_FORCE.rest_entropy * share, "within_reach": IN_FORCE.within_reach * share}
-        carried, before = self._beginning(chosen)
-        return Thresholds(**given, carried=carried, carried_before=before)
+        return Thresholds(**given, carried=self._beginning(chosen))
 
-    def _beginning(self, names: Sequence[str]) -> tuple[float, float]:
+    def _beginning(self, names: Sequence[str]) -> float:
         """The middle of the constants that place most of these models' damaged cases of depth, at the half."""
-        grid = list(itertools.product(CARRIED, CARRIED_BEFORE))
         placed = [sum(column) for column in zip(*(row for n in names for row in self._placed[n]), strict=True)]
         if not placed or not max(placed):
-            return IN_FORCE.carried, IN_FORCE.carried_before
-        best = [point for point, count in zip(grid, placed, strict=True) if count == max(placed)]
-        middle = [sum(axis) / len(best) for axis in zip(*best, strict=True)]
-        return min(best, key=lambda point: math.dist(point, middle))
+            return IN_FORCE.carried
+        best = [carried for carried, count in zip(CARRIED, placed, strict=True) if count == max(placed)]
+        return best[(len(best) - 1) // 2]
 
     @functools.cached_property
     def _placed(self) -> dict[str, list[list[bool]]]:
-        """By model, for each of its damaged cases of depth that moved by half: which points of the grid place it."""
+        """By model, for each of its damaged cases of depth that moved by half: which of `CARRIED` place it."""
         found: dict[str, list[list[bool]]] = {}
         for name, m in self.measured.items():
             found[name] = []
@@ -193,8 +189,8 @@ class Scores:
                     continue
                 trajectory = case.runs[index].trajectory or []
                 row = []
-                for carried, before in itertools.product(CARRIED, CARRIED_BEFORE):
-                    limits = Thresholds(carried=carried, carried_before=before)
+                for carried in CARRIED:
+                    limits = Thresholds(carried=carried)
                     read = list(findings.consensus(Observed(trajectory, [], [], thresholds=limits)))
                     row.append(bool(read) and max(read, key=lambda r: r.margin).finding.block == case.block)
                 found[name].append(row)

@@ -192,12 +192,11 @@ def test_an_early_weak_block_is_no_part_of_a_later_fall() -> None:
     assert finding.block == 3
 
 
-def test_a_block_is_held_against_those_before_it_too() -> None:
-    limits = rules.Thresholds(carried=0.5, carried_before=0.8)
+@pytest.mark.parametrize(("limit", "block"), [(0.5, 2), (0.75, 2), (0.76, 1)])
+def test_a_block_belongs_to_the_fall_if_it_carries_on_less_than_the_limit(limit: float, block: int) -> None:
     fall = trajectory(0.95, 0.93, 0.9, 0.05, carried=(0.95, 0.75, 0.2))
-    assert read("DEPTH-CONSENSUS", fall, limits=limits)[0].finding.block == 1
-    slow = trajectory(0.95, 0.93, 0.9, 0.05, carried=(0.8, 0.75, 0.2))  # 0.75 is not much less than 0.8
-    assert read("DEPTH-CONSENSUS", slow, limits=limits)[0].finding.block == 2
+    (reading,) = read("DEPTH-CONSENSUS", fall, limits=rules.Thresholds(carried=limit))
+    assert reading.finding.block == block
 
 
 @pytest.mark.parametrize(("shares", "block"), [((0.9, 0.16, 0.12), 1), ((0.9, 0.7, 0.06), 2), ((0.15, 0.14, 0.12), 0)])

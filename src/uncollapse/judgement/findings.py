@@ -39,8 +39,8 @@ from uncollapse.records.diagnosis import (
 )
 
 # All of these are distances from collapse: half the smallest distance in any healthy run of `studies/validity`. docs/validity.md
-# says which run that is, and what each threshold would be without one of the models. REST_ENTROPY alone is older than those runs:
-# they check it only together with WITHIN_REACH.
+# says which run that is, and what each threshold would be without one of the models. Those runs say nothing of REST_ENTROPY alone:
+# how it stands to WITHIN_REACH comes from older ones, and the two are moved together.
 # Consensus distance after a norm, as a share of the embedding's.
 CONSENSUS = 0.13
 # Share of the attainable rank, as a share of the embedding's.
@@ -65,9 +65,9 @@ DIMENSIONS = 0.21
 
 # Below this many tokens, the spread that attention keeps is judged in proportion to the length; see `rank_one`.
 FEW_TOKENS = 16
-# Where did the fall begin? A block belongs to the fall if it carries on less than this share of the stream, or less than this
-# share of the most that any earlier block carried on. Both are the middle of the range that locates most of the damaged cases.
-CARRIED, CARRIED_BEFORE = 0.8, 0.7
+# Where did the fall begin? A block belongs to the fall if it carries on less than this share of the stream: the middle of the
+# range that locates most of the damaged cases.
+CARRIED = 0.8
 # With fewer different tokens than this, attention has nothing to choose from and too few keys to freeze out.
 DIFFERENT_TOKENS = 4
 # If the embedded tokens are this much alike, the blocks have nothing to lose: a text that repeats one token looks like that.
@@ -99,7 +99,6 @@ class Thresholds:
     lost_heads: float = LOST_HEADS
     dimensions: float = DIMENSIONS
     carried: float = CARRIED
-    carried_before: float = CARRIED_BEFORE
 
 
 IN_FORCE = Thresholds()
@@ -262,11 +261,8 @@ def _onset(until: Sequence[Read], thresholds: Thresholds) -> SiteRecord:
 
     Where the last block does carry the stream on, no residual is at fault. Something that all tokens share came in, and the block
     is meant at which the tokens came together most."""
-    falls, most = [], 0.0
-    for read in until:
-        carried = math.inf if read.site.stream_carried is None else read.site.stream_carried.mean
-        falls.append(carried < max(thresholds.carried, thresholds.carried_before * min(most, 1.0)))
-        most = max(most, carried)
+    known = (read.site.stream_carried for read in until)
+    falls = [carried is not None and carried.mean < thresholds.carried for carried in known]
     if not falls[-1]:
         shares = [1.0, *(max(read.share, 1e-12) for read in until)]
         nearer = [before / share for before, share in itertools.pairwise(shares)]
