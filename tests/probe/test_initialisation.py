@@ -192,6 +192,15 @@ def test_a_random_draw_is_one_in_every_number_format(dtype: torch.dtype, scale: 
     assert initialisation._size(held.weight) == pytest.approx(scale, rel=0.05)
 
 
+@pytest.mark.parametrize("draw", [nn.init.normal_, nn.init.uniform_], ids=["normal", "uniform"])
+def test_a_large_random_draw_is_one(draw: Any) -> None:
+    """Single precision does not add up ten million fourth powers to three digits."""
+    torch.manual_seed(0)
+    weight = draw(torch.empty(2048, 5632)) * 2 - float(draw is nn.init.uniform_)
+    assert initialisation._traces(weight) == []
+    assert initialisation._size(weight) == pytest.approx(float(weight.double().square().mean().sqrt()), rel=1e-6)
+
+
 def test_small_weights_are_judged_as_large_ones() -> None:
     """Their squares and fourth powers are no numbers of single precision."""
     torch.manual_seed(0)
