@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -140,3 +142,17 @@ def test_a_block_that_one_of_them_lacks_is_left_out_of_its_line_alone() -> None:
     drawn = {(row["line"], row["depth"]): row["y"] for row in page.rows_of("depth-consensus-after-norm", "line")}
     assert ("second", blocks.index(gone)) not in drawn
     assert {depth for line, depth in drawn if line == "first"} == set(range(len(blocks)))
+
+
+def test_findings_of_one_rule_share_a_card_in_each_pair() -> None:
+    record = samples.compared_three()
+    (one, *_) = (f for pair in record.pairs for f in pair.findings)
+    many = [replace(one, head=head, message=f"Head {head} has changed.") for head in range(6)]
+    last = replace(record.further[0], findings=many)
+    page = Page(draw(replace(record, findings=many[:1], further=[last])))
+    well_formed_and_accessible({"page": page}, "page")
+    cards = re.findall(r'<article class="finding \w+" id="(.*?)">(.*?)</article>', page.text, re.S)
+    assert [key for key, _ in cards] == ["finding-0", "finding-1-0"]
+    assert "6 places" in cards[1][1]
+    assert cards[1][1].count(html.escape(one.remedy)) == 1
+    assert all(finding.message in cards[1][1] for finding in many)

@@ -9,6 +9,7 @@ from typing import Any
 
 import altair as alt
 
+from uncollapse.records.common import Finding
 from uncollapse.records.comparison import Change, ComparisonRecord
 from uncollapse.report import wording
 from uncollapse.report.comparison import wording as say
@@ -53,6 +54,7 @@ def document(record: ComparisonRecord) -> str:
         say=say,
         tiles=_tiles(record),
         healthy=healthy,
+        worse=[(name, pair, _cards(pair)) for name, pair in say.pairs(record)],
         depth=Panel(
             "",
             [chart for chart in curves if chart],
@@ -65,6 +67,11 @@ def document(record: ComparisonRecord) -> str:
             _tables(record, "heads", HEADS_TABLE, "Every figure of the heads", healthy),
         ),
     )
+
+
+def _cards(pair: ComparisonRecord) -> list[list[tuple[Finding, str]]]:
+    """The findings of one rule share a card. They lead nowhere."""
+    return [[(finding, "") for finding in group] for group in wording.alike(pair.findings)]
 
 
 def _tables(record: ComparisonRecord, what: str, key: str, caption: str, healthy: References) -> list[cells.Table]:
