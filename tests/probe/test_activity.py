@@ -126,15 +126,16 @@ def test_units_do_not_settle_while_one_of_them_is_dead(value: float) -> None:
 
 @pytest.mark.parametrize("common", [0.0, 1.0, 30.0, 1e4])
 @pytest.mark.parametrize("padding", [None, 0.0, 5.0, torch.nan, torch.inf])
-def test_the_spread_of_values_is_that_of_their_real_tokens(common: float, padding: float | None) -> None:
-    x = (drawn(3, 9, 8) + common).unflatten(-1, (2, 4)).transpose(1, 2)
+@pytest.mark.parametrize("size", [1e-22, 1.0, 1e22])
+def test_the_spread_of_values_is_that_of_their_real_tokens(common: float, padding: float | None, size: float) -> None:
+    x = (size * (drawn(3, 9, 8) + common)).unflatten(-1, (2, 4)).transpose(1, 2)
     mask = None if padding is None else holes(3, 9)
     if mask is not None:
         x = torch.where(mask[:, None, :, None], x, padding)
     kept = [x[i, h] if mask is None else x[i, h][mask[i]] for i in range(3) for h in range(2)]
     exact = [np.linalg.norm(y - y.mean(0)) for y in (one.double().numpy() for one in kept)]
     # Single precision keeps what is common to an eps of its size.
-    np.testing.assert_allclose(spread(x, mask).flatten().numpy(), exact, rtol=1e-6, atol=2e-6 * common)
+    np.testing.assert_allclose(spread(x, mask).flatten().numpy(), exact, rtol=1e-6, atol=2e-6 * common * size)
 
 
 @pytest.mark.parametrize("common", [0.0, 1.0, 1e3])

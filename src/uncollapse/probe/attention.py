@@ -20,7 +20,7 @@ from uncollapse.measures.running import Running
 from uncollapse.probe.attention_calls import AttentionRows, CallObserver, Forbidding, in_sequence
 from uncollapse.probe.clouds import Clouds
 from uncollapse.probe.observing import Look, looking
-from uncollapse.probe.sizes import as_they_are, norms, single
+from uncollapse.probe.sizes import norms, single
 
 LEAST_APART = 0.1  # share of the energy that must be centred for a difference to say it
 ATTENTION_MEASURES = [
@@ -303,8 +303,8 @@ def spread(x: Tensor, mask: Tensor | None) -> Tensor:
     lost = ~(energy > LEAST_APART * total)
     if bool(lost.any()):
         sequence = lost.nonzero()[:, 0]
-        apart = as_they_are(x[lost] - (common[lost] / count[sequence]).unsqueeze(-2))
-        energy[lost] = apart.where(real[sequence], 0).double().square().sum(-1)
+        apart = norms(x[lost] - (common[lost] / count[sequence]).unsqueeze(-2))
+        energy[lost] = apart.where(real[sequence], 0).square().sum(-1)
     return energy.sqrt()
 
 
