@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import operator
+import weakref
 
 import pytest
 import torch
@@ -86,3 +88,21 @@ def test_hooks_are_gone_after_a_failing_model() -> None:
         trace(model, {"x": torch.randn(2, 3)})
     assert not model.linear._forward_hooks
     assert not model.linear._forward_pre_hooks
+
+
+class Keeping(nn.Module):
+    """Keeps a large table in a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.linear = torch.ones(300, 300), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x + self.table[: len(x), :3])
+
+
+def test_a_tensor_that_outlives_the_trace_is_no_longer_watched() -> None:
+    model = Keeping()
+    trace(model, {"x": torch.ones(2, 3)})
+    gc.collect()
+    assert weakref.getweakrefcount(model.table) == 0

@@ -368,6 +368,7 @@ class _Recorder(TorchFunctionMode):
         self._ordinals: dict[tuple[int, str], int] = {}
         self._module_calls: dict[str, int] = {}
         self._passing: set[int] = set()
+        self._watching: list[weakref.ref[Tensor]] = []
         self.tape = Tape()
         self._own = [*model.parameters(), *model.buffers()]  # kept: the numbers are theirs as long as they are there
         self._parameters = {id(p) for p in self._own}
@@ -438,7 +439,8 @@ class _Recorder(TorchFunctionMode):
             if storage:
                 self._on_storage.setdefault(storage, []).append(number)
             if is_passing:  # its number, and the place of its memory, may then be those of another tensor
-                weakref.finalize(tensor, _forget, self._value_of, self._on_storage, number, storage)
+                forget = functools.partial(_forget, self._value_of, self._on_storage, number, storage)
+                self._watching.append(weakref.ref(tensor, forget))
             else:
                 self._alive.append(tensor)
         self._value_of[number] = index
@@ -557,7 +559,7 @@ class _Recorder(TorchFunctionMode):
         return {path: self.value(item) for given in (args, kwargs) for path, item in tensors_at(given)}
 
 
-def _forget(value_of: dict[int, int], on_storage: dict[int, list[int]], number: int, storage: int) -> None:
+def _forget(value_of: dict[int, int], on_storage: dict[int, list[int]], number: int, storage: int, _gone: Any) -> None:
     value_of.pop(number, None)
     if number in on_storage.get(storage, ()):
         on_storage[storage].remove(number)
