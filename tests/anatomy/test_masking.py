@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from uncollapse.anatomy.masking import forbidden_by_addition, step_without
+from uncollapse.anatomy.masking import forbidden_by_addition, result_shape, step_without, without_what_forbids
 
 
 @pytest.mark.parametrize("number", [-math.inf, -1e9, -1e4, -100.0, torch.finfo(torch.float32).min])
@@ -43,3 +43,22 @@ def test_keys_that_are_forbidden_by_their_numbers_stay_so_beside_padding() -> No
     step_without(torch.Tensor.__setitem__, (logits, (..., places), -math.inf), {}, 1, False, hidden)
     assert bool((logits[..., places] == -math.inf).all())
     assert int((logits != 0).sum()) == 4 * 2 * 7 * 3
+
+
+def test_a_small_mask_that_stands_in_front_of_the_logits_does_not_give_the_shape() -> None:
+    logits, mask = torch.zeros(4, 2, 7, 7), torch.zeros(1, 1, 7, 7)
+    assert result_shape(torch.minimum, (mask, logits), {}) == (4, 2, 7, 7)
+
+
+def test_a_mask_is_left_out_of_a_bias_however_the_call_is_written() -> None:
+    bias, later = -torch.rand(5, 5), torch.ones(5, 5, dtype=torch.bool).triu(1)
+    for function, args, kwargs in (
+        (torch.where, (), {"condition": later, "input": torch.tensor(-1e9), "other": bias}),
+        (torch.where, (~later, bias, torch.tensor(-1e9)), {}),
+        (torch.add, (bias, later.float()), {"alpha": -1e9}),
+        (torch.sub, (bias, later.float()), {"alpha": 1e9}),
+        (torch.sub, (bias, 1e9 * later.float()), {}),
+    ):
+        is_opened, found = without_what_forbids(function, args, kwargs)
+        assert is_opened
+        assert torch.equal(found, bias)

@@ -221,11 +221,10 @@ def serves_weights(
 def making(t: Trace, operand: int) -> tuple[int, ...]:
     """How an operand of the logits came to hold a mask beside a bias, if it does: the values, in order, that an addition, a filling
     or a choice made on the way to it, and those that were made of these."""
-    products = t.is_matrix_product
     reached, frontier = set[int](), [operand]
     while frontier:
         index = frontier.pop()
-        if index not in reached and t.nodes[index].inputs and not products(index):
+        if index not in reached and t.nodes[index].inputs and not t.is_matrix_product(index):
             reached.add(index)
             frontier.extend(t.nodes[index].inputs)
     found: set[int] = set()

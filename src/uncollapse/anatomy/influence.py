@@ -142,7 +142,8 @@ def reaches(update: Update, stream: Tensor, axis: int, places: Tensor, plain: Te
 
 @dataclass
 class Products(TorchFunctionMode):
-    """The operands of the first matrix products of a run, each with the axis that is contracted."""
+    """The operands of the first matrix products of a run, each with the axis that is contracted, and the `formats` of all numbers
+    that it made."""
 
     found: list[tuple[tuple[Tensor, int | None], tuple[Tensor, int | None]]] = field(default_factory=list)
     formats: set[torch.dtype] = field(default_factory=set)

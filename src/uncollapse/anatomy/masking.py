@@ -106,8 +106,9 @@ def forbidden_by_step(
     after_softmax: bool | None,
 ) -> Tensor | None:
     """The pairs, broadcastable to `result`, that an operation between logits and weights forbids by its operand number `operand`:
-    an addition of 0 and one negative number, a replacement by a negative logit or by no weight, a product with 0 and 1. None
-    where it forbids none. `after_softmax` is None where no softmax makes the weights: then it may be either."""
+    an addition of 0 and one negative number, a replacement by a negative logit or by no weight, a product with 0 and 1, and what
+    `BY_RESULT` names, told by operand and result. None where it forbids none. `after_softmax` is None where no softmax makes the
+    weights: then it may be either."""
     name = operation_name(function)
     mask = operands_of(name, tuple(args), kwargs)[operand]
     found: Tensor | None = None
@@ -155,7 +156,7 @@ def result_shape(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
     if name == "setitem":
         return tuple(given[0].shape)
     if name in BY_RESULT:
-        return max((tuple(t.shape) for t in given), key=len)
+        return max((tuple(t.shape) for t in given), key=lambda shape: (len(shape), math.prod(shape)))
     return tuple(torch.broadcast_shapes(*(t.shape for t in given)))
 
 
@@ -189,8 +190,7 @@ def step_without(
             return function(*args, **given)
         open_mask = mask.masked_fill(forbidden, 0)
         if hidden is not None:
-            reach = out_of_reach(open_mask.dtype, factor) if open_mask.is_floating_point() else 0
-            open_mask = torch.where(hidden, reach, open_mask)
+            open_mask = torch.where(hidden, out_of_reach(open_mask.dtype, factor), open_mask)
         return _with(function, args, given, mask, laid_like(open_mask, mask))
     if name == "mul":
         if not bool(((mask == 0) | (mask == 1)).all()):
@@ -228,7 +228,7 @@ def without_what_forbids(
     if name in {"add", "sub"}:
         opened, given, named = False, args, dict(kwargs)
         for number, operand in enumerate(operands):
-            if _only_forbids(-operand if name == "sub" and number else operand):
+            if _only_forbids(_times(operand, factor_of(function, kwargs, number))):
                 opened = True
                 if writes_in_place(function) and number == 0:
                     operand.zero_()
@@ -247,8 +247,7 @@ def without_what_forbids(
         first, second = _alternatives(args, kwargs)
         for chosen, other in ((True, second), (False, first)):
             if _is_out_of_reach(other):
-                condition = operands[0] if args and args[0] is operands[0] else kwargs.get("condition", args[1])
-                return True, torch.where(torch.full_like(condition, chosen), first, second)
+                return True, torch.where(torch.full_like(operands[0], chosen), first, second)
     return False, None
 
 

@@ -134,9 +134,10 @@ class Norm:
 class MaskingStep:
     """An operation on the way from the logits to the weights that may forbid a pair, and the number of the operand that would.
     What it forbids is read off that operand in each pass: 0 and one negative number where it is added, booleans where it chooses,
-    0 and 1 where it multiplies. Whether it forbids anything is no matter of the model but of the batch. `axes` says of each axis
-    of its result what it holds: `sequence`, `key`, `query`, `head`, both in one, or None. `made`: the operations that may have put
-    a mask into this operand beside a bias, and those that made the operand of that, in order, wherever they stand."""
+    0 and 1 where it multiplies; of an operation that cuts or replaces (`masking.BY_RESULT`) it is what its result no longer holds
+    of the operand. Whether it forbids anything is no matter of the model but of the batch. `axes` says of each axis of its result
+    what it holds: `sequence`, `key`, `query`, `head`, both in one, or None. `made`: the operations that may have put a mask into
+    this operand beside a bias, and those that made the operand of that, in order, wherever they stand."""
 
     point: Point
     operand: int
