@@ -5,7 +5,7 @@ checked before it is believed.
 
 * The *mask*: every real token may attend to every real token. Padding stays hidden, as the batch's `attention_mask` says. At
   a fused call the mask operand is replaced; before a softmax of the model's own, nothing is forbidden any more. Of a mask that
-  the attention adds to a bias first, the bias stays.
+  was put into a bias first, wherever in the model's code, the bias stays.
 * *Positions*: every token is told that it stands at position 0, through `position_ids`. That removes learned tables and
   rotary embeddings. A model that does not take `position_ids`, or that knows positions in another way as well (relative
   biases, convolutions), is refused.
@@ -192,14 +192,15 @@ def _unmasked_fused(call: AttentionCall, padding: _Padding, bares: Bares) -> Han
         if real is not None:
             shape = (*query.shape[:-2], 1, given["key"].shape[-2])
             shown = spread_out(_with_other_keys(real, shape[-1], call), _axes_of(call), shape)
-        if mask is not None and mask.dtype != torch.bool and forbidden_by_addition(mask)[1]:
-            if forbidden_by_addition(mask)[0] is None:
-                bare = mask if shown is None else mask.masked_fill(~shown, torch.finfo(mask.dtype).min)
-            else:
-                bare = _bare(mask, bares.of(mask), None if shown is None else ~shown, call)
-            given |= {"is_causal": False, "attn_mask": laid_like(bare, mask)}
+        is_added = mask is not None and mask.dtype != torch.bool
+        forbidden, shifts = forbidden_by_addition(mask) if is_added else (None, False)
+        if not shifts:
+            put = shown if mask is None else _opened(mask, shown)
+        elif forbidden is None:
+            put = mask if shown is None else laid_like(mask.masked_fill(~shown, torch.finfo(mask.dtype).min), mask)
         else:
-            given |= {"is_causal": False, "attn_mask": shown if mask is None else _opened(mask, shown)}
+            put = laid_like(_bare(mask, bares.of(mask), None if shown is None else ~shown, call), mask)
+        given |= {"is_causal": False, "attn_mask": put}
         return function(given.pop("query"), given.pop("key"), given.pop("value"), **given)
 
     return handler
@@ -219,22 +220,16 @@ def _bare(
     Raises `UnsupportedModel` where it could not, where a pair is still out of reach, or where the bias would be another one."""
     forbidden, _ = forbidden_by_addition(factor * operand)
     assert forbidden is not None
-    is_told = bare is not None and bare.shape == operand.shape
-    if is_told:
-        assert bare is not None
+    if bare is not None and bare.shape == operand.shape:
         remains, _ = forbidden_by_addition(factor * bare)
-        is_told = remains is None or (hidden is not None and not bool((remains & ~hidden).any()))
-        is_told = is_told and bool(((bare == operand) | forbidden | far_below(factor * operand)).all())
-    if not is_told:
-        advice = (
-            "Load the model with attn_implementation='eager'" if call.is_fused else "Add the two one after the other"
-        )
-        raise UnsupportedModel(
-            "without: expected a mask that only forbids, got one that also adds a bias to the logits. The bias of a forbidden pair "
-            f"is not known. {advice}, or remove another component."
-        )
-    assert bare is not None
-    return bare if hidden is None else torch.where(hidden, out_of_reach(bare.dtype, factor), bare)
+        is_open = remains is None or (hidden is not None and not bool((remains & ~hidden).any()))
+        if is_open and bool(((bare == operand) | forbidden | far_below(factor * operand)).all()):
+            return bare if hidden is None else torch.where(hidden, out_of_reach(bare.dtype, factor), bare)
+    advice = "Load the model with attn_implementation='eager'" if call.is_fused else "Add the two one after the other"
+    raise UnsupportedModel(
+        "without: expected a mask that only forbids, got one that also adds a bias to the logits. The bias of a forbidden pair "
+        f"is not known. {advice}, or remove another component."
+    )
 
 
 def _opened(mask: Tensor, shown: Tensor | None) -> Tensor:
