@@ -243,3 +243,22 @@ def test_a_setting_of_the_process_comes_back_with_the_last_who_wanted_it() -> No
     assert setting["value"] == 7
     second.__exit__(None, None, None)
     assert setting["value"] == 0
+
+
+@pytest.mark.parametrize("found", [{}, {"name": "own"}])
+def test_what_several_placed_under_one_name_is_taken_out_in_any_order(found: dict[str, str]) -> None:
+    mapping = dict(found)
+
+    @contextlib.contextmanager
+    def placed(value: str) -> Any:
+        with restoring() as changes:
+            changes.place(mapping, "name", value)
+            yield
+
+    first, second = placed("first"), placed("second")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert mapping == {"name": "second"}
+    second.__exit__(None, None, None)
+    assert mapping == found
