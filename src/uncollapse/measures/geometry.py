@@ -156,7 +156,8 @@ def rank_gap(
     From 1 (the rank is a matter of taste) to infinity; 1e3 and more is clear. Invariant under permutation, rotation,
     scale. A collapse in progress passes through small gaps: a trajectory's rank is to be trusted before and after.
 
-    Misleads nowhere by itself, but says nothing of gaps elsewhere in the spectrum.
+    Misleads where it is beyond 1e8 or so: what lies below the cut is then mostly the rounding of the decomposition, and how
+    large the ratio is says nothing. It never says anything of gaps elsewhere in the spectrum.
 
     >>> round(rank_gap(torch.diag(torch.tensor([2.0, 1.0, 1e-9]))).item() / 1e9, 6)
     1.0
@@ -606,9 +607,10 @@ def cloud_measures(
 
     G = X X^T (or X^T X if that is smaller) in float64 gives every figure; the definitions are those of the functions of
     the same names, which it equals to rounding. G squares the condition number, so where that could matter (a singular
-    value below 1e-6 of the largest, or one at the tolerance) it takes the singular values of X itself, centred first
-    for the affine rank. That rank mostly costs nothing: eigenvalues of CGC interlace with those of G (Cauchy), so full
-    token rank n implies affine rank n - 1, and the rest is decided by a Cholesky factorisation or a second spectrum.
+    value below 1e-6 of the largest, or one at the tolerance) it takes the singular values of X itself. The affine rank
+    mostly costs nothing: eigenvalues of CGC interlace with those of G (Cauchy), so full token rank n implies affine
+    rank n - 1. The rest is decided by a Cholesky factorisation or a second spectrum, and by the singular values of
+    centred X where one of those is at the tolerance.
 
     A token is massive if its norm exceeds 10 times the (lower) median token norm of its sequence, a rule of ours; with
     `massive_tokens=k` the k of largest norm are. `without_massive` leaves them out; where none is, it repeats the

@@ -31,9 +31,8 @@ from uncollapse.measures.admission import admitting, at_size_one, described, is_
 from uncollapse.measures.symmetric_eigenvalues import eigenvalues
 
 TILE_BYTES = 2 << 20  # measured: 1 to 4 MiB are equal, from 8 MiB on the tile leaves the cache and costs double
-LEAST_ROWS = (
-    64  # of a tile of long rows, if these are no more than four times as much: every tile has its price in calls
-)
+# Rows of a tile of long rows, if these are no more than four times as much: every tile has its price in calls.
+LEAST_ROWS = 64
 DEVICE_TILE_BYTES = 64 << 20  # accelerators want few large launches
 CAUSAL_ROWS = 128  # rows of a causal tile: its keys end with its last row, so that half of all pairs are never computed
 FEW_KEYS = 4  # rows over fewer keys have no key share: two keys leave little to be uniform about
@@ -42,9 +41,8 @@ FLAT = 0.75  # up to this weight of the strongest key, 1 less it keeps the digit
 LEAST_REST = 1e-6  # below this share of a row, what the others have is taken from their own logits
 UNDERFLOW = 88.0  # exp(-88) is where single precision, and bfloat16 with it, ends
 DIRECT = 128  # up to so many rows or keys a decomposition is as fast as products are
-KEPT_BYTES = (
-    24 << 20
-)  # of weights that lie in memory at once while their spectra are taken; larger matrices exist in tiles only
+# Of weights that lie in memory at once while their spectra are taken. Larger matrices exist in tiles only.
+KEPT_BYTES = 24 << 20
 VECTORS = 16  # of a block; products with fewer are no faster
 BLOCKS = 16  # so many products at most where the weights lie in memory
 TILED_BLOCKS = 8  # and where they are made anew for each
@@ -806,13 +804,14 @@ def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, _Keep | Non
     batch, groups, repeats, queries, keys = scores.sizes
     wanted = min(LEAST_ROWS * repeats * keys * scores.dtype.itemsize, 4 * TILE_BYTES)
     budget = (max(TILE_BYTES, wanted) if scores.device.type == "cpu" else DEVICE_TILE_BYTES) // scores.dtype.itemsize
-    row_step = min(queries, CAUSAL_ROWS if scores.causal else queries, max(1, budget // (repeats * keys)))
-    starts = list(range(0, queries, row_step))
     if scores.causal:  # early rows see few keys: more of them fit
         starts = [0]
-        while (seen := min(starts[-1] + CAUSAL_ROWS, keys)) and starts[-1] < queries:
+        while starts[-1] < queries:
+            seen = min(starts[-1] + CAUSAL_ROWS, keys)
             starts.append(starts[-1] + min(CAUSAL_ROWS, max(1, budget // (repeats * seen))))
         starts.pop()
+    else:
+        starts = list(range(0, queries, max(1, budget // (repeats * keys))))
     ends = [*starts[1:], queries]
     row_step = max(end - start for start, end in zip(starts, ends, strict=True))
     head = max(
@@ -871,9 +870,8 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
     }
     allowed_keys = torch.zeros(scores.sizes[:4], dtype=torch.int64, device=scores.device)
     numbers = torch.arange(allowed_keys.numel(), device=scores.device).view(scores.sizes[:4])
-    beside: list[
-        tuple[Tensor, dict[str, Tensor]]
-    ] = []  # numbers of rows that are looked at by themselves, and their figures
+    # Numbers of rows that are looked at by themselves, and their figures.
+    beside: list[tuple[Tensor, dict[str, Tensor]]] = []
     for tile, S, P, keep in _tiles(scores):
         rows = tile[:4]
         allowed_keys[rows] = S.shape[-1] if keep is None else keep.counts
@@ -997,9 +995,8 @@ class _Tiled:
 
     def begun(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sums, made = torch.zeros_like(self.queries), X.new_zeros(len(X), X.shape[-1] + 1, X.shape[-2])
-        X = torch.cat(
-            [X, X.new_zeros(()).expand(*X.shape[:-1], 1)], -1
-        )  # the place of 1, whose product is the sum of the rows
+        # One place more for 1, whose product is the sum of the rows.
+        X = torch.cat([X, X.new_zeros(()).expand(*X.shape[:-1], 1)], -1)
         for A, rows, columns in self._tiles():
             Y = A @ X[:, columns]
             sums[:, rows] = Y[..., 0]
@@ -1062,10 +1059,8 @@ def _decomposed(A: Tensor, rows: Tensor, columns: Tensor) -> krylov.Leading:
     kinds, kind = torch.unique(torch.cat([rows, columns], -1), dim=0, return_inverse=True)
     members, matrices, grams = [], [], []
     for number, real in enumerate(kinds):
-        own, (some_rows, some_columns) = (
-            (kind == number).nonzero()[:, 0],
-            real.split([rows.shape[-1], columns.shape[-1]]),
-        )
+        own = (kind == number).nonzero()[:, 0]
+        some_rows, some_columns = real.split([rows.shape[-1], columns.shape[-1]])
         if not bool(some_rows.any() and some_columns.any()):
             continue
         one = A[own]
