@@ -117,7 +117,7 @@ def growth(looks: int) -> dict[str, Any]:
             optimizer.step()
             optimizer.zero_grad()
             monitor.step(number)
-            if number % (looks // 10) == looks // 10 - 1:
+            if (number + 1) % max(looks // 10, 1) == 0:
                 pages = int(Path("/proc/self/statm").read_text().split()[1])
                 kept.append(round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1))
     gone = weakref.ref(model), weakref.ref(monitor)

@@ -244,6 +244,17 @@ def test_a_part_that_lives_again_is_said_to_be_over_and_may_die_again() -> None:
     assert [r.step for r in monitor.readings if key in r.cleared] == [12]
 
 
+def test_an_mlp_that_is_left_of_a_block_that_never_lived_is_no_alarm() -> None:
+    def attention_lives(model: nn.Module) -> None:
+        model.blocks[2].attention.load_state_dict(OwnGPT().blocks[2].attention.state_dict())
+
+    monitor = dying({0: block_does_nothing, 3: attention_lives})
+    assert monitor.readings[-1].margins.keys() >= {"DEAD-MLP/block.2/mlp"}
+    assert monitor.alarms == []
+    again = dying({0: block_does_nothing, 2: healed, 4: mlp_writes_nothing})  # it lived for two looks
+    assert [(a.step, a.code) for a in again.alarms] == [(5, "DEAD-MLP")]
+
+
 def test_an_attention_inside_a_dead_block_is_not_said_to_live_again() -> None:
     monitor = dying({4: attention_writes_nothing, 7: mlp_writes_nothing}, 14)
     assert [(a.step, a.code) for a in monitor.alarms] == [(5, "DEAD-ATTENTION"), (8, "DEAD-BLOCK")]

@@ -130,17 +130,23 @@ class ThresholdAlarms:
         return raised, cleared
 
     def _known_parts(self, margins: Mapping[str, float]) -> set[str]:
-        """Those of the dead parts that an earlier look saw doing something."""
-        return {key for key in margins if _is_of_part(key) and _block_of(key) in self._measured}
+        """Those of the dead parts that an earlier look saw doing something: they were measured, and did not lie inside what was
+        dead from the start until now."""
+        never = [key for key, place in self._places.items() if not place.is_settled and not place.healthy]
+        return {
+            key
+            for key in margins
+            if _is_of_part(key)
+            and _block_of(key) in self._measured
+            and not any(_is_inside(key, other) for other in never)
+        }
 
     def _alive(self, margins: Mapping[str, float], measured: Collection[int | None]) -> Iterator[str]:
         """The parts that were dead at some look and are not at this one. One that lies inside a dead one is not asked about."""
         for key in self._places:
-            if key not in margins and _is_of_part(key) and _block_of(key) in measured:
-                _, *place = key.split("/")
-                around = (other.split("/") for other in margins)
-                if not any(o[0] in dead_components.WIDER_CODES and place[: len(o) - 1] == o[1:] for o in around):
-                    yield key
+            is_left_out = key not in margins and _is_of_part(key) and _block_of(key) in measured
+            if is_left_out and not any(_is_inside(key, other) for other in margins):
+                yield key
 
     def is_settled(self, key: str) -> bool:
         """Whether this place was healthy before."""
@@ -167,6 +173,13 @@ class ThresholdAlarms:
 
 def _is_of_part(key: str) -> bool:
     return key.partition("/")[0] in dead_components.CODES
+
+
+def _is_inside(key: str, wider: str) -> bool:
+    """Whether the part of one key lies inside that of another, which says all that could be said of it."""
+    _, *place = key.split("/")
+    code, *around = wider.split("/")
+    return code in dead_components.WIDER_CODES and place[: len(around)] == around
 
 
 def _block_of(key: str) -> int | None:

@@ -101,6 +101,7 @@ class Monitor:
     every head, or only each block's worst.
     trail: a file that gets one line a look; if it is there, the run goes on in it. A path that cannot be written is refused at the
     first look. If the disk fills up later, the monitor warns once and goes on, and writes what is missing as soon as it can.
+    `record` then holds only the last 256 readings; `readings`, or `load` of the file, gives all of them.
     baseline: a diagnosis or a trail to compare every head with, as a result, a record or a path. Without it each head is compared
     with its own history.
     patience: for how many looks a warning must stand before it is an alarm. false_alarms: the chance of one false alarm about a
