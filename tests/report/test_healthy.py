@@ -111,6 +111,10 @@ def test_a_model_is_not_compared_with_itself(itself: str, name: str) -> None:
     assert {each.name for each in found.models} == wanted
 
 
+def test_a_record_without_a_name_is_compared_with_all_of_its_kind() -> None:
+    assert references(causal(False, "post", "")).kind == "6 healthy models with a full mask and post norm"
+
+
 def test_every_name_of_a_healthy_model_is_of_one() -> None:
     about = {model["name"]: model["about"].lower() for model in MODELS}
     for model, name in healthy.KNOWN_AS.items():

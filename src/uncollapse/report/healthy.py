@@ -205,7 +205,8 @@ def references(record: Any) -> References:
     causal, placements = is_causal(record), {model.norm_placement for model in measured}
     placement = placements.pop() if len(placements) == 1 else None
     names = {model.name.partition("@")[0].rstrip("/").rpartition("/")[2].lower() for model in measured}
-    others = tuple(model for model in healthy_models() if KNOWN_AS.get(model.name, "").lower() not in names)
+    itself = {healthy for healthy, known in KNOWN_AS.items() if known.lower() in names}
+    others = tuple(model for model in healthy_models() if model.name not in itself)
     noun = "healthy model" if len(others) == len(healthy_models()) else "other healthy model"
     of_mask = tuple(model for model in others if model.causal is causal)
     both = tuple(model for model in of_mask if model.norm_placement == placement)
