@@ -192,15 +192,7 @@ def _unmasked_fused(call: AttentionCall, padding: _Padding, bares: Bares) -> Han
         if real is not None:
             shape = (*query.shape[:-2], 1, given["key"].shape[-2])
             shown = spread_out(_with_other_keys(real, shape[-1], call), _axes_of(call), shape)
-        is_added = mask is not None and mask.dtype != torch.bool
-        forbidden, shifts = forbidden_by_addition(mask) if is_added else (None, False)
-        if not shifts:
-            put = shown if mask is None else _opened(mask, shown)
-        elif forbidden is None:
-            put = mask if shown is None else laid_like(mask.masked_fill(~shown, torch.finfo(mask.dtype).min), mask)
-        else:
-            put = laid_like(_bare(mask, bares.of(mask), None if shown is None else ~shown, call), mask)
-        given |= {"is_causal": False, "attn_mask": put}
+        given |= {"is_causal": False, "attn_mask": shown if mask is None else _opened(mask, shown, bares, call)}
         return function(given.pop("query"), given.pop("key"), given.pop("value"), **given)
 
     return handler
@@ -232,13 +224,17 @@ def _bare(
     )
 
 
-def _opened(mask: Tensor, shown: Tensor | None) -> Tensor:
+def _opened(mask: Tensor, shown: Tensor | None, bares: Bares, call: AttentionCall) -> Tensor:
     """A fused call's mask that forbids nothing but what is not `shown` (None: nothing): one of the same kind, lest another kernel
-    run and round otherwise."""
+    run and round otherwise. A bias in it stays."""
     if mask.dtype == torch.bool:
         return laid_like(torch.ones_like(mask) if shown is None else torch.ones_like(mask) & shown, mask)
-    bare = torch.zeros_like(mask)
-    return laid_like(bare if shown is None else bare.masked_fill(~shown, torch.finfo(mask.dtype).min), mask)
+    hidden = None if shown is None else ~shown
+    forbidden, shifts = forbidden_by_addition(mask)
+    if shifts and forbidden is not None:
+        return laid_like(_bare(mask, bares.of(mask), hidden, call), mask)
+    bare = mask if shifts else torch.zeros_like(mask)
+    return laid_like(bare if hidden is None else bare.masked_fill(hidden, torch.finfo(mask.dtype).min), mask)
 
 
 _AXIS = {"head": None, "window": None, "sequence": "sequence"} | {s: s for s in ("sequence-major", "sequence-minor")}
