@@ -156,3 +156,11 @@ def test_findings_of_one_rule_share_a_card_in_each_pair() -> None:
     assert "6 places" in cards[1][1]
     assert cards[1][1].count(html.escape(one.remedy)) == 1
     assert all(finding.message in cards[1][1] for finding in many)
+
+
+def test_a_pair_whose_heads_were_not_compared_has_no_table_of_them() -> None:
+    record = samples.compared_three()
+    page = Page(draw(replace(record, further=[replace(record.further[0], heads=[])])))
+    assert "heads-table" in page.ids()
+    assert "heads-table-of-3" not in page.ids()
+    assert "sites-table-of-3" in page.ids()

@@ -75,10 +75,11 @@ def _cards(pair: ComparisonRecord) -> list[list[tuple[Finding, str]]]:
 
 
 def _tables(record: ComparisonRecord, what: str, key: str, caption: str, healthy: References) -> list[cells.Table]:
-    """One table for each but the first."""
+    """One table for each but the first of which anything was compared."""
     return [
-        _table(getattr(pair, what), _key(key, number), f"{caption}: {name}" if record.further else caption, healthy)
+        _table(changes, _key(key, number), f"{caption}: {name}" if record.further else caption, healthy)
         for number, (name, pair) in enumerate(say.pairs(record))
+        if (changes := getattr(pair, what))
     ]
 
 
