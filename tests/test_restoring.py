@@ -7,12 +7,13 @@ import copy
 import io
 import pickle
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode
 
 import uncollapse as uc
 from tests.helpers.interrupted import BATCH, interruptions, llama, standing
@@ -209,6 +210,31 @@ def test_a_copy_that_would_keep_a_removal_is_refused() -> None:
     model, batch = Own().eval(), {"idx": tokens()}
     with uc.without(model, "mlp", batch=batch), pytest.raises(uc.UnsupportedModel, match="copied whole"):
         copy.deepcopy(model)
+
+
+def test_a_context_that_is_closed_when_its_call_is_over_leaves_the_modes_of_another_call_alone() -> None:
+    # Ctrl-C can cut a context off on its way in. Garbage collection closes it, at any later time.
+    @contextlib.contextmanager
+    def cutting() -> Iterator[None]:
+        with restoring() as changes:
+            changes.undo_in_call(lambda: restoring_module._cut_function_modes(0))
+            yield
+
+    def cut_off() -> contextlib._GeneratorContextManager[None]:
+        context = cutting()
+        context.__enter__()
+        return context
+
+    late = cut_off()
+    with BaseTorchFunctionMode():
+        late.gen.close()
+        assert torch._C._len_torch_function_stack() == 1
+
+    here = cutting()
+    here.__enter__()
+    BaseTorchFunctionMode().__enter__()
+    here.gen.close()
+    assert torch._C._len_torch_function_stack() == 0
 
 
 def test_what_fails_to_be_undone_keeps_nothing_else_from_being_undone() -> None:

@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import sys
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
@@ -38,10 +41,18 @@ class Changes:
 
     def __init__(self) -> None:
         self._undos: list[Undo] = []
+        self.call = next(_calls(), 0)
 
     def undo(self, undo: Undo) -> None:
         """Note how a change that is about to be made is undone. `undo` must bear being called twice, and without the change."""
         self._undos.append(undo)
+
+    def undo_in_call(self, undo: Undo) -> None:
+        """As `undo`, for what belongs to the calls that the thread is in: its function modes, its gradient mode. Once the call that
+        changed it is over, it is left alone. A context that Ctrl-C cut off on its way in is closed by garbage collection, maybe
+        much later and in the midst of another call."""
+        call = (_gathering.changes[0] if _gathering.changes else self).call
+        self.undo(lambda: undo() if call in _calls() else None)
 
     def set(self, owner: object, name: str, value: Any) -> None:
         """Set an attribute that `owner` has."""
@@ -120,6 +131,25 @@ class _Gathering(threading.local):
 _gathering = _Gathering()
 
 
+def _calls() -> Iterator[int]:
+    """The calls the thread is in, the innermost first, without those of contexts on their way in or out."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if not frame.f_code.co_flags & inspect.CO_GENERATOR and frame.f_code not in _MACHINERY:
+            yield id(frame)
+        frame = frame.f_back
+
+
+_MACHINERY = {
+    method.__code__
+    for owner, names in (
+        (Changes, ("__init__", "enter", "put_back", "undo_in_call")),
+        (contextlib._GeneratorContextManager, ("__enter__", "__exit__")),
+    )
+    for method in (getattr(owner, name) for name in names)
+}
+
+
 @contextlib.contextmanager
 def restoring(*, gathers: bool = False) -> Iterator[Changes]:
     """Within the block changes are made; on leaving it they are undone. With `gathers`, those of contexts opened inside too."""
@@ -165,8 +195,8 @@ def leaves_no_trace(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         with turn, restoring(gathers=True) as changes:
-            changes.undo(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
-            changes.undo(functools.partial(_cut_function_modes, torch._C._len_torch_function_stack()))
+            changes.undo_in_call(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+            changes.undo_in_call(functools.partial(_cut_function_modes, torch._C._len_torch_function_stack()))
             return function(*args, **kwargs)
 
     return guarded
