@@ -73,7 +73,8 @@ from uncollapse.anatomy.side_by_side import laid_out, mixing_gap
 from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember, sizes_of
 from uncollapse.anatomy.stacks import find_stacks, given_mask, masks_not_told, per_token, real_tokens
 from uncollapse.anatomy.summands import same_term, with_operands
-from uncollapse.anatomy.tracing import Trace, operands_of, operation_name, trace, writes_in_place
+from uncollapse.anatomy.torch_calls import operands_of, operation_name, writes_in_place
+from uncollapse.anatomy.tracing import Trace, trace
 from uncollapse.anatomy.vocabulary import (
     STREAM,
     AdditionNode,
