@@ -171,3 +171,321 @@ def test_eigenvalues_are_those_of_lapack_in_any_number_of_threads(monkeypatch):
 def test_documented_examples():
     for module in (krylov, symmetric_eigenvalues):
         assert doctest.testmod(module).failed == 0
+
+
+PARTS = WAYS | {"one group at a time": {"KEPT_BYTES": 1}}
+
+
+def masked(rows, columns):
+    """Two sequences of padding anywhere: [batch, query] and [batch, key]."""
+    query_mask, key_mask = torch.ones(2, rows, dtype=torch.bool), torch.ones(2, columns, dtype=torch.bool)
+    query_mask[0, 3:6] = key_mask[0, ::5] = key_mask[1, -9:] = False
+    return query_mask, key_mask
+
+
+@pytest.mark.parametrize("way", PARTS)
+def test_columns_that_are_left_out_take_their_weight_along(monkeypatch, way):
+    """Rows then sum to different numbers, so that it shows whether rows are centred, and columns."""
+    for name, value in PARTS[way].items():
+        monkeypatch.setattr(mixing, name, value)
+    q, k = 2 * torch.randn(2, 4, 20, 16), torch.randn(2, 2, 48, 16)
+    query_mask, key_mask = masked(20, 48)
+    weights = mixing.attention_weights(q, k)
+    truth = expected(weights, query_mask, key_mask)
+    for found in (
+        mixing.leading_spectrum(q, k, query_mask=query_mask, key_mask=key_mask),
+        mixing.leading_spectrum_from_weights(weights, query_mask=query_mask, key_mask=key_mask),
+    ):
+        np.testing.assert_allclose(together(found), truth, rtol=2e-4 if way == "tiled" else 3e-6)
+
+
+@pytest.mark.parametrize("way", PARTS)
+@pytest.mark.parametrize("apart", [(3, 4), (1, 4), (3, 1)], ids=str)
+def test_each_head_and_sequence_has_the_pairs_and_biases_of_its_own(monkeypatch, way, apart):
+    for name, value in PARTS[way].items():
+        monkeypatch.setattr(mixing, name, value)
+    monkeypatch.setattr(mixing, "VECTORS", 6)
+    q, k = 2 * torch.randn(3, 4, 20, 16), torch.randn(3, 2, 60, 16)
+    allowed, bias = torch.rand(*apart, 20, 60) < 0.6, torch.randn(*apart, 20, 60)
+    allowed[..., 5] = True
+    options = {"allowed": allowed, "bias": bias, "scale": 0.3, "softcap": 2.0}
+    weights = mixing.attention_weights(q, k, **options)
+    real = torch.ones(3, 20, dtype=torch.bool), torch.ones(3, 60, dtype=torch.bool)
+    found = mixing.leading_spectrum(q, k, **options)
+    np.testing.assert_allclose(together(found), expected(weights, *real), rtol=2e-4 if way == "tiled" else 3e-6)
+
+
+@pytest.mark.parametrize("way", ["decomposed", "in memory"])
+@pytest.mark.parametrize("small", [1e-2, 3e-4, 3e-5, 1e-6, 1e-8])
+@pytest.mark.parametrize("shape", [(20, 33), (33, 20), (24, 24)], ids=str)
+def test_a_small_second_direction_keeps_its_digits(monkeypatch, way, small, shape):
+    """Squares of it drown in those of sigma_1. Weights in double precision, sigma_2 a given share of sigma_1."""
+    take(monkeypatch, way)
+    generator = torch.Generator().manual_seed(shape[0])
+    apart = torch.randn(2, 3, *shape, generator=generator, dtype=torch.float64)
+    apart -= apart.mean(-1, keepdim=True)  # rows still sum to one
+    weights = 1 / shape[1] + small / shape[1] * apart / 8
+    rows, columns = (torch.ones(2, size, dtype=torch.bool) for size in shape)
+    found = together(mixing.leading_spectrum_from_weights(weights))
+    truth = expected(weights, rows, columns)
+    assert (truth[..., 1] < small * truth[..., 0]).all()
+    np.testing.assert_allclose(found, truth, rtol=1e-6)
+    if way == "decomposed":
+        np.testing.assert_allclose(found[..., 1], truth[..., 1], rtol=max(1e-9, 1e-14 / small))
+
+
+@pytest.mark.parametrize("shape", [(20, 33), (33, 20)], ids=str)
+def test_only_the_smaller_gram_is_decomposed(monkeypatch, shape):
+    seen = []
+    monkeypatch.setattr(
+        mixing, "eigenvalues", lambda grams: (seen.extend(grams), symmetric_eigenvalues.eigenvalues(grams))[1]
+    )
+    mixing.leading_spectrum_from_weights(torch.rand(2, 3, *shape))
+    assert {gram.shape[-1] for gram in seen} == {20}
+
+
+def test_an_error_of_a_hundredth_makes_no_figure_and_one_row_no_second():
+    one = torch.ones(5, dtype=torch.float64)
+    found = krylov.Leading(3 * one, 2 * one, one, torch.tensor([0.0, 0.0099, 0.0101, 0.0, 0.0], dtype=torch.float64))
+    rows = torch.tensor([[1, 1, 0]] * 3 + [[1, 0, 0], [1, 1, 1]]).bool()
+    columns = torch.tensor([[1, 1]] * 4 + [[0, 1]]).bool()
+    first, second, contraction, _ = mixing._usable(found, rows, columns)
+    for value, kept in ((first, 3.0), (second, 2.0)):
+        assert value.isnan().tolist() == [False, False, True, True, True]
+        assert set(value[:2].tolist()) == {kept}
+    assert contraction.isnan().tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("kept", "parts"),
+    [
+        # Of three sequences with four groups of 10 bytes each: (sequences, groups) of every part.
+        (1, [(1, 1)] * 12),
+        (19, [(1, 1)] * 12),
+        (20, [(1, 2)] * 6),
+        (39, [(1, 3), (1, 1)] * 3),
+        (40, [(1, 4)] * 3),
+        (79, [(1, 4)] * 3),
+        (80, [(2, 4), (1, 4)]),
+        (1000, [(3, 4)]),
+    ],
+)
+def test_as_many_matrices_are_at_work_as_there_is_room_for(monkeypatch, kept, parts):
+    monkeypatch.setattr(mixing, "KEPT_BYTES", kept)
+    seen = []
+    numbers = torch.arange(3 * 4 * 2, dtype=torch.float64).view(3, 4, 2)  # two heads a group
+
+    def found(batch, groups):
+        own = numbers[batch, groups]
+        seen.append(tuple(own.shape[:2]))
+        return krylov.Leading(*(own.flatten() + 100 * place for place in range(4)))
+
+    spectrum = mixing._over_parts(found, 3, 4, 2, 10)
+    assert seen == parts
+    every = numbers.flatten(1)
+    assert torch.equal(spectrum.singular_values, torch.stack([every, every + 100], -1))
+    assert torch.equal(spectrum.contraction, every + 200)
+    assert torch.equal(spectrum.error, every + 300)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(22, 26), (26, 22)])
+def test_up_to_where_matrices_are_decomposed_and_lie_in_memory(monkeypatch, queries, keys):
+    """Decomposed up to `DIRECT` rows or keys; beyond it made anew if all heads of a group, in single precision, are too large."""
+    asked = []
+    for name in ("_decomposed", "_tiled_spectrum"):
+        whole = getattr(mixing, name)
+        monkeypatch.setattr(mixing, name, lambda *a, name=name, whole=whole: (asked.append(name), whole(*a))[1])
+    lanczos = krylov.leading
+    monkeypatch.setattr(krylov, "leading", lambda *a, **o: (asked.append("leading"), lanczos(*a, **o))[1])
+    q, k = torch.randn(1, 4, queries, 8), torch.randn(1, 2, keys, 8)
+
+    def way(direct, kept):
+        asked.clear()
+        monkeypatch.setattr(mixing, "DIRECT", direct)
+        monkeypatch.setattr(mixing, "KEPT_BYTES", kept)
+        mixing.leading_spectrum(q, k)
+        return asked[0]
+
+    size = 2 * queries * keys * 4
+    assert way(22, 1) == "_decomposed"
+    assert way(21, size) == "leading"
+    assert way(21, size - 1) == "_tiled_spectrum"
+    for direct, first in ((22, "_decomposed"), (21, "leading")):
+        asked.clear()
+        monkeypatch.setattr(mixing, "DIRECT", direct)
+        mixing.leading_spectrum_from_weights(torch.rand(1, 2, queries, keys))
+        assert asked[0] == first
+
+
+def test_a_short_sequence_among_long_ones_is_decomposed(monkeypatch):
+    """Where the matrices do not fit: up to `DIRECT` real keys a sequence is as short as any."""
+    asked, whole = [], mixing._tiled_spectrum
+    monkeypatch.setattr(mixing, "_tiled_spectrum", lambda *a: (asked.append(int(a[2][0].sum())), whole(*a))[1])
+    for name, value in (("DIRECT", 20), ("KEPT_BYTES", 1), ("VECTORS", 6)):
+        monkeypatch.setattr(mixing, name, value)
+    q, k = torch.randn(3, 2, 40, 8), torch.randn(3, 1, 40, 8)
+    key_mask = torch.arange(40) < torch.tensor([[20], [21], [40]])
+    found = mixing.leading_spectrum(q, k, key_mask=key_mask, allowed=key_mask[:, None, None])
+    assert asked == [21, 40]
+    weights = mixing.attention_weights(q, k, allowed=key_mask[:, None, None])
+    truth = expected(weights, torch.ones(3, 40, dtype=torch.bool), key_mask)
+    np.testing.assert_allclose(together(found), truth, rtol=2e-4)
+
+
+# The products themselves ----------------------------------------------------------------------------------------------
+
+
+def of_spectrum(sigma, rows, columns, seed=0):
+    """A matrix [rows, columns] with these singular values."""
+    generator = torch.Generator().manual_seed(seed)
+    left, right = (
+        torch.linalg.qr(torch.randn(size, len(sigma), generator=generator, dtype=torch.float64)).Q
+        for size in (rows, columns)
+    )
+    return left * torch.tensor(sigma, dtype=torch.float64) @ right.T
+
+
+def products_of(matrices, rows, columns):
+    A = torch.stack(matrices)
+    return krylov.Dense(A * rows.unsqueeze(-1) * columns.unsqueeze(-2), rows, columns)
+
+
+@pytest.mark.parametrize(("vectors", "steps"), [(3, 4), (3, 6), (5, 2), (5, 3), (5, 4), (8, 1)])
+def test_no_value_is_farther_below_than_its_error_says(steps, vectors):
+    """Three matrices of spectra that fall fast, slowly and not at all at first, one of them padded; NumPy says what is right. Of
+    fewer blocks it is not proved."""
+    spectra = ([0.5**i for i in range(24)], [0.9**i for i in range(24)], [1.0] * 3 + [0.3] * 21)
+    rows, columns = torch.ones(3, 30, dtype=torch.float64), torch.ones(3, 41, dtype=torch.float64)
+    rows[1, 24:], columns[1, ::7] = 0, 0
+    products = products_of([of_spectrum(s, 30, 41, seed) for seed, s in enumerate(spectra)], rows, columns)
+    found = krylov.leading(products, vectors=vectors, steps=steps, tolerance=0.0)
+    for place, A in enumerate(products.A.numpy()):
+        kept = A[rows[place].bool().numpy()][:, columns[place].bool().numpy()]
+        truth = singular_values(kept)
+        for value, true in zip(found[:3], truth, strict=True):
+            assert value[place] <= true * (1 + 1e-12)
+            assert true - value[place] <= found.error[place] * true + 1e-12
+    if steps * vectors == 20:
+        assert found.error[0] < 1e-6  # and it says no more than it must
+        assert found.error[1] < 0.2
+
+
+def test_products_end_where_all_directions_are_found():
+    """Of 9 keys: 8 directions beside the constant one, in blocks of 2. Then nothing is left to err about."""
+    A = torch.rand(1, 12, 9, dtype=torch.float64)
+    asked = []
+
+    class Counted(krylov.Dense):
+        def centred(self, X, mean):
+            asked.append(X.shape[-1])
+            return super().centred(X, mean)
+
+    rows, columns = torch.ones(1, 12), torch.ones(1, 9)
+    found = krylov.leading(Counted(A, rows, columns), vectors=2, steps=50, tolerance=0.0)
+    assert asked == [2] * 4
+    np.testing.assert_allclose([float(v[0]) for v in found[:3]], singular_values(A[0].numpy()), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("enough", "steps", "made"),
+    [(1, 20, 2), (2, 20, 2), (3, 20, 3), (4, 20, 5), (6, 20, 8), (9, 20, 12), (13, 20, 16), (17, 20, 20), (9, 10, 10)],
+)
+def test_it_is_seen_after_some_blocks_whether_they_are_enough(monkeypatch, enough, steps, made):
+    """At most half as many products again as were needed are made, and as few looks as that takes."""
+    looked, whole = [], krylov._Basis.ritz
+
+    def ritz(self):
+        found = whole(self)
+        looked.append(self.Q.shape[-1] // 2)
+        return found._replace(error=torch.full_like(found.error, 0.0 if looked[-1] >= enough else 1.0))
+
+    monkeypatch.setattr(krylov._Basis, "ritz", ritz)
+    products = products_of([of_spectrum([0.9**i for i in range(40)], 50, 60)], torch.ones(1, 50), torch.ones(1, 60))
+    krylov.leading(products, vectors=2, steps=steps, tolerance=0.5)
+    assert looked[-1] == made
+    assert len(looked) <= 7
+
+
+@pytest.mark.parametrize(("members", "known"), [(1, True), (5, True), (6, True), (7, False)])
+def test_a_cluster_of_six_is_known_together(members, known):
+    """Which of the members is which is not known, and need not be: all of them lie close to the next."""
+    squares = torch.tensor([[1.0 - 1e-9 * i for i in range(members)] + [0.25] * (9 - members)], dtype=torch.float64)
+    residuals = torch.full((1, 30, 6), 1e-4 / 30**0.5, dtype=torch.float64)
+    values, errors = krylov._upper(squares, residuals, 2, squares.new_zeros(1))
+    torch.testing.assert_close(values, squares[:, :2].sqrt())
+    # ||r||^2 = 1e-8 a vector over a gap of 3/4, and half of that for the root
+    expected = torch.full((1,), members * 1e-8 / 0.75 / 2 if known else 1e-4 / 2, dtype=torch.float64)
+    torch.testing.assert_close(errors[:, 0], expected, rtol=1e-3, atol=0)
+
+
+def test_the_error_of_a_small_value_is_a_share_of_a_ten_thousandth_of_the_largest():
+    squares = torch.tensor([[1.0, 1e-10, 0.0]], dtype=torch.float64)
+    residuals = torch.zeros(1, 4, 3, dtype=torch.float64)
+    residuals[0, 0, 1] = 1e-11
+    least = min(1e-22 / 1e-10, 1e-11)
+    off = math.sqrt(1e-10 + least) - 1e-5
+    _, errors = krylov._upper(squares, residuals, 2, squares.new_zeros(1))
+    assert errors[0, 1].item() == pytest.approx(off / 1e-4, rel=1e-6)
+    _, errors = krylov._upper(squares, residuals, 2, torch.tensor([5.0], dtype=torch.float64))
+    assert errors[0, 1].item() == pytest.approx(off / 5e-4, rel=1e-6)  # of sigma_1 of another matrix
+    squares[0, 1] = 1e-6  # larger than that: a share of itself
+    off = math.sqrt(1e-6 + 1e-22 / 1e-6) - 1e-3
+    _, errors = krylov._upper(squares, residuals, 2, squares.new_zeros(1))
+    assert errors[0, 1].item() == pytest.approx(off / 1e-3, rel=1e-6, abs=1e-15)
+    nothing, errors = krylov._upper(squares * 0, residuals * 0, 2, squares.new_zeros(1))
+    assert (nothing, errors) == (pytest.approx(0), pytest.approx(0))
+
+
+def test_directions_of_which_nothing_is_left_are_replaced():
+    """A matrix of rank 3, after whose first block no product leads anywhere new."""
+    A = of_spectrum([1.0, 0.5, 0.25], 20, 25)
+    products = products_of([A, of_spectrum([0.9**i for i in range(15)], 20, 25)], torch.ones(2, 20), torch.ones(2, 25))
+    found = krylov.leading(products, vectors=4, steps=5, tolerance=0.0)
+    for place, matrix in enumerate(products.A.numpy()):
+        np.testing.assert_allclose([float(v[place]) for v in found[:3]], singular_values(matrix), rtol=1e-6)
+    assert (found.error < 1e-4).all()
+
+
+def test_what_a_spectrum_costs_at_most(monkeypatch):
+    """In memory 16 products with 16 vectors, 8 of weights that are made anew, and as many again in double precision; up to 128 rows
+    or keys, none. So many, if no error is small enough."""
+    for name in ("CLOSE", "TILED_CLOSE", "COARSE"):
+        monkeypatch.setattr(mixing, name, -1.0)
+    asked = []
+    for kind in (krylov.Dense, mixing._Tiled):
+
+        def counted(self, X, mean, whole=kind.centred):
+            asked.append((X.shape[-1], X.dtype))
+            return whole(self, X, mean)
+
+        monkeypatch.setattr(kind, "centred", counted)
+    q = torch.randn(1, 1, 300, 8)
+    mixing.leading_spectrum(q, q)
+    assert asked == [(16, torch.float32)] * 16
+    asked.clear()
+    monkeypatch.setattr(mixing, "KEPT_BYTES", 1)
+    mixing.leading_spectrum(q, q)
+    assert asked == [(16, torch.float32)] * 8 + [(16, torch.float64)] * 8
+    asked.clear()
+    mixing.leading_spectrum(q[:, :, :128], q)
+    assert asked == []
+    mixing.leading_spectrum(q[:, :, :129], q)
+    assert asked
+
+
+def test_weights_of_24_mebibytes_lie_in_memory(monkeypatch):
+    asked = []
+
+    def instead(name):
+        def found(*given):
+            asked.append(name)
+            return krylov.Leading(*torch.zeros(4, 1, dtype=torch.float64))
+
+        return found
+
+    for name in ("_dense_spectrum", "_tiled_spectrum"):
+        monkeypatch.setattr(mixing, name, instead(name))
+    q, k = torch.zeros(1, 1, 2049, 1), torch.zeros(1, 1, 3072, 1)
+    mixing.leading_spectrum(q[:, :, :2048], k)
+    mixing.leading_spectrum(q, k)
+    assert asked == ["_dense_spectrum", "_tiled_spectrum"]

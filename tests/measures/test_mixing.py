@@ -836,3 +836,122 @@ def test_a_causal_tile_ends_at_its_last_row(monkeypatch: pytest.MonkeyPatch) -> 
         found[..., keep.start :] = keep.kept
         assert torch.equal(found[0, 0, 0].bool(), allowed)
         assert keep.counts.expand(S.shape[:-1])[0, 0, 0].tolist() == allowed.sum(-1).tolist()
+
+
+# Ranges, formats and sizes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size_q", "size_k", "scale", "precise"),
+    [
+        (1.0, 1.0, 1.0, False),
+        (2.0**39, 1.0, 1.0, False),
+        (2.0**40, 1.0, 1.0, True),
+        (1.0, 2.0**39, 1.0, False),
+        (1.0, 2.0**40, 1.0, True),
+        (1.0, 2.0**-40, 1.0, True),
+        (1.0, 1.0, 999_999.0, False),
+        (1.0, 1.0, 1_000_000.0, True),
+        (1.0, 1.0, -1_000_000.0, True),
+    ],
+)
+def test_logits_out_of_the_ordinary_are_computed_in_double_precision(size_q, size_k, scale, precise):
+    """Either from 2^40 or 2^-40 on, or a scale of a million. The format of the figures tells."""
+    q, k = torch.full((1, 1, 2, 4), size_q), torch.full((1, 1, 3, 4), size_k)
+    for rows in (mixing.row_statistics(q, k, scale=scale), mixing.row_statistics(q, -k, scale=scale)):
+        assert rows.entropy.dtype == (torch.float64 if precise else torch.float32)
+        assert rows.entropy.tolist() == [[[pytest.approx(math.log(3), rel=1e-6)] * 2]]
+        assert abs(rows.max_logit[0, 0, 0].item()) == pytest.approx(4 * size_q * size_k * abs(scale), rel=1e-6)
+
+
+def test_figures_of_divided_logits_are_those_of_the_logits():
+    """One row of logits around 2^500, whose squares leave the range, and one of 2^-20 (1, 2, 3): all but uniform, any digits."""
+    q = torch.tensor([2.0**250, 2.0**-270], dtype=torch.float64).view(1, 1, 2, 1)
+    k = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).view(1, 1, 3, 1) * 2.0**250
+    assert mixing._shrinking(q, k, 1.0, None, None) > 20
+    rows = mixing.row_statistics(q, k, scale=1.0, susceptibility=True)
+    assert rows.max_logit.flatten().tolist() == [3 * 2.0**500, 3 * 2.0**-20]
+    assert rows.entropy.flatten().tolist() == pytest.approx([0, math.log(3)], abs=1e-6)
+    assert rows.susceptibility[0, 0].tolist() == [0, pytest.approx(2 / 3 * 2.0**-40, rel=1e-4)]
+    weights = mixing.attention_weights(q, k, scale=1.0)
+    assert weights[0, 0, 0].tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("exponents", [(-500, 300, 0, 7), (-1040, 1000, 3, -3)], ids=str)
+def test_rows_of_any_size_have_the_entropy_of_their_shares(exponents):
+    """Each row has a size of its own; so have the matrices of a batch, of which contraction is the one figure that has a unit."""
+    shares = torch.rand(3, 4, 5, dtype=torch.float64)
+    sizes = torch.tensor([2.0**e for e in exponents], dtype=torch.float64)
+    expected = mixing.entropy(shares)
+    close(mixing.entropy(shares * sizes[:, None]), expected, 1e-6 if min(exponents) < -1000 else 1e-12)
+    plain = mixing.contraction(shares)
+    for exponent in (-900, -3, 5, 900):
+        close(mixing.contraction(shares * 2.0**exponent) / 2.0**exponent, plain, 1e-12)
+        close(mixing.spectral_gap(shares * 2.0**exponent), mixing.spectral_gap(shares), 1e-12)
+    factors = torch.tensor([2.0**-600, 1.0, 2.0**600], dtype=torch.float64)
+    close(mixing.contraction(shares * factors[:, None, None]) / factors, plain, 1e-12)
+
+
+def sizes_of_tiles(q, k, causal=False):
+    """How many rows of how many keys the tiles of a call have."""
+    scores = mixing._scores("test", q, k, None, None, None, None, causal, None, None)
+    return [tuple(S.shape[3:]) for _, S, *_ in mixing._tiles(scores)]
+
+
+def test_a_tile_has_two_mebibytes_and_of_long_rows_64_up_to_eight():
+    """Numbers of single precision, one head: 4 bytes each."""
+
+    def rows(queries, keys):
+        return [r for r, _ in sizes_of_tiles(torch.zeros(1, 1, queries, 1), torch.zeros(1, 1, keys, 1))]
+
+    assert rows(513, 1 << 10) == [512, 1]  # 2 MiB
+    assert rows(131, 1 << 14) == [64, 64, 3]  # 4 MiB: 64 rows
+    assert rows(40, 1 << 16) == [32, 8]  # 8 MiB are fewer
+    assert sizes_of_tiles(torch.zeros(1, 1, 300, 1), torch.zeros(1, 1, 300, 1), causal=True) == [
+        (128, 128),
+        (128, 256),
+        (44, 300),
+    ]
+    # Heads that share keys share a tile; they and their rows come off the same budget.
+    shared = sizes_of_tiles(torch.zeros(1, 4, 600, 1), torch.zeros(1, 1, 1 << 9, 1))
+    assert shared == [(256, 512), (256, 512), (88, 512)]
+
+
+def test_an_accelerators_tile_has_64_mebibytes():
+    """On a device without memory, where a tile is only its shape."""
+
+    def nothing(tile, S):
+        return None
+
+    scores = mixing._Scores(
+        (1, 1, 1, 4097, 1 << 12), torch.float32, torch.device("meta"), nothing, None, None, causal=False
+    )
+    assert [tuple(S.shape[3:]) for _, S, *_ in mixing._tiles(scores)] == [(4096, 1 << 12), (1, 1 << 12)]
+
+
+@pytest.mark.parametrize("keys", [15, 16, 17])
+def test_a_row_of_sixteen_keys_has_a_rest_however_sharp_it_is(keys):
+    """Others of weights 1, 2, ... among them, 60 below the strongest: nothing of them is left in single precision."""
+    others = np.arange(1, keys) / np.arange(1, keys).sum()
+    logits = torch.tensor([60.0, *np.log(others)]).float().view(1, 1, keys, 1)
+    rows = mixing.row_statistics(torch.ones(1, 1, 1, 1), logits, scale=1.0)
+    entropy = -float((others * np.log(others)).sum()) / math.log(keys - 1)
+    assert rows.rest_entropy.item() == pytest.approx(entropy if keys >= 16 else math.nan, rel=1e-5, nan_ok=True)
+    assert rows.keys_within_reach.item() == pytest.approx(1.0 if keys >= 16 else math.nan, nan_ok=True)
+
+
+def test_a_causal_call_forbids_beside_other_pairs_too():
+    """Rows over several tiles whose pairs, keys and biases are given, far from the ordinary and sharp: against one row at a time."""
+    tokens = 40
+    q, k = torch.randn(2, 4, tokens, 8), torch.randn(2, 2, tokens, 8)
+    allowed = torch.rand(2, 1, tokens, tokens) < 0.8
+    allowed |= torch.eye(tokens, dtype=torch.bool)
+    for size in (1.0, 40.0):
+        whole = mixing.row_statistics(size * q, k, allowed=allowed, causal=True, susceptibility=True)
+        for i in (0, 3, 17, 39):
+            seen = allowed[:, :, i : i + 1, : i + 1]
+            row = mixing.row_statistics(size * q[:, :, i : i + 1], k[:, :, : i + 1], allowed=seen, susceptibility=True)
+            for name in ("entropy", "rest_entropy", "keys_within_reach", "key_share", "max_logit", "susceptibility"):
+                torch.testing.assert_close(
+                    getattr(whole, name)[:, :, i], getattr(row, name)[:, :, 0], rtol=1e-4, atol=1e-5, equal_nan=True
+                )

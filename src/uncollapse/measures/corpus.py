@@ -312,7 +312,7 @@ def _singular_values(x: Tensor, floor: Tensor, wanted: Tensor, attainable: int) 
     squares[:, attainable:] = 0
     lost = (squares < 1e-12 * squares[:, :1]) & (1e-12 * squares[:, :1] > floor[:, None].square())
     values = squares.sqrt()
-    rows = (lost[:, :attainable].any(-1) & wanted).nonzero().squeeze(-1)
+    rows = (lost[:, :attainable].any(-1) & wanted).nonzero().flatten()
     if len(rows):
         upright = x[rows].mT if n < width else x[rows]  # the other way it takes twice as long
         values[rows, :attainable] = torch.linalg.svdvals(upright)[:, :attainable]

@@ -714,7 +714,7 @@ def cloud_ranks(
         square = full & ~known & (count == width)
         affine = torch.where(square, width - 1, affine)
         known = known | square
-    rows = (~known).nonzero().squeeze(-1)
+    rows = (~known).nonzero().flatten()
     if len(rows):
         apart = cloud_measures(x[rows], real[rows], precision=precision)
         ranks = ranks.index_put((rows,), apart.rank.to(ranks))
@@ -963,7 +963,7 @@ def _measured(
     massive = _massive(norms, real, massive_tokens)
     left_out = massive.sum(-1)
     without = {"tokens_left_out": left_out, **sensitive}
-    rows = left_out.nonzero().squeeze(-1)
+    rows = left_out.nonzero().flatten()
     if len(rows):
         again = _norm_sensitive_again(x[rows], real[rows] & ~massive[rows])
         without |= {key: sensitive[key].index_put((rows,), value) for key, value in again.items()}
@@ -993,7 +993,7 @@ def _consensus_after_norm(x: Tensor, real: Tensor, gram: Tensor, centred: bool) 
     apart = 1 - (summed - x.shape[-1] * (weights * mean).sum(-1).square()) / count.square().clamp(min=1)
     kept = torch.where(real, freed > 1e-6 * squares, True).all(-1) & (apart > 1e-4)  # false for NaN
     apart = apart.clamp(min=0).sqrt().where(count > 1, math.nan)
-    rows = (~kept & (count > 1)).nonzero().squeeze(-1)
+    rows = (~kept & (count > 1)).nonzero().flatten()
     if len(rows):
         apart[rows] = consensus_after_norm(x[rows], real[rows], centred=centred)
     return apart.where(squares.sum(-1).isfinite(), math.nan)
@@ -1048,7 +1048,7 @@ def _resolved(
     noise = (max(x.shape[-2:]) * _EPS_64 * largest).unsqueeze(-1)
     unsure = (squares < 1e-12 * largest.unsqueeze(-1)) | ((squares - tolerance.unsqueeze(-1).square()).abs() < noise)
     values = squares.sqrt()
-    rows = (unsure & _places(values, attainable)).any(-1).nonzero().squeeze(-1)
+    rows = (unsure & _places(values, attainable)).any(-1).nonzero().flatten()
     if len(rows):
         values[rows] = _exact_values(x[rows], real[rows])
     return values
@@ -1060,7 +1060,7 @@ def _exact_values(x: Tensor, real: Tensor) -> Tensor:
     step = _length_step(x.device)
     lengths = (real.sum(-1) + step - 1) // step * step
     for length in lengths.unique().clamp(1, x.shape[-2]).tolist():
-        rows = (lengths.clamp(1, x.shape[-2]) == length).nonzero().squeeze(-1)
+        rows = (lengths.clamp(1, x.shape[-2]) == length).nonzero().flatten()
         cut = _float64(x[rows, :length], real[rows, :length])
         # Upright: of a matrix that is wider than high LAPACK takes them at twice the price.
         found = torch.linalg.svdvals(cut.mT if cut.shape[-2] < cut.shape[-1] else cut)
@@ -1072,7 +1072,7 @@ def _affine_ranks(x: Tensor, real: Tensor, gram: Tensor, ranks: Tensor, largest:
     """By interlacing rank - 1 or rank; never more than n - 1, so rank n decides it. The others are looked at."""
     affine = (ranks - 1).clamp(min=0)
     tokens, width = real.sum(-1), x.shape[-1]
-    rows = ((ranks > 0) & (ranks < tokens)).nonzero().squeeze(-1)
+    rows = ((ranks > 0) & (ranks < tokens)).nonzero().flatten()
     if len(rows) and x.shape[-2] > width:
         # X^T C X minus a multiple of I has a Cholesky factor iff all its eigenvalues are above: the usual case with
         # more tokens than width, at a fifth of a spectrum's price. X^T C X = G - s s^T / n, s the sum of the tokens, errs by no
@@ -1094,7 +1094,7 @@ def _affine_ranks(x: Tensor, real: Tensor, gram: Tensor, ranks: Tensor, largest:
         # Only on which side of the tolerance they are is asked, and the Gram errs by as much as its own largest says.
         noise = max(x.shape[-2:]) * _EPS_64 * squares[:, :1]
         unsure = ((squares - least.square()).abs() <= noise) & _places(squares, attainable)
-        values, again = squares.sqrt(), unsure.any(-1).nonzero().squeeze(-1)
+        values, again = squares.sqrt(), unsure.any(-1).nonzero().flatten()
         if len(again):
             values[again] = _exact_values(centred[again], real[rows][again])
             values = values.where(_places(values, attainable), 0)
@@ -1116,7 +1116,7 @@ def _norm_sensitive(x: Tensor, real: Tensor, gram: Tensor, norms: Tensor, values
         summed = (unit.unsqueeze(-2) @ gram @ unit.unsqueeze(-1)).sum((-2, -1))
     apart = 1 - common / (tokens * energy)
     distance = apart.clamp(min=0).sqrt().where(tokens > 1, math.nan)
-    rows = ((apart < 1e-4) & (tokens > 1)).nonzero().squeeze(-1)  # there the difference has lost 4 digits
+    rows = ((apart < 1e-4) & (tokens > 1)).nonzero().flatten()  # there the difference has lost 4 digits
     if len(rows):
         distance[rows] = _frobenius(_centred(_float64(x[rows], real[rows]), real[rows])) / energy[rows].sqrt()
     return {

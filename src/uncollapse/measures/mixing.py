@@ -635,7 +635,7 @@ def leading_spectrum(
         few = _part(scores, part, heads)
         rows, real = _real_matrices(few.sizes, part, query_mask, columns, scores)
         if size > KEPT_BYTES and min(queries, keys) > DIRECT:
-            there = real[0].nonzero()[:, 0]  # one sequence: its heads have the same padding
+            there = real[0].nonzero().flatten()  # one sequence: its heads have the same padding
             if len(there) <= DIRECT:
                 return _dense_spectrum(_weights_of(few, there), rows, real[:, there])
             return _usable(_tiled_spectrum(few, rows, real), rows, real)
@@ -902,7 +902,7 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
     found = {
         "maximum": read["maximum"],
         "peak": read["peak"],
-        "entropy": (0 - log_peak - mean).clamp_(min=0),
+        "entropy": 0 - log_peak - mean,  # both are at most 0
         "variance": (read["variance"] - mean.square()).clamp_(min=0),
         "floor": torch.zeros_like(mean),
         "rest": (others.log() - (log_peak + mean / others)).clamp_(min=0),
@@ -1059,7 +1059,7 @@ def _decomposed(A: Tensor, rows: Tensor, columns: Tensor) -> krylov.Leading:
     kinds, kind = torch.unique(torch.cat([rows, columns], -1), dim=0, return_inverse=True)
     members, matrices, grams = [], [], []
     for number, real in enumerate(kinds):
-        own = (kind == number).nonzero()[:, 0]
+        own = (kind == number).nonzero().flatten()
         some_rows, some_columns = real.split([rows.shape[-1], columns.shape[-1]])
         if not bool(some_rows.any() and some_columns.any()):
             continue
@@ -1125,21 +1125,21 @@ def _floor_from_norm(square_norm: Tensor, T: Tensor) -> Tensor:
     """The least entropy of a softmax over T logits whose centred squared norm is given; 0 for one key."""
     T = T.to(square_norm.dtype)
     gap = (square_norm.clamp(min=0) * T / (T - 1).clamp(min=1)).sqrt()
-    odds = (T - 1).clamp(min=0) * torch.exp(-gap)
+    odds = (T - 1) * torch.exp(-gap)
     return torch.log1p(odds) + gap * odds / (1 + odds)
 
 
 def _rest(rows: _Rows) -> Tensor:
     T = rows.allowed_keys
     known = (T >= FEW_RIVALS) & ~(rows.second < FORBIDDEN / 2)  # weights of 0 say nothing about each other
-    return (rows.rest / (T - 1).clamp(min=2).to(rows.rest.dtype).log()).where(known, math.nan)
+    return (rows.rest / (T - 1).to(rows.rest.dtype).log()).where(known, math.nan)
 
 
 def _reach(rows: _Rows, weights: torch.dtype | None = None) -> Tensor:
     """`weights`: the dtype of the weights, where the rows are known by nothing else. What is 0 there may be out of reach or not,
     unless the strongest of the others is large."""
     T = rows.allowed_keys
-    share = rows.reach / (T - 1).clamp(min=1)
+    share = rows.reach / (T - 1)
     known = (T >= FEW_RIVALS) & ~(rows.second < FORBIDDEN / 2)
     if weights is not None:
         smallest = math.log(torch.finfo(weights).smallest_normal)
@@ -1149,7 +1149,7 @@ def _reach(rows: _Rows, weights: torch.dtype | None = None) -> Tensor:
 
 def _key_share(rows: _Rows) -> Tensor:
     T = rows.allowed_keys
-    return ((rows.entropy.exp() - 1) / (T - 1).clamp(min=1)).where(T >= FEW_KEYS, math.nan)
+    return ((rows.entropy.exp() - 1) / (T - 1)).where(T >= FEW_KEYS, math.nan)
 
 
 def _normalized(H: Tensor, T: Tensor) -> Tensor:
