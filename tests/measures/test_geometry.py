@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.reference import geometry as reference
 from uncollapse.errors import InputError
@@ -875,3 +876,193 @@ def test_leaving_out_a_massive_token_keeps_all_others_where_their_gram_is_not_en
     assert found.tokens_left_out == 1
     for name in ("effective_rank", "stable_rank", "participation_ratio", "consensus_distance", "token_similarity"):
         torch.testing.assert_close(getattr(found, name), getattr(alone, name))
+
+
+# All axes of different sizes, all ways, and thresholds at themselves
+
+
+SINGLE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    **{name: lambda x, y, m, name=name: single(name, x, m).double() for name in MEASURES},
+    "rank_tolerance": lambda x, y, m: geometry.rank_tolerance(x, m),
+    "after norm": lambda x, y, m: geometry.consensus_after_norm(x, m),
+    "after RMSNorm": lambda x, y, m: geometry.consensus_after_norm(x, m, centred=False),
+    "carried": lambda x, y, m: geometry.stream_carried(x, y, m),
+    "carried through a norm": lambda x, y, m: geometry.stream_carried(x, y, m, is_normalized=True),
+    "out of span": lambda x, y, m: geometry.out_of_span_energy(x, y, m),
+    "out of a basis": lambda x, y, m: geometry.out_of_span_energy(x, mask=m, basis=geometry.row_space(y, m)),
+    "null of it": lambda x, y, m: geometry.null_out_of_span_energy(x.mT @ x, y, m),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 2, 4, 9), (2, 3, 7, 5)], ids=str)
+def test_each_sequence_is_measured_by_itself_whatever_its_size(name: str, shape: tuple[int, ...]) -> None:
+    """Two leading axes, all axes of different sizes, padding anywhere, and a power of two of its own for each sequence."""
+    x, y = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    y[..., 3:, :] = 0
+    mask = torch.rand(shape[:-1]) < 0.8
+    mask[..., :3] = True
+    exponents = torch.tensor([0, 3, -7, 300, -300, 1])[: shape[0] * shape[1]].view(shape[:2])
+    sized, other = (part * 2.0 ** exponents.double()[..., None, None] for part in (x, y.roll(1, 0)))
+    found = SINGLE[name](sized, other, mask)
+    assert found.shape == shape[:2]
+    for place in itertools.product(*map(range, shape[:2])):
+        one = SINGLE[name](sized[place], other[place], mask[place])
+        torch.testing.assert_close(found[place], one, rtol=1e-9, atol=0, equal_nan=True)
+        bare = SINGLE[name](x[place], y.roll(1, 0)[place], mask[place])
+        if name == "rank_tolerance":
+            bare = bare * 2.0 ** float(exponents[place])
+        torch.testing.assert_close(one, bare, rtol=1e-9, atol=0, equal_nan=True)
+
+
+def test_a_refusal_names_the_place_of_the_broken_sequence() -> None:
+    x = torch.randn(2, 3, 5, 4)
+    x[1, 2, 4, 0] = math.inf
+    for function in (geometry.rank, geometry.affine_rank, geometry.row_space):
+        with pytest.raises(InputError, match=r"at batch index \(1, 2\)\."):
+            function(x)
+    with pytest.raises(InputError, match=r"in the sequence\. "):
+        geometry.rank(x[1, 2])
+
+
+@pytest.mark.parametrize("width", [4, 3])
+def test_ten_times_the_median_is_not_massive_yet(width: int) -> None:
+    """Norms of 1, 1, 1 and 10, or the next number above: both where the Gram is tokens by tokens and where it is width by width."""
+    x = torch.zeros(2, 4, width, dtype=torch.float64)
+    x[..., 0] = 1
+    x[0, 3, 0], x[1, 3, 0] = 10, 10 * (1 + 1e-12)
+    assert cloud_measures(x).without_massive.tokens_left_out.tolist() == [0, 1]
+
+
+def test_all_of_a_block_of_zeros_has_no_massive_token() -> None:
+    x = torch.zeros(1, 5, 8)
+    x[0, 4, 0] = 1
+    assert cloud_measures(x).without_massive.tokens_left_out.item() == 0
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("shape", [(3, 9, 20), (3, 20, 9)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_healthy_clouds_are_read_off_their_gram(
+    centred: bool, shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padded or not. Neither the distance nor that after a norm is taken from the cloud itself, but where tokens are all but equal."""
+    asked: list[str] = []
+    for name in ("consensus_after_norm", "_centred"):
+
+        def counted(x: Tensor, *args: Any, name: str = name, whole: Any = getattr(geometry, name), **other: Any) -> Any:
+            asked.extend([name] * len(x))
+            return whole(x, *args, **other)
+
+        monkeypatch.setattr(geometry, name, counted)
+    x = torch.randn(shape, dtype=dtype)
+    mask = torch.ones(shape[:2], dtype=torch.bool)
+    mask[1, 6:] = False
+    found = cloud_measures(x, mask, read_centred=centred)
+    assert asked == []
+    near = x.clone()
+    near[2] = near[2, :1] + 1e-3 * near[2]
+    again = cloud_measures(near, mask, read_centred=centred)
+    assert asked.count("consensus_after_norm") == 1
+    for name in ("consensus_distance", "consensus_after_norm"):
+        assert torch.equal(getattr(found, name)[:2], getattr(again, name)[:2])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "looked_at"),
+    [(9, 20, [2, 5]), (20, 20, [2, 5]), (40, 20, [2, 4, 5])],
+)
+def test_only_clouds_that_are_not_full_are_decomposed_for_their_ranks(
+    tokens: int, width: int, looked_at: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, padded, deficient, flat off the origin, fewer tokens than features, and not finite. With more tokens than features a
+    flat is only known by its rank, and so is a sequence that has fewer real tokens than that."""
+    x = torch.randn(6, tokens, width, dtype=torch.float64).float()
+    mask = torch.ones(6, tokens, dtype=torch.bool)
+    x[2] = torch.randn(tokens, 3) @ torch.randn(3, width)
+    mask[1, -min(3, tokens // 3) :] = False
+    mask[4, 7:] = False
+    x[5, 1, 2] = math.nan
+    seen: list[Tensor] = []
+    whole = geometry.cloud_measures
+    monkeypatch.setattr(geometry, "cloud_measures", lambda x, *a, **o: (seen.append(x), whole(x, *a, **o))[1])
+    ranks, affine = geometry.cloud_ranks(x, mask)
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], x[looked_at], equal_nan=True)
+    full = min(tokens, width)
+    count = mask.sum(-1).clamp(max=width).tolist()
+    assert ranks[:5].tolist() == [full, count[1], 3, full, 7]
+    for place in (0, 1, 3):
+        assert affine[place] == min(int(mask[place].sum()) - 1, width)
+    assert ranks[5].isnan()
+    # As many real tokens as features, among more: of rank d, and no flat of dimension d.
+    mask[0, width:] = False
+    seen.clear()
+    ranks, affine = geometry.cloud_ranks(x[:1], mask[:1])
+    assert (ranks.item(), affine.item()) == (full, full - 1)
+    assert not seen
+
+
+def test_a_wide_gram_costs_little_more_than_half() -> None:
+    """Of 384 columns and more; narrower than 193 nothing is left out."""
+    products: list[int] = []
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **kwargs or {})
+            if func is torch.ops.aten.mm.default:
+                products.append(found.numel())
+            return found
+
+    shares = {}
+    for width in (192, 193, 384, 768):
+        x = torch.randn(10, width, dtype=torch.float64)
+        products.clear()
+        with Counted():
+            found = geometry._column_gram(x)
+        torch.testing.assert_close(found, x.mT @ x)
+        shares[width] = sum(products) / width**2
+    assert shares == {
+        192: 1,
+        193: pytest.approx(0.75, abs=1e-3),
+        384: pytest.approx(0.75),
+        768: pytest.approx(0.625),
+    }
+
+
+def test_an_accelerator_takes_sequences_of_up_to_32_lengths_together() -> None:
+    """Neighbours of equal ceil(n / 32); a processor takes one length at a time. Only of one length is there no padding."""
+    tokens = torch.tensor([1, 31, 32, 33, 33, 64, 5, 64])
+    x = torch.empty(8, 64, 100)
+    assert geometry._groups(x, tokens) == [
+        (slice(0, 1), 1, False),
+        (slice(1, 2), 31, False),
+        (slice(2, 3), 32, False),
+        (slice(3, 5), 33, False),
+        (slice(5, 6), 64, False),
+        (slice(6, 7), 5, False),
+        (slice(7, 8), 64, False),
+    ]
+    assert geometry._groups(x.to("meta"), tokens) == [
+        (slice(0, 3), 32, True),
+        (slice(3, 6), 64, True),
+        (slice(6, 7), 5, False),
+        (slice(7, 8), 64, False),
+    ]
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_quarter_of_the_tokens_is_held_out_from_a_fit_of_any_rank(seed: int) -> None:
+    """Against least squares of NumPy, with a large mean, features of which two say the same, and an output of three features."""
+    x = torch.randn(27, 6, dtype=torch.float64)
+    x[:, 5] = 2 * x[:, 0] - x[:, 1]
+    y = torch.stack([x[:, 0] ** 2, x[:, 1] + x[:, 2] ** 3, x[:, 3] * x[:, 4]], -1) + 100
+    found = geometry.nonlinear_innovation(x, y, seed=seed).item()
+    order = torch.randperm(27, generator=torch.Generator().manual_seed(seed)).numpy()
+    held_out, fitted = order[:6], order[6:]
+    a, b = x.numpy(), y.numpy()
+    mean = b[fitted].mean(0)
+    design = np.column_stack([a, np.ones(27)])
+    solution = np.linalg.lstsq(design[fitted], b[fitted], rcond=1e-10)[0]
+    expected = ((b[held_out] - design[held_out] @ solution) ** 2).sum() / ((b[held_out] - mean) ** 2).sum()
+    assert found == pytest.approx(expected, rel=1e-8)

@@ -1025,7 +1025,7 @@ def _column_gram(x: Tensor) -> Tensor:
 
 
 def _eigenvalues(gram: Tensor, attainable: Tensor, groups: _Groups) -> Tensor:
-    """Descending, as many as the real rows allow; the places beyond are 0."""
+    """Descending, as many as the `attainable` number allows; the places beyond are 0."""
     values = gram.new_zeros(gram.shape[:-1])
     found = eigenvalues([gram[sequences, :side, :side] for sequences, side, _ in groups])
     for (sequences, side, _), ascending in zip(groups, found, strict=True):
@@ -1087,7 +1087,7 @@ def _affine_ranks(x: Tensor, real: Tensor, gram: Tensor, ranks: Tensor, largest:
         affine[rows[full]] = width
         rows = rows[~full]
     if len(rows):
-        attainable = (tokens[rows] - 1).clamp(max=width)
+        attainable = tokens[rows] - 1
         whole: _Groups = [(slice(None), min(x.shape[-2:]), False)]
         centred = _centred(_float64(x[rows], real[rows]), real[rows])
         squares, least = _eigenvalues(_gram(centred, real[rows], whole), attainable, whole), tolerance[rows, None]
@@ -1133,7 +1133,7 @@ def _norm_sensitive_again(x: Tensor, real: Tensor) -> dict[str, Tensor]:
     real, places = real.sort(dim=-1, descending=True, stable=True)
     x = _float64(x.gather(-2, places.unsqueeze(-1).expand_as(x)), real)
     whole: _Groups = [(slice(None), min(x.shape[-2:]), False)]
-    gram, attainable = _gram(x, real, whole), real.sum(-1).clamp(max=x.shape[-1])
+    gram, attainable = _gram(x, real, whole), real.sum(-1)
     squares = _eigenvalues(gram, attainable, whole)
     values = _resolved(x, real, squares, attainable, squares[:, 0], torch.zeros_like(squares[:, 0]))
     return _norm_sensitive(x, real, gram, _token_norms(x, gram), values)
