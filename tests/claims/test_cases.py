@@ -1,6 +1,7 @@
 """How a claim is checked: how many cases, which sizes, how exactly. A verdict alone would not show that one of them went."""
 
 import dataclasses
+import math
 import re
 from fractions import Fraction
 
@@ -17,8 +18,10 @@ from uncollapse.claims import (
     intervals,
     layernorm_affine_rank,
     layernorm_and_distance,
+    mlp_leaves_the_reachable_space,
     pgop_overhead,
     query_key_gauge,
+    random_residuals_are_geometric,
     relative_bias_collapse_is_geometric,
     residual_needs_no_mlp,
     residual_obstructs_collapse,
@@ -442,3 +445,142 @@ def test_every_third_trial_has_causal_patterns_and_the_others_full_ones(monkeypa
     monkeypatch.setattr(Draws, "pattern", watched)
     CLAIMS["attention-never-gains-rank"].run(12, 0)
     assert seen == [causal for trial in range(12) for causal in [trial % 3 == 0] * 3]
+
+
+def test_one_layer_is_held_against_the_bound_of_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diam(Y)^2 <= (beta/4)^2 diam(X)^6, and three layers against the same three times; the extremal pair all but reaches it."""
+    betas, starts, pairs = [], [], []
+    layer, diameter, at_most = (
+        attention_only_collapse.layer,
+        attention_only_collapse.squared_diameter,
+        attention_only_collapse.balls.at_most,
+    )
+    monkeypatch.setattr(
+        attention_only_collapse, "layer", lambda *a: (betas.append(found := layer(*a)), found)[1]
+    )
+    monkeypatch.setattr(
+        attention_only_collapse, "squared_diameter", lambda x: (starts.append(found := diameter(x)), found)[1]
+    )
+    monkeypatch.setattr(attention_only_collapse.balls, "at_most", lambda a, b: (pairs.append((a, b)), at_most(a, b))[1])
+    monkeypatch.setattr(attention_only_collapse, "_within_dongs_gauge", lambda *_: [])
+    monkeypatch.setattr(attention_only_collapse, "_expansion", lambda: ("", True))
+    CLAIMS["attention-only-collapse"].run(41, 3)
+    bounds = [float(right.mid()) for _, right in pairs]
+    expected = []
+    for (_, _, beta), start in zip(betas, starts, strict=True):
+        expected += [{(float(beta) / 4) ** 2 * float(start) ** 3, (1 / 4) ** 2 * float(start) ** 3}]
+    singles = [bound for bound in bounds if any(bound == pytest.approx(e, rel=1e-9) for each in expected for e in each)]
+    assert len(singles) == len(expected)
+    shares = [float((left / right).mid()) for left, right in pairs]
+    assert sum(share > 0.999 for share in shares) >= 5
+    # Three layers: where the condition (beta/4) D^2 < 1 holds, tokens scaled no further than by 1 + sqrt(beta D^2 + 1).
+    several = len(pairs) - len(expected)
+    assert several == len(range(1, 41, 5))
+
+
+def test_the_weights_that_no_key_may_have_are_tenths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each share w of 1/10 to 9/10 is met, at the first length beyond 1 + e^delta (1 - w)/w and the last up to it."""
+    seen, sharpest = [], dispersion.sharpest
+    monkeypatch.setattr(dispersion, "sharpest", lambda bits, keys: (seen.append((bits, keys)), sharpest(bits, keys))[1])
+    CLAIMS["dispersion"].run(120, 0)
+    shares = set()
+    for (_, beyond), (bits, within) in zip(seen[1::3], seen[2::3], strict=True):
+        assert beyond == within + 1
+        shares |= {k for k in range(1, 10) if 1 + 2**bits * (10 - k) // k == within}
+    assert shares == set(range(1, 10))
+
+
+@pytest.mark.parametrize(
+    ("error", "passed"),
+    [
+        # What is added to the distances of: START without norms, with norms at eps = 0, with norms at the usual eps, MERGES without.
+        ({"bare": "0.0099"}, {"its square falls": True}),
+        ({"bare": "0.0101"}, {"its square falls": False}),
+        ({"exact": "1e-61"}, {"with norms it stays 1": True}),
+        ({"exact": "2e-60"}, {"with norms it stays 1": False}),
+        ({"usual": "0.9901"}, {"stays above .99": True}),
+        ({"usual": "0.9899"}, {"stays above .99": False}),
+        ({"merging": "2e-12"}, {"they are not": True}),
+        ({"merging": "0.5e-12"}, {"they are not": False}),
+    ],
+    ids=str,
+)
+def test_distances_with_and_without_norms_have_the_limits_that_are_said(
+    error: dict[str, str], passed: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack, relative = layernorm_and_distance.stack, layernorm_and_distance.relative
+    start = exact.rational(layernorm_and_distance.START)
+    (kind, value), (what, expected) = *error.items(), *passed.items()
+
+    def watched(x: object, form: object, eps: object) -> object:
+        if x != start:
+            name = "merging" if eps is None else "together"
+        else:
+            name = "bare" if eps is None else "exact" if eps == 0 else "usual"
+        found = stack(x, form, eps)
+        kinds[id(found)] = name, found
+        return found
+
+    def changed(cloud: object) -> object:
+        name, _ = kinds[id(cloud)]
+        if name != kind:
+            return relative(cloud)
+        return relative(cloud) + arb(value) if kind == "exact" else arb(value)
+
+    kinds: dict[int, tuple[str, object]] = {}
+    monkeypatch.setattr(layernorm_and_distance, "stack", watched)
+    monkeypatch.setattr(layernorm_and_distance, "relative", changed)
+    (piece,) = [p for p in CLAIMS["layernorm-and-distance"].run(12, 0).evidence if what in p.what]
+    assert piece.passed is expected
+
+
+def test_weights_that_keep_a_space_are_free_beyond_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the basis of the space they are block-triangular: 0 where a direction inside would lead outside, and nowhere else."""
+    module, spaces, seen = mlp_leaves_the_reachable_space, [], []
+    part, heads = exact.part, module.heads
+
+    def first_rows(matrix: object, rows: object, columns: object) -> object:
+        if matrix.nrows() == matrix.ncols() == len(columns):
+            spaces.append((matrix, len(rows)))
+        return part(matrix, rows, columns)
+
+    monkeypatch.setattr(module.exact, "part", first_rows)
+    monkeypatch.setattr(module, "heads", lambda x, a, w: (seen.append((*spaces[-1], w)), heads(x, a, w))[1])
+    CLAIMS["mlp-leaves-the-reachable-space"].run(80, 0)
+    inside: dict[tuple[int, int, int, int], bool] = {}
+    for basis, k, weights in seen:
+        for weight in weights:
+            for i, row in enumerate((basis * weight * basis.inv()).tolist()):
+                for j, entry in enumerate(row):
+                    inside[len(row), k, i, j] = inside.get((len(row), k, i, j), False) or entry != 0
+    assert {(d, k) for d, k, _, _ in inside} == {(d, k) for d in (3, 4, 5) for k in range(1, d - 1)}
+    for (d, k, i, j), free in inside.items():
+        assert free == (not i < k <= j), (d, k, i, j)
+
+
+@pytest.mark.parametrize(("factor", "passed"), [(0.66, False), (0.68, True), (1.48, True), (1.52, False)])
+def test_a_median_is_within_a_factor_of_three_halves(
+    factor: float, passed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = random_residuals_are_geometric
+    for alpha in (1.0, 24**-0.5):
+        exactly = math.sqrt(15 / (15 + (1 + alpha**2) ** 24))
+        monkeypatch.setattr(
+            module, "drawn", lambda a, *_, alpha=alpha, exactly=exactly: [exactly * factor if a == pytest.approx(alpha) else 9.0]
+        )
+        told = {p.what.split("alpha = ")[1].split(":")[0]: p.passed for p in module._at_depth(1, 0)}
+        assert told == ({"1": passed, "1/sqrt(24)": False} if alpha == 1 else {"1": False, "1/sqrt(24)": passed})
+
+
+def test_logits_are_small_enough_for_so_many_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most 1 on the tokens under a causal mask, at most 1/4 with a bias; and no smaller than that takes."""
+    for module, limit in ((causal_collapse_is_geometric, fmpq(1)), (relative_bias_collapse_is_geometric, fmpq(1, 4))):
+        seen, last = [], module.last_ratio
+
+        def watched(x: object, form: object, *args: object, seen: list = seen, last: object = last, **options: object) -> object:
+            seen.append(max(abs(e) for e in (x * form * x.transpose()).entries()))
+            return last(x, form, *args, **options)
+
+        monkeypatch.setattr(module, "last_ratio", watched)
+        CLAIMS[module.CLAIM.id].run(200, 0)
+        assert max(seen[:-1]) == limit

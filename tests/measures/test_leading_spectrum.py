@@ -489,3 +489,19 @@ def test_weights_of_24_mebibytes_lie_in_memory(monkeypatch):
     mixing.leading_spectrum(q[:, :, :2048], k)
     mixing.leading_spectrum(q, k)
     assert asked == ["_dense_spectrum", "_tiled_spectrum"]
+
+
+@pytest.mark.parametrize(("sides", "shared"), [([(40, 50)], True), ([(39, 50), (15, 20)], False), ([(39, 50), (16, 20)], True)])
+def test_work_is_shared_out_from_five_million_on(monkeypatch, sides, shared):
+    """The sum of the cubes of all sides."""
+    asked, pool = [], symmetric_eigenvalues.ThreadPoolExecutor
+    monkeypatch.setattr(symmetric_eigenvalues, "ThreadPoolExecutor", lambda n: (asked.append(n), pool(n))[1])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    batches = [torch.eye(side, dtype=torch.float64).expand(count, side, side) for count, side in sides]
+    found = symmetric_eigenvalues.eigenvalues(batches)
+    assert asked == [2] * shared
+    assert [tuple(each.shape) for each in found] == sides
+    assert all(bool((each == 1).all()) for each in found)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    symmetric_eigenvalues.eigenvalues(batches)
+    assert asked == [2] * shared

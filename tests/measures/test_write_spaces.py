@@ -162,3 +162,52 @@ def test_a_gain_is_as_random_between_the_outer_points():
     points = (2.0, 5.0, 9.0)
     said = [random_projections.beside_random(gain, points) for gain in (1.9, 2.0, 9.0, 9.1)]
     assert said == ["better than random", "as random", "as random", "worse than random"]
+
+
+def asked_for(n: int, apply: Callable[[Tensor], Tensor]) -> tuple[float, list[int]]:
+    """The largest eigenvalue, and with how many columns each product was asked for."""
+    asked: list[int] = []
+
+    def counted(x: Tensor) -> Tensor:
+        asked.append(x.shape[1])
+        return apply(x)
+
+    like = torch.zeros(n, 1, dtype=torch.float64)
+    return float(write_spaces._largest_eigenvalue(counted, like)), asked
+
+
+@pytest.mark.parametrize("n", [3, 512])
+def test_a_small_map_is_taken_whole(n: int) -> None:
+    values = torch.linspace(0, 1, n, dtype=torch.float64).flip(0)
+    largest, asked = asked_for(n, lambda x: values[:, None] * x)
+    assert largest == pytest.approx(1, rel=1e-12)
+    assert asked == [n]
+
+
+def test_of_a_large_map_a_few_blocks_of_eight_are_enough() -> None:
+    """Looked at after every five of them; after 60 without an end it is taken whole."""
+    values = 0.5 ** torch.arange(513, dtype=torch.float64)
+    largest, asked = asked_for(513, lambda x: values[:, None] * x)
+    assert largest == pytest.approx(1, rel=1e-12)
+    assert asked == [8] * 5
+    slower = torch.linspace(0, 1, 513, dtype=torch.float64).square()
+    largest, asked = asked_for(513, lambda x: slower[:, None] * x)
+    assert largest == pytest.approx(1, rel=1e-12)
+    assert 5 < len(asked) < 60
+    assert len(asked) % 5 == 0
+    assert set(asked) == {8}
+    generator = torch.Generator().manual_seed(0)
+    never = torch.randn(513, 513, generator=generator, dtype=torch.float64)  # no symmetric map: no residual gets small
+    largest, asked = asked_for(513, lambda x: never @ x)
+    assert asked == [8] * 60 + [513]
+    assert largest == pytest.approx(np.linalg.eigvalsh((never + never.T).numpy() / 2)[-1], rel=1e-12)
+
+
+@pytest.mark.parametrize("ratio", [1e-3, 1e-9])
+def test_a_steep_spectrum_leaves_no_ghost_of_its_largest_value(ratio: float) -> None:
+    """What has converged comes back by rounding unless the blocks are kept orthogonal; the value would then be too large."""
+    values = torch.full((600,), ratio, dtype=torch.float64) * torch.linspace(0.9, 1, 600, dtype=torch.float64)
+    values[:3] = torch.tensor([1.0, 1 - 1e-7, 1 - 2e-7])
+    turn = torch.linalg.qr(random(600, 600, 7)).Q
+    largest, _ = asked_for(600, lambda x: turn @ (values[:, None] * (turn.T @ x)))
+    assert largest == pytest.approx(1, rel=1e-10)

@@ -259,7 +259,7 @@ def normed_gauge(
                 ]
 
             first = gradient(0)
-            for j in range(1, len(tokens)):
+            for j in range(len(tokens)):
                 rows.append([(a - b) % p for a, b in zip(gradient(j), first, strict=True)])
     jacobian = nmod_mat(rows, p)
     known = []
