@@ -408,3 +408,133 @@ def test_novelty_counts_outside_of_the_directions_that_hold_nine_tenths() -> Non
         wide = torch.cat([before, torch.zeros(8, 9).double()], 1)  # fewer points than dimensions
         third = torch.cat([only_third.double(), torch.zeros(8, 9).double()], 1)
         assert corpus.subspace_novelty(wide, third).item() == pytest.approx(novelty, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 10, 63, 300, 1000])
+def test_equal_directions_hold_what_their_number_says(n: int) -> None:
+    """k of n hold k/n, whatever order the sum was taken in; and a billionth more takes one more."""
+    values = torch.full((n,), math.sqrt(1 / n), dtype=torch.float64)
+    for k in {1, n // 3 or 1, n // 2 or 1, n - 1 or 1, n}:
+        assert corpus.directions_holding(values, k / n).item() == k
+        assert corpus.directions_holding(values * 1e-3, k / n - 1e-9).item() == k
+        if k < n:
+            assert corpus.directions_holding(values, k / n + 1e-9).item() == k + 1
+    rows = torch.stack([values, values * torch.arange(n, 0, -1)])
+    assert corpus.directions_holding(rows, 0.5).shape == (2,)
+
+
+def test_two_clouds_of_four_million_numbers_are_decomposed_together() -> None:
+    """2^23 at once; a cloud with a second moment goes alone."""
+    wide = RunningCloud(
+        2048, 2048, torch.zeros(2048), torch.zeros(2048), torch.empty(2048, 2048, device="meta"), torch.zeros(2048)
+    )
+    assert list(corpus._alike([wide] * 5)) == [[0, 1], [2, 3], [4]]
+    longer = RunningCloud(
+        2049, 2049, torch.zeros(2048), torch.zeros(2048), torch.empty(2049, 2048, device="meta"), torch.zeros(2049)
+    )
+    assert list(corpus._alike([longer] * 2)) == [[0], [1]]
+    moments = beyond(points(9, 4, 0))
+    assert list(corpus._alike([moments, moments])) == [[0], [1]]
+
+
+def test_pairs_are_compared_as_many_at_once_as_their_numbers_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair of 6 points has 6 (4 + 3) = 42 numbers."""
+    before = [cloud_of(points(6, 4, seed), 0) for seed in range(5)]
+    after = [cloud_of(points(6, 3, seed + 9), 0) for seed in range(5)]
+    seen: list[int] = []
+    whole = corpus._ckas
+    monkeypatch.setattr(corpus, "_ckas", lambda x, y, K: (seen.append(len(x)), whole(x, y, K))[1])
+    for numbers, sizes in ((1, [1] * 5), (83, [1] * 5), (84, [2, 2, 1]), (125, [2, 2, 1]), (126, [3, 2]), (10**6, [5])):
+        monkeypatch.setattr(corpus, "_AT_ONCE", numbers)
+        seen.clear()
+        found = compared(before, after)
+        assert seen == sizes
+        for place, each in enumerate(found):
+            assert each.novelty is each.cosine is None  # of other widths
+            one = corpus.linear_cka(before[place].points, after[place].points).item()
+            assert each.cka == pytest.approx(one, rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 6, 9), (2, 3, 9, 4)], ids=str)
+def test_batches_are_compared_pair_by_pair(shape: tuple[int, ...]) -> None:
+    x, y = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    y = x + 0.3 * y
+    for function in (
+        corpus.subspace_novelty,
+        corpus.linear_cka,
+        lambda a, b: corpus.linear_cka(a, b, unbiased=True),
+    ):
+        found = function(x, y)
+        assert found.shape == (2, 3)
+        for place in itertools.product(range(2), range(3)):
+            assert found[place].item() == pytest.approx(function(x[place], y[place]).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("n", [3, 4, 5, 9])
+def test_the_unbiased_alignment_is_the_estimator_of_its_source(n: int) -> None:
+    """HSIC_1 of Song et al., equation 5, from kernels without their diagonals; undefined for fewer than four points."""
+    x, y = (torch.randn(n, 6, dtype=torch.float64).numpy() for _ in range(2))
+
+    def hsic(k: np.ndarray, m: np.ndarray) -> float:
+        k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
+        one = np.ones(n)
+        total = np.trace(k @ m) + (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * one @ k @ m @ one
+        return float(total / (n * (n - 3)))
+
+    found = corpus.linear_cka(torch.tensor(x), torch.tensor(y), unbiased=True).item()
+    if n < 4:
+        assert math.isnan(found)
+        return
+    k, m = x @ x.T, y @ y.T
+    within = hsic(k, k) * hsic(m, m)
+    assert found == pytest.approx(hsic(k, m) / math.sqrt(within) if within > 0 else math.nan, rel=1e-9, nan_ok=True)
+    tall = corpus.linear_cka(torch.tensor(x[:, :2]), torch.tensor(y[:, :2]), unbiased=True).item()
+    k, m = x[:, :2] @ x[:, :2].T, y[:, :2] @ y[:, :2].T
+    within = hsic(k, k) * hsic(m, m)
+    assert tall == pytest.approx(hsic(k, m) / math.sqrt(within) if within > 0 else math.nan, rel=1e-9, nan_ok=True)
+
+
+def test_healthy_clouds_are_decomposed_once_by_their_smaller_gram(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those of which a Gram matrix would lose a direction, below a millionth of the largest, by themselves as well."""
+    asked: list[tuple[str, int]] = []
+    for name in ("eigvalsh", "svdvals"):
+
+        def counted(x: Tensor, name: str = name, whole: Callable[[Tensor], Tensor] = getattr(torch.linalg, name)) -> Tensor:
+            asked.append((name, len(x) * 1000 + min(x.shape[-2:])))
+            return whole(x)
+
+        monkeypatch.setattr(torch.linalg, name, counted)
+    for n, width in ((5, 9), (9, 5)):
+        asked.clear()
+        corpus.spectra([cloud_of(points(n, width, seed)) for seed in range(3)], [EPS] * 3)
+        assert asked == [("eigvalsh", 3005), ("eigvalsh", 3005)]
+    for part, times in ((1.5e-6, 0), (0.7e-6, 2)):
+        asked.clear()
+        steep = torch.linalg.qr(points(9, 5, 0)).Q * torch.tensor([1.0, 0.5, 0.4, 0.3, part]).double()
+        steep = torch.cat([steep, -steep])  # no mean
+        found = corpus.spectra([cloud_of(points(18, 5, 1)), cloud_of(steep)], [EPS] * 2)
+        assert [each for each in asked if each[0] == "svdvals"] == [("svdvals", 1005)] * times
+        expected = np.linalg.svd(steep.numpy(), compute_uv=False)
+        np.testing.assert_allclose(found[1].whole.numpy(), expected, rtol=1e-9 if times else 1e-3)
+        np.testing.assert_allclose(found[1].centred.numpy(), expected, rtol=1e-9 if times else 1e-3)
+
+
+def test_what_lies_below_the_rounding_of_the_format_needs_no_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    whole = torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda x: (asked.append(len(x)), whole(x))[1])
+    steep = torch.linalg.qr(points(9, 5, 0)).Q * torch.tensor([1.0, 0.5, 0.4, 0.3, 1e-9]).double()
+    corpus.spectra([cloud_of(steep)], [2.0**-8])
+    assert not asked
+    corpus.spectra([cloud_of(steep)], [EPS])
+    assert asked
+
+
+def test_means_of_directions_never_exceed_one() -> None:
+    """Sizes of single precision, points that all point one way."""
+    x = torch.rand(300, 1) * torch.randn(1, 7)
+    assert corpus.mean_cosine(cloud_of(x)) <= 1
+    assert corpus.mean_cosine(cloud_of(x[:2])) == pytest.approx(1, abs=1e-6)
+    assert math.isnan(corpus.mean_cosine(cloud_of(x[:1])))
+    one = torch.cat([x[:1], torch.zeros(3, 7)])
+    assert math.isnan(corpus.mean_cosine(cloud_of(one)))

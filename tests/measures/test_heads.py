@@ -480,3 +480,43 @@ def test_a_kernel_of_one_dimension_already_hides_something():
     assert heads.attribution_verdict(0, math.inf).startswith("not attributable (write spaces")
     assert heads.attribution_verdict(0, heads.CARE_GAIN) == "attributable"
     assert heads.attribution_verdict(0, heads.CARE_GAIN * 1.01).startswith("attributable with care")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("roundings", "alike"), [(30, True), (34, False)])
+def test_profiles_are_proportional_up_to_sixteen_roundings(dtype, roundings, alike):
+    """(1, 1) and (1 + s, 1) differ by s/2 in direction."""
+    eps = torch.finfo(dtype).eps
+    gates = torch.tensor([[1.0, 1 + roundings * eps], [1.0, 1.0]], dtype=dtype)
+    assert heads.gauge_of_gates(gates, head_width=3) == (36 if alike else 18)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 9])
+def test_profiles_are_alike_through_all_between_them(count):
+    """Neighbours differ by 1e-3 or so in direction, the first and the last by that for each step."""
+    angles = torch.linspace(0.5, 0.5 + 1e-3 * (count - 1), count, dtype=torch.float64)
+    gates = torch.stack([angles.cos(), angles.sin()])
+    assert heads.gauge_of_gates(gates, head_width=2, tol=1.1e-3) == (2 * count) ** 2
+    assert heads.gauge_of_gates(gates, head_width=2, tol=0.9e-3) == 4 * count
+    gap = torch.cat([gates[:, :1] * 0 + torch.tensor([[1.0], [9.0]]), gates], 1).double()
+    assert heads.gauge_of_gates(gap, head_width=2, tol=1.1e-3) == (2 * count) ** 2 + 4
+
+
+@pytest.mark.parametrize(
+    ("of_outputs", "of_weights"),
+    [(0, 0), (49, 0), (50, 0), (-50, 0), (400, 0), (-400, -90), (0, 9), (0, 10), (0, 11), (0, 300), (-400, 300), (90, -300)],
+)
+@pytest.mark.parametrize("given", [False, True])
+def test_energies_of_any_size_are_those_of_size_one(of_outputs, of_weights, given):
+    """Powers of two of outputs and weights come out squared, with and without a mask, and with the weights' own products."""
+    O, W = torch.randn(2, 5, 6, dtype=torch.float64), torch.randn(6, 7, dtype=torch.float64)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    for real in (None, mask):
+        plain = heads.contribution_energy(O, W, 3, mask=real)
+        sized, weights = O * 2.0**of_outputs, W * 2.0**of_weights
+        grams = heads.write_grams(weights, 3) if given else None
+        found = heads.contribution_energy(sized, weights, 3, mask=real, grams=grams)
+        np.testing.assert_allclose(found / 2.0 ** (2 * of_outputs) / 2.0 ** (2 * of_weights), plain, rtol=1e-12)
+        shares = heads.energy_share(sized, weights, 3, mask=real, grams=grams)
+        np.testing.assert_allclose(shares, plain / plain.sum(-1, keepdim=True), rtol=1e-12)

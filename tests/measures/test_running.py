@@ -110,3 +110,33 @@ def test_directions_of_points_of_any_size_are_counted(size: float) -> None:
     cloud = RunningCloud.of(x, torch.rand(3))
     assert (cloud.count, cloud.pointing) == (3, 2)
     assert cloud.unit.tolist() == pytest.approx([0.6 - 0.8, 0.8 + 0.6])
+
+
+@pytest.mark.parametrize("width", [3, 4, 5])
+def test_merged_clouds_of_any_number_keep_the_moment_of_the_whole(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two, three and seven points, in any order of merging, with a common mean that is large."""
+    monkeypatch.setattr(running, "WIDEST", 5)
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(12, width, generator=generator, dtype=torch.float64) + 1e6
+    keys = torch.rand(12, generator=generator, dtype=torch.float64)
+    parts = [RunningCloud.of(x[a:b], keys[a:b]) for a, b in ((0, 2), (2, 5), (5, 12))]
+    centred = x - x.mean(0)
+    for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
+        cloud = parts[order[0]].merge(parts[order[1]]).merge(parts[order[2]])
+        assert cloud.count == cloud.pointing == 12
+        torch.testing.assert_close(cloud.mean, x.mean(0))
+        torch.testing.assert_close(cloud.unit, torch.nn.functional.normalize(x, dim=-1).sum(0))
+        assert cloud.scatter is not None
+        torch.testing.assert_close(cloud.scatter, centred.mT @ centred, rtol=1e-9, atol=1e-8)
+        assert sorted(cloud.keys.tolist()) == sorted(keys.tolist())[:5]
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_point_that_is_not_finite_is_left_out_with_its_key(place: int) -> None:
+    x, keys = torch.eye(3), torch.tensor([0.2, 0.4, 0.6])
+    x[place, 1] = math.inf
+    cloud = RunningCloud.of(x, keys)
+    left = [i for i in range(3) if i != place]
+    assert (cloud.count, cloud.pointing) == (2, 2)
+    assert torch.equal(cloud.points, x[left])
+    assert torch.equal(cloud.keys, keys[left].double())

@@ -163,7 +163,7 @@ def directions_holding(values: Float[Tensor, "*batch direction"], share: float) 
     variances = values.double().square()
     held = variances.cumsum(-1)
     # A sum in another order may differ in its last digits: what is reached but for those is reached.
-    return (held < share * held[..., -1:] * (1 - 8 * _EPS_64 * held.shape[-1])).sum(-1) + 1
+    return (held < share * held[..., -1:] * (1 - _EPS_64 * held.shape[-1])).sum(-1) + 1
 
 
 @admitting
