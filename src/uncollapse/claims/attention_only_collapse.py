@@ -69,8 +69,8 @@ def check(
         bound = (factor * beta) ** 2 * start**exponent
         one.append(balls.at_most(balls.squared_diameter(y), arb(bound)))
         if trial % 5 == 1:
-            # Scale the tokens until the condition (beta/4) D^2 < 1 holds, then run three layers.
-            shrink = 1 + math.isqrt(int(beta * start) + 1)
+            # Scale the tokens until beta D^2 < 1, so that the condition (beta/4) D^2 < 1 holds, then run three layers.
+            shrink = 1 + math.isqrt(int(beta * start))
             small, depth = balls.balls(x / shrink), 3
             for _ in range(depth):
                 small = balls.attention(small, forms_b, values_b, causal=causal)

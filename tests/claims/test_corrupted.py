@@ -1,0 +1,190 @@
+"""Each inequality of a claim is as sharp as it is said to be: just beyond its limit the piece of evidence fails.
+
+A piece that holds with room to spare would not show that its limit was moved. So the figures are replaced by such as lie on the
+limit, or a little to either side of it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from flint import fmpq
+
+from uncollapse.claims import (
+    CLAIMS,
+    attention_never_gains_rank,
+    attention_only_collapse,
+    layernorm_affine_rank,
+    leaders,
+    pgop_overhead,
+    residual_needs_no_mlp,
+    scaling_fixed_points,
+    width_collapse,
+)
+from uncollapse.claims.intervals import Interval
+from uncollapse.measures import exact
+
+
+def passed(claim: str, start: str, trials: int = 40, **variant: Any) -> bool | None:
+    """Of the piece whose words begin so."""
+    (piece,) = [p for p in CLAIMS[claim].run(trials, 0, **variant).evidence if p.what.startswith(start)]
+    return piece.passed
+
+
+@pytest.mark.parametrize(("more", "holds"), [(0, True), (1, False)])
+def test_three_heads_reach_three_times_the_rank(more: int, holds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = attention_never_gains_rank.heads
+
+    def reaching(x: Any, patterns: Any, weights: Any) -> Any:
+        if len(patterns) < 3:
+            return whole(x, patterns, weights)
+        n, d = x.nrows(), x.ncols()
+        rank = min(3 * exact.rank(x) + more, n, d)
+        return exact.from_rows([[fmpq(int(i == j < rank)) for j in range(d)] for i in range(n)], d)
+
+    monkeypatch.setattr(attention_never_gains_rank, "heads", reaching)
+    assert passed("attention-never-gains-rank", "three heads", 300) is holds
+
+
+@pytest.mark.parametrize(("lost", "holds"), [(0, False), (1, True), (2, True)])
+def test_more_tokens_than_width_lose_one_direction_at_least(
+    lost: int, holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = layernorm_affine_rank.rank_change
+
+    class Lost:
+        affine_rank = -lost
+
+    def changed(x: Any, **options: Any) -> Any:
+        return Lost() if x.nrows() > x.ncols() and options == {"eps": 1} else whole(x, **options)
+
+    monkeypatch.setattr(layernorm_affine_rank, "rank_change", changed)
+    assert passed("layernorm-affine-rank", "instead, more tokens than width") is holds
+
+
+@pytest.mark.parametrize(("factor", "holds"), [(fmpq(1), True), (1 + fmpq(1, 10**6), False)])
+def test_near_the_identity_the_mean_grows_by_seven_quarters_at_least(
+    factor: fmpq, holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By just that where W = 1 - 11^T/4d and all channels of the mean are alike; the distance is then the bound itself."""
+    module = residual_needs_no_mlp
+    whole, seen = module.approaching, []
+
+    def weakest(x: Any, weight: Any, layers: int) -> list[Any]:
+        if weight == exact.identity(2):
+            return whole(x, weight, layers)
+        n, d = x.nrows(), x.ncols()
+        seen.append(max(sum(abs(e) for e in row) for row in (weight - exact.identity(d)).tolist()))
+        deviations, mean = (sum(e * e for e in part.entries()) for part in (exact.centring(n) * x, exact.ones(n, n) * x / n))
+        return [deviations / (deviations + mean * fmpq(7, 4) ** (2 * layers)) * factor]
+
+    monkeypatch.setattr(module, "approaching", weakest)
+    assert passed("residual-needs-no-mlp", "on a neighbourhood of W = I") is holds
+    assert len(seen) == 4
+    assert fmpq(1, 8) < max(seen) <= fmpq(1, 4)  # the whole neighbourhood, and no more
+
+
+@pytest.mark.parametrize(("far", "holds"), [(fmpq(98, 100), False), (fmpq(99, 100), False), (fmpq(995, 1000), True)])
+def test_a_row_beside_two_keys_leaves_for_one(far: fmpq, holds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = scaling_fixed_points.scaled
+    monkeypatch.setattr(
+        scaling_fixed_points,
+        "scaled",
+        lambda row, times: [far, 1 - far, fmpq(0)] if times == 128 else whole(row, times),
+    )
+    assert passed("scaling-fixed-points", "the uniform row on two of three keys") is holds
+
+
+def test_a_row_that_stays_does_not_move_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = scaling_fixed_points.scaled
+    monkeypatch.setattr(
+        scaling_fixed_points, "scaled", lambda row, times: list(row) if times == 2 else whole(row, times)
+    )
+    assert passed("scaling-fixed-points", "a row that is not uniform moves away") is False
+
+
+@pytest.mark.parametrize("places", [(1, 1, 2), (1, 2, 2), (1, 2, 10), (3, 2, 5)])
+def test_tokens_of_opposite_signs_approach_more_slowly_at_larger_logits(
+    places: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tenths of the way from 0 to 1: they must rise and stay below 1."""
+    told = iter(places)
+
+    def instead(logits: Any, **_: Any) -> Any:
+        place = fmpq(next(told), 10)
+        return exact.rational([[(1 + place) / 2, (1 - place) / 2]] * 2)
+
+    monkeypatch.setattr(leaders, "softmax", instead)
+    assert leaders._at_finite_temperature()[1].passed is False
+
+
+def test_the_overhead_is_below_the_limit_and_not_at_it() -> None:
+    shapes = pgop_overhead.SIXTY_FOUR[:1]
+    most = max(pgop_overhead.overhead(*shapes[0], bias=bias) for bias in (True, False))
+    assert passed("pgop-overhead", "the gates have less than", shapes=shapes, limit=most) is False
+    assert passed("pgop-overhead", "the gates have less than", shapes=shapes, limit=most + fmpq(1, 10**9)) is True
+    thin = pgop_overhead.overhead(384, 12)
+    assert passed("pgop-overhead", "d = 384", limit=thin) is False
+    assert passed("pgop-overhead", "d = 384", limit=thin - fmpq(1, 10**9)) is True
+
+
+STEEP, FLAT, SHORT = "slope of ln sigma_2", "slope for Gaussian", "sigma_2 sqrt(d_k) at n = 8"
+
+
+@pytest.mark.parametrize(
+    ("place", "mean", "start", "outcome"),
+    [
+        # The intervals in the order in which they are taken: of the slopes, of narrow heads, of short rows, and of two levels.
+        (0, -0.26, STEEP, True),
+        (0, -0.24, STEEP, False),
+        (1, -0.24, FLAT, True),
+        (1, -0.26, FLAT, False),
+        (2, 0.99, SHORT, True),
+        (2, 1.01, SHORT, False),
+        (3, 0.99, "sigma_2 sqrt(d_k) between 1 and 2 at n = 256", False),
+        (3, 1.01, "sigma_2 sqrt(d_k) between 1 and 2 at n = 256", True),
+        (4, 1.99, "sigma_2 sqrt(d_k) between 1 and 2 at n = 512", True),
+        (4, 2.01, "sigma_2 sqrt(d_k) between 1 and 2 at n = 512", False),
+    ],
+)
+def test_slopes_and_levels_have_the_limits_that_are_said(
+    place: int, mean: float, start: str, outcome: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    means = [-0.5, 0.0, 0.5, 1.5, 1.5]
+    means[place] = mean
+    told = iter(means)
+    monkeypatch.setattr(width_collapse, "interval", lambda values: Interval(next(told), 1e-3))
+    monkeypatch.setattr(width_collapse, "second_singular_value", lambda pattern: 1.0)
+    monkeypatch.setattr(width_collapse, "independent", lambda *_: None)
+    monkeypatch.setattr(width_collapse, "gaussian", lambda *_: None)
+    assert passed("width-collapse", start) is outcome
+
+
+def test_three_layers_start_where_the_condition_just_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """beta D^2 < 1 by the smallest whole factor, and three layers of attention are bounded by three."""
+    module = attention_only_collapse
+    starts: list[fmpq] = []
+    asked: list[tuple[fmpq, fmpq, int, int]] = []
+    layers: list[int] = []
+    diameter, after, attention = module.squared_diameter, module.after, module.balls.attention
+    monkeypatch.setattr(module, "squared_diameter", lambda x: (starts.append(found := diameter(x)), found)[1])
+
+    def bound(factor: fmpq, squared: fmpq, exponent: int, depth: int) -> fmpq:
+        asked.append((factor, squared, starts[-1], depth))
+        return after(factor, squared, exponent, depth)
+
+    monkeypatch.setattr(module, "after", bound)
+    monkeypatch.setattr(module.balls, "attention", lambda *a, **o: (layers.append(len(starts)), attention(*a, **o))[1])
+    monkeypatch.setattr(module, "_within_dongs_gauge", lambda *_: [])
+    monkeypatch.setattr(module, "_expansion", lambda: ("", True))
+    CLAIMS["attention-only-collapse"].run(60, 0)
+    assert len(asked) == 12
+    for factor, squared, start, depth in asked:
+        assert depth == 3
+        shrink = math.isqrt(int(start / squared))
+        assert squared == start / shrink**2
+        assert 4 * factor * squared < 1
+        assert shrink == 1 or 4 * factor * start / (shrink - 1) ** 2 >= 1
+    assert len(layers) == len(starts) + 3 * len(asked)
