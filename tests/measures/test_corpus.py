@@ -538,3 +538,34 @@ def test_means_of_directions_never_exceed_one() -> None:
     assert math.isnan(corpus.mean_cosine(cloud_of(x[:1])))
     one = torch.cat([x[:1], torch.zeros(3, 7)])
     assert math.isnan(corpus.mean_cosine(cloud_of(one)))
+
+
+@pytest.mark.parametrize("scale", [2.0**-40, 1.0, 2.0**40])
+@pytest.mark.parametrize(("part", "count"), [(1.4, 2), (0.7, 1)])
+@pytest.mark.parametrize("shape", [(64, 6), (8, 64)], ids=str)
+def test_points_of_an_exact_format_have_the_rounding_of_float64(
+    scale: float, part: float, count: int, shape: tuple[int, int]
+) -> None:
+    """max(n, d) eps sigma_1, 64 roundings of the largest singular value, whatever its size."""
+    n, width = shape
+    signs = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64).repeat(n // 4, 1)
+    x = torch.zeros(n, width, dtype=torch.float64)
+    x[:, 0], x[:, 1] = signs[:, 0], signs[:, 1] * part * 64 * EPS
+    (found,) = corpus.spectra([cloud_of(x * scale)], [0.0])
+    assert int((found.whole > 0).sum()) == int((found.centred > 0).sum()) == count
+    assert found.whole[0].item() == pytest.approx(scale * n**0.5)
+
+
+@pytest.mark.parametrize("scale", [2.0**-40, 1.0, 2.0**40])
+@pytest.mark.parametrize(("part", "spread"), [(1.2, True), (0.8, False)])
+def test_points_that_differ_by_less_than_their_rounding_have_one_direction(
+    scale: float, part: float, spread: bool
+) -> None:
+    n, d, eps = 64, 4, 1e-3
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(n // 2)
+    x = torch.ones(n, d, dtype=torch.float64)
+    x[:, 1] += signs * part * eps * float(x.norm()) * (n**-0.5 + d**-0.5) / math.sqrt(n)
+    (found,) = corpus.spectra([cloud_of(x * scale)], [eps])
+    assert bool((found.centred > 0).any()) is spread
+    assert found.whole[0].item() == pytest.approx(float((x * scale).norm()), rel=1e-3)
+    assert int((found.whole > 0).sum()) == 1 + spread

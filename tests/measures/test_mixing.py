@@ -955,3 +955,36 @@ def test_a_causal_call_forbids_beside_other_pairs_too():
                 torch.testing.assert_close(
                     getattr(whole, name)[:, :, i], getattr(row, name)[:, :, 0], rtol=1e-4, atol=1e-5, equal_nan=True
                 )
+
+
+@pytest.mark.parametrize("numbers", [1, 24, 47, 48, 80, 95, 96, 200, 383, 384, 575, 576, 1151, 1152, 10**6])
+@pytest.mark.parametrize("queries", [24, 17])
+def test_a_causal_tile_has_as_many_rows_as_fit(numbers, queries, monkeypatch):
+    """Of 3 sequences, 2 groups of 2 heads and 24 keys: up to 8 rows, counted with the keys that the last of 8 would see. Then as many
+    groups as have room at the largest tile, then sequences."""
+    monkeypatch.setattr(mixing, "TILE_BYTES", 4 * numbers)
+    monkeypatch.setattr(mixing, "LEAST_ROWS", 1)
+    monkeypatch.setattr(mixing, "CAUSAL_ROWS", 8)
+    row = 2 * 24
+    budget = max(numbers, min(row, 4 * numbers))  # one row may be larger, up to four times
+    q, k = torch.randn(3, 4, queries, 8), torch.randn(3, 2, 24, 8)
+    scores = mixing._scores("test", q, k, None, None, None, None, True, None, None)
+    seen = [(tile, tuple(S.shape)) for tile, S, *_ in mixing._tiles(scores)]
+    starts = sorted({tile[3].start for tile, _ in seen})
+    start, expected = 0, []
+    while start < queries:
+        expected.append(start)
+        start += min(8, max(1, budget // (2 * min(start + 8, 24))))
+    assert starts == expected
+    assert {tile[4].stop - tile[3].stop for tile, _ in seen} == {0}  # keys end with the last row
+    largest = max(shape[2] * shape[3] * shape[4] for _, shape in seen)
+    groups = min(2, max(1, budget // largest))
+    assert max(shape[1] for _, shape in seen) == groups
+    assert max(shape[0] for _, shape in seen) == min(3, max(1, budget // (largest * 2)))
+    covered = torch.zeros(3, 2, 2, queries, 24)
+    for tile, _ in seen:
+        covered[tile] += 1
+    for i in range(queries):
+        (end,) = {tile[3].stop for tile, _ in seen if tile[3].start <= i < tile[3].stop}
+        assert bool((covered[..., i, :end] == 1).all())
+        assert not covered[..., i, end:].any()
