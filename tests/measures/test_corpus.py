@@ -569,3 +569,24 @@ def test_points_that_differ_by_less_than_their_rounding_have_one_direction(
     assert bool((found.centred > 0).any()) is spread
     assert found.whole[0].item() == pytest.approx(float((x * scale).norm()), rel=1e-3)
     assert int((found.whole > 0).sum()) == 1 + spread
+
+
+@pytest.mark.parametrize(("within", "without"), [(0.0, 1.0), (1.0, 0.0), (-1.0, 1.0), (-1.0, -1.0), (0.0, 0.0)])
+def test_a_cosine_needs_two_lengths(within: float, without: float) -> None:
+    """Estimates without bias may be 0 or negative: then there is no cosine, and it is not infinite."""
+    assert corpus._cosine(torch.tensor(0.5), torch.tensor(within), torch.tensor(without)).isnan()
+    assert corpus._cosine(torch.tensor(0.5), torch.tensor(0.25), torch.tensor(4.0)).item() == 0.5
+
+
+def test_each_cloud_has_the_rounding_of_its_own_format() -> None:
+    x = torch.linalg.qr(points(9, 5, 0)).Q * torch.tensor([1.0, 0.5, 0.1, 0.05, 0.04]).double()
+    x = torch.cat([x, -x])
+    formats = [EPS, 2.0**-8, 2.0**-4]
+    together = corpus.spectra([cloud_of(x), cloud_of(2 * x), cloud_of(x)], formats)
+    for place, (scale, eps) in enumerate(zip((1, 2, 1), formats, strict=True)):
+        values = scale * np.linalg.svd(x.numpy(), compute_uv=False)
+        cut = eps * np.linalg.norm(values) * (18**-0.5 + 5**-0.5)
+        expected = np.where(values > cut, values, 0)
+        np.testing.assert_allclose(together[place].whole.numpy(), expected, rtol=1e-9)
+        np.testing.assert_allclose(together[place].centred.numpy(), expected, rtol=1e-9)
+    assert [int((each.whole > 0).sum()) for each in together] == [5, 5, 4]

@@ -211,3 +211,28 @@ def test_a_steep_spectrum_leaves_no_ghost_of_its_largest_value(ratio: float) -> 
     turn = torch.linalg.qr(random(600, 600, 7)).Q
     largest, _ = asked_for(600, lambda x: turn @ (values[:, None] * (turn.T @ x)))
     assert largest == pytest.approx(1, rel=1e-10)
+
+
+@pytest.mark.parametrize(("share", "asked"), [(0.4, True), (0.7, True), (1.5, True), (1.9, True), (2.2, False), (2.8, False)])
+def test_a_head_is_decomposed_only_within_twice_its_tolerance(
+    share: float, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    W, whole = weak_row(share)().float(), torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **o: (seen.append(len(a[0])), whole(*a, **o))[1])
+    spaces = write_spaces.WriteSpaces(W, 4)
+    assert seen == [1] * asked
+    assert spaces.ranks.tolist() == [8 if share > 1 else 7, 8, 8, 8]
+
+
+@pytest.mark.parametrize(("factor", "asked"), [(0.4, False), (0.6, True), (1.5, True), (1.9, True), (2.1, False), (2.9, False)])
+def test_the_stack_is_decomposed_only_within_a_factor_of_two_of_its_tolerance(
+    factor: float, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spaces = write_spaces.WriteSpaces(nearly(30.0)().float(), 4)
+    assert spaces.are_independent
+    del spaces.__dict__["are_independent"]
+    assert "stack" not in spaces.__dict__
+    spaces.__dict__["tolerance"] = spaces.least / factor
+    assert spaces.are_independent == (factor > 1)
+    assert ("stack" in spaces.__dict__) is asked

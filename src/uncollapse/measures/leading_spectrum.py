@@ -138,7 +138,7 @@ class _Basis:
         """Rayleigh and Ritz in the span of Q for B, and in that of Q and the constant unit vector u for A: with a the mean row of A
         and w = Q^T a it is A Q = Y + 1 w^T, and A u = A 1 / sqrt(n_k)."""
         Q, Y, Z, a, sums, of_ones = (t.double() for t in (self.Q, self.Y, self.Z, self.mean, self.sums, self.of_ones))
-        root, n_q = self.count_keys.sqrt()[:, None], self.count_queries[:, None]
+        root, n_q = self.count_keys.sqrt()[:, None], self.count_queries[:, None, None]
         keys = self.keys.double()
         T = Y.mT @ Y
         squares, V = (t.flip(-1) for t in torch.linalg.eigh(T))
@@ -150,13 +150,13 @@ class _Basis:
         w = (Q.mT @ a.unsqueeze(-1))[..., 0]
         s = sums / root
         whole = T.new_zeros(len(T), T.shape[-1] + 1, T.shape[-1] + 1)
-        whole[:, 1:, 1:] = T + n_q.unsqueeze(-1) * w.unsqueeze(-1) * w.unsqueeze(-2)
+        whole[:, 1:, 1:] = T + n_q * w.unsqueeze(-1) * w.unsqueeze(-2)
         whole[:, 0, 1:] = whole[:, 1:, 0] = (Y.mT @ s.unsqueeze(-1))[..., 0] + s.sum(-1, keepdim=True) * w
         whole[:, 0, 0] = s.square().sum(-1)
         squares, V = (t.flip(-1) for t in torch.linalg.eigh(whole))
         V = V[..., :WANTED]
         top, rest = V[:, :1], V[:, 1:]
-        of_basis = Z @ rest + n_q.unsqueeze(-1) * a.unsqueeze(-1) * (w.unsqueeze(-2) @ rest)
+        of_basis = Z @ rest + n_q * a.unsqueeze(-1) * (w.unsqueeze(-2) @ rest)
         u = keys / root
         outer = (of_ones / root).unsqueeze(-1) * top + of_basis
         outer = outer - squares[:, None, :WANTED] * (u.unsqueeze(-1) * top + Q @ rest)
