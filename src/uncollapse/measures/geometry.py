@@ -271,7 +271,7 @@ def consensus_distance(
     cloud = _cloud("consensus_distance", x, mask)
     energy = torch.linalg.vector_norm(cloud.x, dim=(-2, -1)).square()
     apart = 1 - cloud.x.sum(-2).square().sum(-1) / (cloud.tokens * energy)
-    distance = apart.clamp(min=0).sqrt()
+    distance = apart.sqrt()
     if not bool((apart > 1e-4).all()):  # the difference has lost 4 digits, or there is none
         distance = _frobenius(_centred(cloud.x, cloud.real)) / _frobenius(cloud.x)
     return distance.where(cloud.tokens > 1, math.nan)
@@ -314,9 +314,9 @@ def consensus_after_norm(
     real = real & (norms[..., 0] > 0)
     unit = x * torch.where(real.unsqueeze(-1), _reciprocal(norms), 0)  # padded rows are zero already
     count = real.sum(-1)
-    mean = unit.sum(-2, keepdim=True) / count[..., None, None].clamp(min=1)
+    mean = unit.sum(-2, keepdim=True) / count[..., None, None]
     distances = torch.linalg.vector_norm(unit.sub_(mean), dim=-1)  # in place: one cloud less to write
-    apart = torch.where(real, distances.square(), 0).sum(-1) / count.clamp(min=1)
+    apart = torch.where(real, distances.square(), 0).sum(-1) / count
     return (apart.sqrt() + 0 * norms.sum((-2, -1))).where(count > 1, math.nan)  # NaN where a real token is not finite
 
 
@@ -817,7 +817,7 @@ def _spans_all(basis: Tensor) -> Tensor:
 
 def _centred(x: Tensor, real: Tensor) -> Tensor:
     """CX. Twice, because the mean's own rounding is larger than the cloud when the tokens agree to the last digits."""
-    tokens = real.sum(-1)[..., None, None].clamp(min=1)
+    tokens = real.sum(-1)[..., None, None]
     for _ in range(2):
         x = torch.where(real.unsqueeze(-1), x - x.sum(-2, keepdim=True) / tokens, 0)
     return x
@@ -985,14 +985,14 @@ def _consensus_after_norm(x: Tensor, real: Tensor, gram: Tensor, centred: bool) 
     squares = torch.linalg.vector_norm(x, dim=-1).square() if is_long else gram.diagonal(dim1=-2, dim2=-1)
     mean = torch.where(real, x.mean(-1, dtype=torch.float64), 0) if centred else torch.zeros_like(squares)
     freed = squares - x.shape[-1] * mean.square()
-    weights = torch.where(real, freed.clamp(min=0).rsqrt(), 0)
+    weights = torch.where(real, freed.rsqrt(), 0)
     if is_long:
         summed = (weights.unsqueeze(-2) @ x).square().sum((-2, -1))
     else:
         summed = (weights.unsqueeze(-2) @ gram @ weights.unsqueeze(-1)).sum((-2, -1))
-    apart = 1 - (summed - x.shape[-1] * (weights * mean).sum(-1).square()) / count.square().clamp(min=1)
+    apart = 1 - (summed - x.shape[-1] * (weights * mean).sum(-1).square()) / count.square()
     kept = torch.where(real, freed > 1e-6 * squares, True).all(-1) & (apart > 1e-4)  # false for NaN
-    apart = apart.clamp(min=0).sqrt().where(count > 1, math.nan)
+    apart = apart.sqrt().where(count > 1, math.nan)
     rows = (~kept & (count > 1)).nonzero().flatten()
     if len(rows):
         apart[rows] = consensus_after_norm(x[rows], real[rows], centred=centred)
@@ -1115,7 +1115,7 @@ def _norm_sensitive(x: Tensor, real: Tensor, gram: Tensor, norms: Tensor, values
         common = gram.sum((-2, -1))
         summed = (unit.unsqueeze(-2) @ gram @ unit.unsqueeze(-1)).sum((-2, -1))
     apart = 1 - common / (tokens * energy)
-    distance = apart.clamp(min=0).sqrt().where(tokens > 1, math.nan)
+    distance = apart.sqrt().where(tokens > 1, math.nan)
     rows = ((apart < 1e-4) & (tokens > 1)).nonzero().flatten()  # there the difference has lost 4 digits
     if len(rows):
         distance[rows] = _frobenius(_centred(_float64(x[rows], real[rows]), real[rows])) / energy[rows].sqrt()

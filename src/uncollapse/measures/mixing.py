@@ -139,7 +139,7 @@ def entropy(
     if not is_ordinary(A):
         A = at_size_one(A.double(), (-1,))[0].to(A.dtype)
     A = A / A.sum(-1, keepdim=True)  # padded rows are 0: NaN from here on
-    return (0 - torch.xlogy(A, A).sum(-1)).clamp(min=0)
+    return 0 - torch.xlogy(A, A).sum(-1)  # no weight is above 1
 
 
 @admitting
@@ -284,7 +284,7 @@ def _prefix_square_norm(
 ) -> Float[Tensor, "batch group repeat token"]:
     """sum_{j<=i} <q_i, k_j>^2 less T_i times the squared mean: moments of the blocks before, pairs within the block."""
     block = 64
-    prefix_mean = K.cumsum(2) / T.clamp(min=1)[:, None, :, None]
+    prefix_mean = K.cumsum(2) / T[:, None, :, None]  # NaN before the first real token
     centre = (Q * prefix_mean[:, :, None]).sum(-1)
     moments = K.new_zeros(*K.shape[:2], K.shape[3], K.shape[3])
     squares = []
@@ -293,7 +293,7 @@ def _prefix_square_norm(
         before = ((rows @ moments[:, :, None]) * rows).sum(-1)
         squares.append(before + (rows @ keys.mT[:, :, None]).square().tril().sum(-1))
         moments += keys.mT @ keys
-    return (torch.cat(squares, -1) - T[:, None, None] * centre.square()).clamp(min=0)
+    return torch.cat(squares, -1) - T[:, None, None] * centre.square()
 
 
 @admitting

@@ -98,13 +98,11 @@ class RunningCloud:
     def of(points: Tensor, keys: Tensor) -> RunningCloud:
         """The cloud of `points` [n, width], each with its key: a number drawn uniformly from 0 to 1, in float64 [n]."""
         points = points.detach()
-        sizes = torch.linalg.vector_norm(points, dim=-1)
-        if not bool(((sizes > 1e-12) & (sizes < 1e18)).all()):  # squares may have left the range of the format
-            sizes = torch.linalg.vector_norm(points.double(), dim=-1)
-        sizes, known = sizes.double(), sizes.isfinite()
-        if not bool(known.all()):
-            points, keys, sizes = points[known], keys.to(points.device)[known], sizes[known]
         double = points.double()
+        sizes = torch.linalg.vector_norm(double, dim=-1)
+        known = sizes.isfinite()
+        if not bool(known.all()):
+            points, double, keys, sizes = points[known], double[known], keys.to(points.device)[known], sizes[known]
         pointing = sizes > 0
         mean = double.sum(0) / max(len(double), 1)
         unit = torch.where(pointing, 1 / sizes, 0) @ double
