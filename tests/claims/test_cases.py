@@ -455,9 +455,7 @@ def test_one_layer_is_held_against_the_bound_of_its_own_weights(monkeypatch: pyt
         attention_only_collapse.squared_diameter,
         attention_only_collapse.balls.at_most,
     )
-    monkeypatch.setattr(
-        attention_only_collapse, "layer", lambda *a: (betas.append(found := layer(*a)), found)[1]
-    )
+    monkeypatch.setattr(attention_only_collapse, "layer", lambda *a: (betas.append(found := layer(*a)), found)[1])
     monkeypatch.setattr(
         attention_only_collapse, "squared_diameter", lambda x: (starts.append(found := diameter(x)), found)[1]
     )
@@ -493,7 +491,7 @@ def test_the_weights_that_no_key_may_have_are_tenths(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("error", "passed"),
     [
-        # What is added to the distances of: START without norms, with norms at eps = 0, with norms at the usual eps, MERGES without.
+        # The distance of START without norms and with norms at the usual eps, that of MERGES without; at eps = 0 what is added.
         ({"bare": "0.0099"}, {"its square falls": True}),
         ({"bare": "0.0101"}, {"its square falls": False}),
         ({"exact": "1e-61"}, {"with norms it stays 1": True}),
@@ -566,7 +564,9 @@ def test_a_median_is_within_a_factor_of_three_halves(
     for alpha in (1.0, 24**-0.5):
         exactly = math.sqrt(15 / (15 + (1 + alpha**2) ** 24))
         monkeypatch.setattr(
-            module, "drawn", lambda a, *_, alpha=alpha, exactly=exactly: [exactly * factor if a == pytest.approx(alpha) else 9.0]
+            module,
+            "drawn",
+            lambda a, *_, alpha=alpha, exactly=exactly: [exactly * factor if a == pytest.approx(alpha) else 9.0],
         )
         told = {p.what.split("alpha = ")[1].split(":")[0]: p.passed for p in module._at_depth(1, 0)}
         assert told == ({"1": passed, "1/sqrt(24)": False} if alpha == 1 else {"1": False, "1/sqrt(24)": passed})
@@ -577,7 +577,9 @@ def test_logits_are_small_enough_for_so_many_layers(monkeypatch: pytest.MonkeyPa
     for module, limit in ((causal_collapse_is_geometric, fmpq(1)), (relative_bias_collapse_is_geometric, fmpq(1, 4))):
         seen, last = [], module.last_ratio
 
-        def watched(x: object, form: object, *args: object, seen: list = seen, last: object = last, **options: object) -> object:
+        def watched(
+            x: object, form: object, *args: object, seen: list = seen, last: object = last, **options: object
+        ) -> object:
             seen.append(max(abs(e) for e in (x * form * x.transpose()).entries()))
             return last(x, form, *args, **options)
 

@@ -10,15 +10,17 @@ import math
 from typing import Any
 
 import pytest
-from flint import fmpq
+from flint import ctx, fmpq
 
 from uncollapse.claims import (
     CLAIMS,
     attention_never_gains_rank,
     attention_only_collapse,
+    causal_collapse_is_geometric,
     layernorm_affine_rank,
     leaders,
     pgop_overhead,
+    relative_bias_collapse_is_geometric,
     residual_needs_no_mlp,
     scaling_fixed_points,
     width_collapse,
@@ -77,7 +79,9 @@ def test_near_the_identity_the_mean_grows_by_seven_quarters_at_least(
             return whole(x, weight, layers)
         n, d = x.nrows(), x.ncols()
         seen.append(max(sum(abs(e) for e in row) for row in (weight - exact.identity(d)).tolist()))
-        deviations, mean = (sum(e * e for e in part.entries()) for part in (exact.centring(n) * x, exact.ones(n, n) * x / n))
+        deviations, mean = (
+            sum(e * e for e in part.entries()) for part in (exact.centring(n) * x, exact.ones(n, n) * x / n)
+        )
         return [deviations / (deviations + mean * fmpq(7, 4) ** (2 * layers)) * factor]
 
     monkeypatch.setattr(module, "approaching", weakest)
@@ -188,3 +192,27 @@ def test_three_layers_start_where_the_condition_just_holds(monkeypatch: pytest.M
         assert 4 * factor * squared < 1
         assert shrink == 1 or 4 * factor * start / (shrink - 1) ** 2 >= 1
     assert len(layers) == len(starts) + 3 * len(asked)
+
+
+@pytest.mark.parametrize("module", [causal_collapse_is_geometric, relative_bias_collapse_is_geometric])
+@pytest.mark.parametrize(("start", "layers"), [(150, 5), (140, 10), (139, 11), (100, 30)])
+def test_distances_are_followed_down_to_rounding(
+    module: Any, start: int, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Halved in every layer, from a squared distance of 2^-start, until it is 2^-160 or less; the ratio is 1/4 throughout."""
+    calls: list[int] = []
+    attention = module.balls.attention
+    monkeypatch.setattr(module.balls, "attention", lambda *a, **o: (calls.append(1), attention(*a, **o))[1])
+    x = (
+        exact.rational([[0], [1]]) / 2 ** (start // 2)
+        if start % 2 == 0
+        else exact.rational([[0, 0], [1, 1]]) / 2 ** ((start + 1) // 2)
+    )
+    form = exact.zeros(x.ncols(), x.ncols())
+    with ctx.workprec(640):
+        if module is causal_collapse_is_geometric:
+            ratio = module.last_ratio(x, form, causal=True)
+        else:
+            ratio = module.last_ratio(x, form, exact.rational([[3, 1], [1, 3]]))
+    assert float(ratio.mid()) == pytest.approx(0.25)
+    assert len(calls) == layers

@@ -478,7 +478,9 @@ def test_the_unbiased_alignment_is_the_estimator_of_its_source(n: int) -> None:
     def hsic(k: np.ndarray, m: np.ndarray) -> float:
         k, m = k - np.diag(np.diag(k)), m - np.diag(np.diag(m))
         one = np.ones(n)
-        total = np.trace(k @ m) + (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * one @ k @ m @ one
+        total = (
+            np.trace(k @ m) + (one @ k @ one) * (one @ m @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * one @ k @ m @ one
+        )
         return float(total / (n * (n - 3)))
 
     found = corpus.linear_cka(torch.tensor(x), torch.tensor(y), unbiased=True).item()
@@ -498,8 +500,9 @@ def test_healthy_clouds_are_decomposed_once_by_their_smaller_gram(monkeypatch: p
     """And those of which a Gram matrix would lose a direction, below a millionth of the largest, by themselves as well."""
     asked: list[tuple[str, int]] = []
     for name in ("eigvalsh", "svdvals"):
+        whole = getattr(torch.linalg, name)
 
-        def counted(x: Tensor, name: str = name, whole: Callable[[Tensor], Tensor] = getattr(torch.linalg, name)) -> Tensor:
+        def counted(x: Tensor, name: str = name, whole: Callable[[Tensor], Tensor] = whole) -> Tensor:
             asked.append((name, len(x) * 1000 + min(x.shape[-2:])))
             return whole(x)
 

@@ -946,11 +946,12 @@ def test_all_of_a_block_of_zeros_has_no_massive_token() -> None:
 def test_healthy_clouds_are_read_off_their_gram(
     centred: bool, shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Padded or not. Neither the distance nor that after a norm is taken from the cloud itself, but where tokens are all but equal."""
+    """Padded or not. No distance is taken from the cloud itself, but where tokens are all but equal."""
     asked: list[str] = []
     for name in ("consensus_after_norm", "_centred"):
+        whole = getattr(geometry, name)
 
-        def counted(x: Tensor, *args: Any, name: str = name, whole: Any = getattr(geometry, name), **other: Any) -> Any:
+        def counted(x: Tensor, *args: Any, name: str = name, whole: Any = whole, **other: Any) -> Any:
             asked.extend([name] * len(x))
             return whole(x, *args, **other)
 
@@ -1066,3 +1067,54 @@ def test_a_quarter_of_the_tokens_is_held_out_from_a_fit_of_any_rank(seed: int) -
     solution = np.linalg.lstsq(design[fitted], b[fitted], rcond=1e-10)[0]
     expected = ((b[held_out] - design[held_out] @ solution) ** 2).sum() / ((b[held_out] - mean) ** 2).sum()
     assert found == pytest.approx(expected, rel=1e-8)
+
+
+def with_a_small_direction(tokens: int, width: int, square: float) -> Tensor:
+    """Centred, with singular values of 1 and one of which the square is given."""
+    short = min(tokens, width)
+    generator = torch.Generator().manual_seed(tokens)
+    around = torch.randn(max(tokens, width), short, generator=generator, dtype=torch.float64)
+    if tokens >= width:
+        around = around - around.mean(0)
+    values = torch.ones(short, dtype=torch.float64)
+    values[-1] = math.sqrt(square)
+    x = torch.linalg.qr(around).Q * values
+    turn = orthogonal(short, generator)
+    return x @ turn if tokens >= width else turn @ x.T
+
+
+@pytest.mark.parametrize(("part", "is_known"), [(0.94, False), (1.06, True)])
+@pytest.mark.parametrize(("tokens", "width"), [(8, 30), (30, 8)])
+def test_ranks_need_no_spectrum_where_a_gram_is_sure_of_its_smallest_direction(
+    tokens: int, width: int, part: float, is_known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight roundings of each of the longer side, as a share of the energy; eps of the format adds nothing at this size."""
+    seen: list[int] = []
+    whole = geometry.cloud_measures
+    monkeypatch.setattr(geometry, "cloud_measures", lambda x, *a, **o: (seen.append(len(x)), whole(x, *a, **o))[1])
+    x = with_a_small_direction(tokens, width, part * 8 * 30 * 2.0**-52 * 7)
+    rank, affine = geometry.cloud_ranks(x)
+    assert seen == ([] if is_known else [1])
+    assert (rank.item(), affine.item()) == (8, 8 if tokens > width else 7)
+
+
+@pytest.mark.parametrize(("part", "spectra"), [(0.94, 2), (1.06, 1)])
+def test_affine_ranks_need_no_second_spectrum_where_a_gram_is_sure(
+    part: float, spectra: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four roundings of each token, as a share of the largest."""
+    x = with_a_small_direction(30, 8, part * 4 * 30 * 2.0**-52)
+    calls = Calls(monkeypatch)
+    found = cloud_measures(x)
+    assert (found.rank.item(), found.affine_rank.item()) == (8, 8)
+    assert calls.times["eigvalsh"] == spectra
+
+
+def test_a_centred_cloud_of_few_tokens_is_decomposed_for_its_rank_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight tokens that sum to 0 have rank 7 and affine rank 7; the eighth singular value of the centred ones is 0 anyway."""
+    x = torch.randn(8, 20, dtype=torch.float64)
+    x = x - x.mean(0)
+    calls = Calls(monkeypatch)
+    found = cloud_measures(x)
+    assert (found.rank.item(), found.affine_rank.item()) == (7, 7)
+    assert calls.times == {"eigvalsh": 2, "svdvals": 1}

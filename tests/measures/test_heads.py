@@ -504,7 +504,20 @@ def test_profiles_are_alike_through_all_between_them(count):
 
 @pytest.mark.parametrize(
     ("of_outputs", "of_weights"),
-    [(0, 0), (49, 0), (50, 0), (-50, 0), (400, 0), (-400, -90), (0, 9), (0, 10), (0, 11), (0, 300), (-400, 300), (90, -300)],
+    [
+        (0, 0),
+        (49, 0),
+        (50, 0),
+        (-50, 0),
+        (400, 0),
+        (-400, -90),
+        (0, 9),
+        (0, 10),
+        (0, 11),
+        (0, 300),
+        (-400, 300),
+        (90, -300),
+    ],
 )
 @pytest.mark.parametrize("given", [False, True])
 def test_energies_of_any_size_are_those_of_size_one(of_outputs, of_weights, given):

@@ -280,7 +280,7 @@ def test_as_many_matrices_are_at_work_as_there_is_room_for(monkeypatch, kept, pa
         seen.append(tuple(own.shape[:2]))
         return krylov.Leading(*(own.flatten() + 100 * place for place in range(4)))
 
-    spectrum = mixing._over_parts(found, 3, 4, 2, 10)
+    spectrum = mixing._over_parts(found, 3, 4, 10)
     assert seen == parts
     every = numbers.flatten(1)
     assert torch.equal(spectrum.singular_values, torch.stack([every, every + 100], -1))
@@ -491,7 +491,9 @@ def test_weights_of_24_mebibytes_lie_in_memory(monkeypatch):
     assert asked == ["_dense_spectrum", "_tiled_spectrum"]
 
 
-@pytest.mark.parametrize(("sides", "shared"), [([(40, 50)], True), ([(39, 50), (15, 20)], False), ([(39, 50), (16, 20)], True)])
+@pytest.mark.parametrize(
+    ("sides", "shared"), [([(40, 50)], True), ([(39, 50), (15, 20)], False), ([(39, 50), (16, 20)], True)]
+)
 def test_work_is_shared_out_from_five_million_on(monkeypatch, sides, shared):
     """The sum of the cubes of all sides."""
     asked, pool = [], symmetric_eigenvalues.ThreadPoolExecutor

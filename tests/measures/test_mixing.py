@@ -941,7 +941,7 @@ def test_a_row_of_sixteen_keys_has_a_rest_however_sharp_it_is(keys):
 
 
 def test_a_causal_call_forbids_beside_other_pairs_too():
-    """Rows over several tiles whose pairs, keys and biases are given, far from the ordinary and sharp: against one row at a time."""
+    """Rows over several tiles whose pairs are given, soft and sharp: against one row at a time."""
     tokens = 40
     q, k = torch.randn(2, 4, tokens, 8), torch.randn(2, 2, tokens, 8)
     allowed = torch.rand(2, 1, tokens, tokens) < 0.8
@@ -960,8 +960,8 @@ def test_a_causal_call_forbids_beside_other_pairs_too():
 @pytest.mark.parametrize("numbers", [1, 24, 47, 48, 80, 95, 96, 200, 383, 384, 575, 576, 1151, 1152, 10**6])
 @pytest.mark.parametrize("queries", [24, 17])
 def test_a_causal_tile_has_as_many_rows_as_fit(numbers, queries, monkeypatch):
-    """Of 3 sequences, 2 groups of 2 heads and 24 keys: up to 8 rows, counted with the keys that the last of 8 would see. Then as many
-    groups as have room at the largest tile, then sequences."""
+    """Of 3 sequences, 2 groups of 2 heads and 24 keys: up to 8 rows, counted with the keys that the last of 8 would see. Then as
+    many groups as have room at the largest tile, then sequences."""
     monkeypatch.setattr(mixing, "TILE_BYTES", 4 * numbers)
     monkeypatch.setattr(mixing, "LEAST_ROWS", 1)
     monkeypatch.setattr(mixing, "CAUSAL_ROWS", 8)
@@ -988,3 +988,20 @@ def test_a_causal_tile_has_as_many_rows_as_fit(numbers, queries, monkeypatch):
         (end,) = {tile[3].stop for tile, _ in seen if tile[3].start <= i < tile[3].stop}
         assert bool((covered[..., i, :end] == 1).all())
         assert not covered[..., i, end:].any()
+
+
+def test_only_what_is_asked_for_is_computed(monkeypatch):
+    """Neither the floors nor the variance, each of which reads all logits once more."""
+    asked, whole = [], mixing._measure
+    monkeypatch.setattr(mixing, "_measure", lambda scores, *what: (asked.append(what), whole(scores, *what))[1])
+    q, k = queries_and_keys()
+    weights = mixing.attention_weights(q, k)
+    mixing.fused_entropy(q, k)
+    mixing.susceptibility(q, k)
+    mixing.row_statistics(q, k)
+    mixing.row_statistics(q, k, floor=False, susceptibility=True)
+    mixing.row_statistics_from_weights(weights)
+    mixing.row_statistics_from_weights(weights, weights.log(), susceptibility=True)
+    mixing.row_statistics_from_weights(weights, weights.log(), floor=False)
+    floor, variance = (True, False), (False, True)
+    assert asked == [(False, False), variance, floor, variance, (False, False), variance, floor, *[(False, False)] * 2]

@@ -213,7 +213,9 @@ def test_a_steep_spectrum_leaves_no_ghost_of_its_largest_value(ratio: float) -> 
     assert largest == pytest.approx(1, rel=1e-10)
 
 
-@pytest.mark.parametrize(("share", "asked"), [(0.4, True), (0.7, True), (1.5, True), (1.9, True), (2.2, False), (2.8, False)])
+@pytest.mark.parametrize(
+    ("share", "asked"), [(0.4, True), (0.7, True), (1.5, True), (1.9, True), (2.2, False), (2.8, False)]
+)
 def test_a_head_is_decomposed_only_within_twice_its_tolerance(
     share: float, asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +227,9 @@ def test_a_head_is_decomposed_only_within_twice_its_tolerance(
     assert spaces.ranks.tolist() == [8 if share > 1 else 7, 8, 8, 8]
 
 
-@pytest.mark.parametrize(("factor", "asked"), [(0.4, False), (0.6, True), (1.5, True), (1.9, True), (2.1, False), (2.9, False)])
+@pytest.mark.parametrize(
+    ("factor", "asked"), [(0.4, False), (0.6, True), (1.5, True), (1.9, True), (2.1, False), (2.9, False)]
+)
 def test_the_stack_is_decomposed_only_within_a_factor_of_two_of_its_tolerance(
     factor: float, asked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -701,7 +701,7 @@ def cloud_ranks(
 
     identity = torch.eye(side, dtype=G.dtype, device=G.device)
     if tokens <= width:
-        G = G + torch.diag_embed((~real) * (1 + energy + least).unsqueeze(-1))  # padded rows hide nothing
+        G = G + torch.diag_embed((~real) * energy.unsqueeze(-1))  # more than `least`: padded rows hide nothing
         known = exceeds(G) & finite
         ranks, affine = count.double(), (count - 1).double()
     else:

@@ -644,7 +644,7 @@ def leading_spectrum(
             A[tile] = weights
         return _dense_spectrum(A.flatten(0, 2), rows, real)
 
-    return _over_parts(found, batch, groups, repeats, size)
+    return _over_parts(found, batch, groups, size)
 
 
 @admitting
@@ -677,7 +677,7 @@ def leading_spectrum_from_weights(
         return _dense_spectrum(A.flatten(0, 1), rows, real)
 
     size = queries * keys * (8 if min(queries, keys) <= DIRECT else dtype.itemsize)
-    return _over_parts(found, batch, heads, 1, size)
+    return _over_parts(found, batch, heads, size)
 
 
 # The one pass over the logits ---------------------------------------------------------------------------------------
@@ -932,9 +932,7 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
 # Leading singular values ---------------------------------------------------------------------------------------------
 
 
-def _over_parts(
-    found: Callable[[slice, slice], krylov.Leading], batch: int, groups: int, repeats: int, size: int
-) -> LeadingSpectrum:
+def _over_parts(found: Callable[[slice, slice], krylov.Leading], batch: int, groups: int, size: int) -> LeadingSpectrum:
     """The spectra of as many sequences and groups at a time as `KEPT_BYTES` have room for; a group's matrices take `size` bytes."""
     group_step = min(groups, max(1, KEPT_BYTES // size))
     batch_step = min(batch, max(1, KEPT_BYTES // (size * groups)))
