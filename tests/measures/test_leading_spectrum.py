@@ -507,3 +507,20 @@ def test_work_is_shared_out_from_five_million_on(monkeypatch, sides, shared):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     symmetric_eigenvalues.eigenvalues(batches)
     assert asked == [2] * shared
+
+
+def test_ordinary_matrices_take_no_second_look(monkeypatch):
+    """By products neither a decomposition, nor by eigenvalues singular values as well."""
+    asked = []
+    decomposed, svdvals = mixing._decomposed, torch.linalg.svdvals
+    monkeypatch.setattr(mixing, "_decomposed", lambda A, *a: (asked.append(len(A)), decomposed(A, *a))[1])
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda A: (asked.append(-len(A)), svdvals(A))[1])
+    weights = mixing.attention_weights(3 * torch.randn(1, 3, 150, 8), torch.randn(1, 3, 150, 8))
+    mixing.leading_spectrum_from_weights(weights)
+    assert asked == []
+    weights[0, 1] = 1 / 150 + 1e-7 * weights[0, 1]  # one of them has nothing but one direction
+    mixing.leading_spectrum_from_weights(weights)
+    assert asked == [1, -1]
+    asked.clear()
+    mixing.leading_spectrum_from_weights(weights[:, :1, :100])
+    assert asked == [1]

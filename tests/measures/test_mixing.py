@@ -1005,3 +1005,29 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
     mixing.row_statistics_from_weights(weights, weights.log(), floor=False)
     floor, variance = (True, False), (False, True)
     assert asked == [(False, False), variance, floor, variance, (False, False), variance, floor, *[(False, False)] * 2]
+
+
+def test_only_rows_out_of_the_ordinary_are_looked_at_by_themselves(monkeypatch):
+    """With a key more than 88 below the strongest, or where others have a millionth of the row or less; from 16 keys on."""
+    asked, whole = [], mixing._beside_strongest
+    monkeypatch.setattr(mixing, "_beside_strongest", lambda S, f: (asked.append(len(S)), whole(S, f))[1])
+    logits = torch.randn(5, 24)
+    logits[:, 0] = 0
+    one = torch.ones(1, 1, 1, 1)
+
+    def rows(changed):
+        asked.clear()
+        mixing.row_statistics(one.expand(5, 1, 1, 1), changed.view(5, 1, -1, 1), scale=1.0)
+        return sum(asked)
+
+    assert rows(logits) == 0
+    largest = logits.amax(-1)
+    for below, count in ((87.5, 0), (88.5, 2)):
+        changed = logits.clone()
+        changed[[1, 3], 0] = largest[[1, 3]] - below
+        assert rows(changed) == count
+        assert rows(changed[:, :15]) == 0
+    for share, count in ((1.5e-6, 0), (0.7e-6, 2)):
+        changed = torch.zeros(5, 24)
+        changed[[0, 2], 0] = math.log(23 / share)
+        assert rows(changed) == count
