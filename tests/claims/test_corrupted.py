@@ -18,6 +18,7 @@ from uncollapse.claims import (
     attention_only_collapse,
     causal_collapse_is_geometric,
     layernorm_affine_rank,
+    layernorm_rank_formula,
     leaders,
     pgop_overhead,
     relative_bias_collapse_is_geometric,
@@ -216,3 +217,27 @@ def test_distances_are_followed_down_to_rounding(
             ratio = module.last_ratio(x, form, exact.rational([[3, 1], [1, 3]]))
     assert float(ratio.mid()) == pytest.approx(0.25)
     assert len(calls) == layers
+
+
+@pytest.mark.parametrize(("beyond", "holds"), [(0, True), (1, False)])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_a_layer_norm_changes_an_affine_rank_by_no_more_than_is_said(
+    side: int, beyond: int, holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up by one, down by one more than the larger of one and the number of zeros of gamma."""
+
+    def ranks(x: Any, gamma: Any, *_: Any) -> tuple[int, int]:
+        change = 1 + beyond if side > 0 else -1 - max(1, sum(g == 0 for g in gamma)) - beyond
+        after = exact.affine_rank(x) + change
+        return after, after
+
+    monkeypatch.setattr(layernorm_rank_formula, "output_ranks", ranks)
+    assert passed("layernorm-rank-formula", "the change lies between") is holds
+
+
+@pytest.mark.parametrize(("weight", "cases"), [(fmpq(2), 1), (fmpq(-2), 1), (fmpq(21, 10), 0), (fmpq(-21, 10), 0)])
+def test_dongs_inequality_is_asked_of_logits_within_a_range_of_one(weight: fmpq, cases: int) -> None:
+    """Tokens 1/2 and -1/2 with the form 2 have logits 1/2 and -1/2."""
+    x, value = exact.rational([[1], [-1]]) / 2, exact.identity(1)
+    with ctx.workprec(640):
+        assert len(attention_only_collapse._within_dongs_gauge(x, exact.identity(1) * weight, value)) == cases
