@@ -3,7 +3,9 @@
 Token clouds are measured at the block boundaries and let go; attention is measured inside the model's own attention call:
 a fused call from its queries and keys, a softmax the model ran itself from its weights. Nothing of size tokens × tokens
 a head is kept, nor anything that grows with the corpus. The model runs the very operations it would have run, so its
-outputs are bit-identical; hooks and wrapped forwards are gone afterwards, also after an exception or Ctrl-C.
+outputs are bit-identical, but for what nobody can look inside: compiled code, flex_attention, and torch's fused layer and
+attention run operation by operation, and round otherwise. Hooks and wrapped forwards are gone afterwards, also after an exception
+or Ctrl-C.
 
 `capture` observes only the passes that it starts itself. If another thread runs the model meanwhile, or another model that
 shares its modules does, their outputs are right and enter no figure; but they see the model in evaluation mode and without
