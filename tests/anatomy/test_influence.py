@@ -179,6 +179,30 @@ def test_a_stream_whose_axes_cannot_be_told_has_no_figures_but_a_reason() -> Non
         assert "the attention reaches along none of the axes [0, 1]" in site.unavailable["consensus_distance"]
 
 
+@pytest.mark.parametrize("write", ["add_", "+=", "copy_", "out="])
+def test_what_a_product_reads_is_looked_at_before_it_is_written_to(write: str) -> None:
+    """The stream itself is what the first product reads, and then the sum is put into its place. As many tokens as features."""
+    torch.manual_seed(0)
+    project, out = nn.Linear(6, 18), nn.Linear(6, 6)
+
+    def update(stream: Tensor) -> Tensor:
+        x = stream.clone()
+        q, k, v = (t.unflatten(-1, (2, 3)).transpose(1, 2) for t in project(x).chunk(3, -1))
+        added = out(functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        if write == "add_":
+            x.add_(added)
+        elif write == "+=":
+            x += added
+        elif write == "copy_":
+            x.copy_(x + added)
+        else:
+            torch.add(x, added, out=x)
+        return added
+
+    with torch.no_grad():
+        assert stream_axes(update, torch.randn(4, 6, 6), "the block") == (StreamAxes(0, (1,), 2), "")
+
+
 # Zeros ----------------------------------------------------------------------------------------------------------------
 
 
