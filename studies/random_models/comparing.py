@@ -475,8 +475,18 @@ def _number(result: Comparison, name: str, got: Any, want: Any) -> None:
 
 
 def _compare_record(spec: Specification, truths: list[Truth], record: Any, result: Comparison) -> None:
-    _number(result, "probe.sequences", record.probe.sequences, sum(len(t.real) for t in truths))
-    _number(result, "probe.tokens", record.probe.tokens, sum(int(t.real.sum()) for t in truths))
+    counts = {
+        "sequences": sum(len(t.real) for t in truths),
+        "tokens": sum(int(t.real.sum()) for t in truths),
+        "max_tokens": max(t.real.shape[1] for t in truths),
+    }
+    for name, count in counts.items():
+        got = getattr(record.probe, name)
+        if got is None:
+            reason = record.probe.unavailable.get(name, "")
+            result.add(f"probe.{name}", "unavailable" if reason else "wrong", reason or "null without a reason")
+        else:
+            _number(result, f"probe.{name}", got, count)
     _number(result, "model.blocks", record.model.blocks, spec.blocks)
     _number(result, "model.width", record.model.width, spec.width)
     placement = "none" if spec.norm == "none" else "pre" if spec.is_parallel else spec.placement

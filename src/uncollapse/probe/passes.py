@@ -80,7 +80,7 @@ class Observations:
     """What one probe pass saw: a site for each stack's embedding and each of its blocks, stack after stack, and an entry for each
     attention call, for each part, for each embedding, and for each pooling at each site; at level `full` also one for each update
     and for each norm call inside a block. `sequences`, `tokens` (real ones) and `max_tokens` are those of the first stack's
-    stream."""
+    stream, or, where `uncounted` says why these cannot be told, guesses from what was given: no figures."""
 
     sites: list[SiteStatistics]
     attention: list[AttentionStatistics]
@@ -93,6 +93,7 @@ class Observations:
     sequences: int = 0
     tokens: int = 0
     max_tokens: int = 0
+    uncounted: str = ""
 
 
 def capture(
@@ -407,6 +408,7 @@ class _Probe:
         self.observations.sequences += sequences
         self.observations.tokens += tokens
         self.observations.max_tokens = max(self.observations.max_tokens, longest)
+        self.observations.uncounted = self.clouds.uncounted() or self.observations.uncounted
 
     def close(self) -> None:
         """Be no part of a cycle any more: that would keep the model in memory until Python looks for such."""
