@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -431,6 +432,30 @@ def test_rows_whose_weights_underflow_are_not_counted_and_say_why() -> None:
 def test_a_batch_is_run_as_it_lies_in_memory() -> None:
     """A copy in another order is rounded otherwise in half precision, and is not the user's own pass."""
     assert compared(dataclasses.replace(specification(43099), dtype="bfloat16")).verdict == "right"
+
+
+def test_a_removal_is_compared_with_the_meaning_that_it_has_also_where_that_overflows() -> None:
+    """The factor right behind an output norm is its gain here, and without the two the weights of some rows are all 0."""
+    subject = drawn(dataclasses.replace(specification(73595), dtype="float32"))
+    truths, result = [subject.truth(batch) for batch in subject.batches], Comparison(73595, {})
+    with_scale, without_scale = (
+        [subject.without(batch, *names) for batch in subject.batches] for names in (("norm",), ("norm", "update-scale"))
+    )
+    assert all(bool(t.isfinite().all()) for t in with_scale)
+    assert not any(bool(t.isfinite().all()) for t in without_scale)
+    comparing._compare_without(subject, truths, ("norm",), None, result)
+    assert [item.verdict for item in result.items] == ["right"]
+
+
+def test_what_overflows_in_one_of_two_outputs_is_no_agreement() -> None:
+    whole, real = np.ones((2, 3, 4)), np.ones((2, 3), bool)
+    some = whole.copy()
+    some[0, 1, 2] = np.nan
+    assert comparing._apart(some, some, real) == 0
+    assert comparing._apart(1.5 * some, some, real) == pytest.approx(0.5)
+    assert comparing._apart(some, whole, real) == comparing._apart(whole, some, real) == math.inf
+    real[0, 1] = False
+    assert comparing._apart(some, whole, real) == 0
 
 
 def test_torchs_own_attention_is_compared_as_it_is_measured() -> None:
