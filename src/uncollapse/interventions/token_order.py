@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import ChangedPath, Handler, Point, in_turn, intercepted
 from uncollapse.anatomy.masking import (
+    LEAST_SHARE,
     factor_of,
     far_below,
     forbidden_by_addition,
@@ -95,6 +96,48 @@ def mask_removed(
         changes.enter(intercepted(model, made, strict=False, everywhere=everywhere))  # a batch may need no mask
         changes.enter(intercepted(model, handlers, everywhere=everywhere))
         yield
+
+
+def require_no_mask_left(
+    model: nn.Module, anatomy: Anatomy, blocks: frozenset[int], example: Mapping[str, Any]
+) -> None:
+    """Raise `UnsupportedModel` where a pair of tokens of the example, none of which is padding, still has no weight in any sequence
+    and head of an attention whose mask is removed: another mask was overlooked. A fused call has no place for another one."""
+    handlers: dict[Point, Handler] = {}
+    streams: list[tuple[Place, Action]] = []
+    for number in sorted(blocks):
+        block, entered = anatomy.blocks[number], _Entered()
+        calls = [c for p in block.parts if p.kind == "attention" for c in p.attention if not c.is_fused]
+        handlers |= {c.product: _asking(c, block, entered, type(model).__name__) for c in calls if c.unreadable is None}
+        if block.axes is not None:
+            streams.append((block.entry, functools.partial(_note_entering, block.axes, entered)))
+    with probing(model), mask_removed(model, anatomy, blocks), met(model, streams, handlers=handlers, strict=False):
+        model(**example)
+
+
+def _asking(call: AttentionCall, block: Block, entered: _Entered, name: str) -> Handler:
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = function(*args, **kwargs)
+        if entered.sizes is None or not isinstance(output, Tensor):
+            return output
+        try:
+            seen = product_operands(function, args, kwargs, output, call.weight_operand or 0, call.pair)
+            assert seen.weights is not None
+            weights = arranged(seen.weights, call.lead, entered.sizes[0])
+        except UnreadableError:  # other axes than where it was proved: nothing was measured of it, either
+            return output
+        weights = weights[..., call.before : weights.shape[-1] - call.after].abs()
+        heard = weights > LEAST_SHARE * weights.amax(-1, keepdim=True)
+        unheard = ~(heard | weights.isnan()).any(1).any(0)
+        if bool(unheard.any()):
+            raise UnsupportedModel(
+                f"without: expected all tokens to give each other some weight in {block.name} of {name} without its mask, "
+                "got pairs with none in any sequence and head. Another mask was overlooked, or the logits are as steep as one. "
+                "Remove another component, or leave this block out with blocks=[...]."
+            )
+        return output
+
+    return handler
 
 
 class _Padding(threading.local):
