@@ -409,6 +409,9 @@ class OneMaskBesideAnother(nn.Module):
         elif self.way == "by number":
             i, j = far.nonzero().unbind(1)
             logits[..., i, j] = -1e9
+        if self.way == "steep":  # one head, a product of its own, looks at one key only
+            steep, other = ((1e4 * logits[:, 0]).softmax(-1) @ v[:, 0], logits[:, 1].softmax(-1) @ v[:, 1])
+            return x + self.out(torch.cat([steep, other], -1)) + self.down(self.up(x).relu())
         weights = logits.softmax(-1)
         if self.way == "behind":
             rows = [
@@ -433,8 +436,9 @@ def test_a_mask_that_was_overlooked_beside_another_is_not_left_in_silence(way: s
         pass
 
 
-def test_of_two_masks_that_are_found_none_is_left() -> None:
-    model, batch = OneMaskBesideAnother("filled").eval(), {"input_ids": torch.randint(31, (3, 9))}
+@pytest.mark.parametrize("way", ["filled", "steep"])
+def test_without_masks_that_are_all_found_none_is_left(way: str) -> None:
+    model, batch = OneMaskBesideAnother(way).eval(), {"input_ids": torch.randint(31, (3, 9))}
     other = {"input_ids": batch["input_ids"].clone()}
     other["input_ids"][:, 0] = (batch["input_ids"][:, 0] + 1) % 31
     with torch.no_grad(), uc.without(model, "mask", batch=batch):

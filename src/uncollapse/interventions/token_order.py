@@ -105,17 +105,32 @@ def require_no_mask_left(
     and head of an attention whose mask is removed: another mask was overlooked. A fused call has no place for another one."""
     handlers: dict[Point, Handler] = {}
     streams: list[tuple[Place, Action]] = []
+    found: list[tuple[str, list[Tensor]]] = []  # by block and attention
     for number in sorted(blocks):
         block, entered = anatomy.blocks[number], _Entered()
-        calls = [c for p in block.parts if p.kind == "attention" for c in p.attention if not c.is_fused]
-        handlers |= {c.product: _asking(c, block, entered, type(model).__name__) for c in calls if c.unreadable is None}
+        for part in (p for p in block.parts if p.kind == "attention"):
+            calls = [c for c in part.attention if not c.is_fused and c.unreadable is None]
+            together = [[c] for c in calls] if part.shares_queries else [calls]  # one call a head: all of them
+            for several in together:
+                unheard: list[Tensor] = []
+                handlers |= {c.product: _asking(c, several, unheard, entered) for c in several}
+                found += [(block.name, unheard)]
         if block.axes is not None:
             streams.append((block.entry, functools.partial(_note_entering, block.axes, entered)))
     with probing(model), mask_removed(model, anatomy, blocks), met(model, streams, handlers=handlers, strict=False):
         model(**example)
+    for name, unheard in found:
+        if any(bool(pairs.any()) for pairs in unheard):
+            raise UnsupportedModel(
+                f"without: expected all tokens to give each other some weight in {name} of {type(model).__name__} without its "
+                "mask, got pairs with none in any sequence and head. Another mask was overlooked, or the logits are too steep. "
+                "Remove another component, or leave this block out with blocks=[...]."
+            )
 
 
-def _asking(call: AttentionCall, block: Block, entered: _Entered, name: str) -> Handler:
+def _asking(call: AttentionCall, several: Sequence[AttentionCall], unheard: list[Tensor], entered: _Entered) -> Handler:
+    """Notes which pairs [window, query, key] have no weight in any sequence and head of `several` calls."""
+
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = function(*args, **kwargs)
         if entered.sizes is None or not isinstance(output, Tensor):
@@ -128,13 +143,10 @@ def _asking(call: AttentionCall, block: Block, entered: _Entered, name: str) -> 
             return output
         weights = weights[..., call.before : weights.shape[-1] - call.after].abs()
         heard = weights > LEAST_SHARE * weights.amax(-1, keepdim=True)
-        unheard = ~(heard | weights.isnan()).any(1).any(0)
-        if bool(unheard.any()):
-            raise UnsupportedModel(
-                f"without: expected all tokens to give each other some weight in {block.name} of {name} without its mask, "
-                "got pairs with none in any sequence and head. Another mask was overlooked, or the logits are as steep as one. "
-                "Remove another component, or leave this block out with blocks=[...]."
-            )
+        own = ~(heard | weights.isnan()).any(1).any(0)
+        if call != several[0] and unheard and unheard[-1].shape == own.shape:
+            own &= unheard.pop()
+        unheard.append(own)
         return output
 
     return handler
