@@ -7,6 +7,7 @@ limit, or a little to either side of it.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -241,3 +242,15 @@ def test_dongs_inequality_is_asked_of_logits_within_a_range_of_one(weight: fmpq,
     x, value = exact.rational([[1], [-1]]) / 2, exact.identity(1)
     with ctx.workprec(640):
         assert len(attention_only_collapse._within_dongs_gauge(x, exact.identity(1) * weight, value)) == cases
+
+
+def test_the_widths_that_are_measured_are_those_of_the_statement() -> None:
+    """d, 2d, 4d and 8d; of each the share, the same by least squares, and the effective rank."""
+    claim = CLAIMS["ffn-width-four"]
+    stated = [
+        int(factor or 1)
+        for factor in re.findall(r"(?<![a-z])(\d*)d\b", claim.statement.partition("d_ff = ")[2].partition("alike")[0])
+    ]
+    shown = [re.findall(r"d_ff = (\d+) d", piece.what) for piece in claim.run(12, 0).evidence]
+    assert stated == [1, 2, 4, 8]
+    assert shown == [[str(each)] for each in stated] + [[str(each)] for each in stated for _ in range(2)]

@@ -593,3 +593,15 @@ def test_each_cloud_has_the_rounding_of_its_own_format() -> None:
         np.testing.assert_allclose(together[place].whole.numpy(), expected, rtol=1e-9)
         np.testing.assert_allclose(together[place].centred.numpy(), expected, rtol=1e-9)
     assert [int((each.whole > 0).sum()) for each in together] == [5, 5, 4]
+
+
+def test_no_share_is_below_zero() -> None:
+    """Where nothing but rounding is left of it: points about the origin, and clouds with nothing new."""
+    for seed in range(30):
+        x = points(7, 5, seed, mean=0.0)
+        share = measures_of(torch.cat([x, -x])).mean_share
+        assert share is not None
+        assert 0 <= share < 1e-12
+        line = torch.outer(x[:, 0], x[0])
+        for cloud in (line, torch.cat([line, line], 1)):  # more points than dimensions, and fewer
+            assert 0 <= corpus.subspace_novelty(cloud, 3 * cloud + 1).item() < 1e-12

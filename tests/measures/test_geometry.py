@@ -1118,3 +1118,11 @@ def test_a_centred_cloud_of_few_tokens_is_decomposed_for_its_rank_alone(monkeypa
     found = cloud_measures(x)
     assert (found.rank.item(), found.affine_rank.item()) == (7, 7)
     assert calls.times == {"eigvalsh": 2, "svdvals": 1}
+
+
+def test_no_energy_outside_of_the_span_is_below_zero() -> None:
+    for _ in range(30):
+        x = torch.randn(3, 7, dtype=torch.float64)
+        inside = torch.randn(9, 3, dtype=torch.float64) @ x
+        energy = geometry.null_out_of_span_energy(inside.mT @ inside, x).item()
+        assert 0 <= energy < 1e-12

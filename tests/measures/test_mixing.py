@@ -1044,3 +1044,13 @@ def test_only_rows_out_of_the_ordinary_are_looked_at_by_themselves(monkeypatch):
         changed = torch.zeros(5, 24)
         changed[[0, 2], 0] = math.log(23 / share)
         assert rows(changed) == count
+
+
+def test_no_rest_entropy_is_below_zero():
+    """Two keys far above all others: one of them is all that is left, up to rounding."""
+    logits = torch.full((200, 24), -85.0)
+    logits[:, :2] = 0.01 * torch.randn(200, 2)
+    rest = mixing.row_statistics(torch.ones(200, 1, 1, 1), logits.view(200, 1, 24, 1), scale=1.0).rest_entropy
+    assert ((rest >= 0) & (rest < 1e-6)).all()
+    rest = mixing.row_statistics(torch.ones(200, 1, 1, 1), 2 * logits.view(200, 1, 24, 1), scale=1.0).rest_entropy
+    assert ((rest >= 0) & (rest < 1e-6)).all()

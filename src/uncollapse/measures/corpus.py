@@ -430,7 +430,7 @@ def _novelty(x: Tensor, y: Tensor, K: Tensor | None) -> Tensor:
     held = squares.cumsum(-1)
     needed = held - squares < HELD * held[..., -1:]  # those before it do not hold enough
     inside = (along.square().sum(-2) * needed).sum(-1)
-    return (1 - inside / y.square().sum((-2, -1))).clamp(0, 1).where(held[..., -1] > 0, math.nan)
+    return (1 - inside / y.square().sum((-2, -1))).clamp(min=0).where(held[..., -1] > 0, math.nan)
 
 
 @admitting
