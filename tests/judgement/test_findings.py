@@ -262,6 +262,17 @@ def test_where_the_stream_is_carried_on_the_fall_began_where_tokens_came_togethe
         assert finding.block == block
 
 
+def test_where_nothing_is_short_and_no_block_made_half_of_the_fall_the_steepest_is_named() -> None:
+    fall = trajectory(1.0, 0.8, 0.7, 0.3, 0.2, 0.12, carried=(1.0, 0.9, 0.8, 1.1, 0.95))
+    assert found(fall, code="DEPTH-CONSENSUS")[0].block == 2
+
+
+def test_a_block_that_turns_its_stream_round_is_as_short_as_one_that_loses_it() -> None:
+    """And not short enough to outweigh three blocks that carry all of it on."""
+    fall = trajectory(*EVENLY, carried=(0.9, -3.0, 1.0, 1.0, 1.0, 0.1))
+    assert found(fall, code="DEPTH-CONSENSUS")[0].block == 5
+
+
 def test_tokens_that_enter_alike_are_information_and_silence_depth_and_width() -> None:
     alike = trajectory(0.01, 0.001, 0.001)
     (finding,) = found(alike, [head(0, share=1.0, contraction=0.0)])
