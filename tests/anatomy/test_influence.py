@@ -17,7 +17,7 @@ from tests.helpers.observing import observe, site_table
 from uncollapse.anatomy.examples import example_batch
 from uncollapse.anatomy.influence import stream_axes, without_zeros
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import StreamAxes
 from uncollapse.probe.passes import Observations
 from uncollapse.probe.sites import PLAIN_MEASURES, STREAM_MEASURES

@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 
 from uncollapse.anatomy.masking import LEAST_SHARE
 from uncollapse.anatomy.offloaded_weights import replaced_weights
-from uncollapse.anatomy.tracing import is_freed, opened, operation_name, tensors_in
+from uncollapse.anatomy.torch_calls import opened, operation_name, tensors_in
+from uncollapse.anatomy.tracing import is_freed
 from uncollapse.anatomy.turns import closed_to_others
 from uncollapse.anatomy.vocabulary import StreamAxes
 from uncollapse.restoring import restoring

@@ -20,7 +20,8 @@ from uncollapse.anatomy.interception import Point, device_of
 from uncollapse.anatomy.norm_reading import Piece, cuts, kind_between, next_products, pieces_between
 from uncollapse.anatomy.replaying import between
 from uncollapse.anatomy.summands import same_term, summands_of
-from uncollapse.anatomy.tracing import PASSES, Call, Trace
+from uncollapse.anatomy.torch_calls import PASSES
+from uncollapse.anatomy.tracing import Call, Trace
 from uncollapse.anatomy.vocabulary import (
     PICKS,
     STREAM,

@@ -42,7 +42,7 @@ from uncollapse.anatomy.operands import UnreadableError, arranged, fused_argumen
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.stacks import given_mask, hides
 from uncollapse.anatomy.streams import Action, met
-from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in, writes_in_place
+from uncollapse.anatomy.torch_calls import operands_of, operation_name, tensors_in, writes_in_place
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, MaskingStep, Place, StreamAxes
 from uncollapse.errors import UncollapseError, UnsupportedModel
 from uncollapse.restoring import in_this_thread, restoring

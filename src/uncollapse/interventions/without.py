@@ -48,7 +48,7 @@ from uncollapse.anatomy.probing import going_as_steered, hidden, in_the_open, pr
 from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
 from uncollapse.anatomy.sharded_weights import gathered_weights
 from uncollapse.anatomy.situations import held
-from uncollapse.anatomy.tracing import tensors_in, writes_in_place
+from uncollapse.anatomy.torch_calls import tensors_in, writes_in_place
 from uncollapse.anatomy.turns import closed_to_others, refuse_running
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall, NormPiece, removal
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
