@@ -288,7 +288,7 @@ class _Recorder(TorchFunctionMode):
     def _remember(self, tensor: Tensor, index: int, *, is_passing: bool) -> None:
         number = id(tensor)
         if number not in self._value_of:
-            storage = _storage(tensor)
+            storage = storage_of(tensor)
             if storage:
                 self._on_storage.setdefault(storage, []).append(number)
             if is_passing:  # its number, and the place of its memory, may then be those of another tensor
@@ -357,7 +357,7 @@ class _Recorder(TorchFunctionMode):
                 counted=counted,
                 scalars=scalars,
             )
-            for other in self._on_storage.get(_storage(tensor), ()):
+            for other in self._on_storage.get(storage_of(tensor), ()):
                 self._value_of[other] = index
             self.tape.operations[index] = Operation(func, *referred, 0, True, autocast)
         if not in_place:
@@ -418,7 +418,8 @@ def _forget(value_of: dict[int, int], on_storage: dict[int, list[int]], number: 
         on_storage[storage].remove(number)
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """The memory that a tensor lies in, the same for all views of it; 0 where it has none of its own."""
     try:
         return int(tensor.untyped_storage().data_ptr())
     except (RuntimeError, NotImplementedError):  # a tensor subclass without storage of its own
