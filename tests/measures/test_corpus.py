@@ -605,3 +605,11 @@ def test_no_share_is_below_zero() -> None:
         line = torch.outer(x[:, 0], x[0])
         for cloud in (line, torch.cat([line, line], 1)):  # more points than dimensions, and fewer
             assert 0 <= corpus.subspace_novelty(cloud, 3 * cloud + 1).item() < 1e-12
+
+
+def test_batches_of_other_points_are_refused() -> None:
+    x = torch.randn(2, 6, 4)
+    for other in (torch.randn(2, 5, 4), torch.randn(3, 6, 4)):
+        with pytest.raises(InputError, match="same axes"):
+            corpus.linear_cka(x, other)
+    assert corpus.linear_cka(x, torch.randn(2, 6, 3)).shape == (2,)

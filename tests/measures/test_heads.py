@@ -533,3 +533,10 @@ def test_energies_of_any_size_are_those_of_size_one(of_outputs, of_weights, give
         np.testing.assert_allclose(found / 2.0 ** (2 * of_outputs) / 2.0 ** (2 * of_weights), plain, rtol=1e-12)
         shares = heads.energy_share(sized, weights, 3, mask=real, grams=grams)
         np.testing.assert_allclose(shares, plain / plain.sum(-1, keepdim=True), rtol=1e-12)
+
+
+def test_nothing_is_biased_unless_it_is_said():
+    """A value bias alone would be free in the directions that a narrow stream leaves over."""
+    assert heads.gauge_dimension(2, 64, width=100) == heads.gauge_dimension(2, 64) == 2 * 64**2
+    assert heads.gauge_dimension(2, 64, width=100, value_bias=True) == 2 * 64**2 + 28
+    assert heads.query_key_gauge_dimension(4, 2, 64) == 2 * 64**2
