@@ -50,8 +50,8 @@ class CorpusStatistics:
     _waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def take(self, points: Tensor, keys: Tensor, epsilon: float, *, chosen_from: int | None = None) -> None:
-        """Further points, each with its key. With `most`, a key of infinity says that this is none, and those with the smallest keys
-        are chosen here, if they do not come `chosen_from` so many that are finite."""
+        """Further points, each with its key. With `most`, a key of infinity says that this is none, and those with the smallest
+        keys are chosen here, if they do not come `chosen_from` so many that are finite."""
         self.epsilon = max(self.epsilon, epsilon)
         if self.most is not None:
             if chosen_from is None:
