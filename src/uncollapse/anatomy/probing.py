@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from uncollapse.anatomy.autocast import no_casts_kept
 from uncollapse.anatomy.module_states import is_steered, left_as_found, steered_there
 from uncollapse.anatomy.sharded_weights import gathered_weights
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.turns import closed_to_others, watch
 from uncollapse.restoring import restoring, run_eagerly, run_layers_openly, turn
 
