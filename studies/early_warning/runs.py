@@ -70,8 +70,8 @@ def growing(model: LanguageModel, step: int) -> None:
 
 
 def shrinking(model: LanguageModel, step: int) -> None:
-    """From step 200 on the queries and keys of block 1 shrink by 5 % at every step."""
-    if step >= 200:
+    """From step 600 on the queries and keys of block 1 shrink by 5 % at every step."""
+    if step >= 600:
         weight = model.get_parameter("blocks.1.attention.read.weight")
         weight.data[: 2 * weight.shape[1]] *= 0.95
 
@@ -115,7 +115,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("weight decay 0.1", SMALL, 1.5e-2, 20, 400, weight_decay=0.1),
     Scenario("bfloat16 rounded away from zero", SMALL, 2e-3, 20, 1000, ENTROPY, PLAIN, rounding),
     Scenario("logits grow", SMALL, 2e-3, 20, 300, ENTROPY, PLAIN, growing, 80, 1),
-    Scenario("queries and keys shrink", SMALL, 2e-3, 20, 300, WIDTH, PLAIN, shrinking, 200, 1),
+    Scenario("queries and keys shrink", SMALL, 2e-3, 20, 700, WIDTH, PLAIN, shrinking, 600, 1),
     Scenario(PLAIN, SMALL, 2e-3, 20, 1000),
     Scenario("learning rate 1e-2, bounded logits", Shape(bounded=True), 1e-2, 20, 300),
     Scenario("post-norm, 4 blocks, warm-up", Shape(post=True), 1e-3, 50, 300),

@@ -82,13 +82,13 @@ def test_where_other_rules_ran_on_other_seeds_their_rows_count_those() -> None:
     assert "The other rules ran on" not in document([with_rules, twin])
 
 
-def test_queries_and_keys_that_shrink_are_those_of_one_block_from_step_200_on() -> None:
+def test_queries_and_keys_that_shrink_are_those_of_one_block_from_step_600_on() -> None:
     model = LanguageModel(Shape())
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     with torch.no_grad():
-        shrinking(model, 199)
+        shrinking(model, 599)
         assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-        shrinking(model, 200)
+        shrinking(model, 600)
     changed = [name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])]
     assert changed == ["blocks.1.attention.read.weight"]
     weight, width = model.get_parameter(changed[0]), Shape().width
