@@ -104,7 +104,7 @@ def _captured(model: Any, batch: dict[str, Any], anatomy: Any) -> dict[str, Any]
     """Whether the output under capture is the output without, bit for bit; and whether its entropies are the model's own."""
     from studies.tiny import one_line
     from uncollapse.anatomy.probing import probing
-    from uncollapse.anatomy.tracing import tensors_in
+    from uncollapse.anatomy.torch_calls import tensors_in
     from uncollapse.probe.passes import capture
 
     with probing(model):
@@ -178,7 +178,7 @@ def _own_entropies(model: Any, batch: dict[str, Any]) -> tuple[list[list[float]]
 
     from studies.tiny import one_line
     from uncollapse.anatomy.probing import probing
-    from uncollapse.anatomy.tracing import tensors_in
+    from uncollapse.anatomy.torch_calls import tensors_in
 
     before = getattr(model.config, "_attn_implementation", None)
     with probing(model), torch.no_grad():

@@ -41,7 +41,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._undos: list[Undo] = []
-        self.call = next(_calls(), 0)
+        self.call: types.FrameType | None = None
 
     def undo(self, undo: Undo) -> None:
         """Note how a change that is about to be made is undone. `undo` must bear being called twice, and without the change."""
@@ -51,8 +51,8 @@ class Changes:
         """As `undo`, for what belongs to the calls that the thread is in: its function modes, its gradient mode. Once the call that
         changed it is over, it is left alone. A context that Ctrl-C cut off on its way in is closed by garbage collection, maybe
         much later and in the midst of another call."""
-        call = (_gathering.changes[0] if _gathering.changes else self).call
-        self.undo(lambda: undo() if call in _calls() else None)
+        call = _gathering.changes[0].call if _gathering.changes else next(_calls())
+        self.undo(lambda: undo() if any(frame is call for frame in _calls()) else None)
 
     def set(self, owner: object, name: str, value: Any) -> None:
         """Set an attribute that `owner` has."""
@@ -131,19 +131,19 @@ class _Gathering(threading.local):
 _gathering = _Gathering()
 
 
-def _calls() -> Iterator[int]:
+def _calls() -> Iterator[types.FrameType]:
     """The calls the thread is in, the innermost first, without those of contexts on their way in or out."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         if not frame.f_code.co_flags & inspect.CO_GENERATOR and frame.f_code not in _MACHINERY:
-            yield id(frame)
+            yield frame
         frame = frame.f_back
 
 
 _MACHINERY = {
     method.__code__
     for owner, names in (
-        (Changes, ("__init__", "enter", "put_back", "undo_in_call")),
+        (Changes, ("enter", "put_back", "undo_in_call")),
         (contextlib._GeneratorContextManager, ("__enter__", "__exit__")),
     )
     for method in (getattr(owner, name) for name in names)
@@ -161,6 +161,7 @@ def restoring(*, gathers: bool = False) -> Iterator[Changes]:
             if around is not None:
                 around.undo(undo)
             if gathers:
+                changes.call = next(_calls())
                 _gathering.changes.append(changes)
             yield changes
         finally:
@@ -173,6 +174,7 @@ def _close(changes: Changes, around: Changes | None, undo: Undo) -> None:
     try:
         changes.put_back()
     finally:
+        changes.call = None  # a frame holds what its variables name
         if changes in _gathering.changes:
             del _gathering.changes[_gathering.changes.index(changes) :]
         if around is not None:
@@ -442,4 +444,5 @@ run_eagerly = SharedSetting(_stance, _set_stance, ("force_eager", False, None))
 run_layers_openly = SharedSetting(
     torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False
 )
-"""torch's own `nn.TransformerEncoderLayer` does not fuse itself into one kernel, which nobody can look inside."""
+"""torch's own `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` do not fuse themselves into one kernel, which nobody can
+look inside."""

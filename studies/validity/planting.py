@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from uncollapse.anatomy.interception import Handler, Point, intercepted
 from uncollapse.anatomy.operands import replaced
 from uncollapse.anatomy.streams import met
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import STREAM, Anatomy, AttentionCall, ModuleCall
 
 UNDERFLOW = (

@@ -16,7 +16,7 @@ from tests.helpers.tiny_models import FAMILIES, VOCABULARY, text_batch
 from uncollapse.analyses import attribution
 from uncollapse.anatomy.probing import float64_kept
 from uncollapse.anatomy.stacks import Padding
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.records.attribution import EffectRecord
 
 WIDTH, HEADS, BLOCKS = 32, 4, 2

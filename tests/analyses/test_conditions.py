@@ -19,7 +19,7 @@ from tests.helpers.families import FAMILIES, inputs_for
 from tests.helpers.own_models import OwnGPT, tokens
 from tests.helpers.tokenizers import WORDS, word_tokenizer
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.probe.passes import capture
 
 names = pytest.mark.parametrize("name", ["bert", "gpt2", "gpt_neox", "llama", "t5"])

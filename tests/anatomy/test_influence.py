@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from tests.helpers.observing import observe, site_table
 from uncollapse.anatomy.examples import example_batch
 from uncollapse.anatomy.influence import stream_axes, without_zeros
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import StreamAxes
 from uncollapse.probe.passes import Observations
 from uncollapse.probe.sites import PLAIN_MEASURES, STREAM_MEASURES
@@ -161,7 +162,9 @@ def test_sequences_laid_end_to_end_are_told_apart_by_what_they_reach() -> None:
     assert site_table(observed)[1, CONSENSUS] == pytest.approx(consensus(seen[0].split(lengths)), rel=1e-5)
 
 
-def test_a_stream_whose_axes_cannot_be_told_has_no_figures_but_a_reason() -> None:
+def test_a_stream_whose_axes_cannot_be_told_has_no_figures_but_a_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Frames(nn.Module):
         """Frames of a film, each attending within itself: neither axis of [film, frame, token, width] moves along the other."""
 
@@ -173,10 +176,48 @@ def test_a_stream_whose_axes_cannot_be_told_has_no_figures_but_a_reason() -> Non
         def forward(self, x: Tensor) -> Tensor:
             return self.block(self.embed(x))
 
-    found = uc.diagnose(seeded(Frames), batches=[{"x": torch.randn(3, 2, 7, 5)}])
+    batches, page = [{"x": torch.randn(3, 2, 7, 5)}], tmp_path / "page.html"
+    found = uc.diagnose(seeded(Frames), batches=batches)
     for site in found.trajectory:
         assert site.consensus_distance is None
         assert "the attention reaches along none of the axes [0, 1]" in site.unavailable["consensus_distance"]
+    probe = found.record.probe
+    assert (probe.sequences, probe.tokens, probe.max_tokens) == (None, None, None)
+    assert {"the attention reaches along none of the axes [0, 1]" in why for why in probe.unavailable.values()} == {
+        True
+    }
+    assert probe.unavailable.keys() == {"sequences", "tokens", "max_tokens"}
+    said = "sequences that could not be counted (the attention reaches along none of the axes [0, 1]"
+    for result in (found, uc.compare(found, found), uc.ablate(seeded(Frames), batches=batches, without=[("mlp",)])):
+        result.to_html(page)
+        assert said in " ".join(page.read_text().split())
+    capsys.readouterr()
+    found.show()
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("write", ["add_", "+=", "copy_", "out="])
+def test_what_a_product_reads_is_looked_at_before_it_is_written_to(write: str) -> None:
+    """The stream itself is what the first product reads, and then the sum is put into its place. As many tokens as features."""
+    torch.manual_seed(0)
+    project, out = nn.Linear(6, 18), nn.Linear(6, 6)
+
+    def update(stream: Tensor) -> Tensor:
+        x = stream.clone()
+        q, k, v = (t.unflatten(-1, (2, 3)).transpose(1, 2) for t in project(x).chunk(3, -1))
+        added = out(functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        if write == "add_":
+            x.add_(added)
+        elif write == "+=":
+            x += added
+        elif write == "copy_":
+            x.copy_(x + added)
+        else:
+            torch.add(x, added, out=x)
+        return added
+
+    with torch.no_grad():
+        assert stream_axes(update, torch.randn(4, 6, 6), "the block") == (StreamAxes(0, (1,), 2), "")
 
 
 # Zeros ----------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.tracing import operation_name, trace, writes_in_place
+from uncollapse.anatomy.torch_calls import operation_name, writes_in_place
+from uncollapse.anatomy.tracing import trace
 
 
 @pytest.mark.parametrize(

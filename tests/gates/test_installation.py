@@ -23,7 +23,7 @@ import uncollapse as uc
 from tests.helpers.families import FAMILIES, Family, inputs_for
 from tests.helpers.tiny_models import text_batch
 from uncollapse.anatomy.proof import known_anatomy, known_example
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.gates.broken import gate_report
 from uncollapse.gates.installation import install_gates, remove_gates
 from uncollapse.gates.projection import PositionGatedProjection

@@ -87,6 +87,46 @@ def test_the_shift_of_a_conditioned_output_norm_goes_with_its_norm_and_with_its_
         torch.testing.assert_close(model(**batch), model.head(expected))
 
 
+class HeadsApart(nn.Module):
+    """Many heads, each a module of its own with three products before the two that mix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.ModuleList(nn.Linear(D, 4) for _ in range(3)) for _ in range(8))
+        self.out = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = []
+        for head in self.heads:
+            q, k, v = (one(x) for one in head)
+            mixed.append((q @ k.mT * 0.5).softmax(-1) @ v)
+        return self.out(torch.cat(mixed, -1))
+
+
+class ExpertsAddedUp(nn.Module):
+    """Many experts, added up one by one: between the first of them and what comes behind the sublayer is a long way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.router = nn.ModuleList(Mlp() for _ in range(30)), nn.Linear(D, 30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, total = self.router(x).softmax(-1), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            total = total + weights[..., number, None] * expert(x)
+        return total
+
+
+@pytest.mark.parametrize("placement", ["sandwich", "output"])
+def test_a_norm_behind_a_sublayer_of_many_products_is_found_and_taken_out(placement: str) -> None:
+    torch.manual_seed(0)
+    model = Stack(placement, WRITTEN["layer_norm"][1])
+    model.blocks[0].attention, model.blocks[0].mlp = HeadsApart(), ExpertsAddedUp()
+    anatomy = checked(model, {"input_ids": ids()})
+    assert anatomy.norm_placement == placement
+    assert [n.place for n in anatomy.blocks[0].norms if n.role == "after"] == [0, 1]
+
+
 class MixedAgain(nn.Module):
     """Post-norm blocks in the model's own loop, each of which takes the embedding in again."""
 

@@ -384,6 +384,67 @@ def test_a_mask_over_token_first_numbers_is_taken_away() -> None:
         assert torch.equal(model(**batch)[0], model(**other)[0])
 
 
+class OneMaskBesideAnother(nn.Module):
+    """A causal mask that is filled in, and a window that is put in otherwise."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.qkv, self.out, self.way = nn.Embedding(31, 16), nn.Linear(16, 48), nn.Linear(16, 16), way
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x, count = self.embed(input_ids), input_ids.shape[1]
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        ones = torch.ones(count, count, dtype=torch.bool)
+        logits, far = (q @ k.mT).masked_fill(~ones.tril(), -math.inf), ones.tril(-3)
+        if self.way == "filled":
+            logits = logits.masked_fill(far, -1e4)
+        elif self.way == "diagonals":
+            for offset in range(3, count):
+                logits.diagonal(-offset, -2, -1).fill_(-math.inf)
+        elif self.way == "rows":
+            for row in range(3, count):
+                logits[..., row, : row - 2] = -math.inf
+        elif self.way == "by number":
+            i, j = far.nonzero().unbind(1)
+            logits[..., i, j] = -1e9
+        if self.way == "steep":  # one head, a product of its own, looks at one key only
+            steep, other = ((1e4 * logits[:, 0]).softmax(-1) @ v[:, 0], logits[:, 1].softmax(-1) @ v[:, 1])
+            return x + self.out(torch.cat([steep, other], -1)) + self.down(self.up(x).relu())
+        weights = logits.softmax(-1)
+        if self.way == "behind":
+            rows = [
+                torch.cat([torch.zeros_like(row[..., : max(i - 2, 0)]), row[..., max(i - 2, 0) :]], -1)
+                for i, row in enumerate(weights.unbind(-2))
+            ]
+            weights = torch.stack(rows, -2)
+            weights = weights / weights.sum(-1, keepdim=True)
+        x = x + self.out((weights @ v).transpose(1, 2).flatten(2))
+        return x + self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize("way", ["diagonals", "rows", "by number", "behind"])
+def test_a_mask_that_was_overlooked_beside_another_is_not_left_in_silence(way: str) -> None:
+    model, batch = OneMaskBesideAnother(way).eval(), {"input_ids": torch.randint(31, (3, 9))}
+    with (
+        pytest.raises(uc.UnsupportedModel, match="Another mask was overlooked"),
+        uc.without(model, "mask", batch=batch),
+    ):
+        pass
+    with uc.without(model, "mlp", batch=batch):  # nothing else is refused
+        pass
+
+
+@pytest.mark.parametrize("way", ["filled", "steep"])
+def test_without_masks_that_are_all_found_none_is_left(way: str) -> None:
+    model, batch = OneMaskBesideAnother(way).eval(), {"input_ids": torch.randint(31, (3, 9))}
+    other = {"input_ids": batch["input_ids"].clone()}
+    other["input_ids"][:, 0] = (batch["input_ids"][:, 0] + 1) % 31
+    with torch.no_grad(), uc.without(model, "mask", batch=batch):
+        assert bool((model(**batch) != model(**other)).any(-1).all())
+
+
 class InChunks(nn.Module):
     """Causal attention that answers for four of its queries at a time."""
 

@@ -17,7 +17,7 @@ from tests.helpers.tiny_models import text_batch
 from tests.reference import architectures
 from uncollapse.anatomy.probing import float64_kept
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 
 TEXT: dict[str, Any] = {
     "hidden_size": 32,

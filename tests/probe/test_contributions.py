@@ -15,7 +15,7 @@ from tests.helpers import tiny_models
 from tests.helpers.families import FAMILIES, Family, inputs_for
 from tests.helpers.projections import PROJECTIONS, hooked, projections, weight_of
 from tests.reference import identifiability as reference
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.gates.projection import PositionGatedProjection
 from uncollapse.probe import contributions
 from uncollapse.probe.contributions import HeadContributions, head_contributions

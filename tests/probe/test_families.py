@@ -16,7 +16,7 @@ import uncollapse as uc
 from tests.helpers.families import FAMILIES, Family, inputs_for
 from tests.helpers.observing import attention_table, eager, entropies, observe, padded, site_table
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.probe.attention import ATTENTION_MEASURES
 from uncollapse.probe.passes import capture
 from uncollapse.probe.sites import PLAIN_MEASURES

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from studies.random_models import comparing, counting
 from studies.random_models.comparing import Comparison, compared, site_reference, tolerance
 from studies.random_models.describing import described, odd_pieces
-from studies.random_models.drawing import CHOICES, Drawn, drawn, reconciled, specification
+from studies.random_models.drawing import CHOICES, Drawn, drawn, reconciled, specification, written_out
 from studies.random_models.reducing import reduced
 from studies.random_models.specification import Specification
 from studies.random_models.truth import PARTS, AttentionTruth
@@ -430,6 +432,58 @@ def test_rows_whose_weights_underflow_are_not_counted_and_say_why() -> None:
 def test_a_batch_is_run_as_it_lies_in_memory() -> None:
     """A copy in another order is rounded otherwise in half precision, and is not the user's own pass."""
     assert compared(dataclasses.replace(specification(43099), dtype="bfloat16")).verdict == "right"
+
+
+def test_a_removal_is_compared_with_the_meaning_that_it_has_also_where_that_overflows() -> None:
+    """The factor right behind an output norm is its gain here, and without the two the weights of some rows are all 0."""
+    subject = drawn(dataclasses.replace(specification(73595), dtype="float32"))
+    truths, result = [subject.truth(batch) for batch in subject.batches], Comparison(73595, {})
+    with_scale, without_scale = (
+        [subject.without(batch, *names) for batch in subject.batches] for names in (("norm",), ("norm", "update-scale"))
+    )
+    assert all(bool(t.isfinite().all()) for t in with_scale)
+    assert not any(bool(t.isfinite().all()) for t in without_scale)
+    comparing._compare_without(subject, truths, ("norm",), None, result)
+    assert [item.verdict for item in result.items] == ["right"]
+
+
+def test_what_overflows_in_one_of_two_outputs_is_no_agreement() -> None:
+    whole, real = np.ones((2, 3, 4)), np.ones((2, 3), bool)
+    some = whole.copy()
+    some[0, 1, 2] = np.nan
+    assert comparing._apart(some, some, real) == 0
+    assert comparing._apart(1.5 * some, some, real) == pytest.approx(0.5)
+    assert comparing._apart(some, whole, real) == comparing._apart(whole, some, real) == math.inf
+    real[0, 1] = False
+    assert comparing._apart(some, whole, real) == 0
+
+
+def test_torchs_own_attention_is_compared_as_it_is_measured() -> None:
+    """In evaluation mode it is one fused call, into which nobody can look: bfloat16 shows the other order of roundings."""
+    subject = drawn(dataclasses.replace(specification(71774), dtype="bfloat16"))
+    truths = [subject.truth(batch) for batch in subject.batches]
+    record = uc.diagnose(subject.model, batches=[dict(batch) for batch in subject.batches]).record
+    result = Comparison(71774, {})
+    comparing._compare_sites(subject.spec, truths, record, result)
+    comparing._compare_written_out(subject, truths, result)
+    assert [item.name for item in result.items[-2:]] == ["written out"] * 2
+    assert {item.verdict for item in result.items} == {"right"}
+
+
+def test_a_run_that_is_written_out_more_coarsely_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = drawn(dataclasses.replace(specification(71774), dtype="bfloat16"))
+
+    @contextlib.contextmanager
+    def coarse() -> Iterator[None]:
+        hook = subject.model.register_forward_hook(lambda _, __, output: output * (1 + 2**-4))
+        with written_out():
+            yield
+        hook.remove()
+
+    monkeypatch.setattr(comparing, "written_out", coarse)
+    result = Comparison(71774, {})
+    comparing._compare_written_out(subject, [subject.truth(batch) for batch in subject.batches], result)
+    assert [item.verdict for item in result.items] == ["wrong", "wrong"]
 
 
 @pytest.mark.parametrize(

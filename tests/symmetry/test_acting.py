@@ -22,7 +22,7 @@ from uncollapse.anatomy.interception import Point
 from uncollapse.anatomy.operands import Lead
 from uncollapse.anatomy.probing import float64_kept, probing
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall
 from uncollapse.symmetry.acting import acting, drawn, head_weights, transformed
 from uncollapse.symmetry.channels import Channels, channels_of

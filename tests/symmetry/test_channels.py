@@ -16,7 +16,7 @@ from tests.helpers.families import FAMILIES, inputs_for
 from uncollapse.anatomy.interception import intercepted
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import proved_anatomy
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import ModuleCall
 from uncollapse.symmetry import patterns
 from uncollapse.symmetry.acting import head_weights

@@ -32,7 +32,7 @@ from uncollapse.anatomy.probing import float64_kept, probing, seed_all
 from uncollapse.anatomy.proof import known_example
 from uncollapse.anatomy.stacks import given_mask, hides
 from uncollapse.anatomy.streams import met
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.interventions.overlooked_norms import asked_once
 from uncollapse.interventions.without import require_blocks, require_components, require_effect

@@ -17,7 +17,7 @@ from uncollapse.anatomy.interception import device_of
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import known_example
 from uncollapse.anatomy.sharded_weights import require_faithful
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.errors import InputError
 from uncollapse.interventions.without import is_ablated
 from uncollapse.probe.passes import on_device

@@ -31,7 +31,7 @@ from uncollapse.anatomy.interception import device_of
 from uncollapse.anatomy.probing import float64_kept, probing
 from uncollapse.anatomy.sharded_weights import is_sharded
 from uncollapse.anatomy.stacks import paddings
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.interventions.single_heads import HeadsAs
 from uncollapse.judgement.identifiability import heads_records, weights_reader

@@ -21,7 +21,7 @@ from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.sharded_weights import is_sharded, require_gatherable
 from uncollapse.anatomy.situations import sizes_of
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Layout
 from uncollapse.errors import InputError
 from uncollapse.interventions.without import is_ablated

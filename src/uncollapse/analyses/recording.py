@@ -41,10 +41,11 @@ from uncollapse.wrappers import class_of, seen_through
 
 def probe_record(prepared: Prepared, observed: Observations) -> Probe:
     """What the record says about the text and the options."""
+    counts = {"sequences": observed.sequences, "tokens": observed.tokens, "max_tokens": observed.max_tokens}
+    counted: dict[str, int | None] = {**counts} if not observed.uncounted else dict.fromkeys(counts)
     return Probe(
-        sequences=observed.sequences,
-        tokens=observed.tokens,
-        max_tokens=observed.max_tokens,
+        **counted,
+        unavailable=dict.fromkeys(counts, observed.uncounted) if observed.uncounted else {},
         source=prepared.source,
         seed=prepared.seed,
         level=prepared.level,

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 from uncollapse.anatomy.masking import BY_RESULT
 from uncollapse.anatomy.operands import FUSED
-from uncollapse.anatomy.tracing import PASSES, Trace
+from uncollapse.anatomy.torch_calls import PASSES
+from uncollapse.anatomy.tracing import Trace
 
 MASKING = frozenset(["add", "sub", "masked_fill", "where", "mul", "setitem"])
 _CHOICES = frozenset(["getitem", "index_select", "gather", "index", "take", "chunk", "split", "unbind"])

@@ -30,7 +30,7 @@ from uncollapse.anatomy.reading import has_own_hooks
 from uncollapse.anatomy.snapshots import copied
 from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.summands import summand, with_operands
-from uncollapse.anatomy.tracing import operation_name, tensors_in
+from uncollapse.anatomy.torch_calls import operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import (
     AdditionNode,
     Anatomy,

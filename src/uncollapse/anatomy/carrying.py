@@ -17,7 +17,7 @@ from torch import Tensor
 
 from uncollapse.anatomy.interception import Point
 from uncollapse.anatomy.masking import BY_RESULT, forbidden_by_step
-from uncollapse.anatomy.tracing import MATRIX_PRODUCTS, operands_of, operation_name, tensors_in, writes_in_place
+from uncollapse.anatomy.torch_calls import MATRIX_PRODUCTS, operands_of, operation_name, tensors_in, writes_in_place
 from uncollapse.anatomy.vocabulary import AttentionCall, MaskingStep
 
 Observer = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]  # function, operands, result

@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 
 from uncollapse.anatomy.masking import LEAST_SHARE
 from uncollapse.anatomy.offloaded_weights import replaced_weights
-from uncollapse.anatomy.tracing import is_freed, opened, operation_name, tensors_in
+from uncollapse.anatomy.torch_calls import opened, operation_name, tensors_in, writes_in_place
+from uncollapse.anatomy.tracing import is_freed, storage_of
 from uncollapse.anatomy.turns import closed_to_others
 from uncollapse.anatomy.vocabulary import StreamAxes
 from uncollapse.restoring import restoring
@@ -142,8 +143,8 @@ def reaches(update: Update, stream: Tensor, axis: int, places: Tensor, plain: Te
 
 @dataclass
 class Products(TorchFunctionMode):
-    """The operands of the first matrix products of a run, each with the axis that is contracted, and the `formats` of all numbers
-    that it made."""
+    """The operands of the first matrix products of a run as they were when they met, each with the axis that is contracted, and the
+    `formats` of all numbers that it made. An operand is copied only if it is written to later on (`x.add_(attention(x))`)."""
 
     found: list[tuple[tuple[Tensor, int | None], tuple[Tensor, int | None]]] = field(default_factory=list)
     formats: set[torch.dtype] = field(default_factory=set)
@@ -170,9 +171,18 @@ class Products(TorchFunctionMode):
             pair = _contracted(operation_name(func), args, kwargs)
             if pair is not None:
                 self.found.append(pair)
+        self._keep(args[:1] if writes_in_place(func) else kwargs.get("out"))
         result = func(*args, **kwargs)
         self.formats |= {t.dtype for t in tensors_in(result) if t.is_floating_point()}
         return result
+
+    def _keep(self, written: Any) -> None:
+        """Copy the operands that lie in memory that is about to be written to."""
+        memories = {storage_of(t) for t in tensors_in(written)} - {0}
+        if memories:
+            for number, pair in enumerate(self.found):
+                first, second = ((t.clone() if storage_of(t) in memories else t, axis) for t, axis in pair)
+                self.found[number] = first, second
 
 
 def _contracted(

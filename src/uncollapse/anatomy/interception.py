@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack
 
-from uncollapse.anatomy.tracing import counted_name, opened, operation_name, tensors_in
+from uncollapse.anatomy.torch_calls import counted_name, opened, operation_name, tensors_in
 from uncollapse.errors import UncollapseError
 from uncollapse.restoring import Changes, restoring, run_eagerly
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.anatomy.operands import ADDING_PRODUCTS, UnreadableError, replaced
-from uncollapse.anatomy.tracing import operands_of, operation_name, writes_in_place
+from uncollapse.anatomy.torch_calls import operands_of, operation_name, writes_in_place
 
 _ADDITIONS = {"add", "sub"} | ADDING_PRODUCTS  # the first operand of an adding product may be a mask on its logits
 # What these do to the pairs is told by their result: the operand that takes part is the logits' or the weights' own.

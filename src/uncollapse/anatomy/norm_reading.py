@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from uncollapse.anatomy.replaying import NotReplayable, rehearsed
-from uncollapse.anatomy.tracing import PASSES, Reference, Trace
+from uncollapse.anatomy.torch_calls import PASSES
+from uncollapse.anatomy.tracing import Reference, Trace
 
 Kind = Literal["layer", "rms"]
 

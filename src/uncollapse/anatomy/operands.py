@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from uncollapse.anatomy.tracing import operands_of, operation_name
+from uncollapse.anatomy.torch_calls import operands_of, operation_name
 from uncollapse.errors import UncollapseError
 
 FUSED = "scaled_dot_product_attention"

@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from uncollapse.anatomy.interception import Handler, Point, putting_another
 from uncollapse.anatomy.operands import UnreadableError, arranged, product_operands
 from uncollapse.anatomy.summands import with_operands
-from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in, writes_in_place
+from uncollapse.anatomy.torch_calls import operands_of, operation_name, tensors_in, writes_in_place
 from uncollapse.anatomy.vocabulary import AttentionCall, Gate, Part
 
 SCALE = 256.0  # of the unit vectors, a power of two: f(s e) - f(0) then loses no digits of the weights to the bias

@@ -32,17 +32,14 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.block_alone import (
-    POKE_SEED,
     BlockRun,
     MetAddition,
     blocks_alone,
     observe_blocks,
-    observing,
     output_of,
     recorders,
     tensors_of,
 )
-from uncollapse.anatomy.carrying import Way
 from uncollapse.anatomy.deviations import carry_gap, difference, is_rounding, largest_difference
 from uncollapse.anatomy.examples import (
     as_long_a_piece,
@@ -55,15 +52,10 @@ from uncollapse.anatomy.examples import (
 )
 from uncollapse.anatomy.influence import EVERY, Products, moved, poked, reaches, stream_axes, without_zeros
 from uncollapse.anatomy.interception import Handler, Point
-from uncollapse.anatomy.mixing_proof import MIXES_FEATURES, Poked, located, placed
+from uncollapse.anatomy.mixing_proof import HeadsMixing
 from uncollapse.anatomy.offloaded_weights import held_weights
 from uncollapse.anatomy.operands import (
-    Mixed,
-    SeveralChoicesError,
     UnreadableError,
-    chosen_pair,
-    product_operands,
-    replaced,
 )
 from uncollapse.anatomy.probing import probing, seed_all
 from uncollapse.anatomy.reading import SIDE_BY_SIDE, has_own_hooks, read
@@ -72,18 +64,17 @@ from uncollapse.anatomy.routers import routers_of
 from uncollapse.anatomy.side_by_side import laid_out, mixing_gap
 from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember, sizes_of
 from uncollapse.anatomy.stacks import find_stacks, given_mask, masks_not_told, per_token, real_tokens
-from uncollapse.anatomy.summands import same_term, with_operands
-from uncollapse.anatomy.tracing import Trace, operands_of, operation_name, trace, writes_in_place
+from uncollapse.anatomy.summands import same_term
+from uncollapse.anatomy.torch_calls import operands_of, operation_name, writes_in_place
+from uncollapse.anatomy.tracing import Trace, trace
 from uncollapse.anatomy.vocabulary import (
     STREAM,
     AdditionNode,
     Anatomy,
-    AttentionCall,
     Block,
     Fold,
     Identity,
     Layout,
-    MaskingStep,
     ModuleCall,
     NormPiece,
     Part,
@@ -301,27 +292,7 @@ def _blanking(values: list[Tensor], number: int, value_operand: int) -> Handler:
     return handler
 
 
-def _zeroed(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Zeros in place of what an operation gives."""
-    return torch.zeros_like(function(*args, **kwargs))
-
-
-def _noting_product(found: list[Mixed | str], number: int, call: AttentionCall) -> Handler:
-    """Keep the operands and the result of a product that mixes values, or why they cannot be read."""
-
-    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output = function(*args, **kwargs)
-        try:
-            seen = product_operands(function, args, kwargs, output, call.weight_operand or 0, call.pair)
-            found[number] = Mixed(None, seen.values.detach().clone(), seen.mixed.detach().clone())
-        except UnreadableError as error:
-            found[number] = str(error)
-        return output
-
-    return handler
-
-
-class _BlockProof(HeadsWriting):
+class _BlockProof(HeadsMixing, HeadsWriting):
     """The identities of one block, checked on its own arguments."""
 
     def __init__(self, model: nn.Module, block: Block, run: BlockRun, recorded: Trace) -> None:
@@ -363,7 +334,7 @@ class _BlockProof(HeadsWriting):
                 parts = [self._moves(number, part, stream, axes) for number, part in enumerate(parts)]
             for number, part in enumerate(parts):
                 if part.attention:
-                    parts[number] = replace(part, attention=self._mixes(number, part, stream, axes, reason))
+                    parts[number] = replace(part, attention=self.mixes(number, part, stream, axes, reason))
             self.block = replace(block, axes=axes, axes_reason=reason)
             parts = [self.writes(i, part) if part.attention else part for i, part in enumerate(parts)]
         self.block = replace(self.block, parts=tuple(parts))
@@ -618,180 +589,6 @@ class _BlockProof(HeadsWriting):
                 statement, gap = "is mixed from this stream", float(not alike and torch.equal(before, after))
             self._check(f"what the {part.kind} ({part.module}) mixes {statement}", gap)
 
-    def _mixes(
-        self, number: int, part: Part, stream: Tensor, axes: StreamAxes | None, reason: str
-    ) -> tuple[AttentionCall, ...]:
-        """What the axes of this part's products hold, found by poking each sequence, one token, and the memory of a
-        cross-attention. With the other parts removed, a token reaches the product by itself alone."""
-        if axes is None or axes.sequence is None:
-            reason = reason or "its sequences are laid end to end"
-            return tuple(replace(call, unreadable=reason) for call in part.attention)
-        others = tuple(i for i in range(len(self.block.parts)) if i != number)
-        generator = torch.Generator().manual_seed(POKE_SEED)
-        noise = torch.randn(stream.shape, generator=generator).to(stream) * (stream.double().std().to(stream) + 1)
-        sequences, tokens = axes.cloud(stream).shape[:2]
-        pairs = {
-            i: self._pair(call, others, stream, noise, axes) for i, call in enumerate(part.attention) if call.is_einsum
-        }
-        part = replace(part, attention=tuple(replace(c, pair=pairs.get(i)) for i, c in enumerate(part.attention)))
-
-        def observed(stream: Tensor, memory: bool = False) -> list[Mixed | str]:
-            found: list[Mixed | str] = ["it did not run"] * len(part.attention)
-            handlers = {c.product: _noting_product(found, i, c) for i, c in enumerate(part.attention)}
-
-            def is_all() -> bool:
-                return "it did not run" not in found
-
-            self._replay(others, stream, handlers, poke_memory=memory, is_all=is_all)
-            return found
-
-        plain = observed(stream)
-        in_turn_poked = []
-        for sequence in range(sequences):
-            changed = stream.clone()
-            changed.select(axes.sequence, sequence).add_(noise.select(axes.sequence, sequence))
-            in_turn_poked.append(observed(changed))
-        token = plain
-        most = stream.shape[axes.token[-1]] if self.block.chooses_tokens else 1  # the first may be none of the chosen
-        for at in range(most):
-            one = stream.clone()
-            places = {axes.sequence: 0} | dict.fromkeys(axes.token, 0) | {axes.token[-1]: at}
-            index = tuple(places.get(axis, slice(None)) for axis in range(stream.ndim))
-            one[index] += noise[index]
-            token = observed(one)
-            if any(_differ(before, after) for before, after in zip(plain, token, strict=True)):
-                break
-        memory = observed(stream, memory=True) if part.kind == "cross" else None
-        found = []
-        for i, call in enumerate(part.attention):
-            met = [plain[i], token[i], *([memory[i]] if memory is not None else []), *(p[i] for p in in_turn_poked)]
-            views = [view for view in met if not isinstance(view, str)]
-            if len(views) < len(met):
-                found.append(replace(call, unreadable=next(view for view in met if isinstance(view, str))))
-                continue
-            first = 2 if memory is None else 3
-            pokes = Poked(views[0], views[first:], views[1], None if memory is None else views[2])
-            try:
-                alone = len(part.attention) == 1
-                known = located(call, pokes, tokens, alone=alone, chooses_tokens=self.block.chooses_tokens)
-                found.append(replace(known, masking=self._masking_axes(known, others, sequences)))
-            except UnreadableError as error:
-                found.append(replace(call, unreadable=str(error)))
-        choosing = [c for c in found if c.serves_weights and c.unreadable == MIXES_FEATURES]
-        if choosing:  # they only help to choose whom the others attend to, and attend to nothing
-            others_of = tuple(c for c, f in zip(part.attention, found, strict=True) if f not in choosing)
-            return self._mixes(number, replace(part, attention=others_of), stream, axes, reason)
-        if any(call.shares_queries for call in found):
-            alike = len({(c.heads, c.head_width, c.lead, c.before, c.after) for c in found}) == 1
-            if not alike or not all(c.shares_queries for c in found) or not self._in_turn(found, others, axes):
-                reason = (
-                    "several attention calls of one sublayer share out its queries in a way that was not understood"
-                )
-                found = [replace(call, unreadable=call.unreadable or reason) for call in found]
-        return tuple(found)
-
-    def _pair(
-        self, call: AttentionCall, others: tuple[int, ...], stream: Tensor, noise: Tensor, axes: StreamAxes
-    ) -> tuple[int, int] | None:
-        """Which axes of the weights hold queries and keys, where the product itself leaves that open: one token moves a single
-        place of the keys, and its query alone a single place of the queries. None where the product says it, or nothing told it."""
-        if call.similarity is None or call.weight_operand is None:
-            return None
-        product: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
-
-        def met(stream: Tensor, queries: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-            """The queries, and the operands of the product, with other queries in the place of its own."""
-            seen: list[Tensor] = []
-
-            def comparing(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                operands = operands_of(operation_name(function), args, kwargs)
-                seen.append(operands[call.query_operand].detach().clone())
-                if queries is not None:
-                    args, kwargs = with_operands(args, kwargs, {call.query_operand: lambda _: queries})
-                return function(*args, **kwargs)
-
-            def mixing(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                operands = operands_of(operation_name(function), args, kwargs)
-                seen.extend(t.detach().clone() for t in operands)
-                output = function(*args, **kwargs)
-                product.append((args, kwargs, output))
-                return output
-
-            assert call.similarity is not None
-            self._replay(others, stream, {call.similarity: comparing, call.product: mixing})
-            return seen[0], seen[1:]
-
-        _, plain = met(stream)
-        try:
-            product_operands(torch.einsum, *product[0], call.weight_operand)
-        except SeveralChoicesError:
-            pass
-        except UnreadableError:
-            return None
-        else:
-            return None
-        for token in (-1, 0):  # of causal attention the first token sees itself alone, whatever its query
-            one = stream.clone()
-            places = {axes.sequence: 0} | dict.fromkeys(axes.token, token)
-            index = tuple(places.get(axis, slice(None)) for axis in range(stream.ndim))
-            one[index] += noise[index]
-            other_queries, changed = met(one)
-            _, asked = met(stream, other_queries)
-            of_weights = _single_places(plain[call.weight_operand], asked[call.weight_operand])
-            of_values = _single_places(plain[call.value_operand], changed[call.value_operand])
-            found = chosen_pair(*product[0], call.weight_operand, (of_weights, of_values))
-            if found is not None:
-                return found
-        return None
-
-    def _in_turn(self, calls: list[AttentionCall], others: tuple[int, ...], axes: StreamAxes) -> bool:
-        """Whether calls that answer for some of the queries each answer for all of them together, one after the other: each is
-        blanked in turn, and the tokens whose rows then change are its own."""
-        plain = axes.cloud(self._replay(others))
-        taken: list[int] = []
-        for call in calls:
-            without = axes.cloud(self._replay(others, None, {call.product: _zeroed}))
-            taken += (without != plain).any(-1).any(0).nonzero().flatten().tolist()
-        return taken == list(range(plain.shape[1]))
-
-    def _masking_axes(self, call: AttentionCall, others: tuple[int, ...], sequences: int) -> tuple[MaskingStep, ...]:
-        """The masking steps with what the axes of their results hold, told by where their entries arrive among the weights."""
-        steps = []
-        for step in call.masking:
-            arrived, shape = self._arriving(call, step, others)
-            if arrived is not None:
-                step = replace(step, axes=placed(arrived, shape, call, sequences))
-            steps.append(step)
-        return tuple(steps)
-
-    def _arriving(
-        self, call: AttentionCall, step: MaskingStep, others: tuple[int, ...]
-    ) -> tuple[Tensor | None, tuple[int, ...]]:
-        """Which entry of a masking step's result every weight was, [*lead, query, key], and the shape of that result."""
-        way, shapes, arrived = Way(call, step), list[tuple[int, ...]](), list[Tensor]()
-        handlers = {point: observing(observe) for point, observe in way.observers().items()}
-
-        within = handlers[step.point]
-
-        def noting_shape(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            output = within(function, args, kwargs)
-            shapes.append(tuple((output if isinstance(output, Tensor) else args[0]).shape))
-            return output
-
-        def at_product(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            output = function(*args, **kwargs)
-            operand = operands_of(operation_name(function), args, kwargs)[call.weight_operand or 0]
-            _, numbers = way.end(operand)
-            if numbers is not None:
-                swapped = replaced([args, kwargs], operand, numbers.expand(operand.shape))
-                seen = product_operands(function, swapped[0], swapped[1], output, call.weight_operand or 0, call.pair)
-                if seen.weights is not None:
-                    arrived.append(seen.weights)
-            return output
-
-        self._replay(others, None, {**handlers, step.point: noting_shape, call.product: at_product})
-        return (arrived[0], shapes[0]) if arrived else (None, ())
-
     def _axes(self, stream: Tensor) -> tuple[StreamAxes | None, str]:
         """The axes, as the attention shows them; without one, the first part that moves information between tokens."""
         reason = f"{self.where} has no attention by which its tokens could be told"
@@ -845,23 +642,6 @@ class _BlockProof(HeadsWriting):
             if size > 1 and reaches(update, stream, axis, places, plain):
                 return True
         return False
-
-
-def _differ(before: Mixed | str, after: Mixed | str) -> bool:
-    """Whether a product mixes other values than before, as far as both could be read."""
-    if isinstance(before, str) or isinstance(after, str):
-        return False
-    return not torch.equal(before.values, after.values)
-
-
-def _single_places(before: Tensor, after: Tensor) -> set[int]:
-    """The axes along which a single place of several differs."""
-    different = before != after
-    return {
-        axis
-        for axis in range(before.ndim)
-        if before.shape[axis] > 1 and int(different.movedim(axis, 0).flatten(1).any(-1).sum()) == 1
-    }
 
 
 def _one_per_term(node: AdditionNode, met: MetAddition) -> list[Tensor]:

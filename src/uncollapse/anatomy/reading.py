@@ -20,7 +20,8 @@ from uncollapse.anatomy.interception import Point, device_of
 from uncollapse.anatomy.norm_reading import Piece, cuts, kind_between, next_products, pieces_between
 from uncollapse.anatomy.replaying import between
 from uncollapse.anatomy.summands import same_term, summands_of
-from uncollapse.anatomy.tracing import PASSES, Call, Trace
+from uncollapse.anatomy.torch_calls import PASSES
+from uncollapse.anatomy.tracing import Call, Trace
 from uncollapse.anatomy.vocabulary import (
     PICKS,
     STREAM,
@@ -785,7 +786,7 @@ class _Reader:
         for entry in dict.fromkeys(e for e in entries if e is not None):
             if any(x is not None and self.t.depends(entry, x) for x in exits):
                 continue
-            sources = self._makers(entry)
+            sources = self._makers(entry)[:_MOST_SOURCES]
             pieces += [p for s in sources for p in pieces_between(self.t, s, [entry])]
         return list(dict.fromkeys(pieces))
 
@@ -805,7 +806,7 @@ class _Reader:
 
         start = [index] if nodes[index].is_floating else []
         behind = _walked(start, lambda at: () if is_maker(at) or self.t.is_matrix_product(at) else data(at))
-        return sorted(filter(is_maker, behind))[:_MOST_SOURCES]
+        return sorted(filter(is_maker, behind))
 
     def _norms(self, sums: list[_Sum], parts_of: list[list[int]], stream_out: int, block: Call) -> list[Norm]:
         """The norms of a block: pieces of the graph first, then modules that behave as norms and were met in no such piece."""
@@ -854,13 +855,14 @@ class _Reader:
                     yield piece, "before", None if shared else part
                 inside = [i for i in self._products_feeding(own) if self.t.depends(i, found.given)]
                 for source in inside[:_MOST_PRODUCTS]:
-                    last = [leaf for leaf in own if leaf != source and self.t.depends(leaf, source)]
-                    onward = next_products(self.t, source, own)
-                    for piece in pieces_between(self.t, source, onward):
+                    for piece in pieces_between(self.t, source, next_products(self.t, source, own)):
                         yield piece, "inner", part
-                    for piece in pieces_between(
-                        self.t, source, [x for x in last if not self._product_between(source, x)]
-                    ):
+                # However many products come before, behind the last ones stands what is behind the sublayer. Of experts that are
+                # added up one by one, the last are nearest to it.
+                products = set(inside)
+                makers = {leaf: [i for i in self._makers(leaf) if i in products] for leaf in own}
+                for source in sorted({i for of in makers.values() for i in of[-_MOST_PRODUCTS:]}, reverse=True):
+                    for piece in pieces_between(self.t, source, [leaf for leaf in own if source in makers[leaf]]):
                         yield piece, "after", part
 
     def _products_feeding(self, leaves: list[int]) -> list[int]:

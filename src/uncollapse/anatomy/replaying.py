@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uncollapse.anatomy.tracing import Operation, Reference, Trace, is_freed, tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
+from uncollapse.anatomy.tracing import Operation, Reference, Trace, is_freed
 from uncollapse.errors import UnsupportedModel
 
 _CASTS = {Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double}

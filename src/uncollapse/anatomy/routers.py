@@ -21,7 +21,8 @@ from torch import Tensor
 
 from uncollapse.anatomy.block_alone import BlockAlone
 from uncollapse.anatomy.interception import Handler, Point
-from uncollapse.anatomy.tracing import Trace, operation_name, tensors_in
+from uncollapse.anatomy.torch_calls import operation_name, tensors_in
+from uncollapse.anatomy.tracing import Trace
 from uncollapse.anatomy.vocabulary import Block, Router, StreamAxes
 
 CHOICES = frozenset(["topk", "argmax"])

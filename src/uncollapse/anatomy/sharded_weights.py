@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.offloaded_weights import kept_weight
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.restoring import restoring
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, counted, in_turn, intercepted
-from uncollapse.anatomy.tracing import Path, tensors_at
+from uncollapse.anatomy.torch_calls import Path, tensors_at
 from uncollapse.anatomy.vocabulary import ModuleCall, Place
 from uncollapse.errors import UncollapseError
 from uncollapse.restoring import restoring

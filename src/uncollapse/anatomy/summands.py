@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uncollapse.anatomy.tracing import operation_name, tensors_in, writes_in_place
+from uncollapse.anatomy.torch_calls import operation_name, tensors_in, writes_in_place
 
 
 def left_of(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], gone: Collection[int]) -> Any:

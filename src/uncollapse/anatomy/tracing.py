@@ -10,12 +10,10 @@ module has only while it runs (offloaded, gathered); eight tokens tell as much a
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import threading
-import types
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,123 +21,22 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from uncollapse.anatomy.torch_calls import (
+    LEARNED_MAPS,
+    MATRIX_PRODUCTS,
+    PASSES,
+    SCALINGS,
+    TEMPLATES,
+    Path,
+    counted_name,
+    opened,
+    operands_of,
+    operation_name,
+    tensors_at,
+    tensors_in,
+    writes_in_place,
+)
 from uncollapse.restoring import restoring
-
-# The way to a tensor inside a module's arguments or its output: keys, numbers and names of attributes, outermost first.
-Path = tuple[Any, ...]
-# An operation that multiplies matrices; with one operand made of parameters alone it is a learned linear map.
-MATRIX_PRODUCTS = frozenset(
-    [
-        "linear",
-        "matmul",
-        "rmatmul",
-        "bmm",
-        "mm",
-        "addmm",
-        "baddbmm",
-        "addbmm",
-        "addmv",
-        "mv",
-        "einsum",
-        "tensordot",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "grouped_mm",
-    ]
-)
-# An operation through which a value passes as it is: moved, cut, cast, or dropped out.
-PASSES = frozenset(
-    [
-        "view",
-        "reshape",
-        "contiguous",
-        "to",
-        "type",
-        "type_as",
-        "float",
-        "half",
-        "bfloat16",
-        "double",
-        "clone",
-        "detach",
-        "dropout",
-        "dropout_",
-        "transpose",
-        "permute",
-        "squeeze",
-        "unsqueeze",
-        "flatten",
-        "unflatten",
-        "expand",
-        "expand_as",
-        "swapaxes",
-        "movedim",
-        "cat",
-        "getitem",
-        "view_as",
-        "reshape_as",
-        "narrow",
-        "alias",
-        "feature_dropout",
-        "native_dropout",
-        "nan_to_num",
-        "t",
-    ]
-)
-_SCALINGS = frozenset(["mul", "rmul", "div", "truediv", "true_divide", "multiply", "neg"])
-# An operation whose further tensor operands only lend their shape or type.
-_TEMPLATES = frozenset(["expand_as", "view_as", "reshape_as", "type_as"])
-# A learned map, written as input and weight.
-_LEARNED_MAPS = frozenset(["linear", "conv1d", "conv2d", "conv3d"])
-
-
-def _reopened(function: types.FunctionType) -> Callable[..., Any]:
-    """A copy of a composite torch function that does not hand itself to function modes, so that they see what is inside."""
-    names = {**function.__globals__, "has_torch_function": lambda *_: False}
-    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-# nn.MultiheadAttention calls one function that holds projections, attention and output projection together.
-_COMPOSITES: dict[Any, Callable[..., Any]] = {
-    torch.nn.functional.multi_head_attention_forward: _reopened(torch.nn.functional.multi_head_attention_forward)  # type: ignore[arg-type]
-}
-
-
-def opened(function: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The same function with its inner calls visible to a function mode that is entered around it, if it is a composite."""
-    return _COMPOSITES.get(function)
-
-
-def operation_name(function: Callable[..., Any]) -> str:
-    """The name of a torch call without spelling variants: `torch.add`, `x + y`, `y.__radd__`, `x += y`, `x.add_` are `add`."""
-    name = getattr(function, "__name__", None) or str(function)
-    name = name.rsplit("::", 1)[-1]
-    if name.startswith("__") and name.endswith("__"):
-        name = name[2:-2]
-        if name in {"iadd", "radd"}:
-            return "add"
-        if name[0] in "ir" and name[1:] in {"mul", "truediv", "matmul", "sub"}:
-            return name[1:]
-        return name
-    return name.rstrip("_").lstrip("_") or name
-
-
-def counted_name(name: str, operands: Iterable[Tensor]) -> str:
-    """The name under which an operation is counted within a module's forward. Additions are counted apart by their number of
-    axes: whether a mask is added to the scores depends on the batch, and must not shift the count of the residual ones."""
-    apart = name in {"add", "sub", "mul"}
-    return f"{name} of {max((t.ndim for t in operands), default=0)} axes" if apart else name
-
-
-def writes_in_place(function: Callable[..., Any]) -> bool:
-    """Whether a torch call writes into its first operand (`add_`, `+=`, `x[i] = y`)."""
-    name = getattr(function, "__name__", "")
-    if name.startswith("__"):
-        return name in {"__setitem__"} or (name[2:3] == "i" and name[3:-2] in {"add", "mul", "sub", "truediv"})
-    return name.endswith("_") and not name.endswith("__")
 
 
 @dataclass(frozen=True)
@@ -285,7 +182,7 @@ class Trace:
         data = [i for i in node.inputs if self.nodes[i].is_data]
         if len(data) != 1:
             return None
-        if node.operation in PASSES or node.operation in _SCALINGS or node.operation == "add":
+        if node.operation in PASSES or node.operation in SCALINGS or node.operation == "add":
             return data[0]
         return None
 
@@ -307,50 +204,6 @@ class Trace:
             path.append(call)
             call = self.calls[call].parent
         return path
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested lists, tuples, mappings and objects of the Hugging Face output kind."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for item in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, item.name, None))
-
-
-def tensors_at(value: Any, path: Path = (), depth: int = 4) -> Iterator[tuple[Path, Tensor]]:
-    """Every tensor in nested containers and in the attributes of plain objects, with the path to it: keys of mappings,
-    numbers in sequences, names of attributes. Modules and tensors are not looked into, nor anything below `depth`."""
-    if isinstance(value, Tensor):
-        yield path, value
-    elif depth and not isinstance(value, (nn.Module, type, str)):
-        items: Iterable[tuple[Any, Any]]
-        if isinstance(value, Mapping):
-            items = value.items()
-        elif isinstance(value, (list, tuple)):
-            items = enumerate(value)
-        elif dataclasses.is_dataclass(value):
-            items = [(f.name, getattr(value, f.name, None)) for f in dataclasses.fields(value)]
-        else:
-            items = getattr(value, "__dict__", {}).items()
-        for key, item in list(items):
-            yield from tensors_at(item, (*path, key), depth - 1)
-
-
-def operands_of(operation: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors that an operation is given, in the order in which a `Node` lists them: as they were passed; of fused attention
-    by name, since its masks and values are often passed as keywords."""
-    if operation == "scaled_dot_product_attention":
-        names = ("query", "key", "value", "attn_mask")
-        named = {**dict(zip(names, args, strict=False)), **kwargs}
-        return [named[n] for n in names if isinstance(named.get(n), Tensor)]
-    return list(tensors_in([args, dict(kwargs)]))
 
 
 class _Recorder(TorchFunctionMode):
@@ -435,7 +288,7 @@ class _Recorder(TorchFunctionMode):
     def _remember(self, tensor: Tensor, index: int, *, is_passing: bool) -> None:
         number = id(tensor)
         if number not in self._value_of:
-            storage = _storage(tensor)
+            storage = storage_of(tensor)
             if storage:
                 self._on_storage.setdefault(storage, []).append(number)
             if is_passing:  # its number, and the place of its memory, may then be those of another tensor
@@ -481,7 +334,7 @@ class _Recorder(TorchFunctionMode):
             return output
         if any(isinstance(a, torch.UntypedStorage) for a in args):
             return output  # a weight, read from a file in the middle of the pass: a constant, once it is used
-        operands = operands_of(name, args, kwargs)[: 1 if name in _TEMPLATES else None]
+        operands = operands_of(name, args, kwargs)[: 1 if name in TEMPLATES else None]
         inputs = tuple(self.value(t) for t in operands)
         is_data = any(self.nodes[i].is_data for i in inputs)
         is_parameter = not is_data and any(self.nodes[i].is_parameter for i in inputs)
@@ -504,7 +357,7 @@ class _Recorder(TorchFunctionMode):
                 counted=counted,
                 scalars=scalars,
             )
-            for other in self._on_storage.get(_storage(tensor), ()):
+            for other in self._on_storage.get(storage_of(tensor), ()):
                 self._value_of[other] = index
             self.tape.operations[index] = Operation(func, *referred, 0, True, autocast)
         if not in_place:
@@ -565,7 +418,8 @@ def _forget(value_of: dict[int, int], on_storage: dict[int, list[int]], number: 
         on_storage[storage].remove(number)
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """The memory that a tensor lies in, the same for all views of it; 0 where it has none of its own."""
     try:
         return int(tensor.untyped_storage().data_ptr())
     except (RuntimeError, NotImplementedError):  # a tensor subclass without storage of its own
@@ -639,7 +493,7 @@ def _with_own_tokens(nodes: list[Node], ancestors: list[int]) -> tuple[list[Node
     """
     own: set[int] = set()
     seen: set[int] = set()
-    frontier = [n.inputs[0] for n in nodes if n.operation in _LEARNED_MAPS and nodes[n.inputs[1]].is_parameter]
+    frontier = [n.inputs[0] for n in nodes if n.operation in LEARNED_MAPS and nodes[n.inputs[1]].is_parameter]
     while frontier:
         node = nodes[frontier.pop()]
         if node.index in seen or node.is_data or len(node.shape) < 2 or not node.is_floating:

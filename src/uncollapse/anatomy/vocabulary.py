@@ -39,7 +39,7 @@ from torch import Tensor
 from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.operands import Lead
 from uncollapse.anatomy.summands import left_of
-from uncollapse.anatomy.tracing import Path
+from uncollapse.anatomy.torch_calls import Path
 from uncollapse.errors import UnsupportedModel
 
 PartKind = Literal["attention", "cross", "mlp", "mixer"]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
 from uncollapse.anatomy.streams import met
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.turns import refuse_running
 from uncollapse.anatomy.vocabulary import Anatomy, Block, Layout, ModuleCall
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel

@@ -22,7 +22,7 @@ from uncollapse.anatomy.norm_reading import random_input, same
 from uncollapse.anatomy.output_maps import product_map
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.streams import Action, met
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall, Part, Place
 from uncollapse.errors import UnsupportedModel
 from uncollapse.restoring import restoring

@@ -32,7 +32,7 @@ from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.stacks import given_mask, hides, paddings
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.summands import with_operands
-from uncollapse.anatomy.tracing import operation_name, tensors_in
+from uncollapse.anatomy.torch_calls import operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, ModuleCall, Part, Place
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.restoring import Changes, in_this_thread, restoring

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import ChangedPath, Handler, Point, in_turn, intercepted
 from uncollapse.anatomy.masking import (
+    LEAST_SHARE,
     factor_of,
     far_below,
     forbidden_by_addition,
@@ -42,7 +43,7 @@ from uncollapse.anatomy.operands import UnreadableError, arranged, fused_argumen
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.stacks import given_mask, hides
 from uncollapse.anatomy.streams import Action, met
-from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in, writes_in_place
+from uncollapse.anatomy.torch_calls import operands_of, operation_name, tensors_in, writes_in_place
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, MaskingStep, Place, StreamAxes
 from uncollapse.errors import UncollapseError, UnsupportedModel
 from uncollapse.restoring import in_this_thread, restoring
@@ -95,6 +96,60 @@ def mask_removed(
         changes.enter(intercepted(model, made, strict=False, everywhere=everywhere))  # a batch may need no mask
         changes.enter(intercepted(model, handlers, everywhere=everywhere))
         yield
+
+
+def require_no_mask_left(
+    model: nn.Module, anatomy: Anatomy, blocks: frozenset[int], example: Mapping[str, Any]
+) -> None:
+    """Raise `UnsupportedModel` where a pair of tokens of the example, none of which is padding, still has no weight in any sequence
+    and head of an attention whose mask is removed: another mask was overlooked. A fused call has no place for another one."""
+    handlers: dict[Point, Handler] = {}
+    streams: list[tuple[Place, Action]] = []
+    found: list[tuple[str, list[Tensor]]] = []  # by block and attention
+    for number in sorted(blocks):
+        block, entered = anatomy.blocks[number], _Entered()
+        for part in (p for p in block.parts if p.kind == "attention"):
+            calls = [c for c in part.attention if not c.is_fused and c.unreadable is None]
+            together = [[c] for c in calls] if part.shares_queries else [calls]  # one call a head: all of them
+            for several in together:
+                unheard: list[Tensor] = []
+                handlers |= {c.product: _asking(c, several, unheard, entered) for c in several}
+                found += [(block.name, unheard)]
+        if block.axes is not None:
+            streams.append((block.entry, functools.partial(_note_entering, block.axes, entered)))
+    with probing(model), mask_removed(model, anatomy, blocks), met(model, streams, handlers=handlers, strict=False):
+        model(**example)
+    for name, unheard in found:
+        if any(bool(pairs.any()) for pairs in unheard):
+            raise UnsupportedModel(
+                f"without: expected all tokens to give each other some weight in {name} of {type(model).__name__} without its "
+                "mask, got pairs with none in any sequence and head. Another mask was overlooked, or the logits are too steep. "
+                "Remove another component, or leave this block out with blocks=[...]."
+            )
+
+
+def _asking(call: AttentionCall, several: Sequence[AttentionCall], unheard: list[Tensor], entered: _Entered) -> Handler:
+    """Notes which pairs [window, query, key] have no weight in any sequence and head of `several` calls."""
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = function(*args, **kwargs)
+        if entered.sizes is None or not isinstance(output, Tensor):
+            return output
+        try:
+            seen = product_operands(function, args, kwargs, output, call.weight_operand or 0, call.pair)
+            assert seen.weights is not None
+            weights = arranged(seen.weights, call.lead, entered.sizes[0])
+        except UnreadableError:  # other axes than where it was proved: nothing was measured of it, either
+            return output
+        weights = weights[..., call.before : weights.shape[-1] - call.after].abs()
+        heard = weights > LEAST_SHARE * weights.amax(-1, keepdim=True)
+        own = ~(heard | weights.isnan()).any(1).any(0)
+        if call != several[0] and unheard and unheard[-1].shape == own.shape:
+            own &= unheard.pop()
+        unheard.append(own)
+        return output
+
+    return handler
 
 
 class _Padding(threading.local):

@@ -20,7 +20,7 @@ from uncollapse.anatomy.interception import Handler, Point, device_of, in_turn, 
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.stacks import paddings
 from uncollapse.anatomy.summands import with_operands
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import AdditionNode, Anatomy, Block, StreamAxes
 from uncollapse.errors import InputError, UnsupportedModel
 from uncollapse.interventions.single_heads import Filling, of_another

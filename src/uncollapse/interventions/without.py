@@ -48,14 +48,19 @@ from uncollapse.anatomy.probing import going_as_steered, hidden, in_the_open, pr
 from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
 from uncollapse.anatomy.sharded_weights import gathered_weights
 from uncollapse.anatomy.situations import held
-from uncollapse.anatomy.tracing import tensors_in, writes_in_place
+from uncollapse.anatomy.torch_calls import tensors_in, writes_in_place
 from uncollapse.anatomy.turns import closed_to_others, refuse_running
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall, NormPiece, removal
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.interventions import single_heads, whole_sublayers
 from uncollapse.interventions.overlooked_norms import require_no_norm_left
 from uncollapse.interventions.single_heads import Filling, Heads, HeadsAs
-from uncollapse.interventions.token_order import mask_removed, positions_removed, require_order_blind
+from uncollapse.interventions.token_order import (
+    mask_removed,
+    positions_removed,
+    require_no_mask_left,
+    require_order_blind,
+)
 from uncollapse.restoring import Changes, in_this_thread, reduced_as_found, restoring, turn
 from uncollapse.wrappers import module_of, seen_through
 
@@ -417,13 +422,17 @@ def _require_effect(
             _set_aside(model, anatomy, changes)
             single_heads.require_apart(model, anatomy, wanted.heads, example, heads_as)
     # A removal acts at proved places and says so where it misses one. What mask and positions do shows on a run only, and so
-    # does a norm that was overlooked.
+    # does a norm or a mask that was overlooked.
     if example is not None and "norm" in wanted.components:
         everything = _Removal(frozenset({"norm", "mlp", "attention"}), wanted.blocks, False, inner=True)
         with restoring() as changes:
             _set_aside(model, anatomy, changes)
             _put_up(model, anatomy, [everything], changes, everywhere=False)
             require_no_norm_left(model, anatomy, wanted.blocks, example)
+    if example is not None and "mask" in wanted.components:
+        with restoring() as changes:
+            _set_aside(model, anatomy, changes)
+            require_no_mask_left(model, anatomy, wanted.blocks, example)
     if example is None or not (thorough or wanted.components & {"mask", "positions"}):
         return
     with probing(model), restoring() as changes:

@@ -26,7 +26,7 @@ from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.probing import measuring
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.summands import summand
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Part, Place, Residual, Stack
 from uncollapse.errors import UncollapseError
 from uncollapse.interventions import without

@@ -21,7 +21,7 @@ from uncollapse.anatomy.interception import Point
 from uncollapse.anatomy.masking import LEAST_SHARE, forbidden_by_addition
 from uncollapse.anatomy.operands import Mixed, UnreadableError, arranged, fused_arguments, product_operands, replaced
 from uncollapse.anatomy.output_maps import laid_out, unreplaced
-from uncollapse.anatomy.tracing import operands_of, operation_name
+from uncollapse.anatomy.torch_calls import operands_of, operation_name
 from uncollapse.anatomy.vocabulary import AttentionCall
 from uncollapse.measures import mixing
 

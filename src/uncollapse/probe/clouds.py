@@ -68,10 +68,17 @@ class Clouds:
         return next((stream for block, stream in kept if block == number), None)
 
     def counted(self) -> tuple[int, int, int]:
-        """Sequences, real tokens, and tokens of a sequence, in the batch that was run."""
-        # Where the stream's own axes could not be told, the batch is counted as it was given.
+        """Sequences, real tokens and the tokens of a sequence, in the batch as run, or as given where they are `uncounted`."""
         sequences, tokens = self.shapes.get(0, self._given)
         return sequences, self._real.get(0, sequences * tokens), tokens
+
+    def uncounted(self) -> str:
+        """Why the sequences and tokens of the batch that was run cannot be counted; empty where they were. What a batch is given
+        as says neither which axis holds the sequences, nor which tokens are padding, nor how many the stream has."""
+        if 0 in self.shapes:
+            return ""
+        first = self.anatomy.stacks[0].blocks[0]
+        return self.why_not(first) or "its stream came with another number of axes than where it was proved"
 
     def _note(self, number: int, stream: Tensor) -> None:
         if not self._is_own():

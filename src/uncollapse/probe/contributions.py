@@ -26,7 +26,7 @@ from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.stacks import Padding, paddings, real_tokens
 from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.summands import summand
-from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in
+from uncollapse.anatomy.torch_calls import operands_of, operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Gate, Layout, ModuleCall, Place
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.probe.projections import bears_out, holds, projected_cloud, projection_map, side_by_side

@@ -35,7 +35,7 @@ from uncollapse.anatomy.interception import Handler, Point, device_of, in_turn
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.summands import same_term, with_operands
-from uncollapse.anatomy.tracing import tensors_in, writes_in_place
+from uncollapse.anatomy.torch_calls import tensors_in, writes_in_place
 from uncollapse.anatomy.vocabulary import Anatomy, Block, Layout, Part, Place, StreamAxes
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.probe.contributions import HeadContributions, head_contributions

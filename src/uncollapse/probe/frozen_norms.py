@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from uncollapse.anatomy.interception import Handler, Point, counted, in_turn, putting_another
 from uncollapse.anatomy.operands import replaced
 from uncollapse.anatomy.streams import Action, functions_as_found, met, undisturbed
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall, Norm, NormPiece, Place
 from uncollapse.restoring import restoring
 

@@ -30,7 +30,7 @@ from uncollapse.anatomy.interception import Handler, Point, intercepted
 from uncollapse.anatomy.operands import fused_arguments
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import known_example
-from uncollapse.anatomy.tracing import operation_name, tensors_in
+from uncollapse.anatomy.torch_calls import operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block
 from uncollapse.probe.norm_law import proved_law
 from uncollapse.records.common import BoundPart

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.errors import InputError
 
 Token = str | int

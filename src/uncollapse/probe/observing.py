@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from uncollapse.anatomy.interception import Handler, Point, in_turn
 from uncollapse.anatomy.probing import measuring
 from uncollapse.anatomy.streams import Action
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import Place
 
 Look = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any], None]  # function, operands, result

@@ -3,7 +3,9 @@
 Token clouds are measured at the block boundaries and let go; attention is measured inside the model's own attention call:
 a fused call from its queries and keys, a softmax the model ran itself from its weights. Nothing of size tokens × tokens
 a head is kept, nor anything that grows with the corpus. The model runs the very operations it would have run, so its
-outputs are bit-identical; hooks and wrapped forwards are gone afterwards, also after an exception or Ctrl-C.
+outputs are bit-identical, but for what nobody can look inside: compiled code, flex_attention, and torch's fused layer and
+attention run operation by operation, and round otherwise. Hooks and wrapped forwards are gone afterwards, also after an exception
+or Ctrl-C.
 
 `capture` observes only the passes that it starts itself. If another thread runs the model meanwhile, or another model that
 shares its modules does, their outputs are right and enter no figure; but they see the model in evaluation mode and without
@@ -78,7 +80,7 @@ class Observations:
     """What one probe pass saw: a site for each stack's embedding and each of its blocks, stack after stack, and an entry for each
     attention call, for each part, for each embedding, and for each pooling at each site; at level `full` also one for each update
     and for each norm call inside a block. `sequences`, `tokens` (real ones) and `max_tokens` are those of the first stack's
-    stream."""
+    stream, or, where `uncounted` says why these cannot be told, guesses from what was given: no figures."""
 
     sites: list[SiteStatistics]
     attention: list[AttentionStatistics]
@@ -91,6 +93,7 @@ class Observations:
     sequences: int = 0
     tokens: int = 0
     max_tokens: int = 0
+    uncounted: str = ""
 
 
 def capture(
@@ -405,6 +408,7 @@ class _Probe:
         self.observations.sequences += sequences
         self.observations.tokens += tokens
         self.observations.max_tokens = max(self.observations.max_tokens, longest)
+        self.observations.uncounted = self.clouds.uncounted() or self.observations.uncounted
 
     def close(self) -> None:
         """Be no part of a cycle any more: that would keep the model in memory until Python looks for such."""

@@ -20,7 +20,7 @@ from uncollapse.anatomy.output_maps import gate_noted, gated, product_map, round
 from uncollapse.anatomy.probing import measuring
 from uncollapse.anatomy.stacks import real_tokens
 from uncollapse.anatomy.streams import Action
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Gate, Part, Place
 from uncollapse.errors import UncollapseError
 from uncollapse.measures import heads

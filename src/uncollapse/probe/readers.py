@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.probing import measuring
 from uncollapse.anatomy.streams import Action
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, ModuleCall, NormPiece, Place
 from uncollapse.measures import geometry
 from uncollapse.measures.running import Running

@@ -328,6 +328,7 @@ def _part(part: PartActivity) -> Iterator[Figure]:
 
 def notes(observed: Observations) -> Iterator[Note]:
     """All that is no number, in an order that is the same in all processes."""
+    yield _noted(observed, "uncounted", _last)
     for site in observed.sites:
         yield _noted(site, "reason", _last)
         yield Note(list(site.readers), _union, partial(_begin_readers, site))

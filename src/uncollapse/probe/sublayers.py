@@ -27,7 +27,7 @@ from uncollapse.anatomy.interception import Handler, Point, in_turn
 from uncollapse.anatomy.probing import measuring
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.summands import summand
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Block, ModuleCall, Norm, NormPiece, Part, Place, Residual
 from uncollapse.interventions import without
 from uncollapse.measures import geometry

@@ -60,12 +60,14 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Probe:
-    """Which tokens it was measured on, and how. `tokens` counts real tokens; `options` are the resolved ones. `fingerprint` is the
-    same for the same batches: names, shapes, formats and every bit of their tensors. `processes` is how many took part."""
+    """Which tokens it was measured on, and how. `tokens` counts real tokens of the stream, `max_tokens` those of the longest
+    sequence; these and `sequences` are null where the stream's axes or padding could not be told, and `unavailable` says why.
+    `options` are the resolved ones. `fingerprint` is the same for the same batches: names, shapes, formats and every bit of their
+    tensors. `processes` is how many took part."""
 
-    sequences: int
-    tokens: int
-    max_tokens: int
+    sequences: int | None
+    tokens: int | None
+    max_tokens: int | None
     source: str
     seed: int
     level: Literal["core", "full"] = "core"
@@ -74,6 +76,7 @@ class Probe:
     options: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
     processes: int = 1
+    unavailable: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -299,11 +299,15 @@ def model_sentence(model: ModelInfo) -> str:
 
 def probe_sentence(probe: Probe) -> str:
     """On what it was measured."""
+    return f"Measured on {probe_counts(probe)}, from {probe.source}, level {probe.level}."
+
+
+def probe_counts(probe: Probe) -> str:
+    """How many sequences and tokens."""
+    if probe.sequences is None or probe.tokens is None:
+        return f"sequences that could not be counted ({probe.unavailable.get('tokens', 'no reason is given')})"
     each = f" ({number(probe.tokens / probe.sequences)} per sequence)" if probe.sequences > 1 else ""
-    return (
-        f"Measured on {count(probe.sequences, 'sequence')}, {count(probe.tokens, 'token')}{each}, "
-        f"from {probe.source}, level {probe.level}."
-    )
+    return f"{count(probe.sequences, 'sequence')}, {count(probe.tokens, 'token')}{each}"
 
 
 def head_place(attention: AttentionRecord) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.anatomy.interception import Point
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import AttentionCall
 
 _PRODUCTS = {"matmul", "bmm", "baddbmm"}

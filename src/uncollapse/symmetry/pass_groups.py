@@ -13,7 +13,7 @@ from torch import Tensor
 
 from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.operands import fused_arguments
-from uncollapse.anatomy.tracing import tensors_in
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import AttentionCall
 from uncollapse.errors import InputError
 from uncollapse.symmetry.draws import scales, shuffled, signs

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Point, counted, in_turn, intercepted
-from uncollapse.anatomy.tracing import operands_of, operation_name, tensors_in
+from uncollapse.anatomy.torch_calls import operands_of, operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import ModuleCall
 from uncollapse.restoring import restoring
 from uncollapse.symmetry.layouts import are_rows_of, is_exponential, is_over_last_axis

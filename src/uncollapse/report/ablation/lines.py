@@ -173,10 +173,11 @@ def _caption(record: AblationRecord) -> str:
     floors = [run.rate.floor for run in record.runs if run.rate is not None]
     floor = f", {wording.number(max(floors), 2)} or less" if floors else ""
     left_out = " It leaves out the largest-norm tokens." if say_it.largest_norms_left_out(record) else ""
-    over = wording.count(record.probe.sequences, "sequence")
+    sequences = record.probe.sequences
+    over = "sequences" if sequences is None else wording.count(sequences, "sequence")
     return (
         f"The marks read {say_it.key_to_marks(among)}: 1 means present, 0 removed. r is the consensus distance after a block "
-        f"(“in”: before the first), {'in' if record.probe.sequences == 1 else 'averaged over'} {over}.{left_out} “Floor” means "
+        f"(“in”: before the first), {'in' if sequences == 1 else 'averaged over'} {over}.{left_out} “Floor” means "
         f"rounding error{floor}: nothing below it can be measured. Affine rank is the lowest share of the attainable along "
         "depth. Slope is that of ln r after a block against ln r before it, with its 95 % interval; 1 is geometric, 3 is cubic."
         + (" Output shift is 1 − cosine to the mean output vector of the whole model." if _has_shift(record) else "")

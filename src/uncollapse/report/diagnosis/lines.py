@@ -185,7 +185,8 @@ def _verdict(record: DiagnosisRecord, site: SiteRecord) -> str:
 def _caption(record: DiagnosisRecord) -> str:
     sequences = record.probe.sequences
     worst = ". The worst sequence has the lowest consensus distance or the highest similarity"
-    over = f"Means over {wording.count(sequences, 'sequence')}{worst}" if sequences > 1 else "One sequence"
+    many = "sequences" if sequences is None else wording.count(sequences, "sequence")
+    over = "One sequence" if sequences == 1 else f"Means over {many}{worst}"
     return (
         f"{over}. Ranks are shown as reached/attainable. Entropy is normalized: 0 means all weight on one key, 1 equal weight on "
         f"all keys. “in” is the input of the first block. {wording.ABSENT} means not measured; the page and the JSON say why."

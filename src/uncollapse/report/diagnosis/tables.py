@@ -150,9 +150,10 @@ def attention_table(
     )
 
 
-def mean_length(record: DiagnosisRecord) -> int:
-    """The mean sequence length of the probe, which the figures per token are multiplied by."""
-    return round(record.probe.tokens / max(1, record.probe.sequences))
+def mean_length(record: DiagnosisRecord) -> int | None:
+    """The mean sequence length of the probe, which the figures per token are multiplied by; None where tokens were not counted."""
+    tokens, sequences = record.probe.tokens, record.probe.sequences
+    return None if tokens is None or sequences is None else round(tokens / max(1, sequences))
 
 
 def heads_table(record: DiagnosisRecord, key: str, healthy: References) -> Table:
@@ -163,7 +164,8 @@ def heads_table(record: DiagnosisRecord, key: str, healthy: References) -> Table
     def per_token(name: str) -> Callable[[HeadsRecord], Cell | None]:
         def value(heads: HeadsRecord) -> Cell | None:
             amount = getattr(heads, name)
-            return None if amount is None else Cell(f"{amount:,}", f"× n = {amount * n:,}" if amount else "", amount)
+            times = f"× n = {amount * n:,}" if amount and n is not None else ""
+            return None if amount is None else Cell(f"{amount:,}", times, amount)
 
         return value
 
