@@ -82,6 +82,12 @@ def test_a_head_that_is_where_it_was_before_is_none() -> None:
     ]
 
 
+def test_a_figure_that_was_infinite_once_hides_nothing_later() -> None:
+    before, after = {"max_logit": 10.0}, {"max_logit": 30.0}
+    looks = [{"max_logit": float("inf")}, *[before] * 20, *[after] * 5]
+    assert raised(looks) == [(22, "BASELINE-LOGITS", 1)]
+
+
 def test_beside_a_given_record_a_change_is_one_whatever_the_head_was_before() -> None:
     """A trail whose last reading is the baseline."""
     last = TrailReading(step=0, heads={"rest_entropy": [0.97] * 4})

@@ -113,7 +113,7 @@ class BaselineAlarms:
                             cleared.append(name)
                         self._places[name] = _Standing()
             for place, here in enumerate(now):
-                if not math.isnan(here):
+                if math.isfinite(here):
                     worst[place] = max(worst.get(place, -math.inf), course.worse * here)
         return raised, cleared
 
