@@ -19,7 +19,7 @@ from tests.helpers.tiny_models import FAMILIES, batch_for, text_batch
 from uncollapse.anatomy import proof
 from uncollapse.anatomy.examples import example
 from uncollapse.anatomy.proof import prove, proved_anatomy
-from uncollapse.anatomy.reading import behaves_as_norm
+from uncollapse.anatomy.reading_norms import behaves_as_norm
 from uncollapse.anatomy.vocabulary import STREAM, Anatomy, Block
 
 families = pytest.mark.parametrize("family", FAMILIES)

@@ -619,6 +619,19 @@ def test_weights_that_underflowed_do_not_say_what_is_within_reach() -> None:
     assert known.rest_entropy.item() == pytest.approx(0.97, abs=0.03)
 
 
+def test_no_floor_is_above_the_entropy_of_weights_that_lost_their_digits_before_they_were_scaled_up_again() -> None:
+    """A mask behind the softmax, renormalised: what it leaves may have been the last bit beside the forbidden key, or nothing."""
+    logits = torch.tensor([0.0, -103.9, -104.05]).view(1, 1, 1, 3)
+    left = logits.softmax(-1) * torch.tensor([0.0, 1.0, 1.0])
+    weights = left / left.sum(-1, keepdim=True)
+    assert weights.flatten().tolist() == [0, 1, 0]
+    rows = mixing.row_statistics_from_weights(
+        weights, logits, allowed=torch.tensor([False, True, True]).view(1, 1, 1, 3)
+    )
+    assert rows.entropy.item() == 0
+    assert rows.entropy_floor.item() == 0
+
+
 def test_a_sink_takes_the_entropy_and_leaves_the_rest() -> None:
     """Any strength that single precision can still look behind."""
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 30, 8)

@@ -26,7 +26,7 @@ from uncollapse.anatomy.module_states import ModuleStates
 from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.output_maps import giving, opening, output_map
 from uncollapse.anatomy.probing import seed_all
-from uncollapse.anatomy.reading import has_own_hooks
+from uncollapse.anatomy.reading_refusals import has_own_hooks
 from uncollapse.anatomy.snapshots import copied
 from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.summands import summand, with_operands

@@ -58,7 +58,8 @@ from uncollapse.anatomy.operands import (
     UnreadableError,
 )
 from uncollapse.anatomy.probing import probing, seed_all
-from uncollapse.anatomy.reading import SIDE_BY_SIDE, has_own_hooks, read
+from uncollapse.anatomy.reading import read
+from uncollapse.anatomy.reading_refusals import SIDE_BY_SIDE, has_own_hooks
 from uncollapse.anatomy.replaying import NotReplayable, replayed
 from uncollapse.anatomy.routers import routers_of
 from uncollapse.anatomy.side_by_side import laid_out, mixing_gap

@@ -529,8 +529,8 @@ def row_statistics_from_weights(
     if given is not None:  # the same rows in every figure of a distribution: a mean floor is to bound the mean entropy
         for figure in (given.rest, given.reach, given.floor):
             figure.masked_fill_(nothing, math.nan)
-        coarse = rows.maximum < math.log(torch.finfo(weights.dtype).smallest_normal)  # weights that have lost digits
-        torch.where(coarse, torch.minimum(given.floor, rows.entropy), given.floor, out=given.floor)
+        # Weights that underflowed have lost what the logits still tell, also where they were scaled up again since.
+        torch.minimum(given.floor, rows.entropy, out=given.floor)
     return RowStatistics(
         entropy=rows.entropy,
         normalized_entropy=_normalized(rows.entropy, rows.allowed_keys),
