@@ -235,7 +235,7 @@ MISSING = (
     "0.38, those of `ENTROPY-FROZEN` by 2 %).",
     "",
     "“Queries and keys shrink” was first planted at step 200, when attention in that block had hardly left the uniform it",
-    "began with. It was then found in 1 of 4 runs. A block that never attends to anything raises no alarm.",
+    "began with. It was then found in 2 of 4 runs. A block that never attends to anything raises no alarm.",
     "",
     "The rounding fault is one of storage: the query and key weights are kept in bfloat16, and each step rounds them away",
     "from zero. The published fault, a fused kernel whose result is rounded with a bias (arXiv 2510.04212), takes thousands",
