@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 import weakref
@@ -137,6 +138,7 @@ def growth(looks: int) -> dict[str, Any]:
                         "trail_mib": round(os.path.getsize(f"{folder}/run.jsonl") / 2**20, 1),
                     }
                 )
+                print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     gone = weakref.ref(model), weakref.ref(monitor)
     del model, monitor, optimizer
     return {"looks": found, "freed": all(reference() is None for reference in gone)}
