@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jinja2
 import torch
 
 from studies.validity import fresh, scoring
-from studies.validity.cases import AS_BEFORE, OUTPUT_KEPT, TOLD_APART, Case, Measured
+from studies.validity.cases import AS_BEFORE, OUTPUT_KEPT, TOLD_APART, Case, Measured, Run
 from studies.validity.models import SUBJECTS
 from studies.validity.planting import UNDERFLOW
 from studies.validity.scoring import CODES, INDEPENDENT, ORDER, STRICTER, THRESHOLDS, AtHalf, Judged, Scores
@@ -84,6 +85,9 @@ def context(measured: Mapping[str, Measured]) -> dict[str, object]:
         "warned_places": warned_places(scores),
         "depth_by_model": depth_by_model(scores),
         "residuals_alone": residuals_alone(scores),
+        "by_constant": by_constant(scores),
+        "beside_earlier": beside_earlier(scores),
+        "first_blocks": first_blocks(scores),
         "missed_goals": missed_goals(scores),
         "goal": GOAL,
         "when": when(scores),
@@ -301,6 +305,73 @@ def _depth_row(scores: Scores, title: str, placement: str, names: Sequence[str],
     warned = percent(scoring.share(m > 0 for m in margins))
     right = percent(scoring.share(scoring.is_located(case, j.top("rank-collapse-depth")) for case, j in at))
     return [title, placement, str(len(at)), str(len(cases) - len(at)), spread, found, warned, right]
+
+
+def by_constant(scores: Scores) -> str:
+    """Right places of depth at the independent half, in each half of the models, for every constant that may say where a fall
+    began, and which constant the half gives by itself."""
+    moved = independently(scores)
+    rows = []
+    for title, names in zip(("chosen on", "not chosen on"), scores.halves(), strict=True):
+        runs = [
+            (case, case.runs[index])
+            for case, _ in scores.cases(lambda c: c.plant in DEPTH and c.subject in names)  # noqa: B023
+            if (index := moved(case)) is not None
+        ]
+        right = [sum(_is_placed(scores, case, run, carried) for case, run in runs) for carried in scoring.CARRIED]
+        derived = f"{scores.beginning(names):g}"
+        rows.append([title, ", ".join(f"`{name}`" for name in names), str(len(runs)), *map(str, right), derived])
+    header = ["half", "models", "cases", *(f"{carried:g}" for carried in scoring.CARRIED), "derived"]
+    return table(header, rows)
+
+
+def _is_placed(scores: Scores, case: Case, run: Run, carried: float) -> bool:
+    limits = replace(scores.left_out[case.subject], carried=carried)
+    judged = scoring.judged(scores.measured[case.subject], case, run, limits)
+    return scoring.is_located(case, judged.top("rank-collapse-depth"))
+
+
+def beside_earlier(scores: Scores) -> str:
+    """How many of the same cases an earlier record of the same model would place: at the first block where one of the two figures
+    that a site has of its own differs from that record by more than a twentieth."""
+    moved = independently(scores)
+    right = []
+    for case, _ in scores.cases(lambda c: c.plant in DEPTH):
+        index = moved(case)
+        if index is not None:
+            before, after = (_site_figures(run) for run in (case.runs[0], case.runs[index]))
+            right.append(_first_that_differs(before, after) == case.block)
+    return f"{sum(right)} of {len(right)}"
+
+
+def _site_figures(run: Run) -> dict[int, tuple[float, ...]]:
+    return {
+        site.block: tuple(
+            math.nan if each is None else each.mean for each in (site.stream_carried, site.consensus_after_norm)
+        )
+        for site in run.trajectory or []
+        if site.block is not None
+    }
+
+
+def _first_that_differs(before: Mapping[int, tuple[float, ...]], after: Mapping[int, tuple[float, ...]]) -> int | None:
+    return next((b for b in before if any(abs(x - y) > 0.05 for x, y in zip(before[b], after[b], strict=True))), None)
+
+
+def first_blocks(scores: Scores) -> dict[str, object]:
+    """What healthy first blocks carry on of their stream, beside the others."""
+    carried = [
+        [site.stream_carried.mean for site in m.healthy.trajectory or [] if site.stream_carried is not None]
+        for m in scores.measured.values()
+    ]
+    first, others = [each[0] for each in carried], [c for each in carried for c in each[1:]]
+    short, short_others = (sum(c < findings.CARRIED for c in group) for group in (first, others))
+    return {
+        "least": min(first),
+        "most": max(first),
+        "short": f"{short} of {len(first)}",
+        "short_others": f"{short_others} of {len(others)}",
+    }
 
 
 def residuals_alone(scores: Scores) -> str:

@@ -3,7 +3,7 @@
 A threshold is half of the least distance from collapse that any healthy run has (for the kernel, a count that grows, twice the
 most). Healthy are the models as they are, and the confounders that left them more than half of their output. No planted damage
 enters a threshold. The constant that says where a fall in depth began is the middle of those that place most of the damaged
-cases; it, too, comes from the other models.
+cases as soon as they are warned of; it, too, comes from the other models.
 """
 
 from __future__ import annotations
@@ -167,10 +167,15 @@ class Scores:
         if FROZEN in extremes:
             share = threshold(FROZEN, extremes[FROZEN][0])
             given |= {"rest_entropy": IN_FORCE.rest_entropy * share, "within_reach": IN_FORCE.within_reach * share}
-        return Thresholds(**given, carried=self._beginning(chosen))
+        return Thresholds(**given, carried=self.beginning(chosen))
 
-    def _beginning(self, names: Sequence[str]) -> float:
-        """The middle of the constants that place most of these models' damaged cases of depth, at the half."""
+    def halves(self) -> tuple[list[str], list[str]]:
+        """The models by size, every second one: what the form of a rule was chosen on, and what it was not."""
+        by_size = sorted(self.measured, key=lambda name: -self.measured[name].parameters)
+        return by_size[::2], by_size[1::2]
+
+    def beginning(self, names: Sequence[str]) -> float:
+        """The middle of the constants that place most of these models' damaged cases of depth, where they are first warned of."""
         placed = [sum(column) for column in zip(*(row for n in names for row in self._placed[n]), strict=True)]
         if not placed or not max(placed):
             return IN_FORCE.carried
@@ -179,21 +184,20 @@ class Scores:
 
     @functools.cached_property
     def _placed(self) -> dict[str, list[list[bool]]]:
-        """By model, for each of its damaged cases of depth that moved by half: which of `CARRIED` place it."""
+        """By model, for each of its damaged cases of depth that is warned of: which of `CARRIED` place it at the first severity at
+        which it is. Nobody is told a place before."""
         found: dict[str, list[list[bool]]] = {}
         for name, m in self.measured.items():
             found[name] = []
             for case in m.cases:
-                index = moved_by_half(case, ORDER[case.plant]) if case.phenomenon == "rank-collapse-depth" else None
-                if index is None:
+                if case.phenomenon != "rank-collapse-depth":
                     continue
-                trajectory = case.runs[index].trajectory or []
-                row = []
-                for carried in CARRIED:
-                    limits = Thresholds(carried=carried)
-                    read = list(findings.consensus(Observed(trajectory, [], [], thresholds=limits)))
-                    row.append(bool(read) and max(read, key=lambda r: r.margin).finding.block == case.block)
-                found[name].append(row)
+                warned = next(
+                    (run for run in case.runs if (top := _furthest(run)) is not None and top.margin > 0), None
+                )
+                if warned is not None:
+                    limits = [Thresholds(carried=carried) for carried in CARRIED]
+                    found[name].append([is_located(case, _furthest(warned, each)) for each in limits])
         return found
 
     def resolutions(self, name: str) -> dict[str, float]:
@@ -221,6 +225,12 @@ class Scores:
     def half(self, case: Case) -> int | None:
         """The first severity at which the order parameter of the plant, beside its resolution, has moved by half."""
         return moved_by_half(case, ORDER[case.plant], self._resolutions[case.subject])
+
+
+def _furthest(run: Run, thresholds: Thresholds = IN_FORCE) -> Reading | None:
+    """What `DEPTH-CONSENSUS` read of a run; None where it read nothing but information."""
+    read = findings.consensus(Observed(run.trajectory or [], [], [], thresholds=thresholds))
+    return max((r for r in read if r.finding.severity != "info"), key=lambda r: r.margin, default=None)
 
 
 def threshold(code: str, extreme: float) -> float:

@@ -118,6 +118,19 @@ def column(observed: Observations, measure: str) -> list[float]:
     return [float(site.stream.summary(STREAM_MEASURES.index(measure))[0]) for site in observed.sites]
 
 
+def test_a_poked_stream_lies_in_memory_as_the_stream_does() -> None:
+    """A product in half precision is rounded otherwise where its operand lies otherwise, and every sequence then seems to move."""
+    stream = torch.randn(3, 7, WIDTH).bfloat16().transpose(0, 1)
+    weight, seen = torch.randn(WIDTH, WIDTH).bfloat16(), set[tuple[int, ...]]()
+
+    def update(given: Tensor) -> Tensor:
+        seen.add(given.stride())
+        return functional.linear(given + given.cumsum(0), weight)
+
+    assert stream_axes(update, stream, "it")[0] == AXES["token batch"]
+    assert seen == {stream.stride()}
+
+
 @pytest.mark.parametrize("order", [o for o in AXES if o != "end to end"])
 @pytest.mark.parametrize(
     "sizes", [(3, 10), (WIDTH, 6), (2, WIDTH), (4, 4)], ids=["plain", "batch=width", "tokens=width", "equal"]

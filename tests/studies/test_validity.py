@@ -246,14 +246,14 @@ def test_a_place_is_right_with_its_block_and_its_heads(planted: Any, found: Any,
     assert scoring.is_located(case(**planted), findings.Reading(1.0, findings.Finding(**given))) == right
 
 
-def test_depth_is_graded_by_what_the_rule_reads() -> None:
-    """Behind the norms that read the stream, not behind one without a gain: here those say the opposite."""
+def stream(scaled: tuple[float, ...], read: tuple[float, ...], carried: tuple[float, ...] = ()) -> list[SiteRecord]:
+    """The embedding and a site a block: the distance of tokens scaled to unit length, behind the norm that reads them, and what
+    each block carries on."""
     one = Statistic(1.0, 1.0, 1.0, 8)
     nothing = dict.fromkeys(
         ["rank", "affine_rank", "effective_rank", "stable_rank", "participation_ratio", "token_similarity"]
     )
-    scaled, read = (0.9, 0.05, 0.04, 0.03), (0.8, 0.7, 0.2, 0.4)
-    sites = [
+    return [
         SiteRecord(
             site="embedding" if i == 0 else f"block.{i - 1}",
             block=i - 1 if i else None,
@@ -263,14 +263,71 @@ def test_depth_is_graded_by_what_the_rule_reads() -> None:
             consensus_distance=one,
             consensus_after_norm=replace(one, mean=scaled[i]),
             readers=[ReaderRecord("norm", replace(one, mean=read[i]))],
+            stream_carried=replace(one, mean=carried[i - 1]) if i and carried else None,
             **nothing,
         )
-        for i in range(4)
+        for i in range(len(scaled))
     ]
+
+
+def test_depth_is_graded_by_what_the_rule_reads() -> None:
+    """Behind the norms that read the stream, not behind one without a gain: here those say the opposite."""
+    sites = stream((0.9, 0.05, 0.04, 0.03), (0.8, 0.7, 0.2, 0.4))
     (reading,) = [r for r in findings.readings(sites, [], []) if r.finding.code == "DEPTH-CONSENSUS"]
     assert cases.consensus_as_read(sites, 0) == pytest.approx(reading.finding.value) == pytest.approx(0.25)
     assert cases.consensus_as_read(sites, 2) == pytest.approx(0.5)
     assert cases.consensus_as_read([replace(s, consensus_after_norm=None, readers=[]) for s in sites], 0) == 0
+
+
+def fallen() -> dict[str, cases.Measured]:
+    """A model of four blocks with one case of depth at block 2: healthy, half way without a warning, warned of."""
+    apart, half, together = (1.0,) * 5, (1.0, 0.9, 0.8, 0.6, 0.4), (1.0, 0.8, 0.6, 0.4, 0.1)
+    runs = [
+        cases.Run({"consensus as read": read[-1]}, stream(read, read, carried), [], [])
+        for read, carried in (
+            (apart, (0.9, 1.0, 1.0, 1.0)),
+            (half, (0.9, 1.0, 0.75, 0.75)),
+            (together, (0.9, 0.55, 0.3, 0.3)),
+        )
+    ]
+    planted = case(
+        subject="gpt2",
+        plant="residual scaled down",
+        phenomenon="rank-collapse-depth",
+        head=None,
+        severities=[1.0, 0.8, 0.3],
+        runs=runs,
+    )
+    return {"gpt2": cases.Measured("", "gpt2", 1000, runs[0], [planted])}
+
+
+def test_where_a_fall_began_is_learnt_where_it_is_first_warned_of() -> None:
+    """Half way, 0.8 and 0.9 find block 2. When it is warned of, those are too much: 0.4 and 0.5 find it."""
+    measured = fallen()
+    scores = scoring.Scores(measured)
+    (planted,) = measured["gpt2"].cases
+    for index, right in ((1, (0.8, 0.9)), (2, (0.4, 0.5))):
+        placed = [c for c in scoring.CARRIED if document._is_placed(scores, planted, planted.runs[index], c)]
+        assert tuple(placed) == right
+    assert scores.beginning(["gpt2"]) == scores.derived.carried == 0.4
+    assert scores.beginning([]) == findings.CARRIED
+
+
+def test_a_half_is_every_second_model_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    (of,) = fallen().values()
+    names = ["mpnet", "gpt2", "bert", "llama", "gemma3"]
+    monkeypatch.setitem(SUBJECTS, "bert", SUBJECTS["gpt2"])  # as if it were healthy
+    scores = scoring.Scores({name: replace(of, subject=name, parameters=i) for i, name in enumerate(names)})
+    assert scores.halves() == (["gemma3", "bert", "mpnet"], ["llama", "gpt2"])
+
+
+def test_beside_an_earlier_record_a_fall_begins_where_the_figures_first_moved() -> None:
+    before = document._site_figures(cases.Run({}, stream((1.0,) * 4, (1.0,) * 4, (0.1, 0.9, 0.9)), None, []))
+    for changed, expected in (((0.1, 0.9, 0.84), 2), ((0.1, 0.86, 0.9), None), ((0.2, 0.9, 0.1), 0)):
+        after = document._site_figures(cases.Run({}, stream((1.0,) * 4, (1.0,) * 4, changed), None, []))
+        assert document._first_that_differs(before, after) == expected
+    after = document._site_figures(cases.Run({}, stream((1.0, 1.0, 0.9, 0.1), (1.0,) * 4, (0.1, 0.9, 0.9)), None, []))
+    assert document._first_that_differs(before, after) == 1
 
 
 def test_what_is_kept_of_an_output_is_its_differences_between_tokens() -> None:

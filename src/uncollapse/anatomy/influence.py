@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from uncollapse.anatomy.masking import LEAST_SHARE
+from uncollapse.anatomy.masking import LEAST_SHARE, laid_like
 from uncollapse.anatomy.offloaded_weights import replaced_weights
 from uncollapse.anatomy.torch_calls import opened, operation_name, tensors_in, writes_in_place
 from uncollapse.anatomy.tracing import is_freed, storage_of
@@ -90,7 +90,8 @@ def _says_nothing(parameter: Tensor, without_nan: bool) -> bool:
 
 
 def poked(stream: Tensor, axis: int, places: Tensor) -> Tensor:
-    """The stream with other values, of the same size, at the given places along an axis."""
+    """The stream with other values, of the same size, at the given places along an axis. It lies in memory as the stream does: a
+    product of half-precision numbers that lie otherwise is rounded otherwise, at all places."""
     generator = torch.Generator().manual_seed(1)
     whole = stream.detach().float()
     finite = whole[whole.isfinite()]
@@ -100,7 +101,7 @@ def poked(stream: Tensor, axis: int, places: Tensor) -> Tensor:
     mask = torch.zeros(stream.shape[axis], dtype=torch.bool, device=stream.device)
     mask[places.to(stream.device)] = True
     mask = mask.view(*(-1 if i == axis % stream.ndim else 1 for i in range(stream.ndim)))
-    return torch.where(mask, noise.to(stream.dtype), stream)
+    return laid_like(torch.where(mask, noise.to(stream.dtype), stream), stream)
 
 
 def moved(plain: Tensor, other: Tensor, axis: int, coarsest: float = 0.0, *, hides: bool = False) -> Tensor:

@@ -65,9 +65,9 @@ DIMENSIONS = 0.21
 
 # Below this many tokens, the spread that attention keeps is judged in proportion to the length; see `rank_one`.
 FEW_TOKENS = 16
-# Where did the fall begin? A block belongs to the fall if it carries on less than this share of the stream: the middle of the
-# range that locates most of the damaged cases.
-CARRIED = 0.8
+# Where did the fall begin? A block speaks for the fall as far as it carries on less than this share of the stream: the middle of
+# the range that locates most of the damaged cases.
+CARRIED = 0.7
 # With fewer different tokens than this, attention has nothing to choose from and too few keys to freeze out.
 DIFFERENT_TOKENS = 4
 # If the embedded tokens are this much alike, the blocks have nothing to lose: a text that repeats one token looks like that.
@@ -255,20 +255,30 @@ def _only_a_common_part_grew(sites: Sequence[SiteRecord], began: SiteRecord, par
 
 
 def _onset(until: Sequence[Read], thresholds: Thresholds) -> SiteRecord:
-    """Where the fall that ends at the last of these places began: the block that best separates the blocks that carry the stream
-    on from those that do not. A fall spreads over several blocks, so the place where it passes a threshold comes too late. And
-    one block in the middle of a fall may carry the stream on, so the fall does not end at the first such block.
+    """Where the fall that ends at the last of these places began. A fall spreads over several blocks, so the place where it passes
+    a threshold comes too late. Each block falls short of the stream that it should carry on, or carries on more: the fall began at
+    the block from which on the shortfalls add up to most (the change point of a cumulative sum, E. S. Page, "Continuous inspection
+    schemes", Biometrika 41, 1954). So one block that writes its stream again does not end a fall, and one that is a little short
+    does not begin it.
 
-    Where the last block does carry the stream on, no residual is at fault. Something that all tokens share came in, and the block
-    is meant at which the tokens came together most."""
+    Two things are no evidence. What comes after a block that made more than half of the fall by itself: the tokens were together by
+    then. And what the first block carries on: many healthy models put something else in the place of the embedding there. It
+    belongs to the fall where the second block does.
+
+    If no shortfall is left, no residual is at fault. Something that all tokens share came in, and the block is meant at which the
+    tokens came together most."""
+    shares = [1.0, *(max(read.share, 1e-12) for read in until)]
+    nearer = [math.log(before / share) for before, share in itertools.pairwise(shares)]
+    steepest = nearer.index(max(nearer))
+    if nearer[steepest] > sum(nearer) / 2:
+        until = until[: steepest + 1]
     known = (read.site.stream_carried for read in until)
-    falls = [carried is not None and carried.mean < thresholds.carried for carried in known]
-    if not falls[-1]:
-        shares = [1.0, *(max(read.share, 1e-12) for read in until)]
-        nearer = [before / share for before, share in itertools.pairwise(shares)]
-        return until[nearer.index(max(nearer))].site
-    on_the_wrong_side = [sum(falls[:began]) + falls[began:].count(False) for began in range(len(falls))]
-    return until[on_the_wrong_side.index(min(on_the_wrong_side))].site
+    short = [0.0 if each is None else thresholds.carried - min(max(each.mean, 0.0), 1.0) for each in known]
+    summed = list(itertools.accumulate(reversed(short)))[::-1]
+    began = max(range(1, len(until)), key=lambda i: (summed[i], i), default=0)
+    if summed[began] <= 0:
+        return until[steepest].site
+    return until[0 if began == 1 and short[0] > 0 else began].site
 
 
 def _alike_from_the_start(embedding: SiteRecord, value: float) -> Reading:
