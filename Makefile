@@ -73,7 +73,7 @@ validity: $(INSTALLED) ## docs/validity.md anew: known damage planted into healt
 families: $(INSTALLED) ## try every model type of transformers; writes docs/families.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.families --out docs/families.md
 
-early-warning: $(INSTALLED) ## train small models into failure, beside their healthy twins; writes docs/early-warning.md (half an hour; goes on where it stopped)
+early-warning: $(INSTALLED) ## train small models into failure, beside their healthy twins; writes docs/early-warning.md (an hour; goes on where it stopped)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --group early-warning
 	OMP_NUM_THREADS=1 $(BIN)/python -m studies.early_warning --out docs/early-warning.md
 

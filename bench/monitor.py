@@ -2,7 +2,7 @@
 
     make bench                                a decoder of MiniLM's size, training batch 64 x 128, probe 8 x 128
     python -m bench.monitor --gpt2            GPT-2 of 124M parameters, training batch 4 x 256, probe 2 x 128
-    python -m bench.monitor --growth 10000    memory over so many looks at a tiny model
+    python -m bench.monitor --growth 10000    memory and time of a look, over so many looks at a tiny model
     python -m bench.monitor --help            other sizes
 
 The time of each look is divided by the mean of the training steps before and after it. The median of these ratios is reported, and
@@ -17,11 +17,14 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,7 @@ class Size:
     probed_tokens: int = 128
 
 
+WINDOW = 100  # looks
 GPT2 = Size(768, 12, 12, 50257, 4, 256, 2, 128)
 
 
@@ -103,26 +107,56 @@ def measured(size: Size, rounds: int) -> dict[str, Any]:
 
 
 def growth(looks: int) -> dict[str, Any]:
-    """Resident memory while a tiny model is looked at after every step, and whether model and monitor are freed afterwards."""
+    """What a look takes, and what the process holds, while a tiny model is looked at after every step: at look 100, 1,000, 10,000
+    and so on. Times are medians of the last `WINDOW` looks, and of the last that decompose matrices. `training_steps` is that of
+    the looks, in training steps of the same time. Then, whether model and monitor are freed."""
     size = Size(32, 2, 4, 64, 4, 16, 2, 16)
-    model, kept = built(size), []
+    model, found = built(size), []
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    steps: deque[float] = deque(maxlen=WINDOW)
+    usual: deque[float] = deque(maxlen=WINDOW)
+    decomposing: deque[float] = deque(maxlen=WINDOW // 10)
+
     with tempfile.TemporaryDirectory() as folder:
         probe = [{"input_ids": torch.randint(3, size.vocabulary, (size.probed, size.probed_tokens))}]
         monitor = uc.Monitor(model, probe, every=1, trail=f"{folder}/run.jsonl")
-        for number in range(looks):
-            ids = torch.randint(3, size.vocabulary, (size.sequences, size.tokens))
-            logits = model(input_ids=ids).logits
-            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            monitor.step(number)
-            if (number + 1) % max(looks // 10, 1) == 0:
-                pages = int(Path("/proc/self/statm").read_text().split()[1])
-                kept.append(round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1))
+        marks = {10**n for n in range(2, 10)} | {looks}
+        for number in range(1, looks + 1):
+            steps.append(taken(partial(train, model, optimizer, size)))
+            times = decomposing if monitor._decomposes else usual
+            times.append(taken(partial(monitor.step, number)))
+            if number in marks:
+                one, tenth, training = (statistics.median(each) for each in (usual, decomposing, steps))
+                found.append(
+                    {
+                        "look": number,
+                        "milliseconds": round(1e3 * one, 2),
+                        "every_tenth": round(1e3 * tenth, 2),
+                        "training_steps": round(one / training, 2),
+                        "resident_mib": resident(),
+                        "alarms": len(monitor.alarms),
+                        "trail_mib": round(os.path.getsize(f"{folder}/run.jsonl") / 2**20, 1),
+                    }
+                )
+                print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     gone = weakref.ref(model), weakref.ref(monitor)
-    del model, monitor, optimizer, logits
-    return {"looks": looks, "resident_mib": kept, "freed": all(reference() is None for reference in gone)}
+    del model, monitor, optimizer
+    return {"looks": found, "freed": all(reference() is None for reference in gone)}
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer, size: Size) -> None:
+    """One step on random tokens."""
+    ids = torch.randint(3, size.vocabulary, (size.sequences, size.tokens))
+    logits = model(input_ids=ids).logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def resident() -> float:
+    """MiB of memory that this process holds."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 2**20, 1)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The figures of healthy models, which stand beside those of a page: `python -m studies.references`.
 
 Each healthy model of `studies/validity` is diagnosed once, as it is and on its own text, and the lowest and highest value of each
-figure over its places are written to `src/uncollapse/report/healthy.json`. What is measured already is not measured again, unless a
-model is named (`python -m studies.references minilm`) or all are asked for (`--anew`).
+figure over its places are written to `src/uncollapse/report/healthy.json`. That text has few sequences; the clouds of the corpus
+are those of the larger texts of `studies.corpus_geometry`, for the models that have one there. What is measured already is not
+measured again, unless a model is named (`python -m studies.references minilm`) or all are asked for (`--anew`).
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ import argparse
 import gc
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 import uncollapse as uc
+from studies import corpus_geometry
 from studies.validity.models import SUBJECTS, Subject
-from uncollapse.report.healthy import HealthyModel, figures, is_causal
+from uncollapse.analyses.recording import corpus_records
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.probe.passes import Watched, capture
+from uncollapse.report.healthy import HealthyModel, corpus_figures, figures, is_causal
 
 PLACE = Path(__file__).resolve().parents[1] / "src/uncollapse/report/healthy.json"
 
@@ -27,11 +32,26 @@ def measured(name: str, subject: Subject) -> HealthyModel:
     """The ranges of one model."""
     model, batches = subject.open()
     record = uc.diagnose(model, batches=batches, level="full", name=name).record
-    found = figures(record)
-    ranges = {figure: [_rounded(min(values)), _rounded(max(values))] for figure, values in found.items()}
+    ranges = _ranges(figures(record))
     causal = is_causal(record)
     assert causal is not None, f"{name}: nothing says whether it is causal"
     return HealthyModel(name, subject.about, causal, record.model.norm_placement, ranges)
+
+
+def clouds(name: str) -> dict[str, list[float]]:
+    """The ranges of the clouds of the corpus in one model of `studies.corpus_geometry`."""
+    model, batches = corpus_geometry.MODELS[name][1]()
+    anatomy = proved_anatomy(model, batches[0])
+    found: dict[str, list[float]] = {}
+    watched: tuple[set[Watched], ...] = ({"corpus", "few tokens"}, {"all tokens"})
+    for watch in watched:
+        observed = capture(model, batches, anatomy, watch=watch)
+        found |= corpus_figures(corpus_records(observed.corpus))
+    return _ranges(found)
+
+
+def _ranges(found: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {figure: [_rounded(min(values)), _rounded(max(values))] for figure, values in found.items()}
 
 
 def _rounded(value: float) -> float:
@@ -58,9 +78,13 @@ def main() -> None:
     for name, subject in SUBJECTS.items():
         if name in given.models or (subject.is_healthy and (given.anew or name not in known)):
             known[name] = measured(name, subject)
-            write([known[each] for each in SUBJECTS if each in known])
-            print(f"{name}: {len(known[name].ranges)} figures", flush=True)
-            gc.collect()
+        elif name not in known or any(figure.startswith("corpus.") for figure in known[name].ranges):
+            continue
+        if name in corpus_geometry.MODELS:
+            known[name] = replace(known[name], ranges=known[name].ranges | clouds(name))
+        write([known[each] for each in SUBJECTS if each in known])
+        print(f"{name}: {len(known[name].ranges)} figures", flush=True)
+        gc.collect()
 
 
 if __name__ == "__main__":

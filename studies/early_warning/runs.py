@@ -69,6 +69,13 @@ def growing(model: LanguageModel, step: int) -> None:
         weight.data[: 2 * weight.shape[1]] *= 1.015
 
 
+def shrinking(model: LanguageModel, step: int) -> None:
+    """From step 600 on the queries and keys of block 1 shrink by 5 % at every step."""
+    if step >= 600:
+        weight = model.get_parameter("blocks.1.attention.read.weight")
+        weight.data[: 2 * weight.shape[1]] *= 0.95
+
+
 def rounding(model: LanguageModel, step: int) -> None:
     """The queries and keys of every block are kept in bfloat16, and every step rounds them away from zero."""
     for number in range(len(model.blocks)):
@@ -90,7 +97,7 @@ def rounded_away(x: Tensor, bits: int = 7) -> Tensor:
 
 SMALL, DEEP = Shape(), Shape(18, 32, 4, 32, wide_start=True)
 TWELVE = Shape(12, 32, 4, 32, wide_start=True)
-DEPTH, ENTROPY = "rank-collapse-depth", "entropy-collapse"
+DEPTH, WIDTH, ENTROPY = "rank-collapse-depth", "rank-collapse-width", "entropy-collapse"
 PLAIN = "learning rate 2e-3"
 SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
@@ -108,6 +115,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("weight decay 0.1", SMALL, 1.5e-2, 20, 400, weight_decay=0.1),
     Scenario("bfloat16 rounded away from zero", SMALL, 2e-3, 20, 1000, ENTROPY, PLAIN, rounding),
     Scenario("logits grow", SMALL, 2e-3, 20, 300, ENTROPY, PLAIN, growing, 80, 1),
+    Scenario("queries and keys shrink", SMALL, 2e-3, 20, 700, WIDTH, PLAIN, shrinking, 600, 1),
     Scenario(PLAIN, SMALL, 2e-3, 20, 1000),
     Scenario("learning rate 1e-2, bounded logits", Shape(bounded=True), 1e-2, 20, 300),
     Scenario("post-norm, 4 blocks, warm-up", Shape(post=True), 1e-3, 50, 300),

@@ -107,9 +107,9 @@ def proofs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     met: list[str] = []
     prove = proof.prove
 
-    def counting(model: nn.Module, *args: Any) -> Any:
+    def counting(model: nn.Module, *args: Any, **options: Any) -> Any:
         met.append(type(model).__name__)
-        return prove(model, *args)
+        return prove(model, *args, **options)
 
     monkeypatch.setattr(proof, "prove", counting)
     return met

@@ -319,6 +319,22 @@ def test_memory_is_bounded() -> None:
     assert cloud.points.untyped_storage().nbytes() == WIDEST * 16 * 4
 
 
+@pytest.mark.parametrize("shape", [(9, 30), (30, 9), (20, 20)])
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1e3])
+def test_singular_values_are_those_of_a_decomposition_however_large_the_mean(
+    shape: tuple[int, int], offset: float
+) -> None:
+    """Against NumPy's decomposition of the points themselves: the Gram matrix of the cloud comes from that of the centred one."""
+    x = points(*shape, 5) + offset * points(1, shape[1], 6)
+    (found,) = corpus.spectra([cloud_of(x)], [0.0])
+    for values, dense in ((found.whole, x.numpy()), (found.centred, x.numpy() - x.numpy().mean(axis=0))):
+        expected = np.linalg.svd(dense, compute_uv=False)
+        expected = expected[expected > 1e-9 * expected[0]]
+        # A Gram matrix is known to eps sigma_1^2, and so the square of every singular value.
+        error = np.maximum(1e-10, 10 * EPS * (expected[0] / expected) ** 2)
+        np.testing.assert_array_less(np.abs(values.numpy()[: len(expected)] / expected - 1), error)
+
+
 def beyond(x: Tensor) -> RunningCloud:
     """The cloud of `x` that keeps one point and the second moment: what is known of more points than are kept."""
     centred = x - x.mean(0)

@@ -55,6 +55,32 @@ def test_a_stream_that_was_healthy_and_falls_is_one_alarm() -> None:
     assert alarm.step == 10
 
 
+WIDTH_KEY = "WIDTH-UNIFORM/block.1/self"
+
+
+def of_attention(margins: list[float | None]) -> list[int]:
+    """The looks at which alarms are raised, by the margin of WIDTH-UNIFORM at each; None where it was not judged."""
+    alarms, found = ThresholdAlarms(), {WIDTH_KEY: UNIFORM}
+    looks = [({} if margin is None else {WIDTH_KEY: margin}) for margin in margins]
+    return [a.step for look, margins in enumerate(looks) for a in alarms.look(look, margins, found)[0]]
+
+
+def test_attention_that_comes_from_uniform_and_falls_back_while_it_learns_is_no_alarm() -> None:
+    """As in healthy runs of docs/early-warning.md: over the threshold for up to 34 looks, and better again."""
+    learnt, back = [-1.5] * 26, [0.1, 0.9, 1.9, 1.5, 1.0, 0.6, 0.3]
+    assert of_attention([6.9, *learnt, *back, *learnt]) == []
+    assert of_attention([None, *learnt, *back, *learnt]) == []  # as initialised, so not judged at first
+    assert of_attention([6.9, *learnt, *(1.9 - 0.03 * look for look in range(60))]) == []  # it gets better all the time
+    assert of_attention([-0.9, *learnt, *back]) == [len(learnt) + 2]  # it never was uniform
+
+
+def test_attention_that_comes_from_uniform_and_returns_for_good_is_an_alarm() -> None:
+    assert of_attention([6.9, *[-1.5] * 40, 0.1, 0.1]) == [42]  # healthy for long enough
+    assert of_attention([6.9, *[-1.5] * 10, 1.0, 3.6]) == [12]  # as uniform as no healthy run becomes again
+    assert of_attention([6.9, *[-1.5] * 10, *[0.5] * 45]) == [50]  # for 40 looks, and no better
+    assert of_attention([6.9, *[-1.5] * 4, *[0.5] * 45]) == []  # it never was anything else
+
+
 def test_a_part_that_never_lived_is_no_alarm_however_long_it_is_dead() -> None:
     key = "DEAD-MLP/block.1/mlp"
     dead = {key: Finding("DEAD-MLP", "dead-component", "warning", 1, None, 0.0, 1e-7, "It adds nothing.", "", "")}
@@ -78,3 +104,32 @@ def test_a_trend_is_news_only_of_a_place_that_was_healthy() -> None:
             monitor._judge(reading, {key: UNIFORM})
             count -= len(reading.alarms)
         assert count == 0
+
+
+def test_the_patience_of_a_monitor_is_that_of_its_trends() -> None:
+    key = "ENTROPY-FROZEN/block.0/self"
+    found = {key: Finding("ENTROPY-FROZEN", "entropy-collapse", "warning", 0, 0, 0.5, 0.4, "It is.", "", "")}
+    steps = []
+    for patience in (2, 4):
+        monitor = uc.Monitor(OwnGPT(), [{"idx": probe()[0]["input_ids"]}], patience=patience)
+        readings = [TrailReading(step=look, margins={key: -1.5 + 0.05 * look}) for look in range(30)]
+        for reading in readings:
+            monitor._judge(reading, found)
+        steps += [alarm.step for reading in readings for alarm in reading.alarms if alarm.against == "trend"]
+    assert len(steps) == 2
+    assert steps[1] == steps[0] + 2
+
+
+def test_a_monitor_names_the_block_from_which_on_the_stream_is_lost() -> None:
+    monitor = uc.Monitor(OwnGPT(), [{"idx": probe()[0]["input_ids"]}])
+    monitor.look(0)
+    assert monitor.record is not None
+    blocks = [site.block for site in monitor.record.sites]
+    found, last = {STREAM.code: STREAM}, max(block for block in blocks if block is not None)
+    for look in range(1, 12):
+        falls = look > 9
+        carried = [None if block is None else 0.4 if falls and block == last else 1.0 for block in blocks]
+        margins = {STREAM.code: 0.3 if falls else -1.9}
+        reading = TrailReading(step=look, margins=margins, sites={"stream_carried": carried})
+        monitor._judge(reading, found)
+    assert [(alarm.code, alarm.block) for alarm in reading.alarms] == [(STREAM.code, last)]

@@ -238,6 +238,9 @@ def test_a_sequence_that_is_not_finite_is_left_out_of_the_cloud() -> None:
     others = sum(int((each["input_ids"] == batch["input_ids"][1, 0]).any(1).sum()) for each in clean)
     found = entries(model, [*clean, batch])
     assert found["embedding", "mean"].points == total - others + len(batch["input_ids"]) - broken
+    # Of the tokens, whichever site and batch they are drawn from, only those that are not finite are left out.
+    tokens = torch.cat([each["input_ids"].flatten() for each in (*clean, batch)])
+    assert found["embedding", "tokens"].points == int((tokens != batch["input_ids"][1, 0]).sum())
 
 
 def test_the_means_of_long_sequences_err_no_more_than_their_format() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from rich.console import Console
+from studies.references import clouds
 from studies.validity.models import SUBJECTS
 
 import uncollapse as uc
@@ -26,8 +27,18 @@ from tests.helpers.sweep_samples import swept
 from tests.helpers.tiny_models import text_batch
 from tests.report.test_anatomy import anatomy
 from uncollapse.measures.random_projections import random_noise_gain
+from uncollapse.probe.corpus import FEW_TOKENS
+from uncollapse.records.diagnosis import CorpusRecord
 from uncollapse.report import draw, healthy, show
-from uncollapse.report.healthy import References, figures, healthy_models, in_percent, in_words, references
+from uncollapse.report.healthy import (
+    References,
+    corpus_figures,
+    figures,
+    healthy_models,
+    in_percent,
+    in_words,
+    references,
+)
 
 MODELS: list[dict[str, Any]] = json.loads(resources.files("uncollapse.report").joinpath("healthy.json").read_text())
 
@@ -48,13 +59,26 @@ def test_a_model_measured_again_gives_its_ranges() -> None:
     stored = next(each for each in healthy_models() if each.name == "minilm")
     found = figures(record)
     of_full = {"contraction", "spectral_gap", "susceptibility", "second_singular_value", "nonlinear_innovation"}
-    assert {name.rpartition(".")[2] for name in stored.ranges.keys() - found.keys()} <= {*of_full, *healthy.UPDATES}
+    of_corpus = {name for name in stored.ranges if name.startswith("corpus.")}
+    others = stored.ranges.keys() - found.keys() - of_corpus
+    assert {name.rpartition(".")[2] for name in others} <= {*of_full, *healthy.UPDATES}
     assert len(found) > 20
     for name, values in found.items():
         low, high = stored.ranges[name]
         assert min(values) == pytest.approx(low, rel=0.02, abs=1e-6), name
         assert max(values) == pytest.approx(high, rel=0.02, abs=1e-6), name
     assert (stored.causal, stored.norm_placement) == (healthy.is_causal(record), record.model.norm_placement)
+
+
+def test_the_clouds_of_a_corpus_measured_again_have_their_ranges() -> None:
+    """MiniLM on 64 texts."""
+    stored = next(each for each in healthy_models() if each.name == "minilm").ranges
+    found = clouds("minilm")
+    assert found.keys() == {name for name in stored if name.startswith("corpus.")}
+    assert {name.split(".")[1] for name in found} == {"mean", "last", "first", "tokens", "few tokens"}
+    for name, values in found.items():
+        assert values == pytest.approx(stored[name], rel=0.02, abs=1e-3), name
+    assert all(0 < high <= 1 for name, (_, high) in found.items() if name.rpartition(".")[2] in healthy.CORPUS_SHARES)
 
 
 def causal(is_causal: bool | None, placement: str, name: str = "a model") -> Any:
@@ -141,6 +165,44 @@ def test_figures_are_shares_where_sizes_differ() -> None:
     overlap = record.heads[2].write_space_overlap
     assert overlap is not None
     assert found["heads.largest_overlap"][2] == max(overlap[g][h] for g in range(12) for h in range(12) if g != h)
+
+
+def cloud(**changes: Any) -> CorpusRecord:
+    spectrum = (12.0, 9.0, 5.0, 2.0, 1.2, 1.1, 1.3, 7, 8, 0.4, 0.9, 0.2, 0.7, 0.6)
+    return replace(
+        CorpusRecord("block.0", 0, None, "mean", 20, 32, None, 20, 19, *spectrum, 20, 0.1, 0.9, 0.8, 0.7), **changes
+    )
+
+
+def test_figures_of_the_corpus_are_shares_of_what_so_many_points_reach() -> None:
+    found = corpus_figures([cloud(), cloud(pooling="tokens"), cloud(pooling="tokens", sampled=FEW_TOKENS)])
+    assert found["corpus.mean.effective_rank"] == [12 / 20]
+    assert found["corpus.mean.centred_effective_rank"] == [9 / 19]
+    assert found["corpus.mean.isoscore"] == [pytest.approx(0.2 * 31 / 18)]
+    assert found["corpus.tokens.top_share"] == found["corpus.few tokens.top_share"] == [0.4]
+    assert healthy.FEW_TOKENS == FEW_TOKENS
+
+
+def test_every_figure_of_the_corpus_stands_beside_that_of_models_whose_corpus_was_measured() -> None:
+    record = replace(causal(False, "post"), corpus=[cloud(), cloud(pooling="tokens", sampled=64), cloud(pooling="own")])
+    kind, page = references(record, "corpus"), Page(draw(record))
+    assert kind.kind == "4 healthy models with a full mask and post norm"
+    assert all(any(name.startswith("corpus.") for name in model.ranges) for model in kind.models)
+    assert references(causal(False, "pre"), "corpus").kind == "5 healthy models with a full mask"
+    for table, part in (("corpus-mean", "mean"), ("corpus-tokens", "few tokens")):
+        beside = titles_with_reference(page, table)
+        bare = {"site", "points", "attainable rank", "attainable centred rank"}
+        assert {title for title, words in beside.items() if not words} == bare
+        lows, highs = extremes(kind, f"corpus.{part}.centred_effective_rank")
+        assert beside["centred effective rank"] == f"healthy {in_percent(min(lows), max(highs))} of attainable"
+        assert beside["mean cosine"] == f"healthy {kind.words(f'corpus.{part}.mean_cosine')}"
+    assert not any(titles_with_reference(page, "corpus-own").values())
+    assert kind.sentence in page.text
+    assert "24 to 64 sequences of at most 64 tokens" in kind.sentence
+    lows, highs = extremes(kind, "corpus.mean.centred_effective_rank")
+    share = in_percent(min(lows), max(highs)).replace(" … ", " to ")
+    cosine = kind.words("corpus.mean.mean_cosine").replace(" … ", " to ")
+    assert f"In {kind.kind}: directions {share} of attainable, mean cosine {cosine}." in printed(record)
 
 
 def titles_with_reference(page: Page, table: str) -> dict[str, str]:

@@ -10,14 +10,14 @@ import torch
 from studies.early_warning import runs as studied
 from studies.early_warning.document import BY_NAME, document, first_alarm, shown_by_the_loss
 from studies.early_warning.models import LanguageModel, Shape
-from studies.early_warning.runs import OTHERS, SCENARIOS, Alarm, NormRule, Run, SpikeRule, rounding
+from studies.early_warning.runs import OTHERS, SCENARIOS, Alarm, NormRule, Run, SpikeRule, rounding, shrinking
 
 FAILING, TWIN = "logits grow", "learning rate 2e-3"
 SILENT: dict[str, int | None] = dict.fromkeys(OTHERS)
 RIGHT: Alarm = (120, 100, "BASELINE-ENTROPY", "entropy-collapse", 1, "baseline")
 
 
-def run(name: str, losses: list[float], alarms: list[Alarm] | None = None, seed: int = 3) -> Run:
+def run(name: str, losses: list[float], alarms: list[Alarm] | None = None, seed: int = 12) -> Run:
     return Run(name, seed, losses, alarms or [], SILENT, [(0, 0.9), (5, 0.03)])
 
 
@@ -53,9 +53,9 @@ def test_a_run_that_the_loss_shows_first_is_named() -> None:
     late = run(FAILING, [3.0] * 100 + [4.0] * 200, [RIGHT])
     page = document([late, run(TWIN, [3.0] * 300)])
     assert "0 of 1 runs whose loss shows it at all" in page
-    assert "Found after the loss showed it: logits grow, seed 3 (loss 102, alarm 120)." in page
+    assert "Found after the loss showed it: logits grow, seed 12 (loss 102, alarm 120)." in page
     never = document([run(FAILING, [3.0] * 300), run(TWIN, [3.0] * 300)])
-    assert "Not found: logits grow, seed 3." in never
+    assert "Not found: logits grow, seed 12." in never
     assert "| not within the run |" in never
     assert "| no twin was run |" in document([late, run(FAILING, [4.0] * 300, [RIGHT])])  # its loss says nothing
 
@@ -68,11 +68,39 @@ def test_what_other_rules_say_counts_from_the_fault_on_and_on_every_healthy_run(
     assert "| `arc-vigil` 1.0.0 | 1 of 1 | 0 of 1 | -8 | 1 of 1 |" in page
 
 
+def test_where_other_rules_ran_on_other_seeds_their_rows_count_those() -> None:
+    with_rules = replace(run(FAILING, [3.0] * 200 + [4.0] * 100, seed=7), others=SILENT | {"arc-vigil": 210})
+    twin = replace(run(TWIN, [3.0] * 300, seed=7), others=SILENT | {"arc-vigil": 70})
+    without = [
+        replace(run(FAILING, [3.0] * 200 + [4.0] * 100, [RIGHT]), others={}),
+        replace(run(TWIN, [3.0] * 300), others={}),
+    ]
+    page = document([with_rules, twin, *without])
+    assert "The other rules ran on 1 failing run and 1 healthy ones (seeds 7)." in page
+    assert "| this monitor | 1 of 1 | 1 of 1 | 82 | 0 of 1 |" in page
+    assert "| `arc-vigil` 1.0.0 | 1 of 1 | 0 of 1 | -8 | 1 of 1 |" in page
+    assert "The other rules ran on" not in document([with_rules, twin])
+
+
+def test_queries_and_keys_that_shrink_are_those_of_one_block_from_step_600_on() -> None:
+    model = LanguageModel(Shape())
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    with torch.no_grad():
+        shrinking(model, 599)
+        assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+        shrinking(model, 600)
+    changed = [name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])]
+    assert changed == ["blocks.1.attention.read.weight"]
+    weight, width = model.get_parameter(changed[0]), Shape().width
+    assert torch.equal(weight[: 2 * width], 0.95 * before[changed[0]][: 2 * width])
+    assert torch.equal(weight[2 * width :], before[changed[0]][2 * width :])
+
+
 def test_seeds_on_which_the_constants_were_chosen_are_not_counted() -> None:
     chosen = [run(FAILING, [3.0] * 200 + [4.0] * 100, seed=0), run(TWIN, [3.0] * 300, [RIGHT], seed=0)]
     counted = [run(FAILING, [3.0] * 200 + [4.0] * 100, [RIGHT]), run(TWIN, [3.0] * 300)]
     page = document([*chosen, *counted])
-    assert "1 seed that had no part in it (3): 1 failing and" in page
+    assert "1 seed that had no part in it (12): 1 failing and" in page
     assert "**Alarms on healthy runs**: 0 of 1 runs" in page
     assert "On the seeds that were looked at: 0 of 1 found, alarms on" in page
 

@@ -401,6 +401,8 @@ def test_no_figure_and_no_removal_is_silently_wrong(chunk: int) -> None:
             "a softmax in single precision moves last digits of a model in double behind a renormalisation",
         ),
         (72427, "float64", "the same with heads mixed before the softmax"),
+        (105726, "float16", "the same where a projection spreads the digits that are lost over small features"),
+        (105668, "float16", "a poked stream lay otherwise in memory, and all sequences moved by a rounding"),
         (30055, "float32", "a square mask was cut to a few rows, as if it held one for each sequence"),
         (
             35779,

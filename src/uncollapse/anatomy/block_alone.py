@@ -25,7 +25,7 @@ from uncollapse.anatomy.interception import Handler, Point, function_modes, in_t
 from uncollapse.anatomy.module_states import ModuleStates
 from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.output_maps import giving, opening, output_map
-from uncollapse.anatomy.probing import seed_all
+from uncollapse.anatomy.probing import output_of, seed_all
 from uncollapse.anatomy.reading_refusals import has_own_hooks
 from uncollapse.anatomy.snapshots import copied
 from uncollapse.anatomy.streams import Action, met
@@ -91,15 +91,6 @@ def blocks_alone(
     chosen = replace(anatomy, blocks=tuple(anatomy.blocks[i] for i in wanted))
     runs = observe_blocks(model, batch, chosen, to_the_end=False)
     return {i: BlockAlone(model, anatomy.blocks[i], run) for i, run in zip(wanted, runs, strict=True)}
-
-
-def output_of(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
-    seed_all(0)
-    return tensors_of(model(**batch))
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    return [t.detach().clone() for t in tensors_in(output) if t.is_floating_point()]
 
 
 class _AllSeenError(BaseException):

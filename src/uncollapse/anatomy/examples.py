@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.module_states import left_as_found
-from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.probing import output_of, probing
 
 EXAMPLE_TOKENS = 8
 
@@ -19,20 +19,28 @@ SEQUENCES, TOKENS, DECODER_TOKENS = 3, 7, 5  # of the proof: pairwise different,
 
 def piece_of(model: nn.Module, batch: Mapping[str, Any], real: Tensor | None = None) -> dict[str, Any]:
     """A small piece of a batch such as an anatomy is proved on. real: see `fitting_piece`."""
-    return fitting_piece(model, batch, real)[0]
+    return fitting_piece(model, batch, real).batch
 
 
-def fitting_piece(
-    model: nn.Module, batch: Mapping[str, Any], real: Tensor | None = None
-) -> tuple[dict[str, Any], bool]:
+class Piece(NamedTuple):
+    """A piece of a batch. `steers`: running it makes another model of the model. `output`: what the model gives on it, where it was
+    seen; see `output_on`."""
+
+    batch: dict[str, Any]
+    steers: bool
+    output: list[Tensor] | None
+
+
+def fitting_piece(model: nn.Module, batch: Mapping[str, Any], real: Tensor | None = None) -> Piece:
     """The first of several pieces that the model runs on: `example_batch`, one cut along its first axis alone, the whole batch
     (patches laid end to end, fixed lengths); also the whole batch for a model that would not be the same model afterwards
     (BigBird gives up its sparse attention on a short text). Then also whether the whole batch makes another model of it, too.
     real: which tokens are real [sequence, token], where that is not what `attention_mask` says."""
     for piece in (example_batch(batch, real=real), _first_sequences(batch)):
-        if runs_on(model, piece):
-            return piece, False
-    return dict(batch), sends_elsewhere(model, batch)
+        output = output_on(model, piece)
+        if output is not None:
+            return Piece(piece, False, output)
+    return Piece(dict(batch), sends_elsewhere(model, batch), None)
 
 
 def as_long_a_piece(model: nn.Module, batch: Mapping[str, Any], real: Tensor | None = None) -> dict[str, Any] | None:
@@ -67,12 +75,17 @@ def turned(batch: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
 
 def runs_on(model: nn.Module, piece: Mapping[str, Any]) -> bool:
     """Whether the model runs on a piece, and is the same model afterwards."""
+    return output_on(model, piece) is not None
+
+
+def output_on(model: nn.Module, piece: Mapping[str, Any]) -> list[Tensor] | None:
+    """What the model gives on a piece, as `output_of` has it; None where it does not run on it, or is another model afterwards."""
     try:
         with probing(model), left_as_found(model) as states:
-            model(**piece)
-            return not states.steered()
+            output = output_of(model, piece)
+            return None if states.steered() else output
     except Exception:  # whatever it is, the piece does not fit; the next one is closer to the user's own batch
-        return False
+        return None
 
 
 def sends_elsewhere(model: nn.Module, batch: Mapping[str, Any]) -> bool:

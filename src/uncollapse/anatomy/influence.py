@@ -115,16 +115,16 @@ def moved(plain: Tensor, other: Tensor, axis: int, coarsest: float = 0.0, *, hid
     eps = max(torch.finfo(plain.dtype).eps, coarsest)
     change = (other.double() - plain.double()).abs()
     change = change.where(change.isfinite(), 0.0)
-    trace = (2 if _is_coarse(eps) else 256) * eps * change.max()
+    trace = (2 if is_coarse(eps) else 256) * eps * change.max()
     size = plain.double().abs()
     different = (change > trace) & ~(change <= 2 * eps * size)
-    if hides and _is_coarse(eps):
+    if hides and is_coarse(eps):
         different &= change > 4 * eps * size.nan_to_num(0.0, 0.0, 0.0).amax(axis, keepdim=True)
     across = tuple(i for i in range(plain.ndim) if i != axis % plain.ndim)
     return different.any(across) if across else different
 
 
-def _is_coarse(eps: float) -> bool:
+def is_coarse(eps: float) -> bool:
     """Whether this is the machine epsilon of a half-precision format."""
     return eps > 1e-4
 
@@ -388,7 +388,7 @@ def is_heard(size: Tensor, open_size: Tensor, precision: float) -> Tensor:
     Weights that are renormalised after the softmax cancel what a hidden key does in the softmax's own sum, up to rounding: what
     hiding leaves of a row must be more than that. A row that is faint by itself is as faint with nothing hidden.
     `precision`: the machine epsilon of the coarsest number format on the way."""
-    rounding = (8 if _is_coarse(precision) else 256) * precision
+    rounding = (8 if is_coarse(precision) else 256) * precision
     return (size > 0) & (size > rounding * open_size)
 
 

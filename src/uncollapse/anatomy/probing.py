@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from uncollapse.anatomy.autocast import no_casts_kept
 from uncollapse.anatomy.module_states import is_steered, left_as_found, steered_there
 from uncollapse.anatomy.sharded_weights import gathered_weights
+from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.turns import closed_to_others, watch
 from uncollapse.restoring import restoring, run_eagerly, run_layers_openly, turn
 
@@ -71,6 +72,17 @@ def seed_all(seed: int) -> None:
         torch.xpu.manual_seed_all(seed)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
+
+
+def output_of(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
+    """What a model that is being probed gives on a batch, from the seed 0: its floating tensors, copied."""
+    seed_all(0)
+    return tensors_of(model(**batch))
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The floating tensors in what a model gives, copied."""
+    return [t.detach().clone() for t in tensors_in(output) if t.is_floating_point()]
 
 
 def _caches(module: nn.Module) -> bool:

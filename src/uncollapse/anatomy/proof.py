@@ -36,9 +36,7 @@ from uncollapse.anatomy.block_alone import (
     MetAddition,
     blocks_alone,
     observe_blocks,
-    output_of,
     recorders,
-    tensors_of,
 )
 from uncollapse.anatomy.deviations import carry_gap, difference, is_rounding, largest_difference
 from uncollapse.anatomy.examples import (
@@ -57,7 +55,7 @@ from uncollapse.anatomy.offloaded_weights import held_weights
 from uncollapse.anatomy.operands import (
     UnreadableError,
 )
-from uncollapse.anatomy.probing import probing, seed_all
+from uncollapse.anatomy.probing import output_of, probing, seed_all, tensors_of
 from uncollapse.anatomy.reading import read
 from uncollapse.anatomy.reading_refusals import SIDE_BY_SIDE, has_own_hooks
 from uncollapse.anatomy.replaying import NotReplayable, replayed
@@ -132,18 +130,18 @@ def _proved_on_real_tokens(
 ) -> tuple[Anatomy, dict[str, Any], bool, Tensor | None]:
     """The anatomy, the piece it was proved on, whether the batch sends the model elsewhere, and which tokens are real, where that
     is not what the name `attention_mask` says: the piece is chosen anew where a mask was not seen to hide what it should."""
-    small, steers = fitting_piece(model, batch)
+    small, steers, output = fitting_piece(model, batch)
     anatomy: Anatomy | None = None
     refusal: UncollapseError | None = None
     try:
-        anatomy = prove(model, small, layout)
+        anatomy = prove(model, small, layout, before=output)
     except UncollapseError as error:  # a piece of nothing but padding may keep a sound model from being read
         refusal = error
     for name, value in masks_not_told(batch, anatomy):
         real = batch[name].bool() == value
-        piece, elsewhere = fitting_piece(model, batch, real)
+        piece, elsewhere, output = fitting_piece(model, batch, real)
         with contextlib.suppress(UncollapseError):
-            other = prove(model, piece, layout)
+            other = prove(model, piece, layout, before=output)
             found = [mask for stack in other.stacks for mask in stack.masks if mask.tensor == name]
             if any(mask.real == value and mask.unit == "token" for mask in found):
                 return other, piece, elsewhere, real
@@ -171,14 +169,17 @@ def known_example(model: nn.Module) -> dict[str, Any] | None:
     return None if known is None else known.example
 
 
-def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None) -> Anatomy:
+def prove(
+    model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None, *, before: list[Tensor] | None = None
+) -> Anatomy:
     """Read and prove the anatomy on `batch`, which should be small. Nothing is remembered. A model that is none with one stream is
-    looked at as one with several side by side; so is one whose stream seems to be a grid of tokens or shows no features."""
+    looked at as one with several side by side; so is one whose stream seems to be a grid of tokens or shows no features. before:
+    what the model gives on `batch`, if somebody has seen it."""
     try:
-        single = _prove(model, batch, layout)
+        single = _prove(model, batch, layout, before=before)
     except UnsupportedModel as refusal:
         try:
-            return _prove(model, batch, layout, several=True)
+            return _prove(model, batch, layout, before=before, several=True)
         except UnsupportedModel as other:
             if SIDE_BY_SIDE in refusal.identity and SIDE_BY_SIDE not in other.identity:
                 raise UnsupportedModel(
@@ -191,15 +192,22 @@ def prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = No
     if all(block.axes is not None and len(block.axes.token) < 2 for block in single.blocks):
         return single
     try:
-        return _prove(model, batch, layout, several=True)
+        return _prove(model, batch, layout, before=before, several=True)
     except UnsupportedModel:
         return single
 
 
-def _prove(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None, *, several: bool = False) -> Anatomy:
+def _prove(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    layout: Layout | None,
+    *,
+    before: list[Tensor] | None = None,
+    several: bool = False,
+) -> Anatomy:
     with probing(model):
         try:
-            before = output_of(model, batch)
+            before = output_of(model, batch) if before is None else before
         except Exception as error:  # whatever it is, the model does not run on this batch: the refusal says so
             raise _not_run(model, batch, error) from error
         seed_all(0)

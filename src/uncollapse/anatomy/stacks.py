@@ -26,6 +26,7 @@ from uncollapse.anatomy.influence import (
     Products,
     hearing,
     hearing_one_by_one,
+    is_coarse,
     is_heard,
     moved,
     poked,
@@ -53,6 +54,7 @@ class Alone(Protocol):
 
 
 CLEARLY = 1e-3  # of the largest change that a token brings to a row
+FAR_MORE = 16  # times the rounding that a hidden token brings, in half precision
 
 Blocks = Callable[[nn.Module, Mapping[str, Any], Anatomy, Collection[int]], Mapping[int, Alone]]
 
@@ -291,16 +293,22 @@ def _instead(
 @dataclass(frozen=True)
 class _Hearing:
     """The rows of a sequence that one of its tokens reaches, that token left out: beyond rounding, by more than a trace, and in
-    any bit."""
+    any bit. The `largest` change of any, and how large one can be that is `rounding` in half precision, 0 in others: a mask behind
+    the softmax whose rows are scaled up again leaves the digits that the hidden key has cost them, and a projection spreads that
+    over all features."""
 
     rows: Tensor
     clearly: Tensor
     in_any_bit: Tensor
+    largest: float
+    rounding: float
 
     def more_than(self, other: _Hearing) -> bool:
-        """Whether it reaches rows where it reaches none in the other case, or clearly one that does not change a bit there."""
+        """Whether it reaches rows where it reaches none in the other case, or clearly one that does not change a bit there, or far
+        more than in the other case, in which that may be rounding."""
         first = bool(self.rows.any()) and not bool(other.rows.any())
-        return first or bool((self.clearly & ~other.in_any_bit).any())
+        only_rounding = other.largest <= other.rounding and self.largest > FAR_MORE * other.largest
+        return first or only_rounding or bool((self.clearly & ~other.in_any_bit).any())
 
 
 def _hearing(alone: Alone, axes: StreamAxes, token: int) -> _Hearing:
@@ -331,7 +339,9 @@ def _hearing(alone: Alone, axes: StreamAxes, token: int) -> _Hearing:
     rows[token] = False
     change = torch.where(rows, (after[0].double() - before[0].double()).abs().nan_to_num().amax(-1), 0.0)
     in_any_bit = (before[0] != after[0]).any(-1)
-    return _Hearing(rows, rows & (change > CLEARLY * change.max()), in_any_bit)
+    eps = max(torch.finfo(before.dtype).eps, products.coarsest())
+    rounding = 4 * eps * float(before[0].abs().nan_to_num(0.0, 0.0, 0.0).max()) if is_coarse(eps) else 0.0
+    return _Hearing(rows, rows & (change > CLEARLY * change.max()), in_any_bit, float(change.max()), rounding)
 
 
 def _embedded(

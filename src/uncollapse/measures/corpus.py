@@ -33,7 +33,9 @@ from uncollapse.measures.storage_noise import storage_noise
 
 _EPS_64 = torch.finfo(torch.float64).eps
 _LAW_FROM, _LAW_TO, _LAW_LEAST = 4, 100, 10  # the eigenvalues that a power law is fitted to, and how few are enough
-_AT_ONCE: Final = 2**23  # numbers of clouds that are decomposed together
+_AT_ONCE: Final = (
+    2**19
+)  # numbers of clouds that are decomposed together: with more, what is worked out on the way leaves the cache
 HELD: Final = 0.9  # of the variance: what the principal directions that a cloud is compared by hold
 
 
@@ -288,13 +290,21 @@ def _from_points(x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
     n, width = x.shape[-2:]
     if not n:
         return x.new_zeros(len(x), 0), x.new_zeros(len(x), 0)
-    centred = x - x.mean(-2, keepdim=True)
+    mean = x.mean(-2, keepdim=True)
+    centred = x - mean
     size = x.square().sum((-2, -1)).sqrt()
     floor = eps * storage_noise(1.0, size, n, width)
     below = centred.square().sum((-2, -1)).sqrt() <= floor  # all points are one, up to rounding
-    apart = _singular_values(centred, floor, ~below, min(n - 1, width))  # n points have n - 1 directions
+    gram, of_mean = _gram_of_short_side(centred), mean.square().sum(-1, keepdim=True)
+    apart = _singular_values(centred, gram, floor, ~below, min(n - 1, width))  # n points have n - 1 directions
+    # X = CX + 1 m^T gives the Gram of X without a second product. Where the mean is large it errs no more than that would.
+    if n <= width:
+        along = centred @ mean.mT
+        gram = gram + along + along.mT + of_mean
+    else:
+        gram = gram + n * (mean.mT @ mean)
     # Interlacing: sigma_2(X) <= sigma_1(CX), so all but the first are rounding where the points are one.
-    whole = _singular_values(x, floor, ~below, min(n, width))
+    whole = _singular_values(x, gram, floor, ~below, min(n, width))
     alone = torch.zeros_like(whole)
     alone[:, 0] = size
     whole = torch.where(below[:, None], alone, whole)
@@ -303,11 +313,14 @@ def _from_points(x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(whole > least, whole, 0), apart
 
 
-def _singular_values(x: Tensor, floor: Tensor, wanted: Tensor, attainable: int) -> Tensor:
+def _gram_of_short_side(x: Tensor) -> Tensor:
+    return x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
+
+
+def _singular_values(x: Tensor, gram: Tensor, floor: Tensor, wanted: Tensor, attainable: int) -> Tensor:
     """Descending; 0 beyond the attainable ones. From the Gram of the short side; from `x` itself where that could hide a value
     above `floor`."""
     n, width = x.shape[-2:]
-    gram = x @ x.mT if n <= width else x.mT @ x
     squares = torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0)
     squares[:, attainable:] = 0
     lost = (squares < 1e-12 * squares[:, :1]) & (1e-12 * squares[:, :1] > floor[:, None].square())
@@ -458,14 +471,13 @@ def linear_cka(
     """
     _require_alike("linear_cka", before, after, width=False)
     x, y = _centred(before), _centred(after)
-    return _ckas(x, y, _gram(x, y))[int(unbiased)]
+    return _ckas(x, y, _gram(x, y), _gram(y, x))[int(unbiased)]
 
 
-def _ckas(x: Tensor, y: Tensor, K: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The plain one and the unbiased one, of centred clouds, with their `_gram`."""
+def _ckas(x: Tensor, y: Tensor, K: Tensor | None, L: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The plain one and the unbiased one, of centred clouds, with their `_gram`s."""
     n = x.shape[-2]
-    if K is not None:
-        L = y @ y.mT
+    if K is not None and L is not None:
         products = tuple(_inner(A, B) for A, B in ((K, L), (K, K), (L, L)))
     else:
         products = tuple(_inner(A, A) for A in (y.mT @ x, x.mT @ x, y.mT @ y))
@@ -506,19 +518,45 @@ def compared(before: Sequence[RunningCloud], after: Sequence[RunningCloud]) -> l
     for (n, width, behind), alike in groups.items():
         step = max(1, _AT_ONCE // (n * (width + behind)))
         for places in (alike[start : start + step] for start in range(0, len(alike), step)):
-            X, Y = (torch.stack([side[place].points.cpu().double() for place in places]) for side in (before, after))
             is_square = width == behind
             unknown = torch.full((len(places),), math.nan)
-            x, y = _centred(X), _centred(Y)
-            K = _gram(x, y)
+            X, Y, x, y, K, L = _sides([before[place] for place in places], [after[place] for place in places])
             novelty = _novelty(x, y, K) if is_square else unknown
             turned = torch.nn.functional.cosine_similarity(X, Y, dim=-1, eps=0).nanmean(-1) if is_square else unknown
-            cka, unbiased = _ckas(x, y, K)
+            cka, unbiased = _ckas(x, y, K, L)
             for place, *figures in zip(
                 places, *(each.tolist() for each in (novelty, cka, unbiased, turned)), strict=True
             ):
                 found[place] = Comparison(*(f if math.isfinite(f) else None for f in figures))
     return found
+
+
+class _Sides(NamedTuple):
+    """The points of some pairs of clouds in float64, [pair, point, width], before and after; centred; and their `_gram`s."""
+
+    X: Tensor
+    Y: Tensor
+    x: Tensor
+    y: Tensor
+    K: Tensor | None
+    L: Tensor | None
+
+
+def _sides(before: Sequence[RunningCloud], after: Sequence[RunningCloud]) -> _Sides:
+    """Of pairs of which all clouds before have one shape, and all after. Most clouds come after one block and before the next: each
+    is worked out once."""
+    if before[0].points.shape != after[0].points.shape:
+        X, Y = (torch.stack([cloud.points.cpu().double() for cloud in side]) for side in (before, after))
+        x, y = _centred(X), _centred(Y)
+        return _Sides(X, Y, x, y, _gram(x, y), _gram(y, x))
+    distinct = {id(cloud): cloud for cloud in (*before, *after)}
+    places = {key: place for place, key in enumerate(distinct)}
+    points = torch.stack([cloud.points.cpu().double() for cloud in distinct.values()])
+    centred = _centred(points)
+    gram = _gram(centred, centred)
+    one, other = ([places[id(cloud)] for cloud in side] for side in (before, after))
+    both = (points[one], points[other], centred[one], centred[other])
+    return _Sides(*both, None, None) if gram is None else _Sides(*both, gram[one], gram[other])
 
 
 def _inner(A: Tensor, B: Tensor) -> Tensor:

@@ -7,10 +7,13 @@ While it learns how often each token occurs, its tokens come together and part a
 * A place is *settled* once it is healthy: `FAR` from its threshold at the first look, or `HEALTHY` away for `SETTLED` looks. For
   a stream, `STREAM_FAR` and `STREAM_HEALTHY` take their place: one that was just made keeps a third of the embedding's distance
   for some looks, loses it and gains it again.
+* Attention that began over a threshold on width, as that of a fresh model does, comes from where the threshold points. While the
+  model learns it goes back and forth, and stays more than `SETTLED` looks. It is settled once it has been healthy for `STANDING`
+  looks. Not to be judged at the first look counts as such a beginning: it was as initialised, or its tokens were alike.
 * At a settled place a warning must stand for `patience` looks, and what is critical does not wait.
-* A place that is not settled raises an alarm only if its stream has all but collapsed (`SEVERE`, and worse than at the first look),
-  which no healthy run does, or if it stays over its threshold for `STANDING` looks without getting better. Uniform attention that
-  was never anything else raises none.
+* A place that is not settled raises an alarm only if it has all but collapsed (`SEVERE`, and worse than at the first look unless it
+  had left that behind), which no healthy run does, or if it stays over its threshold for `STANDING` looks without getting better.
+  Uniform attention that was never anything else raises none.
 * NaN and infinity are an alarm at once, at any place.
 * A part that does nothing (a head, an MLP, a block) is an alarm only where it did something before: some initialisations start
   parts at zero, and a pruned head is dead on purpose. It is over when the part has done something again for `CALM` looks.
@@ -73,16 +76,19 @@ def margins_of(readings: Mapping[str, Reading]) -> dict[str, float]:
 
 @dataclass
 class _Place:
-    """What is known of one rule at one place: its margin at the first look, for how many looks it has been over the threshold or
-    away from it, and how severe the alarm is that stands (an index into SEVERITIES)."""
+    """What is known of one rule at one place: its margin at the first look, whether it is attention that began over the threshold,
+    for how many looks it has been over or away, and how severe the alarm is that stands (an index into SEVERITIES)."""
 
     first: float
     is_settled: bool
+    began_over: bool = False
+    has_left: bool = False  # whether it was healthy for `SETTLED` looks
     over: int = 0
     calm: int = 0
     healthy: int = 0
     onset: int = 0
-    least: float = math.inf  # margin since it was first over
+    best: float = math.inf  # margin since it was first over, as of the last time that it got better
+    standing: int = 0  # looks over the threshold since then
     raised: int = -1
 
 
@@ -92,6 +98,7 @@ class ThresholdAlarms:
 
     patience: int = 2
     _places: dict[str, _Place] = field(default_factory=dict)
+    _has_looked: bool = False
     _measured: set[int | None] = field(default_factory=set)  # the blocks whose parts an earlier look has seen
 
     def look(
@@ -105,17 +112,21 @@ class ThresholdAlarms:
         it (a reading of an earlier part of the run) nothing is raised. `measured`: the blocks (None: the embedding) of which this
         look knows whether their parts are dead. Those that are not named in `margins` do something."""
         raised, cleared = [], []
-        before = self._known_parts(margins)
+        before, is_first, self._has_looked = self._known_parts(margins), not self._has_looked, True
         for key, margin in [*margins.items(), *((key, -MOST) for key in self._alive(margins, measured))]:
             far, healthy = (STREAM_FAR, STREAM_HEALTHY) if key.startswith("DEPTH-CONSENSUS") else (FAR, HEALTHY)
             first = -MOST if key in before else margin
-            place = self._places.setdefault(key, _Place(first, first < -far))
+            began_over = key.startswith("WIDTH") and (margin > 0 or not is_first)
+            place = self._places.setdefault(key, _Place(first, first < -far and not began_over, began_over))
             place.healthy = place.healthy + 1 if margin < -healthy else 0
-            place.is_settled |= place.healthy >= SETTLED
+            place.has_left |= place.healthy >= SETTLED
+            place.is_settled |= place.healthy >= (STANDING if place.began_over else SETTLED)
             if margin > 0:
                 if not place.over:
-                    place.onset, place.least = step, margin
-                place.over, place.calm, place.least = place.over + 1, 0, min(place.least, margin)
+                    place.onset, place.best, place.standing = step, margin, 0
+                if margin < place.best - HYSTERESIS:
+                    place.best, place.standing = margin, 0
+                place.over, place.calm, place.standing = place.over + 1, 0, place.standing + 1
                 finding = found.get(key)
                 if finding is not None and self._is_news(place, margin, finding):
                     place.raised = SEVERITIES.index(finding.severity)
@@ -159,11 +170,13 @@ class ThresholdAlarms:
             return True
         if place.is_settled:
             return place.over >= self.patience or finding.severity == "critical"
-        if finding.phenomenon in ("rank-collapse-width", "dead-component"):
+        if finding.phenomenon == "dead-component" or (
+            finding.phenomenon == "rank-collapse-width" and not place.has_left
+        ):
             return False
-        if margin > max(SEVERE, place.first + WORSE):
+        if margin > SEVERE and (place.has_left or margin > place.first + WORSE):
             return True
-        return place.over >= STANDING and margin > place.least - HYSTERESIS
+        return place.standing >= STANDING
 
     def standing(self, key: str, severity: str) -> None:
         """Take an alarm of an earlier part of the run as raised."""

@@ -4,6 +4,15 @@ Two baselines. A *record* that was given (a diagnosis, or the end of an earlier 
 *own history*: the median of its last `HISTORY` looks. There the common course of all heads is removed, for training moves
 them all, and what is left must exceed `SIGMAS` times what the heads have done until now (median absolute deviation).
 
+Three things are no news beside a head's own history:
+
+* It is where it has been before. A head that learns goes back and forth for longer than `HISTORY` looks. To be news it must be
+  beyond whatever it was at any look before, by `HYSTERESIS`.
+* It begins to choose among its keys. Its entropy falls when it does, and heads learn so one after another. It is judged once it has
+  left at least `CHOICE` of its keys unused for `HISTORY` looks, twice what attention that counts as uniform leaves.
+* The size of its query-key product, where its logits are measured. That size says how large they get only where nothing comes
+  between, such as query-key normalisation, so the logits are judged instead.
+
 When not to use it: with a record of another probe for anything finer than a factor. `compare` says how much two probes differ.
 """
 
@@ -17,12 +26,14 @@ from dataclasses import dataclass, field
 
 from uncollapse.errors import InputError
 from uncollapse.judgement.comparison import GROWN, HEAD_COURSES, LEAST_LOGIT, head_finding
-from uncollapse.monitoring.alarms import CALM, alarm
+from uncollapse.judgement.findings import UNUSED_KEYS
+from uncollapse.monitoring.alarms import CALM, HYSTERESIS, alarm
 from uncollapse.records.diagnosis import DiagnosisRecord
 from uncollapse.records.trail import Alarm, HeadPlace, TrailRecord
 
 HISTORY = 8
 SIGMAS = 8.0
+CHOICE = 2 * UNUSED_KEYS  # share of the keys
 
 Figures = Mapping[str, Sequence[float | None]]
 
@@ -33,6 +44,7 @@ class _Standing:
     calm: int = 0
     onset: int = 0
     before: float = 0.0
+    worst: float = -math.inf  # of all looks before, in the direction that is worse
     is_raised: bool = False
 
 
@@ -46,6 +58,8 @@ class BaselineAlarms:
     _history: dict[str, deque[list[float]]] = field(default_factory=dict)
     _moves: dict[str, deque[float]] = field(default_factory=dict)
     _places: dict[str, _Standing] = field(default_factory=dict)
+    _worst: dict[str, dict[int, float]] = field(default_factory=dict)
+    _chose: dict[int, int] = field(default_factory=dict)  # for how many looks a head has chosen among its keys
 
     def __post_init__(self) -> None:
         """Refuse a baseline that has none of these heads: it could never raise an alarm."""
@@ -67,7 +81,11 @@ class BaselineAlarms:
             if values is None:
                 continue
             now = [_log(measure, value) for value in values]
+            worst = self._worst.setdefault(measure, {})
             before, least = self._before(measure, now)
+            if self.given is None:
+                silent = self._silent(measure, figures)
+                before = [math.nan if silent[place] else value for place, value in enumerate(before)]
             for place, (here, there) in enumerate(zip(now, before, strict=True)):
                 name = self._key(measure, place)
                 standing = self._places.setdefault(name, _Standing())
@@ -77,8 +95,10 @@ class BaselineAlarms:
                 if course.worse * (here - reference) > least:
                     if not standing.over:
                         standing.onset, standing.before = step, there
+                        standing.worst = worst.get(place, -math.inf)
                     standing.over, standing.calm = standing.over + 1, 0
-                    if standing.over >= self.patience and not standing.is_raised:
+                    is_new = self.given is not None or course.worse * here > standing.worst + HYSTERESIS
+                    if standing.over >= self.patience and is_new and not standing.is_raised:
                         standing.is_raised = True
                         beside = (
                             "the baseline says" if self.given is not None else "its own history and the other heads say"
@@ -92,6 +112,9 @@ class BaselineAlarms:
                         if standing.is_raised:
                             cleared.append(name)
                         self._places[name] = _Standing()
+            for place, here in enumerate(now):
+                if math.isfinite(here):
+                    worst[place] = max(worst.get(place, -math.inf), course.worse * here)
         return raised, cleared
 
     def standing(self, key: str) -> None:
@@ -102,6 +125,19 @@ class BaselineAlarms:
     def _key(self, measure: str, place: int) -> str:
         head = self.heads[place]
         return f"{HEAD_COURSES[measure].code}/block.{head.block}/{head.kind}/head.{head.head}"
+
+    def _silent(self, measure: str, figures: Figures) -> list[bool]:
+        """Of which heads a measure says nothing beside their own history."""
+        none: list[float | None] = [None] * len(self.heads)
+        if measure == "query_key_norm":
+            return [value is not None for value in figures.get("max_logit", none)]
+        if measure == "rest_entropy":
+            shares = figures.get("key_share", none)
+            for place, share in enumerate(shares):
+                chooses = share is None or 1 - share >= CHOICE
+                self._chose[place] = self._chose.get(place, 0) + 1 if chooses else 0
+            return [self._chose[place] <= HISTORY for place in range(len(self.heads))]
+        return [False] * len(self.heads)
 
     def _before(self, measure: str, now: list[float]) -> tuple[list[float], float]:
         """The logarithm of what each head is compared with, and how far it may be from there."""

@@ -43,6 +43,7 @@ from uncollapse.judgement.identifiability import heads_records, weights_reader
 from uncollapse.monitoring import figures
 from uncollapse.monitoring.alarms import ThresholdAlarms, judged, margins_of
 from uncollapse.monitoring.baselines import BaselineAlarms
+from uncollapse.monitoring.falls import StreamHistory
 from uncollapse.monitoring.trends import TrendAlarms
 from uncollapse.monitoring.weights import Figures, Weights
 from uncollapse.probe.activity import embedding_records, part_records
@@ -137,8 +138,8 @@ class Monitor:
         self.record: TrailRecord | None = None
         self._log, self._each_head, self._path = log, each_head, trail
         self._baseline = _baseline(baseline)
-        self._threshold, self._trend = ThresholdAlarms(patience), TrendAlarms(false_alarms)
-        self._beside = BaselineAlarms([])  # until the heads are known
+        self._threshold, self._trend = ThresholdAlarms(patience), TrendAlarms(false_alarms, patience)
+        self._beside, self._stream = BaselineAlarms([]), StreamHistory()  # until heads and sites are known
         self._looks = 0
         self._file: TrailFile | None = None
         self._let_go = False  # whether readings of the trail have left memory
@@ -308,8 +309,9 @@ class Monitor:
         """Put the alarms of this reading, and what is over, into it."""
         dead, sites = reading.sites.get(DEAD_PARTS, []), [] if self.record is None else self.record.sites
         measured = {site.block for site, count in zip(sites, dead, strict=False) if count is not None}
+        crossed, left = self._threshold.look(reading.step, reading.margins, found, measured)
         for raised, cleared in (
-            self._threshold.look(reading.step, reading.margins, found, measured),
+            (self._stream.placed(crossed, reading.sites), left),
             self._trend.look(
                 reading.step, reading.margins, {key: f for key, f in found.items() if self._threshold.is_settled(key)}
             ),
@@ -335,7 +337,7 @@ class Monitor:
         beside = BaselineAlarms(record.heads, self._baseline, self.patience)
         if self._path is not None and self._is_first:
             self._file = TrailFile(self._path, record)
-        self.record, self._beside = record, beside
+        self.record, self._beside, self._stream = record, beside, StreamHistory(record.sites)
         if self._file is None:
             return
         standing: dict[str, Alarm] = {}

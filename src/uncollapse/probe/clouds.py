@@ -39,6 +39,9 @@ class Clouds:
         self.paddings: list[Padding] = []  # by stack
         self.entered: dict[int, tuple[int, int]] = {}  # by block: sequences and tokens of what entered it
         self.shapes: dict[int, tuple[int, int]] = {}  # by stack: the same of its embedding
+        self.finite: set[str] = (
+            set()
+        )  # sites that were looked at, and at which all real tokens of this batch are finite
         self._entering: dict[int, list[tuple[int, Tensor]]] = {}  # by stack: the last two blocks, and what entered them
         self._real: dict[int, int] = {}  # by stack: real tokens in this batch
         self._sizes: dict[int, int] = {}  # by block: the size of the axis that its streams share with another
@@ -50,7 +53,7 @@ class Clouds:
 
     def begin(self, batch: Mapping[str, Any]) -> None:
         """Note the batch's masks before the model runs on it."""
-        for noted in (self.entered, self.shapes, self._real, self._sizes, self._entering):
+        for noted in (self.entered, self.shapes, self.finite, self._real, self._sizes, self._entering):
             noted.clear()
         self.batch_size = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
         ids = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim == 2), None)

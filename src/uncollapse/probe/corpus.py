@@ -49,12 +49,14 @@ class CorpusStatistics:
     _cloud: RunningCloud | None = None
     _waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def take(self, points: Tensor, keys: Tensor, epsilon: float) -> None:
-        """Further points, each with its key. With `most`, a key of infinity says that this is none."""
+    def take(self, points: Tensor, keys: Tensor, epsilon: float, *, chosen_from: int | None = None) -> None:
+        """Further points, each with its key. With `most`, a key of infinity says that this is none, and those with the smallest
+        keys are chosen here, if they do not come `chosen_from` so many that are finite."""
         self.epsilon = max(self.epsilon, epsilon)
         if self.most is not None:
-            points, keys, seen = _with_smallest_keys(points, keys, self.most)
-            self.seen += seen
+            if chosen_from is None:
+                points, keys, chosen_from = _with_smallest_keys(points, keys, self.most)
+            self.seen += chosen_from
         self._waiting.append((points, keys))
         if sum(len(waiting) for _, waiting in self._waiting) >= WIDEST:
             self._fold()
@@ -123,6 +125,7 @@ class Corpus:
         # In this batch: by stack and number of points; by stack, number of tokens and device.
         self._keys: dict[tuple[int, int], Tensor] = {}
         self._rows: dict[tuple[int, int, torch.device], Rows] = {}
+        self._few: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
         wanted: tuple[Pooling, ...] = poolings if tokens == "none" else ("tokens", *poolings)
         most = FEW_TOKENS if tokens == "few" else None
         remaining = iter(sites)
@@ -149,6 +152,7 @@ class Corpus:
         self._generator.manual_seed(self._seed * 1_000_003 + self.before)
         self._keys.clear()
         self._rows.clear()
+        self._few.clear()
 
     def let_go(self) -> None:
         self.streams.clear()
@@ -170,9 +174,7 @@ class Corpus:
             epsilon, x = torch.finfo(stream.dtype).eps, single(cloud.detach())
             for statistics in own:
                 if statistics.most is not None:  # no copy of all tokens for a few of them
-                    count = int(rows.counts.sum())
-                    drawn = rows.laid_out(self._drawn(stack, count, x.device), x)
-                    statistics.take(x.flatten(0, 1), drawn, max(epsilon, torch.finfo(x.dtype).eps))
+                    self._take_few(statistics, stack, rows, x, max(epsilon, torch.finfo(x.dtype).eps))
                     continue
                 points = rows.pooled(x, statistics.pooling)
                 least = torch.finfo(points.dtype).eps
@@ -180,6 +182,21 @@ class Corpus:
                 rounding = epsilon * rows.lessened(cloud) if is_coarse else epsilon
                 keys = self._drawn(stack, len(points), points.device)
                 statistics.take(points, keys, max(rounding, least))
+
+    def _take_few(self, statistics: CorpusStatistics, stack: int, rows: Rows, x: Tensor, epsilon: float) -> None:
+        """Tokens for a cloud that keeps a few. Where all are finite the choice is the same at every site of a stack."""
+        assert statistics.most is not None
+        drawn, points = self._drawn(stack, rows.points, x.device), x.flatten(0, 1)
+        if statistics.site.site not in self.clouds.finite:
+            statistics.take(points, rows.laid_out(drawn, x), epsilon)
+            return
+        place = stack, x.shape[1], x.device
+        if place not in self._few:
+            keys = rows.laid_out(drawn, x)
+            chosen = keys.topk(min(statistics.most, rows.points), largest=False, sorted=False).indices.sort().values
+            self._few[place] = chosen, keys[chosen]
+        chosen, keys = self._few[place]
+        statistics.take(points[chosen], keys, epsilon, chosen_from=rows.points)
 
     def _drawn(self, stack: int, count: int, device: torch.device) -> Tensor:
         """The keys of this batch's points: the same at every site of a stack, so that the clouds keep the same points."""
@@ -192,13 +209,14 @@ class Corpus:
 @dataclass(frozen=True)
 class Rows:
     """Which tokens of a batch make the points: which sequences have any, how many each of these has, the places of the first and
-    the last, and the mask (None where every token is real)."""
+    the last, the mask (None where every token is real), and how many there are in all."""
 
     there: Tensor
     counts: Tensor
     first: Tensor
     last: Tensor
     mask: Tensor | None
+    points: int
 
     @staticmethod
     def of(cloud: Tensor, mask: Tensor | None) -> Rows:
@@ -209,7 +227,7 @@ class Rows:
         counts = real.sum(1)
         there = counts.nonzero()[:, 0]
         last = tokens - 1 - real[there].flip(1).int().argmax(1)
-        return Rows(there, counts[there], real[there].int().argmax(1), last, mask)
+        return Rows(there, counts[there], real[there].int().argmax(1), last, mask, int(counts.sum()))
 
     def lessened(self, cloud: Tensor) -> float:
         """The factor by which a mean lessens the rounding errors of its tokens. Errors of tokens that differ are independent; an
@@ -235,6 +253,8 @@ class Rows:
             return cloud.flatten(0, 1).clone() if self.mask is None else cloud[self.mask]
         if pooling != "mean":
             return cloud[self.there, self.first if pooling == "first" else self.last]
-        # Padding may hold what is not finite. `sum` adds in pairs: a product that adds one after another errs more than the format.
-        totals = cloud.sum(1) if self.mask is None else torch.where(self.mask[..., None], cloud, 0).sum(1)
+        # `sum` adds in pairs: a product that adds one after another errs more than the format.
+        totals = cloud.sum(1) if self.mask is None else (cloud * self.mask[..., None].to(cloud.dtype)).sum(1)
+        if self.mask is not None and not bool(totals.isfinite().all()):  # padding may hold what is not
+            totals = torch.where(self.mask[..., None], cloud, 0).sum(1)
         return totals[self.there] / self.counts[:, None]

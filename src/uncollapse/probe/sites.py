@@ -124,7 +124,10 @@ class Sites:
                 mask = self.clouds.cloud_mask(self.anatomy.stack_of(number), cloud, site.site)
                 axes = self.anatomy.blocks[number].axes
                 site.width = cloud.shape[-1] if axes is None else stream.shape[axes.width]
-                site.not_finite += count_not_finite(cloud, mask)
+                lost = count_not_finite(cloud, mask)
+                site.not_finite += lost
+                if not lost:
+                    self.clouds.finite.add(site.site)
                 if self.measures:
                     self._measure(site, number, cloud, mask)
                     if axes is not None and axes.streams is not None:

@@ -10,7 +10,8 @@ and the page then speaks of "other" healthy models.
 A range is what was met, and no threshold: a figure outside it is unusual, and `findings` says what is wrong.
 
 A figure is named after the part of the record and the measure. Ranks are shares of the attainable rank, and energy shares are
-multiples of an even share, so that models of different sizes can be compared.
+multiples of an even share, so that models of different sizes can be compared. The clouds of the corpus were measured over more
+sequences (24 to 64), in those models of which there were so many, and have a `references` of their own (`part="corpus"`).
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
-from typing import Any
+from typing import Any, Literal
 
 from uncollapse.records.anatomy import AnatomyRecord
 from uncollapse.records.common import ModelInfo, Statistic
-from uncollapse.records.diagnosis import DiagnosisRecord
+from uncollapse.records.diagnosis import CorpusRecord, DiagnosisRecord
 from uncollapse.records.figures import WORST_IS_LARGEST
 from uncollapse.report.wording import count, number
 
@@ -68,6 +69,26 @@ PLACES = {
         for name in ("normalized_entropy", "rest_entropy", "key_share", "max_logit", "value_contraction")
     },
 }
+CORPUS = (
+    "alpha",
+    "top_share",
+    "top_ten_share",
+    "mean_cosine",
+    "mean_share",
+    "novelty",
+    "cka",
+    "unbiased_cka",
+    "cosine",
+)
+CORPUS_SHARES = {  # relative to what so many points of this width can reach
+    "effective_rank": "attainable_rank",
+    "centred_effective_rank": "attainable_centred_rank",
+    "participation_ratio": "attainable_centred_rank",
+    "stable_rank": "attainable_centred_rank",
+    "k90": "attainable_centred_rank",
+    "k95": "attainable_centred_rank",
+}
+FEW_TOKENS = 64  # so many stand for the tokens at level `core`, and have the directions of so many
 UPDATES = ("out_of_span_energy", "nonlinear_innovation", "relative_norm")
 
 
@@ -102,10 +123,11 @@ def healthy_models() -> tuple[HealthyModel, ...]:
 
 @dataclass(frozen=True)
 class References:
-    """The healthy models of one kind. `kind` says which, in words."""
+    """The healthy models of one kind. `kind` says which, in words; `input`, on what they were measured."""
 
     kind: str
     models: tuple[HealthyModel, ...]
+    input: str = "at most 64 tokens per sequence, 400 frames of speech or 256 patches of a picture"
 
     def of(self, figure: str) -> Range | None:
         """The range of a figure; `None` where no model of the kind has it."""
@@ -146,7 +168,7 @@ class References:
 
     def beside(self, measure: str) -> str:
         """What one of `PLACES` is in these models, over all their places; empty where nothing is known."""
-        return self._everywhere(PLACES.get(measure, ""))
+        return self.beside_attainable(PLACES.get(measure, ""))
 
     def said(self, figures: Mapping[str, str]) -> str:
         """A sentence for the terminal: what each figure, by its name in print, is in these models; empty where nothing is known of
@@ -157,11 +179,13 @@ class References:
     def columns(self, part: str) -> dict[str, str]:
         """What stands under the titles of a table: for each measure of a part of the record, the range in these models."""
         figures = {name for model in self.models for name in model.ranges if name.rpartition(".")[0] == part}
-        return {figure.rpartition(".")[2]: f"healthy {self._everywhere(figure)}" for figure in figures}
+        return {figure.rpartition(".")[2]: f"healthy {self.beside_attainable(figure)}" for figure in figures}
 
-    def _everywhere(self, figure: str) -> str:
+    def beside_attainable(self, figure: str) -> str:
+        """What a figure is over all places, and a rank as a share of the attainable one; empty where nothing is known."""
         found = self.of(figure)
-        if found is not None and figure.rpartition(".")[2] in SITE_SHARES:
+        shares = CORPUS_SHARES.keys() | {"isoscore"} if figure.startswith("corpus.") else SITE_SHARES.keys()
+        if found is not None and figure.rpartition(".")[2] in shares:
             return f"{in_percent(found.low, found.high)} of attainable"
         return self.words(figure)
 
@@ -169,8 +193,8 @@ class References:
     def sentence(self) -> str:
         """What “healthy” means beside a figure."""
         return (
-            f"“Healthy” is the range in {self.kind}, each on its own input: at most 64 tokens per sequence, 400 frames of "
-            "speech or 256 patches of a picture. A figure outside it is unusual; whether it is a fault is for the findings to say."
+            f"“Healthy” is the range in {self.kind}, each on its own input: {self.input}. A figure outside it is unusual; whether "
+            "it is a fault is for the findings to say."
         )
 
 
@@ -199,15 +223,22 @@ def in_words(low: float, high: float) -> str:
     return one if one == other else f"{one} … {other}"
 
 
-def references(record: Any) -> References:
-    """The healthy models of the kind of this record's model, without that model itself."""
+def references(record: Any, part: Literal["", "corpus"] = "") -> References:
+    """The healthy models of the kind of this record's model, without that model itself. part: only those that have figures of it,
+    as few have of the corpus."""
+    found = _references(record, part)
+    return replace(found, input="24 to 64 sequences of at most 64 tokens") if part else found
+
+
+def _references(record: Any, part: str) -> References:
     measured: list[ModelInfo] = record.models if hasattr(record, "models") else [record.model]
     causal, placements = is_causal(record), {model.norm_placement for model in measured}
     placement = placements.pop() if len(placements) == 1 else None
     names = {model.name.partition("@")[0].rstrip("/").rpartition("/")[2].lower() for model in measured}
     itself = {healthy for healthy, known in KNOWN_AS.items() if known.lower() in names}
-    others = tuple(model for model in healthy_models() if model.name not in itself)
-    noun = "healthy model" if len(others) == len(healthy_models()) else "other healthy model"
+    known = tuple(model for model in healthy_models() if any(figure.startswith(part) for figure in model.ranges))
+    others = tuple(model for model in known if model.name not in itself)
+    noun = "healthy model" if len(others) == len(known) else "other healthy model"
     of_mask = tuple(model for model in others if model.causal is causal)
     both = tuple(model for model in of_mask if model.norm_placement == placement)
     mask = "causal" if causal else "full"
@@ -237,6 +268,36 @@ def figures(record: DiagnosisRecord) -> dict[str, list[float]]:
     for name, value in _figures(record):
         found.setdefault(name, []).append(value)
     return found
+
+
+def corpus_figures(clouds: Iterable[CorpusRecord]) -> dict[str, list[float]]:
+    """The same of the clouds of the corpus."""
+    found: dict[str, list[float]] = {}
+    for cloud in clouds:
+        for name, value in _corpus_figures(cloud):
+            found.setdefault(f"{corpus_part(cloud)}.{name}", []).append(value)
+    return found
+
+
+def corpus_part(cloud: CorpusRecord) -> str:
+    """Under what part the figures of a cloud have a reference. A sample of the tokens has fewer directions than all of them, and
+    what the model pools by itself has no other model's to stand beside."""
+    is_few = cloud.pooling == "tokens" and cloud.sampled is not None and cloud.sampled <= FEW_TOKENS
+    return f"corpus.{'few tokens' if is_few else cloud.pooling}"
+
+
+def _corpus_figures(cloud: CorpusRecord) -> Iterator[tuple[str, float]]:
+    read: Callable[[Any, str], float | None] = getattr
+    for name in CORPUS:
+        value = read(cloud, name)
+        if value is not None:
+            yield name, value
+    for name, attainable in CORPUS_SHARES.items():
+        value, most = read(cloud, name), read(cloud, attainable)
+        if value is not None and most:
+            yield name, value / most
+    if cloud.isoscore is not None and cloud.attainable_centred_rank > 1:  # (PR - 1) / (d - 1)
+        yield "isoscore", cloud.isoscore * (cloud.width - 1) / (cloud.attainable_centred_rank - 1)
 
 
 def _figures(record: DiagnosisRecord) -> Iterator[tuple[str, float]]:

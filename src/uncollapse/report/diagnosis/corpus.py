@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from uncollapse.records.common import Finding
 from uncollapse.records.diagnosis import CorpusRecord, DiagnosisRecord, RouterRecord
 from uncollapse.report import wording
+from uncollapse.report.healthy import References, corpus_part, references
 from uncollapse.report.page.cells import Cell, Column, Measure, Table, field, severity_of, slug, table
 
 POOLINGS = {
@@ -50,8 +51,8 @@ ROUTERS = [
 ]
 
 
-def corpus_tables(clouds: Sequence[CorpusRecord], findings: Sequence[Finding]) -> list[Table]:
-    """A table for each pooling, a row for each site."""
+def corpus_tables(clouds: Sequence[CorpusRecord], findings: Sequence[Finding], healthy: References) -> list[Table]:
+    """A table for each pooling, a row for each site. healthy: those of the corpus."""
     return [
         table(
             slug("corpus", pooling),
@@ -61,6 +62,7 @@ def corpus_tables(clouds: Sequence[CorpusRecord], findings: Sequence[Finding]) -
             own,
             lambda cloud: slug("corpus", cloud.pooling, cloud.stack, cloud.site.replace(" ", "-")),
             lambda cloud: severity_of(findings, lambda f: _is_about(f, cloud)),
+            references=healthy.columns(corpus_part(own[0])),
         )
         for pooling, name in POOLINGS.items()
         if (own := [cloud for cloud in clouds if cloud.pooling == pooling])
@@ -97,6 +99,12 @@ def sentences(record: DiagnosisRecord) -> list[str]:
             f"{wording.number(last.centred_effective_rank)} of {last.attainable_centred_rank} directions at {_site(last)}, and "
             f"their mean cosine is {wording.number(last.mean_cosine)}."
         )
+        healthy = references(record, "corpus")
+        beside = {
+            "directions": healthy.beside_attainable("corpus.mean.centred_effective_rank"),
+            "mean cosine": healthy.words("corpus.mean.mean_cosine"),
+        }
+        found += filter(None, [healthy.said(beside)])
     known = [router for router in record.routers if router.entropy is not None]
     if known:
         worst = min(known, key=lambda router: router.entropy or 0.0)

@@ -21,7 +21,7 @@ from uncollapse.report.symmetries.rows import symmetry_rows, width
 
 def document(record: DiagnosisRecord) -> str:
     """The page of one diagnosis."""
-    healthy = references(record)
+    healthy, of_corpus = references(record), references(record, "corpus")
     symmetries, scaling = symmetry_rows(record.symmetries, record.findings, healthy), width(record.symmetries)
     return sheet.render(
         "diagnosis/page.html.j2",
@@ -37,7 +37,8 @@ def document(record: DiagnosisRecord) -> str:
         kinds=kinds_of_blocks(record.anatomy),
         taken=tables.anatomy_table(record.anatomy, "anatomy-table"),
         depth=_depth(record, healthy),
-        corpus=corpus.corpus_tables(record.corpus, record.findings),
+        corpus=corpus.corpus_tables(record.corpus, record.findings, of_corpus),
+        of_corpus=of_corpus,
         routers=corpus.routers_table(record.routers),
         attention=_attention(record, healthy),
         heads=_heads(record, healthy),
