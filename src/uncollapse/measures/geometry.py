@@ -707,9 +707,8 @@ def cloud_ranks(
     else:
         full = exceeds(G) & finite
         total = X.sum(-2)
-        total = torch.where(finite.unsqueeze(-1), total, 0)
         centred = G - total.unsqueeze(-1) * (total / count.clamp(min=1).unsqueeze(-1)).unsqueeze(-2)
-        known = full & exceeds(centred)
+        known = full & exceeds(centred)  # whatever is said of a cloud that is not finite
         ranks = affine = torch.full_like(energy, width)
         square = full & ~known & (count == width)
         affine = torch.where(square, width - 1, affine)
