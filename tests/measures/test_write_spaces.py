@@ -286,3 +286,20 @@ def test_larger_projections_are_drawn_as_smaller_ones_of_the_same_proportions(mo
         assert gains(*large) == gains(*small)
     assert gains(3, 5, 16) == gains(3, 2, 6)  # 6.4: as wide as all heads together at least
     gains.cache_clear()
+
+
+@pytest.mark.parametrize(("size", "columns"), [(8, 16), (2, 8)])
+def test_dependent_directions_are_sought_among_sixteen_in_six_steps(
+    size: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step orthonormalises twice, once on either side of the inverse. Of four heads two write into one space."""
+    W = random(4 * size, 48)
+    W[size : 2 * size] = random(size, size, 3) @ W[:size]
+    spaces = write_spaces.WriteSpaces(W.float(), 4)
+    assert not spaces.are_independent
+    assert spaces._inverse is not None
+    seen: list[tuple[int, ...]] = []
+    whole = torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda x, *a, **o: (seen.append(tuple(x.shape)), whole(x, *a, **o))[1])
+    assert not spaces._all_undetermined()  # the other heads are apart
+    assert seen == [(4 * size, columns)] * 12
