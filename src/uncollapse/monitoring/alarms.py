@@ -13,7 +13,8 @@ While it learns how often each token occurs, its tokens come together and part a
 * At a settled place a warning must stand for `patience` looks, and what is critical does not wait.
 * A place that is not settled raises an alarm only if it has all but collapsed (`SEVERE`, and worse than at the first look unless it
   had left that behind), which no healthy run does, or if it stays over its threshold for `STANDING` looks without getting better.
-  Uniform attention that was never anything else raises none.
+  Attention that began over a threshold raises one only if it had left that behind and all but collapsed: uniform attention that
+  was never anything else raises none, nor does a young model whose attention is selective for some looks and uniform for more.
 * NaN and infinity are an alarm at once, at any place.
 * A part that does nothing (a head, an MLP, a block) is an alarm only where it did something before: some initialisations start
   parts at zero, and a pruned head is dead on purpose. It is over when the part has done something again for `CALM` looks.
@@ -176,7 +177,7 @@ class ThresholdAlarms:
             return False
         if margin > SEVERE and (place.has_left or margin > place.first + WORSE):
             return True
-        return place.standing >= STANDING
+        return place.standing >= STANDING and not place.began_over
 
     def standing(self, key: str, severity: str) -> None:
         """Take an alarm of an earlier part of the run as raised."""
