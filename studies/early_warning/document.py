@@ -17,7 +17,7 @@ from uncollapse.report import wording
 
 SMOOTHED, ABOVE = 10, 0.15  # steps, nats
 CHOSEN_ON = (
-    11  # the rules of the alarms were chosen and mended with the seeds up to this one in sight; the others are counted
+    21  # the rules of the alarms were chosen and mended with the seeds up to this one in sight; the others are counted
 )
 SEEDS = 10
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
@@ -198,8 +198,7 @@ MENDED = (
     "",
     "* `WIDTH-UNIFORM`, in 6 runs. Attention that begins uniform leaves that, and falls back for up to 34 looks while the",
     "  loss goes on falling. In two of these runs a lower threshold was enough (below). Attention that began uniform now has",
-    "  to stay away from it for 40 looks before a fall back is an alarm, unless it loses everything or stays for 40 looks and",
-    "  gets no better.",
+    "  to stay away from it for 40 looks before a fall back is an alarm, unless it loses everything.",
     "* `BASELINE-ENTROPY`, in 2 runs. A head that used nearly all of its keys alike began to choose among them, and its",
     "  entropy fell within three looks. It is now judged once it has chosen for eight looks.",
     "* `BASELINE-LOGIT-SCALE`, in 2 runs. The product of the query and key weights grew, and the logits were no larger than",
@@ -222,9 +221,20 @@ MENDED = (
     "showed it, and is now said to be at step 920. All others are found within 5 steps of the first rules' alarm, but for",
     "seed 14 of that scenario: there the first rules spoke at step 140, of a head that began to choose.",
     "",
+    "Seeds 12 to 21 were then the first ten to judge the mended rules: 79 of 80 failing runs found, and one of 80 healthy runs",
+    "with an alarm. In “residual decays, 4 blocks”, seed 17, a block attended selectively for five looks and uniformly for the",
+    "next 41, while the loss went on falling. Such a block had been an alarm after 40 looks without getting better. It no longer",
+    "is, and these seeds count as looked at, too. What was missed is “queries and keys shrink”, seed 15: training made up for",
+    "the shrinking, and the attention stayed this side of the threshold.",
+    "",
 )
 MISSING = (
     "## What is missing",
+    "",
+    "**The aims were 95 % found, 90 % of them before the loss shows it, and no false alarm.** On seeds 22 to 31 the last two are",
+    "missed. All three false alarms are in “weight decay 0.1”, which learns at 1.5e-2: a head that is sharp for a while, or one",
+    "of rank one. Its loss is as good as in other seeds, or better. Six of the seven that were late or not found are the rounding",
+    "fault: its trend was shortened to one window because longer ones gave false alarms.",
     "",
     "The models are small and the runs short. The rules of the alarms were chosen and mended on other seeds of these very",
     "kinds of runs; runs of another kind may need others. A trend of `CORPUS-DIMENSIONS` was a false alarm on seed 2, and",

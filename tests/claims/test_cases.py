@@ -300,6 +300,21 @@ def test_the_floors_of_the_entropy_are_tried_on_small_and_on_large_logits(monkey
     assert min(ranges) < 1
     assert max(ranges) > 12
     assert {len(logits) for logits in seen} == set(range(2, 7))
+    assert {(8 * entry).q for logits in seen for entry in logits} == {1}
+
+
+def test_one_row_in_eight_has_two_high_keys_and_one_a_single_low_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rivals of the extremal row: the norm's floor is nearest to them. Every trial has an extremal row of its own as well."""
+    seen, entropy = [], entropy_floor.entropy
+    monkeypatch.setattr(entropy_floor, "entropy", lambda logits: (seen.append(logits), entropy(logits))[1])
+    CLAIMS["entropy-floor"].run(64, 0)
+    levels = [(logits[0], logits[1], set(logits[2:])) for logits in seen]
+    low = [each for each in levels if each[0] < 0 == each[1] and each[2] <= {0}]
+    high = [each for each in levels if each[0] == each[1] > 0 and each[2] == {0}]
+    extremal = [each for each in levels if each[0] > 0 == each[1] and each[2] <= {0}]
+    assert len(low) == 8
+    assert 5 <= len(high) <= 8  # of two keys, both high, nothing is left to say
+    assert len(extremal) >= len(seen) / 2
 
 
 def test_a_full_mask_starts_from_tokens_that_are_close(monkeypatch: pytest.MonkeyPatch) -> None:

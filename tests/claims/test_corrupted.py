@@ -18,6 +18,7 @@ from uncollapse.claims import (
     attention_never_gains_rank,
     attention_only_collapse,
     causal_collapse_is_geometric,
+    last_token_collapse,
     layernorm_affine_rank,
     layernorm_rank_formula,
     leaders,
@@ -74,12 +75,13 @@ def test_near_the_identity_the_mean_grows_by_seven_quarters_at_least(
 ) -> None:
     """By just that where W = 1 - 11^T/4d and all channels of the mean are alike; the distance is then the bound itself."""
     module = residual_needs_no_mlp
-    whole, seen = module.approaching, []
+    whole, seen, depths = module.approaching, [], set()
 
     def weakest(x: Any, weight: Any, layers: int) -> list[Any]:
         if weight == exact.identity(2):
             return whole(x, weight, layers)
         n, d = x.nrows(), x.ncols()
+        depths.add(layers)
         seen.append(max(sum(abs(e) for e in row) for row in (weight - exact.identity(d)).tolist()))
         deviations, mean = (
             sum(e * e for e in part.entries()) for part in (exact.centring(n) * x, exact.ones(n, n) * x / n)
@@ -89,6 +91,7 @@ def test_near_the_identity_the_mean_grows_by_seven_quarters_at_least(
     monkeypatch.setattr(module, "approaching", weakest)
     assert passed("residual-needs-no-mlp", "on a neighbourhood of W = I") is holds
     assert len(seen) == 4
+    assert depths == {60}
     assert fmpq(1, 8) < max(seen) <= fmpq(1, 4)  # the whole neighbourhood, and no more
 
 
@@ -218,6 +221,52 @@ def test_distances_are_followed_down_to_rounding(
             ratio = module.last_ratio(x, form, exact.rational([[3, 1], [1, 3]]))
     assert float(ratio.mid()) == pytest.approx(0.25)
     assert len(calls) == layers
+
+
+@pytest.mark.parametrize(
+    ("module", "layers"), [(causal_collapse_is_geometric, 50), (relative_bias_collapse_is_geometric, 60)]
+)
+def test_tokens_that_stay_apart_are_followed_through_fifty_or_sixty_layers(
+    module: Any, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a slow collapse costs at most: from a distance of one, halved in every layer, rounding is still far off."""
+    calls: list[int] = []
+    attention = module.balls.attention
+    monkeypatch.setattr(module.balls, "attention", lambda *a, **o: (calls.append(1), attention(*a, **o))[1])
+    x, form = exact.rational([[0], [1]]), exact.zeros(1, 1)
+    with ctx.workprec(640):
+        if module is causal_collapse_is_geometric:
+            module.last_ratio(x, form, causal=True)
+        else:
+            module.last_ratio(x, form, exact.rational([[3, 1], [1, 3]]))
+    assert len(calls) == layers
+
+
+def test_rows_are_scaled_as_often_as_the_words_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+    whole = scaling_fixed_points.scaled
+    monkeypatch.setattr(scaling_fixed_points, "scaled", lambda row, times: (seen.add(times), whole(row, times))[1])
+    words = " ".join(piece.what for piece in CLAIMS["scaling-fixed-points"].run(12, 0).evidence)
+    assert seen == {int(each) for each in re.findall(r"t = (\d+)|and (\d+) exactly", words) for each in each if each}
+    assert seen == {2, 3, 32, 64, 128}
+
+
+def test_clouds_of_one_leader_are_not_counted_among_those_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaders, "leaders", lambda *_, **__: {0})
+    (piece,) = [p for p in CLAIMS["leaders"].run(20, 0).evidence if p.what.startswith("clouds with two")]
+    assert piece.what.endswith(": 0")
+    assert piece.passed is False
+
+
+def test_torchs_own_attention_is_asked_up_to_twice_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the length from which on the bits are the same comes after the last exception."""
+    seen: list[int] = []
+    monkeypatch.setattr(last_token_collapse, "in_torch", lambda n, dtype: (seen.append(n), n >= 700 or n == 600)[1])
+    (piece,) = [p for p in CLAIMS["last-token-collapse"].run(12, 0).evidence if "attention of torch" in p.what]
+    assert piece.observed == 700
+    assert seen == list(range(2, 2 * 512))
+    always = last_token_collapse._always
+    assert [always(same) for same in ([True, True], [False, True], [True, False])] == [2, 3, 4]
 
 
 @pytest.mark.parametrize(("beyond", "holds"), [(0, True), (1, False)])

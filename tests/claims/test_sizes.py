@@ -10,8 +10,9 @@ import random
 from collections import Counter
 
 import pytest
+import torch
 
-from uncollapse.claims import CLAIMS
+from uncollapse.claims import CLAIMS, ffn_width_four, width_collapse
 from uncollapse.claims.draws import Draws
 
 PRIME = (1 << 61) - 1  # of the finite field of the QK-RMSNorm gauge
@@ -78,7 +79,7 @@ DRAWN: dict[str, dict[tuple[int, int], int]] = {
         (1, 9): 20,
         (2, 12): 20,
     },
-    "scaling-fixed-points": {(-4, 4): 20, (0, 4): 52, (1, 9): 72, (2, 5): 20},
+    "scaling-fixed-points": {(0, 4): 52, (96, 104): 20, (1, 9): 72, (2, 5): 20},
     "sinks-against-overmixing": {(-3, 3): 376, (0, 1): 6, (0, 2): 5, (0, 3): 9, (1, 3): 20, (2, 4): 20},
     "token-permutation": {(-3, 3): 533, (-2, 2): 244, (1, 3): 20, (2, 4): 20},
     "head-permutation": {(-3, 3): 192, (-1, 1): 180},
@@ -109,3 +110,41 @@ def test_each_claim_draws_as_many_numbers_of_each_range_as_before(claim: str, mo
     monkeypatch.setattr(Draws, "randrange", counted, raising=False)
     CLAIMS[claim].run(20, 0)
     assert seen == DRAWN[claim]
+
+
+# Normal numbers of torch's generator: how many tensors of which sizes.
+LENGTHS = (64, 128, 256, 512)
+NORMAL: dict[str, dict[tuple[int, ...], int]] = {
+    # Logits, and queries and keys of heads of width 16, ten times; of width 4 twenty times; one channel over eight tokens.
+    "width-collapse": {(n, n): 10 for n in LENGTHS}
+    | {(2, n, 16): 10 for n in LENGTHS}
+    | {(2, n, 4): 20 for n in LENGTHS}
+    | {(2, 8, 1): 200},
+    # 20 pairs of weights of each width, and tokens for every fourth of them.
+    "ffn-width-four": {(16, 16): 40, (6144, 16): 20}
+    | {size: 20 for r in (2, 4, 8) for size in ((16, 16 * r), (16 * r, 16))},
+    # 20 stacks of 24 layers for each of two sizes of the weights.
+    "random-residuals-are-geometric": {(16, 64): 40, (64, 64): 40 * 24},
+}
+
+
+@pytest.mark.parametrize("claim", NORMAL)
+def test_each_measured_claim_draws_as_many_tensors_of_each_size_as_before(
+    claim: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: Counter[tuple[int, ...]] = Counter()
+    lengths: set[int] = set()
+    whole = torch.randn
+
+    def counted(*size: int, **options: object) -> torch.Tensor:
+        seen[size] += 1
+        return whole(*size, **options)
+
+    # What is made of them says nothing here, and costs.
+    monkeypatch.setattr(width_collapse, "second_singular_value", lambda pattern: 1.0)
+    monkeypatch.setattr(ffn_width_four, "innovation", lambda x, y: 0.25)
+    monkeypatch.setattr(ffn_width_four, "effective_rank", lambda hidden: (lengths.add(len(hidden)), 1.0)[1])
+    monkeypatch.setattr(torch, "randn", counted)
+    CLAIMS[claim].run(20, 0)
+    assert seen == NORMAL[claim]
+    assert lengths == ({1024} if claim == "ffn-width-four" else set())

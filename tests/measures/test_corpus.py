@@ -439,14 +439,14 @@ def test_equal_directions_hold_what_their_number_says(n: int) -> None:
     assert corpus.directions_holding(rows, 0.5).shape == (2,)
 
 
-def test_two_clouds_of_four_million_numbers_are_decomposed_together() -> None:
-    """2^23 at once; a cloud with a second moment goes alone."""
+def test_two_clouds_of_a_quarter_of_a_million_numbers_are_decomposed_together() -> None:
+    """2^19 at once; a cloud with a second moment goes alone."""
     wide = RunningCloud(
-        2048, 2048, torch.zeros(2048), torch.zeros(2048), torch.empty(2048, 2048, device="meta"), torch.zeros(2048)
+        512, 512, torch.zeros(512), torch.zeros(512), torch.empty(512, 512, device="meta"), torch.zeros(512)
     )
     assert list(corpus._alike([wide] * 5)) == [[0, 1], [2, 3], [4]]
     longer = RunningCloud(
-        2049, 2049, torch.zeros(2048), torch.zeros(2048), torch.empty(2049, 2048, device="meta"), torch.zeros(2049)
+        513, 513, torch.zeros(512), torch.zeros(512), torch.empty(513, 512, device="meta"), torch.zeros(513)
     )
     assert list(corpus._alike([longer] * 2)) == [[0], [1]]
     moments = beyond(points(9, 4, 0))
@@ -459,7 +459,7 @@ def test_pairs_are_compared_as_many_at_once_as_their_numbers_allow(monkeypatch: 
     after = [cloud_of(points(6, 3, seed + 9), 0) for seed in range(5)]
     seen: list[int] = []
     whole = corpus._ckas
-    monkeypatch.setattr(corpus, "_ckas", lambda x, y, K: (seen.append(len(x)), whole(x, y, K))[1])
+    monkeypatch.setattr(corpus, "_ckas", lambda x, *others: (seen.append(len(x)), whole(x, *others))[1])
     for numbers, sizes in ((1, [1] * 5), (83, [1] * 5), (84, [2, 2, 1]), (125, [2, 2, 1]), (126, [3, 2]), (10**6, [5])):
         monkeypatch.setattr(corpus, "_AT_ONCE", numbers)
         seen.clear()

@@ -1126,3 +1126,48 @@ def test_no_energy_outside_of_the_span_is_below_zero() -> None:
         inside = torch.randn(9, 3, dtype=torch.float64) @ x
         energy = geometry.null_out_of_span_energy(inside.mT @ inside, x).item()
         assert 0 <= energy < 1e-12
+
+
+def counted(name: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """For how many clouds each call of that function of the module was made."""
+    calls: list[int] = []
+    whole = getattr(geometry, name)
+    monkeypatch.setattr(geometry, name, lambda x, *a, **o: (calls.append(len(x)), whole(x, *a, **o))[1])
+    return calls
+
+
+@pytest.mark.parametrize(("share", "anew"), [(1.02e-4, False), (0.98e-4, True)])
+@pytest.mark.parametrize("tokens", [2, 4])
+def test_distances_below_a_hundredth_are_taken_from_the_cloud_itself(
+    tokens: int, share: float, anew: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The square of the distance is this share: a difference of numbers that agree in four digits or more has lost as many."""
+    apart = math.sqrt(share / (1 - share))
+    x = torch.tensor([[1.0, apart], [1.0, -apart]], dtype=torch.float64).repeat(tokens // 2, 1)
+    centred = counted("_centred", monkeypatch)
+    assert geometry.consensus_distance(x).item() == pytest.approx(math.sqrt(share), rel=1e-12 if anew else 1e-10)
+    assert len(centred) == anew
+    centred.clear()
+    after = counted("consensus_after_norm", monkeypatch)
+    healthy = torch.tensor([[3.0, 1.0], [1.0, 5.0]], dtype=torch.float64).repeat(tokens // 2, 1)
+    found = cloud_measures(torch.stack([x, healthy]), read_centred=False)
+    for name in ("consensus_distance", "consensus_after_norm"):
+        assert getattr(found, name)[0].item() == pytest.approx(math.sqrt(share), rel=1e-12 if anew else 1e-10)
+    # With more tokens than features the affine rank of either looks at the centred cloud, too.
+    assert sorted(centred) == [1] * anew + [2] * (tokens > 2)
+    assert after == [1] * anew
+
+
+@pytest.mark.parametrize(("share", "anew"), [(1.02e-6, False), (0.98e-6, True)])
+@pytest.mark.parametrize("tokens", [2, 4])
+def test_tokens_of_a_large_level_are_centred_by_themselves(
+    tokens: int, share: float, anew: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a token's energy less than a millionth is left once its mean over the features is gone."""
+    apart = math.sqrt(share / (1 - share))
+    one = torch.tensor([[1 + apart, 1 - apart], [1 - apart, 1 + apart]], dtype=torch.float64).repeat(tokens // 2, 1)
+    after = counted("consensus_after_norm", monkeypatch)
+    healthy = torch.tensor([[3.0, 1.0], [1.0, 5.0]], dtype=torch.float64).repeat(tokens // 2, 1)
+    found = cloud_measures(torch.stack([one, healthy]))
+    assert found.consensus_after_norm.tolist() == pytest.approx([1, 1], rel=1e-9)
+    assert after == [1] * anew

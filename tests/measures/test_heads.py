@@ -451,8 +451,8 @@ def test_random_projections_have_the_gains_that_are_said_of_them(count, size, wi
 
 
 def test_where_nothing_is_drawn():
-    assert random_projections.random_noise_gain(1, 8, 32).together == (1, 1, 1)
-    assert random_projections.random_noise_gain(4, 16, 32).single == (math.inf,) * 3
+    assert random_projections.random_noise_gain(1, 8, 32) == ((1, 1, 1), (1, 1, 1))
+    assert random_projections.random_noise_gain(4, 16, 32) == ((math.inf,) * 3,) * 2
     first = random_projections.random_noise_gain(4, 80, 640)
     random_projections.random_noise_gain.cache_clear()
     assert random_projections.random_noise_gain(4, 80, 640) == first  # the seed is fixed
@@ -540,3 +540,23 @@ def test_nothing_is_biased_unless_it_is_said():
     assert heads.gauge_dimension(2, 64, width=100) == heads.gauge_dimension(2, 64) == 2 * 64**2
     assert heads.gauge_dimension(2, 64, width=100, value_bias=True) == 2 * 64**2 + 28
     assert heads.query_key_gauge_dimension(4, 2, 64) == 2 * 64**2
+
+
+@pytest.mark.parametrize(("cosine", "asked"), [(0.0, 0), (0.69, 0), (0.71, 1), (1.0, 1)])
+def test_an_angle_is_taken_from_its_sine_only_where_its_cosine_has_lost_digits(cosine, asked, monkeypatch):
+    """From a cosine of 0.7 on, about 45 degrees; beyond that nothing is decomposed but the products of the bases."""
+    W = torch.tensor([[1.0, 0.0, 0.0], [cosine, (1 - cosine**2) ** 0.5, 0.0]], dtype=torch.float64)
+    spaces, seen, whole = heads.WriteSpaces(W, 2), [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **o: (seen.append(1), whole(*a, **o))[1])
+    found = heads.smallest_principal_angle(spaces, 2)
+    assert len(seen) == asked
+    assert found[0, 1].item() == found[1, 0].item() == pytest.approx(math.acos(cosine), abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("epsilons", "dimension"), [(15.5, 4**2), (16.5, 2**2 + 2**2)])
+def test_profiles_of_gates_are_alike_up_to_sixteen_epsilons(dtype, epsilons, dimension, monkeypatch):
+    """Two heads of width 2 whose directions lie so far apart: one class of two heads, or two classes of one."""
+    angles = torch.tensor([0.0, 2 * math.asin(epsilons * torch.finfo(dtype).eps / 2)], dtype=torch.float64)
+    monkeypatch.setattr(heads, "normalize", lambda *_, **__: torch.stack([angles.cos(), angles.sin()]))
+    assert heads.gauge_of_gates(torch.ones(2, 2, dtype=dtype), 2) == dimension

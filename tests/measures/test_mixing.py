@@ -754,6 +754,7 @@ def test_the_length_of_dispersion_is_finite_for_every_range_and_weight() -> None
     assert mixing.dispersion_length(0.0) == 2
     assert mixing.dispersion_length(5.0, weight=1.0) == 1
     assert mixing.dispersion_length(690.0) == pytest.approx(1 + math.exp(690))
+    assert mixing.dispersion_length(699.9) < mixing.dispersion_length(700.0) == mixing.dispersion_length(1e6)
     assert math.isfinite(mixing.dispersion_length(1e6))
     for logit_range, weight in ((-1e-9, 0.5), (math.inf, 0.5), (1.0, 0.0), (1.0, 1.0000001), (math.nan, 0.5)):
         with pytest.raises(InputError, match="dispersion_length"):
@@ -809,6 +810,11 @@ def test_logits_are_divided_by_what_brings_them_to_480_binary_digits(exponent: i
     assert mixing._shrinking(q, k, 1.0, None, None) == max(0, 2 * exponent + 7 + 2 - 480)
     assert mixing._shrinking(q, k, 1.0, mask, 30.0) == 0  # a soft cap bounds them
     assert mixing._shrinking(q * 0, k, 1.0, mask, None) == 0
+    # A side or a scale of nothing but zeros leaves the size to the others.
+    far = q * 2.0**300
+    assert mixing._shrinking(far, k * 0, 1.0, mask, None) == mixing._shrinking(far, far * 0, 1.0, None, None)
+    assert mixing._shrinking(far, k * 0, 1.0, mask, None) == max(0, exponent + 300 + 2 - 480)
+    assert mixing._shrinking(far, k, 0.0, mask, None) == max(0, 2 * exponent + 300 + 2 - 480)
 
 
 @pytest.mark.parametrize(
@@ -1066,3 +1072,54 @@ def test_no_rest_entropy_is_below_zero():
     assert ((rest >= 0) & (rest < 1e-6)).all()
     rest = mixing.row_statistics(torch.ones(200, 1, 1, 1), 2 * logits.view(200, 1, 24, 1), scale=1.0).rest_entropy
     assert ((rest >= 0) & (rest < 1e-6)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_entropy_and_no_floor_has_a_minus_sign(dtype):
+    """Not even that of -0.0, which is printed as one."""
+    q = torch.tensor([0.0, 1e-6, 1.0, 90.0, 3e4], dtype=dtype).view(1, 1, 5, 1)
+    for keys in ([1.0], [0.0, 1.0], [1.0] * 20, [1.0, 1.0, -1.0], [0.0] * 30 + [1.0]):
+        k = torch.tensor(keys, dtype=dtype).view(1, 1, -1, 1)
+        for size in (1.0, -1.0):
+            logits = size * q @ k.mT
+            weights = logits.softmax(-1)
+            seen = mixing.row_statistics(q, size * k, scale=1.0, susceptibility=True)
+            given = mixing.row_statistics_from_weights(weights, logits, susceptibility=True)
+            for rows in (seen, given, mixing.row_statistics_from_weights(weights)):
+                for field in dataclasses.fields(rows):
+                    figure = getattr(rows, field.name)
+                    if isinstance(figure, torch.Tensor) and field.name != "max_logit":
+                        assert not (figure.signbit() & ~figure.isnan()).any(), field.name
+            for figure in (mixing.entropy(weights), mixing.entropy_floor(q, size * k, scale=1.0)):
+                assert not figure.signbit().any()
+
+
+@pytest.mark.parametrize(("peak", "left"), [(0.7, 0.3), (0.75, 0.25), (0.7501, 0.7499), (0.9, 0.6)])
+def test_up_to_three_quarters_the_others_are_what_the_strongest_leaves_of_one(peak, left):
+    """Beyond that, what the others add up to. Weights that sum to 3/2 tell one from the other."""
+    P = torch.tensor([[peak, 1.5 - peak, 0.0]], dtype=torch.float64)
+    assert mixing._others(P, P[:, 0]).item() == pytest.approx(left, rel=1e-12)
+
+
+@pytest.mark.parametrize(("depth", "known"), [(-619.0, True), (-621.0, False)])
+def test_weights_tell_what_is_out_of_reach_where_88_below_the_strongest_other_is_no_underflow(depth, known):
+    """Double precision ends at exp(-708); a weight of 0 beside others around exp(depth) may be nearer than 88 to them."""
+    logits = torch.tensor([0.0, *[depth] * 15, -800.0], dtype=torch.float64).view(1, 1, 1, 17)
+    weights = logits.softmax(-1)
+    assert (weights == 0).sum() == 1
+    share = mixing.row_statistics_from_weights(weights).keys_within_reach.item()
+    assert share == pytest.approx(15 / 16 if known else math.nan, nan_ok=True)
+
+
+@pytest.mark.parametrize("held", [math.nan, math.inf, 1e30, -3.0])
+def test_a_masked_key_is_as_good_as_none_in_every_route(held):
+    """Whatever it holds, also where the logits are out of the ordinary and where one row has a bias."""
+    q, k = queries_and_keys(1, 2, 1, 5, 6, dtype=torch.float32)
+    mask = torch.tensor([[True, True, False, True, True, False]])
+    for scale in (1.0, 2e6):
+        expected = mixing.row_statistics(q, k[:, :, mask[0]], scale=scale, susceptibility=True)
+        dirty = k.clone()
+        dirty[:, :, ~mask[0]] = held
+        found = mixing.row_statistics(q, dirty, key_mask=mask, scale=scale, susceptibility=True)
+        for name in ("entropy", "entropy_floor", "max_logit", "susceptibility", "allowed_keys"):
+            close(getattr(found, name), getattr(expected, name).double().numpy(), 2e-5)

@@ -9,6 +9,7 @@ import math
 import random
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from flint import nmod_mat
@@ -357,3 +358,41 @@ def test_what_was_found_cannot_be_changed():
     kept = [each for each in own if isinstance(each, type) and dataclasses.is_dataclass(each)]
     assert kept
     assert all(each.__dataclass_params__.frozen for each in kept)
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+@pytest.mark.parametrize("exponent", [0, 300, -300])
+@pytest.mark.parametrize("shape", [(7, 3), (3, 6)], ids=str)
+def test_what_counts_as_rounding_before_a_norm_and_behind_it(kind, exponent, shape, monkeypatch):
+    """The noise of the format, and of float64 max(n, d) roundings of sigma_1; behind the norm width + 4 more of what each entry came
+    from: |x|, and with a layer norm the mean of |x|, over the deviation, times gamma. Whatever the size of the tokens."""
+    calls, whole = [], normalization._tolerance
+    monkeypatch.setattr(normalization, "_tolerance", lambda *a: (calls.append((a, whole(*a))), calls[-1][1])[1])
+    generator = np.random.default_rng(shape[0])
+    x = generator.standard_normal(shape)
+    x *= 0.75 / np.abs(x).max()  # between 1/2 and 1: such numbers are left as they are
+    gamma, beta, eps = generator.standard_normal(shape[1]), generator.standard_normal(shape[1]), 0.1
+    normalization.rank_change(
+        torch.tensor(x) * 2.0**exponent,
+        gamma=torch.tensor(gamma),
+        beta=torch.tensor(beta),
+        eps=eps * 4.0**exponent,
+        kind=kind,
+        precision=torch.bfloat16,
+    )
+    centred = x - x.mean(1, keepdims=True) if kind == "layer" else x
+    deviation = np.sqrt((centred**2).mean(1, keepdims=True) + eps)
+    level = np.abs(x).mean(1, keepdims=True) if kind == "layer" else 0
+    normed, origin = centred / deviation * gamma, (np.abs(x) + level) / deviation * gamma
+    expected = [(x, x, 0), (normed, origin, shape[1] + 4), (normed + beta, origin, shape[1] + 4)]
+    n, d = shape
+    assert len(calls) == 3
+    for ((seen, came_from, data, *more), cut), (matrix, source, roundings) in zip(calls, expected, strict=True):
+        np.testing.assert_allclose(seen.numpy(), matrix, rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(came_from.numpy(), source, rtol=1e-12)
+        assert (data, *more) == (2.0**-7, *([roundings] if roundings else []))
+        size, top = np.linalg.norm(source), np.linalg.norm(matrix, 2)
+        storage = 2.0**-7 * size * (n**-0.5 + d**-0.5)
+        assert cut == pytest.approx(storage + 2.0**-52 * (max(n, d) * top + roundings * size), rel=1e-12)
+        exactly = whole(seen, came_from, 0.0, roundings)
+        assert exactly == pytest.approx(2.0**-52 * (max(n, d) * top + roundings * size), rel=1e-12)

@@ -240,3 +240,66 @@ def test_the_stack_is_decomposed_only_within_a_factor_of_two_of_its_tolerance(
     spaces.__dict__["tolerance"] = spaces.least / factor
     assert spaces.are_independent == (factor > 1)
     assert ("stack" in spaces.__dict__) is asked
+
+
+@pytest.mark.parametrize(("heads_", "head_width", "width"), [(2, 3, 7), (3, 2, 6), (4, 1, 5)])
+def test_the_gains_of_random_projections_are_those_of_256_draws_in_numpy(heads_, head_width, width):
+    """Bases by QR, gains by the pseudo-inverse of the stack; its 5 %, 50 % and 95 % points."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(256, heads_, head_width, width, generator=generator, dtype=torch.float64).numpy()
+    together, single = [], []
+    for W in drawn:
+        stack = np.concatenate([np.linalg.qr(block.T)[0].T for block in W])
+        together.append(np.linalg.cond(stack))
+        reading = np.linalg.pinv(stack)
+        single += [np.linalg.norm(columns, 2) for columns in np.split(reading, heads_, axis=1)]
+    found = random_projections.random_noise_gain(heads_, head_width, width)
+    np.testing.assert_allclose(found.together, np.quantile(together, [0.05, 0.5, 0.95]), rtol=1e-8)
+    np.testing.assert_allclose(found.single, np.quantile(single, [0.05, 0.5, 0.95]), rtol=1e-8)
+
+
+@pytest.mark.parametrize(("heads_", "head_width"), [(12, 32), (3, 43)])
+def test_the_gains_of_large_square_projections_are_those_of_the_law(heads_, head_width):
+    """P(x <= t) = 1 - exp(-t/2 - sqrt t), solved by bisection. The gain falls with x: the 5 % point is that of 95 % of x."""
+    width = heads_ * head_width
+    for place, share in enumerate((0.05, 0.5, 0.95)):
+        low, high = 0.0, 100.0
+        for _ in range(200):
+            middle = (low + high) / 2
+            low, high = (low, middle) if math.exp(-middle / 2 - middle**0.5) < share else (middle, high)
+        found = random_projections.random_noise_gain(heads_, head_width, width)
+        assert found.together[place] == pytest.approx(2 * width * (1 - 1 / heads_) / low**0.5, rel=1e-9)
+        assert found.single[place] == pytest.approx((head_width * (width - head_width) / low) ** 0.5, rel=1e-9)
+
+
+def test_larger_projections_are_drawn_as_smaller_ones_of_the_same_proportions(monkeypatch):
+    """At most 128 dimensions, which is made 8 here; a square one up to there, and beyond it by the law."""
+    gains = random_projections.random_noise_gain
+    assert random_projections._DRAWN_AT_MOST == 128
+    by_law = gains(2, 65, 130), gains(2, 64, 128)
+    assert by_law[0].single[1] != pytest.approx(
+        by_law[1].single[1] * 65 / 64, rel=1e-6
+    )  # of 128 dimensions they are drawn
+    monkeypatch.setattr(random_projections, "_DRAWN_AT_MOST", 8)
+    gains.cache_clear()
+    for large, small in (((2, 8, 40), (2, 4, 20)), ((3, 4, 13), (3, 2, 6)), ((10, 2, 30), (10, 1, 15))):
+        assert gains(*large) == gains(*small)
+    assert gains(3, 5, 16) == gains(3, 2, 6)  # 6.4: as wide as all heads together at least
+    gains.cache_clear()
+
+
+@pytest.mark.parametrize(("size", "columns"), [(8, 16), (2, 8)])
+def test_dependent_directions_are_sought_among_sixteen_in_six_steps(
+    size: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step orthonormalises twice, once on either side of the inverse. Of four heads two write into one space."""
+    W = random(4 * size, 48)
+    W[size : 2 * size] = random(size, size, 3) @ W[:size]
+    spaces = write_spaces.WriteSpaces(W.float(), 4)
+    assert not spaces.are_independent
+    assert spaces._inverse is not None
+    seen: list[tuple[int, ...]] = []
+    whole = torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda x, *a, **o: (seen.append(tuple(x.shape)), whole(x, *a, **o))[1])
+    assert not spaces._all_undetermined()  # the other heads are apart
+    assert seen == [(4 * size, columns)] * 12

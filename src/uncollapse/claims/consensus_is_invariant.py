@@ -5,6 +5,7 @@ from __future__ import annotations
 from flint import fmpq, fmpq_mat
 
 from uncollapse.claims.draws import Draws, heads, relu, shifted
+from uncollapse.claims.layernorm_affine_rank import LARGE
 from uncollapse.claims.ledger import HERE, Claim, Finding, equal, shown, tally
 from uncollapse.measures import exact
 from uncollapse.measures.normalization import rank_change
@@ -31,7 +32,7 @@ def check(trials: int, seed: int, *, sinks: bool = False) -> Finding:
         update = shifted(heads(x, patterns, [draws.matrix(d, d) for _ in range(h)]), draws.matrix(1, d))
         y = x + update
         through_attention.append(exact.affine_rank(y) == 0)
-        through_norm.append(rank_change(y, eps=1, beta=draws.matrix(1, d).tolist()[0]).after.affine_rank == 0)
+        through_norm.append(rank_change(y, eps=LARGE, beta=draws.matrix(1, d).tolist()[0]).after.affine_rank == 0)
         hidden = relu(shifted(y * draws.matrix(d, 6), draws.matrix(1, 6)))
         through_mlp.append(exact.affine_rank(y + hidden * draws.matrix(6, d)) == 0)
         # Position gates: at consensus head h contributes one row k_h everywhere, and the output is G K.

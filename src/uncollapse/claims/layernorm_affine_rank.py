@@ -14,6 +14,7 @@ from uncollapse.records.ledger import Counterexample, Evidence
 LOSES = ((0, 1), (1, 2))
 GAINS = ((0, 0, 1), (0, 1, 1), (0, 2, 1))
 EPSILONS = (fmpq(0), fmpq(1, 100_000), fmpq(1))
+LARGE = max(EPSILONS)  # defined on every token, and no limit of 0
 
 
 def changes(x: fmpq_mat) -> list[int]:
@@ -37,19 +38,19 @@ def _regimes(draws: Draws, rounds: int) -> list[Evidence]:
         n, d = draws.randint(2, 4), draws.randint(5, 6)
         x = draws.of_rank(n, d, n)
         if not exact.in_row_space(x, exact.ones(1, d)):
-            saturated.append(rank_change(x, eps=1).affine_rank == 0)
+            saturated.append(rank_change(x, eps=LARGE).affine_rank == 0)
         x = draws.of_rank(d, n, n)
         if exact.affine_rank(x) == n:
-            over.append(rank_change(x, eps=1).affine_rank <= -1)
+            over.append(rank_change(x, eps=LARGE).affine_rank <= -1)
         r = draws.randint(1, 2)
         x = shifted(draws.of_rank(n, d, min(r, n - 1), 10**4), draws.matrix(1, d, 10**4))
         flat = exact.affine_rank(x)
         if flat == min(r, n - 1) and exact.rank(x) == flat + 1:
-            off.append(rank_change(x, eps=1).after.affine_rank == min(flat + 1, n - 1, d - 1))
+            off.append(rank_change(x, eps=LARGE).after.affine_rank == min(flat + 1, n - 1, d - 1))
         x = draws.of_rank(5, d, 2, 10**4)
         if exact.affine_rank(x) == 2:
-            through.append(rank_change(x, eps=1).after.affine_rank == 2)
-        consensus.append(rank_change(exact.ones(n) * draws.matrix(1, d), eps=1).after.affine_rank == 0)
+            through.append(rank_change(x, eps=LARGE).after.affine_rank == 2)
+        consensus.append(rank_change(exact.ones(n) * draws.matrix(1, d), eps=LARGE).after.affine_rank == 0)
     return [tally(f"instead, {what}", cases, role="context") for what, cases in outcomes.items()]
 
 
@@ -62,7 +63,7 @@ def check(trials: int, seed: int, *, regime: str = "any") -> Finding:
         x = draws.matrix(n, d)
         if regime == "saturated" and (exact.rank(x) < n or exact.in_row_space(x, exact.ones(1, d))):
             continue
-        outcomes.append(rank_change(x, eps=fmpq(1, 100_000)).affine_rank == 0)
+        outcomes.append(rank_change(x, eps=EPSILONS[1]).affine_rank == 0)
     evidence = [tally(f"affine rank unchanged on random integer clouds ({regime} regime)", outcomes)]
     if regime != "any":
         return evidence, None

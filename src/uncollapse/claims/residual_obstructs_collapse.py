@@ -8,6 +8,7 @@ from flint import fmpq_mat
 
 from uncollapse.claims import balls
 from uncollapse.claims.draws import Draws, heads, softmax, uniform
+from uncollapse.claims.layernorm_affine_rank import LARGE
 from uncollapse.claims.ledger import ABSTRACT, Claim, Finding, found, shown, tally
 from uncollapse.measures import exact
 from uncollapse.measures.normalization import rank_change
@@ -81,13 +82,13 @@ def check(trials: int, seed: int, *, residual: bool = True, patterns: str = "all
             # The pattern of equal logits is where the residual matters: without it nothing keeps more than rank one.
             level, full = [uniform(n)], draws.of_rank(n, d, min(n, d))
             outputs = [layer(draws, full, level, residual) for _ in range(3)]
-            normed = exact.rank(full * exact.centring(d))  # what LN leaves of it, beta = 0
-            post.append(0 < normed <= max(rank_change(y, eps=1).after.rank for y in outputs))
+            normed = exact.rank(full * exact.centring(d))  # what LN leaves of it, beta = 0: one direction at least
+            post.append(normed <= max(rank_change(y, eps=LARGE).after.rank for y in outputs))
             twice = [layer(draws, y, level, residual) for y in outputs]
             stack.append(any(exact.rank(y) >= min(n, d) for y in twice))
     x, a, w = (exact.rational(part) for part in EXCEPTION)
     vanished = exact.rank(x + a * x * w)
-    saturated = rank_change(exact.rational(SATURATED), eps=1)
+    saturated = rank_change(exact.rational(SATURATED), eps=LARGE)
     return [
         tally("some W has rank(X + sum A_h X W_h) >= rank X, hence almost every W (fixed patterns)", witnesses),
         tally("the same with the softmax patterns of X itself, residual in place", real),

@@ -62,7 +62,7 @@ def check(trials: int, seed: int, *, attracting: str = "single keys", fixed: str
             # The odds against the last key are squared: the row moves away from uniform on all keys.
             repels.append(scaled(row, 2)[row.index(ordered[0])] > ordered[0])
         size = 1 if attracting == "single keys" else draws.randint(2, keys)
-        nearby = [fmpq(100 + draws.randint(-4, 4)) if i < size else fmpq(draws.randint(0, 4)) for i in range(keys)]
+        nearby = [fmpq(draws.randint(96, 104)) if i < size else fmpq(draws.randint(0, 4)) for i in range(keys)]
         start = [entry / sum(nearby, fmpq(0)) for entry in nearby]
         target = [fmpq(int(i < size), size) for i in range(keys)]
         attracts.append(distance(scaled(start, 64), target) <= distance(start, target))

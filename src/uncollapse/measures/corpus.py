@@ -353,8 +353,6 @@ def _measures(clouds: Sequence[RunningCloud], spectrum: Spectrum) -> Iterator[Co
     """Of clouds whose spectra, [cloud, direction], have one length."""
     width = len(clouds[0].mean)
     whole, apart = spectrum
-    if not whole.shape[-1]:
-        whole = apart = whole.new_zeros(len(clouds), 1)
     figures = {
         "effective_rank": effective_rank(whole),
         "centred_effective_rank": effective_rank(apart),

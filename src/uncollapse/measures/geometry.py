@@ -689,8 +689,7 @@ def cloud_ranks(
     count, side = real.sum(-1), min(tokens, width)
     G = X @ X.mT if tokens <= width else X.mT @ X
     energy = G.diagonal(dim1=-2, dim2=-1).sum(-1)
-    finite = energy.isfinite() & (count > 0)
-    G, energy = torch.where(finite[:, None, None], G, 0), torch.where(finite, energy, 0)
+    finite = energy.isfinite() & (count > 0)  # whatever the factorisation says of the others
     # ||X||_F is at least sigma_1. The second part covers the rounding of G, of its centring, and of the factorisation.
     tolerance = storage_noise(eps, energy.sqrt(), count.clamp(min=1).double(), width)
     tolerance = tolerance + count.clamp(min=width) * _EPS_64 * energy.sqrt()
@@ -707,7 +706,6 @@ def cloud_ranks(
     else:
         full = exceeds(G) & finite
         total = X.sum(-2)
-        total = torch.where(finite.unsqueeze(-1), total, 0)
         centred = G - total.unsqueeze(-1) * (total / count.clamp(min=1).unsqueeze(-1)).unsqueeze(-2)
         known = full & exceeds(centred)
         ranks = affine = torch.full_like(energy, width)

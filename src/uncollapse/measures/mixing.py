@@ -49,7 +49,8 @@ TILED_BLOCKS = 8  # and where they are made anew for each
 CLOSE, TILED_CLOSE = 3e-7, 1e-4  # when to stop: the error of a leading singular value, as a share of it
 COARSE = 1e-2  # a larger error makes no figure
 FORBIDDEN = -1e37  # the logit of a forbidden pair. Finite, since 0 * FORBIDDEN is 0 where 0 * -inf would be NaN
-FARTHER = -(2.0**500)  # the same in double precision, for logits out of the ordinary
+FARTHER = -math.sqrt(torch.finfo(torch.float64).max)  # the same in double precision, for logits out of the ordinary
+LOST = FORBIDDEN / 2  # a logit below is one of a forbidden pair, or that of a weight of 0
 LARGEST = 480  # binary digits of logits in double precision: their squares, and sums of these, stay within its range
 
 
@@ -283,7 +284,7 @@ def _prefix_square_norm(
     T: Int[Tensor, "batch token"],
 ) -> Float[Tensor, "batch group repeat token"]:
     """sum_{j<=i} <q_i, k_j>^2 less T_i times the squared mean: moments of the blocks before, pairs within the block."""
-    block = 64
+    block = LEAST_ROWS  # any number of rows will do
     prefix_mean = K.cumsum(2) / T[:, None, :, None]  # NaN before the first real token
     centre = (Q * prefix_mean[:, :, None]).sum(-1)
     moments = K.new_zeros(*K.shape[:2], K.shape[3], K.shape[3])
@@ -629,7 +630,7 @@ def leading_spectrum(
     scores = _scores(name, q, k, allowed, bias, None, query_mask, causal, scale, softcap)
     batch, groups, repeats, queries, keys = scores.sizes
     columns = None if key_mask is None else _real_tokens(name, "key_mask", key_mask, batch, keys)
-    size = repeats * queries * keys * (8 if min(queries, keys) <= DIRECT else scores.dtype.itemsize)
+    size = repeats * queries * keys * _bytes(scores.dtype, queries, keys)
 
     def found(part: slice, heads: slice) -> krylov.Leading:
         few = _part(scores, part, heads)
@@ -676,7 +677,7 @@ def leading_spectrum_from_weights(
         rows, real = _real_matrices(sizes, part, rows_mask, columns, weights)
         return _dense_spectrum(A.flatten(0, 1), rows, real)
 
-    size = queries * keys * (8 if min(queries, keys) <= DIRECT else dtype.itemsize)
+    size = queries * keys * _bytes(dtype, queries, keys)
     return _over_parts(found, batch, heads, size)
 
 
@@ -902,7 +903,7 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
     found = {
         "maximum": read["maximum"],
         "peak": read["peak"],
-        "entropy": 0 - log_peak - mean,  # both are at most 0
+        "entropy": 0 - log_peak - mean,  # both are at most 0, and 0 less 0 has no sign
         "variance": (read["variance"] - mean.square()).clamp_(min=0),
         "floor": torch.zeros_like(mean),
         "rest": (others.log() - (log_peak + mean / others)).clamp_(min=0),
@@ -913,13 +914,13 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
         # total^2 / T is at most `squares`, total^2 may overflow. Beyond the range the norm is as good as endless.
         square_norm = read["squares"] - read["total"] * (read["total"] / T)
         square_norm.masked_fill_(read["squares"].isposinf(), 1e30)
-        floors = torch.maximum(-log_peak, _floor_from_norm(square_norm, T))
+        floors = torch.maximum(0 - log_peak, _floor_from_norm(square_norm, T))
         found["floor"] = torch.minimum(floors, found["entropy"])  # where a floor is attained, both are rounded
     for places, figures in beside:
         for name, figure in figures.items():
             found[name].view(-1)[places] = figure
     if scores.forbidden != FORBIDDEN:  # a logit, however low, and no weight of 0
-        found["second"].clamp_(min=FORBIDDEN / 2)
+        found["second"].clamp_(min=LOST)
     dead = T == 0
     if scores.query_mask is not None:
         dead |= ~scores.query_mask[:, None, None]
@@ -944,6 +945,11 @@ def _over_parts(found: Callable[[slice, slice], krylov.Leading], batch: int, gro
         rows.append([torch.cat([each.view(stop - b, -1) for each in same], 1) for same in zip(*parts, strict=True)])
     first, second, contraction, error = (torch.cat(same) for same in zip(*rows, strict=True))
     return LeadingSpectrum(contraction, torch.stack([first, second], -1), error)
+
+
+def _bytes(dtype: torch.dtype, queries: int, keys: int) -> int:
+    """Of a weight while its matrix is at work: what is decomposed is so in double precision."""
+    return (torch.float64 if min(queries, keys) <= DIRECT else dtype).itemsize
 
 
 def _part(scores: _Scores, batch: slice, groups: slice) -> _Scores:
@@ -1093,7 +1099,7 @@ def _gram(A: Tensor) -> Tensor:
 
 def _usable(found: krylov.Leading, rows: Tensor, columns: Tensor) -> krylov.Leading:
     """NaN where the error leaves no figure, and where too few rows or columns are real."""
-    unknown, (n_q, n_k) = found.error > COARSE, (real.sum(-1) for real in (rows, columns))
+    unknown, (n_q, n_k) = found.error > COARSE, (real.sum(1) for real in (rows, columns))
     few = unknown | (n_q < 2) | (n_k < 2)
     first, second = (value.masked_fill(few, math.nan) for value in found[:2])
     return krylov.Leading(first, second, found.contraction.masked_fill(unknown, math.nan), found.error)
@@ -1111,12 +1117,12 @@ def _others(P: Tensor, peak: Tensor) -> Tensor:
 def _beside_strongest(S: Tensor, forbidden: float) -> dict[str, Tensor]:
     """Of rows of logits [row, key], relative to the strongest: the others by themselves, relative to the strongest of them. Far
     below the strongest of all they have no digits left. Writes into `S`."""
-    S.scatter_(-1, S.argmax(-1, keepdim=True), 2 * forbidden)
-    second = S.amax(-1, keepdim=True)
+    S.scatter_(1, S.argmax(1, keepdim=True), forbidden + forbidden)
+    second = S.amax(1, keepdim=True)
     S.sub_(second)
-    P = torch.softmax(S, -1)
-    rest = (0 - P.amax(-1).log() - P.mul_(S).sum(-1)).clamp_(min=0)
-    reach = torch.gt(S, -UNDERFLOW, out=P).sum(-1)  # into a float: four times as fast as into a boolean
+    P = torch.softmax(S, 1)
+    rest = (0 - P.amax(1).log() - P.mul_(S).sum(1)).clamp_(min=0)
+    reach = torch.gt(S, -UNDERFLOW, out=P).sum(1)  # into a float: four times as fast as into a boolean
     return {"second": second[..., 0], "rest": rest, "reach": reach}
 
 
@@ -1130,7 +1136,7 @@ def _floor_from_norm(square_norm: Tensor, T: Tensor) -> Tensor:
 
 def _rest(rows: _Rows) -> Tensor:
     T = rows.allowed_keys
-    known = (T >= FEW_RIVALS) & ~(rows.second < FORBIDDEN / 2)  # weights of 0 say nothing about each other
+    known = (T >= FEW_RIVALS) & ~(rows.second < LOST)  # weights of 0 say nothing about each other
     return (rows.rest / (T - 1).to(rows.rest.dtype).log()).where(known, math.nan)
 
 
@@ -1139,7 +1145,7 @@ def _reach(rows: _Rows, weights: torch.dtype | None = None) -> Tensor:
     unless the strongest of the others is large."""
     T = rows.allowed_keys
     share = rows.reach / (T - 1)
-    known = (T >= FEW_RIVALS) & ~(rows.second < FORBIDDEN / 2)
+    known = (T >= FEW_RIVALS) & ~(rows.second < LOST)
     if weights is not None:
         smallest = math.log(torch.finfo(weights).smallest_normal)
         known &= (share == 1) | (rows.second + rows.peak.log() > smallest + UNDERFLOW)

@@ -290,9 +290,10 @@ def _numerical_change(
     origin = x.abs() + (x.abs().mean(1, keepdim=True) if kind == "layer" else 0)
     origin = origin / deviation * scale
     cut = _tolerance(x, x, eps_data)
-    cut_after = _tolerance(normed, origin, eps_data, roundings=width + 4)
+    roundings = width + 4  # of the mean of the squares, of the mean, the difference, the quotient and the products
+    cut_after = _tolerance(normed, origin, eps_data, roundings)
     output = normed if beta is None else normed + beta
-    cut_output = _tolerance(output, origin, eps_data, roundings=width + 4)
+    cut_output = _tolerance(output, origin, eps_data, roundings)
     before = Ranks(_above(x, cut), _above(x - x.mean(0), cut))
     rank_of_product, affine = _above(normed, cut_after), _above(normed - normed.mean(0), cut_after)
     rank_after = rank_of_product if beta is None else _above(output, cut_output)

@@ -62,7 +62,7 @@ def random_noise_gain(heads: int, head_width: int, width: int) -> RandomGain:
     import torch  # here, so that a page can be drawn from a record without it
 
     size = head_width if mixed <= _DRAWN_AT_MOST else max(1, _DRAWN_AT_MOST // heads)
-    stream = max(heads * size, round(width * size / head_width))
+    stream = round(width * size / head_width)  # no less than heads * size, since width is no less than mixed
     generator = torch.Generator().manual_seed(0)
     W = torch.randn(256, heads, size, stream, generator=generator, dtype=torch.float64)
     bases = torch.linalg.solve_triangular(torch.linalg.cholesky(W @ W.mT), W, upper=False).flatten(1, 2)
