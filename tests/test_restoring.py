@@ -236,6 +236,11 @@ def test_a_context_that_is_closed_when_its_call_is_over_leaves_the_modes_of_anot
     here.gen.close()
     assert torch._C._len_torch_function_stack() == 0
 
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cutting())
+        BaseTorchFunctionMode().__enter__()
+    assert torch._C._len_torch_function_stack() == 0
+
 
 def test_what_fails_to_be_undone_keeps_nothing_else_from_being_undone() -> None:
     owner, done = types.SimpleNamespace(value=1), []

@@ -145,6 +145,7 @@ _MACHINERY = {
     for owner, names in (
         (Changes, ("enter", "put_back", "undo_in_call")),
         (contextlib._GeneratorContextManager, ("__enter__", "__exit__")),
+        (contextlib.ExitStack, ("enter_context",)),  # the stack is left by the call that has it
     )
     for method in (getattr(owner, name) for name in names)
 }

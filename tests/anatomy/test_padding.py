@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -295,3 +297,36 @@ def test_a_mask_that_says_nothing_of_the_models_own_beginning_is_told_token_by_t
         real = torch.nn.functional.pad(given["keep"], (1, 0), value=1).bool()
         with torch.no_grad():
             torch.testing.assert_close(without[real], open_model(**given)[real])
+
+
+class Flagged(nn.Module):
+    """Attention in which a flag takes nats off a token's logits, or hides it behind the softmax."""
+
+    def __init__(self, nats: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm, self.nats = nn.Embedding(64, 32), nn.LayerNorm(32), nats
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, input_ids: Tensor, flag: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        logits, flags = q @ k.mT / math.sqrt(8), flag[:, None, None].to(x.dtype)
+        if math.isfinite(self.nats):
+            weights = (logits - self.nats * flags).softmax(-1)
+        else:
+            weights = logits.softmax(-1) * (1 - flags)
+            weights = weights / weights.sum(-1, keepdim=True)
+        x = x + self.out((weights @ v).transpose(1, 2).flatten(2))
+        return x + self.down(self.up(x).relu())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("nats", [3.5, math.inf])
+def test_a_flag_that_makes_a_token_count_less_is_no_mask_in_half_precision(nats: float, dtype: torch.dtype) -> None:
+    ids, flag = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(0)), torch.zeros(3, 9).long()
+    flag[0, 6:] = flag[1, :3] = 1
+    anatomy = proved_anatomy(Flagged(nats).to(dtype).eval(), {"input_ids": ids, "flag": flag})
+    found = [(mask.tensor, mask.real) for mask in anatomy.stacks[0].masks]
+    assert found == ([("flag", False)] if nats == math.inf else [])

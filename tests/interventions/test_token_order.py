@@ -403,6 +403,9 @@ class OneMaskBesideAnother(nn.Module):
         elif self.way == "diagonals":
             for offset in range(3, count):
                 logits.diagonal(-offset, -2, -1).fill_(-math.inf)
+        elif self.way == "one head":
+            for offset in range(3, count):
+                logits[:, 1].diagonal(-offset, -2, -1).fill_(-math.inf)
         elif self.way == "rows":
             for row in range(3, count):
                 logits[..., row, : row - 2] = -math.inf
@@ -424,7 +427,7 @@ class OneMaskBesideAnother(nn.Module):
         return x + self.down(self.up(x).relu())
 
 
-@pytest.mark.parametrize("way", ["diagonals", "rows", "by number", "behind"])
+@pytest.mark.parametrize("way", ["diagonals", "one head", "rows", "by number", "behind"])
 def test_a_mask_that_was_overlooked_beside_another_is_not_left_in_silence(way: str) -> None:
     model, batch = OneMaskBesideAnother(way).eval(), {"input_ids": torch.randint(31, (3, 9))}
     with (

@@ -632,6 +632,18 @@ def test_no_floor_is_above_the_entropy_of_weights_that_lost_their_digits_before_
     assert rows.entropy_floor.item() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [0.1, 3.0, 30.0, 60.0])
+def test_a_floor_that_is_attained_is_no_rounding_above_the_entropy(gap: float, dtype: torch.dtype) -> None:
+    """One key apart from others that are equal: in exact numbers both are one."""
+    k = torch.zeros(1, 1, 2000, 1, dtype=dtype)
+    k[0, 0, 0] = gap
+    rows = mixing.row_statistics(torch.ones(1, 1, 1, 1, dtype=dtype), k, scale=1.0)
+    assert rows.entropy_floor.item() <= rows.entropy.item()
+    expected = math.log1p(1999 * math.exp(-gap)) + gap * 1999 * math.exp(-gap) / (1 + 1999 * math.exp(-gap))
+    assert rows.entropy_floor.item() == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
 def test_a_sink_takes_the_entropy_and_leaves_the_rest() -> None:
     """Any strength that single precision can still look behind."""
     q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 30, 8)

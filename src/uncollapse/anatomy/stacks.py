@@ -340,7 +340,7 @@ def _hearing(alone: Alone, axes: StreamAxes, token: int) -> _Hearing:
     change = torch.where(rows, (after[0].double() - before[0].double()).abs().nan_to_num().amax(-1), 0.0)
     in_any_bit = (before[0] != after[0]).any(-1)
     eps = max(torch.finfo(before.dtype).eps, products.coarsest())
-    rounding = 4 * eps * float(before[0].abs().nan_to_num(0.0, 0.0, 0.0).max()) if is_coarse(eps) else 0.0
+    rounding = eps * float(before[0].abs().nan_to_num(0.0, 0.0, 0.0).max()) if is_coarse(eps) else 0.0
     return _Hearing(rows, rows & (change > CLEARLY * change.max()), in_any_bit, float(change.max()), rounding)
 
 

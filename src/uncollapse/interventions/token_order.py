@@ -102,7 +102,26 @@ def require_no_mask_left(
     model: nn.Module, anatomy: Anatomy, blocks: frozenset[int], example: Mapping[str, Any]
 ) -> None:
     """Raise `UnsupportedModel` where a pair of tokens of the example, none of which is padding, still has no weight in any sequence
-    and head of an attention whose mask is removed: another mask was overlooked. A fused call has no place for another one."""
+    and head of an attention whose mask is removed: another mask was overlooked. A fused call has no place for another one.
+
+    One that hides pairs from some heads only is looked for in a second pass, in which all queries are zero: where nothing is steep,
+    a pair without weight in one head is a hidden one."""
+    for without_queries in (False, True):
+        for name, unheard in _pairs_unheard(model, anatomy, blocks, example, without_queries):
+            if any(bool(pairs.any()) for pairs in unheard):
+                where = "a head" if without_queries else "any sequence and head"
+                raise UnsupportedModel(
+                    f"without: expected all tokens to give each other some weight in {name} of {type(model).__name__} without its "
+                    f"mask, got pairs with none in {where}. Another mask was overlooked, or the logits are too steep. "
+                    "Remove another component, or leave this block out with blocks=[...]."
+                )
+
+
+def _pairs_unheard(
+    model: nn.Module, anatomy: Anatomy, blocks: frozenset[int], example: Mapping[str, Any], without_queries: bool
+) -> list[tuple[str, list[Tensor]]]:
+    """The pairs that have no weight in the example without its mask, by block and attention: in any sequence and head, or,
+    `without_queries`, in any sequence of one head."""
     handlers: dict[Point, Handler] = {}
     streams: list[tuple[Place, Action]] = []
     found: list[tuple[str, list[Tensor]]] = []  # by block and attention
@@ -110,26 +129,38 @@ def require_no_mask_left(
         block, entered = anatomy.blocks[number], _Entered()
         for part in (p for p in block.parts if p.kind == "attention"):
             calls = [c for c in part.attention if not c.is_fused and c.unreadable is None]
-            together = [[c] for c in calls] if part.shares_queries else [calls]  # one call a head: all of them
+            if without_queries:
+                calls = [c for c in calls if c.score is not None and c.similarity not in {None, c.product}]
+                handlers |= {c.similarity: _without_queries(c) for c in calls if c.similarity is not None}
+            alone = part.shares_queries or without_queries
+            together = [[c] for c in calls] if alone else [calls]  # one call a head: all of them
             for several in together:
                 unheard: list[Tensor] = []
-                handlers |= {c.product: _asking(c, several, unheard, entered) for c in several}
+                handlers |= {c.product: _asking(c, several, unheard, entered, without_queries) for c in several}
                 found += [(block.name, unheard)]
         if block.axes is not None:
             streams.append((block.entry, functools.partial(_note_entering, block.axes, entered)))
     with probing(model), mask_removed(model, anatomy, blocks), met(model, streams, handlers=handlers, strict=False):
         model(**example)
-    for name, unheard in found:
-        if any(bool(pairs.any()) for pairs in unheard):
-            raise UnsupportedModel(
-                f"without: expected all tokens to give each other some weight in {name} of {type(model).__name__} without its "
-                "mask, got pairs with none in any sequence and head. Another mask was overlooked, or the logits are too steep. "
-                "Remove another component, or leave this block out with blocks=[...]."
-            )
+    return found
 
 
-def _asking(call: AttentionCall, several: Sequence[AttentionCall], unheard: list[Tensor], entered: _Entered) -> Handler:
-    """Notes which pairs [window, query, key] have no weight in any sequence and head of `several` calls."""
+def _without_queries(call: AttentionCall) -> Handler:
+    """The product of queries and keys with queries of zero: its logits are what is added to them."""
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        query = operands_of(operation_name(function), args, kwargs)[call.query_operand]
+        nothing = torch.zeros_like(query)
+        return function(*replaced(args, query, nothing), **replaced(kwargs, query, nothing))
+
+    return handler
+
+
+def _asking(
+    call: AttentionCall, several: Sequence[AttentionCall], unheard: list[Tensor], entered: _Entered, by_head: bool
+) -> Handler:
+    """Notes which pairs [window, query, key] have no weight in any sequence and head of `several` calls; `by_head`, which
+    [head, window, query, key] have none in any sequence, where the row has any."""
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = function(*args, **kwargs)
@@ -142,8 +173,14 @@ def _asking(call: AttentionCall, several: Sequence[AttentionCall], unheard: list
         except UnreadableError:  # other axes than where it was proved: nothing was measured of it, either
             return output
         weights = weights[..., call.before : weights.shape[-1] - call.after].abs()
-        heard = weights > LEAST_SHARE * weights.amax(-1, keepdim=True)
-        own = ~(heard | weights.isnan()).any(1).any(0)
+        largest = weights.amax(-1, keepdim=True)
+        heard = (weights > LEAST_SHARE * largest) | weights.isnan()
+        if by_head:
+            # In float16 a bias of 17 nats, which a position may have, leaves no weight either.
+            if torch.finfo(weights.dtype).tiny < LEAST_SHARE:
+                unheard.append(~(heard | (largest == 0)).any(0))
+            return output
+        own = ~heard.any(1).any(0)
         if call != several[0] and unheard and unheard[-1].shape == own.shape:
             own &= unheard.pop()
         unheard.append(own)

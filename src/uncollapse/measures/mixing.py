@@ -914,7 +914,8 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
         # total^2 / T is at most `squares`, total^2 may overflow. Beyond the range the norm is as good as endless.
         square_norm = read["squares"] - read["total"] * (read["total"] / T)
         square_norm.masked_fill_(read["squares"].isposinf(), 1e30)
-        found["floor"] = torch.maximum(0 - log_peak, _floor_from_norm(square_norm, T))
+        floors = torch.maximum(0 - log_peak, _floor_from_norm(square_norm, T))
+        found["floor"] = torch.minimum(floors, found["entropy"])  # where a floor is attained, both are rounded
     for places, figures in beside:
         for name, figure in figures.items():
             found[name].view(-1)[places] = figure
