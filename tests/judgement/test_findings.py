@@ -475,6 +475,9 @@ def test_heads_of_a_stream_too_narrow_to_judge_are_not() -> None:
     """Two random lines in three dimensions overlap by more than 0.99 once in a hundred pairs or so."""
     assert found(heads=[projection(0.999, head_width=1, width=3)], code="HEADS-IDENTICAL") == []
     assert found(heads=[projection(1.0, head_width=64, width=64)], code="HEADS-IDENTICAL") == []  # they must
+    # Six deviations of two random lines, 6 sqrt(2/((d - 1)(d + 2))), reach the threshold up to eight dimensions.
+    assert found(heads=[projection(0.999, head_width=1, width=8)], code="HEADS-IDENTICAL") == []
+    assert len(found(heads=[projection(0.999, head_width=1, width=9)], code="HEADS-IDENTICAL")) == 1
 
 
 @pytest.mark.parametrize(("lost", "fires"), [(0.9, False), (1.1, True)])

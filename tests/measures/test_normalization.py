@@ -364,8 +364,8 @@ def test_what_was_found_cannot_be_changed():
 @pytest.mark.parametrize("exponent", [0, 300, -300])
 @pytest.mark.parametrize("shape", [(7, 3), (3, 6)], ids=str)
 def test_what_counts_as_rounding_before_a_norm_and_behind_it(kind, exponent, shape, monkeypatch):
-    """The noise of the format, and of float64 max(n, d) roundings of sigma_1; behind the norm width + 4 more of what each entry came
-    from: |x|, and with a layer norm the mean of |x|, over the deviation, times gamma. Whatever the size of the tokens."""
+    """The noise of the format, and of float64 max(n, d) roundings of sigma_1; behind the norm width + 4 more of what each entry
+    came from: |x|, and with a layer norm the mean of |x|, over the deviation, times gamma. Whatever the size of the tokens."""
     calls, whole = [], normalization._tolerance
     monkeypatch.setattr(normalization, "_tolerance", lambda *a: (calls.append((a, whole(*a))), calls[-1][1])[1])
     generator = np.random.default_rng(shape[0])

@@ -46,7 +46,7 @@ def check(trials: int, seed: int, *, limit: dict[torch.dtype, int] | None = None
         n = limits[dtype]
         lengths = range(2, 2 * n)
         same = [last_state(m, 1, dtype) == 1 for m in lengths]
-        first = next((m for m, equal_bits in zip(lengths, same, strict=True) if equal_bits), None)
+        first = next((m for m, equal_bits in zip(lengths, same, strict=True) if equal_bits), "none")
         name = str(dtype).removeprefix("torch.")
         evidence += [
             equal(f"{name}: the shortest prompts 1...1 and 1...10 whose last states have the same bits", first, n),
