@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from studies.early_warning import runs as studied
-from studies.early_warning.document import BY_NAME, document, first_alarm, shown_by_the_loss
+from studies.early_warning.document import BY_NAME, CHOSEN_ON, document, first_alarm, shown_by_the_loss
 from studies.early_warning.models import LanguageModel, Shape
 from studies.early_warning.runs import OTHERS, SCENARIOS, Alarm, NormRule, Run, SpikeRule, rounding, shrinking
 
@@ -17,7 +17,7 @@ SILENT: dict[str, int | None] = dict.fromkeys(OTHERS)
 RIGHT: Alarm = (120, 100, "BASELINE-ENTROPY", "entropy-collapse", 1, "baseline")
 
 
-def run(name: str, losses: list[float], alarms: list[Alarm] | None = None, seed: int = 12) -> Run:
+def run(name: str, losses: list[float], alarms: list[Alarm] | None = None, seed: int = CHOSEN_ON + 1) -> Run:
     return Run(name, seed, losses, alarms or [], SILENT, [(0, 0.9), (5, 0.03)])
 
 
@@ -53,9 +53,9 @@ def test_a_run_that_the_loss_shows_first_is_named() -> None:
     late = run(FAILING, [3.0] * 100 + [4.0] * 200, [RIGHT])
     page = document([late, run(TWIN, [3.0] * 300)])
     assert "0 of 1 runs whose loss shows it at all" in page
-    assert "Found after the loss showed it: logits grow, seed 12 (loss 102, alarm 120)." in page
+    assert f"Found after the loss showed it: logits grow, seed {CHOSEN_ON + 1} (loss 102, alarm 120)." in page
     never = document([run(FAILING, [3.0] * 300), run(TWIN, [3.0] * 300)])
-    assert "Not found: logits grow, seed 12." in never
+    assert f"Not found: logits grow, seed {CHOSEN_ON + 1}." in never
     assert "| not within the run |" in never
     assert "| no twin was run |" in document([late, run(FAILING, [4.0] * 300, [RIGHT])])  # its loss says nothing
 
@@ -100,7 +100,7 @@ def test_seeds_on_which_the_constants_were_chosen_are_not_counted() -> None:
     chosen = [run(FAILING, [3.0] * 200 + [4.0] * 100, seed=0), run(TWIN, [3.0] * 300, [RIGHT], seed=0)]
     counted = [run(FAILING, [3.0] * 200 + [4.0] * 100, [RIGHT]), run(TWIN, [3.0] * 300)]
     page = document([*chosen, *counted])
-    assert "1 seed that had no part in it (12): 1 failing and" in page
+    assert f"1 seed that had no part in it ({CHOSEN_ON + 1}): 1 failing and" in page
     assert "**Alarms on healthy runs**: 0 of 1 runs" in page
     assert "On the seeds that were looked at: 0 of 1 found, alarms on" in page
 
