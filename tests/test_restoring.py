@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import io
 import pickle
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -212,33 +214,46 @@ def test_a_copy_that_would_keep_a_removal_is_refused() -> None:
         copy.deepcopy(model)
 
 
-def test_a_context_that_is_closed_when_its_call_is_over_leaves_the_modes_of_another_call_alone() -> None:
-    # Ctrl-C can cut a context off on its way in. Garbage collection closes it, at any later time.
-    @contextlib.contextmanager
-    def cutting() -> Iterator[None]:
-        with restoring() as changes:
-            changes.undo_in_call(lambda: restoring_module._cut_function_modes(0))
-            yield
+@contextlib.contextmanager
+def cutting() -> Iterator[None]:
+    with restoring() as changes:
+        changes.undo_in_call(lambda: restoring_module._cut_function_modes(0))
+        yield
 
-    def cut_off() -> contextlib._GeneratorContextManager[None]:
+
+def test_a_context_that_garbage_collection_closes_leaves_the_modes_of_another_call_alone() -> None:
+    # Ctrl-C can cut a context off on its way in. It is closed at any later time.
+    def cut_off() -> weakref.ref[Any]:
         context = cutting()
         context.__enter__()
-        return context
+        held = [context]
+        held.append(held)
+        return weakref.ref(context)
 
+    gc.collect()
     late = cut_off()
     with BaseTorchFunctionMode():
-        late.gen.close()
+        assert late() is not None
+        gc.collect()
+        assert late() is None
         assert torch._C._len_torch_function_stack() == 1
 
-    here = cutting()
-    here.__enter__()
-    BaseTorchFunctionMode().__enter__()
-    here.gen.close()
-    assert torch._C._len_torch_function_stack() == 0
 
+def test_a_context_that_is_left_takes_down_the_modes_that_were_put_up_inside() -> None:
+    with cutting():
+        BaseTorchFunctionMode().__enter__()
+    assert torch._C._len_torch_function_stack() == 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(cutting())
         BaseTorchFunctionMode().__enter__()
+    assert torch._C._len_torch_function_stack() == 0
+    with restoring() as changes:
+        changes.enter(cutting())
+        BaseTorchFunctionMode().__enter__()
+    assert torch._C._len_torch_function_stack() == 0
+    with pytest.raises(KeyboardInterrupt), cutting():  # noqa: PT012 - what Ctrl-C leaves behind
+        BaseTorchFunctionMode().__enter__()
+        raise KeyboardInterrupt
     assert torch._C._len_torch_function_stack() == 0
 
 

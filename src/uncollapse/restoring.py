@@ -16,12 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-import sys
 import threading
-import types
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Generator, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, SupportsIndex, TypeVar
 
@@ -41,18 +38,15 @@ class Changes:
 
     def __init__(self) -> None:
         self._undos: list[Undo] = []
-        self.call: types.FrameType | None = None
 
     def undo(self, undo: Undo) -> None:
         """Note how a change that is about to be made is undone. `undo` must bear being called twice, and without the change."""
         self._undos.append(undo)
 
     def undo_in_call(self, undo: Undo) -> None:
-        """As `undo`, for what belongs to the calls that the thread is in: its function modes, its gradient mode. Once the call that
-        changed it is over, it is left alone. A context that Ctrl-C cut off on its way in is closed by garbage collection, maybe
-        much later and in the midst of another call."""
-        call = _gathering.changes[0].call if _gathering.changes else next(_calls())
-        self.undo(lambda: undo() if any(frame is call for frame in _calls()) else None)
+        """As `undo`, for what belongs to the calls that the thread is in: its function modes, its gradient mode. It is left alone
+        if garbage collection closes the context: Ctrl-C cut that off on its way in, and by now the thread may be in another call."""
+        self.undo(lambda: None if _leaving.is_late else undo())
 
     def set(self, owner: object, name: str, value: Any) -> None:
         """Set an attribute that `owner` has."""
@@ -89,7 +83,7 @@ class Changes:
     def enter(self, context: contextlib.AbstractContextManager[T]) -> T:
         """Enter a context made by `contextlib.contextmanager`. Closing its generator leaves it, and can be noted before it runs."""
         assert isinstance(context, contextlib._GeneratorContextManager)
-        self.undo(context.gen.close)
+        self.undo(functools.partial(_close_by_hand, context.gen))
         return context.__enter__()
 
     def default_device(self, device: str) -> None:
@@ -131,24 +125,21 @@ class _Gathering(threading.local):
 _gathering = _Gathering()
 
 
-def _calls() -> Iterator[types.FrameType]:
-    """The calls the thread is in, the innermost first, without those of contexts on their way in or out."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if not frame.f_code.co_flags & inspect.CO_GENERATOR and frame.f_code not in _MACHINERY:
-            yield frame
-        frame = frame.f_back
+class _Leaving(threading.local):
+    """How this thread leaves a context: closing its generator itself, or too late, in the midst of whatever it is doing by then."""
+
+    is_by_hand, is_late = False, False
 
 
-_MACHINERY = {
-    method.__code__
-    for owner, names in (
-        (Changes, ("enter", "put_back", "undo_in_call")),
-        (contextlib._GeneratorContextManager, ("__enter__", "__exit__")),
-        (contextlib.ExitStack, ("enter_context",)),  # the stack is left by the call that has it
-    )
-    for method in (getattr(owner, name) for name in names)
-}
+_leaving = _Leaving()
+
+
+def _close_by_hand(generator: Generator[Any, None, None]) -> None:
+    before, _leaving.is_by_hand = _leaving.is_by_hand, True
+    try:
+        generator.close()
+    finally:
+        _leaving.is_by_hand = before
 
 
 @contextlib.contextmanager
@@ -162,20 +153,22 @@ def restoring(*, gathers: bool = False) -> Iterator[Changes]:
             if around is not None:
                 around.undo(undo)
             if gathers:
-                changes.call = next(_calls())
                 _gathering.changes.append(changes)
             yield changes
+        except GeneratorExit:
+            _leaving.is_late = not _leaving.is_by_hand
+            raise
         finally:
             _close(changes, around, undo)
     finally:
         _close(changes, around, undo)  # again, where the first time was interrupted
+        _leaving.is_late = False
 
 
 def _close(changes: Changes, around: Changes | None, undo: Undo) -> None:
     try:
         changes.put_back()
     finally:
-        changes.call = None  # a frame holds what its variables name
         if changes in _gathering.changes:
             del _gathering.changes[_gathering.changes.index(changes) :]
         if around is not None:
@@ -198,6 +191,8 @@ def leaves_no_trace(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         with turn, restoring(gathers=True) as changes:
+            if _gathering.changes == [changes]:  # Ctrl-C may have come while something was left
+                _leaving.is_by_hand = _leaving.is_late = False
             changes.undo_in_call(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
             changes.undo_in_call(functools.partial(_cut_function_modes, torch._C._len_torch_function_stack()))
             return function(*args, **kwargs)
