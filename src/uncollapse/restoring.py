@@ -45,7 +45,7 @@ class Changes:
 
     def undo_in_call(self, undo: Undo) -> None:
         """As `undo`, for what belongs to the calls that the thread is in: its function modes, its gradient mode. It is left alone
-        if garbage collection closes the context: Ctrl-C cut that off on its way in, and by now the thread may be in another call."""
+        if garbage collection closes the context: Ctrl-C cut that off on its way in, and the thread may be in another call now."""
         self.undo(lambda: None if _leaving.is_late else undo())
 
     def set(self, owner: object, name: str, value: Any) -> None:
