@@ -195,7 +195,10 @@ def leaves_no_trace(function: Callable[P, R]) -> Callable[P, R]:
                 _leaving.is_by_hand = _leaving.is_late = False
             changes.undo_in_call(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
             changes.undo_in_call(functools.partial(_cut_function_modes, torch._C._len_torch_function_stack()))
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            finally:  # Ctrl-C on the way out of a `with` leaves its context to garbage collection
+                changes.put_back()
 
     return guarded
 
