@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import io
 import pickle
 import types
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import BaseTorchFunctionMode
 
 import uncollapse as uc
 from tests.helpers.interrupted import BATCH, interruptions, llama, standing
@@ -212,49 +209,6 @@ def test_a_copy_that_would_keep_a_removal_is_refused() -> None:
     model, batch = Own().eval(), {"idx": tokens()}
     with uc.without(model, "mlp", batch=batch), pytest.raises(uc.UnsupportedModel, match="copied whole"):
         copy.deepcopy(model)
-
-
-@contextlib.contextmanager
-def cutting() -> Iterator[None]:
-    with restoring() as changes:
-        changes.undo_in_call(lambda: restoring_module._cut_function_modes(0))
-        yield
-
-
-def test_a_context_that_garbage_collection_closes_leaves_the_modes_of_another_call_alone() -> None:
-    # Ctrl-C can cut a context off on its way in. It is closed at any later time.
-    def cut_off() -> weakref.ref[Any]:
-        context = cutting()
-        context.__enter__()
-        held = [context]
-        held.append(held)
-        return weakref.ref(context)
-
-    gc.collect()
-    late = cut_off()
-    with BaseTorchFunctionMode():
-        assert late() is not None
-        gc.collect()
-        assert late() is None
-        assert torch._C._len_torch_function_stack() == 1
-
-
-def test_a_context_that_is_left_takes_down_the_modes_that_were_put_up_inside() -> None:
-    with cutting():
-        BaseTorchFunctionMode().__enter__()
-    assert torch._C._len_torch_function_stack() == 0
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(cutting())
-        BaseTorchFunctionMode().__enter__()
-    assert torch._C._len_torch_function_stack() == 0
-    with restoring() as changes:
-        changes.enter(cutting())
-        BaseTorchFunctionMode().__enter__()
-    assert torch._C._len_torch_function_stack() == 0
-    with pytest.raises(KeyboardInterrupt), cutting():  # noqa: PT012 - what Ctrl-C leaves behind
-        BaseTorchFunctionMode().__enter__()
-        raise KeyboardInterrupt
-    assert torch._C._len_torch_function_stack() == 0
 
 
 def test_what_fails_to_be_undone_keeps_nothing_else_from_being_undone() -> None:

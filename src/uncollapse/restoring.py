@@ -18,7 +18,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, SupportsIndex, TypeVar
 
@@ -42,11 +42,6 @@ class Changes:
     def undo(self, undo: Undo) -> None:
         """Note how a change that is about to be made is undone. `undo` must bear being called twice, and without the change."""
         self._undos.append(undo)
-
-    def undo_in_call(self, undo: Undo) -> None:
-        """As `undo`, for what belongs to the calls that the thread is in: its function modes, its gradient mode. It is left alone
-        if garbage collection closes the context: Ctrl-C cut that off on its way in, and the thread may be in another call now."""
-        self.undo(lambda: None if _leaving.is_late else undo())
 
     def set(self, owner: object, name: str, value: Any) -> None:
         """Set an attribute that `owner` has."""
@@ -83,7 +78,7 @@ class Changes:
     def enter(self, context: contextlib.AbstractContextManager[T]) -> T:
         """Enter a context made by `contextlib.contextmanager`. Closing its generator leaves it, and can be noted before it runs."""
         assert isinstance(context, contextlib._GeneratorContextManager)
-        self.undo(functools.partial(_close_by_hand, context.gen))
+        self.undo(context.gen.close)
         return context.__enter__()
 
     def default_device(self, device: str) -> None:
@@ -125,23 +120,6 @@ class _Gathering(threading.local):
 _gathering = _Gathering()
 
 
-class _Leaving(threading.local):
-    """How this thread leaves a context: closing its generator itself, or too late, in the midst of whatever it is doing by then."""
-
-    is_by_hand, is_late = False, False
-
-
-_leaving = _Leaving()
-
-
-def _close_by_hand(generator: Generator[Any, None, None]) -> None:
-    before, _leaving.is_by_hand = _leaving.is_by_hand, True
-    try:
-        generator.close()
-    finally:
-        _leaving.is_by_hand = before
-
-
 @contextlib.contextmanager
 def restoring(*, gathers: bool = False) -> Iterator[Changes]:
     """Within the block changes are made; on leaving it they are undone. With `gathers`, those of contexts opened inside too."""
@@ -155,14 +133,10 @@ def restoring(*, gathers: bool = False) -> Iterator[Changes]:
             if gathers:
                 _gathering.changes.append(changes)
             yield changes
-        except GeneratorExit:
-            _leaving.is_late = not _leaving.is_by_hand
-            raise
         finally:
             _close(changes, around, undo)
     finally:
         _close(changes, around, undo)  # again, where the first time was interrupted
-        _leaving.is_late = False
 
 
 def _close(changes: Changes, around: Changes | None, undo: Undo) -> None:
@@ -191,14 +165,9 @@ def leaves_no_trace(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         with turn, restoring(gathers=True) as changes:
-            if _gathering.changes == [changes]:  # Ctrl-C may have come while something was left
-                _leaving.is_by_hand = _leaving.is_late = False
-            changes.undo_in_call(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
-            changes.undo_in_call(functools.partial(_cut_function_modes, torch._C._len_torch_function_stack()))
-            try:
-                return function(*args, **kwargs)
-            finally:  # Ctrl-C on the way out of a `with` leaves its context to garbage collection
-                changes.put_back()
+            changes.undo(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+            changes.undo(functools.partial(_cut_function_modes, torch._C._len_torch_function_stack()))
+            return function(*args, **kwargs)
 
     return guarded
 
@@ -443,5 +412,4 @@ run_eagerly = SharedSetting(_stance, _set_stance, ("force_eager", False, None))
 run_layers_openly = SharedSetting(
     torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False
 )
-"""torch's own `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` do not fuse themselves into one kernel, which nobody can
-look inside."""
+"""torch's own `nn.TransformerEncoderLayer` does not fuse itself into one kernel, which nobody can look inside."""

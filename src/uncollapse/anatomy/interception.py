@@ -240,7 +240,7 @@ def intercepted(
         by_owner.setdefault(point.owner, {}).setdefault(point.call, {})[point.operation, point.ordinal] = handler
     thread = None if everywhere else threading.get_ident()
     with restoring() as changes:
-        changes.undo_in_call(_as_found())
+        changes.undo(_as_found())
         # A compiled model would not notice what is put up here, or compile it: both were seen to go wrong.
         run_eagerly.hold(changes)
         runs = changes.enter(counted(model, by_owner, within))
@@ -261,11 +261,13 @@ _standing = _Standing()
 
 def _as_found() -> Callable[[], None]:
     """Puts back what this thread notes about handlers while they run: Ctrl-C may come where a handler's own way out does so."""
-    within = _handling.within
+    thread, within = threading.get_ident(), _handling.within
     found = {key: (modes, list(modes)) for key, modes in _standing.modes.items()}
     length = torch._C._len_torch_function_stack()
 
     def put_back() -> None:
+        if threading.get_ident() != thread:
+            return
         while torch._C._len_torch_function_stack() > length and isinstance(_get_current_function_mode(), _Owner):
             torch._C._pop_torch_function_stack()
         _handling.within = within

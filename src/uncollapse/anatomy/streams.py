@@ -151,7 +151,7 @@ def _at_modules(
 ) -> Iterator[None]:
     thread = threading.get_ident()
     with restoring() as changes:
-        changes.undo_in_call(functions_as_found())
+        changes.undo(functions_as_found())
         runs = changes.enter(counted(model, actions, within))
         for name, wanted in actions.items():
 

@@ -228,7 +228,7 @@ class NormHandlers:
     def at_modules(self, model: nn.Module) -> Iterator[None]:
         thread = threading.get_ident()
         with restoring() as changes:
-            changes.undo_in_call(functions_as_found())
+            changes.undo(functions_as_found())
             runs = changes.enter(counted(model, self.modules))
             for name, by_call in self.modules.items():
 
