@@ -16,9 +16,8 @@ from uncollapse.judgement.findings import CONSENSUS
 from uncollapse.report import wording
 
 SMOOTHED, ABOVE = 10, 0.15  # steps, nats
-CHOSEN_ON = (
-    21  # the rules of the alarms were chosen and mended with the seeds up to this one in sight; the others are counted
-)
+# The rules of the alarms were chosen and mended with the seeds up to this one in sight; the others are counted.
+CHOSEN_ON = 21
 SEEDS = 10
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 PICTURED = "post-norm, 18 blocks, no warm-up"

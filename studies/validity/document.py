@@ -313,11 +313,8 @@ def by_constant(scores: Scores) -> str:
     moved = independently(scores)
     rows = []
     for title, names in zip(("chosen on", "not chosen on"), scores.halves(), strict=True):
-        runs = [
-            (case, case.runs[index])
-            for case, _ in scores.cases(lambda c: c.plant in DEPTH and c.subject in names)  # noqa: B023
-            if (index := moved(case)) is not None
-        ]
+        of_half = [case for case, _ in scores.cases(lambda c: c.plant in DEPTH) if case.subject in names]
+        runs = [(case, case.runs[index]) for case in of_half if (index := moved(case)) is not None]
         right = [sum(_is_placed(scores, case, run, carried) for case, run in runs) for carried in scoring.CARRIED]
         derived = f"{scores.beginning(names):g}"
         rows.append([title, ", ".join(f"`{name}`" for name in names), str(len(runs)), *map(str, right), derived])

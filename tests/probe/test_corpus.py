@@ -20,11 +20,11 @@ from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.measures.corpus import corpus_measures
 from uncollapse.measures.running import RunningCloud
 from uncollapse.probe import own_pooling
-from uncollapse.probe.corpus import FEW_TOKENS, CorpusStatistics, Rows
+from uncollapse.probe.corpus import CorpusStatistics, Rows
 from uncollapse.probe.own_pooling import OwnPooling
 from uncollapse.probe.passes import capture
 from uncollapse.probe.sites import SiteStatistics
-from uncollapse.records.diagnosis import CorpusRecord
+from uncollapse.records.diagnosis import SAMPLED_TOKENS, CorpusRecord
 
 EPS = float(torch.finfo(torch.float32).eps)
 Batches = list[dict[str, Tensor]]
@@ -174,7 +174,7 @@ def test_at_core_the_tokens_are_a_sample_of_those_of_level_full() -> None:
     few, every = entries(model, [batch]), entries(model, [batch], level="full")
     sites = [site for site, pooling in every if pooling == "tokens"]
     assert sites
-    assert batch["attention_mask"].sum() <= FEW_TOKENS
+    assert batch["attention_mask"].sum() <= SAMPLED_TOKENS
     for site in sites:
         assert few[site, "tokens"] == every[site, "tokens"]
     batches = [text_batch(seed=seed) for seed in range(9)]
@@ -182,11 +182,11 @@ def test_at_core_the_tokens_are_a_sample_of_those_of_level_full() -> None:
     for site in sites:
         drawn, all_of_them = few[site, "tokens"], every[site, "tokens"]
         assert drawn.points == all_of_them.points == sum(int(each["attention_mask"].sum()) for each in batches)
-        assert (drawn.sampled, all_of_them.sampled) == (FEW_TOKENS, None)
-        assert drawn.attainable_rank == min(FEW_TOKENS, drawn.width)
+        assert (drawn.sampled, all_of_them.sampled) == (SAMPLED_TOKENS, None)
+        assert drawn.attainable_rank == min(SAMPLED_TOKENS, drawn.width)
         assert drawn.mean_cosine == pytest.approx(all_of_them.mean_cosine, abs=0.1)
         if site != "embedding":
-            assert drawn.compared == FEW_TOKENS
+            assert drawn.compared == SAMPLED_TOKENS
             assert drawn.cosine == pytest.approx(all_of_them.cosine, abs=0.1)
 
 

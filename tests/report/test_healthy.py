@@ -27,8 +27,7 @@ from tests.helpers.sweep_samples import swept
 from tests.helpers.tiny_models import text_batch
 from tests.report.test_anatomy import anatomy
 from uncollapse.measures.random_projections import random_noise_gain
-from uncollapse.probe.corpus import FEW_TOKENS
-from uncollapse.records.diagnosis import CorpusRecord
+from uncollapse.records.diagnosis import SAMPLED_TOKENS, CorpusRecord
 from uncollapse.report import draw, healthy, show
 from uncollapse.report.healthy import (
     References,
@@ -175,12 +174,11 @@ def cloud(**changes: Any) -> CorpusRecord:
 
 
 def test_figures_of_the_corpus_are_shares_of_what_so_many_points_reach() -> None:
-    found = corpus_figures([cloud(), cloud(pooling="tokens"), cloud(pooling="tokens", sampled=FEW_TOKENS)])
+    found = corpus_figures([cloud(), cloud(pooling="tokens"), cloud(pooling="tokens", sampled=SAMPLED_TOKENS)])
     assert found["corpus.mean.effective_rank"] == [12 / 20]
     assert found["corpus.mean.centred_effective_rank"] == [9 / 19]
     assert found["corpus.mean.isoscore"] == [pytest.approx(0.2 * 31 / 18)]
     assert found["corpus.tokens.top_share"] == found["corpus.few tokens.top_share"] == [0.4]
-    assert healthy.FEW_TOKENS == FEW_TOKENS
 
 
 def test_every_figure_of_the_corpus_stands_beside_that_of_models_whose_corpus_was_measured() -> None:

@@ -52,9 +52,7 @@ from uncollapse.anatomy.influence import EVERY, Products, moved, poked, reaches,
 from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.mixing_proof import HeadsMixing
 from uncollapse.anatomy.offloaded_weights import held_weights
-from uncollapse.anatomy.operands import (
-    UnreadableError,
-)
+from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.probing import output_of, probing, seed_all, tensors_of
 from uncollapse.anatomy.reading import read
 from uncollapse.anatomy.reading_refusals import SIDE_BY_SIDE, has_own_hooks

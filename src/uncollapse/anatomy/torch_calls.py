@@ -91,7 +91,8 @@ def _reopened(function: types.FunctionType) -> Callable[..., Any]:
     return copy
 
 
-# nn.MultiheadAttention calls one function that holds projections, attention and output projection together.
+# nn.MultiheadAttention calls one function that holds projections, attention and output projection together. The stubs call it a
+# callable; it is a function.
 _COMPOSITES: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.multi_head_attention_forward: _reopened(torch.nn.functional.multi_head_attention_forward)  # type: ignore[arg-type]
 }

@@ -33,9 +33,8 @@ from uncollapse.measures.storage_noise import storage_noise
 
 _EPS_64 = torch.finfo(torch.float64).eps
 _LAW_FROM, _LAW_TO, _LAW_LEAST = 4, 100, 10  # the eigenvalues that a power law is fitted to, and how few are enough
-_AT_ONCE: Final = (
-    2**19
-)  # numbers of clouds that are decomposed together: with more, what is worked out on the way leaves the cache
+# Numbers of clouds that are decomposed together: with more, what is worked out on the way leaves the cache.
+_AT_ONCE: Final = 2**19
 HELD: Final = 0.9  # of the variance: what the principal directions that a cloud is compared by hold
 
 

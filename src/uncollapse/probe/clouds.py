@@ -39,9 +39,8 @@ class Clouds:
         self.paddings: list[Padding] = []  # by stack
         self.entered: dict[int, tuple[int, int]] = {}  # by block: sequences and tokens of what entered it
         self.shapes: dict[int, tuple[int, int]] = {}  # by stack: the same of its embedding
-        self.finite: set[str] = (
-            set()
-        )  # sites that were looked at, and at which all real tokens of this batch are finite
+        # Sites that were looked at, and at which all real tokens of this batch are finite.
+        self.finite: set[str] = set()
         self._entering: dict[int, list[tuple[int, Tensor]]] = {}  # by stack: the last two blocks, and what entered them
         self._real: dict[int, int] = {}  # by stack: real tokens in this batch
         self._sizes: dict[int, int] = {}  # by block: the size of the axis that its streams share with another

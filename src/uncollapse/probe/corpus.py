@@ -3,7 +3,7 @@
 A sequence is pooled in three ways, over the tokens that the diagnosis counts: the mean of its real tokens, its last real token, its
 first. That is a point per sequence and costs next to nothing. The cloud of all tokens costs a product as large as a twelfth of a
 block at every site, so it is taken where somebody asks for it (level `full`). At level `core` a uniform sample of the tokens
-(`FEW_TOKENS`) stands for it.
+(`SAMPLED_TOKENS`) stands for it.
 
 When not to use it: for what happens within a sequence. `sites` measures that.
 """
@@ -27,10 +27,9 @@ from uncollapse.measures.running import WIDEST, RunningCloud
 from uncollapse.probe.clouds import Clouds
 from uncollapse.probe.sites import SiteStatistics
 from uncollapse.probe.sizes import single
-from uncollapse.records.diagnosis import Pooling
+from uncollapse.records.diagnosis import SAMPLED_TOKENS, Pooling
 
 POOLED: Final[tuple[Pooling, ...]] = ("mean", "last", "first")
-FEW_TOKENS: Final = 64  # of a sample of the tokens: their spectra cost what those of a pooling of 64 sequences cost
 
 
 @dataclass
@@ -127,7 +126,7 @@ class Corpus:
         self._rows: dict[tuple[int, int, torch.device], Rows] = {}
         self._few: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
         wanted: tuple[Pooling, ...] = poolings if tokens == "none" else ("tokens", *poolings)
-        most = FEW_TOKENS if tokens == "few" else None
+        most = SAMPLED_TOKENS if tokens == "few" else None
         remaining = iter(sites)
         for stack in anatomy.stacks:
             before: dict[Pooling, CorpusStatistics] = {}

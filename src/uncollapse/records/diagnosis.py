@@ -13,6 +13,9 @@ from uncollapse.records.symmetries import SymmetryRecord
 DIAGNOSIS_SCHEMA: Literal["uncollapse/diagnosis/1"] = "uncollapse/diagnosis/1"
 
 Pooling = Literal["tokens", "mean", "last", "first", "own"]
+SAMPLED_TOKENS = (
+    64  # that stand for all tokens of a corpus at level `core`; their spectra cost what those of 64 sequences cost
+)
 HARDLY_TRAINED = "hardly trained"  # what the evidence begins with where the start was left, but not far behind
 
 

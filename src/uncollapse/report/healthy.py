@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from uncollapse.records.anatomy import AnatomyRecord
 from uncollapse.records.common import ModelInfo, Statistic
-from uncollapse.records.diagnosis import CorpusRecord, DiagnosisRecord
+from uncollapse.records.diagnosis import SAMPLED_TOKENS, CorpusRecord, DiagnosisRecord
 from uncollapse.records.figures import WORST_IS_LARGEST
 from uncollapse.report.wording import count, number
 
@@ -88,7 +88,6 @@ CORPUS_SHARES = {  # relative to what so many points of this width can reach
     "k90": "attainable_centred_rank",
     "k95": "attainable_centred_rank",
 }
-FEW_TOKENS = 64  # so many stand for the tokens at level `core`, and have the directions of so many
 UPDATES = ("out_of_span_energy", "nonlinear_innovation", "relative_norm")
 
 
@@ -282,7 +281,7 @@ def corpus_figures(clouds: Iterable[CorpusRecord]) -> dict[str, list[float]]:
 def corpus_part(cloud: CorpusRecord) -> str:
     """Under what part the figures of a cloud have a reference. A sample of the tokens has fewer directions than all of them, and
     what the model pools by itself has no other model's to stand beside."""
-    is_few = cloud.pooling == "tokens" and cloud.sampled is not None and cloud.sampled <= FEW_TOKENS
+    is_few = cloud.pooling == "tokens" and cloud.sampled is not None and cloud.sampled <= SAMPLED_TOKENS
     return f"corpus.{'few tokens' if is_few else cloud.pooling}"
 
 
