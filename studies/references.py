@@ -4,6 +4,10 @@ Each healthy model of `studies/validity` is diagnosed once, as it is and on its 
 figure over its places are written to `src/uncollapse/report/healthy.json`. That text has few sequences; the clouds of the corpus
 are those of the larger texts of `studies.corpus_geometry`, for the models that have one there. What is measured already is not
 measured again, unless a model is named (`python -m studies.references minilm`) or all are asked for (`--anew`).
+
+A pooling of the model's own that was trained is in none of them: the poolers of MiniLM and of RXNMapper's ALBERT have the numbers
+of an initialisation, with biases of 0. What stands for it is what sentence encoders take from such models: the mean of the output's
+tokens, and its first token (the last, where the mask is causal, since the first sees nothing but itself there).
 """
 
 from __future__ import annotations
@@ -16,13 +20,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import uncollapse as uc
 from studies import corpus_geometry
-from studies.validity.models import SUBJECTS, Subject
+from studies.validity.models import SUBJECTS, Batches, Subject
 from uncollapse.analyses.recording import corpus_records
 from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.probe.corpus import CorpusStatistics, Rows
 from uncollapse.probe.passes import Watched, capture
+from uncollapse.probe.sites import SiteStatistics
+from uncollapse.records.diagnosis import CorpusRecord, Pooling
 from uncollapse.report.healthy import HealthyModel, corpus_figures, figures, is_causal
 
 PLACE = Path(__file__).resolve().parents[1] / "src/uncollapse/report/healthy.json"
@@ -38,8 +46,8 @@ def measured(name: str, subject: Subject) -> HealthyModel:
     return HealthyModel(name, subject.about, causal, record.model.norm_placement, ranges)
 
 
-def clouds(name: str) -> dict[str, list[float]]:
-    """The ranges of the clouds of the corpus in one model of `studies.corpus_geometry`."""
+def clouds(name: str, *, causal: bool) -> dict[str, list[float]]:
+    """The ranges of the clouds of the corpus in one model of `studies.corpus_geometry`, and of its pooled output."""
     model, batches = corpus_geometry.MODELS[name][1]()
     anatomy = proved_anatomy(model, batches[0])
     found: dict[str, list[float]] = {}
@@ -47,7 +55,23 @@ def clouds(name: str) -> dict[str, list[float]]:
     for watch in watched:
         observed = capture(model, batches, anatomy, watch=watch)
         found |= corpus_figures(corpus_records(observed.corpus))
-    return _ranges(found)
+    return _ranges(found | corpus_figures(pooled_outputs(model, batches, "last" if causal else "first")))
+
+
+@torch.no_grad()
+def pooled_outputs(model: nn.Module, batches: Batches, token: Pooling) -> list[CorpusRecord]:
+    """The last states of every sequence as a point: their mean, and that of one token. In the record they look like poolings of
+    the model's own."""
+    states = getattr(model, "base_model", model)
+    found = []
+    for pooling in ("mean", token):
+        statistics = CorpusStatistics(SiteStatistics(pooling, None, None), "own", None)
+        for batch in batches:
+            x = states(**batch).last_hidden_state
+            points = Rows.of(x, batch["attention_mask"].bool()).pooled(x, pooling)
+            statistics.take(points, torch.rand(len(points), dtype=torch.float64), torch.finfo(x.dtype).eps)
+        found.append(statistics)
+    return corpus_records(found)
 
 
 def _ranges(found: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -78,10 +102,10 @@ def main() -> None:
     for name, subject in SUBJECTS.items():
         if name in given.models or (subject.is_healthy and (given.anew or name not in known)):
             known[name] = measured(name, subject)
-        elif name not in known or any(figure.startswith("corpus.") for figure in known[name].ranges):
+        elif name not in known or any(figure.startswith("corpus.own.") for figure in known[name].ranges):
             continue
         if name in corpus_geometry.MODELS:
-            known[name] = replace(known[name], ranges=known[name].ranges | clouds(name))
+            known[name] = replace(known[name], ranges=known[name].ranges | clouds(name, causal=known[name].causal))
         write([known[each] for each in SUBJECTS if each in known])
         print(f"{name}: {len(known[name].ranges)} figures", flush=True)
         gc.collect()
