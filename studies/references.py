@@ -20,17 +20,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import nn
-
 import uncollapse as uc
 from studies import corpus_geometry
-from studies.validity.models import SUBJECTS, Batches, Subject
+from studies.validity.models import SUBJECTS, Subject
 from uncollapse.analyses.recording import corpus_records
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.probe.corpus import CorpusStatistics, Rows
 from uncollapse.probe.passes import Watched, capture
 from uncollapse.probe.sites import SiteStatistics
-from uncollapse.records.diagnosis import CorpusRecord, Pooling
+from uncollapse.records.diagnosis import Pooling
 from uncollapse.report.healthy import HealthyModel, corpus_figures, figures, is_causal
 
 PLACE = Path(__file__).resolve().parents[1] / "src/uncollapse/report/healthy.json"
@@ -46,8 +44,8 @@ def measured(name: str, subject: Subject) -> HealthyModel:
     return HealthyModel(name, subject.about, causal, record.model.norm_placement, ranges)
 
 
-def clouds(name: str, *, causal: bool) -> dict[str, list[float]]:
-    """The ranges of the clouds of the corpus in one model of `studies.corpus_geometry`, and of its pooled output."""
+def clouds(name: str) -> dict[str, list[float]]:
+    """The ranges of the clouds of the corpus in one model of `studies.corpus_geometry`."""
     model, batches = corpus_geometry.MODELS[name][1]()
     anatomy = proved_anatomy(model, batches[0])
     found: dict[str, list[float]] = {}
@@ -55,23 +53,23 @@ def clouds(name: str, *, causal: bool) -> dict[str, list[float]]:
     for watch in watched:
         observed = capture(model, batches, anatomy, watch=watch)
         found |= corpus_figures(corpus_records(observed.corpus))
-    return _ranges(found | corpus_figures(pooled_outputs(model, batches, "last" if causal else "first")))
+    return _ranges(found)
 
 
 @torch.no_grad()
-def pooled_outputs(model: nn.Module, batches: Batches, token: Pooling) -> list[CorpusRecord]:
-    """The last states of every sequence as a point: their mean, and that of one token. In the record they look like poolings of
-    the model's own."""
-    states = getattr(model, "base_model", model)
-    found = []
-    for pooling in ("mean", token):
-        statistics = CorpusStatistics(SiteStatistics(pooling, None, None), "own", None)
-        for batch in batches:
-            x = states(**batch).last_hidden_state
-            points = Rows.of(x, batch["attention_mask"].bool()).pooled(x, pooling)
-            statistics.take(points, torch.rand(len(points), dtype=torch.float64), torch.finfo(x.dtype).eps)
-        found.append(statistics)
-    return corpus_records(found)
+def pooled_outputs(name: str, *, causal: bool) -> dict[str, list[float]]:
+    """The ranges of the same model's output with every sequence as a point: the mean of its states, and that of one token. They go
+    by the name of a pooling of the model's own."""
+    model, batches = corpus_geometry.MODELS[name][1]()
+    poolings: tuple[Pooling, ...] = ("mean", "last" if causal else "first")
+    clouds = [CorpusStatistics(SiteStatistics(pooling, None, None), "own", None) for pooling in poolings]
+    for batch in batches:
+        x = getattr(model, "base_model", model)(**batch).last_hidden_state
+        rows = Rows.of(x, batch["attention_mask"].bool())
+        for pooling, cloud in zip(poolings, clouds, strict=True):
+            points = rows.pooled(x, pooling)
+            cloud.take(points, torch.rand(len(points), dtype=torch.float64), torch.finfo(x.dtype).eps)
+    return _ranges(corpus_figures(corpus_records(clouds)))
 
 
 def _ranges(found: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -81,6 +79,10 @@ def _ranges(found: dict[str, list[float]]) -> dict[str, list[float]]:
 def _rounded(value: float) -> float:
     assert math.isfinite(value)
     return float(f"{value:.3g}")
+
+
+def _has(model: HealthyModel, part: str) -> bool:
+    return any(figure.startswith(part) for figure in model.ranges)
 
 
 def write(models: list[HealthyModel], place: Path = PLACE) -> None:
@@ -102,10 +104,12 @@ def main() -> None:
     for name, subject in SUBJECTS.items():
         if name in given.models or (subject.is_healthy and (given.anew or name not in known)):
             known[name] = measured(name, subject)
-        elif name not in known or any(figure.startswith("corpus.own.") for figure in known[name].ranges):
+        elif name not in known or name not in corpus_geometry.MODELS or _has(known[name], "corpus.own."):
             continue
         if name in corpus_geometry.MODELS:
-            known[name] = replace(known[name], ranges=known[name].ranges | clouds(name, causal=known[name].causal))
+            found = {} if _has(known[name], "corpus.mean.") else clouds(name)
+            found |= pooled_outputs(name, causal=known[name].causal)
+            known[name] = replace(known[name], ranges=known[name].ranges | found)
         write([known[each] for each in SUBJECTS if each in known])
         print(f"{name}: {len(known[name].ranges)} figures", flush=True)
         gc.collect()

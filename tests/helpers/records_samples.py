@@ -269,7 +269,8 @@ def quiet() -> DiagnosisRecord:
 
 
 def with_corpus() -> DiagnosisRecord:
-    """The encoder with the clouds of its corpus at every site, in every pooling and its own, and with experts in every block."""
+    """The encoder at level `full`, with the clouds of its corpus at every site, in every pooling and its own, and with experts in
+    every block."""
     record = encoder()
     corpus = []
     for pooling, points, sampled in (("tokens", 2752, 64), ("mean", 64, None), ("last", 64, None), ("first", 64, None)):
@@ -289,7 +290,13 @@ def with_corpus() -> DiagnosisRecord:
         RouterRecord(block, None, 8, 2, 2752, load, 0.795, 5.22, [7], {}, 0.9997, 0.0, [0.107, 0.144])
         for block in range(record.model.blocks)
     ]
-    return replace(record, corpus=corpus, routers=routers)
+    rng = np.random.default_rng(0)
+    heads = [
+        replace(head, second_singular_value=head.contraction)
+        for block in range(record.model.blocks)
+        for head in attention(block, 12, rng, full=True)
+    ]
+    return replace(record, corpus=corpus, routers=routers, attention=heads)
 
 
 def collapsed() -> DiagnosisRecord:

@@ -17,7 +17,7 @@ import torch
 import transformers
 from rich.console import Console
 from studies import corpus_geometry
-from studies.references import clouds
+from studies.references import clouds, pooled_outputs
 from studies.validity.models import SUBJECTS
 
 import uncollapse as uc
@@ -74,7 +74,7 @@ def test_a_model_measured_again_gives_its_ranges() -> None:
 def test_the_clouds_of_a_corpus_measured_again_have_their_ranges() -> None:
     """MiniLM on 64 texts."""
     stored = next(each for each in healthy_models() if each.name == "minilm").ranges
-    found = clouds("minilm", causal=False)
+    found = clouds("minilm") | pooled_outputs("minilm", causal=False)
     assert found.keys() == {name for name in stored if name.startswith("corpus.")}
     assert {name.split(".")[1] for name in found} == {"mean", "last", "first", "tokens", "few tokens", "own"}
     for name, values in found.items():

@@ -77,7 +77,7 @@ def routers_table(routers: Sequence[RouterRecord]) -> Table | None:
     return table(
         "routers",
         "How many tokens each expert gets",
-        [(Column("block", numeric=False), lambda router: Cell(_block(router), sort=float(router.block)))],
+        [(Column("block"), lambda router: Cell(_block(router).removeprefix("block "), sort=float(router.block)))],
         [
             field("experts", "experts"),
             field("chosen", "chosen for a token"),
