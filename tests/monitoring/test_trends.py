@@ -92,6 +92,13 @@ def test_a_slow_drift_is_an_alarm_from_afar() -> None:
         assert first.onset == first.step - 5 * (8 * window(0.01, 2) - 1)
 
 
+def test_a_drift_is_extrapolated_as_far_as_it_was_watched() -> None:
+    """Straight, so that the look is known from which it is as near as the window is long; the alarm is at the next one."""
+    watched = 8 * window(0.01, 2)
+    (alarm,) = raised([(look, (look - 300) / 100) for look in range(290)])
+    assert alarm.step == 300 - (watched - 1) + 1
+
+
 def test_a_drift_that_slows_down_is_none() -> None:
     """As far and as fast, the other way round: what a model does that learns."""
     back = [DRIFT[0] + DRIFT[-1] - margin for margin in reversed(DRIFT)]
