@@ -16,9 +16,9 @@ times as long. A point of it is the median of `LONG` looks, which leaves little 
 distance, if the other two conditions hold: it is extrapolated no farther than it was watched, and that is farther. No spurt of
 learning lasts as long without slowing down.
 
-All this must hold for `patience` looks. The monitor asks only about places that were healthy before: the nearly uniform attention
-of a fresh model comes and goes near its threshold. Of `CORPUS-DIMENSIONS` there is no trend: a single model decides its threshold,
-and while a model learns how often each token occurs, all sequences come near it.
+All this must hold for `LATER` looks more than `patience`, for a trend is a guess. The monitor asks only about places that were
+healthy before: the nearly uniform attention of a fresh model comes and goes near its threshold. Of `CORPUS-DIMENSIONS` there is no
+trend: a single model decides its threshold, and while a model learns how often each token occurs, all sequences come near it.
 
 When not to use it: for what falls at once. `ThresholdAlarms` sees that; a trend needs a window of looks.
 """
@@ -44,6 +44,7 @@ SLACK = 2  # pairs out of order that a rise may have
 LONGEST = 24
 LONG = 8  # times the looks of the short window has the long one
 LENGTHS = (1, LONG)
+LATER = 1  # looks more than a warning must stand
 SLOWED = 0.9  # of the whole window's slope; a straight rise has all of it, but for rounding
 WITHOUT = ("CORPUS-DIMENSIONS",)  # rules that have no trend
 
@@ -103,7 +104,7 @@ class TrendAlarms:
         tests = len(LENGTHS) * len(margins)
         looks = window(self.rate, tests)
         for key, margin in margins.items():
-            seen = self._seen.setdefault(key, deque(maxlen=LONG * LONGEST + self.patience - 1))
+            seen = self._seen.setdefault(key, deque(maxlen=LONG * LONGEST + self._stands - 1))
             while seen and seen[-1][0] >= step:  # looked at twice, or back at an earlier checkpoint
                 seen.pop()
             seen.append((step, margin))
@@ -128,16 +129,21 @@ class TrendAlarms:
         return raised, cleared
 
     def _rise(self, seen: Sequence[tuple[int, float]], looks: int, length: int, tests: int) -> _Rise | None:
-        """The rise that has stood for `patience` looks in a window of `length` times as many looks; None where there is none."""
-        if len(seen) < looks * length + self.patience - 1:
+        """The rise that has stood for long enough in a window of `length` times as many looks; None where there is none."""
+        if len(seen) < looks * length + self._stands - 1:
             return None
-        ends = (seen[: len(seen) - ago][-looks * length :] for ago in reversed(range(self.patience)))
+        ends = (seen[: len(seen) - ago][-looks * length :] for ago in reversed(range(self._stands)))
         rise = None
         for points in ends:
             rise = _rise(points, length, self.rate / (LOOKS * tests))
             if rise is None:
                 return None
         return rise
+
+    @property
+    def _stands(self) -> int:
+        """For how many looks a rise must stand."""
+        return self.patience + LATER
 
     def standing(self, key: str) -> None:
         """Take an alarm of an earlier part of the run as raised."""
