@@ -20,6 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+
 import uncollapse as uc
 from studies import corpus_geometry
 from studies.validity.models import SUBJECTS, Subject

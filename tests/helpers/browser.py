@@ -170,8 +170,8 @@ class Browser:
 
     @staticmethod
     def scale(path: Path) -> float:
-        """The scale of a printed page: 1, or less where chromium shrank it because something is wider than the sheet. It does so down
-        to 2/3, and cuts off the rest."""
+        """The scale of a printed page: 1, or less where chromium shrank it because something is wider than the sheet. It does so
+        down to 2/3, and cuts off the rest."""
         printed = path.read_bytes()
         for stream in re.finditer(rb"stream\r?\n", printed):
             with contextlib.suppress(zlib.error):

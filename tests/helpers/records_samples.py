@@ -275,7 +275,22 @@ def with_corpus() -> DiagnosisRecord:
     corpus = []
     for pooling, points, sampled in (("tokens", 2752, 64), ("mean", 64, None), ("last", 64, None), ("first", 64, None)):
         for number, site in enumerate(record.trajectory):
-            spectrum = (41.2, 39.5 - number, 20.1, 6.21, 1.27, 1.13, 1.41, 31, 39, 0.0818, 0.431, 0.0494, 0.0530, 0.0587)
+            spectrum = (
+                41.2,
+                39.5 - number,
+                20.1,
+                6.21,
+                1.27,
+                1.13,
+                1.41,
+                31,
+                39,
+                0.0818,
+                0.431,
+                0.0494,
+                0.0530,
+                0.0587,
+            )
             beside: dict[str, Any] = {} if site.block is None else {"compared": 64, "novelty": 0.258, "cka": 0.958}
             beside |= {} if site.block is None else {"unbiased_cka": 0.94, "cosine": 0.865}
             most = min(points, 64)

@@ -88,7 +88,7 @@ def test_the_models_own_pooling_stands_beside_pooled_outputs() -> None:
     assert corpus.POOLED_OUTPUT not in draw(record)
     assert corpus.of_corpus(own)[1][0] in unescape(draw(own))
     words = printed(own)
-    assert "The model's own pooling, pooler_output, uses 9 of 19 directions; its mean cosine is 0.900." in words
+    assert "The model's own pooling, pooler_output, uses 9 of 19 directions; its mean cosine is 0.700." in words
     assert f"({corpus.POOLED_OUTPUT}): directions " in words
     assert "own pooling" not in printed(record)
 

@@ -299,9 +299,9 @@ class RouterRecord:
     fell on each expert, `entropy` that of the load beside ln(experts) (1: all alike), `effective_experts` exp H, `dead` the
     experts that none of the `tokens` was sent to.
 
-    `random_entropy`, `random_dead` and `random_load` are what these would be if so many tokens chose at random, each expert as likely
-    as any other: the expected entropy, the expected number of dead experts, and two shares between which all loads lie in 95 % of
-    the cases."""
+    `random_entropy`, `random_dead` and `random_load` are what these would be if so many tokens chose at random, each expert as
+    likely as any other: the expected entropy, the expected number of dead experts, and two shares between which all loads lie in
+    95 % of the cases."""
 
     block: int
     stack: Stack | None

@@ -19,7 +19,7 @@ POOLINGS = {
 }
 SAMPLED = {"tokens": "a sample of the tokens"}
 # What healthy models have beside a pooling of the model's own.
-POOLED_OUTPUT = "the mean of the output over tokens, or its first (last, if causal) token"
+POOLED_OUTPUT = "the mean of the output over tokens, or its first token, its last where the mask is causal"
 CHANCE = "“By chance” is what is expected where every token chooses at random, each expert as likely as any other."
 CORPUS = [
     Measure("points", Column("points", "n"), lambda cloud: _points(cloud)),
@@ -106,7 +106,9 @@ def _loads_by_chance(routers: Sequence[RouterRecord]) -> tuple[str, str]:
     """What stands under the smallest and under the largest load."""
     even = f"even {_range(1 / router.experts for router in routers)}"
     least, most = (_range(r.random_load[end] for r in routers if r.random_load) for end in (0, 1))
-    return (f"{even}; by chance at least {least}", f"{even}; by chance at most {most}") if least and most else (even, even)
+    return (
+        (f"{even}; by chance at least {least}", f"{even}; by chance at most {most}") if least and most else (even, even)
+    )
 
 
 def _effective_by_chance(router: RouterRecord) -> float | None:
