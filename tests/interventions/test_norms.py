@@ -523,7 +523,16 @@ def test_oddness_tells_a_norm_from_a_softmax() -> None:
 
 
 @pytest.mark.parametrize(
-    ("placement", "overlooked"), [("pre", 0), ("pre", 1), ("post", 0), ("post", 1), ("sandwich", 2)]
+    ("placement", "overlooked"),
+    [
+        ("pre", 0),
+        ("pre", 1),
+        ("post", 0),
+        ("post", 1),
+        *(("sandwich", i) for i in range(4)),
+        ("output", 0),
+        ("output", 1),
+    ],
 )
 def test_a_norm_that_was_overlooked_is_not_left_in_silence(
     placement: str, overlooked: int, monkeypatch: pytest.MonkeyPatch

@@ -351,7 +351,8 @@ def _hearing(alone: Alone, axes: StreamAxes, token: int) -> _Hearing:
     one = other.clone()
     one[tuple(index)] = changed[tuple(index)]
     calls = alone.block.parts[part].attention
-    products, seen = Products(), ([None] * len(calls), [None] * len(calls))
+    products = Products()
+    seen: tuple[_Seen, _Seen] = ([None] * len(calls), [None] * len(calls))
     with products:
         before = axes.cloud(update(other, _reading(calls, axes.cloud(other), seen[0])))
     after = axes.cloud(update(one, _reading(calls, axes.cloud(other), seen[1])))
