@@ -451,12 +451,12 @@ def _require_effect(
         )
         with restoring() as changes:
             _set_aside(model, anatomy, changes)
-            _put_up(model, anatomy, [everything], changes, everywhere=False)
+            _put_up(model, anatomy, [everything], changes)
             require_no_norm_left(model, anatomy, wanted.blocks, example)
         norms = replace(everything, components=frozenset({"norm"}))
         with restoring() as changes:
             _set_aside(model, anatomy, changes)
-            _put_up(model, anatomy, [norms], changes, everywhere=False)
+            _put_up(model, anatomy, [norms], changes)
             require_no_output_norm_left(model, anatomy, wanted.blocks, example)
     if example is not None and "mask" in wanted.components:
         with restoring() as changes:
@@ -504,7 +504,7 @@ def _changes(model: nn.Module, anatomy: Anatomy, removal: _Removal, example: Map
     for removals in ([], [removal]):
         with restoring() as changes:
             try:
-                _put_up(model, anatomy, removals, changes, everywhere=False)
+                _put_up(model, anatomy, removals, changes)
             except InputError:
                 return True
             torch.manual_seed(0)
@@ -522,16 +522,24 @@ def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> No
     installed = _in_force[model].installed
     installed.put_back()
     try:
-        _put_up(model, anatomy, removals, installed, everywhere=all(each.everywhere for each in removals))
+        everywhere = all(each.everywhere for each in removals)
+        _put_up(model, anatomy, removals, installed, everywhere=everywhere, is_watched=True)
     except BaseException:  # Ctrl-C, too: the half that is up comes down
         installed.put_back()
         raise
 
 
 def _put_up(
-    model: nn.Module, anatomy: Anatomy, removals: list[_Removal], changes: Changes, *, everywhere: bool
+    model: nn.Module,
+    anatomy: Anatomy,
+    removals: list[_Removal],
+    changes: Changes,
+    *,
+    everywhere: bool = False,
+    is_watched: bool = False,
 ) -> None:
-    """Put up the union of `removals`, in this thread or `everywhere`."""
+    """Put up the union of `removals`, in this thread or `everywhere`. is_watched: passes that go where the model was never looked
+    at are refused if something would stay there; one of noise, to ask a question, may go anywhere."""
     if not removals:
         return
     changes.enter(in_the_open(model))
@@ -588,8 +596,9 @@ def _put_up(
         "norm": {number for r in removals if "norm" in r.components for number in r.blocks},
         "attention": {*unmasked, *(number for r in removals for number in r.heads)},
     }
-    changes.enter(unseen_runs.watched(model, anatomy, away, norms, everywhere=everywhere))
-    changes.enter(intercepted(model, handlers, everywhere=everywhere, paths=paths or None))
+    if is_watched:
+        changes.enter(unseen_runs.watched(model, anatomy, away, norms, everywhere=everywhere))
+    changes.enter(intercepted(model, handlers, everywhere=everywhere, paths=paths if is_watched and paths else None))
 
 
 def _parts(block: Block, gone: Collection[str], meant: Mapping[str, Collection[str]]) -> set[int]:
