@@ -538,7 +538,8 @@ def test_a_norm_that_was_overlooked_is_not_left_in_silence(
     placement: str, overlooked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    model, batch = Stack(placement, WRITTEN["rms by hand"][1]).eval(), {"input_ids": ids()}
+    written = "over its length" if placement == "output" else "rms by hand"
+    model, batch = Stack(placement, WRITTEN[written][1]).eval(), {"input_ids": ids()}
     anatomy = proved_anatomy(model, batch)
     first, second = anatomy.blocks
     left = tuple(norm for i, norm in enumerate(second.norms) if i != overlooked)

@@ -96,12 +96,14 @@ def require_no_output_norm_left(
         return _added(model, anatomy, numbers, example, size, seed)
 
     none, small, large = (added(size) for size in (0.0, 4.0, 64.0))
-    bent = [key for key in small if not _is_linear(*(found[key] for found in (none, small, large)))]
+    none = {key: update.nan_to_num(0.0) for key, update in none.items()}  # x / |x|
+    told = none.keys() & small.keys() & large.keys()
+    bent = sorted(key for key in told if not _is_linear(*(found[key] for found in (none, small, large))))
     if bent:
         largest, minus, minus_large = added(1024.0), added(-4.0), added(-64.0)
         other, other_large, other_minus, other_minus_large = (added(size, 1) for size in (4.0, 64.0, -4.0, -64.0))
         for key in bent:
-            left = [
+            plain, turned, another, another_turned = (
                 _left(found[key], larger[key])
                 for found, larger in (
                     (small, large),
@@ -109,14 +111,12 @@ def require_no_output_norm_left(
                     (other, other_large),
                     (other_minus, other_minus_large),
                 )
-            ]
+            )
             if not _goes_on(small[key], large[key], largest[key]):
                 continue
-            if float((left[0] - none[key].double()).abs().max()) <= _LEAST_LEFT * float(
-                small[key].double().abs().max()
-            ):
+            if float((plain - none[key].double()).abs().max()) <= _LEAST_LEFT * float(small[key].double().abs().max()):
                 continue
-            if kind_of(*left, left[0]) is None:
+            if kind_of(plain, turned, another, another_turned, plain) is None:
                 continue
             block, part = anatomy.blocks[key[0]], anatomy.blocks[key[0]].parts[key[1]]
             raise UnsupportedModel(

@@ -592,12 +592,12 @@ def _put_up(
                 handlers[point] = in_turn(handler, handlers[point]) if point in handlers else handler
             for where, read in away.reads.items():
                 changes.enter(single_heads.reading(model, where.name, {where.call: read}, everywhere=everywhere))
-    away = {
+    affected = {
         "norm": {number for r in removals if "norm" in r.components for number in r.blocks},
         "attention": {*unmasked, *(number for r in removals for number in r.heads)},
     }
     if is_watched:
-        changes.enter(unseen_runs.watched(model, anatomy, away, norms, everywhere=everywhere))
+        changes.enter(unseen_runs.watched(model, anatomy, affected, norms, everywhere=everywhere))
     changes.enter(intercepted(model, handlers, everywhere=everywhere, paths=paths if is_watched and paths else None))
 
 
