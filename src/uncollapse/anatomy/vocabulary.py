@@ -202,6 +202,7 @@ class AttentionCall:
     made: tuple[Point, ...] = field(default=(), compare=False)
     has_other_data: bool = False
     serves_weights: bool = False
+    turns: int = 0
 
     @property
     def is_fused(self) -> bool:
@@ -276,6 +277,11 @@ class Part:
     def shares_queries(self) -> bool:
         """Whether its calls answer for its queries in turn."""
         return any(call.shares_queries for call in self.attention)
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether its calls mix one sequence at a time, in a loop over them."""
+        return any(call.turns for call in self.attention)
 
 
 @dataclass(frozen=True)
