@@ -356,7 +356,9 @@ class HeadsMixing(BlockAlone):
                 if len(set(map(_layout, known))) != 1 or not all(c.queries_of_tokens and c.keys_of_tokens for c in known):
                     raise UnreadableError(f"{OF_ITS_OWN}, and these do not answer for all of its tokens alike")
                 others = tuple(i for i in range(len(self.block.parts)) if i != number)
-                calls.append(as_one([replace(known[0], masking=self._masking_axes(known[0], others, 1)), *known[1:]]))
+                lead = _alone_first(known[0].lead, [plain[i][0].mixed.shape for i in group])
+                first = replace(known[0], lead=lead, masking=self._masking_axes(known[0], others, 1))
+                calls.append(as_one([first, *known[1:]]))
                 turns.append(tuple(owners[i] for i in group))
         except UnreadableError as error:
             return tuple(replace(call, unreadable=str(error)) for call in part.attention)
@@ -464,6 +466,12 @@ class HeadsMixing(BlockAlone):
 
         self._replay(others, None, {**handlers, step.point: noting_shape, call.product: at_product})
         return (arrived[0], shapes[0]) if arrived else (None, ())
+
+
+def _alone_first(lead: tuple[Lead, ...], shapes: Sequence[Sequence[int]]) -> tuple[Lead, ...]:
+    """The leading axes of a product that mixes one sequence: the first axis that is of length one in all turns is that of it."""
+    alone = next((i for i in range(len(lead)) if all(shape[i] == 1 for shape in shapes)), None)
+    return tuple(Lead("sequence") if i == alone and axis.role == "head" else axis for i, axis in enumerate(lead))
 
 
 def _layout(call: AttentionCall) -> tuple[object, ...]:

@@ -171,7 +171,8 @@ class Norms(Sums):
                 inside = [i for i in self._products_feeding(own) if self.t.depends(i, found.given)]
                 for source in inside[:_MOST_PRODUCTS]:
                     for piece in pieces_between(self.t, source, next_products(self.t, source, own)):
-                        yield piece, "inner", part
+                        if not self._is_softmax(piece):  # over two keys it is as odd as a norm
+                            yield piece, "inner", part
                 # However many products come before, behind the last ones stands what is behind the sublayer. Of experts that are
                 # added up one by one, the last are nearest to it.
                 products = set(inside)
@@ -179,6 +180,14 @@ class Norms(Sums):
                 for source in sorted({i for of in makers.values() for i in of[-_MOST_PRODUCTS:]}, reverse=True):
                     for piece in pieces_between(self.t, source, [leaf for leaf in own if source in makers[leaf]]):
                         yield piece, "after", part
+
+    def _is_softmax(self, piece: Piece) -> bool:
+        """Whether a piece holds the softmax of an attention."""
+        scores = [found.score for found in self.attentions.values() if found.score is not None]
+        return any(
+            (piece.bare == score or self.t.depends(piece.bare, score)) and self.t.depends(score, piece.source)
+            for score in scores
+        )
 
     def _products_feeding(self, leaves: list[int]) -> list[int]:
         return [

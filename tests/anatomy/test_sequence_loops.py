@@ -1,0 +1,226 @@
+"""Attention that runs once for each sequence, in a loop over a batch or over pieces that lie end to end, as people write it. Figures
+equal those of NumPy, sequence by sequence, from the weights and what entered each block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import uncollapse as uc
+from tests.helpers.observing import observe
+from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
+from uncollapse.probe.passes import Observations
+
+WIDTH, HEADS, EACH = 24, 3, 8
+FIGURES = ["entropy", "max_logit", "value_contraction", "contraction"]
+
+
+class Looping(nn.Module):
+    """Attention that goes through its sequences one by one: `pieces` are their rows [token, width], in whatever order."""
+
+    def __init__(self, style: str, bias: bool = False) -> None:
+        super().__init__()
+        self.style = style
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, hide: Tensor | None) -> Tensor:
+        """[token, width] each. hide [token]: True for a padded key."""
+        if self.style == "a loop over heads, too":
+            return torch.cat([self.head(*each, hide) for each in zip(*(t.split(EACH, -1) for t in (q, k, v)))], -1)
+        q, k, v = (t.unflatten(-1, (HEADS, EACH)).transpose(0, 1) for t in (q, k, v))
+        if self.style == "fused":
+            allowed = None if hide is None else ~hide[None, None, None, :]
+            mixed = functional.scaled_dot_product_attention(q[None], k[None], v[None], allowed)[0]
+        elif self.style == "einsum":
+            scores = torch.einsum("hqd,hkd->hqk", q, k) / math.sqrt(EACH)
+            scores = scores if hide is None else scores.masked_fill(hide[None, None], -math.inf)
+            mixed = torch.einsum("hqk,hkd->hqd", scores.softmax(-1), v)
+        else:
+            scores = q @ k.mT / math.sqrt(EACH)
+            scores = scores if hide is None else scores.masked_fill(hide[None, None], -1e9)
+            mixed = scores.softmax(-1) @ v
+        return mixed.transpose(0, 1).flatten(1)
+
+    @staticmethod
+    def head(q: Tensor, k: Tensor, v: Tensor, hide: Tensor | None) -> Tensor:
+        scores = q @ k.mT / math.sqrt(EACH)
+        scores = scores if hide is None else scores.masked_fill(hide[None], -1e9)
+        return scores.softmax(-1) @ v
+
+    def order(self, pieces: Sequence[Tensor]) -> list[int]:
+        numbers = list(range(len(pieces)))
+        if self.style == "backwards":
+            return numbers[::-1]
+        if self.style == "longest first":
+            return sorted(numbers, key=lambda i: -len(pieces[i]))
+        return numbers
+
+    def forward(self, pieces: Sequence[Tensor], hide: Tensor | None = None) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+        if self.style == "projections inside":
+            for i, piece in enumerate(pieces):
+                own = None if hide is None else hide[i]
+                found[i] = self.out(self.attend(self.query(piece), self.key(piece), self.value(piece), own))
+            return list(found.values())
+        lengths = [len(piece) for piece in pieces]
+        joined = torch.cat(list(pieces))
+        q, k, v = (m(joined).split(lengths) for m in (self.query, self.key, self.value))
+        for i in self.order(pieces):
+            others = (i, i - 1) if self.style == "hears its neighbour" else (i,)
+            keys, values = (torch.cat([t[j] for j in others]) for t in (k, v))
+            found[i] = self.attend(q[i], keys, values, None if hide is None else hide[i])
+        return list(self.out(torch.cat([found[i] for i in range(len(pieces))])).split(lengths))
+
+
+class OneByOne(nn.Module):
+    """A module of its own, called once for each sequence."""
+
+    def __init__(self, _: str) -> None:
+        super().__init__()
+        self.inner = Looping("eager")
+
+    def forward(self, pieces: Sequence[Tensor], hide: Tensor | None = None) -> list[Tensor]:
+        return [
+            self.inner([piece], None if hide is None else hide[i : i + 1])[0] for i, piece in enumerate(pieces)
+        ]
+
+
+class Block(nn.Module):
+    """Pre-norm; the stream is [sequence, token, width], or rows laid end to end, with `lengths`."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.before, self.after = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attention = OneByOne(style) if style == "a module's run each" else Looping(style)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, lengths: Tensor | None, hide: Tensor | None) -> Tensor:
+        read = self.before(x)
+        if lengths is None:
+            x = x + torch.stack(self.attention([read[i] for i in range(len(read))], hide))
+        else:
+            x = x + torch.cat(self.attention(read.split(lengths.tolist())))
+        return x + self.down(functional.gelu(self.up(self.after(x))))
+
+
+class Model(nn.Module):
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, WIDTH)
+        self.blocks = nn.ModuleList([Block(style) for _ in range(2)])
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None, hide: Tensor | None = None) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x, lengths, hide)
+        return x
+
+
+def built(style: str) -> Model:
+    torch.manual_seed(0)
+    model = Model(style).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def batch(*lengths: int, is_packed: bool, seed: int = 0) -> dict[str, Tensor]:
+    drawn = torch.randn(sum(lengths), 5, generator=torch.Generator().manual_seed(seed))
+    if is_packed:
+        return {"x": drawn, "lengths": torch.tensor(lengths)}
+    return {"x": drawn.view(len(lengths), lengths[0], 5)}
+
+
+def entered(model: nn.Module, given: dict[str, Tensor]) -> list[list[np.ndarray]]:
+    """What enters each block, sequence by sequence."""
+    found: list[list[np.ndarray]] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].double()
+        found.append([p.numpy() for p in (x.split(given["lengths"].tolist()) if "lengths" in given else x)])
+
+    hooks = [block.register_forward_pre_hook(note) for block in model.blocks]
+    with torch.no_grad():
+        model(**given)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def linear(module: nn.Linear, x: np.ndarray) -> np.ndarray:
+    return x @ module.weight.detach().double().numpy().T + module.bias.detach().double().numpy()
+
+
+def figures(block: Block, x: np.ndarray, real: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Of each head, for one sequence [token, width]: NumPy, in float64."""
+    real = np.ones(len(x), dtype=bool) if real is None else real
+    x = x[real]
+    norm, attention = block.before, getattr(block.attention, "inner", block.attention)
+    read = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + norm.eps)
+    q, k, v = (linear(m, read) for m in (attention.query, attention.key, attention.value))
+    weight = attention.out.weight.detach().double().numpy()
+    found: dict[str, list[float]] = {name: [] for name in (*FIGURES, "energy")}
+    for head in range(HEADS):
+        own = slice(head * EACH, head * EACH + EACH)
+        logits = q[:, own] @ k[:, own].T / math.sqrt(EACH)
+        A = np.exp(logits - logits.max(-1, keepdims=True))
+        A /= A.sum(-1, keepdims=True)
+        mixed, C = A @ v[:, own], np.eye(len(x)) - 1 / len(x)
+        found["entropy"].append(float(-(A * np.log(A)).sum(-1).mean()))
+        found["max_logit"].append(float(logits.max()))
+        found["value_contraction"].append(float(np.linalg.norm(C @ mixed) / np.linalg.norm(C @ v[:, own])))
+        found["contraction"].append(float(np.linalg.norm(C @ A @ C, 2)))
+        found["energy"].append(float(np.linalg.norm(C @ mixed @ weight[:, own].T) ** 2))
+    energy = np.array(found.pop("energy"))
+    return {name: np.array(each) for name, each in found.items()} | {"energy": energy / energy.sum()}
+
+
+def expected(model: Model, batches: Sequence[dict[str, Tensor]], number: int) -> dict[str, np.ndarray]:
+    """The means over all sequences at one block, and how many these are."""
+    several = []
+    with np.errstate(invalid="ignore"):  # of one token nothing is spread
+        for given in batches:
+            hide = given.get("hide")
+            for i, x in enumerate(entered(model, given)[number]):
+                several.append(figures(model.blocks[number], x, None if hide is None else ~hide[i].numpy()))
+        means = {name: np.nanmean([each[name] for each in several], 0) for name in several[0]}
+    return means | {"count": np.array(len(several))}
+
+
+def measured(statistics: AttentionStatistics) -> dict[str, np.ndarray]:
+    rows = {name: ATTENTION_MEASURES.index(name) for name in FIGURES}
+    found = {n: np.array([statistics.values.summary(r, h)[0] for h in range(HEADS)]) for n, r in rows.items()}
+    found["energy"] = np.array([statistics.energy.summary(h)[0] for h in range(HEADS)])
+    return found | {"count": np.array(statistics.values.summary(rows["entropy"], 0)[3])}
+
+
+def require_right(model: Model, batches: Sequence[dict[str, Tensor]], observed: Observations) -> None:
+    for number, statistics in enumerate(observed.attention):
+        assert set(statistics.reasons.values()) <= {"several products mix values, which may be the same ones"}
+        assert statistics.call.heads == HEADS
+        got, wanted = measured(statistics), expected(model, batches, number)
+        for name, value in wanted.items():
+            np.testing.assert_allclose(got[name], value, rtol=2e-4, err_msg=f"{name} of block {number}")
+        assert statistics.deviation < 1e-5
+
+
+STYLES = ["fused", "eager", "einsum", "backwards", "longest first", "a loop over heads, too"]
+
+
+@pytest.mark.parametrize("style", [*STYLES, "projections inside", "a module's run each"])
+@pytest.mark.parametrize("is_packed", [True, False], ids=["end to end", "batch"])
+def test_figures_are_those_of_each_sequence_by_itself(style: str, is_packed: bool) -> None:
+    model = built(style)
+    sizes = [(5, 9, 2), (4, 4), (6, 1, 7, 7, 3), (8,)] if is_packed else [(7, 7), (5,) * 5, (6,)]
+    batches = [batch(*lengths, is_packed=is_packed, seed=i) for i, lengths in enumerate(sizes)]
+    require_right(model, batches, observe(model, batches, level="full"))
