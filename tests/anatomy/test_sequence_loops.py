@@ -224,3 +224,43 @@ def test_figures_are_those_of_each_sequence_by_itself(style: str, is_packed: boo
     sizes = [(5, 9, 2), (4, 4), (6, 1, 7, 7, 3), (8,)] if is_packed else [(7, 7), (5,) * 5, (6,)]
     batches = [batch(*lengths, is_packed=is_packed, seed=i) for i, lengths in enumerate(sizes)]
     require_right(model, batches, observe(model, batches, level="full"))
+
+
+def test_a_corpus_may_begin_with_one_sequence() -> None:
+    """Nothing repeats there; the model is proved anew on the batch that shows the loop."""
+    model = built("eager")
+    batches = [batch(6, is_packed=True), batch(5, 3, is_packed=True, seed=1), batch(4, is_packed=True, seed=2)]
+    alone = observe(model, batches[::2], level="full")
+    require_right(model, batches[::2], alone)
+    record = uc.diagnose(model, batches=batches).record
+    wanted = expected(model, batches, 0)["entropy"]
+    assert [h.entropy.mean for h in record.attention[:HEADS]] == pytest.approx(wanted.tolist(), rel=1e-4)
+    assert [h.entropy.n for h in record.attention] == [4] * 2 * HEADS
+
+
+@pytest.mark.parametrize("style", ["eager", "fused", "a loop over heads, too"])
+def test_padding_is_that_of_each_sequence(style: str) -> None:
+    model, batches = built(style), []
+    for seed, real in enumerate(([7, 4], [5, 3, 6])):
+        given = batch(*(max(real),) * len(real), is_packed=False, seed=seed)
+        batches.append(given | {"hide": torch.arange(max(real)) >= torch.tensor(real)[:, None]})
+    require_right(model, batches, observe(model, batches, level="full"))
+
+
+def test_sequences_with_the_same_content_are_told_apart() -> None:
+    model = built("backwards")
+    given = batch(5, 5, 3, is_packed=True)
+    given["x"][5:10] = given["x"][:5]
+    require_right(model, [given], observe(model, [given], level="full"))
+
+
+@pytest.mark.parametrize("is_packed", [True, False], ids=["end to end", "batch"])
+def test_a_loop_whose_turns_hear_other_sequences_is_not_measured(is_packed: bool) -> None:
+    model = built("hears its neighbour")
+    given = batch(6, 6, 6, is_packed=is_packed)
+    try:
+        observed = observe(model, [given])
+    except uc.UnsupportedModel:
+        return
+    for statistics in observed.attention:
+        assert "entropy" in statistics.reasons

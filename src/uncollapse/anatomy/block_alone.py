@@ -120,7 +120,7 @@ def runs_of_sequences(
                     part = alone.block.parts[place]
                     try:
                         sequences = alone.sequences(segments=known)
-                        if len(sequences.places) > 1 and not all(_recurs(call.product) for call in part.attention):
+                        if len(sequences.places) > 1 and not all(call.product.recurs for call in part.attention):
                             raise ChangedPath(
                                 f"capture: expected one turn of the loop over sequences in {part.module}, as on the example, got "
                                 f"{len(sequences.places)} sequences. Diagnose it on inputs of one kind."
@@ -136,10 +136,6 @@ def runs_of_sequences(
 
 def _is_readable(part: Part) -> bool:
     return all(call.unreadable is None for call in part.attention)
-
-
-def _recurs(point: Point) -> bool:
-    return bool(point.every or point.each_run)
 
 
 class _AllSeenError(BaseException):

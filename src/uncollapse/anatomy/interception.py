@@ -55,6 +55,11 @@ class Point:
     every: int = 0
     each_run: int = 0
 
+    @property
+    def recurs(self) -> bool:
+        """Whether it stands in each turn of a loop."""
+        return bool(self.every or self.each_run)
+
     def is_in_run(self, run: int) -> bool:
         """Whether it stands in this run of its owner."""
         if self.call is None or self.call == run:

@@ -171,7 +171,7 @@ class Norms(Sums):
                 inside = [i for i in self._products_feeding(own) if self.t.depends(i, found.given)]
                 for source in inside[:_MOST_PRODUCTS]:
                     for piece in pieces_between(self.t, source, next_products(self.t, source, own)):
-                        if not self._is_softmax(piece):  # over two keys it is as odd as a norm
+                        if not self._hides_or_shares_out(piece):
                             yield piece, "inner", part
                 # However many products come before, behind the last ones stands what is behind the sublayer. Of experts that are
                 # added up one by one, the last are nearest to it.
@@ -181,12 +181,15 @@ class Norms(Sums):
                     for piece in pieces_between(self.t, source, [leaf for leaf in own if source in makers[leaf]]):
                         yield piece, "after", part
 
-    def _is_softmax(self, piece: Piece) -> bool:
-        """Whether a piece holds the softmax of an attention."""
-        scores = [found.score for found in self.attentions.values() if found.score is not None]
+    def _hides_or_shares_out(self, piece: Piece) -> bool:
+        """Whether a piece holds the softmax of an attention, which over two keys is as odd as a norm, or hides pairs from it: beside
+        -1e9 nothing else seems to grow."""
+        steps = {found.score for found in self.attentions.values() if found.score is not None}
+        steps |= {step for found in self.attentions.values() for step, _ in found.masking}
+        within = [step for step in steps if piece.source < step <= piece.bare]
         return any(
-            (piece.bare == score or self.t.depends(piece.bare, score)) and self.t.depends(score, piece.source)
-            for score in scores
+            (piece.bare == step or self.t.depends(piece.bare, step)) and self.t.depends(step, piece.source)
+            for step in within
         )
 
     def _products_feeding(self, leaves: list[int]) -> list[int]:

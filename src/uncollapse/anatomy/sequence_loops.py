@@ -110,7 +110,7 @@ def as_one(runs: Sequence[AttentionCall]) -> AttentionCall:
     if any((c.weight_operand, c.value_operand) != (first.weight_operand, first.value_operand) for c in others):
         raise UnreadableError(NO_LOOP)
     product = _recurring([call.product for call in runs])
-    if others and not (product.every or product.each_run):
+    if others and not product.recurs:
         raise UnreadableError(NO_LOOP)
     logits = [call.logits for call in runs]
     known = [each for each in logits if each is not None]
@@ -215,7 +215,7 @@ def _shifts(anatomy: Anatomy, recorded: Trace, part: Part, call: AttentionCall) 
                 return True
             continue
         index = at.get(replace(place, every=0, each_run=0), -1)
-        recurs = bool(place.every or place.each_run) and place in own_points and index <= last
+        recurs = place.recurs and place in own_points and index <= last
         is_counted = (place.owner, place.call, place.operation) in operations or place.owner in modules
         if is_counted and index > first and not recurs:
             return True

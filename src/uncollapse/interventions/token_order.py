@@ -84,7 +84,9 @@ def mask_removed(
                 handlers[step.point] = _unmasked_step(step, padding, call, bares)
             made |= dict.fromkeys([*call.made, *(point for step in call.masking for point in step.made)], bares.beside)
             in_turn_with = part.attention if call.shares_queries else (call,)
-            counts = call.queries_of_tokens or call.shares_queries
+            # Turns of a loop recur, and each answers for all tokens of its sequence: of one that lies beside others, for some.
+            is_whole = not call.product.recurs or (block.axes is not None and block.axes.sequence is not None)
+            counts = (call.queries_of_tokens and is_whole) or call.shares_queries
             if counts and call.unreadable is None and not block.chooses_tokens:
                 check, own = _answering(call, in_turn_with, block, entered), handlers.get(call.product)
                 handlers[call.product] = check if own is None else in_turn(check, own)
