@@ -264,3 +264,96 @@ def test_a_loop_whose_turns_hear_other_sequences_is_not_measured(is_packed: bool
         return
     for statistics in observed.attention:
         assert "entropy" in statistics.reasons
+
+
+class InItsOwnCode(nn.Module):
+    """A block with the loop in its own forward. What comes after it is counted by the same operations."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.style = style
+        self.before, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.bias = nn.Parameter(torch.randn(HEADS, 32, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (HEADS, EACH)).transpose(1, 2) for t in self.qkv(self.before(x)).chunk(3, -1))
+        found: list[Any] = [None] * len(x)
+        if self.style == "heads outside":
+            found = [[None] * HEADS for _ in x]
+            for head in range(HEADS):
+                for i in range(len(x)):
+                    found[i][head] = (q[i, head] @ k[i, head].mT / EACH).softmax(-1) @ v[i, head]
+            found = [torch.stack(each) for each in found]
+        elif self.style == "the softmax outside":
+            weights = (q @ k.mT / EACH).softmax(-1)
+            found = [weights[i] @ v[i] for i in range(len(x))]
+        elif self.style == "only the tokens that are not zero":
+            for i in range(len(x)):
+                real = x[i].abs().sum(-1) > 0
+                mixed = (q[i][:, real] @ k[i][:, real].mT / EACH).softmax(-1) @ v[i][:, real]
+                found[i] = torch.zeros_like(q[i]).masked_scatter(real[None, :, None], mixed)
+        elif self.style == "by what the sequences hold":
+            for i in x.square().sum((1, 2)).argsort().tolist():
+                found[i] = (q[i] @ k[i].mT / EACH).softmax(-1) @ v[i]
+        else:
+            for i in range(len(x)):
+                scores = q[i] @ k[i].mT / EACH + self.bias[:, : x.shape[1], : x.shape[1]]
+                found[i] = scores.softmax(-1) @ v[i]
+        return x + self.out(torch.stack(found).transpose(1, 2).flatten(2))
+
+
+class OfBlocks(nn.Module):
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, WIDTH)
+        self.blocks = nn.ModuleList([InItsOwnCode(style) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def entropy_of(block: InItsOwnCode, x: np.ndarray) -> np.ndarray:
+    read = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + block.before.eps)
+    q, k, _ = np.split(linear(block.qkv, read), 3, -1)
+    found = []
+    for head in range(HEADS):
+        own = slice(head * EACH, head * EACH + EACH)
+        logits = q[:, own] @ k[:, own].T / EACH
+        if block.style == "a bias in the loop":
+            logits += block.bias.detach().double().numpy()[head, : len(x), : len(x)]
+        A = np.exp(logits - logits.max(-1, keepdims=True))
+        A /= A.sum(-1, keepdims=True)
+        found.append(-(A * np.log(A)).sum(-1).mean())
+    return np.array(found)
+
+
+@pytest.mark.parametrize(
+    ("style", "is_read"),
+    [
+        ("heads outside", False),
+        ("the softmax outside", True),
+        ("only the tokens that are not zero", False),
+        ("by what the sequences hold", True),
+        ("a bias in the loop", False),
+    ],
+)
+def test_loops_that_shift_what_comes_after_them_are_right_or_not_measured(style: str, is_read: bool) -> None:
+    torch.manual_seed(0)
+    model = OfBlocks(style).eval()
+    batches = [batch(*(6,) * 5, is_packed=False), batch(*(7,) * 2, is_packed=False, seed=1)]
+    try:
+        observed = observe(model, batches)
+    except uc.UncollapseError:
+        assert not is_read
+        return
+    row = ATTENTION_MEASURES.index("entropy")
+    for number, statistics in enumerate(observed.attention):
+        if "entropy" in statistics.reasons:
+            assert not is_read, statistics.reasons["entropy"]
+            continue
+        wanted = [entropy_of(model.blocks[number], x) for given in batches for x in entered(model, given)[number]]
+        got = [statistics.values.summary(row, h)[0] for h in range(HEADS)]
+        assert got == pytest.approx(np.mean(wanted, 0).tolist(), rel=1e-4)

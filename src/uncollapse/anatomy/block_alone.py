@@ -331,6 +331,12 @@ class BlockAlone:
         """The block's output on its own arguments without some parts, with handlers at operations."""
         return self._replay(parts, None, handlers)
 
+    def rerun(
+        self, parts: tuple[int, ...], handlers: Mapping[Point, Handler], actions: Sequence[tuple[Place, Action]]
+    ) -> Tensor:
+        """The same with actions at places."""
+        return self._replay(parts, None, handlers, actions=actions)
+
     def _as_streams(self, value: Tensor) -> Tensor:
         """A summand of an addition, laid out as several streams are: with an axis of their own, and for each of them."""
         if not any(part.read for part in self.block.parts):

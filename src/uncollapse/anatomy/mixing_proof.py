@@ -7,6 +7,7 @@ as a head is wide, cannot be mistaken for it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,11 +25,13 @@ from uncollapse.anatomy.operands import (
     Mixed,
     SeveralChoicesError,
     UnreadableError,
+    any_pair,
     arranged,
     chosen_pair,
     product_operands,
     replaced,
 )
+from uncollapse.anatomy.pieces import Piece, pieces_of, projection_of, whole
 from uncollapse.anatomy.sequence_loops import OF_ITS_OWN, as_one, in_groups, sequences_of_runs
 from uncollapse.anatomy.summands import with_operands
 from uncollapse.anatomy.torch_calls import operands_of, operation_name
@@ -318,7 +321,66 @@ class HeadsMixing(BlockAlone):
                 found = [replace(call, unreadable=call.unreadable or reason) for call in found]
         if part.kind == "attention" and all(call.unreadable == OF_ITS_OWN for call in found):
             return self._mixes_one_by_one(number, part, stream, axes)
+        if part.kind == "attention" and len(found) > 1 and any(call.unreadable for call in found):
+            return self._mixes_in_pieces(number, replace(part, attention=tuple(found)), others, axes)
         return tuple(found)
+
+    def _mixes_in_pieces(
+        self, number: int, part: Part, others: tuple[int, ...], axes: StreamAxes
+    ) -> tuple[AttentionCall, ...]:
+        """The part's calls where they are pieces of one attention, whose places are told by numbers; else as they are."""
+        shapes: dict[int, tuple[int, int] | None] = {}
+        seen: dict[int, Mixed] = {}
+
+        def choosing(index: int, call: AttentionCall) -> Handler:
+            def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                output = function(*args, **kwargs)
+                with contextlib.suppress(UnreadableError):
+                    shapes[index] = any_pair(args, output, call.weight_operand or 0)
+                return output
+
+            return handler
+
+        def noting(index: int, call: AttentionCall) -> Handler:
+            def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                output = function(*args, **kwargs)
+                with contextlib.suppress(UnreadableError):
+                    seen[index] = product_operands(function, args, kwargs, output, call.weight_operand or 0, call.pair)
+                return output
+
+            return handler
+
+        calls = part.attention
+        if any(call.is_fused or call.serves_weights for call in calls) or self.block.chooses_tokens:
+            return calls
+        self._replay(others, None, {c.product: choosing(i, c) for i, c in enumerate(calls) if c.is_einsum})
+        calls = tuple(replace(c, pair=shapes.get(i), unreadable=None) for i, c in enumerate(calls))
+        try:
+            known = pieces_of(self, number, replace(part, attention=calls), axes)
+            self._replay(others, None, {c.product: noting(i, c) for i, c in enumerate(calls)})
+            if len(seen) < len(calls):
+                raise UnreadableError("it did not run")
+            first = whole(known, 0, [Piece(seen[i]) for i in range(len(calls))])
+        except UnreadableError:
+            return part.attention
+        shared = _distinct(first.product.values[:, :, None])
+        return tuple(
+            replace(
+                call,
+                is_piece=True,
+                projection=projection_of(calls),
+                lead=(),
+                heads=known.heads,
+                key_value_heads=shared,
+                head_width=known.head_width,
+                before=0,
+                after=0,
+                shares_queries=False,
+                keys_of_tokens=False,
+                queries_of_tokens=False,
+            )
+            for call in calls
+        )
 
     def _mixes_one_by_one(
         self, number: int, part: Part, stream: Tensor, axes: StreamAxes

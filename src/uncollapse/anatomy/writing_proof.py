@@ -141,6 +141,8 @@ class HeadsWriting(BlockAlone):
         widths = {call.head_width for call in part.attention}
         if axes is None or len(widths) != 1 or any(c.unreadable for c in part.attention) or heads == 1:
             return ()
+        if part.in_pieces:  # found to lie side by side, or it would be none
+            return ()
         sequences, tokens = axes.cloud(self.stream).shape[:2]
         width = widths.pop()
 

@@ -130,7 +130,7 @@ def _pairs_unheard(
     for number in sorted(blocks):
         block, entered = anatomy.blocks[number], _Entered()
         for part in (p for p in block.parts if p.kind == "attention"):
-            calls = [c for c in part.attention if not c.is_fused and c.unreadable is None]
+            calls = [c for c in part.attention if not (c.is_fused or c.is_piece) and c.unreadable is None]
             if without_queries:
                 calls = [c for c in calls if c.score is not None and c.similarity not in {None, c.product}]
                 handlers |= {c.similarity: _without_queries(c) for c in calls if c.similarity is not None}

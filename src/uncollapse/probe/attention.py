@@ -13,12 +13,21 @@ import torch
 from torch import Tensor
 
 from uncollapse.anatomy.interception import Handler, Point
+from uncollapse.anatomy.operands import Lead
+from uncollapse.anatomy.pieces import Piece, whole
 from uncollapse.anatomy.sequence_loops import Runs, Sequences
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Part, Place
 from uncollapse.measures import mixing
 from uncollapse.measures.running import Running
-from uncollapse.probe.attention_calls import AttentionRows, CallObserver, Forbidding, in_sequence
+from uncollapse.probe.attention_calls import (
+    AttentionRows,
+    CallObserver,
+    Forbidding,
+    PieceObserver,
+    WholeObserver,
+    in_sequence,
+)
 from uncollapse.probe.clouds import Clouds
 from uncollapse.probe.observing import Look, looking
 from uncollapse.probe.sizes import norms, single
@@ -91,8 +100,8 @@ def attention_places(anatomy: Anatomy) -> list[tuple[int, int]]:
 def attention_statistics(number: int, block: Block, part: Part) -> AttentionStatistics:
     """Of the attention `part` of a block, with nothing seen yet."""
     first = part.attention[0]
-    beside = part.attention[:1] if first.shares_queries else part.attention  # the others are the same heads again
-    call = replace(first, heads=sum(c.heads for c in beside), key_value_heads=sum(c.key_value_heads for c in beside))
+    shared = sum(c.key_value_heads for c in part.beside)
+    call = replace(first, heads=part.heads, key_value_heads=shared)
     return AttentionStatistics(
         number,
         "cross" if part.kind == "cross" else "self",
@@ -136,6 +145,8 @@ class Attention:
             problem = next((c.unreadable for c in part.attention if c.unreadable is not None), None)
             if problem is not None:
                 statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, problem)
+            elif part.in_pieces:
+                self._watch_pieces(index, part, statistics, looks)
             elif part.by_sequence:
                 self._watch_in_turn(index, part, statistics, looks, is_own)
             else:
@@ -255,6 +266,67 @@ class Attention:
             for point, look in observer.observers().items():
                 looks.setdefault(point, []).append(loop.guarded(look, position, point == each.product, refuse))
         self.streams.append((self.anatomy.blocks[number].exit, end))
+
+    def _watch_pieces(
+        self, index: int, part: Part, statistics: AttentionStatistics, looks: dict[Point, list[Look]]
+    ) -> None:
+        """Watch calls whose rows are put together. The attention is measured when the last of them has come, sequence by sequence."""
+        number, clouds = statistics.block, self.clouds
+        place = next(i for i, other in enumerate(self.anatomy.blocks[number].parts) if other is part)
+        met: dict[int, Piece] = {}
+        forbade: list[Forbidding] = []
+        found: list[AttentionRows] = []
+
+        def come(call: int, piece: Piece, steps: list[Forbidding]) -> None:
+            met[call] = piece
+            forbade.extend(step for step in steps if step not in forbade)
+            if len(met) < len(part.attention):
+                return
+            several = [met[i] for i in range(len(met))]
+            met.clear()
+            pieces = clouds.pieces.get((number, place), "where its weights stand was not told")
+            if isinstance(pieces, str):
+                refuse(pieces)
+                return
+            if any(p.queries.shape != s.product.mixed.flatten(0, -3).shape[:2] for p, s in zip(pieces.placed, several, strict=True)):
+                refuse("its products have other sizes than when it was told where its weights stand")
+                return
+            found.clear()
+            for sequence in range(pieces.sequences):
+                one(sequence).measure(whole(pieces, sequence, several), forbade)
+            forbade.clear()
+            if len(found) < pieces.sequences:
+                return
+            for sequence, rows in enumerate(found):
+                self._measure(index, statistics, [rows], sequence)
+            if self._hand_on is not None:
+                self._hand_on(index, _padded([_mixed([rows]) for rows in found]))
+
+        def refuse(reason: str) -> None:
+            met.clear()
+            if self._hand_on is not None:
+                self._hand_on(index, None)
+            statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, reason)
+
+        def one(sequence: int) -> WholeObserver:
+            return WholeObserver(
+                replace(part.attention[0], lead=(Lead("sequence"), Lead("head"))),
+                sequences=lambda: 1,
+                tokens=lambda: None,
+                query_mask=lambda queries, _: self._query_mask(statistics, queries, 1, sequence),
+                key_mask=lambda keys, _: self._key_mask(statistics, keys, 1, sequence),
+                rows=self.rows,
+                susceptibility=self.susceptibility,
+                spectra=self.spectra,
+                keeps_weights=False,
+                deliver=found.append,
+                refuse=refuse,
+            )
+
+        for position, each in enumerate(part.attention):
+            observer = PieceObserver(each, functools.partial(come, position), refuse)
+            for point, look in observer.observers().items():
+                looks.setdefault(point, []).append(look)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:

@@ -25,6 +25,8 @@ def refused_layout(call: AttentionCall) -> str:
     """
     if call.unreadable is not None:
         return call.unreadable
+    if call.is_piece:
+        return "its rows are put together of several products"
     if call.turns:
         return "it mixes each sequence by itself, in a loop"
     if call.score is None:
