@@ -1,5 +1,5 @@
-"""Attention whose rows are put together of several products: BigBird's block-sparse attention against NumPy, with the blocks that the
-model draws and with others, with keys that stand in a row twice, and with padding."""
+"""Attention whose rows are put together of several products: BigBird's block-sparse attention against NumPy, with the blocks that
+the model draws and with others, with keys that stand in a row twice, and with padding."""
 
 from __future__ import annotations
 
@@ -42,18 +42,19 @@ def pegasus() -> hf.BigBirdPegasusModel:
 def drawing_others(model: nn.Module, seed: int) -> None:
     """Let each block-sparse attention look at random blocks that are drawn, as in training: in evaluation it takes the first."""
     for number, module in enumerate(m for m in model.modules() if hasattr(m, "_bigbird_block_rand_mask_with_head")):
-        generator = np.random.default_rng(seed + number)
+        module._bigbird_block_rand_mask_with_head = _Drawn(seed + number)
 
-        def drawn(
-            from_seq_length: int, num_heads: int, generator: Any = generator, known: Any = {}, **_: Any
-        ) -> list[np.ndarray]:
-            blocks = from_seq_length // SIDE
-            if blocks not in known:
-                known[blocks] = generator.integers(0, blocks, (num_heads, blocks - 2, 2))
-            return list(known[blocks])
 
-        drawn.__defaults__ = (generator, {})
-        module._bigbird_block_rand_mask_with_head = drawn
+class _Drawn:
+    """The same blocks whenever it is asked for so many."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __call__(self, from_seq_length: int, num_heads: int, **_: Any) -> list[np.ndarray]:
+        blocks = from_seq_length // SIDE
+        drawn = np.random.default_rng(self.seed + blocks)
+        return list(drawn.integers(0, blocks, (num_heads, blocks - 2, 2)))
 
 
 def times(module: Any, tokens: int) -> np.ndarray:
@@ -83,7 +84,12 @@ def expected(model: nn.Module, given: dict[str, Tensor], real: Tensor) -> list[d
     found = []
     attentions = [m for m in model.modules() if hasattr(m, "bigbird_block_sparse_attention")]
     read: list[np.ndarray] = []
-    hooks = [m.register_forward_pre_hook(lambda _, a, k: read.append((a or list(k.values()))[0].double().numpy()), with_kwargs=True) for m in attentions]
+    hooks = [
+        m.register_forward_pre_hook(
+            lambda _, a, k: read.append((a or list(k.values()))[0].double().numpy()), with_kwargs=True
+        )
+        for m in attentions
+    ]
     with torch.no_grad():
         model(**given)
     for hook in hooks:
@@ -151,13 +157,18 @@ def test_texts_of_other_lengths_and_the_encoder_of_pegasus() -> None:
     drawn = torch.Generator().manual_seed(0)
     lengths = (64, 80)
     batches = [
-        {"input_ids": torch.randint(3, 100, (2, n), generator=drawn), "decoder_input_ids": torch.randint(3, 100, (2, 5))}
+        {
+            "input_ids": torch.randint(3, 100, (2, n), generator=drawn),
+            "decoder_input_ids": torch.randint(3, 100, (2, 5)),
+        }
         for n in lengths
     ]
     observed = observe(model, batches)
     several = [expected(model, given, torch.ones(2, n)) for given, n in zip(batches, lengths, strict=True)]
     for number, statistics in enumerate(observed.attention[:2]):
-        means = {name: np.mean([each[number][name] for each in several], 0) for name in FIGURES if name != "contraction"}
+        means = {
+            name: np.mean([each[number][name] for each in several], 0) for name in FIGURES if name != "contraction"
+        }
         require_right(statistics, means)
 
 

@@ -1,10 +1,10 @@
-"""Attention that runs once for each sequence, in a loop over a batch or over pieces that lie end to end, as people write it. Figures
-equal those of NumPy, sequence by sequence, from the weights and what entered each block."""
+"""Attention that runs once for each sequence, in a loop over a batch or over pieces that lie end to end, as people write it.
+Figures equal those of NumPy, sequence by sequence, from the weights and what entered each block."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from torch.nn import functional
 
 import uncollapse as uc
 from tests.helpers.observing import observe
-from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.probe.attention import ATTENTION_MEASURES, AttentionStatistics
 from uncollapse.probe.passes import Observations
 
@@ -35,7 +34,8 @@ class Looping(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, hide: Tensor | None) -> Tensor:
         """[token, width] each. hide [token]: True for a padded key."""
         if self.style == "a loop over heads, too":
-            return torch.cat([self.head(*each, hide) for each in zip(*(t.split(EACH, -1) for t in (q, k, v)))], -1)
+            apart = zip(*(t.split(EACH, -1) for t in (q, k, v)), strict=True)
+            return torch.cat([self.head(*each, hide) for each in apart], -1)
         q, k, v = (t.unflatten(-1, (HEADS, EACH)).transpose(0, 1) for t in (q, k, v))
         if self.style == "fused":
             allowed = None if hide is None else ~hide[None, None, None, :]
@@ -89,9 +89,7 @@ class OneByOne(nn.Module):
         self.inner = Looping("eager")
 
     def forward(self, pieces: Sequence[Tensor], hide: Tensor | None = None) -> list[Tensor]:
-        return [
-            self.inner([piece], None if hide is None else hide[i : i + 1])[0] for i, piece in enumerate(pieces)
-        ]
+        return [self.inner([piece], None if hide is None else hide[i : i + 1])[0] for i, piece in enumerate(pieces)]
 
 
 class Block(nn.Module):

@@ -224,8 +224,8 @@ def qwen2_vl(attention: str = "sdpa") -> hf.Qwen2VLModel:
 
 
 def seen_weights(visual: nn.Module, batch: dict[str, Tensor]) -> list[list[Tensor]]:
-    """The attention weights of each block of the vision tower [head, query, key], image by image: NumPy, from what its attentions are
-    given and their weights."""
+    """The attention weights of each block of the vision tower [head, query, key], image by image: NumPy, from what its attentions
+    are given and their weights."""
     given: list[tuple[np.ndarray, list[np.ndarray]]] = []
 
     def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -269,7 +269,10 @@ def test_attention_to_images_laid_end_to_end_is_that_of_each_image(attention: st
         for patches, grid in zip(given["hidden_states"].split(ends), given["grid_thw"], strict=True):
             alone.append({"hidden_states": patches, "grid_thw": grid[None]})
     one_by_one = observe(visual, alone, level="full")
-    images = [[image for images in per_batch for image in images] for per_batch in zip(*(seen_weights(visual, b) for b in batches), strict=True)]
+    images = [
+        [image for images in per_batch for image in images]
+        for per_batch in zip(*(seen_weights(visual, b) for b in batches), strict=True)
+    ]
     for statistics, single, own in zip(observed.attention, one_by_one.attention, images, strict=True):
         assert statistics.reasons == {}
         assert statistics.values.count.eq(7).all(-1).any()

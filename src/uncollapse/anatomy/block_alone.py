@@ -23,7 +23,15 @@ from uncollapse.anatomy.autocast import AutocastState
 from uncollapse.anatomy.carrying import Observer
 from uncollapse.anatomy.influence import segments as segments_of
 from uncollapse.anatomy.influence import without_zeros
-from uncollapse.anatomy.interception import ChangedPath, Handler, Point, function_modes, in_turn, is_putting_another, putting_another
+from uncollapse.anatomy.interception import (
+    ChangedPath,
+    Handler,
+    Point,
+    function_modes,
+    in_turn,
+    is_putting_another,
+    putting_another,
+)
 from uncollapse.anatomy.module_states import ModuleStates
 from uncollapse.anatomy.operands import Mixed, UnreadableError, product_operands
 from uncollapse.anatomy.output_maps import giving, giving_in_turn, opening, output_map

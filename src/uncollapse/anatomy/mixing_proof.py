@@ -64,7 +64,9 @@ def located(
     moved = torch.stack([moved_rows(mixed, p.mixed).any(-1) for p in poked.sequences])  # [sequence, *lead]
     lead = _sequences(moved, count)
     is_cross = poked.memory is not None
-    token = _inner(moved_rows(mixed, poked.token.mixed) if is_cross else moved_rows(values, poked.token.values), lead, count)
+    token = _inner(
+        moved_rows(mixed, poked.token.mixed) if is_cross else moved_rows(values, poked.token.values), lead, count
+    )
     one = poked.sequences[0]
     alive = _inner(moved_rows(mixed, one.mixed) if is_cross else moved_rows(values, one.values), lead, count).any(-1)
     lead = _heads_and_windows(token.any(-1), lead, alive)
@@ -382,9 +384,7 @@ class HeadsMixing(BlockAlone):
             for call in calls
         )
 
-    def _mixes_one_by_one(
-        self, number: int, part: Part, stream: Tensor, axes: StreamAxes
-    ) -> tuple[AttentionCall, ...]:
+    def _mixes_one_by_one(self, number: int, part: Part, stream: Tensor, axes: StreamAxes) -> tuple[AttentionCall, ...]:
         """The part's calls where each mixes a single sequence: those that a loop over sequences runs again and again as one. One
         sequence by itself is a loop with one turn."""
         try:
@@ -415,7 +415,9 @@ class HeadsMixing(BlockAlone):
                     )
                     for i in group
                 ]
-                if len(set(map(_layout, known))) != 1 or not all(c.queries_of_tokens and c.keys_of_tokens for c in known):
+                if len(set(map(_layout, known))) != 1 or not all(
+                    c.queries_of_tokens and c.keys_of_tokens for c in known
+                ):
                     raise UnreadableError(f"{OF_ITS_OWN}, and these do not answer for all of its tokens alike")
                 others = tuple(i for i in range(len(self.block.parts)) if i != number)
                 lead = _alone_first(known[0].lead, [plain[i][0].mixed.shape for i in group])

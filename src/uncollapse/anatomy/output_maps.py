@@ -66,8 +66,8 @@ def giving(pattern: Tensor, call: AttentionCall, sequences: int, answered: list[
 
 
 def giving_in_turn(patterns: Sequence[Tensor], call: AttentionCall) -> Handler:
-    """The same for a product that mixes one sequence at a time: `patterns` [1, head, token, width] of each turn, in order. What comes
-    after them is left as it is."""
+    """The same for a product that mixes one sequence at a time: `patterns` [1, head, token, width] of each turn, in order. What
+    comes after them is left as it is."""
     left = iter(patterns)
 
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,5 +1,5 @@
-"""Attention whose rows are put together of several products: block-sparse attention, where queries are shared out among products, and
-a query's weights are cut into slices that meet different values and are added up.
+"""Attention whose rows are put together of several products: block-sparse attention, where queries are shared out among products,
+and a query's weights are cut into slices that meet different values and are added up.
 
 Where each weight stands is found on the batch itself, by numbers in the place of values. Each token's value is its own number: what
 then arrives at a product says which token each of its keys is. Each entry of a product's result is its own number, and the other
@@ -104,7 +104,8 @@ def pieces_of(alone: BlockAlone, number: int, part: Part, axes: StreamAxes | Non
         for digit, base in _digits(size, alone.stream.dtype):
             read: list[Tensor] = []
             handlers = {
-                call.product: _numbering(places, call, digit, base) if j == i else _silent for j, call in enumerate(calls)
+                call.product: _numbering(places, call, digit, base) if j == i else _silent
+                for j, call in enumerate(calls)
             }
             action = _reading(read)
             alone.update(number, None, handlers, [(Place(projection, "in", (0,)), action)])
@@ -199,9 +200,7 @@ def _run(
     alone.rerun(others, handlers, actions)
 
 
-def _noting_values(
-    seen: dict[int, Tensor], number: int, call: AttentionCall, shapes: list[tuple[int, ...]]
-) -> Handler:
+def _noting_values(seen: dict[int, Tensor], number: int, call: AttentionCall, shapes: list[tuple[int, ...]]) -> Handler:
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = function(*args, **kwargs)
         found = product_operands(function, args, kwargs, output, call.weight_operand or 0, call.pair)
@@ -323,7 +322,7 @@ def whole(pieces: Pieces, sequence: int, seen: Sequence[Piece]) -> Whole:
     for pairs, logits in entries:
         highest = most[pairs]
         raised.index_add_(0, pairs, torch.where(highest.isfinite(), logits - highest, -math.inf).exp())
-    logits = torch.where(most.isfinite(), most + raised.log(), most) if has_logits else None
+    summed = torch.where(most.isfinite(), most + raised.log(), most)
 
     def square(t: Tensor) -> Tensor:
         return t.view(1, heads, tokens, tokens)
@@ -332,7 +331,7 @@ def whole(pieces: Pieces, sequence: int, seen: Sequence[Piece]) -> Whole:
     return Whole(
         product,
         ~square(is_open),
-        None if logits is None else square(logits),
+        square(summed) if has_logits else None,
         met.view(heads, tokens),
         valued.view(heads, tokens),
     )

@@ -182,8 +182,8 @@ class Norms(Sums):
                         yield piece, "after", part
 
     def _hides_or_shares_out(self, piece: Piece) -> bool:
-        """Whether a piece holds the softmax of an attention, which over two keys is as odd as a norm, or hides pairs from it: beside
-        -1e9 nothing else seems to grow."""
+        """Whether a piece holds the softmax of an attention, which over two keys is as odd as a norm, or hides pairs from it:
+        beside -1e9 nothing else seems to grow."""
         steps = {found.score for found in self.attentions.values() if found.score is not None}
         steps |= {step for found in self.attentions.values() for step, _ in found.masking}
         within = [step for step in steps if piece.source < step <= piece.bare]

@@ -74,7 +74,7 @@ def sequences_of_runs(mixing: Callable[[Tensor], list[list[Tensor]]], stream: Te
         for before, after, codes in zip(plain, other, heard, strict=True):
             for one, changed, code in zip(before, after, codes, strict=True):
                 code[bit] |= int(bool(moved_rows(one, changed).any())) << digit
-    return tuple(tuple(_decoded(*code, digits, count) for code in codes) for codes in heard)
+    return tuple(tuple(_decoded(zeros, ones, digits, count) for zeros, ones in codes) for codes in heard)
 
 
 def _decoded(zeros: int, ones: int, digits: int, count: int) -> int:

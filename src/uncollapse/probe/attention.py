@@ -247,15 +247,22 @@ class Attention:
             if is_own() and loop.is_incomplete():
                 refuse("not all of its sequences were met")
 
+        def tokens(call: int) -> int | None:
+            return loop.tokens(loop.now(call), clouds.entered.get(number))
+
+        def query_mask(call: int, queries: int, _: int) -> Tensor | None:
+            return self._query_mask(statistics, queries, 1, loop.now(call))
+
+        def key_mask(call: int, keys: int, _: int) -> Tensor | None:
+            return self._key_mask(statistics, keys, 1, loop.now(call))
+
         for position, each in enumerate(part.attention):
             observer = CallObserver(
                 each,
                 sequences=lambda: 1,
-                tokens=lambda position=position: loop.tokens(loop.now(position), clouds.entered.get(number)),
-                query_mask=lambda queries, _, position=position: self._query_mask(
-                    statistics, queries, 1, loop.now(position)
-                ),
-                key_mask=lambda keys, _, position=position: self._key_mask(statistics, keys, 1, loop.now(position)),
+                tokens=functools.partial(tokens, position),
+                query_mask=functools.partial(query_mask, position),
+                key_mask=functools.partial(key_mask, position),
                 rows=self.rows,
                 susceptibility=self.susceptibility,
                 spectra=self.spectra,
@@ -270,7 +277,8 @@ class Attention:
     def _watch_pieces(
         self, index: int, part: Part, statistics: AttentionStatistics, looks: dict[Point, list[Look]]
     ) -> None:
-        """Watch calls whose rows are put together. The attention is measured when the last of them has come, sequence by sequence."""
+        """Watch calls whose rows are put together. The attention is measured when the last of them has come, sequence by
+        sequence."""
         number, clouds = statistics.block, self.clouds
         place = next(i for i, other in enumerate(self.anatomy.blocks[number].parts) if other is part)
         met: dict[int, Piece] = {}
@@ -288,7 +296,10 @@ class Attention:
             if isinstance(pieces, str):
                 refuse(pieces)
                 return
-            if any(p.queries.shape != s.product.mixed.flatten(0, -3).shape[:2] for p, s in zip(pieces.placed, several, strict=True)):
+            if any(
+                p.queries.shape != s.product.mixed.flatten(0, -3).shape[:2]
+                for p, s in zip(pieces.placed, several, strict=True)
+            ):
                 refuse("its products have other sizes than when it was told where its weights stand")
                 return
             found.clear()

@@ -374,11 +374,11 @@ class PieceObserver(CallObserver):
                 raise UnreadableError(
                     f"its weights times its values are not its result (off by {deviation:.2g} of its size)"
                 )
-            kept = Mixed(*(t.detach().clone() for t in (product.weights, product.values, product.mixed)))
+            weights, values, mixed = (t.detach().clone() for t in (product.weights, product.values, product.mixed))
         except UnreadableError as error:
             self.refuse(str(error))
             return
-        self.come(replace(piece, product=kept), forbade)
+        self.come(replace(piece, product=Mixed(weights, values, mixed)), forbade)
 
 
 class WholeObserver(CallObserver):

@@ -421,7 +421,9 @@ class _Contributor:
             known = heads_output if heads_output is not None and heads_output.ndim == 4 else None
             axes = None if reading.block.axes is None else reading.block.axes.within
             if axes is not None and len(axes.token) == 1 and mixed.ndim == axes.ndim:
-                cloud, _ = self._by_segments(reading, axes.cloud(mixed))  # the stream's own order, which the projection keeps
+                cloud, _ = self._by_segments(
+                    reading, axes.cloud(mixed)
+                )  # the stream's own order, which the projection keeps
             else:
                 cloud = projected_cloud(mixed, known, size)
         if cloud is None:
