@@ -334,7 +334,7 @@ def entropy_of(block: InItsOwnCode, x: np.ndarray) -> np.ndarray:
         ("heads outside", False),
         ("the softmax outside", True),
         ("only the tokens that are not zero", False),
-        ("by what the sequences hold", True),
+        ("by what the sequences hold", False),
         ("a bias in the loop", False),
     ],
 )

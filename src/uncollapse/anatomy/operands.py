@@ -188,8 +188,8 @@ def chosen_pair(
 
 
 def any_pair(args: tuple[Any, ...], output: Tensor, weight_operand: int) -> tuple[int, int] | None:
-    """The last of the axes that only the weights of an einsum have, and the contracted one: a choice of queries and keys where it is
-    known of each slice where it stands. None where several axes are contracted."""
+    """The last of the axes that only the weights of an einsum have, and the contracted one: queries and keys, where it is known of
+    each slice where it stands. None where several axes are contracted."""
     tensors = operands_of("einsum", args, {})
     equation = args[0] if isinstance(args[0], str) else None
     of_weights, of_values, result = _spelled(equation, tensors, output.ndim, weight_operand)
