@@ -198,24 +198,28 @@ class TwoHalves(nn.Module):
         return x + self.out(mixed.transpose(1, 2).flatten(2))
 
 
+class OfHalves(nn.Module):
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.embed = nn.Linear(5, HEADS * EACH)
+        self.blocks = nn.ModuleList([TwoHalves(style) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def of_halves(style: str) -> OfHalves:
+    torch.manual_seed(0)
+    return OfHalves(style).eval()
+
+
 @pytest.mark.parametrize("style", ["cut", "values of others", "two softmaxes", "a norm behind"])
 def test_rows_that_are_cut_in_two(style: str) -> None:
     """Keys are told by the values that they meet, rows must sum to one, and what is no sum of both is not measured."""
-    torch.manual_seed(0)
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Linear(5, HEADS * EACH)
-            self.blocks = nn.ModuleList([TwoHalves(style) for _ in range(2)])
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.embed(x)
-            for block in self.blocks:
-                x = block(x)
-            return x
-
-    model, x = Model().eval(), torch.randn(3, 8, 5)
+    model, x = of_halves(style), torch.randn(3, 8, 5)
     entered: list[np.ndarray] = []
     hook = model.blocks[0].register_forward_pre_hook(lambda _, args: entered.append(args[0].double().numpy()))
     with torch.no_grad():
@@ -234,6 +238,26 @@ def test_rows_that_are_cut_in_two(style: str) -> None:
         if style == "values of others":  # the first four keys meet the values of the last four, from behind
             A = np.concatenate([0 * A[..., :4], A[..., 4:] + A[..., 3::-1]], -1)
         wanted.append(-np.where(A > 0, A * np.log(np.where(A > 0, A, 1)), 0).sum(-1).mean(-1))
+    assert figures_of(statistics) == pytest.approx(np.mean(wanted, 0).tolist(), rel=1e-4)
+
+
+def test_numbers_are_told_in_half_precision() -> None:
+    """Half precision counts to a hundred or so: numbers are given digit by digit."""
+    model = bigbird()
+    given = {"input_ids": torch.randint(3, 100, (3, 64), generator=torch.Generator().manual_seed(0))}
+    wanted = expected(model, given, torch.ones(3, 64))[0]
+    observed = observe(model.bfloat16(), [given])
+    assert figures_of(observed.attention[0]) == pytest.approx(wanted["entropy"].tolist(), rel=0.05)
+    halves = of_halves("cut")
+    x = torch.randn(40, 8, 5)
+    plain = observe(halves, [{"x": x}])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = observe(halves, [{"x": x}])
+    assert figures_of(rounded.attention[0]) == pytest.approx(figures_of(plain.attention[0]), rel=0.02)
+
+
+def figures_of(statistics: AttentionStatistics) -> list[float]:
+    """The entropy of each head."""
+    assert "entropy" not in statistics.reasons
     row = ATTENTION_MEASURES.index("entropy")
-    got = [statistics.values.summary(row, head)[0] for head in range(HEADS)]
-    assert got == pytest.approx(np.mean(wanted, 0).tolist(), rel=1e-4)
+    return [statistics.values.summary(row, head)[0] for head in range(HEADS)]

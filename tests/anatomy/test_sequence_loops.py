@@ -355,3 +355,17 @@ def test_loops_that_shift_what_comes_after_them_are_right_or_not_measured(style:
         wanted = [entropy_of(model.blocks[number], x) for given in batches for x in entered(model, given)[number]]
         got = [statistics.values.summary(row, h)[0] for h in range(HEADS)]
         assert got == pytest.approx(np.mean(wanted, 0).tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "autocast"])
+def test_turns_are_told_in_half_precision(kind: str) -> None:
+    model, given = built("longest first"), batch(5, 9, 2, 7, is_packed=True)
+    wanted = expected(model, [given], 0)["entropy"]
+    if kind == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            statistics = observe(model, [given]).attention[0]
+    else:
+        dtype = getattr(torch, kind)
+        statistics = observe(model.to(dtype), [given | {"x": given["x"].to(dtype)}]).attention[0]
+    assert measured(statistics)["entropy"] == pytest.approx(wanted, rel=0.05)
+    assert measured(statistics)["count"] == 4

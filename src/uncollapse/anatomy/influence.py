@@ -365,10 +365,15 @@ def segments(update: Update, rows: Tensor, axis: int) -> list[Tensor] | None:
         if len(found) == MOST_SEGMENTS:
             return None
         place = int(free.nonzero()[0])
-        reached = moved(plain, update(poked(rows, axis, torch.tensor([place]))), axis).cpu() & free
+        reached, before = torch.zeros_like(free), 0
         reached[place] = True
-        last = int(reached.nonzero()[-1])
-        reached[place : last + 1] = free[place : last + 1]
+        while int(reached.sum()) > before:
+            # In half precision one row may be lost on another: those that were found are asked for the rest.
+            own = reached.nonzero().flatten()
+            before = len(own)
+            reached |= moved(plain, update(poked(rows, axis, own)), axis).cpu() & free
+            last = int(reached.nonzero()[-1])
+            reached[place : last + 1] = free[place : last + 1]
         found.append(reached.nonzero().flatten())
         free &= ~reached
     return found

@@ -70,11 +70,22 @@ def pieces_of(alone: BlockAlone, number: int, part: Part, axes: StreamAxes | Non
             raise UnreadableError(f"{SHARED_OUT}, and what is before or behind them is not laid out as the stream is")
         return axes.cloud(made).flatten(0, 1)
 
+    shapes: list[tuple[int, ...]] = [()] * len(calls)
+    formats: set[torch.dtype] = set()
+
+    def formatted(made: Tensor) -> None:
+        formats.add(made.dtype)
+
+    noting = {call.product: _noting_shape(shapes, formats, i) for i, call in enumerate(calls)}
+    _run(alone, others, values, formatted, noting, [(Place(projection, "in", (0,)), formatted)])
+    if not all(shapes):
+        raise UnreadableError("it did not run")
+    # To the numbers below it each of these counts exactly.
+    base = min(round(1 / torch.finfo(each).eps) for each in formats)
     # Which token each key is.
     counted = torch.arange(1, sequences * tokens + 1)
     keys: list[Tensor | None] = [None] * len(calls)
-    shapes: list[tuple[int, ...]] = [()] * len(calls)
-    for digit, base in _digits(sequences * tokens, alone.stream.dtype):
+    for digit in range(_digits(sequences * tokens, base)):
         codes = counted // base**digit % base
 
         def numbered(made: Tensor, codes: Tensor = codes) -> Tensor:
@@ -83,16 +94,13 @@ def pieces_of(alone: BlockAlone, number: int, part: Part, axes: StreamAxes | Non
             return axes.stream(rows.unflatten(0, (sequences, tokens)), made).contiguous()
 
         seen: dict[int, Tensor] = {}
-        handlers = {call.product: _noting_values(seen, i, call, shapes) for i, call in enumerate(calls)}
+        handlers = {call.product: _noting_values(seen, i, call) for i, call in enumerate(calls)}
         _run(alone, others, values, numbered, handlers)
-        if len(seen) < len(calls):
-            raise UnreadableError("it did not run")
         for i, found in seen.items():
-            first = found[..., 0].double().round()
-            if not bool((found == first[..., None]).all()) or bool((first < 0).any()) or bool((first >= base).any()):
+            first = found[..., 0].double()
+            if not bool((found == found[..., :1]).all()) or not _are_codes(first, base):
                 raise UnreadableError(f"{SHARED_OUT}, and its values do not arrive as they were made")
-            known = keys[i]
-            step = first.long() * base**digit
+            known, step = keys[i], first.long() * base**digit
             keys[i] = step if known is None else known + step
     # Which token and head each row of a result is.
     width = 0
@@ -101,7 +109,7 @@ def pieces_of(alone: BlockAlone, number: int, part: Part, axes: StreamAxes | Non
         landed: Tensor | None = None
         size = math.prod(shapes[i])
         places: list[Tensor] = []
-        for digit, base in _digits(size, alone.stream.dtype):
+        for digit in range(_digits(size, base)):
             read: list[Tensor] = []
             handlers = {
                 call.product: _numbering(places, call, digit, base) if j == i else _silent
@@ -113,7 +121,7 @@ def pieces_of(alone: BlockAlone, number: int, part: Part, axes: StreamAxes | Non
                 raise UnreadableError(f"{SHARED_OUT}, and what is read behind them was not met")
             given = laid(read[-1]).double()
             width = given.shape[1]
-            if not bool((given == given.round()).all()) or bool((given < 0).any()) or bool((given >= base).any()):
+            if not _are_codes(given, base):
                 raise UnreadableError(f"{SHARED_OUT}, and something acts on what they give")
             step = given.long() * base**digit
             landed = step if landed is None else landed + step
@@ -174,37 +182,56 @@ def pieces_of_batch(
     return found
 
 
-def _digits(count: int, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """The digits of numbers up to `count`, each with a base to which this number format counts exactly."""
-    base = round(1 / torch.finfo(dtype).eps)
-    return [(digit, base) for digit in range(max(1, math.ceil(math.log(count + 1, base))))]
+def _digits(count: int, base: int) -> int:
+    """How many digits numbers up to `count` have."""
+    found = 1
+    while count >= base**found:
+        found += 1
+    return found
+
+
+def _are_codes(numbers: Tensor, base: int) -> bool:
+    """Whether these are digits to this base, and nothing else."""
+    return bool(((numbers == numbers.round()) & (numbers >= 0) & (numbers < base)).all())
 
 
 def _run(
     alone: BlockAlone,
     others: tuple[int, ...],
     values: ModuleCall | Point,
-    numbered: Callable[[Tensor], Tensor],
+    numbered: Action,
     handlers: dict[Point, Handler],
+    actions: Sequence[tuple[Place, Action]] = (),
 ) -> None:
     """The block alone with other values, and handlers at its products."""
-    actions: list[tuple[Place, Action]] = []
     if isinstance(values, ModuleCall):
-        actions.append((Place(values), numbered))
+        actions = [*actions, (Place(values), numbered)]
     else:
 
         def made(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return numbered(function(*args, **kwargs))
+            output = function(*args, **kwargs)
+            other = numbered(output)
+            return output if other is None else other
 
         handlers = {**handlers, values: made}
     alone.rerun(others, handlers, actions)
 
 
-def _noting_values(seen: dict[int, Tensor], number: int, call: AttentionCall, shapes: list[tuple[int, ...]]) -> Handler:
+def _noting_shape(shapes: list[tuple[int, ...]], formats: set[torch.dtype], number: int) -> Handler:
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = function(*args, **kwargs)
+        shapes[number] = tuple(output.shape)
+        formats.add(output.dtype)
+        return output
+
+    return handler
+
+
+def _noting_values(seen: dict[int, Tensor], number: int, call: AttentionCall) -> Handler:
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = function(*args, **kwargs)
         found = product_operands(function, args, kwargs, output, call.weight_operand or 0, call.pair)
-        seen[number], shapes[number] = found.values.detach().clone(), tuple(output.shape)
+        seen[number] = found.values.detach().clone()
         return output
 
     return handler
