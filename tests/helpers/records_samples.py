@@ -12,7 +12,7 @@ groups did to the encoder, `two_stacks` to the encoder–decoder, `deep` to a mo
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -273,7 +273,13 @@ def with_corpus() -> DiagnosisRecord:
     every block."""
     record = encoder()
     corpus = []
-    for pooling, points, sampled in (("tokens", 2752, 64), ("mean", 64, None), ("last", 64, None), ("first", 64, None)):
+    poolings: tuple[tuple[Literal["tokens", "mean", "last", "first"], int, int | None], ...] = (
+        ("tokens", 2752, 64),
+        ("mean", 64, None),
+        ("last", 64, None),
+        ("first", 64, None),
+    )
+    for pooling, points, sampled in poolings:
         for number, site in enumerate(record.trajectory):
             spectrum = (
                 41.2,
@@ -298,7 +304,8 @@ def with_corpus() -> DiagnosisRecord:
                 site.site, site.block, None, pooling, points, 384, sampled, most, most - 1, *spectrum, **beside
             )
             corpus.append(replace(cloud, unavailable={} if beside else dict.fromkeys(BETWEEN, "no block comes before")))
-    own = replace(corpus[-1], site="pooler_output", block=None, pooling="own", **dict.fromkeys(("compared", *BETWEEN)))
+    alone: dict[str, Any] = dict.fromkeys(("compared", *BETWEEN))
+    own = replace(corpus[-1], site="pooler_output", block=None, pooling="own", **alone)
     corpus.append(replace(own, unavailable=dict.fromkeys(BETWEEN, "no block comes before")))
     load = [0.31, 0.24, 0.2, 0.13, 0.07, 0.04, 0.01, 0.0]
     routers = [
