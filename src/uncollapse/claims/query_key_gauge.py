@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flint import fmpq, fmpq_mat, nmod_mat
+from flint import fmpq, fmpq_mat, nmod, nmod_mat
 
 from uncollapse.claims.draws import Draws, shifted
 from uncollapse.claims.jacobian import between, flat, generic, matrices
@@ -195,12 +195,12 @@ def normed_gauge(
 ) -> tuple[int, int]:
     """(lower, upper) bound of the gauge at a generic point: known invisible moves, and the Jacobian's kernel.
 
-    Root mean squares are irrational, so the point lies in a finite field where they have roots. It lifts to a point
-    over the p-adic numbers (Hensel), whose Jacobian has no smaller rank, and a generic point has no smaller rank still.
+    A row is divided by its 2-norm: gamma takes up the factor sqrt(d_k). Norms are irrational, so the point lies in a finite
+    field where they have roots. It lifts to a point over the p-adic numbers (Hensel), whose Jacobian has no smaller rank, and a
+    generic point has no smaller rank still.
     """
     p, d = _PRIME, k
     layout = Layout(heads, groups, k, d, rotary=k if rope else 0)
-    inverse_k = pow(k, -1, p)
     weights = [[[draws.randrange(1, p) for _ in range(k)] for _ in range(d)] for _ in range(heads + groups)]
     gammas = [list(gamma) if gamma else [draws.randrange(1, p) for _ in range(k)] for _ in range(2)]
 
@@ -208,18 +208,18 @@ def normed_gauge(
         return [sum(a * row[m] for a, row in zip(x, weight, strict=True)) % p for m in range(k)]
 
     def root(square: int) -> int | None:
-        return pow(square, (p + 1) // 4, p) if pow(square, (p - 1) // 2, p) == 1 else None
+        found = pow(square, p // 4 + 1, p)  # p is 3 modulo 4
+        return found if found * found % p == square else None
 
     tokens: list[tuple[list[int], list[list[int]], list[int]]] = []
     while len(tokens) < 2 * d + 4:
         x = [draws.randrange(p) for _ in range(d)]
         images = [image(x, weight) for weight in weights]
-        roots = [root(sum(u * u for u in row) * inverse_k % p) for row in images]
+        roots = [root(sum(u * u for u in row) % p) for row in images]
         if None not in roots:
             tokens.append((x, images, [r for r in roots if r is not None]))
     turns = [
-        [[int(e.p) * pow(int(e.q), -1, p) % p for e in row] for row in rotation(i, layout).tolist()]
-        for i in range(len(tokens))
+        [[int(nmod(entry, p)) for entry in row] for row in rotation(i, layout).tolist()] for i in range(len(tokens))
     ]
     count = (heads + groups) * d * k + 2 * k
 
@@ -228,7 +228,7 @@ def normed_gauge(
         x, images, roots = tokens[token]
         u, r, g = images[which], roots[which], gammas[int(which >= heads)]
         inverse = pow(r, -1, p)
-        cube = inverse**3 * inverse_k % p
+        cube = inverse**3 % p
         vector = [g[m] * u[m] * inverse % p for m in range(k)]
         derivative = [[0] * k for _ in range(count)]
         for a in range(d):
@@ -286,7 +286,8 @@ def normed_gauge(
             move[(heads + groups) * d * k + k + m] = -gammas[1][m] % p
         known.append(move)
     invisible = [move for move in known if (jacobian * nmod_mat([[entry] for entry in move], p)).rank() == 0]
-    return int(nmod_mat(invisible, p).rank()) if invisible else 0, count - int(jacobian.rank())
+    moving = nmod_mat(len(invisible), count, [entry for move in invisible for entry in move], p)
+    return int(moving.rank()), count - int(jacobian.rank())
 
 
 CLAIM = Claim(

@@ -10,6 +10,7 @@ from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample
 
 X = ((0,), (1,))
+POSITIONS = ((0,), (1,))  # one number is added at each place
 
 
 def permutation(order: list[int]) -> fmpq_mat:
@@ -44,15 +45,16 @@ def check(trials: int, seed: int, *, causal: bool = False, positions: bool = Fal
     x, swap = exact.rational(X), permutation([1, 0])
     after = softmax(exact.zeros(2, 2), causal=True) * swap * x
     before = swap * softmax(exact.zeros(2, 2), causal=True) * x
-    placed = x + exact.rational([[0], [1]])
+    positions = exact.rational(POSITIONS)
+    placed, moved = swap * x + positions, swap * (x + positions)
     return [
         tally("A(PX) = P A(X) P^T for softmax attention without positions and mask", maps),
         tally("a block of attention, residual and ReLU MLP commutes with every P", blocks),
         shown("a causal mask breaks it", f"{exact.text(after)} against {exact.text(before)}", after != before),
         shown(
             "an added position breaks it",
-            "f(PX) differs from P f(X)",
-            swap * placed != swap * x + exact.rational([[0], [1]]),
+            f"{exact.text(placed)} against {exact.text(moved)}",
+            placed != moved,
         ),
     ], Counterexample(
         "attention commutes with permutations under a causal mask",
