@@ -140,6 +140,9 @@ def test_the_overhead_is_below_the_limit_and_not_at_it() -> None:
     most = max(pgop_overhead.overhead(*shapes[0], bias=bias) for bias in (True, False))
     assert passed("pgop-overhead", "the gates have less than", shapes=shapes, limit=most) is False
     assert passed("pgop-overhead", "the gates have less than", shapes=shapes, limit=most + fmpq(1, 10**9)) is True
+    few = pgop_overhead.overhead(384, 12, features=128)
+    assert passed("pgop-overhead", "the same model with d_phi = 128", limit=few) is False
+    assert passed("pgop-overhead", "the same model with d_phi = 128", limit=few + fmpq(1, 10**9)) is True
     thin = pgop_overhead.overhead(384, 12)
     assert passed("pgop-overhead", "d = 384", limit=thin) is False
     assert passed("pgop-overhead", "d = 384", limit=thin - fmpq(1, 10**9)) is True
@@ -412,3 +415,8 @@ def test_chains_of_leaders_are_followed_through_one_layer_less_than_tokens(
     drawn = clouds[:60].count(tokens)
     assert drawn > 0
     assert calls[:-1].count(tokens) == drawn * (tokens - 1)
+
+
+def test_a_sum_as_large_as_its_parts_keeps_the_triangle_inequality(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_only_collapse, "GAUGE", (((1,),), ((1,),)))
+    assert passed("attention-only-collapse", "that gauge is not a norm") is False

@@ -38,7 +38,7 @@ def check(
             # Its entries sum to 0, so some are negative: as far as the first weight is 0, and all rows on the way are positive.
             step = min(weight / -slower for weight, slower in zip(row.entries(), along, strict=True) if slower < 0)
             edge = row + exact.rational([along]) * step
-            others.append((min(edge.entries()), edge * seen) == (0, row * seen))
+            others.append((min(edge.entries()), edge * seen) == (fmpq(0), row * seen))
     values, rows = exact.rational(VALUES), exact.rational(ROWS)
     same = rows * values
     return [

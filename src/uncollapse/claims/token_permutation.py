@@ -45,8 +45,8 @@ def check(trials: int, seed: int, *, causal: bool = False, positions: bool = Fal
     x, swap = exact.rational(X), permutation([1, 0])
     after = softmax(exact.zeros(2, 2), causal=True) * swap * x
     before = swap * softmax(exact.zeros(2, 2), causal=True) * x
-    positions = exact.rational(POSITIONS)
-    placed, moved = swap * x + positions, swap * (x + positions)
+    added = exact.rational(POSITIONS)
+    placed, moved = swap * x + added, swap * (x + added)
     return [
         tally("A(PX) = P A(X) P^T for softmax attention without positions and mask", maps),
         tally("a block of attention, residual and ReLU MLP commutes with every P", blocks),
