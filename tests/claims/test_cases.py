@@ -604,7 +604,7 @@ def test_distances_with_and_without_norms_have_the_limits_that_are_said(
 def test_weights_that_keep_a_space_are_free_beyond_that(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the basis of the space they are block-triangular: 0 where a direction inside would lead outside, and nowhere else."""
     module, spaces, seen = mlp_leaves_the_reachable_space, [], []
-    part, heads = exact.part, module.heads
+    part, layer = exact.part, module.with_residual
 
     def first_rows(matrix: object, rows: object, columns: object) -> object:
         if matrix.nrows() == matrix.ncols() == len(columns):
@@ -612,7 +612,7 @@ def test_weights_that_keep_a_space_are_free_beyond_that(monkeypatch: pytest.Monk
         return part(matrix, rows, columns)
 
     monkeypatch.setattr(module.exact, "part", first_rows)
-    monkeypatch.setattr(module, "heads", lambda x, a, w: (seen.append((*spaces[-1], w)), heads(x, a, w))[1])
+    monkeypatch.setattr(module, "with_residual", lambda x, a, w: (seen.append((*spaces[-1], w)), layer(x, a, w))[1])
     CLAIMS["mlp-leaves-the-reachable-space"].run(80, 0)
     inside: dict[tuple[int, int, int, int], bool] = {}
     for basis, k, weights in seen:

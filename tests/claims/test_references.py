@@ -21,7 +21,7 @@ from uncollapse.claims import (
     width_collapse,
 )
 from uncollapse.claims.attention_only_collapse import after, in_dongs_gauge
-from uncollapse.claims.draws import Draws
+from uncollapse.claims.draws import Draws, shifted, with_residual
 from uncollapse.claims.entropy_floor import floor_by_max, floor_by_mean
 from uncollapse.claims.residual_obstructs_collapse import stacked, two_layers
 from uncollapse.measures import exact
@@ -280,3 +280,11 @@ def test_two_tokens_that_positions_turn_are_those_of_numpy(monkeypatch: pytest.M
     ratio, limit = causal_collapse_is_geometric.rotated_ratio(exact.rational([[1, 2], [fmpq(1, 2), -1]]))
     assert float(ratio.mid()) == pytest.approx(own(token) ** 2)
     assert float(limit.mid()) == pytest.approx(own(first) ** 2)
+
+
+def test_a_layer_with_its_residual_is_that_of_numpy() -> None:
+    draws, x = Draws("test", 4), np.array(X, dtype=float)
+    patterns, weights = [draws.pattern(3) for _ in range(2)], [draws.matrix(2, 2) for _ in range(2)]
+    y = sum(numbers(a) @ x @ numbers(w) for a, w in zip(patterns, weights, strict=True))
+    assert np.allclose(numbers(with_residual(exact.rational(X), patterns, weights)), x + y)
+    assert np.allclose(numbers(shifted(exact.rational(X), exact.rational([[1, -2]]))), x + np.array([1, -2]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flint import fmpq, fmpq_mat
 
-from uncollapse.claims.draws import Draws, heads, relu, shifted
+from uncollapse.claims.draws import Draws, relu, shifted, with_residual
 from uncollapse.claims.layernorm_affine_rank import LARGE
 from uncollapse.claims.ledger import HERE, Claim, Finding, equal, shown, tally
 from uncollapse.measures import exact
@@ -30,8 +30,7 @@ def check(trials: int, seed: int, *, sinks: bool = False) -> Finding:
         identity += [_commutes(pattern) for pattern in patterns]
         token = draws.matrix(1, d)
         x = exact.ones(n) * token
-        update = shifted(heads(x, patterns, [draws.matrix(d, d) for _ in range(h)]), draws.matrix(1, d))
-        y = x + update
+        y = shifted(with_residual(x, patterns, [draws.matrix(d, d) for _ in range(h)]), draws.matrix(1, d))
         through_attention.append(exact.affine_rank(y) == 0)
         through_norm.append(rank_change(y, eps=LARGE, beta=draws.matrix(1, d).entries()).after.affine_rank == 0)
         hidden = relu(shifted(y * draws.matrix(d, 6), draws.matrix(1, 6)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flint import fmpq_mat
 
-from uncollapse.claims.draws import Draws, heads, relu
+from uncollapse.claims.draws import Draws, relu, with_residual
 from uncollapse.claims.ledger import HERE, Claim, Finding, found, shown, tally
 from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample
@@ -42,7 +42,7 @@ def check(trials: int, seed: int, *, activation: str = "relu", norms: bool = Fal
         space = reachable(start, layers)
         proper.append(exact.rank(space) < d)
         for weights in layers:
-            x = x + heads(x, [draws.pattern(n) for _ in weights], weights)
+            x = with_residual(x, [draws.pattern(n) for _ in weights], weights)
             if norms:
                 x = x * exact.centring(d)
         stays.append(exact.in_row_space(space, x))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flint import fmpq_mat
 
-from uncollapse.claims.draws import Draws, relu, shifted, softmax
+from uncollapse.claims.draws import Draws, relu, shifted, softmax, with_residual
 from uncollapse.claims.ledger import HERE, Claim, Finding, shown, tally
 from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample
@@ -37,7 +37,7 @@ def check(trials: int, seed: int, *, causal: bool = False, positions: bool = Fal
         def block(
             z: fmpq_mat, value: fmpq_mat = value, up: fmpq_mat = up, down: fmpq_mat = down, bias: fmpq_mat = bias
         ) -> fmpq_mat:
-            y = z + pattern(z) * z * value
+            y = with_residual(z, [pattern(z)], [value])
             return y + relu(shifted(y * up, bias)) * down
 
         maps.append(pattern(turn * x) == turn * pattern(x) * turn.transpose())
