@@ -561,6 +561,8 @@ def test_the_weights_that_no_key_may_have_are_tenths(monkeypatch: pytest.MonkeyP
     ("error", "passed"),
     [
         # The distance of START without norms and with norms at the usual eps, that of MERGES without; at eps = 0 what is added.
+        ({"bare": "0.9991"}, {"the same relative distance": True}),
+        ({"bare": "0.9989"}, {"the same relative distance": False}),
         ({"bare": "0.0099"}, {"its square falls": True}),
         ({"bare": "0.0101"}, {"its square falls": False}),
         ({"exact": "1e-61"}, {"with norms it stays 1": True}),
@@ -655,3 +657,13 @@ def test_logits_are_small_enough_for_so_many_layers(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(module, "last_ratio", watched)
         CLAIMS[module.CLAIM.id].run(200, 0)
         assert max(seen[:-1]) == limit
+
+
+def test_the_weights_of_stacks_with_and_without_norms_are_eighths(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, stack = [], layernorm_and_distance.stack
+    monkeypatch.setattr(
+        layernorm_and_distance, "stack", lambda x, form, eps: (seen.append(form), stack(x, form, eps))[1]
+    )
+    CLAIMS["layernorm-and-distance"].run(400, 0)
+    assert {form[0, 0] for form in seen} == {fmpq(k, 8) for k in range(1, 7)}
+    assert not any(entry for form in seen for entry in form.entries()[1:])

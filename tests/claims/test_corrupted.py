@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -252,12 +253,35 @@ def test_tokens_that_stay_apart_are_followed_through_fifty_or_sixty_layers(
 
 
 def test_rows_are_scaled_as_often_as_the_words_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: set[int] = set()
+    seen: Counter[int] = Counter()
     whole = scaling_fixed_points.scaled
-    monkeypatch.setattr(scaling_fixed_points, "scaled", lambda row, times: (seen.add(times), whole(row, times))[1])
+    monkeypatch.setattr(scaling_fixed_points, "scaled", lambda row, times: (seen.update([times]), whole(row, times))[1])
     words = " ".join(piece.what for piece in CLAIMS["scaling-fixed-points"].run(12, 0).evidence)
-    assert seen == {int(each) for each in re.findall(r"t = (\d+)|and (\d+) exactly", words) for each in each if each}
-    assert seen == {2, 3, 32, 64, 128}
+    assert seen.keys() == {
+        int(each) for each in re.findall(r"t = (\d+)|and (\d+) exactly", words) for each in each if each
+    }
+    assert seen.keys() == {2, 3, 32, 64, 128}
+    assert seen[3] == 4**2 + 4**3 + 4**4 - 3  # every row once, but for rows of zeros
+
+
+@pytest.mark.parametrize(("added", "exceptions"), [(fmpq(0), 0), (fmpq(1, 10**60), 40)])
+def test_rows_come_as_near_to_their_limit_as_is_said(
+    added: fmpq, exceptions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T (p_2/p_1)^32, where p_2 is the next smaller weight; no distance at all where there is none."""
+    whole, rows = scaling_fixed_points.scaled, []
+    monkeypatch.setattr(
+        scaling_fixed_points, "scaled", lambda row, times: (rows.append((row, times)), whole(row, times))[1]
+    )
+
+    def furthest(*_: Any) -> fmpq:
+        row, times = rows[-1]
+        below = [entry for entry in row if entry < max(row)]
+        return len(row) * (max(below) / max(row)) ** times + added if below else added
+
+    monkeypatch.setattr(scaling_fixed_points, "distance", furthest)
+    (piece,) = [p for p in CLAIMS["scaling-fixed-points"].run(40, 0).evidence if p.what.startswith("t = 32")]
+    assert piece.observed == f"{exceptions} exceptions in 40 cases"
 
 
 def test_clouds_of_one_leader_are_not_counted_among_those_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
