@@ -205,7 +205,7 @@ def normed_gauge(
     gammas = [list(gamma) if gamma else [draws.randrange(1, p) for _ in range(k)] for _ in range(2)]
 
     def image(x: list[int], weight: list[list[int]]) -> list[int]:
-        return [sum(a * row[m] for a, row in zip(x, weight, strict=True)) % p for m in range(k)]
+        return [sum(a * row[m] for a, row in zip(x, weight, strict=True)) for m in range(k)]
 
     def root(square: int) -> int | None:
         found = pow(square, p // 4 + 1, p)  # p is 3 modulo 4
@@ -228,14 +228,13 @@ def normed_gauge(
         x, images, roots = tokens[token]
         u, r, g = images[which], roots[which], gammas[int(which >= heads)]
         inverse = pow(r, -1, p)
-        cube = inverse**3 % p
-        vector = [g[m] * u[m] * inverse % p for m in range(k)]
+        vector = [g[m] * u[m] * inverse for m in range(k)]
         derivative = [[0] * k for _ in range(count)]
         for a in range(d):
             for c in range(k):  # by W[a][c]: du_c = x_a
                 du = x[a]
-                row = [(-g[m] * u[m] * u[c] * du * cube) % p for m in range(k)]
-                row[c] = (row[c] + g[c] * du * inverse) % p
+                row = [-g[m] * u[m] * u[c] * du * inverse**3 for m in range(k)]
+                row[c] += g[c] * du * inverse
                 derivative[(which * d + a) * k + c] = row
         for m in range(k):
             derivative[(heads + groups) * d * k + int(which >= heads) * k + m][m] = u[m] * inverse % p
@@ -258,9 +257,9 @@ def normed_gauge(
                     for dq, dk in zip(by_query, by_key, strict=True)
                 ]
 
-            first = gradient(0)
-            for j in range(len(tokens)):
-                rows.append([(a - b) % p for a, b in zip(gradient(j), first, strict=True)])
+            # The softmax sees differences within a row.
+            for one, other in itertools.pairwise(gradient(j) for j in range(len(tokens))):
+                rows.append([a - b for a, b in zip(one, other, strict=True)])
     jacobian = nmod_mat(rows, p)
     known = []
     for which, weight in enumerate(weights):  # the scale of each W_Q and W_K
@@ -275,7 +274,7 @@ def normed_gauge(
                 per_group = heads // groups
                 for which in [h for h in range(heads) if h // per_group == group] + [heads + group]:
                     for a in range(d):
-                        move[(which * d + a) * k + i] = -weights[which][a][j] % p
+                        move[(which * d + a) * k + i] = -weights[which][a][j]
                         move[(which * d + a) * k + j] = weights[which][a][i]
                 known.append(move)
     width = 2 if rope else 1
@@ -283,7 +282,7 @@ def normed_gauge(
         move = [0] * count
         for m in range(start, start + width):
             move[(heads + groups) * d * k + m] = gammas[0][m]
-            move[(heads + groups) * d * k + k + m] = -gammas[1][m] % p
+            move[(heads + groups) * d * k + k + m] = -gammas[1][m]
         known.append(move)
     invisible = [move for move in known if (jacobian * nmod_mat([[entry] for entry in move], p)).rank() == 0]
     moving = nmod_mat(len(invisible), count, [entry for move in invisible for entry in move], p)
