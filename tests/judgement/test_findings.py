@@ -478,6 +478,10 @@ def test_heads_of_a_stream_too_narrow_to_judge_are_not() -> None:
     # Six deviations of two random lines, 6 sqrt(2/((d - 1)(d + 2))), reach the threshold up to eight dimensions.
     assert found(heads=[projection(0.999, head_width=1, width=8)], code="HEADS-IDENTICAL") == []
     assert len(found(heads=[projection(0.999, head_width=1, width=9)], code="HEADS-IDENTICAL")) == 1
+    # In 25 dimensions they are sqrt(2/648) = 1/18 each: a third in all. Up to there nothing is chance.
+    for threshold, judged in ((1 - 1 / 3, 1), (0.667, 0)):
+        limits = replace(HALF, distinctness=threshold)
+        assert len(read("HEADS-IDENTICAL", heads=[projection(0.999, head_width=1, width=25)], limits=limits)) == judged
 
 
 @pytest.mark.parametrize(("lost", "fires"), [(0.9, False), (1.1, True)])

@@ -182,6 +182,8 @@ def test_too_few_points_have_no_figures(n: int) -> None:
         assert found.pop("effective_rank") == pytest.approx(1.0)
         assert found.pop("mean_share") == pytest.approx(1.0)
     assert set(found.values()) == {None}
+    ((whole, centred),) = corpus.spectra([cloud_of(points(n, 6, 0))], [EPS])
+    assert (whole.shape, centred.tolist()) == ((n,), [0.0] * n)  # one singular value a point
 
 
 # Laws -----------------------------------------------------------------------------------------------------------------
@@ -275,6 +277,9 @@ def test_clouds_of_other_points_are_not_compared() -> None:
     (other,) = compared([cloud_of(x, 0)], [cloud_of(x, 1)])
     (fewer,) = compared([cloud_of(x)], [cloud_of(x[:19])])
     assert (other, fewer) == (nothing, nothing)
+    for few in (0, 1):  # one point is no cloud, and has no block to pass for all others
+        (alone,) = compared([cloud_of(x[:few])], [cloud_of(2 * x[:few])])
+        assert alone == nothing
     (wider,) = compared([cloud_of(x)], [cloud_of(torch.cat([x, x], -1))])
     assert (wider.novelty, wider.cosine) == (None, None)
     assert wider.cka == pytest.approx(1.0)

@@ -1120,6 +1120,25 @@ def test_a_centred_cloud_of_few_tokens_is_decomposed_for_its_rank_alone(monkeypa
     assert calls.times == {"eigvalsh": 2, "svdvals": 1}
 
 
+@pytest.mark.parametrize("tokens", [5, 14])
+def test_an_affine_rank_that_a_gram_cannot_tell_is_that_of_the_singular_values(tokens: int) -> None:
+    """Points on a line, and a few of them 1e-11 to 1e-9 of it away from it, some of them twice: the square of that is lost in a
+    Gram matrix of float64."""
+    generator = torch.Generator().manual_seed(tokens)
+    clouds = []
+    for place in range(24):
+        turned = orthogonal(8, generator)
+        along = torch.randint(-9, 10, (tokens,), generator=generator).double()
+        aside = torch.zeros(tokens, dtype=torch.float64)
+        aside[1:3] = 10.0 ** -(9 + place % 3)
+        x = torch.outer(along, turned[0]) + torch.outer(aside, turned[1]) + (place % 2) * turned[2]
+        x[3] = x[1]
+        clouds.append(x)
+    expected = [np.linalg.matrix_rank((x - x.mean(0)).numpy(), tol=1e-13) for x in clouds]
+    assert set(expected) == {2}
+    assert cloud_measures(torch.stack(clouds)).affine_rank.tolist() == expected
+
+
 def test_no_energy_outside_of_the_span_is_below_zero() -> None:
     for _ in range(30):
         x = torch.randn(3, 7, dtype=torch.float64)

@@ -288,6 +288,7 @@ def test_batches_masks_and_dtypes():
     assert isinstance(rank_change([[1, 2]]).affine_rank, int)
     nobody = rank_change(x, mask=torch.zeros(2, 3, dtype=torch.bool))
     assert nobody.rank.tolist() == [0, 0]
+    assert [bracket.tolist() for bracket in nobody.brackets] == [[0, 0]] * 3
 
 
 def test_a_torch_layer_norm_is_the_layer_described():

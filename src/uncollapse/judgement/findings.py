@@ -586,7 +586,7 @@ def identical_heads(observed: Observed) -> Iterator[Reading]:
         if not pairs:
             continue
         # Random spaces scatter by sqrt(2) (1 - d_k/d) / sqrt((d - 1)(d + 2)), which is too much in a stream of a few dimensions.
-        if 1 - 6 * math.sqrt(2 / max((record.width - 1) * (record.width + 2), 1)) < observed.thresholds.distinctness:
+        if 1 - 6 * math.sqrt(2 / ((record.width - 1) * (record.width + 2))) < observed.thresholds.distinctness:
             continue
         overlap, first, second = max(pairs)
         distance = (1 - overlap) / expected
