@@ -44,7 +44,7 @@ def test_what_the_figures_support(values: list[float], kind: str, floor_block: i
 
 
 def test_the_factor_is_the_geometric_mean_above_the_floor() -> None:
-    found = rate([1.0, 0.5, 0.125, 1e-18, 1e-3], EPSILON)
+    found = rate([0.8, 0.4, 0.1, 1e-18, 1e-3], EPSILON)
     assert found.factor == pytest.approx(math.sqrt(0.125))
     assert found.floor_block == 2
     between = (math.log(0.5) + math.log(0.25)) / 2

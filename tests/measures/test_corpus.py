@@ -412,6 +412,10 @@ def test_a_power_law_takes_the_fourth_to_the_hundredth_variance_and_ten_at_least
     assert slope == pytest.approx(1.5)
 
 
+def test_where_nothing_varies_one_direction_holds_all() -> None:
+    assert corpus.directions_holding(torch.zeros(2, 3), 0.9).tolist() == [1, 1]
+
+
 def test_a_share_is_reached_where_only_rounding_is_missing() -> None:
     tenth = torch.full((10,), math.sqrt(0.1), dtype=torch.float64)
     assert corpus.directions_holding(tenth, 0.9).item() == 9

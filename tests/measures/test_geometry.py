@@ -894,6 +894,14 @@ SINGLE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("name", [*MEASURES, "rank_tolerance", "after norm", "carried", "out of span"])
+@pytest.mark.parametrize("shape", [(4,), (0, 4), (2, 0, 4), (3, 0)], ids=str)
+def test_no_token_and_no_feature_make_no_cloud(name: str, shape: tuple[int, ...]) -> None:
+    x = torch.ones(shape)
+    with pytest.raises(InputError, match=r"expected a floating-point tensor with axes \(\*batch, token, width\)"):
+        SINGLE[name](x, x, torch.ones(shape[:-1], dtype=torch.bool) if len(shape) > 1 else None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", SINGLE)
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 2, 4, 9), (2, 3, 7, 5)], ids=str)
 def test_each_sequence_is_measured_by_itself_whatever_its_size(name: str, shape: tuple[int, ...]) -> None:
@@ -1118,6 +1126,27 @@ def test_a_centred_cloud_of_few_tokens_is_decomposed_for_its_rank_alone(monkeypa
     found = cloud_measures(x)
     assert (found.rank.item(), found.affine_rank.item()) == (7, 7)
     assert calls.times == {"eigvalsh": 2, "svdvals": 1}
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (8, 6)], ids=str)
+def test_an_affine_rank_at_the_tolerance_is_that_of_the_singular_values(shape: tuple[int, int]) -> None:
+    """Tokens that sum to 0, whose second singular value is two parts in 10^13 above or below the tolerance: a Gram matrix that is
+    rounded once errs by more than that."""
+    tokens, width = shape
+    generator, clouds, expected = torch.Generator().manual_seed(tokens), [], []
+    for place in range(40):
+        side, small = (-1, 1)[place % 2], 0.005
+        for _ in range(5):
+            x = torch.zeros(shape, dtype=torch.float64)
+            x[0::4, 0], x[1::4, 0], x[2::4, 1], x[3::4, 1] = 1, -1, small, -small
+            values = np.linalg.svd(x.numpy(), compute_uv=False)
+            noise = 2.0**-7 * np.linalg.norm(values) * (tokens**-0.5 + width**-0.5)
+            small *= (noise + max(shape) * 2.0**-52 * values[0]) * (1 + side * 2e-13) / values[1]
+        clouds.append(x @ orthogonal(width, generator))
+        expected.append(1.5 + side / 2)
+    found = cloud_measures(torch.stack(clouds), precision=torch.bfloat16)
+    assert found.rank.tolist() == expected
+    assert found.affine_rank.tolist() == expected
 
 
 @pytest.mark.parametrize("tokens", [5, 14])

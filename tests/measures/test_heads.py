@@ -397,6 +397,9 @@ def test_gates_separate_as_many_heads_as_they_have_profiles():
         (0, 1.0, "attributable"),
         (0, 10.0, "attributable"),
         (0, 10.1, "attributable with care (noise gain 10.1)"),
+        (0, 999.4, "attributable with care (noise gain 999)"),
+        (0, 1000.0, "attributable with care (noise gain 1,000)"),  # and not 1e+03
+        (0, 12345.6, "attributable with care (noise gain 12,346)"),
         (0, math.inf, "not attributable (write spaces dependent to within rounding)"),
         (3, 2.0, "not attributable (kernel 3)"),
         (3, math.inf, "not attributable (kernel 3)"),
@@ -430,6 +433,30 @@ def test_the_verdict_in_words(kernel, gain, verdict):
 def test_unusable_input_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+O, W, FITS = torch.ones(3, 5, 4), torch.ones(4, 6), torch.ones(2, 2, 2)
+OUTPUTS = r"expected head_outputs\[\.\.\., token, mixed\] with mixed = 4"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "heads_", "more", "message"),
+    [
+        (O[0, 0], 2, {}, OUTPUTS),  # one token without an axis of its own
+        (O[..., :3], 2, {}, OUTPUTS),
+        (O, 2, {"grams": torch.ones(2, 3, 3)}, OUTPUTS),
+        (O, 2, {"grams": torch.ones(1, 4, 4)}, OUTPUTS),
+        (O, 4, {"grams": FITS}, OUTPUTS),
+        (O, 2, {"mask": torch.ones(3, 5)}, "expected boolean mask"),
+        (O, 2, {"mask": torch.ones(5, dtype=torch.bool)}, "expected boolean mask"),
+        (O.long(), 2, {}, "expected floating-point head_outputs"),
+    ],
+)
+def test_each_single_thing_that_does_not_fit_is_refused(outputs, heads_, more, message):
+    for function in (heads.contribution_energy, heads.energy_share):
+        with pytest.raises(InputError, match=f"{function.__name__}: {message}"):
+            function(outputs, W, heads_, **more)
+        assert function(O, W, 2, grams=FITS).shape == (3, 2)
 
 
 # Beside random weights --------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def effective_rank(values: Float[Tensor, "*batch direction"]) -> Float[Tensor, "
     values = values.double()
     total = values.sum(-1, keepdim=True)
     found: Tensor = torch.special.entr(values / total).sum(-1).exp()
-    return found.where(total[..., 0] > 0, 0)
+    return found.where(total.squeeze(-1) > 0, 0)
 
 
 @admitting

@@ -310,14 +310,14 @@ def consensus_after_norm(
         x = x - x.mean(-1, keepdim=True)
     if x.dtype == torch.float64 and x.numel():
         x, _ = at_size_one(x, (-1,))
-    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    real = real & (norms[..., 0] > 0)
-    unit = x * torch.where(real.unsqueeze(-1), _reciprocal(norms), 0)  # padded rows are zero already
+    norms = torch.linalg.vector_norm(x, dim=-1)  # padded rows are zero, and stay so
+    real = real & (norms > 0)
+    unit = x * _reciprocal(norms).unsqueeze(-1)
     count = real.sum(-1)
     mean = unit.sum(-2, keepdim=True) / count[..., None, None]
     distances = torch.linalg.vector_norm(unit.sub_(mean), dim=-1)  # in place: one cloud less to write
     apart = torch.where(real, distances.square(), 0).sum(-1) / count
-    return (apart.sqrt() + 0 * norms.sum((-2, -1))).where(count > 1, math.nan)  # NaN where a real token is not finite
+    return (apart.sqrt() + 0 * norms.sum(-1)).where(count > 1, math.nan)  # NaN where a real token is not finite
 
 
 @admitting
@@ -361,13 +361,13 @@ def stream_carried(
     exponent = torch.zeros((), dtype=torch.int32, device=x.device)
     if not (is_ordinary(x, 40) and is_ordinary(y, 40)):
         (x, small), (y, large) = (at_size_one(part.double(), (-2, -1)) for part in (x, y))
-        exponent = (large - small)[..., 0, 0] * (not is_normalized)
+        exponent = (large - small).squeeze((-2, -1)) * (not is_normalized)
     real = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
     product, size = (x * y).sum(-1), torch.linalg.vector_norm(x, dim=-1)
     share = product / (size * (torch.linalg.vector_norm(y, dim=-1) if is_normalized else size))
     middle: Tensor = share.where(real, math.nan).nanmedian(-1).values
     middle = times_power_of_two(middle, exponent).to(precision)
-    return middle + 0 * product.where(real, 0).sum(-1).to(precision)  # NaN where a real token is not finite
+    return middle.where((product.isfinite() | ~real).all(-1), math.nan)
 
 
 @admitting
@@ -764,7 +764,7 @@ def _cloud(function: str, x: Tensor, mask: Tensor | None, precision: torch.dtype
     exponent = torch.zeros(x.shape[:-2], dtype=torch.int32, device=x.device)
     if x.dtype == torch.float64 and x.numel():  # squares of the other formats stay within float64
         double, found = at_size_one(double, (-2, -1))
-        exponent = found[..., 0, 0]
+        exponent = found.squeeze((-2, -1))
     return _Cloud(double, real, real.sum(-1), eps, exponent)
 
 
@@ -983,13 +983,13 @@ def _consensus_after_norm(x: Tensor, real: Tensor, gram: Tensor, centred: bool) 
     squares = torch.linalg.vector_norm(x, dim=-1).square() if is_long else gram.diagonal(dim1=-2, dim2=-1)
     mean = torch.where(real, x.mean(-1, dtype=torch.float64), 0) if centred else torch.zeros_like(squares)
     freed = squares - x.shape[-1] * mean.square()
-    weights = torch.where(real, freed.rsqrt(), 0)
+    weights = _reciprocal(freed.sqrt())  # 0 in padded rows; where nothing is left it does not count
     if is_long:
         summed = (weights.unsqueeze(-2) @ x).square().sum((-2, -1))
     else:
         summed = (weights.unsqueeze(-2) @ gram @ weights.unsqueeze(-1)).sum((-2, -1))
     apart = 1 - (summed - x.shape[-1] * (weights * mean).sum(-1).square()) / count.square()
-    kept = torch.where(real, freed > 1e-6 * squares, True).all(-1) & (apart > 1e-4)  # false for NaN
+    kept = ((freed > 1e-6 * squares) | ~real).all(-1) & (apart > 1e-4)  # false for NaN
     apart = apart.sqrt().where(count > 1, math.nan)
     rows = (~kept & (count > 1)).nonzero().flatten()
     if len(rows):

@@ -82,7 +82,7 @@ def leading(products: Products, *, vectors: int, steps: int, tolerance: float, s
     X, mean, sums = products.begun(start)
     finite = X.isfinite().all(-1).all(-1)
     keep = finite[:, None, None]
-    X, mean, sums = torch.where(keep, X, 0), torch.where(keep[..., 0], mean, 0), torch.where(keep[..., 0], sums, 0)
+    X, mean, sums = torch.where(keep, X, 0), torch.where(finite[:, None], mean, 0), torch.where(finite[:, None], sums, 0)
     basis = _Basis(products, mean, sums, X[..., 0])
     count = products.queries.sum(-1)[:, None, None]
     X = X - count * mean.unsqueeze(-1) * (mean.unsqueeze(-2) @ start)  # so that the mean row does not hide the others
@@ -147,11 +147,11 @@ class _Basis:
         n_k = self.count_keys[:, None, None]
         inner = ZV - (keys.unsqueeze(-2) @ ZV) / n_k * keys.unsqueeze(-1) - squares[:, None, :WANTED] * QV
         centred = squares, inner
-        w = (Q.mT @ a.unsqueeze(-1))[..., 0]
+        w = torch.einsum("mkd,mk->md", Q, a)
         s = sums / root
         whole = T.new_zeros(len(T), T.shape[-1] + 1, T.shape[-1] + 1)
         whole[:, 1:, 1:] = T + n_q * w.unsqueeze(-1) * w.unsqueeze(-2)
-        whole[:, 0, 1:] = whole[:, 1:, 0] = (Y.mT @ s.unsqueeze(-1))[..., 0] + s.sum(-1, keepdim=True) * w
+        whole[:, 0, 1:] = whole[:, 1:, 0] = torch.einsum("mqd,mq->md", Y, s) + s.sum(-1, keepdim=True) * w
         whole[:, 0, 0] = s.square().sum(-1)
         squares, V = (t.flip(-1) for t in torch.linalg.eigh(whole))
         V = V[..., :WANTED]

@@ -324,7 +324,7 @@ def contraction(
     A = torch.where(rows[..., None], A - A.sum(-2, keepdim=True) / rows.sum(-1)[..., None, None], 0)
     A = torch.where(keys[..., None, :], A - A.sum(-1, keepdim=True) / keys.sum(-1)[..., None, None], 0)
     empty = ~(rows.any(-1) & keys.any(-1))
-    return times_power_of_two(_singular_values(A)[..., 0], exponent[..., 0, 0]).masked_fill(empty, math.nan)
+    return times_power_of_two(_singular_values(A)[..., 0], exponent.squeeze((-2, -1))).masked_fill(empty, math.nan)
 
 
 @admitting
@@ -882,7 +882,7 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
         peak = P.amax(-1)
         others = _others(P, peak)
         mean = P.mul_(S).sum(-1)  # the strongest adds nothing here: its S is 0
-        read["maximum"][rows], read["peak"][rows] = maximum[..., 0], peak
+        read["maximum"][rows], read["peak"][rows] = maximum.squeeze(-1), peak
         read["others"][rows], read["mean"][rows] = others, mean
         if susceptibility:
             read["variance"][rows] = P.mul_(S).sum(-1)
@@ -1123,7 +1123,7 @@ def _beside_strongest(S: Tensor, forbidden: float) -> dict[str, Tensor]:
     P = torch.softmax(S, 1)
     rest = (0 - P.amax(1).log() - P.mul_(S).sum(1)).clamp_(min=0)
     reach = torch.gt(S, -UNDERFLOW, out=P).sum(1)  # into a float: four times as fast as into a boolean
-    return {"second": second[..., 0], "rest": rest, "reach": reach}
+    return {"second": second.flatten(), "rest": rest, "reach": reach}
 
 
 def _floor_from_norm(square_norm: Tensor, T: Tensor) -> Tensor:
