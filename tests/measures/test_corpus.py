@@ -632,6 +632,14 @@ def test_no_share_is_below_zero() -> None:
             assert 0 <= corpus.subspace_novelty(cloud, 3 * cloud + 1).item() < 1e-12
 
 
+def test_a_point_at_the_mean_adds_no_direction() -> None:
+    """Its row of the Gram matrix is 0, and so is an eigenvalue, exactly: nothing is divided by it."""
+    line = torch.zeros(3, 5)
+    line[0, 0], line[1, 0] = 1, -1
+    assert corpus.subspace_novelty(line, 2 * line).item() == pytest.approx(0, abs=1e-12)
+    assert corpus.subspace_novelty(line, line.roll(1, -1)).item() == pytest.approx(1)
+
+
 def test_batches_of_other_points_are_refused() -> None:
     x = torch.randn(2, 6, 4)
     for other in (torch.randn(2, 5, 4), torch.randn(3, 6, 4)):

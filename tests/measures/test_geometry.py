@@ -1168,6 +1168,27 @@ def test_an_affine_rank_that_a_gram_cannot_tell_is_that_of_the_singular_values(t
     assert cloud_measures(torch.stack(clouds)).affine_rank.tolist() == expected
 
 
+@pytest.mark.parametrize(("tokens", "width"), [(9, 20), (20, 9)])
+def test_singular_values_are_taken_of_the_real_tokens_alone_upright(
+    tokens: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LAPACK takes a matrix that is wider than high at twice the price. One call for all clouds of one length."""
+    lengths = [tokens, 3, 7, 3, 0, 8]
+    real = torch.arange(tokens) < torch.tensor(lengths)[:, None]
+    x = torch.randn(6, tokens, width, dtype=torch.float64)
+    expected = [np.linalg.svd(one[:n].numpy(), compute_uv=False) for one, n in zip(x, lengths, strict=True)]
+    seen: list[tuple[int, ...]] = []
+    whole = torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda a: (seen.append(tuple(a.shape)), whole(a))[1])
+    x[~real] = math.nan  # whatever padding holds
+    found = geometry._exact_values(x, real)
+    for values, sought in zip(found, expected, strict=True):
+        np.testing.assert_allclose(values[: len(sought)], sought, rtol=1e-12)
+        assert not values[len(sought) :].any()
+    counts = {n: (lengths.count(n), max(n, width), min(n, width)) for n in (3, 7, 8, tokens)}
+    assert [shape for shape in seen if shape[-1] > 1] == list(counts.values())
+
+
 def test_no_energy_outside_of_the_span_is_below_zero() -> None:
     for _ in range(30):
         x = torch.randn(3, 7, dtype=torch.float64)

@@ -391,6 +391,20 @@ def test_gates_separate_as_many_heads_as_they_have_profiles():
     assert heads.gate_conditioning(profiles, tol=float(sigma[1:].mean())) == math.inf
 
 
+@pytest.mark.parametrize(("part", "rank"), [(0.8, 1), (1.2, 2)])
+def test_gates_count_above_their_rounding_and_that_of_the_decomposition(part, rank):
+    """eps ||G|| (1/sqrt m + 1/sqrt H) of the format, and max(m, H) roundings of sigma_1. Two profiles at right angles."""
+    m, eps = 64, 2.0**-52
+    G = torch.ones(m, 2, dtype=torch.float64)
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(m // 2)
+    first = math.sqrt(2 * m)
+    cut = eps * first * (m**-0.5 + 2**-0.5) + m * eps * first
+    small = part * cut / first
+    G[:, 0] += small * sign
+    G[:, 1] -= small * sign
+    assert heads.gate_rank(G) == rank
+
+
 @pytest.mark.parametrize(
     ("kernel", "gain", "verdict"),
     [

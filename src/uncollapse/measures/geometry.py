@@ -1070,7 +1070,7 @@ def _affine_ranks(x: Tensor, real: Tensor, gram: Tensor, ranks: Tensor, largest:
     """By interlacing rank - 1 or rank; never more than n - 1, so rank n decides it. The others are looked at."""
     affine = (ranks - 1).clamp(min=0)
     tokens, width = real.sum(-1), x.shape[-1]
-    rows = ((ranks > 0) & (ranks < tokens)).nonzero().flatten()
+    rows = (ranks < tokens).nonzero().flatten()
     if len(rows) and x.shape[-2] > width:
         # X^T C X minus a multiple of I has a Cholesky factor iff all its eigenvalues are above: the usual case with
         # more tokens than width, at a fifth of a spectrum's price. X^T C X = G - s s^T / n, s the sum of the tokens, errs by no

@@ -273,8 +273,9 @@ def entropy_floor(
     K = (K - K.sum(2, keepdim=True) / counted.sum(2, keepdim=True)) * counted
     T = real.cumsum(-1) if causal else real.sum(-1, keepdim=True).expand(batch, queries)
     square_norm = _prefix_square_norm(Q, K, T) if causal else ((Q @ (K.mT @ K)[:, :, None]) * Q).sum(-1)
-    dead = T == 0 if queries != keys else (T == 0) | ~real
-    floor = _floor_from_norm(square_norm, T[:, None, None]).masked_fill(dead[:, None, None], math.nan)
+    floor = _floor_from_norm(square_norm, T[:, None, None])  # NaN where T is 0
+    if queries == keys:
+        floor = floor.masked_fill(~real[:, None, None], math.nan)
     return floor.flatten(1, 2).to(_accumulation(q.dtype))
 
 
@@ -636,7 +637,7 @@ def leading_spectrum(
         few = _part(scores, part, heads)
         rows, real = _real_matrices(few.sizes, part, query_mask, columns, scores)
         if size > KEPT_BYTES and min(queries, keys) > DIRECT:
-            there = real[0].nonzero().flatten()  # one sequence: its heads have the same padding
+            there = real.any(0).nonzero().flatten()  # one sequence: its heads have the same padding
             if len(there) <= DIRECT:
                 return _dense_spectrum(_weights_of(few, there), rows, real[:, there])
             return _usable(_tiled_spectrum(few, rows, real), rows, real)
@@ -783,10 +784,10 @@ def _shrinking(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None, soft
 
 def _self_scores(name: str, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> _Scores:
     """`_scores` of the plain measures: in a square call the mask of the keys is that of the queries too."""
-    _sizes(name, q, k)
+    *_, queries, keys = _sizes(name, q, k)
     if causal:
-        _require_square(name, q.shape[-2], k.shape[-2])
-    query_mask = mask if q.shape[-2] == k.shape[-2] else None
+        _require_square(name, queries, keys)
+    query_mask = mask if queries == keys else None
     return _scores(name, q, k, None, None, mask, query_mask, causal, scale, None)
 
 
