@@ -37,12 +37,21 @@ def test_a_stack_that_norms_read_is_seen_by_the_norm_that_sees_most() -> None:
         site(0.7, readers=(None, 0.6)),
     ]
     found = as_read(sites)
-    assert figures(found) == [(0.8, 1.0, ", as b gives them on"), (0.4, 0.5, ", as a gives them on"), (0.6, 0.75, found[0].by)]
+    assert figures(found) == [
+        (0.8, 1.0, ", as b gives them on"),
+        (0.4, 0.5, ", as a gives them on"),
+        (0.6, 0.75, found[0].by),
+    ]
     assert [read.site for read in found] == sites
 
 
 def test_a_stack_that_no_norm_reads_at_its_embedding_is_seen_scaled() -> None:
-    sites = [site(0.8, plain=0.5, block=None), site(0.4, plain=0.5, readers=(0.9,)), site(None, readers=(0.9,)), site(0.2)]
+    sites = [
+        site(0.8, plain=0.5, block=None),
+        site(0.4, plain=0.5, readers=(0.9,)),
+        site(None, readers=(0.9,)),
+        site(0.2),
+    ]
     found = as_read(sites)
     assert figures(found) == [(0.8, 1.0, ""), (0.4, 0.5, ""), (0.2, 0.25, "")]
     assert [read.site for read in found] == [sites[0], sites[1], sites[3]]  # nothing is known of the third

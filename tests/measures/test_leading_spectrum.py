@@ -524,3 +524,15 @@ def test_ordinary_matrices_take_no_second_look(monkeypatch):
     asked.clear()
     mixing.leading_spectrum_from_weights(weights[:, :1, :100])
     assert asked == [1]
+
+
+@pytest.mark.parametrize(("part", "anew"), [(0.9, 1), (1.1, 0)])
+@pytest.mark.parametrize("first", [0.05, 20.0])
+def test_a_value_below_a_ten_thousandth_of_the_largest_is_decomposed_anew(first, part, anew, monkeypatch):
+    asked, whole = [], mixing._decomposed
+    monkeypatch.setattr(mixing, "DIRECT", 0)
+    monkeypatch.setattr(mixing, "_decomposed", lambda A, *a: (asked.append(len(A)), whole(A, *a))[1])
+    A = torch.stack([of_spectrum([first, part * 1e-4 * first], 40, 50), of_spectrum([first, first / 2], 40, 50, 1)])
+    found = mixing._dense_spectrum(A, torch.ones(2, 40, dtype=torch.bool), torch.ones(2, 50, dtype=torch.bool))
+    assert sum(asked) == anew
+    np.testing.assert_allclose(found.second, [part * 1e-4 * first, first / 2], rtol=1e-7)

@@ -422,13 +422,12 @@ def _with_different_tokens(observed: Observed) -> Iterator[list[AttentionRecord]
 def _with_tokens_apart(observed: Observed) -> Iterator[tuple[list[AttentionRecord], float | None]]:
     """Those of them whose input tokens can be told apart, and how far apart those are as a share of the embedding's distance, if
     that is known. No attention can choose among equal keys, and `consensus` already reports tokens that have converged."""
-    entering: dict[int, Read] = {}
+    entering: dict[int | None, Read] = {}
     for sites in stacks(observed.trajectory):
         read = {id(each.site): each for each in as_read(sites)}
-        for before, site in itertools.pairwise(sites):
-            known = read.get(id(before))
-            if site.block is not None and known is not None and id(sites[0]) in read:
-                entering[site.block] = known
+        if id(sites[0]) in read:
+            pairs = itertools.pairwise(sites)
+            entering |= {site.block: read[id(before)] for before, site in pairs if id(before) in read}
     for records in _with_different_tokens(observed):
         enters = entering.get(records[0].block)
         if enters is None:

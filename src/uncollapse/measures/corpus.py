@@ -320,11 +320,11 @@ def _singular_values(x: Tensor, gram: Tensor, floor: Tensor, wanted: Tensor, att
     """Descending; 0 beyond the attainable ones. From the Gram of the short side; from `x` itself where that could hide a value
     above `floor`."""
     n, width = x.shape[-2:]
-    squares = torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0)
+    squares = torch.linalg.eigvalsh(gram).flip(1).clamp(min=0)
     squares[:, attainable:] = 0
     lost = (squares < 1e-12 * squares[:, :1]) & (1e-12 * squares[:, :1] > floor[:, None].square())
     values = squares.sqrt()
-    rows = (lost[:, :attainable].any(-1) & wanted).nonzero().flatten()
+    rows = (lost[:, :attainable].any(1) & wanted).nonzero().flatten()
     if len(rows):
         upright = x[rows].mT if n < width else x[rows]  # the other way it takes twice as long
         values[rows, :attainable] = torch.linalg.svdvals(upright)[:, :attainable]
@@ -362,8 +362,8 @@ def _measures(clouds: Sequence[RunningCloud], spectrum: Spectrum) -> Iterator[Co
         "top_share": top_share(apart, 1),
         "top_ten_share": top_share(apart, 10),
         "isoscore": isoscore(apart, width),
-        "energy": whole.square().sum(-1),
-        "spread": apart.square().sum(-1),
+        "energy": whole.square().sum(1),
+        "spread": apart.square().sum(1),
     }
     columns = zip(*(values.tolist() for values in figures.values()), strict=True)
     for cloud, values, line in zip(clouds, columns, apart, strict=True):

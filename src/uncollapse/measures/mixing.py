@@ -1009,7 +1009,7 @@ class _Tiled:
             Y[..., -1] = 1
             made[..., columns].baddbmm_(Y.mT, A)
         made *= self.keys.unsqueeze(-2)
-        return made[:, :-1].mT, made[:, -1] / self.queries.sum(-1, keepdim=True), sums
+        return made[:, :-1].mT, made[:, -1] / self.queries.sum(1, keepdim=True), sums
 
     def centred(self, X: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         # A^T Y as rows: that product is faster with the weights on its right
@@ -1062,11 +1062,11 @@ def _decomposed(A: Tensor, rows: Tensor, columns: Tensor) -> krylov.Leading:
     """The same from decompositions in float64: roots of eigenvalues of A^T A, and singular values where roots would lose digits."""
     found = A.new_full((4, len(A)), math.nan, dtype=torch.float64)
     found[3] = 0
-    kinds, kind = torch.unique(torch.cat([rows, columns], -1), dim=0, return_inverse=True)
+    kinds, kind = torch.unique(torch.cat([rows, columns], 1), dim=0, return_inverse=True)
     members, matrices, grams = [], [], []
     for number, real in enumerate(kinds):
         own = (kind == number).nonzero().flatten()
-        some_rows, some_columns = real.split([rows.shape[-1], columns.shape[-1]])
+        some_rows, some_columns = real.split([rows.shape[1], columns.shape[1]])
         if not bool(some_rows.any() and some_columns.any()):
             continue
         one = A[own]
