@@ -632,6 +632,16 @@ def test_no_share_is_below_zero() -> None:
             assert 0 <= corpus.subspace_novelty(cloud, 3 * cloud + 1).item() < 1e-12
 
 
+def test_at_the_resolution_of_a_second_moment_itself_nothing_is_resolved() -> None:
+    """sqrt(4 eps) = 2^-25 of the largest; numbers without rounding."""
+    nothing = torch.zeros(4, dtype=torch.float64)
+    for square, count in ((2.0**-50, 1), (2.0**-48, 2)):
+        scatter = torch.diag(torch.tensor([1.0, square, 0.0, 0.0], dtype=torch.float64))
+        cloud = RunningCloud(4, 4, nothing, nothing, torch.zeros(0, 4), torch.zeros(0), scatter)
+        ((whole, centred),) = corpus.spectra([cloud], [0.0])
+        assert int((whole > 0).sum()) == int((centred > 0).sum()) == count
+
+
 def test_a_point_at_the_mean_adds_no_direction() -> None:
     """Its row of the Gram matrix is 0, and so is an eigenvalue, exactly: nothing is divided by it."""
     line = torch.zeros(3, 5)

@@ -1189,6 +1189,25 @@ def test_singular_values_are_taken_of_the_real_tokens_alone_upright(
     assert [shape for shape in seen if shape[-1] > 1] == list(counts.values())
 
 
+@pytest.mark.parametrize(("roundings", "is_known"), [(1, False), (2, True)])
+def test_an_output_that_moves_by_one_rounding_is_constant(roundings: int, is_known: bool) -> None:
+    """All held-out outputs are 1, all others one or two epsilons less: numbers without rounding."""
+    held_out = torch.randperm(8, generator=torch.Generator().manual_seed(0))[:2]
+    y = torch.full((8, 1), 1 - roundings * 2.0**-23)
+    y[held_out] = 1
+    share = geometry.nonlinear_innovation(torch.arange(8.0)[:, None], y).item()
+    assert math.isnan(share) is not is_known
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_the_tolerance_of_one_token_or_two(tokens: int) -> None:
+    """2^-7 of the norm times 1/sqrt n + 1/2, and four roundings of float64 of the only singular value."""
+    x = torch.full((tokens, 4), 3.0, dtype=torch.float64)
+    size = 6 * tokens**0.5
+    expected = 2.0**-7 * size * (tokens**-0.5 + 0.5) + 4 * 2.0**-52 * size
+    assert geometry.rank_tolerance(x, precision=torch.bfloat16).item() == pytest.approx(expected, rel=1e-12)
+
+
 def test_no_energy_outside_of_the_span_is_below_zero() -> None:
     for _ in range(30):
         x = torch.randn(3, 7, dtype=torch.float64)

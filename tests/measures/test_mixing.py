@@ -1205,3 +1205,14 @@ def test_a_masked_key_is_as_good_as_none_in_every_route(held):
         found = mixing.row_statistics(q, dirty, key_mask=mask, scale=scale, susceptibility=True)
         for name in ("entropy", "entropy_floor", "max_logit", "susceptibility", "allowed_keys"):
             close(getattr(found, name), getattr(expected, name).double().numpy(), 2e-5)
+
+
+@pytest.mark.parametrize("far", [1e3, 1e36, 1e40, 1e100])
+def test_what_is_left_of_a_row_does_not_depend_on_how_far_below_it_lies(far):
+    """Twenty others that are all alike: as spread as can be, and all within reach of each other."""
+    k = torch.full((1, 1, 21, 1), -far, dtype=torch.float64)
+    k[0, 0, 7] = 0
+    rows = mixing.row_statistics(torch.ones(1, 1, 1, 1, dtype=torch.float64), k, scale=1.0)
+    assert (rows.entropy.item(), rows.max_logit.item()) == (0, 0)
+    assert rows.rest_entropy.item() == pytest.approx(1)
+    assert rows.keys_within_reach.item() == 1

@@ -336,14 +336,14 @@ def _from_moments(cloud: RunningCloud, eps: float) -> Spectrum:
     width, n = len(cloud.mean), cloud.count
     scatter, mean = cloud.scatter.cpu(), cloud.mean.cpu()
     uncentred = scatter + n * torch.outer(mean, mean)
-    size = float(uncentred.diagonal().sum().clamp(min=0).sqrt())
+    size = float(uncentred.diagonal().sum().sqrt())
     floor = storage_noise(eps, size, n, width) + max(n, width) * _EPS_64 * size
     found = []
     for moment in (uncentred, scatter):
-        values = torch.linalg.eigvalsh(moment).flip(-1).clamp(min=0).sqrt()
+        values = torch.linalg.eigvalsh(moment).flip(-1).sqrt()  # NaN, and not above the cut, where rounding is below 0
         resolved = math.sqrt(width * _EPS_64) * float(values[0])
         found.append(torch.where(values > max(floor, resolved), values, 0))
-    if float(scatter.diagonal().sum().clamp(min=0).sqrt()) <= floor:
+    if float(scatter.diagonal().sum().sqrt()) <= floor:
         found[1] = torch.zeros_like(found[1])
     return Spectrum(*found)
 
@@ -487,7 +487,7 @@ def _ckas(x: Tensor, y: Tensor, K: Tensor | None, L: Tensor | None) -> tuple[Ten
 
 
 def _cosine(between: Tensor, within: Tensor, without: Tensor) -> Tensor:
-    found: Tensor = between / (within * without).clamp(min=0).sqrt()
+    found: Tensor = between / (within * without).sqrt()
     return found.where((within > 0) & (without > 0), math.nan)
 
 

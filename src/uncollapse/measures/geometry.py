@@ -689,9 +689,9 @@ def cloud_ranks(
     count, side = real.sum(1), min(tokens, width)
     G = X @ X.mT if tokens <= width else X.mT @ X
     energy = G.diagonal(dim1=-2, dim2=-1).sum(1)
-    finite = energy.isfinite() & (count > 0)  # whatever the factorisation says of the others
+    finite = energy.isfinite() & (count > 0)  # the others have no tolerance, whatever the factorisation says of them
     # ||X||_F is at least sigma_1. The second part covers the rounding of G, of its centring, and of the factorisation.
-    tolerance = storage_noise(eps, energy.sqrt(), count.clamp(min=1).double(), width)
+    tolerance = storage_noise(eps, energy.sqrt(), count.double(), width)
     tolerance = tolerance + count.clamp(min=width) * _EPS_64 * energy.sqrt()
     least = tolerance.square() + 8 * max(tokens, width) * _EPS_64 * energy
 
@@ -706,7 +706,7 @@ def cloud_ranks(
     else:
         full = exceeds(G) & finite
         total = X.sum(-2)
-        centred = G - total.unsqueeze(-1) * (total / count.clamp(min=1)[:, None]).unsqueeze(-2)
+        centred = G - total.unsqueeze(-1) * (total / count[:, None]).unsqueeze(-2)
         known = full & exceeds(centred)
         ranks = affine = torch.full_like(energy, width)
         square = full & ~known & (count == width)

@@ -625,6 +625,6 @@ def gauge_of_gates(gates: Float[Tensor, "position head"], head_width: int, tol: 
     profiles = normalize(at_size_one(gates.detach().double(), (0,))[0], dim=0)
     alike = torch.cdist(profiles.T, profiles.T, compute_mode="donot_use_mm_for_euclid_dist") <= tol
     reached = alike.double()
-    for _ in range(max(1, math.ceil(math.log2(gates.shape[1])))):  # chains of pairs, doubled in length each time
+    for _ in range(math.ceil(math.log2(gates.shape[1]))):  # chains of pairs, doubled in length each time
         reached = ((reached @ reached) > 0).double()
     return int(reached.sum()) * head_width**2

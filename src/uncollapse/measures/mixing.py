@@ -1083,7 +1083,7 @@ def _decomposed(A: Tensor, rows: Tensor, columns: Tensor) -> krylov.Leading:
         grams += [_gram(one), _gram(centred)]
     values = iter(eigenvalues(grams))
     for (own, finite), one in zip(members, matrices, strict=True):
-        squares, largest = next(values).clamp(min=0), next(values)[..., -1].clamp(min=0)
+        squares, largest = next(values), next(values)[..., -1].clamp(min=0)
         first, second = largest.new_full((2, len(one)), math.nan)
         if min(one.shape[-2:]) > 1:
             first, second = squares[..., -1].sqrt(), squares[..., -2].sqrt()
