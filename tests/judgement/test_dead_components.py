@@ -480,6 +480,27 @@ def test_each_finding_says_of_what_it_is_and_by_how_much(stack: Any) -> None:
     assert (whole.code, whole.value, whole.stack) == ("DEAD-BLOCK", 0.0, stack)
 
 
+def test_each_finding_about_heads_names_them_in_words() -> None:
+    attention = part(sublayer="attention", kind="self", heads=4, epsilon=EPSILON)
+
+    def said(**figures: Any) -> list[str]:
+        return [f.message.partition(" of block 0 ")[2] for f in dead_components([replace(attention, **figures)], [])]
+
+    values = "has a head that does nothing (2): its values are zero, or the same for every token."
+    output = "has a head that does nothing (1): what it writes is zero at every token, as if its rows of the output projection were."
+    blind = "has a head (3) whose queries or keys do not vary: what it attends to does not depend on the tokens."
+    every = "has queries or keys that do not vary in any head: what it attends to does not depend on the tokens."
+    copied = "has two heads that are one: head 3 attends and mixes exactly as head 0 does, at every token."
+    group = "has a key-value head whose values do not vary (1): the query heads 2–3 that share it add the same to every token."
+    assert said(value_variation=[1.0, 1.0, 0.0, 1.0]) == [values]
+    assert said(head_output=[1.0, 0.0, 1.0, 1.0]) == [output]
+    assert said(key_variation=[1.0, 1.0, 1.0, 0.0]) == [blind]
+    assert said(logit_range=[0.0] * 4) == [every]
+    assert said(copied_heads=[[0, 3]]) == [copied]
+    assert said(key_value_heads=2, value_variation=[1.0, 0.0]) == [group]
+    assert said(key_value_heads=4, value_variation=[1.0, 1.0, 0.0, 1.0]) == [values]  # a group of one is a head
+
+
 def test_a_part_that_was_not_measured_ends_no_block() -> None:
     """Each part by itself, and each block: what is said of one, or of none, leaves the others."""
     unknown = part(sublayer="attention", kind="self", update_size=None, stream_variation=None)
