@@ -34,7 +34,7 @@ import numpy as np
 import torch
 
 import uncollapse as uc
-from studies.random_models.drawing import Drawn, drawn, written_out
+from studies.random_models.drawing import HALVES, Drawn, drawn, reconciled, written_out
 from studies.random_models.specification import DIFFERENCES, NO_SOFTMAX, Specification
 from studies.random_models.truth import PARTS, AttentionTruth, Truth
 
@@ -177,7 +177,11 @@ def head_reference(
             found["key_share"].append((math.exp(H) - 1) / (T - 1))
         if T >= FEW_RIVALS:
             others = np.delete(row, row.argmax())
-            found["rest_entropy"].append(entropy(others) / math.log(T - 1) if others.sum() > 0 else 0.0)
+            if not others.sum() > 0 and logits is not None and not (spec and spec.masking.startswith("after")):
+                scores = np.delete(logits[sequence, head, i, keys], row.argmax())
+                others = np.exp(scores - scores.max())
+            if others.sum() > 0:  # weights that have all underflowed say nothing about each other
+                found["rest_entropy"].append(entropy(others) / math.log(T - 1))
     figures = {name: float(np.mean(values)) for name, values in found.items()}
     if found["max_logit"]:
         figures["max_logit"] = max(found["max_logit"])
@@ -205,8 +209,9 @@ def _whole_reference(weights: np.ndarray, allowed: np.ndarray, rows: np.ndarray)
         if n > 1:
             sigma = np.linalg.svd(A, compute_uv=False)
             found |= {"spectral_gap": float(1 - sigma[1] / sigma[0]), "second_singular_value": float(sigma[1])}
-        S = np.log(np.where(A > 0, A, 1))
-        found["susceptibility"] = float(((A * S**2).sum(-1) - (A * S).sum(-1) ** 2).mean())
+    A = A[np.isfinite(A).all(-1)]  # a row without any weight has no entropy either
+    S = np.log(np.where(A > 0, A, 1))
+    found["susceptibility"] = float(((A * S**2).sum(-1) - (A * S).sum(-1) ** 2).mean()) if len(A) else math.nan
     return found
 
 
@@ -229,7 +234,7 @@ def summary(values: Sequence[float]) -> tuple[float, float, float, int] | None:
 def compared(spec: Specification | int) -> Comparison:
     """Ask the package everything about one random model."""
     begun = time.perf_counter()
-    subject = drawn(spec)
+    subject = _finite(drawn(spec))
     result = Comparison(subject.spec.seed, subject.spec.pieces)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -244,6 +249,13 @@ def compared(spec: Specification | int) -> Comparison:
         result.add("let go", "wrong" if kept else "right", "the model is kept alive" if kept else "")
     result.seconds = time.perf_counter() - begun
     return result
+
+
+def _finite(subject: Drawn) -> Drawn:
+    """The model, in single precision if it is in half and gives NaN or infinity by itself: of such a model nothing can be asked."""
+    if subject.spec.dtype not in HALVES or all(bool(subject.run(b).isfinite().all()) for b in subject.batches):
+        return subject
+    return drawn(reconciled(dataclasses.replace(subject.spec, dtype="float32")))
 
 
 def _compare(subject: Drawn, truths: list[Truth], result: Comparison) -> None:
@@ -445,9 +457,15 @@ def _state(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _figure(
-    name: str, got: Any, unavailable: Mapping[str, str], want: tuple[float, float, float, int] | None, near: float
+    name: str,
+    got: Any,
+    unavailable: Mapping[str, str],
+    want: tuple[float, float, float, int] | None,
+    near: float,
+    size: float = 0.0,
 ) -> Item:
-    """One statistic against the truth. `name` ends in the figure's own name."""
+    """One statistic against the truth. `name` ends in the figure's own name. `size`: of the largest number that a logit was
+    rounded beside."""
     figure = name.rsplit(".", 1)[-1]
     if got is None:
         reason = unavailable.get(figure, "")
@@ -463,7 +481,7 @@ def _figure(
             name, "right" if holds else "wrong", "" if holds else f"floor {got.mean:.6g} of entropy {want[0]:.6g}"
         )
     # A logit is a sum of products, some of them large: it is rounded as the largest one is.
-    sizes = [max(map(abs, want[:3]))] * 3 if figure == "max_logit" else [abs(w) for w in want[:3]]
+    sizes = [max(size, *map(abs, want[:3]))] * 3 if figure == "max_logit" else [abs(w) for w in want[:3]]
     close = all(abs(g - w) <= near * max(1.0, s) for g, w, s in zip(seen[:3], want[:3], sizes, strict=True))
     if close and got.n == want[3]:
         return Item(name, "right")
@@ -653,7 +671,18 @@ def _compare_attention(
                 if got is None and (kind != "softmax" or (figure in OF_LOGITS and spec.masking.startswith("after"))):
                     want = None  # nothing needs to be said of what is no softmax, nor of logits that A does not follow from
                 of = f"{name}.{head}.{figure}"
-                result.items.append(_figure(of, got, entry.unavailable, want, loose))
+                result.items.append(_figure(of, got, entry.unavailable, want, loose, _largest_logit(ones, head)))
+
+
+def _largest_logit(ones: Sequence[AttentionTruth], head: int) -> float:
+    """The size of the largest logit of a head among its allowed pairs: all logits come from queries and keys of one size, and are
+    rounded as the largest one is, also where a row's maximum is near 0. 0 where there are none."""
+    sizes = [0.0]
+    for one in ones:
+        if one.logits is not None and one.allowed is not None:
+            seen = np.where(one.allowed[:, 0], one.logits[:, head], 0.0)
+            sizes.append(float(np.abs(seen[np.isfinite(seen)]).max(initial=0.0)))
+    return max(sizes)
 
 
 def _no_entries(kind: str, name: str, record: Any, result: Comparison) -> None:

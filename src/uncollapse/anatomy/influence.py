@@ -111,14 +111,14 @@ def moved(plain: Tensor, other: Tensor, axis: int, coarsest: float = 0.0, *, hid
 
     hides: a mask may hide what was changed, behind the softmax. Weights that are renormalised there bring some rounding of a
     hidden key, in half precision much: an element that is small because its sum cancels is rounded as others of its feature are.
-    There it is four units of the largest of these."""
+    Then it is four units of the largest of these."""
     eps = max(torch.finfo(plain.dtype).eps, coarsest)
     change = (other.double() - plain.double()).abs()
     change = change.where(change.isfinite(), 0.0)
     trace = (2 if is_coarse(eps) else 256) * eps * change.max()
     size = plain.double().abs()
     different = (change > trace) & ~(change <= 2 * eps * size)
-    if hides and is_coarse(eps):
+    if hides:
         different &= change > 4 * eps * size.nan_to_num(0.0, 0.0, 0.0).amax(axis, keepdim=True)
     across = tuple(i for i in range(plain.ndim) if i != axis % plain.ndim)
     return different.any(across) if across else different

@@ -248,10 +248,11 @@ def _tail(trace: Trace, chain: list[int]) -> list[int]:
         if not all(_belongs(trace, bare, index, side) for side in beside) or (
             not beside and node.call != trace.nodes[bare].call
         ):
-            if any(trace.nodes[side].is_data and trace.nodes[side].size == node.size for side in beside):
-                # a norm(x) + b x0: one number for all features, and a sum with another value, is the sum's factor, not a gain
-                while found and _is_one_number(trace, found[-1]):
-                    found.pop()
+            is_sum = any(trace.nodes[side].is_data and trace.nodes[side].size == node.size for side in beside)
+            if is_sum and found and _is_one_number(trace, found[-1]):
+                # a norm(x) + b x0: one number for all features, and a sum with another value, is the sum's factor, not a gain.
+                # Only the last one: in a (√d norm(x)) + b x0 the other is the norm's.
+                found.pop()
             break
         found.append(index)
     return found

@@ -54,7 +54,7 @@ class Alone(Protocol):
 
 
 CLEARLY = 1e-3  # of the largest change that a token brings to a row
-FAR_MORE = 16  # times the rounding that a hidden token brings, in half precision
+FAR_MORE = 16  # times the rounding that a hidden token brings
 
 Blocks = Callable[[nn.Module, Mapping[str, Any], Anatomy, Collection[int]], Mapping[int, Alone]]
 
@@ -293,9 +293,8 @@ def _instead(
 @dataclass(frozen=True)
 class _Hearing:
     """The rows of a sequence that one of its tokens reaches, that token left out: beyond rounding, by more than a trace, and in
-    any bit. The `largest` change of any, and how large one can be that is `rounding` in half precision, 0 in others: a mask behind
-    the softmax whose rows are scaled up again leaves the digits that the hidden key has cost them, and a projection spreads that
-    over all features."""
+    any bit. The `largest` change of any, and how large one can be that is `rounding`: a mask behind the softmax whose rows are
+    scaled up again leaves the digits that the hidden key has cost them, and a projection spreads that over all features."""
 
     rows: Tensor
     clearly: Tensor
@@ -340,7 +339,8 @@ def _hearing(alone: Alone, axes: StreamAxes, token: int) -> _Hearing:
     change = torch.where(rows, (after[0].double() - before[0].double()).abs().nan_to_num().amax(-1), 0.0)
     in_any_bit = (before[0] != after[0]).any(-1)
     eps = max(torch.finfo(before.dtype).eps, products.coarsest())
-    rounding = eps * float(before[0].abs().nan_to_num(0.0, 0.0, 0.0).max()) if is_coarse(eps) else 0.0
+    units = 1 if is_coarse(eps) else 16  # in finer formats there is room between rounding and what a real token brings
+    rounding = units * eps * float(before[0].abs().nan_to_num(0.0, 0.0, 0.0).max())
     return _Hearing(rows, rows & (change > CLEARLY * change.max()), in_any_bit, float(change.max()), rounding)
 
 
