@@ -487,7 +487,8 @@ def test_each_finding_about_heads_names_them_in_words() -> None:
         return [f.message.partition(" of block 0 ")[2] for f in dead_components([replace(attention, **figures)], [])]
 
     values = "has a head that does nothing (2): its values are zero, or the same for every token."
-    output = "has a head that does nothing (1): what it writes is zero at every token, as if its rows of the output projection were."
+    output = "has a head that does nothing (1): what it writes is zero at every token, "
+    output += "as if its rows of the output projection were."
     blind = "has a head (3) whose queries or keys do not vary: what it attends to does not depend on the tokens."
     every = "has queries or keys that do not vary in any head: what it attends to does not depend on the tokens."
     copied = "has two heads that are one: head 3 attends and mixes exactly as head 0 does, at every token."

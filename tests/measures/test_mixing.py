@@ -583,13 +583,13 @@ ONE_WRONG: dict[str, tuple[dict[str, torch.Tensor], str]] = {
 
 @pytest.mark.parametrize("case", ONE_WRONG)
 def test_each_single_thing_that_does_not_fit_is_refused_by_its_name(case):
-    given, message = ONE_WRONG[case]
-    calls = [mixing.row_statistics_from_weights] if "weights" in given else [mixing.row_statistics]
-    if not {"logits", "allowed", "bias"} & given.keys():
-        calls.append(mixing.leading_spectrum_from_weights if "weights" in given else mixing.leading_spectrum)
+    tensors, message = ONE_WRONG[case]
+    calls = [mixing.row_statistics_from_weights] if "weights" in tensors else [mixing.row_statistics]
+    if not {"logits", "allowed", "bias"} & tensors.keys():
+        calls.append(mixing.leading_spectrum_from_weights if "weights" in tensors else mixing.leading_spectrum)
     for call in calls:
         with pytest.raises(InputError, match=f"{call.__name__}: expected .*{message}"):
-            call(**given)
+            call(**tensors)
 
 
 MATRIX_MEASURES = (mixing.entropy, mixing.contraction, mixing.spectral_gap, mixing.dobrushin)
@@ -621,10 +621,10 @@ def test_a_mask_stands_for_the_first_axes_of_the_weights_or_for_all(measure):
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(2, 3, 5, 5, generator=generator, dtype=torch.float64).softmax(-1)
     mask = torch.rand(2, 3, 5, generator=generator) > 0.3
-    for given in (mask, mask[:, 0], mask[0, 0]):
-        found = measure(weights, given)
+    for one in (mask, mask[:, 0], mask[0, 0]):
+        found = measure(weights, one)
         for b, h in itertools.product(range(2), range(3)):
-            own = given[(b, h)[: given.ndim - 1]]
+            own = one[(b, h)[: one.ndim - 1]]
             np.testing.assert_allclose(found[b, h], measure(weights[b, h], own), rtol=1e-12)
 
 
