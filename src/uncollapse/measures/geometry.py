@@ -689,11 +689,10 @@ def cloud_ranks(
     count, side = real.sum(1), min(tokens, width)
     G = X @ X.mT if tokens <= width else X.mT @ X
     energy = G.diagonal(dim1=-2, dim2=-1).sum(1)
-    finite = energy.isfinite() & (count > 0)  # the others have no tolerance, whatever the factorisation says of them
     # ||X||_F is at least sigma_1. The second part covers the rounding of G, of its centring, and of the factorisation.
     tolerance = storage_noise(eps, energy.sqrt(), count.double(), width)
     tolerance = tolerance + count.clamp(min=width) * _EPS_64 * energy.sqrt()
-    least = tolerance.square() + 8 * max(tokens, width) * _EPS_64 * energy
+    least = (tolerance.square() + 8 * max(tokens, width) * _EPS_64 * energy).nan_to_num()  # 0 where there is no token
 
     def exceeds(gram: Tensor) -> Tensor:
         return torch.linalg.cholesky_ex(gram - least[:, None, None] * identity).info == 0
@@ -701,10 +700,10 @@ def cloud_ranks(
     identity = torch.eye(side, dtype=G.dtype, device=G.device)
     if tokens <= width:
         G = G + torch.diag_embed((~real) * energy[:, None])  # more than `least`: padded rows hide nothing
-        known = exceeds(G) & finite
+        known = exceeds(G) & energy.isfinite()
         ranks, affine = count.double(), (count - 1).double()
     else:
-        full = exceeds(G) & finite
+        full = exceeds(G) & energy.isfinite()
         total = X.sum(-2)
         centred = G - total.unsqueeze(-1) * (total / count[:, None]).unsqueeze(-2)
         known = full & exceeds(centred)

@@ -64,7 +64,7 @@ SMALL = 1e-4  # of sigma_1: smaller values are known to the same number of digit
 LOOKS = (2, 3, 5, 8, 12, 16)  # after so many blocks it is seen whether they are enough
 
 
-def leading(products: Products, *, vectors: int, steps: int, tolerance: float, seed: int = 0) -> Leading:
+def leading(products: Products, *, vectors: int, steps: int, tolerance: float) -> Leading:
     """The leading singular values of all matrices, from at most `steps` products with blocks of `vectors` vectors, and one more to
     begin with; fewer where `error` is within `tolerance` in all matrices before that.
 
@@ -74,7 +74,7 @@ def leading(products: Products, *, vectors: int, steps: int, tolerance: float, s
     Methods for Large Eigenvalue Problems", 2011, theorems 3.8 and 3.9 (Kato and Temple).
     """
     keys = products.keys
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(vectors)  # any seed serves, as long as it is fixed
     # One draw for all matrices: to each of them it is random.
     drawn = torch.randn(keys.shape[1], vectors, generator=generator, dtype=torch.float64).to(keys) * keys.unsqueeze(-1)
     start, last = drawn[..., :-1], drawn[..., -1:]
