@@ -288,6 +288,20 @@ def test_as_many_matrices_are_at_work_as_there_is_room_for(monkeypatch, kept, pa
     assert torch.equal(spectrum.error, every + 300)
 
 
+@pytest.mark.parametrize(("direct", "bytes_each"), [(5, 4), (6, 8)])
+@pytest.mark.parametrize(("queries", "keys"), [(6, 9), (9, 6)])
+def test_a_matrix_takes_four_bytes_a_weight_and_eight_if_it_is_decomposed(
+    monkeypatch, direct, bytes_each, queries, keys
+):
+    """In single precision; all heads of a group are made at once from queries and keys."""
+    sizes, whole = [], mixing._over_parts
+    monkeypatch.setattr(mixing, "DIRECT", direct)
+    monkeypatch.setattr(mixing, "_over_parts", lambda *a: (sizes.append(a[1:]), whole(*a))[1])
+    mixing.leading_spectrum(torch.randn(2, 6, queries, 3), torch.randn(2, 2, keys, 3))
+    mixing.leading_spectrum_from_weights(torch.rand(2, 6, queries, keys))
+    assert sizes == [(2, 2, 3 * 54 * bytes_each), (2, 6, 54 * bytes_each)]
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(22, 26), (26, 22)])
 def test_up_to_where_matrices_are_decomposed_and_lie_in_memory(monkeypatch, queries, keys):
     """Decomposed up to `DIRECT` rows or keys; beyond it made anew if all heads of a group, in single precision, are too large."""
