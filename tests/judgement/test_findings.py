@@ -11,7 +11,15 @@ import pytest
 
 from uncollapse.judgement import findings as rules
 from uncollapse.records.common import Finding, Statistic
-from uncollapse.records.diagnosis import AttentionRecord, CorpusRecord, HeadsRecord, PartRecord, Pooling, SiteRecord
+from uncollapse.records.diagnosis import (
+    AttentionRecord,
+    CorpusRecord,
+    EmbeddingRecord,
+    HeadsRecord,
+    PartRecord,
+    Pooling,
+    SiteRecord,
+)
 from uncollapse.report.page.cells import names_head
 
 TOKENS = 40
@@ -521,6 +529,12 @@ def test_the_most_severe_comes_first_then_along_depth() -> None:
     attention = [head(0, 2, rest=0.0), head(0, 1, rest=0.0), head(1, 1), head(2, 1)]
     order = [(f.severity, f.block) for f in found(attention=attention)]
     assert order == [("critical", 2), ("warning", 1)]
+    equal = [
+        EmbeddingRecord(stack=stack, block=0, apart=0.0, pairs=1, epsilon=1e-7) for stack in ("encoder", "decoder")
+    ]
+    attention = [head(0, rest=0.0), head(1), head(2)]
+    told = rules.findings(HEALTHY, attention, [], [], equal)  # the embedding comes before the first block
+    assert [(f.block, f.stack) for f in told] == [(None, "encoder"), (None, "decoder"), (0, None)]
 
 
 @pytest.mark.parametrize(

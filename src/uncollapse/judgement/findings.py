@@ -140,7 +140,7 @@ def findings(
     # Attention that no token steers is said once: where its rows are alike already, by those.
     alike = {(f.block, f.kind) for f in fired if f.phenomenon == "rank-collapse-width"}
     fired = [f for f in fired if f.code != "HEAD-BLIND" or f.head is not None or (f.block, f.kind) not in alike]
-    return sorted(fired, key=lambda f: (-SEVERITIES.index(f.severity), f.block if f.block is not None else -1))
+    return sorted(fired, key=lambda f: (-SEVERITIES.index(f.severity), f.block is not None, f.block))
 
 
 def readings(
