@@ -603,7 +603,8 @@ def test_points_that_differ_by_less_than_their_rounding_have_one_direction(
 def test_a_cosine_needs_two_lengths(within: float, without: float) -> None:
     """Estimates without bias may be 0 or negative: then there is no cosine, and it is not infinite."""
     assert corpus._cosine(torch.tensor(0.5), torch.tensor(within), torch.tensor(without)).isnan()
-    assert corpus._cosine(torch.tensor(0.5), torch.tensor(0.25), torch.tensor(4.0)).item() == 0.5
+    for one, other in ((0.25, 4.0), (4.0, 0.25), (1e-6, 1e6)):
+        assert corpus._cosine(torch.tensor(0.5), torch.tensor(one), torch.tensor(other)).item() == pytest.approx(0.5)
 
 
 def test_each_cloud_has_the_rounding_of_its_own_format() -> None:

@@ -347,6 +347,17 @@ def test_energies_are_those_of_the_contributions_written_out(dtype, side):
         close(heads.contribution_energy(O, W, HEADS, grams=grams), 4 * found.numpy(), tolerance)
 
 
+@pytest.mark.parametrize("axes", [(), (2,), (2, 3)])
+def test_energies_of_real_tokens_have_any_leading_axes(axes):
+    W, O = projection(), torch.randn(*axes, 7, MIXED, dtype=torch.float64) + 3
+    mask = torch.rand(*axes, 7) < 0.7
+    mask[..., :2] = True
+    found = heads.contribution_energy(O, W, HEADS, mask)
+    for place in np.ndindex(axes):
+        expected = reference.contribution_energy(O[place][mask[place]].numpy(), W.numpy(), HEADS)
+        close(found[place], expected, 1e-12)
+
+
 def test_energies_do_not_see_a_value_bias_nor_round_under_autocast():
     W, O = projection(dtype=torch.float32), torch.randn(7, MIXED)
     expected = heads.contribution_energy(O, W, HEADS)

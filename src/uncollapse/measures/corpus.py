@@ -371,11 +371,11 @@ def _measures(clouds: Sequence[RunningCloud], spectrum: Spectrum) -> Iterator[Co
         n, energy, spread = cloud.count, found.pop("energy"), found.pop("spread")
         sampled = len(cloud.points) if cloud.scatter is None and len(cloud.points) < n else None
         counted = n if sampled is None else sampled
-        law = power_law(line) if n > 1 and spread > 0 else LineFit(None, None, None)
+        law = power_law(line)
         defined = {
             "effective_rank": energy > 0,
             "centred_effective_rank": energy > 0 and n > 1,
-            "isoscore": spread > 0 and n > 1 and width > 1,
+            "isoscore": spread > 0 and width > 1,
         }
         similarity = mean_cosine(cloud)
         yield CorpusMeasures(
@@ -388,7 +388,7 @@ def _measures(clouds: Sequence[RunningCloud], spectrum: Spectrum) -> Iterator[Co
             alpha_high=law.high,
             mean_cosine=similarity if math.isfinite(similarity) else None,
             mean_share=max(0.0, 1 - spread / energy) if energy > 0 else None,
-            **{k: v if defined.get(k, spread > 0 and n > 1) else None for k, v in found.items()},
+            **{k: v if defined.get(k, spread > 0) else None for k, v in found.items()},
         )
 
 
