@@ -39,16 +39,33 @@ class ChangedPath(UncollapseError):  # noqa: N818 - what is found, as in the oth
 
 
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Paths = Mapping[tuple[str, int], Mapping[str, int]]  # by module and run: how often its own code did each operation
 
 
 @dataclass(frozen=True)
 class Point:
-    """The `ordinal`-th `operation` in the `call`-th run of the module named `owner`; `call=None` is every run."""
+    """The `ordinal`-th `operation` in the `call`-th run of the module named `owner`; `call=None` is every run.
+
+    A point of a loop recurs: with `every`, at every so many further operations of this name in that run; with `each_run`, in every
+    so many further runs of the module."""
 
     owner: str
     call: int | None
     operation: str
     ordinal: int
+    every: int = 0
+    each_run: int = 0
+
+    @property
+    def recurs(self) -> bool:
+        """Whether it stands in each turn of a loop."""
+        return bool(self.every or self.each_run)
+
+    def is_in_run(self, run: int) -> bool:
+        """Whether it stands in this run of its owner."""
+        if self.call is None or self.call == run:
+            return True
+        return bool(self.each_run) and run > self.call and (run - self.call) % self.each_run == 0
 
     def __str__(self) -> str:
         run = "" if not self.call else f", run {self.call}"
@@ -73,6 +90,11 @@ class _Handling(threading.local):
 _handling = _Handling()
 
 
+def aside() -> contextlib.AbstractContextManager[None]:
+    """Within the block nothing that this thread computes counts as an operation of a model, or meets a handler."""
+    return _handling.set(True)
+
+
 def _as_the_models_own(function: Callable[..., Any]) -> Callable[..., Any]:
     """The operation that a handler was called for: where the handler runs it, it is the model's again."""
 
@@ -87,10 +109,15 @@ def _as_the_models_own(function: Callable[..., Any]) -> Callable[..., Any]:
 class _Owner(TorchFunctionMode):
     """The handlers of one module while its own forward runs."""
 
-    def __init__(self, handlers: Mapping[tuple[str, int], Handler], hits: set[tuple[str, int]]) -> None:
+    def __init__(self, handlers: Mapping[Point, Handler], hits: set[tuple[str, int]]) -> None:
         super().__init__()
-        self.handlers = handlers
-        self.operations = {operation for operation, _ in handlers}
+        every_run_first = sorted(handlers, key=lambda point: point.call is not None)
+        self.handlers = {(point.operation, point.ordinal): handlers[point] for point in every_run_first}
+        self.recurring: dict[str, list[tuple[Point, Handler]]] = {}
+        for point, handler in handlers.items():
+            if point.every:
+                self.recurring.setdefault(point.operation, []).append((point, handler))
+        self.operations = {point.operation for point in handlers}
         self.hits = hits
         self.depth = 0
         self.counts: dict[str, int] = {}
@@ -132,7 +159,11 @@ class _Owner(TorchFunctionMode):
         handler = self.handlers.get((name, ordinal))
         if handler is not None:
             self.hits.add((name, ordinal))
-        return handler
+            return handler
+        for point, again in self.recurring.get(name, ()):
+            if ordinal > point.ordinal and (ordinal - point.ordinal) % point.every == 0:
+                return again
+        return None
 
     def seeing(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation in whose place another handler puts `function`, as those see it who stood here before."""
@@ -228,24 +259,26 @@ def intercepted(
     within: nn.Module | None = None,
     strict: bool = True,
     everywhere: bool = False,
+    paths: Paths | None = None,
 ) -> Iterator[None]:
     """Within the block the handlers act in every pass of `model`, or of its module `within`, run by itself; see `counted`. They
     act in the thread that entered the block; `everywhere`: in whatever thread runs the model.
 
     With `strict`, a run of an owner that misses one of its points raises `UncollapseError`: nothing is measured or
-    changed at a wrong place without a word.
+    changed at a wrong place without a word. With `paths`, so does a run of an owner that is not among them, or whose own code
+    does an operation that is acted on more or less often than there: a loop that goes on, or stops, would have other points.
     """
-    by_owner: dict[str, dict[int | None, dict[tuple[str, int], Handler]]] = {}
+    by_owner: dict[str, dict[Point, Handler]] = {}
     for point, handler in handlers.items():
-        by_owner.setdefault(point.owner, {}).setdefault(point.call, {})[point.operation, point.ordinal] = handler
+        by_owner.setdefault(point.owner, {})[point] = handler
     thread = None if everywhere else threading.get_ident()
     with restoring() as changes:
         changes.undo(_as_found())
         # A compiled model would not notice what is put up here, or compile it: both were seen to go wrong.
         run_eagerly.hold(changes)
         runs = changes.enter(counted(model, by_owner, within))
-        for owner, by_call in by_owner.items():
-            _wrap(changes, model.get_submodule(owner), owner, by_call, runs, strict, thread)
+        for owner, standing in by_owner.items():
+            _wrap(changes, model.get_submodule(owner), owner, standing, runs, strict, thread, paths)
         yield
 
 
@@ -284,10 +317,11 @@ def _wrap(
     changes: Changes,
     module: nn.Module,
     name: str,
-    by_call: Mapping[int | None, Mapping[tuple[str, int], Handler]],
+    standing: Mapping[Point, Handler],
     runs: Runs,
     strict: bool,
     thread: int | None,
+    paths: Paths | None,
 ) -> None:
     def down(*_: Any) -> None:
         for mode in runs.modes.get(name, [])[-1:]:
@@ -300,34 +334,46 @@ def _wrap(
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if thread not in (None, threading.get_ident()):
+            if thread not in (None, threading.get_ident()) or _handling.within:
                 return original(*args, **kwargs)
             run = runs.begin(name)
-            wanted = {**by_call.get(None, {}), **by_call.get(run, {})}
+            if paths is not None and (name, run) not in paths:
+                raise ChangedPath(
+                    f"intercept: expected {max(r for n, r in paths if n == name) + 1} runs of {name or 'the model'} in a pass, "
+                    "got one more. What it does there was never looked at. Run the model on inputs of one kind."
+                )
+            wanted = {point: handler for point, handler in standing.items() if point.is_in_run(run)}
             if not wanted:
                 return original(*args, **kwargs)
             hits: set[tuple[str, int]] = set()
             mode = _Owner(wanted, hits)
             modes = runs.modes.setdefault(name, [])
             modes.append(mode)
-            standing = _standing.modes.setdefault(id(module), [])
-            mode.around = standing[-1] if standing else None
-            standing.append(mode)
+            before = _standing.modes.setdefault(id(module), [])
+            mode.around = before[-1] if before else None
+            before.append(mode)
             try:
                 with mode:
                     output = original(*args, **kwargs)
             finally:
                 modes.pop()
-                standing.pop()
-                if not standing:
+                before.pop()
+                if not before:
                     _standing.modes.pop(id(module), None)
-            missed = set(wanted) - hits
+            missed = {(point.operation, point.ordinal) for point in wanted} - hits
             if missed and strict:
                 operation, ordinal = sorted(missed)[0]
                 raise ChangedPath(
                     f"intercept: expected {Point(name, run, operation, ordinal)}, got a run without it. "
                     "The model took another path than when it was traced. Diagnose it on inputs of one kind."
                 )
+            for operation, count in ({} if paths is None else paths[name, run]).items():
+                if operation in mode.operations and mode.counts.get(operation, 0) != count:
+                    raise ChangedPath(
+                        f"intercept: expected {count} times {operation} in {name or 'the model itself'}, got "
+                        f"{mode.counts.get(operation, 0)}. The model took another path than when it was traced, and which of them "
+                        "is which is not known. Run it on inputs of one kind."
+                    )
             return output
 
         return forward

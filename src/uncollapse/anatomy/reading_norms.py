@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.interception import device_of
+from uncollapse.anatomy.interception import Point, device_of
 from uncollapse.anatomy.norm_reading import Piece, cuts, kind_between, next_products, pieces_between
 from uncollapse.anatomy.reading_sums import Sum, Sums, walked
 from uncollapse.anatomy.replaying import between
@@ -171,7 +171,8 @@ class Norms(Sums):
                 inside = [i for i in self._products_feeding(own) if self.t.depends(i, found.given)]
                 for source in inside[:_MOST_PRODUCTS]:
                     for piece in pieces_between(self.t, source, next_products(self.t, source, own)):
-                        yield piece, "inner", part
+                        if not self._hides_or_shares_out(piece):
+                            yield piece, "inner", part
                 # However many products come before, behind the last ones stands what is behind the sublayer. Of experts that are
                 # added up one by one, the last are nearest to it.
                 products = set(inside)
@@ -179,6 +180,29 @@ class Norms(Sums):
                 for source in sorted({i for of in makers.values() for i in of[-_MOST_PRODUCTS:]}, reverse=True):
                     for piece in pieces_between(self.t, source, [leaf for leaf in own if source in makers[leaf]]):
                         yield piece, "after", part
+
+    def last_products(self, sums: list[Sum], parts_of: list[list[int]]) -> dict[int, tuple[Point, ...]]:
+        """By part the matrix products of its stream that what it adds is made of without another one; those as wide as that, if
+        there are any."""
+        made: dict[int, set[int]] = {}
+        for found, numbers in zip(sums, parts_of, strict=True):
+            leaves = [self._unwritten(x, found) for x in found.leaves if x != found.stream]
+            for leaf, part in zip(leaves, numbers, strict=True):
+                own = [i for i in self._makers(leaf) if self.t.is_matrix_product(i) and self.t.depends(i, found.given)]
+                wide = [i for i in own if self.t.nodes[i].shape[-1:] == self.t.nodes[leaf].shape[-1:]]
+                made.setdefault(part, set()).update(wide or own)
+        return {part: tuple(dict.fromkeys(map(self._point, sorted(own)))) for part, own in made.items()}
+
+    def _hides_or_shares_out(self, piece: Piece) -> bool:
+        """Whether a piece holds the softmax of an attention, which over two keys is as odd as a norm, or hides pairs from it:
+        beside -1e9 nothing else seems to grow."""
+        steps = {found.score for found in self.attentions.values() if found.score is not None}
+        steps |= {step for found in self.attentions.values() for step, _ in found.masking}
+        within = [step for step in steps if piece.source < step <= piece.bare]
+        return any(
+            (piece.bare == step or self.t.depends(piece.bare, step)) and self.t.depends(step, piece.source)
+            for step in within
+        )
 
     def _products_feeding(self, leaves: list[int]) -> list[int]:
         return [

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.interception import ChangedPath, Handler, Point, in_turn, intercepted
+from uncollapse.anatomy.interception import ChangedPath, Handler, Paths, Point, in_turn, intercepted
 from uncollapse.anatomy.masking import (
     LEAST_SHARE,
     factor_of,
@@ -84,7 +84,9 @@ def mask_removed(
                 handlers[step.point] = _unmasked_step(step, padding, call, bares)
             made |= dict.fromkeys([*call.made, *(point for step in call.masking for point in step.made)], bares.beside)
             in_turn_with = part.attention if call.shares_queries else (call,)
-            counts = call.queries_of_tokens or call.shares_queries
+            # Turns of a loop recur, and each answers for all tokens of its sequence: of one that lies beside others, for some.
+            is_whole = not call.product.recurs or (block.axes is not None and block.axes.sequence is not None)
+            counts = (call.queries_of_tokens and is_whole) or call.shares_queries
             if counts and call.unreadable is None and not block.chooses_tokens:
                 check, own = _answering(call, in_turn_with, block, entered), handlers.get(call.product)
                 handlers[call.product] = check if own is None else in_turn(check, own)
@@ -94,8 +96,15 @@ def mask_removed(
         changes.hook(model, "forward_pre", remember if everywhere else in_this_thread(remember), with_kwargs=True)
         changes.enter(met(model, streams, strict=False))
         changes.enter(intercepted(model, made, strict=False, everywhere=everywhere))  # a batch may need no mask
-        changes.enter(intercepted(model, handlers, everywhere=everywhere))
+        changes.enter(intercepted(model, handlers, everywhere=everywhere, paths=_of_products(anatomy, blocks)))
         yield
+
+
+def _of_products(anatomy: Anatomy, blocks: frozenset[int]) -> Paths | None:
+    """How often each run does the products that mix values: masks may be skipped where a batch needs none."""
+    parts = (p for number in blocks for p in anatomy.blocks[number].parts)
+    products = {call.product.operation for part in parts for call in part.attention}
+    return {run: {o: n for o, n in path.items() if o in products} for run, path in anatomy.paths.items()} or None
 
 
 def require_no_mask_left(
@@ -128,7 +137,7 @@ def _pairs_unheard(
     for number in sorted(blocks):
         block, entered = anatomy.blocks[number], _Entered()
         for part in (p for p in block.parts if p.kind == "attention"):
-            calls = [c for c in part.attention if not c.is_fused and c.unreadable is None]
+            calls = [c for c in part.attention if not (c.is_fused or c.is_piece) and c.unreadable is None]
             if without_queries:
                 calls = [c for c in calls if c.score is not None and c.similarity not in {None, c.product}]
                 handlers |= {c.similarity: _without_queries(c) for c in calls if c.similarity is not None}
