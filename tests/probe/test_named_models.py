@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 from tests.helpers.observing import entropies, observe
 from tests.reference.geometry import consensus_distance, effective_rank
@@ -223,7 +225,7 @@ def qwen2_vl(attention: str = "sdpa") -> hf.Qwen2VLModel:
     return hf.Qwen2VLModel(config)
 
 
-def seen_weights(visual: nn.Module, batch: dict[str, Tensor]) -> list[list[Tensor]]:
+def seen_weights(visual: Any, batch: dict[str, Tensor]) -> list[list[Tensor]]:
     """The attention weights of each block of the vision tower [head, query, key], image by image: NumPy, from what its attentions
     are given and their weights."""
     given: list[tuple[np.ndarray, list[np.ndarray]]] = []
@@ -284,6 +286,27 @@ def test_attention_to_images_laid_end_to_end_is_that_of_each_image(attention: st
             for field_name in ("total", "low", "high", "count"):
                 got, wanted = (getattr(getattr(s, figures), field_name).double() for s in (statistics, single))
                 torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_of_images_laid_end_to_end_are_not_taken_for_images() -> None:
+    """Qwen2.5-VL: most blocks have a call for each window, some one for each image."""
+    config = Qwen2_5_VLVisionConfig(
+        depth=3, hidden_size=32, out_hidden_size=32, num_heads=4, intermediate_size=64, patch_size=4, temporal_patch_size=1,
+        spatial_merge_size=2, window_size=16, fullatt_block_indexes=[1],
+    )  # fmt: skip
+    visual = built(Named(lambda: Qwen2_5_VisionTransformerPretrainedModel(config), {}, [], []))
+    batches = []
+    for seed, grid in enumerate((torch.tensor([[1, 8, 8], [1, 4, 8]]), torch.tensor([[1, 8, 8]]))):
+        drawn = torch.randn(int(grid.prod(1).sum()), 48, generator=torch.Generator().manual_seed(seed))
+        batches.append({"hidden_states": drawn, "grid_thw": grid})
+    observed = observe(visual, batches)
+    images = [A for given in batches for A in seen_weights(visual, given)[1]]
+    expected = np.mean([entropies(A[None], None)[0] for A in images], 0)
+    row = ATTENTION_MEASURES.index("entropy")
+    first, whole, last = observed.attention
+    assert [whole.values.summary(row, head)[0] for head in range(4)] == pytest.approx(expected, abs=1e-5)
+    assert "entropy" in first.reasons
+    assert "entropy" in last.reasons
 
 
 def test_images_laid_end_to_end_are_told_apart() -> None:

@@ -37,7 +37,7 @@ from uncollapse.anatomy.operands import Mixed, UnreadableError, product_operands
 from uncollapse.anatomy.output_maps import giving, giving_in_turn, opening, output_map
 from uncollapse.anatomy.probing import output_of, seed_all
 from uncollapse.anatomy.reading_refusals import has_own_hooks
-from uncollapse.anatomy.sequence_loops import OF_ITS_OWN, Runs, Sequences, sequences_of_runs
+from uncollapse.anatomy.sequence_loops import Runs, Sequences, sequences_of_runs
 from uncollapse.anatomy.snapshots import copied
 from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.summands import summand, with_operands
@@ -135,7 +135,9 @@ def runs_of_sequences(
                             )
                         runs = alone.runs_of(place, part)
                         if any(sorted(turns) != list(range(len(sequences.places))) for turns in runs):
-                            raise UnreadableError(f"{OF_ITS_OWN}, and not each by one")
+                            raise UnreadableError(
+                                "some of its sequences are mixed by several turns of a loop, or by none"
+                            )
                         found[number, place] = sequences, runs
                     except UnreadableError as error:
                         found[number, place] = str(error)
