@@ -17,7 +17,7 @@ from uncollapse.report import wording
 
 SMOOTHED, ABOVE = 10, 0.15  # steps, nats
 # The rules of the alarms were chosen and mended with the seeds up to this one in sight; the others are counted.
-CHOSEN_ON = 21
+CHOSEN_ON = 31
 SEEDS = 10
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 PICTURED = "post-norm, 18 blocks, no warm-up"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import uncollapse as uc
 from tests.helpers.own_models import OwnGPT
@@ -79,6 +81,76 @@ def test_attention_that_comes_from_uniform_and_returns_for_good_is_an_alarm() ->
     assert of_attention([6.9, *[-1.5] * 10, 1.0, 3.6]) == [12]  # as uniform as no healthy run becomes again
     assert of_attention([6.9, *[-1.5] * 10, *[1.0] * 90]) == []  # a young model, selective for some looks
     assert of_attention([6.9, *[-1.5] * 4, *[0.5] * 45]) == []  # it never was anything else
+
+
+def test_attention_that_began_uniform_and_whose_mixtures_are_alike_before_it_chooses_is_no_alarm() -> None:
+    """Block 3 in a healthy run of docs/early-warning.md (weight decay 0.1, seed 24), whose heads chose at step 120."""
+    uniform = (
+        6.91,
+        None,
+        None,
+        None,
+        None,
+        1.26,
+        1.72,
+        -1.54,
+        -0.83,
+        -1.64,
+        -1.55,
+        -0.17,
+        -0.28,
+        -0.57,
+        -0.44,
+        -0.54,
+        -0.50,
+        -0.39,
+    )
+    alike = (
+        -1.34,
+        None,
+        None,
+        None,
+        None,
+        -1.54,
+        -1.25,
+        -2.46,
+        -2.15,
+        -2.51,
+        -2.52,
+        -1.76,
+        -0.53,
+        -0.35,
+        -0.02,
+        -0.19,
+        0.35,
+        0.24,
+    )
+    assert of_mixtures(uniform, alike) == []
+    assert of_mixtures((-1.0, *uniform[1:]), alike) == [17]  # it never was uniform
+    learnt = [-1.5] * 40
+    assert of_mixtures((*uniform, *learnt, -1.0, -1.0), (*alike, *learnt, 0.35, 0.24)) == [len(uniform) + 41]
+
+
+def of_mixtures(uniform: Sequence[float | None], alike: Sequence[float | None]) -> list[int]:
+    """The looks at which there are alarms about alike mixtures, by the margins of both rules on width at each."""
+    key, alarms = "WIDTH-RANK-ONE/block.1/self", ThresholdAlarms()
+    found = {key: replace(UNIFORM, code="WIDTH-RANK-ONE")}
+    looks = [
+        {name: margin for name, margin in ((WIDTH_KEY, one), (key, other)) if margin is not None}
+        for one, other in zip(uniform, alike, strict=True)
+    ]
+    return [a.step for look, margins in enumerate(looks) for a in alarms.look(look, margins, found)[0]]
+
+
+def test_a_warning_must_stand_in_a_row() -> None:
+    """A head that is frozen at every other look (weight decay 0.1, seed 29) has not frozen yet."""
+    key = "ENTROPY-FROZEN/block.0/self"
+    found = {key: Finding("ENTROPY-FROZEN", "entropy-collapse", "warning", 0, 0, 0.5, 0.4, "It is.", "", "")}
+    learnt, flickers = [-1.5] * 6, [0.01, -0.22, 0.03, -0.12, -0.19, -0.24, -0.10, 0.20, 0.02, -0.07]
+    for margins, steps in (([*learnt, *flickers[:7]], []), ([*learnt, *flickers], [len(learnt) + 8])):
+        alarms = ThresholdAlarms()
+        looks = enumerate({key: margin} for margin in margins)
+        assert [a.step for look, each in looks for a in alarms.look(look, each, found)[0]] == steps
 
 
 def test_a_part_that_never_lived_is_no_alarm_however_long_it_is_dead() -> None:

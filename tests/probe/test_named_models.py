@@ -211,19 +211,87 @@ def test_figures_are_those_of_what_the_models_modules_return(name: str) -> None:
         assert got == pytest.approx(expected, abs=1e-5), attention
 
 
-def test_images_laid_end_to_end_are_told_apart_and_their_attention_is_not_guessed() -> None:
-    """Qwen2-VL: the patches of all images of a batch in one row, each image attended to by a call of its own."""
+def qwen2_vl(attention: str = "sdpa") -> hf.Qwen2VLModel:
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32}
     config = hf.Qwen2VLConfig(
         text_config={**SMALL, **SPECIAL, "num_key_value_heads": 2, "rope_parameters": rope},
         vision_config={**vision, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4, "temporal_patch_size": 1},
         image_token_id=60, vision_start_token_id=61, vision_end_token_id=62, video_token_id=63,
+        attn_implementation=attention,
     )  # fmt: skip
+    return hf.Qwen2VLModel(config)
+
+
+def seen_weights(visual: nn.Module, batch: dict[str, Tensor]) -> list[list[Tensor]]:
+    """The attention weights of each block of the vision tower [head, query, key], image by image: NumPy, from what its attentions
+    are given and their weights."""
+    given: list[tuple[np.ndarray, list[np.ndarray]]] = []
+
+    def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        turns = [t.double().numpy()[:, None] for t in kwargs["position_embeddings"]]
+        given.append((states.double().numpy(), turns))
+
+    hooks = [b.attn.register_forward_pre_hook(keep, with_kwargs=True) for b in visual.blocks]
+    with torch.no_grad():
+        visual(**batch)
+    for hook in hooks:
+        hook.remove()
+    ends = np.cumsum(batch["grid_thw"].prod(1).numpy())[:-1]
+    found = []
+    for (states, (cos, sin)), block in zip(given, visual.blocks, strict=True):
+        weight, bias = (p.detach().double().numpy() for p in (block.attn.qkv.weight, block.attn.qkv.bias))
+        q, k, _ = (states @ weight.T + bias).reshape(len(states), 3, 4, 8).transpose(1, 0, 2, 3)
+        q, k = (x * cos + np.concatenate([-x[..., 4:], x[..., :4]], -1) * sin for x in (q, k))
+        images = []
+        for own_q, own_k in zip(np.split(q, ends), np.split(k, ends), strict=True):
+            logits = np.einsum("qhd,khd->hqk", own_q, own_k) / 8**0.5
+            raised = np.exp(logits - logits.max(-1, keepdims=True))
+            images.append(torch.from_numpy(raised / raised.sum(-1, keepdims=True)))
+        found.append(images)
+    return found
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_to_images_laid_end_to_end_is_that_of_each_image(attention: str) -> None:
+    """The vision tower of Qwen2-VL: a call for each image, in a loop over them; other numbers of images in every batch."""
+    visual = built(Named(lambda: qwen2_vl(attention), {}, [], [])).visual
+    grids = [[[1, 2, 4], [1, 4, 6]], [[1, 4, 4]], [[1, 2, 2], [1, 4, 4], [1, 2, 6], [1, 4, 4]]]
+    batches = []
+    for seed, grid in enumerate(map(torch.tensor, grids)):
+        drawn = torch.randn(int(grid.prod(1).sum()), 48, generator=torch.Generator().manual_seed(seed))
+        batches.append({"hidden_states": drawn, "grid_thw": grid})
+    observed = observe(visual, batches, level="full")
+    alone = []
+    for given in batches:
+        ends = given["grid_thw"].prod(1).tolist()
+        for patches, grid in zip(given["hidden_states"].split(ends), given["grid_thw"], strict=True):
+            alone.append({"hidden_states": patches, "grid_thw": grid[None]})
+    one_by_one = observe(visual, alone, level="full")
+    images = [
+        [image for images in per_batch for image in images]
+        for per_batch in zip(*(seen_weights(visual, b) for b in batches), strict=True)
+    ]
+    for statistics, single, own in zip(observed.attention, one_by_one.attention, images, strict=True):
+        assert statistics.reasons == {}
+        assert statistics.values.count.eq(7).all(-1).any()
+        entropy, normalised = (np.mean(e, 0) for e in zip(*(entropies(A[None], None) for A in own), strict=True))
+        for measure, expected in (("entropy", entropy), ("normalized_entropy", normalised)):
+            row = ATTENTION_MEASURES.index(measure)
+            assert [statistics.values.summary(row, h)[0] for h in range(4)] == pytest.approx(expected, abs=1e-5)
+        for figures in ("values", "energy", "tokens"):
+            for field_name in ("total", "low", "high", "count"):
+                got, wanted = (getattr(getattr(s, figures), field_name).double() for s in (statistics, single))
+                torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_images_laid_end_to_end_are_told_apart() -> None:
+    """Qwen2-VL: the patches of all images of a batch in one row, each image attended to by a call of its own."""
     ids = tokens(2, 9).clamp(max=55)
     ids[:, 1], ids[:, 2:6] = 61, 60
     named = Named(
-        lambda: hf.Qwen2VLModel(config),
+        qwen2_vl,
         {
             "input_ids": ids,
             "pixel_values": draws(32, 48),
@@ -244,7 +312,7 @@ def test_images_laid_end_to_end_are_told_apart_and_their_attention_is_not_guesse
         assert got == pytest.approx(np.mean([consensus_distance(x, 2.0**-23) for x in rows]), rel=1e-4), block
     row = ATTENTION_MEASURES.index("entropy")
     seeing, reading = observed.attention[:2], observed.attention[2:]
-    assert {a.reasons["entropy"] for a in seeing} == {"its sequences are laid end to end"}
+    assert [a.values.summary(row, 0)[3] for a in seeing] == [2, 2]
     for statistics, own in zip(reading, weights.values(), strict=True):
         got = [statistics.values.summary(row, head)[0] for head in range(4)]
         assert got == pytest.approx(entropies(own, None)[0], abs=1e-5)

@@ -93,6 +93,7 @@ def _call(call: AttentionCall, forbids: list[Forbidding]) -> AttentionCallRecord
         after=call.after,
         output_projection=_named(call.projection),
         forbids=[ForbiddenPairs(str(one.point), one.argument, list(one.axes)) for one in forbids],
+        by_sequence=call.turns > 0,
     )
 
 

@@ -21,12 +21,23 @@ from torch.overrides import TorchFunctionMode
 
 from uncollapse.anatomy.autocast import AutocastState
 from uncollapse.anatomy.carrying import Observer
-from uncollapse.anatomy.interception import Handler, Point, function_modes, in_turn, is_putting_another, putting_another
+from uncollapse.anatomy.influence import segments as segments_of
+from uncollapse.anatomy.influence import without_zeros
+from uncollapse.anatomy.interception import (
+    ChangedPath,
+    Handler,
+    Point,
+    function_modes,
+    in_turn,
+    is_putting_another,
+    putting_another,
+)
 from uncollapse.anatomy.module_states import ModuleStates
-from uncollapse.anatomy.operands import UnreadableError
-from uncollapse.anatomy.output_maps import giving, opening, output_map
+from uncollapse.anatomy.operands import Mixed, UnreadableError, product_operands
+from uncollapse.anatomy.output_maps import giving, giving_in_turn, opening, output_map
 from uncollapse.anatomy.probing import output_of, seed_all
 from uncollapse.anatomy.reading_refusals import has_own_hooks
+from uncollapse.anatomy.sequence_loops import OF_ITS_OWN, Runs, Sequences, sequences_of_runs
 from uncollapse.anatomy.snapshots import copied
 from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.summands import summand, with_operands
@@ -34,6 +45,7 @@ from uncollapse.anatomy.torch_calls import operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import (
     AdditionNode,
     Anatomy,
+    AttentionCall,
     Block,
     ModuleCall,
     Part,
@@ -45,6 +57,7 @@ from uncollapse.restoring import restoring
 
 # Not a seed that models are made with: noise that equals an embedding, drawn from the same seed, leaves its direction as it is.
 POKE_SEED = 2_604_236_810
+AT_A_TIME = 8  # blocks whose streams are kept together
 
 
 @dataclass
@@ -91,6 +104,46 @@ def blocks_alone(
     chosen = replace(anatomy, blocks=tuple(anatomy.blocks[i] for i in wanted))
     runs = observe_blocks(model, batch, chosen, to_the_end=False)
     return {i: BlockAlone(model, anatomy.blocks[i], run) for i, run in zip(wanted, runs, strict=True)}
+
+
+def runs_of_sequences(
+    model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, segments: Sequence[Sequence[Tensor] | None]
+) -> dict[tuple[int, int], tuple[Sequences, Runs] | str]:
+    """Of each attention that goes through the sequences in a loop, by block and part: where these are in this batch, and which turn
+    mixes which; or why that is not known. `segments`: of each stack, the places of sequences that lie end to end. Within `probing`
+    only. Costs nothing where there is no such loop.
+
+    Raises `ChangedPath` where the loop had one turn on the example, and has more."""
+    asked = {
+        number: [place for place, part in enumerate(block.parts) if part.by_sequence and _is_readable(part)]
+        for number, block in enumerate(anatomy.blocks)
+    }
+    numbers = [number for number, places in asked.items() if places]
+    found: dict[tuple[int, int], tuple[Sequences, Runs] | str] = {}
+    for first in range(0, len(numbers), AT_A_TIME):
+        with without_zeros(model):
+            for number, alone in blocks_alone(model, batch, anatomy, numbers[first : first + AT_A_TIME]).items():
+                known = segments[anatomy.stack_of(number)]
+                for place in asked[number]:
+                    part = alone.block.parts[place]
+                    try:
+                        sequences = alone.sequences(segments=known)
+                        if len(sequences.places) > 1 and not all(call.product.recurs for call in part.attention):
+                            raise ChangedPath(
+                                f"capture: expected one turn of the loop over sequences in {part.module}, as on the example, got "
+                                f"{len(sequences.places)} sequences. Diagnose it on inputs of one kind."
+                            )
+                        runs = alone.runs_of(place, part)
+                        if any(sorted(turns) != list(range(len(sequences.places))) for turns in runs):
+                            raise UnreadableError(f"{OF_ITS_OWN}, and not each by one")
+                        found[number, place] = sequences, runs
+                    except UnreadableError as error:
+                        found[number, place] = str(error)
+    return found
+
+
+def _is_readable(part: Part) -> bool:
+    return all(call.unreadable is None for call in part.attention)
 
 
 class _AllSeenError(BaseException):
@@ -201,6 +254,11 @@ def adding(added: list[Tensor], operand: int) -> Handler:
     return handler
 
 
+def results_of(runs: list[list[Mixed]]) -> list[list[Tensor]]:
+    """What each run of each call mixed."""
+    return [[each.mixed for each in several] for several in runs]
+
+
 def observing(observe: Observer) -> Handler:
     def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = function(*args, **kwargs)
@@ -243,6 +301,8 @@ class BlockAlone:
         self.module = model.get_submodule(block.module.name)
         assert run.stream is not None
         self.stream = run.stream
+        self.runs: dict[int, Runs] = {}  # by part, see `runs_of`
+        self._sequences: Sequences | None = None
 
     def update(
         self,
@@ -279,6 +339,12 @@ class BlockAlone:
         """The block's output on its own arguments without some parts, with handlers at operations."""
         return self._replay(parts, None, handlers)
 
+    def rerun(
+        self, parts: tuple[int, ...], handlers: Mapping[Point, Handler], actions: Sequence[tuple[Place, Action]]
+    ) -> Tensor:
+        """The same with actions at places."""
+        return self._replay(parts, None, handlers, actions=actions)
+
     def _as_streams(self, value: Tensor) -> Tensor:
         """A summand of an addition, laid out as several streams are: with an axis of their own, and for each of them."""
         if not any(part.read for part in self.block.parts):
@@ -299,7 +365,7 @@ class BlockAlone:
         part, axes = part or self.block.parts[number], self.block.axes
         others = tuple(i for i in range(len(self.block.parts)) if i != number)
         seen: list[Tensor] = []
-        handlers = self._giving(part, pattern) | {gate.point: opening(gate) for gate in part.gates}
+        handlers = self._giving(number, part, pattern) | {gate.point: opening(gate) for gate in part.gates}
         assert part.written is not None
         keep = observing(lambda *call: seen.append(next(tensors_in(call[3])).detach().clone()))
         own = handlers.get(part.written)
@@ -314,15 +380,20 @@ class BlockAlone:
         shape = [size for axis, size in enumerate(self.stream.shape) if axis != axes.streams]
         return list(made.shape) == shape
 
-    @staticmethod
-    def _giving(part: Part, pattern: Tensor) -> dict[Point, Handler]:
+    def _giving(self, number: int, part: Part, pattern: Tensor) -> dict[Point, Handler]:
         """Let the products of an attention give `pattern` [sequence, head, token, width] instead of their mixed values."""
         handlers, first, answered = {}, 0, [0]
-        for call in part.attention:
+        runs = self.runs_of(number, part) if part.by_sequence else ()
+        for place, call in enumerate(part.attention):
             if part.shares_queries:
                 handlers[call.product] = giving(pattern, call, len(pattern), answered)
                 continue
-            handlers[call.product] = giving(pattern[:, first : first + call.heads], call, len(pattern))
+            own = pattern[:, first : first + call.heads]
+            if part.by_sequence:
+                turns = [self.sequences().of(own, sequence, 2) for sequence in runs[place]]
+                handlers[call.product] = giving_in_turn(turns, call)
+            else:
+                handlers[call.product] = giving(own, call, len(pattern))
             first += call.heads
         return handlers
 
@@ -350,6 +421,72 @@ class BlockAlone:
         sequences, tokens = axes.cloud(self.stream).shape[:2]
         shape = (sequences, part.heads, tokens, widths.pop())
         return output_map(lambda pattern: self.written(number, pattern, part), shape, self.stream)
+
+    def sequences(self, axes: StreamAxes | None = None, segments: Sequence[Tensor] | None = None) -> Sequences:
+        """Where the sequences of its stream are. segments: the places of those that lie end to end, if they are known.
+
+        Raises `UnreadableError` where they cannot be told apart."""
+        axes = axes or self.block.axes
+        if self._sequences is None and axes is not None:
+            if axes.sequence is not None:
+                numbers = torch.arange(self.stream.shape[axes.sequence])
+                self._sequences = Sequences(axes.sequence, numbers.split(1), is_packed=False)
+            elif segments is None and self.mixing is not None and len(axes.token) == 1:
+                segments = segments_of(functools.partial(self.update, self.mixing), self.stream, axes.token[0])
+            if axes.sequence is None and segments is not None:
+                self._sequences = Sequences(axes.token[0], tuple(segments), is_packed=True)
+        if self._sequences is None:
+            raise UnreadableError("its sequences are laid end to end, and could not be told apart")
+        return self._sequences
+
+    def runs_mixed(
+        self, number: int, part: Part, stream: Tensor, wanted: Sequence[int] | None = None
+    ) -> list[list[Mixed]]:
+        """Values and result of each run of a part's calls, given another stream, with the other parts removed. `wanted`: how many
+        runs of each; None: all there are.
+
+        Raises `UnreadableError` where one cannot be laid out."""
+        found: list[list[Mixed]] = [[] for _ in part.attention]
+        problems: list[UnreadableError] = []
+
+        def noting(index: int, call: AttentionCall) -> Handler:
+            def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                output = function(*args, **kwargs)
+                try:
+                    seen = product_operands(function, args, kwargs, output, call.weight_operand or 0, call.pair)
+                    found[index].append(Mixed(None, seen.values.detach().clone(), seen.mixed.detach().clone()))
+                except UnreadableError as error:
+                    problems.append(error)
+                return output
+
+            return handler
+
+        others = tuple(i for i in range(len(self.block.parts)) if i != number)
+        handlers = {call.product: noting(i, call) for i, call in enumerate(part.attention)}
+
+        def is_all() -> bool:
+            return wanted is not None and [len(runs) for runs in found] == list(wanted)
+
+        self._replay(others, stream, handlers, is_all=is_all)
+        if problems:
+            raise problems[0]
+        return found
+
+    def runs_of(self, number: int, part: Part) -> Runs:
+        """Of each call of a part that goes through the sequences in a loop, the sequence that each turn mixes.
+
+        Raises `UnreadableError` where a turn hears several, or none."""
+        if number not in self.runs:
+            wanted = None
+
+            def mixing(stream: Tensor) -> list[list[Tensor]]:
+                nonlocal wanted
+                found = self.runs_mixed(number, part, stream, wanted)
+                wanted = wanted or [len(runs) for runs in found]
+                return results_of(found)
+
+            self.runs[number] = sequences_of_runs(mixing, self.stream, self.sequences())
+        return self.runs[number]
 
     @property
     def mixing(self) -> int | None:

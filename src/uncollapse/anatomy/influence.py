@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from uncollapse.anatomy.masking import LEAST_SHARE, laid_like
 from uncollapse.anatomy.offloaded_weights import replaced_weights
+from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.torch_calls import opened, operation_name, tensors_in, writes_in_place
 from uncollapse.anatomy.tracing import is_freed, storage_of
 from uncollapse.anatomy.turns import closed_to_others
@@ -122,6 +123,19 @@ def moved(plain: Tensor, other: Tensor, axis: int, coarsest: float = 0.0, *, hid
         different &= change > 4 * eps * size.nan_to_num(0.0, 0.0, 0.0).amax(axis, keepdim=True)
     across = tuple(i for i in range(plain.ndim) if i != axis % plain.ndim)
     return different.any(across) if across else different
+
+
+def moved_rows(before: Tensor, after: Tensor) -> Tensor:
+    """Which rows [*lead, row] of what an attention mixes differ beyond rounding.
+
+    Raises `UnreadableError` where there are other rows than before."""
+    if before.shape != after.shape:
+        raise UnreadableError("its sizes depend on what the tokens are")
+    if before.dtype.itemsize <= 2:
+        # A poke that half precision hardly shows; what it does not reach is the same, bit for bit.
+        return ((after != before) & (before == before)).any(-1)
+    rounding = 8 * torch.finfo(before.dtype).eps * before.abs().nan_to_num(0, 0, 0).max()
+    return ((after - before).abs() > rounding).any(-1)
 
 
 def is_coarse(eps: float) -> bool:
@@ -351,10 +365,15 @@ def segments(update: Update, rows: Tensor, axis: int) -> list[Tensor] | None:
         if len(found) == MOST_SEGMENTS:
             return None
         place = int(free.nonzero()[0])
-        reached = moved(plain, update(poked(rows, axis, torch.tensor([place]))), axis).cpu() & free
+        reached, before = torch.zeros_like(free), 0
         reached[place] = True
-        last = int(reached.nonzero()[-1])
-        reached[place : last + 1] = free[place : last + 1]
+        while int(reached.sum()) > before:
+            # In half precision one row may be lost on another: those that were found are asked for the rest.
+            own = reached.nonzero().flatten()
+            before = len(own)
+            reached |= moved(plain, update(poked(rows, axis, own)), axis).cpu() & free
+            last = int(reached.nonzero()[-1])
+            reached[place : last + 1] = free[place : last + 1]
         found.append(reached.nonzero().flatten())
         free &= ~reached
     return found

@@ -44,12 +44,28 @@ Paths = Mapping[tuple[str, int], Mapping[str, int]]  # by module and run: how of
 
 @dataclass(frozen=True)
 class Point:
-    """The `ordinal`-th `operation` in the `call`-th run of the module named `owner`; `call=None` is every run."""
+    """The `ordinal`-th `operation` in the `call`-th run of the module named `owner`; `call=None` is every run.
+
+    A point of a loop recurs: with `every`, at every so many further operations of this name in that run; with `each_run`, in every
+    so many further runs of the module."""
 
     owner: str
     call: int | None
     operation: str
     ordinal: int
+    every: int = 0
+    each_run: int = 0
+
+    @property
+    def recurs(self) -> bool:
+        """Whether it stands in each turn of a loop."""
+        return bool(self.every or self.each_run)
+
+    def is_in_run(self, run: int) -> bool:
+        """Whether it stands in this run of its owner."""
+        if self.call is None or self.call == run:
+            return True
+        return bool(self.each_run) and run > self.call and (run - self.call) % self.each_run == 0
 
     def __str__(self) -> str:
         run = "" if not self.call else f", run {self.call}"
@@ -93,10 +109,15 @@ def _as_the_models_own(function: Callable[..., Any]) -> Callable[..., Any]:
 class _Owner(TorchFunctionMode):
     """The handlers of one module while its own forward runs."""
 
-    def __init__(self, handlers: Mapping[tuple[str, int], Handler], hits: set[tuple[str, int]]) -> None:
+    def __init__(self, handlers: Mapping[Point, Handler], hits: set[tuple[str, int]]) -> None:
         super().__init__()
-        self.handlers = handlers
-        self.operations = {operation for operation, _ in handlers}
+        every_run_first = sorted(handlers, key=lambda point: point.call is not None)
+        self.handlers = {(point.operation, point.ordinal): handlers[point] for point in every_run_first}
+        self.recurring: dict[str, list[tuple[Point, Handler]]] = {}
+        for point, handler in handlers.items():
+            if point.every:
+                self.recurring.setdefault(point.operation, []).append((point, handler))
+        self.operations = {point.operation for point in handlers}
         self.hits = hits
         self.depth = 0
         self.counts: dict[str, int] = {}
@@ -138,7 +159,11 @@ class _Owner(TorchFunctionMode):
         handler = self.handlers.get((name, ordinal))
         if handler is not None:
             self.hits.add((name, ordinal))
-        return handler
+            return handler
+        for point, again in self.recurring.get(name, ()):
+            if ordinal > point.ordinal and (ordinal - point.ordinal) % point.every == 0:
+                return again
+        return None
 
     def seeing(self, name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An operation in whose place another handler puts `function`, as those see it who stood here before."""
@@ -243,17 +268,17 @@ def intercepted(
     changed at a wrong place without a word. With `paths`, so does a run of an owner that is not among them, or whose own code
     does an operation that is acted on more or less often than there: a loop that goes on, or stops, would have other points.
     """
-    by_owner: dict[str, dict[int | None, dict[tuple[str, int], Handler]]] = {}
+    by_owner: dict[str, dict[Point, Handler]] = {}
     for point, handler in handlers.items():
-        by_owner.setdefault(point.owner, {}).setdefault(point.call, {})[point.operation, point.ordinal] = handler
+        by_owner.setdefault(point.owner, {})[point] = handler
     thread = None if everywhere else threading.get_ident()
     with restoring() as changes:
         changes.undo(_as_found())
         # A compiled model would not notice what is put up here, or compile it: both were seen to go wrong.
         run_eagerly.hold(changes)
         runs = changes.enter(counted(model, by_owner, within))
-        for owner, by_call in by_owner.items():
-            _wrap(changes, model.get_submodule(owner), owner, by_call, runs, strict, thread, paths)
+        for owner, standing in by_owner.items():
+            _wrap(changes, model.get_submodule(owner), owner, standing, runs, strict, thread, paths)
         yield
 
 
@@ -292,7 +317,7 @@ def _wrap(
     changes: Changes,
     module: nn.Module,
     name: str,
-    by_call: Mapping[int | None, Mapping[tuple[str, int], Handler]],
+    standing: Mapping[Point, Handler],
     runs: Runs,
     strict: bool,
     thread: int | None,
@@ -317,25 +342,25 @@ def _wrap(
                     f"intercept: expected {max(r for n, r in paths if n == name) + 1} runs of {name or 'the model'} in a pass, "
                     "got one more. What it does there was never looked at. Run the model on inputs of one kind."
                 )
-            wanted = {**by_call.get(None, {}), **by_call.get(run, {})}
+            wanted = {point: handler for point, handler in standing.items() if point.is_in_run(run)}
             if not wanted:
                 return original(*args, **kwargs)
             hits: set[tuple[str, int]] = set()
             mode = _Owner(wanted, hits)
             modes = runs.modes.setdefault(name, [])
             modes.append(mode)
-            standing = _standing.modes.setdefault(id(module), [])
-            mode.around = standing[-1] if standing else None
-            standing.append(mode)
+            before = _standing.modes.setdefault(id(module), [])
+            mode.around = before[-1] if before else None
+            before.append(mode)
             try:
                 with mode:
                     output = original(*args, **kwargs)
             finally:
                 modes.pop()
-                standing.pop()
-                if not standing:
+                before.pop()
+                if not before:
                     _standing.modes.pop(id(module), None)
-            missed = set(wanted) - hits
+            missed = {(point.operation, point.ordinal) for point in wanted} - hits
             if missed and strict:
                 operation, ordinal = sorted(missed)[0]
                 raise ChangedPath(

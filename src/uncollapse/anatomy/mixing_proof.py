@@ -7,6 +7,7 @@ as a head is wide, cannot be mistaken for it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,19 +16,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from uncollapse.anatomy.block_alone import POKE_SEED, BlockAlone, observing
+from uncollapse.anatomy.block_alone import POKE_SEED, BlockAlone, observing, results_of
 from uncollapse.anatomy.carrying import Way
+from uncollapse.anatomy.influence import moved_rows
 from uncollapse.anatomy.interception import Handler
 from uncollapse.anatomy.operands import (
     Lead,
     Mixed,
     SeveralChoicesError,
     UnreadableError,
+    any_pair,
     arranged,
     chosen_pair,
     product_operands,
     replaced,
 )
+from uncollapse.anatomy.pieces import Piece, pieces_of, projection_of, whole
+from uncollapse.anatomy.sequence_loops import OF_ITS_OWN, as_one, in_groups, sequences_of_runs
 from uncollapse.anatomy.summands import with_operands
 from uncollapse.anatomy.torch_calls import operands_of, operation_name
 from uncollapse.anatomy.vocabulary import AttentionCall, MaskingStep, Part, StreamAxes
@@ -56,17 +61,19 @@ def located(
     """
     mixed, values = poked.plain.mixed, poked.plain.values
     count = len(poked.sequences)
-    moved = torch.stack([_moved(mixed, p.mixed).any(-1) for p in poked.sequences])  # [sequence, *lead]
+    moved = torch.stack([moved_rows(mixed, p.mixed).any(-1) for p in poked.sequences])  # [sequence, *lead]
     lead = _sequences(moved, count)
     is_cross = poked.memory is not None
-    token = _inner(_moved(mixed, poked.token.mixed) if is_cross else _moved(values, poked.token.values), lead, count)
+    token = _inner(
+        moved_rows(mixed, poked.token.mixed) if is_cross else moved_rows(values, poked.token.values), lead, count
+    )
     one = poked.sequences[0]
-    alive = _inner(_moved(mixed, one.mixed) if is_cross else _moved(values, one.values), lead, count).any(-1)
+    alive = _inner(moved_rows(mixed, one.mixed) if is_cross else moved_rows(values, one.values), lead, count).any(-1)
     lead = _heads_and_windows(token.any(-1), lead, alive)
     rows = token.reshape(-1, token.shape[-1]).any(0)  # of one sequence: the keys (cross: queries) that one token moves
     whole = poked.memory if is_cross else one
     assert whole is not None
-    keys = _inner(_moved(values, whole.values), lead, count)
+    keys = _inner(moved_rows(values, whole.values), lead, count)
     keys = keys.reshape(-1, keys.shape[-1]).any(0)
     if not bool(keys.any()):
         raise UnreadableError("nothing that it mixes depends on the tokens")
@@ -104,17 +111,6 @@ def _of(tensor: Tensor, lead: tuple[Lead, ...], mixed: Tensor) -> tuple[Lead, ..
     return lead
 
 
-def _moved(before: Tensor, after: Tensor) -> Tensor:
-    """Which rows [*lead, row] differ beyond rounding."""
-    if before.shape != after.shape:
-        raise UnreadableError("its sizes depend on what the tokens are")
-    if before.dtype.itemsize <= 2:
-        # A poke that half precision hardly shows; what it does not reach is the same, bit for bit.
-        return ((after != before) & (before == before)).any(-1)
-    rounding = 8 * torch.finfo(before.dtype).eps * before.abs().nan_to_num(0, 0, 0).max()
-    return ((after - before).abs() > rounding).any(-1)
-
-
 def _sequences(moved: Tensor, count: int) -> tuple[Lead, ...]:
     """Which leading axis holds the sequences, from the slices [sequence, *lead] that move with each. Slices that nothing moves,
     those of dead heads, have no say."""
@@ -128,7 +124,7 @@ def _sequences(moved: Tensor, count: int) -> tuple[Lead, ...]:
     if not bool(known.any()):
         raise UnreadableError("none of it depends on the tokens")
     if len(owner[known].unique()) < count:
-        raise UnreadableError("each sequence is mixed by a call of its own")
+        raise UnreadableError(OF_ITS_OWN)
     found: list[Lead] = []
     for axis in range(axes):
         along = owner.movedim(axis, 0).flatten(1) if axes > 1 else owner[:, None]
@@ -259,9 +255,10 @@ class HeadsMixing(BlockAlone):
     ) -> tuple[AttentionCall, ...]:
         """What the axes of this part's products hold, found by poking each sequence, one token, and the memory of a
         cross-attention. With the other parts removed, a token reaches the product by itself alone."""
-        if axes is None or axes.sequence is None:
-            reason = reason or "its sequences are laid end to end"
+        if axes is None:
             return tuple(replace(call, unreadable=reason) for call in part.attention)
+        if axes.sequence is None:
+            return self._mixes_one_by_one(number, part, stream, axes)
         others = tuple(i for i in range(len(self.block.parts)) if i != number)
         generator = torch.Generator().manual_seed(POKE_SEED)
         noise = torch.randn(stream.shape, generator=generator).to(stream) * (stream.double().std().to(stream) + 1)
@@ -318,13 +315,119 @@ class HeadsMixing(BlockAlone):
             others_of = tuple(c for c, f in zip(part.attention, found, strict=True) if f not in choosing)
             return self.mixes(number, replace(part, attention=others_of), stream, axes, reason)
         if any(call.shares_queries for call in found):
-            alike = len({(c.heads, c.head_width, c.lead, c.before, c.after) for c in found}) == 1
+            alike = len(set(map(_layout, found))) == 1
             if not alike or not all(c.shares_queries for c in found) or not self._in_turn(found, others, axes):
                 reason = (
                     "several attention calls of one sublayer share out its queries in a way that was not understood"
                 )
                 found = [replace(call, unreadable=call.unreadable or reason) for call in found]
+        if part.kind == "attention" and all(call.unreadable == OF_ITS_OWN for call in found):
+            return self._mixes_one_by_one(number, part, stream, axes)
+        if part.kind == "attention" and len(found) > 1 and any(call.unreadable for call in found):
+            return self._mixes_in_pieces(number, replace(part, attention=tuple(found)), others, axes)
         return tuple(found)
+
+    def _mixes_in_pieces(
+        self, number: int, part: Part, others: tuple[int, ...], axes: StreamAxes
+    ) -> tuple[AttentionCall, ...]:
+        """The part's calls where they are pieces of one attention, whose places are told by numbers; else as they are."""
+        shapes: dict[int, tuple[int, int] | None] = {}
+        seen: dict[int, Mixed] = {}
+
+        def choosing(index: int, call: AttentionCall) -> Handler:
+            def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                output = function(*args, **kwargs)
+                with contextlib.suppress(UnreadableError):
+                    shapes[index] = any_pair(args, output, call.weight_operand or 0)
+                return output
+
+            return handler
+
+        def noting(index: int, call: AttentionCall) -> Handler:
+            def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                output = function(*args, **kwargs)
+                with contextlib.suppress(UnreadableError):
+                    seen[index] = product_operands(function, args, kwargs, output, call.weight_operand or 0, call.pair)
+                return output
+
+            return handler
+
+        calls = part.attention
+        if any(call.is_fused or call.serves_weights for call in calls) or self.block.chooses_tokens:
+            return calls
+        self._replay(others, None, {c.product: choosing(i, c) for i, c in enumerate(calls) if c.is_einsum})
+        calls = tuple(replace(c, pair=shapes.get(i), unreadable=None) for i, c in enumerate(calls))
+        try:
+            known = pieces_of(self, number, replace(part, attention=calls), axes)
+            self._replay(others, None, {c.product: noting(i, c) for i, c in enumerate(calls)})
+            if len(seen) < len(calls):
+                raise UnreadableError("it did not run")
+            first = whole(known, 0, [Piece(seen[i]) for i in range(len(calls))])
+        except UnreadableError:
+            return part.attention
+        shared = _distinct(first.product.values[:, :, None])
+        return tuple(
+            replace(
+                call,
+                is_piece=True,
+                projection=projection_of(calls),
+                lead=(),
+                heads=known.heads,
+                key_value_heads=shared,
+                head_width=known.head_width,
+                before=0,
+                after=0,
+                shares_queries=False,
+                keys_of_tokens=False,
+                queries_of_tokens=False,
+            )
+            for call in calls
+        )
+
+    def _mixes_one_by_one(self, number: int, part: Part, stream: Tensor, axes: StreamAxes) -> tuple[AttentionCall, ...]:
+        """The part's calls where each mixes a single sequence: those that a loop over sequences runs again and again as one. One
+        sequence by itself is a loop with one turn."""
+        try:
+            sequences = self.sequences(axes)
+            if part.kind != "attention" or len(axes.token) != 1:
+                raise UnreadableError(OF_ITS_OWN)
+            runs = sequences_of_runs(lambda given: results_of(self.runs_mixed(number, part, given)), stream, sequences)
+            if any(len(each) != 1 for each in runs):
+                raise UnreadableError("it did not run")
+            owners = [owner for (owner,) in runs]
+            everyone = range(len(sequences.places))
+            plain, whole, token = (
+                self.runs_mixed(number, part, given)
+                for given in (
+                    stream,
+                    sequences.poked(stream, everyone),
+                    sequences.first_tokens_poked(stream, axes.token[0]),
+                )
+            )
+            groups, calls, turns = in_groups(part.attention, owners), [], []
+            for group in groups:
+                known = [
+                    located(
+                        part.attention[i],
+                        Poked(plain[i][0], [whole[i][0]], token[i][0], None),
+                        sequences.tokens(owners[i], stream, axes.token[0]),
+                        alone=len(groups) == 1,
+                    )
+                    for i in group
+                ]
+                if len(set(map(_layout, known))) != 1 or not all(
+                    c.queries_of_tokens and c.keys_of_tokens for c in known
+                ):
+                    raise UnreadableError(f"{OF_ITS_OWN}, and these do not answer for all of its tokens alike")
+                others = tuple(i for i in range(len(self.block.parts)) if i != number)
+                lead = _alone_first(known[0].lead, [plain[i][0].mixed.shape for i in group])
+                first = replace(known[0], lead=lead, masking=self._masking_axes(known[0], others, 1))
+                calls.append(as_one([first, *known[1:]]))
+                turns.append(tuple(owners[i] for i in group))
+        except UnreadableError as error:
+            return tuple(replace(call, unreadable=str(error)) for call in part.attention)
+        self.runs[number] = tuple(turns)
+        return tuple(calls)
 
     def _pair(
         self, call: AttentionCall, others: tuple[int, ...], stream: Tensor, noise: Tensor, axes: StreamAxes
@@ -427,6 +530,17 @@ class HeadsMixing(BlockAlone):
 
         self._replay(others, None, {**handlers, step.point: noting_shape, call.product: at_product})
         return (arrived[0], shapes[0]) if arrived else (None, ())
+
+
+def _alone_first(lead: tuple[Lead, ...], shapes: Sequence[Sequence[int]]) -> tuple[Lead, ...]:
+    """The leading axes of a product that mixes one sequence: the first axis that is of length one in all turns is that of it."""
+    alone = next((i for i in range(len(lead)) if all(shape[i] == 1 for shape in shapes)), None)
+    return tuple(Lead("sequence") if i == alone and axis.role == "head" else axis for i, axis in enumerate(lead))
+
+
+def _layout(call: AttentionCall) -> tuple[object, ...]:
+    """What calls have in common that are one attention."""
+    return call.heads, call.head_width, call.lead, call.before, call.after
 
 
 def _zeroed(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -187,6 +187,18 @@ def chosen_pair(
     return of_weights.index(queries[0]), of_weights.index(keys[0])
 
 
+def any_pair(args: tuple[Any, ...], output: Tensor, weight_operand: int) -> tuple[int, int] | None:
+    """The last of the axes that only the weights of an einsum have, and the contracted one: queries and keys, where it is known of
+    each slice where it stands. None where several axes are contracted."""
+    tensors = operands_of("einsum", args, {})
+    equation = args[0] if isinstance(args[0], str) else None
+    of_weights, of_values, result = _spelled(equation, tensors, output.ndim, weight_operand)
+    contracted, only_weights, _ = _open_axes(of_weights, of_values, result)
+    if len(contracted) != 1:
+        return None
+    return of_weights.index(only_weights[-1]), of_weights.index(contracted[0])
+
+
 def _open_axes(of_weights: str, of_values: str, result: str) -> tuple[list[str], list[str], list[str]]:
     """The axes that an einsum contracts, those of the weights alone, and those of the values alone."""
     contracted = [c for c in of_weights if c in of_values and c not in result]

@@ -65,6 +65,18 @@ def giving(pattern: Tensor, call: AttentionCall, sequences: int, answered: list[
     return handler
 
 
+def giving_in_turn(patterns: Sequence[Tensor], call: AttentionCall) -> Handler:
+    """The same for a product that mixes one sequence at a time: `patterns` [1, head, token, width] of each turn, in order. What
+    comes after them is left as it is."""
+    left = iter(patterns)
+
+    def handler(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        pattern = next(left, None)
+        return function(*args, **kwargs) if pattern is None else giving(pattern, call, 1)(function, args, kwargs)
+
+    return handler
+
+
 def opening(gate: Gate) -> Handler:
     """Let an operation run with ones in place of a gate."""
 

@@ -58,6 +58,7 @@ from uncollapse.anatomy.reading import read
 from uncollapse.anatomy.reading_refusals import SIDE_BY_SIDE, has_own_hooks
 from uncollapse.anatomy.replaying import NotReplayable, replayed
 from uncollapse.anatomy.routers import routers_of
+from uncollapse.anatomy.sequence_loops import with_loops_apart
 from uncollapse.anatomy.side_by_side import laid_out, mixing_gap
 from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember, sizes_of
 from uncollapse.anatomy.stacks import find_stacks, given_mask, masks_not_told, per_token, real_tokens
@@ -261,6 +262,7 @@ def _prove(
         runs=tuple(sorted(runs_of.items())),
         paths=paths,
     )
+    anatomy = with_loops_apart(anatomy, recorded)
     for identity in proof:
         if not identity.deviation <= 0.0:
             raise _failure(model, anatomy, identity, layout)
@@ -651,10 +653,17 @@ class _BlockProof(HeadsMixing, HeadsWriting):
         plain = update(stream)
         for axis in axes.token:
             size = stream.shape[axis]
-            places = torch.tensor([size - 1]) if last else torch.arange(0, size, EVERY)
+            places = self._last(axes, size) if last else torch.arange(0, size, EVERY)
             if size > 1 and reaches(update, stream, axis, places, plain):
                 return True
         return False
+
+    def _last(self, axes: StreamAxes, size: int) -> Tensor:
+        """The last place along an axis of tokens; of sequences laid end to end, the last of each."""
+        if axes.sequence is None:
+            with contextlib.suppress(UnreadableError):
+                return torch.stack([places[-1] for places in self.sequences(axes).places])
+        return torch.tensor([size - 1])
 
 
 def _one_per_term(node: AdditionNode, met: MetAddition) -> list[Tensor]:

@@ -171,7 +171,8 @@ class Norms(Sums):
                 inside = [i for i in self._products_feeding(own) if self.t.depends(i, found.given)]
                 for source in inside[:_MOST_PRODUCTS]:
                     for piece in pieces_between(self.t, source, next_products(self.t, source, own)):
-                        yield piece, "inner", part
+                        if not self._hides_or_shares_out(piece):
+                            yield piece, "inner", part
                 # However many products come before, behind the last ones stands what is behind the sublayer. Of experts that are
                 # added up one by one, the last are nearest to it.
                 products = set(inside)
@@ -191,6 +192,17 @@ class Norms(Sums):
                 wide = [i for i in own if self.t.nodes[i].shape[-1:] == self.t.nodes[leaf].shape[-1:]]
                 made.setdefault(part, set()).update(wide or own)
         return {part: tuple(dict.fromkeys(map(self._point, sorted(own)))) for part, own in made.items()}
+
+    def _hides_or_shares_out(self, piece: Piece) -> bool:
+        """Whether a piece holds the softmax of an attention, which over two keys is as odd as a norm, or hides pairs from it:
+        beside -1e9 nothing else seems to grow."""
+        steps = {found.score for found in self.attentions.values() if found.score is not None}
+        steps |= {step for found in self.attentions.values() for step, _ in found.masking}
+        within = [step for step in steps if piece.source < step <= piece.bare]
+        return any(
+            (piece.bare == step or self.t.depends(piece.bare, step)) and self.t.depends(step, piece.source)
+            for step in within
+        )
 
     def _products_feeding(self, leaves: list[int]) -> list[int]:
         return [

@@ -202,6 +202,8 @@ class AttentionCall:
     made: tuple[Point, ...] = field(default=(), compare=False)
     has_other_data: bool = False
     serves_weights: bool = False
+    turns: int = 0
+    is_piece: bool = False
 
     @property
     def is_fused(self) -> bool:
@@ -272,12 +274,27 @@ class Part:
     @property
     def heads(self) -> int:
         """Heads of all its attention calls; of calls that answer for the queries in turn, which are the same heads again, once."""
-        return sum(call.heads for call in (self.attention[:1] if self.shares_queries else self.attention))
+        return sum(call.heads for call in self.beside)
+
+    @property
+    def beside(self) -> tuple[AttentionCall, ...]:
+        """Its calls whose heads are other ones: all of them, or the first."""
+        return self.attention[:1] if self.shares_queries or self.in_pieces else self.attention
 
     @property
     def shares_queries(self) -> bool:
         """Whether its calls answer for its queries in turn."""
         return any(call.shares_queries for call in self.attention)
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether the rows of its weights are put together of those of several calls."""
+        return any(call.is_piece for call in self.attention)
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether its calls mix one sequence at a time, in a loop over them."""
+        return any(call.turns for call in self.attention)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class HeadsWriting(BlockAlone):
             pattern[:, own] = numbers.to(pattern)
             seen: list[Tensor] = []
             look = observing(lambda *met: seen.append(met[3].detach().clone()))
-            handlers = self._giving(part, pattern) | {each.point: opening(each) for each in part.gates}
+            handlers = self._giving(number, part, pattern) | {each.point: opening(each) for each in part.gates}
             handlers[gate.point] = in_turn(look, handlers[gate.point])
             self._replay(others, None, handlers)
             return axes_order(seen[-1], pattern[:, own]) if seen else None
@@ -141,6 +141,8 @@ class HeadsWriting(BlockAlone):
         widths = {call.head_width for call in part.attention}
         if axes is None or len(widths) != 1 or any(c.unreadable for c in part.attention) or heads == 1:
             return ()
+        if part.in_pieces:  # found to lie side by side, or it would be none
+            return ()
         sequences, tokens = axes.cloud(self.stream).shape[:2]
         width = widths.pop()
 
@@ -160,7 +162,8 @@ class HeadsWriting(BlockAlone):
             further: dict[Point, Handler] = {}
             first = 0
             for call in part.attention:
-                further[call.product] = sounding(speaking[first : first + call.heads], call, sequences)
+                at_once = 1 if call.turns else sequences
+                further[call.product] = sounding(speaking[first : first + call.heads], call, at_once)
                 first += 0 if part.shares_queries else call.heads
             return read(further)
 
@@ -169,7 +172,7 @@ class HeadsWriting(BlockAlone):
             generator = torch.Generator().manual_seed(0)
             noise = torch.randn(sequences, heads, tokens, width, generator=generator).to(self.stream)
             alike = noise.transpose(1, 2).flatten(2)
-            read_alike = read(self._giving(part, noise))
+            read_alike = read(self._giving(number, part, noise))
             if read_alike.shape[-1] == alike.shape[-1] and any(
                 torch.equal(read_alike.flatten(), known.flatten()) for known in (alike, alike.transpose(0, 1))
             ):

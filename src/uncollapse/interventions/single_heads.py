@@ -226,6 +226,10 @@ def _static_reason(part: Part) -> str:
     reason = next((call.unreadable for call in part.attention if call.unreadable), None) or part.no_output_map
     if not reason and any(call.shares_queries for call in part.attention):
         reason = "it answers for its queries in several calls; how many there are depends on the input"
+    if not reason and part.in_pieces:
+        reason = "its rows are put together of several products"
+    if not reason and part.by_sequence:
+        reason = "it mixes each sequence by itself, in a loop"
     return reason
 
 

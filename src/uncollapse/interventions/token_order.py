@@ -84,7 +84,9 @@ def mask_removed(
                 handlers[step.point] = _unmasked_step(step, padding, call, bares)
             made |= dict.fromkeys([*call.made, *(point for step in call.masking for point in step.made)], bares.beside)
             in_turn_with = part.attention if call.shares_queries else (call,)
-            counts = call.queries_of_tokens or call.shares_queries
+            # Turns of a loop recur, and each answers for all tokens of its sequence: of one that lies beside others, for some.
+            is_whole = not call.product.recurs or (block.axes is not None and block.axes.sequence is not None)
+            counts = (call.queries_of_tokens and is_whole) or call.shares_queries
             if counts and call.unreadable is None and not block.chooses_tokens:
                 check, own = _answering(call, in_turn_with, block, entered), handlers.get(call.product)
                 handlers[call.product] = check if own is None else in_turn(check, own)
@@ -135,7 +137,7 @@ def _pairs_unheard(
     for number in sorted(blocks):
         block, entered = anatomy.blocks[number], _Entered()
         for part in (p for p in block.parts if p.kind == "attention"):
-            calls = [c for c in part.attention if not c.is_fused and c.unreadable is None]
+            calls = [c for c in part.attention if not (c.is_fused or c.is_piece) and c.unreadable is None]
             if without_queries:
                 calls = [c for c in calls if c.score is not None and c.similarity not in {None, c.product}]
                 handlers |= {c.similarity: _without_queries(c) for c in calls if c.similarity is not None}

@@ -9,8 +9,10 @@ While it learns how often each token occurs, its tokens come together and part a
   for some looks, loses it and gains it again.
 * Attention that began over a threshold on width, as that of a fresh model does, comes from where the threshold points. While the
   model learns it goes back and forth, and stays more than `SETTLED` looks. It is settled once it has been healthy for `STANDING`
-  looks. Not to be judged at the first look counts as such a beginning: it was as initialised, or its tokens were alike.
-* At a settled place a warning must stand for `patience` looks, and what is critical does not wait.
+  looks. That holds for both rules on width: attention that began uniform has not chosen yet, and the mixtures of nearly uniform
+  attention may be alike. Not to be judged at the first look counts as such a beginning: it was as initialised, or its tokens were
+  alike.
+* At a settled place a warning must stand for `patience` looks in a row, and what is critical does not wait.
 * A place that is not settled raises an alarm only if it has all but collapsed (`SEVERE`, and worse than at the first look unless it
   had left that behind), which no healthy run does, or if it stays over its threshold for `STANDING` looks without getting better.
   Attention that began over a threshold raises one only if it had left that behind and all but collapsed: uniform attention that
@@ -88,6 +90,7 @@ class _Place:
     calm: int = 0
     healthy: int = 0
     onset: int = 0
+    in_a_row: int = 0  # looks over the threshold since it was last below
     best: float = math.inf  # margin since it was first over, as of the last time that it got better
     standing: int = 0  # looks over the threshold since then
     raised: int = -1
@@ -117,11 +120,12 @@ class ThresholdAlarms:
         for key, margin in [*margins.items(), *((key, -MOST) for key in self._alive(margins, measured))]:
             far, healthy = (STREAM_FAR, STREAM_HEALTHY) if key.startswith("DEPTH-CONSENSUS") else (FAR, HEALTHY)
             first = -MOST if key in before else margin
-            began_over = key.startswith("WIDTH") and (margin > 0 or not is_first)
+            began_over = key.startswith("WIDTH") and (not is_first or _is_over_width(key, margins))
             place = self._places.setdefault(key, _Place(first, first < -far and not began_over, began_over))
             place.healthy = place.healthy + 1 if margin < -healthy else 0
             place.has_left |= place.healthy >= SETTLED
             place.is_settled |= place.healthy >= (STANDING if place.began_over else SETTLED)
+            place.in_a_row = place.in_a_row + 1 if margin > 0 else 0
             if margin > 0:
                 if not place.over:
                     place.onset, place.best, place.standing = step, margin, 0
@@ -170,7 +174,7 @@ class ThresholdAlarms:
         if finding.phenomenon == "numerics":
             return True
         if place.is_settled:
-            return place.over >= self.patience or finding.severity == "critical"
+            return place.in_a_row >= self.patience or finding.severity == "critical"
         if finding.phenomenon == "dead-component" or (
             finding.phenomenon == "rank-collapse-width" and not place.has_left
         ):
@@ -183,6 +187,12 @@ class ThresholdAlarms:
         """Take an alarm of an earlier part of the run as raised."""
         if key in self._places:
             self._places[key].raised = SEVERITIES.index(severity)
+
+
+def _is_over_width(key: str, margins: Mapping[str, float]) -> bool:
+    """Whether the attention of this key is over any threshold on width."""
+    place = key.partition("/")[2]
+    return any(margins.get(f"{code}/{place}", -math.inf) > 0 for code in ("WIDTH-UNIFORM", "WIDTH-RANK-ONE"))
 
 
 def _is_of_part(key: str) -> bool:

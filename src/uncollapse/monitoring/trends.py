@@ -4,12 +4,21 @@ The false-alarm rate is set and not guessed. If the margins of a window were noi
 equally likely, so the number of pairs in order (Mann and Kendall) has an exact distribution. The window is the shortest in which a
 steady rise with a few pairs out of order is rarer than the rate that was asked for, shared out among all places and looks.
 
-A steady rise alone is no alarm: training moves every figure. It must also be nearer to the threshold than any healthy run of the
-validity study (`NEAR`: thresholds are half of that distance), and at the rate of the window's later half (Theil and Sen: the
-median of all slopes) reach the threshold within `HORIZON` windows: a rise is extrapolated no farther than it was watched, for a
-model that learns slows down. All this must hold for `patience` looks. The monitor asks only about places that were healthy before:
-the nearly uniform attention of a fresh model comes and goes near its threshold. Of `CORPUS-DIMENSIONS` there is no trend: a
-single model decides its threshold, and while a model learns how often each token occurs, all sequences come near it.
+A steady rise alone is no alarm: training moves every figure. Three things tell a collapse from a model that learns:
+
+* It is near: nearer to the threshold than any healthy run of the validity study (`NEAR`: thresholds are half of that distance).
+* At the rate of the window's later half (Theil and Sen: the median of all slopes) it reaches the threshold within `HORIZON`
+  windows: a rise is extrapolated no farther than it was watched.
+* It has not slowed down, as a model that learns does: the last third of the window rises no slower than the whole.
+
+A slow fault drifts for hundreds of looks, and is near only at its end. So each place is watched through a second window, `LONG`
+times as long. A point of it is the median of `LONG` looks, which leaves little of the noise. From there a rise counts from any
+distance, if the other two conditions hold: it is extrapolated no farther than it was watched, and that is farther. No spurt of
+learning lasts as long without slowing down.
+
+All this must hold for `LATER` looks more than `patience`, for a trend is a guess. The monitor asks only about places that were
+healthy before: the nearly uniform attention of a fresh model comes and goes near its threshold. Of `CORPUS-DIMENSIONS` there is no
+trend: a single model decides its threshold, and while a model learns how often each token occurs, all sequences come near it.
 
 When not to use it: for what falls at once. `ThresholdAlarms` sees that; a trend needs a window of looks.
 """
@@ -33,6 +42,10 @@ HORIZON = 1
 LOOKS = 1000  # the rate is that of so many looks together
 SLACK = 2  # pairs out of order that a rise may have
 LONGEST = 24
+LONG = 8  # times the looks of the short window has the long one
+LENGTHS = (1, LONG)
+LATER = 1  # looks more than a warning must stand
+SLOWED = 0.9  # of the whole window's slope; a straight rise has all of it, but for rounding
 WITHOUT = ("CORPUS-DIMENSIONS",)  # rules that have no trend
 
 
@@ -68,7 +81,7 @@ def window(rate: float, places: int) -> int:
     return next((n for n in range(6, LONGEST) if chance(n, SLACK) <= wanted), LONGEST)
 
 
-def slope(points: Sequence[tuple[int, float]]) -> float:
+def slope(points: Sequence[tuple[float, float]]) -> float:
     """The median of all slopes between two points: what one wild point does not move."""
     return statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.combinations(points, 2))
 
@@ -81,59 +94,102 @@ class TrendAlarms:
     rate: float
     patience: int = 2
     _seen: dict[str, deque[tuple[int, float]]] = field(default_factory=dict)
-    _standing: set[str] = field(default_factory=set)
+    _standing: dict[str, float] = field(default_factory=dict)  # the margin below which an alarm is over
 
     def look(
         self, step: int, margins: Mapping[str, float], found: Mapping[str, Finding]
     ) -> tuple[list[Alarm], list[str]]:
         """The alarms that this look raises, and the keys of those that are over."""
         raised, cleared = [], []
-        looks = window(self.rate, len(margins))
+        tests = len(LENGTHS) * len(margins)
+        looks = window(self.rate, tests)
         for key, margin in margins.items():
-            seen = self._seen.setdefault(key, deque(maxlen=LONGEST + self.patience - 1))
+            seen = self._seen.setdefault(key, deque(maxlen=LONG * LONGEST + self._stands - 1))
             while seen and seen[-1][0] >= step:  # looked at twice, or back at an earlier checkpoint
                 seen.pop()
             seen.append((step, margin))
             name = f"{key}/trend"
             if key.startswith(WITHOUT):
                 continue
-            if margin < -NEAR - HYSTERESIS and name in self._standing:
-                self._standing.remove(name)
+            if margin < self._standing.get(name, -math.inf):
+                del self._standing[name]
                 cleared.append(name)
             if name in self._standing or key not in found:
                 continue
-            points, wanted = list(seen), self.rate / (LOOKS * len(margins))
-            steps = _left(points[-looks:], looks, wanted)
-            earlier = (points[-looks - ago : -ago] for ago in range(1, self.patience))
-            if steps is None or any(_left(each, looks, wanted) is None for each in earlier):
+            rise = next((r for each in LENGTHS if (r := self._rise(list(seen), looks, each, tests)) is not None), None)
+            if rise is None:
                 continue
-            self._standing.add(name)
+            self._standing[name] = rise.over
             finding = found[key]
             message = (
-                f"{finding.code} is on its way: its distance has fallen for {looks} looks to {math.exp(-margin):.2g} times the "
-                f"threshold. At this rate it is reached in about {_round(steps)} steps. Now: {finding.message}"
+                f"{finding.code} is on its way: its distance has fallen for {rise.looks} looks to {math.exp(-margin):.2g} times "
+                f"the threshold. At this rate it is reached in about {_round(rise.left)} steps. Now: {finding.message}"
             )
-            raised.append(
-                alarm(replace(finding, severity="warning", message=message), step, points[-looks][0], "trend", name)
-            )
+            raised.append(alarm(replace(finding, severity="warning", message=message), step, rise.onset, "trend", name))
         return raised, cleared
+
+    def _rise(self, seen: Sequence[tuple[int, float]], looks: int, length: int, tests: int) -> _Rise | None:
+        """The rise that has stood for long enough in a window of `length` times as many looks; None where there is none."""
+        if len(seen) < looks * length + self._stands - 1:
+            return None
+        ends = (seen[: len(seen) - ago][-looks * length :] for ago in reversed(range(self._stands)))
+        rise = None
+        for points in ends:
+            rise = _rise(points, length, self.rate / (LOOKS * tests))
+            if rise is None:
+                return None
+        return rise
+
+    @property
+    def _stands(self) -> int:
+        """For how many looks a rise must stand."""
+        return self.patience + LATER
 
     def standing(self, key: str) -> None:
         """Take an alarm of an earlier part of the run as raised."""
-        self._standing.add(key)
+        seen = self._seen.get(key.removesuffix("/trend"))
+        last = seen[-1][1] if seen else 0.0
+        self._standing[key] = _over(last)
 
 
-def _left(points: Sequence[tuple[int, float]], looks: int, wanted: float) -> float | None:
-    """In how many steps the threshold is reached; None where these looks are not a steady rise that will be there within their own
-    length, or where so steady a one is not as rare as wanted."""
+@dataclass(frozen=True)
+class _Rise:
+    """A steady rise: over how many looks, since which step, how many steps are left, and below which margin it is over."""
+
+    looks: int
+    onset: int
+    left: float
+    over: float
+
+
+def _rise(seen: Sequence[tuple[int, float]], length: int, wanted: float) -> _Rise | None:
+    """None where these looks, in medians of `length`, are not a steady rise that has not slowed down and will be at the threshold
+    within as many steps again, or where so steady a one is not as rare as wanted."""
+    points = [_middle(seen[at : at + length]) for at in range(0, len(seen), length)]
     values = [value for _, value in points]
-    if len(points) < looks or not -NEAR < values[-1] <= 0:
+    nearest = -NEAR if length == 1 else -math.inf
+    if not nearest < values[-1] <= 0:
         return None
-    if chance(looks, sum(a >= b for a, b in itertools.combinations(values, 2))) > wanted:
+    if chance(len(points), sum(a >= b for a, b in itertools.combinations(values, 2))) > wanted:
         return None
-    later = slope(points[looks // 2 :])
-    steps = -values[-1] / later if later > 0 else math.inf
-    return steps if steps <= HORIZON * (points[-1][0] - points[0][0]) else None
+    later = slope(points[len(points) // 2 :])
+    if later <= 0 or slope(points[-max(len(points) // 3, 2) :]) < SLOWED * slope(points):
+        return None
+    left = -values[-1] / later - (seen[-1][0] - points[-1][0])
+    if left > HORIZON * (seen[-1][0] - seen[0][0]):
+        return None
+    return _Rise(len(seen), seen[0][0], max(left, 0.0), _over(values[-1]))
+
+
+def _over(margin: float) -> float:
+    """Below which margin an alarm that was raised at this one is over: where it is no longer near, or, if it never was, where its
+    distance has doubled."""
+    return -NEAR - HYSTERESIS if margin > -NEAR else margin - NEAR
+
+
+def _middle(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """The medians of steps and values."""
+    return statistics.median(step for step, _ in points), statistics.median(value for _, value in points)
 
 
 def _round(steps: float) -> int:

@@ -13,11 +13,21 @@ import torch
 from torch import Tensor
 
 from uncollapse.anatomy.interception import Handler, Point
+from uncollapse.anatomy.operands import Lead
+from uncollapse.anatomy.pieces import Piece, whole
+from uncollapse.anatomy.sequence_loops import Runs, Sequences
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, Part, Place
 from uncollapse.measures import mixing
 from uncollapse.measures.running import Running
-from uncollapse.probe.attention_calls import AttentionRows, CallObserver, Forbidding, in_sequence
+from uncollapse.probe.attention_calls import (
+    AttentionRows,
+    CallObserver,
+    Forbidding,
+    PieceObserver,
+    WholeObserver,
+    in_sequence,
+)
 from uncollapse.probe.clouds import Clouds
 from uncollapse.probe.observing import Look, looking
 from uncollapse.probe.sizes import norms, single
@@ -90,8 +100,8 @@ def attention_places(anatomy: Anatomy) -> list[tuple[int, int]]:
 def attention_statistics(number: int, block: Block, part: Part) -> AttentionStatistics:
     """Of the attention `part` of a block, with nothing seen yet."""
     first = part.attention[0]
-    beside = part.attention[:1] if first.shares_queries else part.attention  # the others are the same heads again
-    call = replace(first, heads=sum(c.heads for c in beside), key_value_heads=sum(c.key_value_heads for c in beside))
+    shared = sum(c.key_value_heads for c in part.beside)
+    call = replace(first, heads=part.heads, key_value_heads=shared)
     return AttentionStatistics(
         number,
         "cross" if part.kind == "cross" else "self",
@@ -128,12 +138,17 @@ class Attention:
         self.rows, self.susceptibility, self.spectra = rows, susceptibility, spectra
         self._hand_on, self._operands = hand_on, operands
         self.streams: list[tuple[Place, Action]] = []
+        self._in_turn: list[_Loop] = []
         # Calls may share their way: one softmax, and a product for each head.
         looks: dict[Point, list[Look]] = {}
         for index, (part, statistics) in enumerate(sublayers):
             problem = next((c.unreadable for c in part.attention if c.unreadable is not None), None)
             if problem is not None:
                 statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, problem)
+            elif part.in_pieces:
+                self._watch_pieces(index, part, statistics, looks)
+            elif part.by_sequence:
+                self._watch_in_turn(index, part, statistics, looks, is_own)
             else:
                 self._watch(index, part, statistics, looks)
         self.handlers: dict[Point, Handler] = {p: looking(several, is_own) for p, several in looks.items()}
@@ -191,6 +206,139 @@ class Attention:
             for point, look in observer.observers().items():
                 looks.setdefault(point, []).append(look)
 
+    def _watch_in_turn(
+        self,
+        index: int,
+        part: Part,
+        statistics: AttentionStatistics,
+        looks: dict[Point, list[Look]],
+        is_own: Callable[[], bool],
+    ) -> None:
+        """Watch calls that mix one sequence at a time. What they bring is measured when the last sequence has come, each sequence
+        by itself."""
+        number, clouds = statistics.block, self.clouds
+        place = next(i for i, other in enumerate(self.anatomy.blocks[number].parts) if other is part)
+        loop = _Loop(len(part.attention), lambda: clouds.runs.get((number, place), "its sequences were not told apart"))
+        self._in_turn.append(loop)
+
+        def deliver(call: int, found: AttentionRows) -> None:
+            sequence = loop.come(call)
+            if found.shape[2] != loop.tokens(sequence, clouds.entered.get(number)):
+                refuse("it answers for some of its queries only, where it answered for all of them on the example")
+                return
+            loop.met[sequence, call] = found
+            if len(loop.met) < loop.count * len(part.attention):
+                return
+            several = [[loop.met[s, c] for c in range(len(part.attention))] for s in range(loop.count)]
+            loop.met.clear()
+            for number_of, calls in enumerate(several):
+                self._measure(index, statistics, calls, number_of)
+            if self._hand_on is not None:
+                self._hand_on(index, _padded([_mixed(calls) for calls in several]))
+
+        def refuse(reason: str) -> None:
+            loop.is_refused = True
+            loop.met.clear()
+            if self._hand_on is not None:
+                self._hand_on(index, None)
+            statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, reason)
+
+        def end(_: Tensor) -> None:
+            if is_own() and loop.is_incomplete():
+                refuse("not all of its sequences were met")
+
+        def tokens(call: int) -> int | None:
+            return loop.tokens(loop.now(call), clouds.entered.get(number))
+
+        def query_mask(call: int, queries: int, _: int) -> Tensor | None:
+            return self._query_mask(statistics, queries, 1, loop.now(call))
+
+        def key_mask(call: int, keys: int, _: int) -> Tensor | None:
+            return self._key_mask(statistics, keys, 1, loop.now(call))
+
+        for position, each in enumerate(part.attention):
+            observer = CallObserver(
+                each,
+                sequences=lambda: 1,
+                tokens=functools.partial(tokens, position),
+                query_mask=functools.partial(query_mask, position),
+                key_mask=functools.partial(key_mask, position),
+                rows=self.rows,
+                susceptibility=self.susceptibility,
+                spectra=self.spectra,
+                keeps_weights=False,
+                deliver=functools.partial(deliver, position),
+                refuse=refuse,
+            )
+            for point, look in observer.observers().items():
+                looks.setdefault(point, []).append(loop.guarded(look, position, point == each.product, refuse))
+        self.streams.append((self.anatomy.blocks[number].exit, end))
+
+    def _watch_pieces(
+        self, index: int, part: Part, statistics: AttentionStatistics, looks: dict[Point, list[Look]]
+    ) -> None:
+        """Watch calls whose rows are put together. The attention is measured when the last of them has come, sequence by
+        sequence."""
+        number, clouds = statistics.block, self.clouds
+        place = next(i for i, other in enumerate(self.anatomy.blocks[number].parts) if other is part)
+        met: dict[int, Piece] = {}
+        forbade: list[Forbidding] = []
+        found: list[AttentionRows] = []
+
+        def come(call: int, piece: Piece, steps: list[Forbidding]) -> None:
+            met[call] = piece
+            forbade.extend(step for step in steps if step not in forbade)
+            if len(met) < len(part.attention):
+                return
+            several = [met[i] for i in range(len(met))]
+            met.clear()
+            pieces = clouds.pieces.get((number, place), "where its weights stand was not told")
+            if isinstance(pieces, str):
+                refuse(pieces)
+                return
+            if any(
+                p.queries.shape != s.product.mixed.flatten(0, -3).shape[:2]
+                for p, s in zip(pieces.placed, several, strict=True)
+            ):
+                refuse("its products have other sizes than when it was told where its weights stand")
+                return
+            found.clear()
+            for sequence in range(pieces.sequences):
+                one(sequence).measure(whole(pieces, sequence, several), forbade)
+            forbade.clear()
+            if len(found) < pieces.sequences:
+                return
+            for sequence, rows in enumerate(found):
+                self._measure(index, statistics, [rows], sequence)
+            if self._hand_on is not None:
+                self._hand_on(index, _padded([_mixed([rows]) for rows in found]))
+
+        def refuse(reason: str) -> None:
+            met.clear()
+            if self._hand_on is not None:
+                self._hand_on(index, None)
+            statistics.reasons |= dict.fromkeys(ATTENTION_MEASURES, reason)
+
+        def one(sequence: int) -> WholeObserver:
+            return WholeObserver(
+                replace(part.attention[0], lead=(Lead("sequence"), Lead("head"))),
+                sequences=lambda: 1,
+                tokens=lambda: None,
+                query_mask=lambda queries, _: self._query_mask(statistics, queries, 1, sequence),
+                key_mask=lambda keys, _: self._key_mask(statistics, keys, 1, sequence),
+                rows=self.rows,
+                susceptibility=self.susceptibility,
+                spectra=self.spectra,
+                keeps_weights=False,
+                deliver=found.append,
+                refuse=refuse,
+            )
+
+        for position, each in enumerate(part.attention):
+            observer = PieceObserver(each, functools.partial(come, position), refuse)
+            for point, look in observer.observers().items():
+                looks.setdefault(point, []).append(look)
+
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """It needs no hooks: it stands at operations only."""
@@ -198,18 +346,32 @@ class Attention:
 
     def begin(self, batch: Mapping[str, Any]) -> None:
         """Nothing is kept from one batch to the next."""
+        for loop in self._in_turn:
+            loop.begin()
 
     def let_go(self) -> None:
         self.handlers.clear()
+        self.streams.clear()
+        self._in_turn.clear()
 
-    def _query_mask(self, statistics: AttentionStatistics, queries: int, sequences: int) -> Tensor | None:
+    def _query_mask(
+        self, statistics: AttentionStatistics, queries: int, sequences: int, own: int | None = None
+    ) -> Tensor | None:
+        """Which queries are real, of all sequences or of its `own` one."""
         stack, what = self.anatomy.stack_of(statistics.block), f"the attention of block {statistics.block}"
         mask = self.clouds.mask(stack, queries, what)
+        if mask is not None and own is not None:
+            mask = mask[own : own + 1]
         return mask if mask is None or mask.shape[0] == sequences else None
 
-    def _key_mask(self, statistics: AttentionStatistics, keys: int, sequences: int) -> Tensor | None:
+    def _key_mask(
+        self, statistics: AttentionStatistics, keys: int, sequences: int, own: int | None = None
+    ) -> Tensor | None:
+        """Which keys are real, of all sequences or of its `own` one."""
         stack = self.anatomy.stack_of(statistics.block)
         known = self.clouds.paddings[stack].mask
+        if known is not None and own is not None:
+            known = known[own : own + 1]
         if statistics.kind == "self" and known is not None and known.shape[-1] < keys:
             # A cache that the model fills itself (virtual tokens of prefix tuning) comes before the text; its keys are real.
             known = torch.cat([known.new_ones(len(known), keys - known.shape[-1]), known], -1)
@@ -220,10 +382,15 @@ class Attention:
                 return None
             stack = encoder
         mask = self.clouds.mask(stack, keys, f"the keys of block {statistics.block}")
+        if mask is not None and own is not None:
+            mask = mask[own : own + 1]
         return mask if mask is None or mask.shape[0] == sequences else None
 
-    def _measure(self, index: int, statistics: AttentionStatistics, found: Sequence[AttentionRows]) -> None:
-        """Add one pass through a sublayer's attention calls, their heads one after the other."""
+    def _measure(
+        self, index: int, statistics: AttentionStatistics, found: Sequence[AttentionRows], sequence: int | None = None
+    ) -> None:
+        """Add one pass through a sublayer's attention calls, their heads one after the other: of the whole batch, or of one
+        `sequence` of it."""
         columns: dict[str, list[Tensor]] = {name: [] for name in ATTENTION_MEASURES}
         for call, each in enumerate(found):
             forbids = statistics.forbids.setdefault(call, [])
@@ -233,9 +400,9 @@ class Attention:
             if each.rows is not None:
                 statistics.route = each.rows.route
                 own |= _means_over_rows(each.rows)
-            query_mask = self._query_mask(statistics, queries, sequences)
+            query_mask = self._query_mask(statistics, queries, sequences, sequence)
             if each.values is not None and each.mixed is not None:
-                key_mask = self._key_mask(statistics, each.values.shape[-2], sequences)
+                key_mask = self._key_mask(statistics, each.values.shape[-2], sequences, sequence)
                 before, after = spread(each.values, key_mask), spread(each.mixed, query_mask)
                 own["value_contraction"] = after / before.repeat_interleave(count // before.shape[1], 1)
                 spectrum = each.spectrum
@@ -259,15 +426,89 @@ class Attention:
         if self._operands is not None:
             queries, keys = found[0].shape[2], None if found[0].values is None else found[0].values.shape[2]
             sequences = found[0].shape[0]
-            key_mask = None if keys is None else self._key_mask(statistics, keys, sequences)
-            self._operands(index, found, self._query_mask(statistics, queries, sequences), key_mask)
-        if self._hand_on is not None:
-            mixed = [each.mixed for each in found if each.mixed is not None]
-            same = len(mixed) == len(found) and len({m.shape[2:] for m in mixed}) == 1
-            self._hand_on(index, torch.cat(mixed, 1) if same else None)
+            key_mask = None if keys is None else self._key_mask(statistics, keys, sequences, sequence)
+            self._operands(index, found, self._query_mask(statistics, queries, sequences, sequence), key_mask)
+        if self._hand_on is not None and sequence is None:
+            self._hand_on(index, _mixed(found))
         statistics.values = statistics.values.add(
             torch.stack([torch.cat(columns[n], 1) for n in ATTENTION_MEASURES], 1)
         )
+
+
+class _Loop:
+    """Where an attention is in its loop over the sequences of a batch. `known`: these, and which turn of each of its `calls` mixes
+    which, or why that is not known."""
+
+    def __init__(self, calls: int, known: Callable[[], tuple[Sequences, Runs] | str]) -> None:
+        self.calls, self._known = calls, known
+        self.met: dict[tuple[int, int], AttentionRows] = {}  # by sequence and call
+        self.begin()
+
+    def begin(self) -> None:
+        """Another batch comes."""
+        self.is_refused = False
+        self.met.clear()
+        self._turns = [0] * self.calls
+
+    @property
+    def count(self) -> int:
+        """How many sequences there are."""
+        known = self._known()
+        return 0 if isinstance(known, str) else len(known[0].places)
+
+    def now(self, call: int) -> int:
+        """The sequence that this turn of a call mixes."""
+        known = self._known()
+        assert not isinstance(known, str)
+        return known[1][call][self._turns[call]]
+
+    def come(self, call: int) -> int:
+        """The same, when the turn is over."""
+        sequence = self.now(call)
+        self._turns[call] += 1
+        return sequence
+
+    def tokens(self, sequence: int, entered: tuple[int, int] | None) -> int | None:
+        """How many tokens a sequence has, padding included. `entered`: sequences and tokens of the stream."""
+        known = self._known()
+        if not isinstance(known, str) and known[0].is_packed:
+            return len(known[0].places[sequence])
+        return None if entered is None else entered[1]
+
+    def is_incomplete(self) -> bool:
+        """Whether some turns were met, and not all."""
+        return not self.is_refused and 0 < sum(self._turns) < self.count * self.calls
+
+    def guarded(self, look: Look, call: int, at_product: bool, refuse: Callable[[str], None]) -> Look:
+        """A look at a call's operations, taken only in turns of which the sequence is known."""
+
+        def guarded(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            known = self._known()
+            if self.is_refused:
+                return
+            if isinstance(known, str):
+                refuse(known)
+            elif self._turns[call] < self.count:
+                look(function, args, kwargs, output)
+            elif at_product:
+                refuse("its loop over sequences has more turns than there are sequences")
+
+        return guarded
+
+
+def _mixed(calls: Sequence[AttentionRows]) -> Tensor | None:
+    """What all heads of several calls mixed; None where that cannot be had."""
+    mixed = [each.mixed for each in calls if each.mixed is not None]
+    same = len(mixed) == len(calls) and len({m.shape[2:] for m in mixed}) == 1
+    return torch.cat(mixed, 1) if same else None
+
+
+def _padded(several: Sequence[Tensor | None]) -> Tensor | None:
+    """The mixed values of sequences [1, head, token, width] in one tensor; None where one of them is missing."""
+    known = [each[0].transpose(0, 1) for each in several if each is not None]
+    if len(known) < len(several):
+        return None
+    return torch.nn.utils.rnn.pad_sequence(known, batch_first=True).transpose(1, 2)
 
 
 def _means_over_rows(rows: mixing.RowStatistics) -> dict[str, Tensor]:

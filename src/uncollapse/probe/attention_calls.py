@@ -21,6 +21,7 @@ from uncollapse.anatomy.interception import Point
 from uncollapse.anatomy.masking import LEAST_SHARE, forbidden_by_addition
 from uncollapse.anatomy.operands import Mixed, UnreadableError, arranged, fused_arguments, product_operands, replaced
 from uncollapse.anatomy.output_maps import laid_out, unreplaced
+from uncollapse.anatomy.pieces import Piece, Whole
 from uncollapse.anatomy.torch_calls import operands_of, operation_name
 from uncollapse.anatomy.vocabulary import AttentionCall
 from uncollapse.measures import mixing
@@ -95,6 +96,30 @@ class CallObserver:
     def observers(self) -> dict[Point, Observer]:
         return {**self.way.observers(), self.call.product: self._at_product}
 
+    def weights_and_pairs(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> tuple[Piece, list[Forbidding]]:
+        """A product of weights and values as it ran, with what was carried to it: which pairs are forbidden, and by what, and their
+        logits, in the canonical order of the weights' axes.
+
+        Raises `UnreadableError` where it cannot be laid out."""
+        assert self.call.weight_operand is not None
+        operand = operands_of(operation_name(function), args, kwargs)[self.call.weight_operand]
+        forbidden, logits = self.way.end(operand)
+        forbade = [Forbidding(step.point, None, step.axes) for step in self.way.forbade]
+        self.way.forbade.clear()
+
+        def like_weights(known: Tensor | None) -> Tensor | None:
+            """The call's own, with this in the weights' place."""
+            if known is None:
+                return None
+            swapped = replaced([args, kwargs], operand, known.expand(operand.shape))
+            weights = self.call.weight_operand or 0
+            return product_operands(function, swapped[0], swapped[1], output, weights, self.call.pair).weights
+
+        mixed = product_operands(function, args, kwargs, output, self.call.weight_operand, self.call.pair)
+        return Piece(mixed, like_weights(forbidden), like_weights(logits)), forbade
+
     def _at_product(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
@@ -103,27 +128,8 @@ class CallObserver:
             if self.call.is_fused:
                 found = self._fused(fused_arguments(args, kwargs), output)
             else:
-                assert self.call.weight_operand is not None
-                operand = operands_of(operation_name(function), args, kwargs)[self.call.weight_operand]
-                forbidden, logits = self.way.end(operand)
-                forbade = [Forbidding(step.point, None, step.axes) for step in self.way.forbade]
-                self.way.forbade.clear()
-
-                def like_weights(known: Tensor) -> Tensor:
-                    """In the canonical order of the weights' axes: the call's own, with this in the weights' place."""
-                    swapped = replaced([args, kwargs], operand, known.expand(operand.shape))
-                    weights = self.call.weight_operand or 0
-                    seen = product_operands(function, swapped[0], swapped[1], output, weights, self.call.pair)
-                    assert seen.weights is not None
-                    return seen.weights
-
-                mixed = product_operands(function, args, kwargs, output, self.call.weight_operand, self.call.pair)
-                found = self._weights(
-                    mixed,
-                    None if forbidden is None else like_weights(forbidden),
-                    None if logits is None else like_weights(logits),
-                    forbade,
-                )
+                piece, forbade = self.weights_and_pairs(function, args, kwargs, output)
+                found = self._weights(piece.product, piece.forbidden, piece.logits, forbade)
         except UnreadableError as error:
             self.refuse(str(error))
             return
@@ -345,6 +351,62 @@ class CallObserver:
             borne_out.finite,
             reasons,
         )
+
+
+class PieceObserver(CallObserver):
+    """Stands at one of several products whose rows are put together, and hands on what it was given and gave."""
+
+    def __init__(
+        self, call: AttentionCall, come: Callable[[Piece, list[Forbidding]], None], refuse: Callable[[str], None]
+    ) -> None:
+        self.call, self.come, self.refuse = call, come, refuse
+        self.way = Way(call)
+
+    def _at_product(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        try:
+            piece, forbade = self.weights_and_pairs(function, args, kwargs, output)
+            product = piece.product
+            assert product.weights is not None
+            deviation = _deviation(product.weights, product.values, product.mixed, product.summed)
+            if not deviation <= _tolerance(product.mixed.dtype):
+                raise UnreadableError(
+                    f"its weights times its values are not its result (off by {deviation:.2g} of its size)"
+                )
+            weights, values, mixed = (t.detach().clone() for t in (product.weights, product.values, product.mixed))
+        except UnreadableError as error:
+            self.refuse(str(error))
+            return
+        self.come(replace(piece, product=Mixed(weights, values, mixed)), forbade)
+
+
+class WholeObserver(CallObserver):
+    """Measures one sequence of an attention that was put together of the rows of several products."""
+
+    def measure(self, found: Whole, forbade: Sequence[Forbidding]) -> None:
+        """Measure it, and deliver what was measured, or refuse."""
+        product = found.product
+        assert product.weights is not None
+        queries = self.query_mask(product.weights.shape[-2], 1)
+        wanted = found.met if queries is None else found.met | ~queries
+        try:
+            if not bool(wanted.all()):
+                raise UnreadableError("some of its queries are answered for by none of its products")
+            gap = _relative((product.weights @ product.values.to(product.weights.dtype)), product.mixed)
+            if not gap <= _tolerance(product.mixed.dtype):
+                raise UnreadableError(
+                    f"its weights times its values, put together, are not its result (off by {gap:.2g} of its size)"
+                )
+            rows = self._weights(product, found.forbidden, found.logits, forbade)
+        except UnreadableError as error:
+            self.refuse(str(error))
+            return
+        keys = self.key_mask(product.weights.shape[-1], 1)
+        real = found.valued if keys is None else found.valued | ~keys
+        if not bool(real.all()):
+            rows = replace(rows, reasons=rows.reasons | {"value_contraction": "some keys meet none of its queries"})
+        self.deliver(rows)
 
 
 class _BorneOut(NamedTuple):

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.block_alone import blocks_alone
+from uncollapse.anatomy.block_alone import blocks_alone, runs_of_sequences
+from uncollapse.anatomy.pieces import Pieces, pieces_of_batch
+from uncollapse.anatomy.sequence_loops import Runs, Sequences
 from uncollapse.anatomy.stacks import Padding, paddings
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.vocabulary import Anatomy, Place
@@ -37,6 +39,9 @@ class Clouds:
         self.problem: InputError | None = None
         self.batch_size = 0
         self.paddings: list[Padding] = []  # by stack
+        # By block and part, see `runs_of_sequences`.
+        self.pieces: dict[tuple[int, int], Pieces | str] = {}
+        self.runs: dict[tuple[int, int], tuple[Sequences, Runs] | str] = {}
         self.entered: dict[int, tuple[int, int]] = {}  # by block: sequences and tokens of what entered it
         self.shapes: dict[int, tuple[int, int]] = {}  # by stack: the same of its embedding
         # Sites that were looked at, and at which all real tokens of this batch are finite.
@@ -58,6 +63,8 @@ class Clouds:
         ids = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim == 2), None)
         self._given = (self.batch_size, 0) if ids is None else (ids.shape[0], ids.shape[1])
         self.paddings = paddings(self.model, batch, self.anatomy, blocks_alone)
+        self.pieces = pieces_of_batch(self.model, batch, self.anatomy)
+        self.runs = runs_of_sequences(self.model, batch, self.anatomy, [p.segments for p in self.paddings])
 
     def let_go(self) -> None:
         """Drop what is bound to this object and would keep it, and the model with it, alive in a cycle."""

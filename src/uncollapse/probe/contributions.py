@@ -16,13 +16,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from uncollapse.anatomy.block_alone import BlockAlone, blocks_alone
+from uncollapse.anatomy.block_alone import BlockAlone, blocks_alone, runs_of_sequences
 from uncollapse.anatomy.examples import piece_of
-from uncollapse.anatomy.interception import Handler, Point, counted, device_of, in_turn, intercepted
+from uncollapse.anatomy.interception import ChangedPath, Handler, Point, counted, device_of, in_turn, intercepted
 from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.output_maps import gate_noted, gated, laid_out, product_map
 from uncollapse.anatomy.probing import full_precision, probing
 from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.anatomy.sequence_loops import Runs, Sequences
 from uncollapse.anatomy.stacks import Padding, paddings, real_tokens
 from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.summands import summand
@@ -96,17 +97,28 @@ def head_contributions(
     """
     model = module_of(model)
     (given,) = check_batches([batch], model=model)
-    anatomy = proved_anatomy(model, given, layout)
-    readings = _readings(model, anatomy, blocks)
     device = device_of(model)
     given = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
+    try:
+        return _contributions(model, given, proved_anatomy(model, given, layout), blocks, grad)
+    except ChangedPath:  # it was proved on a batch of another kind
+        return _contributions(model, given, proved_anatomy(model, given, layout, anew=True), blocks, grad)
+
+
+def _contributions(
+    model: nn.Module, given: Mapping[str, Any], anatomy: Anatomy, blocks: Collection[int] | None, grad: bool
+) -> Iterator[HeadContributions]:
+    """What `head_contributions` gives, of a model with this anatomy."""
+    readings = _readings(model, anatomy, blocks)
     with probing(model):
         padding = paddings(model, given, anatomy, blocks_alone)
         whole = {r.number for r in readings if r.call.projection is None}
         piece = piece_of(model, given, real_tokens(anatomy, given)) if whole else {}
         alone = blocks_alone(model, piece, anatomy, whole) if whole else {}
+        runs = runs_of_sequences(model, given, anatomy, [p.segments for p in padding])
         for reading in readings:
             reading.alone = alone.get(reading.number) if reading.call.projection is None else None
+            reading.runs = runs.get((reading.number, reading.part))
             reading.keeps_graph = grad
         with torch.set_grad_enabled(grad), _installed(model, readings):
             model(**given)
@@ -129,6 +141,8 @@ class _Reading:
     alone: BlockAlone | None = None  # where W_O is the whole map from the mixed values
     sequences: int = 0
     calls_output: dict[int, Tensor | str] = field(default_factory=dict)
+    runs: tuple[Sequences, Runs] | str | None = None  # where calls mix one sequence at a time
+    turns: dict[int, list[Tensor]] = field(default_factory=dict)  # and what each turn of a call mixed
     factors: dict[Point, Tensor | None] = field(default_factory=dict)  # what the gates on the mixed values were
     given: Tensor | None = None
     heads_output: Tensor | None = None
@@ -250,8 +264,12 @@ def _note_written(reading: _Reading, handlers: dict[Point, Handler], streams: li
             output = function(*args, **kwargs)
             if reading.is_own():
                 try:
-                    found = laid_out(reading.noted(output), call, function, args, kwargs, reading.sequences)
-                    reading.calls_output[number] = found.clone()
+                    at_once = 1 if call.turns else reading.sequences
+                    found = laid_out(reading.noted(output), call, function, args, kwargs, at_once).clone()
+                    if call.turns:
+                        reading.turns.setdefault(number, []).append(found)
+                        found = _in_order(reading.turns[number], reading.runs, number)
+                    reading.calls_output[number] = found
                 except UnreadableError as error:
                     reading.calls_output[number] = str(error)
             return output
@@ -294,6 +312,21 @@ def _noting_product(reading: _Reading) -> Handler:
         return output
 
     return handler
+
+
+def _in_order(turns: Sequence[Tensor], runs: tuple[Sequences, Runs] | str | None, call: int) -> Tensor:
+    """What the turns of a loop mixed so far, in the order of the sequences: [sequence, head, token, width], zeros behind the end of
+    the shorter ones.
+
+    Raises `UnreadableError` where it is not known which is which."""
+    if runs is None or isinstance(runs, str):
+        raise UnreadableError(runs or "its sequences were not told apart")
+    order = runs[1][call]
+    if len(turns) > len(order):
+        raise UnreadableError("its loop over sequences has more turns than there are sequences")
+    laid = sorted(zip(order, turns, strict=False), key=lambda each: each[0])
+    rows = [mixed[0].transpose(0, 1) for _, mixed in laid]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).transpose(1, 2)
 
 
 def _read_operand(function: Callable[..., Any]) -> int:
@@ -387,8 +420,10 @@ class _Contributor:
         if mixed is not None and mixed.shape[-1] == width:
             known = heads_output if heads_output is not None and heads_output.ndim == 4 else None
             axes = None if reading.block.axes is None else reading.block.axes.within
-            if axes is not None and axes.sequence is not None and len(axes.token) == 1 and mixed.ndim == axes.ndim:
-                cloud = axes.cloud(mixed)  # the stream's own order, which the projection keeps
+            if axes is not None and len(axes.token) == 1 and mixed.ndim == axes.ndim:
+                cloud, _ = self._by_segments(
+                    reading, axes.cloud(mixed)
+                )  # the stream's own order, which the projection keeps
             else:
                 cloud = projected_cloud(mixed, known, size)
         if cloud is None:
@@ -436,9 +471,9 @@ class _Contributor:
             ) from error
         assert reading.block.axes is not None
         assert reading.given is not None
-        written = reading.block.axes.within.cloud(reading.given)
+        written, ends = self._by_segments(reading, reading.block.axes.within.cloud(reading.given))
         with full_precision(cloud):
-            holds = written.shape[:2] == cloud.shape[:2] and bears_out(cloud, matrix, bias, written, None)
+            holds = written.shape[:2] == cloud.shape[:2] and bears_out(cloud, matrix, bias, written, ends)
         if not holds:
             raise UnsupportedModel(
                 f"head_contributions: expected the heads to write in {reading.place} what the map found on the example says, got "
@@ -464,10 +499,23 @@ class _Contributor:
                 f"{projection.name} of {reading.place}: {error}. Choose other blocks."
             ) from error
 
+    def _by_segments(self, reading: _Reading, cloud: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A cloud with sequences that lie end to end one under the other, zeros behind the shorter ones, and which rows are theirs;
+        any other as it is."""
+        segments = self.paddings[self.anatomy.stack_of(reading.number)].segments
+        if segments is None or len(cloud) != 1 or sum(map(len, segments)) != cloud.shape[1]:
+            return cloud, None
+        rows = [cloud[0][own.to(cloud.device)] for own in segments]
+        found = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return found, self._mask(reading, found)
+
     def _mask(self, reading: _Reading, cloud: Tensor) -> Tensor:
         """True for the real tokens of the cloud."""
         padding = self.paddings[self.anatomy.stack_of(reading.number)]
         mask = padding.mask
+        if padding.segments is not None and len(padding.segments) == len(cloud):
+            lengths = torch.tensor([len(own) for own in padding.segments], device=cloud.device)
+            return torch.arange(cloud.shape[1], device=cloud.device) < lengths[:, None]
         if mask is not None and mask.shape == cloud.shape[:2]:
             return mask.to(cloud.device)
         if mask is not None or padding.reason:

@@ -75,7 +75,8 @@ def logit_bounds(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -
     except Exception as error:  # a model of the user's may raise anything at such logits
         return {(n, c.product): LogitBound(None, f"not shown: {type(error).__name__}") for n, _, c in calls}
     return {
-        (n, call.product): _capped(one) or _normed(model, block, call, one, outputs) or LogitBound(None, UNPROVED)
+        (n, call.product): (None if call.is_piece else _capped(one) or _normed(model, block, call, one, outputs))
+        or LogitBound(None, UNPROVED)
         for (n, block, call), one in zip(calls, seen, strict=True)
     }
 

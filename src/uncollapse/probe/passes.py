@@ -141,11 +141,12 @@ def capture(
             if progress is not None:
                 progress("probe", number, len(batches))
             moved = on_device(batch, device)
-            probe.begin(moved, before[number])
             try:
+                probe.begin(moved, before[number])
                 with check(moved):
                     output = model(**moved)
             except ChangedPath as changed:
+                changed.batch = moved
                 changed.number = number
                 raise
             probe.count()

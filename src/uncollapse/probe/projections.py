@@ -238,10 +238,15 @@ class Projections:
             statistics.reasons["energy_share"] = "the output projection's input is not the concatenated heads"
             return
         read = side_by_side(read, statistics.features, -1)
-        cloud = projected_cloud(read, mixed, self.clouds.batch_size)
+        cloud, ends = projected_cloud(read, mixed, self.clouds.batch_size), None
         if cloud is None:
             laid = self.clouds.tokens_of(statistics.block, read, "what its output projection reads")
-            cloud = None if laid is None else laid[0]
+            cloud, ends = (None, None) if laid is None else laid
+            if self.clouds.paddings[self.anatomy.stack_of(statistics.block)].segments is None:
+                ends = None
+        if cloud is not None and ends is not None and mixed is not None and mixed.shape[0::2] == ends.shape:
+            # Sequences of several lengths that lie end to end: row by row.
+            read, mixed = cloud[ends], mixed.transpose(1, 2)[ends].transpose(0, 1).unsqueeze(0)
         is_first = not statistics.tokens.count
         if is_first and mixed is not None and not holds(read, mixed):
             statistics.reasons["gauge_dimension"] = SOMETHING_BETWEEN
@@ -252,7 +257,7 @@ class Projections:
         mask = self.clouds.mask(stack, cloud.shape[1], f"the output projection of block {statistics.block}")
         if mask is not None and mask.shape[0] != cloud.shape[0]:
             mask = None
-        self._add_energy(index, matrix, cloud, mask)
+        self._add_energy(index, matrix, cloud, mask if ends is None else ends)
 
     def _add_energy(self, index: int, matrix: Tensor, cloud: Tensor, mask: Tensor | None) -> None:
         statistics = self._statistics[index]

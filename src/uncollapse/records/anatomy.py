@@ -49,7 +49,7 @@ class AttentionCallRecord:
     """One product that mixes values. `axes` are those of the weights in the product itself. An axis that holds two things is
     named `sequence·head`, with the slower one first. `weights` is the number of the weights among the product's tensors, null for
     a fused call. `softmax` is the operation that makes the weights, null if none does. `before` and `after` count key columns that
-    belong to no token (sinks)."""
+    belong to no token (sinks). `by_sequence`: it runs in a loop, once for each sequence."""
 
     product: str
     weights: int | None
@@ -62,6 +62,7 @@ class AttentionCallRecord:
     after: int
     output_projection: str | None
     forbids: list[ForbiddenPairs] = field(default_factory=list)
+    by_sequence: bool = False
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,8 @@ def _part(part: PartRecord) -> str:
     said = [count(sum(call.heads for call in part.attention), "head"), f"values mixed by {operation(first.product)}"]
     if len(part.attention) > 1:
         said[1] += f" in {len(part.attention)} calls"
+    if first.by_sequence:
+        said.append("one sequence at a time")
     if part.causal:
         said.append("causal")
     if first.softmax is None:

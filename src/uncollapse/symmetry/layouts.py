@@ -25,6 +25,10 @@ def refused_layout(call: AttentionCall) -> str:
     """
     if call.unreadable is not None:
         return call.unreadable
+    if call.is_piece:
+        return "its rows are put together of several products"
+    if call.turns:
+        return "it mixes each sequence by itself, in a loop"
     if call.score is None:
         return "its weights are not the softmax of one set of logits"
     roles = [axis.role for axis in call.lead]
