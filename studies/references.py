@@ -4,6 +4,10 @@ Each healthy model of `studies/validity` is diagnosed once, as it is and on its 
 figure over its places are written to `src/uncollapse/report/healthy.json`. That text has few sequences; the clouds of the corpus
 are those of the larger texts of `studies.corpus_geometry`, for the models that have one there. What is measured already is not
 measured again, unless a model is named (`python -m studies.references minilm`) or all are asked for (`--anew`).
+
+A pooling of the model's own that was trained is in none of them: the poolers of MiniLM and of RXNMapper's ALBERT have the numbers
+of an initialisation, with biases of 0. What stands for it is what sentence encoders take from such models: the mean of the output's
+tokens, and its first token (the last, where the mask is causal, since the first sees nothing but itself there).
 """
 
 from __future__ import annotations
@@ -22,7 +26,10 @@ from studies import corpus_geometry
 from studies.validity.models import SUBJECTS, Subject
 from uncollapse.analyses.recording import corpus_records
 from uncollapse.anatomy.proof import proved_anatomy
+from uncollapse.probe.corpus import CorpusStatistics, Rows
 from uncollapse.probe.passes import Watched, capture
+from uncollapse.probe.sites import SiteStatistics
+from uncollapse.records.diagnosis import Pooling
 from uncollapse.report.healthy import HealthyModel, corpus_figures, figures, is_causal
 
 PLACE = Path(__file__).resolve().parents[1] / "src/uncollapse/report/healthy.json"
@@ -50,6 +57,22 @@ def clouds(name: str) -> dict[str, list[float]]:
     return _ranges(found)
 
 
+@torch.no_grad()
+def pooled_outputs(name: str, *, causal: bool) -> dict[str, list[float]]:
+    """The ranges of the same model's output with every sequence as a point: the mean of its states, and that of one token. They go
+    by the name of a pooling of the model's own."""
+    model, batches = corpus_geometry.MODELS[name][1]()
+    poolings: tuple[Pooling, ...] = ("mean", "last" if causal else "first")
+    clouds = [CorpusStatistics(SiteStatistics(pooling, None, None), "own", None) for pooling in poolings]
+    for batch in batches:
+        x = getattr(model, "base_model", model)(**batch).last_hidden_state
+        rows = Rows.of(x, batch["attention_mask"].bool())
+        for pooling, cloud in zip(poolings, clouds, strict=True):
+            points = rows.pooled(x, pooling)
+            cloud.take(points, torch.rand(len(points), dtype=torch.float64), torch.finfo(x.dtype).eps)
+    return _ranges(corpus_figures(corpus_records(clouds)))
+
+
 def _ranges(found: dict[str, list[float]]) -> dict[str, list[float]]:
     return {figure: [_rounded(min(values)), _rounded(max(values))] for figure, values in found.items()}
 
@@ -57,6 +80,10 @@ def _ranges(found: dict[str, list[float]]) -> dict[str, list[float]]:
 def _rounded(value: float) -> float:
     assert math.isfinite(value)
     return float(f"{value:.3g}")
+
+
+def _has(model: HealthyModel, part: str) -> bool:
+    return any(figure.startswith(part) for figure in model.ranges)
 
 
 def write(models: list[HealthyModel], place: Path = PLACE) -> None:
@@ -78,10 +105,12 @@ def main() -> None:
     for name, subject in SUBJECTS.items():
         if name in given.models or (subject.is_healthy and (given.anew or name not in known)):
             known[name] = measured(name, subject)
-        elif name not in known or any(figure.startswith("corpus.") for figure in known[name].ranges):
+        elif name not in known or name not in corpus_geometry.MODELS or _has(known[name], "corpus.own."):
             continue
         if name in corpus_geometry.MODELS:
-            known[name] = replace(known[name], ranges=known[name].ranges | clouds(name))
+            found = {} if _has(known[name], "corpus.mean.") else clouds(name)
+            found |= pooled_outputs(name, causal=known[name].causal)
+            known[name] = replace(known[name], ranges=known[name].ranges | found)
         write([known[each] for each in SUBJECTS if each in known])
         print(f"{name}: {len(known[name].ranges)} figures", flush=True)
         gc.collect()

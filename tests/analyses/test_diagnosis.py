@@ -266,6 +266,7 @@ on_each = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name_
         ({"texts": ["one two"], "batches": [text_batch()]}, "expected texts or batches, got both"),
         ({"batches": [text_batch()], "device_map": "auto"}, "expected no device_map with a loaded model"),
         ({"sequences": 0}, "expected sequences as a whole number"),
+        ({"progress": False}, r"expected progress as a function of \(what, done, total\), got False"),
         ({"model": {}}, "expected a model, a name or a path, got dict"),
     ],
 )

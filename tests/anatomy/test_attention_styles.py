@@ -338,6 +338,9 @@ MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a method that chooses": lambda x, later: x.where(~later, x.new_tensor(-math.inf)).softmax(-1),
     "a tensor full of one number": lambda x, later: torch.where(later, torch.full_like(x, -1e4), x).softmax(-1),
     "ones and zeros, then a number": lambda x, later: (x * (~later).float() - 1e9 * later.float()).softmax(-1),
+    "drawn towards a tensor full of one number": lambda x, later: torch.lerp(
+        x, torch.full_like(x, -1e9), later.float().expand_as(x)
+    ).softmax(-1),
     "the mask less the logits": lambda x, later: torch.sub(-1e9 * later.float(), x).softmax(-1),
 }
 # Of each kind one is told in every run.
@@ -396,11 +399,11 @@ def test_a_mask_that_is_written_into_the_weights_is_removed_and_its_pairs_are_no
 
 
 def drawn_towards(self: Styled, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Logits that are drawn to a low number where a pair is hidden, by something that was laid out with the help of logits: it is
-    open which operand hides."""
+    """Logits that are drawn to a low number where a pair is hidden, by something that was made of the logits: it is open which
+    operand hides."""
     logits = q @ k.mT
     later = torch.ones(logits.shape[-2:]).triu(1).expand_as(logits)
-    weights = torch.lerp(logits, torch.full_like(logits, -1e9), later).softmax(-1)
+    weights = torch.lerp(logits, 0 * logits - 1e9, later).softmax(-1)
     self.seen.append(weights)
     return weights @ v
 

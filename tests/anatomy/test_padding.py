@@ -302,10 +302,10 @@ def test_a_mask_that_says_nothing_of_the_models_own_beginning_is_told_token_by_t
 class Flagged(nn.Module):
     """Attention in which a flag takes nats off a token's logits, or hides it behind the softmax."""
 
-    def __init__(self, nats: float) -> None:
+    def __init__(self, nats: float, *, is_fused: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.norm, self.nats = nn.Embedding(64, 32), nn.LayerNorm(32), nats
+        self.embed, self.norm, self.nats, self.is_fused = nn.Embedding(64, 32), nn.LayerNorm(32), nats, is_fused
         self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
         self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
 
@@ -313,6 +313,10 @@ class Flagged(nn.Module):
         x = self.embed(input_ids)
         q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
         logits, flags = q @ k.mT / math.sqrt(8), flag[:, None, None].to(x.dtype)
+        if self.is_fused:
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, v, -self.nats * flags)
+            x = x + self.out(y.transpose(1, 2).flatten(2))
+            return x + self.down(self.up(x).relu())
         if math.isfinite(self.nats):
             weights = (logits - self.nats * flags).softmax(-1)
         else:
@@ -323,10 +327,22 @@ class Flagged(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("nats", [3.5, math.inf])
+@pytest.mark.parametrize("nats", [3.5, 5.0, math.inf])
 def test_a_flag_that_makes_a_token_count_less_is_no_mask_in_half_precision(nats: float, dtype: torch.dtype) -> None:
     ids, flag = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(0)), torch.zeros(3, 9).long()
     flag[0, 6:] = flag[1, :3] = 1
     anatomy = proved_anatomy(Flagged(nats).to(dtype).eval(), {"input_ids": ids, "flag": flag})
     found = [(mask.tensor, mask.real) for mask in anatomy.stacks[0].masks]
     assert found == ([("flag", False)] if nats == math.inf else [])
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize(("nats", "hides"), [(5.0, False), (20.0, False), (100.0, True)])
+def test_who_is_given_weight_is_not_hidden_however_little_it_is(nats: float, hides: bool, is_fused: bool) -> None:
+    """Five nats leave less than rounding shows in bfloat16, and twenty less than it shows in single precision."""
+    ids, flag = torch.randint(64, (3, 9), generator=torch.Generator().manual_seed(0)), torch.zeros(3, 9).long()
+    flag[0, 6:] = flag[1, :3] = 1
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Flagged(nats, is_fused=is_fused).to(dtype).eval()
+        anatomy = proved_anatomy(model, {"input_ids": ids, "flag": flag})
+        assert [(m.tensor, m.real) for m in anatomy.stacks[0].masks] == ([("flag", False)] if hides else [])

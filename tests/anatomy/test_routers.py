@@ -25,7 +25,7 @@ def test_the_load_is_that_of_the_models_own_router_logits() -> None:
     config = transformers.MixtralConfig(**SIZES, num_local_experts=5, num_experts_per_tok=2, sliding_window=None)
     model = transformers.MixtralForCausalLM(config).eval()
     given = [batch(0), batch(1)]
-    counts, tokens = np.zeros((2, 5)), 0
+    counts, tokens, generator = np.zeros((2, 5)), 0, np.random.default_rng(0)
     for each in given:
         with torch.no_grad():
             logits = model(**each, output_router_logits=True).router_logits
@@ -43,6 +43,20 @@ def test_the_load_is_that_of_the_models_own_router_logits() -> None:
         assert router.entropy == pytest.approx(entropy / np.log(5))
         assert router.effective_experts == pytest.approx(np.exp(entropy))
         assert router.dead == [i for i in range(5) if counts[number, i] == 0]
+        assert router.random_dead == pytest.approx(5 * (1 - 2 / 5) ** tokens)
+        drawn = [by_chance(tokens, generator) for _ in range(400)]
+        assert router.random_entropy == pytest.approx(np.mean([entropy for entropy, _ in drawn]), abs=0.003)
+        assert router.random_load is not None
+        low, high = router.random_load
+        inside = np.mean([low <= min(loads) and max(loads) <= high for _, loads in drawn])
+        assert 0.92 < inside < 1  # 0.95 or more, from 400 draws
+
+
+def by_chance(tokens: int, generator: np.random.Generator) -> tuple[float, np.ndarray[Any, Any]]:
+    """Entropy and loads of tokens that each choose 2 of 5 experts at random."""
+    choices = generator.random((tokens, 5)).argsort(1)[:, :2]
+    loads = np.bincount(choices.ravel(), minlength=5) / choices.size
+    return float(-sum(p * np.log(p) for p in loads if p) / np.log(5)), loads
 
 
 def test_of_several_choices_the_one_among_experts_counts() -> None:

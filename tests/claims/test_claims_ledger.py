@@ -163,6 +163,9 @@ def test_balls_decide_only_what_they_can():
     assert ball_arithmetic.at_most(third, arb(1)) is True
     assert ball_arithmetic.at_most(arb(1), third) is False
     assert ball_arithmetic.at_most(blurred, third) is None
+    assert ball_arithmetic.at_most(arb(1), arb(1)) is True
+    # [1, 2] and [0, 1]: below only where both are 1, and above unless they are.
+    assert ball_arithmetic.at_most(arb(1.5, 0.5), arb(0.5, 0.5)) is None
     assert ball_arithmetic.certainly_full_rank([[arb(1), arb(2)], [arb(2), arb(4)]]) is None
     assert ball_arithmetic.certainly_full_rank([[arb(1), arb(2)], [arb(2), arb(5)]]) is True
     assert ball_arithmetic.certainly_full_rank([[blurred]]) is None

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
-from flint import ctx, fmpq
+from flint import arb, ctx, fmpq
 
 from uncollapse.claims import (
     CLAIMS,
@@ -22,9 +23,11 @@ from uncollapse.claims import (
     layernorm_affine_rank,
     layernorm_rank_formula,
     leaders,
+    mlp_leaves_the_reachable_space,
     pgop_overhead,
     relative_bias_collapse_is_geometric,
     residual_needs_no_mlp,
+    residual_obstructs_collapse,
     scaling_fixed_points,
     width_collapse,
 )
@@ -62,8 +65,12 @@ def test_more_tokens_than_width_lose_one_direction_at_least(
     class Lost:
         affine_rank = -lost
 
+        def __init__(self, after: Any) -> None:
+            self.after = after
+
     def changed(x: Any, **options: Any) -> Any:
-        return Lost() if x.nrows() > x.ncols() and options == {"eps": 1} else whole(x, **options)
+        told = whole(x, **options)
+        return Lost(told.after) if x.nrows() > x.ncols() and options == {"eps": 1} else told
 
     monkeypatch.setattr(layernorm_affine_rank, "rank_change", changed)
     assert passed("layernorm-affine-rank", "instead, more tokens than width") is holds
@@ -134,6 +141,9 @@ def test_the_overhead_is_below_the_limit_and_not_at_it() -> None:
     most = max(pgop_overhead.overhead(*shapes[0], bias=bias) for bias in (True, False))
     assert passed("pgop-overhead", "the gates have less than", shapes=shapes, limit=most) is False
     assert passed("pgop-overhead", "the gates have less than", shapes=shapes, limit=most + fmpq(1, 10**9)) is True
+    few = pgop_overhead.overhead(384, 12, features=128)
+    assert passed("pgop-overhead", "the same model with d_phi = 128", limit=few) is False
+    assert passed("pgop-overhead", "the same model with d_phi = 128", limit=few + fmpq(1, 10**9)) is True
     thin = pgop_overhead.overhead(384, 12)
     assert passed("pgop-overhead", "d = 384", limit=thin) is False
     assert passed("pgop-overhead", "d = 384", limit=thin - fmpq(1, 10**9)) is True
@@ -243,19 +253,50 @@ def test_tokens_that_stay_apart_are_followed_through_fifty_or_sixty_layers(
 
 
 def test_rows_are_scaled_as_often_as_the_words_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: set[int] = set()
+    seen: Counter[int] = Counter()
     whole = scaling_fixed_points.scaled
-    monkeypatch.setattr(scaling_fixed_points, "scaled", lambda row, times: (seen.add(times), whole(row, times))[1])
+    monkeypatch.setattr(scaling_fixed_points, "scaled", lambda row, times: (seen.update([times]), whole(row, times))[1])
     words = " ".join(piece.what for piece in CLAIMS["scaling-fixed-points"].run(12, 0).evidence)
-    assert seen == {int(each) for each in re.findall(r"t = (\d+)|and (\d+) exactly", words) for each in each if each}
-    assert seen == {2, 3, 32, 64, 128}
+    assert seen.keys() == {
+        int(each) for each in re.findall(r"t = (\d+)|and (\d+) exactly", words) for each in each if each
+    }
+    assert seen.keys() == {2, 3, 32, 64, 128}
+    assert seen[3] == 4**2 + 4**3 + 4**4 - 3  # every row once, but for rows of zeros
+
+
+@pytest.mark.parametrize(("added", "exceptions"), [(fmpq(0), 0), (fmpq(1, 10**60), 40)])
+def test_rows_come_as_near_to_their_limit_as_is_said(
+    added: fmpq, exceptions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T (p_2/p_1)^32, where p_2 is the next smaller weight; no distance at all where there is none."""
+    whole, rows = scaling_fixed_points.scaled, []
+    monkeypatch.setattr(
+        scaling_fixed_points, "scaled", lambda row, times: (rows.append((row, times)), whole(row, times))[1]
+    )
+
+    def furthest(*_: Any) -> fmpq:
+        row, times = rows[-1]
+        below = [entry for entry in row if entry < max(row)]
+        return len(row) * (max(below) / max(row)) ** times + added if below else added
+
+    monkeypatch.setattr(scaling_fixed_points, "distance", furthest)
+    (piece,) = [p for p in CLAIMS["scaling-fixed-points"].run(40, 0).evidence if p.what.startswith("t = 32")]
+    assert piece.observed == f"{exceptions} exceptions in 40 cases"
 
 
 def test_clouds_of_one_leader_are_not_counted_among_those_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leaders, "leaders", lambda *_, **__: {0})
-    (piece,) = [p for p in CLAIMS["leaders"].run(20, 0).evidence if p.what.startswith("clouds with two")]
-    assert piece.what.endswith(": 0")
-    assert piece.passed is False
+    for count, expected in ((1, "0 of 20 cases"), (2, "20 of 20 cases")):
+        seen: list[Any] = []
+
+        def different(x: Any, *_: Any, count: int = count, seen: list[Any] = seen, **__: Any) -> set[int]:
+            rows = leaders.rows_of(x)
+            seen.append({rows.index(row) for row in dict.fromkeys(rows)})
+            return set(sorted(seen[-1])[:count])
+
+        monkeypatch.setattr(leaders, "leaders", different)
+        (piece,) = [p for p in CLAIMS["leaders"].run(20, 0).evidence if p.what.startswith("there are clouds")]
+        assert piece.passed is (count == 2)
+        assert piece.observed == expected
 
 
 def test_torchs_own_attention_is_asked_up_to_twice_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,3 +344,103 @@ def test_the_widths_that_are_measured_are_those_of_the_statement() -> None:
     shown = [re.findall(r"d_ff = (\d+) d", piece.what) for piece in claim.run(12, 0).evidence]
     assert stated == [1, 2, 4, 8]
     assert shown == [[str(each)] for each in stated] + [[str(each)] for each in stated for _ in range(2)]
+
+
+@pytest.mark.parametrize(("factor", "times"), [(fmpq(149, 100), 0), (fmpq(151, 100), 6)])
+def test_tokens_above_the_condition_move_apart_by_three_halves(
+    factor: fmpq, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        attention_only_collapse.balls, "attention", lambda x, *_: [[entry * arb(factor) for entry in row] for row in x]
+    )
+    assert attention_only_collapse._expansion() == (f"at least 3/2 in {times} of 6", times == 6)
+
+
+def test_a_reachable_space_that_is_the_whole_width_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        mlp_leaves_the_reachable_space, "reachable", lambda x, layers: exact.identity(layers[0][0].nrows())
+    )
+    assert passed("mlp-leaves-the-reachable-space", "the reachable space") is False
+
+
+@pytest.mark.parametrize(
+    ("added", "cases"),
+    [
+        ([[0, 0], [0, 0]], 0),
+        ([[1, 1], [1, 1]], 0),
+        ([[1, 0], [0, 0]], 40),  # another affine rank
+        ([[3, 0], [0, 0]], 40),
+    ],
+    ids=str,
+)
+def test_a_value_bias_is_the_same_for_all_tokens(
+    added: list[list[int]], cases: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs that are all 0, and something else than one row that is added to them."""
+    module = attention_never_gains_rank
+    monkeypatch.setattr(module, "heads", lambda x, *_: exact.zeros(x.nrows(), x.ncols()))
+
+    def shifted(x: Any, bias: Any) -> Any:
+        if any(x.entries()):
+            return x
+        n, d = x.nrows(), x.ncols()
+        return exact.from_rows([[fmpq(added[min(i, 1)][min(j, 1)]) for j in range(d)] for i in range(n)], d)
+
+    monkeypatch.setattr(module, "shifted", shifted)
+    (piece,) = [p for p in CLAIMS[module.CLAIM.id].run(40, 0).evidence if p.what.startswith("a value bias")]
+    assert piece.observed == f"{cases} exceptions in 40 cases"
+
+
+def test_three_draws_are_tried_before_a_layer_is_said_to_lose_rank() -> None:
+    class Zeros:
+        """Draws no weights but 0, so that nothing is left without the residual."""
+
+        def __init__(self) -> None:
+            self.drawn = 0
+
+        def matrix(self, rows: int, columns: int, size: int) -> Any:
+            self.drawn += 1
+            return exact.zeros(rows, columns)
+
+    x, draws = exact.identity(2), Zeros()
+    assert residual_obstructs_collapse.witness(draws, x, [x], False) is False
+    assert draws.drawn == 3
+    assert residual_obstructs_collapse.witness(draws, x, [x], True) is True
+    assert draws.drawn == 4
+
+
+@pytest.mark.parametrize(("moved", "exceptions"), [(0, False), (1, False), (-1, False), (2, True), (-2, True)])
+def test_a_bias_behind_a_norm_moves_the_rank_by_one_at_most(
+    moved: int, exceptions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never the affine rank."""
+
+    def ranks(x: Any, gamma: Any, beta: list[int], eps: Any) -> tuple[int, int]:
+        return (5 + moved if any(beta) else 5), 4
+
+    monkeypatch.setattr(layernorm_rank_formula, "output_ranks", ranks)
+    assert passed("layernorm-rank-formula", "a bias leaves the affine rank alone") is not exceptions
+    monkeypatch.setattr(layernorm_rank_formula, "output_ranks", lambda x, gamma, beta, eps: (5, 4 + any(beta)))
+    assert passed("layernorm-rank-formula", "a bias leaves the affine rank alone") is False
+
+
+@pytest.mark.parametrize("tokens", [2, 4, 6])
+def test_chains_of_leaders_are_followed_through_one_layer_less_than_tokens(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    whole = leaders.hard_max
+    monkeypatch.setattr(leaders, "hard_max", lambda x, *a, **o: (calls.append(x.nrows()), whole(x, *a, **o))[1])
+    first = leaders.leaders
+    clouds: list[int] = []
+    monkeypatch.setattr(leaders, "leaders", lambda x, *a, **o: (clouds.append(x.nrows()), first(x, *a, **o))[1])
+    monkeypatch.setattr(leaders, "is_tied", lambda *_, **__: True)  # so that nobody asks who leads at the end
+    CLAIMS["leaders"].run(60, 0)
+    drawn = clouds[:60].count(tokens)
+    assert drawn > 0
+    assert calls[:-1].count(tokens) == drawn * (tokens - 1)
+
+
+def test_a_sum_as_large_as_its_parts_keeps_the_triangle_inequality(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_only_collapse, "GAUGE", (((1,),), ((1,),)))
+    assert passed("attention-only-collapse", "that gauge is not a norm") is False

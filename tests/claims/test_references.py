@@ -7,8 +7,9 @@ from flint import fmpq
 
 from uncollapse.claims import (
     CLAIMS,
-    attention_never_gains_rank,
+    attention_is_affine_given_patterns,
     balls,
+    causal_collapse_is_geometric,
     ffn_width_four,
     layernorm_and_distance,
     leaders,
@@ -20,7 +21,7 @@ from uncollapse.claims import (
     width_collapse,
 )
 from uncollapse.claims.attention_only_collapse import after, in_dongs_gauge
-from uncollapse.claims.draws import softmax as exact_softmax
+from uncollapse.claims.draws import Draws, shifted, with_residual
 from uncollapse.claims.entropy_floor import floor_by_max, floor_by_mean
 from uncollapse.claims.residual_obstructs_collapse import stacked, two_layers
 from uncollapse.measures import exact
@@ -36,6 +37,10 @@ def softmax(logits):
 
 def gauge(z):
     return np.sqrt(np.abs(z).sum(0).max() * np.abs(z).sum(1).max())
+
+
+def numbers(matrix):
+    return np.array([[float(entry) for entry in row] for row in matrix.tolist()])
 
 
 def middle(rows):
@@ -104,12 +109,6 @@ def test_two_floors_of_the_entropy(logits: list[int]) -> None:
     assert by_mean == pytest.approx(np.log(len(s)) - s.max() + s.mean())
     assert by_mean <= by_max + 1e-12
     assert by_max <= entropy + 1e-12
-
-
-def test_the_head_with_a_bias_has_a_softmax_pattern() -> None:
-    """The one of theory.md: logits 1, 0 and 0, 0, in base two."""
-    given = [[entry / sum(row) for entry in row] for row in exact.rational(attention_never_gains_rank.PATTERN).tolist()]
-    assert exact.from_rows(given, 2) == exact_softmax(exact.rational([[1, 0], [0, 0]]))
 
 
 def test_a_linear_fit_of_the_mlp_leaves_what_the_formula_says() -> None:
@@ -237,3 +236,55 @@ def test_the_hidden_layer_is_measured_as_numpy_measures_it():
     sigma = np.linalg.svd((x - x.mean(0)).numpy(), compute_uv=False)
     share = sigma / sigma.sum()
     assert ffn_width_four.effective_rank(x) == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+
+
+def test_an_attention_stack_is_that_of_numpy() -> None:
+    """Two layers of two heads behind a mean subtraction; the live patterns have the weights 1 + <x_i, x_j>^2."""
+    draws, x = Draws("test", 3), np.array(X, dtype=float)
+    layers = [
+        (
+            [draws.pattern(3) for _ in range(2)],
+            [draws.matrix(2, 2) for _ in range(2)],
+            draws.matrix(1, 2),
+            exact.diagonal([fmpq(1, 2), fmpq(1), fmpq(1, 3)]),
+        )
+        for _ in range(2)
+    ]
+    for kind in ("frozen", "live"):
+        y = x
+        for patterns, weights, bias, scale in layers:
+            normed = numbers(scale) @ (y - y.mean(1, keepdims=True))
+            live = 1 + (normed @ normed.T) ** 2
+            live /= live.sum(1, keepdims=True)
+            mixed = [live if kind == "live" else numbers(pattern) for pattern in patterns]
+            heads = [a @ normed @ numbers(w) for a, w in zip(mixed, weights, strict=True)]
+            y = y + sum(heads) + numbers(bias)
+        found = attention_is_affine_given_patterns.forward(exact.rational(X), layers, kind)
+        assert np.allclose(numbers(found), y)
+
+
+def test_two_tokens_that_positions_turn_are_those_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Position i turns its query and its key by i radians, clockwise; causal softmax, the values are the tokens."""
+    first, second = np.array([[1.0, 2.0], [0.5, -1.0]])
+    turn = np.array([[np.cos(1), -np.sin(1)], [np.sin(1), np.cos(1)]])  # of rows, clockwise
+
+    def own(token: np.ndarray) -> float:
+        """What the second token gives to itself."""
+        logits = [(token @ turn) @ first, (token @ turn) @ (token @ turn)]
+        return float(softmax(np.array([logits]))[0, 1])
+
+    token = second
+    for _ in range(3):
+        token = own(token) * token + (1 - own(token)) * first
+    monkeypatch.setattr(causal_collapse_is_geometric, "LAYERS", 3)
+    ratio, limit = causal_collapse_is_geometric.rotated_ratio(exact.rational([[1, 2], [fmpq(1, 2), -1]]))
+    assert float(ratio.mid()) == pytest.approx(own(token) ** 2)
+    assert float(limit.mid()) == pytest.approx(own(first) ** 2)
+
+
+def test_a_layer_with_its_residual_is_that_of_numpy() -> None:
+    draws, x = Draws("test", 4), np.array(X, dtype=float)
+    patterns, weights = [draws.pattern(3) for _ in range(2)], [draws.matrix(2, 2) for _ in range(2)]
+    y = sum(numbers(a) @ x @ numbers(w) for a, w in zip(patterns, weights, strict=True))
+    assert np.allclose(numbers(with_residual(exact.rational(X), patterns, weights)), x + y)
+    assert np.allclose(numbers(shifted(exact.rational(X), exact.rational([[1, -2]]))), x + np.array([1, -2]))

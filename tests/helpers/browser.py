@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -165,6 +167,18 @@ class Browser:
         printed = self("Page.printToPDF", preferCSSPageSize=True, printBackground=True, **size)
         path.write_bytes(base64.b64decode(printed["data"]))
         return len(re.findall(rb"/Type\s*/Page\b", path.read_bytes()))
+
+    @staticmethod
+    def scale(path: Path) -> float:
+        """The scale of a printed page: 1, or less where chromium shrank it because something is wider than the sheet. It does so
+        down to 2/3, and cuts off the rest."""
+        printed = path.read_bytes()
+        for stream in re.finditer(rb"stream\r?\n", printed):
+            with contextlib.suppress(zlib.error):
+                drawn = zlib.decompressobj().decompress(printed[stream.end() :])
+                if found := re.match(rb"\.2399\d* 0 0 -\.2399\d* 0 [\d.]+ cm\nq\n([\d.]+) 0 0 ", drawn):
+                    return float(found[1]) / (300 / 96)
+        raise ValueError(f"{path}: no page in it")
 
     def as_paper(self) -> None:
         """Lay out what is open as on a sheet, without printing it."""

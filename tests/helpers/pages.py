@@ -230,3 +230,13 @@ def colours_of_marks() -> list[str]:
     from uncollapse.report.page import figures
 
     return [figures.BLUE, figures.TEAL, figures.ORANGE, figures.PURPLE, figures.RED]
+
+
+def references_of(page: Page, table: str) -> dict[str, str]:
+    """The reference under each title of a table."""
+    head = page.text.split(f'<table id="{table}"')[1].split("</thead>")[0]
+    found = {}
+    for cell in head.split("<th ")[1:]:
+        title = cell.split("<span>")[1].split("</span>")[0]
+        found[title] = cell.split('class="reference">')[1].split("</small>")[0] if "reference" in cell else ""
+    return found

@@ -2,7 +2,8 @@
 
 `encoder` is a small bidirectional model in good health but for one sharp head, `translation` an encoder–decoder with
 cross-attention and absent values, `collapsed` one that falls to the rounding floor, `single_block` the smallest and
-`large` the largest thing a page has to bear. `quiet` has no finding. `ablation` is the grid of eight runs on the encoder,
+`large` the largest thing a page has to bear. `quiet` has no finding. `with_corpus` is the encoder with what is said of a corpus and
+of experts. `ablation` is the grid of eight runs on the encoder,
 `causal_ablation` a language model whose loss is known, with a run that could not be followed. `symmetries` is what the four
 groups did to the encoder, `two_stacks` to the encoder–decoder, `deep` to a model of 40 blocks with the context lengths tried,
 `lengths` a diagnosis that tried them too.
@@ -11,7 +12,7 @@ groups did to the encoder, `two_stacks` to the encoder–decoder, `deep` to a mo
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,16 +22,19 @@ from uncollapse.records.common import Finding, ModelInfo, Probe, Statistic
 from uncollapse.records.comparison import ComparisonRecord
 from uncollapse.records.diagnosis import (
     AttentionRecord,
+    CorpusRecord,
     DiagnosisRecord,
     HeadsRecord,
     MassiveTokensLeftOut,
     NormRecord,
+    RouterRecord,
     SiteRecord,
     UpdateRecord,
 )
 from uncollapse.records.symmetries import SymmetriesRecord, SymmetryRecord, SymmetryTest, WidthScaling
 
 NOT_AT_CORE = "measured at --level full only"
+BETWEEN = ("novelty", "cka", "unbiased_cka", "cosine")
 
 
 def statistic(mean: float, part: float = 0.0, n: int = 64, top: float = float("inf")) -> Statistic:
@@ -262,6 +266,59 @@ def encoder(name: str = "all-MiniLM-L6-v2") -> DiagnosisRecord:
 def quiet() -> DiagnosisRecord:
     """The encoder with nothing to complain about."""
     return replace(encoder(), findings=[])
+
+
+def with_corpus() -> DiagnosisRecord:
+    """The encoder at level `full`, with the clouds of its corpus at every site, in every pooling and its own, and with experts in
+    every block."""
+    record = encoder()
+    corpus = []
+    poolings: tuple[tuple[Literal["tokens", "mean", "last", "first"], int, int | None], ...] = (
+        ("tokens", 2752, 64),
+        ("mean", 64, None),
+        ("last", 64, None),
+        ("first", 64, None),
+    )
+    for pooling, points, sampled in poolings:
+        for number, site in enumerate(record.trajectory):
+            spectrum = (
+                41.2,
+                39.5 - number,
+                20.1,
+                6.21,
+                1.27,
+                1.13,
+                1.41,
+                31,
+                39,
+                0.0818,
+                0.431,
+                0.0494,
+                0.0530,
+                0.0587,
+            )
+            beside: dict[str, Any] = {} if site.block is None else {"compared": 64, "novelty": 0.258, "cka": 0.958}
+            beside |= {} if site.block is None else {"unbiased_cka": 0.94, "cosine": 0.865}
+            most = min(points, 64)
+            cloud = CorpusRecord(
+                site.site, site.block, None, pooling, points, 384, sampled, most, most - 1, *spectrum, **beside
+            )
+            corpus.append(replace(cloud, unavailable={} if beside else dict.fromkeys(BETWEEN, "no block comes before")))
+    alone: dict[str, Any] = dict.fromkeys(("compared", *BETWEEN))
+    own = replace(corpus[-1], site="pooler_output", block=None, pooling="own", **alone)
+    corpus.append(replace(own, unavailable=dict.fromkeys(BETWEEN, "no block comes before")))
+    load = [0.31, 0.24, 0.2, 0.13, 0.07, 0.04, 0.01, 0.0]
+    routers = [
+        RouterRecord(block, None, 8, 2, 2752, load, 0.795, 5.22, [7], {}, 0.9997, 0.0, [0.107, 0.144])
+        for block in range(record.model.blocks)
+    ]
+    rng = np.random.default_rng(0)
+    heads = [
+        replace(head, second_singular_value=head.contraction)
+        for block in range(record.model.blocks)
+        for head in attention(block, 12, rng, full=True)
+    ]
+    return replace(record, corpus=corpus, routers=routers, attention=heads)
 
 
 def collapsed() -> DiagnosisRecord:

@@ -523,13 +523,23 @@ def test_oddness_tells_a_norm_from_a_softmax() -> None:
 
 
 @pytest.mark.parametrize(
-    ("placement", "overlooked"), [("pre", 0), ("pre", 1), ("post", 0), ("post", 1), ("sandwich", 2)]
+    ("placement", "overlooked"),
+    [
+        ("pre", 0),
+        ("pre", 1),
+        ("post", 0),
+        ("post", 1),
+        *(("sandwich", i) for i in range(4)),
+        ("output", 0),
+        ("output", 1),
+    ],
 )
 def test_a_norm_that_was_overlooked_is_not_left_in_silence(
     placement: str, overlooked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    model, batch = Stack(placement, WRITTEN["rms by hand"][1]).eval(), {"input_ids": ids()}
+    written = "over its length" if placement == "output" else "rms by hand"
+    model, batch = Stack(placement, WRITTEN[written][1]).eval(), {"input_ids": ids()}
     anatomy = proved_anatomy(model, batch)
     first, second = anatomy.blocks
     left = tuple(norm for i, norm in enumerate(second.norms) if i != overlooked)
@@ -537,15 +547,18 @@ def test_a_norm_that_was_overlooked_is_not_left_in_silence(
     monkeypatch.setattr(interventions, "anatomy_for", lambda *_: wrong)
     with pytest.raises(uc.UnsupportedModel, match="a norm that was overlooked"), uc.without(model, "norm"):
         pass
-    read, asked = overlooked_norms._read, []
+    is_behind = placement == "output" or (placement == "sandwich" and overlooked % 2 == 1)
+    read, added, asked, asked_behind = overlooked_norms._read, overlooked_norms._added, [], []
     monkeypatch.setattr(overlooked_norms, "_read", lambda *given: asked.append(given) or read(*given))
+    monkeypatch.setattr(overlooked_norms, "_added", lambda *given: asked_behind.append(given) or added(*given))
     with overlooked_norms.asked_once():
         for _ in range(2):
             with uc.without(model, "norm", blocks=[0]):
                 pass
             with pytest.raises(uc.UnsupportedModel, match="a norm that was overlooked"), uc.without(model, "norm"):
                 pass
-    assert len(asked) == 3 + 2 * 3  # a refusal is found out anew
+    # A refusal is found out anew.
+    assert (len(asked), len(asked_behind)) == ((2 * 3, 3 + 2 * 10) if is_behind else (3 + 2 * 3, 3))
     with uc.without(model, "norm", blocks=[0]):
         pass
-    assert len(asked) == 4 * 3
+    assert (len(asked), len(asked_behind)) == ((3 * 3, 6 + 2 * 10) if is_behind else (4 * 3, 6))

@@ -9,6 +9,7 @@ import pytest
 
 from uncollapse.judgement.comparison import (
     HEAD_COURSES,
+    SITE_COURSES,
     finding,
     has_moved,
     head_changes,
@@ -106,6 +107,17 @@ def test_what_is_worse_by_half_is_a_finding(changed: Change, found: bool) -> Non
         assert (each.block, each.head) == (1, changed.head)
         where = "Block 1" if changed.head is None else "Head 3 of block 1"
         assert each.message.startswith(f"{where} has changed.")
+
+
+@pytest.mark.parametrize("measure", [*HEAD_COURSES, *SITE_COURSES])
+def test_each_course_is_worse_by_half_in_its_own_direction(measure: str) -> None:
+    """Logits grow, everything else falls."""
+    head = 3 if measure in HEAD_COURSES else None
+    grows = measure in {"max_logit", "query_key_norm"}
+    for factor, is_worse in ((1.49, False), (1.51, True)):
+        for after, course in ((2 * factor, grows), (2 / factor, not grows)):
+            findings = list(worse([replace(change(measure, before=2.0, after=after), head=head)]))
+            assert len(findings) == (is_worse and course)
 
 
 def test_a_finding_goes_on_to_the_next_change() -> None:

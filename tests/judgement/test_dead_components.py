@@ -453,6 +453,72 @@ def test_every_code_that_a_finding_can_have_is_in_the_list() -> None:
     assert written | made == set(dead.CODES)
 
 
+@pytest.mark.parametrize("stack", [None, "decoder"])
+def test_each_finding_says_of_what_it_is_and_by_how_much(stack: Any) -> None:
+    """The place, the sublayer by its kind, and the figure: 0 where nothing is left."""
+    at = "block 4" + (" (decoder)" if stack else "")
+    attention = part(block=4, stack=stack, sublayer="attention", kind="cross", heads=4, key_value_heads=2)
+    mlp = part(block=4, stack=stack)
+
+    def said(*parts: PartRecord) -> list[tuple[str, float | None, str]]:
+        found = dead_components(parts, [])
+        return [(f.code, f.value, f.message.partition(f" of {at} ")[0]) for f in found if f.stack == stack]
+
+    cross, plain = "The cross-attention", "The MLP"
+    assert said(attention, replace(mlp, update_size=0.0)) == [("DEAD-MLP", 0.0, plain)]
+    assert said(replace(attention, update_size=0.0), mlp) == [("DEAD-ATTENTION", 0.0, cross)]
+    assert said(replace(attention, update_variation=1e-4), mlp) == [("CONSTANT-UPDATE", 1e-4, cross)]
+    gone = replace(attention, value_variation=[0.0, 1.0])
+    assert said(gone, mlp) == [("DEAD-KEY-VALUE-GROUP", 0.0, cross)]
+    silent = replace(attention, key_value_heads=None, value_variation=[1.0, 0.0, 1.0, 1.0], head_output=[0.5] * 4)
+    assert said(silent, mlp) == [("DEAD-HEAD", 0.5, cross)]
+    assert said(replace(silent, head_output=None), mlp) == [("DEAD-HEAD", 0.0, cross)]
+    assert said(replace(attention, query_variation=[0.0, 1, 1, 1]), mlp) == [("HEAD-BLIND", 0.0, cross)]
+    assert said(replace(attention, copied_heads=[[0, 1]]), mlp) == [("HEAD-COPIED", 0.0, cross)]
+    (whole,) = dead_components([replace(attention, update_size=0.0), replace(mlp, update_size=0.0)], [])
+    assert whole.message.startswith(f"B{at[1:]} changes nothing")
+    assert (whole.code, whole.value, whole.stack) == ("DEAD-BLOCK", 0.0, stack)
+
+
+def test_each_finding_about_heads_names_them_in_words() -> None:
+    attention = part(sublayer="attention", kind="self", heads=4, epsilon=EPSILON)
+
+    def said(**figures: Any) -> list[str]:
+        return [f.message.partition(" of block 0 ")[2] for f in dead_components([replace(attention, **figures)], [])]
+
+    values = "has a head that does nothing (2): its values are zero, or the same for every token."
+    output = "has a head that does nothing (1): what it writes is zero at every token, "
+    output += "as if its rows of the output projection were."
+    blind = "has a head (3) whose queries or keys do not vary: what it attends to does not depend on the tokens."
+    every = "has queries or keys that do not vary in any head: what it attends to does not depend on the tokens."
+    copied = "has two heads that are one: head 3 attends and mixes exactly as head 0 does, at every token."
+    group = "has a key-value head whose values do not vary (1): the query heads 2–3 that share it add the same to every token."
+    assert said(value_variation=[1.0, 1.0, 0.0, 1.0]) == [values]
+    assert said(head_output=[1.0, 0.0, 1.0, 1.0]) == [output]
+    assert said(key_variation=[1.0, 1.0, 1.0, 0.0]) == [blind]
+    assert said(logit_range=[0.0] * 4) == [every]
+    assert said(copied_heads=[[0, 3]]) == [copied]
+    assert said(key_value_heads=2, value_variation=[1.0, 0.0]) == [group]
+    assert said(key_value_heads=4, value_variation=[1.0, 1.0, 0.0, 1.0]) == [values]  # a group of one is a head
+
+
+def test_a_part_that_was_not_measured_ends_no_block() -> None:
+    """Each part by itself, and each block: what is said of one, or of none, leaves the others."""
+    unknown = part(sublayer="attention", kind="self", update_size=None, stream_variation=None)
+    blind = part(block=1, sublayer="attention", kind="self", heads=2, key_variation=[0.0, 1.0])
+    gone, rank_one = part(update_size=0.0), part(block=1, update_directions=1e-9, stream_directions=0.5)
+    found = dead_components([unknown, gone, blind, rank_one], [])
+    assert [(f.code, f.block) for f in found] == [("DEAD-MLP", 0), ("HEAD-BLIND", 1), ("MLP-RANK-ONE", 1)]
+
+
+def test_the_blocks_and_embeddings_that_were_measured() -> None:
+    parts = [part(block=0), part(block=1, update_size=None), part(block=2, stream_variation=None), part(block=3)]
+    apart = EmbeddingRecord(stack=None, block=0, apart=0.0, pairs=1, epsilon=EPSILON)
+    assert dead.measured_blocks(parts, []) == {0, 3}
+    assert dead.measured_blocks(parts, [apart]) == {0, 3, None}
+    assert dead.measured_blocks([], [replace(apart, apart=None)]) == set()
+
+
 def test_a_run_takes_nothing_that_half_precision_rounded_off_for_dead() -> None:
     """While a model is young its updates nearly agree; a part that is dead gives the same in every digit."""
 

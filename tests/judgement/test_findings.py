@@ -11,7 +11,15 @@ import pytest
 
 from uncollapse.judgement import findings as rules
 from uncollapse.records.common import Finding, Statistic
-from uncollapse.records.diagnosis import AttentionRecord, CorpusRecord, HeadsRecord, PartRecord, Pooling, SiteRecord
+from uncollapse.records.diagnosis import (
+    AttentionRecord,
+    CorpusRecord,
+    EmbeddingRecord,
+    HeadsRecord,
+    PartRecord,
+    Pooling,
+    SiteRecord,
+)
 from uncollapse.report.page.cells import names_head
 
 TOKENS = 40
@@ -478,6 +486,10 @@ def test_heads_of_a_stream_too_narrow_to_judge_are_not() -> None:
     # Six deviations of two random lines, 6 sqrt(2/((d - 1)(d + 2))), reach the threshold up to eight dimensions.
     assert found(heads=[projection(0.999, head_width=1, width=8)], code="HEADS-IDENTICAL") == []
     assert len(found(heads=[projection(0.999, head_width=1, width=9)], code="HEADS-IDENTICAL")) == 1
+    # In 25 dimensions they are sqrt(2/648) = 1/18 each: a third in all. Up to there nothing is chance.
+    for threshold, judged in ((1 - 1 / 3, 1), (0.667, 0)):
+        limits = replace(HALF, distinctness=threshold)
+        assert len(read("HEADS-IDENTICAL", heads=[projection(0.999, head_width=1, width=25)], limits=limits)) == judged
 
 
 @pytest.mark.parametrize(("lost", "fires"), [(0.9, False), (1.1, True)])
@@ -517,6 +529,12 @@ def test_the_most_severe_comes_first_then_along_depth() -> None:
     attention = [head(0, 2, rest=0.0), head(0, 1, rest=0.0), head(1, 1), head(2, 1)]
     order = [(f.severity, f.block) for f in found(attention=attention)]
     assert order == [("critical", 2), ("warning", 1)]
+    equal = [
+        EmbeddingRecord(stack=stack, block=0, apart=0.0, pairs=1, epsilon=1e-7) for stack in ("encoder", "decoder")
+    ]
+    attention = [head(0, rest=0.0), head(1), head(2)]
+    told = rules.findings(HEALTHY, attention, [], [], equal)  # the embedding comes before the first block
+    assert [(f.block, f.stack) for f in told] == [(None, "encoder"), (None, "decoder"), (0, None)]
 
 
 @pytest.mark.parametrize(
@@ -696,3 +714,70 @@ def test_logits_a_sixteenth_as_large_as_at_initialisation_are_not_initial(logit:
     (finding,) = [f for f in rules.findings(HEALTHY, [uniform], [], [part]) if f.code == "WIDTH-UNIFORM"]
     assert finding.severity == ("info" if initial else "warning")
     assert ("as drawn" in finding.message) == initial
+
+
+def said(reading: Any) -> tuple[float | None, float | None, int | None]:
+    return reading.finding.value, reading.finding.threshold, reading.finding.block
+
+
+def test_each_finding_says_its_figure_its_limit_and_its_place() -> None:
+    """Worked out by hand; the margin is ln(threshold / value), or endless where a part is dead or nothing could be measured."""
+    broken = [*HEALTHY[:2], *(replace(site(b, 0.9), not_finite=3, consensus_after_norm=None) for b in (1, 2))]
+    (numerics,) = read("NUMERICS-NOT-FINITE", broken)
+    assert (said(numerics), numerics.margin) == ((3.0, 0.0, 1), math.inf)
+    assert "first appears at block 1, in 3 sequences" in numerics.finding.message
+    (depth,) = read("DEPTH-CONSENSUS", trajectory(0.8, 0.6, 0.2, 0.3))
+    assert (said(depth), depth.margin) == ((0.25, 0.5, 1), pytest.approx(math.log(2)))
+    assert (
+        "0.8 at the embedding, under 50% of that from block 1 on, and lowest (0.2) at block 1" in depth.finding.message
+    )
+    (rank,) = read("DEPTH-RANK", [site(None, 0.9, rank=0.8), site(0, 0.9, rank=0.2), site(1, 0.9, rank=0.7)])
+    assert (said(rank), rank.margin) == ((pytest.approx(0.25), 0.5, 0), pytest.approx(math.log(2)))
+    assert "At block 0 the tokens span 20% of the dimensions they could span; at the embedding it was 80%" in (
+        rank.finding.message
+    )
+    (uniform,) = read("WIDTH-UNIFORM", trajectory(0.8, 0.4, 0.4), [head(1, 1, share=0.75)])
+    assert (said(uniform), uniform.margin) == ((0.25, 0.5, 1), pytest.approx(math.log(2)))
+    assert "its least uniform head (1) leaves only 0.25 of them unused" in uniform.finding.message
+    assert "enter it are at 50% of their distance" in uniform.finding.message
+    (single,) = read("WIDTH-RANK-ONE", trajectory(0.95, 0.9, tokens=8), [head(0, contraction=0.0625)])
+    assert (said(single), single.margin) == (
+        (0.125, 0.5, 0),
+        pytest.approx(math.log(4)),
+    )  # half of 16 tokens: twice as far
+    assert "most (0) keeps only 0.062 of the spread" in single.finding.message
+    (alike,) = read("HEADS-IDENTICAL", heads=[projection(0.875, head_width=32)])
+    assert (said(alike), alike.margin) == ((0.25, 0.5, 1), pytest.approx(math.log(2)))
+    assert "(overlap 0.8750)" in alike.finding.message
+    limits = replace(HALF, lost_heads=0.5)
+    wide = {"head_width": 20, "width": 16}  # three heads of 20: 60 dimensions into 16
+    (kernel,) = read("HEADS-KERNEL", heads=[projection(0.5, kernel=60, **wide)], limits=limits)
+    assert (said(kernel), kernel.margin) == ((60.0, 54.0, 1), pytest.approx(math.log(0.8 / 0.5)))
+    assert "loses 60 of the 60 dimensions that its heads write. Its shape accounts for 44" in kernel.finding.message
+    for forced in (44, 43):
+        (nothing,) = read("HEADS-KERNEL", heads=[projection(0.5, kernel=forced, **wide)], limits=limits)
+        assert nothing.margin == pytest.approx(math.log(1e-12 / 0.5))  # a distance of 0 counts as 10^-12
+    found = rules.readings(trajectory(0.9, 0.9), [], [], corpus=corpus(40.0, 5.0))
+    (few,) = [r for r in found if r.finding.code == "CORPUS-DIMENSIONS"]
+    assert said(few) == (0.125, rules.DIMENSIONS, 0)
+    assert "they use 5.0 of 63 directions at block 0" in few.finding.message
+    assert "at the embedding it was 40.0" in few.finding.message
+    gone = PartRecord(block=0, sublayer="mlp", stack=None, kind=None, update_size=0.0)
+    assert [r.margin for r in rules.readings(HEALTHY, [], [], [gone])][-1] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("first", "figures", "words"),
+    [
+        (site(None, 0.0625), (0.0625, 0.1), "consensus distance 0.062 after"),
+        (replace(site(None, 0.9), distinct_tokens=measured(1)), (1.0, 2.0), "each is one token repeated"),
+        (site(None, 0.9, tokens=2), (2.0, 3.0), "each has at most two tokens"),
+    ],
+)
+def test_a_text_that_cannot_be_judged_says_what_it_would_need(
+    first: SiteRecord, figures: tuple[float, float], words: str
+) -> None:
+    (reading,) = read("DEPTH-CONSENSUS", [first, site(0, 0.01)])
+    assert said(reading) == (*figures, None)
+    assert reading.margin == pytest.approx(math.log(figures[1] / figures[0]))
+    assert (words in reading.finding.message, reading.finding.severity) == (True, "info")

@@ -337,6 +337,9 @@ def test_a_projection_that_did_not_run_says_so_in_every_figure() -> None:
     assert told.unavailable["tokens"] == "why"
     (read,) = identifiability.heads_records([replace(empty, matrix=statistics.matrix)])
     assert read.verdict is not None
+    assert statistics.matrix is not None
+    (broken,) = identifiability.heads_records([replace(empty, matrix=statistics.matrix[:, :24] * math.nan)])
+    assert (broken.width, broken.kernel_dimension) == (24, None)  # the width of what it writes is known all the same
     assert read.unavailable["energy_share"] == never
     assert read.factorization_ambiguity is None
 

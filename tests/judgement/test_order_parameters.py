@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -10,9 +12,9 @@ import uncollapse as uc
 from tests.helpers.tiny_models import FAMILIES
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.judgement.order_parameters import Components, symmetry_records
-from uncollapse.records.common import PHENOMENA
-from uncollapse.records.diagnosis import DiagnosisRecord
-from uncollapse.records.symmetries import SymmetryRecord
+from uncollapse.records.common import PHENOMENA, Statistic
+from uncollapse.records.diagnosis import AttentionRecord, DiagnosisRecord
+from uncollapse.records.symmetries import SymmetryRecord, WidthScaling
 
 NONE = Components(residuals=0, mlps=0, is_causal=False, takes_positions=False, bounds_logits=False, is_gated=False)
 
@@ -103,3 +105,42 @@ def test_each_component_is_named_where_it_acts_and_only_if_present(
 
     assert word in words(Components(**{**vars(NONE), **component}))
     assert word not in words(NONE)
+
+
+def attention(block: int, kind: Any, *entropies: float | None) -> list[AttentionRecord]:
+    """The heads of one call, by their normalised entropy."""
+    known = [None if e is None else Statistic(e, e, e, 2) for e in entropies]
+    return [AttentionRecord(block, head, None, kind, None, each, None, None) for head, each in enumerate(known)]
+
+
+def test_heads_of_one_call_are_taken_together_and_those_without_a_figure_left_out() -> None:
+    """Self- and cross-attention of a block are two calls; each order parameter is its mean, least and largest head."""
+    heads = [*attention(0, "self", 0.25, None, 0.75), *attention(0, "cross", 0.5), *attention(1, "self", None)]
+    found = {s.phenomenon: s for s in symmetry_records([], heads, [], NONE)}
+    uniform, frozen = found["rank-collapse-width"], found["entropy-collapse"]
+    assert uniform.places == frozen.places == ["block.0", "block.0.cross", "block.1"]
+    assert frozen.order_parameter == [Statistic(0.5, 0.25, 0.75, 2), Statistic(0.5, 0.5, 0.5, 1), None]
+    assert uniform.order_parameter == frozen.order_parameter  # 1/4 and 3/4 are each other's distance from 1
+    assert uniform.unavailable.keys() == {"equivariance_defect", "slope"}
+    (alone,) = (
+        s for s in symmetry_records([], attention(0, "self", 0.25), [], NONE) if s.phenomenon == uniform.phenomenon
+    )
+    assert alone.order_parameter == [Statistic(0.75, 0.75, 0.75, 1)]
+
+
+def width_scaling(slope: float | None) -> WidthScaling:
+    return WidthScaling(0, None, "self", [8, 16], [None, None], slope, None, None, "")
+
+
+def test_only_collapse_in_width_has_a_slope_along_the_length() -> None:
+    scaling = [width_scaling(-0.5), width_scaling(None), width_scaling(0.25)]
+    for symmetry in symmetry_records([], [], [], NONE, scaling):
+        if symmetry.phenomenon == "rank-collapse-width":
+            assert symmetry.slope == Statistic(-0.125, -0.5, 0.25, 2)
+            assert symmetry.scaling == scaling
+            assert "slope" not in symmetry.unavailable
+        else:
+            assert (symmetry.slope, symmetry.scaling) == (None, [])
+            assert symmetry.unavailable["slope"] == "only collapse in width depends on the context length"
+    (unknown,) = (s for s in symmetry_records([], [], [], NONE, scaling[1:2]) if s.phenomenon == "rank-collapse-width")
+    assert (unknown.slope, unknown.unavailable["slope"]) == (None, "measured with --context-lengths")

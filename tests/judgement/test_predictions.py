@@ -74,6 +74,7 @@ def test_a_fall_in_distance(
         ([10, 10, 5], "50%", False),  # half is not less than half
         ([10, 10, 4.9], "49%", True),
         ([10, 4, 10], "40%", True),
+        ([10, 4], "40%", True),  # one block is enough
         ([2, 10, 10], "100%", False),  # the first block may tell apart what the embedding does not
         ([2, 2, 10], "20%", True),  # and the whole model's embedding counts as well
         ([10, 10, 10, 20, 10], "100%", False),  # but no later block

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from uncollapse.judgement import rates
 from uncollapse.judgement.rates import FLOOR, consensus, depth_rate, rate
+from uncollapse.measures.line_fit import LineFit
 from uncollapse.records.ablation import RateRecord
 from uncollapse.records.common import Stack, Statistic
 from uncollapse.records.diagnosis import SiteRecord
@@ -44,7 +46,7 @@ def test_what_the_figures_support(values: list[float], kind: str, floor_block: i
 
 
 def test_the_factor_is_the_geometric_mean_above_the_floor() -> None:
-    found = rate([1.0, 0.5, 0.125, 1e-18, 1e-3], EPSILON)
+    found = rate([0.8, 0.4, 0.1, 1e-18, 1e-3], EPSILON)
     assert found.factor == pytest.approx(math.sqrt(0.125))
     assert found.floor_block == 2
     between = (math.log(0.5) + math.log(0.25)) / 2
@@ -79,6 +81,39 @@ def test_a_slope_counts_only_if_its_interval_leaves_out_one() -> None:
     assert found.slope > 1.5
     assert 0 < found.slope_low < 1
     assert found.kind == "open"
+
+
+NOTHING = LineFit(None, None, None)
+DOUBLY, GEOMETRIC, OPEN = "doubly exponential", "geometric", "open"
+
+
+@pytest.mark.parametrize(
+    ("fit", "factor_high", "steps", "last", "kind"),
+    [
+        # The slope of ln r on the one before, with its interval: above 1, and half way to 3.
+        (LineFit(1.51, 1.01, 2.0), None, [-1.0], None, DOUBLY),
+        (LineFit(1.5, 1.01, 2.0), None, [-1.0], None, OPEN),
+        (LineFit(1.51, 1.0, 2.0), None, [-1.0], None, OPEN),
+        # The step onto the floor, twice the one before or more; a slope that is known must not say otherwise.
+        (NOTHING, None, [-1.0], -2.01, DOUBLY),
+        (NOTHING, None, [-1.0], -2.0, OPEN),
+        (NOTHING, None, [-9.0, -1.0], -2.01, DOUBLY),
+        (NOTHING, None, [1.0], -0.01, DOUBLY),  # beside a step upwards any fall has grown
+        (NOTHING, None, [], -9.0, OPEN),
+        (LineFit(1.2, 1.01, 1.4), None, [-1.0], -2.01, DOUBLY),
+        (LineFit(1.2, 1.0, 1.4), None, [-1.0], -2.01, OPEN),
+        # Every block takes its share, and the interval of the slope does not reach 3.
+        (NOTHING, 0.99, [-1.0], None, GEOMETRIC),
+        (NOTHING, 1.0, [-1.0], None, OPEN),
+        (LineFit(1.0, 0.5, 2.99), 0.99, [-1.0], None, GEOMETRIC),
+        (LineFit(1.0, 0.5, 3.0), 0.99, [-1.0], None, OPEN),
+        (LineFit(1.51, 1.0, 2.0), 0.99, [-1.0], None, GEOMETRIC),
+    ],
+)
+def test_the_law_of_a_fall_at_each_of_its_limits(
+    fit: LineFit, factor_high: float | None, steps: list[float], last: float | None, kind: str
+) -> None:
+    assert rates._kind(steps, last, fit, factor_high) == kind
 
 
 def site(block: int | None, distance: float | None, stack: Stack | None = None, rank: float = 3.0) -> SiteRecord:

@@ -117,16 +117,18 @@ def test_an_output_counts_as_constant_within_its_rounding(spread: float, is_know
     assert math.isnan(fit.share()) is not is_known
 
 
+@pytest.mark.parametrize("common", [0.0, 30.0])
 @pytest.mark.parametrize(("size", "is_used"), [(2.0, True), (0.5, False)])
-def test_a_direction_of_the_input_counts_above_its_rounding(size: float, is_used: bool) -> None:
-    """A second direction at `size` times the storage noise of X, and an output that is that direction."""
+def test_a_direction_of_the_input_counts_above_its_rounding(size: float, is_used: bool, common: float) -> None:
+    """A second direction at `size` times the storage noise of X as it is, and an output that is that direction."""
     eps, n = float(torch.finfo(torch.float32).eps), 64
     first, other = (np.where(np.arange(n) % period < period // 2, 1.0, -1.0) for period in (4, 2))
-    x = np.stack([first, np.zeros(n)], 1)
+    x = np.stack([first + common, np.zeros(n)], 1)
     noise = float(storage_noise(eps, torch.tensor(float(np.linalg.norm(x))), n, 2))
     x[:, 1] = other * size * noise / np.linalg.norm(other)
     fit = AffineFit()
     fit.eps = eps
+    fit.move((torch.tensor([1e3, 0.0], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)))  # counts from afar
     for held_out in (False, True):
         fit.add(torch.tensor(x), torch.tensor(other[:, None]), held_out=held_out)
     assert fit.share() == pytest.approx(0.0 if is_used else 1.0, abs=1e-6)

@@ -182,6 +182,8 @@ def test_too_few_points_have_no_figures(n: int) -> None:
         assert found.pop("effective_rank") == pytest.approx(1.0)
         assert found.pop("mean_share") == pytest.approx(1.0)
     assert set(found.values()) == {None}
+    ((whole, centred),) = corpus.spectra([cloud_of(points(n, 6, 0))], [EPS])
+    assert (whole.shape, centred.tolist()) == ((n,), [0.0] * n)  # one singular value a point
 
 
 # Laws -----------------------------------------------------------------------------------------------------------------
@@ -275,6 +277,9 @@ def test_clouds_of_other_points_are_not_compared() -> None:
     (other,) = compared([cloud_of(x, 0)], [cloud_of(x, 1)])
     (fewer,) = compared([cloud_of(x)], [cloud_of(x[:19])])
     assert (other, fewer) == (nothing, nothing)
+    for few in (0, 1):  # one point is no cloud, and has no block to pass for all others
+        (alone,) = compared([cloud_of(x[:few])], [cloud_of(2 * x[:few])])
+        assert alone == nothing
     (wider,) = compared([cloud_of(x)], [cloud_of(torch.cat([x, x], -1))])
     assert (wider.novelty, wider.cosine) == (None, None)
     assert wider.cka == pytest.approx(1.0)
@@ -405,6 +410,10 @@ def test_a_power_law_takes_the_fourth_to_the_hundredth_variance_and_ten_at_least
     assert corpus.power_law(values[:12]).slope is None
     slope = corpus.power_law(values[:13]).slope
     assert slope == pytest.approx(1.5)
+
+
+def test_where_nothing_varies_one_direction_holds_all() -> None:
+    assert corpus.directions_holding(torch.zeros(2, 3), 0.9).tolist() == [1, 1]
 
 
 def test_a_share_is_reached_where_only_rounding_is_missing() -> None:
@@ -594,7 +603,8 @@ def test_points_that_differ_by_less_than_their_rounding_have_one_direction(
 def test_a_cosine_needs_two_lengths(within: float, without: float) -> None:
     """Estimates without bias may be 0 or negative: then there is no cosine, and it is not infinite."""
     assert corpus._cosine(torch.tensor(0.5), torch.tensor(within), torch.tensor(without)).isnan()
-    assert corpus._cosine(torch.tensor(0.5), torch.tensor(0.25), torch.tensor(4.0)).item() == 0.5
+    for one, other in ((0.25, 4.0), (4.0, 0.25), (1e-6, 1e6)):
+        assert corpus._cosine(torch.tensor(0.5), torch.tensor(one), torch.tensor(other)).item() == pytest.approx(0.5)
 
 
 def test_each_cloud_has_the_rounding_of_its_own_format() -> None:
@@ -621,6 +631,24 @@ def test_no_share_is_below_zero() -> None:
         line = torch.outer(x[:, 0], x[0])
         for cloud in (line, torch.cat([line, line], 1)):  # more points than dimensions, and fewer
             assert 0 <= corpus.subspace_novelty(cloud, 3 * cloud + 1).item() < 1e-12
+
+
+def test_at_the_resolution_of_a_second_moment_itself_nothing_is_resolved() -> None:
+    """sqrt(4 eps) = 2^-25 of the largest; numbers without rounding."""
+    nothing = torch.zeros(4, dtype=torch.float64)
+    for square, count in ((2.0**-50, 1), (2.0**-48, 2)):
+        scatter = torch.diag(torch.tensor([1.0, square, 0.0, 0.0], dtype=torch.float64))
+        cloud = RunningCloud(4, 4, nothing, nothing, torch.zeros(0, 4), torch.zeros(0), scatter)
+        ((whole, centred),) = corpus.spectra([cloud], [0.0])
+        assert int((whole > 0).sum()) == int((centred > 0).sum()) == count
+
+
+def test_a_point_at_the_mean_adds_no_direction() -> None:
+    """Its row of the Gram matrix is 0, and so is an eigenvalue, exactly: nothing is divided by it."""
+    line = torch.zeros(3, 5)
+    line[0, 0], line[1, 0] = 1, -1
+    assert corpus.subspace_novelty(line, 2 * line).item() == pytest.approx(0, abs=1e-12)
+    assert corpus.subspace_novelty(line, line.roll(1, -1)).item() == pytest.approx(1)
 
 
 def test_batches_of_other_points_are_refused() -> None:

@@ -894,6 +894,14 @@ SINGLE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("name", [*MEASURES, "rank_tolerance", "after norm", "carried", "out of span"])
+@pytest.mark.parametrize("shape", [(4,), (0, 4), (2, 0, 4), (3, 0)], ids=str)
+def test_no_token_and_no_feature_make_no_cloud(name: str, shape: tuple[int, ...]) -> None:
+    x = torch.ones(shape)
+    with pytest.raises(InputError, match=r"expected a floating-point tensor with axes \(\*batch, token, width\)"):
+        SINGLE[name](x, x, torch.ones(shape[:-1], dtype=torch.bool) if len(shape) > 1 else None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", SINGLE)
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (3, 2, 4, 9), (2, 3, 7, 5)], ids=str)
 def test_each_sequence_is_measured_by_itself_whatever_its_size(name: str, shape: tuple[int, ...]) -> None:
@@ -1118,6 +1126,86 @@ def test_a_centred_cloud_of_few_tokens_is_decomposed_for_its_rank_alone(monkeypa
     found = cloud_measures(x)
     assert (found.rank.item(), found.affine_rank.item()) == (7, 7)
     assert calls.times == {"eigvalsh": 2, "svdvals": 1}
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (8, 6)], ids=str)
+def test_an_affine_rank_at_the_tolerance_is_that_of_the_singular_values(shape: tuple[int, int]) -> None:
+    """Tokens that sum to 0, whose second singular value is two parts in 10^13 above or below the tolerance: a Gram matrix that is
+    rounded once errs by more than that."""
+    tokens, width = shape
+    generator, clouds, expected = torch.Generator().manual_seed(tokens), [], []
+    for place in range(40):
+        side, small = (-1, 1)[place % 2], 0.005
+        for _ in range(5):
+            x = torch.zeros(shape, dtype=torch.float64)
+            x[0::4, 0], x[1::4, 0], x[2::4, 1], x[3::4, 1] = 1, -1, small, -small
+            values = np.linalg.svd(x.numpy(), compute_uv=False)
+            noise = 2.0**-7 * np.linalg.norm(values) * (tokens**-0.5 + width**-0.5)
+            small *= (noise + max(shape) * 2.0**-52 * values[0]) * (1 + side * 2e-13) / values[1]
+        clouds.append(x @ orthogonal(width, generator))
+        expected.append(1.5 + side / 2)
+    found = cloud_measures(torch.stack(clouds), precision=torch.bfloat16)
+    assert found.rank.tolist() == expected
+    assert found.affine_rank.tolist() == expected
+
+
+@pytest.mark.parametrize("tokens", [5, 14])
+def test_an_affine_rank_that_a_gram_cannot_tell_is_that_of_the_singular_values(tokens: int) -> None:
+    """Points on a line, and a few of them 1e-11 to 1e-9 of it away from it, some of them twice: the square of that is lost in a
+    Gram matrix of float64."""
+    generator = torch.Generator().manual_seed(tokens)
+    clouds = []
+    for place in range(24):
+        turned = orthogonal(8, generator)
+        along = torch.randint(-9, 10, (tokens,), generator=generator).double()
+        aside = torch.zeros(tokens, dtype=torch.float64)
+        aside[1:3] = 10.0 ** -(9 + place % 3)
+        x = torch.outer(along, turned[0]) + torch.outer(aside, turned[1]) + (place % 2) * turned[2]
+        x[3] = x[1]
+        clouds.append(x)
+    expected = [np.linalg.matrix_rank((x - x.mean(0)).numpy(), tol=1e-13) for x in clouds]
+    assert set(expected) == {2}
+    assert cloud_measures(torch.stack(clouds)).affine_rank.tolist() == expected
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(9, 20), (20, 9)])
+def test_singular_values_are_taken_of_the_real_tokens_alone_upright(
+    tokens: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LAPACK takes a matrix that is wider than high at twice the price. One call for all clouds of one length."""
+    lengths = [tokens, 3, 7, 3, 0, 8]
+    real = torch.arange(tokens) < torch.tensor(lengths)[:, None]
+    x = torch.randn(6, tokens, width, dtype=torch.float64)
+    expected = [np.linalg.svd(one[:n].numpy(), compute_uv=False) for one, n in zip(x, lengths, strict=True)]
+    seen: list[tuple[int, ...]] = []
+    whole = torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda a: (seen.append(tuple(a.shape)), whole(a))[1])
+    x[~real] = math.nan  # whatever padding holds
+    found = geometry._exact_values(x, real)
+    for values, sought in zip(found, expected, strict=True):
+        np.testing.assert_allclose(values[: len(sought)], sought, rtol=1e-12)
+        assert not values[len(sought) :].any()
+    counts = {n: (lengths.count(n), max(n, width), min(n, width)) for n in (3, 7, 8, tokens)}
+    assert [shape for shape in seen if shape[-1] > 1] == list(counts.values())
+
+
+@pytest.mark.parametrize(("roundings", "is_known"), [(1, False), (2, True)])
+def test_an_output_that_moves_by_one_rounding_is_constant(roundings: int, is_known: bool) -> None:
+    """All held-out outputs are 1, all others one or two epsilons less: numbers without rounding."""
+    held_out = torch.randperm(8, generator=torch.Generator().manual_seed(0))[:2]
+    y = torch.full((8, 1), 1 - roundings * 2.0**-23)
+    y[held_out] = 1
+    share = geometry.nonlinear_innovation(torch.arange(8.0)[:, None], y).item()
+    assert math.isnan(share) is not is_known
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_the_tolerance_of_one_token_or_two(tokens: int) -> None:
+    """2^-7 of the norm times 1/sqrt n + 1/2, and four roundings of float64 of the only singular value."""
+    x = torch.full((tokens, 4), 3.0, dtype=torch.float64)
+    size = 6 * tokens**0.5
+    expected = 2.0**-7 * size * (tokens**-0.5 + 0.5) + 4 * 2.0**-52 * size
+    assert geometry.rank_tolerance(x, precision=torch.bfloat16).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_no_energy_outside_of_the_span_is_below_zero() -> None:

@@ -347,6 +347,17 @@ def test_energies_are_those_of_the_contributions_written_out(dtype, side):
         close(heads.contribution_energy(O, W, HEADS, grams=grams), 4 * found.numpy(), tolerance)
 
 
+@pytest.mark.parametrize("axes", [(), (2,), (2, 3)])
+def test_energies_of_real_tokens_have_any_leading_axes(axes):
+    W, O = projection(), torch.randn(*axes, 7, MIXED, dtype=torch.float64) + 3
+    mask = torch.rand(*axes, 7) < 0.7
+    mask[..., :2] = True
+    found = heads.contribution_energy(O, W, HEADS, mask)
+    for place in np.ndindex(axes):
+        expected = reference.contribution_energy(O[place][mask[place]].numpy(), W.numpy(), HEADS)
+        close(found[place], expected, 1e-12)
+
+
 def test_energies_do_not_see_a_value_bias_nor_round_under_autocast():
     W, O = projection(dtype=torch.float32), torch.randn(7, MIXED)
     expected = heads.contribution_energy(O, W, HEADS)
@@ -391,12 +402,29 @@ def test_gates_separate_as_many_heads_as_they_have_profiles():
     assert heads.gate_conditioning(profiles, tol=float(sigma[1:].mean())) == math.inf
 
 
+@pytest.mark.parametrize(("part", "rank"), [(0.8, 1), (1.2, 2)])
+def test_gates_count_above_their_rounding_and_that_of_the_decomposition(part, rank):
+    """eps ||G|| (1/sqrt m + 1/sqrt H) of the format, and max(m, H) roundings of sigma_1. Two profiles at right angles."""
+    m, eps = 64, 2.0**-52
+    G = torch.ones(m, 2, dtype=torch.float64)
+    sign = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(m // 2)
+    first = math.sqrt(2 * m)
+    cut = eps * first * (m**-0.5 + 2**-0.5) + m * eps * first
+    small = part * cut / first
+    G[:, 0] += small * sign
+    G[:, 1] -= small * sign
+    assert heads.gate_rank(G) == rank
+
+
 @pytest.mark.parametrize(
     ("kernel", "gain", "verdict"),
     [
         (0, 1.0, "attributable"),
         (0, 10.0, "attributable"),
         (0, 10.1, "attributable with care (noise gain 10.1)"),
+        (0, 999.4, "attributable with care (noise gain 999)"),
+        (0, 1000.0, "attributable with care (noise gain 1,000)"),  # and not 1e+03
+        (0, 12345.6, "attributable with care (noise gain 12,346)"),
         (0, math.inf, "not attributable (write spaces dependent to within rounding)"),
         (3, 2.0, "not attributable (kernel 3)"),
         (3, math.inf, "not attributable (kernel 3)"),
@@ -430,6 +458,30 @@ def test_the_verdict_in_words(kernel, gain, verdict):
 def test_unusable_input_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+O, W, FITS = torch.ones(3, 5, 4), torch.ones(4, 6), torch.ones(2, 2, 2)
+OUTPUTS = r"expected head_outputs\[\.\.\., token, mixed\] with mixed = 4"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "heads_", "more", "message"),
+    [
+        (O[0, 0], 2, {}, OUTPUTS),  # one token without an axis of its own
+        (O[..., :3], 2, {}, OUTPUTS),
+        (O, 2, {"grams": torch.ones(2, 3, 3)}, OUTPUTS),
+        (O, 2, {"grams": torch.ones(1, 4, 4)}, OUTPUTS),
+        (O, 4, {"grams": FITS}, OUTPUTS),
+        (O, 2, {"mask": torch.ones(3, 5)}, "expected boolean mask"),
+        (O, 2, {"mask": torch.ones(5, dtype=torch.bool)}, "expected boolean mask"),
+        (O.long(), 2, {}, "expected floating-point head_outputs"),
+    ],
+)
+def test_each_single_thing_that_does_not_fit_is_refused(outputs, heads_, more, message):
+    for function in (heads.contribution_energy, heads.energy_share):
+        with pytest.raises(InputError, match=f"{function.__name__}: {message}"):
+            function(outputs, W, heads_, **more)
+        assert function(O, W, 2, grams=FITS).shape == (3, 2)
 
 
 # Beside random weights --------------------------------------------------------------------------------------------------

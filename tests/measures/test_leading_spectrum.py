@@ -288,6 +288,20 @@ def test_as_many_matrices_are_at_work_as_there_is_room_for(monkeypatch, kept, pa
     assert torch.equal(spectrum.error, every + 300)
 
 
+@pytest.mark.parametrize(("direct", "bytes_each"), [(5, 4), (6, 8)])
+@pytest.mark.parametrize(("queries", "keys"), [(6, 9), (9, 6)])
+def test_a_matrix_takes_four_bytes_a_weight_and_eight_if_it_is_decomposed(
+    monkeypatch, direct, bytes_each, queries, keys
+):
+    """In single precision; all heads of a group are made at once from queries and keys."""
+    sizes = []
+    monkeypatch.setattr(mixing, "DIRECT", direct)
+    monkeypatch.setattr(mixing, "_over_parts", lambda found, *counts: sizes.append(counts))
+    mixing.leading_spectrum(torch.randn(2, 6, queries, 3), torch.randn(2, 2, keys, 3))
+    mixing.leading_spectrum_from_weights(torch.rand(2, 6, queries, keys))
+    assert sizes == [(2, 2, 3 * 54 * bytes_each), (2, 6, 54 * bytes_each)]
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(22, 26), (26, 22)])
 def test_up_to_where_matrices_are_decomposed_and_lie_in_memory(monkeypatch, queries, keys):
     """Decomposed up to `DIRECT` rows or keys; beyond it made anew if all heads of a group, in single precision, are too large."""
@@ -524,3 +538,15 @@ def test_ordinary_matrices_take_no_second_look(monkeypatch):
     asked.clear()
     mixing.leading_spectrum_from_weights(weights[:, :1, :100])
     assert asked == [1]
+
+
+@pytest.mark.parametrize(("part", "anew"), [(0.9, 1), (1.1, 0)])
+@pytest.mark.parametrize("first", [0.05, 20.0])
+def test_a_value_below_a_ten_thousandth_of_the_largest_is_decomposed_anew(first, part, anew, monkeypatch):
+    asked, whole = [], mixing._decomposed
+    monkeypatch.setattr(mixing, "DIRECT", 0)
+    monkeypatch.setattr(mixing, "_decomposed", lambda A, *a: (asked.append(len(A)), whole(A, *a))[1])
+    A = torch.stack([of_spectrum([first, part * 1e-4 * first], 40, 50), of_spectrum([first, first / 2], 40, 50, 1)])
+    found = mixing._dense_spectrum(A, torch.ones(2, 40, dtype=torch.bool), torch.ones(2, 50, dtype=torch.bool))
+    assert sum(asked) == anew
+    np.testing.assert_allclose(found.second, [part * 1e-4 * first, first / 2], rtol=1e-7)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uncollapse.measures.line_fit import line_fit
+from uncollapse.measures.line_fit import line_fit, mean_interval
 
 POINTS = st.lists(st.tuples(st.integers(-20, 20), st.integers(-20, 20)), min_size=3, max_size=9)
 
@@ -31,6 +31,30 @@ def test_the_interval_is_students(count: int, quantile: float) -> None:
     fit = line_fit(list(x), list(y))
     assert fit.low == pytest.approx(slope - quantile * error)
     assert fit.high == pytest.approx(slope + quantile * error)
+
+
+@pytest.mark.parametrize("count", [4, 7])
+def test_weights_are_those_of_polyfit(count: int) -> None:
+    rng = np.random.default_rng(count)
+    x, y, weights = rng.normal(size=count), rng.normal(size=count), rng.uniform(0.1, 4, size=count)
+    (slope, _), cov = np.polyfit(x, y, 1, w=weights**0.5, cov=True)
+    fit = line_fit(list(x), list(y), list(weights))
+    half = {4: 4.303, 7: 2.571}[count] * cov[0, 0] ** 0.5
+    assert fit == pytest.approx((slope, slope - half, slope + half), rel=1e-9)
+
+
+def test_a_line_far_above_zero_keeps_its_slope() -> None:
+    """Integers beside 2^40, at places whose mean is no binary fraction: y enters as its distance from its own mean."""
+    x, y = [0.0, 1.0, 3.0], [2.0**40, 2.0**40 + 3, 2.0**40 + 9]
+    assert line_fit(x, y) == pytest.approx((3.0, 3.0, 3.0), abs=1e-9)
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    values = [1.0, 2.0, 4.0, 8.0]
+    half = 3.182 * np.std(values, ddof=1) / 2
+    assert mean_interval(values) == pytest.approx((3.75 - half, 3.75 + half))
+    assert mean_interval([1.0, 3.0]) == pytest.approx((2 - 12.706, 2 + 12.706))
+    assert mean_interval([1.0]) is None
 
 
 def test_what_cannot_be_said_is_none() -> None:

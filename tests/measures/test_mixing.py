@@ -546,6 +546,88 @@ def test_unusable_input_is_named(call, message):
         call(*queries_and_keys())
 
 
+Q_K = {"q": torch.zeros(2, 4, 9, 3), "k": torch.zeros(2, 2, 7, 3)}
+WEIGHTS = {"weights": torch.full((2, 4, 9, 7), 1 / 7)}
+ONE_WRONG: dict[str, tuple[dict[str, torch.Tensor], str]] = {
+    "q of three axes": ({**Q_K, "q": torch.zeros(4, 9, 3)}, "a multiple of group"),
+    "k of three axes": ({**Q_K, "k": torch.zeros(2, 7, 3)}, "a multiple of group"),
+    "both of five": ({"q": torch.zeros(1, 2, 4, 9, 3), "k": torch.zeros(1, 2, 2, 7, 3)}, "a multiple of group"),
+    "q of integers": ({**Q_K, "q": Q_K["q"].long()}, "a multiple of group"),
+    "k of integers": ({**Q_K, "k": Q_K["k"].long()}, "a multiple of group"),
+    "other batches": ({**Q_K, "k": torch.zeros(1, 2, 7, 3)}, "a multiple of group"),
+    "other widths": ({**Q_K, "k": torch.zeros(2, 2, 7, 1)}, "a multiple of group"),
+    "no queries": ({**Q_K, "q": torch.zeros(2, 4, 0, 3)}, "a multiple of group"),
+    "no keys": ({**Q_K, "k": torch.zeros(2, 2, 0, 3)}, "a multiple of group"),
+    "fewer heads than groups": ({**Q_K, "q": torch.zeros(2, 1, 9, 3)}, "a multiple of group"),
+    "a mask of five axes": ({**Q_K, "allowed": torch.ones(1, 1, 1, 9, 7, dtype=torch.bool)}, "boolean allowed"),
+    "of other sequences": ({**Q_K, "allowed": torch.ones(3, 1, 1, 1, dtype=torch.bool)}, "boolean allowed"),
+    "of groups": ({**Q_K, "allowed": torch.ones(2, 1, 1, dtype=torch.bool)}, "boolean allowed"),
+    "of other queries": ({**Q_K, "allowed": torch.ones(8, 1, dtype=torch.bool)}, "boolean allowed"),
+    "of other keys": ({**Q_K, "allowed": torch.ones(9, dtype=torch.bool)}, "boolean allowed"),
+    "a bias of integers": ({**Q_K, "bias": torch.zeros(9, 7, dtype=torch.long)}, "floating-point bias"),
+    "a boolean bias": ({**Q_K, "bias": torch.ones(9, 7, dtype=torch.bool)}, "floating-point bias"),
+    "keys marked by numbers": ({**Q_K, "key_mask": torch.ones(2, 7)}, "boolean key_mask"),
+    "keys of one sequence": ({**Q_K, "key_mask": torch.ones(7, dtype=torch.bool)}, "boolean key_mask"),
+    "queries for keys": ({**Q_K, "key_mask": torch.ones(2, 9, dtype=torch.bool)}, "boolean key_mask"),
+    "keys for queries": ({**Q_K, "query_mask": torch.ones(2, 7, dtype=torch.bool)}, "boolean query_mask"),
+    "weights of three axes": ({"weights": torch.ones(4, 9, 7)}, "floating-point weights"),
+    "weights of five": ({"weights": torch.ones(1, 2, 4, 9, 7)}, "floating-point weights"),
+    "weights of integers": ({"weights": torch.ones(2, 4, 9, 7, dtype=torch.long)}, "floating-point weights"),
+    "no weights": ({"weights": torch.ones(2, 4, 9, 0)}, "floating-point weights"),
+    "other logits": ({**WEIGHTS, "logits": torch.zeros(2, 4, 9, 8)}, "floating-point weights"),
+    "logits of integers": ({**WEIGHTS, "logits": torch.zeros(2, 4, 9, 7, dtype=torch.long)}, "floating-point weights"),
+    "weights, keys of one sequence": ({**WEIGHTS, "key_mask": torch.ones(7, dtype=torch.bool)}, "boolean key_mask"),
+    "weights, keys for queries": ({**WEIGHTS, "query_mask": torch.ones(2, 7, dtype=torch.bool)}, "boolean query_mask"),
+}
+
+
+@pytest.mark.parametrize("case", ONE_WRONG)
+def test_each_single_thing_that_does_not_fit_is_refused_by_its_name(case):
+    tensors, message = ONE_WRONG[case]
+    calls = [mixing.row_statistics_from_weights] if "weights" in tensors else [mixing.row_statistics]
+    if not {"logits", "allowed", "bias"} & tensors.keys():
+        calls.append(mixing.leading_spectrum_from_weights if "weights" in tensors else mixing.leading_spectrum)
+    for call in calls:
+        with pytest.raises(InputError, match=f"{call.__name__}: expected .*{message}"):
+            call(**tensors)
+
+
+MATRIX_MEASURES = (mixing.entropy, mixing.contraction, mixing.spectral_gap, mixing.dobrushin)
+
+
+@pytest.mark.parametrize("measure", MATRIX_MEASURES)
+@pytest.mark.parametrize(
+    ("weights", "mask"),
+    [
+        (torch.ones(3), None),
+        (torch.ones(3, 4, dtype=torch.long), None),
+        (torch.ones(2, 0, 4), None),
+        (torch.ones(2, 4, 0), None),
+        (torch.ones(2, 3, 4), torch.ones(2, 4)),
+        (torch.ones(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)),
+        (torch.ones(2, 3, 4), torch.ones(3, 4, dtype=torch.bool)),
+        (torch.ones(2, 3, 4), torch.ones(2, 3, 4, dtype=torch.bool)),
+    ],
+    ids=str,
+)
+def test_matrix_measures_refuse_each_single_thing_that_does_not_fit(measure, weights, mask):
+    with pytest.raises(InputError, match=rf"{measure.__name__}: expected (floating-point weights|boolean mask)\["):
+        measure(weights, mask)
+
+
+@pytest.mark.parametrize("measure", MATRIX_MEASURES)
+def test_a_mask_stands_for_the_first_axes_of_the_weights_or_for_all(measure):
+    """One mask for every matrix, one a sequence, one a head."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(2, 3, 5, 5, generator=generator, dtype=torch.float64).softmax(-1)
+    mask = torch.rand(2, 3, 5, generator=generator) > 0.3
+    for one in (mask, mask[:, 0], mask[0, 0]):
+        found = measure(weights, one)
+        for b, h in itertools.product(range(2), range(3)):
+            own = one[(b, h)[: one.ndim - 1]]
+            np.testing.assert_allclose(found[b, h], measure(weights[b, h], own), rtol=1e-12)
+
+
 # What findings read: the row without its strongest key, and the share of the keys ------------------------------------------
 
 
@@ -694,10 +776,10 @@ def test_what_was_found_cannot_be_changed() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_half_of_the_lowest_number_is_where_forbidden_begins(dtype: torch.dtype) -> None:
     lowest = torch.finfo(dtype).min
-    given = torch.tensor([0.0, 0.0, 0.45 * lowest, 0.55 * lowest], dtype=dtype).view(1, 1, 1, 4)
+    given = torch.tensor([0.0, 0.0, 0.45 * lowest, 0.5 * lowest, 0.55 * lowest], dtype=dtype).view(1, 1, 1, 5)
     q = torch.ones(1, 1, 1, 1, dtype=dtype)
-    assert mixing.row_statistics(q, torch.zeros(1, 1, 4, 1, dtype=dtype), bias=given).allowed_keys.item() == 3
-    weights = torch.tensor([0.5, 0.5, 0.0, 0.0], dtype=dtype).view(1, 1, 1, 4)
+    assert mixing.row_statistics(q, torch.zeros(1, 1, 5, 1, dtype=dtype), bias=given).allowed_keys.item() == 3
+    weights = torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0], dtype=dtype).view(1, 1, 1, 5)
     assert mixing.row_statistics_from_weights(weights, given).allowed_keys.item() == 3
 
 
@@ -1123,3 +1205,14 @@ def test_a_masked_key_is_as_good_as_none_in_every_route(held):
         found = mixing.row_statistics(q, dirty, key_mask=mask, scale=scale, susceptibility=True)
         for name in ("entropy", "entropy_floor", "max_logit", "susceptibility", "allowed_keys"):
             close(getattr(found, name), getattr(expected, name).double().numpy(), 2e-5)
+
+
+@pytest.mark.parametrize("far", [1e3, 1e36, 1e40, 1e100])
+def test_what_is_left_of_a_row_does_not_depend_on_how_far_below_it_lies(far):
+    """Twenty others that are all alike: as spread as can be, and all within reach of each other."""
+    k = torch.full((1, 1, 21, 1), -far, dtype=torch.float64)
+    k[0, 0, 7] = 0
+    rows = mixing.row_statistics(torch.ones(1, 1, 1, 1, dtype=torch.float64), k, scale=1.0)
+    assert (rows.entropy.item(), rows.max_logit.item()) == (0, 0)
+    assert rows.rest_entropy.item() == pytest.approx(1)
+    assert rows.keys_within_reach.item() == 1

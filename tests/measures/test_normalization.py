@@ -286,8 +286,19 @@ def test_batches_masks_and_dtypes():
     assert change.affine_rank.dtype == torch.int64
     assert isinstance(singles[0].affine_rank, int)
     assert isinstance(rank_change([[1, 2]]).affine_rank, int)
+    y = torch.tensor(
+        [[[0.0, 0, 1], [0, 1, 1], [0, 2, 1]], [[0, 1, 3], [1, 2, 4], [2, 3, 5]], [[1, 5, 2], [7, 1, 1], [2, 2, 9]]]
+    )
+    change, singles = rank_change(y), [rank_change(exact.rational(one)) for one in y]
+    assert [b.tolist() for b in change.brackets] == [list(b) for b in zip(*(s.brackets for s in singles), strict=True)]
+    assert len({str(b.tolist()) for b in change.brackets}) == 3  # no bracket may stand for another
+    for name in ("before", "after"):
+        for part in ("rank", "affine_rank"):
+            together = getattr(getattr(change, name), part).tolist()
+            assert together == [getattr(getattr(single, name), part) for single in singles]
     nobody = rank_change(x, mask=torch.zeros(2, 3, dtype=torch.bool))
     assert nobody.rank.tolist() == [0, 0]
+    assert [bracket.tolist() for bracket in nobody.brackets] == [[0, 0]] * 3
 
 
 def test_a_torch_layer_norm_is_the_layer_described():

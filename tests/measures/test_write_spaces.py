@@ -190,6 +190,7 @@ def test_of_a_large_map_a_few_blocks_of_eight_are_enough() -> None:
     largest, asked = asked_for(513, lambda x: values[:, None] * x)
     assert largest == pytest.approx(1, rel=1e-12)
     assert asked == [8] * 5
+    assert asked_for(513, lambda x: 0 * x) == (0, [8] * 5)  # nothing is left to be sought
     slower = torch.linspace(0, 1, 513, dtype=torch.float64).square()
     largest, asked = asked_for(513, lambda x: slower[:, None] * x)
     assert largest == pytest.approx(1, rel=1e-12)

@@ -11,18 +11,20 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from rich.console import Console
-from studies.references import clouds
+from studies import corpus_geometry
+from studies.references import clouds, pooled_outputs
 from studies.validity.models import SUBJECTS
 
 import uncollapse as uc
 from tests.helpers import heads_samples
 from tests.helpers import records_samples as samples
 from tests.helpers.own_models import OwnGPT
-from tests.helpers.pages import Page
+from tests.helpers.pages import Page, references_of
 from tests.helpers.sweep_samples import swept
 from tests.helpers.tiny_models import text_batch
 from tests.report.test_anatomy import anatomy
@@ -72,12 +74,35 @@ def test_a_model_measured_again_gives_its_ranges() -> None:
 def test_the_clouds_of_a_corpus_measured_again_have_their_ranges() -> None:
     """MiniLM on 64 texts."""
     stored = next(each for each in healthy_models() if each.name == "minilm").ranges
-    found = clouds("minilm")
+    found = clouds("minilm") | pooled_outputs("minilm", causal=False)
     assert found.keys() == {name for name in stored if name.startswith("corpus.")}
-    assert {name.split(".")[1] for name in found} == {"mean", "last", "first", "tokens", "few tokens"}
+    assert {name.split(".")[1] for name in found} == {"mean", "last", "first", "tokens", "few tokens", "own"}
     for name, values in found.items():
         assert values == pytest.approx(stored[name], rel=0.02, abs=1e-3), name
     assert all(0 < high <= 1 for name, (_, high) in found.items() if name.rpartition(".")[2] in healthy.CORPUS_SHARES)
+
+
+def test_beside_an_own_pooling_stand_the_models_outputs_pooled() -> None:
+    """MiniLM's last states on 64 texts, pooled by hand in double precision."""
+    model, batches = corpus_geometry.MODELS["minilm"][1]()
+    means, firsts = [], []
+    for batch in batches:
+        with torch.no_grad():
+            states = model(**batch).last_hidden_state.double().numpy()
+        for sequence, mask in zip(states, batch["attention_mask"].bool().numpy(), strict=True):
+            means.append(sequence[mask].mean(0))
+            firsts.append(sequence[0])
+    stored = next(each for each in healthy_models() if each.name == "minilm").ranges
+    cosines, ranks = [], []
+    for points in (np.stack(means), np.stack(firsts)):
+        unit = points / np.linalg.norm(points, axis=1, keepdims=True)
+        n = len(points)
+        cosines.append(((unit @ unit.T).sum() - n) / (n * (n - 1)))
+        sizes = np.linalg.svd(points - points.mean(0), compute_uv=False)[: n - 1]
+        shares = sizes / sizes.sum()
+        ranks.append(np.exp(-(shares * np.log(shares)).sum()) / (n - 1))
+    assert stored["corpus.own.mean_cosine"] == pytest.approx(sorted(cosines), rel=0.01)
+    assert stored["corpus.own.centred_effective_rank"] == pytest.approx(sorted(ranks), rel=0.01)
 
 
 def causal(is_causal: bool | None, placement: str, name: str = "a model") -> Any:
@@ -188,13 +213,16 @@ def test_every_figure_of_the_corpus_stands_beside_that_of_models_whose_corpus_wa
     assert all(any(name.startswith("corpus.") for name in model.ranges) for model in kind.models)
     assert references(causal(False, "pre"), "corpus").kind == "5 healthy models with a full mask"
     for table, part in (("corpus-mean", "mean"), ("corpus-tokens", "few tokens")):
-        beside = titles_with_reference(page, table)
+        beside = references_of(page, table)
         bare = {"site", "points", "attainable rank", "attainable centred rank"}
         assert {title for title, words in beside.items() if not words} == bare
         lows, highs = extremes(kind, f"corpus.{part}.centred_effective_rank")
         assert beside["centred effective rank"] == f"healthy {in_percent(min(lows), max(highs))} of attainable"
         assert beside["mean cosine"] == f"healthy {kind.words(f'corpus.{part}.mean_cosine')}"
-    assert not any(titles_with_reference(page, "corpus-own").values())
+    own = references_of(page, "corpus-own")
+    between = {"novelty", "CKA", "unbiased CKA", "cosine to the block before"}
+    assert {title for title, words in own.items() if not words} == bare | (between & own.keys())
+    assert own["mean cosine"] == f"healthy {kind.words('corpus.own.mean_cosine')}" != beside["mean cosine"]
     assert kind.sentence in page.text
     assert "24 to 64 sequences of at most 64 tokens" in kind.sentence
     lows, highs = extremes(kind, "corpus.mean.centred_effective_rank")
@@ -203,33 +231,23 @@ def test_every_figure_of_the_corpus_stands_beside_that_of_models_whose_corpus_wa
     assert f"In {kind.kind}: directions {share} of attainable, mean cosine {cosine}." in printed(record)
 
 
-def titles_with_reference(page: Page, table: str) -> dict[str, str]:
-    """The reference under each title of a table."""
-    head = page.text.split(f'<table id="{table}"')[1].split("</thead>")[0]
-    found = {}
-    for cell in head.split("<th ")[1:]:
-        title = cell.split("<span>")[1].split("</span>")[0]
-        found[title] = cell.split('class="reference">')[1].split("</small>")[0] if "reference" in cell else ""
-    return found
-
-
 def test_every_figure_of_a_table_has_a_reference_under_its_title() -> None:
     page = Page(draw(replace(samples.translation(), anatomy=anatomy(0))))
-    beside = titles_with_reference(page, "attention-encoder-self-table")
+    beside = references_of(page, "attention-encoder-self-table")
     bare = {"block", "head", "route", "entropy", "entropy floor"}  # the last two stand beside the normalized entropy
     assert {title for title, words in beside.items() if not words} == bare
-    sites = titles_with_reference(page, "depth-encoder-table")
+    sites = references_of(page, "depth-encoder-table")
     assert {title for title, words in sites.items() if not words} == {
         "site",
         "attainable rank",  # what the ranks are compared with
         "attainable affine rank",
     }
     assert "% of attainable" in sites["effective rank"]
-    heads = titles_with_reference(page, "heads-table")
+    heads = references_of(page, "heads-table")
     assert heads["kernel"] == "forced by the shape: 0"
     assert heads["largest overlap"].startswith("random pair 0.125; healthy ")
     assert heads["largest energy share"].startswith("even 0.125; healthy ")
-    updates = titles_with_reference(page, "updates-encoder-table")
+    updates = references_of(page, "updates-encoder-table")
     assert updates["relative norm"].startswith("healthy: attention ")
     assert "; MLP " in updates["relative norm"]
 
@@ -285,11 +303,11 @@ def test_a_worst_value_is_compared_with_worst_values() -> None:
 def test_the_page_and_the_printout_of_heads_say_what_is_healthy_and_what_is_random() -> None:
     record = heads_samples.healthy()
     kind, page = references(record), Page(draw(record))
-    blocks = titles_with_reference(page, "blocks-table")
+    blocks = references_of(page, "blocks-table")
     assert blocks["relative noise gain"] == f"healthy {kind.words('heads.condition_number')}"
     assert blocks["largest overlap"].endswith(f"; healthy {kind.words('heads.largest_overlap')}")
     assert "times that" in blocks["largest energy share"]
-    heads = titles_with_reference(page, "heads-table")
+    heads = references_of(page, "heads-table")
     assert "healthy" not in " ".join(heads.values())
     assert heads["energy share"] == blocks["largest energy share"].partition(";")[0]
     assert f"healthy: {kind.highest('heads.condition_number')}" in page.text
@@ -303,11 +321,11 @@ def test_an_ablation_stands_beside_healthy_models_which_are_whole() -> None:
     consensus = kind.words("trajectory.consensus_distance")
     assert f"healthy: {consensus}" in page.text
     assert f"Healthy models: {consensus}." in page.text
-    quality = titles_with_reference(page, "quality-table")
+    quality = references_of(page, "quality-table")
     assert quality["lowest consensus distance"] == f"healthy {consensus}"
     assert quality["lowest affine rank"].startswith("healthy lowest ")
     assert quality["output shift"] == ""  # a distance from the whole model
-    assert titles_with_reference(page, "every-table")["token similarity"].startswith("healthy ")
+    assert references_of(page, "every-table")["token similarity"].startswith("healthy ")
     assert f"r {consensus.replace(' … ', ' to ')}," in printed(record)
 
 
@@ -350,7 +368,7 @@ def test_a_sweep_has_those_of_each_of_its_runs() -> None:
     record = replace(record, runs=runs)
     kinds = [references(run) for run in runs]
     page = Page(draw(record))
-    titles = titles_with_reference(page, "checkpoints-table")
+    titles = references_of(page, "checkpoints-table")
     assert titles["largest logit"] == "; or ".join(f"healthy {kind.worst('max_logit')}" for kind in kinds)
     assert titles["consensus distance after normalisation"].startswith("healthy ")
     assert titles["findings"] == titles["step"] == ""
@@ -383,7 +401,7 @@ def test_an_attribution_says_what_random_weights_have() -> None:
     torch.manual_seed(0)
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 64}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
-    titles = titles_with_reference(
+    titles = references_of(
         Page(draw(uc.attribute(model, text_batch(), uc.logit_difference(5, 7)).record)), "heads-table"
     )
     median = random_noise_gain(4, 8, 32).single[1]

@@ -18,6 +18,7 @@ PAGES: dict[str, Callable[[], Any]] = {
     "30-blocks": lambda: records_samples.sized(30, 9),
     "48-blocks": lambda: records_samples.sized(48, 64),
     "translation": records_samples.translation,
+    "corpus": records_samples.with_corpus,
     "heads": heads_samples.mixed,
     "symmetries": records_samples.symmetries,
     "ablation": records_samples.ablation,
@@ -65,6 +66,7 @@ def test_pictures_to_look_at(browser: Browser, folder: Path, name: str) -> None:
             browser.picture(ARTEFACTS / f"{name}-{width}-{'dark' if dark else 'light'}.png")
             assert browser.value("document.documentElement.scrollWidth") == width
     assert 1 < browser.print(ARTEFACTS / f"{name}.pdf") < 30
+    assert Browser.scale(ARTEFACTS / f"{name}.pdf") == pytest.approx(1.0, abs=0.02), "something is wider than the sheet"
     assert browser.complaints() == []
 
 

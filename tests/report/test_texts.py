@@ -93,6 +93,16 @@ def test_what_is_alike_everywhere_is_not_said_from_one_to_the_other() -> None:
     assert said.startswith("The consensus distance is 0.500 at the embedding and at block 5 (healthy: ")
 
 
+def test_a_rank_that_is_lowest_at_the_embedding_does_not_fall() -> None:
+    """Repeated tokens are one point there."""
+    record = records_samples.encoder()
+    first = record.trajectory[0]
+    assert first.affine_rank is not None
+    low = replace(first, affine_rank=replace(first.affine_rank, mean=0.75 * first.affine_rank.mean))
+    (_, said) = depth_sentences(replace(record, trajectory=[low, *record.trajectory[1:]]))
+    assert said == "The affine rank is lowest at the embedding: 75 % of the attainable."
+
+
 def test_many_places_of_one_rule_are_one_short_line() -> None:
     findings = [replace(records_samples.SHARP_HEAD, block=block, head=head) for block in range(13) for head in range(4)]
     console = Console(file=io.StringIO(), width=100)

@@ -256,6 +256,11 @@ def require_options(function: Callable[..., object], probe: ProbeOptions, *, lev
     if level not in ("core", "full"):
         raise InputError(f"{function.__name__}: expected level 'core' or 'full', got {level!r}. Pass one of the two.")
     _require_in_bounds(function.__name__, chosen)
+    if chosen["progress"] is not None and not callable(chosen["progress"]):
+        raise InputError(
+            f"{function.__name__}: expected progress as a function of (what, done, total), got {chosen['progress']!r}. In Python "
+            "no progress is shown unless it is asked for. Leave it out."
+        )
     return chosen
 
 

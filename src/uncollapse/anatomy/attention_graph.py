@@ -27,6 +27,8 @@ _JOINS = frozenset(["cat", "concat", "concatenate"])
 _JOINING = frozenset(["add", "sub", "masked_fill", "where", "setitem"])
 _SOFTMAXES = frozenset(["softmax", "special_softmax", "log_softmax"])
 _EXPONENTIALS = frozenset(["exp", "exp2"])
+# These take the shape of a tensor, and nothing of what it holds.
+_SHAPED_LIKE = frozenset(["full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones"])
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,11 @@ def _masking(t: Trace, between: Iterable[int], similarity: Iterable[int]) -> tup
     for index in between:
         node = t.nodes[index]
         if node.operation in BY_RESULT:
-            own = [number for number, i in enumerate(node.inputs) if t.nodes[i].shape == node.shape and of_them(i)]
+            own = [
+                number
+                for number, i in enumerate(node.inputs)
+                if t.nodes[i].shape == node.shape and of_them(i) and t.nodes[i].operation not in _SHAPED_LIKE
+            ]
             if len(own) == 1 and not any(t.is_learned_from(i) for i in node.inputs if not of_them(i)):
                 found.append((index, own[0]))
         if node.operation not in MASKING:

@@ -39,6 +39,7 @@ class ChangedPath(UncollapseError):  # noqa: N818 - what is found, as in the oth
 
 
 Handler = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Paths = Mapping[tuple[str, int], Mapping[str, int]]  # by module and run: how often its own code did each operation
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ class _Handling(threading.local):
 
 
 _handling = _Handling()
+
+
+def aside() -> contextlib.AbstractContextManager[None]:
+    """Within the block nothing that this thread computes counts as an operation of a model, or meets a handler."""
+    return _handling.set(True)
 
 
 def _as_the_models_own(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -253,12 +259,14 @@ def intercepted(
     within: nn.Module | None = None,
     strict: bool = True,
     everywhere: bool = False,
+    paths: Paths | None = None,
 ) -> Iterator[None]:
     """Within the block the handlers act in every pass of `model`, or of its module `within`, run by itself; see `counted`. They
     act in the thread that entered the block; `everywhere`: in whatever thread runs the model.
 
     With `strict`, a run of an owner that misses one of its points raises `UncollapseError`: nothing is measured or
-    changed at a wrong place without a word.
+    changed at a wrong place without a word. With `paths`, so does a run of an owner that is not among them, or whose own code
+    does an operation that is acted on more or less often than there: a loop that goes on, or stops, would have other points.
     """
     by_owner: dict[str, dict[Point, Handler]] = {}
     for point, handler in handlers.items():
@@ -270,7 +278,7 @@ def intercepted(
         run_eagerly.hold(changes)
         runs = changes.enter(counted(model, by_owner, within))
         for owner, standing in by_owner.items():
-            _wrap(changes, model.get_submodule(owner), owner, standing, runs, strict, thread)
+            _wrap(changes, model.get_submodule(owner), owner, standing, runs, strict, thread, paths)
         yield
 
 
@@ -313,6 +321,7 @@ def _wrap(
     runs: Runs,
     strict: bool,
     thread: int | None,
+    paths: Paths | None,
 ) -> None:
     def down(*_: Any) -> None:
         for mode in runs.modes.get(name, [])[-1:]:
@@ -325,9 +334,14 @@ def _wrap(
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if thread not in (None, threading.get_ident()):
+            if thread not in (None, threading.get_ident()) or _handling.within:
                 return original(*args, **kwargs)
             run = runs.begin(name)
+            if paths is not None and (name, run) not in paths:
+                raise ChangedPath(
+                    f"intercept: expected {max(r for n, r in paths if n == name) + 1} runs of {name or 'the model'} in a pass, "
+                    "got one more. What it does there was never looked at. Run the model on inputs of one kind."
+                )
             wanted = {point: handler for point, handler in standing.items() if point.is_in_run(run)}
             if not wanted:
                 return original(*args, **kwargs)
@@ -353,6 +367,13 @@ def _wrap(
                     f"intercept: expected {Point(name, run, operation, ordinal)}, got a run without it. "
                     "The model took another path than when it was traced. Diagnose it on inputs of one kind."
                 )
+            for operation, count in ({} if paths is None else paths[name, run]).items():
+                if operation in mode.operations and mode.counts.get(operation, 0) != count:
+                    raise ChangedPath(
+                        f"intercept: expected {count} times {operation} in {name or 'the model itself'}, got "
+                        f"{mode.counts.get(operation, 0)}. The model took another path than when it was traced, and which of them "
+                        "is which is not known. Run it on inputs of one kind."
+                    )
             return output
 
         return forward

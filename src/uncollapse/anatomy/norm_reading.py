@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from uncollapse.anatomy.replaying import NotReplayable, rehearsed
+from uncollapse.anatomy.replaying import NotReplayable, between, rehearsed
 from uncollapse.anatomy.torch_calls import PASSES
 from uncollapse.anatomy.tracing import Reference, Trace
 
@@ -95,15 +95,12 @@ def _is_attention(trace: Trace, index: int) -> bool:
 def cuts(trace: Trace, source: int, target: int) -> list[int]:
     """The values from `source` to `target` that everything on the way passes, in order, both included; nothing where a way leads
     through a matrix product."""
-    order = [source]
     reaching = trace.ancestors[target] | 1 << target
     if not reaching >> source & 1:
         return []
-    for index in range(source + 1, target + 1):
-        if reaching >> index & 1 and trace.depends(index, source):
-            if trace.is_matrix_product(index) or _is_attention(trace, index):
-                return []
-            order.append(index)
+    order = [source, *between(trace, source, target)]
+    if any(trace.is_matrix_product(index) or _is_attention(trace, index) for index in order[1:]):
+        return []
     place = {index: number for number, index in enumerate(order)}
     crossed = [0] * (len(order) + 1)
     for index in order:

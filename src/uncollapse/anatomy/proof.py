@@ -238,6 +238,7 @@ def _prove(
             reached_of.append(prover.reached)
             proof += prover.identities
         recorded.tape.clear()  # it holds every tensor of the pass
+        paths = recorded.paths()
         proved = _shared_axes(proved, runs, anatomy)
         stacks = find_stacks(model, batch, replace(anatomy, blocks=tuple(proved)), blocks_alone)
         proved = [
@@ -254,7 +255,12 @@ def _prove(
     names = {b.module.name for b in anatomy.blocks}
     runs_of = Counter(call.name for call in recorded.calls if call.name in names)
     anatomy = replace(
-        anatomy, blocks=tuple(proved), proof=tuple(proof), stacks=stacks, runs=tuple(sorted(runs_of.items()))
+        anatomy,
+        blocks=tuple(proved),
+        proof=tuple(proof),
+        stacks=stacks,
+        runs=tuple(sorted(runs_of.items())),
+        paths=paths,
     )
     anatomy = with_loops_apart(anatomy, recorded)
     for identity in proof:

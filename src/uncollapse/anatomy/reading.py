@@ -174,6 +174,8 @@ class _Reader(Stretches):
             before = found.root
         region = call if stretch.entry is None else replace(call, first=entry_value + 1, last=exit_value + 1)
         norms = self._norms(sums, parts_of, exit_value, region)
+        for part, points in self.last_products(sums, parts_of).items():
+            parts[part] = replace(parts[part], last_products=points)
         self.edges[entry, exit_place] = (entry_value, exit_value)
         inside = [self.t.pieces[n.where] for n in norms if n.role == "post" and n.where in self.t.pieces]
         residuals = [

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.interception import device_of
+from uncollapse.anatomy.interception import Point, device_of
 from uncollapse.anatomy.norm_reading import Piece, cuts, kind_between, next_products, pieces_between
 from uncollapse.anatomy.reading_sums import Sum, Sums, walked
 from uncollapse.anatomy.replaying import between
@@ -180,6 +180,18 @@ class Norms(Sums):
                 for source in sorted({i for of in makers.values() for i in of[-_MOST_PRODUCTS:]}, reverse=True):
                     for piece in pieces_between(self.t, source, [leaf for leaf in own if source in makers[leaf]]):
                         yield piece, "after", part
+
+    def last_products(self, sums: list[Sum], parts_of: list[list[int]]) -> dict[int, tuple[Point, ...]]:
+        """By part the matrix products of its stream that what it adds is made of without another one; those as wide as that, if
+        there are any."""
+        made: dict[int, set[int]] = {}
+        for found, numbers in zip(sums, parts_of, strict=True):
+            leaves = [self._unwritten(x, found) for x in found.leaves if x != found.stream]
+            for leaf, part in zip(leaves, numbers, strict=True):
+                own = [i for i in self._makers(leaf) if self.t.is_matrix_product(i) and self.t.depends(i, found.given)]
+                wide = [i for i in own if self.t.nodes[i].shape[-1:] == self.t.nodes[leaf].shape[-1:]]
+                made.setdefault(part, set()).update(wide or own)
+        return {part: tuple(dict.fromkeys(map(self._point, sorted(own)))) for part, own in made.items()}
 
     def _hides_or_shares_out(self, piece: Piece) -> bool:
         """Whether a piece holds the softmax of an attention, which over two keys is as odd as a norm, or hides pairs from it:

@@ -74,9 +74,26 @@ def recorded_tensor(trace: Trace) -> Callable[[int], Tensor]:
 
 
 def between(trace: Trace, source: int, target: int) -> list[int]:
-    """The values on the way from `source` to `target`, that one included, in the order they were made."""
+    """The values on the way from `source` to `target`, that one included, in the order they were made. Where a matrix product
+    stands on a way that only chooses (which tokens an expert is given), and on no other, what was chosen stays as it was."""
     reaching = trace.ancestors[target] | 1 << target
-    return [i for i in range(source + 1, target + 1) if reaching >> i & 1 and trace.depends(i, source)]
+    found = [i for i in range(source + 1, target + 1) if reaching >> i & 1 and trace.depends(i, source)]
+    if any(trace.is_matrix_product(i) for i in found):
+        carried = _carrying(trace, source, target)
+        if carried and not any(trace.is_matrix_product(i) for i in carried):
+            return carried
+    return found
+
+
+def _carrying(trace: Trace, source: int, target: int) -> list[int]:
+    """Those of the values that numbers of the source come through, and no whole numbers or booleans made of them."""
+    found, frontier = set[int](), [target]
+    while frontier:
+        index = frontier.pop()
+        if index != source and index not in found and trace.nodes[index].is_floating and trace.depends(index, source):
+            found.add(index)
+            frontier.extend(trace.nodes[index].inputs)
+    return sorted(found)
 
 
 def _precise(device: torch.device) -> torch.dtype:

@@ -233,12 +233,13 @@ def _is_turn(product: Point, point: Point) -> bool:
 
 
 def _places_in(value: Any) -> Iterator[Point | ModuleCall]:
-    """Every point and every run of a module in nested plain data."""
+    """Every point and every run of a module in nested plain data, but for what is only looked at when parts are removed."""
     if isinstance(value, (Point, ModuleCall)):
         yield value
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for each in dataclasses.fields(value):
-            yield from _places_in(getattr(value, each.name))
+            if each.name != "last_products":
+                yield from _places_in(getattr(value, each.name))
     elif isinstance(value, (tuple, list)):
         for each in value:
             yield from _places_in(each)

@@ -141,7 +141,8 @@ class Tape:
 class Trace:
     """The graph of one pass. `ancestors[i]` and `learned_ancestors[i]` are bit sets over node numbers: everything value i
     depends on, and what it depends on through at least one matrix product with a weight. `results` are the values that the
-    model returned. `pieces` names pieces of the graph, source and target, that the reading found and the proof runs again."""
+    model returned. `pieces` names pieces of the graph, source and target, that the reading found and the proof runs again.
+    `counts` says how often each call, by its number, did each operation itself."""
 
     nodes: list[Node]
     calls: list[Call]
@@ -152,6 +153,17 @@ class Trace:
     tape: Tape = field(default_factory=Tape)
     results: tuple[int, ...] = ()
     pieces: dict[Any, tuple[int, int]] = field(default_factory=dict)
+    counts: dict[tuple[int, str], int] = field(default_factory=dict)
+
+    def paths(self) -> dict[tuple[str, int], dict[str, int]]:
+        """By module and run how often its own code did each operation, counted as `interception` does. Of a run in which
+        somebody's hooks did some as well, nothing is said."""
+        found: dict[tuple[str, int], dict[str, int]] = {(call.name, call.ordinal): {} for call in self.calls}
+        hooked = {node.call for node in self.nodes if node.index >= self.calls[node.call].ran >= 0}
+        for (number, operation), count in self.counts.items():
+            if number not in hooked:
+                found[self.calls[number].name, self.calls[number].ordinal][operation] = count
+        return found
 
     def is_matrix_product(self, index: int) -> bool:
         return self.nodes[index].operation in MATRIX_PRODUCTS
@@ -483,7 +495,8 @@ def trace(model: nn.Module, batch: Mapping[str, Any]) -> Trace:
     recorder.calls[0].last = recorder.calls[0].ran = len(recorder.nodes)
     results = tuple(dict.fromkeys(recorder.value(t) for t in tensors_in(output)))
     nodes, learned = _with_own_tokens(recorder.nodes, recorder.ancestors)
-    return Trace(nodes, recorder.calls, recorder.ancestors, learned, recorder.consumers, output, recorder.tape, results)
+    graph = recorder.ancestors, learned, recorder.consumers
+    return Trace(nodes, recorder.calls, *graph, output, recorder.tape, results, counts=recorder._ordinals)
 
 
 def _with_own_tokens(nodes: list[Node], ancestors: list[int]) -> tuple[list[Node], list[int]]:

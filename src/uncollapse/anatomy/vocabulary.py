@@ -36,7 +36,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from uncollapse.anatomy.interception import Handler, Point
+from uncollapse.anatomy.interception import Handler, Paths, Point
 from uncollapse.anatomy.operands import Lead
 from uncollapse.anatomy.summands import left_of
 from uncollapse.anatomy.torch_calls import Path
@@ -253,7 +253,8 @@ class Part:
     they have one, `features` gives the head of every feature that it reads; empty where the heads lie side by side.
 
     Of several streams side by side, `read` is where that is made which this sublayer reads of them. `router` is the choice of
-    experts of an MLP, if the proof found one.
+    experts of an MLP, if the proof found one. `last_products` are the matrix products that what the part adds is made of
+    without another one; of several, those as wide as that, and not the scores of a router or a gate for each head.
     """
 
     kind: PartKind
@@ -268,6 +269,7 @@ class Part:
     gates: tuple[Gate, ...] = ()
     read: Place | None = None
     router: Router | None = None
+    last_products: tuple[Point, ...] = field(default=(), compare=False)
 
     @property
     def heads(self) -> int:
@@ -446,13 +448,15 @@ class Identity:
 class Anatomy:
     """The proved picture of a model. `outer_norms` are the norm calls outside the blocks (of the embedding, the final one);
     `proof` lists every identity that was checked. `stacks` are the chains of blocks, with the masks that govern them. `runs` says
-    how often each module that is a block runs in a pass."""
+    how often each module that is a block runs in a pass. `paths` are those of every run of a module in the pass that was read:
+    how often its own code did each operation. What is not among them was never looked at."""
 
     blocks: tuple[Block, ...]
     outer_norms: tuple[ModuleCall | NormPiece, ...] = ()
     proof: tuple[Identity, ...] = ()
     runs: tuple[tuple[str, int], ...] = ()
     stacks: tuple[Stack, ...] = ()
+    paths: Paths = field(default_factory=dict, compare=False, repr=False)
 
     def stack_of(self, block: int) -> int:
         """The number of the stack that the block with this number belongs to."""

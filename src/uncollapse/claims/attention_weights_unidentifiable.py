@@ -29,25 +29,25 @@ def check(
         n, k = draws.randint(2, 6), draws.randint(1, 3)
         values = draws.matrix(n, k)
         seen = exact.beside(values, exact.ones(n))  # what a row shows: its output, and that it sums to one
-        open_directions = exact.null_space(seen.transpose())
-        row = exact.part(draws.pattern(n), [0], range(n))
+        row = exact.rational([[draws.randint(1, 5) for _ in range(n)]])
+        row = row / sum(row.entries())
         slope = (exact.diagonal(row.entries()) - row.transpose() * row) * values
         moving_nothing = exact.null_dimension(slope.transpose()) - 1  # without the shift
         dimensions.append(moving_nothing == formula(n, exact.rank(values), exact.rank(seen)))
-        if open_directions.ncols():
-            along = exact.part(open_directions, range(n), [0]).transpose()
-            step = min(row.entries()) / (2 * max(abs(entry) for entry in along.entries()))
-            moved = row + along * step  # still positive
-            others.append(moved != row and moved * values == row * values and min(moved.entries()) > 0)
+        for along in exact.null_space(seen.transpose()).transpose().tolist():
+            # Its entries sum to 0, so some are negative: as far as the first weight is 0, and all rows on the way are positive.
+            step = min(weight / -slower for weight, slower in zip(row.entries(), along, strict=True) if slower < 0)
+            edge = row + exact.rational([along]) * step
+            others.append((min(edge.entries()), edge * seen) == (fmpq(0), row * seen))
     values, rows = exact.rational(VALUES), exact.rational(ROWS)
     same = rows * values
     return [
         tally("steps of the logits that move weights and no output: exactly n - rank [V W_h, 1]", dimensions),
-        tally("wherever one is open, another positive row that sums to one gives the same output", others),
+        tally("along each open one, other positive rows that sum to one give the same output", others),
         shown(
             "weights (1/3, 1/3, 1/3) and (1/2, 0, 1/2) on values 0, 1, 2",
             str(exact.text(same)),
-            same[0, 0] == same[1, 0],
+            same == exact.ones(2),
         ),
     ], Counterexample(
         "the output of attention shows its weights",

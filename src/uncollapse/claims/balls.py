@@ -6,6 +6,8 @@ True or False only where the balls do not overlap, and None otherwise; a claim w
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -74,11 +76,7 @@ def squared_distance(left: Sequence[Any], right: Sequence[Any]) -> Any:
 
 def squared_diameter(x: Rows) -> Any:
     """max over pairs of rows of the squared distance."""
-    largest = arb(0)
-    for i, row in enumerate(x):
-        for other in x[:i]:
-            largest = largest.max(squared_distance(row, other))
-    return largest
+    return functools.reduce(arb.max, itertools.starmap(squared_distance, itertools.combinations_with_replacement(x, 2)))
 
 
 def certainly_full_rank(rows: Rows) -> bool | None:

@@ -8,7 +8,6 @@ Karagodin et al., arXiv 2411.04990, for the dynamics on the sphere.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from flint import arb, fmpq, fmpq_mat, fmpq_poly
@@ -31,10 +30,9 @@ def last_ratio(x: fmpq_mat, form: fmpq_mat, *, causal: bool) -> Any:
     for _ in range(LAYERS):
         cloud = balls.attention(cloud, forms, one, causal=causal)
         after = balls.squared_diameter(cloud)
-        if not after > arb(2) ** -160:  # well above what the balls' radii grow to
-            last = after / before  # a wide ball, but where the distance fell at once its upper end is small
-            return last if ratio is None or last < ratio else ratio
         ratio, before = after / before, after
+        if not after > arb(2) ** -160:  # well above what the balls' radii grow to
+            break
     return ratio
 
 
@@ -45,14 +43,16 @@ def rotated_ratio(x: fmpq_mat) -> tuple[Any, Any]:
     """
     (a, b), (c, d) = balls.balls(x)
     cosine, sine = arb(1).cos(), arb(1).sin()
-    ratio = arb(0)
-    for _ in range(LAYERS):
+
+    def share(c: Any, d: Any) -> Any:
+        """What the second token (c, d) gives to itself."""
         apart = (c * c + d * d) - (c * (cosine * a - sine * b) + d * (sine * a + cosine * b))
-        share = 1 / (1 + (-apart).exp())  # what the second token gives to itself
-        ratio = share * share
-        c, d = a + share * (c - a), b + share * (d - b)
-    limit = 1 / (1 + (-(a * a + b * b) * (1 - cosine)).exp())
-    return ratio, limit * limit
+        return 1 / (1 + (-apart).exp())
+
+    for _ in range(LAYERS):
+        own = share(c, d)
+        c, d = a + own * (c - a), b + own * (d - b)
+    return share(c, d) ** 2, share(a, b) ** 2
 
 
 def check(trials: int, seed: int, *, causal: bool = True, rate: fmpq | None = None) -> Finding:
@@ -72,13 +72,11 @@ def check(trials: int, seed: int, *, causal: bool = True, rate: fmpq | None = No
             x = draws.matrix(n, d, 2)
         form = draws.matrix(d, d, 2)
         # Logits within [-1, 1] on the tokens, hence on their convex hull, so that 50 layers are enough.
-        logits = [abs(logit) for logit in (x * form * x.transpose()).entries()]
-        form = form / max([fmpq(1), *logits])
+        form = form / (max(abs(logit) for logit in (x * form * x.transpose()).entries()) or 1)
         ratio = last_ratio(x, form, causal=causal)
         ratios.append(balls.near(ratio, arb(limit * limit), fmpq(1, 10**6)))
         # Small enough for (beta/4) D^2 < 1: with a full mask the ratio then goes to 0.
-        small = x / (1 + math.isqrt(64 * d))
-        contrast.append(balls.at_most(last_ratio(small, form, causal=False), arb(fmpq(1, 10**6))))
+        contrast.append(balls.at_most(last_ratio(x / 9, form, causal=False), arb(fmpq(1, 10**6))))
     third = last_ratio(exact.rational(SLOWER_START), exact.identity(1), causal=True)
     slower = balls.near(third, arb(fmpq(1, 9)), fmpq(1, 10**6))
     turned, expected_turned = rotated_ratio(exact.rational(ROTATED))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from flint import fmpq_mat
+
 from uncollapse.claims.draws import Draws
 from uncollapse.claims.ledger import Claim, Finding, equal, tally
 from uncollapse.claims.pgop_gauge import surviving
@@ -13,6 +15,11 @@ DISTINCT = ((1, 1), (1, 2))
 THIN = ((1,), (0,))  # two channels, one output: the second is not heard
 
 
+def distinct(draws: Draws, count: int) -> fmpq_mat:
+    """Gates at two positions, no two profiles of which are proportional."""
+    return exact.rational([[1] * count, draws.sample(range(1, 3 * count), count)])
+
+
 def check(trials: int, seed: int, *, gates: str = "of channels") -> Finding:
     """`gates="of heads"` lets the channels of a head share their gate."""
     draws = Draws("channel-gates", seed)
@@ -21,11 +28,12 @@ def check(trials: int, seed: int, *, gates: str = "of channels") -> Finding:
         h, k = draws.randint(2, 3), 2
         size = h * k
         projection = draws.of_rank(size, size, size)
-        distinct = exact.rational([[1] * size, draws.sample(range(1, 3 * size), size)])
-        heads = exact.rational([[1] * h, draws.sample(range(1, 3 * h), h)])
-        own = surviving(distinct, 1, projection) if gates == "of channels" else surviving(heads, k, projection)
-        left.append(own == size)
-        by_heads.append(surviving(heads, k, projection) == h * k * k)
+        by_channel, by_head = (
+            surviving(distinct(draws, size), 1, projection),
+            surviving(distinct(draws, h), k, projection),
+        )
+        left.append((by_channel if gates == "of channels" else by_head) == size)
+        by_heads.append(by_head == h * k * k)
     loose = surviving(exact.rational(PROPORTIONAL), 1, exact.identity(2))
     return [
         tally(
@@ -34,7 +42,7 @@ def check(trials: int, seed: int, *, gates: str = "of channels") -> Finding:
         ),
         tally("gates of heads leave H d_k^2: all mixing within a head", by_heads),
         equal(
-            "D = 2, W_O of rank 1 and gates (1, 1), (1, 2): what survives (the formula says 2)",
+            f"D = 2, W_O = {exact.text(THIN)}, gates {exact.text(DISTINCT)}: what survives (the formula says 2)",
             surviving(exact.rational(DISTINCT), 1, exact.rational(THIN)),
             3,
             role="boundary",

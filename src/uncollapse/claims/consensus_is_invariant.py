@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flint import fmpq, fmpq_mat
 
-from uncollapse.claims.draws import Draws, heads, relu, shifted
+from uncollapse.claims.draws import Draws, relu, shifted, with_residual
 from uncollapse.claims.layernorm_affine_rank import LARGE
 from uncollapse.claims.ledger import HERE, Claim, Finding, equal, shown, tally
 from uncollapse.measures import exact
@@ -12,6 +12,7 @@ from uncollapse.measures.normalization import rank_change
 from uncollapse.records.ledger import Counterexample
 
 SINK = (((1, 0), (0, fmpq(1, 2))), ((1,), (1,)))
+SUMS_OF_TWO = ((1, 1), (0, 2))
 
 
 def _commutes(pattern: fmpq_mat) -> bool:
@@ -29,10 +30,9 @@ def check(trials: int, seed: int, *, sinks: bool = False) -> Finding:
         identity += [_commutes(pattern) for pattern in patterns]
         token = draws.matrix(1, d)
         x = exact.ones(n) * token
-        update = shifted(heads(x, patterns, [draws.matrix(d, d) for _ in range(h)]), draws.matrix(1, d))
-        y = x + update
+        y = shifted(with_residual(x, patterns, [draws.matrix(d, d) for _ in range(h)]), draws.matrix(1, d))
         through_attention.append(exact.affine_rank(y) == 0)
-        through_norm.append(rank_change(y, eps=LARGE, beta=draws.matrix(1, d).tolist()[0]).after.affine_rank == 0)
+        through_norm.append(rank_change(y, eps=LARGE, beta=draws.matrix(1, d).entries()).after.affine_rank == 0)
         hidden = relu(shifted(y * draws.matrix(d, 6), draws.matrix(1, 6)))
         through_mlp.append(exact.affine_rank(y + hidden * draws.matrix(6, d)) == 0)
         # Position gates: at consensus head h contributes one row k_h everywhere, and the output is G K.
@@ -41,15 +41,17 @@ def check(trials: int, seed: int, *, sinks: bool = False) -> Finding:
         gated.append(exact.affine_rank(gates * contributions) == exact.affine_rank(gates))
     a, x = exact.rational(SINK[0]), exact.rational(SINK[1])
     lifted = exact.affine_rank(a * x)
-    same_sum = exact.ones(2, 2) * fmpq(1, 4)
     return [
         tally("C A = C A C", identity),
         tally("n equal tokens are equal after attention (any mask, heads, bias) and the residual", through_attention),
         tally("they are equal after layer normalisation", through_norm),
         tally("they are equal after a ReLU MLP and its residual", through_mlp),
-        shown("a sink lifts the affine rank of a consensus", f"0 -> {lifted}", lifted == 1 and not _commutes(a)),
+        shown("a sink lifts the affine rank of a consensus", f"0 -> {lifted}", (lifted, _commutes(a)) == (1, False)),
         equal(
-            "equal row sums other than 1 keep it: affine rank after", exact.affine_rank(same_sum * x), 0, role="context"
+            "equal row sums other than 1 keep it: affine rank after",
+            exact.affine_rank(exact.rational(SUMS_OF_TWO) * x),
+            0,
+            role="context",
         ),
         tally("position gates lift a consensus to exactly the affine rank of the gate matrix", gated, role="boundary"),
     ], Counterexample(

@@ -37,7 +37,8 @@ def check(trials: int, seed: int, *, share: fmpq | int = 1) -> Finding:
             weights.append(at_most(arb(largest), bound))
         attained.append(near(arb(sharpest(bits, n)), bound, arb(10) ** -60))
         natural = [fmpq(entry, 2) for entry in logits]
-        entropies.append(at_most(arb(n).log() - arb(fmpq(bits, 2) * share), entropy(natural)))
+        delta = max(natural) - min(natural)
+        entropies.append(at_most(arb(n).log() - arb(delta * share), entropy(natural)))
         wanted = fmpq(draws.randint(1, 9), 10)
         length = 1 + 2**bits * (1 - wanted) / wanted
         longer = int(length.p // length.q) + 1

@@ -81,6 +81,11 @@ def heads(x: fmpq_mat, patterns: Sequence[fmpq_mat], weights: Sequence[fmpq_mat]
     return total
 
 
+def with_residual(x: fmpq_mat, patterns: Sequence[fmpq_mat], weights: Sequence[fmpq_mat]) -> fmpq_mat:
+    """X + the sum over heads of A_h X W_h."""
+    return x + heads(x, patterns, weights)
+
+
 def shifted(x: fmpq_mat, bias: fmpq_mat) -> fmpq_mat:
     """Every row of x plus the one row of `bias`."""
     return x + exact.ones(x.nrows()) * bias

@@ -20,7 +20,7 @@ from typing import Any
 from flint import fmpq, fmpq_mat
 
 from uncollapse.claims import query_key_gauge, value_output_gauge
-from uncollapse.claims.draws import Draws, heads
+from uncollapse.claims.draws import Draws, with_residual
 from uncollapse.claims.jacobian import between, flat, generic, matrices, unseen
 from uncollapse.claims.ledger import HERE, Claim, Finding, bracketed, equal, shown, tally
 from uncollapse.measures import exact
@@ -137,8 +137,8 @@ def _hidden_behind_the_next_norm(draws: Draws) -> bool:
     x, patterns = draws.matrix(n, d), [draws.pattern(n) for _ in range(2)]
     values, out = [draws.matrix(d, k) for _ in range(2)], [draws.matrix(k, d) for _ in range(2)]
     moved = [w + draws.matrix(k, 1) * exact.ones(1, d) for w in out]
-    before = x + heads(x, patterns, [v * w for v, w in zip(values, out, strict=True)])
-    after = x + heads(x, patterns, [v * w for v, w in zip(values, moved, strict=True)])
+    before = with_residual(x, patterns, [v * w for v, w in zip(values, out, strict=True)])
+    after = with_residual(x, patterns, [v * w for v, w in zip(values, moved, strict=True)])
     return bool(before * exact.centring(d) == after * exact.centring(d))
 
 

@@ -46,11 +46,11 @@ def check(trials: int, seed: int, *, observer: str = "shared channels") -> Findi
         point = draws.matrix(1, n * h * k).entries()
         sees = sum_of_heads(n, h, k) if observer == "shared channels" else projected(n, draws.invertible(h * k))
         counts.append(unseen(sees, point) == n * (h - 1) * k)
-        if h > 1 and observer == "shared channels":
+        if observer == "shared channels":
             # What is seen together with one head leaves the others of them open: the difference is open for that head.
             both = unseen(functools.partial(_with_the_first, sees, n * k), point)
-            single.append(unseen(sees, point) - both == n * k)
-    swap = exact.rational([[0, 1], [1, 0]])
+            single.append(unseen(sees, point) - both == n * k * min(h - 1, 1))
+    swap, outputs = exact.rational([[0, 1], [1, 0]]), exact.rational([[1, 2]])
     return [
         tally(
             f"the observer ({observer}) leaves exactly n(H-1)d_k directions of all head outputs together open", counts
@@ -58,13 +58,13 @@ def check(trials: int, seed: int, *, observer: str = "shared channels") -> Findi
         tally("of a single head all n d_k directions are open, if there is another head", single, role="context"),
         equal(
             "H = 2 heads of width 1, one token, W_O invertible and known: directions left open",
-            unseen(projected(1, swap), [1, 2]),
+            unseen(projected(1, swap), outputs.entries()),
             0,
             role="boundary",
         ),
     ], Counterexample(
         "n(H-1)d_k = 1 degree of freedom stays ambiguous whatever the observer knows",
-        {"W_O": exact.text(swap), "O": exact.text([[1, 2]]), "Y = O W_O": exact.text(exact.rational([[1, 2]]) * swap)},
+        {"W_O": exact.text(swap), "O": exact.text(outputs), "Y = O W_O": exact.text(outputs * swap)},
         "O = Y W_O^-1: both heads are read off without any ambiguity.",
         "one token, two heads of width one",
     )

@@ -14,7 +14,7 @@ Random cases cannot prove a universal statement; the proofs are in docs/theory.m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 from flint import ctx
@@ -41,11 +41,12 @@ class Claim:
     statement: str
     source: str
     check: Callable[..., Finding]
-    hypotheses: Sequence[str] = field(default=())
+    hypotheses: Sequence[str] = ()
     kind: Kind = "universal"
-    title: str = field(kw_only=True)
-    formula: str = field(default="", kw_only=True)
-    theory: str = field(kw_only=True)
+    _: KW_ONLY
+    title: str
+    formula: str = ""
+    theory: str
 
     def run(self, trials: int, seed: int, **variant: Any) -> ClaimResult:
         """Check it with at least `FEWEST` trials and read the verdict off the evidence."""

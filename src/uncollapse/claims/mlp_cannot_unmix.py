@@ -45,20 +45,15 @@ def check(trials: int, seed: int, *, observer: str = OBSERVERS[0]) -> Finding:
         while not any(shift.entries()):
             shift = draws.matrix(n, kernel.ncols(), 5)
         other = outputs + shift * kernel.transpose()
-        same_sum = outputs * narrow == other * narrow
         mlp = draws.matrix(d, 5), draws.matrix(1, 5), draws.matrix(5, width)
-        outcomes[OBSERVERS[1]].append(
-            other != outputs and same_sum and _through(mlp, outputs * narrow) == _through(mlp, other * narrow)
-        )
+        outcomes[OBSERVERS[1]].append(_seen(outputs * narrow, mlp) == _seen(other * narrow, mlp))
 
         change = draws.invertible(width)
         while outputs * change == outputs:
             change, outputs = draws.invertible(width), draws.matrix(n, width)
         changed, projection = outputs * change, change.inv() * square
         mlp = draws.matrix(width, 5), draws.matrix(1, 5), draws.matrix(5, width)
-        outcomes[OBSERVERS[2]].append(
-            _through(mlp, outputs * square) == _through(mlp, changed * projection) and changed != outputs
-        )
+        outcomes[OBSERVERS[2]].append(_seen(outputs * square, mlp) == _seen(changed * projection, mlp))
     words = {
         OBSERVERS[
             0
@@ -87,9 +82,10 @@ def check(trials: int, seed: int, *, observer: str = OBSERVERS[0]) -> Finding:
     )
 
 
-def _through(mlp: tuple[fmpq_mat, fmpq_mat, fmpq_mat], y: fmpq_mat) -> fmpq_mat:
+def _seen(y: fmpq_mat, mlp: tuple[fmpq_mat, fmpq_mat, fmpq_mat]) -> tuple[fmpq_mat, fmpq_mat]:
+    """The sum over heads, and what the MLP makes of it."""
     first, bias, second = mlp
-    return relu(shifted(y * first, bias)) * second
+    return y, relu(shifted(y * first, bias)) * second
 
 
 CLAIM = Claim(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flint import fmpq_mat
 
-from uncollapse.claims.draws import Draws, heads, relu
+from uncollapse.claims.draws import Draws, relu, with_residual
 from uncollapse.claims.ledger import HERE, Claim, Finding, found, shown, tally
 from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample
@@ -42,7 +42,7 @@ def check(trials: int, seed: int, *, activation: str = "relu", norms: bool = Fal
         space = reachable(start, layers)
         proper.append(exact.rank(space) < d)
         for weights in layers:
-            x = x + heads(x, [draws.pattern(n) for _ in weights], weights)
+            x = with_residual(x, [draws.pattern(n) for _ in weights], weights)
             if norms:
                 x = x * exact.centring(d)
         stays.append(exact.in_row_space(space, x))
@@ -51,13 +51,11 @@ def check(trials: int, seed: int, *, activation: str = "relu", norms: bool = Fal
         hidden = x * first
         linear_stays.append(norms or exact.in_row_space(both, hidden * second))
         output = (relu(hidden) if activation == "relu" else hidden) * second
-        mixed = any(entry > 0 for row in hidden.tolist() for entry in row) and relu(hidden) != hidden
-        if mixed:
-            leaves.append(not exact.in_row_space(exact.above(both, x), output))
+        leaves.append(not exact.in_row_space(exact.above(both, x), output))
     x = exact.rational(SMALLEST)
     # An example of it, so that it never hangs on the draws: all weights the identity.
     leaves.append(not exact.in_row_space(x, relu(x) if activation == "relu" else x))
-    token = exact.rational([[0, 1]])
+    centred = exact.rational([[0, 1]]) * exact.centring(2)
     image, positive, inside = relu(x), exact.ones(1, 2), exact.rational(STAYS)
     return [
         tally("the reachable space of the drawn weights is not the whole width", proper),
@@ -66,18 +64,18 @@ def check(trials: int, seed: int, *, activation: str = "relu", norms: bool = Fal
         found(f"some token-wise {activation} MLP with such weights leaves it", leaves),
         shown(
             "it need not, although its hidden unit sees both signs: X = (1, 0), (-1, 0)",
-            "inside",
+            str(exact.text(relu(inside))),
             exact.in_row_space(inside, relu(inside)),
         ),
         shown(
             "tokens on which ReLU is the identity stay: x = (1, 1)",
-            "inside",
+            str(exact.text(relu(positive))),
             exact.in_row_space(positive, relu(positive)),
         ),
         shown(
             "a mean subtraction alone leaves the span: x = (0, 1)",
-            "outside",
-            not exact.in_row_space(token, token * exact.centring(2)),
+            str(exact.text(centred)),
+            not exact.in_row_space([[0, 1]], centred),
         ),
         shown(
             "all weights the identity: ReLU leaves the span of (1, -1)",

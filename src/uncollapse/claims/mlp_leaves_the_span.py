@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flint import fmpq_mat
 
-from uncollapse.claims.draws import Draws, heads
+from uncollapse.claims.draws import Draws, with_residual
 from uncollapse.claims.ledger import ABSTRACT, Claim, Finding, shown, tally
 from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample
@@ -25,7 +25,7 @@ def check(trials: int, seed: int, *, values: str = "any") -> Finding:
             for _ in range(2):
                 scalar = exact.identity(d) * draws.randint(-3, 3)
                 weights.append(scalar if values == "scalar" else draws.matrix(d, d))
-            x = x + heads(x, [draws.pattern(n), draws.pattern(n)], weights)
+            x = with_residual(x, [draws.pattern(n), draws.pattern(n)], weights)
         inside.append(exact.in_row_space(start, x))
     evidence = [tally(f"two attention layers with residuals stay in the span of the embeddings ({values} W_h)", inside)]
     if values != "any":

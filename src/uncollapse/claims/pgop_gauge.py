@@ -26,7 +26,7 @@ def surviving(gates: fmpq_mat, head_width: int, projection: fmpq_mat) -> int:
         m, w = matrices(values, (size, size), (size, width))
         return [entry for d in spread for entry in (m * d * projection + d * w).entries()]
 
-    return unseen(equations, [0] * (size * size + size * width))
+    return unseen(equations, exact.zeros(1, size * size + size * width).entries())
 
 
 def class_sizes(gates: fmpq_mat) -> list[int]:
@@ -35,7 +35,7 @@ def class_sizes(gates: fmpq_mat) -> list[int]:
     classes: list[list[Any]] = []
     for column in columns:
         for members in classes:
-            if exact.rank([members[0], column]) == 1:
+            if exact.rank([*members, column]) == 1:
                 members.append(column)
                 break
         else:
@@ -69,12 +69,12 @@ def check(
             heard = exact.part(whole, range(size - k), range(whole.ncols()))
             projection = exact.above(heard, exact.zeros(k, whole.ncols()))
         dimensions.append(surviving(gates, k, projection) == formula(class_sizes(gates), k))
-        distinct = exact.rational([[1] * h, range(1, h + 1)])
+        distinct = exact.rational([range(1, h + 1), range(h, 0, -1)])
         extremes.append(
-            surviving(exact.ones(2, h), k, whole) == size * size and surviving(distinct, k, whole) == h * k * k
+            (surviving(exact.ones(n, h), k, whole), surviving(distinct, k, whole)) == (size * size, h * k * k)
         )
-    thin = exact.rational([[1], [0]])  # D = 2, d = 1
-    loose = surviving(exact.rational([[1, 1], [1, 2]]), 1, thin)
+    gates, thin = exact.rational([[1, 1], [1, 2]]), exact.rational([[1], [0]])  # D = 2, d = 1
+    loose = surviving(gates, 1, thin)
     return [
         tally("the mixings that survive have dimension sum over profile classes of (m_c d_k)^2", dimensions),
         tally("no gates leave D^2, distinct profiles leave H d_k^2", extremes),
@@ -83,7 +83,7 @@ def check(
         ),
     ], Counterexample(
         "the formula holds for every output projection",
-        {"gates (position x head)": [["1", "1"], ["1", "2"]], "W_O": exact.text(thin)},
+        {"gates (position x head)": exact.text(gates), "W_O": exact.text(thin)},
         "the second head writes nothing: what a mixing adds to or takes from it cannot be seen.",
         "two heads of width one; width one of the output is the only one below D",
     )

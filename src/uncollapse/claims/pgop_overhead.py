@@ -42,7 +42,7 @@ def check(
         shown(
             "the same model with d_phi = 128 features: under it",
             f"{float(few):.4%}",
-            few < LIMIT,
+            few < limit,
             role="context",
         ),
     ], Counterexample(

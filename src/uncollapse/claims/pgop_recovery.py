@@ -49,15 +49,16 @@ def check(
         m, h, k = draws.randint(1, 4), draws.randint(1, 4), draws.randint(1, 2)
         gates = exact.rational([[draws.randint(1, 3) for _ in range(h)] for _ in range(m)])
         rank = exact.rank(gates)
+        content, own = exact.zeros(h, k), exact.zeros(m * h, k)  # the maps are linear: one point is as good as another
         if contents == "recurring":
-            dimension = unseen(recurring(gates, k), [0] * (h * k))
+            dimension = unseen(recurring(gates, k), content.entries())
         else:
-            dimension = unseen(changing(gates, k), [0] * (m * h * k))
+            dimension = unseen(changing(gates, k), own.entries())
         opened.append(dimension == formula(h, rank) * k)
         bound.append(rank <= min(m, h))
-        one = exact.part(gates, [0], range(h))
-        single.append(unseen(recurring(one, k), [0] * (h * k)) == (h - 1) * k)
-        same_as_ungated.append(unseen(changing(gates, k), [0] * (m * h * k)) == m * (h - 1) * k)
+        alone = [unseen(recurring(exact.part(gates, [i], range(h)), k), content.entries()) for i in range(m)]
+        single.append(alone == [(h - 1) * k] * m)
+        same_as_ungated.append(unseen(changing(gates, k), own.entries()) == m * (h - 1) * k)
     gates = exact.rational([[1, 1], [1, 2]])
     return [
         tally(f"{contents} contents leave (H - rank G) d_k directions open", opened),
@@ -66,7 +67,7 @@ def check(
         tally("contents that change leave m (H - 1) d_k open, as without gates", same_as_ungated, role="boundary"),
         equal(
             "two positions, two heads, rank G = 2, recurring: open",
-            unseen(recurring(gates, 1), [0, 0]),
+            unseen(recurring(gates, 1), exact.zeros(2, 1).entries()),
             0,
             role="context",
         ),

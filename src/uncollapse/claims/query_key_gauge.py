@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flint import fmpq, fmpq_mat, nmod_mat
+from flint import fmpq, fmpq_mat, nmod, nmod_mat
 
 from uncollapse.claims.draws import Draws, shifted
 from uncollapse.claims.jacobian import between, flat, generic, matrices
@@ -195,31 +195,31 @@ def normed_gauge(
 ) -> tuple[int, int]:
     """(lower, upper) bound of the gauge at a generic point: known invisible moves, and the Jacobian's kernel.
 
-    Root mean squares are irrational, so the point lies in a finite field where they have roots. It lifts to a point
-    over the p-adic numbers (Hensel), whose Jacobian has no smaller rank, and a generic point has no smaller rank still.
+    A row is divided by its 2-norm: gamma takes up the factor sqrt(d_k). Norms are irrational, so the point lies in a finite
+    field where they have roots. It lifts to a point over the p-adic numbers (Hensel), whose Jacobian has no smaller rank, and a
+    generic point has no smaller rank still.
     """
     p, d = _PRIME, k
     layout = Layout(heads, groups, k, d, rotary=k if rope else 0)
-    inverse_k = pow(k, -1, p)
     weights = [[[draws.randrange(1, p) for _ in range(k)] for _ in range(d)] for _ in range(heads + groups)]
     gammas = [list(gamma) if gamma else [draws.randrange(1, p) for _ in range(k)] for _ in range(2)]
 
     def image(x: list[int], weight: list[list[int]]) -> list[int]:
-        return [sum(a * row[m] for a, row in zip(x, weight, strict=True)) % p for m in range(k)]
+        return [sum(a * row[m] for a, row in zip(x, weight, strict=True)) for m in range(k)]
 
     def root(square: int) -> int | None:
-        return pow(square, (p + 1) // 4, p) if pow(square, (p - 1) // 2, p) == 1 else None
+        found = pow(square, p // 4 + 1, p)  # p is 3 modulo 4
+        return found if found * found % p == square else None
 
     tokens: list[tuple[list[int], list[list[int]], list[int]]] = []
     while len(tokens) < 2 * d + 4:
         x = [draws.randrange(p) for _ in range(d)]
         images = [image(x, weight) for weight in weights]
-        roots = [root(sum(u * u for u in row) * inverse_k % p) for row in images]
+        roots = [root(sum(u * u for u in row) % p) for row in images]
         if None not in roots:
             tokens.append((x, images, [r for r in roots if r is not None]))
     turns = [
-        [[int(e.p) * pow(int(e.q), -1, p) % p for e in row] for row in rotation(i, layout).tolist()]
-        for i in range(len(tokens))
+        [[int(nmod(entry, p)) for entry in row] for row in rotation(i, layout).tolist()] for i in range(len(tokens))
     ]
     count = (heads + groups) * d * k + 2 * k
 
@@ -228,14 +228,13 @@ def normed_gauge(
         x, images, roots = tokens[token]
         u, r, g = images[which], roots[which], gammas[int(which >= heads)]
         inverse = pow(r, -1, p)
-        cube = inverse**3 * inverse_k % p
-        vector = [g[m] * u[m] * inverse % p for m in range(k)]
+        vector = [g[m] * u[m] * inverse for m in range(k)]
         derivative = [[0] * k for _ in range(count)]
         for a in range(d):
             for c in range(k):  # by W[a][c]: du_c = x_a
                 du = x[a]
-                row = [(-g[m] * u[m] * u[c] * du * cube) % p for m in range(k)]
-                row[c] = (row[c] + g[c] * du * inverse) % p
+                row = [-g[m] * u[m] * u[c] * du * inverse**3 for m in range(k)]
+                row[c] += g[c] * du * inverse
                 derivative[(which * d + a) * k + c] = row
         for m in range(k):
             derivative[(heads + groups) * d * k + int(which >= heads) * k + m][m] = u[m] * inverse % p
@@ -258,9 +257,9 @@ def normed_gauge(
                     for dq, dk in zip(by_query, by_key, strict=True)
                 ]
 
-            first = gradient(0)
-            for j in range(len(tokens)):
-                rows.append([(a - b) % p for a, b in zip(gradient(j), first, strict=True)])
+            # The softmax sees differences within a row.
+            for one, other in itertools.pairwise(gradient(j) for j in range(len(tokens))):
+                rows.append([a - b for a, b in zip(one, other, strict=True)])
     jacobian = nmod_mat(rows, p)
     known = []
     for which, weight in enumerate(weights):  # the scale of each W_Q and W_K
@@ -275,7 +274,7 @@ def normed_gauge(
                 per_group = heads // groups
                 for which in [h for h in range(heads) if h // per_group == group] + [heads + group]:
                     for a in range(d):
-                        move[(which * d + a) * k + i] = -weights[which][a][j] % p
+                        move[(which * d + a) * k + i] = -weights[which][a][j]
                         move[(which * d + a) * k + j] = weights[which][a][i]
                 known.append(move)
     width = 2 if rope else 1
@@ -283,10 +282,11 @@ def normed_gauge(
         move = [0] * count
         for m in range(start, start + width):
             move[(heads + groups) * d * k + m] = gammas[0][m]
-            move[(heads + groups) * d * k + k + m] = -gammas[1][m] % p
+            move[(heads + groups) * d * k + k + m] = -gammas[1][m]
         known.append(move)
     invisible = [move for move in known if (jacobian * nmod_mat([[entry] for entry in move], p)).rank() == 0]
-    return int(nmod_mat(invisible, p).rank()) if invisible else 0, count - int(jacobian.rank())
+    moving = nmod_mat(len(invisible), count, [entry for move in invisible for entry in move], p)
+    return int(moving.rank()), count - int(jacobian.rank())
 
 
 CLAIM = Claim(

@@ -48,10 +48,9 @@ def last_ratio(x: fmpq_mat, form: fmpq_mat, factors: fmpq_mat) -> Any:
     for _ in range(LAYERS):
         cloud = balls.attention(cloud, forms, one, factors=bias)
         after = balls.squared_diameter(cloud)
-        if not after > arb(2) ** -160:  # well above what the balls' radii grow to
-            last = after / before
-            return last if ratio is None or last < ratio else ratio
         ratio, before = after / before, after
+        if not after > arb(2) ** -160:  # well above what the balls' radii grow to
+            break
     return ratio
 
 
@@ -76,8 +75,7 @@ def check(trials: int, seed: int, *, bias: Bias = "offset", rate: fmpq | None = 
             x = draws.matrix(n, d, 2)
         centred = x - exact.ones(n, n) * x / n
         powers.append(bool(pattern**5 * x - exact.ones(n, n) * pattern**5 * x / n == centred * second**5))
-        logits = [abs(logit) for logit in (x * form * x.transpose()).entries()]
-        small = form / (4 * max([fmpq(1), *logits]))
+        small = form / (4 * max(abs(logit) for logit in (x * form * x.transpose()).entries()) or 1)
         chosen = factors_of_offset(n, own, other) if bias == "offset" else _without_offsets(n, draws, bias)
         limit = second if rate is None else rate
         ratios.append(balls.near(last_ratio(x, small, chosen), arb(limit * limit), fmpq(1, 10**6)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flint import fmpq, fmpq_mat
 
-from uncollapse.claims.draws import Draws, heads, uniform
+from uncollapse.claims.draws import Draws, heads, uniform, with_residual
 from uncollapse.claims.ledger import ABSTRACT, Claim, Finding, shown, tally
 from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample
@@ -27,7 +27,7 @@ def approaching(x: fmpq_mat, weight: fmpq_mat, layers: int) -> list[fmpq]:
     """The squared consensus distances of X <- X + (11^T/n) X W, layer by layer."""
     distances = [squared_consensus(x)]
     for _ in range(layers):
-        x = x + uniform(x.nrows()) * x * weight
+        x = with_residual(x, [uniform(x.nrows())], [weight])
         distances.append(squared_consensus(x))
     return distances
 
@@ -44,8 +44,7 @@ def check(trials: int, seed: int, *, residual: bool = True, measure: str = "rank
         x = start
         for _ in range(DEPTH):
             patterns = [uniform(n)] if trial % 2 else [draws.pattern(n), draws.pattern(n, causal=True)]
-            update = heads(x, patterns, [draws.matrix(d, d, _SIZE) for _ in patterns])
-            x = x + update if residual else update
+            x = (with_residual if residual else heads)(x, patterns, [draws.matrix(d, d, _SIZE) for _ in patterns])
         kept.append(exact.rank(x) >= exact.rank(start))
         if trial % 10 == 0:
             # A whole neighbourhood of W = I: the mean grows by 7/4 a layer or more, the differences do not move.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from flint import fmpq_mat
 
-from uncollapse.claims.draws import Draws, relu, shifted, softmax
+from uncollapse.claims.draws import Draws, relu, shifted, softmax, with_residual
 from uncollapse.claims.ledger import HERE, Claim, Finding, shown, tally
 from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample
 
 X = ((0,), (1,))
+POSITIONS = ((0,), (1,))  # one number is added at each place
 
 
 def permutation(order: list[int]) -> fmpq_mat:
@@ -36,7 +37,7 @@ def check(trials: int, seed: int, *, causal: bool = False, positions: bool = Fal
         def block(
             z: fmpq_mat, value: fmpq_mat = value, up: fmpq_mat = up, down: fmpq_mat = down, bias: fmpq_mat = bias
         ) -> fmpq_mat:
-            y = z + pattern(z) * z * value
+            y = with_residual(z, [pattern(z)], [value])
             return y + relu(shifted(y * up, bias)) * down
 
         maps.append(pattern(turn * x) == turn * pattern(x) * turn.transpose())
@@ -44,15 +45,16 @@ def check(trials: int, seed: int, *, causal: bool = False, positions: bool = Fal
     x, swap = exact.rational(X), permutation([1, 0])
     after = softmax(exact.zeros(2, 2), causal=True) * swap * x
     before = swap * softmax(exact.zeros(2, 2), causal=True) * x
-    placed = x + exact.rational([[0], [1]])
+    added = exact.rational(POSITIONS)
+    placed, moved = swap * x + added, swap * (x + added)
     return [
         tally("A(PX) = P A(X) P^T for softmax attention without positions and mask", maps),
         tally("a block of attention, residual and ReLU MLP commutes with every P", blocks),
         shown("a causal mask breaks it", f"{exact.text(after)} against {exact.text(before)}", after != before),
         shown(
             "an added position breaks it",
-            "f(PX) differs from P f(X)",
-            swap * placed != swap * x + exact.rational([[0], [1]]),
+            f"{exact.text(placed)} against {exact.text(moved)}",
+            placed != moved,
         ),
     ], Counterexample(
         "attention commutes with permutations under a causal mask",

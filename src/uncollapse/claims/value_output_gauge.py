@@ -11,7 +11,7 @@ from flint import fmpq_mat
 
 from uncollapse.claims.draws import Draws, shifted
 from uncollapse.claims.jacobian import between, flat, generic, matrices, unseen
-from uncollapse.claims.ledger import HERE, Claim, Finding, bracketed, shown, tally
+from uncollapse.claims.ledger import HERE, Claim, Finding, bracketed, equal, tally
 from uncollapse.measures import exact
 from uncollapse.records.ledger import Counterexample, Evidence
 
@@ -142,7 +142,7 @@ def check(
     return [
         *evidence,
         tally("a finite move W_V T, T^-1 W_h (with b_V + delta, b_O - sum delta W_h) changes no output", invariant),
-        shown("heads with one and the same pattern have a larger gauge, 2 by the formula", str(shared), shared > 2),
+        equal("heads with one and the same pattern have a larger gauge, 2 by the formula", shared, 5, role="boundary"),
     ], Counterexample(
         "the gauge dimension is G d_k^2 for every choice of patterns",
         {"W_V,1 = W_V,2": [["1"], ["1"]], "W_1 = W_2": [["1", "1"]]},

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.interception import ChangedPath, Handler, Point, in_turn, intercepted
+from uncollapse.anatomy.interception import ChangedPath, Handler, Paths, Point, in_turn, intercepted
 from uncollapse.anatomy.masking import (
     LEAST_SHARE,
     factor_of,
@@ -96,8 +96,15 @@ def mask_removed(
         changes.hook(model, "forward_pre", remember if everywhere else in_this_thread(remember), with_kwargs=True)
         changes.enter(met(model, streams, strict=False))
         changes.enter(intercepted(model, made, strict=False, everywhere=everywhere))  # a batch may need no mask
-        changes.enter(intercepted(model, handlers, everywhere=everywhere))
+        changes.enter(intercepted(model, handlers, everywhere=everywhere, paths=_of_products(anatomy, blocks)))
         yield
+
+
+def _of_products(anatomy: Anatomy, blocks: frozenset[int]) -> Paths | None:
+    """How often each run does the products that mix values: masks may be skipped where a batch needs none."""
+    parts = (p for number in blocks for p in anatomy.blocks[number].parts)
+    products = {call.product.operation for part in parts for call in part.attention}
+    return {run: {o: n for o, n in path.items() if o in products} for run, path in anatomy.paths.items()} or None
 
 
 def require_no_mask_left(

@@ -43,7 +43,16 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.influence import without_zeros
-from uncollapse.anatomy.interception import Handler, Point, counted, device_of, in_turn, intercepted, putting_another
+from uncollapse.anatomy.interception import (
+    ChangedPath,
+    Handler,
+    Point,
+    counted,
+    device_of,
+    in_turn,
+    intercepted,
+    putting_another,
+)
 from uncollapse.anatomy.probing import going_as_steered, hidden, in_the_open, probing
 from uncollapse.anatomy.proof import known_anatomy, known_example, proved_anatomy
 from uncollapse.anatomy.sharded_weights import gathered_weights
@@ -52,8 +61,8 @@ from uncollapse.anatomy.torch_calls import tensors_in, writes_in_place
 from uncollapse.anatomy.turns import closed_to_others, refuse_running
 from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall, NormPiece, removal
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
-from uncollapse.interventions import single_heads, whole_sublayers
-from uncollapse.interventions.overlooked_norms import require_no_norm_left
+from uncollapse.interventions import single_heads, unseen_runs, whole_sublayers
+from uncollapse.interventions.overlooked_norms import require_no_norm_left, require_no_output_norm_left
 from uncollapse.interventions.single_heads import Filling, Heads, HeadsAs
 from uncollapse.interventions.token_order import (
     mask_removed,
@@ -85,6 +94,7 @@ class _Removal:
     heads: Mapping[int, frozenset[int]] = field(default_factory=dict)
     filling: Filling = field(default_factory=Filling)
     parts_filling: Filling = field(default_factory=Filling)
+    further: unseen_runs.Further = field(default_factory=unseen_runs.Further)  # norms of experts that did not run
 
     @property
     def names(self) -> str:
@@ -159,6 +169,7 @@ def without(
                     f"without: expected a whole sublayer to put the {parts_as!r} in the place of, got {wanted.names}. "
                     "Pass 'mlp', 'attention' or 'block', or leave parts_as out."
                 )
+            wanted = _with_every_expert(model, anatomy, wanted)
             _require_effect(model, anatomy, wanted, heads_as)
             wanted = _filled(model, anatomy, wanted, heads_as, parts_as, batch, seed)
         if wanted.heads:  # no process of a tensor-parallel model sees all of them
@@ -189,7 +200,7 @@ def removed(
     if filling is not None:
         wanted = replace(wanted, filling=filling) if wanted.heads else replace(wanted, parts_filling=filling)
     with restoring() as changes:
-        changes.enter(_away(model, anatomy, wanted))
+        changes.enter(_away(model, anatomy, _with_every_expert(model, anatomy, wanted)))
         yield model
 
 
@@ -288,6 +299,16 @@ def _filled(
             }
             wanted = replace(wanted, parts_filling=filling_of_parts(model, anatomy, parts, parts_as, batch, seed))
     return wanted
+
+
+def _with_every_expert(model: nn.Module, anatomy: Anatomy, wanted: _Removal) -> _Removal:
+    """A removal of norms with those of the experts that did not run when the model was read."""
+    example = known_example(model) if "norm" in wanted.components else None
+    if example is None:
+        return wanted
+    with restoring() as changes:
+        _set_aside(model, anatomy, changes)
+        return replace(wanted, further=unseen_runs.norms_of_every_expert(model, anatomy, example))
 
 
 def filling_of_heads(
@@ -397,7 +418,8 @@ def require_effect(
     """Raise `UnsupportedModel` where one of the components is not there to be removed, or removing it leaves the model's
     output the same in every bit. Runs the model a few times on the example that its anatomy was proved on; batch: see `without`."""
     anatomy = anatomy_for(model, batch)
-    _require_effect(model, anatomy, _wanted(model, anatomy, components, blocks), thorough=True)
+    wanted = _with_every_expert(model, anatomy, _wanted(model, anatomy, components, blocks))
+    _require_effect(model, anatomy, wanted, thorough=True)
 
 
 def _require_effect(
@@ -424,11 +446,18 @@ def _require_effect(
     # A removal acts at proved places and says so where it misses one. What mask and positions do shows on a run only, and so
     # does a norm or a mask that was overlooked.
     if example is not None and "norm" in wanted.components:
-        everything = _Removal(frozenset({"norm", "mlp", "attention"}), wanted.blocks, False, inner=True)
+        everything = replace(
+            _Removal(frozenset({"norm", "mlp", "attention"}), wanted.blocks, False, inner=True), further=wanted.further
+        )
         with restoring() as changes:
             _set_aside(model, anatomy, changes)
-            _put_up(model, anatomy, [everything], changes, everywhere=False)
+            _put_up(model, anatomy, [everything], changes)
             require_no_norm_left(model, anatomy, wanted.blocks, example)
+        norms = replace(everything, components=frozenset({"norm"}))
+        with restoring() as changes:
+            _set_aside(model, anatomy, changes)
+            _put_up(model, anatomy, [norms], changes)
+            require_no_output_norm_left(model, anatomy, wanted.blocks, example)
     if example is not None and "mask" in wanted.components:
         with restoring() as changes:
             _set_aside(model, anatomy, changes)
@@ -475,7 +504,7 @@ def _changes(model: nn.Module, anatomy: Anatomy, removal: _Removal, example: Map
     for removals in ([], [removal]):
         with restoring() as changes:
             try:
-                _put_up(model, anatomy, removals, changes, everywhere=False)
+                _put_up(model, anatomy, removals, changes)
             except InputError:
                 return True
             torch.manual_seed(0)
@@ -493,28 +522,38 @@ def _install(model: nn.Module, anatomy: Anatomy, removals: list[_Removal]) -> No
     installed = _in_force[model].installed
     installed.put_back()
     try:
-        _put_up(model, anatomy, removals, installed, everywhere=all(each.everywhere for each in removals))
+        everywhere = all(each.everywhere for each in removals)
+        _put_up(model, anatomy, removals, installed, everywhere=everywhere, is_watched=True)
     except BaseException:  # Ctrl-C, too: the half that is up comes down
         installed.put_back()
         raise
 
 
 def _put_up(
-    model: nn.Module, anatomy: Anatomy, removals: list[_Removal], changes: Changes, *, everywhere: bool
+    model: nn.Module,
+    anatomy: Anatomy,
+    removals: list[_Removal],
+    changes: Changes,
+    *,
+    everywhere: bool = False,
+    is_watched: bool = False,
 ) -> None:
-    """Put up the union of `removals`, in this thread or `everywhere`."""
+    """Put up the union of `removals`, in this thread or `everywhere`. is_watched: passes that go where the model was never looked
+    at are refused if something would stay there; one of noise, to ask a question, may go anywhere."""
     if not removals:
         return
     changes.enter(in_the_open(model))
     handlers: dict[Point, Handler] = {}
     norms: set[ModuleCall | NormPiece] = set()
+    paths = {run: path for r in removals for run, path in r.further.paths.items()} | dict(anatomy.paths)
     for number, block in enumerate(anatomy.blocks):
         gone = {c for r in removals if number in r.blocks for c in r.components}
         skips = {c for r in removals if number in r.blocks and r.parts_filling.kind == "zero" for c in r.components}
         parts, alone = _parts(block, skips, _PARTS), _parts(block, gone, _RESIDUALS)
         _refuse_shared(block, parts, alone)
         handlers |= removal(block, parts, residual=alone)
-        for norm in block.norms:
+        others = {norm for r in removals for i, norm in r.further.norms if i == number}
+        for norm in (*block.norms, *others):
             skipped = norm.role == "post" and parts >= set(block.residuals[norm.place or 0].parts)
             fixed = isinstance(norm.where, NormPiece) and norm.where.obstacle
             inside = norm.role == "inner" and (fixed or not any(r.inner and number in r.blocks for r in removals))
@@ -530,7 +569,7 @@ def _put_up(
         else:
             runs.setdefault(where.name, set()).add(where.call)
     for name, calls in runs.items():
-        changes.enter(_identity(model, name, calls, everywhere))
+        changes.enter(_identity(model, name, calls, {run for of, run in paths if of == name}, everywhere))
     unmasked = frozenset(b for r in removals if "mask" in r.components for b in r.blocks)
     if unmasked:
         changes.enter(mask_removed(model, anatomy, unmasked, everywhere=everywhere))
@@ -553,7 +592,13 @@ def _put_up(
                 handlers[point] = in_turn(handler, handlers[point]) if point in handlers else handler
             for where, read in away.reads.items():
                 changes.enter(single_heads.reading(model, where.name, {where.call: read}, everywhere=everywhere))
-    changes.enter(intercepted(model, handlers, everywhere=everywhere))
+    affected = {
+        "norm": {number for r in removals if "norm" in r.components for number in r.blocks},
+        "attention": {*unmasked, *(number for r in removals for number in r.heads)},
+    }
+    if is_watched:
+        changes.enter(unseen_runs.watched(model, anatomy, affected, norms, everywhere=everywhere))
+    changes.enter(intercepted(model, handlers, everywhere=everywhere, paths=paths if is_watched and paths else None))
 
 
 def _parts(block: Block, gone: Collection[str], meant: Mapping[str, Collection[str]]) -> set[int]:
@@ -574,13 +619,21 @@ def _refuse_shared(block: Block, parts: Collection[int], alone: Collection[int])
 
 
 @contextlib.contextmanager
-def _identity(model: nn.Module, name: str, calls: set[int], everywhere: bool) -> Iterator[None]:
-    """Let the given runs of a norm return their input, in the dtype the norm would have returned."""
+def _identity(model: nn.Module, name: str, calls: set[int], known: set[int], everywhere: bool) -> Iterator[None]:
+    """Let the given runs of a norm return their input, in the dtype the norm would have returned. Where these are all the runs that
+    are `known`, so does every other; where they are some, which of them another would be cannot be told."""
+    are_all = bool(known) and known <= calls
     with restoring() as changes:
         runs = changes.enter(counted(model, [name]))
 
         def passing(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if runs.begin(name) not in calls:
+            run = runs.begin(name)
+            if known and run not in known and not are_all:
+                raise ChangedPath(
+                    f"without: expected {len(known)} runs of the norm {name} in a pass, got one more. Which of them are to be "
+                    "taken out is not known. Run the model on inputs of one kind."
+                )
+            if run not in calls and not are_all:
                 return None
             (given, *_rest) = tensors_in([args, kwargs])
             return given.to(output.dtype) if isinstance(output, Tensor) else None

@@ -152,9 +152,10 @@ def _heads(part: PartRecord) -> Iterator[Finding]:
     count = part.heads or 0
     silent = _silent_heads(part)
     by_values = {head for head, why in silent.items() if why == "values"}
-    size = count // part.key_value_heads if part.key_value_heads else 1
-    if size > 1:
-        for group in range(part.key_value_heads or 0):
+    groups = part.key_value_heads
+    if groups and count > groups:
+        size = count // groups
+        for group in range(groups):
             members = range(group * size, (group + 1) * size)
             if by_values.issuperset(members):
                 for head in members:

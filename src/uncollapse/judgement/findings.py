@@ -140,7 +140,7 @@ def findings(
     # Attention that no token steers is said once: where its rows are alike already, by those.
     alike = {(f.block, f.kind) for f in fired if f.phenomenon == "rank-collapse-width"}
     fired = [f for f in fired if f.code != "HEAD-BLIND" or f.head is not None or (f.block, f.kind) not in alike]
-    return sorted(fired, key=lambda f: (-SEVERITIES.index(f.severity), f.block if f.block is not None else -1))
+    return sorted(fired, key=lambda f: (-SEVERITIES.index(f.severity), f.block is not None, f.block))
 
 
 def readings(
@@ -166,11 +166,12 @@ def _place(block: int | None, stack: Stack | None) -> str:
     return where + (f" ({stack})" if stack else "")
 
 
-def _calls(attention: Iterable[AttentionRecord]) -> Iterator[list[AttentionRecord]]:
+def _calls(attention: Iterable[AttentionRecord]) -> Iterator[tuple[int, list[AttentionRecord]]]:
+    """The heads of each attention call, with its block."""
     by_call: dict[tuple[int, str], list[AttentionRecord]] = {}
     for record in attention:
         by_call.setdefault((record.block, record.kind), []).append(record)
-    yield from by_call.values()
+    yield from ((block, records) for (block, _), records in by_call.items())
 
 
 def not_finite(observed: Observed) -> Iterator[Reading]:
@@ -406,7 +407,7 @@ def _directions(cloud: CorpusRecord) -> float:
     return cloud.centred_effective_rank or 0.0
 
 
-def _with_different_tokens(observed: Observed) -> Iterator[list[AttentionRecord]]:
+def _with_different_tokens(observed: Observed) -> Iterator[tuple[int, list[AttentionRecord]]]:
     """The attention calls of stacks whose text has enough different tokens, and is not one, two or three of them repeated."""
     distinct = {
         site.block: sites[0].distinct_tokens.mean
@@ -414,23 +415,22 @@ def _with_different_tokens(observed: Observed) -> Iterator[list[AttentionRecord]
         for site in sites
         if sites[0].distinct_tokens is not None
     }
-    for records in _calls(observed.attention):
-        if distinct.get(records[0].block, math.inf) >= DIFFERENT_TOKENS:
-            yield records
+    for block, records in _calls(observed.attention):
+        if distinct.get(block, math.inf) >= DIFFERENT_TOKENS:
+            yield block, records
 
 
 def _with_tokens_apart(observed: Observed) -> Iterator[tuple[list[AttentionRecord], float | None]]:
     """Those of them whose input tokens can be told apart, and how far apart those are as a share of the embedding's distance, if
     that is known. No attention can choose among equal keys, and `consensus` already reports tokens that have converged."""
-    entering: dict[int, Read] = {}
+    entering: dict[int | None, Read] = {}
     for sites in stacks(observed.trajectory):
         read = {id(each.site): each for each in as_read(sites)}
-        for before, site in itertools.pairwise(sites):
-            known = read.get(id(before))
-            if site.block is not None and known is not None and id(sites[0]) in read:
-                entering[site.block] = known
-    for records in _with_different_tokens(observed):
-        enters = entering.get(records[0].block)
+        if id(sites[0]) in read:
+            pairs = itertools.pairwise(sites)
+            entering |= {site.block: read[id(before)] for before, site in pairs if id(before) in read}
+    for block, records in _with_different_tokens(observed):
+        enters = entering.get(block)
         if enters is None:
             yield records, None
         elif enters.share >= observed.thresholds.consensus and enters.distance >= APART_AT_ENTRY:
@@ -453,7 +453,7 @@ def uniform(observed: Observed) -> Iterator[Reading]:
             f"attends to all keys almost equally: even its least uniform head ({least.head}) leaves only {unused:.2g} of them "
             "unused."
         )
-        initial = _initial(observed, records)
+        initial = _initial(observed, least, records)
         finding = _width_finding("WIDTH-UNIFORM", least, unused, observed.thresholds.unused_keys, message, initial)
         if apart is not None and apart < 1 and unused >= observed.thresholds.unused_keys * apart**2:
             finding = replace(
@@ -484,17 +484,17 @@ def rank_one(observed: Observed) -> Iterator[Reading]:
             f"gives every token almost the same mixture: even the head that keeps most ({most.head}) keeps only {kept:.2g} of "
             "the spread of its values."
         )
-        initial = _initial(observed, records)
+        initial = _initial(observed, most, records)
         finding = _width_finding("WIDTH-RANK-ONE", most, distance, observed.thresholds.contraction, message, initial)
         yield Reading(_margin(distance, observed.thresholds.contraction), finding)
 
 
-def _initial(observed: Observed, records: Sequence[AttentionRecord]) -> str:
-    """Why this attention is as an initialisation makes it; empty if it is not. Its weights must look so, and its logits
-    must have the size that such queries and keys give: drawn like the values, a logit is about as large as a squared entry of
-    a value."""
+def _initial(observed: Observed, head: AttentionRecord, records: Sequence[AttentionRecord]) -> str:
+    """Why the attention of this head, whose `records` these are, is as an initialisation makes it; empty if it is not. Its weights
+    must look so, and its logits must have the size that such queries and keys give: drawn like the values, a logit is about as
+    large as a squared entry of a value."""
     for part in observed.parts:
-        if (part.block, part.kind) != (records[0].block, records[0].kind) or not part.initial:
+        if (part.block, part.kind) != (head.block, head.kind) or not part.initial:
             continue
         largest = max((r.max_logit.mean for r in records if r.max_logit is not None), default=None)
         expected = None if part.typical_value is None else part.typical_value**2
@@ -534,7 +534,7 @@ def frozen(observed: Observed) -> Iterator[Reading]:
     spreads the near ones. A head is frozen if both say so, and not judged where the reach is not known: healthy heads have rest
     entropies down to 0.024, and records from before the reach was kept took theirs from weights, where small ones had underflowed.
     """
-    for records in _with_different_tokens(observed):
+    for _, records in _with_different_tokens(observed):
         judged = [(r, thaw) for r in records if (thaw := _thaw(r, observed.thresholds)) is not None]
         if not judged:
             continue
@@ -586,7 +586,7 @@ def identical_heads(observed: Observed) -> Iterator[Reading]:
         if not pairs:
             continue
         # Random spaces scatter by sqrt(2) (1 - d_k/d) / sqrt((d - 1)(d + 2)), which is too much in a stream of a few dimensions.
-        if 1 - 6 * math.sqrt(2 / max((record.width - 1) * (record.width + 2), 1)) < observed.thresholds.distinctness:
+        if 1 - 6 * math.sqrt(2 / ((record.width - 1) * (record.width + 2))) < observed.thresholds.distinctness:
             continue
         overlap, first, second = max(pairs)
         distance = (1 - overlap) / expected

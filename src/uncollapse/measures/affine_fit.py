@@ -84,7 +84,7 @@ class AffineFit:
         xx, xy, _ = fitted.about(a, m)
         squares, directions = torch.linalg.eigh(xx)
         n, width = fitted.n, len(a)
-        energy = squares.clamp(min=0).sum() + n * (a + self.origins[0]).square().sum()  # of X as it is, not centred
+        energy = xx.trace() + n * (a + self.origins[0]).square().sum()  # of X as it is, not centred
         storage = storage_noise(self.eps, energy.sqrt(), n, width)
         kept = squares > torch.maximum(storage.square(), max(n, width) * _EPS_64 * squares[-1])
         slopes = directions[:, kept] @ ((directions[:, kept].mT @ xy) / squares[kept].unsqueeze(-1))

@@ -106,7 +106,7 @@ def effective_rank(values: Float[Tensor, "*batch direction"]) -> Float[Tensor, "
     values = values.double()
     total = values.sum(-1, keepdim=True)
     found: Tensor = torch.special.entr(values / total).sum(-1).exp()
-    return found.where(total[..., 0] > 0, 0)
+    return found.where(total.squeeze(-1) > 0, 0)
 
 
 @admitting
@@ -320,11 +320,11 @@ def _singular_values(x: Tensor, gram: Tensor, floor: Tensor, wanted: Tensor, att
     """Descending; 0 beyond the attainable ones. From the Gram of the short side; from `x` itself where that could hide a value
     above `floor`."""
     n, width = x.shape[-2:]
-    squares = torch.linalg.eigvalsh(gram).flip(-1).clamp(min=0)
+    squares = torch.linalg.eigvalsh(gram).flip(1).clamp(min=0)
     squares[:, attainable:] = 0
     lost = (squares < 1e-12 * squares[:, :1]) & (1e-12 * squares[:, :1] > floor[:, None].square())
     values = squares.sqrt()
-    rows = (lost[:, :attainable].any(-1) & wanted).nonzero().flatten()
+    rows = (lost[:, :attainable].any(1) & wanted).nonzero().flatten()
     if len(rows):
         upright = x[rows].mT if n < width else x[rows]  # the other way it takes twice as long
         values[rows, :attainable] = torch.linalg.svdvals(upright)[:, :attainable]
@@ -336,14 +336,14 @@ def _from_moments(cloud: RunningCloud, eps: float) -> Spectrum:
     width, n = len(cloud.mean), cloud.count
     scatter, mean = cloud.scatter.cpu(), cloud.mean.cpu()
     uncentred = scatter + n * torch.outer(mean, mean)
-    size = float(uncentred.diagonal().sum().clamp(min=0).sqrt())
+    size = float(uncentred.diagonal().sum().sqrt())
     floor = storage_noise(eps, size, n, width) + max(n, width) * _EPS_64 * size
     found = []
     for moment in (uncentred, scatter):
-        values = torch.linalg.eigvalsh(moment).flip(-1).clamp(min=0).sqrt()
+        values = torch.linalg.eigvalsh(moment).flip(-1).sqrt()  # NaN, and not above the cut, where rounding is below 0
         resolved = math.sqrt(width * _EPS_64) * float(values[0])
         found.append(torch.where(values > max(floor, resolved), values, 0))
-    if float(scatter.diagonal().sum().clamp(min=0).sqrt()) <= floor:
+    if float(scatter.diagonal().sum().sqrt()) <= floor:
         found[1] = torch.zeros_like(found[1])
     return Spectrum(*found)
 
@@ -362,8 +362,8 @@ def _measures(clouds: Sequence[RunningCloud], spectrum: Spectrum) -> Iterator[Co
         "top_share": top_share(apart, 1),
         "top_ten_share": top_share(apart, 10),
         "isoscore": isoscore(apart, width),
-        "energy": whole.square().sum(-1),
-        "spread": apart.square().sum(-1),
+        "energy": whole.square().sum(1),
+        "spread": apart.square().sum(1),
     }
     columns = zip(*(values.tolist() for values in figures.values()), strict=True)
     for cloud, values, line in zip(clouds, columns, apart, strict=True):
@@ -371,11 +371,11 @@ def _measures(clouds: Sequence[RunningCloud], spectrum: Spectrum) -> Iterator[Co
         n, energy, spread = cloud.count, found.pop("energy"), found.pop("spread")
         sampled = len(cloud.points) if cloud.scatter is None and len(cloud.points) < n else None
         counted = n if sampled is None else sampled
-        law = power_law(line) if n > 1 and spread > 0 else LineFit(None, None, None)
+        law = power_law(line)
         defined = {
             "effective_rank": energy > 0,
             "centred_effective_rank": energy > 0 and n > 1,
-            "isoscore": spread > 0 and n > 1 and width > 1,
+            "isoscore": spread > 0 and width > 1,
         }
         similarity = mean_cosine(cloud)
         yield CorpusMeasures(
@@ -388,7 +388,7 @@ def _measures(clouds: Sequence[RunningCloud], spectrum: Spectrum) -> Iterator[Co
             alpha_high=law.high,
             mean_cosine=similarity if math.isfinite(similarity) else None,
             mean_share=max(0.0, 1 - spread / energy) if energy > 0 else None,
-            **{k: v if defined.get(k, spread > 0 and n > 1) else None for k, v in found.items()},
+            **{k: v if defined.get(k, spread > 0) else None for k, v in found.items()},
         )
 
 
@@ -487,7 +487,7 @@ def _ckas(x: Tensor, y: Tensor, K: Tensor | None, L: Tensor | None) -> tuple[Ten
 
 
 def _cosine(between: Tensor, within: Tensor, without: Tensor) -> Tensor:
-    found: Tensor = between / (within * without).clamp(min=0).sqrt()
+    found: Tensor = between / (within * without).sqrt()
     return found.where((within > 0) & (without > 0), math.nan)
 
 

@@ -310,14 +310,14 @@ def consensus_after_norm(
         x = x - x.mean(-1, keepdim=True)
     if x.dtype == torch.float64 and x.numel():
         x, _ = at_size_one(x, (-1,))
-    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    real = real & (norms[..., 0] > 0)
-    unit = x * torch.where(real.unsqueeze(-1), _reciprocal(norms), 0)  # padded rows are zero already
+    norms = torch.linalg.vector_norm(x, dim=-1)  # padded rows are zero, and stay so
+    real = real & (norms > 0)
+    unit = x * _reciprocal(norms).unsqueeze(-1)
     count = real.sum(-1)
     mean = unit.sum(-2, keepdim=True) / count[..., None, None]
     distances = torch.linalg.vector_norm(unit.sub_(mean), dim=-1)  # in place: one cloud less to write
     apart = torch.where(real, distances.square(), 0).sum(-1) / count
-    return (apart.sqrt() + 0 * norms.sum((-2, -1))).where(count > 1, math.nan)  # NaN where a real token is not finite
+    return (apart.sqrt() + 0 * norms.sum(-1)).where(count > 1, math.nan)  # NaN where a real token is not finite
 
 
 @admitting
@@ -361,13 +361,13 @@ def stream_carried(
     exponent = torch.zeros((), dtype=torch.int32, device=x.device)
     if not (is_ordinary(x, 40) and is_ordinary(y, 40)):
         (x, small), (y, large) = (at_size_one(part.double(), (-2, -1)) for part in (x, y))
-        exponent = (large - small)[..., 0, 0] * (not is_normalized)
+        exponent = (large - small).squeeze((-2, -1)) * (not is_normalized)
     real = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask
     product, size = (x * y).sum(-1), torch.linalg.vector_norm(x, dim=-1)
     share = product / (size * (torch.linalg.vector_norm(y, dim=-1) if is_normalized else size))
     middle: Tensor = share.where(real, math.nan).nanmedian(-1).values
     middle = times_power_of_two(middle, exponent).to(precision)
-    return middle + 0 * product.where(real, 0).sum(-1).to(precision)  # NaN where a real token is not finite
+    return middle.where((product.isfinite() | ~real).all(-1), math.nan)
 
 
 @admitting
@@ -642,9 +642,9 @@ def cloud_measures(
         )
     batch = x.shape[:-2]
     x = x.reshape(math.prod(batch), *x.shape[-2:])
-    real = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask.reshape(x.shape[:-1])
+    real = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask.reshape(x.shape[:-1])
     if (real[:, 1:] > real[:, :-1]).any():  # left-padded, or with holes: real tokens first, so that a slice holds them
-        real, places = real.sort(dim=-1, descending=True, stable=True)
+        real, places = real.sort(dim=1, descending=True, stable=True)
         x = x.gather(-2, places.unsqueeze(-1).expand_as(x))
     eps = torch.finfo(precision or x.dtype).eps
     if x.dtype == torch.float64 and x.numel():
@@ -682,31 +682,30 @@ def cloud_ranks(
     _check(name, x, mask, precision)
     batch, (tokens, width) = x.shape[:-2], x.shape[-2:]
     x = x.reshape(math.prod(batch), tokens, width)
-    real = torch.ones_like(x[..., 0], dtype=torch.bool) if mask is None else mask.reshape(x.shape[:-1])
+    real = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device) if mask is None else mask.reshape(x.shape[:-1])
     eps, X = torch.finfo(precision or x.dtype).eps, _float64(x, real)
     if x.dtype == torch.float64 and x.numel():
         X = at_size_one(X, (-2, -1))[0]
-    count, side = real.sum(-1), min(tokens, width)
+    count, side = real.sum(1), min(tokens, width)
     G = X @ X.mT if tokens <= width else X.mT @ X
-    energy = G.diagonal(dim1=-2, dim2=-1).sum(-1)
-    finite = energy.isfinite() & (count > 0)  # whatever the factorisation says of the others
+    energy = G.diagonal(dim1=-2, dim2=-1).sum(1)
     # ||X||_F is at least sigma_1. The second part covers the rounding of G, of its centring, and of the factorisation.
-    tolerance = storage_noise(eps, energy.sqrt(), count.clamp(min=1).double(), width)
+    tolerance = storage_noise(eps, energy.sqrt(), count.double(), width)
     tolerance = tolerance + count.clamp(min=width) * _EPS_64 * energy.sqrt()
-    least = tolerance.square() + 8 * max(tokens, width) * _EPS_64 * energy
+    least = (tolerance.square() + 8 * max(tokens, width) * _EPS_64 * energy).nan_to_num()  # 0 where there is no token
 
     def exceeds(gram: Tensor) -> Tensor:
         return torch.linalg.cholesky_ex(gram - least[:, None, None] * identity).info == 0
 
     identity = torch.eye(side, dtype=G.dtype, device=G.device)
     if tokens <= width:
-        G = G + torch.diag_embed((~real) * energy.unsqueeze(-1))  # more than `least`: padded rows hide nothing
-        known = exceeds(G) & finite
+        G = G + torch.diag_embed((~real) * energy[:, None])  # more than `least`: padded rows hide nothing
+        known = exceeds(G) & energy.isfinite()
         ranks, affine = count.double(), (count - 1).double()
     else:
-        full = exceeds(G) & finite
+        full = exceeds(G) & energy.isfinite()
         total = X.sum(-2)
-        centred = G - total.unsqueeze(-1) * (total / count.clamp(min=1).unsqueeze(-1)).unsqueeze(-2)
+        centred = G - total.unsqueeze(-1) * (total / count[:, None]).unsqueeze(-2)
         known = full & exceeds(centred)
         ranks = affine = torch.full_like(energy, width)
         square = full & ~known & (count == width)
@@ -764,7 +763,7 @@ def _cloud(function: str, x: Tensor, mask: Tensor | None, precision: torch.dtype
     exponent = torch.zeros(x.shape[:-2], dtype=torch.int32, device=x.device)
     if x.dtype == torch.float64 and x.numel():  # squares of the other formats stay within float64
         double, found = at_size_one(double, (-2, -1))
-        exponent = found[..., 0, 0]
+        exponent = found.squeeze((-2, -1))
     return _Cloud(double, real, real.sum(-1), eps, exponent)
 
 
@@ -878,7 +877,7 @@ def _unexplained_share(x: Tensor, y: Tensor, seed: int, eps: float) -> float:
         return math.nan
     Q, R = torch.linalg.qr(x[fitted] - origin)
     U, values, directions = torch.linalg.svd(R)
-    tolerance = _tolerance(_singular_values(x[fitted]), torch.tensor(len(fitted), device=x.device), x.shape[-1], eps)
+    tolerance = _tolerance(_singular_values(x[fitted]), torch.tensor(len(fitted), device=x.device), x.shape[1], eps)
     kept = values > tolerance
     slopes = directions[kept].mT @ ((U[:, kept].mT @ (Q.mT @ (y[fitted] - mean))) / values[kept].unsqueeze(-1))
     rest = total - (x[held_out] - origin) @ slopes
@@ -936,10 +935,10 @@ def _measured(
     x: Tensor, real: Tensor, eps: float, massive_tokens: int | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """The fields of `CloudMeasures` and those of `WithoutMassiveTokens`, and the Gram matrices."""
-    tokens, width = real.sum(-1), x.shape[-1]
+    tokens, width = real.sum(1), x.shape[-1]
     groups = _groups(x, tokens)
     found = gram = _gram(x, real, groups)
-    finite = gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()
+    finite = gram.diagonal(dim1=-2, dim2=-1).sum(1).isfinite()
     if not finite.all():  # measured as zero clouds, for LAPACK refuses the whole batch; NaN is put back at the end
         gram = gram.where(finite[:, None, None], 0)
         x = x.where(finite[:, None, None], 0)
@@ -959,7 +958,7 @@ def _measured(
         **sensitive,
     }
     massive = _massive(norms, real, massive_tokens)
-    left_out = massive.sum(-1)
+    left_out = massive.sum(1)
     without = {"tokens_left_out": left_out, **sensitive}
     rows = left_out.nonzero().flatten()
     if len(rows):
@@ -979,28 +978,28 @@ def _consensus_after_norm(x: Tensor, real: Tensor, gram: Tensor, centred: bool) 
     over d features ||x_i||^2 is G_ii - d m_i^2, the squared length w^T G w - d <w, m>^2. w^T G w = ||X^T w||^2.
     """
     is_long = x.shape[-2] > x.shape[-1]
-    count = real.sum(-1)
+    count = real.sum(1)
     squares = torch.linalg.vector_norm(x, dim=-1).square() if is_long else gram.diagonal(dim1=-2, dim2=-1)
     mean = torch.where(real, x.mean(-1, dtype=torch.float64), 0) if centred else torch.zeros_like(squares)
     freed = squares - x.shape[-1] * mean.square()
-    weights = torch.where(real, freed.rsqrt(), 0)
+    weights = _reciprocal(freed.sqrt())  # 0 in padded rows; where nothing is left it does not count
     if is_long:
         summed = (weights.unsqueeze(-2) @ x).square().sum((-2, -1))
     else:
         summed = (weights.unsqueeze(-2) @ gram @ weights.unsqueeze(-1)).sum((-2, -1))
-    apart = 1 - (summed - x.shape[-1] * (weights * mean).sum(-1).square()) / count.square()
-    kept = torch.where(real, freed > 1e-6 * squares, True).all(-1) & (apart > 1e-4)  # false for NaN
+    apart = 1 - (summed - x.shape[-1] * (weights * mean).sum(1).square()) / count.square()
+    kept = ((freed > 1e-6 * squares) | ~real).all(1) & (apart > 1e-4)  # false for NaN
     apart = apart.sqrt().where(count > 1, math.nan)
     rows = (~kept & (count > 1)).nonzero().flatten()
     if len(rows):
         apart[rows] = consensus_after_norm(x[rows], real[rows], centred=centred)
-    return apart.where(squares.sum(-1).isfinite(), math.nan)
+    return apart.where(squares.sum(1).isfinite(), math.nan)
 
 
 def _gram(x: Tensor, real: Tensor, groups: _Groups) -> Tensor:
     if x.shape[-2] > x.shape[-1]:
         return _column_gram(x)
-    gram = torch.zeros(*real.shape, real.shape[-1], dtype=torch.float64, device=x.device)
+    gram = torch.zeros(*real.shape, real.shape[1], dtype=torch.float64, device=x.device)
     for sequences, side, padded in groups:
         part = x[sequences, :side]
         part = _float64(part, real[sequences, :side]) if padded else part.double()
@@ -1027,12 +1026,12 @@ def _eigenvalues(gram: Tensor, attainable: Tensor, groups: _Groups) -> Tensor:
     values = gram.new_zeros(gram.shape[:-1])
     found = eigenvalues([gram[sequences, :side, :side] for sequences, side, _ in groups])
     for (sequences, side, _), ascending in zip(groups, found, strict=True):
-        values[sequences, :side] = ascending.flip(-1)
+        values[sequences, :side] = ascending.flip(1)
     return values.clamp(min=0).where(_places(values, attainable), 0)
 
 
 def _places(values: Tensor, attainable: Tensor) -> Tensor:
-    return torch.arange(values.shape[-1], device=values.device) < attainable.unsqueeze(-1)
+    return torch.arange(values.shape[1], device=values.device) < attainable[:, None]
 
 
 def _resolved(
@@ -1043,10 +1042,12 @@ def _resolved(
     The Gram errs by about max(n, d) eps of the `largest` eigenvalue of X: an eigenvalue of 1e-12 of that is known to
     1 % or so, one below is not worth much, and one so close to the squared tolerance may be on its wrong side.
     """
-    noise = (max(x.shape[-2:]) * _EPS_64 * largest).unsqueeze(-1)
-    unsure = (squares < 1e-12 * largest.unsqueeze(-1)) | ((squares - tolerance.unsqueeze(-1).square()).abs() < noise)
+    _, tokens, width = x.shape
+    largest, tolerance = largest[:, None], tolerance[:, None]
+    noise = max(tokens, width) * _EPS_64 * largest
+    unsure = (squares < 1e-12 * largest) | ((squares - tolerance.square()).abs() < noise)
     values = squares.sqrt()
-    rows = (unsure & _places(values, attainable)).any(-1).nonzero().flatten()
+    rows = (unsure & _places(values, attainable)).any(1).nonzero().flatten()
     if len(rows):
         values[rows] = _exact_values(x[rows], real[rows])
     return values
@@ -1054,31 +1055,31 @@ def _resolved(
 
 def _exact_values(x: Tensor, real: Tensor) -> Tensor:
     """The singular values of clouds with the real tokens first, from these alone; the places beyond are 0."""
-    values = x.new_zeros(len(x), min(x.shape[-2:]), dtype=torch.float64)
+    count, tokens, width = x.shape
+    values = x.new_zeros(count, min(tokens, width), dtype=torch.float64)
     step = _length_step(x.device)
-    lengths = (real.sum(-1) + step - 1) // step * step
-    for length in lengths.unique().clamp(1, x.shape[-2]).tolist():
-        rows = (lengths.clamp(1, x.shape[-2]) == length).nonzero().flatten()
+    lengths = (-(-real.sum(1) // step) * step).clamp(max=tokens)
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero().flatten()
         cut = _float64(x[rows, :length], real[rows, :length])
         # Upright: of a matrix that is wider than high LAPACK takes them at twice the price.
-        found = torch.linalg.svdvals(cut.mT if cut.shape[-2] < cut.shape[-1] else cut)
-        values[rows, : found.shape[-1]] = found
+        values[rows, : min(length, width)] = torch.linalg.svdvals(cut.mT if length < width else cut)
     return values
 
 
 def _affine_ranks(x: Tensor, real: Tensor, gram: Tensor, ranks: Tensor, largest: Tensor, tolerance: Tensor) -> Tensor:
     """By interlacing rank - 1 or rank; never more than n - 1, so rank n decides it. The others are looked at."""
     affine = (ranks - 1).clamp(min=0)
-    tokens, width = real.sum(-1), x.shape[-1]
-    rows = ((ranks > 0) & (ranks < tokens)).nonzero().flatten()
-    if len(rows) and x.shape[-2] > width:
+    tokens, (_, most, width) = real.sum(1), x.shape
+    rows = (ranks < tokens).nonzero().flatten()
+    if len(rows) and most > width:
         # X^T C X minus a multiple of I has a Cholesky factor iff all its eigenvalues are above: the usual case with
         # more tokens than width, at a fifth of a spectrum's price. X^T C X = G - s s^T / n, s the sum of the tokens, errs by no
         # more than G itself, for s^T s / n is at most its largest eigenvalue.
-        least = tolerance[rows].square() + 4 * x.shape[-2] * _EPS_64 * largest[rows]
+        least = tolerance[rows].square() + 4 * most * _EPS_64 * largest[rows]
         full = torch.zeros_like(rows, dtype=torch.bool)
         for place, (row, shift) in enumerate(zip(rows.tolist(), least, strict=True)):  # one by one: in the cache
-            total = x[row].sum(-2)
+            total = x[row].sum(0)
             centred = torch.addr(gram[row], total, total / tokens[row], alpha=-1)
             centred.diagonal().sub_(shift)
             full[place] = torch.linalg.cholesky_ex(centred).info == 0
@@ -1086,13 +1087,13 @@ def _affine_ranks(x: Tensor, real: Tensor, gram: Tensor, ranks: Tensor, largest:
         rows = rows[~full]
     if len(rows):
         attainable = tokens[rows] - 1
-        whole: _Groups = [(slice(None), min(x.shape[-2:]), False)]
+        whole: _Groups = [(slice(None), min(most, width), False)]
         centred = _centred(_float64(x[rows], real[rows]), real[rows])
         squares, least = _eigenvalues(_gram(centred, real[rows], whole), attainable, whole), tolerance[rows, None]
         # Only on which side of the tolerance they are is asked, and the Gram errs by as much as its own largest says.
-        noise = max(x.shape[-2:]) * _EPS_64 * squares[:, :1]
+        noise = max(most, width) * _EPS_64 * squares[:, :1]
         unsure = ((squares - least.square()).abs() <= noise) & _places(squares, attainable)
-        values, again = squares.sqrt(), unsure.any(-1).nonzero().flatten()
+        values, again = squares.sqrt(), unsure.any(1).nonzero().flatten()
         if len(again):
             values[again] = _exact_values(centred[again], real[rows][again])
             values = values.where(_places(values, attainable), 0)
@@ -1105,7 +1106,7 @@ def _token_norms(x: Tensor, gram: Tensor) -> Tensor:
 
 
 def _norm_sensitive(x: Tensor, real: Tensor, gram: Tensor, norms: Tensor, values: Tensor) -> dict[str, Tensor]:
-    tokens, energy, unit = real.sum(-1), norms.square().sum(-1), _reciprocal(norms)
+    tokens, energy, unit = real.sum(1), norms.square().sum(1), _reciprocal(norms)
     if x.shape[-2] > x.shape[-1]:
         common = x.sum(-2).square().sum(-1)
         summed = (unit.unsqueeze(-2) @ x).square().sum((-2, -1))
@@ -1128,10 +1129,11 @@ def _norm_sensitive(x: Tensor, real: Tensor, gram: Tensor, norms: Tensor, values
 
 def _norm_sensitive_again(x: Tensor, real: Tensor) -> dict[str, Tensor]:
     """The same from the start, for the tokens left over, which may lie anywhere."""
-    real, places = real.sort(dim=-1, descending=True, stable=True)
+    real, places = real.sort(dim=1, descending=True, stable=True)
     x = _float64(x.gather(-2, places.unsqueeze(-1).expand_as(x)), real)
-    whole: _Groups = [(slice(None), min(x.shape[-2:]), False)]
-    gram, attainable = _gram(x, real, whole), real.sum(-1)
+    _, tokens, width = x.shape
+    whole: _Groups = [(slice(None), min(tokens, width), False)]
+    gram, attainable = _gram(x, real, whole), real.sum(1)
     squares = _eigenvalues(gram, attainable, whole)
     values = _resolved(x, real, squares, attainable, squares[:, 0], torch.zeros_like(squares[:, 0]))
     return _norm_sensitive(x, real, gram, _token_norms(x, gram), values)
@@ -1140,8 +1142,8 @@ def _norm_sensitive_again(x: Tensor, real: Tensor) -> dict[str, Tensor]:
 def _massive(norms: Tensor, real: Tensor, count: int | None) -> Tensor:
     """Which tokens are massive: by the rule, or the `count` of largest norm. Padded rows have norm 0 and come last."""
     if count is not None:
-        position = norms.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        position = norms.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         return real & (position < count)
-    middle = (real.sum(-1, keepdim=True) - 1).clamp(min=0) // 2
-    median = norms.where(real, math.inf).sort(-1).values.gather(-1, middle)
+    middle = (real.sum(1, keepdim=True) - 1).clamp(min=0) // 2
+    median = norms.where(real, math.inf).sort(1).values.gather(1, middle)
     return real & (median > 0) & (norms > _MASSIVE_RATIO * median)

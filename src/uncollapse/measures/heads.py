@@ -557,18 +557,18 @@ def _energy(
             f"{name}: expected boolean mask[..., token] = {list(head_outputs.shape[:-1])}, got "
             f"{described(mask)}. It may be an integer attention mask. Pass mask.bool(), True for real tokens."
         )
-    O = head_outputs.detach().to(torch.promote_types(head_outputs.dtype, torch.float32))
-    if not O.is_floating_point():
+    if not head_outputs.is_floating_point():
         raise InputError(
             f"{name}: expected floating-point head_outputs, got {described(head_outputs)}. They may be token ids. "
             "Pass the projection's input."
         )
+    O = head_outputs.detach().to(torch.promote_types(head_outputs.dtype, torch.float32))
     dtype, sizes = O.dtype, of_weights
     if not (is_ordinary(O, 50) and is_ordinary(grams, 20)):  # squares would leave the range
         O = O.double() if mask is None else torch.where(mask[..., None], O, 0).double()
         O, of_outputs = at_size_one(O, (-2, -1))
         grams, of_grams = at_size_one(grams.double(), (0, 1, 2))
-        sizes = 2 * of_outputs[..., 0] + of_grams.flatten() + of_weights
+        sizes = 2 * of_outputs.flatten(-2) + of_grams.flatten() + of_weights
     # centred before the Gram: the common part of the tokens would drown the rest
     if mask is None:
         O = O - O.mean(-2, keepdim=True)
@@ -625,6 +625,6 @@ def gauge_of_gates(gates: Float[Tensor, "position head"], head_width: int, tol: 
     profiles = normalize(at_size_one(gates.detach().double(), (0,))[0], dim=0)
     alike = torch.cdist(profiles.T, profiles.T, compute_mode="donot_use_mm_for_euclid_dist") <= tol
     reached = alike.double()
-    for _ in range(max(1, math.ceil(math.log2(gates.shape[1])))):  # chains of pairs, doubled in length each time
+    for _ in range(math.ceil(math.log2(gates.shape[1]))):  # chains of pairs, doubled in length each time
         reached = ((reached @ reached) > 0).double()
     return int(reached.sum()) * head_width**2

@@ -52,7 +52,7 @@ class Dense:
 
     def begun(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         Y = self.A @ X
-        return self.A.mT @ Y, self.A.sum(-2) / self.queries.sum(-1, keepdim=True), Y[..., 0]
+        return self.A.mT @ Y, self.A.sum(-2) / self.queries.sum(1, keepdim=True), Y[..., 0]
 
     def centred(self, X: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         Y = (self.A @ X).sub_(mean.unsqueeze(-2)).mul_(self.queries.unsqueeze(-1))
@@ -64,7 +64,7 @@ SMALL = 1e-4  # of sigma_1: smaller values are known to the same number of digit
 LOOKS = (2, 3, 5, 8, 12, 16)  # after so many blocks it is seen whether they are enough
 
 
-def leading(products: Products, *, vectors: int, steps: int, tolerance: float, seed: int = 0) -> Leading:
+def leading(products: Products, *, vectors: int, steps: int, tolerance: float) -> Leading:
     """The leading singular values of all matrices, from at most `steps` products with blocks of `vectors` vectors, and one more to
     begin with; fewer where `error` is within `tolerance` in all matrices before that.
 
@@ -74,22 +74,26 @@ def leading(products: Products, *, vectors: int, steps: int, tolerance: float, s
     Methods for Large Eigenvalue Problems", 2011, theorems 3.8 and 3.9 (Kato and Temple).
     """
     keys = products.keys
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(vectors)  # any seed serves, as long as it is fixed
     # One draw for all matrices: to each of them it is random.
-    drawn = torch.randn(keys.shape[-1], vectors, generator=generator, dtype=torch.float64).to(keys) * keys.unsqueeze(-1)
+    drawn = torch.randn(keys.shape[1], vectors, generator=generator, dtype=torch.float64).to(keys) * keys.unsqueeze(-1)
     start, last = drawn[..., :-1], drawn[..., -1:]
     start[..., 0] = keys
     X, mean, sums = products.begun(start)
     finite = X.isfinite().all(-1).all(-1)
     keep = finite[:, None, None]
-    X, mean, sums = torch.where(keep, X, 0), torch.where(keep[..., 0], mean, 0), torch.where(keep[..., 0], sums, 0)
+    X, mean, sums = (
+        torch.where(keep, X, 0),
+        torch.where(finite[:, None], mean, 0),
+        torch.where(finite[:, None], sums, 0),
+    )
     basis = _Basis(products, mean, sums, X[..., 0])
-    count = products.queries.sum(-1)[:, None, None]
+    count = products.queries.sum(1)[:, None, None]
     X = X - count * mean.unsqueeze(-1) * (mean.unsqueeze(-2) @ start)  # so that the mean row does not hide the others
     X = torch.cat([mean.unsqueeze(-1), X[..., 1:], last], -1)
-    found, steps = None, max(1, min(steps, (keys.shape[-1] - 1) // vectors))
+    found, steps = None, max(1, min(steps, (keys.shape[1] - 1) // vectors))
     for step in range(1, steps + 1):
-        spare = torch.randn(drawn.shape[-2:], generator=generator, dtype=torch.float64).to(keys)
+        spare = torch.randn(keys.shape[1], vectors, generator=generator, dtype=torch.float64).to(keys)
         X = basis.orthonormal(X, spare)
         y, z = products.centred(X, (mean.unsqueeze(-2) @ X)[..., 0, :])
         basis.take(X, torch.where(keep, y, 0), torch.where(keep, z, 0))
@@ -107,7 +111,7 @@ class _Basis:
 
     def __init__(self, products: Products, mean: Tensor, sums: Tensor, of_ones: Tensor) -> None:
         self.keys, self.mean, self.sums, self.of_ones = products.keys, mean, sums, of_ones
-        self.count_keys, self.count_queries = (t.double().sum(-1) for t in (products.keys, products.queries))
+        self.count_keys, self.count_queries = (t.double().sum(1) for t in (products.keys, products.queries))
         self.queries = products.queries
         self.Q = self.Z = self.keys.new_zeros(*self.keys.shape, 0)
         self.Y = self.keys.new_zeros(*products.queries.shape, 0)
@@ -128,7 +132,7 @@ class _Basis:
 
     def _centred(self, X: Tensor) -> Tensor:
         """Less the mean over real keys; padded rows become 0."""
-        mean = (self.keys.unsqueeze(-2) @ X) / self.keys.sum(-1)[:, None, None]
+        mean = (self.keys.unsqueeze(-2) @ X) / self.keys.sum(1)[:, None, None]
         return (X - mean) * self.keys.unsqueeze(-1)
 
     def take(self, X: Tensor, Y: Tensor, Z: Tensor) -> None:
@@ -147,12 +151,12 @@ class _Basis:
         n_k = self.count_keys[:, None, None]
         inner = ZV - (keys.unsqueeze(-2) @ ZV) / n_k * keys.unsqueeze(-1) - squares[:, None, :WANTED] * QV
         centred = squares, inner
-        w = (Q.mT @ a.unsqueeze(-1))[..., 0]
+        w = torch.einsum("mkd,mk->md", Q, a)
         s = sums / root
-        whole = T.new_zeros(len(T), T.shape[-1] + 1, T.shape[-1] + 1)
+        whole = T.new_zeros(len(T), Q.shape[-1] + 1, Q.shape[-1] + 1)
         whole[:, 1:, 1:] = T + n_q * w.unsqueeze(-1) * w.unsqueeze(-2)
-        whole[:, 0, 1:] = whole[:, 1:, 0] = (Y.mT @ s.unsqueeze(-1))[..., 0] + s.sum(-1, keepdim=True) * w
-        whole[:, 0, 0] = s.square().sum(-1)
+        whole[:, 0, 1:] = whole[:, 1:, 0] = torch.einsum("mqd,mq->md", Y, s) + s.sum(1, keepdim=True) * w
+        whole[:, 0, 0] = s.square().sum(1)
         squares, V = (t.flip(-1) for t in torch.linalg.eigh(whole))
         V = V[..., :WANTED]
         top, rest = V[:, :1], V[:, 1:]
@@ -163,8 +167,8 @@ class _Basis:
         values, errors = _upper(squares, outer, 2, squares.new_zeros(len(squares)))
         contraction, error = _upper(*centred, 1, values[..., 0])
         drift = (Q.mT @ Q - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)).abs().amax((-2, -1))
-        error = torch.maximum(error[..., 0], errors.amax(-1)).masked_fill(drift > 1e-3, math.inf)
-        return Leading(values[..., 0], values[..., 1], contraction[..., 0], error)
+        error = torch.maximum(error.flatten(), errors.amax(1)).masked_fill(drift > 1e-3, math.inf)
+        return Leading(values[..., 0], values[..., 1], contraction.flatten(), error)
 
 
 def _upper(squares: Tensor, residuals: Tensor, count: int, largest: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,11 +179,11 @@ def _upper(squares: Tensor, residuals: Tensor, count: int, largest: Tensor) -> t
     values, errors = [], []
     for i in range(count):
         least = torch.full_like(squares[..., 0], math.inf)
-        for j in range(i, min(WANTED, squares.shape[-1] - 1)):
+        for j in range(i, min(WANTED, squares.shape[1] - 1)):
             gap = squares[..., i] - squares[..., j + 1]
-            least = torch.minimum(least, sizes[..., : j + 1].sum(-1) / gap.clamp(min=1e-300))
+            least = torch.minimum(least, sizes[..., : j + 1].sum(1) / gap.clamp(min=1e-300))
         least = torch.minimum(least, sizes[..., i].sqrt())
         values.append(squares[..., i].sqrt())
         unit = torch.maximum(values[-1], SMALL * torch.maximum(values[0], largest)).clamp(min=1e-300)
         errors.append(((squares[..., i] + least).sqrt() - values[-1]) / unit)
-    return torch.stack(values, -1), torch.stack(errors, -1)
+    return torch.stack(values, 1), torch.stack(errors, 1)

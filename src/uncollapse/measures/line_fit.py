@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from uncollapse.measures.student import quantile_95
+from uncollapse.measures.student import mean_and_half, quantile_95
 
 
 class LineFit(NamedTuple):
@@ -26,12 +26,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     >>> mean_interval([1.0, 1.0, 1.0])
     (1.0, 1.0)
     """
-    n = len(values)
-    if n < 2:
+    if len(values) < 2:
         return None
-    mean = sum(values) / n
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    half = quantile_95(n - 1) * deviation / math.sqrt(n)
+    mean, half = mean_and_half(values)
     return mean - half, mean + half
 
 

@@ -273,8 +273,9 @@ def entropy_floor(
     K = (K - K.sum(2, keepdim=True) / counted.sum(2, keepdim=True)) * counted
     T = real.cumsum(-1) if causal else real.sum(-1, keepdim=True).expand(batch, queries)
     square_norm = _prefix_square_norm(Q, K, T) if causal else ((Q @ (K.mT @ K)[:, :, None]) * Q).sum(-1)
-    dead = T == 0 if queries != keys else (T == 0) | ~real
-    floor = _floor_from_norm(square_norm, T[:, None, None]).masked_fill(dead[:, None, None], math.nan)
+    floor = _floor_from_norm(square_norm, T[:, None, None])  # NaN where T is 0
+    if queries == keys:
+        floor = floor.masked_fill(~real[:, None, None], math.nan)
     return floor.flatten(1, 2).to(_accumulation(q.dtype))
 
 
@@ -324,7 +325,7 @@ def contraction(
     A = torch.where(rows[..., None], A - A.sum(-2, keepdim=True) / rows.sum(-1)[..., None, None], 0)
     A = torch.where(keys[..., None, :], A - A.sum(-1, keepdim=True) / keys.sum(-1)[..., None, None], 0)
     empty = ~(rows.any(-1) & keys.any(-1))
-    return times_power_of_two(_singular_values(A)[..., 0], exponent[..., 0, 0]).masked_fill(empty, math.nan)
+    return times_power_of_two(_singular_values(A)[..., 0], exponent.squeeze((-2, -1))).masked_fill(empty, math.nan)
 
 
 @admitting
@@ -636,7 +637,7 @@ def leading_spectrum(
         few = _part(scores, part, heads)
         rows, real = _real_matrices(few.sizes, part, query_mask, columns, scores)
         if size > KEPT_BYTES and min(queries, keys) > DIRECT:
-            there = real[0].nonzero().flatten()  # one sequence: its heads have the same padding
+            there = real.any(0).nonzero().flatten()  # one sequence: its heads have the same padding
             if len(there) <= DIRECT:
                 return _dense_spectrum(_weights_of(few, there), rows, real[:, there])
             return _usable(_tiled_spectrum(few, rows, real), rows, real)
@@ -783,10 +784,10 @@ def _shrinking(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None, soft
 
 def _self_scores(name: str, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> _Scores:
     """`_scores` of the plain measures: in a square call the mask of the keys is that of the queries too."""
-    _sizes(name, q, k)
+    *_, queries, keys = _sizes(name, q, k)
     if causal:
-        _require_square(name, q.shape[-2], k.shape[-2])
-    query_mask = mask if q.shape[-2] == k.shape[-2] else None
+        _require_square(name, queries, keys)
+    query_mask = mask if queries == keys else None
     return _scores(name, q, k, None, None, mask, query_mask, causal, scale, None)
 
 
@@ -882,7 +883,7 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
         peak = P.amax(-1)
         others = _others(P, peak)
         mean = P.mul_(S).sum(-1)  # the strongest adds nothing here: its S is 0
-        read["maximum"][rows], read["peak"][rows] = maximum[..., 0], peak
+        read["maximum"][rows], read["peak"][rows] = maximum.squeeze(-1), peak
         read["others"][rows], read["mean"][rows] = others, mean
         if susceptibility:
             read["variance"][rows] = P.mul_(S).sum(-1)
@@ -1008,7 +1009,7 @@ class _Tiled:
             Y[..., -1] = 1
             made[..., columns].baddbmm_(Y.mT, A)
         made *= self.keys.unsqueeze(-2)
-        return made[:, :-1].mT, made[:, -1] / self.queries.sum(-1, keepdim=True), sums
+        return made[:, :-1].mT, made[:, -1] / self.queries.sum(1, keepdim=True), sums
 
     def centred(self, X: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         # A^T Y as rows: that product is faster with the weights on its right
@@ -1061,11 +1062,11 @@ def _decomposed(A: Tensor, rows: Tensor, columns: Tensor) -> krylov.Leading:
     """The same from decompositions in float64: roots of eigenvalues of A^T A, and singular values where roots would lose digits."""
     found = A.new_full((4, len(A)), math.nan, dtype=torch.float64)
     found[3] = 0
-    kinds, kind = torch.unique(torch.cat([rows, columns], -1), dim=0, return_inverse=True)
+    kinds, kind = torch.unique(torch.cat([rows, columns], 1), dim=0, return_inverse=True)
     members, matrices, grams = [], [], []
     for number, real in enumerate(kinds):
         own = (kind == number).nonzero().flatten()
-        some_rows, some_columns = real.split([rows.shape[-1], columns.shape[-1]])
+        some_rows, some_columns = real.split([rows.shape[1], columns.shape[1]])
         if not bool(some_rows.any() and some_columns.any()):
             continue
         one = A[own]
@@ -1082,7 +1083,7 @@ def _decomposed(A: Tensor, rows: Tensor, columns: Tensor) -> krylov.Leading:
         grams += [_gram(one), _gram(centred)]
     values = iter(eigenvalues(grams))
     for (own, finite), one in zip(members, matrices, strict=True):
-        squares, largest = next(values).clamp(min=0), next(values)[..., -1].clamp(min=0)
+        squares, largest = next(values), next(values)[..., -1].clamp(min=0)
         first, second = largest.new_full((2, len(one)), math.nan)
         if min(one.shape[-2:]) > 1:
             first, second = squares[..., -1].sqrt(), squares[..., -2].sqrt()
@@ -1123,7 +1124,7 @@ def _beside_strongest(S: Tensor, forbidden: float) -> dict[str, Tensor]:
     P = torch.softmax(S, 1)
     rest = (0 - P.amax(1).log() - P.mul_(S).sum(1)).clamp_(min=0)
     reach = torch.gt(S, -UNDERFLOW, out=P).sum(1)  # into a float: four times as fast as into a boolean
-    return {"second": second[..., 0], "rest": rest, "reach": reach}
+    return {"second": second.flatten(), "rest": rest, "reach": reach}
 
 
 def _floor_from_norm(square_norm: Tensor, T: Tensor) -> Tensor:

@@ -282,7 +282,7 @@ def _numerical_change(
     if eps == 0:  # decided on the entries: a rounded mean would leave a constant token a deviation of 1e-17
         constant = (x == x[:, :1]).all(1) if kind == "layer" else (x == 0).all(1)
         if constant.any():
-            raise _no_deviation(int(constant.nonzero()[0, 0]))
+            raise _no_deviation(int(constant.int().argmax()))
     deviation = (centred.square().mean(1, keepdim=True) + eps).sqrt()
     scale = torch.ones(width, dtype=torch.float64) if gamma is None else gamma
     normed = centred / deviation * scale

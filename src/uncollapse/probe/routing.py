@@ -23,9 +23,12 @@ from uncollapse.anatomy.routers import as_rows, chosen_in
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.vocabulary import Anatomy, Place
 from uncollapse.probe.clouds import Clouds
+from uncollapse.probe.even_choice import even_choice
 from uncollapse.probe.observing import looking
 from uncollapse.records.common import Stack
 from uncollapse.records.diagnosis import RouterRecord
+
+OF_THE_LOAD = ("load", "entropy", "effective_experts", "dead", "random_entropy", "random_dead", "random_load")
 
 
 @dataclass
@@ -95,10 +98,11 @@ def _router_record(statistics: RouterStatistics) -> RouterRecord:
     total = int(statistics.load.sum())
     reason = statistics.reason or ("" if total else "no token was met")
     if reason:
-        missing = dict.fromkeys(("load", "entropy", "effective_experts", "dead"), reason)
+        missing = dict.fromkeys(("chosen", *OF_THE_LOAD), reason)
         return RouterRecord(statistics.block, statistics.stack, statistics.experts, None, 0, unavailable=missing)
     shares = statistics.load.double() / total
     entropy = float(torch.special.entr(shares).sum())
+    even = even_choice(statistics.experts, statistics.chosen, statistics.tokens)
     return RouterRecord(
         block=statistics.block,
         stack=statistics.stack,
@@ -109,4 +113,7 @@ def _router_record(statistics: RouterStatistics) -> RouterRecord:
         entropy=entropy / math.log(statistics.experts),  # of one expert nothing is chosen: that is no router
         effective_experts=math.exp(entropy),
         dead=(statistics.load == 0).nonzero()[:, 0].tolist(),
+        random_entropy=even.entropy,
+        random_dead=even.dead,
+        random_load=list(even.load),
     )

@@ -296,8 +296,12 @@ class EmbeddingRecord:
 @dataclass(frozen=True)
 class RouterRecord:
     """The router of one block's experts: each real token is sent to `chosen` of `experts`. `load` is the share of all choices that
-    fell on each expert, `entropy` that of the load beside ln(experts) (1: all alike), `effective_experts` its exponential, `dead`
-    the experts that none of the `tokens` was sent to."""
+    fell on each expert, `entropy` that of the load beside ln(experts) (1: all alike), `effective_experts` exp H, `dead` the
+    experts that none of the `tokens` was sent to.
+
+    `random_entropy`, `random_dead` and `random_load` are what these would be if so many tokens chose at random, each expert as
+    likely as any other: the expected entropy, the expected number of dead experts, and two shares between which all loads lie in
+    95 % of the cases."""
 
     block: int
     stack: Stack | None
@@ -309,6 +313,9 @@ class RouterRecord:
     effective_experts: float | None = None
     dead: list[int] | None = None
     unavailable: dict[str, str] = field(default_factory=dict)
+    random_entropy: float | None = None
+    random_dead: float | None = None
+    random_load: list[float] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ A range is what was met, and no threshold: a figure outside it is unusual, and `
 
 A figure is named after the part of the record and the measure. Ranks are shares of the attainable rank, and energy shares are
 multiples of an even share, so that models of different sizes can be compared. The clouds of the corpus were measured over more
-sequences (24 to 64), in those models of which there were so many, and have a `references` of their own (`part="corpus"`).
+sequences (24 to 64), in those models of which there were so many, and have a `references` of their own (`part="corpus"`). None
+of these models has a pooling of its own that was trained. So beside one (`corpus.own`) stands what sentence encoders make of the
+models' outputs: the mean over the tokens, and the first token, or the last where the mask is causal.
 """
 
 from __future__ import annotations
@@ -169,11 +171,12 @@ class References:
         """What one of `PLACES` is in these models, over all their places; empty where nothing is known."""
         return self.beside_attainable(PLACES.get(measure, ""))
 
-    def said(self, figures: Mapping[str, str]) -> str:
+    def said(self, figures: Mapping[str, str], of_what: str = "") -> str:
         """A sentence for the terminal: what each figure, by its name in print, is in these models; empty where nothing is known of
-        any."""
+        any. of_what: whose figures they are, if it is not what was just spoken of."""
         known = [f"{name} {words}" for name, words in figures.items() if words]
-        return f"In {self.kind}: {', '.join(known).replace(' … ', ' to ')}." if known else ""
+        whose = f" ({of_what})" if of_what else ""
+        return f"In {self.kind}{whose}: {', '.join(known).replace(' … ', ' to ')}." if known else ""
 
     def columns(self, part: str) -> dict[str, str]:
         """What stands under the titles of a table: for each measure of a part of the record, the range in these models."""
@@ -279,8 +282,8 @@ def corpus_figures(clouds: Iterable[CorpusRecord]) -> dict[str, list[float]]:
 
 
 def corpus_part(cloud: CorpusRecord) -> str:
-    """Under what part the figures of a cloud have a reference. A sample of the tokens has fewer directions than all of them, and
-    what the model pools by itself has no other model's to stand beside."""
+    """Under what part the figures of a cloud have a reference. A sample of the tokens has fewer directions than all of them. What
+    the model pools by itself stands beside outputs of healthy models, pooled as sentence encoders do."""
     is_few = cloud.pooling == "tokens" and cloud.sampled is not None and cloud.sampled <= SAMPLED_TOKENS
     return f"corpus.{'few tokens' if is_few else cloud.pooling}"
 

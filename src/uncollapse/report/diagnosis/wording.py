@@ -41,6 +41,10 @@ def depth_sentences(record: DiagnosisRecord) -> list[str]:
         share = lowest_rank_share(sites)
         if share and share[0] == 1.0:
             sentences.append(f"{where} affine rank is as high as attainable at every site.")
+        elif share and share[1].block is None:
+            sentences.append(
+                f"{where} affine rank is lowest at {_named(share[1])}: {percent(share[0])} of the attainable."
+            )
         elif share:
             sentences.append(
                 f"{where} affine rank falls to {percent(share[0])} of the attainable at {_named(share[1])}."

@@ -34,9 +34,12 @@ class Level:
 
 
 def depth_axis(names: Sequence[str], title: str = "block") -> alt.X:
-    """The sites along depth, with few enough labels for a phone."""
+    """The sites along depth, with few enough labels for a phone. Where not every block has one, block 0 has none beside “in”."""
     inputs = 1 if names[0] == "in" else 0
-    marked = [0] * inputs + [tick + inputs for tick in ticks(len(names) - inputs, most=9)]
+    blocks = ticks(len(names) - inputs, most=9)
+    if inputs and len(blocks) < len(names) - inputs:
+        blocks = blocks[1:]
+    marked = [0] * inputs + [tick + inputs for tick in blocks]
     return alt.X(
         "depth:Q",
         scale=alt.Scale(domain=[0, max(1, len(names) - 1)], nice=False, padding=6),
