@@ -59,7 +59,8 @@ def test_the_page_and_the_terminal_show_it(healthy: uc.Diagnosis) -> None:
     assert 'id="experts"' not in page
     assert "The corpus as one cloud: mean of a sequence" in page
     assert "and the corpus (7 sites)." in wording.headline(healthy.findings, wording.looked_at(healthy.record))
-    sentence, beside = corpus.sentences(healthy.record)
+    (sentence, beside), *own = corpus.of_corpus(healthy.record)
+    assert [beside for _, beside in own if not beside] == []  # the model's own pooling has something beside it, too
     last = [entry for entry in healthy.record.corpus if entry.pooling == "mean"][-1]
     assert f"of {last.attainable_centred_rank} directions at block 5" in sentence
     assert beside.startswith("In 3 other healthy models with a full mask and post norm: directions ")
