@@ -300,6 +300,15 @@ def test_what_was_found_cannot_be_changed(kept: object) -> None:
         setattr(kept, dataclasses.fields(kept)[0].name, None)
 
 
+def test_the_bias_of_each_group_of_keys_is_free_and_no_other() -> None:
+    """q b_k is the same for all keys of a row, which the softmax does not see; q differs between rows and is seen."""
+    layout = query_key_gauge.Layout(4, 2, 2, 1, biases=True)
+    values = [fmpq(i + 1) for i in range(sum(rows * columns for rows, columns in layout.shapes))]
+    alone = [move for move in query_key_gauge.moves(layout, values) if sum(entry != 0 for entry in move) == 1]
+    weights, key_biases = 6 * 1 * 2, range(4 * 2, 6 * 2)  # six maps of width 1 to 2, and biases of four queries before two keys
+    assert sorted(move.index(1) for move in alone) == [weights + i for i in key_biases]
+
+
 def test_two_layers_are_two_of_two_small_heads_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logit forms of at most 1/4 and weights of at most 1, three times at most, from a cloud whose leading minor is not 0."""
     seen = []

@@ -375,6 +375,32 @@ def test_uniformity_is_judged_by_the_least_uniform_head(unused: float, fires: bo
     assert [(f.block, f.head, "(1)" in f.message) for f in hit] == ([(0, None, True)] if fires else [])
 
 
+def test_attention_that_no_token_steers_is_said_once_where_its_rows_are_alike_already() -> None:
+    """As a whole; a single head is said in any case, and a finding about something else does not stand for it."""
+    fall = trajectory(0.95, 0.05, 0.04)  # of block 0: it has lost rank in depth, which says nothing of its queries
+    blind = PartRecord(
+        block=0,
+        sublayer="attention",
+        stack=None,
+        kind="self",
+        heads=2,
+        query_variation=[0.0, 0.0],
+        update_size=1.0,
+        update_variation=1.0,
+        stream_variation=1.0,
+        epsilon=1e-7,
+    )
+
+    def codes(sites: list[SiteRecord], share: float, part: PartRecord = blind) -> set[str]:
+        attention = [head(0, share=share), head(1, share=share)]
+        return {f.code for f in rules.findings(sites, attention, (), [part])}
+
+    assert codes(HEALTHY, 0.3) == {"HEAD-BLIND"}
+    assert codes(HEALTHY, 1.0) == {"WIDTH-UNIFORM"}
+    assert codes(HEALTHY, 1.0, replace(blind, query_variation=[0.0, 1.0])) == {"WIDTH-UNIFORM", "HEAD-BLIND"}
+    assert {"HEAD-BLIND", "DEPTH-CONSENSUS"} <= codes(fall, 0.3)
+
+
 def test_no_width_finding_behind_tokens_that_have_come_together() -> None:
     dead = [head(0, block, share=1.0, contraction=0.0) for block in (0, 2)]
     fall = trajectory(0.95, 0.9, 0.1, 0.1, carried=(0.9, 0.1, 0.1))

@@ -244,6 +244,8 @@ def test_the_closed_forms() -> None:
     line = torch.linspace(-1, 1, 9).double()[:, None] * torch.ones(5).double()
     found = measures_of(line)
     assert (found.k90, found.isoscore, found.top_share) == (1, pytest.approx(0.0, abs=1e-12), pytest.approx(1.0))
+    alone = measures_of(line[:, :1])  # one direction is neither used evenly nor unevenly
+    assert (alone.isoscore, alone.participation_ratio) == (None, pytest.approx(1.0))
     values = torch.arange(1, 90).double() ** -0.6
     assert corpus.power_law(values).slope == pytest.approx(1.2)
     assert corpus.power_law(values[:12]).slope is None
