@@ -305,7 +305,10 @@ def test_the_bias_of_each_group_of_keys_is_free_and_no_other() -> None:
     layout = query_key_gauge.Layout(4, 2, 2, 1, biases=True)
     values = [fmpq(i + 1) for i in range(sum(rows * columns for rows, columns in layout.shapes))]
     alone = [move for move in query_key_gauge.moves(layout, values) if sum(entry != 0 for entry in move) == 1]
-    weights, key_biases = 6 * 1 * 2, range(4 * 2, 6 * 2)  # six maps of width 1 to 2, and biases of four queries before two keys
+    weights, key_biases = (
+        6 * 1 * 2,
+        range(4 * 2, 6 * 2),
+    )  # six maps of width 1 to 2, and biases of four queries before two keys
     assert sorted(move.index(1) for move in alone) == [weights + i for i in key_biases]
 
 

@@ -423,6 +423,11 @@ def test_what_was_wrong_or_refused_once_is_right(seed: int, dtype: str, class_of
     assert result.verdict == "right", class_of_fault
 
 
+def test_a_square_mask_beside_one_sequence_that_comes_second_is_cut_along_both_axes() -> None:
+    """Cut to one column it forbade nothing, and the model was called bidirectional."""
+    assert compared(147771).verdict == "unavailable"  # the second batch has more sequences than the proof saw
+
+
 def test_a_row_without_any_weight_has_no_susceptibility_and_the_others_have() -> None:
     """Behind the softmax a causal mask takes all that a row had in float16. Only the study was wrong."""
     assert compared(dataclasses.replace(specification(129550), dtype="float16")).verdict == "unavailable"
