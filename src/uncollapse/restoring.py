@@ -412,4 +412,5 @@ run_eagerly = SharedSetting(_stance, _set_stance, ("force_eager", False, None))
 run_layers_openly = SharedSetting(
     torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False
 )
-"""torch's own `nn.TransformerEncoderLayer` does not fuse itself into one kernel, which nobody can look inside."""
+"""torch's own `nn.TransformerEncoderLayer` and `nn.MultiheadAttention` do not fuse themselves into one kernel, which nobody can
+look inside."""
