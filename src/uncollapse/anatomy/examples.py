@@ -161,9 +161,8 @@ def example_batch(batch: Mapping[str, Any], most: int = TOKENS, real: Tensor | N
         is_decoder = name.startswith("decoder_") or (name == "labels" and any(n.startswith("decoder_") for n in batch))
         stack = "decoder_" if is_decoder else ""
         piece = value
-        if (
-            shape[0] > 1 and shape[0] != shape[1] and value.shape == (shape[0],) * 2
-        ):  # pairs of tokens, which come first
+        # Over pairs of tokens, where these come first: cut along both axes.
+        if shape[0] > 1 and shape[0] != shape[1] and value.shape == (shape[0],) * 2:
             picked = torch.tensor(rows[:wanted], device=value.device)
             piece = value[picked][:, picked]
         elif value.ndim >= 2 and value.shape[0] == shape[0] and (name in numbers or value.shape[1] == shape[1]):

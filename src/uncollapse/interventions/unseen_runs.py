@@ -97,9 +97,8 @@ def _read_with_every_expert(model: nn.Module, anatomy: Anatomy, example: Mapping
                 recorded = trace(model, example)
                 found = read(model, recorded)
                 recorded.tape.clear()
-        except (
-            Exception
-        ):  # the model's own code, sent where it may not go, or a picture that cannot be read: nothing is known
+        # The model's own code, sent where it may not go, or a picture that cannot be read: nothing is known.
+        except Exception:
             break
         new = {run: path for run, path in recorded.paths().items() if run[0] in missing}
         shapes = [[(b.module, [p.kind for p in b.parts]) for b in each.blocks] for each in (found, anatomy)]
@@ -226,7 +225,7 @@ def _held(module: nn.Module, name: str, given: tuple[Any, Any], wanted: Collecti
             recorded = trace(run, {"args": given[0], "kwargs": given[1]})
         except UncollapseError:
             raise
-        except Exception as error:  # the model's own code, run once more
+        except Exception as error:  # the model's own code, run by itself: whatever it raises, it cannot be looked at
             return f"cannot be looked at by itself ({type(error).__name__}: {error})"
     if "attention" in wanted and mixing_products(recorded):
         return "holds an attention"
