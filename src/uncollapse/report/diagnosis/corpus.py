@@ -42,8 +42,8 @@ CORPUS = [
     field("unbiased_cka", "unbiased CKA"),
     field("cosine", "cosine to the block before"),
 ]
-# Fewer experts than this without a token are none.
-NONE = 0.005
+# So few experts without a token, as expected by chance, are said to be none.
+HARDLY_ANY = 0.005
 
 
 def corpus_tables(clouds: Sequence[CorpusRecord], findings: Sequence[Finding], healthy: References) -> list[Table]:
@@ -124,7 +124,7 @@ def _range(values: Iterable[float | None]) -> str:
 
 def _never(expected: Iterable[float | None]) -> str:
     """How many experts get no token by chance."""
-    known = [0.0 if value < NONE else value for value in expected if value is not None]
+    known = [0.0 if value < HARDLY_ANY else value for value in expected if value is not None]
     return "none" if known and not any(known) else _range(known)
 
 
