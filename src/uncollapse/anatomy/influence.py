@@ -105,22 +105,21 @@ def poked(stream: Tensor, axis: int, places: Tensor) -> Tensor:
     return laid_like(torch.where(mask, noise.to(stream.dtype), stream), stream)
 
 
-def moved(plain: Tensor, other: Tensor, axis: int, coarsest: float = 0.0, *, hides: bool = False) -> Tensor:
+def moved(plain: Tensor, other: Tensor, axis: int, coarsest: float = 0.0, *, beyond: float = 0.0) -> Tensor:
     """Which places along an axis differ beyond rounding, as [places]: by more than two units in the last place of what was
     there, and by more than a trace of the largest difference. Experts run on groups of tokens, and the size of a group decides
     how its sums are rounded: that is no influence. `coarsest`: the rounding of a coarser number format on the way.
 
-    hides: a mask may hide what was changed, behind the softmax. Weights that are renormalised there bring some rounding of a
-    hidden key, in half precision much: an element that is small because its sum cancels is rounded as others of its feature are.
-    Then it is four units of the largest of these."""
+    beyond: that many units in the last place of the feature's largest element besides. An element that is small because its sum
+    cancels is rounded as others of its feature are."""
     eps = max(torch.finfo(plain.dtype).eps, coarsest)
     change = (other.double() - plain.double()).abs()
     change = change.where(change.isfinite(), 0.0)
     trace = (2 if is_coarse(eps) else 256) * eps * change.max()
     size = plain.double().abs()
     different = (change > trace) & ~(change <= 2 * eps * size)
-    if hides:
-        different &= change > 4 * eps * size.nan_to_num(0.0, 0.0, 0.0).amax(axis, keepdim=True)
+    if beyond:
+        different &= change > beyond * eps * size.nan_to_num(0.0, 0.0, 0.0).amax(axis, keepdim=True)
     across = tuple(i for i in range(plain.ndim) if i != axis % plain.ndim)
     return different.any(across) if across else different
 

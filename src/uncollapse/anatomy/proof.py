@@ -48,12 +48,13 @@ from uncollapse.anatomy.examples import (
     sends_elsewhere,
     turned,
 )
-from uncollapse.anatomy.influence import EVERY, Products, moved, poked, reaches, stream_axes, without_zeros
+from uncollapse.anatomy.influence import EVERY, moved, poked, reaches, stream_axes, without_zeros
 from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.mixing_proof import HeadsMixing
 from uncollapse.anatomy.offloaded_weights import held_weights
 from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.probing import output_of, probing, seed_all, tensors_of
+from uncollapse.anatomy.reached_rows import reached_by_later
 from uncollapse.anatomy.reading import read
 from uncollapse.anatomy.reading_refusals import SIDE_BY_SIDE, has_own_hooks
 from uncollapse.anatomy.replaying import NotReplayable, replayed
@@ -623,29 +624,12 @@ class _BlockProof(HeadsMixing, HeadsWriting):
         if part.attention:
             if axes.sequence is None or len(axes.token) > 1:
                 return replace(part, is_causal=not self._reaches_others(number, stream, axes, last=True))
-            self.reached[number] = self._reached_by_later(number, stream, axes)
+            update = functools.partial(self.update, number)
+            self.reached[number] = reached_by_later(update, stream, axes)
             return replace(part, is_causal=not bool(self.reached[number].any()))
         if part.kind == "mlp" and self._reaches_others(number, stream, axes):
             return replace(part, kind="mixer")
         return part
-
-    def _reached_by_later(self, part: int, stream: Tensor, axes: StreamAxes) -> Tensor:
-        """Which tokens [sequence, token] later ones reach, with only this part left: the last alone, then the second half, since
-        the last tokens may be padding."""
-        (axis,), size = axes.token, stream.shape[axes.token[0]]
-        cloud, products = axes.cloud(stream), Products()
-        with products:
-            plain = self.update(part, stream)
-        found = torch.zeros(cloud.shape[:2], dtype=torch.bool, device=cloud.device)
-        if plain.shape != stream.shape or size < 2:
-            return found
-        for first in {size - 1, size // 2}:
-            other = self.update(part, poked(stream, axis, torch.arange(first, size)))
-            before, after = (axes.cloud(update).flatten(0, 1) for update in (plain, other))
-            rows = moved(before, after, 0, products.coarsest(), hides=True).view(found.shape)
-            rows[:, first:] = False
-            found |= rows
-        return found
 
     def _reaches_others(self, part: int, stream: Tensor, axes: StreamAxes, last: bool = False) -> bool:
         """Whether, with only this part left, changed tokens (one in three, or the last) change what it adds to others."""
