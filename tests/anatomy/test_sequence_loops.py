@@ -373,3 +373,28 @@ def test_turns_are_told_in_half_precision(kind: str) -> None:
         statistics = observe(model.to(dtype), [given | {"x": given["x"].to(dtype)}]).attention[0]
     assert measured(statistics)["entropy"] == pytest.approx(wanted, rel=0.05)
     assert measured(statistics)["count"] == 4
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@torch.no_grad()
+def test_what_is_left_without_the_attention_is_looked_at_sequence_by_sequence(is_packed: bool) -> None:
+    """Once such a model could not be ablated: runs of a block by itself, which end early, counted as its runs in the pass."""
+    model, given = built("fused"), batch(7, 7, 7, is_packed=is_packed)
+    _, alone = uc.ablate(model, batches=[given], without=[("attention",)]).runs
+    x = model.embed(given["x"]).reshape(3, 7, WIDTH)
+    for number, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        x = x + block.down(functional.gelu(block.up(block.after(x))))
+        spread = np.asarray([np.linalg.norm(s - s.mean(0)) / np.linalg.norm(s) for s in x.double().numpy()])
+        found = alone.trajectory[number + 1].consensus_distance
+        assert found is not None
+        np.testing.assert_allclose(
+            [found.mean, found.min, found.max], [spread.mean(), spread.min(), spread.max()], rtol=1e-5
+        )
+
+
+def test_symmetries_of_sequences_laid_end_to_end_are_told_or_say_why_not() -> None:
+    """A piece of such a batch is none that its model runs on; once that ended in a traceback."""
+    record = uc.symmetries(built("fused"), batches=[batch(5, 9, 7, is_packed=True)]).record
+    assert record.tests
+    assert all(test.defect is not None or test.unavailable["defect"] for test in record.tests)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from uncollapse.analyses.diagnosis import observe
 from uncollapse.analyses.preparation import Prepared, ProbeOptions, prepare
 from uncollapse.analyses.result import Recorded
-from uncollapse.anatomy.examples import example
+from uncollapse.anatomy.examples import example, runs_on
 from uncollapse.anatomy.interception import device_of
 from uncollapse.anatomy.probing import float64_kept, probing
 from uncollapse.anatomy.stacks import real_tokens
@@ -131,7 +131,7 @@ class _Acting:
         device = device_of(self.model)
         self.pieces = [
             {k: v.to(device) if isinstance(v, Tensor) else v for k, v in piece.items()}
-            for piece in _pieces(prepared.batches, self.anatomy)
+            for piece in _pieces(self.model, prepared.batches, self.anatomy)
         ]
         self.channels = with_norms_before(
             self.model, self.anatomy, channels_of(self.model, self.anatomy, self.pieces[0]), self.pieces[0]
@@ -421,22 +421,22 @@ class _Rounding:
         return stream * (1 + torch.finfo(stream.dtype).eps * signs)
 
 
-def _pieces(batches: Sequence[Mapping[str, Any]], anatomy: Anatomy) -> list[dict[str, Any]]:
-    """The first tokens of the longest sequences, without padding: one batch where they can be cut to one length."""
+def _pieces(model: nn.Module, batches: Sequence[Mapping[str, Any]], anatomy: Anatomy) -> list[dict[str, Any]]:
+    """The first tokens of the longest sequences, without padding: one batch where they can be cut to one length. The whole first
+    batch where the model does not run on these: its sequences lie end to end."""
     singles = [one for batch in batches for one in _sequences(batch)]
     counts = [_tokens(one, anatomy) for one in singles]
     longest = sorted(range(len(singles)), key=counts.__getitem__, reverse=True)[:SEQUENCES]
     shortest = min([TOKENS, *(counts[i] for i in longest)])
     cut = [example(singles[i], shortest, real_tokens(anatomy, singles[i])) for i in longest]
-    try:
-        return [
+    with contextlib.suppress(RuntimeError, KeyError):  # their shapes differ, or their inputs: one by one
+        cut = [
             {
                 k: torch.cat([one[k] for one in cut]) if isinstance(v, Tensor) and v.ndim else v
                 for k, v in cut[0].items()
             }
         ]
-    except (RuntimeError, KeyError):  # their shapes differ, or their inputs: one by one
-        return cut
+    return cut if all(runs_on(model, piece) for piece in cut) else [dict(batches[0])]
 
 
 def _sequences(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -27,6 +27,7 @@ from uncollapse.anatomy.interception import (
     ChangedPath,
     Handler,
     Point,
+    depths_as_found,
     function_modes,
     in_turn,
     is_putting_another,
@@ -152,6 +153,12 @@ class _AllSeenError(BaseException):
     """Ends a pass, or a block's run, behind the last thing that was asked for. No `Exception`: the model's code may catch those."""
 
 
+@contextlib.contextmanager
+def _until_all_seen() -> Iterator[None]:
+    with contextlib.suppress(_AllSeenError), depths_as_found():
+        yield
+
+
 def observe_blocks(
     model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, *, to_the_end: bool = True
 ) -> list[BlockRun]:
@@ -187,7 +194,7 @@ def observe_blocks(
             changes.hook(module, "forward_pre", enter, with_kwargs=True)
         together = {point: in_turn(*several) for point, several in handlers.items()}
         changes.enter(met(model, actions, handlers=together))
-        with contextlib.suppress(_AllSeenError):
+        with _until_all_seen():
             output_of(model, batch)
     return runs
 
@@ -546,7 +553,7 @@ class BlockAlone:
         alone = {replace(p, call=self._run_alone(p.owner, p.call or 0)): h for p, h in acting.items()}
         seed_all(0)
         with (
-            contextlib.suppress(_AllSeenError),
+            _until_all_seen(),
             self.run.entered(),
             met(self.model, acted, handlers=alone, within=self.module),
         ):

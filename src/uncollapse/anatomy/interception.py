@@ -222,6 +222,26 @@ class Runs(threading.local):
         return run
 
 
+_in_force: list[Runs] = []  # those of all contexts that are open
+
+
+@contextlib.contextmanager
+def depths_as_found() -> Iterator[None]:
+    """Around a run of a module that may be ended by what is no `Exception`: such an end skips the hooks on the way out, by which
+    every context in force counts."""
+    found = [(runs, runs.depth) for runs in list(_in_force)]
+    try:
+        yield
+    finally:
+        for runs, depth in found:
+            runs.depth = depth
+
+
+def _no_longer_in_force(runs: Runs) -> None:
+    with contextlib.suppress(ValueError):
+        _in_force.remove(runs)
+
+
 @contextlib.contextmanager
 def counted(model: nn.Module, owners: Iterable[str], within: nn.Module | None = None) -> Iterator[Runs]:
     """Count runs of the `owners` from the start of each pass. A pass is a call of `model`, or of any module around an owner that is
@@ -248,6 +268,8 @@ def counted(model: nn.Module, owners: Iterable[str], within: nn.Module | None = 
         for module in modules.values():
             changes.hook(module, "forward_pre", enter)
             changes.hook(module, "forward", leave, always_call=True)
+        changes.undo(functools.partial(_no_longer_in_force, runs))
+        _in_force.append(runs)
         yield runs
 
 

@@ -1,8 +1,8 @@
 """Which rows of a stream a token reaches through one part of a block: by what moves when the token is another, and by the weight it
 is given.
 
-What moves is seen in every part; it cannot tell a faint influence from rounding. A mask behind the softmax is the case in point: a
-hidden key still counts in the softmax's own sum, and where the weights are scaled up again it leaves the digits that it has cost them.
+What moves is seen in every part; it cannot tell a faint influence from rounding. A mask behind the softmax is the case in point:
+a hidden key still counts in the softmax's own sum, and where the weights are scaled up again they lack the digits that it has cost.
 Two things can tell them apart: the weights of an attention, where they can be read (a hidden key has none), and double precision.
 
 When not to use it: for padding on a user's batch (`influence.hearing`), which asks for all tokens at once.

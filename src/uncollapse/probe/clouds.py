@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,22 @@ from uncollapse.anatomy.stacks import Padding, paddings
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.vocabulary import Anatomy, Place
 from uncollapse.errors import InputError
+
+
+class Told(NamedTuple):
+    """What is true of a batch whatever is taken away from the model: its real tokens and sequences, by stack, and by block and part
+    the pieces and the turns of a loop in which they are mixed; see `pieces_of_batch` and `runs_of_sequences`."""
+
+    paddings: list[Padding]
+    pieces: dict[tuple[int, int], Pieces | str]
+    runs: dict[tuple[int, int], tuple[Sequences, Runs] | str]
+
+
+def told_of(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy) -> Told:
+    """What shows of a batch on this model as it stands now. Within `probing` only."""
+    found = paddings(model, batch, anatomy, blocks_alone)
+    pieces = pieces_of_batch(model, batch, anatomy)
+    return Told(found, pieces, runs_of_sequences(model, batch, anatomy, [padding.segments for padding in found]))
 
 
 class Clouds:
@@ -38,10 +54,7 @@ class Clouds:
         self._forbearing = forbearing
         self.problem: InputError | None = None
         self.batch_size = 0
-        self.paddings: list[Padding] = []  # by stack
-        # By block and part, see `runs_of_sequences`.
-        self.pieces: dict[tuple[int, int], Pieces | str] = {}
-        self.runs: dict[tuple[int, int], tuple[Sequences, Runs] | str] = {}
+        self.paddings, self.pieces, self.runs = Told([], {}, {})
         self.entered: dict[int, tuple[int, int]] = {}  # by block: sequences and tokens of what entered it
         self.shapes: dict[int, tuple[int, int]] = {}  # by stack: the same of its embedding
         # Sites that were looked at, and at which all real tokens of this batch are finite.
@@ -55,16 +68,14 @@ class Clouds:
             (block.entry, functools.partial(self._note, number)) for number, block in enumerate(anatomy.blocks)
         ]
 
-    def begin(self, batch: Mapping[str, Any]) -> None:
-        """Note the batch's masks before the model runs on it."""
+    def begin(self, batch: Mapping[str, Any], told: Told | None = None) -> None:
+        """Note the batch's masks before the model runs on it. told: what somebody has found out about it."""
         for noted in (self.entered, self.shapes, self.finite, self._real, self._sizes, self._entering):
             noted.clear()
         self.batch_size = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
         ids = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim == 2), None)
         self._given = (self.batch_size, 0) if ids is None else (ids.shape[0], ids.shape[1])
-        self.paddings = paddings(self.model, batch, self.anatomy, blocks_alone)
-        self.pieces = pieces_of_batch(self.model, batch, self.anatomy)
-        self.runs = runs_of_sequences(self.model, batch, self.anatomy, [p.segments for p in self.paddings])
+        self.paddings, self.pieces, self.runs = told or told_of(self.model, batch, self.anatomy)
 
     def let_go(self) -> None:
         """Drop what is bound to this object and would keep it, and the model with it, alive in a cycle."""

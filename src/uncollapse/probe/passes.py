@@ -38,9 +38,10 @@ from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.errors import InputError, UncollapseError
+from uncollapse.interventions.without import is_ablated, whole
 from uncollapse.probe.activity import Activity, EmbeddingActivity, PartActivity
 from uncollapse.probe.attention import Attention, AttentionStatistics, attention_places, attention_statistics
-from uncollapse.probe.clouds import Clouds
+from uncollapse.probe.clouds import Clouds, Told, told_of
 from uncollapse.probe.corpus import POOLED, Corpus, CorpusStatistics
 from uncollapse.probe.observing import Observer, OwnPass, all_handlers
 from uncollapse.probe.projections import Digest, Projections
@@ -136,13 +137,18 @@ def capture(
         before = sequences_before(batches, anatomy)
     if origins is not None:
         probe.start_from(origins)
-    with contextlib.closing(probe), probing(model, seed), probe.installed(), runs_checked(model, anatomy) as check:
+    with contextlib.ExitStack() as entered:
+        entered.enter_context(contextlib.closing(probe))
+        entered.enter_context(probing(model, seed))
+        told = _told_of_whole(model, batches, anatomy) if is_ablated(model) else [None] * len(batches)
+        entered.enter_context(probe.installed())
+        check = entered.enter_context(runs_checked(model, anatomy))
         for number, batch in enumerate(batches):
             if progress is not None:
                 progress("probe", number, len(batches))
             moved = on_device(batch, device)
             try:
-                probe.begin(moved, before[number])
+                probe.begin(moved, before[number], told[number])
                 with check(moved):
                     output = model(**moved)
             except ChangedPath as changed:
@@ -155,6 +161,13 @@ def capture(
         if progress is not None:
             progress("probe", len(batches), len(batches))
     return probe.observations
+
+
+def _told_of_whole(model: nn.Module, batches: Sequence[Mapping[str, Any]], anatomy: Anatomy) -> list[Told | None]:
+    """What shows of each batch on the whole model, for a pass of one from which something is taken away."""
+    device = device_of(model)
+    with whole(model, anatomy):
+        return [told_of(model, on_device(batch, device), anatomy) for batch in batches]
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -393,10 +406,10 @@ class _Probe:
         for own, known in zip(self.observations.parts, origins, strict=bool(self.observations.parts)):
             own.start_from(known)
 
-    def begin(self, batch: Mapping[str, Any], before: int = 0) -> None:
-        """A batch comes, with so many sequences of the corpus before it. What has to be run to tell its tokens is run before the
-        pass is the probe's own."""
-        self.clouds.begin(batch)
+    def begin(self, batch: Mapping[str, Any], before: int = 0, told: Told | None = None) -> None:
+        """A batch comes, with so many sequences of the corpus before it. What has to be run to tell its tokens, where that is not
+        `told`, is run before the pass is the probe's own."""
+        self.clouds.begin(batch, told)
         for counting in self.counting:
             counting.before = before
         for observer in self.observers:
