@@ -22,8 +22,8 @@ from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.routers import as_rows, chosen_in
 from uncollapse.anatomy.streams import Action
 from uncollapse.anatomy.vocabulary import Anatomy, Place
+from uncollapse.measures.even_choice import even_choice
 from uncollapse.probe.clouds import Clouds
-from uncollapse.probe.even_choice import even_choice
 from uncollapse.probe.observing import looking
 from uncollapse.records.common import Stack
 from uncollapse.records.diagnosis import RouterRecord

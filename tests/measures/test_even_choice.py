@@ -11,8 +11,8 @@ from fractions import Fraction
 import pytest
 
 from uncollapse.errors import InputError
-from uncollapse.probe import even_choice as module
-from uncollapse.probe.even_choice import even_choice
+from uncollapse.measures import even_choice as module
+from uncollapse.measures.even_choice import even_choice
 
 
 def outcomes(experts: int, chosen: int, tokens: int) -> Counter[tuple[int, ...]]:
