@@ -8,6 +8,7 @@ as a head is wide, cannot be mistaken for it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from uncollapse.anatomy.operands import (
     replaced,
 )
 from uncollapse.anatomy.pieces import Piece, pieces_of, projection_of, whole
+from uncollapse.anatomy.row_sums import sums_to_one
 from uncollapse.anatomy.sequence_loops import OF_ITS_OWN, as_one, in_groups, sequences_of_runs
 from uncollapse.anatomy.summands import with_operands
 from uncollapse.anatomy.torch_calls import operands_of, operation_name
@@ -309,7 +311,11 @@ class HeadsMixing(BlockAlone):
             try:
                 alone = len(part.attention) == 1
                 known = located(call, pokes, tokens, alone=alone, chooses_tokens=self.block.chooses_tokens)
-                found.append(replace(known, masking=self._masking_axes(known, others, sequences)))
+                known = replace(known, masking=self._masking_axes(known, others, sequences))
+                if views[0].mixed.dtype.itemsize <= 2:  # rounding would hide that they do not
+                    run = functools.partial(self._replay, others)
+                    known = replace(known, sums_to_one=sums_to_one(run, stream, known, sequences))
+                found.append(known)
             except UnreadableError as error:
                 found.append(replace(call, unreadable=str(error)))
         choosing = [c for c in found if c.serves_weights and c.unreadable == MIXES_FEATURES]

@@ -169,7 +169,8 @@ class AttentionCall:
     The proof adds what the leading axes of the product hold (`lead`, in order), how many of the keys stand `before` those that
     are tokens and belong to none (a sink's column), whether there are as many keys as the stream has tokens (`keys_of_tokens`)
     or queries (`queries_of_tokens`), whether it is one of several that answer for the sublayer's queries in turn, the tokens in
-    order (`shares_queries`), and, where the call is no mixture of tokens that can be measured, why (`unreadable`)."""
+    order (`shares_queries`), whether the weights of a row sum to one in double precision (`sums_to_one`, asked only of those in
+    half precision), and, where the call is no mixture of tokens that can be measured, why (`unreadable`)."""
 
     score: Point | None
     product: Point
@@ -197,6 +198,7 @@ class AttentionCall:
     keys_of_tokens: bool = False
     queries_of_tokens: bool = False
     shares_queries: bool = False
+    sums_to_one: bool | None = None
     unreadable: str | None = None
     pair: tuple[int, int] | None = None
     made: tuple[Point, ...] = field(default=(), compare=False)

@@ -197,6 +197,10 @@ class CallObserver:
         slack = 64 * torch.finfo(A.dtype).eps * max(1.0, math.sqrt(A.shape[-1])) if A.dtype.itemsize > 2 else 0.05
         if L is None and finite.numel() and not (abs(low - 1) <= slack and abs(high - 1) <= slack):
             raise UnreadableError(f"its weights are no distribution over the keys: rows sum to {low:.3g} … {high:.3g}")
+        if L is None and self.call.sums_to_one is False:  # rounding hides it here
+            raise UnreadableError(
+                "its weights are no distribution over the keys: in double precision their rows do not sum to 1"
+            )
         rows = None
         if self.rows:
             allowed = None if barred is None else ~barred
