@@ -286,6 +286,20 @@ def test_padding_may_hold_anything():
     close(mixing.entropy_floor(q, k, mask=mask), floors.numpy(), 1e-12)
 
 
+def test_a_row_of_weights_that_are_nan_is_nan_whatever_its_logits_say() -> None:
+    """A softmax that overflows by itself: of such a row only the largest logit is known."""
+    logits = torch.linspace(-1.0, 1.0, 20).expand(1, 1, 2, 20).clone()
+    weights = torch.softmax(logits, -1)
+    weights[..., 1, :] = math.nan
+    found = mixing.row_statistics_from_weights(weights, logits)
+    for name in ("entropy", "entropy_floor", "rest_entropy", "keys_within_reach", "key_share"):
+        first, second = getattr(found, name)[0, 0]
+        assert math.isfinite(first), name
+        assert math.isnan(second), name
+    assert found.max_logit is not None
+    assert bool((found.max_logit == 1.0).all())
+
+
 def test_gradients_are_not_tracked_and_autocast_does_not_round():
     q, k = queries_and_keys(dtype=torch.float32, size=4)
     expected = mixing.row_statistics(q, k, susceptibility=True)

@@ -415,6 +415,7 @@ def test_no_figure_and_no_removal_is_silently_wrong(chunk: int) -> None:
         (120241, "float32", "behind a renormalisation a hidden key moved last digits, in single precision too"),
         (120319, "float64", "of two factors behind a norm and before a sum both were taken for the sum's"),
         (123704, "float32", "a largest logit near 0 is rounded beside large ones: the study's fault"),
+        (157833, "float32", "rows whose weights are NaN had a rest entropy, from their logits"),
         (156419, "bfloat16", "weights of mixed heads that sum to 1.03 by chance were taken for a distribution"),
         (149758, "float16", "digits that a hidden key had cost the weights were taken for hearing it"),
         (127012, "float16", "weights that have all underflowed have no rest entropy: the study's fault"),

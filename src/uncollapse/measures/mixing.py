@@ -483,7 +483,7 @@ def row_statistics_from_weights(
     half the lowest number of the dtype is forbidden; without them both are `None`. Weights of a sink are left out by
     the caller, as the columns that are no keys.
 
-    Ranges, masks and NaN as in `row_statistics`; a row whose weights are all 0 is NaN, too, in every figure but the maximum.
+    Ranges, masks and NaN as in `row_statistics`; a row whose weights are all 0, or NaN, is NaN, too, in every figure but the maximum.
     Weights in half precision are coarse: bfloat16 keeps 8 bits, and susceptibility feels every weight that underflowed to 0.
 
     >>> rows = row_statistics_from_weights(torch.tensor([[[[0.25, 0.75]]]]))
@@ -524,7 +524,8 @@ def row_statistics_from_weights(
     pairs = _pairs(name, sizes, allowed, key_mask, query_mask, causal)
     scores = _Scores(sizes, _accumulation(weights.dtype), weights.device, from_weights, *pairs)
     rows = _measure(scores, False, susceptibility)
-    nothing = rows.maximum <= FORBIDDEN  # a sink took the whole row, to the last bit: no distribution over keys is left
+    # A sink took the whole row, to the last bit, or its weights are NaN: no distribution over keys is left.
+    nothing = ~(rows.maximum > FORBIDDEN)
     for figure in (rows.entropy, rows.rest, rows.peak, rows.variance):
         figure.masked_fill_(nothing, math.nan)
     given = None if L is None else _measure(replace(scores, fill=from_logits), floor, False)
