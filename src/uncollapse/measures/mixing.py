@@ -483,7 +483,7 @@ def row_statistics_from_weights(
     half the lowest number of the dtype is forbidden; without them both are `None`. Weights of a sink are left out by
     the caller, as the columns that are no keys.
 
-    Ranges, masks and NaN as in `row_statistics`; a row whose weights are all 0, or NaN, is NaN, too, in every figure but the maximum.
+    Ranges, masks and NaN as in `row_statistics`; a row whose weights are all 0, or NaN, is NaN in every figure but the maximum.
     Weights in half precision are coarse: bfloat16 keeps 8 bits, and susceptibility feels every weight that underflowed to 0.
 
     >>> rows = row_statistics_from_weights(torch.tensor([[[[0.25, 0.75]]]]))
