@@ -398,3 +398,17 @@ def test_symmetries_of_sequences_laid_end_to_end_are_told_or_say_why_not() -> No
     record = uc.symmetries(built("fused"), batches=[batch(5, 9, 7, is_packed=True)]).record
     assert record.tests
     assert all(test.defect is not None or test.unavailable["defect"] for test in record.tests)
+
+
+@torch.no_grad()
+def test_without_its_attention_nothing_says_which_rows_are_one_sequence() -> None:
+    """Inside a `without` of one's own the whole model is not at hand. Once every token was a sequence of rank 1."""
+    model, given = built("fused"), batch(5, 9, 7, is_packed=True)
+    with uc.without(model, "attention", batch=given):
+        plain = model(**given)
+        record = uc.diagnose(model, batches=[given]).record
+        assert torch.equal(model(**given), plain)
+    assert all(
+        site.effective_rank is None and "no attention is left" in site.unavailable["effective_rank"]
+        for site in record.trajectory
+    )

@@ -42,6 +42,7 @@ from uncollapse.judgement.rates import depth_rate
 from uncollapse.measures.running import Running
 from uncollapse.probe.at_consensus import contraction_at_consensus, few_sequences
 from uncollapse.probe.attention import ATTENTION_MEASURES
+from uncollapse.probe.clouds import Told
 from uncollapse.probe.passes import Level, Observations, Watched
 from uncollapse.probe.sharding import united_running
 from uncollapse.probe.sublayers import norm_records, update_records
@@ -101,6 +102,7 @@ def ablate(
     prepared.require_same("options", (combinations, sorted(affected)))
     is_causal = _is_causal(prepared)
     whole: _Outputs | None = None
+    told: dict[int, Told] = {}
     runs: list[AblationRun] = []
     first: Observations | None = None
     left_out: dict[str, str] = {}
@@ -111,7 +113,7 @@ def ablate(
             try:
                 if combination:
                     require_effect(prepared.loaded.model, combination, blocks, prepared.batches[0])
-                observed, run, outputs = _run(prepared, combination, blocks, is_causal, whole)
+                observed, run, outputs = _run(prepared, combination, blocks, is_causal, whole, told)
             except UnsupportedModel as error:
                 if without is not None or not combination:
                     raise
@@ -216,10 +218,18 @@ def _run(
     blocks: Collection[int] | Literal["all", "all+outer"] | None,
     is_causal: bool,
     whole: _Outputs | None,
+    told: dict[int, Told],
 ) -> tuple[Observations, AblationRun, _Outputs]:
-    """One probe pass without `combination`. `whole`: the outputs of the whole model, which is run first."""
+    """One probe pass without `combination`. Of the whole model, which is run first, `whole` are the outputs, and `told` is what it
+    told of each batch: which tokens are one sequence may show in nothing but who hears whom."""
     model = prepared.loaded.model
     outputs = _Outputs(prepared, is_causal, whole)
+
+    def begin() -> None:
+        outputs.begin()
+        if not combination:
+            told.clear()
+
     with contextlib.ExitStack() as stack:
         if combination:
             stack.enter_context(taken_away(model, *combination, blocks=blocks, batch=prepared.batches[0]))
@@ -228,8 +238,9 @@ def _run(
             level=prepared.level,
             watch=_watched(prepared.level, combination),
             digest=lambda _: {},
-            begin=outputs.begin,
+            begin=begin,
             on_output=outputs.add,
+            told=told,
         )
     trajectory = site_records(observed)
     unavailable = {}

@@ -367,7 +367,11 @@ def _told_apart(alone: Alone) -> Padding:
     axes, part = alone.block.axes, alone.mixing
     assert axes is not None
     assert part is not None
-    parts = segments(functools.partial(alone.update, part), alone.stream, axes.token[0])
+    update, axis = functools.partial(alone.update, part), axes.token[0]
+    every = torch.arange(alone.stream.shape[axis])
+    if not bool(moved(update(alone.stream), update(poked(alone.stream, axis, every)), axis).any()):
+        return Padding(reason="sequences laid end to end, and no attention is left by which they could be told apart")
+    parts = segments(update, alone.stream, axis)
     if parts is None:
         return Padding(reason="sequences laid end to end, too many of them to be told apart")
     return Padding(segments=tuple(parts))

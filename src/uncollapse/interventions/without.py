@@ -378,15 +378,6 @@ def is_ablated(model: nn.Module) -> bool:
     return bool(_removals(model))
 
 
-@contextlib.contextmanager
-def whole(model: nn.Module, anatomy: Anatomy) -> Iterator[None]:
-    """Within the block nothing is away from the model, also inside a `without`: for what is true of a batch whatever is taken away
-    (which tokens are one sequence shows in who hears whom)."""
-    with restoring() as changes:
-        _set_aside(model, anatomy, changes)
-        yield
-
-
 def anatomy_for(model: nn.Module, batch: Mapping[str, Any] | None = None) -> Anatomy:
     """The proved anatomy: the remembered one, else proved on `batch`, on the model's own dummy inputs, or on token numbers."""
     known = known_anatomy(model, batch)

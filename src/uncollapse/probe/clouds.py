@@ -68,14 +68,16 @@ class Clouds:
             (block.entry, functools.partial(self._note, number)) for number, block in enumerate(anatomy.blocks)
         ]
 
-    def begin(self, batch: Mapping[str, Any], told: Told | None = None) -> None:
-        """Note the batch's masks before the model runs on it. told: what somebody has found out about it."""
+    def begin(self, batch: Mapping[str, Any], told: Told | None = None) -> Told:
+        """Note the batch's masks before the model runs on it, and return what was noted. told: what somebody knows of it."""
         for noted in (self.entered, self.shapes, self.finite, self._real, self._sizes, self._entering):
             noted.clear()
         self.batch_size = next((v.shape[0] for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
         ids = next((v for v in batch.values() if isinstance(v, Tensor) and v.ndim == 2), None)
         self._given = (self.batch_size, 0) if ids is None else (ids.shape[0], ids.shape[1])
-        self.paddings, self.pieces, self.runs = told or told_of(self.model, batch, self.anatomy)
+        told = told or told_of(self.model, batch, self.anatomy)
+        self.paddings, self.pieces, self.runs = told
+        return told
 
     def let_go(self) -> None:
         """Drop what is bound to this object and would keep it, and the model with it, alive in a cycle."""

@@ -38,10 +38,9 @@ from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.errors import InputError, UncollapseError
-from uncollapse.interventions.without import is_ablated, whole
 from uncollapse.probe.activity import Activity, EmbeddingActivity, PartActivity
 from uncollapse.probe.attention import Attention, AttentionStatistics, attention_places, attention_statistics
-from uncollapse.probe.clouds import Clouds, Told, told_of
+from uncollapse.probe.clouds import Clouds, Told
 from uncollapse.probe.corpus import POOLED, Corpus, CorpusStatistics
 from uncollapse.probe.observing import Observer, OwnPass, all_handlers
 from uncollapse.probe.projections import Digest, Projections
@@ -110,6 +109,7 @@ def capture(
     digest: Digest | None = None,
     before: Sequence[int] | None = None,
     origins: Sequence[PartActivity] | None = None,
+    told: dict[int, Told] | None = None,
 ) -> Observations:
     """Run `model` once over `batches` (each a dict of tensors, moved to the model's device) and observe. `on_output` is given
     each batch and the model's output on it.
@@ -128,6 +128,8 @@ def capture(
     before, origins: where `batches` are a share of a corpus (`probe.sharding`), how many sequences of it come before each, and
     what was seen of the parts on its first sequence.
 
+    told: takes what is true of each batch whatever is taken away from the model, by its number, and gives it to the next pass.
+
     Raises `InputError` where a padded batch meets a model whose token axis does not match the mask, `ChangedPath` where the
     model takes another path on a batch than the one that was proved.
     """
@@ -137,18 +139,14 @@ def capture(
         before = sequences_before(batches, anatomy)
     if origins is not None:
         probe.start_from(origins)
-    with contextlib.ExitStack() as entered:
-        entered.enter_context(contextlib.closing(probe))
-        entered.enter_context(probing(model, seed))
-        told = _told_of_whole(model, batches, anatomy) if is_ablated(model) else [None] * len(batches)
-        entered.enter_context(probe.installed())
-        check = entered.enter_context(runs_checked(model, anatomy))
+    told = {} if told is None else told
+    with contextlib.closing(probe), probing(model, seed), probe.installed(), runs_checked(model, anatomy) as check:
         for number, batch in enumerate(batches):
             if progress is not None:
                 progress("probe", number, len(batches))
             moved = on_device(batch, device)
             try:
-                probe.begin(moved, before[number], told[number])
+                told[number] = probe.begin(moved, before[number], told.get(number))
                 with check(moved):
                     output = model(**moved)
             except ChangedPath as changed:
@@ -161,13 +159,6 @@ def capture(
         if progress is not None:
             progress("probe", len(batches), len(batches))
     return probe.observations
-
-
-def _told_of_whole(model: nn.Module, batches: Sequence[Mapping[str, Any]], anatomy: Anatomy) -> list[Told | None]:
-    """What shows of each batch on the whole model, for a pass of one from which something is taken away."""
-    device = device_of(model)
-    with whole(model, anatomy):
-        return [told_of(model, on_device(batch, device), anatomy) for batch in batches]
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -406,15 +397,16 @@ class _Probe:
         for own, known in zip(self.observations.parts, origins, strict=bool(self.observations.parts)):
             own.start_from(known)
 
-    def begin(self, batch: Mapping[str, Any], before: int = 0, told: Told | None = None) -> None:
+    def begin(self, batch: Mapping[str, Any], before: int = 0, told: Told | None = None) -> Told:
         """A batch comes, with so many sequences of the corpus before it. What has to be run to tell its tokens, where that is not
         `told`, is run before the pass is the probe's own."""
-        self.clouds.begin(batch, told)
+        told = self.clouds.begin(batch, told)
         for counting in self.counting:
             counting.before = before
         for observer in self.observers:
             observer.begin(batch)
         self.own.begin()
+        return told
 
     def count(self) -> None:
         """Count the sequences and tokens of the batch that was run."""

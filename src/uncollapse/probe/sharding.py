@@ -59,7 +59,7 @@ def capture_shared(
         with processes.agreed(caller):
             try:
                 if counts_distances and share and processes.number():
-                    alone = {k: v for k, v in options.items() if k not in {"progress", "on_output"}}
+                    alone = {k: v for k, v in options.items() if k not in {"progress", "on_output", "told"}}
                     origins = capture(model, [start], anatomy, **alone).parts
                 running = own
                 observed = capture(model, share, anatomy, before=before, origins=origins, **options)
