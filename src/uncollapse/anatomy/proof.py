@@ -262,6 +262,7 @@ def _prove(
         stacks=stacks,
         runs=tuple(sorted(runs_of.items())),
         paths=paths,
+        inputs=frozenset(name for name, value in batch.items() if isinstance(value, Tensor)),
     )
     anatomy = with_loops_apart(anatomy, recorded)
     for identity in proof:

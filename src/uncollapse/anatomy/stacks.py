@@ -32,6 +32,7 @@ from uncollapse.anatomy.influence import (
     segments,
     without_zeros,
 )
+from uncollapse.anatomy.interception import ChangedPath
 from uncollapse.anatomy.offloaded_weights import held_weights
 from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.reached_rows import Alone, gained_and_lost, reach_of
@@ -330,7 +331,10 @@ def _widest(
 
 def paddings(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, blocks_alone: Blocks) -> list[Padding]:
     """The tokens of each stack in this batch. Within `probing` only; the model is run once more where tokens can only be told
-    by what they reach."""
+    by what they reach.
+
+    Raises `ChangedPath` where a tensor may hide tokens of it that the model was read without."""
+    require_known_masks(batch, anatomy)
     found = [Padding(given_mask(stack, batch)) for stack in anatomy.stacks]
     asked: dict[int, int] = {}
     for number, stack in enumerate(anatomy.stacks):
@@ -355,6 +359,18 @@ def paddings(model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, block
                 opened = None
             found[number] = _told_by_influence(alone[block], opened, stack, found[number], batch)
     return found
+
+
+def require_known_masks(batch: Mapping[str, Any], anatomy: Anatomy) -> None:
+    """Refuse a batch with a tensor that may hide tokens, if the model was read without it: what it hides would count as tokens.
+
+    Raises `ChangedPath`."""
+    new = [name for name in could_hide(batch) if anatomy.inputs and name not in anatomy.inputs]
+    if new:
+        raise ChangedPath(
+            f"masks: expected inputs of the kind that the model was read on, got {new[0]!r} besides. It may hide tokens, and which "
+            "of them was never looked at. Begin with such a batch: diagnose it first, or pass it as batch=..."
+        )
 
 
 def _hiding_nothing(stack: Stack, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from uncollapse.anatomy.interception import Handler, Paths, Point
 from uncollapse.anatomy.operands import Lead
@@ -451,7 +451,8 @@ class Anatomy:
     """The proved picture of a model. `outer_norms` are the norm calls outside the blocks (of the embedding, the final one);
     `proof` lists every identity that was checked. `stacks` are the chains of blocks, with the masks that govern them. `runs` says
     how often each module that is a block runs in a pass. `paths` are those of every run of a module in the pass that was read:
-    how often its own code did each operation. What is not among them was never looked at."""
+    how often its own code did each operation. What is not among them was never looked at. `inputs` are the names of the tensors
+    that the model was given in it."""
 
     blocks: tuple[Block, ...]
     outer_norms: tuple[ModuleCall | NormPiece, ...] = ()
@@ -459,6 +460,7 @@ class Anatomy:
     runs: tuple[tuple[str, int], ...] = ()
     stacks: tuple[Stack, ...] = ()
     paths: Paths = field(default_factory=dict, compare=False, repr=False)
+    inputs: frozenset[str] = field(default=frozenset(), compare=False)
 
     def stack_of(self, block: int) -> int:
         """The number of the stack that the block with this number belongs to."""
@@ -469,6 +471,18 @@ class Anatomy:
         """The names of the modules with a single block in their code. One with several may hold the weights of the whole model."""
         calls = Counter(block.module for block in self.blocks)
         return frozenset(call.name for call, blocks in calls.items() if blocks == 1)
+
+    def unseen_outside(self, model: nn.Module) -> list[str]:
+        """The names of modules outside the blocks that did not run when the model was read; of one in another the outer."""
+        ran, blocks = {name for name, _ in self.paths}, {block.module.name for block in self.blocks}
+        holding = {
+            part for name in ran for part in _around(name)
+        }  # a list of modules never runs, and what it holds may
+        found: list[str] = []
+        for name, _ in model.named_modules() if ran else ():
+            if name not in ran | holding and not {name, *_around(name)} & {*blocks, *found}:
+                found.append(name)
+        return found
 
     @property
     def norm_placement(self) -> str:
@@ -482,6 +496,11 @@ class Anatomy:
             f"{b.name}[{b.module.call}] {b.placement}: " + " + ".join(f"{p.kind} ({p.module})" for p in b.parts)
             for b in self.blocks
         )
+
+
+def _around(name: str) -> list[str]:
+    """The names of the modules around one."""
+    return [name[:end] for end, letter in enumerate(name) if letter == "."]
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from uncollapse.anatomy.masking import (
 )
 from uncollapse.anatomy.operands import UnreadableError, arranged, fused_arguments, product_operands, replaced
 from uncollapse.anatomy.probing import probing
-from uncollapse.anatomy.stacks import given_mask, hides
+from uncollapse.anatomy.stacks import given_mask, hides, require_known_masks
 from uncollapse.anatomy.streams import Action, met
 from uncollapse.anatomy.torch_calls import operands_of, operation_name, tensors_in, writes_in_place
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block, MaskingStep, Place, StreamAxes
@@ -60,6 +60,7 @@ def mask_removed(
     def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bares.clear()
         given = bound(model, args, kwargs)
+        require_known_masks(given, anatomy)
         for stack, padding in zip(anatomy.stacks, paddings, strict=True):
             mask = given_mask(stack, given)
             padding.real = mask

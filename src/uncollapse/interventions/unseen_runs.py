@@ -151,11 +151,13 @@ def watched(
     away: Mapping[str, Collection[int]],
     norms: Collection[ModuleCall | NormPiece],
     *,
+    outside: bool,
     everywhere: bool,
 ) -> Iterator[None]:
     """Within the block `UnsupportedModel` is raised where a module runs that was never looked at and holds what is away: `away`
-    says of `"norm"`, and of `"attention"` for masks and heads, in which blocks. `norms` are those that are away."""
-    wanted: dict[str, set[str]] = {}
+    says of `"norm"`, and of `"attention"` for masks and heads, in which blocks. `norms` are those that are away. outside: something
+    is away from all blocks, and a module outside of them that holds an attention would be one more."""
+    wanted: dict[str, set[str]] = {name: {"attention"} for name in anatomy.unseen_outside(model) if outside}
     unseen = unseen_in(model, anatomy, {number for numbers in away.values() for number in numbers})
     for component, numbers in away.items():
         for name in (name for number in numbers for name in unseen.get(number, ())):

@@ -597,7 +597,8 @@ def _put_up(
         "attention": {*unmasked, *(number for r in removals for number in r.heads)},
     }
     if is_watched:
-        changes.enter(unseen_runs.watched(model, anatomy, affected, norms, everywhere=everywhere))
+        outside = any(len(r.blocks) == len(anatomy.blocks) and r.components for r in removals)
+        changes.enter(unseen_runs.watched(model, anatomy, affected, norms, outside=outside, everywhere=everywhere))
     changes.enter(intercepted(model, handlers, everywhere=everywhere, paths=paths if is_watched and paths else None))
 
 
