@@ -222,7 +222,7 @@ def _prepared(
     if progress is not None:
         progress("anatomy", 0, 1)
     anatomy = proved_anatomy(loaded.model, ready[0], layout)
-    require_no_say_of_cache(caller, loaded.model, ready, anatomy)
+    require_no_say_of_cache(caller, loaded.model, ready)
     if progress is not None:
         progress("anatomy", 1, 1)
     options = {

@@ -16,26 +16,26 @@ import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.deviations import largest_difference
+from uncollapse.anatomy.interception import device_of
 from uncollapse.anatomy.probing import configurations, output_of, probing
-from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.errors import InputError
+from uncollapse.probe.passes import on_device
 from uncollapse.wrappers import takes
 
 FAR = 1e-3  # of the largest element; rounding is less in single precision, and what another mask brings is more in any
 
 
-def require_no_say_of_cache(
-    caller: str, model: nn.Module, batches: Iterable[Mapping[str, Any]], anatomy: Anatomy
-) -> None:
+def require_no_say_of_cache(caller: str, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
     """Raise `InputError` where the model's own setting keeps a cache, and it gives something else on a batch without one."""
     if not any(getattr(each, "use_cache", False) is True for each in configurations(model)) or not takes(
         model, "use_cache"
     ):
         return
     for batch in batches:
-        if batch.get("use_cache") is None and _starts_again(batch, anatomy):
+        if batch.get("use_cache") is None and _starts_again(batch):
+            given = on_device(batch, device_of(model))
             with probing(model):
-                found = [output_of(model, {**batch, "use_cache": keeps})[0] for keeps in (False, True)]
+                found = [output_of(model, {**given, "use_cache": keeps})[0] for keeps in (False, True)]
             size = float(found[0].abs().nan_to_num(0.0, 0.0, 0.0).max())
             if found[0].shape != found[1].shape or largest_difference([found[0]], [found[1]]) > FAR * size:
                 raise InputError(
@@ -46,16 +46,11 @@ def require_no_say_of_cache(
                 )
 
 
-def _starts_again(batch: Mapping[str, Any], anatomy: Anatomy) -> bool:
-    """Whether whole numbers beside token numbers and masks fall somewhere along a row, as positions of packed sequences do."""
-    ids = {stack.ids for stack in anatomy.stacks}
-    numbers = [
-        value
-        for name, value in batch.items()
-        if isinstance(value, Tensor) and value.ndim >= 2 and not value.is_floating_point() and name not in ids
-    ]
-    return any(
-        value.dtype != torch.bool and bool((value > 1).any()) and bool((value.diff(dim=-1) < 0).any())
-        for value in numbers
-        if value.shape[-1] > 1
-    )
+def _starts_again(batch: Mapping[str, Any]) -> bool:
+    """Whether whole numbers count up along a row and start again somewhere, as positions of packed sequences do."""
+    for value in batch.values():
+        if isinstance(value, Tensor) and value.ndim >= 2 and value.dtype in {torch.int64, torch.int32}:
+            steps = value.diff(dim=-1)
+            if bool((steps < 0).any()) and bool(((steps == 1) | (steps < 0)).all()):
+                return True
+    return False
