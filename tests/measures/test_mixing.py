@@ -949,6 +949,41 @@ def test_a_tile_is_as_large_as_the_budget_allows(
     assert bool((covered == 1).all())
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_at_the_end_of_all_sequences_of_a_tile_is_not_computed(shared: bool, causal: bool) -> None:
+    lengths = torch.tensor([40, 17, 3, 21])
+    q, k = queries_and_keys(4, 2, 2, 40, 40, dtype=torch.float32)
+    real = torch.arange(40) < lengths[:, None]
+    pairs = real[:, None, None].expand(4, 1, 40, 40)
+    pairs = pairs if shared else pairs.clone()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(mixing, "TILE_BYTES", 4 * 2 * 40 * 40)  # one sequence
+        patched.setattr(mixing, "LEAST_ROWS", 1)
+        patched.setattr(mixing, "LANES", 8)
+        scores = mixing._scores("test", q, k, pairs, None, None, real, causal, None, None)
+        ends = [(tile[3].stop, tile[4].stop) for tile, *_ in mixing._tiles(scores)]
+        assert ends == [(40, 40), (17, 17 if causal else 24), (3, 3 if causal else 8), (21, 21 if causal else 24)]
+        found = mixing.row_statistics(q, k, allowed=pairs, query_mask=real, causal=causal)
+    for i, n in enumerate(lengths.tolist()):
+        alone = mixing.row_statistics(q[i : i + 1, :, :n], k[i : i + 1, :, :n], causal=causal)
+        for name in ("entropy", "entropy_floor", "max_logit", "key_share", "rest_entropy", "keys_within_reach"):
+            together = getattr(found, name)[i]
+            np.testing.assert_allclose(together[:, :n], getattr(alone, name)[0], rtol=1e-5, atol=1e-6)
+            assert bool(together[:, n:].isnan().all())
+
+
+def test_what_somebody_may_look_at_is_in_a_tile_wherever_it_stands() -> None:
+    q, k = queries_and_keys(2, 2, 2, 20, 20)
+    pairs = torch.zeros(2, 2, 20, 20, dtype=torch.bool)
+    pairs[..., 0] = pairs[1, 1, 4, 19] = True  # the last key, to one row of one head
+    scores = mixing._scores("test", q, k, pairs, None, None, None, False, None, None)
+    assert scores.ends == ([20, 20], [1, 20])
+    allowed = pairs.numpy()
+    logits = np.where(allowed, (q @ k.mT).numpy() * 3**-0.5, -np.inf)
+    close(mixing.row_statistics(q, k, allowed=pairs).max_logit, logits.max(-1), 1e-12)
+
+
 def test_a_causal_tile_ends_at_its_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mixing, "CAUSAL_ROWS", 4)
     q, k = torch.randn(1, 1, 6, 8), torch.randn(1, 1, 6, 8)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from uncollapse.measures import heads
-from uncollapse.probe.activity import Directions, Units, Varying
+from uncollapse.probe.activity import Directions, Units, Varying, _largest
 from uncollapse.probe.attention import spread
 from uncollapse.probe.projections import (
     MOST_ROUNDING,
@@ -136,6 +136,16 @@ def test_the_spread_of_values_is_that_of_their_real_tokens(common: float, paddin
     exact = [np.linalg.norm(y - y.mean(0)) for y in (one.double().numpy() for one in kept)]
     # Single precision keeps what is common to an eps of its size.
     np.testing.assert_allclose(spread(x, mask).flatten().numpy(), exact, rtol=1e-6, atol=2e-6 * common * size)
+
+
+def test_the_largest_ratio_is_one_of_a_real_token_with_finite_sizes() -> None:
+    part = torch.tensor([[3.0, 0.0, 9.0, torch.inf, torch.nan]])
+    whole = torch.tensor([[2.0, 0.0, 1.0, 1.0, 1.0]])
+    counted = torch.tensor([[True, True, False, True, True]])
+    assert _largest(part, whole, counted) == 1.5
+    assert _largest(part, whole, torch.tensor([[False, True, False, True, True]])) == 0.0
+    assert _largest(part, whole, torch.tensor([[False, False, False, True, True]])) is None
+    assert _largest(part, whole, torch.zeros(1, 5, dtype=torch.bool)) is None
 
 
 @pytest.mark.parametrize("common", [0.0, 1.0, 1e3])

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack
 
-from uncollapse.anatomy.torch_calls import counted_name, opened, operation_name, tensors_in
+from uncollapse.anatomy.torch_calls import counted_name, opened, operation_name, plain_name, tensors_in
 from uncollapse.errors import UncollapseError
 from uncollapse.restoring import Changes, restoring, run_eagerly
 
@@ -118,6 +118,7 @@ class _Owner(TorchFunctionMode):
             if point.every:
                 self.recurring.setdefault(point.operation, []).append((point, handler))
         self.operations = {point.operation for point in handlers}
+        self.names = {plain_name(operation) for operation in self.operations}
         self.hits = hits
         self.depth = 0
         self.counts: dict[str, int] = {}
@@ -133,8 +134,11 @@ class _Owner(TorchFunctionMode):
         if inner is not None:
             with self:
                 return inner(*args, **kwargs)
+        name = operation_name(func)
+        if name not in self.names:
+            return func(*args, **kwargs)
         operands = list(tensors_in([args, kwargs]))
-        name = counted_name(operation_name(func), operands)
+        name = counted_name(name, operands)
         if name not in self.operations or not operands:
             return func(*args, **kwargs)
         handler = self._next(name)

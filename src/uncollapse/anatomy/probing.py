@@ -144,7 +144,8 @@ def going_as_steered(model: nn.Module) -> Iterator[None]:
 
 def full_precision(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
     """Within the block a measurement of `tensor` is computed as it is written, also when the model runs under autocast."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -124,6 +124,11 @@ def counted_name(name: str, operands: Iterable[Tensor]) -> str:
     return f"{name} of {max((t.ndim for t in operands), default=0)} axes" if apart else name
 
 
+def plain_name(counted: str) -> str:
+    """The name of the operation that is counted under this one."""
+    return counted.partition(" of ")[0]
+
+
 def writes_in_place(function: Callable[..., Any]) -> bool:
     """Whether a torch call writes into its first operand (`add_`, `+=`, `x[i] = y`)."""
     name = getattr(function, "__name__", "")

@@ -30,6 +30,7 @@ from uncollapse.measures.admission import admitting
 from uncollapse.measures.line_fit import LineFit, line_fit
 from uncollapse.measures.running import RunningCloud
 from uncollapse.measures.storage_noise import storage_noise
+from uncollapse.measures.symmetric_eigenvalues import eigenvalues
 
 _EPS_64 = torch.finfo(torch.float64).eps
 _LAW_FROM, _LAW_TO, _LAW_LEAST = 4, 100, 10  # the eigenvalues that a power law is fitted to, and how few are enough
@@ -320,7 +321,7 @@ def _singular_values(x: Tensor, gram: Tensor, floor: Tensor, wanted: Tensor, att
     """Descending; 0 beyond the attainable ones. From the Gram of the short side; from `x` itself where that could hide a value
     above `floor`."""
     n, width = x.shape[-2:]
-    squares = torch.linalg.eigvalsh(gram).flip(1).clamp(min=0)
+    squares = eigenvalues([gram])[0].flip(1).clamp(min=0)
     squares[:, attainable:] = 0
     lost = (squares < 1e-12 * squares[:, :1]) & (1e-12 * squares[:, :1] > floor[:, None].square())
     values = squares.sqrt()

@@ -964,9 +964,11 @@ def _measured(
     if len(rows):
         again = _norm_sensitive_again(x[rows], real[rows] & ~massive[rows])
         without |= {key: sensitive[key].index_put((rows,), value) for key, value in again.items()}
-    measured, without = (
-        {key: value.double().where(finite, math.nan) for key, value in part.items()} for part in (measured, without)
-    )
+    measured, without = ({key: value.double() for key, value in part.items()} for part in (measured, without))
+    if not finite.all():
+        measured, without = (
+            {key: value.where(finite, math.nan) for key, value in part.items()} for part in (measured, without)
+        )
     return {"tokens": tokens.double(), **measured}, without, found
 
 

@@ -15,6 +15,7 @@ product of queries and keys where the fused kernel needs two; on other devices t
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ TILE_BYTES = 2 << 20  # measured: 1 to 4 MiB are equal, from 8 MiB on the tile l
 LEAST_ROWS = 64
 DEVICE_TILE_BYTES = 64 << 20  # accelerators want few large launches
 CAUSAL_ROWS = 128  # rows of a causal tile: its keys end with its last row, so that half of all pairs are never computed
+# Numbers that a processor takes at once, or a multiple of them: rows of other lengths cost more than what is left out of them.
+LANES = 16
 FEW_KEYS = 4  # rows over fewer keys have no key share: two keys leave little to be uniform about
 FEW_RIVALS = 16  # rows over fewer keys have no rest entropy: with few others, one of them wins by chance
 FLAT = 0.75  # up to this weight of the strongest key, 1 less it keeps the digits of what the others have
@@ -705,6 +708,19 @@ class _Scores:
     shrunk: int = 0  # the logits are divided by this power of two
     forbidden: float = FORBIDDEN  # what forbidden pairs have
 
+    @functools.cached_property
+    def ends(self) -> tuple[list[int], list[int]]:
+        """For each sequence the row and the key behind which all is padding or forbidden. Elsewhere than on the CPU a tile holds
+        many sequences, and the longest mostly needs all of it."""
+        batch, _, _, queries, keys = self.sizes
+        rows, columns = (self.query_mask, self.allowed) if self.device.type == "cpu" else (None, None)
+        if columns is not None:
+            for axis in (1, 2, 3):
+                is_one = columns.shape[axis] == 1 or columns.stride(axis) == 0
+                columns = columns.narrow(axis, 0, 1) if is_one else columns.any(axis, keepdim=True)
+            columns = columns.flatten(1).expand(batch, -1)
+        return _last(rows, batch, queries), _last(columns, batch, keys)
+
 
 @dataclass(frozen=True)
 class _Rows:
@@ -803,7 +819,8 @@ class _Keep(NamedTuple):
 
 def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, _Keep | None]]:
     """Every tile with its logits, forbidden ones at `scores.forbidden`, a scratch tensor of the same shape, and which pairs
-    are allowed (`None`: all). The two tensors are overwritten by the next tile."""
+    are allowed (`None`: all). The two tensors are overwritten by the next tile. Padded rows and forbidden keys at the end of all
+    sequences of a tile are in none."""
     batch, groups, repeats, queries, keys = scores.sizes
     wanted = min(LEAST_ROWS * repeats * keys * scores.dtype.itemsize, 4 * TILE_BYTES)
     budget = (max(TILE_BYTES, wanted) if scores.device.type == "cpu" else DEVICE_TILE_BYTES) // scores.dtype.itemsize
@@ -816,6 +833,7 @@ def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, _Keep | Non
     else:
         starts = list(range(0, queries, max(1, budget // (repeats * keys))))
     ends = [*starts[1:], queries]
+    last_rows, last_keys = scores.ends
     row_step = max(end - start for start, end in zip(starts, ends, strict=True))
     head = max(
         repeats * (end - i) * (min(end, keys) if scores.causal else keys) for i, end in zip(starts, ends, strict=True)
@@ -829,12 +847,16 @@ def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, _Keep | Non
     for b, g, (i, stop) in itertools.product(
         range(0, batch, batch_step), range(0, groups, group_step), list(zip(starts, ends, strict=True))
     ):
+        sequences = slice(b, min(b + batch_step, batch))
+        stop, seen = min(stop, max(last_rows[sequences])), min(keys, -(-max(last_keys[sequences]) // LANES) * LANES)
+        if stop <= i:
+            continue
         tile = (
-            slice(b, min(b + batch_step, batch)),
+            sequences,
             slice(g, min(g + group_step, groups)),
             slice(0, repeats),
             slice(i, stop),
-            slice(0, min(stop, keys) if scores.causal else keys),
+            slice(0, min(stop, seen) if scores.causal else seen),
         )
         shape = [part.stop - part.start for part in tile]
         S, scratch = memory[:, : math.prod(shape)].view(2, *shape)
@@ -854,6 +876,14 @@ def _tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor, Tensor, _Keep | Non
             S[..., start:].add_((1 - kept) * scores.forbidden)
             keep = _Keep(start, kept, start + kept.sum(-1).long())
         yield tile, S, scratch, keep
+
+
+def _last(real: Tensor | None, batch: int, size: int) -> list[int]:
+    """Behind the last True of each row [batch, size], and at least 1; all of it for None, and for what is not as wide."""
+    if real is None or real.shape[1] != size:
+        return [size] * batch
+    last: list[int] = (real * torch.arange(1, size + 1, device=real.device)).amax(1).clamp(min=1).tolist()
+    return last
 
 
 def _weight_tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor]]:

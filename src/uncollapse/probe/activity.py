@@ -35,7 +35,7 @@ from uncollapse.probe.attention_calls import AttentionRows
 from uncollapse.probe.clouds import Clouds
 from uncollapse.probe.observing import unasked
 from uncollapse.probe.projections import projection_matrix
-from uncollapse.probe.sizes import HUGE, TINY, as_they_are, norms, single
+from uncollapse.probe.sizes import as_they_are, norms, single, within_reach
 from uncollapse.records.diagnosis import EmbeddingRecord, PartRecord
 from uncollapse.restoring import restoring
 
@@ -569,7 +569,7 @@ def _farthest(x: Tensor, origin: Tensor, sound: Tensor) -> Tensor:
         return as_they_are(x - origin.to(x)).where(sound[:, None], 0).amax((0, 2)).double()
 
     found = of(single(x))
-    return found if x.dtype == torch.float64 or bool(((found > TINY) & (found < HUGE)).all()) else of(x.double())
+    return found if x.dtype == torch.float64 or within_reach(found) else of(x.double())
 
 
 def _sound(sizes: Tensor, mask: Tensor | None) -> Tensor:
@@ -586,8 +586,10 @@ def _by_head(operand: Tensor, mask: Tensor | None) -> Tensor:
 
 def _largest(part: Tensor, whole: Tensor, real: Tensor) -> float | None:
     """The largest ratio over the tokens that are real and finite; a part of nothing is nothing."""
-    ratio = torch.where(part > 0, part / whole, 0.0)[real & part.isfinite() & whole.isfinite()]
-    return float(ratio.max()) if ratio.numel() else None
+    ratio = torch.where(part > 0, part / whole, 0.0)
+    # Less than any ratio where none counts: a maximum costs less than a choice.
+    largest = float(ratio.where(real & part.isfinite() & whole.isfinite(), -1.0).max()) if ratio.numel() else -1.0
+    return None if largest < 0 else largest
 
 
 def _greater(known: float | None, new: float | None) -> float | None:

@@ -523,7 +523,8 @@ def _means_over_rows(rows: mixing.RowStatistics) -> dict[str, Tensor]:
         "susceptibility",
     ]
     known = {name: figure for name in means if (figure := getattr(rows, name)) is not None}
-    found = {name: figure.double().nanmean(-1) for name, figure in known.items()}
+    together = torch.stack(list(known.values())).double().nanmean(-1)
+    found = dict(zip(known, together, strict=True))
     if rows.max_logit is not None:
         found["max_logit"] = rows.max_logit.double().nan_to_num(nan=-math.inf).amax(-1)
     return found

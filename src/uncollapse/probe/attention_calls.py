@@ -538,7 +538,8 @@ def _fused_deviation(given: Mapping[str, Any], output: Tensor) -> tuple[float, b
     rows = _some_rows(given["query"].shape[-2])
     weights = torch.softmax(_fused_logits(given, rows), -1)
     values = _repeated(given["value"], given).to(weights.dtype)
-    return _relative(weights @ values, output[..., rows, :].to(weights.dtype)), bool(weights.isfinite().any())
+    is_finite = math.isfinite(weights.sum()) or bool(weights.isfinite().any())
+    return _relative(weights @ values, output[..., rows, :].to(weights.dtype)), is_finite
 
 
 def _fused_logits(given: Mapping[str, Any], rows: Sequence[int]) -> Tensor:
