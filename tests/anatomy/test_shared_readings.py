@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import functools
 import threading
 import weakref
 from collections import Counter
@@ -16,15 +17,9 @@ from accelerate.utils import offload
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from uncollapse.anatomy import shared_readings
-from uncollapse.anatomy.shared_readings import (
-    EntangledPasses,
-    can_be_shared,
-    in_flight,
-    made_together,
-    read_once,
-    stretches,
-)
+from uncollapse.anatomy import stages as stages_module
+from uncollapse.anatomy.shared_readings import EntangledPasses, all_made, made_together, read_once
+from uncollapse.anatomy.stages import can_be_shared, in_flight, stages
 
 WIDTH = 8
 BLOCKS = ("blocks.0", "blocks.1", "blocks.2")
@@ -80,6 +75,10 @@ def inputs(count: int) -> list[Tensor]:
     return [torch.randn(2, 3, WIDTH, generator=generator) for _ in range(count)]
 
 
+def passes(model: Any, given: list[Tensor]) -> list[Callable[[], Any]]:
+    return [functools.partial(model, x) for x in given]
+
+
 def made(model: Any, works: list[Callable[[], Any]]) -> list[Any]:
     found: list[Any] = []
 
@@ -87,7 +86,7 @@ def made(model: Any, works: list[Callable[[], Any]]) -> list[Any]:
         assert number == len(found)
         found.append(result)
 
-    made_together(model, stretches(model, BLOCKS), works, finished)
+    made_together(model, stages(model, BLOCKS), works, finished)
     return found
 
 
@@ -113,7 +112,7 @@ def nothing_is_left() -> Iterator[None]:
 
 def is_as_found(model: nn.Module) -> bool:
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    linear: list[Any] = [m for m in model.modules() if isinstance(m, nn.Linear)]
     maps = [one._hf_hook.weights_map for one in linear]
     return not any(hooks) and bool(maps) and all(type(each) is offload.PrefixedDataset for each in maps)
 
@@ -124,34 +123,37 @@ def test_each_weight_is_read_once_for_all_passes_and_they_give_what_they_give_al
     alone = [model(x) for x in given]
     assert set(reads.values()) == {3, 6}
     reads.clear()
-    together = made(model, [lambda x=x: model(x) for x in given])
+    together = made(model, passes(model, given))
     assert set(reads.values()) == {1}
     assert len(reads) == 2 * 2 * (len(BLOCKS) + 1)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
     assert is_as_found(model)
     reads.clear()
-    with read_once(model, stretches(model, BLOCKS)):
+    with read_once(model, stages(model, BLOCKS)):
         assert torch.equal(model(given[0]), alone[0])
     assert set(reads.values()) == {1}
     assert is_as_found(model)
 
 
 @torch.no_grad()
-def test_passes_go_in_turn_and_hold_one_stretch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passes_go_in_turn_and_hold_one_stage_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model, met, alive = elsewhere(), list[str](), list[tuple[str, weakref.ref[Tensor]]]()
     read = offload.PrefixedDataset.__getitem__
 
+    def note(name: str, block: Block) -> None:
+        met.append(f"{name} {threading.current_thread().name}")
+
     def copied(self: Any, key: str) -> Tensor:
         tensor: Tensor = read(self, key).clone()
-        stretch = self.prefix.removesuffix("first.").removesuffix("second.")
-        assert {name for name, one in alive if one() is not None} <= {stretch}
-        alive.append((stretch, weakref.ref(tensor)))
+        stage = self.prefix.removesuffix("first.").removesuffix("second.")
+        assert {name for name, one in alive if one() is not None} <= {stage}
+        alive.append((stage, weakref.ref(tensor)))
         return tensor
 
     monkeypatch.setattr(offload.PrefixedDataset, "__getitem__", copied)
     for name in BLOCKS:
-        model.get_submodule(name).between = lambda _, name=name: met.append(f"{name} {threading.current_thread().name}")
-    made(model, [lambda x=x: model(x) for x in inputs(2)])
+        model.get_submodule(name).between = functools.partial(note, name)
+    made(model, passes(model, inputs(2)))
     threads = [line.split()[1] for line in met]
     assert [line.split()[0] for line in met] == [name for name in BLOCKS for _ in range(2)]
     assert threads == threads[:2] * 3
@@ -179,9 +181,9 @@ def test_what_is_raised_is_what_the_first_that_raises_raises(raising: dict[int, 
     for name in BLOCKS:
         model.get_submodule(name).between = lambda block: failing[threading.get_ident()](block)
     first = min(raising)
-    works = [lambda n=n, x=x: work(n, x) for n, x in enumerate(inputs(4))]
+    works = [functools.partial(work, n, x) for n, x in enumerate(inputs(4))]
     with pytest.raises(ValueError, match=f"pass {first}"):
-        made_together(model, stretches(model, BLOCKS), works, lambda number, _: finished.append(number))
+        made_together(model, stages(model, BLOCKS), works, lambda number, _: finished.append(number))
     assert finished == list(range(first))
     assert is_as_found(model)
 
@@ -198,7 +200,7 @@ def test_an_interrupt_ends_all_passes_and_leaves_the_model_as_it_was() -> None:
 
     model.blocks[1].between = interrupt
     with pytest.raises(KeyboardInterrupt):
-        made(model, [lambda x=x: model(x) for x in given])
+        made(model, passes(model, given))
     assert len(begun) == 2
     assert is_as_found(model)
     model.blocks[1].between = lambda block: None
@@ -213,24 +215,43 @@ def _notes(block: Block) -> None:
     block.seen = torch.zeros(1)
 
 
+def _notes_once(block: Block) -> None:
+    if not hasattr(block, "seen"):
+        block.seen = torch.zeros(1)
+
+
 class Counting(Chain):
     def forward(self, x: Tensor) -> Tensor:
         x = super().forward(x)
-        self.counter += 1
-        return x + self.counter
+        count = self.get_buffer("counter")
+        count += 1
+        return x + count
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "between"), [(Chain, _draws), (Chain, _notes), (Counting, None)])
+@pytest.mark.parametrize(("kind", "between"), [(Chain, _draws), (Chain, _notes), (Chain, _notes_once), (Counting, None)])
 def test_passes_that_would_give_something_else_are_not_made_together(
     kind: type[Chain], between: Callable[[Block], None] | None
 ) -> None:
     model = elsewhere(kind)
     if between is not None:
         model.blocks[1].between = between
+    given = inputs(2)
     with pytest.raises(EntangledPasses):
-        made(model, [lambda x=x: model(x) for x in inputs(2)])
+        made(model, passes(model, given))
     assert is_as_found(model)
+    tries: list[int] = []
+
+    def afresh() -> list[Callable[[], Any]]:
+        tries.append(len(tries))
+        model.counter.zero_()
+        return passes(model, given)
+
+    model.counter.zero_()
+    one_by_one = [model(x) for x in given]
+    vars(model.blocks[1]).pop("seen", None)
+    assert all(map(torch.equal, all_made(model, BLOCKS, afresh), one_by_one))
+    assert tries == [0, 1]
 
 
 class _Watching(TorchFunctionMode):
@@ -272,31 +293,31 @@ def test_a_pass_runs_under_the_settings_of_its_caller() -> None:
 
 def test_what_a_model_holds_around_its_blocks_keeps_passes_apart() -> None:
     model = elsewhere(Scaled)
-    held = stretches(model, BLOCKS)
+    held = stages(model, BLOCKS)
     assert held == [model.begin, model.end, *model.blocks]
     assert not can_be_shared(model, held)
     model = elsewhere()
-    assert can_be_shared(model, stretches(model, BLOCKS))
+    assert can_be_shared(model, stages(model, BLOCKS))
     with torch.utils._python_dispatch.TorchDispatchMode():
-        assert not can_be_shared(model, stretches(model, BLOCKS))
+        assert not can_be_shared(model, stages(model, BLOCKS))
     model = Chain()
-    assert stretches(model, BLOCKS) == []
+    assert stages(model, BLOCKS) == []
     assert not can_be_shared(model, [])
 
 
 def test_as_many_batches_as_room_is_for_are_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     model = elsewhere()
-    held = stretches(model, BLOCKS)
+    held = stages(model, BLOCKS)
     batches = [{"ids": torch.zeros(2, n, dtype=torch.int64)} for n in (5, 5, 5, 30, 1)]
     assert in_flight(batches, held) == [range(5)]
     # A token keeps 16 copies of 8 numbers of 4 bytes.
-    monkeypatch.setattr(shared_readings, "AT_LEAST", 2 * 10 * 16 * WIDTH * 4)
+    monkeypatch.setattr(stages_module, "AT_LEAST", 2 * 10 * 16 * WIDTH * 4)
     assert in_flight(batches, held) == [range(2), range(2, 3), range(3, 4), range(4, 5)]
     # What is no whole number is as large as it is.
     batches = [{"sound": torch.zeros(5, WIDTH), "mask": torch.ones(5, 1).bool()} for _ in range(5)]
     assert in_flight(batches, held) == [range(4), range(4, 5)]
-    # At least as much as the largest stretch holds: 8 · 8 weights and 8 biases, twice.
-    monkeypatch.setattr(shared_readings, "AT_LEAST", 0)
+    # At least as much as the largest stage holds: 8 · 8 weights and 8 biases, twice.
+    monkeypatch.setattr(stages_module, "AT_LEAST", 0)
     assert in_flight([{"sound": torch.zeros(9)}] * 2, held) == [range(1), range(1, 2)]
     assert in_flight([{"sound": torch.zeros(4)}] * 2, held) == [range(2)]
     assert in_flight([{"sound": torch.zeros(5)}] * 2, held) == [range(1), range(1, 2)]

@@ -1,13 +1,13 @@
 """Passes of a model whose weights are kept elsewhere, made together, so that each weight is read once for all of them.
 
 accelerate reads a weight when its module runs: a pass reads all of them, and so does the next. Here passes advance together, from
-stretch to stretch. A *stretch* is a module that runs with its weights held: a block, or a module outside the blocks that has
-weights elsewhere. A pass stops where a stretch begins that is not the one being held. When all have stopped, its weights are let
-go, and those of the stretch at which the first pass stands are read as they are wanted.
+stage to stage, each of them a module that runs with its weights held (`stages`). A pass stops where a stage begins that is not
+the one being held. When all have stopped, its weights are let go, and those of the stage at which the first pass stands are read
+as they are wanted.
 
-What comes between two stretches is the model's own code, so that each pass is held in a thread of its own. One thread runs at a
-time, in the order of the passes, and they change nowhere but at the begin of a stretch. So nothing needs a lock, and what several
-passes add to one statistic in one stretch comes in their order. What a thread inherits of torch's settings is that of the caller's.
+What comes between two stages is the model's own code, so that each pass is held in a thread of its own. One thread runs at a
+time, in the order of the passes, and they change nowhere but at the begin of a stage. So nothing needs a lock, and what several
+passes add to one statistic in one stage comes in their order. What a thread inherits of torch's settings is that of the caller's.
 
 Raised is what would be, were the passes made one after the other: what the first of them raises that raises. An interrupt ends
 them all. Passes that could not be made so are `EntangledPasses`: of a model that draws random numbers, which would be dealt out in
@@ -23,23 +23,19 @@ import contextvars
 import queue
 import random
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from uncollapse.anatomy.module_states import ModuleStates
-from uncollapse.anatomy.offloaded_weights import held_weights, is_kept_elsewhere
+from uncollapse.anatomy.offloaded_weights import held_weights
+from uncollapse.anatomy.stages import can_be_shared, stages
 from uncollapse.anatomy.thread_settings import ThreadSettings
 from uncollapse.anatomy.turns import own_thread, serving
 from uncollapse.errors import UncollapseError
 from uncollapse.restoring import restoring
-
-COPIES = (
-    16  # of its stream that a pass keeps: the model's own, those that wait to be compared, what is computed of them
-)
-AT_LEAST = 64 * 2**20  # bytes that passes made together may take in any case
 
 Made = TypeVar("Made")
 
@@ -48,67 +44,15 @@ class EntangledPasses(UncollapseError):  # noqa: N818 - what is found, as in the
     """Passes made together would not give what they give one after the other."""
 
 
-def stretches(model: nn.Module, blocks: Collection[str]) -> list[nn.Module]:
-    """The modules that run as a whole while their weights are held: `blocks`, by name, and outside of them whatever has weights
-    elsewhere and no block in it. Empty where none is kept elsewhere."""
-    whole = {id(model.get_submodule(name)) for name in blocks}
-    found: dict[int, nn.Module] = {}
-
-    def look(module: nn.Module) -> None:
-        has_block = any(id(each) in whole for each in module.modules() if each is not module)
-        if id(module) in whole or (is_kept_elsewhere(module) and not has_block):
-            if any(map(is_kept_elsewhere, module.modules())):
-                found[id(module)] = module
-            return
-        for child in module.children():
-            look(child)
-
-    look(model)
-    return list(found.values())
-
-
-def can_be_shared(model: nn.Module, held: Sequence[nn.Module]) -> bool:
-    """Whether passes over the model may be made together: every weight that is kept elsewhere belongs to a stretch. What the
-    model itself holds, around its blocks, is let go by accelerate when the first pass is over. Nor may somebody watch torch's
-    dispatch."""
-    inside = {id(module) for stretch in held for module in stretch.modules()}
-    own = all(id(module) in inside for module in model.modules() if is_kept_elsewhere(module))
-    return bool(held) and own and torch._C._len_torch_dispatch_stack() == 0
-
-
-def in_flight(batches: Sequence[Mapping[str, Any]], held: Sequence[nn.Module]) -> list[range]:
-    """Which batches are passed together, by number: as many, one after the other, as keep no more than the weights of the largest
-    stretch take, which have to fit anyway, or `AT_LEAST`. A batch keeps `COPIES` of its stream. That is as wide as the narrow side
-    of the widest weight for each whole number of the batch, and as large as what the batch itself holds besides."""
-    sizes = [sum(p.numel() * p.element_size() for p in stretch.parameters()) for stretch in held]
-    width = max((min(p.shape) for stretch in held for p in stretch.parameters() if p.ndim > 1), default=1)
-    element = max((p.element_size() for stretch in held for p in stretch.parameters()), default=4)
-    room = max(AT_LEAST, *sizes)
-
-    def kept(batch: Mapping[str, Any]) -> int:
-        tensors = [value for value in batch.values() if isinstance(value, Tensor)]
-        entries = max((t.numel() * (1 if t.is_floating_point() else width) for t in tensors), default=0)
-        return entries * element * COPIES
-
-    found, begin, taken = [], 0, 0
-    for number, batch in enumerate(batches):
-        own = kept(batch)
-        if number > begin and taken + own > room:
-            found.append(range(begin, number))
-            begin, taken = number, 0
-        taken += own
-    return [*found, range(begin, len(batches))]
-
-
 @contextlib.contextmanager
 def read_once(model: nn.Module, held: Sequence[nn.Module]) -> Iterator[None]:
-    """Within the block, and in this thread, each stretch is held until a pass comes to the next one."""
+    """Within the block, and in this thread, each stage is held until a pass comes to the next one."""
     with restoring() as changes:
         readings = _Readings()
         changes.undo(readings.let_go)
-        for stretch in held:
-            changes.hook(stretch, "forward_pre", readings.enter, prepend=True)
-            changes.hook(stretch, "forward", readings.leave, always_call=True)
+        for stage in held:
+            changes.hook(stage, "forward_pre", readings.enter, prepend=True)
+            changes.hook(stage, "forward", readings.leave, always_call=True)
         yield
 
 
@@ -116,27 +60,29 @@ def made_together(
     model: nn.Module,
     held: Sequence[nn.Module],
     passes: Sequence[Callable[[], Made]],
-    finished: Callable[[int, Made], object] = lambda number, made: None,
+    finished: Callable[[int, Made], object],
+    leaving: Callable[[nn.Module], object] = lambda stage: None,
 ) -> None:
     """Make the passes together. `finished` is given the number of each, and what it made, in their order; nothing else keeps that.
+    `leaving` is given a stage that all of them have run as far as they go for now, before its weights are let go.
 
     Raises `EntangledPasses` where they have to be made one after the other. What was `finished` by then does not count."""
-    readings = _Readings()
+    readings = _Readings(is_for_several=True)
     several = [_Pass(work, readings) for work in passes]
     next_one, raised = 0, None
     with restoring() as changes:
         changes.undo(readings.let_go)
-        for stretch in held:
-            changes.hook(stretch, "forward_pre", readings.enter, prepend=True)
-            changes.hook(stretch, "forward", readings.leave, always_call=True)
-        changes.undo(lambda: _end(several))  # before the hooks are off: an interrupted pass stops at the next stretch
+        for stage in held:
+            changes.hook(stage, "forward_pre", readings.enter, prepend=True)
+            changes.hook(stage, "forward", readings.leave, always_call=True)
+        changes.undo(lambda: _end(several))  # before the hooks are off: an interrupted pass stops at the next stage
         watched: _Apart | None = None
         while any(not one.is_over for one in several):
             for number, one in enumerate(several):
                 if one.is_over or (one.wants is not None and one.wants is not readings.held):
                     continue
                 one.go_on()
-                # What the first pass leaves before its first stretch is there for all of them.
+                # What the first pass leaves before its first stage is there for all of them.
                 watched = watched or _Apart(model)
                 watched.check()
                 if one.error is not None:
@@ -148,8 +94,11 @@ def made_together(
                     finished(next_one, several[next_one].taken())
                     next_one += 1
             wanted = next((one.wants for one in several if not one.is_over), None)
-            if wanted is not None and wanted is not readings.held:
-                readings.hold(wanted)
+            if wanted is not readings.held:
+                if readings.held is not None and raised is None:
+                    leaving(readings.held)
+                if wanted is not None:
+                    readings.hold(wanted)
     if raised is not None:
         try:
             raise raised
@@ -157,34 +106,52 @@ def made_together(
             raised = None  # it holds this frame, which would hold it
 
 
-class _Readings:
-    """Which stretch is held, and which pass a thread makes."""
+def all_made(
+    model: nn.Module, blocks: Collection[str], passes: Callable[[], Sequence[Callable[[], Made]]]
+) -> list[Made]:
+    """What each of several passes makes: together where they can share a reading, else one after the other. `passes` gives them,
+    afresh for each try."""
+    held, several = stages(model, blocks), passes()
+    if len(several) > 1 and can_be_shared(model, held):
+        found: list[Made] = []
+        try:
+            made_together(model, held, several, lambda _, made: found.append(made))
+        except EntangledPasses:
+            several = passes()
+        else:
+            return found
+    return [work() for work in several]
 
-    def __init__(self) -> None:
+
+class _Readings:
+    """Which stage is held, and which pass a thread makes."""
+
+    def __init__(self, *, is_for_several: bool = False) -> None:
         self.held: nn.Module | None = None
         self.mine = _Mine()
+        self._is_for_several = is_for_several
         self._thread = own_thread()
         self._holding = contextlib.ExitStack()
 
-    def hold(self, stretch: nn.Module) -> None:
+    def hold(self, stage: nn.Module) -> None:
         self.let_go()
-        self._holding.enter_context(held_weights(stretch))
-        self.held = stretch
+        self._holding.enter_context(held_weights(stage))
+        self.held = stage
 
     def let_go(self) -> None:
         self.held = None
         self._holding.close()
 
-    def enter(self, stretch: nn.Module, *_: Any) -> None:
+    def enter(self, stage: nn.Module, *_: Any) -> None:
         if own_thread() != self._thread:
             return
         self.mine.depth += 1
-        if self.mine.depth > 1 or stretch is self.held:
+        if self.mine.depth > 1 or stage is self.held:
             return
-        if self.mine.one is None:
-            self.hold(stretch)
-        else:
-            self.mine.one.stop(stretch)
+        if self.mine.one is not None:
+            self.mine.one.stop(stage)
+        elif not self._is_for_several:  # else this is no pass of ours, but something that is run while they stand
+            self.hold(stage)
 
     def leave(self, *_: Any) -> None:
         if own_thread() == self._thread:
@@ -196,7 +163,7 @@ class _EndedError(BaseException):
 
 
 class _Mine(threading.local):
-    """The pass that this thread makes, and how many stretches it is in."""
+    """The pass that this thread makes, and how many stages it is in."""
 
     def __init__(self) -> None:
         self.one: _Pass[Any] | None = None
@@ -204,7 +171,7 @@ class _Mine(threading.local):
 
 
 class _Pass(Generic[Made]):
-    """One pass, in a thread of its own. `wants`: the stretch at which it stands."""
+    """One pass, in a thread of its own. `wants`: the stage at which it stands."""
 
     def __init__(self, work: Callable[[], Made], readings: _Readings) -> None:
         self.wants: nn.Module | None = None
@@ -231,9 +198,9 @@ class _Pass(Generic[Made]):
         """What the pass made, which is not kept here any longer."""
         return self._made.pop()
 
-    def stop(self, stretch: nn.Module) -> None:
-        """In the pass's own thread: wait until this stretch is held."""
-        self.wants = stretch
+    def stop(self, stage: nn.Module) -> None:
+        """In the pass's own thread: wait until this stage is held."""
+        self.wants = stage
         self._stand()
         self._wait()
 

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from uncollapse.anatomy.expected_runs import runs_checked
 from uncollapse.anatomy.interception import ChangedPath, device_of
 from uncollapse.anatomy.probing import probing
-from uncollapse.anatomy.shared_readings import can_be_shared, in_flight, made_together, read_once, stretches
+from uncollapse.anatomy.shared_readings import made_together, read_once
+from uncollapse.anatomy.stages import can_be_shared, in_flight, stages
 from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.errors import InputError, UncollapseError
@@ -144,7 +145,7 @@ def capture(
     watched = frozenset(WATCHED[level] if watch is None else watch)
     probe = _Probe(model, anatomy, level, watched, digest, seed=seed)
     device = device_of(model)
-    held = stretches(model, anatomy.own_modules)
+    held = stages(model, anatomy.own_modules)
     if before is None:
         before = sequences_before(batches, anatomy)
     if origins is not None:
