@@ -229,7 +229,9 @@ class Counting(Chain):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("kind", "between"), [(Chain, _draws), (Chain, _notes), (Chain, _notes_once), (Counting, None)])
+@pytest.mark.parametrize(
+    ("kind", "between"), [(Chain, _draws), (Chain, _notes), (Chain, _notes_once), (Counting, None)]
+)
 def test_passes_that_would_give_something_else_are_not_made_together(
     kind: type[Chain], between: Callable[[Block], None] | None
 ) -> None:
