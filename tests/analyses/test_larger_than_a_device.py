@@ -117,6 +117,7 @@ def test_batches_passed_together_give_the_very_figures_that_they_give_one_after_
     saved: Path, reads: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, batches = load_model(str(saved), max_memory="60KB").model, padded_batches(3)
+    loaded.train()  # so that passes of other threads would have to wait
     told: list[tuple[str, int, int]] = []
     found: list[uc.Diagnosis] = []
     uc.identify(loaded, batches=batches)
@@ -129,6 +130,14 @@ def test_batches_passed_together_give_the_very_figures_that_they_give_one_after_
         readings = 1 if room else 3
         assert times_read(reads, "layers.2") <= {readings, readings + 1}
     assert found[0].to_json() == found[1].to_json()
+    assert loaded.training
+
+
+def test_double_precision_is_kept_in_passes_made_together() -> None:
+    model = hf.LlamaModel(hf.LlamaConfig(**SIZES)).double().eval()
+    inside = uc.identify(model, batches=padded_batches(3)).record
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert differences(inside.heads, uc.identify(model, batches=padded_batches(3)).record.heads, 1e-12) == []
 
 
 def test_batches_of_a_model_that_draws_random_numbers_are_passed_one_after_the_other(

@@ -17,6 +17,8 @@ from accelerate.utils import offload
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tests.helpers.interrupted import interruptions, standing
+from uncollapse.anatomy import shared_readings
 from uncollapse.anatomy import stages as stages_module
 from uncollapse.anatomy.shared_readings import EntangledPasses, all_made, made_together, read_once
 from uncollapse.anatomy.stages import can_be_shared, in_flight, stages
@@ -204,6 +206,25 @@ def test_an_interrupt_ends_all_passes_and_leaves_the_model_as_it_was() -> None:
     assert len(begun) == 2
     assert is_as_found(model)
     model.blocks[1].between = lambda block: None
+    assert torch.equal(model(given[0]), alone)
+
+
+@torch.no_grad()
+def test_ctrl_c_at_any_line_of_the_callers_leaves_nothing() -> None:
+    model, given = elsewhere(), inputs(2)
+    alone, before, threads = model(given[0]), standing(nn.Module()), threading.active_count()
+
+    def operation() -> None:
+        made(model, passes(model, given))
+
+    lines = 0
+    for line, raised in interruptions([shared_readings], operation):
+        assert isinstance(raised, KeyboardInterrupt), line
+        assert standing(nn.Module()) == before, line
+        assert is_as_found(model), line
+        assert threading.active_count() == threads, line
+        lines += 1
+    assert lines > 60
     assert torch.equal(model(given[0]), alone)
 
 
