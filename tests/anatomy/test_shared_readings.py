@@ -249,9 +249,20 @@ class Counting(Chain):
         return x + count
 
 
+class Precise(Chain):
+    """Runs its blocks in another default format: for the whole process."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.set_default_dtype(torch.float64)
+        try:
+            return super().forward(x) + torch.ones(1)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("kind", "between"), [(Chain, _draws), (Chain, _notes), (Chain, _notes_once), (Counting, None)]
+    ("kind", "between"), [(Chain, _draws), (Chain, _notes), (Chain, _notes_once), (Counting, None), (Precise, None)]
 )
 def test_passes_that_would_give_something_else_are_not_made_together(
     kind: type[Chain], between: Callable[[Block], None] | None
@@ -333,14 +344,13 @@ def test_as_many_batches_as_room_is_for_are_in_flight(monkeypatch: pytest.Monkey
     held = stages(model, BLOCKS)
     batches = [{"ids": torch.zeros(2, n, dtype=torch.int64)} for n in (5, 5, 5, 30, 1)]
     assert in_flight(batches, held) == [range(5)]
-    # A token keeps 16 copies of 8 numbers of 4 bytes.
-    monkeypatch.setattr(stages_module, "AT_LEAST", 2 * 10 * 16 * WIDTH * 4)
+    # A token keeps 8 copies of 8 numbers of 4 bytes.
+    monkeypatch.setattr(stages_module, "AT_LEAST", 2 * 10 * 8 * WIDTH * 4)
     assert in_flight(batches, held) == [range(2), range(2, 3), range(3, 4), range(4, 5)]
     # What is no whole number is as large as it is.
     batches = [{"sound": torch.zeros(5, WIDTH), "mask": torch.ones(5, 1).bool()} for _ in range(5)]
     assert in_flight(batches, held) == [range(4), range(4, 5)]
     # At least as much as the largest stage holds: 8 · 8 weights and 8 biases, twice.
     monkeypatch.setattr(stages_module, "AT_LEAST", 0)
-    assert in_flight([{"sound": torch.zeros(9)}] * 2, held) == [range(1), range(1, 2)]
-    assert in_flight([{"sound": torch.zeros(4)}] * 2, held) == [range(2)]
-    assert in_flight([{"sound": torch.zeros(5)}] * 2, held) == [range(1), range(1, 2)]
+    assert in_flight([{"sound": torch.zeros(9)}] * 2, held) == [range(2)]
+    assert in_flight([{"sound": torch.zeros(10)}] * 2, held) == [range(1), range(1, 2)]

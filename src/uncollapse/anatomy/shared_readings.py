@@ -11,7 +11,8 @@ passes add to one statistic in one stage comes in their order. What a thread inh
 
 Raised is what would be, were the passes made one after the other: what the first of them raises that raises. An interrupt ends
 them all. Passes that could not be made so are `EntangledPasses`: of a model that draws random numbers, which would be dealt out in
-another order, or that leaves something in its modules which is not there for the next pass alone.
+another order, that leaves something in its modules which is not there for the next pass alone, or that runs several stages under
+another setting of the process.
 
 When not to use it: for passes that need what another one found, or that change the model for a while.
 """
@@ -32,7 +33,7 @@ from torch import nn
 from uncollapse.anatomy.module_states import ModuleStates
 from uncollapse.anatomy.offloaded_weights import held_weights
 from uncollapse.anatomy.stages import can_be_shared, stages
-from uncollapse.anatomy.thread_settings import ThreadSettings
+from uncollapse.anatomy.thread_settings import ThreadSettings, process_settings
 from uncollapse.anatomy.turns import own_thread, serving
 from uncollapse.errors import UncollapseError
 from uncollapse.restoring import restoring
@@ -76,14 +77,14 @@ def made_together(
             changes.hook(stage, "forward_pre", readings.enter, prepend=True)
             changes.hook(stage, "forward", readings.leave, always_call=True)
         changes.undo(lambda: _end(several))  # before the hooks are off: an interrupted pass stops at the next stage
-        watched: _Apart | None = None
+        watched, settings = None, process_settings()
         while any(not one.is_over for one in several):
             for number, one in enumerate(several):
                 if one.is_over or (one.wants is not None and one.wants is not readings.held):
                     continue
                 one.go_on()
                 # What the first pass leaves before its first stage is there for all of them.
-                watched = watched or _Apart(model)
+                watched = watched or _Apart(model, settings)
                 watched.check()
                 if one.error is not None:
                     raised = one.error
@@ -244,9 +245,10 @@ def _end(several: Sequence[_Pass[Any]]) -> None:
 
 
 class _Apart:
-    """Whether passes leave each other alone: how the modules of a model and the random numbers stood."""
+    """Whether passes leave each other alone: how a model's modules, random numbers and the settings of the process stood."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, settings: tuple[object, ...]) -> None:
+        self._settings = settings
         self._buffers = list(model.buffers())
         self._modules, self._written, self._drawn = ModuleStates(model), self._versions(), _random_state()
 
@@ -257,6 +259,8 @@ class _Apart:
             what = "random numbers were drawn"
         elif not self._modules.is_untouched() or self._written != self._versions():
             what = "something was left in the modules"
+        elif self._settings != process_settings():
+            what = "a setting of the whole process is another one for a while"
         else:
             return
         raise EntangledPasses(

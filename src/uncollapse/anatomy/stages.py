@@ -16,14 +16,17 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.offloaded_weights import is_kept_elsewhere
 
-# Of its stream, that a pass keeps: the model's own copies, those that wait to be compared, what is computed of them.
-COPIES = 16
+# Of its stream, that a pass keeps while it stands: the model's own, those that wait to be compared, and at level full, in float64,
+# what the embeddings span.
+COPIES = 8
 AT_LEAST = 64 * 2**20  # bytes that passes made together may take in any case
 
 
 def stages(model: nn.Module, blocks: Collection[str]) -> list[nn.Module]:
     """The modules that run as a whole while their weights are held: `blocks`, by name, and outside of them whatever has weights
     elsewhere, no block in it, and no more than half of the model. Empty where none is kept elsewhere."""
+    if not any(map(is_kept_elsewhere, model.modules())):
+        return []
     whole = {id(model.get_submodule(name)) for name in blocks}
     found: dict[int, nn.Module] = {}
     half = _size(model) / 2

@@ -1,7 +1,8 @@
 """What torch keeps for each thread by itself, carried over to a new one.
 
 Whether gradients are noted, under which automatic mixed precision operations run, who watches them, on which device and stream:
-a new thread begins with torch's defaults, whatever its caller has set.
+a new thread begins with torch's defaults, whatever its caller has set. Other settings are those of the process, and changed for all
+threads at once.
 
 When not to use it: in a thread that goes on to do something else. The watchers of operations stay with it.
 """
@@ -9,12 +10,26 @@ When not to use it: in a thread that goes on to do something else. The watchers 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
 from uncollapse.anatomy.autocast import AutocastState
+
+
+def process_settings() -> tuple[object, ...]:
+    """What torch and Python keep once for all threads, and code of a model may change for a while."""
+    cuda = torch.backends.cuda
+    return (
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+        (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        id(warnings.filters),
+    )
 
 
 class ThreadSettings:
