@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from tests.helpers.interrupted import interruptions, standing
 from uncollapse.anatomy import shared_readings
 from uncollapse.anatomy import stages as stages_module
+from uncollapse.anatomy.autocast import no_casts_kept
 from uncollapse.anatomy.shared_readings import EntangledPasses, all_made, made_together, read_once
 from uncollapse.anatomy.stages import can_be_shared, in_flight, stages
 
@@ -320,8 +321,9 @@ def test_a_pass_runs_under_the_settings_of_its_caller() -> None:
         assert made(model, [settings, settings]) == [here, here]
         assert settings() == here
     assert sum(a != b for a, b in zip(here, plain, strict=True)) == 7
-    with torch.no_grad():
+    with torch.no_grad(), no_casts_kept():
         assert made(model, [settings])[0] == settings() != plain
+        assert sum(a != b for a, b in zip(settings(), plain, strict=True)) == 2
     assert settings() == plain
 
 
