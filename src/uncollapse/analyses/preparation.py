@@ -20,6 +20,7 @@ from uncollapse.anatomy.interception import ChangedPath, device_of
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.sharded_weights import is_sharded, require_gatherable
+from uncollapse.anatomy.shared_readings import EntangledPasses
 from uncollapse.anatomy.situations import sizes_of
 from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Layout
@@ -151,19 +152,23 @@ class Prepared:
         """One probe pass, with the options of `capture`. Where the model takes another way than was proved, on account of
         something that cannot be seen from outside, it is proved anew on the very batch: once, or once for each size of batch.
 
+        Batches are passed together where their passes share a reading of the weights, until it is seen that they must not be.
+
         begin: called before each try. What `on_output` was given in a try that failed does not count.
         """
-        model = self.loaded.model
-        for _ in {sizes_of(batch) for batch in self.batches}:
+        model, together = self.loaded.model, not self.shares
+        tries = len({sizes_of(batch) for batch in self.batches})
+        while True:
             try:
                 begin()
-                return self._captured(**options)
+                return self._captured(**options, **({"together": True} if together else {}))
+            except EntangledPasses:
+                together = False
             except ChangedPath as changed:
-                if changed.batch is None or is_ablated(model):
+                if changed.batch is None or is_ablated(model) or not tries:
                     raise
+                tries -= 1
                 self.anatomy = proved_anatomy(model, changed.batch, self.layout, anew=True)
-        begin()
-        return self._captured(**options)
 
     def _captured(self, **options: Any) -> Observations:
         model = self.loaded.model

@@ -160,10 +160,16 @@ def _until_all_seen() -> Iterator[None]:
 
 
 def observe_blocks(
-    model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, *, to_the_end: bool = True
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    anatomy: Anatomy,
+    *,
+    to_the_end: bool = True,
+    runs: list[BlockRun] | None = None,
 ) -> list[BlockRun]:
-    """One pass that records each block's arguments, stream and additions; everything is cloned where it is met."""
-    runs, found = [BlockRun() for _ in anatomy.blocks], ModuleStates(model)
+    """One pass that records each block's arguments, stream and additions; everything is cloned where it is met. runs: where to
+    record it, for somebody who looks at them meanwhile."""
+    runs, found = [BlockRun() for _ in anatomy.blocks] if runs is None else runs, ModuleStates(model)
     handlers: dict[Point, list[Handler]] = {}
     actions: list[tuple[Place, Action]] = []
     for block, run in zip(anatomy.blocks, runs, strict=True):

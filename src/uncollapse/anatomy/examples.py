@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -52,11 +52,16 @@ def as_long_a_piece(model: nn.Module, batch: Mapping[str, Any], real: Tensor | N
 
 
 def one_sequence(
-    model: nn.Module, batch: Mapping[str, Any], real: Tensor | None = None, per_token: Collection[str] = ()
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    real: Tensor | None = None,
+    per_token: Collection[str] = (),
+    ran: Callable[[Mapping[str, Any]], bool] | None = None,
 ) -> dict[str, Any]:
     """`example`, or the whole batch where the model does not run on that, or where a square tensor of as many rows as there are
     sequences may be one over pairs of tokens: a row of such a mask can be broadcast, and mean something else. real: see
-    `fitting_piece`. per_token: the names of tensors that have a value for each token."""
+    `fitting_piece`. per_token: the names of tensors that have a value for each token. ran: whether the
+    model has run on a piece before."""
     reference = _token_numbers(batch)
     square = [name for name, v in batch.items() if isinstance(v, Tensor) and v.ndim == 2 and v.shape[0] == v.shape[1]]
     if reference is not None and any(
@@ -65,7 +70,7 @@ def one_sequence(
     ):
         return dict(batch)
     piece = example(batch, real=real)
-    return piece if runs_on(model, piece) else dict(batch)
+    return piece if (ran is not None and ran(piece)) or runs_on(model, piece) else dict(batch)
 
 
 def turned(batch: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

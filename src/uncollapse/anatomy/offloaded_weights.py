@@ -29,6 +29,16 @@ def kept_weight(module: nn.Module, name: str) -> Tensor | None:
     return None
 
 
+def is_kept_elsewhere(module: nn.Module) -> bool:
+    """Whether accelerate keeps some of a module's own weights elsewhere between its runs."""
+    for hook in _offloading(module):
+        deep = bool(hook.place_submodules)
+        tensors = [*module.parameters(deep), *(module.buffers(deep) if hook.offload_buffers else ())]
+        if tensors:
+            return True
+    return False
+
+
 @contextlib.contextmanager
 def held_weights(module: nn.Module) -> Iterator[None]:
     """Within the block the weights of `module`, and of the modules in it, are read when they are first wanted, and kept."""

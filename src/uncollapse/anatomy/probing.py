@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from uncollapse.anatomy.autocast import no_casts_kept
 from uncollapse.anatomy.module_states import is_steered, left_as_found, steered_there
 from uncollapse.anatomy.sharded_weights import gathered_weights
 from uncollapse.anatomy.torch_calls import tensors_in
-from uncollapse.anatomy.turns import closed_to_others, watch
+from uncollapse.anatomy.turns import closed_to_others, own_thread, watch
 from uncollapse.restoring import restoring, run_eagerly, run_layers_openly, turn
 
 
@@ -176,12 +175,12 @@ def float64_kept(model: nn.Module) -> Iterator[None]:
     if dtypes != {torch.float64}:
         yield
         return
-    thread = threading.get_ident()
+    thread = own_thread()
 
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)  # others read the signature: does it take position_ids?
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != thread:
+            if own_thread() != thread:
                 return original(*args, **kwargs)
             with _Float64Kept():
                 return original(*args, **kwargs)

@@ -40,6 +40,7 @@ from uncollapse.anatomy.block_alone import (
 )
 from uncollapse.anatomy.deviations import carry_gap, difference, is_rounding, largest_difference
 from uncollapse.anatomy.examples import (
+    Piece,
     as_long_a_piece,
     example_batch,
     fitting_piece,
@@ -48,24 +49,27 @@ from uncollapse.anatomy.examples import (
     sends_elsewhere,
     turned,
 )
+from uncollapse.anatomy.first_passes import FirstPasses, first_passes, traced
 from uncollapse.anatomy.influence import EVERY, moved, poked, reaches, stream_axes, without_zeros
 from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.mixing_proof import HeadsMixing
 from uncollapse.anatomy.offloaded_weights import held_weights
 from uncollapse.anatomy.operands import UnreadableError
-from uncollapse.anatomy.probing import output_of, probing, seed_all, tensors_of
+from uncollapse.anatomy.probing import output_of, probing, tensors_of
 from uncollapse.anatomy.reached_rows import reached_by_later
 from uncollapse.anatomy.reading import read
 from uncollapse.anatomy.reading_refusals import SIDE_BY_SIDE, has_own_hooks
 from uncollapse.anatomy.replaying import NotReplayable, replayed
 from uncollapse.anatomy.routers import routers_of
 from uncollapse.anatomy.sequence_loops import with_loops_apart
+from uncollapse.anatomy.shared_readings import made_together
 from uncollapse.anatomy.side_by_side import laid_out, mixing_gap
 from uncollapse.anatomy.situations import Remembered, Situation, latest, recalled, remember, sizes_of
 from uncollapse.anatomy.stacks import find_stacks, given_mask, masks_not_told, per_token, real_tokens
+from uncollapse.anatomy.stages import can_be_shared, stages
 from uncollapse.anatomy.summands import same_term
 from uncollapse.anatomy.torch_calls import operands_of, operation_name, writes_in_place
-from uncollapse.anatomy.tracing import Trace, trace
+from uncollapse.anatomy.tracing import Trace
 from uncollapse.anatomy.vocabulary import (
     STREAM,
     AdditionNode,
@@ -97,11 +101,13 @@ def proved_anatomy(
     known = None if anew else recalled(model, situation)
     if known is not None:
         return known.anatomy
+    first: FirstPasses | None = None
     if anew:
         small, steers, real = dict(batch), sends_elsewhere(model, batch), None
         anatomy = prove(model, small, layout)
     else:
-        anatomy, small, steers, real = _proved_on_real_tokens(model, batch, layout)
+        anatomy, first, real = _proved_on_real_tokens(model, batch, layout)
+        small, steers, _ = first.piece
     real = real_tokens(anatomy, batch) if real is None else real
     ids = next((stack.ids for stack in anatomy.stacks if stack.ids is not None and stack.ids_transposed), None)
     if ids is not None:  # its first row is a token of every sequence
@@ -112,7 +118,7 @@ def proved_anatomy(
     elif any(_may_be_token_first(anatomy, stack) for stack in anatomy.stacks):
         few = small  # one row of its vectors may be one token, which no mask and no order is seen on
     else:
-        few = one_sequence(model, batch, real, per_token(anatomy))
+        few = one_sequence(model, batch, real, per_token(anatomy), ran=None if first is None else first.ran_on)
     sizes = None
     if any(part.shares_queries for block in anatomy.blocks for part in block.parts):
         # How many calls share its queries may depend on how many there are.
@@ -127,14 +133,15 @@ def proved_anatomy(
 
 def _proved_on_real_tokens(
     model: nn.Module, batch: Mapping[str, Any], layout: Layout | None
-) -> tuple[Anatomy, dict[str, Any], bool, Tensor | None]:
-    """The anatomy, the piece it was proved on, whether the batch sends the model elsewhere, and which tokens are real, where that
-    is not what the name `attention_mask` says: the piece is chosen anew where a mask was not seen to hide what it should."""
-    small, steers, output = fitting_piece(model, batch)
+) -> tuple[Anatomy, FirstPasses, Tensor | None]:
+    """The anatomy, the passes over the piece it was proved on, and which tokens are real, where that is not what the name
+    `attention_mask` says: the piece is chosen anew where a mask was not seen to hide what it should."""
+    first = first_passes(model, batch)
+    small, output = first.piece.batch, first.piece.output
     anatomy: Anatomy | None = None
     refusal: UncollapseError | None = None
     try:
-        anatomy = prove(model, small, layout, before=output)
+        anatomy = prove(model, small, layout, before=output, recorded=first.recorded)
     except UncollapseError as error:  # a piece of nothing but padding may keep a sound model from being read
         refusal = error
     for name, value in masks_not_told(batch, anatomy):
@@ -144,11 +151,11 @@ def _proved_on_real_tokens(
             other = prove(model, piece, layout, before=output)
             found = [mask for stack in other.stacks for mask in stack.masks if mask.tensor == name]
             if any(mask.real == value and mask.unit == "token" for mask in found):
-                return other, piece, elsewhere, real
+                return other, FirstPasses(Piece(piece, elsewhere, output)), real
     if refusal is not None:
         raise refusal
     assert anatomy is not None
-    return anatomy, small, steers, None
+    return anatomy, first, None
 
 
 def _may_be_token_first(anatomy: Anatomy, stack: Stack) -> bool:
@@ -170,13 +177,18 @@ def known_example(model: nn.Module) -> dict[str, Any] | None:
 
 
 def prove(
-    model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None, *, before: list[Tensor] | None = None
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    layout: Layout | None = None,
+    *,
+    before: list[Tensor] | None = None,
+    recorded: Trace | None = None,
 ) -> Anatomy:
     """Read and prove the anatomy on `batch`, which should be small. Nothing is remembered. A model that is none with one stream is
-    looked at as one with several side by side; so is one whose stream seems to be a grid of tokens or shows no features. before:
-    what the model gives on `batch`, if somebody has seen it."""
+    looked at as one with several side by side; so is one whose stream seems to be a grid of tokens or shows no features. before,
+    recorded: what the model gives on `batch`, and its trace, if somebody has seen them."""
     try:
-        single = _prove(model, batch, layout, before=before)
+        single = _prove(model, batch, layout, before=before, recorded=recorded)
     except UnsupportedModel as refusal:
         try:
             return _prove(model, batch, layout, before=before, several=True)
@@ -203,6 +215,7 @@ def _prove(
     layout: Layout | None,
     *,
     before: list[Tensor] | None = None,
+    recorded: Trace | None = None,
     several: bool = False,
 ) -> Anatomy:
     with probing(model):
@@ -210,41 +223,22 @@ def _prove(
             before = output_of(model, batch) if before is None else before
         except Exception as error:  # whatever it is, the model does not run on this batch: the refusal says so
             raise _not_run(model, batch, error) from error
-        seed_all(0)
-        recorded = trace(model, batch)
+        recorded = traced(model, batch) if recorded is None else recorded
         proof = [
             Identity(
                 "tracing changes no bit of the output", "model", largest_difference(before, tensors_of(recorded.output))
             )
         ]
         anatomy = read(model, recorded, layout, several=several)
-        runs = observe_blocks(model, batch, anatomy)
-        proved: list[Block] = []
-        reached_of: list[dict[int, Tensor]] = []
-        known: dict[tuple[int, tuple[int, ...]], StreamAxes] = {}  # by stack and shape of its stream
-        for number, (block, run) in enumerate(zip(anatomy.blocks, runs, strict=True)):
-            try:
-                prover = _BlockProof(model, block, run, recorded)
-                with contextlib.ExitStack() as stack:
-                    stack.enter_context(run.entered())  # the norms that the proof repeats by themselves, too
-                    if block.module.name in anatomy.own_modules:
-                        stack.enter_context(held_weights(prover.module))
-                    prover.check(known, anatomy.stack_of(number))
-                    prover.route()
-            except UncollapseError:
-                raise
-            except Exception as error:  # the model's own code, run in a way it may not expect
-                raise _failure(model, anatomy, _not_alone(block, error), layout) from error
-            proved.append(prover.block)
-            reached_of.append(prover.reached)
-            proof += prover.identities
+        blocks = _proved_blocks(model, batch, anatomy, recorded, layout)
+        proof += blocks.identities
         recorded.tape.clear()  # it holds every tensor of the pass
         paths = recorded.paths()
-        proved = _shared_axes(proved, runs, anatomy)
+        proved = _shared_axes(blocks.proved, blocks.runs, anatomy)
         stacks = find_stacks(model, batch, replace(anatomy, blocks=tuple(proved)), blocks_alone)
         proved = [
             _with_causality(block, reached, given_mask(stacks[anatomy.stack_of(number)], batch))
-            for number, (block, reached) in enumerate(zip(proved, reached_of, strict=True))
+            for number, (block, reached) in enumerate(zip(proved, blocks.reached, strict=True))
         ]
         proof.append(
             Identity(
@@ -269,6 +263,79 @@ def _prove(
         if not identity.deviation <= 0.0:
             raise _failure(model, anatomy, identity, layout)
     return anatomy
+
+
+def _proved_blocks(
+    model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, recorded: Trace, layout: Layout | None
+) -> _ProvedBlocks:
+    """All blocks, proved on the arguments that they have in one pass. Weights that are kept elsewhere are read once for that pass
+    and for the runs of each block by itself: it is proved while the pass stands behind it."""
+    held = stages(model, anatomy.own_modules)
+    if can_be_shared(model, held):
+        blocks = _ProvedBlocks(model, anatomy, recorded, layout)
+        with contextlib.suppress(
+            Exception
+        ):  # whatever it is: it is met again, or one of the two has to follow the other
+            made_together(
+                model,
+                held,
+                [lambda: observe_blocks(model, batch, anatomy, runs=blocks.runs)],
+                lambda *_: None,
+                blocks.prove_within,
+            )
+            blocks.prove_rest()
+            return blocks
+    blocks = _ProvedBlocks(model, anatomy, recorded, layout)
+    observe_blocks(model, batch, anatomy, runs=blocks.runs)
+    blocks.prove_rest()
+    return blocks
+
+
+class _ProvedBlocks:
+    """The blocks proved so far, in their order. `runs`: what each was given in a pass. `reached`: see `_BlockProof`."""
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy, recorded: Trace, layout: Layout | None) -> None:
+        self.model, self.anatomy, self.recorded, self.layout = model, anatomy, recorded, layout
+        self.runs = [BlockRun() for _ in anatomy.blocks]
+        self.proved: list[Block] = []
+        self.identities: list[Identity] = []
+        self.reached: list[dict[int, Tensor]] = []
+        self._known: dict[tuple[int, tuple[int, ...]], StreamAxes] = {}  # by stack and shape of its stream
+
+    def prove_within(self, stage: nn.Module) -> None:
+        """Prove the next blocks, as far as they have run in this module. No random number of the pass is drawn meanwhile."""
+        inside = {id(module) for module in stage.modules()}
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with torch.random.fork_rng(devices=devices):
+            while len(self.proved) < len(self.runs):
+                block, run = self.anatomy.blocks[len(self.proved)], self.runs[len(self.proved)]
+                if run.output is None or id(self.model.get_submodule(block.module.name)) not in inside:
+                    break
+                self._prove_next()
+
+    def prove_rest(self) -> None:
+        """Prove all that are left."""
+        while len(self.proved) < len(self.runs):
+            self._prove_next()
+
+    def _prove_next(self) -> None:
+        number = len(self.proved)
+        block, run = self.anatomy.blocks[number], self.runs[number]
+        try:
+            prover = _BlockProof(self.model, block, run, self.recorded)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(run.entered())  # the norms that the proof repeats by themselves, too
+                if block.module.name in self.anatomy.own_modules:
+                    stack.enter_context(held_weights(prover.module))
+                prover.check(self._known, self.anatomy.stack_of(number))
+                prover.route()
+        except UncollapseError:
+            raise
+        except Exception as error:  # the model's own code, run in a way it may not expect
+            raise _failure(self.model, self.anatomy, _not_alone(block, error), self.layout) from error
+        self.proved.append(prover.block)
+        self.reached.append(prover.reached)
+        self.identities += prover.identities
 
 
 def _with_causality(block: Block, reached: Mapping[int, Tensor], real: Tensor | None) -> Block:

@@ -14,6 +14,7 @@ When not to use it: for optimiser steps. Whoever writes into the weights during 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 import threading
@@ -26,6 +27,24 @@ from torch import nn
 from uncollapse.errors import InputError
 from uncollapse.restoring import outermost, restoring
 from uncollapse.wrappers import bound, rebound, takes
+
+_serving: dict[int, int] = {}  # by thread: the one for which it makes a pass
+
+
+def own_thread() -> int:
+    """The thread that the present pass belongs to: this one, or the one that this one `serves`."""
+    thread = threading.get_ident()
+    return _serving.get(thread, thread)
+
+
+@contextlib.contextmanager
+def serving(thread: int) -> Iterator[None]:
+    """Within the block the passes of this thread count as those of another one, which waits for them."""
+    with restoring() as changes:
+        changes.undo(functools.partial(_serving.pop, threading.get_ident(), None))
+        _serving[threading.get_ident()] = thread
+        yield
+
 
 _POLL = 0.05  # seconds between two looks at whether the probe's thread is stuck
 _STUCK = 20  # looks in a row that find it waiting in the same place
@@ -47,7 +66,7 @@ class _Watch:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module begins to run."""
-        if threading.get_ident() == self.thread or id(module) not in self.modules:
+        if own_thread() == self.thread or id(module) not in self.modules:
             return None
         depth = getattr(self._depth, "now", 0)
         if depth == 0:
@@ -59,7 +78,7 @@ class _Watch:
 
     def leave(self, module: nn.Module, *_: Any) -> None:
         """A module has run, or raised."""
-        if threading.get_ident() == self.thread or id(module) not in self.modules:
+        if own_thread() == self.thread or id(module) not in self.modules:
             return
         depth = getattr(self._depth, "now", 0)
         if depth == 1:

@@ -28,7 +28,7 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -68,61 +68,96 @@ class _Trace:
     words: str
 
 
+@dataclass
+class _Own:
+    """What was seen of a block's own weights: how many vectors and matrices, and traces too small to settle it, each with whether
+    it is one of a matrix."""
+
+    vectors: int = 0
+    matrices: int = 0
+    traces: list[tuple[_Trace, bool]] = field(default_factory=list)
+
+
 def evidence(model: nn.Module, anatomy: Anatomy, numbers: Iterable[int]) -> dict[int, Evidence]:
-    """What the weights of each of these blocks say, by block."""
+    """What the weights of each of these blocks say, by block. No weight is read twice: it may be kept on disk."""
+    noted: dict[tuple[nn.Module, str], tuple[torch.Size, float]] = {}
+    own = {number: _of_block(model, anatomy, number, noted) for number in dict.fromkeys(numbers)}
 
     @functools.cache  # each block is compared with all others
     def sizes(number: int) -> list[tuple[torch.Size, float]]:
-        return [(w.shape, _size(w)) for w in _query_key_weights(model, anatomy.blocks[number])]
+        found = []
+        for module, name in _query_key_weights(model, anatomy.blocks[number]):
+            if (module, name) not in noted:
+                p = at_hand(module, name)
+                if p.is_meta:
+                    continue
+                noted[module, name] = p.shape, _size(p)
+            found.append(noted[module, name])
+        return found
 
     @functools.cache
     def outside() -> str | None:
         return _learnt_outside(model, anatomy)
 
-    return {number: _of_block(model, anatomy, number, sizes, outside) for number in dict.fromkeys(numbers)}
+    return {
+        number: found if isinstance(found, Evidence) else _beside_others(found, anatomy, number, sizes, outside)
+        for number, found in own.items()
+    }
 
 
 def _of_block(
-    model: nn.Module, anatomy: Anatomy, number: int, sizes: Sizes, outside: Callable[[], str | None]
-) -> Evidence:
+    model: nn.Module,
+    anatomy: Anatomy,
+    number: int,
+    noted: dict[tuple[nn.Module, str], tuple[torch.Size, float]],
+) -> Evidence | _Own:
+    """What the weights of one block say by themselves. The sizes of query and key weights are `noted`, as others are compared with
+    them."""
     block = anatomy.blocks[number]
-    vectors = matrices = 0
-    traces: list[tuple[_Trace, bool]] = []
+    own, alike = _Own(), set(_query_key_weights(model, block))
     for module in _modules(model, anatomy, block):
         named = ((name, at_hand(module, name)) for name, _ in module.named_parameters(recurse=False))
-        own = [(name, p) for name, p in named if p.numel()]
-        if any(p.is_meta or not p.is_floating_point() or type(p.data) is not Tensor for _, p in own):
+        weights = [(name, p) for name, p in named if p.numel()]
+        if any(p.is_meta or not p.is_floating_point() or type(p.data) is not Tensor for _, p in weights):
             return Evidence(False, "some of its weights could not be read")
-        for name, p in own:
+        for name, p in weights:
+            if (module, name) in alike:
+                noted[module, name] = p.shape, _size(p)
+        for name, p in weights:
             if _is_matrix(p):
                 found: Iterable[_Trace] = _drawn(module, name, p)
-                matrices += p.numel() >= FEWEST_ENTRIES
+                own.matrices += p.numel() >= FEWEST_ENTRIES
             else:
-                found = _against_start(p, [q for _, q in own if q is not p])
-                vectors += 1
+                found = _against_start(p, [q for _, q in weights if q is not p])
+                own.vectors += 1
             for trace in found:
                 if trace.share >= 1:
                     return Evidence(False, f"{type(module).__name__}.{name} of this block {trace.words}")
-                traces.append((trace, _is_matrix(p)))
-    if not matrices:
-        return Evidence(False, "it has too few weights to tell")
+                own.traces.append((trace, _is_matrix(p)))
+    return own if own.matrices else Evidence(False, "it has too few weights to tell")
+
+
+def _beside_others(
+    own: _Own, anatomy: Anatomy, number: int, sizes: Sizes, outside: Callable[[], str | None]
+) -> Evidence:
+    """The same, beside what the other blocks and the weights outside of them say."""
     against = _against_alike([sizes(other) for other in range(len(anatomy.blocks)) if other != number], sizes(number))
     if against is not None:
         return Evidence(False, against)
-    if traces:
+    if own.traces:
         elsewhere = outside()
         if elsewhere is not None:
             return Evidence(False, f"training has passed over this block, while {elsewhere}")
-        in_vectors = max((t.moved for t, is_matrix in traces if not is_matrix), default=0.0)
-        in_matrices = max((t.moved for t, is_matrix in traces if is_matrix), default=0.0)
+        in_vectors = max((t.moved for t, is_matrix in own.traces if not is_matrix), default=0.0)
+        in_matrices = max((t.moved for t, is_matrix in own.traces if is_matrix), default=0.0)
         return Evidence(
             True,
             f"{HARDLY_TRAINED}: gains and biases have moved by at most {in_vectors:.2g} of their scale, and at most "
             f"{in_matrices:.2g} of a weight matrix is more than a random draw",
         )
-    still = f"{vectors} gains and biases are where they start, " if vectors else ""
+    still = f"{own.vectors} gains and biases are where they start, " if own.vectors else ""
     return Evidence(
-        True, f"{still}{matrices} weight matrices are independent random draws, queries and keys as in every block"
+        True, f"{still}{own.matrices} weight matrices are independent random draws, queries and keys as in every block"
     )
 
 
@@ -329,9 +364,8 @@ def _against_alike(others: list[list[tuple[torch.Size, float]]], mine: list[tupl
     return None
 
 
-def _query_key_weights(model: nn.Module, block: Block) -> list[Tensor]:
+def _query_key_weights(model: nn.Module, block: Block) -> list[tuple[nn.Module, str]]:
     calls = [c for part in block.parts for call in part.attention for c in (call.queries, call.keys)]
     names = dict.fromkeys(c.name for c in calls if isinstance(c, ModuleCall))
     modules = [model.get_submodule(name) for name in names]
-    read = (at_hand(m, name) for m in modules for name, p in m.named_parameters(recurse=False) if _is_matrix(p))
-    return [p for p in read if not p.is_meta]
+    return [(m, name) for m in modules for name, p in m.named_parameters(recurse=False) if _is_matrix(p)]

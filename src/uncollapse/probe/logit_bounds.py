@@ -18,6 +18,8 @@ is its entropy.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,11 +32,12 @@ from uncollapse.anatomy.interception import Handler, Point, intercepted
 from uncollapse.anatomy.operands import fused_arguments
 from uncollapse.anatomy.probing import probing
 from uncollapse.anatomy.proof import known_example
+from uncollapse.anatomy.shared_readings import all_made
 from uncollapse.anatomy.torch_calls import operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block
 from uncollapse.probe.norm_law import proved_law
 from uncollapse.records.common import BoundPart
-from uncollapse.restoring import restoring
+from uncollapse.restoring import in_this_thread, restoring
 
 UNPROVED = "not bounded as far as was shown: no soft cap, and no norm on queries and keys alone"
 NOTHING = 104.0  # e^-104 is 0 in single precision, denormal numbers included
@@ -84,18 +87,18 @@ def logit_bounds(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -
 def _passes(
     model: nn.Module, calls: Sequence[AttentionCall], anatomy: Anatomy, batch: Mapping[str, Any]
 ) -> tuple[list[_Seen], dict[str, list[tuple[Tensor, Tensor]]]]:
-    seen = [_Seen() for _ in calls]
-    outputs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     inner = {n.module.name for b in anatomy.blocks for n in b.norms if n.role == "inner" and n.piece is None}
+    seen: list[_Seen] = []
+    outputs: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def met(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
                 outputs.setdefault(name, []).append((args[0].detach(), output.detach()))
 
-        return hook
+        return in_this_thread(hook)
 
-    for factor in _FACTORS:
+    def handlers_of(factor: float) -> dict[Point, Handler]:
         handlers: dict[Point, Handler] = {}
         for call, one in zip(calls, seen, strict=True):
             if call.is_fused:
@@ -104,13 +107,25 @@ def _passes(
             elif call.similarity is not None and call.score is not None and call.similarity != call.score:
                 handlers[call.similarity] = _product(call, one, factor)
                 handlers[call.score] = _logits(one)
-        if (not inner and all(call.is_fused for call in calls)) or not handlers:
-            break  # a fused call has no soft cap, and without a norm of its own nothing bounds it
+        return handlers
+
+    def run(factor: float, handlers: Mapping[Point, Handler]) -> None:
         with restoring() as changes, torch.no_grad():
             for name in inner if factor == 1 else ():
                 changes.hook(model.get_submodule(name), "forward", met(name))
             changes.enter(intercepted(model, handlers))
             model(**batch)
+
+    def passes() -> list[Callable[[], None]]:
+        seen[:] = [_Seen() for _ in calls]
+        outputs.clear()
+        several = [(factor, handlers_of(factor)) for factor in _FACTORS]
+        # A fused call has no soft cap, and without a norm of its own nothing bounds it.
+        is_of_use = bool(inner) or not all(call.is_fused for call in calls)
+        wanted = itertools.takewhile(lambda each: bool(each[1]), several if is_of_use else ())
+        return [functools.partial(run, *each) for each in wanted]
+
+    all_made(model, anatomy.own_modules, passes)
     return seen, outputs
 
 

@@ -21,6 +21,7 @@ from uncollapse import processes
 from uncollapse.anatomy.examples import TOKENS, example_batch
 from uncollapse.anatomy.interception import device_of
 from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.shared_readings import all_made
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.measures.running import RunningCloud
 from uncollapse.probe.corpus import CorpusStatistics
@@ -85,7 +86,7 @@ class OwnPooling:
             return []
         proved, known = _remembered.get(model, (None, None))
         if known is None or proved is None or proved() is not anatomy or not whole.keys() <= known.keys():
-            known = _poked(model, batch, list(whole))
+            known = _poked(model, batch, list(whole), anatomy)
             _remembered[model] = weakref.ref(anatomy), known
         return [found for name, found in whole.items() if known[name] == found.site.width]
 
@@ -95,7 +96,7 @@ _remembered: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Anatomy], di
 )
 
 
-def _poked(model: nn.Module, batch: Mapping[str, Any], names: list[str]) -> dict[str, int]:
+def _poked(model: nn.Module, batch: Mapping[str, Any], names: list[str], anatomy: Anatomy) -> dict[str, int]:
     """The width of those of these outputs that are poolings; 0 of the others."""
     device, nothing = device_of(model), dict.fromkeys(names, 0)
     lengths = [length for v in batch.values() if (length := _length(v)) > 1]
@@ -105,7 +106,8 @@ def _poked(model: nn.Module, batch: Mapping[str, Any], names: list[str]) -> dict
         return nothing
     try:
         with probing(model):
-            before, after = (dict(_rows(model(**given))) for given in (piece, _replaced(piece)))
+            passes = [lambda given=given: dict(_rows(model(**given))) for given in (piece, _replaced(piece))]
+            before, after = all_made(model, anatomy.own_modules, lambda: passes)
     except Exception:  # the model's own code may raise anything on a piece; then nothing is known of its outputs
         return nothing
     # An output that is as wide as the piece is long, where the corpus is no longer, may be a figure for each token.

@@ -35,9 +35,12 @@ from torch import Tensor, nn
 from uncollapse.anatomy.expected_runs import runs_checked
 from uncollapse.anatomy.interception import ChangedPath, device_of
 from uncollapse.anatomy.probing import probing
+from uncollapse.anatomy.shared_readings import made_together, read_once
+from uncollapse.anatomy.stages import can_be_shared, in_flight, stages
 from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.errors import InputError, UncollapseError
+from uncollapse.interventions.without import is_ablated
 from uncollapse.probe.activity import Activity, EmbeddingActivity, PartActivity
 from uncollapse.probe.attention import Attention, AttentionStatistics, attention_places, attention_statistics
 from uncollapse.probe.clouds import Clouds, Told
@@ -95,6 +98,11 @@ class Observations:
     max_tokens: int = 0
     uncounted: str = ""
 
+    def all_statistics(self) -> list[object]:
+        """Each statistic of each place, in an order that two passes over one anatomy share."""
+        several = self.attention, self.updates, self.norms, self.parts, self.embeddings, self.corpus, self.routers
+        return [*self.sites, *itertools.chain.from_iterable(several)]
+
 
 def capture(
     model: nn.Module,
@@ -110,6 +118,7 @@ def capture(
     before: Sequence[int] | None = None,
     origins: Sequence[PartActivity] | None = None,
     told: dict[int, Told] | None = None,
+    together: bool = False,
 ) -> Observations:
     """Run `model` once over `batches` (each a dict of tensors, moved to the model's device) and observe. `on_output` is given
     each batch and the model's output on it.
@@ -129,18 +138,41 @@ def capture(
     what was seen of the parts on its first sequence.
 
     told: takes what is true of each batch whatever is taken away from the model, by its number, and gives it to the next pass.
+    together: pass several batches at a time over a model whose weights are kept elsewhere, as many as `in_flight` says, so that
+    each weight is read once for all of them. Every figure is what it is without.
 
     Raises `InputError` where a padded batch meets a model whose token axis does not match the mask, `ChangedPath` where the
-    model takes another path on a batch than the one that was proved.
+    model takes another path on a batch than the one that was proved, `EntangledPasses` where batches cannot be passed `together`.
     """
-    probe = _Probe(model, anatomy, level, frozenset(WATCHED[level] if watch is None else watch), digest, seed=seed)
+    watched = frozenset(WATCHED[level] if watch is None else watch)
+    probe = _Probe(model, anatomy, level, watched, digest, seed=seed)
     device = device_of(model)
+    held = stages(model, anatomy.own_modules)
     if before is None:
         before = sequences_before(batches, anatomy)
     if origins is not None:
         probe.start_from(origins)
     told = {} if told is None else told
-    with contextlib.closing(probe), probing(model, seed), probe.installed(), runs_checked(model, anatomy) as check:
+    if together and len(batches) > 1 and can_be_shared(model, held) and not is_ablated(model):
+        groups = in_flight(batches, held)
+        others = [_Probe(model, anatomy, level, watched, digest, seed=seed) for _ in range(max(map(len, groups)) - 1)]
+        with contextlib.ExitStack() as stack:
+            for each in (probe, *others):
+                stack.enter_context(contextlib.closing(each))
+            for each in others:
+                each.sees_with(probe)
+            stack.enter_context(probing(model, seed))
+            for group in groups:
+                share = [(number, on_device(batches[number], device), before[number]) for number in group]
+                _pass_together([probe, *others], share, held, len(batches), progress, on_output, told)
+        return probe.observations
+    with (
+        contextlib.closing(probe),
+        probing(model, seed),
+        read_once(model, held),
+        probe.installed(),
+        runs_checked(model, anatomy) as check,
+    ):
         for number, batch in enumerate(batches):
             if progress is not None:
                 progress("probe", number, len(batches))
@@ -159,6 +191,55 @@ def capture(
         if progress is not None:
             progress("probe", len(batches), len(batches))
     return probe.observations
+
+
+def _pass_together(
+    probes: Sequence[_Probe],
+    share: Sequence[tuple[int, Mapping[str, Any], int]],
+    held: Sequence[nn.Module],
+    count: int,
+    progress: Progress | None,
+    on_output: Callable[[Mapping[str, Any], Any], None] | None,
+    told: dict[int, Told],
+) -> None:
+    """Pass some of `count` batches together, each in sight of one of `probes`. share: the number of each, and how many sequences of
+    the corpus come before it."""
+    model, anatomy = probes[0].model, probes[0].anatomy
+    problem: Exception | None = None
+    passes: list[Callable[[], Any]] = []
+
+    def observed(probe: _Probe, number: int, batch: Mapping[str, Any]) -> Any:
+        try:
+            with probe.installed(), runs_checked(model, anatomy) as check:
+                probe.own.begin()
+                with check(batch):
+                    return model(**batch)
+        except ChangedPath as changed:
+            changed.batch, changed.number = batch, number
+            raise
+
+    def finished(place: int, output: Any) -> None:
+        probes[place].count()
+        number, batch, _ = share[place]
+        if on_output is not None:
+            on_output(batch, output)
+        if progress is not None and (place + 1 < len(share) or number + 1 == count):
+            progress("probe", number + 1, count)
+
+    if progress is not None:
+        progress("probe", share[0][0], count)
+    for probe, (number, batch, before) in zip(probes, share, strict=False):
+        try:
+            told[number] = probe.begin(batch, before)
+        except Exception as error:  # whatever it is: the batches before it come first
+            if isinstance(error, ChangedPath):
+                error.batch, error.number = batch, number
+            problem = error
+            break
+        passes.append(functools.partial(observed, probe, number, batch))
+    made_together(model, held, passes, finished)
+    if problem is not None:
+        raise problem
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -312,7 +393,7 @@ class _Probe:
         seed: int = 0,
         forbearing: bool = False,
     ) -> None:
-        self.model = model
+        self.model, self.anatomy = model, anatomy
         self.own = OwnPass()
         keeps = bool(watch & {"sites", "parts"})
         self.clouds = Clouds(model, anatomy, self.own.is_own, keeps=keeps, forbearing=forbearing)
@@ -349,9 +430,9 @@ class _Probe:
             activity = Activity(model, anatomy, attending, self.clouds, self.own.is_own)
             self.observations.parts, self.observations.embeddings = activity.parts, activity.embeddings
             self.observers.append(activity)
-        projections = None
+        self.projections = projections = None
         if "projections" in watch:
-            projections = Projections(
+            self.projections = projections = Projections(
                 model,
                 anatomy,
                 attending,
@@ -375,11 +456,23 @@ class _Probe:
             self.observers.append(attention)
         if projections is not None:
             self.observers.append(projections)
+        self.sublayers = None
         if "sublayers" in watch:
-            sublayers = Sublayers(model, anatomy, self.clouds.tokens_of, self.own.is_own)
+            self.sublayers = sublayers = Sublayers(model, anatomy, self.clouds.tokens_of, self.own.is_own)
             self.observations.updates, self.observations.norms = sublayers.updates, sublayers.norms
             self.observers.append(sublayers)
             self.counting.append(sublayers)
+
+    def sees_with(self, first: _Probe) -> None:
+        """Add what is seen to the statistics of another probe of the same model, batch by batch in turn with that one, and read no
+        weight anew that it has read."""
+        for own, known in zip(self.observations.all_statistics(), first.observations.all_statistics(), strict=True):
+            own.__dict__ = known.__dict__  # both are the same statistics from now on, whoever has a hold of them
+        self.observations = first.observations
+        if self.projections is not None and first.projections is not None:
+            self.projections.read_with(first.projections)
+        if self.sublayers is not None and first.sublayers is not None:
+            self.sublayers.read_with(first.sublayers)
 
     @contextlib.contextmanager
     def installed(self, *, strict: bool = True) -> Iterator[None]:

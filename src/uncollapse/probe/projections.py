@@ -79,6 +79,7 @@ class Projections:
         self._roots: dict[int, Tensor] = {}  # by sublayer: L with L L^T the Gram matrix, for each head
         self._whole_maps: list[_WholeMap] = []
         self._have_whole_maps = False
+        self._first: Projections | None = None  # who has read the weights before this one, see `read_with`
         # Of a sharded model the whole weights exist only while a block runs, and their memory is freed under whoever kept a view.
         self._lasting = {id(p) for p in model.parameters()}
         looks: dict[Point, list[Look]] = {}
@@ -119,10 +120,21 @@ class Projections:
         for whole in self._whole_maps:
             whole.factors.clear()
         if self._whole_maps and not self._have_whole_maps:
-            self._find_whole_maps(batch)
+            if self._first is None:
+                self._find_whole_maps(batch)
+            else:
+                self._have_whole_maps = True
+                for own, known in zip(self._whole_maps, self._first._whole_maps, strict=True):
+                    own.bias = known.bias
+
+    def read_with(self, first: Projections) -> None:
+        """Read no matrix anew that another observer of the same sublayers, which sees each batch before this one, has read."""
+        self._matrices, self._passing, self._met = first._matrices, first._passing, first._met
+        self._grams, self._roots, self._first = first._grams, first._roots, first
 
     def let_go(self) -> None:
         self.handlers.clear()
+        self._first = None
 
     def mixed(self, index: int, found: Tensor | None) -> None:
         """What the heads of an attention mixed [sequence, head, token, width], its output projection still to come; None where it
