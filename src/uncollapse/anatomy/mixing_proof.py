@@ -64,7 +64,7 @@ def located(
     mixed, values = poked.plain.mixed, poked.plain.values
     count = len(poked.sequences)
     moved = torch.stack([moved_rows(mixed, p.mixed).any(-1) for p in poked.sequences])  # [sequence, *lead]
-    if not bool(moved.flatten(1).any(-1).all()) and not bool(mixed.isfinite().all()):
+    if not bool(moved.reshape(len(moved), -1).any(-1).all()) and not bool(mixed.isfinite().all()):
         raise UnreadableError("what it mixes on the example is not finite, and does not show which sequence is which")
     lead = _sequences(moved, count)
     is_cross = poked.memory is not None
