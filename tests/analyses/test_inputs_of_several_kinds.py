@@ -132,3 +132,30 @@ def test_packed_sequences_that_a_cache_would_join_are_measured_where_it_is_said_
         assert site.consensus_distance.mean == pytest.approx(expected[0], rel=1e-5)
     in_order = packed | {"position_ids": torch.arange(9)[None]}
     assert uc.diagnose(model, batches=[in_order]).record.probe.tokens == 9
+
+
+class Packed(nn.Module):
+    """One row of sequences laid end to end, [token, width] in its block, whose borders a tensor gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(64, 16), nn.LayerNorm(16)
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, input_ids: Tensor, borders: Tensor) -> Tensor:
+        x: Tensor = self.embed(input_ids[0])
+        own = torch.bucketize(torch.arange(len(x)), borders[1:], right=True)
+        q, k, v = (t.unflatten(-1, (4, 4)).transpose(0, 1) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        logits = (q @ k.mT).masked_fill(own[:, None] != own[None], -torch.inf)
+        return x + self.out((logits.softmax(-1) @ v).transpose(0, 1).flatten(1))
+
+
+def test_how_many_numbers_are_ambiguous_is_not_said_of_heads_that_were_not_told_apart() -> None:
+    """An attention over all sequences at once is not read. How many heads it has was guessed, and what follows from that given."""
+    torch.manual_seed(0)
+    record = uc.diagnose(
+        Packed().eval(), batches=[{"input_ids": IDS.reshape(1, -1)[:, :11], "borders": torch.tensor([0, 4, 11])}]
+    ).record
+    (heads,) = record.heads
+    assert heads.ambiguous_degrees_of_freedom is None
+    assert heads.unavailable["ambiguous_degrees_of_freedom"] == heads.unavailable["kernel_dimension"]

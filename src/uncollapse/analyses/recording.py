@@ -201,6 +201,7 @@ def model_info(prepared: Prepared, observed: Observations) -> ModelInfo:
     loaded, anatomy = prepared.loaded, prepared.anatomy
     model = loaded.model
     calls = [s.call for s in observed.attention]
+    calls = [call for call in calls if not call.unreadable] or calls
     common = Counter((c.heads, c.key_value_heads, c.head_width) for c in calls).most_common(1)
     heads, key_value_heads, head_width = common[0][0] if common else (0, 0, 0)
     parameters = {id(p): p.numel() for p in model.parameters()}

@@ -116,13 +116,18 @@ def _heads_record(statistics: AttentionStatistics, known: dict[object, _Known]) 
         if figures["width"]:
             mixed = call.heads * call.head_width
             figures["factorization_ambiguity"] = heads.factorization_ambiguity(tokens, mixed, figures["width"])
+    ambiguous = None
+    if call.unreadable:  # then how many heads there are was never told
+        unavailable["ambiguous_degrees_of_freedom"] = call.unreadable
+    else:
+        ambiguous = heads.ambiguous_degrees_of_freedom(call.heads, call.head_width)
     return HeadsRecord(
         block=statistics.block,
         stack=statistics.stack,
         kind=statistics.kind,
         heads=call.heads,
         head_width=call.head_width,
-        ambiguous_degrees_of_freedom=heads.ambiguous_degrees_of_freedom(call.heads, call.head_width),
+        ambiguous_degrees_of_freedom=ambiguous,
         energy_share=shares,
         tokens=tokens,
         unavailable=unavailable,
