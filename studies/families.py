@@ -147,33 +147,38 @@ def _compared(model: Any, batch: dict[str, Any], measured: list[Any]) -> dict[st
     }
     if counts["reason"]:
         return counts
-    references, counts["reason"] = _own_entropies(model, batch)
+    references, by_module, counts["reason"] = _own_entropies(model, batch)
     row = ATTENTION_MEASURES.index("entropy")
     unlike: list[str] = []
-    for statistics in measured if references else []:
+    alone: list[str] = []
+    for statistics in measured if references or by_module else []:
         if "entropy" in statistics.reasons:
             counts["null"] += 1
             counts["reason"] = counts["reason"] or str(statistics.reasons["entropy"])
             continue
         own = [statistics.values.summary(row, head)[0] for head in range(statistics.call.heads)]
+        of_module = by_module.get(statistics.call.product.owner)
+        among = references if of_module is None else of_module
         gaps = [
             (max(abs(a - b) for a, b in zip(own, reference * (len(own) // len(reference)), strict=True)), i)
-            for i, reference in enumerate(references)
+            for i, reference in enumerate(among)
             if reference and len(own) % len(reference) == 0  # of heads that mix two sets of values, ours count twice
         ]
         gap, nearest = min(gaps, default=(float("inf"), -1))
         if gap <= CLOSE:
             counts["equal"] += 1
-            del references[nearest]  # each is that of one sublayer
+            del among[nearest]  # each is that of one sublayer
         else:
-            unlike.append(f"off by {gap:.2g} in block {statistics.block}")
-    counts["unequal"] = min(len(unlike), len(references))
-    counts["reason"] = unlike[0] if counts["unequal"] else counts["reason"]
+            (alone if of_module is None else unlike).append(f"off by {gap:.2g} in block {statistics.block}")
+    unlike += alone[: len(references)]  # what no module returns by itself may be any of those that are left
+    counts["unequal"] = len(unlike)
+    counts["reason"] = unlike[0] if unlike else counts["reason"]
     return counts
 
 
-def _own_entropies(model: Any, batch: dict[str, Any]) -> tuple[list[list[float]], str]:
-    """Mean entropies [head] of every attention whose weights the model returns, and why there are none."""
+def _own_entropies(model: Any, batch: dict[str, Any]) -> tuple[list[list[float]], dict[str, list[list[float]]], str]:
+    """Mean entropies [head] of every attention whose weights the model returns; by name those of modules that return their own, one
+    for each run; and why there are none."""
     import torch
 
     from studies.tiny import one_line
@@ -181,6 +186,13 @@ def _own_entropies(model: Any, batch: dict[str, Any]) -> tuple[list[list[float]]
     from uncollapse.anatomy.torch_calls import tensors_in
 
     before = getattr(model.config, "_attn_implementation", None)
+    runs: dict[str, list[Any]] = {}
+
+    def note(name: str, output: Any) -> None:
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if isinstance(weights, torch.Tensor) and weights.ndim == 4 and weights.is_floating_point():
+            runs.setdefault(name, []).append(weights.double())
+
     with probing(model), torch.no_grad():
         torch.manual_seed(0)
         plain = [t.clone() for t in tensors_in(model(**batch)) if t.is_floating_point()]
@@ -191,26 +203,43 @@ def _own_entropies(model: Any, batch: dict[str, Any]) -> tuple[list[list[float]]
             torch.manual_seed(0)
             eager = [t.clone() for t in tensors_in(model(**batch)) if t.is_floating_point()]
             torch.manual_seed(0)
-            output = model(**batch, output_attentions=True)
+            with contextlib.ExitStack() as hooked:
+                for name, module in model.named_modules():
+                    hook = module.register_forward_hook(lambda _, __, found, name=name: note(name, found))
+                    hooked.callback(hook.remove)
+                output = model(**batch, output_attentions=True)
     except Exception as error:
-        return [], f"returns no weights: {one_line(error, 80)}"
+        return [], {}, f"returns no weights: {one_line(error, 80)}"
     finally:
         with contextlib.suppress(Exception):
             model.set_attn_implementation(before)
     weights = [w.double() for w in _attentions(output) if w.ndim == 4 and w.is_floating_point()]
-    if not weights:
-        return [], "returns no weights"
-    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(plain, eager, strict=False)):
-        return [], "with eager attention, which returns weights, it computes something else"
-    found = []
-    for own in weights:
-        if bool(own.isnan().any()):
-            continue
-        if not bool(((own >= 0) & (own.sum(-1, keepdim=True) < 1 + 1e-3)).all()):
-            own = own.softmax(-1)  # ProphetNet returns logits
-        rows = own / own.sum(-1, keepdim=True)  # a sink leaves a row short of one
-        found.append((-torch.xlogy(rows, rows).sum(-1)).nanmean((0, 2)).tolist())
-    return found, "" if len(found) == len(weights) else "some of what it returns as weights is something else"
+    if not weights and not runs:
+        return [], {}, "returns no weights"
+    if not all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(plain, eager, strict=False)
+    ):
+        return [], {}, "with eager attention, which returns weights, it computes something else"
+    found = [_mean_entropies(own) for own in weights if not bool(own.isnan().any())]
+    by_module = {
+        name: [_mean_entropies(own) for own in several if not bool(own.isnan().any())] for name, several in runs.items()
+    }
+    return (
+        found,
+        by_module,
+        "" if len(found) == len(weights) else "some of what it returns as weights is something else",
+    )
+
+
+def _mean_entropies(weights: Any) -> list[float]:
+    """By head, of weights [sequence, head, query, key]."""
+    import torch
+
+    if not bool(((weights >= 0) & (weights.sum(-1, keepdim=True) < 1 + 1e-3)).all()):
+        weights = weights.softmax(-1)  # ProphetNet returns logits
+    rows = weights / weights.sum(-1, keepdim=True)  # a sink leaves a row short of one
+    entropies: list[float] = (-torch.xlogy(rows, rows).sum(-1)).nanmean((0, 2)).tolist()
+    return entropies
 
 
 def _attentions(output: Any, wanted: bool = False) -> Any:

@@ -346,3 +346,51 @@ def test_who_is_given_weight_is_not_hidden_however_little_it_is(nats: float, hid
         model = Flagged(nats, is_fused=is_fused).to(dtype).eval()
         anatomy = proved_anatomy(model, {"input_ids": ids, "flag": flag})
         assert [(m.tensor, m.real) for m in anatomy.stacks[0].masks] == ([("flag", False)] if hides else [])
+
+
+class EndingByItself(nn.Module):
+    """Two blocks over the tokens and a learned row behind the last one, which the mask says nothing of."""
+
+    def __init__(self, *, is_causal: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.last = nn.Embedding(32, WIDTH), nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.qkv = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2))
+        self.out = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.is_causal = is_causal
+        self.entropies: list[Tensor] = []
+
+    def forward(self, words: Tensor, keep: Tensor) -> Tensor:
+        x = self.embed(words)
+        x = torch.cat([x, self.last.expand(len(x), -1, -1)], 1)
+        hidden = nn.functional.pad(keep, (0, 1), value=1)[:, None, None] == 0
+        if self.is_causal:
+            hidden = hidden | torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        self.entropies.clear()
+        for qkv, out in zip(self.qkv, self.out, strict=True):
+            q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in qkv(x).chunk(3, -1))
+            weights = (q @ k.mT).masked_fill(hidden, torch.finfo(x.dtype).min).softmax(-1)
+            self.entropies.append(-torch.xlogy(weights, weights).sum(-1))
+            x = x + out((weights @ v).transpose(1, 2).flatten(2))
+        return x
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+@torch.no_grad()
+def test_a_row_of_the_models_own_may_come_after_the_tokens(is_causal: bool, is_padded: bool) -> None:
+    """Once a mask and a stream were taken to end with the same token: real tokens were padding, and entropies 0 (VideoPrism)."""
+    model, given = EndingByItself(is_causal=is_causal).eval(), batch(is_left=False)
+    if not is_padded:
+        given["keep"] = torch.ones_like(given["keep"])
+    record = uc.diagnose(model, batches=[given]).record
+    model(**given)
+    real = nn.functional.pad(given["keep"], (0, 1), value=1).bool()
+    assert record.probe.tokens == int(real.sum())
+    for entry in record.attention:
+        own = model.entropies[entry.block][:, entry.head]
+        of_rows = [float(own[i][real[i]].mean()) for i in range(len(own))]
+        assert entry.entropy is not None
+        assert [entry.entropy.mean, entry.entropy.min] == pytest.approx(
+            [sum(of_rows) / len(of_rows), min(of_rows)], abs=1e-5
+        )

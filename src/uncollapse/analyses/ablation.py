@@ -315,9 +315,10 @@ class _Outputs:
         if self.reason:
             return
         laid = laid.transpose(0, 1) if self.sequence_axis == 1 and laid.ndim == 3 else laid
-        if real is not None:  # the output may lack what the stream begins with by itself
-            own = max(m.before for m in stack.masks if m.unit == "token")
-            real = real[:, own:] if laid.shape[1] == real.shape[1] - own else real
+        if real is not None:  # the output may lack what the stream begins or ends with by itself
+            masks = [m for m in stack.masks if m.unit == "token"]
+            own = real[:, max(m.before for m in masks) : real.shape[1] - max(m.after for m in masks)]
+            real = own if laid.shape[1] == own.shape[1] else real
             if laid.shape == real.shape or (laid.ndim == 3 and laid.shape[:2] != real.shape):
                 self.reason = "which rows of the output are padding is not known"
                 return

@@ -65,6 +65,11 @@ class Reach:
     rounding: float
     weighed: Tensor | None
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether any other row reads what the token says: by the weights, or by what moves."""
+        return bool((self.rows if self.weighed is None else self.weighed).any())
+
     def more_than(self, other: Reach) -> bool:
         """Whether it reaches rows where it reaches none in the other case, or clearly one that does not change a bit there, or far
         more than in the other case, in which that may be rounding."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -162,23 +162,48 @@ def _governs(
     shape = tuple(value.shape)
     for is_transposed in (False, True) if value.ndim == 2 else ():
         of_sequences, counted = shape[::-1] if is_transposed else shape
-        first = tokens - counted  # the mask's first token, as a row of the stream, if both end with the same one
-        if of_sequences != sequences or first < 0:
+        more = tokens - counted  # rows of the model's own
+        if of_sequences != sequences or more < 0:
             continue
+        beside: list[tuple[int, bool, Alone]] = []  # a token, its value, and the block where that is another one
         for token in (0, counted - 1):  # the first reaches none that come before it, the last none that come after
             place = (token, 0) if is_transposed else (0, token)
             other = _changed_at(model, batch, anatomy, blocks_alone, name, place, block)
             if other is None or other.stream.shape != plain.stream.shape:
                 continue
-            before, after = (reach_of(alone, axes, first + token) for alone in (plain, other))
+            if more:
+                beside.append((token, bool(value[place]), other))
+                continue
+            before, after = (reach_of(alone, axes, token) for alone in (plain, other))
             gained, lost = gained_and_lost(before, after)
             if gained != lost:
-                return TokenMask(name, bool(value[place]) == lost, "token", is_transposed, first)
+                return TokenMask(name, bool(value[place]) == lost, "token", is_transposed)
             if bool(before.rows.any()):
-                if not first:
-                    return None
-                break
+                return None
+        found = _among_others(plain, axes, beside, more)
+        if found is not None:
+            real, first = found
+            return TokenMask(name, real, "token", is_transposed, first, more - first)
     return _governs_otherwise(model, batch, anatomy, blocks_alone, plain, name, block)
+
+
+def _among_others(
+    plain: Alone, axes: StreamAxes, beside: Sequence[tuple[int, bool, Alone]], more: int
+) -> tuple[bool, int] | None:
+    """The value of a mask at a real token, and how many of `more` rows that it says nothing of come before its first: with its
+    value another one, a token is heard by nobody that somebody hears, or the other way round. At another row than its own no more
+    changes than that a row of which all is hidden hears all. beside: some tokens of the mask, their values, and the block with
+    another value at each."""
+    for first in range(more, -1, -1):  # a beginning of the model's own is the common case
+        for token, value, other in beside:
+            before, after = (reach_of(alone, axes, first + token) for alone in (plain, other))
+            if before.is_heard != after.is_heard:
+                return value == before.is_heard, first
+    for token, value, other in beside:
+        gained, lost = gained_and_lost(*(reach_of(alone, axes, more + token) for alone in (plain, other)))
+        if gained != lost:
+            return value == lost, more
+    return None
 
 
 def _governs_otherwise(
@@ -423,7 +448,7 @@ def given_mask(stack: Stack, batch: Mapping[str, Any]) -> Tensor | None:
         if mask.unit == "token" and isinstance(value, Tensor) and value.ndim == 2:
             one = value.bool() == mask.real
             one = one.T if mask.is_transposed else one
-            one = torch.cat([one.new_ones(len(one), mask.before), one], 1) if mask.before else one
+            one = torch.nn.functional.pad(one, (mask.before, mask.after), value=True)
             real = one if real is None or real.shape != one.shape else real & one.to(real.device)
     return None if real is None or bool(real.all()) else real
 
@@ -434,7 +459,8 @@ def real_tokens(anatomy: Anatomy, batch: Mapping[str, Any]) -> Tensor | None:
     for stack in anatomy.stacks:
         real = given_mask(stack, batch)
         if real is not None:
-            return real[:, max(m.before for m in stack.masks if m.unit == "token") :]
+            masks = [m for m in stack.masks if m.unit == "token"]
+            return real[:, max(m.before for m in masks) : real.shape[1] - max(m.after for m in masks)]
     return None
 
 

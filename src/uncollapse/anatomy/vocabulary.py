@@ -377,14 +377,15 @@ class TokenMask:
     """A tensor of the batch that hides tokens from a stack: `tensor` is its name, `real` the value it has at a real token.
 
     `unit` is `token` where it has the stream's sequence and token axes (the other way round if `is_transposed`), but for as many
-    rows of the model's own as come `before` the first; `other` where it counts something else (samples of sound, the words of a
-    stream that ends with patches)."""
+    rows of the model's own as come `before` the first and `after` the last; `other` where it counts something else (samples of
+    sound, the words of a stream that ends with patches)."""
 
     tensor: str
     real: bool
     unit: Literal["token", "other"] = "token"
     is_transposed: bool = False
     before: int = 0
+    after: int = 0
 
 
 @dataclass(frozen=True)
