@@ -198,7 +198,7 @@ class AttentionCall:
     keys_of_tokens: bool = False
     queries_of_tokens: bool = False
     shares_queries: bool = False
-    sums_to_one: bool | None = None
+    sums_to_one: bool | None = field(default=None, compare=False)
     unreadable: str | None = None
     pair: tuple[int, int] | None = None
     made: tuple[Point, ...] = field(default=(), compare=False)
