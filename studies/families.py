@@ -35,6 +35,7 @@ CLOSE = 1e-3  # two entropies, in nats, that are one: float32, and in some model
 NO_REFERENCE = {
     "falcon": "the weights it returns are not those it uses: they are not causal",
     "cpmant": "of the weights it returns it cuts off those of its prompt",
+    "oneformer": "the weights it returns are over the padding of its windows, too",
 }
 
 
@@ -197,7 +198,7 @@ def _own_entropies(model: Any, batch: dict[str, Any]) -> tuple[list[list[float]]
     def note(name: str, output: Any) -> None:
         for weights in output[1:] if isinstance(output, tuple) else ():
             is_matrix = isinstance(weights, torch.Tensor) and weights.ndim == 4 and weights.is_floating_point()
-            if is_matrix and _is_distribution(weights):  # T5 also returns the bias of its positions
+            if is_matrix and weights.any() and _is_distribution(weights):  # T5 also returns the bias of its positions
                 runs.setdefault(name, []).append(weights.double())
 
     with probing(model), torch.no_grad():

@@ -38,6 +38,10 @@ from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.reached_rows import Alone, gained_and_lost, reach_of
 from uncollapse.anatomy.vocabulary import Anatomy, Stack, StreamAxes, TokenMask
 
+MOST_ON_BOTH_SIDES = (
+    8  # rows of the model's own that may stand on both sides of the tokens: each way to share them out is tried
+)
+
 Blocks = Callable[[nn.Module, Mapping[str, Any], Anatomy, Collection[int]], Mapping[int, Alone]]
 
 
@@ -194,7 +198,8 @@ def _among_others(
     value another one, a token is heard by nobody that somebody hears, or the other way round. At another row than its own no more
     changes than that a row of which all is hidden hears all. beside: some tokens of the mask, their values, and the block with
     another value at each."""
-    for first in range(more, -1, -1):  # a beginning of the model's own is the common case
+    between = range(more - 1, 0, -1) if more <= MOST_ON_BOTH_SIDES else ()
+    for first in (more, 0, *between):  # a beginning of the model's own is the common case
         for token, value, other in beside:
             before, after = (reach_of(alone, axes, first + token) for alone in (plain, other))
             if before.is_heard != after.is_heard:
