@@ -29,7 +29,7 @@ from typing import Any
 SECONDS_A_TYPE = 240
 SECONDS_A_START = 600  # imports, on a machine that has other things to do
 WORKERS = 2
-MEMORY = 7 * 2**30
+MEMORY = 10 * 2**30  # of addresses; the largest takes 7
 CLOSE = 1e-3  # two entropies, in nats, that are one: float32, and in some models half precision inside
 
 NO_REFERENCE = {
