@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import uncollapse as uc
 from uncollapse.anatomy.double_precision import in_double_precision
 from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.reached_rows import reached_by_later
@@ -75,26 +74,3 @@ def test_a_key_hidden_behind_the_softmax_is_not_heard_and_one_that_leaks_is(dtyp
     x = torch.randn(3, 8, 8).to(dtype)
     reached = reached_by_later(lambda stream, _: model(stream), x, AXES)
     assert bool(reached.any()) == bool(leak)
-
-
-def test_sequences_that_are_no_numbers_are_named_as_the_reason() -> None:
-    """Once the reason was that nothing depended on the tokens, or that each sequence was mixed by a call of its own."""
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(50, 8)
-            self.attention, self.out = MaskedBehindTheSoftmax(torch.float32), nn.Linear(8, 8)
-
-        def forward(self, input_ids: Tensor) -> Tensor:
-            x: Tensor = self.embed(input_ids)
-            return x + self.out(self.attention(x))
-
-    torch.manual_seed(0)
-    model = Model().eval()
-    with torch.no_grad():
-        model.embed.weight[7:] = float("nan")
-    ids = torch.arange(72).reshape(6, 12) % 50
-    ids[0] %= 7
-    (missing,) = uc.diagnose(model, batches=[{"input_ids": ids}]).record.anatomy.not_measured
-    assert "is not finite" in missing.reason

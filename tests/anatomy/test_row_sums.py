@@ -1,4 +1,4 @@
-"""Weights that sum to one, and weights that only seem to in half precision."""
+"""Weights that sum to one, weights that only seem to in half precision, and weights that are no numbers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import uncollapse as uc
+from tests.anatomy.test_double_precision import MaskedBehindTheSoftmax
 
 
 @pytest.mark.parametrize("talk", [[[0.75, 0.5], [0.25, 0.5]], [[0.75, 0.5], [0.28, 0.5]]])
@@ -44,3 +45,26 @@ def test_mixed_heads_are_a_distribution_where_their_rows_sum_to_one_and_not_wher
     for head in record.attention:
         assert (head.entropy is not None) == all(sums_to_one)
         assert all(sums_to_one) or "do not sum to 1" in head.unavailable["entropy"]
+
+
+def test_sequences_that_are_no_numbers_are_named_as_the_reason() -> None:
+    """Once the reason was that nothing depended on the tokens, or that each sequence was mixed by a call of its own."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(50, 8)
+            self.attention, self.out = MaskedBehindTheSoftmax(torch.float32), nn.Linear(8, 8)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x: Tensor = self.embed(input_ids)
+            return x + self.out(self.attention(x))
+
+    torch.manual_seed(0)
+    model = Model().eval()
+    with torch.no_grad():
+        model.embed.weight[7:] = float("nan")
+    ids = torch.arange(72).reshape(6, 12) % 50
+    ids[0] %= 7
+    (missing,) = uc.diagnose(model, batches=[{"input_ids": ids}]).record.anatomy.not_measured
+    assert "is not finite" in missing.reason

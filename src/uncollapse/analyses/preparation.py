@@ -26,7 +26,7 @@ from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Layout
 from uncollapse.errors import InputError
 from uncollapse.interventions.without import is_ablated
-from uncollapse.probe.cache_setting import require_no_say_of_cache
+from uncollapse.probe.cache_setting import require_same_without_cache
 from uncollapse.probe.passes import Level, Observations, Progress, capture
 from uncollapse.probe.sharding import capture_shared
 from uncollapse.wrappers import class_of, module_of, seen_through, takes
@@ -227,7 +227,7 @@ def _prepared(
     if progress is not None:
         progress("anatomy", 0, 1)
     anatomy = proved_anatomy(loaded.model, ready[0], layout)
-    require_no_say_of_cache(caller, loaded.model, ready)
+    require_same_without_cache(caller, loaded.model, ready)
     if progress is not None:
         progress("anatomy", 1, 1)
     options = {

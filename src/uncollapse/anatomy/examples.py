@@ -60,8 +60,8 @@ def one_sequence(
 ) -> dict[str, Any]:
     """`example`, or the whole batch where the model does not run on that, or where a square tensor of as many rows as there are
     sequences may be one over pairs of tokens: a row of such a mask can be broadcast, and mean something else. real: see
-    `fitting_piece`. per_token: the names of tensors that have a value for each token. ran: whether the
-    model has run on a piece before."""
+    `fitting_piece`. per_token: the names of tensors that have a value for each token. ran: whether the model has run on a piece
+    before."""
     reference = _token_numbers(batch)
     square = [name for name, v in batch.items() if isinstance(v, Tensor) and v.ndim == 2 and v.shape[0] == v.shape[1]]
     if reference is not None and any(

@@ -64,9 +64,7 @@ def _from_one_reading(
     with probing(model), left_as_found(model) as states:
         try:
             made_together(model, held, passes, lambda _, made: found.append(made))
-        except (
-            Exception
-        ):  # whatever it is: the piece does not fit, the tracer does not get through, or one has to follow another
+        except Exception:  # the piece does not fit, the tracer does not get through, or one has to follow another
             return None
         if states.steered():
             return None

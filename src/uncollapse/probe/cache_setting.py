@@ -25,7 +25,7 @@ from uncollapse.wrappers import takes
 FAR = 1e-3  # of the largest element; rounding is less in single precision, and what another mask brings is more in any
 
 
-def require_no_say_of_cache(caller: str, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
+def require_same_without_cache(caller: str, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
     """Raise `InputError` where the model's own setting keeps a cache, and it gives something else on a batch without one."""
     if not any(getattr(each, "use_cache", False) is True for each in configurations(model)) or not takes(
         model, "use_cache"
