@@ -273,9 +273,8 @@ def _proved_blocks(
     held = stages(model, anatomy.own_modules)
     if can_be_shared(model, held):
         blocks = _ProvedBlocks(model, anatomy, recorded, layout)
-        with contextlib.suppress(
-            Exception
-        ):  # whatever it is: it is met again, or one of the two has to follow the other
+        # Whatever it is: it is met again below, or one of the two has to follow the other.
+        with contextlib.suppress(Exception):
             made_together(
                 model,
                 held,

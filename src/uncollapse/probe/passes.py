@@ -152,7 +152,6 @@ def capture(
         before = sequences_before(batches, anatomy)
     if origins is not None:
         probe.start_from(origins)
-    told = {} if told is None else told
     if together and len(batches) > 1 and can_be_shared(model, held) and not is_ablated(model):
         groups = in_flight(batches, held)
         others = [_Probe(model, anatomy, level, watched, digest, seed=seed) for _ in range(max(map(len, groups)) - 1)]
@@ -178,7 +177,9 @@ def capture(
                 progress("probe", number, len(batches))
             moved = on_device(batch, device)
             try:
-                told[number] = probe.begin(moved, before[number], told.get(number))
+                shown = probe.begin(moved, before[number], None if told is None else told.get(number))
+                if told is not None:
+                    told[number] = shown
                 with check(moved):
                     output = model(**moved)
             except ChangedPath as changed:
@@ -200,7 +201,7 @@ def _pass_together(
     count: int,
     progress: Progress | None,
     on_output: Callable[[Mapping[str, Any], Any], None] | None,
-    told: dict[int, Told],
+    told: dict[int, Told] | None,
 ) -> None:
     """Pass some of `count` batches together, each in sight of one of `probes`. share: the number of each, and how many sequences of
     the corpus come before it."""
@@ -230,7 +231,9 @@ def _pass_together(
         progress("probe", share[0][0], count)
     for probe, (number, batch, before) in zip(probes, share, strict=False):
         try:
-            told[number] = probe.begin(batch, before)
+            shown = probe.begin(batch, before)
+            if told is not None:
+                told[number] = shown
         except Exception as error:  # whatever it is: the batches before it come first
             if isinstance(error, ChangedPath):
                 error.batch, error.number = batch, number
