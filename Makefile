@@ -95,7 +95,7 @@ peers: $(INSTALLED) ## what other packages take on the same model and texts, in 
 	@$(PYTHON) -m venv .venv-peers && .venv-peers/bin/pip install --quiet --upgrade 'pip>=25.1'
 	@.venv-peers/bin/pip install --quiet "torch==2.13.0"
 	@.venv-peers/bin/pip install --quiet "torch==2.13.0" -e '.[demo]' attnspectra nnsight 'transformer-lens>=3' spectral-trust \
-		weightwatcher representation-geometry==0.1.0
+		weightwatcher representation-geometry==0.1.0 ipython  # which attnspectra imports and does not name
 	OMP_NUM_THREADS=1 .venv-peers/bin/python -m bench.peers
 
 references: $(INSTALLED) ## the figures of healthy models beside those of a page (ten minutes; measures what is missing)

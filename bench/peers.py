@@ -1,11 +1,12 @@
 """Other packages on the same model and texts, each doing all that it does by itself, as ratios to the plain forward pass.
 
     make peers                        in an environment of its own; these packages are no part of the project's
-    python -m bench.peers --only nnsight
+    python -m bench.peers --only nnsight --threads 2
 
-Each peer runs in a process of its own, between plain passes over the same length-sorted batches; the ratio is to their mean, and
-the best of `--rounds` is reported. The model is the packaged MiniLM, or GPT-2 small with random weights where a package takes only
-that kind. What a package does not batch is given text by text, as its own documentation has it.
+Each peer runs in a process of its own, between plain passes over the same length-sorted batches. The ratio is to their mean, of
+processor time with one thread, of elapsed time with several `--threads`; the best of `--rounds` is reported. The model is the packaged
+MiniLM, or GPT-2 small with random weights where a package takes only that kind. What a package does not batch is given text by text, as
+its own documentation has it.
 """
 
 from __future__ import annotations
@@ -143,7 +144,9 @@ PEERS: dict[str, tuple[Callable[[Any, Any], Action], str, str]] = {
 }
 
 
-def measured(name: str, rounds: int) -> dict[str, Any]:
+def measured(name: str, rounds: int, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    clock = time.process_time if threads == 1 else time.perf_counter
     prepare, kind, computes = PEERS[name]
     model, batches = minilm(SEQUENCES, TOKENS, None) if kind == "minilm" else gpt2(16, TOKENS, None)
     action, ratios = prepare(model, batches), []
@@ -151,9 +154,9 @@ def measured(name: str, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         took = []
         for step in (lambda: plain(model, batches), action, lambda: plain(model, batches)):
-            start = time.process_time()
+            start = clock()
             step()
-            took.append(time.process_time() - start)
+            took.append(clock() - start)
         ratios.append(2 * took[1] / (took[0] + took[2]))
     return {"name": name, "model": kind, "ratio": round(min(ratios), 2), "computes": computes}
 
@@ -162,14 +165,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(PEERS))
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    torch.set_num_threads(1)
     if given.only:
-        print("\n" + json.dumps(measured(given.only, given.rounds)))
+        print("\n" + json.dumps(measured(given.only, given.rounds, given.threads)))
         return
     print("| package | model | passes | what it computes |\n|---|---|---|---|")
     for name in PEERS:
         command = [sys.executable, "-m", "bench.peers", "--only", name, "--rounds", str(given.rounds)]
+        command += ["--threads", str(given.threads)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["ended without a word"])[-1]

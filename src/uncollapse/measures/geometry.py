@@ -15,6 +15,7 @@ tokens cannot have rank eleven, and are not collapsed for it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from uncollapse.errors import InputError
 from uncollapse.measures.admission import admitting, at_size_one, is_ordinary, times_power_of_two
+from uncollapse.measures.shared_out import shared_out
 from uncollapse.measures.storage_noise import storage_noise
 from uncollapse.measures.symmetric_eigenvalues import eigenvalues
 
@@ -1079,12 +1081,19 @@ def _affine_ranks(x: Tensor, real: Tensor, gram: Tensor, ranks: Tensor, largest:
         # more tokens than width, at a fifth of a spectrum's price. X^T C X = G - s s^T / n, s the sum of the tokens, errs by no
         # more than G itself, for s^T s / n is at most its largest eigenvalue.
         least = tolerance[rows].square() + 4 * most * _EPS_64 * largest[rows]
-        full = torch.zeros_like(rows, dtype=torch.bool)
-        for place, (row, shift) in enumerate(zip(rows.tolist(), least, strict=True)):  # one by one: in the cache
+
+        def is_full(row: int, shift: Tensor) -> bool:
             total = x[row].sum(0)
             centred = torch.addr(gram[row], total, total / tokens[row], alpha=-1)
             centred.diagonal().sub_(shift)
-            full[place] = torch.linalg.cholesky_ex(centred).info == 0
+            return bool(torch.linalg.cholesky_ex(centred).info == 0)
+
+        several = list(zip(rows.tolist(), least, strict=True))  # one by one: in the cache
+        if x.device.type == "cpu":
+            found = shared_out([functools.partial(is_full, *each) for each in several])
+        else:
+            found = [is_full(*each) for each in several]
+        full = torch.tensor(found, device=rows.device)
         affine[rows[full]] = width
         rows = rows[~full]
     if len(rows):

@@ -7,13 +7,15 @@ When not to use it: for one matrix. LAPACK and its BLAS are left to share that o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-LEAST_WORK = 5e6  # sum of cubes of sides below which starting threads costs more than they save
+from uncollapse.measures.shared_out import shared_out
+
+LEAST_WORK = 2e6  # sum of cubes of sides below which handing them over costs more than it saves
 
 
 def eigenvalues(batches: Sequence[Tensor]) -> list[Tensor]:
@@ -31,11 +33,9 @@ def eigenvalues(batches: Sequence[Tensor]) -> list[Tensor]:
     parts = [batch.tensor_split(threads) for batch in given]
 
     def share(number: int) -> list[Tensor]:
-        with torch.no_grad():
-            return [torch.linalg.eigvalsh(part[(number + place) % threads]) for place, part in enumerate(parts)]
+        return [torch.linalg.eigvalsh(part[(number + place) % threads]) for place, part in enumerate(parts)]
 
-    with ThreadPoolExecutor(threads) as pool:
-        done = list(pool.map(share, range(threads)))
+    done = shared_out([functools.partial(share, number) for number in range(threads)])
     return [
         torch.cat([done[(number - place) % threads][place] for number in range(threads)]) for place in range(len(given))
     ]

@@ -41,6 +41,7 @@ from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.errors import InputError, UncollapseError
 from uncollapse.interventions.without import is_ablated
+from uncollapse.measures.shared_out import threads_kept
 from uncollapse.probe.activity import Activity, EmbeddingActivity, PartActivity
 from uncollapse.probe.attention import Attention, AttentionStatistics, attention_places, attention_statistics
 from uncollapse.probe.clouds import Clouds, Told
@@ -167,6 +168,7 @@ def capture(
         return probe.observations
     with (
         contextlib.closing(probe),
+        threads_kept(),
         probing(model, seed),
         read_once(model, held),
         probe.installed(),
