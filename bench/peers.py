@@ -4,9 +4,9 @@
     python -m bench.peers --only nnsight --threads 2
 
 Each peer runs in a process of its own, between plain passes over the same length-sorted batches. The ratio is to their mean, of
-processor time with one thread, of elapsed time with several `--threads`; the best of `--rounds` is reported. The model is the packaged
-MiniLM, or GPT-2 small with random weights where a package takes only that kind. What a package does not batch is given text by text, as
-its own documentation has it.
+processor time with one thread, of elapsed time with several `--threads`; the best of `--rounds` is reported. The model is the
+packaged MiniLM, or GPT-2 small with random weights where a package takes only that kind. What a package does not batch is given
+text by text, as its own documentation has it.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ from uncollapse.anatomy.interception import Point
 from uncollapse.judgement import findings
 from uncollapse.judgement.identifiability import heads_records, weights_reader
 from uncollapse.judgement.order_parameters import Components, symmetry_records
+from uncollapse.measures.shared_out import threads_kept
 from uncollapse.probe.activity import embedding_records, part_records
 from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
 from uncollapse.probe.initialisation import evidence
@@ -86,7 +87,8 @@ def diagnose(
     """
     lengths = None if context_lengths is None else require_context_lengths(context_lengths)
     prepared = prepare(diagnose, model, texts, probe, level=level)
-    return Diagnosis(observe(prepared, context_lengths=lengths), prepared.is_first)
+    with threads_kept():
+        return Diagnosis(observe(prepared, context_lengths=lengths), prepared.is_first)
 
 
 # Records ------------------------------------------------------------------------------------------------------------
