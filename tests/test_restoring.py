@@ -7,12 +7,13 @@ import copy
 import io
 import pickle
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import BaseTorchFunctionMode
 
 import uncollapse as uc
 from tests.helpers.interrupted import BATCH, interruptions, llama, standing
@@ -26,7 +27,7 @@ from uncollapse.interventions import token_order
 from uncollapse.interventions import without as without_module
 from uncollapse.probe import passes
 from uncollapse.probe.passes import capture
-from uncollapse.restoring import SharedSetting, restoring
+from uncollapse.restoring import SharedSetting, leaves_no_trace, restoring
 from uncollapse.symmetry import acting
 from uncollapse.symmetry.acting import drawn, transformed
 from uncollapse.symmetry.channels import channels_of
@@ -209,6 +210,62 @@ def test_a_copy_that_would_keep_a_removal_is_refused() -> None:
     model, batch = Own().eval(), {"idx": tokens()}
     with uc.without(model, "mlp", batch=batch), pytest.raises(uc.UnsupportedModel, match="copied whole"):
         copy.deepcopy(model)
+
+
+def test_a_call_that_ctrl_c_cut_off_on_its_way_out_puts_nothing_back_in_the_midst_of_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[contextlib._GeneratorContextManager[Any]] = []
+    leave = contextlib._GeneratorContextManager.__exit__
+
+    def cut_off(self: Any, *error: Any) -> Any:
+        if self.gen.__name__ == "restoring" and not seen:
+            seen.append(self)  # what a traceback keeps until somebody has dealt with it
+            raise KeyboardInterrupt
+        return leave(self, *error)
+
+    @leaves_no_trace
+    def first() -> None:
+        torch.set_grad_enabled(False)
+        BaseTorchFunctionMode().__enter__()
+
+    @leaves_no_trace
+    def second() -> list[int]:
+        torch.set_grad_enabled(False)
+        gathered = list(map(id, restoring_module._gathering.changes))
+        with BaseTorchFunctionMode():
+            seen.pop().gen.close()
+            assert torch._C._len_torch_function_stack() == 1
+        assert not torch.is_grad_enabled()
+        assert list(map(id, restoring_module._gathering.changes)) == gathered
+        return gathered
+
+    with monkeypatch.context() as patched:
+        patched.setattr(contextlib._GeneratorContextManager, "__exit__", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            first()
+    assert torch.is_grad_enabled()
+    assert torch._C._len_torch_function_stack() == 0
+    assert len(second()) == 1
+    assert torch.is_grad_enabled()
+
+
+def test_a_default_device_that_is_put_back_late_leaves_the_modes_of_another_call_alone() -> None:
+    @contextlib.contextmanager
+    def on_meta() -> Iterator[None]:
+        with restoring() as changes:
+            changes.default_device("meta")
+            yield
+
+    late = on_meta()
+    with torch.device("cpu"):
+        before = torch.overrides._get_current_function_mode_stack()
+        late.__enter__()
+        assert torch.zeros(1).is_meta
+        with BaseTorchFunctionMode() as mode:
+            late.gen.close()
+            assert torch.overrides._get_current_function_mode_stack() == [*before, mode]
+            assert torch.zeros(1).device.type == "cpu"
 
 
 def test_what_fails_to_be_undone_keeps_nothing_else_from_being_undone() -> None:

@@ -18,7 +18,7 @@ import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Collection, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, SupportsIndex, TypeVar
 
@@ -83,9 +83,10 @@ class Changes:
 
     def default_device(self, device: str) -> None:
         """New tensors of this thread are made on `device`. A `with torch.device(...)` would stay, were its way out interrupted."""
-        modes = _get_current_function_mode_stack()
-        self.undo(functools.partial(_put_function_modes, modes, torch.utils._device.CURRENT_DEVICE))
-        torch.device(device).__enter__()
+        mode, before = torch.utils._device.DeviceContext(device), _get_current_function_mode_stack()
+        others = [each for each in before if isinstance(each, torch.utils._device.DeviceContext)]
+        self.undo(functools.partial(_take_off_device, mode, others, torch.utils._device.CURRENT_DEVICE))
+        mode.__enter__()
 
     def put_back(self) -> None:
         """Undo everything, also when one undo fails or is interrupted; what came in between is raised at the end."""
@@ -167,7 +168,12 @@ def leaves_no_trace(function: Callable[P, R]) -> Callable[P, R]:
         with turn, restoring(gathers=True) as changes:
             changes.undo(functools.partial(torch.set_grad_enabled, torch.is_grad_enabled()))
             changes.undo(functools.partial(_cut_function_modes, torch._C._len_torch_function_stack()))
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                # While this call runs: cut off by Ctrl-C, the way out of `restoring` waits for garbage collection, and another
+                # call may run by then.
+                _close(changes, None, changes.put_back)
 
     return guarded
 
@@ -177,11 +183,25 @@ def _cut_function_modes(length: int) -> None:
         torch._C._pop_torch_function_stack()
 
 
-def _put_function_modes(modes: list[Any], device: torch.device | None) -> None:
-    """The modes, and the device that one of them stands for, where it was set."""
+def take_off_function_modes(own: Collection[int]) -> None:
+    """Take the modes with these numbers (`id`) off this thread's stack, wherever they stand."""
+    modes = _get_current_function_mode_stack()
+    if not any(id(mode) in own for mode in modes):
+        return
     _cut_function_modes(0)
     for mode in modes:
-        torch._C._push_on_torch_function_stack(mode)
+        if id(mode) not in own:
+            torch._C._push_on_torch_function_stack(mode)
+
+
+def _take_off_device(mode: Any, others: list[Any], device: torch.device | None) -> None:
+    """Take off the mode that stands for a default device, where it is there, and put those back that it took the place of."""
+    modes = _get_current_function_mode_stack()
+    if not any(each is mode for each in modes):
+        return
+    _cut_function_modes(0)
+    for each in [*others, *(each for each in modes if each is not mode)]:
+        torch._C._push_on_torch_function_stack(each)
     torch.utils._device.CURRENT_DEVICE = device
 
 

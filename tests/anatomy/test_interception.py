@@ -204,3 +204,17 @@ def test_what_a_handler_computes_for_itself_counts_in_no_other_context() -> None
     with intercepted(model, {second: noting}), intercepted(model, {first: adding}):
         assert torch.equal(model(x), expected)
     assert [float(y) for y in met] == [1102.0] * 2
+
+
+def test_a_context_that_is_closed_late_leaves_the_handlers_of_another_one_alone() -> None:
+    # Ctrl-C on its way out leaves a context to garbage collection, which comes whenever it likes.
+    model, x = Model(), torch.tensor([1.0])
+    points = [Point("parent", run, "add of 1 axes", ordinal) for run in (0, 1) for ordinal in (0, 1, 2)]
+    with intercepted(model, dict.fromkeys(points, negate)):
+        expected = model(x)
+    late = intercepted(model, {Point("parent.child", 1, "add of 1 axes", 0): negate})
+    late.__enter__()
+    model.parent.child.register_forward_pre_hook(lambda *_: late.gen.close())
+    with intercepted(model, dict.fromkeys(points, negate)):
+        assert torch.equal(model(x), expected)
+    assert torch._C._len_torch_function_stack() == 0

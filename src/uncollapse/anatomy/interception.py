@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from uncollapse.anatomy.torch_calls import counted_name, opened, operation_name, plain_name, tensors_in
 from uncollapse.errors import UncollapseError
-from uncollapse.restoring import Changes, restoring, run_eagerly
+from uncollapse.restoring import Changes, restoring, run_eagerly, take_off_function_modes
 
 
 class ChangedPath(UncollapseError):  # noqa: N818 - what is found, as in the other errors
@@ -73,13 +73,13 @@ class Point:
 
 
 class _Handling(threading.local):
-    """Whether this thread is in a handler's own code. Contexts nest (a diagnosis of a model without a part): what one handler
-    computes for itself must not count as the model's own operations in another context."""
+    """Whose handler's own code this thread is in; None: in nobody's. Contexts nest (a diagnosis of a model without a part): what
+    one handler computes for itself must not count as the model's own operations in another context."""
 
-    within = False
+    within: object = None
 
     @contextlib.contextmanager
-    def set(self, within: bool) -> Iterator[None]:
+    def set(self, within: object) -> Iterator[None]:
         before, self.within = self.within, within
         try:
             yield
@@ -92,7 +92,7 @@ _handling = _Handling()
 
 def aside() -> contextlib.AbstractContextManager[None]:
     """Within the block nothing that this thread computes counts as an operation of a model, or meets a handler."""
-    return _handling.set(True)
+    return _handling.set(aside)
 
 
 def _as_the_models_own(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -100,7 +100,7 @@ def _as_the_models_own(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def own(*args: Any, **kwargs: Any) -> Any:
-        with _handling.set(False):
+        with _handling.set(None):
             return function(*args, **kwargs)
 
     return own
@@ -128,7 +128,7 @@ class _Owner(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.depth or _handling.within:
+        if self.depth or _handling.within is not None:
             return func(*args, **kwargs)
         inner = opened(func)
         if inner is not None:
@@ -146,12 +146,12 @@ class _Owner(TorchFunctionMode):
             return func(*args, **kwargs)
         own = _as_the_models_own(func)
         if self.around is None or handler not in _putting_another:
-            with _handling.set(True):
+            with _handling.set(self):
                 return handler(own, args, kwargs)
 
         @functools.wraps(func)
         def changed(*given: Any, **named: Any) -> Any:
-            with _handling.set(True):
+            with _handling.set(self):
                 return handler(own, given, named)
 
         return self.around.seeing(name, changed, args, kwargs)
@@ -175,7 +175,7 @@ class _Owner(TorchFunctionMode):
         self.depth += 1  # what the handlers themselves do is none of the module's operations
         try:
             if handler is not None:
-                with _handling.set(True):
+                with _handling.set(self):
                     return handler(function, args, kwargs)
             return (
                 function(*args, **kwargs) if self.around is None else self.around.seeing(name, function, args, kwargs)
@@ -299,12 +299,13 @@ def intercepted(
         by_owner.setdefault(point.owner, {})[point] = handler
     thread = None if everywhere else threading.get_ident()
     with restoring() as changes:
-        changes.undo(_as_found())
+        own: dict[int, _Owner] = {}  # those that stand, by identity: not all modes can be looked up otherwise
+        changes.undo(_as_found(own))
         # A compiled model would not notice what is put up here, or compile it: both were seen to go wrong.
         run_eagerly.hold(changes)
         runs = changes.enter(counted(model, by_owner, within))
         for owner, standing in by_owner.items():
-            _wrap(changes, model.get_submodule(owner), owner, standing, runs, strict, thread, paths)
+            _wrap(changes, model.get_submodule(owner), owner, standing, runs, strict, thread, paths, own)
         yield
 
 
@@ -318,23 +319,22 @@ class _Standing(threading.local):
 _standing = _Standing()
 
 
-def _as_found() -> Callable[[], None]:
-    """Puts back what this thread notes about handlers while they run: Ctrl-C may come where a handler's own way out does so."""
+def _as_found(own: Mapping[int, _Owner]) -> Callable[[], None]:
+    """Puts back what this thread notes about its `own` modes while they run: Ctrl-C may come where their way out does so. The modes
+    of others are left alone. A context that Ctrl-C cut off on its way out is closed by garbage collection, maybe in the midst of
+    another call."""
     thread, within = threading.get_ident(), _handling.within
-    found = {key: (modes, list(modes)) for key, modes in _standing.modes.items()}
-    length = torch._C._len_torch_function_stack()
 
     def put_back() -> None:
         if threading.get_ident() != thread:
             return
-        while torch._C._len_torch_function_stack() > length and isinstance(_get_current_function_mode(), _Owner):
-            torch._C._pop_torch_function_stack()
-        _handling.within = within
-        for key in [key for key in _standing.modes if key not in found]:
-            _standing.modes.pop(key, None)
-        for key, (modes, before) in found.items():
-            modes[:] = before
-            _standing.modes[key] = modes
+        take_off_function_modes(own)
+        if id(_handling.within) in own:
+            _handling.within = within
+        for key, modes in list(_standing.modes.items()):
+            modes[:] = [mode for mode in modes if id(mode) not in own]
+            if not modes:
+                _standing.modes.pop(key, None)
 
     return put_back
 
@@ -348,6 +348,7 @@ def _wrap(
     strict: bool,
     thread: int | None,
     paths: Paths | None,
+    own: dict[int, _Owner],
 ) -> None:
     def down(*_: Any) -> None:
         for mode in runs.modes.get(name, [])[-1:]:
@@ -360,7 +361,7 @@ def _wrap(
     def around(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if thread not in (None, threading.get_ident()) or _handling.within:
+            if thread not in (None, threading.get_ident()) or _handling.within is not None:
                 return original(*args, **kwargs)
             run = runs.begin(name)
             if paths is not None and (name, run) not in paths:
@@ -373,6 +374,7 @@ def _wrap(
                 return original(*args, **kwargs)
             hits: set[tuple[str, int]] = set()
             mode = _Owner(wanted, hits)
+            own[id(mode)] = mode
             modes = runs.modes.setdefault(name, [])
             modes.append(mode)
             before = _standing.modes.setdefault(id(module), [])
@@ -386,6 +388,7 @@ def _wrap(
                 before.pop()
                 if not before:
                     _standing.modes.pop(id(module), None)
+                own.pop(id(mode), None)
             missed = {(point.operation, point.ordinal) for point in wanted} - hits
             if missed and strict:
                 operation, ordinal = sorted(missed)[0]
