@@ -39,6 +39,7 @@ from uncollapse.anatomy.block_alone import (
     recorders,
 )
 from uncollapse.anatomy.deviations import carry_gap, difference, is_rounding, largest_difference
+from uncollapse.anatomy.drawn_weights import can_be_drawn, drawn_weights
 from uncollapse.anatomy.examples import (
     Piece,
     as_long_a_piece,
@@ -94,13 +95,28 @@ def proved_anatomy(
 ) -> Anatomy:
     """The anatomy of `model`, read off a trace of a small piece of `batch` and proved. It is remembered for this model object in
     this situation (`situations`), for batches of this size alone where an attention takes its queries in turn. anew: prove it
-    again, on the whole batch: on a piece the model went another way.
+    again, on the whole batch: on a piece the model went another way. Weights that are kept elsewhere are read for that only, and
+    where no proof comes of drawn ones (`drawn_weights`).
 
     Raises `UnsupportedModel` where the model cannot be read or the proof fails."""
     situation = Situation.of(model, batch, layout)
     known = None if anew else recalled(model, situation)
     if known is not None:
         return known.anatomy
+    found: Remembered[Anatomy] | None = None
+    if not anew and can_be_drawn(model):
+        # Whatever it is: with the weights themselves it is met again, or it was the drawn ones.
+        with contextlib.suppress(Exception), drawn_weights(model):
+            found = _proved(model, batch, layout, situation, anew=False)
+    found = found or _proved(model, batch, layout, situation, anew=anew)
+    remember(model, situation, found)
+    return found.anatomy
+
+
+def _proved(
+    model: nn.Module, batch: Mapping[str, Any], layout: Layout | None, situation: Situation, *, anew: bool
+) -> Remembered[Anatomy]:
+    """What there is to remember of the model in this situation; see `proved_anatomy`."""
     first: FirstPasses | None = None
     if anew:
         small, steers, real = dict(batch), sends_elsewhere(model, batch), None
@@ -127,8 +143,7 @@ def proved_anatomy(
             anatomy, few = prove(model, longer, layout), longer
         else:
             few = small
-    remember(model, situation, Remembered(anatomy, few, steers, sizes))
-    return anatomy
+    return Remembered(anatomy, few, steers, sizes)
 
 
 def _proved_on_real_tokens(
