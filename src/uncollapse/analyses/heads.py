@@ -80,7 +80,7 @@ def identify(
 
 def _judged(prepared: Prepared, observed: Observations) -> IdentifiabilityRecord:
     heads = heads_records(observed.attention, prepared.loaded.model)
-    fired = findings.findings(site_records(observed), [], heads)
+    fired = findings.findings(site_records(observed.sites), [], heads)
     return IdentifiabilityRecord(
         schema=HEADS_SCHEMA,
         versions=versions(),

@@ -2,9 +2,9 @@
 
 What is proved of a model is a fact about its code: which updates add up to a block's output, which token reaches which, which
 operation hides padding, whether rows sum to one. Each is an identity between functions of the weights. One that holds at numbers
-drawn from a continuous distribution holds, but for a set of weights of measure zero, at all of them. So it may be proved without the
-model's own weights, and these are read once, for the batches. There the pass bears out what was proved, or the proof is made anew
-with the weights themselves (`ChangedPath`).
+drawn from a continuous distribution holds, but for a set of weights of measure zero, at all of them. So it may be proved without
+the model's own weights, and these are read once, for the batches. There the pass bears out what was proved, or the proof is made
+anew with the weights themselves (`ChangedPath`).
 
 A weight is drawn whenever it is read, and is the same each time. Numbers are drawn at the size that keeps a stream at its size.
 

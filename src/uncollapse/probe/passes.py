@@ -119,6 +119,7 @@ def capture(
     origins: Sequence[PartActivity] | None = None,
     told: dict[int, Told] | None = None,
     together: bool = False,
+    leaving: Callable[[nn.Module, Observations], object] = lambda stage, observed: None,
 ) -> Observations:
     """Run `model` once over `batches` (each a dict of tensors, moved to the model's device) and observe. `on_output` is given
     each batch and the model's output on it.
@@ -140,6 +141,8 @@ def capture(
     told: takes what is true of each batch whatever is taken away from the model, by its number, and gives it to the next pass.
     together: pass several batches at a time over a model whose weights are kept elsewhere, as many as `in_flight` says, so that
     each weight is read once for all of them. Every figure is what it is without.
+    leaving: where weights are kept elsewhere, is given each module that was run with all its weights held (`stages`), while
+    they still are, and what was seen so far.
 
     Raises `InputError` where a padded batch meets a model whose token axis does not match the mask, `ChangedPath` where the
     model takes another path on a batch than the one that was proved, `EntangledPasses` where batches cannot be passed `together`.
@@ -163,12 +166,12 @@ def capture(
             stack.enter_context(probing(model, seed))
             for group in groups:
                 share = [(number, on_device(batches[number], device), before[number]) for number in group]
-                _pass_together([probe, *others], share, held, len(batches), progress, on_output, told)
+                _pass_together([probe, *others], share, held, len(batches), progress, on_output, told, leaving)
         return probe.observations
     with (
         contextlib.closing(probe),
         probing(model, seed),
-        read_once(model, held),
+        read_once(model, held, lambda stage: leaving(stage, probe.observations)),
         probe.installed(),
         runs_checked(model, anatomy) as check,
     ):
@@ -202,6 +205,7 @@ def _pass_together(
     progress: Progress | None,
     on_output: Callable[[Mapping[str, Any], Any], None] | None,
     told: dict[int, Told] | None,
+    leaving: Callable[[nn.Module, Observations], object],
 ) -> None:
     """Pass some of `count` batches together, each in sight of one of `probes`. share: the number of each, and how many sequences of
     the corpus come before it."""
@@ -240,7 +244,7 @@ def _pass_together(
             problem = error
             break
         passes.append(functools.partial(observed, probe, number, batch))
-    made_together(model, held, passes, finished)
+    made_together(model, held, passes, finished, lambda stage: leaving(stage, probes[0].observations))
     if problem is not None:
         raise problem
 
