@@ -85,7 +85,7 @@ def diagnose(
     anatomy cannot be proved.
     """
     lengths = None if context_lengths is None else require_context_lengths(context_lengths)
-    prepared = prepare(diagnose, model, texts, probe, level=level)
+    prepared = prepare(diagnose, model, texts, probe, level=level, forecasts=True)
     return Diagnosis(observe(prepared, context_lengths=lengths), prepared.is_first)
 
 

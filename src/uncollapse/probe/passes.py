@@ -32,6 +32,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.drawn_proof import DrawnProof
 from uncollapse.anatomy.expected_runs import runs_checked
 from uncollapse.anatomy.interception import ChangedPath, device_of
 from uncollapse.anatomy.probing import probing
@@ -78,6 +79,16 @@ WATCHED: Final[Mapping[Level, frozenset[Watched]]] = {
 }
 
 
+class NotBorneOut(UncollapseError):  # noqa: N818 - what is found, as in the other errors
+    """With the model's own weights its blocks are not what they were with drawn ones."""
+
+
+_NOT_BORNE_OUT = (
+    "capture: expected blocks that are what they were with drawn weights in the place of their own, got others. What is measured "
+    "may be something else. Prove the model with its own weights."
+)
+
+
 @dataclass
 class Observations:
     """What one probe pass saw: a site for each stack's embedding and each of its blocks, stack after stack, and an entry for each
@@ -120,6 +131,7 @@ def capture(
     told: dict[int, Told] | None = None,
     together: bool = False,
     leaving: Callable[[nn.Module, Observations], object] = lambda stage, observed: None,
+    forecast: DrawnProof | None = None,
 ) -> Observations:
     """Run `model` once over `batches` (each a dict of tensors, moved to the model's device) and observe. `on_output` is given
     each batch and the model's output on it.
@@ -143,9 +155,11 @@ def capture(
     each weight is read once for all of them. Every figure is what it is without.
     leaving: where weights are kept elsewhere, is given each module that was run with all its weights held (`stages`), while
     they still are, and what was seen so far.
+    forecast: the proof on drawn weights that `anatomy` comes from, to be borne out in this pass. It is made `together` then.
 
     Raises `InputError` where a padded batch meets a model whose token axis does not match the mask, `ChangedPath` where the
-    model takes another path on a batch than the one that was proved, `EntangledPasses` where batches cannot be passed `together`.
+    model takes another path on a batch than the one that was proved, `EntangledPasses` where batches cannot be passed `together`,
+    `NotBorneOut` where the forecast is not.
     """
     watched = frozenset(WATCHED[level] if watch is None else watch)
     probe = _Probe(model, anatomy, level, watched, digest, seed=seed)
@@ -155,7 +169,8 @@ def capture(
         before = sequences_before(batches, anatomy)
     if origins is not None:
         probe.start_from(origins)
-    if together and len(batches) > 1 and can_be_shared(model, held) and not is_ablated(model):
+    several = len(batches) > 1 or forecast is not None
+    if together and several and can_be_shared(model, held) and not is_ablated(model):
         groups = in_flight(batches, held)
         others = [_Probe(model, anatomy, level, watched, digest, seed=seed) for _ in range(max(map(len, groups)) - 1)]
         with contextlib.ExitStack() as stack:
@@ -166,8 +181,11 @@ def capture(
             stack.enter_context(probing(model, seed))
             for group in groups:
                 share = [(number, on_device(batches[number], device), before[number]) for number in group]
-                _pass_together([probe, *others], share, held, len(batches), progress, on_output, told, leaving)
+                first = forecast if group.start == 0 else None
+                _pass_together([probe, *others], share, held, len(batches), progress, on_output, told, leaving, first)
         return probe.observations
+    if forecast is not None:
+        raise NotBorneOut(_NOT_BORNE_OUT)
     with (
         contextlib.closing(probe),
         probing(model, seed),
@@ -206,9 +224,10 @@ def _pass_together(
     on_output: Callable[[Mapping[str, Any], Any], None] | None,
     told: dict[int, Told] | None,
     leaving: Callable[[nn.Module, Observations], object],
+    forecast: DrawnProof | None,
 ) -> None:
-    """Pass some of `count` batches together, each in sight of one of `probes`. share: the number of each, and how many sequences of
-    the corpus come before it."""
+    """Pass some of `count` batches together, each in sight of one of `probes`, and the piece of a forecast that is to be borne out.
+    share: the number of each, and how many sequences of the corpus come before it."""
     model, anatomy = probes[0].model, probes[0].anatomy
     problem: Exception | None = None
     passes: list[Callable[[], Any]] = []
@@ -224,6 +243,9 @@ def _pass_together(
             raise
 
     def finished(place: int, output: Any) -> None:
+        place -= len(ahead)
+        if place < 0:
+            return
         probes[place].count()
         number, batch, _ = share[place]
         if on_output is not None:
@@ -244,7 +266,16 @@ def _pass_together(
             problem = error
             break
         passes.append(functools.partial(observed, probe, number, batch))
-    made_together(model, held, passes, finished, lambda stage: leaving(stage, probes[0].observations))
+
+    def left(stage: nn.Module) -> None:
+        if forecast is not None:
+            forecast.prove_within(stage)
+        leaving(stage, probes[0].observations)
+
+    ahead: list[Callable[[], Any]] = [] if forecast is None else [forecast.run]
+    made_together(model, held, [*ahead, *passes], finished, left)
+    if forecast is not None and not forecast.is_borne_out():
+        raise NotBorneOut(_NOT_BORNE_OUT)
     if problem is not None:
         raise problem
 
