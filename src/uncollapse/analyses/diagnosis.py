@@ -25,6 +25,7 @@ from uncollapse.analyses.recording import (
 )
 from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.interception import Point
+from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.judgement import findings
 from uncollapse.judgement.identifiability import heads_records, weights_reader
 from uncollapse.judgement.order_parameters import Components, symmetry_records
@@ -94,15 +95,19 @@ def diagnose(
 
 def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None) -> DiagnosisRecord:
     """One probe pass and one pass per context length, as one record with its findings."""
-    # Before the pass, so that whoever watches the model sees the text last.
-    bounds = logit_bounds(prepared.loaded.model, prepared.anatomy, prepared.batches[0])
+    bounds: Mapping[tuple[int, Point], LogitBound]
+    bounded: Anatomy | None = None
     pooling: OwnPooling
     weights: WeightEvidence
 
     def begin() -> None:
-        nonlocal pooling, weights
+        nonlocal bounds, bounded, pooling, weights
         pooling = OwnPooling(prepared.seed)
         weights = WeightEvidence(prepared.loaded.model, prepared.anatomy)
+        # Before the pass, so that whoever watches the model sees the text last; anew where that one showed another anatomy.
+        if bounded is not prepared.anatomy:
+            bounded = prepared.anatomy
+            bounds = logit_bounds(prepared.loaded.model, bounded, prepared.batches[0])
 
     def leaving(stage: nn.Module, observed: Observations) -> None:
         """Ask the weights that are held now what may be asked of them later, so that they need not be read again."""

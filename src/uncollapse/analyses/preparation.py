@@ -107,8 +107,8 @@ class Prepared:
     """Everything a probe pass needs: the model, its proved anatomy, the batches, and the resolved options.
 
     `options` and `command` go into the record. `progress` is called as the work proceeds. `captured` replaces the anatomy when
-    a pass shows that it no longer holds, or does not bear a `forecast` out that it comes from. `processes` answer the request together; they share out the batches, unless one model is
-    spread over all of them (`shares`).
+    a pass shows that it no longer holds, or does not bear out the `forecast` that it comes from. `processes` answer the request
+    together; they share out the batches, unless one model is spread over all of them (`shares`).
     """
 
     loaded: sources.LoadedModel
@@ -203,9 +203,11 @@ def prepare(
 ) -> Prepared:
     """Load, tokenise and prove, for the public `function` that was called with the options `probe`.
 
-    level: what the pass measures. head: keep a language-model head. forecasts: the first thing to be done is `captured`, so that the
-    anatomy of a model whose weights are kept elsewhere may be a forecast until then. Errors name `function`. Raises `TypeError` for an option
-    that it does not have, `InputError` for input that cannot be used, and `UnsupportedModel` if the anatomy cannot be proved.
+    level: what the pass measures. head: keep a language-model head. forecasts: nothing that changes the model is done before
+    `captured`, so that the anatomy of one whose weights are kept elsewhere may be a forecast until then. Errors name `function`.
+
+    Raises `TypeError` for an option that it does not have, `InputError` for input that cannot be used, and `UnsupportedModel` if
+    the anatomy cannot be proved.
     """
     caller = function.__name__
     chosen = require_options(function, probe, level=level)

@@ -1,9 +1,9 @@
 """An anatomy proved on drawn weights, until the first pass with the model's own weights has borne it out.
 
-Of a model whose weights are kept elsewhere each reading takes as long as a pass or longer, and a proof takes three. On drawn weights
-(`drawn_weights`) it takes none. What comes of it is a forecast: numbers that were drawn may be of a size at which a deviation drowns
-in rounding, or run over. So each block is proved once more, with its own weights, on the piece that it was proved on: in the pass
-over the batches, which holds them anyway. All identities have to hold, and to tell the same of each block.
+Of a model whose weights are kept elsewhere each reading takes as long as a pass or longer, and a proof takes three. On drawn
+weights (`drawn_weights`) it takes none. What comes of it is a forecast: numbers that were drawn may be of a size at which a
+deviation drowns in rounding, or run over. So each block is proved once more, with its own weights, on the piece that it was proved
+on: in the pass over the batches, which holds them anyway. All identities have to hold, and to tell the same of each block.
 
 What is left to the drawn weights is what follows from the model's code: which operations there are, which streams they carry, what
 hides padding from attention. If the blocks are others, or cannot be proved, the model is proved as any other (`proved_anatomy`).

@@ -15,9 +15,9 @@ When not to use it: for anything that is measured. And where weights are no plai
 from __future__ import annotations
 
 import contextlib
+import math
 import zlib
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from uncollapse.anatomy.offloaded_weights import kept_parameters, put_in_place
 from uncollapse.anatomy.probing import probing
 from uncollapse.measures.admission import FLOATS
+from uncollapse.restoring import restoring
 
-SPREAD: Final = 0.5  # of what has one axis: gains, biases, logarithms
+LEAST, MOST = 0.25, 0.75  # of what has one axis: gains, biases, logarithms
 
 
 def can_be_drawn(model: nn.Module) -> bool:
@@ -39,14 +40,30 @@ def can_be_drawn(model: nn.Module) -> bool:
 def drawn_weights(model: nn.Module) -> Iterator[None]:
     """Within the block no parameter of the model is read from where accelerate keeps it: numbers are drawn instead. Passes of
     other threads wait."""
-    with probing(model), put_in_place(model, _drawn):
+    with probing(model), restoring() as changes:
+        changes.undo(_buffers_as_found(model))
+        changes.enter(put_in_place(model, _drawn))
         yield
+
+
+def _buffers_as_found(model: nn.Module) -> Callable[[], None]:
+    """Writes into the model's buffers what they hold now: its code may have noted there what it made of drawn numbers."""
+    found = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if not buffer.is_meta]
+
+    def put_back() -> None:
+        with torch.no_grad():
+            for buffer, before in found:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+    return put_back
 
 
 def _drawn(name: str, like: Tensor) -> Tensor:
     """The numbers of the weight with this name, as long and in the format of `like`."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    # A stream keeps its size through a matrix, whichever of its axes is contracted.
-    spread = max(like.shape[-2:]) ** -0.5 if like.ndim > 1 else SPREAD
-    bound = 3**0.5 * spread  # of a uniform distribution
-    return torch.empty(like.shape, dtype=like.dtype).uniform_(-bound, bound, generator=generator)
+    found = torch.empty(like.shape, dtype=like.dtype)
+    if like.ndim < 2:
+        return found.uniform_(LEAST, MOST, generator=generator)
+    bound = math.sqrt(3 / like.shape[-1])  # of a uniform distribution, so that a stream keeps its size
+    return found.uniform_(-bound, bound, generator=generator)

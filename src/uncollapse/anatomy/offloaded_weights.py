@@ -98,7 +98,8 @@ def put_in_place(module: nn.Module, other: Callable[[str, nn.Parameter], Tensor]
         if offloading:
             changes.enter(closed_to_others())
         for where, each, hook in offloading:
-            own = dict(each.named_parameters(recurse=bool(hook.place_submodules)))
+            own = dict(each.named_parameters(recurse=bool(hook.place_submodules), remove_duplicate=False))
+            changes.set(hook, "tied_params_names", set())  # accelerate would note where a tied weight lies in memory
             changes.set(hook, "weights_map", _Given(hook.weights_map, given(hook.weights_map, where, own)))
         yield
 
