@@ -135,7 +135,7 @@ class Bench:
                 TOLD_APART: anew.told_apart(outputs, given) / whole,
                 AS_BEFORE: self.reader.told_apart(outputs, given) / whole,
             }
-        trajectory = site_records(observed)
+        trajectory = site_records(observed.sites)
         attention = [record for s in observed.attention for record in attention_records(s, "core")]
         found = heads_records(observed.attention) if heads_too else []
         parts, embeddings = part_records(observed.parts), embedding_records(observed.embeddings)

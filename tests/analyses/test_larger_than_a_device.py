@@ -87,7 +87,7 @@ def times_read(reads: Counter[str], part: str) -> set[int]:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_figures_from_disk_are_those_from_memory_and_the_weights_are_hardly_read(
+def test_figures_from_disk_are_those_from_memory_and_each_weight_is_read_once(
     count: int, saved: Path, reads: Counter[str]
 ) -> None:
     batches = padded_batches(count)
@@ -96,11 +96,9 @@ def test_figures_from_disk_are_those_from_memory_and_the_weights_are_hardly_read
     loaded = load_model(str(saved), max_memory="60KB").model
     assert any(p.is_meta for p in loaded.parameters())
     outside = uc.diagnose(loaded, batches=batches, level="full", name=str(saved)).record
-    # The proof: its first passes, that over the blocks with all runs of each by itself, and the last one; of the first block once
-    # more, to see what masks it. Then all batches. Weights of a model that looks as it was made are asked whether they are so.
-    for layer, times in ((0, 5), (1, 4), (2, 4)):
-        assert {n for key, n in reads.items() if f"layers.{layer}" in key} <= {times, times + 1}, layer
-    assert reads["norm.weight"] == 4
+    # For the batches. The proof draws numbers, and what is asked of a model that looks as it was made is asked meanwhile.
+    assert set(reads.values()) == {1}
+    assert reads.keys() >= {"embed_tokens.weight", "norm.weight", "layers.2.mlp.down_proj.weight"}
     reads.clear()
     for record in (inside, outside):
         record.probe.options.clear()
@@ -108,7 +106,7 @@ def test_figures_from_disk_are_those_from_memory_and_the_weights_are_hardly_read
     for part in ("attention", "heads", "norms", "updates", "parts", "findings", "corpus", "embeddings"):
         assert differences(getattr(inside, part), getattr(outside, part), 1e-6) == []
     uc.diagnose(loaded, batches=batches)
-    assert times_read(reads, "layers.2") <= {1, 2}
+    assert times_read(reads, "layers.2") == {1}
     uc.identify(loaded, batches=batches)
     assert times_read(reads, "layers.2") == {1}
 
@@ -127,8 +125,7 @@ def test_batches_passed_together_give_the_very_figures_that_they_give_one_after_
         told.clear()
         found.append(uc.diagnose(loaded, batches=batches, level="full", progress=lambda *step: told.append(step)))
         assert [step for step in told if step[0] == "probe"] == [("probe", n, 3) for n in range(4)]
-        readings = 1 if room else 3
-        assert times_read(reads, "layers.2") <= {readings, readings + 1}
+        assert times_read(reads, "layers.2") == {1 if room else 3}
     assert found[0].to_json() == found[1].to_json()
     assert loaded.training
 

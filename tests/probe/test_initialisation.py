@@ -177,7 +177,7 @@ def test_parameters_without_entries_say_nothing() -> None:
     anatomy = proved_anatomy(given, {"input_ids": torch.arange(14).view(2, 7)})
     for layer in given.model.layers:
         layer.input_layernorm.weight = nn.Parameter(torch.empty(0))
-    assert initialisation.evidence(given, anatomy, [0])[0].initial
+    assert initialisation.WeightEvidence(given, anatomy).of([0])[0].initial
 
 
 @pytest.mark.parametrize(
@@ -224,12 +224,12 @@ def test_what_is_outside_the_blocks_is_asked_once_for_each_state_of_it(monkeypat
         return float(real(p))
 
     monkeypatch.setattr(initialisation, "_learnt", counted)
-    first = initialisation.evidence(given, anatomy, [0, 1, 2])
+    first = initialisation.WeightEvidence(given, anatomy).of([0, 1, 2])
     assert len(asked) == 2  # the table of words, which is the output layer too, and that of positions
-    assert initialisation.evidence(given, anatomy, [0, 1, 2]) == first
+    assert initialisation.WeightEvidence(given, anatomy).of([0, 1, 2]) == first
     assert first[1].initial
     assert len(asked) == 2
     with torch.no_grad():
         given.lm_head.weight.add_(torch.outer(torch.randn(64), torch.randn(64)))
-    assert not initialisation.evidence(given, anatomy, [1])[1].initial
+    assert not initialisation.WeightEvidence(given, anatomy).of([1])[1].initial
     assert len(asked) == 3

@@ -45,7 +45,7 @@ def output(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
 
 def observed(model: nn.Module, batches: Any, anatomy: Any) -> Any:
     seen = capture(model, batches, anatomy)
-    return site_records(seen), [r for s in seen.attention for r in attention_records(s, "core")]
+    return site_records(seen.sites), [r for s in seen.attention for r in attention_records(s, "core")]
 
 
 # Plants ---------------------------------------------------------------------------------------------------------------

@@ -242,7 +242,7 @@ def _run(
             on_output=outputs.add,
             told=told,
         )
-    trajectory = site_records(observed)
+    trajectory = site_records(observed.sites)
     unavailable = {}
     loss_seen, shift_seen, reason = outputs.loss, outputs.shift, outputs.reason
     if prepared.shares:

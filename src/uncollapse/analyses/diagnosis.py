@@ -25,13 +25,14 @@ from uncollapse.analyses.recording import (
 )
 from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.interception import Point
+from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.judgement import findings
 from uncollapse.judgement.identifiability import heads_records, weights_reader
 from uncollapse.judgement.order_parameters import Components, symmetry_records
 from uncollapse.measures.shared_out import threads_kept
 from uncollapse.probe.activity import embedding_records, part_records
 from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
-from uncollapse.probe.initialisation import evidence
+from uncollapse.probe.initialisation import WeightEvidence
 from uncollapse.probe.logit_bounds import LogitBound, logit_bounds
 from uncollapse.probe.own_pooling import OwnPooling
 from uncollapse.probe.passes import Level, Observations
@@ -86,7 +87,7 @@ def diagnose(
     anatomy cannot be proved.
     """
     lengths = None if context_lengths is None else require_context_lengths(context_lengths)
-    prepared = prepare(diagnose, model, texts, probe, level=level)
+    prepared = prepare(diagnose, model, texts, probe, level=level, forecasts=True)
     with threads_kept():
         return Diagnosis(observe(prepared, context_lengths=lengths), prepared.is_first)
 
@@ -96,13 +97,28 @@ def diagnose(
 
 def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None) -> DiagnosisRecord:
     """One probe pass and one pass per context length, as one record with its findings."""
-    # Before the pass, so that whoever watches the model sees the text last.
-    bounds = logit_bounds(prepared.loaded.model, prepared.anatomy, prepared.batches[0])
+    bounds: Mapping[tuple[int, Point], LogitBound]
+    bounded: Anatomy | None = None
     pooling: OwnPooling
+    weights: WeightEvidence
 
     def begin() -> None:
-        nonlocal pooling
+        nonlocal bounds, bounded, pooling, weights
         pooling = OwnPooling(prepared.seed)
+        weights = WeightEvidence(prepared.loaded.model, prepared.anatomy)
+        # Before the pass, so that whoever watches the model sees the text last; anew where that one showed another anatomy.
+        if bounded is not prepared.anatomy:
+            bounded = prepared.anatomy
+            bounds = logit_bounds(prepared.loaded.model, bounded, prepared.batches[0])
+
+    def leaving(stage: nn.Module, observed: Observations) -> None:
+        """Ask the weights that are held now what may be asked of them later, so that they need not be read again."""
+        inside = {id(module) for module in stage.modules()}
+        for number, block in enumerate(prepared.anatomy.blocks):
+            if id(prepared.loaded.model.get_submodule(block.module.name)) in inside:
+                weights.note_sizes(number)
+                if number in _doubtful_so_far(observed, number, prepared.level):
+                    weights.note(number)
 
     observed = prepared.captured(
         level=prepared.level,
@@ -110,15 +126,30 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
         progress=prepared.progress,
         begin=begin,
         on_output=lambda batch, output: pooling.take(batch, output),
+        leaving=leaving,
     )
     pooling.unite("diagnose")
-    return prepared.judged(lambda: _judged(prepared, observed, pooling, bounds, context_lengths))
+    return prepared.judged(lambda: _judged(prepared, observed, pooling, weights, bounds, context_lengths))
+
+
+def _doubtful(found: Sequence[Finding]) -> list[int]:
+    """The blocks where something looks as at the start of training. Only there the weights are asked whether it is the start."""
+    return [f.block for f in found if f.block is not None and f.phenomenon in AS_AT_THE_START]
+
+
+def _doubtful_so_far(observed: Observations, number: int, level: Level) -> list[int]:
+    """The same, from what was seen until this block had run."""
+    sites = [site for site in observed.sites if site.plain.count.any()]
+    attention = [record for s in observed.attention if s.block == number for record in attention_records(s, level)]
+    parts = [part for part in part_records(observed.parts) if part.block == number]
+    return _doubtful(findings.findings(site_records(sites), attention, [], parts))
 
 
 def _judged(
     prepared: Prepared,
     observed: Observations,
     pooling: OwnPooling,
+    weights: WeightEvidence,
     bounds: Mapping[tuple[int, Point], LogitBound],
     context_lengths: Sequence[int] | None,
 ) -> DiagnosisRecord:
@@ -129,7 +160,7 @@ def _judged(
         scaling = width_scaling(
             model, anatomy, prepared.batches, context_lengths, seed=prepared.seed, progress=progress
         )
-    trajectory = site_records(observed)
+    trajectory = site_records(observed.sites)
     own = pooling.statistics(model, prepared.batches[0], observed.sequences, prepared.anatomy)
     corpus = corpus_records([*observed.corpus, *own])
     attention = [
@@ -140,13 +171,7 @@ def _judged(
     head_records = heads_records(observed.attention, model)
     updates = update_records(observed.updates)
     parts, embeddings = part_records(observed.parts), embedding_records(observed.embeddings)
-    # Only where something looks as at the start of training are the weights asked whether it is the start.
-    doubtful = [
-        f.block
-        for f in findings.findings(trajectory, attention, head_records, parts, embeddings, corpus)
-        if f.block is not None and f.phenomenon in AS_AT_THE_START
-    ]
-    seen = evidence(model, anatomy, doubtful)
+    seen = weights.of(_doubtful(findings.findings(trajectory, attention, head_records, parts, embeddings, corpus)))
     parts = [
         replace(part, initial=seen[part.block].initial, initial_evidence=seen[part.block].reason)
         if part.block in seen

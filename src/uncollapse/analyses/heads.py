@@ -68,7 +68,7 @@ def identify(
     Raises `InputError` for input that cannot be used, `TypeError` for an unknown option, and `UnsupportedModel` where the
     anatomy cannot be proved.
     """
-    prepared = prepare(identify, model, texts, probe)
+    prepared = prepare(identify, model, texts, probe, forecasts=True)
     with float64_kept(prepared.loaded.model):
         observed = prepared.captured(
             watch={"attention", "projections"},
@@ -80,7 +80,7 @@ def identify(
 
 def _judged(prepared: Prepared, observed: Observations) -> IdentifiabilityRecord:
     heads = heads_records(observed.attention, prepared.loaded.model)
-    fired = findings.findings(site_records(observed), [], heads)
+    fired = findings.findings(site_records(observed.sites), [], heads)
     return IdentifiabilityRecord(
         schema=HEADS_SCHEMA,
         versions=versions(),

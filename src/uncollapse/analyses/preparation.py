@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from uncollapse import bounds, processes, sources
 from uncollapse.analyses import agreement
+from uncollapse.anatomy.drawn_proof import DrawnProof, drawn_proof
 from uncollapse.anatomy.examples import example
 from uncollapse.anatomy.interception import ChangedPath, device_of
 from uncollapse.anatomy.probing import probing
@@ -27,7 +29,7 @@ from uncollapse.anatomy.vocabulary import Anatomy, Layout
 from uncollapse.errors import InputError
 from uncollapse.interventions.without import is_ablated
 from uncollapse.probe.cache_setting import require_same_without_cache
-from uncollapse.probe.passes import Level, Observations, Progress, capture
+from uncollapse.probe.passes import Level, NotBorneOut, Observations, Progress, capture
 from uncollapse.probe.sharding import capture_shared
 from uncollapse.wrappers import class_of, module_of, seen_through, takes
 
@@ -105,8 +107,8 @@ class Prepared:
     """Everything a probe pass needs: the model, its proved anatomy, the batches, and the resolved options.
 
     `options` and `command` go into the record. `progress` is called as the work proceeds. `captured` replaces the anatomy when
-    a pass shows that it no longer holds. `processes` answer the request together; they share out the batches, unless one model is
-    spread over all of them (`shares`).
+    a pass shows that it no longer holds, or does not bear out the `forecast` that it comes from. `processes` answer the request
+    together; they share out the batches, unless one model is spread over all of them (`shares`).
     """
 
     loaded: sources.LoadedModel
@@ -122,6 +124,7 @@ class Prepared:
     caller: str = "diagnose"
     processes: int = 1
     shares: bool = False
+    forecast: DrawnProof | None = None
 
     @property
     def is_first(self) -> bool:
@@ -157,17 +160,26 @@ class Prepared:
         begin: called before each try. What `on_output` was given in a try that failed does not count.
         """
         model, together = self.loaded.model, not self.shares
+        own_weights = functools.partial(proved_anatomy, model, self.batches[0], self.layout)
         tries = len({sizes_of(batch) for batch in self.batches})
         while True:
             try:
                 begin()
-                return self._captured(**options, **({"together": True} if together else {}))
+                sharing = {"together": True, "forecast": self.forecast} if together else {}
+                observed = self._captured(**options, **sharing)
+                self.forecast = None  # it is borne out
+                return observed
             except EntangledPasses:
                 together = False
+                if self.forecast is not None:
+                    self.anatomy, self.forecast = own_weights(), None
+            except NotBorneOut:
+                self.anatomy, self.forecast = own_weights(), None
             except ChangedPath as changed:
                 if changed.batch is None or is_ablated(model) or not tries:
                     raise
                 tries -= 1
+                self.forecast = None
                 self.anatomy = proved_anatomy(model, changed.batch, self.layout, anew=True)
 
     def _captured(self, **options: Any) -> Observations:
@@ -187,19 +199,23 @@ def prepare(
     *,
     level: Level = "core",
     head: bool = False,
+    forecasts: bool = False,
 ) -> Prepared:
     """Load, tokenise and prove, for the public `function` that was called with the options `probe`.
 
-    level: what the pass measures. head: keep a language-model head. Errors name `function`. Raises `TypeError` for an option
-    that it does not have, `InputError` for input that cannot be used, and `UnsupportedModel` if the anatomy cannot be proved.
+    level: what the pass measures. head: keep a language-model head. forecasts: nothing that changes the model is done before
+    `captured`, so that the anatomy of one whose weights are kept elsewhere may be a forecast until then. Errors name `function`.
+
+    Raises `TypeError` for an option that it does not have, `InputError` for input that cannot be used, and `UnsupportedModel` if
+    the anatomy cannot be proved.
     """
     caller = function.__name__
     chosen = require_options(function, probe, level=level)
     if chosen["alone"] or processes.count() == 1:
-        return _prepared(caller, model, texts, chosen, level, head)
+        return _prepared(caller, model, texts, chosen, level, head, forecasts)
     processes.met(caller)
     with processes.agreed(caller):
-        prepared = _prepared(caller, model, texts, chosen, level, head)
+        prepared = _prepared(caller, model, texts, chosen, level, head, forecasts=False)
     asked = prepared.options | {"level": prepared.level}
     agreement.require_same_request(caller, prepared.loaded.model, prepared.batches, asked, shares=prepared.shares)
     return prepared
@@ -212,6 +228,7 @@ def _prepared(
     chosen: ProbeOptions,
     level: Level,
     head: bool,
+    forecasts: bool,
 ) -> Prepared:
     progress, layout = chosen["progress"], chosen["layout"]
     loaded = _loaded(caller, model, chosen, head)
@@ -226,7 +243,8 @@ def _prepared(
         source, ready = _text_batches(caller, loaded, texts, chosen)
     if progress is not None:
         progress("anatomy", 0, 1)
-    anatomy = proved_anatomy(loaded.model, ready[0], layout)
+    forecast = drawn_proof(loaded.model, ready[0], layout) if forecasts and not is_ablated(loaded.model) else None
+    anatomy = proved_anatomy(loaded.model, ready[0], layout) if forecast is None else forecast.anatomy
     require_same_without_cache(caller, loaded.model, ready)
     if progress is not None:
         progress("anatomy", 1, 1)
@@ -250,6 +268,7 @@ def _prepared(
         caller,
         several,
         shares=several > 1 and not is_sharded(loaded.model),
+        forecast=forecast,
     )
 
 

@@ -57,9 +57,9 @@ def probe_record(prepared: Prepared, observed: Observations) -> Probe:
     )
 
 
-def site_records(observed: Observations) -> list[SiteRecord]:
+def site_records(sites: Sequence[SiteStatistics]) -> list[SiteRecord]:
     """The trajectory, from the embedding on."""
-    return [_site_record(s) for s in observed.sites]
+    return [_site_record(s) for s in sites]
 
 
 def _site_record(site: SiteStatistics) -> SiteRecord:

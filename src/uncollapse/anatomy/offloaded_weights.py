@@ -2,7 +2,7 @@
 
 Between two runs such a parameter stands on `meta`. When its module runs, it is read, and then let go. `kept_weight` reads one for
 somebody who wants the numbers and not the run. Within `held_weights` a module that runs many times reads its weights once; within
-`replaced_weights` it is given others.
+`replaced_weights` it is given others, and within `put_in_place` others are put in the place of what is not read at all.
 
 When not to use `held_weights`: around a whole model, which would then be held as a whole.
 """
@@ -75,6 +75,32 @@ def replaced_weights(module: nn.Module, other: Callable[[Tensor], Tensor | None]
         for each, hook in offloading:
             names = {name for name, _ in each.named_parameters()}
             changes.set(hook, "weights_map", _Given(hook.weights_map, given(hook.weights_map, names)))
+        yield
+
+
+def kept_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of `module`, and of the modules in it, that are kept elsewhere, as they stand on `meta`."""
+    for each in module.modules():
+        for hook in _offloading(each):
+            yield from each.parameters(recurse=bool(hook.place_submodules))
+
+
+@contextlib.contextmanager
+def put_in_place(module: nn.Module, other: Callable[[str, nn.Parameter], Tensor]) -> Iterator[None]:
+    """Within the block `module`, and the modules in it, are given for each of their parameters what `other` makes of its name and
+    of the parameter as it stands on `meta`, and no parameter is read. What is kept beside parameters is."""
+
+    def given(kept: Mapping[str, Any], where: str, own: Mapping[str, nn.Parameter]) -> Callable[[str], Any]:
+        return lambda name: other(f"{where}.{name}", own[name]) if name in own else kept[name]
+
+    offloading = [(where, each, hook) for where, each in module.named_modules() for hook in _offloading(each)]
+    with restoring() as changes:
+        if offloading:
+            changes.enter(closed_to_others())
+        for where, each, hook in offloading:
+            own = dict(each.named_parameters(recurse=bool(hook.place_submodules), remove_duplicate=False))
+            changes.set(hook, "tied_params_names", set())  # accelerate would note where a tied weight lies in memory
+            changes.set(hook, "weights_map", _Given(hook.weights_map, given(hook.weights_map, where, own)))
         yield
 
 

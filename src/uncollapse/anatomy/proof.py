@@ -25,7 +25,7 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,12 +101,28 @@ def proved_anatomy(
     known = None if anew else recalled(model, situation)
     if known is not None:
         return known.anatomy
+    found = remembered_proof(model, batch, layout, situation, anew=anew)
+    remember(model, situation, found)
+    return found.anatomy
+
+
+def remembered_proof(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    layout: Layout | None,
+    situation: Situation,
+    *,
+    anew: bool = False,
+    kept: list[BlocksProof] | None = None,
+) -> Remembered[Anatomy]:
+    """What there is to remember of the model in this situation; see `proved_anatomy`. kept: takes the proofs of the blocks, the
+    last one that of the anatomy."""
     first: FirstPasses | None = None
     if anew:
         small, steers, real = dict(batch), sends_elsewhere(model, batch), None
         anatomy = prove(model, small, layout)
     else:
-        anatomy, first, real = _proved_on_real_tokens(model, batch, layout)
+        anatomy, first, real = _proved_on_real_tokens(model, batch, layout, kept)
         small, steers, _ = first.piece
     real = real_tokens(anatomy, batch) if real is None else real
     ids = next((stack.ids for stack in anatomy.stacks if stack.ids is not None and stack.ids_transposed), None)
@@ -124,15 +140,14 @@ def proved_anatomy(
         # How many calls share its queries may depend on how many there are.
         sizes, longer = situation.sizes, None if anew else as_long_a_piece(model, batch, real)
         if longer is not None and sizes_of(longer) != sizes_of(small):
-            anatomy, few = prove(model, longer, layout), longer
+            anatomy, few = prove(model, longer, layout, kept=kept), longer
         else:
             few = small
-    remember(model, situation, Remembered(anatomy, few, steers, sizes))
-    return anatomy
+    return Remembered(anatomy, few, steers, sizes)
 
 
 def _proved_on_real_tokens(
-    model: nn.Module, batch: Mapping[str, Any], layout: Layout | None
+    model: nn.Module, batch: Mapping[str, Any], layout: Layout | None, kept: list[BlocksProof] | None
 ) -> tuple[Anatomy, FirstPasses, Tensor | None]:
     """The anatomy, the passes over the piece it was proved on, and which tokens are real, where that is not what the name
     `attention_mask` says: the piece is chosen anew where a mask was not seen to hide what it should."""
@@ -141,14 +156,14 @@ def _proved_on_real_tokens(
     anatomy: Anatomy | None = None
     refusal: UncollapseError | None = None
     try:
-        anatomy = prove(model, small, layout, before=output, recorded=first.recorded)
+        anatomy = prove(model, small, layout, before=output, recorded=first.recorded, kept=kept)
     except UncollapseError as error:  # a piece of nothing but padding may keep a sound model from being read
         refusal = error
     for name, value in masks_not_told(batch, anatomy):
         real = batch[name].bool() == value
         piece, elsewhere, output = fitting_piece(model, batch, real)
         with contextlib.suppress(UncollapseError):
-            other = prove(model, piece, layout, before=output)
+            other = prove(model, piece, layout, before=output, kept=kept)
             found = [mask for stack in other.stacks for mask in stack.masks if mask.tensor == name]
             if any(mask.real == value and mask.unit == "token" for mask in found):
                 return other, FirstPasses(Piece(piece, elsewhere, output)), real
@@ -183,15 +198,16 @@ def prove(
     *,
     before: list[Tensor] | None = None,
     recorded: Trace | None = None,
+    kept: list[BlocksProof] | None = None,
 ) -> Anatomy:
     """Read and prove the anatomy on `batch`, which should be small. Nothing is remembered. A model that is none with one stream is
     looked at as one with several side by side; so is one whose stream seems to be a grid of tokens or shows no features. before,
-    recorded: what the model gives on `batch`, and its trace, if somebody has seen them."""
+    recorded: what the model gives on `batch`, and its trace, if somebody has seen them. kept: takes the proof of the blocks."""
     try:
-        single = _prove(model, batch, layout, before=before, recorded=recorded)
+        single = _prove(model, batch, layout, before=before, recorded=recorded, kept=kept)
     except UnsupportedModel as refusal:
         try:
-            return _prove(model, batch, layout, before=before, several=True)
+            return _prove(model, batch, layout, before=before, several=True, kept=kept)
         except UnsupportedModel as other:
             if SIDE_BY_SIDE in refusal.identity and SIDE_BY_SIDE not in other.identity:
                 raise UnsupportedModel(
@@ -204,7 +220,7 @@ def prove(
     if all(block.axes is not None and len(block.axes.token) < 2 for block in single.blocks):
         return single
     try:
-        return _prove(model, batch, layout, before=before, several=True)
+        return _prove(model, batch, layout, before=before, several=True, kept=kept)
     except UnsupportedModel:
         return single
 
@@ -217,6 +233,7 @@ def _prove(
     before: list[Tensor] | None = None,
     recorded: Trace | None = None,
     several: bool = False,
+    kept: list[BlocksProof] | None = None,
 ) -> Anatomy:
     with probing(model):
         try:
@@ -232,7 +249,8 @@ def _prove(
         anatomy = read(model, recorded, layout, several=several)
         blocks = _proved_blocks(model, batch, anatomy, recorded, layout)
         proof += blocks.identities
-        recorded.tape.clear()  # it holds every tensor of the pass
+        if kept is None:
+            recorded.tape.clear()  # it holds every tensor of the pass
         paths = recorded.paths()
         proved = _shared_axes(blocks.proved, blocks.runs, anatomy)
         stacks = find_stacks(model, batch, replace(anatomy, blocks=tuple(proved)), blocks_alone)
@@ -262,17 +280,19 @@ def _prove(
     for identity in proof:
         if not identity.deviation <= 0.0:
             raise _failure(model, anatomy, identity, layout)
+    if kept is not None:
+        kept.append(BlocksProof(anatomy, batch, blocks))
     return anatomy
 
 
 def _proved_blocks(
     model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy, recorded: Trace, layout: Layout | None
-) -> _ProvedBlocks:
+) -> ProvedBlocks:
     """All blocks, proved on the arguments that they have in one pass. Weights that are kept elsewhere are read once for that pass
     and for the runs of each block by itself: it is proved while the pass stands behind it."""
     held = stages(model, anatomy.own_modules)
     if can_be_shared(model, held):
-        blocks = _ProvedBlocks(model, anatomy, recorded, layout)
+        blocks = ProvedBlocks(model, anatomy, recorded, layout)
         # Whatever it is: it is met again below, or one of the two has to follow the other.
         with contextlib.suppress(Exception):
             made_together(
@@ -284,13 +304,13 @@ def _proved_blocks(
             )
             blocks.prove_rest()
             return blocks
-    blocks = _ProvedBlocks(model, anatomy, recorded, layout)
+    blocks = ProvedBlocks(model, anatomy, recorded, layout)
     observe_blocks(model, batch, anatomy, runs=blocks.runs)
     blocks.prove_rest()
     return blocks
 
 
-class _ProvedBlocks:
+class ProvedBlocks:
     """The blocks proved so far, in their order. `runs`: what each was given in a pass. `reached`: see `_BlockProof`."""
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, recorded: Trace, layout: Layout | None) -> None:
@@ -335,6 +355,20 @@ class _ProvedBlocks:
         self.proved.append(prover.block)
         self.reached.append(prover.reached)
         self.identities += prover.identities
+
+
+@dataclass(frozen=True)
+class BlocksProof:
+    """The blocks of an anatomy as they were proved, and the batch on which."""
+
+    anatomy: Anatomy
+    batch: Mapping[str, Any]
+    blocks: ProvedBlocks
+
+    def again(self) -> ProvedBlocks:
+        """The same blocks, yet to be proved."""
+        of = self.blocks
+        return ProvedBlocks(of.model, of.anatomy, of.recorded, of.layout)
 
 
 def _with_causality(block: Block, reached: Mapping[int, Tensor], real: Tensor | None) -> Block:

@@ -46,15 +46,19 @@ class EntangledPasses(UncollapseError):  # noqa: N818 - what is found, as in the
 
 
 @contextlib.contextmanager
-def read_once(model: nn.Module, held: Sequence[nn.Module]) -> Iterator[None]:
-    """Within the block, and in this thread, each stage is held until a pass comes to the next one."""
+def read_once(
+    model: nn.Module, held: Sequence[nn.Module], leaving: Callable[[nn.Module], object] = lambda stage: None
+) -> Iterator[None]:
+    """Within the block, and in this thread, each stage is held until a pass comes to the next one. `leaving` is given it before
+    its weights are let go."""
     with restoring() as changes:
-        readings = _Readings()
+        readings = _Readings(leaving)
         changes.undo(readings.let_go)
         for stage in held:
             changes.hook(stage, "forward_pre", readings.enter, prepend=True)
             changes.hook(stage, "forward", readings.leave, always_call=True)
         yield
+        readings.leave_held()
 
 
 def made_together(
@@ -68,7 +72,7 @@ def made_together(
     `leaving` is given a stage that all of them have run as far as they go for now, before its weights are let go.
 
     Raises `EntangledPasses` where they have to be made one after the other. What was `finished` by then does not count."""
-    readings = _Readings(is_for_several=True)
+    readings = _Readings()
     several = [_Pass(work, readings) for work in passes]
     next_one, raised = 0, None
     with restoring() as changes:
@@ -127,10 +131,10 @@ def all_made(
 class _Readings:
     """Which stage is held, and which pass a thread makes."""
 
-    def __init__(self, *, is_for_several: bool = False) -> None:
+    def __init__(self, leaving: Callable[[nn.Module], object] | None = None) -> None:
         self.held: nn.Module | None = None
         self.mine = _Mine()
-        self._is_for_several = is_for_several
+        self._leaving = leaving  # None: of several passes
         self._thread = own_thread()
         self._holding = contextlib.ExitStack()
 
@@ -143,6 +147,12 @@ class _Readings:
         self.held = None
         self._holding.close()
 
+    def leave_held(self) -> None:
+        """A single pass has run the stage that is held."""
+        if self.held is not None and self._leaving is not None:
+            with torch._C.DisableTorchFunction():  # nothing of this is an operation of the model
+                self._leaving(self.held)
+
     def enter(self, stage: nn.Module, *_: Any) -> None:
         if own_thread() != self._thread:
             return
@@ -151,7 +161,8 @@ class _Readings:
             return
         if self.mine.one is not None:
             self.mine.one.stop(stage)
-        elif not self._is_for_several:  # else this is no pass of ours, but something that is run while they stand
+        elif self._leaving is not None:  # else this is no pass of ours, but something that is run while they stand
+            self.leave_held()
             self.hold(stage)
 
     def leave(self, *_: Any) -> None:

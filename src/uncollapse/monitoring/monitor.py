@@ -243,7 +243,7 @@ class Monitor:
     def _read(self, step: int, observed: Observations, loss: float | Tensor | None) -> list[Alarm]:
         """Make a reading of what a pass showed, and judge it."""
         assert self._prepared is not None
-        trajectory = site_records(observed)
+        trajectory = site_records(observed.sites)
         attention = [record for s in observed.attention for record in attention_records(s, "core")]
         projections = heads_records(observed.attention) if self._has_projections else []
         corpus = corpus_records(observed.corpus, between=False)

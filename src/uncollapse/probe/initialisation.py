@@ -78,31 +78,44 @@ class _Own:
     traces: list[tuple[_Trace, bool]] = field(default_factory=list)
 
 
-def evidence(model: nn.Module, anatomy: Anatomy, numbers: Iterable[int]) -> dict[int, Evidence]:
-    """What the weights of each of these blocks say, by block. No weight is read twice: it may be kept on disk."""
-    noted: dict[tuple[nn.Module, str], tuple[torch.Size, float]] = {}
-    own = {number: _of_block(model, anatomy, number, noted) for number in dict.fromkeys(numbers)}
+class WeightEvidence:
+    """What the weights of a model's blocks say. No weight is read twice: it may be kept on disk. Where it is, it can be noted while
+    a pass has it."""
 
-    @functools.cache  # each block is compared with all others
-    def sizes(number: int) -> list[tuple[torch.Size, float]]:
+    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+        self._model, self._anatomy = model, anatomy
+        self._own: dict[int, Evidence | _Own] = {}
+        self._noted: dict[tuple[nn.Module, str], tuple[torch.Size, float]] = {}  # of query and key weights
+
+    def note(self, number: int) -> None:
+        """Note all that is asked of this block's weights."""
+        if number not in self._own:
+            self._own[number] = _of_block(self._model, self._anatomy, number, self._noted)
+
+    def note_sizes(self, number: int) -> list[tuple[torch.Size, float]]:
+        """Note shape and size of this block's query and key weights, which those of each other block are compared with."""
         found = []
-        for module, name in _query_key_weights(model, anatomy.blocks[number]):
-            if (module, name) not in noted:
+        for module, name in _query_key_weights(self._model, self._anatomy.blocks[number]):
+            if (module, name) not in self._noted:
                 p = at_hand(module, name)
                 if p.is_meta:
                     continue
-                noted[module, name] = p.shape, _size(p)
-            found.append(noted[module, name])
+                self._noted[module, name] = p.shape, _size(p)
+            found.append(self._noted[module, name])
         return found
 
-    @functools.cache
-    def outside() -> str | None:
-        return _learnt_outside(model, anatomy)
-
-    return {
-        number: found if isinstance(found, Evidence) else _beside_others(found, anatomy, number, sizes, outside)
-        for number, found in own.items()
-    }
+    def of(self, numbers: Iterable[int]) -> dict[int, Evidence]:
+        """What the weights of each of these blocks say, by block."""
+        sizes = functools.cache(self.note_sizes)  # each block is compared with all others
+        outside = functools.cache(functools.partial(_learnt_outside, self._model, self._anatomy))
+        for number in dict.fromkeys(numbers):
+            self.note(number)
+        return {
+            number: found
+            if isinstance(found := self._own[number], Evidence)
+            else _beside_others(found, self._anatomy, number, sizes, outside)
+            for number in dict.fromkeys(numbers)
+        }
 
 
 def _of_block(

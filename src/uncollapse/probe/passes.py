@@ -32,6 +32,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor, nn
 
+from uncollapse.anatomy.drawn_proof import DrawnProof
 from uncollapse.anatomy.expected_runs import runs_checked
 from uncollapse.anatomy.interception import ChangedPath, device_of
 from uncollapse.anatomy.probing import probing
@@ -79,6 +80,16 @@ WATCHED: Final[Mapping[Level, frozenset[Watched]]] = {
 }
 
 
+class NotBorneOut(UncollapseError):  # noqa: N818 - what is found, as in the other errors
+    """With the model's own weights its blocks are not what they were with drawn ones."""
+
+
+_NOT_BORNE_OUT = (
+    "capture: expected blocks that are what they were with drawn weights in the place of their own, got others. What is measured "
+    "may be something else. Prove the model with its own weights."
+)
+
+
 @dataclass
 class Observations:
     """What one probe pass saw: a site for each stack's embedding and each of its blocks, stack after stack, and an entry for each
@@ -120,6 +131,8 @@ def capture(
     origins: Sequence[PartActivity] | None = None,
     told: dict[int, Told] | None = None,
     together: bool = False,
+    leaving: Callable[[nn.Module, Observations], object] = lambda stage, observed: None,
+    forecast: DrawnProof | None = None,
 ) -> Observations:
     """Run `model` once over `batches` (each a dict of tensors, moved to the model's device) and observe. `on_output` is given
     each batch and the model's output on it.
@@ -141,9 +154,13 @@ def capture(
     told: takes what is true of each batch whatever is taken away from the model, by its number, and gives it to the next pass.
     together: pass several batches at a time over a model whose weights are kept elsewhere, as many as `in_flight` says, so that
     each weight is read once for all of them. Every figure is what it is without.
+    leaving: where weights are kept elsewhere, is given each module that was run with all its weights held (`stages`), while
+    they still are, and what was seen so far.
+    forecast: the proof on drawn weights that `anatomy` comes from, to be borne out in this pass. It is made `together` then.
 
     Raises `InputError` where a padded batch meets a model whose token axis does not match the mask, `ChangedPath` where the
-    model takes another path on a batch than the one that was proved, `EntangledPasses` where batches cannot be passed `together`.
+    model takes another path on a batch than the one that was proved, `EntangledPasses` where batches cannot be passed `together`,
+    `NotBorneOut` where the forecast is not.
     """
     watched = frozenset(WATCHED[level] if watch is None else watch)
     probe = _Probe(model, anatomy, level, watched, digest, seed=seed)
@@ -153,7 +170,8 @@ def capture(
         before = sequences_before(batches, anatomy)
     if origins is not None:
         probe.start_from(origins)
-    if together and len(batches) > 1 and can_be_shared(model, held) and not is_ablated(model):
+    several = len(batches) > 1 or forecast is not None
+    if together and several and can_be_shared(model, held) and not is_ablated(model):
         groups = in_flight(batches, held)
         others = [_Probe(model, anatomy, level, watched, digest, seed=seed) for _ in range(max(map(len, groups)) - 1)]
         with contextlib.ExitStack() as stack:
@@ -164,13 +182,16 @@ def capture(
             stack.enter_context(probing(model, seed))
             for group in groups:
                 share = [(number, on_device(batches[number], device), before[number]) for number in group]
-                _pass_together([probe, *others], share, held, len(batches), progress, on_output, told)
+                first = forecast if group.start == 0 else None
+                _pass_together([probe, *others], share, held, len(batches), progress, on_output, told, leaving, first)
         return probe.observations
+    if forecast is not None:
+        raise NotBorneOut(_NOT_BORNE_OUT)
     with (
         contextlib.closing(probe),
         threads_kept(),
         probing(model, seed),
-        read_once(model, held),
+        read_once(model, held, lambda stage: leaving(stage, probe.observations)),
         probe.installed(),
         runs_checked(model, anatomy) as check,
     ):
@@ -204,9 +225,11 @@ def _pass_together(
     progress: Progress | None,
     on_output: Callable[[Mapping[str, Any], Any], None] | None,
     told: dict[int, Told] | None,
+    leaving: Callable[[nn.Module, Observations], object],
+    forecast: DrawnProof | None,
 ) -> None:
-    """Pass some of `count` batches together, each in sight of one of `probes`. share: the number of each, and how many sequences of
-    the corpus come before it."""
+    """Pass some of `count` batches together, each in sight of one of `probes`, and the piece of a forecast that is to be borne out.
+    share: the number of each, and how many sequences of the corpus come before it."""
     model, anatomy = probes[0].model, probes[0].anatomy
     problem: Exception | None = None
     passes: list[Callable[[], Any]] = []
@@ -222,6 +245,9 @@ def _pass_together(
             raise
 
     def finished(place: int, output: Any) -> None:
+        place -= len(ahead)
+        if place < 0:
+            return
         probes[place].count()
         number, batch, _ = share[place]
         if on_output is not None:
@@ -242,7 +268,16 @@ def _pass_together(
             problem = error
             break
         passes.append(functools.partial(observed, probe, number, batch))
-    made_together(model, held, passes, finished)
+
+    def left(stage: nn.Module) -> None:
+        if forecast is not None:
+            forecast.prove_within(stage)
+        leaving(stage, probes[0].observations)
+
+    ahead: list[Callable[[], Any]] = [] if forecast is None else [forecast.run]
+    made_together(model, held, [*ahead, *passes], finished, left)
+    if forecast is not None and not forecast.is_borne_out():
+        raise NotBorneOut(_NOT_BORNE_OUT)
     if problem is not None:
         raise problem
 
