@@ -84,7 +84,9 @@ MODELS: dict[str, tuple[str, Callable[[], Opened]]] = {
 def distance(model: nn.Module, batches: Batches) -> tuple[float, str]:
     """What the rule reads at its worst place, and there its words."""
     observed = capture(model, batches, proved_anatomy(model, batches[0]), watch={"corpus"})
-    read = findings.readings(site_records(observed.sites), [], [], corpus=corpus_records(observed.corpus, between=False))
+    read = findings.readings(
+        site_records(observed.sites), [], [], corpus=corpus_records(observed.corpus, between=False)
+    )
     (reading,) = [r for r in read if r.finding.code == "CORPUS-DIMENSIONS"]
     words = re.search(r"\((\w+)\), they use ([\d.]+) of (\d+) directions at ([\w ]+)", reading.finding.message)
     assert words is not None
