@@ -303,7 +303,7 @@ def test_what_cannot_be_proved_on_drawn_numbers_is_proved_on_the_weights(
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "t5", "bart"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "t5", "bart", "bert", "gemma3"])
 def test_the_first_diagnosis_reads_each_weight_once(kind: str, where: str, reads: Counter[str], tmp_path: Path) -> None:
     model, given = FAMILIES[kind].build(), [inputs_for(FAMILIES[kind], seed=seed) for seed in range(3)]
     inside = uc.diagnose(model, batches=given, name="one")

@@ -354,7 +354,7 @@ def test_an_output_of_another_width_on_another_process_is_no_pooling(monkeypatch
     monkeypatch.setattr(processes, "gathered", gathered)
     one.unite("diagnose")
     other.unite("diagnose")
-    monkeypatch.setattr(own_pooling, "_poked", lambda model, batch, names, anatomy: dict.fromkeys(names, 8))
+    monkeypatch.setattr(own_pooling._Poking, "widths", lambda poking, names, anatomy: dict.fromkeys(names, 8))
     model = model_of("bert")
     found = other.statistics(model, text_batch(), 6, proved_anatomy(model, text_batch()))
     assert [statistics.site.site for statistics in found] == ["vector"]

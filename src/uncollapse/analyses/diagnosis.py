@@ -6,7 +6,7 @@ judge. The result is a `Diagnosis` that can be shown, written to a file, and rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
@@ -25,7 +25,6 @@ from uncollapse.analyses.recording import (
 )
 from uncollapse.analyses.result import Recorded
 from uncollapse.anatomy.interception import Point
-from uncollapse.anatomy.vocabulary import Anatomy
 from uncollapse.judgement import findings
 from uncollapse.judgement.identifiability import heads_records, weights_reader
 from uncollapse.judgement.order_parameters import Components, symmetry_records
@@ -33,7 +32,7 @@ from uncollapse.measures.shared_out import threads_kept
 from uncollapse.probe.activity import embedding_records, part_records
 from uncollapse.probe.context_lengths import require_context_lengths, width_scaling
 from uncollapse.probe.initialisation import WeightEvidence
-from uncollapse.probe.logit_bounds import LogitBound, logit_bounds
+from uncollapse.probe.logit_bounds import LogitBound, LogitBounds
 from uncollapse.probe.own_pooling import OwnPooling
 from uncollapse.probe.passes import Level, Observations
 from uncollapse.probe.routing import router_records
@@ -97,39 +96,44 @@ def diagnose(
 
 def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None) -> DiagnosisRecord:
     """One probe pass and one pass per context length, as one record with its findings."""
-    bounds: Mapping[tuple[int, Point], LogitBound]
-    bounded: Anatomy | None = None
+    model, batch = prepared.loaded.model, prepared.batches[0]
+    bounds: LogitBounds
     pooling: OwnPooling
     weights: WeightEvidence
 
     def begin() -> None:
-        nonlocal bounds, bounded, pooling, weights
+        nonlocal bounds, pooling, weights
         pooling = OwnPooling(prepared.seed)
-        weights = WeightEvidence(prepared.loaded.model, prepared.anatomy)
-        # Before the pass, so that whoever watches the model sees the text last; anew where that one showed another anatomy.
-        if bounded is not prepared.anatomy:
-            bounded = prepared.anatomy
-            bounds = logit_bounds(prepared.loaded.model, bounded, prepared.batches[0])
+        weights = WeightEvidence(model, prepared.anatomy)
+        bounds = LogitBounds(model, prepared.anatomy, batch)
+        if not prepared.shares_a_reading:  # before the pass, so that whoever watches the model sees the text last
+            bounds.make()
+
+    def beside() -> list[Callable[[], object]]:
+        return [*bounds.passes(), *pooling.passes(model, batch, prepared.anatomy)]
 
     def leaving(stage: nn.Module, observed: Observations) -> None:
         """Ask the weights that are held now what may be asked of them later, so that they need not be read again."""
+        bounds.note(stage)
         inside = {id(module) for module in stage.modules()}
         for number, block in enumerate(prepared.anatomy.blocks):
-            if id(prepared.loaded.model.get_submodule(block.module.name)) in inside:
+            if id(model.get_submodule(block.module.name)) in inside:
                 weights.note_sizes(number)
                 if number in _doubtful_so_far(observed, number, prepared.level):
                     weights.note(number)
 
     observed = prepared.captured(
         level=prepared.level,
-        digest=weights_reader(prepared.loaded.model),
+        digest=weights_reader(model),
         progress=prepared.progress,
         begin=begin,
+        beside=beside,
         on_output=lambda batch, output: pooling.take(batch, output),
         leaving=leaving,
     )
     pooling.unite("diagnose")
-    return prepared.judged(lambda: _judged(prepared, observed, pooling, weights, bounds, context_lengths))
+    found = bounds.found()  # by all processes: they may have to gather weights for it
+    return prepared.judged(lambda: _judged(prepared, observed, pooling, weights, found, context_lengths))
 
 
 def _doubtful(found: Sequence[Finding]) -> list[int]:

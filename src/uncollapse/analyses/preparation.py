@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypedDict, TypeVar
@@ -24,6 +24,7 @@ from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.sharded_weights import is_sharded, require_gatherable
 from uncollapse.anatomy.shared_readings import EntangledPasses
 from uncollapse.anatomy.situations import sizes_of
+from uncollapse.anatomy.stages import can_be_shared, stages
 from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, Layout
 from uncollapse.errors import InputError
@@ -151,12 +152,27 @@ class Prepared:
         made = {number: one for each in processes.gathered(own, self.caller) for number, one in each.items()}
         return [made[number] for number in numbers]
 
-    def captured(self, *, begin: Callable[[], object] = lambda: None, **options: Any) -> Observations:
+    @property
+    def shares_a_reading(self) -> bool:
+        """Whether passes share a reading of weights that are kept elsewhere, as far as it shows before they are made."""
+        model = self.loaded.model
+        return (
+            not self.shares and can_be_shared(model, stages(model, self.anatomy.own_modules)) and not is_ablated(model)
+        )
+
+    def captured(
+        self,
+        *,
+        begin: Callable[[], object] = lambda: None,
+        beside: Callable[[], Sequence[Callable[[], object]]] = lambda: (),
+        **options: Any,
+    ) -> Observations:
         """One probe pass, with the options of `capture`. Where the model takes another way than was proved, on account of
         something that cannot be seen from outside, it is proved anew on the very batch: once, or once for each size of batch.
 
         Batches are passed together where their passes share a reading of the weights, until it is seen that they must not be.
 
+        beside: gives the passes that are made beside those of the batches, where these share a reading, anew for each try.
         begin: called before each try. What `on_output` was given in a try that failed does not count.
         """
         model, together = self.loaded.model, not self.shares
@@ -165,7 +181,7 @@ class Prepared:
         while True:
             try:
                 begin()
-                sharing = {"together": True, "forecast": self.forecast} if together else {}
+                sharing = {"together": True, "forecast": self.forecast, "beside": beside} if together else {}
                 observed = self._captured(**options, **sharing)
                 self.forecast = None  # it is borne out
                 return observed

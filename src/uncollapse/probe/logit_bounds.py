@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from uncollapse.anatomy.proof import known_example
 from uncollapse.anatomy.shared_readings import all_made
 from uncollapse.anatomy.torch_calls import operation_name, tensors_in
 from uncollapse.anatomy.vocabulary import Anatomy, AttentionCall, Block
-from uncollapse.probe.norm_law import proved_law
+from uncollapse.probe.norm_law import NormLaw, proved_law
 from uncollapse.records.common import BoundPart
 from uncollapse.restoring import in_this_thread, restoring
 
@@ -68,39 +68,124 @@ class _Seen:
     weights: list[Tensor] = field(default_factory=list)
 
 
-def logit_bounds(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> dict[tuple[int, Point], LogitBound]:
-    """A bound, or why there is none, of every attention call: by block and the call's product. A few tiny passes."""
-    calls = [(n, b, c) for n, b in enumerate(anatomy.blocks) for p in b.parts for c in p.attention]
-    given = known_example(model) or example(batch)
-    try:
-        with probing(model):
-            seen, outputs = _passes(model, [c for _, _, c in calls], anatomy, given)
-    except Exception as error:  # a model of the user's may raise anything at such logits
-        return {(n, c.product): LogitBound(None, f"not shown: {type(error).__name__}") for n, _, c in calls}
-    return {
-        (n, call.product): (None if call.is_piece else _capped(one) or _normed(model, block, call, one, outputs))
-        or LogitBound(None, UNPROVED)
-        for (n, block, call), one in zip(calls, seen, strict=True)
-    }
+class LogitBounds:
+    """A bound, or why there is none, of every attention call. It takes a few tiny passes, which are made beside others where those
+    share a reading of the weights."""
 
+    def __init__(self, model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> None:
+        self._model, self._anatomy = model, anatomy
+        self._batch = known_example(model) or example(batch)
+        self._calls = [(n, b, c) for n, b in enumerate(anatomy.blocks) for p in b.parts for c in p.attention]
+        self._seen: list[_Seen] = []
+        self._outputs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._laws: dict[tuple[str, int], NormLaw | None] = {}  # by norm and place among its outputs
+        self._left: int | None = None  # passes that are still to be made; None before any was asked for
+        self._error: Exception | None = None
 
-def _passes(
-    model: nn.Module, calls: Sequence[AttentionCall], anatomy: Anatomy, batch: Mapping[str, Any]
-) -> tuple[list[_Seen], dict[str, list[tuple[Tensor, Tensor]]]]:
-    inner = {n.module.name for b in anatomy.blocks for n in b.norms if n.role == "inner" and n.piece is None}
-    seen: list[_Seen] = []
-    outputs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    def passes(self) -> list[Callable[[], None]]:
+        """The passes, within `probing`, in their order; none of them raises what the model raises."""
+        calls = [call for _, _, call in self._calls]
+        inner = {n.module.name for b in self._anatomy.blocks for n in b.norms if n.role == "inner" and n.piece is None}
+        self._seen, self._error = [_Seen() for _ in calls], None
+        self._outputs.clear()
+        self._laws.clear()
+        several = [(factor, self._handlers(factor)) for factor in _FACTORS]
+        # A fused call has no soft cap, and without a norm of its own nothing bounds it.
+        is_of_use = bool(inner) or not all(call.is_fused for call in calls)
+        wanted = list(itertools.takewhile(lambda each: bool(each[1]), several if is_of_use else ()))
+        self._left = len(wanted)
+        return [functools.partial(self._run, factor, handlers, inner) for factor, handlers in wanted]
 
-    def met(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
-                outputs.setdefault(name, []).append((args[0].detach(), output.detach()))
+    def note(self, stage: nn.Module) -> None:
+        """Find the gains and shifts of the norms inside this module, through which the passes have run, while its weights are
+        held."""
+        inside = {id(module) for module in stage.modules()}
+        kinds = {n.module.name: n.kind for b in self._anatomy.blocks for n in b.norms}
+        for name, met in self._outputs.items():
+            if id(self._model.get_submodule(name)) in inside:
+                for place in range(len(met)):
+                    self._law(name, kinds[name], place)
 
-        return in_this_thread(hook)
+    def _law(self, name: str, kind: Literal["layer", "rms"], place: int) -> NormLaw | None:
+        if (name, place) not in self._laws:
+            given, output = self._outputs[name][place]
+            self._laws[name, place] = proved_law(self._model.get_submodule(name), kind, given, output)
+        return self._laws[name, place]
 
-    def handlers_of(factor: float) -> dict[Point, Handler]:
+    def make(self) -> None:
+        """Make the passes, by themselves."""
+        try:
+            with probing(self._model):
+                all_made(self._model, self._anatomy.own_modules, self.passes)
+        except Exception as error:  # a model of the user's may raise anything at such logits
+            self._error = error
+
+    def found(self) -> dict[tuple[int, Point], LogitBound]:
+        """By block and the call's product."""
+        if self._error is None and self._left != 0:
+            self.make()
+        if self._error is not None:
+            reason = f"not shown: {type(self._error).__name__}"
+            return {(n, c.product): LogitBound(None, reason) for n, _, c in self._calls}
+        return {
+            (n, call.product): (None if call.is_piece else _capped(one) or self._normed(block, call, one))
+            or LogitBound(None, UNPROVED)
+            for (n, block, call), one in zip(self._calls, self._seen, strict=True)
+        }
+
+    def _normed(self, block: Block, call: AttentionCall, one: _Seen) -> LogitBound | None:
+        if one.queries is None or one.keys is None:
+            return None
+        names = {n.module.name: n for n in block.norms if n.role == "inner" and n.piece is None}
+        lengths = [self._length(names, operand) for operand in (one.queries, one.keys)]
+        if lengths[0] is None or lengths[1] is None:
+            return None
+        product = lengths[0] * lengths[1]
+        if one.product is not None:
+            if len(one.logits) != len(_FACTORS) or {x.shape for x in one.logits} != {one.product.shape}:
+                return None
+            large = (one.weights[0] > 0) & (one.product.abs() > 0.1 * one.product.abs().max())
+            if not bool(large.any()):
+                return None
+            one.scale = float((one.logits[0][large] / one.product[large]).median())
+            one.added = one.logits[1]
+        bound = abs(one.scale) * product * (1 + _CLOSE)
+        if one.added is not None and not _adds_nothing(one.added, bound):
+            return None
+        if one.product is not None:
+            beside = (one.logits[0] - one.scale * one.product)[one.logits[1] == 0]
+            if not bool((beside.abs() <= _CLOSE * bound).all()):
+                return None  # a scale that is not one number
+        return LogitBound(
+            2 * bound,
+            f"if queries and keys keep their norm, with these gains, and no position scales them: at most {lengths[0]:.3g} and "
+            f"{lengths[1]:.3g} long on any text",
+            "query-key norm",
+        )
+
+    def _length(self, norms: Mapping[str, Any], operand: Tensor) -> float | None:
+        """The most that a norm's output can be long, where all rows of the operand are as long as outputs of one norm."""
+        width = operand.shape[-1]
+        found = torch.linalg.vector_norm(operand, dim=-1).flatten().sort().values
+        for name, norm in norms.items():
+            for place, (_, output) in enumerate(self._outputs.get(name, [])):
+                if output.shape[-1] != width:
+                    continue  # a norm over all heads together bounds no single head well
+                made = torch.linalg.vector_norm(output.double(), dim=-1).flatten().sort().values
+                if len(found) % len(made):  # keys may be repeated for the queries that share them
+                    continue
+                again = made.repeat_interleave(len(found) // len(made))
+                if not bool(((found - again).abs() <= _CLOSE * (1 + found)).all()):
+                    continue
+                law = self._law(name, norm.kind, place)
+                if law is None:
+                    continue
+                return float(width**0.5 * law.gamma.abs().max() + torch.linalg.vector_norm(law.beta))
+        return None
+
+    def _handlers(self, factor: float) -> dict[Point, Handler]:
         handlers: dict[Point, Handler] = {}
-        for call, one in zip(calls, seen, strict=True):
+        for (_, _, call), one in zip(self._calls, self._seen, strict=True):
             if call.is_fused:
                 if factor == 1:
                     handlers[call.product] = _fused(one)
@@ -109,24 +194,23 @@ def _passes(
                 handlers[call.score] = _logits(one)
         return handlers
 
-    def run(factor: float, handlers: Mapping[Point, Handler]) -> None:
-        with restoring() as changes, torch.no_grad():
-            for name in inner if factor == 1 else ():
-                changes.hook(model.get_submodule(name), "forward", met(name))
-            changes.enter(intercepted(model, handlers))
-            model(**batch)
+    def _run(self, factor: float, handlers: Mapping[Point, Handler], inner: set[str]) -> None:
+        def met(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+                    self._outputs.setdefault(name, []).append((args[0].detach(), output.detach()))
 
-    def passes() -> list[Callable[[], None]]:
-        seen[:] = [_Seen() for _ in calls]
-        outputs.clear()
-        several = [(factor, handlers_of(factor)) for factor in _FACTORS]
-        # A fused call has no soft cap, and without a norm of its own nothing bounds it.
-        is_of_use = bool(inner) or not all(call.is_fused for call in calls)
-        wanted = itertools.takewhile(lambda each: bool(each[1]), several if is_of_use else ())
-        return [functools.partial(run, *each) for each in wanted]
+            return in_this_thread(hook)
 
-    all_made(model, anatomy.own_modules, passes)
-    return seen, outputs
+        try:
+            with restoring() as changes, torch.no_grad():
+                for name in inner if factor == 1 else ():
+                    changes.hook(self._model.get_submodule(name), "forward", met(name))
+                changes.enter(intercepted(self._model, handlers))
+                self._model(**self._batch)
+        except Exception as error:  # a model of the user's may raise anything at such logits
+            self._error = self._error or error
+        self._left = (self._left or 0) - 1
 
 
 def _fused(one: _Seen) -> Handler:
@@ -192,66 +276,7 @@ def _capped(one: _Seen) -> LogitBound | None:
     )
 
 
-def _normed(
-    model: nn.Module, block: Block, call: AttentionCall, one: _Seen, outputs: Mapping[str, list[tuple[Tensor, Tensor]]]
-) -> LogitBound | None:
-    if one.queries is None or one.keys is None:
-        return None
-    names = {n.module.name: n for n in block.norms if n.role == "inner" and n.piece is None}
-    lengths = [_length(model, names, outputs, operand) for operand in (one.queries, one.keys)]
-    if lengths[0] is None or lengths[1] is None:
-        return None
-    product = lengths[0] * lengths[1]
-    if one.product is not None:
-        if len(one.logits) != len(_FACTORS) or {x.shape for x in one.logits} != {one.product.shape}:
-            return None
-        large = (one.weights[0] > 0) & (one.product.abs() > 0.1 * one.product.abs().max())
-        if not bool(large.any()):
-            return None
-        one.scale = float((one.logits[0][large] / one.product[large]).median())
-        one.added = one.logits[1]
-    bound = abs(one.scale) * product * (1 + _CLOSE)
-    if one.added is not None and not _adds_nothing(one.added, bound):
-        return None
-    if one.product is not None:
-        beside = (one.logits[0] - one.scale * one.product)[one.logits[1] == 0]
-        if not bool((beside.abs() <= _CLOSE * bound).all()):
-            return None  # a scale that is not one number
-    return LogitBound(
-        2 * bound,
-        f"if queries and keys keep their norm, with these gains, and no position scales them: at most {lengths[0]:.3g} and "
-        f"{lengths[1]:.3g} long on any text",
-        "query-key norm",
-    )
-
-
 def _adds_nothing(added: Tensor, bound: float) -> bool:
     """Whether what comes to logits between -bound and bound is exactly 0 or forbids the pair. However small it is on these few
     tokens, it may grow with their distance."""
     return bool(((added == 0) | (added <= -(2 * bound + NOTHING))).all())
-
-
-def _length(
-    model: nn.Module,
-    norms: Mapping[str, Any],
-    outputs: Mapping[str, list[tuple[Tensor, Tensor]]],
-    operand: Tensor,
-) -> float | None:
-    """The most that a norm's output can be long, where all rows of the operand are as long as outputs of one norm."""
-    width = operand.shape[-1]
-    found = torch.linalg.vector_norm(operand, dim=-1).flatten().sort().values
-    for name, norm in norms.items():
-        for given, output in outputs.get(name, []):
-            if output.shape[-1] != width:
-                continue  # a norm over all heads together bounds no single head well
-            made = torch.linalg.vector_norm(output.double(), dim=-1).flatten().sort().values
-            if len(found) % len(made):  # keys may be repeated for the queries that share them
-                continue
-            again = made.repeat_interleave(len(found) // len(made))
-            if not bool(((found - again).abs() <= _CLOSE * (1 + found)).all()):
-                continue
-            law = proved_law(model.get_submodule(name), norm.kind, given, output)
-            if law is None:
-                continue
-            return float(width**0.5 * law.gamma.abs().max() + torch.linalg.vector_norm(law.beta))
-    return None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class OwnPooling:
     def __init__(self, seed: int) -> None:
         self._found: dict[str, CorpusStatistics] = {}
         self._taken: dict[str, int] = {}
+        self._poking: _Poking | None = None
         self._generator = torch.Generator().manual_seed(seed * 1_000_003 + processes.number())
 
     def take(self, batch: Mapping[str, Any], output: Any) -> None:
@@ -75,6 +76,14 @@ class OwnPooling:
             statistics.put(functools.reduce(RunningCloud.merge, clouds) if clouds else None)
             self._found[name], self._taken[name] = statistics, sum(taken for taken, _, _, _ in those)
 
+    def passes(self, model: nn.Module, batch: Mapping[str, Any], anatomy: Anatomy) -> list[Callable[[], object]]:
+        """The passes that tell which outputs are poolings, to be made within `probing`, for `statistics` of the same model and
+        batch; none where that is known."""
+        if _known(model, anatomy) is not None:
+            return []
+        self._poking = _Poking(model, batch)
+        return self._poking.passes()
+
     def statistics(
         self, model: nn.Module, batch: Mapping[str, Any], sequences: int, anatomy: Anatomy
     ) -> list[CorpusStatistics]:
@@ -84,9 +93,10 @@ class OwnPooling:
         whole = {name: found for name, found in self._found.items() if self._taken[name] == sequences}
         if not whole:
             return []
-        proved, known = _remembered.get(model, (None, None))
-        if known is None or proved is None or proved() is not anatomy or not whole.keys() <= known.keys():
-            known = _poked(model, batch, list(whole), anatomy)
+        known = _known(model, anatomy)
+        if known is None or not whole.keys() <= known.keys():
+            poking = self._poking or _Poking(model, batch)
+            known = poking.widths(list(whole), anatomy)
             _remembered[model] = weakref.ref(anatomy), known
         return [found for name, found in whole.items() if known[name] == found.site.width]
 
@@ -96,24 +106,52 @@ _remembered: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Anatomy], di
 )
 
 
-def _poked(model: nn.Module, batch: Mapping[str, Any], names: list[str], anatomy: Anatomy) -> dict[str, int]:
-    """The width of those of these outputs that are poolings; 0 of the others."""
-    device, nothing = device_of(model), dict.fromkeys(names, 0)
-    lengths = [length for v in batch.values() if (length := _length(v)) > 1]
-    shorter = example_batch(batch, min([TOKENS, *(length - 1 for length in lengths)]))
-    piece = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in shorter.items()}
-    if _sequences(piece) < 3:
-        return nothing
-    try:
-        with probing(model):
-            passes = [lambda given=given: dict(_rows(model(**given))) for given in (piece, _replaced(piece))]
-            before, after = all_made(model, anatomy.own_modules, lambda: passes)
-    except Exception:  # the model's own code may raise anything on a piece; then nothing is known of its outputs
-        return nothing
-    # An output that is as wide as the piece is long, where the corpus is no longer, may be a figure for each token.
-    uncut = {length for name, v in piece.items() if (length := _length(v)) == _length(batch[name])}
-    found = {name: before[name].shape[1] for name in names if _is_pooling(before.get(name), after.get(name))}
-    return nothing | {name: width for name, width in found.items() if width not in uncut}
+def _known(model: nn.Module, anatomy: Anatomy) -> dict[str, int] | None:
+    """The widths of this model's poolings, 0 of other outputs, if they were asked for since its anatomy was proved."""
+    proved, known = _remembered.get(model, (None, None))
+    return known if proved is not None and proved() is anatomy else None
+
+
+class _Poking:
+    """Runs a small piece of a batch, and the same with one sequence replaced."""
+
+    def __init__(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        self._model, self._batch = model, batch
+        device = device_of(model)
+        lengths = [length for v in batch.values() if (length := _length(v)) > 1]
+        shorter = example_batch(batch, min([TOKENS, *(length - 1 for length in lengths)]))
+        self._piece = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in shorter.items()}
+        self._made: list[dict[str, Tensor]] = []
+        self._has_failed = False
+
+    def passes(self) -> list[Callable[[], object]]:
+        """The passes, in their order; none where the piece has too few sequences to tell. None raises what the model raises."""
+        self._made.clear()
+        if _sequences(self._piece) < 3:
+            return []
+        return [functools.partial(self._run, given) for given in (self._piece, _replaced(self._piece))]
+
+    def _run(self, given: Mapping[str, Any]) -> None:
+        try:
+            self._made.append(dict(_rows(self._model(**given))))
+        except Exception:  # the model's own code may raise anything on a piece; then nothing is known of its outputs
+            self._has_failed = True
+
+    def widths(self, names: list[str], anatomy: Anatomy) -> dict[str, int]:
+        """The width of those of these outputs that are poolings; 0 of the others."""
+        if len(self._made) < 2 and not self._has_failed:
+            try:
+                with probing(self._model):
+                    all_made(self._model, anatomy.own_modules, self.passes)
+            except Exception:  # the same
+                self._has_failed = True
+        if len(self._made) < 2 or self._has_failed:
+            return dict.fromkeys(names, 0)
+        before, after = self._made
+        # An output that is as wide as the piece is long, where the corpus is no longer, may be a figure for each token.
+        uncut = {length for name, v in self._piece.items() if (length := _length(v)) == _length(self._batch[name])}
+        found = {name: before[name].shape[1] for name in names if _is_pooling(before.get(name), after.get(name))}
+        return dict.fromkeys(names, 0) | {name: width for name, width in found.items() if width not in uncut}
 
 
 def _length(value: Any) -> int:

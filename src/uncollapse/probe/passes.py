@@ -133,6 +133,7 @@ def capture(
     together: bool = False,
     leaving: Callable[[nn.Module, Observations], object] = lambda stage, observed: None,
     forecast: DrawnProof | None = None,
+    beside: Callable[[], Sequence[Callable[[], object]]] = lambda: (),
 ) -> Observations:
     """Run `model` once over `batches` (each a dict of tensors, moved to the model's device) and observe. `on_output` is given
     each batch and the model's output on it.
@@ -157,6 +158,7 @@ def capture(
     leaving: where weights are kept elsewhere, is given each module that was run with all its weights held (`stages`), while
     they still are, and what was seen so far.
     forecast: the proof on drawn weights that `anatomy` comes from, to be borne out in this pass. It is made `together` then.
+    beside: gives passes that are made beside those of the first batches, where these are made `together`. None is made where not.
 
     Raises `InputError` where a padded batch meets a model whose token axis does not match the mask, `ChangedPath` where the
     model takes another path on a batch than the one that was proved, `EntangledPasses` where batches cannot be passed `together`,
@@ -170,8 +172,7 @@ def capture(
         before = sequences_before(batches, anatomy)
     if origins is not None:
         probe.start_from(origins)
-    several = len(batches) > 1 or forecast is not None
-    if together and several and can_be_shared(model, held) and not is_ablated(model):
+    if together and can_be_shared(model, held) and not is_ablated(model):
         groups = in_flight(batches, held)
         others = [_Probe(model, anatomy, level, watched, digest, seed=seed) for _ in range(max(map(len, groups)) - 1)]
         with contextlib.ExitStack() as stack:
@@ -180,10 +181,13 @@ def capture(
             for each in others:
                 each.sees_with(probe)
             stack.enter_context(probing(model, seed))
+            ahead: Sequence[Callable[[], object]] = beside() if forecast is None else [forecast.run, *beside()]
             for group in groups:
                 share = [(number, on_device(batches[number], device), before[number]) for number in group]
-                first = forecast if group.start == 0 else None
-                _pass_together([probe, *others], share, held, len(batches), progress, on_output, told, leaving, first)
+                _pass_together(
+                    [probe, *others], share, held, len(batches), progress, on_output, told, leaving, forecast, ahead
+                )
+                forecast, ahead = None, ()
         return probe.observations
     if forecast is not None:
         raise NotBorneOut(_NOT_BORNE_OUT)
@@ -227,9 +231,10 @@ def _pass_together(
     told: dict[int, Told] | None,
     leaving: Callable[[nn.Module, Observations], object],
     forecast: DrawnProof | None,
+    ahead: Sequence[Callable[[], object]],
 ) -> None:
-    """Pass some of `count` batches together, each in sight of one of `probes`, and the piece of a forecast that is to be borne out.
-    share: the number of each, and how many sequences of the corpus come before it."""
+    """Pass some of `count` batches together, each in sight of one of `probes`, and other passes `ahead` of them, that of a forecast
+    that is to be borne out among these. share: the number of each, and how many sequences of the corpus come before it."""
     model, anatomy = probes[0].model, probes[0].anatomy
     problem: Exception | None = None
     passes: list[Callable[[], Any]] = []
@@ -274,7 +279,6 @@ def _pass_together(
             forecast.prove_within(stage)
         leaving(stage, probes[0].observations)
 
-    ahead: list[Callable[[], Any]] = [] if forecast is None else [forecast.run]
     made_together(model, held, [*ahead, *passes], finished, left)
     if forecast is not None and not forecast.is_borne_out():
         raise NotBorneOut(_NOT_BORNE_OUT)
