@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uncollapse.anatomy.block_alone import observe_blocks
+from uncollapse.anatomy.block_alone import BlockRun, observe_blocks
 from uncollapse.anatomy.drawn_weights import can_be_drawn, drawn_weights
 from uncollapse.anatomy.proof import BlocksProof, remembered_proof
 from uncollapse.anatomy.situations import Remembered, Situation, recalled, remember
@@ -35,6 +35,10 @@ class DrawnProof:
         self.anatomy = found.anatomy
         self._model, self._situation, self._found, self._drawn = model, situation, found, drawn
         self._own = drawn.again()
+        drawn.blocks.runs.clear()  # they hold what entered and left each block
+        recorded, parts = drawn.blocks.recorded, [part for block in drawn.blocks.proved for part in block.parts]
+        if not recorded.pieces and all(part.router is None for part in parts):
+            recorded.tape.clear()  # every tensor of the piece's pass, which nobody replays
         self._error: Exception | None = None
 
     def run(self) -> None:
@@ -49,6 +53,8 @@ class DrawnProof:
         if self._error is None:
             try:
                 self._own.prove_within(stage)
+                for number in range(len(self._own.proved)):
+                    self._own.runs[number] = BlockRun()
             except Exception as error:  # the same
                 self._error = error
 

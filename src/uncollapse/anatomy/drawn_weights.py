@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -28,6 +29,7 @@ from uncollapse.measures.admission import FLOATS
 from uncollapse.restoring import restoring
 
 LEAST, MOST = 0.25, 0.75  # of what has one axis: gains, biases, logarithms
+LARGE = 2**20  # bytes
 
 
 def can_be_drawn(model: nn.Module) -> bool:
@@ -62,8 +64,17 @@ def _buffers_as_found(model: nn.Module) -> Callable[[], None]:
 def _drawn(name: str, like: Tensor) -> Tensor:
     """The numbers of the weight with this name, as long and in the format of `like`."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    found = torch.empty(like.shape, dtype=like.dtype)
+    found = _empty(like)
     if like.ndim < 2:
         return found.uniform_(LEAST, MOST, generator=generator)
     bound = math.sqrt(3 / like.shape[-1])  # of a uniform distribution, so that a stream keeps its size
     return found.uniform_(-bound, bound, generator=generator)
+
+
+def _empty(like: Tensor) -> Tensor:
+    """Memory for a tensor of this shape and format, which goes back to the system with it: the C library would keep pieces of up to
+    32 MB for itself."""
+    size = like.numel() * like.element_size()
+    if size < LARGE:
+        return torch.empty(like.shape, dtype=like.dtype)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype).view(like.shape)

@@ -10,6 +10,7 @@ When not to use `held_weights`: around a whole model, which would then be held a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -102,6 +103,21 @@ def put_in_place(module: nn.Module, other: Callable[[str, nn.Parameter], Tensor]
             changes.set(hook, "tied_params_names", set())  # accelerate would note where a tied weight lies in memory
             changes.set(hook, "weights_map", _Given(hook.weights_map, given(hook.weights_map, where, own)))
         yield
+
+
+def give_back_memory() -> None:
+    """Hand memory that was freed back to the system, where the C library can be asked for it: glibc keeps pieces of up to 32 MB,
+    and with them a block's weights."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _trim() -> Any:
+    with contextlib.suppress(OSError, TypeError, AttributeError):
+        return ctypes.CDLL(None).malloc_trim
+    return None
 
 
 def _offloading(module: nn.Module) -> list[Any]:

@@ -53,7 +53,7 @@ from uncollapse.anatomy.first_passes import FirstPasses, first_passes, traced
 from uncollapse.anatomy.influence import EVERY, moved, poked, reaches, stream_axes, without_zeros
 from uncollapse.anatomy.interception import Handler, Point
 from uncollapse.anatomy.mixing_proof import HeadsMixing
-from uncollapse.anatomy.offloaded_weights import held_weights
+from uncollapse.anatomy.offloaded_weights import held_weights, is_kept_elsewhere
 from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.probing import output_of, probing, tensors_of
 from uncollapse.anatomy.reached_rows import reached_by_later
@@ -322,13 +322,15 @@ class ProvedBlocks:
         self._known: dict[tuple[int, tuple[int, ...]], StreamAxes] = {}  # by stack and shape of its stream
 
     def prove_within(self, stage: nn.Module) -> None:
-        """Prove the next blocks, as far as they have run in this module. No random number of the pass is drawn meanwhile."""
+        """Prove the next blocks, as far as they have run, in this module or where no weight is kept elsewhere. No random number of
+        the pass is drawn meanwhile."""
         inside = {id(module) for module in stage.modules()}
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
         with torch.random.fork_rng(devices=devices):
             while len(self.proved) < len(self.runs):
                 block, run = self.anatomy.blocks[len(self.proved)], self.runs[len(self.proved)]
-                if run.output is None or id(self.model.get_submodule(block.module.name)) not in inside:
+                module = self.model.get_submodule(block.module.name)
+                if run.output is None or (id(module) not in inside and any(map(is_kept_elsewhere, module.modules()))):
                     break
                 self._prove_next()
 

@@ -31,7 +31,7 @@ import torch
 from torch import nn
 
 from uncollapse.anatomy.module_states import ModuleStates
-from uncollapse.anatomy.offloaded_weights import held_weights
+from uncollapse.anatomy.offloaded_weights import give_back_memory, held_weights
 from uncollapse.anatomy.stages import can_be_shared, stages
 from uncollapse.anatomy.thread_settings import ThreadSettings, process_settings
 from uncollapse.anatomy.turns import own_thread, serving
@@ -140,6 +140,7 @@ class _Readings:
 
     def hold(self, stage: nn.Module) -> None:
         self.let_go()
+        give_back_memory()
         self._holding.enter_context(held_weights(stage))
         self.held = stage
 
