@@ -7,7 +7,7 @@ import copy
 import io
 import pickle
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -248,24 +248,6 @@ def test_a_call_that_ctrl_c_cut_off_on_its_way_out_puts_nothing_back_in_the_mids
     assert torch._C._len_torch_function_stack() == 0
     assert len(second()) == 1
     assert torch.is_grad_enabled()
-
-
-def test_a_default_device_that_is_put_back_late_leaves_the_modes_of_another_call_alone() -> None:
-    @contextlib.contextmanager
-    def on_meta() -> Iterator[None]:
-        with restoring() as changes:
-            changes.default_device("meta")
-            yield
-
-    late = on_meta()
-    with torch.device("cpu"):
-        before = torch.overrides._get_current_function_mode_stack()
-        late.__enter__()
-        assert torch.zeros(1).is_meta
-        with BaseTorchFunctionMode() as mode:
-            late.gen.close()
-            assert torch.overrides._get_current_function_mode_stack() == [*before, mode]
-            assert torch.zeros(1).device.type == "cpu"
 
 
 def test_what_fails_to_be_undone_keeps_nothing_else_from_being_undone() -> None:

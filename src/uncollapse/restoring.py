@@ -83,10 +83,9 @@ class Changes:
 
     def default_device(self, device: str) -> None:
         """New tensors of this thread are made on `device`. A `with torch.device(...)` would stay, were its way out interrupted."""
-        mode, before = torch.utils._device.DeviceContext(device), _get_current_function_mode_stack()
-        others = [each for each in before if isinstance(each, torch.utils._device.DeviceContext)]
-        self.undo(functools.partial(_take_off_device, mode, others, torch.utils._device.CURRENT_DEVICE))
-        mode.__enter__()
+        modes = _get_current_function_mode_stack()
+        self.undo(functools.partial(_put_function_modes, modes, torch.utils._device.CURRENT_DEVICE))
+        torch.device(device).__enter__()
 
     def put_back(self) -> None:
         """Undo everything, also when one undo fails or is interrupted; what came in between is raised at the end."""
@@ -194,14 +193,11 @@ def take_off_function_modes(own: Collection[int]) -> None:
             torch._C._push_on_torch_function_stack(mode)
 
 
-def _take_off_device(mode: Any, others: list[Any], device: torch.device | None) -> None:
-    """Take off the mode that stands for a default device, where it is there, and put those back that it took the place of."""
-    modes = _get_current_function_mode_stack()
-    if not any(each is mode for each in modes):
-        return
+def _put_function_modes(modes: list[Any], device: torch.device | None) -> None:
+    """The modes, and the device that one of them stands for, where it was set."""
     _cut_function_modes(0)
-    for each in [*others, *(each for each in modes if each is not mode)]:
-        torch._C._push_on_torch_function_stack(each)
+    for mode in modes:
+        torch._C._push_on_torch_function_stack(mode)
     torch.utils._device.CURRENT_DEVICE = device
 
 

@@ -506,12 +506,12 @@ def test_weights_of_24_mebibytes_lie_in_memory(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("sides", "shared"), [([(40, 50)], True), ([(39, 50), (15, 20)], False), ([(39, 50), (16, 20)], True)]
+    ("sides", "shared"), [([(16, 50)], True), ([(15, 50), (15, 20)], False), ([(15, 50), (16, 20)], True)]
 )
-def test_work_is_shared_out_from_five_million_on(monkeypatch, sides, shared):
+def test_work_is_shared_out_from_two_million_on(monkeypatch, sides, shared):
     """The sum of the cubes of all sides."""
-    asked, pool = [], symmetric_eigenvalues.ThreadPoolExecutor
-    monkeypatch.setattr(symmetric_eigenvalues, "ThreadPoolExecutor", lambda n: (asked.append(n), pool(n))[1])
+    asked, share = [], symmetric_eigenvalues.shared_out
+    monkeypatch.setattr(symmetric_eigenvalues, "shared_out", lambda works: (asked.append(len(works)), share(works))[1])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     batches = [torch.eye(side, dtype=torch.float64).expand(count, side, side) for count, side in sides]
     found = symmetric_eigenvalues.eigenvalues(batches)

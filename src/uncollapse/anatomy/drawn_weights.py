@@ -25,17 +25,17 @@ from torch import Tensor, nn
 
 from uncollapse.anatomy.offloaded_weights import kept_parameters, put_in_place
 from uncollapse.anatomy.probing import probing
-from uncollapse.measures.admission import FLOATS
 from uncollapse.restoring import restoring
 
 LEAST, MOST = 0.25, 0.75  # of what has one axis: gains, biases, logarithms
 LARGE = 2**20  # bytes
+FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def can_be_drawn(model: nn.Module) -> bool:
     """Whether weights of the model are kept elsewhere, and all of them are plain floating numbers."""
     kept = list(kept_parameters(model))
-    return bool(kept) and all(type(one) is nn.Parameter and one.dtype in FLOATS for one in kept)
+    return bool(kept) and all(type(one) is nn.Parameter and one.dtype in FORMATS for one in kept)
 
 
 @contextlib.contextmanager
