@@ -388,7 +388,7 @@ def _wrap(
                 before.pop()
                 if not before:
                     _standing.modes.pop(id(module), None)
-                own.pop(id(mode), None)
+            own.pop(id(mode), None)  # only here: Ctrl-C may have come while it was to be taken off
             missed = {(point.operation, point.ordinal) for point in wanted} - hits
             if missed and strict:
                 operation, ordinal = sorted(missed)[0]
