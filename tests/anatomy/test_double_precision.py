@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import accelerate
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import uncollapse as uc
+from tests.helpers.families import FAMILIES, inputs_for
 from uncollapse.anatomy.double_precision import in_double_precision
 from uncollapse.anatomy.operands import UnreadableError
+from uncollapse.anatomy.proof import proved_anatomy
 from uncollapse.anatomy.reached_rows import reached_by_later
-from uncollapse.anatomy.vocabulary import StreamAxes
+from uncollapse.anatomy.vocabulary import Anatomy, StreamAxes
 
 AXES = StreamAxes(0, (1,), 2)
 
@@ -45,7 +49,7 @@ def in_numpy(model: MaskedBehindTheSoftmax, x: Tensor) -> np.ndarray:
 def test_a_block_gives_what_numpy_gives_in_double_precision(dtype: torch.dtype) -> None:
     """Casts, formats asked for by name and by attribute, and weights of another format are all in double precision."""
     model, x = MaskedBehindTheSoftmax(dtype), torch.randn(2, 7, 8).to(dtype)
-    with torch.no_grad(), in_double_precision():
+    with torch.no_grad(), in_double_precision(model):
         found = model(x)
         assert model.q.weight.dtype == torch.float64
     assert found.dtype == torch.float64
@@ -55,7 +59,7 @@ def test_a_block_gives_what_numpy_gives_in_double_precision(dtype: torch.dtype) 
 
 def test_what_is_written_into_a_tensor_of_another_format_would_be_lost() -> None:
     kept = torch.zeros(3, dtype=torch.float16)
-    with in_double_precision():
+    with in_double_precision(nn.Module()):
         made = torch.zeros(3, dtype=torch.float16)
         made += 1.0
         with pytest.raises(UnreadableError, match="written to"):
@@ -72,5 +76,45 @@ def test_a_key_hidden_behind_the_softmax_is_not_heard_and_one_that_leaks_is(dtyp
     model = MaskedBehindTheSoftmax(dtype, steepness=12.0, leak=leak)
     torch.manual_seed(5)
     x = torch.randn(3, 8, 8).to(dtype)
-    reached = reached_by_later(lambda stream, _: model(stream), x, AXES)
+    reached = reached_by_later(model, lambda stream, _: model(stream), x, AXES)
     assert bool(reached.any()) == bool(leak)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@torch.no_grad()
+def test_weights_that_are_brought_for_a_run_in_double_precision_stay_in_their_format(dtype: torch.dtype) -> None:
+    """accelerate converts a weight to the format of the parameter, and makes that parameter anew behind the run."""
+    model, x = MaskedBehindTheSoftmax(dtype), torch.randn(2, 7, 8).to(dtype)
+    expected, plain = in_numpy(model, x), model(x)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(model(x), plain)
+    before = hooks(model)  # what accelerate notes at its first run is there
+    with in_double_precision(model):
+        found = model(x)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9, atol=1e-12)
+    assert [(p.dtype, p.is_meta) for p in model.parameters()] == [(dtype, True)] * 3
+    assert hooks(model) == before
+    assert torch.equal(model(x), plain)
+
+
+def hooks(model: nn.Module) -> list[tuple[str, set[str]]]:
+    """What stands on the hooks that bring each module its weights."""
+    return [(name, set(vars(module._hf_hook))) for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox", "bert", "t5", "opt"])
+def test_a_half_precision_model_that_writes_out_its_weights_is_read_where_it_is_kept_elsewhere(name: str) -> None:
+    model, given = FAMILIES[name].build().to(torch.bfloat16), inputs_for(FAMILIES[name])
+    model.set_attn_implementation("eager")
+    inside = proved_anatomy(model, given)
+    uc.forget(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    outside = proved_anatomy(model, given)
+    assert outside == inside
+    assert sums(outside) == sums(inside)
+    assert set(sums(inside)) & {True, False}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def sums(anatomy: Anatomy) -> list[bool | None]:
+    return [call.sums_to_one for block in anatomy.blocks for part in block.parts for call in part.attention]

@@ -314,7 +314,7 @@ class HeadsMixing(BlockAlone):
                 known = replace(known, masking=self._masking_axes(known, others, sequences))
                 if views[0].mixed.dtype.itemsize <= 2:  # rounding would hide that they do not
                     run = functools.partial(self._replay, others)
-                    known = replace(known, sums_to_one=sums_to_one(run, stream, known, sequences))
+                    known = replace(known, sums_to_one=sums_to_one(self.module, run, stream, known, sequences))
                 found.append(known)
             except UnreadableError as error:
                 found.append(replace(call, unreadable=str(error)))

@@ -105,6 +105,31 @@ def put_in_place(module: nn.Module, other: Callable[[str, nn.Parameter], Tensor]
         yield
 
 
+@contextlib.contextmanager
+def brought_within(
+    module: nn.Module, around: Callable[[], contextlib.AbstractContextManager[object]]
+) -> Iterator[None]:
+    """Within the block what accelerate does before and behind a run of `module`, or of a module in it, is done within `around`:
+    bringing weights and putting them away is no part of what the model computes."""
+
+    def wrapped(does: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(does)
+        def apart(*args: Any, **kwargs: Any) -> Any:
+            with around():
+                return does(*args, **kwargs)
+
+        return apart
+
+    hooks = {id(hook): hook for each in module.modules() if (hook := getattr(each, "_hf_hook", None)) is not None}
+    with restoring() as changes:
+        if hooks:
+            changes.enter(closed_to_others())
+        for hook in hooks.values():
+            for name in ("pre_forward", "post_forward"):
+                changes.place(vars(hook), name, wrapped(getattr(hook, name)))
+        yield
+
+
 def give_back_memory() -> None:
     """Hand memory that was freed back to the system, where the C library can be asked for it: glibc keeps pieces of up to 32 MB,
     and with them a block's weights."""

@@ -728,7 +728,7 @@ class _BlockProof(HeadsMixing, HeadsWriting):
             if axes.sequence is None or len(axes.token) > 1:
                 return replace(part, is_causal=not self._reaches_others(number, stream, axes, last=True))
             update = functools.partial(self.update, number)
-            self.reached[number] = reached_by_later(update, stream, axes)
+            self.reached[number] = reached_by_later(self.module, update, stream, axes)
             return replace(part, is_causal=not bool(self.reached[number].any()))
         if part.kind == "mlp" and self._reaches_others(number, stream, axes):
             return replace(part, kind="mixer")

@@ -135,9 +135,9 @@ def reach_of(alone: Alone, axes: StreamAxes, token: int) -> Reach:
     )
 
 
-def reached_by_later(update: Update, stream: Tensor, axes: StreamAxes) -> Tensor:
-    """Which tokens [sequence, token] later ones reach through a part: the last alone, then the second half, since the last tokens
-    may be padding. What may be rounding is computed again in double precision."""
+def reached_by_later(module: nn.Module, update: Update, stream: Tensor, axes: StreamAxes) -> Tensor:
+    """Which tokens [sequence, token] later ones reach through a part of `module`: the last alone, then the second half, since the
+    last tokens may be padding. What may be rounding is computed again in double precision."""
     products, size = Products(), stream.shape[axes.token[0]]
     with products:
         plain = update(stream, {})
@@ -151,19 +151,19 @@ def reached_by_later(update: Update, stream: Tensor, axes: StreamAxes) -> Tensor
         rows, far = (moved(before, after, 0, products.coarsest(), beyond=b).view(found.shape) for b in (HIDDEN, FAR))
         rows[:, first:] = False
         if bool((rows & ~far).any()):
-            finer = _in_double_precision(update, (stream, other), axes, later)
+            finer = _in_double_precision(module, update, (stream, other), axes, later)
             rows = rows if finer is None else rows & (far | finer)
         found |= rows
     return found
 
 
 def _in_double_precision(
-    update: Update, streams: tuple[Tensor, Tensor], axes: StreamAxes, later: Tensor
+    module: nn.Module, update: Update, streams: tuple[Tensor, Tensor], axes: StreamAxes, later: Tensor
 ) -> Tensor | None:
     """The rows [sequence, token] that the `later` ones move where everything is computed in double precision; None where the block
     does not run like that, or gives no finite numbers."""
     try:
-        with in_double_precision():
+        with in_double_precision(module):
             before, after = (axes.cloud(update(stream.double(), {})) for stream in streams)
     except Exception:  # the model's own code, on a format it may not take
         return None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uncollapse.anatomy.double_precision import in_double_precision
 from uncollapse.anatomy.interception import Handler, Point
@@ -25,7 +25,7 @@ CLOSE = 1e-5  # what an epsilon in a normalisation may leave; rounding leaves 1e
 Run = Callable[[Tensor, Mapping[Point, Handler]], object]  # a stream, handlers at operations → the block has run
 
 
-def sums_to_one(run: Run, stream: Tensor, call: AttentionCall, sequences: int) -> bool | None:
+def sums_to_one(module: nn.Module, run: Run, stream: Tensor, call: AttentionCall, sequences: int) -> bool | None:
     """Whether each row of the call's weights over tokens that has any weight sums to one in double precision; None where the block
     does not run like that, or makes no weights."""
     if call.weight_operand is None:
@@ -41,7 +41,7 @@ def sums_to_one(run: Run, stream: Tensor, call: AttentionCall, sequences: int) -
         return output
 
     try:
-        with in_double_precision():
+        with in_double_precision(module):
             run(stream.double(), {call.product: note})
     except Exception:  # the model's own code, on a format it may not take
         return None
