@@ -220,6 +220,89 @@ def test_a_mask_that_is_a_parameter_is_noticed_in_the_pass(mask: float, reads: C
     assert real == [True] * 3
 
 
+class Penalty(nn.Module):
+    """What is added to the logits of padding: a weight, as far from 0 as no drawn one is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = nn.Parameter(torch.tensor(-1e9), requires_grad=False)
+
+    def forward(self, attention_mask: Tensor) -> Tensor:
+        return ((1 - attention_mask.float()) * self.size)[:, None, None, :]
+
+
+class Padded(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.penalty = Penalty()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x, penalty = self.embed(input_ids), self.penalty(attention_mask)
+        for block in self.blocks:
+            x = x + block.attention(block.first(x), penalty)
+            x = x + block.mlp(block.second(x))
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("padded", [[False, True], [True, True], [False]])
+def test_padding_that_is_hidden_by_a_weight_is_no_token(padded: list[bool], reads: Counter[str]) -> None:
+    """Drawn, that hides nothing, and no block by itself is another one for it. In a first batch without padding none is missed."""
+    real = [7, 9, 4]
+    given = []
+    for seed, is_padded in enumerate(padded):
+        mask = torch.ones(3, TOKENS, dtype=torch.int64)
+        for row, tokens in enumerate(real if is_padded else ()):
+            mask[row, tokens:] = 0
+        given.append(batch(seed) | {"attention_mask": mask})
+    inside = uc.diagnose(Padded().eval(), batches=given, name="one")
+    model = elsewhere(Padded().eval())
+    outside = uc.diagnose(model, batches=given, name="one")
+    assert outside.record.probe.tokens == sum(sum(real) if is_padded else 3 * TOKENS for is_padded in padded)
+    require_same(inside, outside)
+    (stack,) = known_anatomy(model).stacks
+    assert [mask.tensor for mask in stack.masks] == ["attention_mask"]
+
+
+class Mixed(Attention):
+    """Its heads are mixed behind the softmax by weights: rows sum to one if their columns do."""
+
+    def __init__(self, width: int, heads: int, total: float) -> None:
+        super().__init__(width, heads)
+        self.talk = Talk(heads, total)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        return self.out((self.talk((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)) @ v).transpose(1, 2).flatten(2))
+
+
+class Talk(nn.Module):
+    def __init__(self, heads: int, total: float) -> None:
+        super().__init__()
+        self.shares = nn.Parameter(total * (torch.eye(heads) / 2 + torch.eye(heads).roll(1, 0) / 2))
+
+    def forward(self, weights: Tensor) -> Tensor:
+        return torch.einsum("bhqk,hg->bgqk", weights, self.shares)
+
+
+@pytest.mark.parametrize("total", [1.0, 1.03125])
+def test_rows_that_sum_to_one_by_the_models_own_weights_are_a_distribution(total: float, reads: Counter[str]) -> None:
+    """In bfloat16 it is asked in the proof whether they do. Drawn weights that mix heads have no columns that sum to one."""
+
+    def made() -> nn.Module:
+        model = Model()
+        for block in model.blocks:
+            block.attention = Mixed(32, 4, total)
+        return model.to(torch.bfloat16).eval()
+
+    inside = uc.diagnose(made(), batches=[batch()])
+    model = elsewhere(made())
+    outside = uc.diagnose(model, batches=[batch()])
+    calls = [c for b in known_anatomy(model).blocks for part in b.parts for c in part.attention]
+    assert [call.sums_to_one for call in calls] == [total == 1.0] * 3
+    for head in (*inside.record.attention, *outside.record.attention):
+        assert (head.entropy is not None) == (total == 1.0)
+
+
 class Deciding(Model):
     """Goes round once more where a weight is larger than any drawn one."""
 

@@ -6,14 +6,17 @@ deviation drowns in rounding, or run over. So each block is proved once more, wi
 on: in the pass over the batches, which holds them anyway. All identities have to hold, and to tell the same of each block.
 
 What is left to the drawn weights is what follows from the model's code: which operations there are, which streams they carry, what
-hides padding from attention. If the blocks are others, or cannot be proved, the model is proved as any other (`proved_anatomy`).
+hides padding from attention. That something hides none does not follow: a penalty on padding that is a weight itself hides nothing
+when it is drawn. So there is no forecast for a batch with a tensor that might be a mask, and was not seen to be one. Then, and if
+the blocks are others, or cannot be proved, the model is proved as any other (`proved_anatomy`).
 
 When not to use it: where nobody makes such a pass afterwards. Nothing is remembered before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,8 +26,9 @@ from uncollapse.anatomy.block_alone import BlockRun, observe_blocks
 from uncollapse.anatomy.drawn_weights import can_be_drawn, drawn_weights
 from uncollapse.anatomy.proof import BlocksProof, remembered_proof
 from uncollapse.anatomy.situations import Remembered, Situation, recalled, remember
+from uncollapse.anatomy.stacks import governs_nothing
 from uncollapse.anatomy.stages import can_be_shared, stages
-from uncollapse.anatomy.vocabulary import Anatomy, Layout
+from uncollapse.anatomy.vocabulary import Anatomy, Block, Layout
 
 
 class DrawnProof:
@@ -69,7 +73,7 @@ class DrawnProof:
         holds = (
             self._error is None
             and all(identity.deviation <= 0.0 for identity in own.identities)
-            and own.proved == drawn.proved
+            and _in_full(own.proved) == _in_full(drawn.proved)
             and all(map(_are_equal, own.reached, drawn.reached))
         )
         own.recorded.tape.clear()  # it holds every tensor of the piece
@@ -80,7 +84,8 @@ class DrawnProof:
 
 def drawn_proof(model: nn.Module, batch: Mapping[str, Any], layout: Layout | None = None) -> DrawnProof | None:
     """The anatomy of `model`, proved on drawn weights. None where it is known already, where weights are here or cannot be drawn,
-    where a pass could not share their reading, and where no proof comes of drawn ones."""
+    where a pass could not share their reading, where no proof comes of drawn ones, and where a tensor of the batch that might hide
+    tokens was not seen to."""
     if not can_be_drawn(model) or not can_be_shared(model, stages(model, ())):
         return None
     situation = Situation.of(model, batch, layout)
@@ -92,10 +97,15 @@ def drawn_proof(model: nn.Module, batch: Mapping[str, Any], layout: Layout | Non
             found = remembered_proof(model, batch, layout, situation, kept=kept)
     except Exception:  # with the weights themselves it is met again, or it was the drawn ones
         return None
-    if not kept or kept[-1].anatomy is not found.anatomy:
+    if not kept or kept[-1].anatomy is not found.anatomy or governs_nothing(batch, found.anatomy):
         return None
     held = stages(model, found.anatomy.own_modules)
     return DrawnProof(model, situation, found, kept[-1]) if can_be_shared(model, held) else None
+
+
+def _in_full(blocks: Sequence[Block]) -> list[dict[str, Any]]:
+    """All that was found of the blocks, with what two of a kind may differ in: whether rows sum to one is told by the weights."""
+    return [asdict(block) for block in blocks]
 
 
 def _are_equal(one: Mapping[int, Tensor], other: Mapping[int, Tensor]) -> bool:

@@ -122,6 +122,13 @@ def could_hide(batch: Mapping[str, Any]) -> list[str]:
     return [name for name, value in given.items() if bool(value.any()) and not bool(value.all())]
 
 
+def governs_nothing(batch: Mapping[str, Any], anatomy: Anatomy) -> list[str]:
+    """Tensors of this batch that could be masks, as their values say, and were not seen to govern any stack."""
+    governing = {mask.tensor for stack in anatomy.stacks for mask in stack.masks}
+    given = [name for name, value in batch.items() if isinstance(value, Tensor) and _may_govern(value)]
+    return [name for name in given if name not in governing]
+
+
 def _may_govern(value: Tensor) -> bool:
     """Whether a tensor can be a mask over tokens: two values, 0 and 1, along two or more axes."""
     if value.ndim < 2 or value.is_complex() or not value.numel():
