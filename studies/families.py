@@ -44,7 +44,7 @@ def swept(kind: str) -> dict[str, Any]:
     """Everything the table says of one type."""
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-    from studies.tiny import built, one_line
+    from studies.tiny import built, one_line, without_paths
     from uncollapse.anatomy.probing import probing
     from uncollapse.anatomy.proof import proved_anatomy
     from uncollapse.anatomy.reading import _Reader
@@ -56,7 +56,7 @@ def swept(kind: str) -> dict[str, Any]:
     try:
         model, batch, strategy = built(kind)
     except Exception as error:
-        return row | {"reason": str(error)}
+        return row | {"reason": without_paths(str(error))}
     row |= {"built": True, "strategy": strategy, "inputs": "+".join(batch)}
     row["parameters"] = sum(p.numel() for p in model.parameters())
     try:

@@ -313,10 +313,13 @@ def built(kind: str) -> tuple[Any, dict[str, Any], str]:
     raise RuntimeError("; ".join(dict.fromkeys(t if i == 0 else t[:100] for i, t in enumerate(trouble))))
 
 
+def without_paths(text: str) -> str:
+    """What an error says, without the folders of the machine that it was raised on."""
+    return re.sub(r"/\S*/site-packages/", "", text)
+
+
 def one_line(error: BaseException, length: int = 200) -> str:
-    said = re.sub(
-        r"/\S*/site-packages/", "", " ".join(str(error).split())
-    )  # a path of the machine that ran it says nothing
+    said = without_paths(" ".join(str(error).split()))
     return f"{type(error).__name__}: {said}"[:length]
 
 

@@ -17,6 +17,7 @@ import transformers as hf
 from accelerate.utils import offload
 
 import uncollapse as uc
+from tests.helpers.kept_weights import counted_reads
 from tests.helpers.several_processes import SIZES, differences, padded_batches
 from uncollapse.anatomy import stages
 from uncollapse.anatomy.probing import probing
@@ -68,15 +69,7 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    found: Counter[str] = Counter()
-    read = offload.OffloadedWeightsLoader.__getitem__
-
-    def counted(self: Any, key: str) -> Any:
-        found[key] += 1
-        return read(self, key)
-
-    monkeypatch.setattr(offload.OffloadedWeightsLoader, "__getitem__", counted)
-    return found
+    return counted_reads(monkeypatch)
 
 
 def times_read(reads: Counter[str], part: str) -> set[int]:

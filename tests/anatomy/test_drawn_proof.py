@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import uncollapse as uc
 from tests.helpers.families import FAMILIES, inputs_for
+from tests.helpers.kept_weights import counted_reads
 from tests.helpers.several_processes import differences
 from uncollapse.analyses import preparation
 from uncollapse.anatomy.drawn_proof import drawn_proof
@@ -45,15 +46,7 @@ WITH_EXPERTS = hf.Qwen3MoeConfig(
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    found: Counter[str] = Counter()
-    read = offload.PrefixedDataset.__getitem__
-
-    def counted(self: Any, key: str) -> Any:
-        found[self.prefix + key] += 1
-        return read(self, key)
-
-    monkeypatch.setattr(offload.PrefixedDataset, "__getitem__", counted)
-    return found
+    return counted_reads(monkeypatch)
 
 
 def batch(seed: int = 0) -> dict[str, Tensor]:

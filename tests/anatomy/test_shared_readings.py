@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tests.helpers.interrupted import interruptions, standing
+from tests.helpers.kept_weights import counted_reads
 from uncollapse.anatomy import shared_readings
 from uncollapse.anatomy import stages as stages_module
 from uncollapse.anatomy.autocast import no_casts_kept
@@ -96,15 +97,7 @@ def made(model: Any, works: list[Callable[[], Any]]) -> list[Any]:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    found: Counter[str] = Counter()
-    read = offload.PrefixedDataset.__getitem__
-
-    def counted(self: Any, key: str) -> Any:
-        found[self.prefix + key] += 1
-        return read(self, key)
-
-    monkeypatch.setattr(offload.PrefixedDataset, "__getitem__", counted)
-    return found
+    return counted_reads(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

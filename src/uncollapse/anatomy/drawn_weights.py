@@ -29,13 +29,15 @@ from uncollapse.restoring import restoring
 
 LEAST, MOST = 0.25, 0.75  # of what has one axis: gains, biases, logarithms
 LARGE = 2**20  # bytes
-FORMATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DRAWN = 1_048_573  # numbers; a larger weight repeats them, and as this is a prime, no row of it repeats another one
 
 
 def can_be_drawn(model: nn.Module) -> bool:
-    """Whether weights of the model are kept elsewhere, and all of them are plain floating numbers."""
+    """Whether weights of the model are kept elsewhere, and all of them are plain floating numbers, of more than eight bits."""
     kept = list(kept_parameters(model))
-    return bool(kept) and all(type(one) is nn.Parameter and one.dtype in FORMATS for one in kept)
+    return bool(kept) and all(
+        type(one) is nn.Parameter and one.is_floating_point() and one.element_size() > 1 for one in kept
+    )
 
 
 @contextlib.contextmanager
@@ -64,11 +66,14 @@ def _buffers_as_found(model: nn.Module) -> Callable[[], None]:
 def _drawn(name: str, like: Tensor) -> Tensor:
     """The numbers of the weight with this name, as long and in the format of `like`."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    # Of a uniform distribution; matrices so that a stream keeps its size.
+    low, high = (LEAST, MOST) if like.ndim < 2 else (-math.sqrt(3 / like.shape[-1]), math.sqrt(3 / like.shape[-1]))
     found = _empty(like)
-    if like.ndim < 2:
-        return found.uniform_(LEAST, MOST, generator=generator)
-    bound = math.sqrt(3 / like.shape[-1])  # of a uniform distribution, so that a stream keeps its size
-    return found.uniform_(-bound, bound, generator=generator)
+    first, *others = found.view(-1).split(DRAWN)
+    first.uniform_(low, high, generator=generator)  # drawing takes longer than reading from a fast disk
+    for more in others:
+        more.copy_(first[: len(more)])
+    return found
 
 
 def _empty(like: Tensor) -> Tensor:

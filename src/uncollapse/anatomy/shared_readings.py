@@ -72,7 +72,7 @@ def made_together(
     `leaving` is given a stage that all of them have run as far as they go for now, before its weights are let go.
 
     Raises `EntangledPasses` where they have to be made one after the other. What was `finished` by then does not count."""
-    readings = _Readings()
+    readings = _Readings(is_for_several=True)
     several = [_Pass(work, readings) for work in passes]
     next_one, raised = 0, None
     with restoring() as changes:
@@ -131,10 +131,12 @@ def all_made(
 class _Readings:
     """Which stage is held, and which pass a thread makes."""
 
-    def __init__(self, leaving: Callable[[nn.Module], object] | None = None) -> None:
+    def __init__(
+        self, leaving: Callable[[nn.Module], object] = lambda stage: None, *, is_for_several: bool = False
+    ) -> None:
         self.held: nn.Module | None = None
         self.mine = _Mine()
-        self._leaving = leaving  # None: of several passes
+        self._leaving, self._is_for_several = leaving, is_for_several
         self._thread = own_thread()
         self._holding = contextlib.ExitStack()
 
@@ -149,8 +151,8 @@ class _Readings:
         self._holding.close()
 
     def leave_held(self) -> None:
-        """A single pass has run the stage that is held."""
-        if self.held is not None and self._leaving is not None:
+        """The one pass has run the stage that is held."""
+        if self.held is not None:
             with torch._C.DisableTorchFunction():  # nothing of this is an operation of the model
                 self._leaving(self.held)
 
@@ -162,7 +164,7 @@ class _Readings:
             return
         if self.mine.one is not None:
             self.mine.one.stop(stage)
-        elif self._leaving is not None:  # else this is no pass of ours, but something that is run while they stand
+        elif not self._is_for_several:  # else this is no pass of ours, but something that is run while they stand
             self.leave_held()
             self.hold(stage)
 

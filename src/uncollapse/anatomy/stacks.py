@@ -38,9 +38,8 @@ from uncollapse.anatomy.operands import UnreadableError
 from uncollapse.anatomy.reached_rows import Alone, gained_and_lost, reach_of
 from uncollapse.anatomy.vocabulary import Anatomy, Stack, StreamAxes, TokenMask
 
-MOST_ON_BOTH_SIDES = (
-    8  # rows of the model's own that may stand on both sides of the tokens: each way to share them out is tried
-)
+# Rows of the model's own that may stand on both sides of the tokens: each way to share them out is tried.
+MOST_ON_BOTH_SIDES = 8
 
 Blocks = Callable[[nn.Module, Mapping[str, Any], Anatomy, Collection[int]], Mapping[int, Alone]]
 
