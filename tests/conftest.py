@@ -1,4 +1,4 @@
-"""Every test runs offline, from the same seed, on one thread."""
+"""Every test runs offline, from the same seed, on one thread, and leaves the settings of torch as they were."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(autouse=True)
-def _same_start() -> None:
+def _same_start_and_end() -> Iterator[None]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    assert torch.is_grad_enabled(), "the test left gradients switched off: each one after it would run without"
+    assert torch._C._len_torch_function_stack() == 0, "the test left a function mode: each one after it would run in it"
 
 
 @pytest.fixture(scope="module")

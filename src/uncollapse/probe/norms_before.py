@@ -10,7 +10,6 @@ When not to use it: for what a norm does to ranks; that is `norm_law`.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,9 +88,7 @@ def _observed(
 
         return hook
 
-    with contextlib.ExitStack() as within, torch.no_grad():
-        within.enter_context(probing(model))
-        changes = within.enter_context(restoring())
+    with probing(model), restoring() as changes:
         for name in names:
             changes.hook(model.get_submodule(name), "forward", met(name))
         for name in readers:
