@@ -123,6 +123,38 @@ def test_easy_projections_are_never_decomposed(case: str, monkeypatch: pytest.Mo
     assert math.isfinite(heads.conditioning(spaces, 4))
 
 
+def test_which_decomposition_serves_follows_from_the_condition_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spaces at an angle to each other: of a large stack the Gram matrix up to a condition number of 3e4, else QR."""
+    asked: list[str] = []
+    whole = torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda *a, **o: (asked.append(o.get("mode", "reduced")), whole(*a, **o))[1])
+    for width, angle, expected in [(300, 0.5, 0), (300, 1e-4, 0), (300, 5e-5, 1), (300, 1e-6, 1), (10, 0.5, 1)]:
+        W = torch.eye(2 * width, dtype=torch.float64)
+        W[width, 0], W[width, width] = math.cos(angle), math.sin(angle)
+        asked.clear()
+        gains = write_spaces.WriteSpaces(W, 2).gains
+        assert gains.tolist() == pytest.approx([1 / math.sin(angle)] * 2, rel=1e-7)
+        assert asked.count("r") == expected, (width, angle)
+
+
+@pytest.mark.parametrize("least", [0.3, 1e-4, 1e-6, 1e-12])
+def test_rows_of_a_head_are_orthonormal_however_steep_its_weights(least: float) -> None:
+    left, right = torch.linalg.qr(random(6, 6)).Q, torch.linalg.qr(random(40, 6, 1)).Q
+    W = left * torch.logspace(0, math.log10(least), 6, dtype=torch.float64) @ right.T
+    rows, corners = write_spaces._orthonormal_rows(torch.stack([W, 1e-150 * random(6, 40, 2)]))
+    np.testing.assert_allclose(rows @ rows.mT, torch.eye(6).expand(2, 6, 6), atol=1e-14)
+    np.testing.assert_allclose(corners[0].mT @ rows[0], W, atol=1e-14)
+    np.testing.assert_allclose(np.linalg.svd(corners[0].numpy())[1][-1], least, rtol=max(1e-12, 1e-14 / least))
+
+
+@pytest.mark.parametrize("size", [1, 256, 257, 700])
+def test_a_triangle_is_inverted_by_halves(size: int) -> None:
+    triangle = random(size, size).tril() + size * torch.eye(size, dtype=torch.float64)
+    found = write_spaces._inverse_of_lower(triangle)
+    np.testing.assert_allclose(found @ triangle, np.eye(size), atol=1e-12)
+    assert torch.equal(found, found.tril())
+
+
 def test_gains_of_a_tall_projection_need_no_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
     """More directions than the stream has: every head is undetermined by far."""
     spaces = write_spaces.WriteSpaces(CASES["tall"]().float(), 4)
@@ -165,11 +197,11 @@ def test_a_gain_is_as_random_between_the_outer_points():
 
 
 def asked_for(n: int, apply: Callable[[Tensor], Tensor]) -> tuple[float, list[int]]:
-    """The largest eigenvalue, and with how many columns each product was asked for."""
+    """The largest eigenvalue, and of how many rows each product was asked for."""
     asked: list[int] = []
 
     def counted(x: Tensor) -> Tensor:
-        asked.append(x.shape[1])
+        asked.append(len(x))
         return apply(x)
 
     like = torch.zeros(n, 1, dtype=torch.float64)
@@ -179,27 +211,27 @@ def asked_for(n: int, apply: Callable[[Tensor], Tensor]) -> tuple[float, list[in
 @pytest.mark.parametrize("n", [3, 512])
 def test_a_small_map_is_taken_whole(n: int) -> None:
     values = torch.linspace(0, 1, n, dtype=torch.float64).flip(0)
-    largest, asked = asked_for(n, lambda x: values[:, None] * x)
+    largest, asked = asked_for(n, lambda x: x * values)
     assert largest == pytest.approx(1, rel=1e-12)
     assert asked == [n]
 
 
 def test_of_a_large_map_a_few_blocks_of_eight_are_enough() -> None:
-    """Looked at after every five of them; after 60 without an end it is taken whole."""
+    """Looked at after every four of them; after 60 without an end it is taken whole."""
     values = 0.5 ** torch.arange(513, dtype=torch.float64)
-    largest, asked = asked_for(513, lambda x: values[:, None] * x)
+    largest, asked = asked_for(513, lambda x: x * values)
     assert largest == pytest.approx(1, rel=1e-12)
-    assert asked == [8] * 5
-    assert asked_for(513, lambda x: 0 * x) == (0, [8] * 5)  # nothing is left to be sought
+    assert asked == [8] * 4
+    assert asked_for(513, lambda x: 0 * x) == (0, [8] * 4)  # nothing is left to be sought
     slower = torch.linspace(0, 1, 513, dtype=torch.float64).square()
-    largest, asked = asked_for(513, lambda x: slower[:, None] * x)
-    assert largest == pytest.approx(1, rel=1e-12)
-    assert 5 < len(asked) < 60
-    assert len(asked) % 5 == 0
+    largest, asked = asked_for(513, lambda x: x * slower)
+    assert largest == pytest.approx(1, rel=1e-8)
+    assert 4 < len(asked) < 60
+    assert len(asked) % 4 == 0
     assert set(asked) == {8}
     generator = torch.Generator().manual_seed(0)
     never = torch.randn(513, 513, generator=generator, dtype=torch.float64)  # no symmetric map: no residual gets small
-    largest, asked = asked_for(513, lambda x: never @ x)
+    largest, asked = asked_for(513, lambda x: x @ never)
     assert asked == [8] * 60 + [513]
     assert largest == pytest.approx(np.linalg.eigvalsh((never + never.T).numpy() / 2)[-1], rel=1e-12)
 
@@ -210,7 +242,7 @@ def test_a_steep_spectrum_leaves_no_ghost_of_its_largest_value(ratio: float) -> 
     values = torch.full((600,), ratio, dtype=torch.float64) * torch.linspace(0.9, 1, 600, dtype=torch.float64)
     values[:3] = torch.tensor([1.0, 1 - 1e-7, 1 - 2e-7])
     turn = torch.linalg.qr(random(600, 600, 7)).Q
-    largest, _ = asked_for(600, lambda x: turn @ (values[:, None] * (turn.T @ x)))
+    largest, _ = asked_for(600, lambda x: x @ turn * values @ turn.T)
     assert largest == pytest.approx(1, rel=1e-10)
 
 

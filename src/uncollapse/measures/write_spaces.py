@@ -1,10 +1,10 @@
 """The spaces that the heads of an output projection write into, from products instead of a decomposition of the whole matrix.
 
-Each head's rows are orthonormalised by themselves (QR). One more QR, of the bases on top of each other, has an inverse whose rows
-give every noise gain: (S S^T)^-1 = R^-1 R^-T for S^T = Q R, and a head's gain is the norm of its rows of R^-1. This loses
-kappa(S) eps_64, where a Gram matrix would lose kappa(S)^2 eps_64: 1e-9 at the largest condition number that is trusted here,
-`LARGEST_CONDITION`. Ranks are settled by lower bounds with room to spare. Whatever lies near a tolerance, or beyond that
-condition number, is left to the singular value decomposition.
+Each head's rows are orthonormalised by themselves: S is these bases on top of each other. The triangle R of S^T = Q R has an
+inverse whose rows give every noise gain: (S S^T)^-1 = R^-1 R^-T, and a head's gain is the norm of its rows of R^-1. Of a large
+stack R is first taken from the Gram matrix S S^T = R^T R, which loses kappa(S)^2 eps_64: 3e-8 at `LARGEST_GRAM_CONDITION`. Beyond
+that it comes from a QR decomposition, which loses kappa(S) eps_64: 1e-9 at `LARGEST_CONDITION`. Ranks are settled by lower bounds
+with room to spare. Whatever lies near a tolerance, or beyond that condition number, is left to the singular value decomposition.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from torch import Tensor
 
 from uncollapse.errors import InputError
 from uncollapse.measures.admission import at_size_one, described, require_plain
+from uncollapse.measures.gram import column_gram
 from uncollapse.measures.storage_noise import storage_noise
+from uncollapse.measures.symmetric_eigenvalues import eigenvalues
 
+LARGEST_GRAM_CONDITION = 3e4
 LARGEST_CONDITION = 1e7
 ROOM = 2.0  # a bound settles a comparison with a tolerance if it holds by this factor
 
 _EPS_64 = torch.finfo(torch.float64).eps
-_SMALL = 512  # up to this size all eigenvalues cost no more than the largest
-_COLUMNS, _STEPS, _CHECKED = (
-    8,
-    60,
-    5,
-)  # of a block Krylov space: columns of a block, blocks, and blocks between two checks
-_CONVERGED = 1e-8  # ||A x - theta x|| / theta
+_SMALL = 512  # up to this size all eigenvalues cost no more than the largest, and a QR decomposition next to nothing
+_VECTORS, _STEPS, _CHECKED = 8, 60, 4  # of a block Krylov space: of each block, blocks, and blocks between two looks
+_CONVERGED = 1e-8  # what may be missing of an eigenvalue, as a share of it
 _LEAST_VECTORS, _ITERATIONS = 16, 6
+_NEARLY_ORTHONORMAL = 1e-3  # then the second Cholesky factor is as good as exact
+_SOLVED = 256  # triangles up to this size are solved for the identity
 
 
 class WriteSpaces:
@@ -59,10 +60,10 @@ class WriteSpaces:
         # No figure depends on the scale of the whole.
         self.blocks = at_size_one(row_blocks(name, output_projection, heads), (0, 1, 2))[0]
         self.dtype, self.heads = computed_in(self.blocks), heads
-        columns, corners = torch.linalg.qr(self.blocks.mT)
+        self.bases, corners = _orthonormal_rows(self.blocks)
         sigma = torch.linalg.svdvals(corners)
         cuts = torch.stack([tolerance(b, s[0], self.dtype) for b, s in zip(self.blocks, sigma, strict=True)])
-        self.bases, kept = columns.mT.contiguous(), torch.ones_like(sigma, dtype=torch.bool)
+        kept = torch.ones_like(sigma, dtype=torch.bool)
         unclear = (sigma[:, -1] <= ROOM * cuts).nonzero().flatten()
         if len(unclear):
             _, found, rows = torch.linalg.svd(self.blocks[unclear], full_matrices=False)
@@ -87,8 +88,7 @@ class WriteSpaces:
 
     @functools.cached_property
     def cosines(self) -> Tensor:
-        flat = self.bases.flatten(0, 1)
-        return flat @ flat.T
+        return column_gram(self.bases.flatten(0, 1).T)
 
     @functools.cached_property
     def _corner(self) -> Tensor:
@@ -99,26 +99,39 @@ class WriteSpaces:
     @functools.cached_property
     def _inverse(self) -> Tensor | None:
         """R^-1; None where R is singular to the last digit."""
+        return self._rooted[0]
+
+    @functools.cached_property
+    def _rooted(self) -> tuple[Tensor | None, Tensor | None]:
+        """R^-1 and what it says of the least singular value. Each None where it is not known."""
+        rows, width = self.stacked.shape
+        if _SMALL < rows <= width:
+            whole = len(self.cosines) == rows
+            inverse = _inverse_root(self.cosines if whole else column_gram(self.stacked.T))
+            if inverse is not None:
+                least = _least_singular_value(inverse)
+                if float(self.largest / least) <= LARGEST_GRAM_CONDITION:
+                    return inverse, least
         corner = self._corner
         eye = torch.eye(len(corner), dtype=corner.dtype, device=corner.device)
-        found = torch.linalg.solve_triangular(corner, eye, upper=True)
-        return found if bool(found.isfinite().all()) else None
+        inverse = torch.linalg.solve_triangular(corner, eye, upper=True)
+        if not bool(inverse.isfinite().all()):
+            return None, None
+        least = _least_singular_value(inverse)
+        is_trusted = bool(least.isfinite()) and float(self.largest / least) <= LARGEST_CONDITION
+        return inverse, least if is_trusted else None
 
     @functools.cached_property
     def largest(self) -> Tensor:
         """The largest singular value of the stacked bases."""
         cosines = self.cosines
-        return _largest_eigenvalue(lambda x: cosines @ x, cosines).sqrt()
+        return _largest_eigenvalue(lambda rows: rows @ cosines, cosines).sqrt()
 
     @functools.cached_property
     def least(self) -> Tensor:
         """The least singular value of the stacked bases."""
-        inverse = self._inverse
-        if inverse is not None:
-            found = _largest_eigenvalue(lambda x: inverse @ (inverse.T @ x), inverse).rsqrt()
-            if bool(found.isfinite()) and float(self.largest / found) <= LARGEST_CONDITION:
-                return found
-        return self.stack[1][-1]
+        least = self._rooted[1]
+        return self.stack[1][-1] if least is None else least
 
     @functools.cached_property
     def tolerance(self) -> Tensor:
@@ -162,9 +175,10 @@ class WriteSpaces:
     def _norms_of_heads(self, rows: Tensor) -> Tensor:
         """The spectral norm of each head's rows; 0 for a head without any."""
         norms = rows.new_zeros(self.heads)
-        for h, own in enumerate(rows.split(self.ranks.tolist())):
-            if len(own):
-                norms[h] = torch.linalg.eigvalsh(own @ own.T)[-1].sqrt()
+        own = [each @ each.T for each in rows.split(self.ranks.tolist())]
+        written = self.ranks.nonzero().flatten().tolist()
+        for h, values in zip(written, eigenvalues([own[h][None] for h in written]), strict=True):
+            norms[h] = values[0, -1].sqrt()
         return norms
 
     def _all_undetermined(self) -> bool:
@@ -214,28 +228,77 @@ class WriteSpaces:
         return gains
 
 
+def _orthonormal_rows(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows [head, direction, width] and the corner R [head, direction, direction] of each head's W^T = Q R.
+
+    By Cholesky factors of Gram matrices, twice (CholeskyQR2). Where the first time leaves rows that are not nearly orthonormal, a
+    head's condition number is too large for that, and Householder's QR does it. Yamamoto et al., Roundoff error analysis of the
+    CholeskyQR2 algorithm, 2015."""
+    size, width = blocks.shape[1:]
+    if size <= width:
+        first = torch.linalg.cholesky_ex(blocks @ blocks.mT).L
+        rows = torch.linalg.solve_triangular(first, blocks, upper=False)
+        gram = rows @ rows.mT
+        eye = torch.eye(size, dtype=blocks.dtype, device=blocks.device)
+        if bool(((gram - eye).abs() < _NEARLY_ORTHONORMAL).all()):  # false for NaN
+            second = torch.linalg.cholesky_ex(gram).L
+            return torch.linalg.solve_triangular(second, rows, upper=False), (first @ second).mT
+    columns, corners = torch.linalg.qr(blocks.mT)
+    return columns.mT.contiguous(), corners
+
+
+def _inverse_root(gram: Tensor) -> Tensor | None:
+    """R^-1 of G = R^T R; None where G is not positive definite to the last digit."""
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    if bool(failed):
+        return None
+    inverse = _inverse_of_lower(lower).T
+    return inverse if bool(inverse.isfinite().all()) else None
+
+
+def _inverse_of_lower(triangle: Tensor) -> Tensor:
+    """Of a lower triangle, by halves: nearly all of it is products, of half the size that solving for the identity takes."""
+    size = len(triangle)
+    if size <= _SOLVED:
+        eye = torch.eye(size, dtype=triangle.dtype, device=triangle.device)
+        return torch.linalg.solve_triangular(triangle, eye, upper=False)
+    half = size // 2
+    inverse = torch.zeros_like(triangle)
+    inverse[:half, :half] = _inverse_of_lower(triangle[:half, :half])
+    inverse[half:, half:] = _inverse_of_lower(triangle[half:, half:])
+    inverse[half:, :half] = -(inverse[half:, half:] @ (triangle[half:, :half] @ inverse[:half, :half]))
+    return inverse
+
+
+def _least_singular_value(inverse: Tensor) -> Tensor:
+    return _largest_eigenvalue(lambda rows: rows @ inverse @ inverse.T, inverse).rsqrt()
+
+
 def _largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """Of a positive semi-definite map of as many dimensions as `like` has rows: by a block Krylov space until the residual is
-    small, which bounds the error."""
+    """Of a positive semi-definite map of as many dimensions as `like` has rows. `apply` maps rows [vector, dimension], which reads
+    a matrix faster than columns do. By a block Krylov space, until the error that is left is small: a Ritz value lies below its
+    eigenvalue by at most its residual, and by at most the square of that over the distance to the rest of the spectrum; a cluster
+    of them likewise (Saad, Numerical Methods for Large Eigenvalue Problems, 2011, theorem 3.8)."""
     n = len(like)
     if n > _SMALL:
         generator = torch.Generator().manual_seed(0)
-        start = torch.randn(n, _COLUMNS, generator=generator, dtype=torch.float64).to(like.device)
-        blocks, images = [torch.linalg.qr(start).Q], []
-        for step in range(1, _STEPS + 1):
-            images.append(apply(blocks[-1]))
-            basis = torch.cat(blocks, 1)
-            if step % _CHECKED == 0:
-                image = torch.cat(images, 1)
-                values, vectors = torch.linalg.eigh(basis.T @ image)
-                best = vectors[:, -1]
-                residual = (image @ best - values[-1] * (basis @ best)).norm()
-                if bool(residual <= _CONVERGED * values[-1]):
-                    return values[-1]
-            new = images[-1]
+        start = torch.randn(n, _VECTORS, generator=generator, dtype=torch.float64).to(like.device)
+        basis = block = torch.linalg.qr(start).Q.T
+        images = apply(block)
+        for step in range(2, _STEPS + 1):
+            block = images[-_VECTORS:]
             for _ in range(2):  # once is not enough in floating point
-                new = new - basis @ (basis.T @ new)
-            blocks.append(torch.linalg.qr(new).Q)
+                block = torch.linalg.qr((block - block @ basis.T @ basis).T).Q.T
+            basis, images = torch.cat([basis, block]), torch.cat([images, apply(block)])
+            if step % _CHECKED == 0:
+                values, mixtures = (found.flip(-1) for found in torch.linalg.eigh(basis @ images.T))
+                leading = mixtures[:, :_VECTORS].T
+                residuals = leading @ images - values[:_VECTORS, None] * (leading @ basis)
+                squares = residuals.square().sum(1)
+                gaps = values[0] - values[1 : _VECTORS + 1]
+                missing = (squares.cumsum(0) / gaps).where(gaps > 0, math.inf).min().minimum(squares[0].sqrt())
+                if bool(missing <= _CONVERGED * values[0]):
+                    return values[0]
     whole = apply(torch.eye(n, dtype=torch.float64, device=like.device))
     return torch.linalg.eigvalsh((whole + whole.T) / 2)[-1]
 
