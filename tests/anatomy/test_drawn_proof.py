@@ -256,6 +256,59 @@ def test_padding_that_is_hidden_by_a_weight_is_no_token(padded: list[bool], read
     assert [mask.tensor for mask in stack.masks] == ["attention_mask"]
 
 
+class TwoStacks(Padded):
+    """Its padding is hidden from one stream by its code, from the other by a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Embedding(60, 32)
+        self.further = nn.ModuleList(Block(32) for _ in range(2))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        hidden = torch.zeros(attention_mask.shape).masked_fill(attention_mask == 0, -math.inf)[:, None, None, :]
+        x, y, penalty = self.embed(input_ids), self.other(input_ids), self.penalty(attention_mask)
+        for block in self.blocks:
+            x = x + block.attention(block.first(x), hidden)
+            x = x + block.mlp(block.second(x))
+        for block in self.further:
+            y = y + block.attention(block.first(y), penalty)
+            y = y + block.mlp(block.second(y))
+        return self.norm(x), self.norm(y)
+
+
+def test_padding_that_is_hidden_by_a_weight_from_one_of_two_streams_is_no_token(reads: Counter[str]) -> None:
+    mask = torch.ones(3, TOKENS, dtype=torch.int64)
+    mask[1, 5:] = 0
+    given = [batch() | {"attention_mask": mask}]
+    inside = uc.diagnose(TwoStacks().eval(), batches=given, name="one")
+    model = elsewhere(TwoStacks().eval())
+    seen = [[mask.tensor for mask in stack.masks] for stack in on_drawn(model, given[0], reads).stacks]
+    assert seen == [["attention_mask"], []]  # so it has to be noticed
+    outside = uc.diagnose(model, batches=given, name="one")
+    require_same(inside, outside)
+    known = known_anatomy(model)
+    assert known is not None
+    assert [[mask.tensor for mask in stack.masks] for stack in known.stacks] == [["attention_mask"]] * 2
+
+
+@pytest.mark.parametrize("kind", ["bert", "albert", "t5"])
+def test_what_might_be_a_mask_costs_no_reading(kind: str, reads: Counter[str]) -> None:
+    """Zeros and ones that hide nothing, and a mask that only one of two stacks is given."""
+    model, given = FAMILIES[kind].build(), [inputs_for(FAMILIES[kind], seed=seed) for seed in range(2)]
+    for each in given:
+        ids = each["input_ids"]
+        if kind == "t5":
+            each["decoder_attention_mask"] = torch.ones_like(each["decoder_input_ids"])
+        else:
+            each["token_type_ids"] = (torch.arange(ids.shape[1]) > 3).long().expand(ids.shape).contiguous()
+    inside = uc.diagnose(model, batches=given, name="one")
+    elsewhere(model)
+    reads.clear()
+    outside = uc.diagnose(model, batches=given, name="one")
+    assert set(reads.values()) == {1}
+    require_same(inside, outside)
+
+
 class Mixed(Attention):
     """Its heads are mixed behind the softmax by weights: rows sum to one if their columns do."""
 

@@ -73,6 +73,14 @@ def seed_all(seed: int) -> None:
         torch.mps.manual_seed(seed)
 
 
+@contextlib.contextmanager
+def own_random_numbers() -> Iterator[None]:
+    """Within the block random numbers may be drawn: whoever draws the next ones afterwards gets those that he would have got."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
 def output_of(model: nn.Module, batch: Mapping[str, Any]) -> list[Tensor]:
     """What a model that is being probed gives on a batch, from the seed 0: its floating tensors, copied."""
     seed_all(0)

@@ -27,7 +27,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from uncollapse.anatomy.block_alone import (
@@ -49,7 +48,7 @@ from uncollapse.anatomy.examples import (
 )
 from uncollapse.anatomy.first_passes import FirstPasses, first_passes, traced
 from uncollapse.anatomy.offloaded_weights import held_weights, is_kept_elsewhere
-from uncollapse.anatomy.probing import output_of, probing, tensors_of
+from uncollapse.anatomy.probing import output_of, own_random_numbers, probing, tensors_of
 from uncollapse.anatomy.reading import read
 from uncollapse.anatomy.reading_refusals import SIDE_BY_SIDE
 from uncollapse.anatomy.sequence_loops import with_loops_apart
@@ -305,8 +304,7 @@ class ProvedBlocks:
         """Prove the next blocks, as far as they have run, in this module or where no weight is kept elsewhere. No random number of
         the pass is drawn meanwhile."""
         inside = {id(module) for module in stage.modules()}
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        with torch.random.fork_rng(devices=devices):
+        with own_random_numbers():
             while len(self.proved) < len(self.runs):
                 block, run = self.anatomy.blocks[len(self.proved)], self.runs[len(self.proved)]
                 module = self.model.get_submodule(block.module.name)

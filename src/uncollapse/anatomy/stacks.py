@@ -63,7 +63,7 @@ def find_stacks(
     """The stacks of the anatomy with what governs them in batches such as this small one. Within `probing` only."""
     firsts = {i: first_attending(anatomy, one) for i, one in enumerate(anatomy.stacks)}
     wanted = {block for block in firsts.values() if block is not None}
-    candidates = [name for name, value in batch.items() if isinstance(value, Tensor) and _may_govern(value)]
+    candidates = could_govern(batch)
     numbers = [name for name, value in batch.items() if isinstance(value, Tensor) and _may_be_ids(value)]
     entries = {one.blocks[0] for one in anatomy.stacks}
     found = list(anatomy.stacks)
@@ -72,13 +72,10 @@ def find_stacks(
             stack.enter_context(held_weights(model.get_submodule(name)))
         stack.enter_context(without_zeros(model))
         plain = blocks_alone(model, batch, anatomy, wanted | entries) if candidates or numbers else {}
-        for name in candidates:
-            for number, block in firsts.items():
-                mask = (
-                    None if block is None else _governs(model, batch, anatomy, blocks_alone, plain[block], name, block)
-                )
-                if mask is not None:
-                    found[number] = replace(found[number], masks=(*found[number].masks, mask))
+        for number, block in firsts.items():
+            if block is not None and candidates:
+                varied = functools.partial(_varied, model, batch, anatomy, blocks_alone, block)
+                found[number] = replace(found[number], masks=masks_of(plain[block], batch, varied))
         embedded: set[int] = set()  # stacks whose tokens are known to come from somewhere
         for name in sorted(numbers, key=functools.partial(_least_like_ids, batch)):
             for number, is_transposed in _embedded(model, batch, anatomy, blocks_alone, plain, name, embedded):
@@ -121,13 +118,6 @@ def could_hide(batch: Mapping[str, Any]) -> list[str]:
     return [name for name, value in given.items() if bool(value.any()) and not bool(value.all())]
 
 
-def governs_nothing(batch: Mapping[str, Any], anatomy: Anatomy) -> list[str]:
-    """Tensors of this batch that could be masks, as their values say, and were not seen to govern any stack."""
-    governing = {mask.tensor for stack in anatomy.stacks for mask in stack.masks}
-    given = [name for name, value in batch.items() if isinstance(value, Tensor) and _may_govern(value)]
-    return [name for name in given if name not in governing]
-
-
 def _may_govern(value: Tensor) -> bool:
     """Whether a tensor can be a mask over tokens: two values, 0 and 1, along two or more axes."""
     if value.ndim < 2 or value.is_complex() or not value.numel():
@@ -156,16 +146,80 @@ def _sizes(alone: Alone, axes: StreamAxes) -> tuple[int, int]:
     return sequences, tokens
 
 
-def _governs(
+def masks_of(
+    plain: Alone, batch: Mapping[str, Any], varied: Callable[[Variation], Alone | None]
+) -> tuple[TokenMask, ...]:
+    """The masks that govern a stack. plain: its first attending block on this batch. varied: gives that on the batch with another
+    value of one tensor, which is one of its `variations`; None where the model does not run on that. Within `without_zeros` of
+    the block."""
+    found = (_governs(plain, batch[name], name, varied) for name in could_govern(batch))
+    return tuple(mask for mask in found if mask is not None)
+
+
+def could_govern(batch: Mapping[str, Any]) -> list[str]:
+    """Tensors of this batch that could be masks, as their values say."""
+    return [name for name, value in batch.items() if isinstance(value, Tensor) and _may_govern(value)]
+
+
+@dataclass(frozen=True)
+class Variation:
+    """A batch with another value of a tensor that could be a mask: at one place, or in the second half of its first sequence."""
+
+    tensor: str
+    place: tuple[int, int] | None
+
+    def of(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The batch so."""
+        value = batch[self.tensor].clone()
+        if self.place is not None:
+            value[self.place] = _other(value[self.place])
+        else:
+            flat = value.flatten(1)
+            half = flat.shape[1] // 2
+            flat[0, half:] = _other(flat[0, half:])
+            value = flat.view(value.shape)
+        return {**batch, self.tensor: value}
+
+
+def variations(batch: Mapping[str, Any]) -> list[Variation]:
+    """All that `masks_of` may ask for."""
+    found: dict[Variation, None] = {}
+    for name in could_govern(batch):
+        shape = tuple(batch[name].shape)
+        places = [_places(shape, is_transposed) for is_transposed in (False, True)] if len(shape) == 2 else []
+        found |= dict.fromkeys(Variation(name, place) for several in places for _, place in several)
+        found[Variation(name, None)] = None
+    return list(found)
+
+
+def _places(shape: tuple[int, ...], is_transposed: bool) -> list[tuple[int, tuple[int, int]]]:
+    """The first and the last token of the first sequence, and where each is in a tensor of this shape: the first reaches none that
+    come before it, the last none that come after."""
+    tokens = (0, shape[0 if is_transposed else 1] - 1)
+    return [(token, (token, 0) if is_transposed else (0, token)) for token in tokens]
+
+
+def _other(value: Tensor) -> Tensor:
+    """Of a mask the other of its two values."""
+    return ~value if value.dtype == torch.bool else 1 - value
+
+
+def _varied(
     model: nn.Module,
     batch: Mapping[str, Any],
     anatomy: Anatomy,
     blocks_alone: Blocks,
-    plain: Alone,
-    name: str,
     block: int,
-) -> TokenMask | None:
-    axes, value = plain.block.axes, batch[name]
+    variation: Variation,
+) -> Alone | None:
+    try:
+        return blocks_alone(model, variation.of(batch), anatomy, [block])[block]
+    except Exception:  # the model's own code, on a value it may not take: then it is no mask
+        return None
+
+
+def _governs(plain: Alone, value: Tensor, name: str, varied: Callable[[Variation], Alone | None]) -> TokenMask | None:
+    axes = plain.block.axes
     if axes is None or axes.sequence is None:
         return None
     sequences, tokens = _sizes(plain, axes)
@@ -176,9 +230,8 @@ def _governs(
         if of_sequences != sequences or more < 0:
             continue
         beside: list[tuple[int, bool, Alone]] = []  # a token, its value, and the block where that is another one
-        for token in (0, counted - 1):  # the first reaches none that come before it, the last none that come after
-            place = (token, 0) if is_transposed else (0, token)
-            other = _changed_at(model, batch, anatomy, blocks_alone, name, place, block)
+        for token, place in _places(shape, is_transposed):
+            other = varied(Variation(name, place))
             if other is None or other.stream.shape != plain.stream.shape:
                 continue
             if more:
@@ -194,7 +247,7 @@ def _governs(
         if found is not None:
             real, first = found
             return TokenMask(name, real, "token", is_transposed, first, more - first)
-    return _governs_otherwise(model, batch, anatomy, blocks_alone, plain, name, block)
+    return _governs_otherwise(plain, value, name, varied)
 
 
 def _among_others(
@@ -218,23 +271,14 @@ def _among_others(
 
 
 def _governs_otherwise(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    anatomy: Anatomy,
-    blocks_alone: Blocks,
-    plain: Alone,
-    name: str,
-    block: int,
+    plain: Alone, value: Tensor, name: str, varied: Callable[[Variation], Alone | None]
 ) -> TokenMask | None:
     """Whether a mask that does not have the stream's axes decides which of its rows are heard."""
-    axes, value = plain.block.axes, batch[name]
+    axes = plain.block.axes
     assert axes is not None
     if value.shape[0] != _sizes(plain, axes)[0]:
         return None
-    half = value.flatten(1).shape[1] // 2
-    with_less = value.clone().flatten(1)
-    with_less[0, half:] = ~with_less[0, half:] if value.dtype == torch.bool else 1 - with_less[0, half:]
-    other = _instead(model, batch, anatomy, blocks_alone, name, with_less.view(value.shape), block)
+    other = varied(Variation(name, None))
     if other is None or other.stream.shape != plain.stream.shape:
         return None
     sizes = [_sizes_of_hearing(alone) for alone in (plain, other)]
@@ -245,6 +289,7 @@ def _governs_otherwise(
     if torch.equal(before, after):
         return None
     is_real = int(after.sum()) < int(before.sum())
+    half = value.flatten(1).shape[1] // 2
     return TokenMask(name, is_real == bool(value.flatten(1)[0, half:].double().mean() >= 0.5), "other")
 
 
@@ -276,36 +321,6 @@ def _precision(alone: Alone) -> float:
     with products:
         alone.update(alone.mixing, alone.stream)
     return max(torch.finfo(alone.stream.dtype).eps, products.coarsest())
-
-
-def _changed_at(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    anatomy: Anatomy,
-    blocks_alone: Blocks,
-    name: str,
-    place: tuple[int, int],
-    block: int,
-) -> Alone | None:
-    value = batch[name].clone()
-    value[place] = ~value[place] if value.dtype == torch.bool else 1 - value[place]
-    return _instead(model, batch, anatomy, blocks_alone, name, value, block)
-
-
-def _instead(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    anatomy: Anatomy,
-    blocks_alone: Blocks,
-    name: str,
-    value: Tensor,
-    block: int,
-) -> Alone | None:
-    """The block on the batch with another value of one tensor; None where the model does not run on that."""
-    try:
-        return blocks_alone(model, {**batch, name: value}, anatomy, [block])[block]
-    except Exception:  # the model's own code, on a value it may not take: then it is no mask
-        return None
 
 
 def _embedded(

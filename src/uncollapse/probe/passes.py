@@ -181,7 +181,7 @@ def capture(
             for each in others:
                 each.sees_with(probe)
             stack.enter_context(probing(model, seed))
-            ahead: Sequence[Callable[[], object]] = beside() if forecast is None else [forecast.run, *beside()]
+            ahead: Sequence[Callable[[], object]] = beside() if forecast is None else [*forecast.passes, *beside()]
             for group in groups:
                 share = [(number, on_device(batches[number], device), before[number]) for number in group]
                 _pass_together(
