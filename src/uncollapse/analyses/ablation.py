@@ -35,6 +35,7 @@ from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.interventions.overlooked_norms import asked_once
+from uncollapse.interventions.spared_products import products_spared
 from uncollapse.interventions.without import require_blocks, require_components, require_effect
 from uncollapse.interventions.without import without as taken_away
 from uncollapse.judgement.predictions import verdicts
@@ -233,6 +234,9 @@ def _run(
     with contextlib.ExitStack() as stack:
         if combination:
             stack.enter_context(taken_away(model, *combination, blocks=blocks, batch=prepared.batches[0]))
+            if "mlp" in combination and not {"attention", "block"} & set(combination):
+                away = require_blocks(blocks, prepared.anatomy)
+                stack.enter_context(products_spared(model, prepared.anatomy, away, known_example(model)))
         stack.enter_context(float64_kept(model))
         observed = prepared.captured(
             level=prepared.level,

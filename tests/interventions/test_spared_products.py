@@ -1,0 +1,176 @@
+"""What a removed MLP would compute is not computed, unless somebody would see it; every figure stays what it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import uncollapse as uc
+from tests.helpers.families import FAMILIES, inputs_for
+from tests.helpers.kept_weights import counted_reads
+from uncollapse.analyses import ablation
+
+TOKENS, WIDTH, HIDDEN = 9, 32, 512
+
+
+def batch(seed: int = 0) -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(1, 60, (3, TOKENS), generator=torch.Generator().manual_seed(seed))}
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        made: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return made
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.up(x)
+        made: Tensor = self.down(nn.functional.gelu(self.seen))
+        return made
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attention, self.mlp = Attention(), MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.first(x))
+        return x + self.mlp(self.second(x))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm = nn.Embedding(60, WIDTH), nn.LayerNorm(WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, input_ids: Tensor) -> Any:
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def operations(model: nn.Module, given: dict[str, Tensor], **asked: Any) -> int:
+    """Multiplications and additions of an ablation of a model that is known, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        uc.ablate(model, batches=[given], **asked)
+    return int(counter.get_total_flops())
+
+
+def compared(
+    model: nn.Module, given: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, **asked: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The runs and verdicts of an ablation, and of one in which everything is computed."""
+    spared = asdict(uc.ablate(model, batches=given, **asked).record)
+
+    @contextlib.contextmanager
+    def nothing(*_: Any) -> Iterator[None]:
+        yield
+
+    monkeypatch.setattr(ablation, "products_spared", nothing)
+    whole = asdict(uc.ablate(model, batches=given, **asked).record)
+    monkeypatch.undo()
+    return {k: spared[k] for k in ("runs", "verdicts")}, {k: whole[k] for k in ("runs", "verdicts")}
+
+
+@pytest.mark.parametrize(
+    "kind", ["bert", "albert", "gpt2", "llama", "t5", "bart", "phi", "gemma3", "mixtral", "opt", "olmo2", "vit"]
+)
+def test_every_figure_is_the_same_in_every_bit(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [inputs_for(FAMILIES[kind], seed=seed) for seed in range(2)]
+    spared, whole = compared(FAMILIES[kind].build(), given, monkeypatch, grid=True)
+    assert repr(spared) == repr(whole)
+
+
+@pytest.mark.parametrize(("blocks", "away"), [(None, 3), ([1], 1)])
+def test_products_are_not_computed_where_their_mlp_is_away(
+    blocks: list[int] | None, away: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sequences, tokens = Model().eval(), 16, 40
+    given = {"input_ids": torch.randint(1, 60, (sequences, tokens))}
+    asked: dict[str, Any] = {"without": [("mlp",)], "blocks": blocks}
+    uc.ablate(model, batches=[given], **asked)
+    spared = operations(model, given, **asked)
+    monkeypatch.setattr(ablation, "products_spared", lambda *_: contextlib.nullcontext())
+    saved = operations(model, given, **asked) - spared
+    all_of_them = away * 2 * sequences * tokens * 2 * WIDTH * HIDDEN
+    assert 0.8 * all_of_them < saved < all_of_them  # less some passes over a few tokens, by which it is asked
+
+
+class Telling(Model):
+    """Also gives how large its second hidden layer is, by a way on which neither zeros nor infinity stay."""
+
+    def __init__(self, far: bool) -> None:
+        super().__init__()
+        self.far = far
+
+    def forward(self, input_ids: Tensor) -> Any:
+        x = super().forward(input_ids)
+        seen = self.blocks[1].mlp.seen
+        told = (seen.max() > 50).to(x.dtype) if self.far else torch.nan_to_num(seen, 0.0, 0.0, 0.0).mean()
+        return x + told
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_what_is_seen_elsewhere_is_computed(far: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Telling(far).eval()
+    spared, whole = compared(model, [batch()], monkeypatch, without=[("mlp",)])
+    assert repr(spared) == repr(whole)
+    seen: list[Tensor] = []
+    own = nn.functional.gelu
+    monkeypatch.setattr(nn.functional, "gelu", lambda x: seen.append(x.clone()) or own(x))
+    uc.ablate(model, batches=[batch()], without=[("mlp",)])
+    assert all(bool(each.any()) for each in seen[-3:])  # those of the last pass
+
+
+def test_hooks_of_somebody_else_see_what_the_mlp_makes() -> None:
+    model = Model().eval()
+    seen: list[Tensor] = []
+    model.blocks[2].mlp.register_forward_hook(lambda _module, _args, made: seen.append(made.clone()))
+    uc.ablate(model, batches=[batch()], without=[("mlp",)])
+    assert all(bool(each.any()) for each in seen)
+
+
+def test_weights_kept_elsewhere_are_not_read_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model().eval()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    uc.ablate(model, batches=[batch()], without=[("mlp",)])
+    reads = counted_reads(monkeypatch)
+    uc.ablate(model, batches=[batch()], without=[("mlp",)])
+    times = dict(reads)
+    monkeypatch.setattr(ablation, "products_spared", lambda *_: contextlib.nullcontext())
+    reads.clear()
+    uc.ablate(model, batches=[batch()], without=[("mlp",)])
+    assert times == dict(reads)
+
+
+def test_the_model_computes_all_of_it_again_afterwards() -> None:
+    model, given = Model().eval(), batch()
+    with torch.no_grad():
+        before = model(**given)
+        uc.ablate(model, batches=[given], grid=True)
+        assert torch.equal(model(**given), before)
+        assert bool(model.blocks[0].mlp.seen.any())
