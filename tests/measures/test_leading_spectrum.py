@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -296,10 +297,33 @@ def test_a_matrix_takes_four_bytes_a_weight_and_eight_if_it_is_decomposed(
     """In single precision; all heads of a group are made at once from queries and keys."""
     sizes = []
     monkeypatch.setattr(mixing, "DIRECT", direct)
-    monkeypatch.setattr(mixing, "_over_parts", lambda found, *counts: sizes.append(counts))
+    monkeypatch.setattr(mixing, "_over_parts", lambda found, *counts, **_: sizes.append(counts))
     mixing.leading_spectrum(torch.randn(2, 6, queries, 3), torch.randn(2, 2, keys, 3))
     mixing.leading_spectrum_from_weights(torch.rand(2, 6, queries, keys))
     assert sizes == [(2, 2, 3 * 54 * bytes_each), (2, 6, 54 * bytes_each)]
+
+
+def test_heads_whose_weights_do_not_fit_run_side_by_side(monkeypatch):
+    """In threads of one thread each, so that every figure is what one thread gives; padding may hold anything."""
+    monkeypatch.setattr(mixing, "DIRECT", 5)
+    monkeypatch.setattr(mixing, "KEPT_BYTES", 1)
+    q, k = torch.randn(2, 4, 24, 8), torch.randn(2, 4, 24, 8)
+    real = torch.ones(2, 24, dtype=torch.bool)
+    real[1, 17:] = False
+    q[1, :, 17:] = math.nan
+    asked = {"query_mask": real, "key_mask": real, "allowed": real[:, None, None].expand(2, 1, 24, 24)}
+    alone = mixing.leading_spectrum(q, k, causal=True, **asked)
+    made, threads = mixing._tiled_spectrum, []
+    monkeypatch.setattr(
+        mixing, "_tiled_spectrum", lambda *a: (threads.append(threading.current_thread().name), made(*a))[1]
+    )
+    torch.set_num_threads(2)
+    together = mixing.leading_spectrum(q, k, causal=True, **asked)
+    assert len(threads) == 8
+    assert all(name.startswith("uncollapse") for name in threads)
+    assert torch.equal(alone.singular_values, together.singular_values)
+    assert torch.equal(alone.contraction, together.contraction)
+    assert bool(alone.singular_values.isfinite().all())
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(22, 26), (26, 22)])

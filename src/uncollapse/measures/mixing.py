@@ -29,6 +29,7 @@ from torch import Tensor
 from uncollapse.errors import InputError
 from uncollapse.measures import leading_spectrum as krylov
 from uncollapse.measures.admission import admitting, at_size_one, described, is_ordinary, times_power_of_two
+from uncollapse.measures.shared_out import shared_out
 from uncollapse.measures.symmetric_eigenvalues import eigenvalues
 
 TILE_BYTES = 2 << 20  # measured: 1 to 4 MiB are equal, from 8 MiB on the tile leaves the cache and costs double
@@ -636,11 +637,12 @@ def leading_spectrum(
     batch, groups, repeats, queries, keys = scores.sizes
     columns = None if key_mask is None else _real_tokens(name, "key_mask", key_mask, batch, keys)
     size = repeats * queries * keys * _bytes(scores.dtype, queries, keys)
+    is_tiled = size > KEPT_BYTES and min(queries, keys) > DIRECT
 
     def found(part: slice, heads: slice) -> krylov.Leading:
         few = _part(scores, part, heads)
         rows, real = _real_matrices(few.sizes, part, query_mask, columns, scores)
-        if size > KEPT_BYTES and min(queries, keys) > DIRECT:
+        if is_tiled:
             there = real.any(0).nonzero().flatten()  # one sequence: its heads have the same padding
             if len(there) <= DIRECT:
                 return _dense_spectrum(_weights_of(few, there), rows, real[:, there])
@@ -650,7 +652,7 @@ def leading_spectrum(
             A[tile] = weights
         return _dense_spectrum(A.flatten(0, 2), rows, real)
 
-    return _over_parts(found, batch, groups, size)
+    return _over_parts(found, batch, groups, size, aside=is_tiled and q.device.type == "cpu")
 
 
 @admitting
@@ -888,11 +890,11 @@ def _last(real: Tensor | None, batch: int, size: int) -> list[int]:
 
 def _weight_tiles(scores: _Scores) -> Iterator[tuple[_Tile, Tensor]]:
     """Every tile with its weights: 0 for forbidden pairs, and in rows that are allowed no key."""
-    for tile, S, P, keep in _tiles(scores):
-        torch.softmax(S, -1, out=P)
+    for tile, S, _, keep in _tiles(scores):
+        torch.softmax(S, -1, out=S)  # a second tile would leave the cache
         if keep is not None:
-            P[..., keep.start :].mul_(keep.kept)
-        yield tile, P
+            S[..., keep.start :].mul_(keep.kept)
+        yield tile, S
 
 
 def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
@@ -966,15 +968,25 @@ def _measure(scores: _Scores, floor: bool, susceptibility: bool) -> _Rows:
 # Leading singular values ---------------------------------------------------------------------------------------------
 
 
-def _over_parts(found: Callable[[slice, slice], krylov.Leading], batch: int, groups: int, size: int) -> LeadingSpectrum:
-    """The spectra of as many sequences and groups at a time as `KEPT_BYTES` have room for; a group's matrices take `size` bytes."""
+def _over_parts(
+    found: Callable[[slice, slice], krylov.Leading], batch: int, groups: int, size: int, *, aside: bool = False
+) -> LeadingSpectrum:
+    """The spectra of as many sequences and groups at a time as `KEPT_BYTES` have room for; a group's matrices take `size` bytes.
+    aside: share them out among torch's threads, which suits matrices that exist as tiles only: a tile is too small to be."""
     group_step = min(groups, max(1, KEPT_BYTES // size))
     batch_step = min(batch, max(1, KEPT_BYTES // (size * groups)))
+    sequences = [slice(b, min(b + batch_step, batch)) for b in range(0, batch, batch_step)]
+    starts = range(0, groups, group_step)
+    works = [
+        functools.partial(found, part, slice(g, min(g + group_step, groups))) for part in sequences for g in starts
+    ]
+    parts = shared_out(works) if aside else [work() for work in works]
     rows = []
-    for b in range(0, batch, batch_step):
-        stop = min(b + batch_step, batch)
-        parts = [found(slice(b, stop), slice(g, min(g + group_step, groups))) for g in range(0, groups, group_step)]
-        rows.append([torch.cat([each.view(stop - b, -1) for each in same], 1) for same in zip(*parts, strict=True)])
+    for number, part in enumerate(sequences):
+        own = parts[number * len(starts) : (number + 1) * len(starts)]
+        rows.append(
+            [torch.cat([f.view(part.stop - part.start, -1) for f in same], 1) for same in zip(*own, strict=True)]
+        )
     first, second, contraction, error = (torch.cat(same) for same in zip(*rows, strict=True))
     return LeadingSpectrum(contraction, torch.stack([first, second], -1), error)
 
@@ -1022,12 +1034,15 @@ class _Tiled:
 
     def __init__(self, scores: _Scores, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> None:
         self.scores, self.padded, self.dtype = scores, ~rows, dtype
+        self.is_padded = not bool(rows.all())
         self.queries, self.keys = rows.to(dtype), columns.to(dtype)
 
     def _tiles(self) -> Iterator[tuple[Tensor, slice, slice]]:
         """Weights [matrix, query, key], 0 in padded rows, and which rows and columns they are."""
         for (_, _, _, rows, columns), P in _weight_tiles(self.scores):
-            A = P.flatten(0, 2).masked_fill_(self.padded[:, rows].unsqueeze(-1), 0)  # whatever padding holds
+            A, padded = P.flatten(0, 2), self.padded[:, rows]
+            if self.is_padded and bool(padded.any()):
+                A[padded] = 0  # whatever padding holds; to fill them in by a mask takes longer than the softmax
             yield A.to(self.dtype), rows, columns
 
     def begun(self, X: Tensor) -> tuple[Tensor, Tensor, Tensor]:
