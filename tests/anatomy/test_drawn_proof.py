@@ -349,6 +349,43 @@ def test_rows_that_sum_to_one_by_the_models_own_weights_are_a_distribution(total
         assert (head.entropy is not None) == (total == 1.0)
 
 
+class Patched(Model):
+    """Takes its ids five at a time, and no other number of them. Its queries and keys have norms, which bound its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.attention = Bounded(32, 4)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids.view(len(input_ids), -1, 5)).sum(-2)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Bounded(Attention):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads)
+        self.of_queries, self.of_keys = (nn.LayerNorm(width // heads) for _ in range(2))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        logits = self.of_queries(q) @ self.of_keys(k).mT / math.sqrt(q.shape[-1])
+        return self.out((logits.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_bounds_are_asked_on_the_piece_that_was_proved(reads: Counter[str]) -> None:
+    given = [{"input_ids": torch.randint(1, 60, (3, 40))}]
+    inside = uc.diagnose(Patched().eval(), batches=given, name="one")
+    model = elsewhere(Patched().eval())
+    reads.clear()
+    outside = uc.diagnose(model, batches=given, name="one")
+    assert set(reads.values()) == {1}
+    require_same(inside, outside)
+    assert all(head.bound_part == "query-key norm" for head in outside.record.attention)
+
+
 class Deciding(Model):
     """Goes round once more where a weight is larger than any drawn one."""
 

@@ -105,7 +105,8 @@ def observe(prepared: Prepared, *, context_lengths: Sequence[int] | None = None)
         nonlocal bounds, pooling, weights
         pooling = OwnPooling(prepared.seed)
         weights = WeightEvidence(model, prepared.anatomy)
-        bounds = LogitBounds(model, prepared.anatomy, batch)
+        forecast = prepared.forecast
+        bounds = LogitBounds(model, prepared.anatomy, batch, None if forecast is None else forecast.example)
         if not prepared.shares_a_reading:  # before the pass, so that whoever watches the model sees the text last
             bounds.make()
 

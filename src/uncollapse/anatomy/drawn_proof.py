@@ -53,6 +53,11 @@ class DrawnProof:
         self._error: Exception | None = None
 
     @property
+    def example(self) -> dict[str, Any]:
+        """The few tokens of the batch that it was proved on."""
+        return self._found.example
+
+    @property
     def passes(self) -> list[Callable[[], None]]:
         """Passes over the piece and its variations, that note what enters and leaves each block. What the first raises is kept for
         later."""

@@ -72,9 +72,16 @@ class LogitBounds:
     """A bound, or why there is none, of every attention call. It takes a few tiny passes, which are made beside others where those
     share a reading of the weights."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        batch: Mapping[str, Any],
+        proved_on: Mapping[str, Any] | None = None,
+    ) -> None:
+        """proved_on: the piece that the anatomy was proved on, where the model is not known by it yet."""
         self._model, self._anatomy = model, anatomy
-        self._batch = known_example(model) or example(batch)
+        self._batch = proved_on or known_example(model) or example(batch)
         self._calls = [(n, b, c) for n, b in enumerate(anatomy.blocks) for p in b.parts for c in p.attention]
         self._seen: list[_Seen] = []
         self._outputs: dict[str, list[tuple[Tensor, Tensor]]] = {}
