@@ -87,8 +87,8 @@ def compared(
     spared = asdict(uc.ablate(model, batches=given, **asked).record)
 
     @contextlib.contextmanager
-    def nothing(*_: Any) -> Iterator[None]:
-        yield
+    def nothing(*_: Any) -> Iterator[bool]:
+        yield False
 
     monkeypatch.setattr(ablation, "products_spared", nothing)
     whole = asdict(uc.ablate(model, batches=given, **asked).record)
@@ -114,29 +114,33 @@ def test_products_are_not_computed_where_their_mlp_is_away(
     asked: dict[str, Any] = {"without": [("mlp",)], "blocks": blocks}
     uc.ablate(model, batches=[given], **asked)
     spared = operations(model, given, **asked)
-    monkeypatch.setattr(ablation, "products_spared", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(ablation, "products_spared", lambda *_: contextlib.nullcontext(False))
     saved = operations(model, given, **asked) - spared
     all_of_them = away * 2 * sequences * tokens * 2 * WIDTH * HIDDEN
     assert 0.8 * all_of_them < saved < all_of_them  # less some passes over a few tokens, by which it is asked
 
 
 class Telling(Model):
-    """Also gives how large its second hidden layer is, by a way on which neither zeros nor infinity stay."""
+    """Also gives how large its second hidden layer is, by a way on which neither NaN nor infinity stay."""
 
-    def __init__(self, far: bool) -> None:
+    def __init__(self, how: str) -> None:
         super().__init__()
-        self.far = far
+        self.how = how
 
     def forward(self, input_ids: Tensor) -> Any:
         x = super().forward(input_ids)
         seen = self.blocks[1].mlp.seen
-        told = (seen.max() > 50).to(x.dtype) if self.far else torch.nan_to_num(seen, 0.0, 0.0, 0.0).mean()
-        return x + told
+        match self.how:
+            case "above":
+                return x + (seen.max() > 50).to(x.dtype)
+            case "below":
+                return x + (seen.min() < -50).to(x.dtype)
+        return x + torch.nan_to_num(seen, 0.0, 0.0, 0.0).mean()
 
 
-@pytest.mark.parametrize("far", [False, True])
-def test_what_is_seen_elsewhere_is_computed(far: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Telling(far).eval()
+@pytest.mark.parametrize("how", ["above", "below", "finite"])
+def test_what_is_seen_elsewhere_is_computed(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Telling(how).eval()
     spared, whole = compared(model, [batch()], monkeypatch, without=[("mlp",)])
     assert repr(spared) == repr(whole)
     seen: list[Tensor] = []
@@ -144,6 +148,31 @@ def test_what_is_seen_elsewhere_is_computed(far: bool, monkeypatch: pytest.Monke
     monkeypatch.setattr(nn.functional, "gelu", lambda x: seen.append(x.clone()) or own(x))
     uc.ablate(model, batches=[batch()], without=[("mlp",)])
     assert all(bool(each.any()) for each in seen[-3:])  # those of the last pass
+
+
+class Long(Model):
+    """Reads its second hidden layer on texts of more tokens than it is proved on: in its output, or in its stream."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, input_ids: Tensor) -> Any:
+        x, is_long = self.embed(input_ids), input_ids.shape[1] > 16
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number == 1 and self.inside and is_long:
+                x = x + block.mlp.seen.mean()
+        x = self.norm(x)
+        return x + block.mlp.seen.mean() if is_long and not self.inside else x
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_only_longer_texts_show_is_noticed(inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Long(inside).eval()
+    given = [{"input_ids": torch.randint(1, 60, (4, tokens))} for tokens in (12, 40)]
+    spared, whole = compared(model, given, monkeypatch, grid=True)
+    assert repr(spared) == repr(whole)
 
 
 def test_hooks_of_somebody_else_see_what_the_mlp_makes() -> None:
@@ -161,7 +190,7 @@ def test_weights_kept_elsewhere_are_not_read_more_often(monkeypatch: pytest.Monk
     reads = counted_reads(monkeypatch)
     uc.ablate(model, batches=[batch()], without=[("mlp",)])
     times = dict(reads)
-    monkeypatch.setattr(ablation, "products_spared", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(ablation, "products_spared", lambda *_: contextlib.nullcontext(False))
     reads.clear()
     uc.ablate(model, batches=[batch()], without=[("mlp",)])
     assert times == dict(reads)

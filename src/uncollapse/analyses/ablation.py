@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -231,21 +231,27 @@ def _run(
         if not combination:
             told.clear()
 
-    with contextlib.ExitStack() as stack:
-        if combination:
-            stack.enter_context(taken_away(model, *combination, blocks=blocks, batch=prepared.batches[0]))
-            if "mlp" in combination and not {"attention", "block"} & set(combination):
-                away = require_blocks(blocks, prepared.anatomy)
-                stack.enter_context(products_spared(model, prepared.anatomy, away, known_example(model)))
-        stack.enter_context(float64_kept(model))
-        observed = prepared.captured(
+    def captured(on_output: Callable[[Mapping[str, Any], Any], None] = outputs.add) -> Observations:
+        return prepared.captured(
             level=prepared.level,
             watch=_watched(prepared.level, combination),
             digest=lambda _: {},
             begin=begin,
-            on_output=outputs.add,
+            on_output=on_output,
             told=told,
         )
+
+    observed: Observations | None = None
+    with contextlib.ExitStack() as stack:
+        if combination:
+            stack.enter_context(taken_away(model, *combination, blocks=blocks, batch=prepared.batches[0]))
+        stack.enter_context(float64_kept(model))
+        if "mlp" in combination and not {"attention", "block"} & set(combination) and not prepared.shares:
+            away = require_blocks(blocks, prepared.anatomy)
+            with products_spared(model, prepared.anatomy, away, known_example(model)) as spares:
+                observed = _without_nan(captured, outputs) if spares else None
+        if observed is None:
+            observed = captured()
     trajectory = site_records(observed.sites)
     unavailable = {}
     loss_seen, shift_seen, reason = outputs.loss, outputs.shift, outputs.reason
@@ -273,6 +279,24 @@ def _run(
         unavailable=unavailable,
     )
     return observed, run, outputs
+
+
+def _without_nan(
+    captured: Callable[[Callable[[Mapping[str, Any], Any], None]], Observations], outputs: _Outputs
+) -> Observations | None:
+    """What is `captured` while products give NaN; None where any of that was read after all."""
+    seen = False
+
+    def look(batch: Mapping[str, Any], output: Any) -> None:
+        nonlocal seen
+        seen = seen or any(bool(t.isnan().any()) for t in tensors_in(output) if t.is_floating_point())
+        outputs.add(batch, output)
+
+    try:
+        observed = captured(look)
+    except Exception:  # whatever it is: it is met again without NaN, or it was that
+        return None
+    return None if seen or any(site.not_finite for site in observed.sites) else observed
 
 
 def _watched(level: Level, combination: tuple[str, ...]) -> set[Watched]:

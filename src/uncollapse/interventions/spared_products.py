@@ -1,12 +1,13 @@
 """What a removed MLP would compute, and nobody would see, is not computed.
 
 A removal acts at the addition: the MLP runs, and what it makes is left out there. Its matrix products are half of a pass or more.
-While it is away they may as well give zeros. That nothing else reads them is not taken for granted: on the example that the model
-was proved on they give their own numbers, then infinity, then zeros. Where every block's stream and the model's output are the same
-in every bit, nothing that is made of them gets there.
+While it is away they may as well give NaN. That nothing else reads them is not taken for granted: on the example that the model was
+proved on they give their own numbers, then infinity, of either sign, then NaN. Where every block's stream and the model's output are the same in
+every bit, nothing that is made of them gets there. Another text may send the model another way. Then what it reads of them is NaN,
+and so is what is made of that: whoever measures looks for it, and measures again without sparing.
 
-Not spared are MLPs that choose experts, those in blocks with hooks of somebody else's, which would see the zeros, and weights that
-are no plain tensors. Nor are those of a model whose weights are kept elsewhere: to ask would take three readings.
+Not spared are MLPs that choose experts, those in blocks with hooks of somebody else's, which would see the NaN, and weights that
+are no plain tensors. Nor are those of a model whose weights are kept elsewhere: to ask would take four readings.
 
 When not to use it: where what the MLP makes is looked at, or an attention is away as well.
 """
@@ -34,22 +35,27 @@ from uncollapse.restoring import restoring
 @contextlib.contextmanager
 def products_spared(
     model: nn.Module, anatomy: Anatomy, blocks: Collection[int], example: Mapping[str, Any] | None
-) -> Iterator[None]:
-    """Within the block, and in this thread, the products of the MLPs of these blocks give zeros where nobody would see more. The
-    MLPs are away from the model. example: the few tokens that the anatomy was proved on; None: nothing is spared."""
+) -> Iterator[bool]:
+    """Within the block, and in this thread, the products of the MLPs of these blocks give NaN where nobody would see more; it is
+    told whether they do. The MLPs are away from the model. example: the few tokens that the anatomy was proved on; None: nothing is
+    spared."""
     points = [point for number in blocks for point in _points(model, anatomy.blocks[number], anatomy.paths)]
     with restoring() as changes:
         is_here = not any(map(is_kept_elsewhere, model.modules()))
-        if example is not None and points and is_here and _are_unseen(model, anatomy, points, example):
-            changes.enter(_giving(model, points, 0.0))
-        yield
+        spares = example is not None and bool(points) and is_here and _are_unseen(model, anatomy, points, example)
+        if spares:
+            changes.enter(_giving(model, points, torch.nan))
+        yield spares
 
 
 def _are_unseen(model: nn.Module, anatomy: Anatomy, points: Collection[Point], example: Mapping[str, Any]) -> bool:
     """Whether it is all the same to the streams and to the output what these products give."""
     try:
         own = _seen(model, anatomy, example)
-        return all(_are_same(own, _seen(model, anatomy, example, points, value)) for value in (torch.inf, 0.0))
+        return all(
+            _are_same(own, _seen(model, anatomy, example, points, value))
+            for value in (torch.inf, -torch.inf, torch.nan)
+        )
     except Exception:  # whatever it is: the model's own code, on numbers it may not take
         return False
 
@@ -59,7 +65,7 @@ def _seen(
     anatomy: Anatomy,
     example: Mapping[str, Any],
     points: Collection[Point] = (),
-    value: float = 0.0,
+    value: float = torch.nan,
 ) -> list[Tensor]:
     """The streams between the blocks, and the model's output, where these products give nothing but one value."""
     output: list[Tensor] = []
