@@ -2,9 +2,9 @@
 
 A removal acts at the addition: the MLP runs, and what it makes is left out there. Its matrix products are half of a pass or more.
 While it is away they may as well give NaN. That nothing else reads them is not taken for granted: on the example that the model was
-proved on they give their own numbers, then infinity, of either sign, then NaN. Where every block's stream and the model's output are the same in
-every bit, nothing that is made of them gets there. Another text may send the model another way. Then what it reads of them is NaN,
-and so is what is made of that: whoever measures looks for it, and measures again without sparing.
+proved on they give their own numbers, then infinity of either sign, then NaN. Where every block's stream and the model's output are
+the same in every bit, nothing that is made of them gets there. Another text may send the model another way. Then what it reads of
+them is NaN, and so is what is made of that: whoever measures looks for it, and measures again without sparing.
 
 Not spared are MLPs that choose experts, those in blocks with hooks of somebody else's, which would see the NaN, and weights that
 are no plain tensors. Nor are those of a model whose weights are kept elsewhere: to ask would take four readings.
