@@ -16,28 +16,19 @@ from torch.utils.flop_counter import FlopCounterMode
 import uncollapse as uc
 from tests.helpers.families import FAMILIES, inputs_for
 from tests.helpers.kept_weights import counted_reads
+from tests.helpers.own_models import OwnGPT, tokens
 from uncollapse.analyses import ablation
 
-TOKENS, WIDTH, HIDDEN = 9, 32, 512
+WIDTH, HIDDEN = 32, 512
 
 
-def batch(seed: int = 0) -> dict[str, Tensor]:
-    return {"input_ids": torch.randint(1, 60, (3, TOKENS), generator=torch.Generator().manual_seed(seed))}
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.query, self.key, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
-        made: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
-        return made
+def batch(sequences: int = 3, length: int = 9) -> dict[str, Tensor]:
+    return {"idx": tokens(sequences, length)}
 
 
 class MLP(nn.Module):
+    """Keeps what it last made of its first product."""
+
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
@@ -48,29 +39,11 @@ class MLP(nn.Module):
         return made
 
 
-class Block(nn.Module):
+class Model(OwnGPT):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attention, self.mlp = Attention(), MLP()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.first(x))
-        return x + self.mlp(self.second(x))
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.norm = nn.Embedding(60, WIDTH), nn.LayerNorm(WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-
-    def forward(self, input_ids: Tensor) -> Any:
-        x = self.embed(input_ids)
         for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+            block.mlp = MLP()
 
 
 def operations(model: nn.Module, given: dict[str, Tensor], **asked: Any) -> int:
@@ -109,14 +82,14 @@ def test_every_figure_is_the_same_in_every_bit(kind: str, monkeypatch: pytest.Mo
 def test_products_are_not_computed_where_their_mlp_is_away(
     blocks: list[int] | None, away: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, sequences, tokens = Model().eval(), 16, 40
-    given = {"input_ids": torch.randint(1, 60, (sequences, tokens))}
+    model, sequences, length = Model().eval(), 16, 40
+    given = batch(sequences, length)
     asked: dict[str, Any] = {"without": [("mlp",)], "blocks": blocks}
     uc.ablate(model, batches=[given], **asked)
     spared = operations(model, given, **asked)
     monkeypatch.setattr(ablation, "products_spared", lambda *_: contextlib.nullcontext(False))
     saved = operations(model, given, **asked) - spared
-    all_of_them = away * 2 * sequences * tokens * 2 * WIDTH * HIDDEN
+    all_of_them = away * 2 * sequences * length * 2 * WIDTH * HIDDEN
     assert 0.8 * all_of_them < saved < all_of_them  # less some passes over a few tokens, by which it is asked
 
 
@@ -127,8 +100,8 @@ class Telling(Model):
         super().__init__()
         self.how = how
 
-    def forward(self, input_ids: Tensor) -> Any:
-        x = super().forward(input_ids)
+    def forward(self, idx: Tensor) -> Tensor:
+        x = super().forward(idx)
         seen = self.blocks[1].mlp.seen
         match self.how:
             case "above":
@@ -157,20 +130,20 @@ class Long(Model):
         super().__init__()
         self.inside = inside
 
-    def forward(self, input_ids: Tensor) -> Any:
-        x, is_long = self.embed(input_ids), input_ids.shape[1] > 16
+    def forward(self, idx: Tensor) -> Tensor:
+        x, is_long = self.token(idx), idx.shape[1] > 16
         for number, block in enumerate(self.blocks):
             x = block(x)
             if number == 1 and self.inside and is_long:
                 x = x + block.mlp.seen.mean()
-        x = self.norm(x)
+        x = self.head(self.norm(x))
         return x + block.mlp.seen.mean() if is_long and not self.inside else x
 
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_what_only_longer_texts_show_is_noticed(inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Long(inside).eval()
-    given = [{"input_ids": torch.randint(1, 60, (4, tokens))} for tokens in (12, 40)]
+    given = [batch(4, length) for length in (12, 40)]
     spared, whole = compared(model, given, monkeypatch, grid=True)
     assert repr(spared) == repr(whole)
 
