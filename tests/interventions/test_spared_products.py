@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +16,7 @@ import uncollapse as uc
 from tests.helpers.families import FAMILIES, inputs_for
 from tests.helpers.kept_weights import counted_reads
 from tests.helpers.own_models import OwnGPT, tokens
-from uncollapse.analyses import ablation
+from uncollapse.interventions.spared_products import SparedProducts
 
 WIDTH, HIDDEN = 32, 512
 
@@ -53,17 +52,16 @@ def operations(model: nn.Module, given: dict[str, Tensor], **asked: Any) -> int:
     return int(counter.get_total_flops())
 
 
+def compute_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SparedProducts, "away", lambda _: contextlib.nullcontext(False))
+
+
 def compared(
     model: nn.Module, given: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, **asked: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The runs and verdicts of an ablation, and of one in which everything is computed."""
     spared = asdict(uc.ablate(model, batches=given, **asked).record)
-
-    @contextlib.contextmanager
-    def nothing(*_: Any) -> Iterator[bool]:
-        yield False
-
-    monkeypatch.setattr(ablation, "products_spared", nothing)
+    compute_everything(monkeypatch)
     whole = asdict(uc.ablate(model, batches=given, **asked).record)
     monkeypatch.undo()
     return {k: spared[k] for k in ("runs", "verdicts")}, {k: whole[k] for k in ("runs", "verdicts")}
@@ -87,7 +85,7 @@ def test_products_are_not_computed_where_their_mlp_is_away(
     asked: dict[str, Any] = {"without": [("mlp",)], "blocks": blocks}
     uc.ablate(model, batches=[given], **asked)
     spared = operations(model, given, **asked)
-    monkeypatch.setattr(ablation, "products_spared", lambda *_: contextlib.nullcontext(False))
+    compute_everything(monkeypatch)
     saved = operations(model, given, **asked) - spared
     all_of_them = away * 2 * sequences * length * 2 * WIDTH * HIDDEN
     assert 0.8 * all_of_them < saved < all_of_them  # less some passes over a few tokens, by which it is asked
@@ -163,7 +161,7 @@ def test_weights_kept_elsewhere_are_not_read_more_often(monkeypatch: pytest.Monk
     reads = counted_reads(monkeypatch)
     uc.ablate(model, batches=[batch()], without=[("mlp",)])
     times = dict(reads)
-    monkeypatch.setattr(ablation, "products_spared", lambda *_: contextlib.nullcontext(False))
+    compute_everything(monkeypatch)
     reads.clear()
     uc.ablate(model, batches=[batch()], without=[("mlp",)])
     assert times == dict(reads)

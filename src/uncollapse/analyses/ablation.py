@@ -35,7 +35,7 @@ from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.interventions.overlooked_norms import asked_once
-from uncollapse.interventions.spared_products import products_spared
+from uncollapse.interventions.spared_products import SparedProducts
 from uncollapse.interventions.without import require_blocks, require_components, require_effect
 from uncollapse.interventions.without import without as taken_away
 from uncollapse.judgement.predictions import verdicts
@@ -105,6 +105,7 @@ def ablate(
     whole: _Outputs | None = None
     told: dict[int, Told] = {}
     runs: list[AblationRun] = []
+    spared: SparedProducts | None = None
     first: Observations | None = None
     left_out: dict[str, str] = {}
     with asked_once():
@@ -114,7 +115,9 @@ def ablate(
             try:
                 if combination:
                     require_effect(prepared.loaded.model, combination, blocks, prepared.batches[0])
-                observed, run, outputs = _run(prepared, combination, blocks, is_causal, whole, told)
+                if spared is None or spared.anatomy is not prepared.anatomy:  # a pass may have led to another
+                    spared = _spared(prepared, blocks)
+                observed, run, outputs = _run(prepared, combination, blocks, is_causal, whole, told, spared)
             except UnsupportedModel as error:
                 if without is not None or not combination:
                     raise
@@ -213,6 +216,11 @@ def _at_consensus(prepared: Prepared) -> list[float] | None:
         return None
 
 
+def _spared(prepared: Prepared, blocks: Collection[int] | Literal["all", "all+outer"] | None) -> SparedProducts:
+    model, anatomy = prepared.loaded.model, prepared.anatomy
+    return SparedProducts(model, anatomy, require_blocks(blocks, anatomy), known_example(model))
+
+
 def _run(
     prepared: Prepared,
     combination: tuple[str, ...],
@@ -220,9 +228,11 @@ def _run(
     is_causal: bool,
     whole: _Outputs | None,
     told: dict[int, Told],
+    spared: SparedProducts,
 ) -> tuple[Observations, AblationRun, _Outputs]:
     """One probe pass without `combination`. Of the whole model, which is run first, `whole` are the outputs, and `told` is what it
-    told of each batch: which tokens are one sequence may show in nothing but who hears whom."""
+    told of each batch: which tokens are one sequence may show in nothing but who hears whom. spared: what need not be computed of
+    MLPs that are away."""
     model = prepared.loaded.model
     outputs = _Outputs(prepared, is_causal, whole)
 
@@ -247,8 +257,7 @@ def _run(
             stack.enter_context(taken_away(model, *combination, blocks=blocks, batch=prepared.batches[0]))
         stack.enter_context(float64_kept(model))
         if "mlp" in combination and not {"attention", "block"} & set(combination) and not prepared.shares:
-            away = require_blocks(blocks, prepared.anatomy)
-            with products_spared(model, prepared.anatomy, away, known_example(model)) as spares:
+            with spared.away() as spares:
                 observed = _without_nan(captured, outputs) if spares else None
         if observed is None:
             observed = captured()

@@ -32,20 +32,31 @@ from uncollapse.anatomy.vocabulary import Anatomy, Block, ModuleCall, Part
 from uncollapse.restoring import restoring
 
 
-@contextlib.contextmanager
-def products_spared(
-    model: nn.Module, anatomy: Anatomy, blocks: Collection[int], example: Mapping[str, Any] | None
-) -> Iterator[bool]:
-    """Within the block, and in this thread, the products of the MLPs of these blocks give NaN where nobody would see more; it is
-    told whether they do. The MLPs are away from the model. example: the few tokens that the anatomy was proved on; None: nothing is
-    spared."""
-    points = [point for number in blocks for point in _points(model, anatomy.blocks[number], anatomy.paths)]
-    with restoring() as changes:
+class SparedProducts:
+    """The products of the MLPs of some blocks. example: the few tokens that the anatomy was proved on; None: nothing is spared."""
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, blocks: Collection[int], example: Mapping[str, Any] | None
+    ) -> None:
+        self.anatomy = anatomy
+        self._model, self._example = model, example
         is_here = not any(map(is_kept_elsewhere, model.modules()))
-        spares = example is not None and bool(points) and is_here and _are_unseen(model, anatomy, points, example)
-        if spares:
-            changes.enter(_giving(model, points, torch.nan))
-        yield spares
+        able = sorted(blocks) if is_here and example is not None else ()
+        self._points = [point for number in able for point in _points(model, anatomy.blocks[number], anatomy.paths)]
+        self._are_unseen: bool | None = None  # asked the first time that they are away
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[bool]:
+        """Within the block, and in this thread, they give NaN where nobody would see more; it is told whether they do. The MLPs are
+        away from the model."""
+        if self._are_unseen is None:
+            self._are_unseen = bool(self._points) and _are_unseen(
+                self._model, self.anatomy, self._points, self._example or {}
+            )
+        with restoring() as changes:
+            if self._are_unseen:
+                changes.enter(_giving(self._model, self._points, torch.nan))
+            yield self._are_unseen
 
 
 def _are_unseen(model: nn.Module, anatomy: Anatomy, points: Collection[Point], example: Mapping[str, Any]) -> bool:
