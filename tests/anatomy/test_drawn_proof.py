@@ -256,6 +256,49 @@ def test_padding_that_is_hidden_by_a_weight_is_no_token(padded: list[bool], read
     assert [mask.tensor for mask in stack.masks] == ["attention_mask"]
 
 
+class Size(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = nn.Parameter(torch.tensor(-1e9))
+
+    def forward(self) -> Tensor:
+        return self.size
+
+
+class Penalised(Block):
+    def forward(self, x: Tensor, penalty: Tensor) -> Tensor:  # type: ignore[override]
+        x = x + self.attention(self.first(x), penalty)
+        return x + self.mlp(self.second(x))
+
+
+class Lazy(Model):
+    """Makes its penalty where something is padded only; else it reads that weight behind its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size, self.blocks = Size(), nn.ModuleList(Penalised(32) for _ in range(3))
+
+    def forward(self, input_ids: Tensor, keep: Tensor) -> Tensor:
+        x, is_full = self.embed(input_ids), bool(keep.all())
+        size = 0.0 if is_full else self.size()
+        penalty = ((1 - keep.float()) * size)[:, None, None, :]
+        for block in self.blocks:
+            x = block(x, penalty)
+        return self.norm(x + 0 * self.size() if is_full else x)
+
+
+def test_a_penalty_that_is_made_where_something_is_padded_is_noticed(reads: Counter[str]) -> None:
+    """The pass with a padded token stands before another module than the one without."""
+    padded = torch.ones(3, TOKENS, dtype=torch.int64)
+    padded[1, 5:] = 0
+    given = [batch() | {"keep": torch.ones_like(padded)}, batch(1) | {"keep": padded}]
+    inside = uc.diagnose(Lazy().eval(), batches=given, name="one")
+    model = elsewhere(Lazy().eval())
+    outside = uc.diagnose(model, batches=given, name="one")
+    assert outside.record.probe.tokens == 3 * TOKENS + 2 * TOKENS + 5
+    require_same(inside, outside)
+
+
 class TwoStacks(Padded):
     """Its padding is hidden from one stream by its code, from the other by a weight."""
 

@@ -394,3 +394,26 @@ def test_a_row_of_the_models_own_may_come_after_the_tokens(is_causal: bool, is_p
         assert [entry.entropy.mean, entry.entropy.min] == pytest.approx(
             [sum(of_rows) / len(of_rows), min(of_rows)], abs=1e-5
         )
+
+
+class Turned(Masked):
+    """The same, its mask [token, sequence]."""
+
+    def forward(self, words: Tensor, keep: Tensor) -> Tensor:
+        return super().forward(words, keep.T)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("is_turned", [False, True])
+def test_of_as_many_sequences_as_tokens_it_is_told_which_axis_is_which(is_causal: bool, is_turned: bool) -> None:
+    kind = Turned if is_turned else Masked
+    model = kind(-1e9, is_causal=is_causal, beginning=False).eval()
+    given = batch(False, sequences=7, tokens=7)
+    given["keep"][-2:] = given["keep"][:2]  # a sequence of padding alone would hear everything
+    if is_turned:
+        given["keep"] = given["keep"].T.contiguous()
+    (stack,) = proved_anatomy(model, given).stacks
+    (mask,) = stack.masks
+    assert (mask.tensor, mask.real, mask.unit, mask.is_transposed) == ("keep", True, "token", is_turned)
+    tokens = uc.diagnose(model, batches=[given]).record.probe.tokens
+    assert tokens == int(given["keep"].sum())

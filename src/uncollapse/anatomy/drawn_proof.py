@@ -116,6 +116,7 @@ class _MasksAgain:
         varied = variations(batch) if self._blocks else []
         self._runs = {variation: [BlockRun() for _ in self._blocks] for variation in varied}
         self._left = set(self._blocks) if varied else set()
+        self._over: set[Variation] = set()
         self._is_same = True
 
     @property
@@ -137,6 +138,8 @@ class _MasksAgain:
 
         def varied(variation: Variation) -> BlockAlone | None:
             other = self._runs[variation][place]
+            if other.output is None and variation not in self._over:  # it comes to this block another way, or later
+                self._is_same = False
             return None if other.output is None else BlockAlone(self._model, block, other)
 
         plain = BlockAlone(self._model, block, run)
@@ -145,7 +148,8 @@ class _MasksAgain:
                 stack.enter_context(held_weights(plain.module))
             stack.enter_context(own_random_numbers())
             stack.enter_context(without_zeros(plain.module))
-            self._is_same &= masks_of(plain, self._batch, varied) == self._stacks[number].masks
+            found = masks_of(plain, self._batch, varied)
+        self._is_same = self._is_same and found == self._stacks[number].masks
         for runs in self._runs.values():
             runs[place] = BlockRun()  # it holds what entered and left the block
 

@@ -194,8 +194,9 @@ def variations(batch: Mapping[str, Any]) -> list[Variation]:
 
 def _places(shape: tuple[int, ...], is_transposed: bool) -> list[tuple[int, tuple[int, int]]]:
     """The first and the last token of the first sequence, and where each is in a tensor of this shape: the first reaches none that
-    come before it, the last none that come after."""
-    tokens = (0, shape[0 if is_transposed else 1] - 1)
+    come before it, the last none that come after. Of a square the second instead of the first, whose place tells no axes."""
+    last = shape[0 if is_transposed else 1] - 1
+    tokens = (min(1, last) if shape[0] == shape[1] else 0, last)
     return [(token, (token, 0) if is_transposed else (0, token)) for token in tokens]
 
 
@@ -223,7 +224,7 @@ def _governs(plain: Alone, value: Tensor, name: str, varied: Callable[[Variation
     if axes is None or axes.sequence is None:
         return None
     sequences, tokens = _sizes(plain, axes)
-    shape = tuple(value.shape)
+    shape, is_heard = tuple(value.shape), False
     for is_transposed in (False, True) if value.ndim == 2 else ():
         of_sequences, counted = shape[::-1] if is_transposed else shape
         more = tokens - counted  # rows of the model's own
@@ -242,12 +243,13 @@ def _governs(plain: Alone, value: Tensor, name: str, varied: Callable[[Variation
             if gained != lost:
                 return TokenMask(name, bool(value[place]) == lost, "token", is_transposed)
             if bool(before.rows.any()):
-                return None
+                is_heard = True
+                break
         found = _among_others(plain, axes, beside, more)
         if found is not None:
             real, first = found
             return TokenMask(name, real, "token", is_transposed, first, more - first)
-    return _governs_otherwise(plain, value, name, varied)
+    return None if is_heard else _governs_otherwise(plain, value, name, varied)
 
 
 def _among_others(
