@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Unpack
@@ -35,7 +35,6 @@ from uncollapse.anatomy.streams import met
 from uncollapse.anatomy.torch_calls import tensors_in
 from uncollapse.errors import InputError, UncollapseError, UnsupportedModel
 from uncollapse.interventions.overlooked_norms import asked_once
-from uncollapse.interventions.spared_products import SparedProducts
 from uncollapse.interventions.without import require_blocks, require_components, require_effect
 from uncollapse.interventions.without import without as taken_away
 from uncollapse.judgement.predictions import verdicts
@@ -105,7 +104,6 @@ def ablate(
     whole: _Outputs | None = None
     told: dict[int, Told] = {}
     runs: list[AblationRun] = []
-    spared: SparedProducts | None = None
     first: Observations | None = None
     left_out: dict[str, str] = {}
     with asked_once():
@@ -115,9 +113,7 @@ def ablate(
             try:
                 if combination:
                     require_effect(prepared.loaded.model, combination, blocks, prepared.batches[0])
-                if spared is None or spared.anatomy is not prepared.anatomy:  # a pass may have led to another
-                    spared = _spared(prepared, blocks)
-                observed, run, outputs = _run(prepared, combination, blocks, is_causal, whole, told, spared)
+                observed, run, outputs = _run(prepared, combination, blocks, is_causal, whole, told)
             except UnsupportedModel as error:
                 if without is not None or not combination:
                     raise
@@ -216,11 +212,6 @@ def _at_consensus(prepared: Prepared) -> list[float] | None:
         return None
 
 
-def _spared(prepared: Prepared, blocks: Collection[int] | Literal["all", "all+outer"] | None) -> SparedProducts:
-    model, anatomy = prepared.loaded.model, prepared.anatomy
-    return SparedProducts(model, anatomy, require_blocks(blocks, anatomy), known_example(model))
-
-
 def _run(
     prepared: Prepared,
     combination: tuple[str, ...],
@@ -228,11 +219,9 @@ def _run(
     is_causal: bool,
     whole: _Outputs | None,
     told: dict[int, Told],
-    spared: SparedProducts,
 ) -> tuple[Observations, AblationRun, _Outputs]:
     """One probe pass without `combination`. Of the whole model, which is run first, `whole` are the outputs, and `told` is what it
-    told of each batch: which tokens are one sequence may show in nothing but who hears whom. spared: what need not be computed of
-    MLPs that are away."""
+    told of each batch: which tokens are one sequence may show in nothing but who hears whom."""
     model = prepared.loaded.model
     outputs = _Outputs(prepared, is_causal, whole)
 
@@ -241,26 +230,18 @@ def _run(
         if not combination:
             told.clear()
 
-    def captured(on_output: Callable[[Mapping[str, Any], Any], None] = outputs.add) -> Observations:
-        return prepared.captured(
-            level=prepared.level,
-            watch=_watched(prepared.level, combination),
-            digest=lambda _: {},
-            begin=begin,
-            on_output=on_output,
-            told=told,
-        )
-
-    observed: Observations | None = None
     with contextlib.ExitStack() as stack:
         if combination:
             stack.enter_context(taken_away(model, *combination, blocks=blocks, batch=prepared.batches[0]))
         stack.enter_context(float64_kept(model))
-        if "mlp" in combination and not {"attention", "block"} & set(combination) and not prepared.shares:
-            with spared.away() as spares:
-                observed = _without_nan(captured, outputs) if spares else None
-        if observed is None:
-            observed = captured()
+        observed = prepared.captured(
+            level=prepared.level,
+            watch=_watched(prepared.level, combination),
+            digest=lambda _: {},
+            begin=begin,
+            on_output=outputs.add,
+            told=told,
+        )
     trajectory = site_records(observed.sites)
     unavailable = {}
     loss_seen, shift_seen, reason = outputs.loss, outputs.shift, outputs.reason
@@ -288,24 +269,6 @@ def _run(
         unavailable=unavailable,
     )
     return observed, run, outputs
-
-
-def _without_nan(
-    captured: Callable[[Callable[[Mapping[str, Any], Any], None]], Observations], outputs: _Outputs
-) -> Observations | None:
-    """What is `captured` while products give NaN; None where any of that was read after all."""
-    seen = False
-
-    def look(batch: Mapping[str, Any], output: Any) -> None:
-        nonlocal seen
-        seen = seen or any(bool(t.isnan().any()) for t in tensors_in(output) if t.is_floating_point())
-        outputs.add(batch, output)
-
-    try:
-        observed = captured(look)
-    except Exception:  # whatever it is: it is met again without NaN, or it was that
-        return None
-    return None if seen or any(site.not_finite for site in observed.sites) else observed
 
 
 def _watched(level: Level, combination: tuple[str, ...]) -> set[Watched]:
