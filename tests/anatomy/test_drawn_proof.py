@@ -266,7 +266,7 @@ class Size(nn.Module):
 
 
 class Penalised(Block):
-    def forward(self, x: Tensor, penalty: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, penalty: Tensor) -> Tensor:  # type: ignore[override]  # a penalty besides
         x = x + self.attention(self.first(x), penalty)
         return x + self.mlp(self.second(x))
 
@@ -307,7 +307,9 @@ class TwoStacks(Padded):
         self.other = nn.Embedding(60, 32)
         self.further = nn.ModuleList(Block(32) for _ in range(2))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]  # two outputs
+        self, input_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         hidden = torch.zeros(attention_mask.shape).masked_fill(attention_mask == 0, -math.inf)[:, None, None, :]
         x, y, penalty = self.embed(input_ids), self.other(input_ids), self.penalty(attention_mask)
         for block in self.blocks:
@@ -346,6 +348,24 @@ def test_what_might_be_a_mask_costs_no_reading(kind: str, reads: Counter[str]) -
             each["token_type_ids"] = (torch.arange(ids.shape[1]) > 3).long().expand(ids.shape).contiguous()
     inside = uc.diagnose(model, batches=given, name="one")
     elsewhere(model)
+    reads.clear()
+    outside = uc.diagnose(model, batches=given, name="one")
+    assert set(reads.values()) == {1}
+    require_same(inside, outside)
+
+
+class Particular(Model):
+    """Takes one kind of sequence only."""
+
+    def forward(self, input_ids: Tensor, kinds: Tensor) -> Tensor:
+        if bool(kinds.any()):
+            raise ValueError("sequences of another kind")
+        return super().forward(input_ids)
+
+
+def test_a_value_that_the_model_does_not_take_is_no_mask_and_costs_no_reading(reads: Counter[str]) -> None:
+    given = [batch() | {"kinds": torch.zeros(3, TOKENS, dtype=torch.int64)}]
+    inside, model = uc.diagnose(Particular().eval(), batches=given, name="one"), elsewhere(Particular().eval())
     reads.clear()
     outside = uc.diagnose(model, batches=given, name="one")
     assert set(reads.values()) == {1}

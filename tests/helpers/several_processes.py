@@ -44,10 +44,10 @@ def _worker(rank: int, checks: Checks, folder: str) -> None:
         noted["failed"] = traceback.format_exc()
     Path(folder, f"{rank}").write_bytes(pickle.dumps(noted))
     d.destroy_process_group()
-    ended(0)
+    end_at_once(0)
 
 
-def ended(status: int) -> NoReturn:
+def end_at_once(status: int) -> NoReturn:
     """End this process at once, without taking Python apart. What DDP holds keeps gloo's threads beyond their group, and one that
     lets go of a tensor while the interpreter ends aborts the process (pytorch/pytorch#190489)."""
     sys.stdout.flush()

@@ -177,7 +177,7 @@ RANK = """
 import os, sys
 import torch
 import torch.distributed as dist
-from tests.helpers.several_processes import ended
+from tests.helpers.several_processes import end_at_once
 from tests.monitoring.test_bit_identical import data, gpt2, loss_of, probe, STEPS
 import uncollapse as uc
 dist.init_process_group("gloo")
@@ -199,7 +199,7 @@ if monitor is not None:
 if rank == 0:
     torch.save(model.state_dict(), sys.argv[1] + ".pt")
 dist.destroy_process_group()
-ended(0)
+end_at_once(0)
 """
 
 

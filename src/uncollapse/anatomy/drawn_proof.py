@@ -7,9 +7,10 @@ on: in the pass over the batches, which holds them anyway. All identities have t
 
 Which tensors hide padding is asked once more, too: a penalty on padding may be a weight itself, which hides nothing when it is
 drawn. Passes over the piece with another value at a token of such a tensor go beside the one over the piece, as far as the blocks
-that show it. What is left to the drawn weights is what follows from the model's code: which operations there are, which streams
-they carry, where token numbers enter. If blocks or masks are others, or cannot be proved, the model is proved as any other
-(`proved_anatomy`).
+that show it. If blocks or masks are others, or cannot be proved, the model is proved as any other (`proved_anatomy`).
+
+What is left to the drawn weights follows from the model's code in all but odd models: which operations there are, which streams
+they carry, which pieces are norms, where token numbers enter. A norm whose epsilon is a learned number is such a one.
 
 When not to use it: where nobody makes such a pass afterwards. Nothing is remembered before.
 """
@@ -116,7 +117,7 @@ class _MasksAgain:
         varied = variations(batch) if self._blocks else []
         self._runs = {variation: [BlockRun() for _ in self._blocks] for variation in varied}
         self._left = set(self._blocks) if varied else set()
-        self._over: set[Variation] = set()
+        self._over: set[Variation] = set()  # whose passes have ended
         self._is_same = True
 
     @property
@@ -128,6 +129,7 @@ class _MasksAgain:
         wanted = replace(self._anatomy, blocks=tuple(self._anatomy.blocks[number] for number in self._blocks))
         with contextlib.suppress(Exception):  # the model's own code, on a value it may not take: then it is no mask
             observe_blocks(self._model, variation.of(self._batch), wanted, to_the_end=False, runs=self._runs[variation])
+        self._over.add(variation)
 
     def look_at(self, number: int, run: BlockRun) -> None:
         """Compare the masks of the stack, if this is its block. run: what the block was given in the pass over the piece."""

@@ -224,7 +224,7 @@ def _governs(plain: Alone, value: Tensor, name: str, varied: Callable[[Variation
     if axes is None or axes.sequence is None:
         return None
     sequences, tokens = _sizes(plain, axes)
-    shape, is_heard = tuple(value.shape), False
+    shape, says_nothing = tuple(value.shape), False
     for is_transposed in (False, True) if value.ndim == 2 else ():
         of_sequences, counted = shape[::-1] if is_transposed else shape
         more = tokens - counted  # rows of the model's own
@@ -243,13 +243,13 @@ def _governs(plain: Alone, value: Tensor, name: str, varied: Callable[[Variation
             if gained != lost:
                 return TokenMask(name, bool(value[place]) == lost, "token", is_transposed)
             if bool(before.rows.any()):
-                is_heard = True
+                says_nothing = True  # the token is heard, whatever its value
                 break
         found = _among_others(plain, axes, beside, more)
         if found is not None:
             real, first = found
             return TokenMask(name, real, "token", is_transposed, first, more - first)
-    return None if is_heard else _governs_otherwise(plain, value, name, varied)
+    return None if says_nothing else _governs_otherwise(plain, value, name, varied)
 
 
 def _among_others(

@@ -30,7 +30,7 @@ from uncollapse.anatomy.interception import Handler, Paths, Point, aside, interc
 from uncollapse.anatomy.module_states import ModuleStates
 from uncollapse.anatomy.norm_reading import next_products, pieces_between
 from uncollapse.anatomy.operands import FUSED
-from uncollapse.anatomy.probing import probing, seed_all
+from uncollapse.anatomy.probing import own_random_numbers, probing, seed_all
 from uncollapse.anatomy.reading import read
 from uncollapse.anatomy.reading_norms import behaves_as_norm
 from uncollapse.anatomy.routers import chosen_in
@@ -217,10 +217,9 @@ class _Run(nn.Module):
 
 def _held(module: nn.Module, name: str, given: tuple[Any, Any], wanted: Collection[str], covered: set[str]) -> str:
     """What a run of a module holds of what is away, in words; empty where it holds nothing of it."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with restoring() as changes:
         changes.undo(ModuleStates(module).put_back)
-        changes.enter(torch.random.fork_rng(devices))
+        changes.enter(own_random_numbers())
         changes.enter(aside())
         run = _Run(module)
         try:
